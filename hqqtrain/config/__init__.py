@@ -1,0 +1,14 @@
+"""Configuration: plain dataclasses, checked, standard library only."""
+
+from hqqtrain.config.errors import UserError, did_you_mean
+from hqqtrain.config.groups import (
+    AdapterConfig, DataConfig, EvalConfig, ModelConfig, OptimConfig, ParallelConfig, QuantConfig,
+    RunSection, TrackConfig, TrainConfig,
+)  # fmt: skip
+from hqqtrain.config.run import RunConfig
+
+__all__ = [
+    "AdapterConfig", "DataConfig", "EvalConfig", "ModelConfig", "OptimConfig", "ParallelConfig",
+    "QuantConfig", "RunConfig", "RunSection", "TrackConfig", "TrainConfig", "UserError",
+    "did_you_mean",
+]  # fmt: skip

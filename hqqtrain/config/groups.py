@@ -1,0 +1,151 @@
+"""The config groups, one dataclass each: every key a user can set, with its help line.
+
+Values that a later release will allow are simply not among the `choices` yet.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hqqtrain.config.keys import key
+
+NBITS = (8, 4, 3, 2, 1)
+SOLVERS = ("least_squares", "hqq", "rtn")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    name_or_path: str = key("tiny", "hub name, local folder, a run's quantized/, or 'tiny'")
+    revision: str | None = key(None, "branch, tag or commit on the hub")
+    source: str = key("pretrained", "where the weights come from", choices=("pretrained",))
+
+
+@dataclass(kw_only=True, slots=True)
+class QuantConfig:
+    nbits: int = key(4, "bits of a code", choices=NBITS)
+    group_size: int | None = key(64, "weights that share a scale; null: row or column", low=2)
+    axis: int = key(1, "1: groups run along a row, 0: down a column", choices=(0, 1))
+    solver: str = key("least_squares", "how scale and zero are found", choices=SOLVERS)
+    storage: str = key(
+        "auto", "dtype that W_q is held in; the bits are the same",
+        choices=("auto", "uint8", "bf16", "fp16", "fp32"),
+    )  # fmt: skip
+    compute_dtype: str = key("auto", "dtype of dequantized weights", choices=DTYPES)
+    meta_dtype: str = key(
+        "auto", "dtype of scale and zero; auto: bf16, fp32 at 8 bits", choices=DTYPES
+    )
+    skip: list[str] = key(
+        help="globs or hqq tags of linears left in full precision", factory=lambda: ["lm_head"]
+    )
+    overrides: dict[str, Any] = key(
+        help="glob or hqq tag -> other settings, or null: full precision", factory=dict
+    )
+    backend: str = key("auto", "what computes with packed weights", choices=("auto", "torch"))
+    save: bool = key(True, "write quantized/")
+
+    def faults(self) -> Iterator[str]:
+        for pattern, settings in self.overrides.items():
+            yield from _override_faults(f"quant.overrides[{pattern}]", settings)
+
+
+@dataclass(kw_only=True, slots=True)
+class AdapterConfig:
+    kind: str = key("lora", "adapter trained on the base", choices=("lora", "rslora", "none"))
+    r: int = key(16, "rank", low=1)
+    alpha: float = key(32.0, "scaling: alpha / r, with rslora alpha / sqrt(r)", low=0)
+    dropout: float = key(0.0, "dropout of the adapter's input", low=0)
+    init: str = key("default", "PEFT's init_lora_weights", choices=("default", "gaussian"))
+    init_from: str | None = key(None, "folder of a PEFT adapter to start from or to measure")
+    target_modules: list[str] = key(
+        help="globs of quantized linears that get an adapter", factory=lambda: ["*"]
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    objective: str = key("sft", "sft: next-token loss", choices=("sft",))
+    max_steps: int | None = key(None, "optimizer steps; beats epochs", low=0)
+    epochs: float = key(1.0, "passes over the data", low=0)
+    global_batch_size: int = key(16, "sequences an optimizer step, over all ranks", low=1)
+    micro_batch_size: int = key(1, "sequences of one forward pass on one rank", low=1)
+    max_seq_len: int = key(2048, "tokens of a sequence", low=2)
+    packing: bool = key(True, "fill sequences with several texts")
+    checkpointing: bool = key(True, "recompute activations in the backward pass")
+    precision: str = key("auto", "auto: bf16 on a GPU, fp32 on a CPU", choices=DTYPES)
+    max_grad_norm: float | None = key(1.0, "clip the gradient to this norm; null: never", low=0)
+    on_nonfinite: str = key("stop", "a loss or gradient that is not finite", choices=("stop",))
+    seed: int = key(0, "of adapters and the order of samples", low=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    name: str = key(
+        "adamw", "8-bit and paged ones are bitsandbytes'",
+        choices=("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"),
+    )  # fmt: skip
+    lr: float = key(1e-4, "peak learning rate", low=0)
+    weight_decay: float = key(0.0, "decoupled weight decay", low=0)
+    schedule: str = key("cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
+    warmup_steps: int = key(0, "steps of linear warm-up", low=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    source: str = key("python_stdlib", "python_stdlib, a file or folder, or a hub name")
+    format: str = key(
+        "auto", "of files; auto: by ending", choices=("auto", "text", "jsonl", "parquet")
+    )
+    text_field: str = key("text", "the column that holds the text")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    source: str | None = key("python_stdlib", "held-out text, as data.source; null: never")
+    every: int | None = key(None, "steps between evaluations; null: before and after", low=1)
+    tokens: int = key(65536, "at most so many tokens are measured", low=2)
+    reference: str = key(
+        "resident", "how the full-precision model is measured", choices=("off", "resident")
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    strategy: str = key(
+        "auto", "auto: single for one process, else fsdp2",
+        choices=("auto", "single", "ddp", "fsdp2"),
+    )  # fmt: skip
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackConfig:
+    backends: list[str] = key(help="beside metrics.jsonl: wandb", factory=lambda: ["wandb"])
+    project: str = key("hqqtrain", "W&B project")
+    entity: str | None = key(None, "W&B entity")
+
+    def faults(self) -> Iterator[str]:
+        for name in self.backends:
+            if name != "wandb":
+                yield f"track.backends=[{name}]: allowed is wandb; metrics.jsonl is always written."
+
+
+@dataclass(kw_only=True, slots=True)
+class RunSection:
+    root: str = key("runs", "folder of all runs")
+    name: str | None = key(None, "null: the recipe and a hash of what defines the result")
+
+
+def _override_faults(where: str, settings: Any) -> Iterator[str]:
+    allowed = {"nbits": NBITS, "axis": (0, 1), "solver": SOLVERS, "group_size": None}
+    if settings is None:
+        return
+    if not isinstance(settings, dict):
+        yield f"{where}={settings}: must be null or settings such as {{nbits: 4}}."
+        return
+    for name, value in settings.items():
+        if name not in allowed:
+            yield f"{where}.{name}: unknown; allowed are {', '.join(allowed)}."
+        elif allowed[name] and value not in allowed[name]:
+            yield f"{where}.{name}={value}: allowed are {', '.join(map(str, allowed[name]))}."
+        elif name == "group_size" and not (value is None or isinstance(value, int) and value >= 2):
+            yield f"{where}.group_size={value}: must be null or an integer of at least 2."

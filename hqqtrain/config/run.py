@@ -1,0 +1,72 @@
+"""The whole configuration of one run, its checks, and the name it gets from what it means."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+
+from hqqtrain.config.errors import UserError
+from hqqtrain.config.groups import (
+    AdapterConfig, DataConfig, EvalConfig, ModelConfig, OptimConfig, ParallelConfig, QuantConfig,
+    RunSection, TrackConfig, TrainConfig,
+)  # fmt: skip
+from hqqtrain.config.keys import faults, key
+
+TASKS = ("finetune", "quantize", "eval", "export")
+NOT_THE_RESULT = ("run", "track", "recipe")
+"""Groups that a result does not depend on: they do not enter a run's name."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """What one command does. Groups as in the documentation; see `groups.py` for their keys."""
+
+    recipe: str | None = key(None, "a file of recipes/, without .yaml")
+    task: str = key("finetune", "the work", choices=TASKS)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    run: RunSection = field(default_factory=RunSection)
+
+    def check(self) -> None:
+        """Raises UserError with every fault of the configuration at once."""
+        found = [text.removeprefix(".") for text in faults("", self)]
+        for item in fields(self):
+            group = getattr(self, item.name)
+            if hasattr(group, "__dataclass_fields__"):
+                found += faults(item.name, group)
+                found += group.faults() if hasattr(group, "faults") else ()
+        found += self._contradictions()
+        if found:
+            raise UserError("\n".join(found))
+
+    def _contradictions(self) -> list[str]:
+        train, found = self.train, []
+        if train.global_batch_size % train.micro_batch_size:
+            found.append(
+                f"train.global_batch_size={train.global_batch_size}: must be a multiple of "
+                f"train.micro_batch_size={train.micro_batch_size}."
+            )
+        if self.task == "finetune" and self.adapter.kind == "none":
+            found.append("adapter.kind=none: task=finetune trains an adapter; use lora or rslora.")
+        if not 0 <= self.adapter.dropout < 1:
+            found.append(f"adapter.dropout={self.adapter.dropout}: must be below 1.")
+        if self.task == "eval" and self.eval.source is None:
+            found.append("eval.source=null: task=eval needs a text to measure on.")
+        return found
+
+    def run_name(self) -> str:
+        """`run.name`, or the recipe and a short hash of everything the result depends on."""
+        if self.run.name:
+            return self.run.name
+        return f"{self.recipe or self.task}-{self.identity()[:8]}"
+
+    def identity(self) -> str:
+        """sha256, in hex, over the keys that define the result."""
+        keys = {k: v for k, v in asdict(self).items() if k not in NOT_THE_RESULT}
+        return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
