@@ -2,9 +2,17 @@
 
 from hqqtrain.config.errors import UserError, did_you_mean
 from hqqtrain.config.groups import (
-    AdapterConfig, DataConfig, EvalConfig, ModelConfig, OptimConfig, ParallelConfig, QuantConfig,
-    RunSection, TrackConfig, TrainConfig,
-)  # fmt: skip
+    AdapterConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    QuantConfig,
+    RunSection,
+    TrackConfig,
+    TrainConfig,
+)
 from hqqtrain.config.run import RunConfig
 
 __all__ = [

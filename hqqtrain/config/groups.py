@@ -3,6 +3,7 @@
 Values that a later release will allow are simply not among the `choices` yet.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
+    """Which model, and where its weights come from."""
+
     name_or_path: str = key("tiny", "hub name, local folder, a run's quantized/, or 'tiny'")
     revision: str | None = key(None, "branch, tag or commit on the hub")
     source: str = key("pretrained", "where the weights come from", choices=("pretrained",))
@@ -23,6 +26,8 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class QuantConfig:
+    """How the weights of linear layers become codes."""
+
     nbits: int = key(4, "bits of a code", choices=NBITS)
     group_size: int | None = key(64, "weights that share a scale; null: row or column", low=2)
     axis: int = key(1, "1: groups run along a row, 0: down a column", choices=(0, 1))
@@ -51,6 +56,8 @@ class QuantConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AdapterConfig:
+    """What is trained on top of the frozen, quantized weights."""
+
     kind: str = key("lora", "adapter trained on the base", choices=("lora", "rslora", "none"))
     r: int = key(16, "rank", low=1)
     alpha: float = key(32.0, "scaling: alpha / r, with rslora alpha / sqrt(r)", low=0)
@@ -64,6 +71,8 @@ class AdapterConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
+    """The training loop; a setting means the same at any number of processes."""
+
     objective: str = key("sft", "sft: next-token loss", choices=("sft",))
     max_steps: int | None = key(None, "optimizer steps; beats epochs", low=0)
     epochs: float = key(1.0, "passes over the data", low=0)
@@ -80,6 +89,8 @@ class TrainConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
+    """The optimizer and its learning rate over time."""
+
     name: str = key(
         "adamw", "8-bit and paged ones are bitsandbytes'",
         choices=("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"),
@@ -92,6 +103,8 @@ class OptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
+    """The text that is trained on."""
+
     source: str = key("python_stdlib", "python_stdlib, a file or folder, or a hub name")
     format: str = key(
         "auto", "of files; auto: by ending", choices=("auto", "text", "jsonl", "parquet")
@@ -101,6 +114,8 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
+    """The held-out text, and what is measured on it."""
+
     source: str | None = key("python_stdlib", "held-out text, as data.source; null: never")
     every: int | None = key(None, "steps between evaluations; null: before and after", low=1)
     tokens: int = key(65536, "at most so many tokens are measured", low=2)
@@ -111,6 +126,8 @@ class EvalConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
+    """How the work is spread over processes."""
+
     strategy: str = key(
         "auto", "auto: single for one process, else fsdp2",
         choices=("auto", "single", "ddp", "fsdp2"),
@@ -119,6 +136,8 @@ class ParallelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrackConfig:
+    """Who hears of metrics while a run goes on."""
+
     backends: list[str] = key(help="beside metrics.jsonl: wandb", factory=lambda: ["wandb"])
     project: str = key("hqqtrain", "W&B project")
     entity: str | None = key(None, "W&B entity")
@@ -131,21 +150,31 @@ class TrackConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RunSection:
+    """Where a run writes, and what it is called."""
+
     root: str = key("runs", "folder of all runs")
     name: str | None = key(None, "null: the recipe and a hash of what defines the result")
 
+    def faults(self) -> Iterator[str]:
+        if self.name is not None and not re.fullmatch(r"\w[\w.+-]*", self.name):
+            yield f"run.name={self.name}: must be letters, digits and any of _ . + -, no folders."
+
+
+_OVERRIDES = {"nbits": NBITS, "axis": (0, 1), "solver": SOLVERS}
+
 
 def _override_faults(where: str, settings: Any) -> Iterator[str]:
-    allowed = {"nbits": NBITS, "axis": (0, 1), "solver": SOLVERS, "group_size": None}
     if settings is None:
         return
     if not isinstance(settings, dict):
         yield f"{where}={settings}: must be null or settings such as {{nbits: 4}}."
         return
     for name, value in settings.items():
-        if name not in allowed:
-            yield f"{where}.{name}: unknown; allowed are {', '.join(allowed)}."
-        elif allowed[name] and value not in allowed[name]:
-            yield f"{where}.{name}={value}: allowed are {', '.join(map(str, allowed[name]))}."
-        elif name == "group_size" and not (value is None or isinstance(value, int) and value >= 2):
-            yield f"{where}.group_size={value}: must be null or an integer of at least 2."
+        if name == "group_size":
+            if value is not None and (type(value) is not int or value < 2):
+                yield f"{where}.{name}={value}: must be null or an integer of at least 2."
+        elif name not in _OVERRIDES:
+            known = ", ".join([*_OVERRIDES, "group_size"])
+            yield f"{where}.{name}: unknown; allowed are {known}."
+        elif value not in _OVERRIDES[name] or isinstance(value, bool):
+            yield f"{where}.{name}={value}: allowed are {', '.join(map(str, _OVERRIDES[name]))}."

@@ -6,6 +6,7 @@ command line composes and checks a configuration without importing torch.
 
 from collections.abc import Iterator
 from dataclasses import MISSING, field, fields
+from math import isfinite
 from typing import Any
 
 
@@ -30,6 +31,8 @@ def faults(group: str, config: Any) -> Iterator[str]:
         if choices and value not in choices:
             allowed = ", ".join("null" if c is None else str(c) for c in choices)
             yield f"{group}.{item.name}={_show(value)}: allowed are {allowed}."
+        elif isinstance(value, float) and not isfinite(value):
+            yield f"{group}.{item.name}={_show(value)}: must be finite."
         elif low is not None and value is not None and value < low:
             yield f"{group}.{item.name}={_show(value)}: must be at least {low}."
 

@@ -6,12 +6,25 @@ from dataclasses import asdict, dataclass, field, fields
 
 from hqqtrain.config.errors import UserError
 from hqqtrain.config.groups import (
-    AdapterConfig, DataConfig, EvalConfig, ModelConfig, OptimConfig, ParallelConfig, QuantConfig,
-    RunSection, TrackConfig, TrainConfig,
-)  # fmt: skip
+    AdapterConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    QuantConfig,
+    RunSection,
+    TrackConfig,
+    TrainConfig,
+)
 from hqqtrain.config.keys import faults, key
 
-TASKS = ("finetune", "quantize", "eval", "export")
+TASKS = {
+    "finetune": "quantize, adapt, train, evaluate, save",
+    "quantize": "quantize, measure and write quantized/",
+    "eval": "measure a model or a quantized/, with or without an adapter",
+    "export": "write dense weights, dequantized and merged, as a Hugging Face checkpoint",
+}
 NOT_THE_RESULT = ("run", "track", "recipe")
 """Groups that a result does not depend on: they do not enter a run's name."""
 
@@ -21,7 +34,7 @@ class RunConfig:
     """What one command does. Groups as in the documentation; see `groups.py` for their keys."""
 
     recipe: str | None = key(None, "a file of recipes/, without .yaml")
-    task: str = key("finetune", "the work", choices=TASKS)
+    task: str = key("finetune", "the work", choices=tuple(TASKS))
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

@@ -1,0 +1,78 @@
+"""Files and folders that are complete or absent, whatever kills the process in between."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` to write into; on success it takes the place of `path`.
+
+    On an exception it is removed and `path` is left as it was. What an earlier process that
+    was killed has left behind is removed first, so only one process may write to `path`.
+    """
+    path = Path(path)
+    temporary, old = _sibling(path, "partial"), _sibling(path, "old")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _recover(path, old)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _recover(path, old)
+        raise
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write `text` (UTF-8) to `path`: readers see the old contents or the new, never half."""
+    path = Path(path)
+    temporary = _sibling(path, "partial")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON. Raises ValueError for NaN and Inf, which JSON lacks."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    atomic_write_text(path, text + "\n")
+
+
+def sync(path: Path) -> None:
+    """Make a file's contents, or a folder's list of names, survive a crash of the machine."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _recover(path: Path, old: Path) -> None:
+    """Between the two renames of a swap nothing stands at `path`: put the old folder back."""
+    if old.exists() and not path.exists():
+        old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def _sibling(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}")

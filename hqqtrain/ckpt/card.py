@@ -1,0 +1,76 @@
+"""The README.md of an adapter: what it belongs to and how to load it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """Facts about an adapter: its base, how that was quantized, what the training won.
+
+    `base`: hub name or folder of the full-precision model; `figures`: name -> value, as shown.
+    """
+
+    base: str
+    fingerprint: str
+    nbits: int
+    group_size: int | None
+    axis: int
+    solver: str
+    bits_per_weight: float
+    revision: str | None = None
+    figures: dict[str, float] | None = None
+
+
+def card_text(card: AdapterCard) -> str:
+    """Markdown with the front matter that the hub reads."""
+    group = "a whole row or column" if card.group_size is None else f"groups of {card.group_size}"
+    return f"""---
+library_name: peft
+{_base_line(card)}tags:
+- lora
+- hqq
+- hqqtrain
+---
+
+# LoRA adapter for a {card.nbits}-bit HQQ base
+
+Trained by hqqtrain on `{card.base}`{_revision(card)}, quantized to {card.nbits} bits
+({group}, axis {card.axis}, solver `{card.solver}`; {card.bits_per_weight:.2f} bits per weight,
+scales and zeros counted). It repairs the error of exactly that base, whose fingerprint is
+
+    {card.fingerprint}
+
+{_figures(card)}## How to load it
+
+On the packed base, in the run's directory: `python -m hqqtrain task=eval
+model.name_or_path=<run directory>`.
+
+As dense weights in one checkpoint, for any tool: `python -m hqqtrain task=export
+model.name_or_path=<run directory>`.
+
+With PEFT, on a dense model that holds the *dequantized* weights of this base:
+
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(model, "<this folder>")
+```
+"""
+
+
+def _base_line(card: AdapterCard) -> str:
+    """The hub accepts its own names here, not folders or the bundled model."""
+    is_hub_name = card.base.count("/") == 1 and not Path(card.base).expanduser().exists()
+    return f"base_model: {json.dumps(card.base)}\n" if is_hub_name else ""
+
+
+def _revision(card: AdapterCard) -> str:
+    return f" at revision `{card.revision}`" if card.revision else ""
+
+
+def _figures(card: AdapterCard) -> str:
+    if not card.figures:
+        return ""
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in card.figures.items())
+    return f"| figure | value |\n| --- | --- |\n{rows}\n\n"

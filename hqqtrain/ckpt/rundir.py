@@ -1,0 +1,190 @@
+"""One directory per run, owned by one process at a time, never mixing two configurations.
+
+Only the first rank uses it. Nothing is written into a directory that something else made.
+"""
+
+import fcntl
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from hqqtrain.ckpt.atomic import atomic_write_json, atomic_write_text
+from hqqtrain.ckpt.provenance import git_revision, versions
+from hqqtrain.ckpt.secrets import masked, masked_command
+from hqqtrain.config import RunConfig, UserError
+from hqqtrain.config.run import NOT_THE_RESULT
+
+STATES = ("running", "done", "preempted", "failed")
+_LOCK = ".lock"
+
+
+class RunDirectory:
+    """`<run.root>/<run.name>/`: its lock, config.yaml, status.json and summary.json.
+
+    Use as a context manager: entering takes the lock, `begin` writes, leaving frees the lock.
+    A directory in which nothing was begun is removed again.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.path = Path(config.run.root).expanduser() / config.run_name()
+        self._lock: IO[str] | None = None
+        self._made: list[Path] = []
+
+    def check(self) -> None:
+        """Raises UserError where the directory belongs to another configuration. Writes nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: is a file; choose another run.name or run.root.")
+        if (self.path / "config.yaml").is_file():
+            _refuse_another(self.path, self.config)
+        elif self.path.is_dir() and _holds_files(self.path):
+            raise UserError(f"{self.path}: holds files, but no run; choose another run.name.")
+
+    def status(self) -> dict[str, Any]:
+        """What status.json says; empty where there is none."""
+        return _read_yaml(self.path / "status.json")
+
+    def done(self) -> bool:
+        """Whether this very run is finished: status.json says so, summary.json is there."""
+        finished = self.status().get("status") == "done"
+        return finished and (self.path / "summary.json").is_file()
+
+    def __enter__(self) -> "RunDirectory":
+        """Take the lock. Raises UserError while another process holds it, or as `check` does."""
+        self.check()
+        self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _take_lock(self.path)
+        try:
+            self.check()
+        except UserError:
+            self._release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def begin(self, command: Sequence[str]) -> None:
+        """Write config.yaml (resolved, versions, git revision, command) and status `running`."""
+        resolved = masked(asdict(self.config)) | {
+            "identity": self.config.identity(),
+            "command": masked_command(list(command)),
+            "git_revision": git_revision(),
+            "versions": versions(),
+        }
+        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+        atomic_write_text(self.path / "config.yaml", text)
+        self.write_status("running")
+
+    def write_status(self, status: str, *, exit_code: int | None = None, cause: str = "") -> None:
+        """Write status.json: one of STATES, the exit code where it has ended, and why."""
+        assert status in STATES, status
+        assert self._lock is not None, "the run directory is not locked"
+        facts = {"status": status, "exit_code": exit_code, "cause": masked(cause),
+                 "pid": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}  # fmt: skip
+        atomic_write_json(self.path / "status.json", facts)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json; figures that are not finite, which JSON lacks, become null."""
+        assert self._lock is not None, "the run directory is not locked"
+        atomic_write_json(self.path / "summary.json", _finite(summary))
+
+    def _release(self) -> None:
+        assert self._lock is not None
+        if not (self.path / "config.yaml").exists():
+            (self.path / _LOCK).unlink(missing_ok=True)
+            for folder in self._made:
+                _remove_if_empty(folder)
+        self._lock.close()
+        self._lock = None
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether `folder` holds more than what an attempt that was killed leaves behind."""
+    return any(not path.name.startswith(".") for path in folder.iterdir())
+
+
+def _take_lock(folder: Path) -> IO[str]:
+    """flock: the kernel frees it when the process dies, however it dies."""
+    while True:
+        file = (folder / _LOCK).open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(
+                f"{folder}: in use by another process; wait for it, or choose another run.name."
+            ) from None
+        if _is_current(file, folder / _LOCK):
+            return file
+        file.close()
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _is_current(file: IO[str], path: Path) -> bool:
+    """Whether `path` still is the locked file: its last owner may just have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _refuse_another(folder: Path, config: RunConfig) -> None:
+    there, here = _read_yaml(folder / "config.yaml"), masked(asdict(config))
+    if there.get("identity") == config.identity():
+        return
+    old, new = _flat(there), _flat(here)
+    keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    shown = "; ".join(f"{k}={_text(new, k)} (there {_text(old, k)})" for k in keys)
+    raise UserError(
+        f"{folder}: holds a run of another configuration: {shown or 'of another version'}. Choose "
+        "another run.name, or null, which gives each configuration a directory of its own."
+    )
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """`group.key` -> value of all that defines the result."""
+    ours = {k for k in RunConfig.__dataclass_fields__ if k not in NOT_THE_RESULT}
+    flat: dict[str, Any] = {}
+    for group, value in values.items():
+        if group in ours:
+            flat |= {f"{group}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {
+                group: value}  # fmt: skip
+    return flat
+
+
+def _text(flat: dict[str, Any], name: str) -> str:
+    if name not in flat:
+        return "absent"
+    return "null" if flat[name] is None else str(flat[name])
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML or JSON object; empty where the file is missing or is no object."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        return

@@ -1,0 +1,152 @@
+"""The command line: composes, checks and hands over to the task; the meaning of exit codes.
+
+Nothing here imports torch before the configuration is known to be sound: a mistyped key is
+reported in a moment, and by one rank only.
+"""
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from hqqtrain import __version__
+from hqqtrain.compose import compose, jobs, recipe_files
+from hqqtrain.compose.usage import usage
+from hqqtrain.config import RunConfig, UserError, did_you_mean
+from hqqtrain.sweep import Job, run_all
+
+DONE, FAILED, USER_ERROR = 0, 1, 2
+EXIT_CODE_FILE = "HQQTRAIN_EXIT_CODE"
+_FLAGS = {
+    "-h": "--help", "--help": "--help", "--check": "--check", "--cfg": "--cfg",
+    "--version": "--version", "-m": "--multirun", "--multirun": "--multirun",
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line and returns its exit code: 0, 1, 2 or 3, see `--help`."""
+    code = _guarded(sys.argv[1:] if argv is None else argv)
+    _tell_launcher(code)
+    return code
+
+
+def _guarded(words: list[str]) -> int:
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        print(f"hqqtrain: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("hqqtrain: interrupted.", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:  # `--help | head`: whoever read us has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def _dispatch(words: list[str]) -> int:
+    flags, overrides = _split(words)
+    if not words or "--help" in flags:
+        return _say(usage())
+    if "--version" in flags:
+        return _say(f"hqqtrain {__version__}")
+    plan = _plan(overrides, "--multirun" in flags)
+    if "--cfg" in flags:
+        return _say("---\n".join(_as_recipe(job.config) for job in plan.jobs).rstrip())
+    if "--check" in flags:
+        return _say(_directories(plan))
+    if plan.is_sweep:
+        _refuse_ranks()
+        return run_all(plan.jobs)
+    from hqqtrain.train.tasks import run
+
+    return run(plan.jobs[0].config, ["python", "-m", "hqqtrain", *words])
+
+
+class _Plan(NamedTuple):
+    jobs: list[Job]
+    is_sweep: bool
+
+
+def _plan(overrides: list[str], multirun: bool) -> _Plan:
+    """Composes and checks every job before the first one starts."""
+    try:
+        lines = jobs(overrides, multirun)
+        planned = [Job(line, compose(line)) for line in lines]
+        _refuse_shared_folders(planned)
+        return _Plan(planned, multirun or lines != [overrides])
+    except UserError:
+        if _rank() != 0:  # rank 0 says the same
+            raise SystemExit(USER_ERROR) from None
+        raise
+
+
+def _split(words: list[str]) -> tuple[set[str], list[str]]:
+    """The flags, by their long names, and the overrides, which all hold a `=`."""
+    flags, overrides = set(), []
+    for word in words:
+        if word.startswith("-"):
+            if word not in _FLAGS:
+                raise UserError(f"{word}: unknown option.{did_you_mean(word, _FLAGS)} See --help.")
+            flags.add(_FLAGS[word])
+        elif "=" not in word and not word.startswith("~"):
+            known = did_you_mean(f"recipe={word}", (f"recipe={name}" for name in recipe_files()))
+            raise UserError(f"{word}: must be key=value.{known} See --help.")
+        else:
+            overrides.append(word)
+    return flags, overrides
+
+
+def _as_recipe(config: RunConfig) -> str:
+    """The whole configuration as YAML; saved under ./recipes it is a recipe."""
+    keys = asdict(config)
+    title = f"# Everything that {keys.pop('recipe') or 'the command line'} sets.\n"
+    return title + yaml.safe_dump(keys, sort_keys=False)
+
+
+def _directories(plan: _Plan) -> str:
+    """Where the run would write; for a sweep a title, then a line per job."""
+    if not plan.is_sweep:
+        return str(plan.jobs[0].folder)
+    title = f"sweep of {len(plan.jobs)} jobs:"
+    return "\n".join([title, *(f"{job.folder}  {' '.join(job.words)}" for job in plan.jobs)])
+
+
+def _refuse_shared_folders(planned: list[Job]) -> None:
+    owners: dict[str, str] = {}
+    for job in planned:
+        if owners.setdefault(str(job.folder), job.config.identity()) != job.config.identity():
+            raise UserError(
+                f"run.name={job.config.run.name}: the jobs of a sweep need a folder each; leave "
+                "run.name=null, which names each by what defines its result."
+            )
+
+
+def _refuse_ranks() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "a sweep starts its jobs one by one: use ./launch.sh, which launches each on all "
+            "GPUs, or python -m hqqtrain; not torchrun or accelerate launch."
+        )
+
+
+def _tell_launcher(code: int) -> None:
+    """Lets launch.sh return our code: torchrun and accelerate turn every failure into 1.
+
+    Any rank may be the one that found the fault; its peers then only see a lost connection.
+    """
+    file = os.environ.get(EXIT_CODE_FILE)
+    if file and code not in (DONE, FAILED):
+        Path(file).write_text(str(code), encoding="utf-8")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def _say(text: str) -> int:
+    print(text, flush=True)
+    return DONE

@@ -1,0 +1,70 @@
+"""What a composed configuration may hold: RunConfig's keys and, in recipes, a sweep.
+
+The dataclasses are the schema; nothing here repeats them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, is_dataclass
+from difflib import get_close_matches
+from typing import Any, get_origin, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+
+from hqqtrain.config import RunConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class Composed(RunConfig):
+    """RunConfig while it is being composed: a recipe may also say what to sweep over."""
+
+    sweep: dict[str, str] = field(default_factory=dict)
+
+
+def register() -> None:
+    """Makes the schema known to Hydra under the name that conf/config.yaml starts from."""
+    ConfigStore.instance().store(name="run_schema", node=Composed, provider="hqqtrain")
+
+
+def known_keys(schema: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of every key that can hold a value."""
+    for name, hint in get_type_hints(schema).items():
+        if is_dataclass(hint):
+            yield from known_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + name, hint
+
+
+def key_fault(dotted: str) -> str | None:
+    """One sentence if there is no key `dotted`, with the nearest ones; None if there is."""
+    schema: Any = Composed
+    parts = dotted.split(".")
+    for depth, part in enumerate(parts):
+        hints = get_type_hints(schema) if is_dataclass(schema) else {}
+        if part not in hints:
+            return _unknown(dotted, ".".join(parts[:depth]), list(hints))
+        schema = hints[part]
+        if get_origin(schema) is dict:
+            return None
+    return None
+
+
+def _unknown(dotted: str, group: str, siblings: list[str]) -> str:
+    if not siblings:
+        return f"{dotted}: unknown key; {group} is a single value and holds no keys."
+    of = f"Keys of {group}" if group else "Groups and keys"
+    allowed = [name for name in siblings if group or name not in ("recipe", "sweep")]
+    return f"{dotted}: unknown key.{_nearest(dotted, group, siblings)} {of}: {', '.join(allowed)}."
+
+
+def _nearest(dotted: str, group: str, siblings: list[str]) -> str:
+    """A suggestion: near in the same group, else of the same name elsewhere, else near at all."""
+    last = dotted.rpartition(".")[2]
+    near = [f"{group}.{name}" for name in get_close_matches(last, siblings, n=1) if group]
+    keys = [key for key, _ in known_keys()]
+    namesakes = [key for key in keys if key.endswith(f".{last}")]
+    found = (
+        near
+        or get_close_matches(dotted, namesakes, n=1, cutoff=0.0)
+        or get_close_matches(dotted, keys, n=1)
+    )
+    return f" Did you mean '{found[0]}'?" if found else ""

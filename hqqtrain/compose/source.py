@@ -1,0 +1,112 @@
+"""Shows recipe folders to Hydra: DIR/x.yaml becomes the option `recipe=x` at the top level.
+
+Hydra would want DIR/recipe/x.yaml, and a `# @package _global_` line in each file. Each file is
+checked by itself as it is read, so that a fault is reported with the file it stands in.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
+from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
+
+from hqqtrain.compose.faults import broken_yaml, check_type
+from hqqtrain.compose.recipes import recipe_dirs
+from hqqtrain.compose.schema import key_fault
+from hqqtrain.config import UserError
+
+GROUP = "recipe"
+
+
+class RecipeSource(ConfigSource):
+    """One folder of recipes. The methods are those Hydra asks of a ConfigSource."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "recipe"
+
+    def available(self) -> bool:
+        return Path(self.path).is_dir()
+
+    def is_group(self, config_path: str) -> bool:
+        return config_path in ("", GROUP)
+
+    def is_config(self, config_path: str) -> bool:
+        return self._file(config_path).is_file()
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        if config_path == "":
+            return [GROUP] if results_filter != ObjectType.CONFIG else []
+        if config_path != GROUP or results_filter == ObjectType.GROUP:
+            return []
+        return sorted(file.stem for file in Path(self.path).glob("*.yaml"))
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        file = self._file(config_path)
+        if not file.is_file():
+            raise ConfigLoadError(f"no recipe {config_path}")
+        return ConfigResult(
+            provider=self.provider,
+            path=str(file),
+            config=read_recipe(file),
+            header={"package": "_global_"},
+        )
+
+    def _file(self, config_path: str) -> Path:
+        group, _, name = config_path.partition("/")
+        inside = group == GROUP and name and "/" not in name
+        return Path(self.path) / self._normalize_file_name(name) if inside else Path(self.path)
+
+
+class RecipeSearchPath(SearchPathPlugin):
+    """Puts every recipe folder on Hydra's search path, a user's own before the built-in."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for provider, folder in recipe_dirs():
+            search_path.append(provider, f"recipe://{folder}")
+
+
+def read_recipe(file: Path) -> DictConfig:
+    """The content of a recipe, every key and type checked against the schema.
+
+    Raises UserError naming the file, with the line where it is no YAML at all.
+    """
+    try:
+        content = OmegaConf.load(file)
+    except YAMLError as error:
+        raise broken_yaml(error, file) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as text: {error}") from None
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{file}: must be a mapping of keys, such as `quant: {{nbits: 2}}`.")
+    _check(content, file)
+    return content
+
+
+def _check(content: DictConfig, file: Path) -> None:
+    settings = {k: v for k, v in _plain(content).items() if k != "defaults"}
+    if found := [fault for key in _dotted(settings) if (fault := key_fault(key))]:
+        raise UserError("\n".join(f"{file}: {fault}" for fault in found))
+    if GROUP in settings:
+        raise UserError(f"{file}: recipe: is the file's name; to build on another, use defaults.")
+    for key, value in settings.items():
+        check_type(key, value, f"{file}: ")
+
+
+def _plain(content: DictConfig) -> dict[str, Any]:
+    container = OmegaConf.to_container(content, resolve=False)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _dotted(settings: dict[str, Any]) -> list[str]:
+    """`{quant: {nbits: 2}, task: eval}` -> `quant.nbits`, `task`."""
+    found = []
+    for name, value in settings.items():
+        keys = [f"{name}.{k}" for k in value] if isinstance(value, dict) else []
+        found += keys or [name]
+    return found

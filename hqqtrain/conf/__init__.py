@@ -1,0 +1,1 @@
+"""Option groups, in YAML. A package, so that Hydra finds them wherever hqqtrain is installed."""

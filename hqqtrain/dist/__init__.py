@@ -1,0 +1,11 @@
+"""Ranks: who they are, which rows are theirs, and what they must agree on."""
+
+from hqqtrain.dist.fill import Filled, fill
+from hqqtrain.dist.processes import Processes, relaunch_if_ranks_were_lost
+from hqqtrain.dist.shards import full_tensor, materialise, owned_rows, write_full
+from hqqtrain.dist.strategy import choose_storage, choose_strategy, shard
+
+__all__ = [
+    "Filled", "Processes", "choose_storage", "choose_strategy", "fill", "full_tensor",
+    "materialise", "owned_rows", "relaunch_if_ranks_were_lost", "shard", "write_full",
+]  # fmt: skip

@@ -1,0 +1,92 @@
+"""The processes of one run: rank and world size, sums and gathers over them.
+
+Everything asks the environment for its rank, not for its launcher: torchrun and
+`accelerate launch` both set RANK and WORLD_SIZE. One case needs help. On a machine without
+a GPU, `accelerate launch --num_processes 2` starts a single process and says nothing
+(accelerate 1.15, `simple_launcher`); `relaunch_if_ranks_were_lost` mends that.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from hqqtrain.config import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Rank, size and device of this process's world; collectives that work alone, too."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over all ranks, in float64. Collective."""
+        total = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order. Collective; for small Python objects."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, tensor: torch.Tensor, owner: int) -> None:
+        """Overwrites `tensor` with the bytes that rank `owner` holds. Collective."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=owner)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def relaunch_if_ranks_were_lost(arguments: Sequence[str]) -> None:
+    """Replaces this process by torchrun where `accelerate launch` dropped the other ranks.
+
+    Its single-process launcher leaves MASTER_PORT without RANK in the environment when more
+    than one process was asked for; how many stands on the parent's command line only.
+
+    Raises:
+        UserError: the number of processes cannot be found out.
+    """
+    lost = {"MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
+    if not lost or "RANK" in os.environ:
+        return
+    count = _processes_asked_for()
+    if count is None:
+        raise UserError(
+            "accelerate launch starts only one process on a machine without GPUs, though more "
+            "were asked for. Use `NPROC=2 ./launch.sh ...` or `torchrun --nproc-per-node 2 -m "
+            "hqqtrain ...`."
+        )
+    where = ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
+    os.execv(sys.executable, [*launcher, *where, "-m", "hqqtrain", *arguments])
+
+
+def _processes_asked_for() -> int | None:
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        flag, _, value = word.replace("-", "_").partition("=")
+        if flag in ("__num_processes", "_n") and (value or following).isdigit():
+            return int(value or following)
+    return None

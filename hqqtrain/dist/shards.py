@@ -1,0 +1,61 @@
+"""Parameters, sharded or not, seen alike: which rows are ours, filling and gathering them.
+
+FSDP2 cuts dimension 0 as `torch.chunk` does. W_q, scale and zero share that dimension (whole
+output rows, or row classes), so a rank's rows of the three belong to one another.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def owned_rows(param: Tensor) -> slice:
+    """The rows of the whole parameter that this rank holds; all of them when not sharded."""
+    if not isinstance(param, DTensor):
+        return slice(0, param.shape[0])
+    mesh, rows = param.device_mesh, param.shape[0]
+    share = -(-rows // mesh.size())
+    start = min(mesh.get_local_rank() * share, rows)
+    stop = min(start + share, rows)
+    assert stop - start == param.to_local().shape[0]
+    return slice(start, stop)
+
+
+def local(param: Tensor) -> Tensor:
+    """The part of `param` on this rank, sharing its memory."""
+    param = param.detach()
+    return param.to_local() if isinstance(param, DTensor) else param
+
+
+def write_full(param: Tensor, full: Tensor) -> None:
+    """Copies this rank's rows of `full` into `param`."""
+    local(param).copy_(full[owned_rows(param)])
+
+
+def full_tensor(param: Tensor) -> Tensor:
+    """The whole parameter, bit for bit, on every rank. Collective where it is sharded."""
+    param = param.detach()
+    return param.full_tensor() if isinstance(param, DTensor) else param
+
+
+def materialise(model: nn.Module, device: torch.device) -> None:
+    """Gives every meta tensor (uninitialised) memory on `device`; tied parameters stay tied.
+
+    `nn.Module.to_empty` would untie them.
+    """
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if tensor not in made:
+                    made[tensor] = _real(tensor, device)
+                held[name] = made[tensor]
+
+
+def _real(tensor: Tensor, device: torch.device) -> Tensor:
+    memory = torch.empty_like(tensor, device=device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(memory, requires_grad=tensor.requires_grad)
+    return memory

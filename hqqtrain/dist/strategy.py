@@ -1,0 +1,79 @@
+"""How the model is spread over the ranks, and what that asks of the packed weights."""
+
+import logging
+
+import torch
+from packaging.version import Version
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from hqqtrain.config import UserError
+
+logger = logging.getLogger(__name__)
+
+STORAGE = {
+    "uint8": torch.uint8,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+
+
+def choose_strategy(wanted: str, world_size: int) -> str:
+    """`single`, `ddp` or `fsdp2`; `auto` is single for one process and fsdp2 for more.
+
+    Raises:
+        UserError: `single` under several processes.
+    """
+    if wanted == "single" and world_size > 1:
+        raise UserError(
+            f"parallel.strategy=single: {world_size} processes were started; use ddp, fsdp2 or auto."
+        )
+    if wanted == "auto":
+        return "single" if world_size == 1 else "fsdp2"
+    return wanted
+
+
+def choose_storage(wanted: str, strategy: str) -> torch.dtype:
+    """The dtype W_q is held in: uint8, but a bf16 view under FSDP2 before torch 2.12.
+
+    FSDP2 of torch 2.11 crashes on frozen uint8 parameters; the float view is the same bits.
+
+    Raises:
+        UserError: `uint8` was asked for where FSDP2 cannot shard it.
+    """
+    old = strategy == "fsdp2" and Version(torch.__version__) < Version("2.12")
+    if wanted == "auto":
+        return torch.bfloat16 if old else torch.uint8
+    if wanted == "uint8" and old:
+        raise UserError(
+            f"quant.storage=uint8: FSDP2 of torch {torch.__version__} cannot shard uint8 "
+            "parameters; use bf16 (the same bits, viewed), or torch 2.12 and newer."
+        )
+    return STORAGE[wanted]
+
+
+def shard(model: nn.Module, device: torch.device, world_size: int) -> None:
+    """FSDP2 over all ranks, one unit per decoder layer; meta parameters stay on meta.
+
+    Raises:
+        UserError: the model has no stack of decoder layers to cut along.
+    """
+    mesh = init_device_mesh(device.type, (world_size,))
+    layers = decoder_layers(model)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    logger.info("fsdp2: %d decoder layers sharded over %d ranks", len(layers), world_size)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The longest `nn.ModuleList` of `model`, named `layers` or `h` in most architectures."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not stacks:
+        raise UserError(
+            f"parallel.strategy=fsdp2: {type(model).__name__} has no list of decoder layers to "
+            "shard by; use ddp."
+        )
+    return max(stacks, key=len)

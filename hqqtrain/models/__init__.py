@@ -1,0 +1,32 @@
+"""Models: what a name means, the architecture on meta, reading weights, and what it all needs."""
+
+from hqqtrain.models.build import (
+    build_meta,
+    config_of,
+    load_config,
+    restore_buffers,
+    shipped_config,
+)
+from hqqtrain.models.estimate import Estimate, check_fits, estimate, oom_advice
+from hqqtrain.models.fill import fill_dense
+from hqqtrain.models.memory import Available, available
+from hqqtrain.models.names import (
+    base_model,
+    base_tensors,
+    expected_shapes,
+    is_adapter,
+    is_packed,
+    plain_name,
+    tie,
+    tied_names,
+)  # fmt: skip
+from hqqtrain.models.reader import CheckpointReader
+from hqqtrain.models.source import Source, resolve_source
+from hqqtrain.models.tokenizer import load_tokenizer
+
+__all__ = [
+    "Available", "CheckpointReader", "Estimate", "Source", "available", "base_model",
+    "base_tensors", "build_meta", "check_fits", "config_of", "estimate", "expected_shapes",
+    "fill_dense", "is_adapter", "is_packed", "load_config", "load_tokenizer", "oom_advice", "plain_name", "resolve_source",
+    "restore_buffers", "shipped_config", "tie", "tied_names",
+]  # fmt: skip

@@ -1,0 +1,216 @@
+"""How much memory and disk a run will need, from shapes alone, before any weight is read.
+
+An estimate, said to be one: weights, gradients and optimizer state are exact; activations
+follow the formula of `_activations`. What surely does not fit is refused, with the keys that
+help; what may not fit is a warning.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from hqqtrain.config import RunConfig, UserError
+from hqqtrain.models.memory import Available
+from hqqtrain.models.names import PACKED, base_model, expected_shapes, is_adapter
+from hqqtrain.nn import HQQLinear
+
+GIB = 2**30
+TIGHT = 0.9
+"""Above this share of what is free, the estimate is too coarse to promise a fit."""
+LOGIT_SLICE = 2048
+"""Tokens whose logits an evaluation holds in fp32 at a time."""
+
+_CERTAIN = ("packed weights", "dense weights", "adapter and optimizer", "reference model")
+_HELP = {
+    "packed weights": "lower quant.nbits={c.quant.nbits}, or more GPUs with "
+    "parallel.strategy=fsdp2",
+    "dense weights": "more GPUs with parallel.strategy=fsdp2, or a shorter quant.skip",
+    "reference model": "eval.reference=off",
+    "adapter and optimizer": "optim.name=paged_adamw_8bit or a smaller adapter.r={c.adapter.r}",
+    "activations": "a smaller train.micro_batch_size={c.train.micro_batch_size} or "
+    "train.max_seq_len={c.train.max_seq_len}, and train.checkpointing=true",
+    "logits": "a smaller train.micro_batch_size={c.train.micro_batch_size} or "
+    "train.max_seq_len={c.train.max_seq_len}",
+    "working memory": "more GPUs with parallel.strategy=fsdp2",
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by what they are for: of one rank's device, and of the run's directory on disk."""
+
+    device: dict[str, int] = field(default_factory=dict)
+    disk: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        parts = (f"{k} {v / GIB:.2f}" for k, v in self.device.items() if v)
+        memory, disk = sum(self.device.values()) / GIB, sum(self.disk.values()) / GIB
+        return f"memory a rank {memory:.2f} GiB ({', '.join(parts)}), disk {disk:.2f} GiB"
+
+
+def estimate(config: RunConfig, model: nn.Module, *, dtype: torch.dtype, world_size: int = 1,
+             strategy: str = "single") -> Estimate:  # fmt: skip
+    """The needs of one rank, from `model` on meta: HQQLinears in place, adapters injected.
+
+    `dtype`: of activations and unquantized weights. Under `fsdp2` parameters, gradients and
+    optimizer state are divided by `world_size`; the largest layer is whole, twice (prefetch).
+    """
+    sizes = _Sizes.of(model, dtype)
+    shards = world_size if strategy == "fsdp2" else 1
+    finetune, measures = config.task == "finetune", config.eval.source is not None
+    tokens = config.train.micro_batch_size * config.train.max_seq_len
+    device = {
+        "packed weights": sizes.packed // shards,
+        "dense weights": sizes.dense // shards,
+        "adapter and optimizer": _trained(config, sizes) // shards if finetune else 0,
+        "reference model": _reference(config, sizes, dtype) // shards if measures else 0,
+        "activations": _activations(config, model, dtype, tokens) if finetune else 0,
+        "logits": _logits(model, dtype, tokens, finetune) if finetune or measures else 0,
+        "working memory": _working(sizes, shards),
+    }
+    return Estimate(device, _disk(config, sizes, dtype))
+
+
+def check_fits(estimate: Estimate, free: Available, config: RunConfig, *, local_ranks: int = 1,
+               ) -> list[str]:  # fmt: skip
+    """Warnings where it is tight. Raises UserError where weights alone exceed what is free.
+
+    `local_ranks`: ranks that share this machine's memory (and whose device is the host).
+    """
+    on_host = free.device is None
+    room = free.host // local_ranks if free.device is None else free.device
+    where = "this machine's memory" if on_host else "the GPU"
+    certain = sum(estimate.device[part] for part in _CERTAIN)
+    warnings = []
+    if certain > room:
+        raise UserError(
+            f"model.name_or_path={config.model.name_or_path}: weights and optimizer need "
+            f"{certain / GIB:.1f} GiB a rank; {where} has {room / GIB:.1f} GiB free. "
+            f"{_advice(estimate.device, config)}"
+        )
+    if sum(estimate.device.values()) > TIGHT * room:
+        warnings.append(
+            f"{where} may not be enough: {estimate}; free {room / GIB:.2f} GiB. "
+            f"{_advice(estimate.device, config)}"
+        )
+    return warnings + _check_disk(estimate, free, config)
+
+
+def oom_advice(config: RunConfig) -> str:
+    """What to change after the memory ran out: keys with their values, what helps most first."""
+    train, advice = config.train, []
+    if config.task == "finetune":
+        if not train.checkpointing:
+            advice.append("train.checkpointing=true (now false)")
+        if train.micro_batch_size > 1:
+            advice.append(f"a smaller train.micro_batch_size (now {train.micro_batch_size}); the "
+                          "global batch and the result stay the same")  # fmt: skip
+        if config.optim.name != "paged_adamw_8bit":
+            advice.append(f"optim.name=paged_adamw_8bit (now {config.optim.name})")
+    if config.eval.source and config.eval.reference == "resident":
+        advice.append("eval.reference=off (now resident: the full-precision model is in memory)")
+    advice.append(f"a smaller train.max_seq_len (now {train.max_seq_len})")
+    if config.quant.nbits > 1:
+        advice.append(f"a smaller quant.nbits (now {config.quant.nbits})")
+    if config.parallel.strategy != "fsdp2":
+        advice.append("several GPUs with parallel.strategy=fsdp2")
+    return "Out of memory. What helps, most first: " + "; ".join(advice) + "."
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes (and, of adapters, numbers) over the whole model."""
+
+    packed: int
+    dense: int
+    adapter: int
+    source: int
+    """Weights of the full-precision model, a number."""
+    largest: int
+    """Weights of the largest quantized linear."""
+
+    @classmethod
+    def of(cls, model: nn.Module, dtype: torch.dtype) -> "_Sizes":
+        packed = dense = adapter = 0
+        for name, param in model.named_parameters():
+            if is_adapter(name):
+                adapter += param.numel()
+            elif name.rpartition(".")[2] in PACKED:
+                packed += param.numel() * param.element_size()
+            else:
+                dense += param.numel() * dtype.itemsize
+        shapes = expected_shapes(model).values()
+        linears = [m.layout for m in model.modules() if isinstance(m, HQQLinear)]
+        largest = max((a.out_features * a.in_features for a in linears), default=0)
+        return cls(packed, dense, adapter, sum(map(_count, shapes)), largest)
+
+
+def _trained(config: RunConfig, sizes: _Sizes) -> int:
+    """Adapters, gradients and AdamW's two moments: fp32, the moments in 8 bits where asked."""
+    moments = 2 if config.optim.name.endswith("8bit") else 8
+    return sizes.adapter * (4 + 4 + moments)
+
+
+def _reference(config: RunConfig, sizes: _Sizes, dtype: torch.dtype) -> int:
+    return sizes.source * dtype.itemsize if config.eval.reference == "resident" else 0
+
+
+def _activations(config: RunConfig, model: nn.Module, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes that the backward pass needs of `tokens` tokens.
+
+    A decoder layer keeps, per token, input and output of each of its linears (the adapters',
+    the attention's and the MLP's operands) and two fp32 copies of the stream for its norms.
+    With checkpointing: the stream before each layer, and one layer in full.
+    """
+    hf = base_model(model).config.get_text_config()
+    layers, hidden = hf.num_hidden_layers, hf.hidden_size
+    linears = [m.layout for m in base_model(model).modules() if isinstance(m, HQQLinear)]
+    widths = sum(layout.in_features + layout.out_features for layout in linears)
+    layer = tokens * (widths * dtype.itemsize // max(1, layers) + 2 * 4 * hidden)
+    if not config.train.checkpointing:
+        return layers * layer
+    return layers * tokens * hidden * dtype.itemsize + layer
+
+
+def _logits(model: nn.Module, dtype: torch.dtype, tokens: int, training: bool) -> int:
+    """Training: logits and their gradient, and in fp32 a copy, its softmax and its gradient.
+    Measuring: two models' logits, and four fp32 tensors of a slice."""
+    vocabulary = base_model(model).config.get_text_config().vocab_size
+    measuring = 2 * tokens * dtype.itemsize + 4 * 4 * min(tokens, LOGIT_SLICE)
+    return vocabulary * max(measuring, tokens * (2 * dtype.itemsize + 12) if training else 0)
+
+
+def _working(sizes: _Sizes, shards: int) -> int:
+    """Quantizing one linear (four fp32 copies of a rank's share), or computing with one
+    (dequantized, forward and backward), whichever is more."""
+    return max(16 * sizes.largest // shards, 8 * sizes.largest)
+
+
+def _disk(config: RunConfig, sizes: _Sizes, dtype: torch.dtype) -> dict[str, int]:
+    quantizes = config.task in ("finetune", "quantize") and config.quant.save
+    return {
+        "quantized/": sizes.packed + sizes.dense if quantizes else 0,
+        "adapter/": 4 * sizes.adapter if config.task == "finetune" else 0,
+        "export": sizes.source * dtype.itemsize if config.task == "export" else 0,
+    }
+
+
+def _check_disk(estimate: Estimate, free: Available, config: RunConfig) -> list[str]:
+    need = sum(estimate.disk.values())
+    text = (
+        f"run.root={config.run.root}: the results need {need / GIB:.1f} GiB of disk, "
+        f"{free.disk / GIB:.1f} GiB are free. Choose another run.root, or quant.save=false."
+    )
+    if need > free.disk:
+        raise UserError(text)
+    return [text] if need > TIGHT * free.disk else []
+
+
+def _advice(parts: dict[str, int], config: RunConfig) -> str:
+    largest = sorted((p for p in parts if parts[p]), key=lambda p: -parts[p])[:3]
+    return "What helps: " + "; ".join(_HELP[p].format(c=config) for p in largest) + "."
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()

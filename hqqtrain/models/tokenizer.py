@@ -1,0 +1,22 @@
+"""The tokenizer that belongs to a model."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hqqtrain.config import UserError
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer whose files lie in `folder`, beside config.json; never runs their code.
+
+    Raises:
+        UserError: there is none, or the installed libraries cannot read it.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(f"{folder}: its tokenizer cannot be loaded ({reason}).") from error

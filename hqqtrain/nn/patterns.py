@@ -1,0 +1,51 @@
+"""Patterns that choose modules: a glob over the full name, or hqq's tag.
+
+hqq calls `model.layers.3.self_attn.q_proj` by its tag, `self_attn.q_proj`: the name without
+"model", "layers" and numbers.
+"""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from hqqtrain.config import UserError, did_you_mean
+
+
+def tag(name: str) -> str:
+    """hqq's tag of a module's full name."""
+    dropped = ("model", "layers")
+    return ".".join(p for p in name.split(".") if p not in dropped and not p.isdigit())
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether `pattern` chooses the module called `name`."""
+    return fnmatchcase(name, pattern) or tag(name) == pattern
+
+
+def matching(key: str, patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The `names` that any of `patterns` chooses, in their order.
+
+    Raises:
+        UserError: a pattern, given under the config key `key`, chooses nothing.
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in names):
+            tags = dict.fromkeys(map(tag, names))
+            raise UserError(
+                f"{key}={pattern}: matches no linear layer.{did_you_mean(pattern, tags)} "
+                f"Allowed are globs over full names, such as {names[0]}, and tags: "
+                f"{', '.join(list(tags)[:12])}."
+            )
+    return [name for name in names if any(matches(p, name) for p in patterns)]
+
+
+def settings_of(name: str, overrides: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """(whether `name` is quantized at all, the settings of its own); later patterns win."""
+    chosen: dict[str, Any] = {}
+    quantized = True
+    for pattern, settings in overrides.items():
+        if matches(pattern, name):
+            quantized = settings is not None
+            chosen |= settings or {}
+    return quantized, chosen

@@ -1,0 +1,14 @@
+"""Where a run's figures go: metrics.jsonl, W&B, the terminal, the report."""
+
+from hqqtrain.track.base import LAYER_ERROR, Tracker
+from hqqtrain.track.console import Console, Progress, ResultRow, results_table, setup_logging
+from hqqtrain.track.fanout import Trackers, open_trackers
+from hqqtrain.track.jsonl import JsonlTracker, read_metrics
+from hqqtrain.track.report import write_report
+from hqqtrain.track.wandb import WandbTracker
+
+__all__ = [
+    "LAYER_ERROR", "Console", "JsonlTracker", "Progress", "ResultRow", "Tracker", "Trackers",
+    "WandbTracker", "open_trackers", "read_metrics", "results_table", "setup_logging",
+    "write_report",
+]  # fmt: skip

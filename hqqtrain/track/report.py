@@ -1,0 +1,82 @@
+"""report/: what a run did, for eyes: three plots and one self-contained page."""
+
+import io
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hqqtrain.track.jsonl import read_metrics
+from hqqtrain.track.page import number, page
+from hqqtrain.track.plots import layer_figure, loss_figure, perplexity_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MODELS = {"full_precision": "full precision", "quantized": "quantized", "final": "trained"}
+
+
+def write_report(
+    run_dir: Path,
+    metrics_jsonl: Path,
+    summary: Mapping[str, Any],
+    layer_errors: Mapping[str, float],
+) -> dict[str, Path]:
+    """Writes `run_dir`/report/ and returns its files by name: the plots and `index`.
+
+    `summary` is schema 1 of summary.json; parts that a task did not run are left out of the
+    report as well. `layer_errors`: module name -> relative error.
+    """
+    folder = run_dir / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = read_metrics(metrics_jsonl) if metrics_jsonl.exists() else []
+    drawn = {
+        "loss": loss_figure(rows),
+        "perplexity": perplexity_figure(perplexities(summary)),
+        "layers": layer_figure(layer_errors),
+    }
+    files = {n: _save(figure, folder / f"{n}.png") for n, figure in drawn.items() if figure}
+    headings = {"loss": "Loss", "perplexity": "Perplexity", "layers": "Relative error by layer"}
+    html = page(
+        str(summary.get("run", {}).get("name") or run_dir.name), summary, key_figures(summary),
+        {headings[name]: path for name, path in files.items()}, layer_errors,
+    )  # fmt: skip
+    return files | {"index": _write(folder / "index.html", html.encode())}
+
+
+def perplexities(summary: Mapping[str, Any]) -> dict[str, float]:
+    """{"full precision": .., "quantized": .., "trained": ..}, those measured and finite."""
+    measured = summary.get("eval", {})
+    found = {name: measured.get(key, {}).get("perplexity") for key, name in _MODELS.items()}
+    return {name: value for name, value in found.items() if value and math.isfinite(value)}
+
+
+def key_figures(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers at the top of the page, by label."""
+    found = perplexities(summary)
+    figures = {f"perplexity, {name}": f"{value:.2f}" for name, value in found.items()}
+    if len(found) == len(_MODELS) and found["quantized"] > found["full precision"]:
+        gap = found["quantized"] - found["full precision"]
+        figures["of the gap closed"] = f"{(found['quantized'] - found['trained']) / gap:.0%}"
+    bits = summary.get("quantize", {}).get("bits_per_weight")
+    if bits is not None:
+        figures["bits per weight"] = number(float(bits))
+    return figures
+
+
+def _save(figure: "Figure", path: Path) -> Path:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=130)
+    return _write(path, image.getvalue())
+
+
+def _write(path: Path, content: bytes) -> Path:
+    """Complete or absent: written beside, forced to the disk, renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,1 @@
+"""The work itself: prepare a model, train it, measure it, save it."""

@@ -1,0 +1,147 @@
+"""The training loop: plain, over `accelerate.Accelerator`, the same at every world size.
+
+A step always sees the same global batch: its sequences are a function of seed and step, each
+rank takes every world-size-th of them, and the loss is weighted by token over all ranks. So
+one process and eight walk the same path, but for rounding.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from hqqtrain.config import RunConfig, UserError
+from hqqtrain.data import SampleOrder, Sequences, collate
+from hqqtrain.train.evaluation import Batch, next_token_logits
+from hqqtrain.train.optimizer import build_optimizer, build_schedule
+from hqqtrain.train.session import Session
+
+
+@dataclass
+class Trained:
+    """What a training leaves beside the weights."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss: float = math.nan
+    """Of the last step."""
+
+    def add(self, loss: float, tokens: int, seconds: float) -> None:
+        self.steps += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        self.loss = loss
+
+
+class Trainer:
+    """Trains the parameters of `model` that ask for a gradient.
+
+    Args:
+        model: ready to run; sharded already under `fsdp2`, wrapped here under `ddp`.
+        sequences: packed training text.
+    """
+
+    def __init__(self, config: RunConfig, model: nn.Module, sequences: Sequences,
+                 session: Session) -> None:  # fmt: skip
+        self.config, self.sequences = config, sequences
+        self.processes, self.accelerator = session.processes, session.accelerator
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.model = model
+        if session.strategy == "ddp":
+            self.model = self.accelerator.prepare_model(model)
+        self.order = SampleOrder(len(sequences), config.train.seed)
+        self.steps = total_steps(config, self.order)
+        optimizer = build_optimizer(config.optim, self.parameters)
+        self.schedule = build_schedule(config.optim, optimizer, self.steps)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.done = Trained()
+
+    def run(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """Trains to the end; yields (step, metrics) after every step, counted from 1."""
+        self.model.train()
+        for step in range(self.steps):
+            began, rate = time.perf_counter(), self.schedule.get_last_lr()[0]
+            loss, tokens, norm = self.step(step)
+            seconds = time.perf_counter() - began
+            self.done.add(loss, tokens, seconds)
+            speed = {"train/learning_rate": rate, "train/tokens_per_second": tokens / seconds}
+            yield step + 1, self._metrics(norm) | speed
+
+    def step(self, step: int) -> tuple[float, int, float]:
+        """One optimizer step: (mean loss over the global batch, its tokens, gradient norm)."""
+        indices = self.order.indices(step, self.config.train.global_batch_size)
+        tokens = self.sequences.select(indices).tokens
+        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        batches = list(self._micro_batches(indices))
+        for number, batch in enumerate(batches):
+            with self._no_sync(last=number == len(batches) - 1):
+                loss = self._loss(batch)
+                # DDP and FSDP2 average gradients over ranks; the loss is a sum over tokens.
+                self.accelerator.backward(loss * (self.processes.size / max(1, tokens)))
+            total += loss.detach().double()
+        mean = self.processes.sum([total.item()])[0] / max(1, tokens)
+        norm = self._clip()
+        self._check_finite(step, mean, norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return mean, tokens, norm
+
+    def _micro_batches(self, indices: list[int]) -> Iterator[Batch]:
+        mine = indices[self.processes.rank :: self.processes.size]
+        size = self.config.train.micro_batch_size
+        for start in range(0, len(mine), size):
+            batch = collate([self.sequences[i] for i in mine[start : start + size]])
+            yield {k: v.to(self.processes.device, non_blocking=True) for k, v in batch.items()}
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """Next-token loss, summed over the batch's tokens."""
+        labels = batch.pop("labels")[:, 1:].flatten()
+        with self.accelerator.autocast():
+            logits = next_token_logits(self.model, batch)
+        return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+
+    def _no_sync(self, *, last: bool):
+        wrapped = isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if wrapped and not last else nullcontext()
+
+    def _clip(self) -> float:
+        """The gradient's norm over all ranks, before it is clipped."""
+        self.accelerator.unscale_gradients(self.optimizer)
+        limit = self.config.train.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit or math.inf)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+    def _check_finite(self, step: int, loss: float, norm: float) -> None:
+        scaled = self.accelerator.scaler is not None  # fp16 skips steps that overflow by itself
+        if math.isfinite(loss) and (math.isfinite(norm) or scaled):
+            return
+        raise UserError(
+            f"train.on_nonfinite=stop: loss {loss}, gradient norm {norm} at step {step + 1}; lower "
+            f"optim.lr={self.config.optim.lr}, raise optim.warmup_steps, or use "
+            "train.precision=fp32."
+        )
+
+    def _metrics(self, norm: float) -> dict[str, float]:
+        steps = self.done.steps
+        return {
+            "train/loss": self.done.loss,
+            "train/grad_norm": norm,
+            "train/epoch": self.order.epoch(steps, self.config.train.global_batch_size),
+            "train/global_step": steps,
+        }
+
+
+def total_steps(config: RunConfig, order: SampleOrder) -> int:
+    """`train.max_steps`, or as many as `train.epochs` take, at least one."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    return order.steps(config.train.epochs, config.train.global_batch_size)

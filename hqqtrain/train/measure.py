@@ -1,0 +1,50 @@
+"""Measures a model before, while and after it is trained, always on the same held-out text."""
+
+from contextlib import nullcontext
+
+from peft import PeftModel
+
+from hqqtrain.data import Sequences
+from hqqtrain.train.evaluation import Measured, evaluate
+from hqqtrain.train.prepare import Built, Plan, build_reference
+from hqqtrain.train.record import Record
+from hqqtrain.train.session import Session
+
+
+class Scale:
+    """Holds what measuring needs: the text, and the full-precision model beside ours.
+
+    Does nothing where there is no text (`eval.source=null`). There is no reference where
+    `eval.reference=off` or where only packed weights exist.
+    """
+
+    def __init__(self, plan: Plan, built: Built, held_out: Sequences | None, session: Session,
+                 record: Record) -> None:  # fmt: skip
+        self.built, self.held_out, self.session, self.record = built, held_out, session, record
+        self.reference = None
+        if held_out and session.config.eval.reference == "resident" and not plan.packed:
+            self.reference, bytes_read = build_reference(plan, session)
+            record.reference_read(bytes_read)
+        self.without_adapter = plan.start is not None  # a fresh adapter changes nothing yet
+
+    def measure(self, part: str, *, adapted: bool) -> None:
+        """Measures and records `part` of the summary, `quantized` or `final`."""
+        if not self.held_out:
+            return
+        model = self.built.model
+        off = not adapted and self.without_adapter and isinstance(model, PeftModel)
+        with model.disable_adapter() if off else nullcontext():
+            self.record.evaluated(part, self._measured())
+
+    def measure_between(self) -> None:
+        """Measures while training goes on, for the curve."""
+        if self.held_out:
+            self.record.evaluated_between(self._measured())
+
+    def _measured(self) -> Measured:
+        with self.record.evaluating(self.held_out) as on_batch, self.session.autocast():
+            return evaluate(
+                self.built.model, self.held_out, self.session.processes,
+                batch_size=self.session.config.train.micro_batch_size,
+                reference=self.reference, on_batch=on_batch,
+            )  # fmt: skip

@@ -1,0 +1,215 @@
+"""From a configuration to a model that is ready: planned on shapes alone, then filled.
+
+`make_plan` finds out everything that can be wrong without reading a weight or writing a file.
+`build` shards, reads and quantizes; it is the same path for one process and for many.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PretrainedConfig
+
+from hqqtrain.ckpt import Adapter, Fingerprint, QuantizedSettings, load_adapter, quantized_settings
+from hqqtrain.config import RunConfig, UserError
+from hqqtrain.dist import Processes, fill, materialise, shard, write_full
+from hqqtrain.models import (
+    CheckpointReader, Source, base_tensors, build_meta, config_of, expected_shapes,
+    resolve_source, restore_buffers, tie, tied_names,
+)  # fmt: skip
+from hqqtrain.nn import (
+    PACKED, HQQLinear, init_adapters, lora_config, quantize_model, replace_linears,
+    with_packed_linears,
+)  # fmt: skip
+from hqqtrain.train.session import DTYPES, Session
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Plan:
+    """A model on meta, its linears replaced and its adapters in place, and where it comes from.
+
+    `start`: the adapter to begin with, from `adapter.init_from` or the run that `model` names.
+    """
+
+    source: Source
+    hf_config: PretrainedConfig
+    reader: CheckpointReader
+    model: nn.Module
+    lora: LoraConfig | None
+    start: Adapter | None
+
+    @property
+    def packed(self) -> bool:
+        """Whether the source holds packed weights already."""
+        return self.source.kind == "quantized"
+
+    @property
+    def layers(self) -> int:
+        """How many quantized linears the model has."""
+        return sum(isinstance(module, HQQLinear) for module in self.model.modules())
+
+
+@dataclass
+class Built:
+    """The model, filled, and what filling it showed; the same on every rank."""
+
+    model: nn.Module
+    settings: QuantizedSettings
+    layer_errors: dict[str, float]
+    """Relative error by layer; empty where the weights came packed."""
+    relative_error: float | None
+    bytes_read: int
+    seconds: float
+
+
+def make_plan(session: Session, *, adapt: bool) -> Plan:
+    """Builds the model on meta and checks the checkpoint against it.
+
+    Args:
+        adapt: a new adapter is trained; else only one that exists is put in place.
+
+    Raises:
+        UserError: any fault of model, checkpoint, patterns or adapter.
+    """
+    config = session.config
+    source = resolve_source(config.model)
+    hf_config = config_of(source.path)
+    model = build_meta(hf_config).to(session.dtype)
+    _replace_linears(model, source, session)
+    reader = CheckpointReader(source.path, aliases=tied_names(model))
+    unused = reader.check(expected_shapes(model, packed=source.kind == "quantized"))
+    if unused and session.processes.is_main:
+        logger.warning("%s: %d tensors are not used, such as %s", source.path, len(unused), unused[0])
+    folder = config.adapter.init_from or source.adapter
+    start = load_adapter(folder) if folder else None
+    lora = with_packed_linears(start.config) if start else None
+    if adapt:
+        lora = lora_config(config.adapter, model)
+        _check_start(start, lora, config)
+    if lora is not None:
+        model = get_peft_model(model, lora, low_cpu_mem_usage=True)  # adapters on meta, too
+    return Plan(source, hf_config, reader, model, lora, start)
+
+
+def build(plan: Plan, session: Session, *,
+          on_layer: Callable[[str], object] = lambda _: None) -> Built:  # fmt: skip
+    """Shards, materialises and fills the plan's model. Collective.
+
+    Raises:
+        UserError: NaN or Inf in a weight; packed weights or an adapter that do not belong.
+    """
+    model, processes = plan.model, session.processes
+    if session.strategy == "fsdp2":
+        shard(model, session.device, processes.size)
+    materialise(model, session.device)
+    layers, dense = _by_name(model)
+    fingerprint = Fingerprint()
+    filled = fill(
+        layers, dense, plan.reader, processes,
+        quantized=plan.packed, on_rows=fingerprint.update, on_layer=on_layer,
+    )  # fmt: skip
+    tie(model)
+    restore_buffers(model, session.device)
+    settings = _fingerprinted(plan, fingerprint, processes)
+    if plan.lora is not None:
+        _fill_adapters(plan, settings, session)
+    errors, total = ({}, None) if plan.packed else filled.relative_errors(processes)
+    bytes_read = int(processes.sum([plan.reader.bytes_read])[0])
+    return Built(model, settings, errors, total, bytes_read, filled.seconds)
+
+
+def build_reference(plan: Plan, session: Session) -> tuple[nn.Module, int]:
+    """The full-precision model, spread as the trained one is, and the bytes read. Collective."""
+    model = build_meta(plan.hf_config).to(session.dtype)
+    if session.strategy == "fsdp2":
+        shard(model, session.device, session.processes.size)
+    materialise(model, session.device)
+    reader = CheckpointReader(plan.source.path, aliases=tied_names(model))
+    fill({}, _by_name(model)[1], reader, session.processes)
+    tie(model)
+    restore_buffers(model, session.device)
+    return model.requires_grad_(False).eval(), int(session.processes.sum([reader.bytes_read])[0])
+
+
+def _replace_linears(model: nn.Module, source: Source, session: Session) -> None:
+    """As the checkpoint was quantized, or as the configuration wants it."""
+    compute = session.config.quant.compute_dtype
+    dtypes = {
+        "compute_dtype": session.dtype if compute == "auto" else DTYPES[compute],
+        "storage_dtype": session.storage,
+    }
+    if source.kind == "quantized":
+        modules = quantized_settings(source.path).modules
+        replace_linears(model, {n: m.spec for n, m in modules.items()}, **dtypes)
+    else:
+        report = quantize_model(model, session.config.quant, **dtypes)
+        if session.processes.is_main:
+            logger.info(
+                "quantizing %d linears, %.1f %% of the weights; %d stay in full precision",
+                len(report.matched), 100 * report.share, len(report.skipped),
+            )  # fmt: skip
+
+
+def _by_name(model: nn.Module) -> tuple[dict[str, HQQLinear], dict[str, torch.Tensor]]:
+    """(quantized linears, tensors in full precision) by their names in the checkpoint."""
+    layers, dense = {}, {}
+    for name, module, leaf, tensor in base_tensors(model):
+        if isinstance(module, HQQLinear) and leaf in PACKED:
+            layers[name.removesuffix(f".{leaf}")] = module
+        else:
+            dense[name] = tensor
+    return layers, dense
+
+
+def _fingerprinted(plan: Plan, fingerprint: Fingerprint, processes: Processes) -> QuantizedSettings:
+    total = Fingerprint()
+    for part in processes.gather(fingerprint.total):
+        total.merge(part)
+    settings = QuantizedSettings.of(plan.model)
+    settings = replace(settings, fingerprint=total.hexdigest(settings.by_module()))
+    if plan.packed:
+        written = quantized_settings(plan.source.path).fingerprint
+        if settings.fingerprint != written:
+            raise UserError(
+                f"{plan.source.path}: its packed weights are {settings.fingerprint}, but "
+                f"config.json was written for {written}: a file was altered. Quantize again."
+            )
+    return settings
+
+
+def _check_start(start: Adapter | None, lora: LoraConfig, config: RunConfig) -> None:
+    """`init_from` gives the first values, so its shape must be that of the new adapter."""
+    if start is None:
+        return
+    theirs, ours = (start.config.r, start.config.use_rslora), (lora.r, lora.use_rslora)
+    if theirs != ours:
+        raise UserError(
+            f"adapter.init_from={config.adapter.init_from}: has r={theirs[0]}, rslora={theirs[1]}; "
+            f"the recipe asks for r={ours[0]}, rslora={ours[1]}. Make adapter.r and adapter.kind "
+            "agree with it."
+        )
+
+
+def _fill_adapters(plan: Plan, settings: QuantizedSettings, session: Session) -> None:
+    config, model = session.config, plan.model
+    init_adapters(model, config.train.seed, config.adapter.init, write=write_full)
+    if plan.start is None:
+        return
+    plan.start.check_base(settings.fingerprint, f"adapter.init_from={config.adapter.init_from}")
+    waiting = dict(plan.start.state)
+    for name, param in model.named_parameters():
+        if "lora_" in name:
+            saved = waiting.pop(name.replace(".default.", "."), None)
+            if saved is None or saved.shape != param.shape:
+                raise UserError(
+                    f"adapter.init_from={config.adapter.init_from}: holds no {name} of shape "
+                    f"{list(param.shape)}; it was trained with other adapter.target_modules."
+                )
+            write_full(param, saved)
+    if waiting:
+        raise UserError(f"adapter: {next(iter(waiting))} has no place in this model.")

@@ -1,0 +1,77 @@
+"""Saving what is spread over ranks: gathered tensor by tensor, written by the main rank.
+
+The other ranks walk through the same stream, since every gather is a collective.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from hqqtrain.ckpt import (
+    AdapterCard, dense_tensors, export_dense, model_tensors, save_adapter, save_quantized,
+)  # fmt: skip
+from hqqtrain.dist import full_tensor
+from hqqtrain.models import is_adapter
+from hqqtrain.train.prepare import Built, Plan
+from hqqtrain.train.record import Record
+from hqqtrain.train.session import Session
+
+Tensors = Iterator[tuple[str, Tensor]]
+
+
+def save_packed(plan: Plan, built: Built, session: Session, folder: Path) -> None:
+    """Writes `quantized/`. Collective."""
+    _write(
+        model_tensors(built.model, gather=full_tensor),
+        lambda tensors: save_quantized(
+            tensors, folder, hf_config=plan.hf_config, settings=built.settings,
+            source=plan.source.path,
+        ),
+        session,
+    )  # fmt: skip
+
+
+def save_dense(plan: Plan, built: Built, session: Session, folder: Path) -> None:
+    """Writes dense weights, the adapter merged in, for any tool that knows the model. Collective."""
+    packed = model_tensors(built.model, gather=full_tensor)
+    dense = dense_tensors(
+        packed, built.settings, plan.start, dtype=session.dtype, device=session.device
+    )
+    _write(
+        dense,
+        lambda tensors: export_dense(
+            tensors, folder, hf_config=plan.hf_config, source=plan.source.path, dtype=session.dtype
+        ),
+        session,
+    )
+
+
+def save_adapter_of(plan: Plan, built: Built, session: Session, record: Record) -> None:
+    """Writes `adapter/`, stock PEFT with full tensors. Collective."""
+    state = {}
+    for name, param in built.model.named_parameters():
+        if is_adapter(name):
+            state[name.replace(".default.", ".")] = full_tensor(param).cpu()
+    if session.processes.is_main:
+        assert plan.lora is not None
+        save_adapter(state, plan.lora, record.path("adapter"), card=_card(plan, record))
+    session.processes.barrier()
+
+
+def _write(tensors: Tensors, write: Callable[[Tensors], object], session: Session) -> None:
+    if session.processes.is_main:
+        write(tensors)
+    else:
+        for _ in tensors:
+            pass
+    session.processes.barrier()
+
+
+def _card(plan: Plan, record: Record) -> AdapterCard:
+    made = record.summary.parts["quantize"]
+    keys = ("fingerprint", "nbits", "group_size", "axis", "solver", "bits_per_weight")
+    return AdapterCard(
+        base=plan.source.name, revision=record.config.model.revision, figures=record.figures(),
+        **{key: made[key] for key in keys},
+    )  # fmt: skip

@@ -1,0 +1,89 @@
+"""What every task of a run shares: the processes, the device, the precision, the strategy."""
+
+import resource
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from hqqtrain.config import RunConfig, UserError
+from hqqtrain.dist import Processes, choose_storage, choose_strategy
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Session:
+    """Made once per process, after the configuration was checked.
+
+    `precision` is the dtype of matrix products (`train.precision`), `storage` that of W_q.
+    """
+
+    config: RunConfig
+    accelerator: Accelerator
+    processes: Processes
+    strategy: str
+    precision: str
+    storage: torch.dtype
+
+    @classmethod
+    def start(cls, config: RunConfig) -> "Session":
+        """Joins the process group, if there is one, and decides what `auto` means here.
+
+        Raises:
+            UserError: settings that do not fit the machine or the number of processes.
+        """
+        cuda = torch.cuda.is_available()
+        precision = config.train.precision
+        if precision == "auto":
+            precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+        if precision == "fp16" and not cuda:
+            raise UserError("train.precision=fp16: needs a GPU; on a CPU use fp32 or bf16.")
+        accelerator = Accelerator(
+            cpu=not cuda, mixed_precision="no" if precision == "fp32" else precision
+        )
+        processes = Processes(
+            accelerator.process_index, accelerator.num_processes, accelerator.device
+        )
+        _check_batch(config, processes.size)
+        strategy = choose_strategy(config.parallel.strategy, processes.size)
+        storage = choose_storage(config.quant.storage, strategy)
+        return cls(config, accelerator, processes, strategy, precision, storage)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of unquantized weights and of matrix products."""
+        return DTYPES[self.precision]
+
+    @property
+    def device(self) -> torch.device:
+        return self.processes.device
+
+    def autocast(self) -> AbstractContextManager:
+        """Matrix products in `precision`, as in training."""
+        return self.accelerator.autocast()
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+
+    def peak_memory_gib(self) -> float:
+        """The largest memory any rank has held so far, GiB: of the GPU, else of the process."""
+        return max(self.processes.gather(_peak_bytes(self.device))) / 2**30
+
+
+def _check_batch(config: RunConfig, world_size: int) -> None:
+    if config.train.global_batch_size % world_size:
+        raise UserError(
+            f"train.global_batch_size={config.train.global_batch_size}: must be a multiple of the "
+            f"{world_size} processes."
+        )
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

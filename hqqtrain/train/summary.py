@@ -1,0 +1,117 @@
+"""The final figures of a run: `summary.json`, schema 1, and the table at the end."""
+
+from dataclasses import astuple, replace
+from typing import Any
+
+from hqqtrain.ckpt import versions
+from hqqtrain.models import base_tensors, is_packed
+from hqqtrain.nn import HQQLinear
+from hqqtrain.track import ResultRow
+from hqqtrain.train.evaluation import Measured
+from hqqtrain.train.loop import Trained
+from hqqtrain.train.prepare import Built, Plan
+from hqqtrain.train.session import Session
+
+GIB = 2**30
+_ROWS = {"full_precision": "full precision", "quantized": "quantized", "final": "trained"}
+
+
+class Summary:
+    """Filled part by part while the run goes on; parts a task does not run stay absent."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.parts: dict[str, Any] = {"schema": 1, "run": self._run()}
+        self._rows = {part: ResultRow(name) for part, name in _ROWS.items()}
+
+    def quantized(self, plan: Plan, built: Built) -> None:
+        """Facts of the packed model; errors are absent where it came packed. Collective."""
+        layers = [m for m in built.model.modules() if isinstance(m, HQQLinear)]
+        weights = sum(m.out_features * m.in_features for m in layers)
+        packed = sum(m.packed_bytes for m in layers)
+        facts = self._settings(built) | {
+            "bits_per_weight": 8 * packed / weights,
+            "seconds": built.seconds,
+            "weights": weights,
+            "source_bytes": plan.reader.total_bytes,
+            "bytes_read": built.bytes_read,
+            "peak_memory_gib": self.session.peak_memory_gib(),
+            "fingerprint": built.settings.fingerprint,
+        }
+        if built.relative_error is not None:
+            facts["relative_error"] = built.relative_error
+        self.parts["quantize"] = facts
+        self._sizes(plan, built, packed, facts["bits_per_weight"])
+
+    def evaluated(self, dataset: str, part: str, measured: Measured) -> None:
+        """Figures of `part`, `quantized` or `final`, and of full precision beside it."""
+        found = self.parts.setdefault("eval", {})
+        found |= {"dataset": dataset, "tokens": measured.tokens}
+        if measured.reference_perplexity is not None:
+            found["full_precision"] = {"perplexity": measured.reference_perplexity}
+            self._row("full_precision", perplexity=measured.reference_perplexity, kl=0.0)
+        found[part] = {"perplexity": measured.perplexity}
+        if measured.kl is not None:
+            found[part]["kl"] = measured.kl
+        self._row(part, perplexity=measured.perplexity, kl=measured.kl)
+
+    def reference_read(self, bytes_read: int) -> None:
+        """Weight bytes read for the full-precision model, which are counted apart."""
+        self.parts.setdefault("eval", {})["bytes_read"] = bytes_read
+
+    def trained(self, done: Trained, trainable: int) -> None:
+        """Figures of the training; `trainable`: parameters over all ranks. Collective."""
+        self.parts["train"] = {
+            "steps": done.steps,
+            "tokens": done.tokens,
+            "seconds": done.seconds,
+            "tokens_per_second": done.tokens / done.seconds if done.seconds else 0.0,
+            "peak_memory_gib": self.session.peak_memory_gib(),
+            "trainable_parameters": trainable,
+            "loss": done.loss,
+        }
+        base = self._rows["quantized"]
+        self._row(
+            "final", seconds=done.seconds, bits_per_weight=base.bits_per_weight,
+            gib=(base.gib or 0) + 4 * trainable / GIB,
+        )  # fmt: skip
+
+    def rows(self) -> list[ResultRow]:
+        """Lines of the final table: what was made or measured."""
+        return [row for row in self._rows.values() if any(v is not None for v in astuple(row)[1:])]
+
+    def _run(self) -> dict[str, Any]:
+        session, config = self.session, self.session.config
+        return {
+            "name": config.run_name(),
+            "recipe": config.recipe or "",
+            "task": config.task,
+            "strategy": session.strategy,
+            "world_size": session.processes.size,
+            "device": session.device_name,
+            "versions": versions(),
+        }
+
+    def _settings(self, built: Built) -> dict[str, Any]:
+        """The settings most layers have: quant.* or, of a packed checkpoint, its own."""
+        keys = ("nbits", "group_size", "axis", "solver")
+        found = [tuple(getattr(m, k) for k in keys) for m in built.settings.modules.values()]
+        return dict(zip(keys, max(set(found), key=found.count), strict=True))
+
+    def _sizes(self, plan: Plan, built: Built, packed: int, bits: float) -> None:
+        """Bits of a quantized weight and GiB of the whole model, before and after."""
+        dense = sum(
+            tensor.numel() * tensor.element_size()
+            for _, module, leaf, tensor in base_tensors(built.model)
+            if not is_packed(module, leaf)
+        )
+        if not plan.packed:
+            name = next(iter(built.settings.modules))
+            source_bits = 8 * plan.reader.dtype(f"{name}.weight").itemsize
+            gib = plan.reader.total_bytes / GIB
+            self._row("full_precision", bits_per_weight=source_bits, gib=gib)
+        seconds = None if plan.packed else built.seconds
+        self._row("quantized", bits_per_weight=bits, gib=(dense + packed) / GIB, seconds=seconds)
+
+    def _row(self, part: str, **values: Any) -> None:
+        self._rows[part] = replace(self._rows[part], **values)

@@ -1,0 +1,130 @@
+"""The tasks of `task=`: each reads as the story of what it does.
+
+Every rank runs them alike; files, trackers and the console belong to the main rank, behind
+`Record`. Whatever can be wrong with the user's input is found before anything is written.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from hqqtrain.config import RunConfig, UserError
+from hqqtrain.data import Sequences, evaluation_set, pack, training_texts
+from hqqtrain.dist import relaunch_if_ranks_were_lost
+from hqqtrain.models import available, check_fits, estimate, load_tokenizer, oom_advice
+from hqqtrain.train.loop import Trainer
+from hqqtrain.train.measure import Scale
+from hqqtrain.train.prepare import Built, Plan, build, make_plan
+from hqqtrain.train.record import Record
+from hqqtrain.train.save import save_adapter_of, save_dense, save_packed
+from hqqtrain.train.session import Session
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, command: list[str]) -> int:
+    """Runs `config.task` to its end and returns the exit code; 0 at once where it is done.
+
+    Raises:
+        UserError: the configuration or the data are at fault (exit code 2).
+    """
+    relaunch_if_ranks_were_lost(command[3:])
+    session = Session.start(config)
+    with Record(session, command) as record:
+        if not record.is_done():
+            try:
+                _TASKS[config.task](session, record)
+            except torch.OutOfMemoryError as error:
+                raise UserError(f"{oom_advice(config)} ({error})") from error
+    return 0
+
+
+def finetune(session: Session, record: Record) -> None:
+    """Quantize, adapt, train, measure, save."""
+    config = session.config
+    plan = make_plan(session, adapt=True)
+    training, held_out = _training_data(plan, config), _held_out(plan, config)
+    _check_resources(plan, session)
+    built = _build(plan, session, record)
+    if config.quant.save:
+        save_packed(plan, built, session, record.path("quantized"))
+    scale = Scale(plan, built, held_out, session, record)
+    scale.measure("quantized", adapted=False)
+    trainer = Trainer(config, built.model, training, session)
+    with record.training(trainer.steps):
+        for step, metrics in trainer.run():
+            record.step(step, metrics)
+            if config.eval.every and step % config.eval.every == 0 and step < trainer.steps:
+                scale.measure_between()
+    record.trained(trainer.done, trainer.parameters)
+    scale.measure("final", adapted=True)
+    save_adapter_of(plan, built, session, record)
+
+
+def quantize(session: Session, record: Record) -> None:
+    """Quantize and save."""
+    plan = make_plan(session, adapt=False)
+    _check_resources(plan, session)
+    built = _build(plan, session, record)
+    save_packed(plan, built, session, record.path("quantized"))
+
+
+def evaluate(session: Session, record: Record) -> None:
+    """Measure a model as it is: quantized now or before, and with its adapter if there is one."""
+    plan = make_plan(session, adapt=False)
+    held_out = _held_out(plan, session.config)
+    _check_resources(plan, session)
+    built = _build(plan, session, record)
+    scale = Scale(plan, built, held_out, session, record)
+    scale.measure("quantized", adapted=False)
+    if plan.start is not None:
+        scale.measure("final", adapted=True)
+
+
+def export(session: Session, record: Record) -> None:
+    """Write dense weights, dequantized and merged with the adapter, as a Hugging Face folder."""
+    plan = make_plan(session, adapt=False)
+    _check_resources(plan, session)
+    built = _build(plan, session, record)
+    save_dense(plan, built, session, record.path("export"))
+
+
+def _build(plan: Plan, session: Session, record: Record) -> Built:
+    with record.quantizing(plan) as on_layer:
+        built = build(plan, session, on_layer=on_layer)
+    record.quantized(plan, built)
+    return built
+
+
+_TASKS = {"finetune": finetune, "quantize": quantize, "eval": evaluate, "export": export}
+
+
+def _training_data(plan: Plan, config: RunConfig) -> Sequences:
+    tokenizer = load_tokenizer(plan.source.path)
+    texts = training_texts(config.data, config.eval)
+    return pack(
+        texts, tokenizer, max_seq_len=config.train.max_seq_len, packing=config.train.packing
+    )
+
+
+def _held_out(plan: Plan, config: RunConfig) -> Sequences | None:
+    tokenizer = load_tokenizer(plan.source.path)
+    return evaluation_set(config.eval, config.data, tokenizer, config.train.max_seq_len)
+
+
+def _check_resources(plan: Plan, session: Session) -> None:
+    """Refuses what cannot fit, warns of what may not."""
+    config, processes = session.config, session.processes
+    needs = estimate(
+        config, plan.model, dtype=session.dtype, world_size=processes.size,
+        strategy=session.strategy,
+    )  # fmt: skip
+    free = available(session.device, Path(config.run.root))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    for warning in check_fits(needs, free, config, local_ranks=local_ranks):
+        if processes.is_main:
+            logger.warning(warning)
+    if processes.is_main:
+        logger.info("estimate: %s", needs)

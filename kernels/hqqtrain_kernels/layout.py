@@ -1,0 +1,85 @@
+"""Where every code of a quantized weight lies: the one definition that all packages share.
+
+A weight [out_features, in_features] is cut into `units` of whole groups, dimension 0 of W_q,
+scale and zero alike, and every unit is packed on its own. So a slice of units of the packed
+tensors is the packed slice of the weight: sharding, streaming and saving need nothing else.
+hqq's own layout pairs distant rows in one byte and cannot be sliced.
+"""
+
+from dataclasses import dataclass, replace
+
+LAYOUT_VERSION = 1
+
+TILE_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one weight [out_features, in_features] is cut into groups and packed.
+
+    axis 1: a group is `group_size` neighbours of a row; a unit is a row.
+    axis 0: a group runs down a column, as in hqq, through the rows r, r + out/g, r + 2 out/g ...;
+    a unit is that class r of rows, stored [in_features, group_size], a column's codes adjacent.
+
+    Raises ValueError for what cannot be cut: sizes below one, a `group_size` that does not
+    divide the axis it runs along, another `nbits` or `axis`.
+    """
+
+    out_features: int
+    in_features: int
+    nbits: int
+    group_size: int
+    axis: int
+
+    def __post_init__(self) -> None:
+        if self.nbits not in (8, 4, 3, 2, 1):
+            raise ValueError(f"nbits={self.nbits}: allowed are 8, 4, 3, 2, 1")
+        if self.axis not in (0, 1):
+            raise ValueError(f"axis={self.axis}: allowed are 0 and 1")
+        if min(self.out_features, self.in_features, self.group_size) < 1:
+            raise ValueError(f"sizes must be at least 1: {self}")
+        length = self.in_features if self.axis == 1 else self.out_features
+        if length % self.group_size:
+            raise ValueError(f"group_size={self.group_size}: does not divide {length}")
+
+    @property
+    def units(self) -> int:
+        """Dimension 0 of W_q, scale and zero: rows (axis 1) or classes of rows (axis 0)."""
+        return self.out_features if self.axis == 1 else self.out_features // self.group_size
+
+    @property
+    def row_codes(self) -> int:
+        """Codes of one unit."""
+        return self.in_features * (1 if self.axis == 1 else self.group_size)
+
+    @property
+    def groups(self) -> int:
+        """Groups of one unit: dimension 1 of scale and zero."""
+        return self.row_codes // self.group_size
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one packed unit, a multiple of 16."""
+        return packed_bytes(self.row_codes, self.nbits)
+
+    def rows_of(self, start: int, stop: int) -> list[slice]:
+        """The rows of the weight that units `start` to `stop` hold, as slices in their order."""
+        if self.axis == 1:
+            return [slice(start, stop)]
+        firsts = range(0, self.out_features, self.units)
+        return [slice(first + start, first + stop) for first in firsts]
+
+    def slice(self, start: int, stop: int) -> "Layout":
+        """The layout of units `start` to `stop` alone, a weight of just `rows_of` them."""
+        rows = (stop - start) * (self.out_features // self.units)
+        return replace(self, out_features=rows)
+
+
+def planes(nbits: int) -> tuple[int, ...]:
+    """The bit widths that a code is stored in: 3 bits are the low two and, apart, the top one."""
+    return (2, 1) if nbits == 3 else (nbits,)
+
+
+def packed_bytes(codes: int, nbits: int) -> int:
+    """Bytes of `codes` packed codes, every plane padded to whole 16-byte tiles."""
+    return sum(-(-codes * width // (8 * TILE_BYTES)) * TILE_BYTES for width in planes(nbits))

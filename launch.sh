@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Sets up .venv (once) and runs hqqtrain on whatever this machine has.
+#   ./launch.sh                             the default recipe, tiny_2bit
+#   ./launch.sh recipe=NAME key=value ...   any recipe, on all GPUs; --help lists recipes and keys
+#   ./launch.sh test [pytest arguments]     the test suite
+# Variables: NPROC (processes on this machine; default: its GPUs), NNODES, NODE_RANK, MASTER_ADDR,
+# MASTER_PORT, OMP_NUM_THREADS, HQQTRAIN_PYTHON (the Python that makes .venv; 3.11 or newer).
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+venv="$here/.venv" python="$here/.venv/bin/python"
+
+die() { echo "launch.sh: $1" >&2; exit 1; }
+
+find_python() { # prints the first Python that will do
+  local candidates=(python3 python3.13 python3.12 python3.11) candidate
+  [[ -z ${HQQTRAIN_PYTHON:-} ]] || candidates=("$HQQTRAIN_PYTHON")
+  for candidate in "${candidates[@]}"; do
+    if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
+      2>/dev/null; then echo "$candidate"; return; fi
+  done
+  die "needs Python 3.11 or newer with venv and pip; none of these will do: ${candidates[*]}.
+Install one, or name yours: HQQTRAIN_PYTHON=/path/to/python3 ./launch.sh"
+}
+
+install() { "$python" -m pip install -qq --disable-pip-version-check -c "$here/constraints.txt" "$@"; }
+
+install_all() { # install_all EXTRA: torch first, so that what is built later finds it
+  local base
+  if [[ ! -x $python ]]; then base="$(find_python)"; "$base" -m venv "$venv"; fi
+  install "torch>=2.11,<2.14"
+  install -e "$here$1"
+  DS_BUILD_OPS=0 install --no-build-isolation deepspeed >"$venv/deepspeed.log" 2>&1 ||
+    echo "launch.sh: deepspeed does not build here; see .venv/deepspeed.log. Going on." >&2
+}
+
+is_ready() { # is_ready STAMP...: one of them is that of today's files
+  local stamp
+  for stamp in "$@"; do [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]] || return 0; done
+  return 1
+}
+
+set_up() { # set_up run|test; one process at a time, also of several nodes on a shared disk
+  wanted="$here $(cat "$here/pyproject.toml" "$here/constraints.txt" | cksum)"
+  local stamps=("$venv/.ready-test") extra="[test]"
+  [[ $1 == test ]] || { stamps+=("$venv/.ready-run"); extra=""; }
+  if is_ready "${stamps[@]}"; then return; fi
+  mkdir -p "$venv"
+  exec 9>"$venv/.lock"
+  if command -v flock >/dev/null; then flock 9; fi
+  if ! is_ready "${stamps[@]}"; then
+    echo "launch.sh: setting up $venv, once; this takes some minutes." >&2
+    install_all "$extra"
+    echo "$wanted" >"$venv/.ready-$1"
+  fi
+  exec 9>&-
+}
+
+run_tests() {
+  cd "$here"
+  export PATH="$venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  ruff check .
+  ruff format --check .
+  mypy
+  lint-imports
+  shellcheck launch.sh .ci/run
+  exec "$python" -m pytest -n 2 "$@"
+}
+
+count_gpus() {
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES"
+  else nvidia-smi -L 2>/dev/null || true; fi | grep -c '^[0-9GM]' || true
+}
+
+has_flag() { local word; for word; do [[ $word != -* ]] || return 0; done; return 1; }
+
+launch() { # many processes; the exit code is the run's own, which launchers turn into 1
+  local checked cores pid code=0
+  checked="$("$python" -m hqqtrain --check "$@")" || exit "$?"
+  [[ $checked != "sweep of "* ]] || exec "$python" -m hqqtrain "$@"
+  ((nnodes == 1)) || [[ -n ${NODE_RANK:-} && -n ${MASTER_ADDR:-} ]] ||
+    die "NNODES=$nnodes: set NODE_RANK (0 to $((nnodes - 1))) and MASTER_ADDR on every node."
+  cores="$(getconf _NPROCESSORS_ONLN)" HQQTRAIN_EXIT_CODE="$(mktemp)"
+  export HQQTRAIN_EXIT_CODE OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}"
+  # --multi_gpu is accelerate's launcher of many processes, on a CPU as well
+  "$python" -m accelerate.commands.launch --multi_gpu --num_machines "$nnodes" \
+    --num_processes "$((nproc * nnodes))" --machine_rank "${NODE_RANK:-0}" \
+    --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --mixed_precision no --dynamo_backend no \
+    --main_process_port "${MASTER_PORT:-$((nnodes > 1 ? 29500 : 0))}" -m hqqtrain "$@" &
+  pid=$!
+  trap 'kill -TERM "$pid" 2>/dev/null || true' TERM INT
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid" && code=0 || code=$?; done
+  ((code == 0)) || code="$(cat "$HQQTRAIN_EXIT_CODE")"
+  rm -f "$HQQTRAIN_EXIT_CODE"
+  exit "${code:-1}"
+}
+
+if [[ ${1:-} == test ]]; then shift; set_up test; run_tests "$@"; fi
+set_up run
+[[ " $* " == *" recipe="* ]] || set -- recipe=tiny_2bit "$@"
+export HQQTRAIN_LAUNCHER="$here/launch.sh"
+nnodes="${NNODES:-1}" nproc="${NPROC:-$(count_gpus)}"
+((nproc > 0)) || nproc=1
+if ((nproc * nnodes == 1)) || has_flag "$@"; then exec "$python" -m hqqtrain "$@"; fi
+launch "$@"

@@ -1,0 +1,274 @@
+"""launch.sh with a stand-in for Python: what it installs, when, what it starts, what it returns.
+
+Only `-m pip` and `-m venv` are played; the command line and `accelerate launch` are the real ones
+where a test says so.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PYTHON = """#!/bin/sh
+case "$*" in
+  "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+  "-m pip "*deepspeed*) echo "$@" >>"$LOG"; exit "${DEEPSPEED:-0}" ;;
+  "-m pytest"*|"-m pip "*) echo "$@" >>"$LOG" ;;
+  "-m accelerate"*)
+    echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $@" >>"$LOG"
+    if [ -n "${REAL:-}" ]; then exec "$REAL_PYTHON" "$@"; fi ;;
+  "-m hqqtrain --check"*) exec "$REAL_PYTHON" "$@" ;;
+  "-m hqqtrain"*) echo "$@" >>"$LOG" ;;
+  *) exec "$REAL_PYTHON" "$@" ;;
+esac
+"""
+TASK = """
+import os, sys, types
+
+def run(config, command):
+    sys.stdout.write(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\\n")
+    if config.train.seed == 7:
+        raise RuntimeError("a defect")
+    found_it = os.environ["RANK"] == "1"
+    return {1: 3, 2: 2 if found_it else 1}.get(config.train.seed, 0)
+
+tasks = types.ModuleType("hqqtrain.train.tasks")
+tasks.run = run
+sys.modules["hqqtrain.train"] = types.ModuleType("hqqtrain.train")
+sys.modules["hqqtrain.train.tasks"] = tasks
+"""
+
+
+@dataclass
+class Checkout:
+    """A copy of what launch.sh needs, and the words that its Python was called with."""
+
+    folder: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    def launch(self, *words: str, **env: str) -> subprocess.CompletedProcess:
+        (self.folder / "log").unlink(missing_ok=True)
+        return subprocess.run(
+            [self.folder / "launch.sh", *words],
+            cwd=self.folder,
+            env={**self.env, **env},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    @property
+    def calls(self) -> list[str]:
+        log = self.folder / "log"
+        return log.read_text().splitlines() if log.exists() else []
+
+    def program(self, name: str, text: str) -> None:
+        """An executable of the virtual environment, which is searched first."""
+        file = self.folder / ".venv" / "bin" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"#!/bin/sh\n{text}\n")
+        file.chmod(0o755)
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Checkout:
+    folder = tmp_path / "a checkout"
+    folder.mkdir()
+    for name in ("launch.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    python = folder / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    (folder / "fake").mkdir()
+    (folder / "fake" / "sitecustomize.py").write_text(TASK)
+    unset = ("RANK", "WORLD_SIZE", "NPROC", "NNODES", "OMP_NUM_THREADS", "MASTER_PORT")
+    env = {k: v for k, v in os.environ.items() if k not in unset}
+    env |= {
+        "HQQTRAIN_PYTHON": str(python),
+        "REAL_PYTHON": sys.executable,
+        "LOG": str(folder / "log"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(folder / "fake"), env.get("PYTHONPATH", "")]),
+    }
+    return Checkout(folder, env)
+
+
+@pytest.fixture
+def ready(checkout) -> Checkout:
+    """A checkout that has been set up."""
+    assert checkout.launch("--version").returncode == 0
+    return checkout
+
+
+def _pip(calls: list[str]) -> list[str]:
+    return [call.split("constraints.txt ")[1] for call in calls if call.startswith("-m pip")]
+
+
+def test_the_first_time_it_installs_torch_first_and_everything_with_constraints(checkout):
+    done = checkout.launch()
+    assert done.returncode == 0
+    assert _pip(checkout.calls) == [
+        "torch>=2.11,<2.14",
+        f"-e {checkout.folder}",
+        "--no-build-isolation deepspeed",
+    ]
+    assert "setting up" in done.stderr
+    assert checkout.calls[-1] == "-m hqqtrain recipe=tiny_2bit"
+
+
+def test_the_second_time_it_installs_nothing_and_says_nothing(ready):
+    done = ready.launch()
+    assert ready.calls == ["-m hqqtrain recipe=tiny_2bit"]
+    assert done.stderr == ""
+
+
+def test_the_second_time_is_instant(ready):
+    ready.program("python", "exit 0")
+    seconds = []
+    for _ in range(5):
+        began = time.monotonic()
+        ready.launch("--version")
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 0.3
+
+
+def test_other_constraints_and_another_folder_set_up_anew(ready, tmp_path):
+    with (ready.folder / "constraints.txt").open("a") as file:
+        file.write("# changed\n")
+    ready.launch()
+    assert len(_pip(ready.calls)) == 3
+    moved = Checkout(ready.folder.rename(tmp_path / "moved"), ready.env)
+    moved.env["LOG"] = str(moved.folder / "log")
+    moved.launch()
+    assert len(_pip(moved.calls)) == 3
+
+
+def test_an_interrupted_set_up_is_done_again(checkout):
+    checkout.program("python", 'case "$*" in *torch*) exit 1;; esac')
+    assert checkout.launch().returncode == 1
+    (checkout.folder / ".venv" / "bin" / "python").unlink()
+    assert checkout.launch().returncode == 0
+    assert len(_pip(checkout.calls)) == 3
+
+
+def test_without_deepspeed_it_goes_on(checkout):
+    done = checkout.launch(DEEPSPEED="1")
+    assert done.returncode == 0
+    assert "deepspeed does not build here" in done.stderr
+    checkout.launch()
+    assert _pip(checkout.calls) == []
+
+
+def test_no_python_that_will_do(checkout):
+    done = checkout.launch(HQQTRAIN_PYTHON="/bin/false")
+    assert done.returncode == 1
+    assert "needs Python 3.11 or newer" in done.stderr
+    assert "/bin/false" in done.stderr
+
+
+def test_the_arguments_arrive_as_they_are(ready):
+    ready.launch("recipe=mine", "data.source='my file.txt'", "quant.overrides={*.o_proj:null}")
+    assert ready.calls == [
+        "-m hqqtrain recipe=mine data.source='my file.txt' quant.overrides={*.o_proj:null}"
+    ]
+
+
+def test_keys_without_a_recipe_belong_to_the_default_one(ready):
+    ready.launch("quant.nbits=3")
+    assert ready.calls == ["-m hqqtrain recipe=tiny_2bit quant.nbits=3"]
+
+
+def test_the_test_command_checks_in_order_and_ends_with_pytest(checkout):
+    for name in ("ruff", "mypy", "lint-imports", "shellcheck"):
+        checkout.program(name, f'echo "{name} $*" >>"$LOG"')
+    shutil.copy(checkout.folder / "python", checkout.folder / ".venv" / "bin" / "python")
+    assert checkout.launch("test", "-k", "one").returncode == 0
+    assert _pip(checkout.calls)[1] == f"-e {checkout.folder}[test]"
+    assert [call.strip() for call in checkout.calls[3:]] == [
+        "ruff check .",
+        "ruff format --check .",
+        "mypy",
+        "lint-imports",
+        "shellcheck launch.sh .ci/run",
+        "-m pytest -n 2 -k one",
+    ]
+    assert checkout.launch("--version").returncode == 0
+    assert _pip(checkout.calls) == [], "what serves the tests serves a run"
+    checkout.program("ruff", "exit 1")
+    assert checkout.launch("test").returncode == 1
+    assert checkout.calls == []
+
+
+@pytest.mark.parametrize(
+    ("env", "processes"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,1,3"}, 3),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-a1,GPU-b2"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,3", "NPROC": "2"}, 2),
+        ({"NPROC": "2"}, 2),
+    ],
+)
+def test_several_processes_go_through_accelerate(ready, env, processes):
+    assert ready.launch("recipe=tiny_2bit", **env).returncode == 0
+    (call,) = ready.calls
+    assert "-m accelerate.commands.launch --multi_gpu --num_machines 1" in call
+    assert f"--num_processes {processes} " in call
+    assert call.endswith("-m hqqtrain recipe=tiny_2bit")
+    threads = int(call.split()[0].partition("=")[2])
+    assert threads == max(1, (os.cpu_count() or 1) // processes)
+
+
+@pytest.mark.parametrize("devices", ["", "-1", "0"])
+def test_one_gpu_or_none_is_one_process(ready, devices):
+    ready.launch("recipe=tiny_2bit", CUDA_VISIBLE_DEVICES=devices)
+    assert ready.calls == ["-m hqqtrain recipe=tiny_2bit"]
+
+
+def test_gpus_are_counted(ready):
+    ready.program("nvidia-smi", r'printf "GPU 0: X (UUID: a)\n  MIG 1g: y\nGPU 1: X (UUID: b)\n"')
+    ready.env["PATH"] = f"{ready.folder / '.venv' / 'bin'}{os.pathsep}{ready.env['PATH']}"
+    del ready.env["CUDA_VISIBLE_DEVICES"]
+    ready.launch("recipe=tiny_2bit")
+    assert "--num_processes 2 " in ready.calls[0]
+
+
+def test_several_nodes(ready):
+    env = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "2950"}
+    ready.launch("recipe=tiny_2bit", NPROC="4", **env)
+    for part in ("--num_machines 2", "--num_processes 8", "--machine_rank 1"):
+        assert part in ready.calls[0]
+    assert "--main_process_ip first" in ready.calls[0]
+    assert "--main_process_port 2950" in ready.calls[0]
+    done = ready.launch("recipe=tiny_2bit", NNODES="2")
+    assert done.returncode == 1
+    assert "set NODE_RANK (0 to 1) and MASTER_ADDR" in done.stderr
+
+
+def test_a_mistake_is_told_once_before_anything_is_launched(ready):
+    done = ready.launch("recipe=tiny_2bit", "quant.nbit=3", NPROC="2")
+    assert done.returncode == 2
+    assert ready.calls == []
+    assert len(done.stderr.splitlines()) == 1
+    assert "Did you mean 'quant.nbits'?" in done.stderr
+
+
+def test_a_sweep_is_one_process_that_launches_its_jobs(ready):
+    for words in (["recipe=sweep_bits"], ["recipe=tiny_2bit", "-m", "quant.nbits=2,3"]):
+        ready.launch(*words, NPROC="2")
+        assert ready.calls == [f"-m hqqtrain {' '.join(words)}"]
+
+
+@pytest.mark.parametrize(("seed", "code"), [(0, 0), (1, 3), (2, 2), (7, 1)])
+def test_the_exit_code_survives_accelerate(ready, seed, code):
+    """Two real processes under the real launcher; for seed 2 only rank 1 knows the reason."""
+    done = ready.launch("recipe=tiny_2bit", f"train.seed={seed}", NPROC="2", REAL="1")
+    assert done.returncode == code, done.stderr
+    if code == 0:
+        assert sorted(done.stdout.split("\n"))[1:] == ["rank 0 of 2", "rank 1 of 2"]

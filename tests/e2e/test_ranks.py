@@ -1,0 +1,65 @@
+"""One process and two: one run directory, one fingerprint, one loss curve, the same files."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from e2e.runs import QUICK, Finished, free_port, run
+from safetensors.torch import load_file
+
+EXACT = (*QUICK, "train.precision=fp32", "adapter.dropout=0")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    done = run(*EXACT, root=tmp_path_factory.mktemp("alone") / "runs")
+    assert done.code == 0, done.output
+    return done
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_walk_the_path_of_one(alone: Finished, tmp_path: Path, strategy: str):
+    two = run(*EXACT, f"parallel.strategy={strategy}", root=tmp_path / "runs", processes=2)
+    assert two.code == 0, two.output
+    facts, quantize = two.summary["run"], two.summary["quantize"]
+    assert (facts["strategy"], facts["world_size"]) == (strategy, 2)
+    assert quantize["fingerprint"] == alone.summary["quantize"]["fingerprint"]
+    # Each weight was read once in all, by one rank or the other.
+    assert quantize["bytes_read"] == alone.summary["quantize"]["bytes_read"]
+    assert len(alone.losses()) == 4
+    assert two.losses() == pytest.approx(alone.losses(), abs=1e-4)
+    for part in ("full_precision", "quantized", "final"):
+        expected = alone.summary["eval"][part]["perplexity"]
+        assert two.summary["eval"][part]["perplexity"] == pytest.approx(expected, rel=1e-3)
+    _check_same_files(two.directory, alone.directory)
+
+
+def _check_same_files(ours: Path, theirs: Path) -> None:
+    for file in ("quantized/model.safetensors", "adapter/adapter_model.safetensors"):
+        left, right = load_file(ours / file), load_file(theirs / file)
+        assert left.keys() == right.keys()
+        for name, tensor in left.items():
+            if "lora_" in name:
+                torch.testing.assert_close(tensor, right[name], atol=1e-3, rtol=1e-3)
+            else:
+                assert torch.equal(tensor.view(torch.uint8), right[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("group_size,axis", [("64", 0), ("null", 0), ("32", 1)])
+def test_any_sharding_gives_the_same_bits(tmp_path: Path, group_size: str, axis: int):
+    words = (*QUICK, "task=quantize", f"quant.group_size={group_size}", f"quant.axis={axis}")
+    one = run(*words, root=tmp_path / "one" / "runs")
+    three = run(*words, root=tmp_path / "three" / "runs", processes=3)
+    assert one.code == three.code == 0, one.output + three.output
+    assert one.summary["quantize"]["fingerprint"] == three.summary["quantize"]["fingerprint"]
+
+
+def test_accelerate_launch_gives_both_processes_on_a_cpu(tmp_path: Path):
+    accelerate = shutil.which("accelerate", path=str(Path(sys.executable).parent))
+    port = ["--num_machines", "1", "--main_process_port", str(free_port())]
+    launcher = [str(accelerate), "launch", "--num_processes", "2", *port, "--mixed_precision", "no"]
+    two = run(*QUICK, "task=quantize", root=tmp_path / "runs", launcher=launcher)
+    assert two.code == 0, two.output
+    assert two.summary["run"]["world_size"] == 2

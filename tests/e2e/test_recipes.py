@@ -1,0 +1,61 @@
+"""Every shipped recipe composes, is sound, says what it is and builds its model, offline."""
+
+import pytest
+import torch
+
+from hqqtrain.compose import compose, jobs, recipe_files
+from hqqtrain.compose.recipes import description
+from hqqtrain.config import RunConfig
+from hqqtrain.models import build_meta, shipped_config
+from hqqtrain.nn import quantize_model
+
+EXPECTED_BILLIONS = {
+    "tiny": (0.004, 0.006),
+    "meta-llama/Meta-Llama-3-8B": (8.0, 8.1),
+    "meta-llama/Meta-Llama-3-70B": (70.0, 71.0),
+}
+
+
+def _configs() -> list:
+    return [
+        pytest.param(compose(words), id=" ".join(words))
+        for name in sorted(recipe_files())
+        for words in jobs([f"recipe={name}"], multirun=False)
+    ]
+
+
+def test_the_recipes_that_are_promised_are_there():
+    promised = {"tiny_2bit", "llama8b_4bit", "llama8b_2bit", "llama70b_2bit", "sweep_bits"}
+    assert promised <= recipe_files().keys()
+
+
+@pytest.mark.parametrize("name", sorted(recipe_files()))
+def test_a_recipe_starts_with_a_line_that_says_what_it_is(name):
+    text = description(recipe_files()[name])
+    assert text.endswith(".")
+    assert 20 < len(text) < 95
+
+
+@pytest.mark.parametrize("config", _configs())
+def test_a_recipe_builds_its_quantized_model_on_meta(config: RunConfig):
+    hf_config = shipped_config(config.model.name_or_path)
+    assert hf_config is not None, "ship its config.json in hqqtrain/models/configs"
+    model = build_meta(hf_config)
+    low, high = EXPECTED_BILLIONS[config.model.name_or_path]
+    assert low < model.num_parameters() / 1e9 < high
+    report = quantize_model(model, config.quant)
+    assert {spec.nbits for spec in report.matched.values()} == {config.quant.nbits}
+    assert len(report.matched) == 7 * hf_config.num_hidden_layers
+    assert all(p.device == torch.device("meta") for p in model.parameters())
+
+
+def test_the_names_say_what_the_recipes_do():
+    for name in recipe_files():
+        if name.endswith("bit"):
+            assert compose([f"recipe={name}"]).quant.nbits == int(name[-4])
+
+
+def test_the_default_recipe_needs_no_network():
+    config = compose(["recipe=tiny_2bit"])
+    sources = (config.model.name_or_path, config.data.source, config.eval.source)
+    assert sources == ("tiny", "python_stdlib", "python_stdlib")

@@ -1,0 +1,94 @@
+"""The shape of the house: what no linter checks."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LONGEST = 300
+MAY_PRINT = ("hqqtrain/cli.py", "hqqtrain/sweep.py", "hqqtrain/track/console.py")
+
+
+def _files(pattern: str, *folders: str) -> list[Path]:
+    found = (file for folder in folders for file in (ROOT / folder).rglob(pattern))
+    return sorted(file for file in found if "__pycache__" not in file.parts)
+
+
+MODULES = _files("*.py", "hqqtrain", "kernels", "scripts")
+EVERY_MODULE = MODULES + _files("*.py", "tests")
+
+
+def _name(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def test_there_is_a_house():
+    assert len(MODULES) > 40
+
+
+@pytest.mark.parametrize("folder", ["kernels", "recipes", "tests", "scripts"])
+def test_folders_that_would_shadow_others_packages_are_no_packages(folder):
+    """`kernels/__init__.py` would hide Hugging Face's `kernels` from transformers."""
+    assert (ROOT / folder).is_dir()
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_no_test_folder_is_a_package():
+    assert _files("__init__.py", "tests") == []
+
+
+@pytest.mark.parametrize("file", MODULES, ids=_name)
+def test_files_are_short(file):
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize("file", EVERY_MODULE, ids=_name)
+def test_every_module_says_why_it_exists(file):
+    assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("file", MODULES, ids=_name)
+def test_only_the_command_line_and_the_console_print(file):
+    if _name(file) in MAY_PRINT or file.is_relative_to(ROOT / "scripts"):
+        return
+    calls = (n for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.Call))
+    lines = [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
+    assert lines == []
+
+
+def test_recipes_hold_recipes_only():
+    assert {file.suffix for file in (ROOT / "recipes").iterdir()} == {".yaml"}
+
+
+def test_the_launcher_is_short_and_can_be_run():
+    launcher = ROOT / "launch.sh"
+    assert launcher.stat().st_mode & 0o111
+    assert len(launcher.read_text(encoding="utf-8").splitlines()) <= 105
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith("./launch.sh test")
+
+
+def _tracked_text() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    names = listed.stdout.splitlines() if listed.returncode == 0 else map(_name, EVERY_MODULE)
+    files = [ROOT / name for name in names if not name.endswith((".safetensors", "tokenizer.json"))]
+    return [file for file in files if file.is_file()]
+
+
+def test_no_path_of_a_machine_and_no_package_index_is_written_down():
+    """What works here must work elsewhere: nothing may lean on one machine's folders."""
+    leaning = re.compile(r"/root/|/home/\w|/opt/\w+/|(extra-)?index-" + r"url|find-" + r"links")
+    found = [
+        f"{file}:{number}"
+        for file in _tracked_text()
+        for number, line in enumerate(file.read_text("utf-8", "replace").splitlines(), 1)
+        if leaning.search(line) and file != Path(__file__)
+    ]
+    assert found == []

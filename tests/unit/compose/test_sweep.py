@@ -1,0 +1,57 @@
+"""Expanding a sweep into the command lines of its jobs."""
+
+import pytest
+
+from hqqtrain.compose import compose, jobs
+from hqqtrain.config import UserError
+
+
+def test_nothing_to_sweep_is_the_command_itself():
+    words = ["recipe=tiny_2bit", "quant.nbits=3"]
+    assert jobs(words, multirun=False) == [words]
+    assert jobs(words, multirun=True) == [words]
+
+
+def test_every_combination_in_order():
+    assert jobs(["quant.nbits=2,3", "task=eval", "quant.group_size=32,null"], multirun=True) == [
+        ["quant.nbits=2", "task=eval", "quant.group_size=32"],
+        ["quant.nbits=2", "task=eval", "quant.group_size=null"],
+        ["quant.nbits=3", "task=eval", "quant.group_size=32"],
+        ["quant.nbits=3", "task=eval", "quant.group_size=null"],
+    ]
+
+
+def test_ranges_and_lists_as_values():
+    assert jobs(["quant.nbits=range(1,4)"], multirun=True) == [
+        [f"quant.nbits={n}"] for n in (1, 2, 3)
+    ]
+    words = jobs(["quant.skip=[lm_head],[lm_head,'*.o_proj']"], multirun=True)
+    assert [compose(job).quant.skip for job in words] == [["lm_head"], ["lm_head", "*.o_proj"]]
+
+
+def test_recipes_can_be_swept_and_bring_their_own_sweeps():
+    found = jobs(["recipe=tiny_2bit,sweep_bits"], multirun=True)
+    assert found[0] == ["recipe=tiny_2bit"]
+    assert found[1:] == [["recipe=sweep_bits", f"quant.nbits={n}"] for n in (4, 3, 2, 1)]
+
+
+def test_a_key_given_on_the_command_line_is_swept_no_more():
+    assert jobs(["recipe=sweep_bits", "quant.nbits=3"], multirun=False) == [
+        ["recipe=sweep_bits", "quant.nbits=3"]
+    ]
+
+
+def test_the_jobs_of_a_sweep_get_a_name_each():
+    names = {compose(job).run_name() for job in jobs(["recipe=sweep_bits"], multirun=False)}
+    assert len(names) == 4
+
+
+def test_several_values_without_asking_for_a_sweep():
+    with pytest.raises(UserError, match="a sweep needs -m"):
+        jobs(["quant.nbits=2,3"], multirun=False)
+
+
+@pytest.mark.parametrize("words", ["quant.nbits=glob(*)", "optim.lr=interval(0,1)"])
+def test_what_has_no_list_of_values_is_refused(words):
+    with pytest.raises(UserError, match="sweep over a list"):
+        jobs([words], multirun=True)

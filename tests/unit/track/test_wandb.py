@@ -1,0 +1,195 @@
+"""W&B for real, offline: what its file holds, without a key, a network, a package, or a future."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from wandb.proto.wandb_internal_pb2 import Record
+
+import hqqtrain
+from hqqtrain.track import WandbTracker
+from hqqtrain.track import wandb as tracker_module
+
+ROOT = Path(hqqtrain.__file__).parents[1]
+CONFIG = {"quant": {"nbits": 2, "group_size": 64}, "model": {"hub_token": "hf_abcdefghijklmnop"}}
+LAYERS = {f"quant/relative_error/model.layers.{i}.mlp.up_proj": 0.1 + i / 100 for i in range(3)}
+SUMMARY = {"schema": 1, "eval": {"final": {"perplexity": 9.5, "kl": 0.2}}, "train": {"loss": 2.2}}
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def records(run_dir: Path) -> list[Record]:
+    """Every record of the one .wandb file under `run_dir`."""
+    (file,) = run_dir.glob("wandb/*run-*/*.wandb")
+    return [Record.FromString(data) for data in leveldb_log(file.read_bytes())]
+
+
+def leveldb_log(content: bytes) -> Iterator[bytes]:
+    """The format of .wandb: LevelDB's log, blocks of 32 KiB, after a header of 7 bytes.
+
+    A chunk has a CRC (4), a length (2) and a type (1: whole, 2: first, 3: middle, 4: last).
+    """
+    assert content[:4] == b":W&B"
+    at, pieces = 7, b""
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", content[at : at + 7])
+        if kind == 0 or at + 7 + length > len(content):
+            return  # a killed writer's last chunk
+        pieces += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield pieces
+            pieces = b""
+
+
+def history(found: list[Record]) -> list[dict]:
+    rows = [r.history for r in found if r.WhichOneof("record_type") == "history"]
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item}
+        for row in rows
+    ]
+
+
+def start(run_dir: Path) -> WandbTracker:
+    tracker = WandbTracker(run_dir, project="hqqtrain-test")
+    tracker.start(CONFIG)
+    return tracker
+
+
+def test_an_offline_run_holds_config_metrics_table_summary_and_plots(tmp_path, capfd):
+    run_dir = tmp_path / "tiny_2bit-abc"
+    run_dir.mkdir()
+    image = picture(tmp_path)
+    tracker = start(run_dir)
+    tracker.log(LAYERS, 0)
+    for step in (1, 2, 3):
+        tracker.log({"train/loss": 3.0 / step, "train/learning_rate": 1e-3}, step)
+    tracker.log({"eval/perplexity": 9.5}, 3)
+    tracker.images({"loss": image})
+    tracker.summary(SUMMARY)
+    tracker.finish(0)
+
+    found = records(run_dir)
+    rows = history(found)
+    losses = {r["train/global_step"]: r["train/loss"] for r in rows if "train/loss" in r}
+    assert losses == {1: 3.0, 2: 1.5, 3: 1.0}
+    assert [r["eval/perplexity"] for r in rows if "eval/perplexity" in r] == [9.5]
+    assert LAYERS.items() <= rows[0].items()
+    assert rows[0]["quant/relative_errors"]["_type"] == "table-file"
+    assert any(r.get("report/loss", {}).get("_type") == "image-file" for r in rows)
+
+    text = str(found)
+    assert "eval.final.perplexity" in text
+    assert '"nbits"' in text
+    assert "hf_abcdefghijklmnop" not in text
+    assert [r.exit.exit_code for r in found if r.WhichOneof("record_type") == "exit"] == [0]
+    (run,) = [r.run for r in found if r.WhichOneof("record_type") == "run"]
+    assert (run.display_name, run.project) == ("tiny_2bit-abc", "hqqtrain-test")
+    assert run.run_id == (run_dir / "wandb" / "run_id").read_text()
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def picture(folder: Path) -> Path:
+    from hqqtrain.track.plots import perplexity_figure
+
+    figure = perplexity_figure({"quantized": 2.0})
+    assert figure is not None
+    figure.savefig(folder / "loss.png")
+    return folder / "loss.png"
+
+
+def test_a_resumed_run_keeps_its_id(tmp_path):
+    ids = []
+    for _ in range(2):
+        tracker = start(tmp_path)
+        ids.append(tracker._run.id)
+        tracker.finish(0)
+    assert ids[0] == ids[1]
+
+
+def test_a_killed_process_leaves_a_readable_file_and_no_process(tmp_path):
+    code = (
+        "import os, signal, time; from pathlib import Path\n"
+        "from hqqtrain.track import WandbTracker\n"
+        f"t = WandbTracker(Path({str(tmp_path)!r}), project='p'); t.start({{}})\n"
+        "for i in range(50): t.log({'train/loss': float(i)}, i)\n"
+        "time.sleep(2); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    rows = history(records(tmp_path))
+    assert [row["train/loss"] for row in rows] == [float(i) for i in range(len(rows))]
+    assert len(rows) > 40
+
+
+def test_no_package_is_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    tracker = start(tmp_path)
+    tracker.log({"train/loss": 1.0}, 1)
+    tracker.summary(SUMMARY)
+    tracker.images({})
+    tracker.finish(0)
+    assert "wandb is not installed" in caplog.text
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_mode_follows_key_network_and_the_users_word(monkeypatch, tmp_path):
+    monkeypatch.setattr(tracker_module, "_reachable", lambda url: True)
+    assert tracker_module._mode() == "offline"
+    (tmp_path / "no-netrc").write_text("machine api.wandb.ai login user password key\n")
+    assert tracker_module._mode() == "online"
+    (tmp_path / "no-netrc").write_text("broken netrc file\n")
+    assert tracker_module._mode() == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert tracker_module._mode() == "online"
+    monkeypatch.setattr(tracker_module, "_reachable", lambda url: False)
+    assert tracker_module._mode() == "offline"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert tracker_module._mode() == "online"
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    assert tracker_module._mode() == "disabled"
+
+
+def test_a_server_that_accepts_and_never_answers_costs_seconds():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        started = time.monotonic()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert not tracker_module._reachable(url)
+        assert time.monotonic() - started < tracker_module.REACH_SECONDS + 1
+
+
+def test_a_name_that_never_resolves_costs_seconds(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: time.sleep(30))
+    started = time.monotonic()
+    assert not tracker_module._reachable("https://api.wandb.ai")
+    assert time.monotonic() - started < tracker_module.REACH_SECONDS + 1
+
+
+def test_the_users_disabled_mode_is_respected(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    tracker = start(tmp_path)
+    tracker.log({"train/loss": 1.0}, 1)
+    tracker.finish(0)
+    assert not list(tmp_path.glob("wandb/*run-*"))
