@@ -67,7 +67,7 @@ run_tests() {
 }
 
 count_gpus() {
-  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES"
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then tr -s ', ' '\n' <<<"$CUDA_VISIBLE_DEVICES"
   else nvidia-smi -L 2>/dev/null || true; fi | grep -c '^[0-9GM]' || true
 }
 

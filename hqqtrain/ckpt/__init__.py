@@ -1,8 +1,8 @@
 """What a run leaves on disk: complete or absent, and recognisable by its fingerprint."""
 
 from hqqtrain.ckpt.adapter import Adapter, load_adapter, save_adapter
-from hqqtrain.ckpt.card import AdapterCard
 from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json, atomic_write_text
+from hqqtrain.ckpt.card import AdapterCard
 from hqqtrain.ckpt.export import dense_tensors, export_dense
 from hqqtrain.ckpt.fingerprint import Fingerprint
 from hqqtrain.ckpt.provenance import versions

@@ -48,9 +48,9 @@ class Adapter:
     def scaling(self, module: str) -> float:
         """What PEFT multiplies B A with: alpha / r, or alpha / sqrt(r) with rslora."""
         config = self.config
-        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-        alphas = config.alpha_pattern
-        alpha = alphas.get(get_pattern_key(alphas, module), config.lora_alpha)
+        ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+        r = ranks.get(get_pattern_key(list(ranks), module), config.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
         return alpha / (math.sqrt(r) if config.use_rslora else r)
 
     def delta(self, module: str, device: torch.device | str = "cpu") -> torch.Tensor:

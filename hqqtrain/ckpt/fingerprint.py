@@ -30,8 +30,10 @@ class Fingerprint:
         W_q counts as its bytes, whatever dtype it is viewed as; scale and zero as stored. Each
         row of a model must be added exactly once over all ranks.
         """
+        if rows.shape[0] == 0:
+            return
         flat = rows.detach().cpu().contiguous().view(rows.shape[0], -1).view(torch.uint8)
-        data, width = memoryview(flat.numpy()).cast("B"), flat.shape[1]
+        data, width = flat.numpy().data.cast("B"), flat.shape[1]
         key = hashlib.sha256(f"{module}.{tensor_name}\0".encode())
         total = 0
         for i in range(flat.shape[0]):

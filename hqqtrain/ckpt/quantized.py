@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json
 from hqqtrain.ckpt.shards import MAX_SHARD_BYTES, write_shards
@@ -26,6 +27,12 @@ from hqqtrain.quant import QuantSpec
 from hqqtrain_kernels.layout import LAYOUT_VERSION, Layout
 from hqqtrain_kernels.reference import as_bytes
 
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_META_DTYPES = {_name(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 _COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.model", "chat_template.*", "generation_config.json",
@@ -47,14 +54,15 @@ class ModuleSettings:
     @classmethod
     def of(cls, module: HQQLinear) -> "ModuleSettings":
         spec, layout = module.spec, module.layout
-        dtype = str(spec.meta_dtype).removeprefix("torch.")
+        dtype = _name(spec.meta_dtype)
         shape = (layout.out_features, layout.in_features)
         return cls(spec.nbits, spec.group_size, spec.axis, spec.solver, dtype, *shape)
 
     @property
     def spec(self) -> QuantSpec:
-        dtype = getattr(torch, self.meta_dtype)
-        return QuantSpec(self.nbits, self.group_size, self.axis, self.solver, dtype)
+        """Raises KeyError for an unknown `meta_dtype`."""
+        settings = (self.nbits, self.group_size, self.axis, self.solver)
+        return QuantSpec(*settings, _META_DTYPES[self.meta_dtype])
 
     @property
     def layout(self) -> Layout:
@@ -146,7 +154,7 @@ def config_json(hf_config: PretrainedConfig) -> dict[str, Any]:
     """What config.json of a dense model of this configuration holds, with `architectures`."""
     found = hf_config.to_diff_dict()
     if not found.get("architectures"):
-        found["architectures"] = [AutoModelForCausalLM._model_mapping[type(hf_config)].__name__]
+        found["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config.model_type]]
     return {k: v for k, v in found.items() if k != "quantization_config"}
 
 

@@ -59,7 +59,6 @@ class RunDirectory:
         """Take the lock. Raises UserError while another process holds it, or as `check` does."""
         self.check()
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _take_lock(self.path)
         try:
             self.check()
@@ -114,7 +113,11 @@ def _holds_files(folder: Path) -> bool:
 def _take_lock(folder: Path) -> IO[str]:
     """flock: the kernel frees it when the process dies, however it dies."""
     while True:
-        file = (folder / _LOCK).open("a")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = (folder / _LOCK).open("a")
+        except FileNotFoundError:  # another process has just removed the folder it had made
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -125,7 +128,6 @@ def _take_lock(folder: Path) -> IO[str]:
         if _is_current(file, folder / _LOCK):
             return file
         file.close()
-        folder.mkdir(parents=True, exist_ok=True)
 
 
 def _is_current(file: IO[str], path: Path) -> bool:

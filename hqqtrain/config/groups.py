@@ -77,7 +77,7 @@ class TrainConfig:
     max_steps: int | None = key(None, "optimizer steps; beats epochs", low=0)
     epochs: float = key(1.0, "passes over the data", low=0)
     global_batch_size: int = key(16, "sequences an optimizer step, over all ranks", low=1)
-    micro_batch_size: int = key(1, "sequences of one forward pass on one rank", low=1)
+    micro_batch_size: int = key(1, "sequences of one forward pass on one rank, at most", low=1)
     max_seq_len: int = key(2048, "tokens of a sequence", low=2)
     packing: bool = key(True, "fill sequences with several texts")
     checkpointing: bool = key(True, "recompute activations in the backward pass")

@@ -59,12 +59,7 @@ class RunConfig:
             raise UserError("\n".join(found))
 
     def _contradictions(self) -> list[str]:
-        train, found = self.train, []
-        if train.global_batch_size % train.micro_batch_size:
-            found.append(
-                f"train.global_batch_size={train.global_batch_size}: must be a multiple of "
-                f"train.micro_batch_size={train.micro_batch_size}."
-            )
+        found = []
         if self.task == "finetune" and self.adapter.kind == "none":
             found.append("adapter.kind=none: task=finetune trains an adapter; use lora or rslora.")
         if not 0 <= self.adapter.dropout < 1:

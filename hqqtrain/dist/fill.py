@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from hqqtrain.dist.processes import Processes
 from hqqtrain.dist.shards import local, owned_rows
 from hqqtrain.nn import HQQLinear
-from hqqtrain.quant import quantize, squared_error
+from hqqtrain.quant import dequantize, quantize, squared_error
 
 PACKED = ("W_q", "scale", "zero")
 
@@ -98,9 +98,11 @@ def _is_mine(layer: HQQLinear, index: int, processes: Processes) -> bool:
 def _quantize(reader: Reader, name: str, layer: HQQLinear, rows: slice, filled: Filled,
               device: torch.device) -> dict[str, Tensor]:  # fmt: skip
     part = layer.layout.slice(rows.start, rows.stop)
-    weight = reader.read(f"{name}.weight", layer.layout.rows_of(rows.start, rows.stop)).to(device)
-    made = quantize(weight, layer.spec, name=f"{name}.weight")
-    filled.squared_error[name], filled.squared_norm[name] = squared_error(weight, made, part)
+    wanted = layer.layout.rows_of(rows.start, rows.stop)
+    weight = reader.read(f"{name}.weight", wanted).to(device)
+    made = quantize(weight, layer.spec, name=f"{name}.weight", rows=wanted)
+    errors = squared_error(weight, dequantize(made, part, torch.float32))
+    filled.squared_error[name], filled.squared_norm[name] = errors
     return {"W_q": made.W_q, "scale": made.scale, "zero": made.zero}
 
 

@@ -27,6 +27,6 @@ from hqqtrain.models.tokenizer import load_tokenizer
 __all__ = [
     "Available", "CheckpointReader", "Estimate", "Source", "available", "base_model",
     "base_tensors", "build_meta", "check_fits", "config_of", "estimate", "expected_shapes",
-    "fill_dense", "is_adapter", "is_packed", "load_config", "load_tokenizer", "oom_advice", "plain_name", "resolve_source",
-    "restore_buffers", "shipped_config", "tie", "tied_names",
+    "fill_dense", "is_adapter", "is_packed", "load_config", "load_tokenizer", "oom_advice",
+    "plain_name", "resolve_source", "restore_buffers", "shipped_config", "tie", "tied_names",
 ]  # fmt: skip

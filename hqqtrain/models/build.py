@@ -5,9 +5,11 @@ holds a whole full-precision model.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -25,7 +27,15 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
 
 def config_of(folder: Path) -> PretrainedConfig:
     """The transformers configuration of the model in `folder`, without quantization_config."""
-    return _to_config(folder / "config.json", read_config_json(folder))
+    path, values = folder / "config.json", read_config_json(folder)
+    if "model_type" not in values:
+        raise UserError(f"{path}: has no model_type; a transformers model is needed.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise UserError(_explain(path, values, error)) from error
+    config.__dict__.pop("quantization_config", None)
+    return config
 
 
 def shipped_config(name_or_path: str) -> PretrainedConfig | None:
@@ -74,15 +84,8 @@ def _with_real_buffers(hf_config: PretrainedConfig) -> nn.Module:
         return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
 
 
-def _to_config(path: Path, values: dict) -> PretrainedConfig:
-    values = {k: v for k, v in values.items() if k != "quantization_config"}
-    model_type = values.pop("model_type", None)
-    if not model_type:
-        raise UserError(f"{path}: has no model_type; a transformers model is needed.")
-    try:
-        return AutoConfig.for_model(model_type, **values)
-    except ValueError as error:
-        code = " It brings code of its own, which is never run." if "auto_map" in values else ""
-        raise UserError(
-            f"{path}: model_type={model_type} is unknown to the installed transformers.{code}"
-        ) from error
+def _explain(path: Path, values: dict[str, Any], error: Exception) -> str:
+    reason = " ".join(str(error).split("\n\n")[0].split())
+    if "auto_map" in values:
+        reason = "the model brings code of its own, which is never run."
+    return f"{path}: model_type={values['model_type']} cannot be read by transformers: {reason}"

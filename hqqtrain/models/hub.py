@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import httpx
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, get_session, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )  # fmt: skip
@@ -21,22 +22,41 @@ TIMEOUT = 10.0
 _SMALL = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 # Other layouts of the same weights that repositories keep beside the standard one.
 _NEVER = ["*/*", "consolidated*", "*.fp16*"]
+_FAILURES = (
+    HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
+    httpx.HTTPError,
+)  # fmt: skip
 
 
 def snapshot(name: str, revision: str | None, *, weights: bool = True) -> Path:
-    """The folder of the hub's model `name`, downloaded if it is not in the local cache.
+    """The folder of the hub's model `name`; what the local cache lacks is downloaded.
 
     `weights=False` fetches configuration and tokenizer only. Raises UserError for a name that
     does not exist, a gated model, an unknown revision and a hub out of reach.
     """
-    wanted = _SMALL + (["*.safetensors"] if weights else [])
     try:
-        return Path(snapshot_download(
-            name, revision=revision, allow_patterns=wanted, ignore_patterns=_NEVER,
-            etag_timeout=TIMEOUT,
-        ))  # fmt: skip
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError) as error:
-        raise UserError(_explain(name, revision, error)) from error
+        _ask(name, revision)
+        return _snapshot(name, revision, weights)
+    except _FAILURES as error:
+        try:
+            return _snapshot(name, revision, weights, cached=True)
+        except (LocalEntryNotFoundError, HFValidationError):
+            raise UserError(_explain(name, revision, error)) from error
+
+
+def _ask(name: str, revision: str | None) -> None:
+    """Raises in time what `snapshot_download`, which sets no limit, may wait for forever."""
+    get_session().timeout = TIMEOUT
+    HfApi().repo_info(name, revision=revision, timeout=TIMEOUT)
+
+
+def _snapshot(name: str, revision: str | None, weights: bool, *, cached: bool = False) -> Path:
+    wanted = _SMALL + (["*.safetensors"] if weights else [])
+    folder = snapshot_download(
+        name, revision=revision, allow_patterns=wanted, ignore_patterns=_NEVER,
+        local_files_only=cached,
+    )  # fmt: skip
+    return Path(folder)
 
 
 def _explain(name: str, revision: str | None, error: Exception) -> str:

@@ -67,12 +67,6 @@ class HQQLinear(nn.Module):
                 layer.bias.data.copy_(linear.bias.detach())
         return layer.train(linear.training)
 
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of W_q, scale and zero of the whole weight, padding included."""
-        meta = 2 * self.layout.groups * self.spec.meta_dtype.itemsize
-        return self.layout.units * (self.layout.row_bytes + meta)
-
     def load(self, quantized: Quantized) -> None:
         """Copies the bits of a whole quantized weight."""
         self.W_q.data.view(torch.uint8).copy_(quantized.W_q)

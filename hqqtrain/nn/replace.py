@@ -10,7 +10,7 @@ from torch import nn
 from hqqtrain.config import QuantConfig, UserError
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.patterns import matching, matches, settings_of
-from hqqtrain.quant import QuantSpec
+from hqqtrain.quant import QuantSpec, spec_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +79,12 @@ def choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, QuantSpec],
     wanted = [p for p in config.skip if p != "lm_head" or "lm_head" in linears]
     skipped = set(matching("quant.skip", wanted, linears))
     matching("quant.overrides", config.overrides, linears)
-    base, specs = QuantSpec.from_config(config), {}
+    specs = {}
     for name, linear in linears.items():
         quantized, own = settings_of(name, config.overrides)
         if name in skipped or not quantized:
             continue
-        specs[name] = base.with_settings(**own)
+        specs[name] = spec_from_config(config, own)
         specs[name].layout(linear.out_features, linear.in_features, name)  # group_size divides
     if not specs:
         raise UserError("quant.skip, quant.overrides: leave no linear layer to quantize.")

@@ -1,102 +1,80 @@
-"""Finding the scale and zero of every group: hqq's way, round to nearest, and least squares.
+"""The solvers by name, and the two that are not ours: round to nearest, and hqq's.
 
-All work on a matrix [group_size, n], one group a column, and are pure functions of each column.
-Sums over a group are trees of elementwise additions (`group_sum`): torch's own reductions choose
-their order by the shape of the whole tensor and the number of threads, and a weight must get the
-same bits whatever part of it is solved at once.
+A solver is a pure function of every column: it stops per group or after a fixed count, never on
+an average over the weight, as hqq does.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Grid:
-    """What the codes of n groups may be, and how their scale and zero will be stored.
-
-    Solvers see every group divided by `unit` [n], the power of two at or below its largest
-    magnitude, so that neither huge nor tiny weights overflow or vanish in sums of squares.
-    """
-
-    nbits: int
-    unit: Tensor
-    meta_dtype: torch.dtype
-
-    @property
-    def top(self) -> int:
-        """The largest code."""
-        return (1 << self.nbits) - 1
-
-    def store(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero [n] of the weight itself, in the dtype and range of storage."""
-        most = torch.finfo(self.meta_dtype).max
-        scale = (scale * self.unit).clamp(max=most)
-        return scale.to(self.meta_dtype), zero.clamp(-most, most).to(self.meta_dtype)
-
-    def stored(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero [n] as they come back from storage: fp32, the scale in units."""
-        scale, zero = self.store(scale, zero)
-        return scale.float() / self.unit, zero.float()
-
-    def encode(self, W: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """The nearest codes, as floats. A scale that was stored as 0 reaches no weight."""
-        inverse = torch.where(scale == 0, 0, 1 / scale)
-        return (W * inverse).add_(zero).round_().clamp_(0, self.top)
-
+from hqqtrain.quant.grid import Grid, group_mean, spread
+from hqqtrain.quant.least_squares import least_squares
 
 Solver = Callable[[Tensor, Grid], tuple[Tensor, Tensor]]
-"""(W [group_size, n] fp32 in units, grid) -> scale [n] in units, zero [n]. No group is constant."""
+"""(W [group_size, n] fp32, in units of the grid) -> scale [n] in units, zero [n]."""
 
-
-def group_sum(x: Tensor) -> Tensor:
-    """Sum of every column of x [g, n] in an order that depends on g alone. Overwrites x."""
-    while (length := x.shape[0]) > 1:
-        half = length // 2
-        if length % 2:
-            x[0] += x[-1]
-        x = x[:half].add_(x[half : 2 * half])
-    return x[0]
-
-
-def group_mean(x: Tensor) -> Tensor:
-    """Mean of every column of x [g, n]. Overwrites x."""
-    return group_sum(x) / x.shape[0]
+HQQ_ROUNDS, HQQ_BETA, HQQ_KAPPA, HQQ_P = 20, 10.0, 1.01, 0.7
 
 
 def rtn(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Round to nearest: the codes span the group's range."""
-    low = W.amin(0)
-    scale = (W.amax(0) - low) / grid.top
+    low, width = spread(W)
+    scale = width / grid.top
     return scale, -low / scale
 
 
-STARTS = (("middle", (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)), ("mean", (0.75, 0.5)))
-"""First ranges of `least_squares`: about what they are centred, shares of the group's range."""
+def hqq(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """What hqq 0.2.8 computes in fp32 (`optimize_weights_proximal_legacy`): the zero is fitted.
 
-ROUNDS, FINAL_ROUNDS = 6, 12
-
-
-def least_squares(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scale and zero fitted jointly: Lloyd's algorithm restricted to evenly spaced levels.
-
-    Rounding to the nearest level and a linear regression of weights on codes take turns, from
-    several ranges; each group keeps what errs least with scale and zero as stored. hqq fits the
-    zero alone. Which starts: perplexity of the bundled model (`scripts/compare_solvers.py`).
+    Two differences. hqq stops when the mean error of the whole weight stops falling; here every
+    group takes its 20 rounds, or fewer once none moves. And hqq maps a group whose range is at
+    most 1e-4 to one value, to spare half precision; here it gets its levels like any other.
     """
-    centred = W - group_mean(W.clone())
-    low, high = W.amin(0), W.amax(0)
-    mean = W[0] - centred[0]
-    starts = [
-        (centre, width * share / grid.top)
-        for centre, width, shares in _start_table(low, high, mean)
-        for share in shares
-    ]
-    best = None
-    for centre, scale in starts:
-        best = _better(best, _fit(W, grid, scale, grid.top / 2 - centre / scale, ROUNDS))
-    return best
+    low, width = spread(W)
+    inverse = _hqq_inverse_scale(width, grid)
+    first = zero = -low * inverse
+    if grid.nbits == 4:
+        zero = zero.round()
+    scaled = W * inverse
+    for i in range(HQQ_ROUNDS):
+        codes = (scaled + zero).round_().clamp_(0, grid.top)
+        previous, threshold = zero, HQQ_BETA * HQQ_KAPPA**i
+        if live := _can_shrink(first, zero, inverse, grid, threshold):
+            kept = W - _shrink(W - (codes - zero) / inverse, grid, threshold)
+            zero = group_mean(codes - kept * inverse)
+        else:
+            zero = group_mean(codes.sub_(scaled))
+        if not live and torch.equal(zero, previous):
+            break
+    return 1 / inverse, zero
 
 
+def _hqq_inverse_scale(width: Tensor, grid: Grid) -> Tensor:
+    inverse = grid.top / width
+    capped = torch.minimum(inverse, 2e4 * grid.unit)
+    return torch.where(width * grid.unit <= 1e-4, inverse, capped)
+
+
+def _can_shrink(first: Tensor, zero: Tensor, inverse: Tensor, grid: Grid, beta: float) -> bool:
+    """Whether any residual can pass the threshold below which `_shrink` is exactly zero.
+
+    A residual is at most half a step, or as far as the zero has moved; one step of slack. For
+    weights of a language model's size none passes, and the powers need not be computed.
+    """
+    bound = (1 + (zero - first).abs()) / inverse * grid.unit
+    return bool((bound > beta ** (-1 / (2 - HQQ_P))).any())
+
+
+def _shrink(residual: Tensor, grid: Grid, beta: float) -> Tensor:
+    """sign(x) * max(|x| - |x|**(p-1) / beta, 0) of residuals in units.
+
+    The power is taken in fp64: the fp32 one differs between vector lanes and remainders.
+    """
+    x = residual.abs() * grid.unit
+    power = x.double().pow_(HQQ_P - 1).float()
+    return (x - power / beta).clamp_min_(0).mul_(residual.sign()) / grid.unit
+
+
+SOLVERS: dict[str, Solver] = {"least_squares": least_squares, "hqq": hqq, "rtn": rtn}

@@ -86,6 +86,7 @@ def _panels(kinds: Mapping[str, Mapping[int, float]]) -> "Figure":
         axes.set_title(kind, fontsize=10, loc="left", color=_MUTED)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
         axes.tick_params(labelbottom=True)
+        axes.margins(x=0.01)
     for axes in grid.flat[len(kinds) :]:
         axes.set_visible(False)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.06)

@@ -2,6 +2,8 @@
 
 wandb asks for a key, waits for a server and prints; a training run may do none of that. So the
 mode is decided here within seconds, every wait has a limit, and the rest is `Trackers`' work.
+Offline, wandb's file lags some seconds behind: a killed process loses those rows there, but not
+in metrics.jsonl.
 """
 
 import importlib.util
@@ -48,7 +50,9 @@ class WandbTracker:
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
         self._run.define_metric(LAYER_ERROR + "*", step_metric=STEP, hidden=True)
-        logger.info("wandb: %s", self._run.url or f"offline, in {self.run_dir / 'wandb'}")
+        online = mode not in ("offline", "dryrun", "disabled")  # otherwise there is no URL
+        where = self._run.url if online else f"{mode}, in {self.run_dir / 'wandb'}"
+        logger.info("wandb: %s", where)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         if self._run is None:
@@ -76,6 +80,9 @@ class WandbTracker:
         if self._run is not None:
             run, self._run = self._run, None
             run.finish(exit_code=exit_code)
+            import wandb
+
+            wandb.teardown(exit_code)  # until then the last rows may not be in the file
 
     def _run_id(self) -> str:
         file = self.run_dir / "wandb" / "run_id"

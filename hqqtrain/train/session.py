@@ -75,7 +75,7 @@ class Session:
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:
-    if config.train.global_batch_size % world_size:
+    if config.task == "finetune" and config.train.global_batch_size % world_size:
         raise UserError(
             f"train.global_batch_size={config.train.global_batch_size}: must be a multiple of the "
             f"{world_size} processes."

@@ -6,6 +6,7 @@ from typing import Any
 from hqqtrain.ckpt import versions
 from hqqtrain.models import base_tensors, is_packed
 from hqqtrain.nn import HQQLinear
+from hqqtrain.quant import stored_bits
 from hqqtrain.track import ResultRow
 from hqqtrain.train.evaluation import Measured
 from hqqtrain.train.loop import Trained
@@ -28,7 +29,7 @@ class Summary:
         """Facts of the packed model; errors are absent where it came packed. Collective."""
         layers = [m for m in built.model.modules() if isinstance(m, HQQLinear)]
         weights = sum(m.out_features * m.in_features for m in layers)
-        packed = sum(m.packed_bytes for m in layers)
+        packed = sum(stored_bits(m.layout, m.spec.meta_dtype) for m in layers) // 8
         facts = self._settings(built) | {
             "bits_per_weight": 8 * packed / weights,
             "seconds": built.seconds,

@@ -43,6 +43,7 @@ class Finished:
 def run(*words: str, root: Path, processes: int = 1, launcher: list[str] | None = None,
         env: dict[str, str] | None = None) -> Finished:  # fmt: skip
     """`python -m hqqtrain *words run.root=root`, under torchrun for several processes."""
+    root.parent.mkdir(parents=True, exist_ok=True)
     if launcher is None:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
         several = [*torchrun, str(processes), "--master-port", str(free_port())]

@@ -6,6 +6,7 @@ where a test says so.
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON = """#!/bin/sh
 case "$*" in
   "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
-  "-m pip "*deepspeed*) echo "$@" >>"$LOG"; exit "${DEEPSPEED:-0}" ;;
+  "-m pip "*" deepspeed") echo "$@" >>"$LOG"; exit "${DEEPSPEED:-0}" ;;
   "-m pytest"*|"-m pip "*) echo "$@" >>"$LOG" ;;
   "-m accelerate"*)
     echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $@" >>"$LOG"
@@ -30,10 +31,15 @@ case "$*" in
 esac
 """
 TASK = """
-import os, sys, types
+import os, signal, sys, types
 
 def run(config, command):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM] * (config.train.seed == 3))
     sys.stdout.write(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\\n")
+    sys.stdout.flush()
+    if config.train.seed == 3:
+        signal.sigwait([signal.SIGTERM])
+        return 3
     if config.train.seed == 7:
         raise RuntimeError("a defect")
     found_it = os.environ["RANK"] == "1"
@@ -54,14 +60,19 @@ class Checkout:
     env: dict[str, str] = field(default_factory=dict)
 
     def launch(self, *words: str, **env: str) -> subprocess.CompletedProcess:
+        process = self.start(*words, **env)
+        output, errors = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(words, process.returncode, output, errors)
+
+    def start(self, *words: str, **env: str) -> subprocess.Popen:
         (self.folder / "log").unlink(missing_ok=True)
-        return subprocess.run(
+        return subprocess.Popen(
             [self.folder / "launch.sh", *words],
             cwd=self.folder,
             env={**self.env, **env},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
         )
 
     @property
@@ -210,7 +221,7 @@ def test_the_test_command_checks_in_order_and_ends_with_pytest(checkout):
     ("env", "processes"),
     [
         ({"CUDA_VISIBLE_DEVICES": "0,1,3"}, 3),
-        ({"CUDA_VISIBLE_DEVICES": "GPU-a1,GPU-b2"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-a1, GPU-b2"}, 2),
         ({"CUDA_VISIBLE_DEVICES": "0,1,3", "NPROC": "2"}, 2),
         ({"NPROC": "2"}, 2),
     ],
@@ -272,3 +283,14 @@ def test_the_exit_code_survives_accelerate(ready, seed, code):
     assert done.returncode == code, done.stderr
     if code == 0:
         assert sorted(done.stdout.split("\n"))[1:] == ["rank 0 of 2", "rank 1 of 2"]
+
+
+def test_a_signal_reaches_the_ranks_and_their_code_comes_back(ready):
+    """As a scheduler sends it: to launch.sh alone."""
+    process = ready.start("recipe=tiny_2bit", "train.seed=3", NPROC="2", REAL="1")
+    assert process.stdout is not None
+    started = [process.stdout.readline().strip() for _ in range(2)]
+    assert sorted(started) == ["rank 0 of 2", "rank 1 of 2"]
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 3

@@ -32,7 +32,6 @@ def test_the_defaults_are_sound():
         ("optim", "lr", float("nan"), "optim.lr=nan: must be finite."),
         ("optim", "lr", float("inf"), "optim.lr=inf: must be finite."),
         ("optim", "lr", -1e-4, "optim.lr=-0.0001: must be at least 0."),
-        ("train", "micro_batch_size", 3, "must be a multiple of train.micro_batch_size=3"),
         ("parallel", "strategy", "ddpp", "allowed are auto, single, ddp, fsdp2."),
         ("track", "backends", ["mlflow"], "track.backends=[mlflow]: allowed is wandb"),
     ],

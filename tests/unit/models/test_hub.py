@@ -10,8 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from huggingface_hub import constants, errors
-from huggingface_hub.utils import _http
+from huggingface_hub import close_session, constants, errors
 
 from hqqtrain.config import ModelConfig, UserError
 from hqqtrain.models import hub, resolve_source
@@ -31,10 +30,10 @@ def hub_at(monkeypatch):
         for name in ("http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
             monkeypatch.delenv(name.upper(), raising=False)
-        _http.close_session()
+        close_session()
 
     yield point
-    _http.close_session()
+    close_session()
 
 
 def test_a_hub_that_refuses_connections(hub_at):
@@ -75,16 +74,20 @@ def _response(status: int) -> httpx.Response:
     [
         (errors.GatedRepoError("x", response=_response(403)), "gated.*hf auth login"),
         (errors.RepositoryNotFoundError("x", response=_response(404)), "neither a folder here nor"),
-        (errors.RevisionNotFoundError("x", response=_response(404)), r"model\.revision=v9: .*no such"),
+        (
+            errors.RevisionNotFoundError("x", response=_response(404)),
+            r"model\.revision=v9: .*no such",
+        ),
         (errors.HfHubHTTPError("x", response=_response(503)), "cannot be reached"),
         (httpx.ReadTimeout("timed out"), r"cannot be reached \(timed out\)"),
     ],
 )
 def test_what_the_hub_says(monkeypatch, error, message):
-    def refuse(*_, **__):
-        raise error
+    def refuse(*_, local_files_only=False, **__):
+        raise errors.LocalEntryNotFoundError("not cached") if local_files_only else error
 
     monkeypatch.setattr(hub, "snapshot_download", refuse)
+    monkeypatch.setattr(hub, "_ask", lambda *_: None)
     with pytest.raises(UserError, match=message):
         resolve_source(ModelConfig(name_or_path="owner/name", revision="v9"))
 
@@ -97,6 +100,7 @@ def test_the_revision_and_only_the_needed_files_are_asked_for(monkeypatch, check
         return str(checkpoint)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "_ask", lambda *_: None)
     model = ModelConfig(name_or_path="owner/name", revision="v9")
     assert resolve_source(model).path == Path(checkpoint)
     assert (asked["name"], asked["revision"]) == ("owner/name", "v9")
@@ -104,3 +108,14 @@ def test_the_revision_and_only_the_needed_files_are_asked_for(monkeypatch, check
     assert not any("bin" in pattern or "pt" in pattern for pattern in asked["allow_patterns"])
     resolve_source(model, weights=False)
     assert "*.safetensors" not in asked["allow_patterns"]
+
+
+def test_a_model_in_the_cache_needs_no_hub(monkeypatch, checkpoint, tmp_path):
+    snapshot = tmp_path / "cache" / "models--owner--name" / "snapshots" / ("a" * 40)
+    snapshot.parent.mkdir(parents=True)
+    checkpoint.rename(snapshot)
+    refs = tmp_path / "cache" / "models--owner--name" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve_source(ModelConfig(name_or_path="owner/name")).path == snapshot

@@ -179,7 +179,9 @@ def test_check_finds_a_wrong_shape(checkpoint):
 
 def test_names_of_another_architecture_are_called_that(checkpoint):
     with pytest.raises(UserError, match="are not those of the architecture"):
-        CheckpointReader(checkpoint).check({"transformer.h.0.attn.weight": (1,), "wte.weight": (1,)})
+        CheckpointReader(checkpoint).check(
+            {"transformer.h.0.attn.weight": (1,), "wte.weight": (1,)}
+        )
 
 
 def test_an_unknown_tensor_is_an_error_not_a_crash(checkpoint):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from hqqtrain.config import ModelConfig, UserError
 from hqqtrain.models import config_of, load_config, resolve_source, source
@@ -102,12 +103,23 @@ def test_a_revision_of_a_folder(checkpoint):
     ("values", "message"),
     [
         ({}, "has no model_type"),
-        ({"model_type": "nonsense"}, "model_type=nonsense is unknown"),
+        ({"model_type": "nonsense"}, "model_type=nonsense cannot be read"),
         ({"model_type": "x", "auto_map": {"AutoConfig": "a.B"}}, "code of its own, which is never"),
-        ({"model_type": "llama", "hidden_size": "wide"}, r"config\.json"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "hidden_size"),
+        ({"model_type": "llama", "hidden_size": 33}, "not a multiple of the number of attention"),
     ],
 )
 def test_configurations_that_are_no_model(tmp_path, values, message):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=message):
         config_of(tmp_path)
+
+
+def test_a_configuration_of_older_transformers(tmp_path):
+    """As Meta-Llama-3-8B has it on the hub."""
+    values = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": None, "hidden_size": 128,
+              "num_attention_heads": 4, "torch_dtype": "bfloat16"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = config_of(tmp_path)
+    assert config.rope_parameters == {"rope_theta": 5e5, "rope_type": "default"}
+    assert config.dtype == torch.bfloat16

@@ -1,0 +1,37 @@
+"""What quantizing cost: relative error of a weight, and bits per weight with everything in."""
+
+import torch
+from torch import Tensor
+
+from hqqtrain_kernels import Layout
+
+CHUNK_ROWS_OF = 1 << 22
+"""Weights that are held in fp64 at a time."""
+
+
+def squared_error(W: Tensor, approximation: Tensor) -> tuple[float, float]:
+    """(||W - approximation||^2, ||W||^2) in fp64: sums, to add up over slices and ranks."""
+    rows = max(1, CHUNK_ROWS_OF // max(1, W.shape[1]))
+    error = norm = torch.zeros((), dtype=torch.float64, device=W.device)
+    for a, b in zip(W.split(rows), approximation.split(rows), strict=True):
+        a = a.double()
+        norm = norm + a.square().sum()
+        error = error + (a - b.double()).square().sum()
+    return error.item(), norm.item()
+
+
+def relative_error(W: Tensor, approximation: Tensor) -> float:
+    """||W - approximation||^2 / ||W||^2; 0 where both are zero."""
+    error, norm = squared_error(W, approximation)
+    return error / norm if norm else float("inf") if error else 0.0
+
+
+def stored_bits(layout: Layout, meta_dtype: torch.dtype) -> int:
+    """Bits that one quantized weight takes: codes with their padding, scales and zeros."""
+    meta = 2 * layout.groups * meta_dtype.itemsize
+    return 8 * layout.units * (layout.row_bytes + meta)
+
+
+def bits_per_weight(layout: Layout, meta_dtype: torch.dtype) -> float:
+    """`stored_bits` of a weight over its number of weights."""
+    return stored_bits(layout, meta_dtype) / (layout.out_features * layout.in_features)

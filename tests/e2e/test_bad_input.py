@@ -1,0 +1,117 @@
+"""Bad input: one message that names the culprit, exit code 2, and nothing written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from e2e.runs import QUICK, run
+from safetensors.torch import load_file, save_file
+
+from hqqtrain import models
+
+TINY = Path(models.__file__).parent / "tiny"
+
+
+def _copy(folder: Path) -> Path:
+    return Path(shutil.copytree(TINY, folder / "model"))
+
+
+def _truncated(folder: Path) -> list[str]:
+    file = _copy(folder) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return [f"model.name_or_path={file.parent}"]
+
+
+def _with(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], list[str]]:
+    def make(folder: Path) -> list[str]:
+        file = _copy(folder) / "model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, {"format": "pt"})
+        return [f"model.name_or_path={file.parent}"]
+
+    return make
+
+
+def _poison(value: float) -> Callable[[dict[str, torch.Tensor]], object]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.3.mlp.up_proj.weight"][5, 7] = value
+
+    return change
+
+
+def _without_linear(folder: Path) -> list[str]:
+    """GPT-2 computes with Conv1D everywhere but in its head, which the default skips."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_embd=32, n_layer=1, n_head=2))
+    model.save_pretrained(folder / "model")
+    for file in TINY.glob("tokenizer*"):
+        shutil.copy(file, folder / "model")
+    return [f"model.name_or_path={folder / 'model'}"]
+
+
+def _unreadable_data(folder: Path) -> list[str]:
+    (folder / "data.jsonl").write_text('{"text": "fine"}\n{"text": "cut off')
+    return [f"data.source={folder / 'data.jsonl'}"]
+
+
+def _empty_data(folder: Path) -> list[str]:
+    (folder / "data.txt").write_text("")
+    return [f"data.source={folder / 'data.txt'}"]
+
+
+CASES: dict[str, tuple[list[str] | Callable[[Path], list[str]], list[str]]] = {
+    "unknown key": (["quant.nbit=3"], ["quant.nbit", "quant.nbits"]),
+    "unknown recipe": (["recipe=tiny_2bits"], ["tiny_2bits", "tiny_2bit"]),
+    "nbits": (["quant.nbits=5"], ["quant.nbits=5", "8, 4, 3, 2, 1"]),
+    "group_size": (["quant.group_size=48"], ["quant.group_size=48", "256", "proj"]),
+    "skip matches nothing": (["quant.skip=[lm_haed]"], ["quant.skip", "lm_haed"]),
+    "override matches nothing": (["quant.overrides={'*.qq_proj': {nbits: 4}}"], ["*.qq_proj"]),
+    "target matches nothing": (["adapter.target_modules=['*.w1']"], ["target_modules", "*.w1"]),
+    "missing model": (["model.name_or_path=./no/such/folder"], ["./no/such/folder"]),
+    "truncated": (_truncated, ["model.safetensors"]),
+    "missing tensor": (
+        _with(lambda t: t.pop("model.layers.2.self_attn.k_proj.weight")),
+        ["model.layers.2.self_attn.k_proj.weight"],
+    ),
+    "wrong shape": (
+        _with(lambda t: t.update({"model.norm.weight": torch.ones(3)})),
+        ["model.norm.weight", "[3]", "[256]"],
+    ),
+    "NaN": (_with(_poison(float("nan"))), ["model.layers.3.mlp.up_proj.weight", "5"]),
+    "Inf": (_with(_poison(float("inf"))), ["model.layers.3.mlp.up_proj.weight", "5"]),
+    "no linear": (_without_linear, ["quant"]),
+    "unreadable data": (_unreadable_data, ["data.jsonl"]),
+    "empty data": (_empty_data, ["data.txt"]),
+    "missing data": (["data.source=./nowhere.txt"], ["data.source", "nowhere.txt"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_message_exit_2_and_nothing_written(case: str, tmp_path: Path):
+    made, named = CASES[case]
+    words = made(tmp_path) if callable(made) else made
+    done = run(*QUICK, *words, root=tmp_path / "runs")
+    assert done.code == 2, done.output
+    assert "Traceback" not in done.output
+    (message,) = [part for part in done.output.split("hqqtrain: ")[1:]]
+    for word in named:
+        assert word in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_directory_of_another_configuration_is_left_alone(tmp_path: Path):
+    words = (*QUICK, "task=quantize", "run.name=mine")
+    first = run(*words, root=tmp_path / "runs")
+    assert first.code == 0, first.output
+    before = {p: p.stat().st_mtime_ns for p in first.directory.rglob("*") if p.is_file()}
+    other = run(*words, "quant.nbits=4", root=tmp_path / "runs")
+    assert other.code == 2
+    assert "quant.nbits=4" in other.output
+    assert "there 2" in other.output
+    assert {p: p.stat().st_mtime_ns for p in first.directory.rglob("*") if p.is_file()} == before
+    assert json.loads((first.directory / "status.json").read_text())["status"] == "done"
