@@ -18,7 +18,8 @@ from hqqtrain.ckpt.quantized import ModuleSettings, QuantizedSettings, config_js
 from hqqtrain.ckpt.shards import MAX_SHARD_BYTES, write_shards
 from hqqtrain.config import UserError
 from hqqtrain.models.build import build_meta
-from hqqtrain.models.names import PACKED, tied_names
+from hqqtrain.models.names import tied_names
+from hqqtrain.nn import PACKED
 from hqqtrain.quant import Quantized, dequantize
 
 Tensors = Iterable[tuple[str, torch.Tensor]]

@@ -12,8 +12,8 @@ from torch import nn
 
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.models.memory import Available
-from hqqtrain.models.names import PACKED, base_model, expected_shapes, is_adapter
-from hqqtrain.nn import HQQLinear
+from hqqtrain.models.names import base_model, expected_shapes, is_adapter
+from hqqtrain.nn import PACKED, HQQLinear
 
 GIB = 2**30
 TIGHT = 0.9

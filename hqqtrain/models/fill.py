@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from hqqtrain.models.build import restore_buffers
-from hqqtrain.models.names import PACKED, base_tensors, tie
+from hqqtrain.models.names import base_tensors, is_packed, tie
 from hqqtrain.models.reader import CheckpointReader
-from hqqtrain.nn import HQQLinear
 
 Progress = Callable[[str, int], None]
 """Called with the name of a tensor and its bytes, after it was read."""
@@ -29,7 +28,7 @@ def fill_dense(
     with `reader.check(expected_shapes(model))`.
     """
     for name, module, leaf, old in list(base_tensors(model)):
-        if not old.is_meta or (isinstance(module, HQQLinear) and leaf in PACKED):
+        if not old.is_meta or is_packed(module, leaf):
             continue
         tensor = reader.read(name)
         if on_progress:

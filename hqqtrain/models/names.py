@@ -4,14 +4,14 @@ Wrappers put themselves into parameter names; a checkpoint knows nothing of them
 """
 
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hqqtrain.nn import HQQLinear
+from hqqtrain.nn import PACKED, HQQLinear
 
-PACKED = ("W_q", "scale", "zero")
 _WRAPPERS = {"base_layer", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
@@ -31,7 +31,7 @@ def is_adapter(name: str) -> bool:
     return any(part.startswith("lora_") for part in name.split("."))
 
 
-def is_packed(module: nn.Module, leaf: str) -> bool:
+def is_packed(module: nn.Module, leaf: str) -> TypeGuard[HQQLinear]:
     """Whether attribute `leaf` of `module` is a part of a packed weight."""
     return isinstance(module, HQQLinear) and leaf in PACKED
 
@@ -66,16 +66,22 @@ def expected_shapes(model: nn.Module, *, packed: bool = False) -> dict[str, tupl
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module, leaf, tensor in base_tensors(model):
-        if not isinstance(module, HQQLinear) or leaf not in PACKED:
-            shapes[name] = tuple(tensor.shape)
-        elif packed:
-            row = module.layout.row_bytes if leaf == "W_q" else module.layout.groups
-            shapes[name] = (module.layout.units, row)
+        if is_packed(module, leaf):
+            name, shape = _packed(name, leaf, module) if packed else _dense(name, leaf, module)
+            shapes[name] = shape
         else:
-            layout = module.layout
-            weight = f"{name.removesuffix(leaf)}weight"
-            shapes[weight] = (layout.out_features, layout.in_features)
+            shapes[name] = tuple(tensor.shape)
     return shapes
+
+
+def _packed(name: str, leaf: str, module: HQQLinear) -> tuple[str, tuple[int, ...]]:
+    layout = module.layout
+    return name, (layout.units, layout.row_bytes if leaf == "W_q" else layout.groups)
+
+
+def _dense(name: str, leaf: str, module: HQQLinear) -> tuple[str, tuple[int, ...]]:
+    shape = (module.layout.out_features, module.layout.in_features)
+    return f"{name.removesuffix(leaf)}weight", shape
 
 
 def tie(model: nn.Module) -> None:

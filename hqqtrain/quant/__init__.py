@@ -6,6 +6,6 @@ from hqqtrain.quant.solvers import SOLVERS
 from hqqtrain.quant.spec import DTYPES, QuantSpec, spec_from_config
 
 __all__ = [
-    "DTYPES", "QuantSpec", "Quantized", "SOLVERS", "bits_per_weight", "dequantize", "quantize",
+    "DTYPES", "SOLVERS", "QuantSpec", "Quantized", "bits_per_weight", "dequantize", "quantize",
     "relative_error", "spec_from_config", "squared_error", "stored_bits",
 ]  # fmt: skip

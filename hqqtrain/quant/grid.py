@@ -78,3 +78,14 @@ def spread(W: Tensor) -> tuple[Tensor, Tensor]:
     """
     low = W.amin(0)
     return low, (W.amax(0) - low).clamp_min(2.0**-30)
+
+
+Fit = tuple[Tensor, Tensor, Tensor]
+"""Squared error, scale (in units) and zero of every group, each [n]."""
+
+
+def better(best: Fit, other: Fit) -> Fit:
+    """Of two fits of every group, the one that errs less."""
+    wins = other[0] < best[0]
+    error, scale, zero = (torch.where(wins, new, old) for new, old in zip(other, best, strict=True))
+    return error, scale, zero

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hqqtrain.quant.grid import Grid, group_mean, group_sum, spread
+from hqqtrain.quant.grid import Fit, Grid, better, group_mean, group_sum, spread
 
 SHARES_ABOUT_MIDDLE = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 SHARES_ABOUT_MEAN = (0.75, 0.5)
@@ -20,9 +20,7 @@ more starts lower the error long after they have stopped lowering perplexity.
 """
 
 ROUNDS, LAST_ROUNDS = 6, 12
-
-Fit = tuple[Tensor, Tensor, Tensor]
-"""Squared error, scale and zero of every group, each [n], as stored."""
+"""From every start, and from the best of them."""
 
 
 def least_squares(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -34,13 +32,13 @@ def least_squares(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """
     mean = group_mean(W.clone())
     centred = W - mean
-    best = None
+    best = torch.full_like(mean, torch.inf), torch.ones_like(mean), mean
     for scale, zero in _starts(centred, grid):
         scale, zero = _alternate(centred, grid, scale, zero, ROUNDS)
-        best = _better(best, _as_stored(W, mean, grid, scale, zero))
+        best = better(best, _as_stored(W, mean, grid, scale, zero))
     _, scale, zero = best
     scale, zero = _alternate(centred, grid, scale, zero + mean / scale, LAST_ROUNDS)
-    _, scale, zero = _better(best, _as_stored(W, mean, grid, scale, zero))
+    _, scale, zero = better(best, _as_stored(W, mean, grid, scale, zero))
     return scale, zero
 
 
@@ -76,14 +74,10 @@ def _regress(centred: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Ten
 
 
 def _as_stored(W: Tensor, mean: Tensor, grid: Grid, scale: Tensor, zero: Tensor) -> Fit:
-    """A fit to the centred weights as a fit to W; the zero makes up for a scale rounded first."""
+    """Error, scale and zero, as stored, for W itself, of a fit to the centred weights.
+
+    The scale is rounded first, and the zero makes up for it.
+    """
     scale, _ = grid.stored(scale, zero)
     scale, zero = grid.stored(scale, zero - mean / scale)
     return grid.error(W, scale, zero), scale, zero
-
-
-def _better(best: Fit | None, other: Fit) -> Fit:
-    if best is None:
-        return other
-    wins = other[0] < best[0]
-    return tuple(torch.where(wins, new, old) for new, old in zip(other, best, strict=True))

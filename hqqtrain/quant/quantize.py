@@ -28,6 +28,7 @@ class Quantized:
     zero: Tensor
 
 
+@torch.no_grad()
 def quantize(
     W: Tensor, spec: QuantSpec, *, name: str = "weight", rows: Sequence[slice] | None = None
 ) -> Quantized:
@@ -39,7 +40,7 @@ def quantize(
 
     Raises UserError for NaN or infinity, naming the tensor and the row.
     """
-    layout = spec.layout(*W.shape, name=name)
+    layout = spec.layout(W.shape[0], W.shape[1], name)
     g, n = layout.group_size, layout.units * layout.groups
     columns = W.reshape(n, g).t() if layout.axis == 1 else W.reshape(g, n)
     codes = torch.empty(n, g, dtype=torch.uint8, device=W.device)
@@ -88,8 +89,8 @@ def _not_finite(W: Tensor, name: str, rows: Sequence[slice] | None) -> UserError
     bad = torch.cat([~part.float().isfinite().all(1) for part in W.split(1024)])
     numbers = [i for part in rows for i in range(part.start, part.stop)] if rows else range(len(W))
     first = int(bad.nonzero()[0])
-    value = W[first].float()
-    value = value[~value.isfinite()][0].item()
+    row = W[first].float()
+    value = row[~row.isfinite()][0].item()
     return UserError(
         f"{name}: row {numbers[first]} holds {value}; {int(bad.sum())} of {len(W)} rows are not "
         "finite. The checkpoint is damaged, or overflowed when it was converted: use another."

@@ -5,6 +5,8 @@ the packed weight alone: it is dequantized again, and neither the dense weight n
 kept. (hqq saves the input for a weight gradient that nobody takes.)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,44 +59,48 @@ def _layout(W_q: Tensor, in_features: int, nbits: int, group_size: int, axis: in
     return Layout(out_features, in_features, nbits, group_size, axis)
 
 
-def _dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, *arguments) -> Tensor:
+def _dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, *arguments: Any) -> Tensor:
     *numbers, dtype = arguments
     return reference.dequantize(W_q, scale, zero, _layout(W_q, *numbers), dtype)
 
 
-def _dequantize_fake(W_q: Tensor, scale: Tensor, zero: Tensor, *arguments) -> Tensor:
+def _dequantize_fake(W_q: Tensor, scale: Tensor, zero: Tensor, *arguments: Any) -> Tensor:
     *numbers, dtype = arguments
     layout = _layout(W_q, *numbers)
     return scale.new_empty((layout.out_features, layout.in_features), dtype=dtype)
 
 
-def _weight(x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, *arguments) -> Tensor:
+def _weight(x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, *arguments: Any) -> Tensor:
     """The weight in the dtype of x; fp32 is where dequantizing starts, so it needs no detour."""
     *numbers, dtype = arguments
     first = x.dtype if dtype == torch.float32 else dtype
     return torch.ops.hqqtrain.dequantize(W_q, scale, zero, *numbers, first).to(x.dtype)
 
 
-def _linear(x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias, *arguments) -> Tensor:
+def _linear(
+    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *arguments: Any
+) -> Tensor:
     W = _weight(x, W_q, scale, zero, *arguments)
     # Autocast is still on below the operator and would change the result's dtype.
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x, W, bias)
 
 
-def _linear_fake(x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias, *arguments) -> Tensor:
+def _linear_fake(
+    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *arguments: Any
+) -> Tensor:
     layout = _layout(W_q, *arguments[:-1])
     return x.new_empty((*x.shape[:-1], layout.out_features))
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, W_q, scale, zero, _, *ctx.arguments = inputs
     if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
         raise NotImplementedError("scale and zero are frozen: they have no gradient yet")
     ctx.save_for_backward(W_q, scale, zero)
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         W = _weight(grad, *ctx.saved_tensors, *ctx.arguments)

@@ -114,7 +114,7 @@ def test_activations_are_of_the_size_that_autograd_saves(monkeypatch):
         logits = model(torch.arange(128)[None], use_cache=False).logits
     assert logits.requires_grad
     parts = estimate(config, model, dtype=torch.float32).device
-    assert 0.5 < parts["activations"] / sum(saved.values()) < 2
+    assert 0.8 < parts["activations"] / sum(saved.values()) < 1.3
 
 
 def test_what_cannot_fit_is_refused_with_keys():

@@ -1,0 +1,123 @@
+"""The main job on the bundled model, through the command line: what it leaves, and its figures."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from e2e.runs import Finished, run
+from safetensors.torch import load_file, save_file
+
+RECIPE = ("recipe=tiny_2bit", "train.max_steps=40", "eval.tokens=8192")
+"""The recipe as it is, but for fewer steps and tokens: half a minute on one core."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    done = run(*RECIPE, root=tmp_path_factory.mktemp("run") / "runs")
+    assert done.code == 0, done.output
+    return done
+
+
+def test_summary_is_schema_1(finished: Finished):
+    summary = finished.summary
+    assert summary["schema"] == 1
+    assert {k: type(v) for k, v in summary["run"].items()} == {
+        "name": str, "recipe": str, "task": str, "strategy": str, "world_size": int,
+        "device": str, "versions": dict,
+    }  # fmt: skip
+    assert set(summary["quantize"]) == {
+        "nbits", "group_size", "axis", "solver", "bits_per_weight", "relative_error", "seconds",
+        "weights", "source_bytes", "bytes_read", "peak_memory_gib", "fingerprint",
+    }  # fmt: skip
+    assert set(summary["train"]) == {
+        "steps", "tokens", "seconds", "tokens_per_second", "peak_memory_gib",
+        "trainable_parameters", "loss",
+    }  # fmt: skip
+    measured = summary["eval"]
+    assert {"dataset", "tokens", "full_precision", "quantized", "final"} <= set(measured)
+    assert set(measured["final"]) == {"perplexity", "kl"}
+    assert summary["quantize"]["bits_per_weight"] == 2.5
+    assert summary["quantize"]["bytes_read"] == summary["quantize"]["source_bytes"]
+
+
+def test_training_wins_back_most_of_the_perplexity(finished: Finished):
+    measured = finished.summary["eval"]
+    full, quantized, final = (
+        measured[k]["perplexity"] for k in ("full_precision", "quantized", "final")
+    )
+    assert 1 < full < final < quantized
+    assert (quantized - final) / (quantized - full) > 0.6
+    assert measured["final"]["kl"] < measured["quantized"]["kl"] / 2
+
+
+def test_it_leaves_what_the_contract_says(finished: Finished):
+    names = {path.name for path in finished.directory.iterdir()}
+    assert {
+        "config.yaml", "summary.json", "metrics.jsonl", "status.json", "quantized", "adapter",
+        "report", "wandb",
+    } <= names  # fmt: skip
+    status = json.loads((finished.directory / "status.json").read_text())
+    assert (status["status"], status["exit_code"]) == ("done", 0)
+    assert {"loss.png", "perplexity.png", "layers.png", "index.html"} == {
+        path.name for path in (finished.directory / "report").iterdir()
+    }
+    steps = [line for line in finished.metrics if "train/loss" in line]
+    assert [line["train/global_step"] for line in steps] == list(range(1, 41))
+    assert {
+        "train/loss", "train/grad_norm", "train/learning_rate", "train/epoch",
+        "train/tokens_per_second", "memory/peak_gib",
+    } <= set(steps[0])  # fmt: skip
+    layers = [k for line in finished.metrics for k in line if k.startswith("quant/relative_error/")]
+    assert len(layers) == 42
+    assert "perplexity" in finished.output
+
+
+def test_the_same_command_says_that_it_is_done(finished: Finished):
+    before = (finished.directory / "summary.json").stat().st_mtime_ns
+    again = run(*RECIPE, root=finished.root)
+    assert again.code == 0
+    assert "done already" in again.output
+    assert (finished.directory / "summary.json").stat().st_mtime_ns == before
+
+
+def test_another_setting_is_another_run(finished: Finished, tmp_path: Path):
+    other = run(*RECIPE, "task=quantize", "quant.nbits=3", root=tmp_path / "runs")
+    assert other.code == 0, other.output
+    assert other.directory.name != finished.directory.name
+    assert other.summary["quantize"]["bits_per_weight"] == 3.5
+    assert "eval" not in other.summary
+    assert "train" not in other.summary
+
+
+def test_eval_of_a_finished_run_measures_the_same(finished: Finished, tmp_path: Path):
+    words = ("task=eval", f"model.name_or_path={finished.directory}", "eval.tokens=8192")
+    done = run(*words, "train.max_seq_len=256", "train.micro_batch_size=8", "track.backends=[]",
+               root=tmp_path / "runs")  # fmt: skip
+    assert done.code == 0, done.output
+    assert done.summary["quantize"]["fingerprint"] == finished.summary["quantize"]["fingerprint"]
+    for part in ("quantized", "final"):
+        expected = finished.summary["eval"][part]["perplexity"]
+        assert done.summary["eval"][part]["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_altered_quantized_folder_is_refused(finished: Finished, tmp_path: Path):
+    altered = Path(shutil.copytree(finished.directory / "quantized", tmp_path / "altered"))
+    tensors = load_file(altered / "model.safetensors")
+    tensors["model.layers.4.mlp.down_proj.W_q"][17, 3] ^= 1
+    save_file(tensors, altered / "model.safetensors", {"format": "pt"})
+    done = run("task=eval", f"model.name_or_path={altered}", root=tmp_path / "runs")
+    assert done.code == 2, done.output
+    assert "altered" in done.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_adapter_files_are_stock_peft(finished: Finished):
+    state = load_file(finished.directory / "adapter" / "adapter_model.safetensors")
+    assert len(state) == 2 * 42
+    assert all(k.startswith("base_model.model.model.layers.") for k in state)
+    config = json.loads((finished.directory / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["target_modules"] == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
