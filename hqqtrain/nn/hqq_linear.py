@@ -27,10 +27,11 @@ class HQQLinear(nn.Module):
     the weight is dequantized to, `compute_dtype`, and the bias; never the packed parameters.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, spec: QuantSpec, *,
-                 compute_dtype: torch.dtype = torch.float32,
-                 storage_dtype: torch.dtype = torch.uint8,
-                 device: torch.device | str | None = None, name: str = "weight") -> None:  # fmt: skip
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, spec: QuantSpec, *,
+        compute_dtype: torch.dtype = torch.float32, storage_dtype: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None, name: str = "weight",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.spec, self.compute_dtype = spec, compute_dtype
@@ -47,9 +48,10 @@ class HQQLinear(nn.Module):
         self.bias = empty(out_features, dtype=compute_dtype) if bias else None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, spec: QuantSpec, *,
-                    compute_dtype: torch.dtype | None = None,
-                    storage_dtype: torch.dtype = torch.uint8, name: str = "weight") -> "HQQLinear":  # fmt: skip
+    def from_linear(
+        cls, linear: nn.Linear, spec: QuantSpec, *, compute_dtype: torch.dtype | None = None,
+        storage_dtype: torch.dtype = torch.uint8, name: str = "weight",
+    ) -> "HQQLinear":  # fmt: skip
         """Quantizes `linear`; on the meta device, makes an empty layer of its shape.
 
         Raises:
@@ -101,5 +103,7 @@ class HQQLinear(nn.Module):
                 return tensor.to(changed.device)  # a cast would destroy the bits of a float view
             return changed
 
-        self.compute_dtype = fn(self.W_q.new_empty(0, dtype=self.compute_dtype)).dtype
+        self.compute_dtype = fn(
+            torch.empty(0, dtype=self.compute_dtype, device=self.W_q.device)
+        ).dtype
         return super()._apply(keep_bits, recurse)

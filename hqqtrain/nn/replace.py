@@ -9,7 +9,7 @@ from torch import nn
 
 from hqqtrain.config import QuantConfig, UserError
 from hqqtrain.nn.hqq_linear import HQQLinear
-from hqqtrain.nn.patterns import matching, matches, settings_of
+from hqqtrain.nn.patterns import matches, matching, settings_of
 from hqqtrain.quant import QuantSpec, spec_from_config
 
 logger = logging.getLogger(__name__)

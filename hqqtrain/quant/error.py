@@ -1,4 +1,4 @@
-"""What quantizing cost: relative error of a weight, and bits per weight with everything in."""
+"""What quantizing cost a weight: its relative error; and what it takes, with everything in."""
 
 import torch
 from torch import Tensor
@@ -30,8 +30,3 @@ def stored_bits(layout: Layout, meta_dtype: torch.dtype) -> int:
     """Bits that one quantized weight takes: codes with their padding, scales and zeros."""
     meta = 2 * layout.groups * meta_dtype.itemsize
     return 8 * layout.units * (layout.row_bytes + meta)
-
-
-def bits_per_weight(layout: Layout, meta_dtype: torch.dtype) -> float:
-    """`stored_bits` of a weight over its number of weights."""
-    return stored_bits(layout, meta_dtype) / (layout.out_features * layout.in_features)

@@ -24,11 +24,17 @@ class Grid:
         return (1 << self.nbits) - 1
 
     def store(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero [n] of the weight itself, in the dtype and range of storage."""
+        """Scale and zero [n] of the weight itself, in the dtype and range of storage.
+
+        Where the dtype cannot hold the zero (weights far from 0 for their range, in fp16), a
+        wider scale keeps zero * scale, the level of code 0.
+        """
         limits = torch.finfo(self.meta_dtype)
         least = max(limits.smallest_normal * limits.eps, 2.0**-126)
-        scale = (scale * self.unit).clamp(least, limits.max)
-        return scale.to(self.meta_dtype), zero.clamp(limits.min, limits.max).to(self.meta_dtype)
+        excess = (zero.abs() / limits.max).clamp_min(1)
+        scale = (scale * self.unit * excess).clamp(least, limits.max)
+        zero = (zero / excess).clamp(limits.min, limits.max)
+        return scale.to(self.meta_dtype), zero.to(self.meta_dtype)
 
     def stored(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero [n] as they come back from storage: fp32, the scale in units."""

@@ -78,6 +78,6 @@ def _as_stored(W: Tensor, mean: Tensor, grid: Grid, scale: Tensor, zero: Tensor)
 
     The scale is rounded first, and the zero makes up for it.
     """
-    scale, _ = grid.stored(scale, zero)
+    scale, _ = grid.stored(scale, zero - mean / scale)
     scale, zero = grid.stored(scale, zero - mean / scale)
     return grid.error(W, scale, zero), scale, zero

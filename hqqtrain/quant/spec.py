@@ -51,6 +51,6 @@ def spec_from_config(config: QuantConfig, override: dict[str, Any] | None = None
 
 def _near(length: int, wanted: int) -> str:
     """The divisors of `length` next to `wanted`."""
-    divisors = [d for d in range(2, length + 1) if length % d == 0]
+    divisors = [d for d in range(min(2, length), length + 1) if length % d == 0]
     nearest = sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:2])
     return " or ".join(map(str, nearest))

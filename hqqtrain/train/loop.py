@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.data import SampleOrder, Sequences, collate
+from hqqtrain.models import base_model
 from hqqtrain.train.evaluation import Batch, next_token_logits
 from hqqtrain.train.optimizer import build_optimizer, build_schedule
 from hqqtrain.train.session import Session
@@ -54,6 +55,8 @@ class Trainer:
         self.config, self.sequences = config, sequences
         self.processes, self.accelerator = session.processes, session.accelerator
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if config.train.checkpointing:
+            base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
         self.model = model
         if session.strategy == "ddp":
             self.model = self.accelerator.prepare_model(model)

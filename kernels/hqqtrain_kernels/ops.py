@@ -41,13 +41,17 @@ def linear(
     The weight is dequantized to `compute_dtype` and multiplied in the dtype of x, which under
     autocast is autocast's. Gradients reach x and bias; scale and zero must be frozen.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+    if _autocasts(x):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     if bias is not None:
         bias = bias.to(x.dtype)
     numbers = _numbers(layout)
     return torch.ops.hqqtrain.linear(x, W_q, scale, zero, bias, *numbers, compute_dtype)
+
+
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _numbers(layout: Layout) -> tuple[int, int, int, int]:
@@ -81,6 +85,8 @@ def _linear(
     x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *arguments: Any
 ) -> Tensor:
     W = _weight(x, W_q, scale, zero, *arguments)
+    if not _autocasts(x):
+        return F.linear(x, W, bias)
     # Autocast is still on below the operator and would change the result's dtype.
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x, W, bias)

@@ -9,6 +9,11 @@ from hqqtrain_kernels.layout import packed_bytes
 NBITS = (8, 4, 3, 2, 1)
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def naive_pack(codes: list[int], width: int) -> bytes:
     """One plane: field i of halfword h of a 16-byte tile is code 8 * i + h of the tile."""
     per_tile = 128 // width

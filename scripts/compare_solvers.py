@@ -1,0 +1,106 @@
+"""Measures the solvers on the bundled model: the README's table of perplexities, by one command.
+
+    python scripts/compare_solvers.py
+
+Weight error alone does not rank solvers: what decides is perplexity on the held-out modules of
+the standard library, axis 1, groups of 64, everything in fp32. `hqq 0.2.8` is the installed
+library itself; `rtn`, `hqq` and `least_squares` are the solvers of this project.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hqq.core.quantize import Quantizer
+from tabulate import tabulate
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import hqqtrain
+from hqqtrain.config import DataConfig, EvalConfig
+from hqqtrain.data import evaluation_set
+from hqqtrain.dist import Processes
+from hqqtrain.quant import QuantSpec, dequantize, quantize, squared_error
+from hqqtrain.train.evaluation import evaluate
+
+MODEL = Path(hqqtrain.__file__).parent / "models" / "tiny"
+NBITS, GROUP_SIZE, SEQUENCE = (8, 4, 3, 2, 1), 64, 512
+
+Approximation = Callable[[Tensor, int], Tensor]
+"""(weight, nbits) -> what is left of it after quantizing, fp32."""
+
+
+def by_library(W: Tensor, nbits: int) -> Tensor:
+    """What the installed hqq makes of W, in fp32 on the CPU."""
+    W_q, meta = Quantizer.quantize(
+        W, nbits=nbits, group_size=GROUP_SIZE, axis=1, round_zero=nbits == 4, device="cpu",
+        compute_dtype=torch.float32, bitpack=False,
+    )  # fmt: skip
+    return ((W_q.float() - meta["zero"]) * meta["scale"]).reshape(W.shape)
+
+
+def by_solver(name: str) -> Approximation:
+    """One of our solvers, with scale and zero in fp32 as hqq keeps them."""
+
+    def approximate(W: Tensor, nbits: int) -> Tensor:
+        spec = QuantSpec(nbits, GROUP_SIZE, 1, name, torch.float32)
+        return dequantize(quantize(W, spec), spec.layout(*W.shape), torch.float32)
+
+    return approximate
+
+
+SOLVERS: dict[str, Approximation] = {
+    "rtn": by_solver("rtn"),
+    "hqq 0.2.8": by_library,
+    "hqq": by_solver("hqq"),
+    "least_squares": by_solver("least_squares"),
+}
+
+
+def quantized(model: nn.Module, approximate: Approximation, nbits: int) -> tuple[nn.Module, float]:
+    """A copy of `model` with all its linears but the head approximated; their relative error."""
+    model, errors, norms = copy.deepcopy(model), 0.0, 0.0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            W = approximate(module.weight.data, nbits)
+            error, norm = squared_error(module.weight.data, W)
+            errors, norms = errors + error, norms + norm
+            module.weight.data = W
+    return model, errors / norms
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=65536, help="of held-out text")
+    parser.add_argument("--nbits", type=int, nargs="+", default=NBITS, choices=NBITS)
+    options = parser.parse_args()
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    text = evaluation_set(EvalConfig(tokens=options.tokens), DataConfig(), tokenizer, SEQUENCE)
+    alone = Processes(0, 1, torch.device("cpu"))
+
+    def perplexity(model: nn.Module) -> float:
+        return evaluate(model, text, alone, batch_size=8).perplexity
+
+    full, perplexities, errors = perplexity(model), [], []
+    for name, approximate in SOLVERS.items():
+        made = [quantized(model, approximate, nbits) for nbits in options.nbits]
+        perplexities.append([name, *(perplexity(changed) for changed, _ in made)])
+        errors.append([name, *(error for _, error in made)])
+    bits = [f"{nbits}-bit" for nbits in options.nbits]
+    print(f"Perplexity; in full precision {full:.3f}\n")
+    print(tabulate(perplexities, ["solver", *bits], tablefmt="github", floatfmt=",.5g"))
+    print("\nRelative weight error, ||W - W'||^2 / ||W||^2\n")
+    print(tabulate(errors, ["solver", *bits], tablefmt="github", floatfmt=".3g"))
+
+
+if __name__ == "__main__":
+    main()
