@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hqqtrain.data.stdlib import is_held_out, stdlib_texts  # noqa: E402
+from hqqtrain.data.stdlib import is_held_out, stdlib_texts
 
 EOS, VOCABULARY, SEQUENCE = "<|endoftext|>", 4096, 512
 WINDOW = 5
@@ -98,7 +98,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over 2 %, cosine to a hundredth of the peak."""
     warmup = max(1, steps // 50)
     progress = max(0, step - warmup) / max(1, steps - warmup)
-    return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.495 * (1 + math.cos(math.pi * progress)))
+    decay = 0.01 + 0.495 * (1 + math.cos(math.pi * progress))
+    return peak * min(1.0, (step + 1) / warmup) * decay
 
 
 def batches(stream: np.ndarray, size: int, seed: int) -> Iterator[torch.Tensor]:
@@ -121,6 +122,7 @@ def optimizer_for(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 def loss_of(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss, nats."""
     with torch.autocast("cuda", torch.bfloat16):
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
@@ -151,6 +153,7 @@ def train(model: LlamaForCausalLM, stream: np.ndarray, args: argparse.Namespace)
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, tokenizer: Tokenizer) -> float:
+    """Mean next-token loss over all held-out modules, nats."""
     stream = encode(tokenizer, [text for _, text in stdlib_texts("held_out")])
     rows = len(stream) // (SEQUENCE + 1)
     data = torch.from_numpy(stream[: rows * (SEQUENCE + 1)].astype(np.int64)).view(rows, -1).cuda()
@@ -170,6 +173,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
 
 
 def main() -> None:
+    """Trains, measures and saves."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=8000)

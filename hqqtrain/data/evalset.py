@@ -1,10 +1,17 @@
-"""The held-out text that a perplexity is measured on, small and the same in every run."""
+"""The held-out text that a perplexity is measured on: small, and the same wherever it can be.
 
+A window starts with its text, and which ones are taken is decided by what they hold, not by
+where they lie: two Pythons' standard libraries differ in some modules, and the windows of all
+others are the same. So figures of two machines can be compared.
+"""
+
+import hashlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hqqtrain.config import DataConfig, EvalConfig
+from hqqtrain.config import DataConfig, EvalConfig, UserError
 from hqqtrain.data.packing import Sequences, pack
 from hqqtrain.data.sources import held_out_texts
 
@@ -18,20 +25,39 @@ def evaluation_set(
     tokenizer: "PreTrainedTokenizerBase",
     max_seq_len: int,
 ) -> Sequences | None:
-    """Windows of `max_seq_len` tokens spread evenly over the held-out text; None without one.
+    """Windows of at most `max_seq_len` tokens, a sample of the held-out text; None without one.
 
-    Together they hold at most `eval.tokens` tokens, the first of each text or window included,
-    which is not predicted. Raises UserError where the source is at fault.
+    No window runs over the end of its text. Together they hold at most `eval.tokens` tokens, the
+    first of each included, which is not predicted. Raises UserError where the source is at fault.
     """
     if evaluation.source is None:
         return None
     length = min(max_seq_len, evaluation.tokens)
-    windows = pack(held_out_texts(evaluation, data), tokenizer, max_seq_len=length)
-    return spread(windows, evaluation.tokens // length)
+    texts = pack(held_out_texts(evaluation, data), tokenizer, max_seq_len=length)
+    pieces = windows(texts, length)
+    if not len(pieces):
+        raise UserError(f"eval.source={evaluation.source}: no text in it has a token to predict.")
+    return sample(pieces, evaluation.tokens)
 
 
-def spread(windows: Sequences, count: int) -> Sequences:
-    """`count` of the windows, at even distances over all of them; all where they are fewer."""
-    if count >= len(windows):
-        return windows
-    return windows.select(((np.arange(count) + 0.5) * len(windows) / count).astype(np.int64))
+def windows(texts: Sequences, length: int) -> Sequences:
+    """Every text, cut from its start into pieces of `length` tokens; single tokens are left out."""
+    ends = np.append(texts.starts[1:], len(texts.stream))
+    begin = np.concatenate(
+        [np.arange(s, e, length) for s, e in zip(texts.starts, ends, strict=True)]
+    )
+    end = np.minimum(begin + length, ends[np.searchsorted(texts.starts, begin, side="right") - 1])
+    useful = end - begin > 1
+    return replace(texts, begin=begin[useful], end=end[useful])
+
+
+def sample(pieces: Sequences, tokens: int) -> Sequences:
+    """The pieces with the lowest hashes that together hold at most `tokens`, in their order."""
+    order = np.argsort([_digest(pieces, i) for i in range(len(pieces))], kind="stable")
+    held = np.cumsum((pieces.end - pieces.begin)[order])
+    return pieces.select(np.sort(order[held <= tokens]))
+
+
+def _digest(pieces: Sequences, index: int) -> bytes:
+    tokens = pieces.stream[pieces.begin[index] : pieces.end[index]]
+    return hashlib.sha256(tokens.astype("<i4").tobytes()).digest()[:8]

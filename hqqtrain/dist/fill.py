@@ -84,8 +84,8 @@ def fill(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], reader: R
         if not isinstance(layer.W_q, DTensor):
             for tensor in PACKED:
                 processes.broadcast(local(getattr(layer, tensor)), index % processes.size)
-    for name, tensor in dense.items():
-        _fill_dense(reader, name, tensor, processes)
+    for name, target in dense.items():
+        _fill_dense(reader, name, target, processes)
     filled.seconds = time.perf_counter() - began
     return filled
 

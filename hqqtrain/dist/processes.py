@@ -82,8 +82,9 @@ def relaunch_if_ranks_were_lost(arguments: Sequence[str]) -> None:
 
 def _processes_asked_for() -> int | None:
     try:
-        words = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent else []
+    except psutil.Error:
         return None
     for word, following in zip(words, [*words[1:], ""], strict=True):
         flag, _, value = word.replace("-", "_").partition("=")

@@ -4,6 +4,8 @@ FSDP2 cuts dimension 0 as `torch.chunk` does. W_q, scale and zero share that dim
 output rows, or row classes), so a rank's rows of the three belong to one another.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -43,8 +45,9 @@ def materialise(model: nn.Module, device: torch.device) -> None:
 
     `nn.Module.to_empty` would untie them.
     """
-    made: dict[Tensor, Tensor] = {}
+    made: dict[Tensor, Any] = {}
     for module in model.modules():
+        held: dict[str, Any]
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is None or not tensor.is_meta:

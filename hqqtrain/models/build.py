@@ -52,11 +52,15 @@ def shipped_config(name_or_path: str) -> PretrainedConfig | None:
     return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
-def build_meta(hf_config: PretrainedConfig) -> PreTrainedModel:
-    """The causal LM of `hf_config` on the meta device: shapes and dtypes, no memory."""
+def build_meta(hf_config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The causal LM of `hf_config` on the meta device: shapes and dtypes, no memory.
+
+    `dtype`: of its parameters; None: as the configuration says.
+    """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
+            return model if dtype is None else nn.Module.to(model, dtype)
     except ValueError as error:
         raise UserError(
             f"model_type={hf_config.model_type}: not a causal LM that the installed transformers "

@@ -5,14 +5,14 @@ a set's nor a long sequence's logits are ever held in fp32.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hqqtrain.data import collate
+from hqqtrain.data import Sequences, collate
 from hqqtrain.dist import Processes
 
 SLICE = 2048
@@ -39,7 +39,7 @@ class Measured:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    sequences: Sequence[Batch],
+    sequences: Sequences,
     processes: Processes,
     *,
     batch_size: int,
@@ -71,7 +71,7 @@ def _exp(loss: float) -> float:
 
 
 def _batches_of_this_rank(
-    sequences: Sequence[Batch], size: int, processes: Processes
+    sequences: Sequences, size: int, processes: Processes
 ) -> Iterator[tuple[Batch, int]]:
     """(batch, weight): as many on every rank, for a sharded forward is a collective.
 

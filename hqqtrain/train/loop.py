@@ -8,7 +8,7 @@ one process and eight walk the same path, but for rounding.
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +71,7 @@ class Trainer:
         """Trains to the end; yields (step, metrics) after every step, counted from 1."""
         self.model.train()
         for step in range(self.steps):
-            began, rate = time.perf_counter(), self.schedule.get_last_lr()[0]
+            began, rate = time.perf_counter(), float(self.schedule.get_last_lr()[0])
             loss, tokens, norm = self.step(step)
             seconds = time.perf_counter() - began
             self.done.add(loss, tokens, seconds)
@@ -112,9 +112,10 @@ class Trainer:
             logits = next_token_logits(self.model, batch)
         return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
 
-    def _no_sync(self, *, last: bool):
-        wrapped = isinstance(self.model, DistributedDataParallel)
-        return self.model.no_sync() if wrapped and not last else nullcontext()
+    def _no_sync(self, *, last: bool) -> AbstractContextManager:
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        return nullcontext()
 
     def _clip(self) -> float:
         """The gradient's norm over all ranks, before it is clipped."""

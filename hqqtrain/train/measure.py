@@ -1,6 +1,6 @@
 """Measures a model before, while and after it is trained, always on the same held-out text."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 from peft import PeftModel
 
@@ -25,26 +25,28 @@ class Scale:
         if held_out and session.config.eval.reference == "resident" and not plan.packed:
             self.reference, bytes_read = build_reference(plan, session)
             record.reference_read(bytes_read)
-        self.without_adapter = plan.start is not None  # a fresh adapter changes nothing yet
+        self.adapter_counts = plan.start is not None  # a fresh one changes nothing yet
 
     def measure(self, part: str, *, adapted: bool) -> None:
         """Measures and records `part` of the summary, `quantized` or `final`."""
         if not self.held_out:
             return
         model = self.built.model
-        off = not adapted and self.without_adapter and isinstance(model, PeftModel)
-        with model.disable_adapter() if off else nullcontext():
-            self.record.evaluated(part, self._measured())
+        as_it_is: AbstractContextManager = nullcontext()
+        if self.adapter_counts and not adapted and isinstance(model, PeftModel):
+            as_it_is = model.disable_adapter()
+        with as_it_is:
+            self.record.evaluated(part, self._measured(self.held_out))
 
     def measure_between(self) -> None:
         """Measures while training goes on, for the curve."""
         if self.held_out:
-            self.record.evaluated_between(self._measured())
+            self.record.evaluated_between(self._measured(self.held_out))
 
-    def _measured(self) -> Measured:
-        with self.record.evaluating(self.held_out) as on_batch, self.session.autocast():
+    def _measured(self, held_out: Sequences) -> Measured:
+        with self.record.evaluating(held_out) as on_batch, self.session.autocast():
             return evaluate(
-                self.built.model, self.held_out, self.session.processes,
+                self.built.model, held_out, self.session.processes,
                 batch_size=self.session.config.train.micro_batch_size,
                 reference=self.reference, on_batch=on_batch,
             )  # fmt: skip

@@ -7,6 +7,8 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,11 +19,25 @@ from hqqtrain.ckpt import Adapter, Fingerprint, QuantizedSettings, load_adapter,
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.dist import Processes, fill, materialise, shard, write_full
 from hqqtrain.models import (
-    CheckpointReader, Source, base_tensors, build_meta, config_of, expected_shapes,
-    resolve_source, restore_buffers, tie, tied_names,
+    CheckpointReader,
+    Source,
+    base_model,
+    base_tensors,
+    build_meta,
+    config_of,
+    expected_shapes,
+    resolve_source,
+    restore_buffers,
+    tie,
+    tied_names,
 )  # fmt: skip
 from hqqtrain.nn import (
-    PACKED, HQQLinear, init_adapters, lora_config, quantize_model, replace_linears,
+    PACKED,
+    HQQLinear,
+    init_adapters,
+    lora_config,
+    quantize_model,
+    replace_linears,
     with_packed_linears,
 )  # fmt: skip
 from hqqtrain.train.session import DTYPES, Session
@@ -79,20 +95,24 @@ def make_plan(session: Session, *, adapt: bool) -> Plan:
     config = session.config
     source = resolve_source(config.model)
     hf_config = config_of(source.path)
-    model = build_meta(hf_config).to(session.dtype)
+    model: nn.Module = build_meta(hf_config, session.dtype)
     _replace_linears(model, source, session)
     reader = CheckpointReader(source.path, aliases=tied_names(model))
     unused = reader.check(expected_shapes(model, packed=source.kind == "quantized"))
     if unused and session.processes.is_main:
-        logger.warning("%s: %d tensors are not used, such as %s", source.path, len(unused), unused[0])
+        logger.warning(
+            "%s: %d tensors are not used, such as %s", source.path, len(unused), unused[0]
+        )
     folder = config.adapter.init_from or source.adapter
-    start = load_adapter(folder) if folder else None
+    start = load_adapter(Path(folder)) if folder else None
     lora = with_packed_linears(start.config) if start else None
     if adapt:
         lora = lora_config(config.adapter, model)
         _check_start(start, lora, config)
     if lora is not None:
-        model = get_peft_model(model, lora, low_cpu_mem_usage=True)  # adapters on meta, too
+        model = get_peft_model(
+            base_model(model), lora, low_cpu_mem_usage=True
+        )  # adapters on meta, too
     return Plan(source, hf_config, reader, model, lora, start)
 
 
@@ -125,7 +145,7 @@ def build(plan: Plan, session: Session, *,
 
 def build_reference(plan: Plan, session: Session) -> tuple[nn.Module, int]:
     """The full-precision model, spread as the trained one is, and the bytes read. Collective."""
-    model = build_meta(plan.hf_config).to(session.dtype)
+    model = build_meta(plan.hf_config, session.dtype)
     if session.strategy == "fsdp2":
         shard(model, session.device, session.processes.size)
     materialise(model, session.device)
@@ -139,10 +159,8 @@ def build_reference(plan: Plan, session: Session) -> tuple[nn.Module, int]:
 def _replace_linears(model: nn.Module, source: Source, session: Session) -> None:
     """As the checkpoint was quantized, or as the configuration wants it."""
     compute = session.config.quant.compute_dtype
-    dtypes = {
-        "compute_dtype": session.dtype if compute == "auto" else DTYPES[compute],
-        "storage_dtype": session.storage,
-    }
+    compute_dtype = session.dtype if compute == "auto" else DTYPES[compute]
+    dtypes: dict[str, Any] = {"compute_dtype": compute_dtype, "storage_dtype": session.storage}
     if source.kind == "quantized":
         modules = quantized_settings(source.path).modules
         replace_linears(model, {n: m.spec for n, m in modules.items()}, **dtypes)

@@ -17,7 +17,13 @@ from hqqtrain.ckpt import RunDirectory
 from hqqtrain.config import UserError
 from hqqtrain.data import Sequences, dataset_name
 from hqqtrain.track import (
-    LAYER_ERROR, Console, Progress, Trackers, open_trackers, setup_logging, write_report,
+    LAYER_ERROR,
+    Console,
+    Progress,
+    Trackers,
+    open_trackers,
+    setup_logging,
+    write_report,
 )  # fmt: skip
 from hqqtrain.train.evaluation import Measured
 from hqqtrain.train.loop import Trained
@@ -26,6 +32,10 @@ from hqqtrain.train.session import Session
 from hqqtrain.train.summary import Summary
 
 logger = logging.getLogger(__name__)
+
+_RESULTS = (
+    "quantized", "adapter", "export", "summary.json", "metrics.jsonl", "report/index.html",
+)  # fmt: skip
 
 
 class Record:
@@ -145,11 +155,20 @@ class Record:
         self.trackers.images({n: p for n, p in report.items() if p.suffix == ".png"})
         self.trackers.finish(0)
         self.directory.write_status("done", exit_code=0)
-        names = ("quantized", "adapter", "export", "summary.json", "metrics.jsonl", "report/index.html")
+        names = (
+            "quantized",
+            "adapter",
+            "export",
+            "summary.json",
+            "metrics.jsonl",
+            "report/index.html",
+        )
         written = [self.path(name) for name in names if self.path(name).exists()]
         self.console.results(self.summary.rows(), written)
 
     def _failed(self, error: BaseException) -> None:
         code = 2 if isinstance(error, UserError) else 1
         self.trackers.finish(code)
-        self.directory.write_status("failed", exit_code=code, cause=f"{type(error).__name__}: {error}")
+        self.directory.write_status(
+            "failed", exit_code=code, cause=f"{type(error).__name__}: {error}"
+        )

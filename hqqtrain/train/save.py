@@ -9,7 +9,12 @@ from pathlib import Path
 from torch import Tensor
 
 from hqqtrain.ckpt import (
-    AdapterCard, dense_tensors, export_dense, model_tensors, save_adapter, save_quantized,
+    AdapterCard,
+    dense_tensors,
+    export_dense,
+    model_tensors,
+    save_adapter,
+    save_quantized,
 )  # fmt: skip
 from hqqtrain.dist import full_tensor
 from hqqtrain.models import is_adapter
@@ -33,7 +38,7 @@ def save_packed(plan: Plan, built: Built, session: Session, folder: Path) -> Non
 
 
 def save_dense(plan: Plan, built: Built, session: Session, folder: Path) -> None:
-    """Writes dense weights, the adapter merged in, for any tool that knows the model. Collective."""
+    """Writes dense weights with the adapter merged in, for any tool. Collective."""
     packed = model_tensors(built.model, gather=full_tensor)
     dense = dense_tensors(
         packed, built.settings, plan.start, dtype=session.dtype, device=session.device

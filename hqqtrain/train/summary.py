@@ -1,5 +1,6 @@
 """The final figures of a run: `summary.json`, schema 1, and the table at the end."""
 
+from collections import Counter
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -97,7 +98,7 @@ class Summary:
         """The settings most layers have: quant.* or, of a packed checkpoint, its own."""
         keys = ("nbits", "group_size", "axis", "solver")
         found = [tuple(getattr(m, k) for k in keys) for m in built.settings.modules.values()]
-        return dict(zip(keys, max(set(found), key=found.count), strict=True))
+        return dict(zip(keys, Counter(found).most_common(1)[0][0], strict=True))
 
     def _sizes(self, plan: Plan, built: Built, packed: int, bits: float) -> None:
         """Bits of a quantized weight and GiB of the whole model, before and after."""

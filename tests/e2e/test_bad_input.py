@@ -98,7 +98,7 @@ def test_one_message_exit_2_and_nothing_written(case: str, tmp_path: Path):
     done = run(*QUICK, *words, root=tmp_path / "runs")
     assert done.code == 2, done.output
     assert "Traceback" not in done.output
-    (message,) = [part for part in done.output.split("hqqtrain: ")[1:]]
+    _, message = done.output.split("hqqtrain: ")
     for word in named:
         assert word in message
     assert not (tmp_path / "runs").exists()

@@ -47,7 +47,7 @@ def _check_same_files(ours: Path, theirs: Path) -> None:
                 assert torch.equal(tensor.view(torch.uint8), right[name].view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("group_size,axis", [("64", 0), ("null", 0), ("32", 1)])
+@pytest.mark.parametrize(("group_size", "axis"), [("64", 0), ("null", 0), ("32", 1)])
 def test_any_sharding_gives_the_same_bits(tmp_path: Path, group_size: str, axis: int):
     words = (*QUICK, "task=quantize", f"quant.group_size={group_size}", f"quant.axis={axis}")
     one = run(*words, root=tmp_path / "one" / "runs")
