@@ -3,6 +3,7 @@
 import logging
 
 import torch
+import torch.distributed as dist
 from packaging.version import Version
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -60,6 +61,8 @@ def shard(model: nn.Module, device: torch.device, world_size: int) -> None:
     Raises:
         UserError: the model has no stack of decoder layers to cut along.
     """
+    if world_size == 1 and not dist.is_initialized():  # started without a launcher
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (world_size,))
     layers = decoder_layers(model)
     for layer in layers:

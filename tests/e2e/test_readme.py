@@ -1,0 +1,63 @@
+"""Every command of the README runs, on the bundled model and cut down to seconds."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from e2e.runs import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+TINY = (
+    "model.name_or_path=tiny", "data.source=python_stdlib", "eval.source=python_stdlib",
+    "train.max_steps=2", "train.global_batch_size=4", "train.max_seq_len=64", "eval.tokens=1024",
+    "optim.warmup_steps=0", "track.backends=[]",
+)  # fmt: skip
+
+
+def commands() -> list[str]:
+    """The lines of the README's bash blocks, in their order."""
+    blocks = (ROOT / "README.md").read_text().split("```bash\n")[1:]
+    return [line for block in blocks for line in block.split("```")[0].splitlines() if line]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a user would stand: what one command leaves is what a later one takes."""
+    return tmp_path_factory.mktemp("readme")
+
+
+def test_the_two_commands_stand_at_the_top():
+    top = (ROOT / "README.md").read_text().split("```")[1]
+    assert top.splitlines()[1:] == commands()[:2] == top.split("\n")[1:3]
+
+
+@pytest.mark.parametrize("number", range(len(commands())))
+def test_command(number: int, folder: Path):
+    line = commands()[number]
+    words = shlex.split(line.replace("./launch.sh", str(ROOT / "launch.sh")))
+    if "test" in words:
+        words.append("--version")
+    elif "--help" not in words:
+        words += TINY
+    if "accelerate" in words:
+        words[2:2] = ["--num_processes", "1"]
+    if "torchrun" in words:
+        words[1:1] = ["--master-port", str(free_port())]
+    done = subprocess.run(
+        ["env", *words], cwd=folder, text=True, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_tree_names_what_is_there():
+    tree = (ROOT / "README.md").read_text().split("## The house")[1].split("```")[1]
+    for line in tree.splitlines():
+        for word in line.strip().split("   ")[0].replace(",", " ").split():
+            inside = ROOT / "hqqtrain" if line.startswith("  ") else ROOT
+            assert (inside / word).exists() or (inside / f"{word}.py").exists(), word
