@@ -16,9 +16,9 @@ import yaml
 
 from hqqtrain.ckpt.atomic import atomic_write_json, atomic_write_text
 from hqqtrain.ckpt.provenance import git_revision, versions
-from hqqtrain.ckpt.secrets import masked, masked_command
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.config.run import NOT_THE_RESULT
+from hqqtrain.config.secrets import masked, masked_command
 
 STATES = ("running", "done", "preempted", "failed")
 _LOCK = ".lock"

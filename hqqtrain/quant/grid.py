@@ -73,8 +73,11 @@ def group_sum(x: Tensor) -> Tensor:
 
 
 def group_mean(x: Tensor) -> Tensor:
-    """Mean of every column of x [g, n]. Overwrites x."""
-    return group_sum(x) / x.shape[0]
+    """Mean of every column of x [g, n]. Overwrites x.
+
+    Times the reciprocal, which is how CUDA divides by a number: so CPU and GPU agree.
+    """
+    return group_sum(x) * (1 / x.shape[0])
 
 
 def spread(W: Tensor) -> tuple[Tensor, Tensor]:

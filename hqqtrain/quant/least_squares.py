@@ -12,11 +12,13 @@ from torch import Tensor
 from hqqtrain.quant.grid import Fit, Grid, better, group_mean, group_sum, spread
 
 SHARES_ABOUT_MIDDLE = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+SHARES_ABOUT_MIDDLE_8_BIT = (1.0, 0.998, 0.995, 0.99, 0.97, 0.9)
 SHARES_ABOUT_MEAN = (0.75, 0.5)
 """The ranges to start from, as shares of a group's own range.
 
 Chosen by perplexity of the bundled model (`scripts/compare_solvers.py`), not by weight error:
-more starts lower the error long after they have stopped lowering perplexity.
+more starts lower the error long after they have stopped lowering perplexity. With 256 levels
+there is nothing to clip, and a fit moves no further than the next step.
 """
 
 ROUNDS, LAST_ROUNDS = 6, 12
@@ -45,7 +47,7 @@ def least_squares(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 def _starts(centred: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
     low, width = spread(centred)
     middle, about_mean = low + width / 2, 2 * torch.maximum(low + width, -low)
-    for share in SHARES_ABOUT_MIDDLE:
+    for share in SHARES_ABOUT_MIDDLE_8_BIT if grid.nbits == 8 else SHARES_ABOUT_MIDDLE:
         scale = width * (share / grid.top)
         yield scale, grid.top / 2 - middle / scale
     for share in SHARES_ABOUT_MEAN:

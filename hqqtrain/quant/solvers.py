@@ -4,7 +4,7 @@ A solver is a pure function of every column: it stops per group or after a fixed
 an average over the weight, as hqq does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ HQQ_ROUNDS, HQQ_BETA, HQQ_P = 20, 10.0, 0.7
 def rtn(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Round to nearest: the codes span the group's range."""
     low, width = spread(W)
-    scale = width / grid.top
+    scale = width * (1 / grid.top)
     return scale, -low / scale
 
 
@@ -36,27 +36,33 @@ def hqq(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """
     low, width = spread(W)
     inverse = _hqq_inverse_scale(width, grid)
-    first = zero = -low * inverse
-    if grid.nbits == 4:
-        zero = zero.round()
+    first = -low * inverse
     scale = 1 / inverse
-    best = torch.full_like(zero, torch.inf), scale, zero
-    for _ in range(HQQ_ROUNDS):
-        previous, zero = zero, _hqq_round(W, inverse, first, zero, grid)
-        if grid.nbits == 1:
+    if grid.nbits > 1:
+        *_, zero = _hqq_zeros(W, inverse, first, grid)
+        return scale, zero
+    best = torch.full_like(scale, torch.inf), scale, first
+    # bf16 weights often lie exactly between two codes, where rounding noise decides: try both.
+    for nudge in (0, 1e-6, -1e-6):
+        for zero in _hqq_zeros(W, inverse, first, grid, nudge):
             best = better(best, (grid.error(W, scale, zero), scale, zero))
+    return best[1:]
+
+
+def _hqq_zeros(
+    W: Tensor, inverse: Tensor, first: Tensor, grid: Grid, nudge: float = 0
+) -> Iterator[Tensor]:
+    """The zero after every round: the one that fits the last codes, but for what is shrunk."""
+    zero = first.round() if grid.nbits == 4 else first
+    for _ in range(HQQ_ROUNDS):
+        previous, scaled = zero, W * inverse
+        codes = (scaled + (zero + nudge)).round_().clamp_(0, grid.top)
+        if _can_shrink(first, zero, inverse, grid):
+            scaled = (W - _shrink(W - (codes - zero) / inverse, grid)) * inverse
+        zero = group_mean(codes.sub_(scaled))
+        yield zero
         if torch.equal(zero, previous):
             break
-    return scale, best[2] if grid.nbits == 1 else zero
-
-
-def _hqq_round(W: Tensor, inverse: Tensor, first: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    """The zero that fits the codes of the last one, but for residuals shrunk away."""
-    scaled = W * inverse
-    codes = (scaled + zero).round_().clamp_(0, grid.top)
-    if _can_shrink(first, zero, inverse, grid):
-        scaled = (W - _shrink(W - (codes - zero) / inverse, grid)) * inverse
-    return group_mean(codes.sub_(scaled))
 
 
 def _hqq_inverse_scale(width: Tensor, grid: Grid) -> Tensor:
@@ -82,7 +88,7 @@ def _shrink(residual: Tensor, grid: Grid) -> Tensor:
     """
     x = residual.abs() * grid.unit
     power = x.double().pow_(HQQ_P - 1).float()
-    return (x - power / HQQ_BETA).clamp_min_(0).mul_(residual.sign()) / grid.unit
+    return (x - power * (1 / HQQ_BETA)).clamp_min_(0).mul_(residual.sign()) / grid.unit
 
 
 SOLVERS: dict[str, Solver] = {"least_squares": least_squares, "hqq": hqq, "rtn": rtn}

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from hqqtrain.config.secrets import masked
 from hqqtrain.track.base import LAYER_ERROR, STEP
-from hqqtrain.track.secrets import masked
 
 logger = logging.getLogger(__name__)
 

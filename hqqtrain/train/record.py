@@ -148,23 +148,25 @@ class Record:
         return {f"perplexity, {r.model}": r.perplexity for r in rows if r.perplexity is not None}
 
     def _finished(self) -> None:
-        parts, folder = self.summary.parts, self.directory.path
+        parts = self.summary.parts
         self.directory.write_summary(parts)
         self.trackers.summary(parts)
-        report = write_report(folder, folder / "metrics.jsonl", parts, self.layer_errors)
-        self.trackers.images({n: p for n, p in report.items() if p.suffix == ".png"})
+        self._report()
         self.trackers.finish(0)
         self.directory.write_status("done", exit_code=0)
-        names = (
-            "quantized",
-            "adapter",
-            "export",
-            "summary.json",
-            "metrics.jsonl",
-            "report/index.html",
-        )
-        written = [self.path(name) for name in names if self.path(name).exists()]
+        written = [self.path(name) for name in _RESULTS if self.path(name).exists()]
         self.console.results(self.summary.rows(), written)
+
+    def _report(self) -> None:
+        """Draws report/; a plot that fails is no reason to call a finished run failed."""
+        folder = self.directory.path
+        try:
+            files = write_report(
+                folder, folder / "metrics.jsonl", self.summary.parts, self.layer_errors
+            )
+            self.trackers.images({n: p for n, p in files.items() if p.suffix == ".png"})
+        except Exception as error:
+            logger.warning("report/ was not written: %r", error)
 
     def _failed(self, error: BaseException) -> None:
         code = 2 if isinstance(error, UserError) else 1

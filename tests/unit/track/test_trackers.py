@@ -15,9 +15,9 @@ import torch
 
 import hqqtrain
 from hqqtrain.config import TrackConfig
+from hqqtrain.config.secrets import masked
 from hqqtrain.track import JsonlTracker, Trackers, open_trackers, read_metrics
 from hqqtrain.track import wandb as wandb_module
-from hqqtrain.track.secrets import masked
 
 ROOT = Path(hqqtrain.__file__).parents[1]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hqqtrain.ckpt.secrets import masked, masked_command
+from hqqtrain.config.secrets import masked, masked_command
 
 HF, WANDB, COMMIT = "hf_" + "aB3" * 11, "0123456789abcdef" * 2 + "01234567", "e" * 40
 
