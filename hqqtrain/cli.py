@@ -37,7 +37,8 @@ def _guarded(words: list[str]) -> int:
     try:
         return _dispatch(words)
     except UserError as error:
-        print(f"hqqtrain: {error}", file=sys.stderr)
+        if _rank() == 0:  # what one rank finds is raised on all
+            print(f"hqqtrain: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("hqqtrain: interrupted.", file=sys.stderr)
@@ -144,7 +145,7 @@ def _tell_launcher(code: int) -> None:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    return int(os.environ.get("RANK", "0"))
 
 
 def _say(text: str) -> int:

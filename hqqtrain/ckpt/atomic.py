@@ -69,7 +69,12 @@ def _recover(path: Path, old: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
+    """Forces all to disk, readable as the umask has it: safetensors makes files private."""
+    mask = os.umask(0)
+    os.umask(mask)
     for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
         sync(path)
     sync(folder)
 

@@ -1,9 +1,12 @@
 """Where a result comes from: versions of everything, and the revision of the source code."""
 
+import hashlib
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from hqqtrain.config import RunConfig
 
 _PACKAGES = (
     "hqqtrain", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors",
@@ -33,3 +36,24 @@ def git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def input_stamps(config: RunConfig) -> dict[str, str]:
+    """Key -> digest of the sizes and times of the local files that the key names.
+
+    A run's identity knows their path only; this tells when something else lies there.
+    """
+    keys = {
+        "model.name_or_path": config.model.name_or_path,
+        "adapter.init_from": config.adapter.init_from,
+        "data.source": config.data.source,
+        "eval.source": config.eval.source,
+    }
+    paths = {key: Path(value).expanduser() for key, value in keys.items() if value}
+    return {key: _stamp(path) for key, path in paths.items() if path.exists()}
+
+
+def _stamp(path: Path) -> str:
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    facts = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -15,7 +15,7 @@ from typing import IO, Any
 import yaml
 
 from hqqtrain.ckpt.atomic import atomic_write_json, atomic_write_text
-from hqqtrain.ckpt.provenance import git_revision, versions
+from hqqtrain.ckpt.provenance import git_revision, input_stamps, versions
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.config.run import NOT_THE_RESULT
 from hqqtrain.config.secrets import masked, masked_command
@@ -51,15 +51,30 @@ class RunDirectory:
         return _read_yaml(self.path / "status.json")
 
     def done(self) -> bool:
-        """Whether this very run is finished: status.json says so, summary.json is there."""
+        """Whether this very run is finished: status.json says so, summary.json is there.
+
+        Raises UserError where it was made from files that have changed since.
+        """
         finished = self.status().get("status") == "done"
-        return finished and (self.path / "summary.json").is_file()
+        if not finished or not (self.path / "summary.json").is_file():
+            return False
+        if _read_yaml(self.path / "config.yaml").get("inputs") != input_stamps(self.config):
+            raise UserError(
+                f"{self.path}: is done, but made from files that have changed since; choose "
+                "another run.name for the new ones."
+            )
+        return True
 
     def __enter__(self) -> "RunDirectory":
         """Take the lock. Raises UserError while another process holds it, or as `check` does."""
         self.check()
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
-        self._lock = _take_lock(self.path)
+        try:
+            self._lock = _take_lock(self.path)
+        except OSError as error:
+            raise UserError(
+                f"run.root={self.config.run.root}: cannot be written to ({error}); choose another."
+            ) from error
         try:
             self.check()
         except UserError:
@@ -74,6 +89,7 @@ class RunDirectory:
         """Write config.yaml (resolved, versions, git revision, command) and status `running`."""
         resolved = masked(asdict(self.config)) | {
             "identity": self.config.identity(),
+            "inputs": input_stamps(self.config),
             "command": masked_command(list(command)),
             "git_revision": git_revision(),
             "versions": versions(),

@@ -62,6 +62,10 @@ class RunConfig:
         found = []
         if self.task == "finetune" and self.adapter.kind == "none":
             found.append("adapter.kind=none: task=finetune trains an adapter; use lora or rslora.")
+        if self.task == "quantize" and not self.quant.save:
+            found.append("quant.save=false: task=quantize has nothing else to do; use true.")
+        if self.train.max_grad_norm == 0:
+            found.append("train.max_grad_norm=0: must be above 0, or null to clip nothing.")
         if not 0 <= self.adapter.dropout < 1:
             found.append(f"adapter.dropout={self.adapter.dropout}: must be below 1.")
         if self.task == "eval" and self.eval.source is None:

@@ -9,7 +9,7 @@ MASK = "***"
 _NAMES = re.compile(r"(token|password|passwd|secret|credential|api[-_]?key)$", re.IGNORECASE)
 _VALUES = re.compile(
     r"\b(?:hf_|sk-|ghp_|wandb_v1_)\w{8,}"
-    r"|(?<![0-9A-Za-z])[0-9a-f]{40}(?![0-9A-Za-z])"  # W&B's older keys
+    r"|(?<![0-9A-Za-z])(?<!snapshots/)[0-9a-f]{40}(?![0-9A-Za-z])"  # W&B's older keys
     r"|(?<=://)[^/\s@]+(?=@)"  # user:password@host, token@host
 )
 # A commit has the form of an old W&B key, and is what makes a run reproducible.

@@ -11,6 +11,7 @@ and no cache, so **call the model with use_cache=False**. A sequence of one text
 fast causal kernel. Padding is done the same way: each pad token is a text of its own.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -73,6 +74,11 @@ class Sequences:
             self.starts, self.begin, side="right"
         )
         return int((self.end - self.begin - 1 - inner).sum())
+
+    def digest(self) -> str:
+        """sha256 of all tokens and of how they are cut."""
+        parts = (self.stream, self.starts, self.begin, self.end)
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "Sequences":
         """Only these sequences, over the same stream."""

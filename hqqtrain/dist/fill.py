@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hqqtrain.config import UserError
 from hqqtrain.dist.processes import Processes
 from hqqtrain.dist.shards import local, owned_rows
 from hqqtrain.nn import HQQLinear
@@ -71,28 +72,39 @@ def fill(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], reader: R
     """
     began, filled = time.perf_counter(), Filled()
     make = _read if quantized else _quantize
-    for index, (name, layer) in enumerate(layers.items()):
-        filled.squared_error[name] = filled.squared_norm[name] = 0.0
-        rows = owned_rows(layer.W_q)
-        if _is_mine(layer, index, processes) and rows.start < rows.stop:
-            made = make(reader, name, layer, rows, filled, processes.device)
-            for tensor, value in made.items():
-                _write(getattr(layer, tensor), value)
-                on_rows(name, tensor, rows.start, value)
-        on_layer(name)
-    for index, layer in enumerate(layers.values()):
-        if not isinstance(layer.W_q, DTensor):
-            for tensor in PACKED:
-                processes.broadcast(local(getattr(layer, tensor)), index % processes.size)
-    for name, target in dense.items():
-        _fill_dense(reader, name, target, processes)
+    with processes.together():
+        for index, (name, layer) in enumerate(layers.items()):
+            filled.squared_error[name] = filled.squared_norm[name] = 0.0
+            rows = owned_rows(layer.W_q)
+            if _is_mine(layer.W_q, index, processes) and rows.start < rows.stop:
+                made = make(reader, name, layer, rows, filled, processes.device)
+                for tensor, value in made.items():
+                    _write(getattr(layer, tensor), value)
+                    on_rows(name, tensor, rows.start, value)
+            on_layer(name)
+        for name, target in dense.items():
+            if _is_mine(target, 0, processes):
+                _fill_dense(reader, name, target)
+    _share_whole(layers, dense, processes)
     filled.seconds = time.perf_counter() - began
     return filled
 
 
-def _is_mine(layer: HQQLinear, index: int, processes: Processes) -> bool:
-    """Every rank has rows of a sharded layer; a whole one is the work of one rank."""
-    return isinstance(layer.W_q, DTensor) or index % processes.size == processes.rank
+def _is_mine(tensor: Tensor, index: int, processes: Processes) -> bool:
+    """Every rank has rows of a sharded tensor; a whole one is the work of one rank."""
+    return isinstance(tensor, DTensor) or index % processes.size == processes.rank
+
+
+def _share_whole(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor],
+                 processes: Processes) -> None:  # fmt: skip
+    """Hands what one rank has made, and is not sharded, to all others."""
+    for index, layer in enumerate(layers.values()):
+        if not isinstance(layer.W_q, DTensor):
+            for tensor in PACKED:
+                processes.broadcast(local(getattr(layer, tensor)), index % processes.size)
+    for target in dense.values():
+        if not isinstance(target, DTensor):
+            processes.broadcast(local(target), 0)
 
 
 def _quantize(reader: Reader, name: str, layer: HQQLinear, rows: slice, filled: Filled,
@@ -116,10 +128,14 @@ def _write(param: Tensor, value: Tensor) -> None:
     local(param).view(torch.uint8).copy_(value.view(torch.uint8))
 
 
-def _fill_dense(reader: Reader, name: str, tensor: Tensor, processes: Processes) -> None:
-    if isinstance(tensor, DTensor):
-        local(tensor).copy_(reader.read(name, [owned_rows(tensor)]))
-        return
-    if processes.is_main:
-        local(tensor).copy_(reader.read(name))
-    processes.broadcast(local(tensor), 0)
+def _fill_dense(reader: Reader, name: str, target: Tensor) -> None:
+    rows = owned_rows(target) if isinstance(target, DTensor) else None
+    value = reader.read(name, None if rows is None else [rows])
+    bad = ~value.isfinite().reshape(len(value), -1).all(1)
+    if bad.any():
+        row = int(bad.nonzero()[0]) + (rows.start if rows else 0)
+        raise UserError(
+            f"{name}: row {row} holds NaN or Inf. The checkpoint is damaged, or overflowed when "
+            "it was converted: use another."
+        )
+    local(target).copy_(value)

@@ -8,7 +8,8 @@ a GPU, `accelerate launch --num_processes 2` starts a single process and says no
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,21 @@ class Processes:
         """Overwrites `tensor` with the bytes that rank `owner` holds. Collective."""
         if self.size > 1:
             dist.broadcast(tensor, src=owner)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around work without collectives: a UserError of one rank is raised on every rank.
+
+        Else the others would wait for the one that left. Collective at its end.
+        """
+        fault: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            fault = error
+        faults = [text for text in self.gather(str(fault) if fault else None) if text]
+        if fault or faults:
+            raise fault or UserError(faults[0])
 
     def barrier(self) -> None:
         if self.size > 1:

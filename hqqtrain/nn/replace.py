@@ -79,6 +79,7 @@ def choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, QuantSpec],
     wanted = [p for p in config.skip if p != "lm_head" or "lm_head" in linears]
     skipped = set(matching("quant.skip", wanted, linears))
     matching("quant.overrides", config.overrides, linears)
+    _refuse_vain_overrides(config, [name for name in linears if name not in skipped])
     specs = {}
     for name, linear in linears.items():
         quantized, own = settings_of(name, config.overrides)
@@ -87,7 +88,10 @@ def choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, QuantSpec],
         specs[name] = spec_from_config(config, own)
         specs[name].layout(linear.out_features, linear.in_features, name)  # group_size divides
     if not specs:
-        raise UserError("quant.skip, quant.overrides: leave no linear layer to quantize.")
+        raise UserError(
+            f"{type(model).__name__}: has no nn.Linear to quantize but {', '.join(linears)}, left "
+            f"out by quant.skip={config.skip} and quant.overrides."
+        )
     return specs, [name for name in linears if name not in specs]
 
 
@@ -108,6 +112,16 @@ def replace_linears(model: nn.Module, specs: Mapping[str, QuantSpec], *,
         covered += linear.out_features * linear.in_features
         on_layer(name)
     return covered
+
+
+def _refuse_vain_overrides(config: QuantConfig, names: list[str]) -> None:
+    """Settings of layers that quant.skip leaves out would be ignored in silence."""
+    for pattern, settings in config.overrides.items():
+        if settings is not None and not any(matches(pattern, name) for name in names):
+            raise UserError(
+                f"quant.overrides={pattern}: all it matches is left out by quant.skip="
+                f"{config.skip}; take it out there, e.g. quant.skip=[]."
+            )
 
 
 def _refuse_fused_experts(model: nn.Module, config: QuantConfig) -> None:

@@ -16,7 +16,7 @@ Solver = Callable[[Tensor, Grid], tuple[Tensor, Tensor]]
 """(W [group_size, n] fp32, in units of the grid) -> scale [n] in units, zero [n]."""
 
 HQQ_ROUNDS, HQQ_BETA, HQQ_P = 20, 10.0, 0.7
-"""beta stays what it is: in hqq 0.2.8 its growth by kappa got lost, and nothing depends on it."""
+"""Of hqq 0.2.8, where beta does not grow: the line that multiplied it by kappa was lost."""
 
 
 def rtn(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ rank takes every world-size-th of them, and the loss is weighted by token over a
 one process and eight walk the same path, but for rounding.
 """
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from hqqtrain.models import base_model
 from hqqtrain.train.evaluation import Batch, next_token_logits
 from hqqtrain.train.optimizer import build_optimizer, build_schedule
 from hqqtrain.train.session import Session
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,6 +65,7 @@ class Trainer:
             self.model = self.accelerator.prepare_model(model)
         self.order = SampleOrder(len(sequences), config.train.seed)
         self.steps = total_steps(config, self.order)
+        _warn_of_warmup(config, self.steps)
         optimizer = build_optimizer(config.optim, self.parameters)
         self.schedule = build_schedule(config.optim, optimizer, self.steps)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
@@ -121,7 +125,7 @@ class Trainer:
         """The gradient's norm over all ranks, before it is clipped."""
         self.accelerator.unscale_gradients(self.optimizer)
         limit = self.config.train.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
@@ -142,6 +146,14 @@ class Trainer:
             "train/epoch": self.order.epoch(steps, self.config.train.global_batch_size),
             "train/global_step": steps,
         }
+
+
+def _warn_of_warmup(config: RunConfig, steps: int) -> None:
+    if 0 < steps <= config.optim.warmup_steps:
+        logger.warning(
+            "optim.warmup_steps=%d: the run has %d steps, so it never reaches optim.lr",
+            config.optim.warmup_steps, steps,
+        )  # fmt: skip
 
 
 def total_steps(config: RunConfig, order: SampleOrder) -> int:

@@ -1,53 +1,64 @@
 """The optimizer and the learning-rate schedule that a recipe names."""
 
+import importlib.util
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from hqqtrain.config import OptimConfig, UserError
 
 
-def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """AdamW over `parameters`: PyTorch's, or bitsandbytes' with 8-bit or paged state.
-
-    Raises:
-        UserError: bitsandbytes is missing, or cannot work on these parameters.
-    """
-    parameters = list(parameters)
+def check_optimizer(config: OptimConfig, strategy: str, device: torch.device) -> None:
+    """Raises UserError where `optim.name` cannot work here: before anything is read or written."""
     if config.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    if any(isinstance(p, DTensor) for p in parameters):
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"optim.name={config.name}: needs bitsandbytes, which is not installed; use adamw."
+        )
+    if strategy == "fsdp2":
         raise UserError(
             f"optim.name={config.name}: bitsandbytes cannot update FSDP2's sharded parameters; "
             "use adamw, or parallel.strategy=ddp."
         )
-    if config.name.startswith("paged") and not parameters[0].is_cuda:
+    if config.name.startswith("paged") and device.type != "cuda":
         raise UserError(
             f"optim.name={config.name}: paged optimizers need a CUDA GPU; use adamw or adamw_8bit."
         )
-    try:
-        import bitsandbytes.optim as bnb
-    except ImportError as error:
-        raise UserError(
-            f"optim.name={config.name}: needs bitsandbytes, which is not installed here ({error}); "
-            "use adamw."
-        ) from error
+
+
+def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """AdamW over `parameters`: PyTorch's, or bitsandbytes' with 8-bit or paged state."""
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    import bitsandbytes.optim as bnb
+
     classes = {
         "adamw_8bit": bnb.AdamW8bit,
         "paged_adamw": bnb.PagedAdamW32bit,
         "paged_adamw_8bit": bnb.PagedAdamW8bit,
     }
-    return classes[config.name](parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return classes[config.name](parameters, **options)
 
 
-def build_schedule(config: OptimConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
-    """Linear warm-up over `warmup_steps`, then cosine or linear to zero at `steps`, or flat."""
-    kind = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-    return get_scheduler(
-        kind, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps
-    )
+def build_schedule(config: OptimConfig, optimizer: Optimizer, steps: int) -> LambdaLR:
+    """Linear warm-up over `warmup_steps`, then cosine or linear to zero at `steps`, or flat.
+
+    Not transformers' schedules: theirs begin at a rate of 0, which wastes the first step.
+    """
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        left = 1 - (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        if config.schedule == "cosine":
+            return 0.5 * (1 - math.cos(math.pi * max(0.0, left)))
+        return max(0.0, left) if config.schedule == "linear" else 1.0
+
+    return LambdaLR(optimizer, factor)

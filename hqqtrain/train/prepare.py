@@ -26,6 +26,7 @@ from hqqtrain.models import (
     build_meta,
     config_of,
     expected_shapes,
+    is_adapter,
     resolve_source,
     restore_buffers,
     tie,
@@ -45,6 +46,14 @@ from hqqtrain.train.session import DTYPES, Session
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Start:
+    """An adapter to begin with, and the folder it was read from."""
+
+    folder: Path
+    adapter: Adapter
+
+
 @dataclass
 class Plan:
     """A model on meta, its linears replaced and its adapters in place, and where it comes from.
@@ -57,7 +66,7 @@ class Plan:
     reader: CheckpointReader
     model: nn.Module
     lora: LoraConfig | None
-    start: Adapter | None
+    start: Start | None
 
     @property
     def packed(self) -> bool:
@@ -103,16 +112,15 @@ def make_plan(session: Session, *, adapt: bool) -> Plan:
         logger.warning(
             "%s: %d tensors are not used, such as %s", source.path, len(unused), unused[0]
         )
-    folder = config.adapter.init_from or source.adapter
-    start = load_adapter(Path(folder)) if folder else None
-    lora = with_packed_linears(start.config) if start else None
+    start = _load_start(config.adapter.init_from or source.adapter)
+    lora = with_packed_linears(start.adapter.config) if start else None
     if adapt:
         lora = lora_config(config.adapter, model)
-        _check_start(start, lora, config)
+        _check_start(start, lora)
+    _warn_of_length(config, hf_config)
     if lora is not None:
-        model = get_peft_model(
-            base_model(model), lora, low_cpu_mem_usage=True
-        )  # adapters on meta, too
+        # low_cpu_mem_usage: the adapters are made on meta, too
+        model = get_peft_model(base_model(model), lora, low_cpu_mem_usage=True)
     return Plan(source, hf_config, reader, model, lora, start)
 
 
@@ -200,17 +208,36 @@ def _fingerprinted(plan: Plan, fingerprint: Fingerprint, processes: Processes) -
     return settings
 
 
-def _check_start(start: Adapter | None, lora: LoraConfig, config: RunConfig) -> None:
-    """`init_from` gives the first values, so its shape must be that of the new adapter."""
+def _load_start(folder: str | Path | None) -> Start | None:
+    if folder is None:
+        return None
+    folder = Path(folder).expanduser()
+    logger.info("starting from the adapter in %s", folder)
+    return Start(folder, load_adapter(folder))
+
+
+def _check_start(start: Start | None, lora: LoraConfig) -> None:
+    """It gives the first values, so its shape and scaling must be those of the new adapter."""
     if start is None:
         return
-    theirs, ours = (start.config.r, start.config.use_rslora), (lora.r, lora.use_rslora)
-    if theirs != ours:
-        raise UserError(
-            f"adapter.init_from={config.adapter.init_from}: has r={theirs[0]}, rslora={theirs[1]}; "
-            f"the recipe asks for r={ours[0]}, rslora={ours[1]}. Make adapter.r and adapter.kind "
-            "agree with it."
-        )
+    keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    theirs = {key: getattr(start.adapter.config, key) for key in keys}
+    ours = {key: getattr(lora, key) for key in keys}
+    for key in keys:
+        if theirs[key] != ours[key]:
+            raise UserError(
+                f"adapter.init_from={start.folder}: was made with {key}={theirs[key]}, the recipe "
+                f"asks for {ours[key]}. Make adapter.r, adapter.alpha and adapter.kind agree."
+            )
+
+
+def _warn_of_length(config: RunConfig, hf_config: PretrainedConfig) -> None:
+    longest = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    if longest and config.train.max_seq_len > longest:
+        logger.warning(
+            "train.max_seq_len=%d: the model was made for %d tokens at most",
+            config.train.max_seq_len, longest,
+        )  # fmt: skip
 
 
 def _fill_adapters(plan: Plan, settings: QuantizedSettings, session: Session) -> None:
@@ -218,16 +245,17 @@ def _fill_adapters(plan: Plan, settings: QuantizedSettings, session: Session) ->
     init_adapters(model, config.train.seed, config.adapter.init, write=write_full)
     if plan.start is None:
         return
-    plan.start.check_base(settings.fingerprint, f"adapter.init_from={config.adapter.init_from}")
-    waiting = dict(plan.start.state)
+    where = f"adapter.init_from={plan.start.folder}"
+    plan.start.adapter.check_base(settings.fingerprint, where)
+    waiting = dict(plan.start.adapter.state)
     for name, param in model.named_parameters():
-        if "lora_" in name:
+        if is_adapter(name):
             saved = waiting.pop(name.replace(".default.", "."), None)
             if saved is None or saved.shape != param.shape:
                 raise UserError(
-                    f"adapter.init_from={config.adapter.init_from}: holds no {name} of shape "
-                    f"{list(param.shape)}; it was trained with other adapter.target_modules."
+                    f"{where}: holds no {name} of shape {list(param.shape)}; it was trained with "
+                    "other adapter.target_modules."
                 )
             write_full(param, saved)
     if waiting:
-        raise UserError(f"adapter: {next(iter(waiting))} has no place in this model.")
+        raise UserError(f"{where}: {next(iter(waiting))} has no place in this model.")

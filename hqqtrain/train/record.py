@@ -55,8 +55,9 @@ class Record:
         self._begun = False
 
     def __enter__(self) -> "Record":
-        if self.main:
-            self.directory.__enter__()
+        with self.session.processes.together():
+            if self.main:
+                self.directory.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,

@@ -28,7 +28,7 @@ Tensors = Iterator[tuple[str, Tensor]]
 def save_packed(plan: Plan, built: Built, session: Session, folder: Path) -> None:
     """Writes `quantized/`. Collective."""
     _write(
-        model_tensors(built.model, gather=full_tensor),
+        _as_read(model_tensors(built.model, gather=full_tensor), plan),
         lambda tensors: save_quantized(
             tensors, folder, hf_config=plan.hf_config, settings=built.settings,
             source=plan.source.path,
@@ -40,9 +40,8 @@ def save_packed(plan: Plan, built: Built, session: Session, folder: Path) -> Non
 def save_dense(plan: Plan, built: Built, session: Session, folder: Path) -> None:
     """Writes dense weights with the adapter merged in, for any tool. Collective."""
     packed = model_tensors(built.model, gather=full_tensor)
-    dense = dense_tensors(
-        packed, built.settings, plan.start, dtype=session.dtype, device=session.device
-    )
+    start = plan.start.adapter if plan.start else None
+    dense = dense_tensors(packed, built.settings, start, dtype=session.dtype, device=session.device)
     _write(
         dense,
         lambda tensors: export_dense(
@@ -62,6 +61,13 @@ def save_adapter_of(plan: Plan, built: Built, session: Session, record: Record) 
         assert plan.lora is not None
         save_adapter(state, plan.lora, record.path("adapter"), card=_card(plan, record))
     session.processes.barrier()
+
+
+def _as_read(tensors: Tensors, plan: Plan) -> Tensors:
+    """Tensors in full precision in the dtype they were read in, whatever was computed in."""
+    for name, tensor in tensors:
+        same = tensor.is_floating_point() and name in plan.reader
+        yield name, tensor.to(plan.reader.dtype(name)) if same else tensor
 
 
 def _write(tensors: Tensors, write: Callable[[Tensors], object], session: Session) -> None:

@@ -4,12 +4,17 @@ import resource
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.dist import Processes, choose_storage, choose_strategy
+from hqqtrain.train.optimizer import check_optimizer
+
+PATIENCE = timedelta(minutes=30)
+"""How long ranks wait for one another: the main one writes a large model while they do."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,13 +47,18 @@ class Session:
         if precision == "fp16" and not cuda:
             raise UserError("train.precision=fp16: needs a GPU; on a CPU use fp32 or bf16.")
         accelerator = Accelerator(
-            cpu=not cuda, mixed_precision="no" if precision == "fp32" else precision
+            cpu=not cuda,
+            mixed_precision="no" if precision == "fp32" else precision,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
         processes = Processes(
             accelerator.process_index, accelerator.num_processes, accelerator.device
         )
         _check_batch(config, processes.size)
         strategy = choose_strategy(config.parallel.strategy, processes.size)
+        if config.task == "finetune":
+            check_optimizer(config.optim, strategy, processes.device)
+        torch.manual_seed(config.train.seed + processes.rank)  # of dropout alone
         storage = choose_storage(config.quant.storage, strategy)
         return cls(config, accelerator, processes, strategy, precision, storage)
 

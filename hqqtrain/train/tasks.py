@@ -6,6 +6,7 @@ Every rank runs them alike; files, trackers and the console belong to the main r
 
 import logging
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -31,22 +32,38 @@ def run(config: RunConfig, command: list[str]) -> int:
         UserError: the configuration or the data are at fault (exit code 2).
     """
     relaunch_if_ranks_were_lost(command[3:])
+    signal.signal(signal.SIGTERM, _terminated)
     session = Session.start(config)
     with Record(session, command) as record:
         if not record.is_done():
             try:
                 _TASKS[config.task](session, record)
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
                 raise UserError(f"{oom_advice(config)} ({error})") from error
     return 0
+
+
+def _terminated(*_: object) -> None:
+    """Ends as an exception does, so that status.json says how."""
+    raise SystemExit("hqqtrain: terminated (SIGTERM).")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """The CPU's allocator raises a plain RuntimeError."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def finetune(session: Session, record: Record) -> None:
     """Quantize, adapt, train, measure, save."""
     config = session.config
-    plan = make_plan(session, adapt=True)
-    training, held_out = _training_data(plan, config), _held_out(plan, config)
-    _check_resources(plan, session)
+    with session.processes.together():
+        plan = make_plan(session, adapt=True)
+        training, held_out = _training_data(plan, config), _held_out(plan, config)
+        _check_resources(plan, session)
+    _check_same_text(session, training, held_out)
     built = _build(plan, session, record)
     if config.quant.save:
         save_packed(plan, built, session, record.path("quantized"))
@@ -65,17 +82,20 @@ def finetune(session: Session, record: Record) -> None:
 
 def quantize(session: Session, record: Record) -> None:
     """Quantize and save."""
-    plan = make_plan(session, adapt=False)
-    _check_resources(plan, session)
+    with session.processes.together():
+        plan = make_plan(session, adapt=False)
+        _check_resources(plan, session)
     built = _build(plan, session, record)
     save_packed(plan, built, session, record.path("quantized"))
 
 
 def evaluate(session: Session, record: Record) -> None:
     """Measure a model as it is: quantized now or before, and with its adapter if there is one."""
-    plan = make_plan(session, adapt=False)
-    held_out = _held_out(plan, session.config)
-    _check_resources(plan, session)
+    with session.processes.together():
+        plan = make_plan(session, adapt=False)
+        held_out = _held_out(plan, session.config)
+        _check_resources(plan, session)
+    _check_same_text(session, held_out)
     built = _build(plan, session, record)
     scale = Scale(plan, built, held_out, session, record)
     scale.measure("quantized", adapted=False)
@@ -85,8 +105,9 @@ def evaluate(session: Session, record: Record) -> None:
 
 def export(session: Session, record: Record) -> None:
     """Write dense weights, dequantized and merged with the adapter, as a Hugging Face folder."""
-    plan = make_plan(session, adapt=False)
-    _check_resources(plan, session)
+    with session.processes.together():
+        plan = make_plan(session, adapt=False)
+        _check_resources(plan, session)
     built = _build(plan, session, record)
     save_dense(plan, built, session, record.path("export"))
 
@@ -112,6 +133,16 @@ def _training_data(plan: Plan, config: RunConfig) -> Sequences:
 def _held_out(plan: Plan, config: RunConfig) -> Sequences | None:
     tokenizer = load_tokenizer(plan.source.path)
     return evaluation_set(config.eval, config.data, tokenizer, config.train.max_seq_len)
+
+
+def _check_same_text(session: Session, *texts: Sequences | None) -> None:
+    """Refuses ranks that read other text, as another Python's library. Collective."""
+    digests = session.processes.gather([text.digest() if text else "" for text in texts])
+    if len({tuple(digest) for digest in digests}) > 1:
+        raise UserError(
+            f"data.source={session.config.data.source}, eval.source={session.config.eval.source}: "
+            "are not the same text on all ranks; use one Python and one set of files everywhere."
+        )
 
 
 def _check_resources(plan: Plan, session: Session) -> None:

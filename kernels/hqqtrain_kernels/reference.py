@@ -36,15 +36,19 @@ def dequantize(
     W_q [units, row_bytes] is uint8 or the same bits viewed as a float; scale and zero are
     [units, groups] of any float dtype.
     """
-    W_q = as_bytes(W_q)
-    g, units, n = layout.group_size, layout.units, layout.row_codes
-    shape = (1, units, layout.in_features) if layout.axis == 1 else (g, units, layout.in_features)
-    out = torch.empty(shape, dtype=dtype, device=W_q.device)
-    step = max(1, CHUNK_CODES // n)
+    W_q, units = as_bytes(W_q), layout.units
+    classes = layout.out_features // units
+    out = torch.empty(classes, units, layout.in_features, dtype=dtype, device=W_q.device)
+    step = max(1, CHUNK_CODES // layout.row_codes)
     for part in (slice(start, start + step) for start in range(0, units, step)):
-        W = _unpack(W_q[part], layout.nbits, n).unflatten(1, (-1, g)).float()
-        W.sub_(zero[part, :, None]).mul_(scale[part, :, None])
-        out[:, part] = W.flatten(1) if layout.axis == 1 else W.permute(2, 0, 1)
+        codes = _unpack(W_q[part], layout.nbits, layout.row_codes).unflatten(1, (layout.groups, -1))
+        s, z = scale[part], zero[part]
+        if layout.axis == 1:
+            s, z = s[..., None], z[..., None]
+        else:  # transposed as codes: a 2-D transpose of 16-bit numbers is what torch does fast
+            codes = codes.flatten(0, 1).t().contiguous().view(classes, *s.shape)
+        W = codes.float().sub_(z).mul_(s)
+        out[:, part] = W.view(classes, -1, layout.in_features)
     return out.flatten(0, 1)
 
 

@@ -39,6 +39,9 @@ class Finished:
     def losses(self) -> list[float]:
         return [line["train/loss"] for line in self.metrics if "train/loss" in line]
 
+    def norms(self) -> list[float]:
+        return [line["train/grad_norm"] for line in self.metrics if "train/grad_norm" in line]
+
 
 def run(*words: str, root: Path, processes: int = 1, launcher: list[str] | None = None,
         env: dict[str, str] | None = None) -> Finished:  # fmt: skip

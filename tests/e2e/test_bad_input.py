@@ -36,9 +36,11 @@ def _with(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path
     return make
 
 
-def _poison(value: float) -> Callable[[dict[str, torch.Tensor]], object]:
+def _poison(
+    value: float, name: str = "model.layers.3.mlp.up_proj.weight"
+) -> Callable[[dict[str, torch.Tensor]], object]:
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.3.mlp.up_proj.weight"][5, 7] = value
+        tensors[name].view(len(tensors[name]), -1)[5, -1] = value
 
     return change
 
@@ -84,7 +86,19 @@ CASES: dict[str, tuple[list[str] | Callable[[Path], list[str]], list[str]]] = {
     ),
     "NaN": (_with(_poison(float("nan"))), ["model.layers.3.mlp.up_proj.weight", "5"]),
     "Inf": (_with(_poison(float("inf"))), ["model.layers.3.mlp.up_proj.weight", "5"]),
-    "no linear": (_without_linear, ["quant"]),
+    "NaN in a norm": (
+        _with(_poison(float("nan"), "model.norm.weight")),
+        ["model.norm.weight: row 5"],
+    ),
+    "Inf in the embedding": (
+        _with(_poison(float("inf"), "model.embed_tokens.weight")),
+        ["model.embed_tokens.weight: row 5"],
+    ),
+    "no linear": (_without_linear, ["GPT2LMHeadModel", "nn.Linear"]),
+    "override of a skipped layer": (["quant.overrides={lm_head: {nbits: 8}}"], ["lm_head"]),
+    "paged optimizer on a CPU": (["optim.name=paged_adamw"], ["optim.name=paged_adamw"]),
+    "nothing to do": (["task=quantize", "quant.save=false"], ["quant.save=false"]),
+    "no clipping": (["train.max_grad_norm=0"], ["train.max_grad_norm=0", "null"]),
     "unreadable data": (_unreadable_data, ["data.jsonl"]),
     "empty data": (_empty_data, ["data.txt"]),
     "missing data": (["data.source=./nowhere.txt"], ["data.source", "nowhere.txt"]),
@@ -115,3 +129,22 @@ def test_a_directory_of_another_configuration_is_left_alone(tmp_path: Path):
     assert "there 2" in other.output
     assert {p: p.stat().st_mtime_ns for p in first.directory.rglob("*") if p.is_file()} == before
     assert json.loads((first.directory / "status.json").read_text())["status"] == "done"
+
+
+def test_a_root_that_is_no_folder(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    done = run(*QUICK, root=tmp_path / "file")
+    assert done.code == 2, done.output
+    assert "run.root" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_finished_run_of_files_that_changed_is_not_called_done(tmp_path: Path):
+    words = (*QUICK, "task=quantize", f"model.name_or_path={_copy(tmp_path)}")
+    first = run(*words, root=tmp_path / "runs")
+    assert first.code == 0, first.output
+    assert "done already" in run(*words, root=tmp_path / "runs").output
+    (tmp_path / "model" / "model.safetensors").touch()
+    again = run(*words, root=tmp_path / "runs")
+    assert again.code == 2
+    assert "changed since" in again.output

@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from e2e.runs import QUICK, Finished, free_port, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-EXACT = (*QUICK, "train.precision=fp32", "adapter.dropout=0")
+from hqqtrain import models
+
+EXACT = (
+    *QUICK, "train.precision=fp32", "adapter.dropout=0", "optim.warmup_steps=0",
+    "train.micro_batch_size=1", "train.packing=false",
+)  # fmt: skip
+"""Accumulates gradients, over sequences of unequal length."""
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +36,8 @@ def test_two_processes_walk_the_path_of_one(alone: Finished, tmp_path: Path, str
     assert quantize["bytes_read"] == alone.summary["quantize"]["bytes_read"]
     assert len(alone.losses()) == 4
     assert two.losses() == pytest.approx(alone.losses(), abs=1e-4)
+    # Adam would hide a gradient that is scaled wrongly.
+    assert two.norms() == pytest.approx(alone.norms(), rel=1e-3)
     for part in ("full_precision", "quantized", "final"):
         expected = alone.summary["eval"][part]["perplexity"]
         assert two.summary["eval"][part]["perplexity"] == pytest.approx(expected, rel=1e-3)
@@ -54,6 +62,30 @@ def test_any_sharding_gives_the_same_bits(tmp_path: Path, group_size: str, axis:
     three = run(*words, root=tmp_path / "three" / "runs", processes=3)
     assert one.code == three.code == 0, one.output + three.output
     assert one.summary["quantize"]["fingerprint"] == three.summary["quantize"]["fingerprint"]
+
+
+def test_a_fault_that_one_rank_finds_is_one_message(tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(Path(models.__file__).parent / "tiny", model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.gate_proj.weight"][700, 3] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    words = (*QUICK, f"model.name_or_path={model}", "parallel.strategy=fsdp2")
+    two = run(*words, root=tmp_path / "runs", processes=2)
+    assert two.code != 0
+    assert two.output.count("hqqtrain: ") == 1
+    assert "gate_proj.weight: row 700" in two.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_float_storage_is_the_same_bits_when_sharded(alone: Finished, tmp_path: Path):
+    words = (*EXACT, "task=quantize", "quant.storage=bf16", "parallel.strategy=fsdp2")
+    two = run(*words, root=tmp_path / "runs", processes=2)
+    assert two.code == 0, two.output
+    assert two.summary["quantize"]["fingerprint"] == alone.summary["quantize"]["fingerprint"]
+    ours = load_file(two.directory / "quantized/model.safetensors")
+    theirs = load_file(alone.directory / "quantized/model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_accelerate_launch_gives_both_processes_on_a_cpu(tmp_path: Path):

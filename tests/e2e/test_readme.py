@@ -11,8 +11,8 @@ from e2e.runs import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-TINY = (
-    "model.name_or_path=tiny", "data.source=python_stdlib", "eval.source=python_stdlib",
+TINY = ("model.name_or_path=tiny", "data.source=python_stdlib", "eval.source=python_stdlib")
+QUICK = (
     "train.max_steps=2", "train.global_batch_size=4", "train.max_seq_len=64", "eval.tokens=1024",
     "optim.warmup_steps=0", "track.backends=[]",
 )  # fmt: skip
@@ -22,6 +22,11 @@ def commands() -> list[str]:
     """The lines of the README's bash blocks, in their order."""
     blocks = (ROOT / "README.md").read_text().split("```bash\n")[1:]
     return [line for block in blocks for line in block.split("```")[0].splitlines() if line]
+
+
+def _cut_down(recipe: str) -> tuple[str, ...]:
+    """What makes a command quick; the large recipes get the bundled model and text as well."""
+    return QUICK if recipe else (*QUICK, *TINY)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,9 @@ def test_command(number: int, folder: Path):
     if "test" in words:
         words.append("--version")
     elif "--help" not in words:
-        words += TINY
+        given = {word.partition("=")[0] for word in words}
+        recipe = "recipe=tiny_2bit" if "recipe=tiny_2bit" in words else ""
+        words += [word for word in _cut_down(recipe) if word.partition("=")[0] not in given]
     if "accelerate" in words:
         words[2:2] = ["--num_processes", "1"]
     if "torchrun" in words:

@@ -83,7 +83,7 @@ def test_null_and_skip_leave_in_full_precision() -> None:
         ),
         ({"group_size": 48}, r"group_size=48.*in_features=64 of model\.layers\.0"),
         ({"overrides": {"*.down_proj": {"group_size": 96}}}, r"group_size=96.*down_proj"),
-        ({"skip": ["*"]}, "no linear layer"),
+        ({"skip": ["*"]}, r"no nn\.Linear to quantize"),
     ],
 )
 def test_patterns_that_cannot_be_meant(settings: dict, message: str) -> None:

@@ -1,13 +1,18 @@
 """Every case against the installed hqq 0.2.8 on the CPU in fp32."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hqq.core.quantize import Quantizer
+from safetensors import safe_open
 from torch import Tensor
 
+import hqqtrain
 import hqqtrain_kernels as kernels
 from hqqtrain.quant import QuantSpec, dequantize, quantize, relative_error
 
+TINY = Path(hqqtrain.__file__).parent / "models" / "tiny" / "model.safetensors"
 NAMES = ("gaussian", "student", "q_proj", "down_proj")
 CASES = [
     (nbits, axis, group_size)
@@ -84,3 +89,26 @@ def test_storing_scale_and_zero_as_auto_does_costs_little(
         _, back = by_us(W, QuantSpec(nbits, 64, 1, "least_squares", meta_dtype))
         _, exact = by_us(W, QuantSpec(nbits, 64, 1, "least_squares", torch.float32))
         assert relative_error(W, back) <= 1.01 * relative_error(W, exact)
+
+
+def bundled(name: str) -> Tensor:
+    with safe_open(TINY, "pt") as file:
+        return file.get_tensor(f"model.layers.{name}.weight")
+
+
+def test_8_bit_rows_with_outliers_gain_from_the_finest_ranges() -> None:
+    W = bundled("5.mlp.down_proj")  # where starts 0.9, 0.8 ... lose to fitting the zero alone
+    _, back = by_us(W, QuantSpec(8, None, 1, "least_squares", torch.float32))
+    assert relative_error(W, back) < 0.99 * relative_error(W, by_hqq(W, 8, 1, None)[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "group_size"),
+    [("4.self_attn.k_proj", 0, 16), ("3.self_attn.q_proj", 0, 8), ("1.mlp.down_proj", 0, 8)],
+)
+def test_1_bit_codes_of_weights_that_lie_exactly_between_two(
+    name: str, axis: int, group_size: int
+) -> None:
+    W = bundled(name)
+    _, back = by_us(W, QuantSpec(1, group_size, axis, "hqq", torch.float32))
+    assert relative_error(W, back) <= relative_error(W, by_hqq(W, 1, axis, group_size)[1])
