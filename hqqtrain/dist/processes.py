@@ -67,6 +67,15 @@ class Processes:
         if fault or faults:
             raise fault or UserError(faults[0])
 
+    def leave(self) -> None:
+        """Ends the process group, when all ranks are ready to. Collective.
+
+        Without it a rank that exits first can abort one that is still connected.
+        """
+        self.barrier()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

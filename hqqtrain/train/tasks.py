@@ -42,6 +42,7 @@ def run(config: RunConfig, command: list[str]) -> int:
                 if not _is_out_of_memory(error):
                     raise
                 raise UserError(f"{oom_advice(config)} ({error})") from error
+    session.processes.leave()
     return 0
 
 
