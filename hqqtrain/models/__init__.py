@@ -8,7 +8,6 @@ from hqqtrain.models.build import (
     shipped_config,
 )
 from hqqtrain.models.estimate import Estimate, check_fits, estimate, oom_advice
-from hqqtrain.models.fill import fill_dense
 from hqqtrain.models.memory import Available, available
 from hqqtrain.models.names import (
     base_model,
@@ -27,6 +26,6 @@ from hqqtrain.models.tokenizer import load_tokenizer
 __all__ = [
     "Available", "CheckpointReader", "Estimate", "Source", "available", "base_model",
     "base_tensors", "build_meta", "check_fits", "config_of", "estimate", "expected_shapes",
-    "fill_dense", "is_adapter", "is_packed", "load_config", "load_tokenizer", "oom_advice",
+    "is_adapter", "is_packed", "load_config", "load_tokenizer", "oom_advice",
     "plain_name", "resolve_source", "restore_buffers", "shipped_config", "tie", "tied_names",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from hqqtrain.config import RunConfig, UserError
 from hqqtrain.data import SampleOrder, Sequences, collate
 from hqqtrain.models import base_model
 from hqqtrain.train.evaluation import Batch, next_token_logits
+from hqqtrain.train.flops import utilisation
 from hqqtrain.train.optimizer import build_optimizer, build_schedule
 from hqqtrain.train.session import Session
 
@@ -60,6 +61,7 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if config.train.checkpointing:
             base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+        self.share = utilisation(model, session.device_name, self.processes.size)
         self.model = model
         if session.strategy == "ddp":
             self.model = self.accelerator.prepare_model(model)
@@ -79,8 +81,7 @@ class Trainer:
             loss, tokens, norm = self.step(step)
             seconds = time.perf_counter() - began
             self.done.add(loss, tokens, seconds)
-            speed = {"train/learning_rate": rate, "train/tokens_per_second": tokens / seconds}
-            yield step + 1, self._metrics(norm) | speed
+            yield step + 1, self._metrics(norm, rate) | self._speed(tokens / seconds)
 
     def step(self, step: int) -> tuple[float, int, float]:
         """One optimizer step: (mean loss over the global batch, its tokens, gradient norm)."""
@@ -138,11 +139,16 @@ class Trainer:
             "train.precision=fp32."
         )
 
-    def _metrics(self, norm: float) -> dict[str, float]:
+    def _speed(self, rate: float) -> dict[str, float]:
+        speed = {"train/tokens_per_second": rate}
+        return speed | {"train/mfu": rate * self.share} if self.share else speed
+
+    def _metrics(self, norm: float, rate: float) -> dict[str, float]:
         steps = self.done.steps
         return {
             "train/loss": self.done.loss,
             "train/grad_norm": norm,
+            "train/learning_rate": rate,
             "train/epoch": self.order.epoch(steps, self.config.train.global_batch_size),
             "train/global_step": steps,
         }

@@ -10,30 +10,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PretrainedConfig
 
 from hqqtrain.ckpt import Adapter, Fingerprint, QuantizedSettings, load_adapter, quantized_settings
 from hqqtrain.config import RunConfig, UserError
-from hqqtrain.dist import Processes, fill, materialise, shard, write_full
+from hqqtrain.dist import Processes, shard, write_full
 from hqqtrain.models import (
     CheckpointReader,
     Source,
     base_model,
-    base_tensors,
     build_meta,
     config_of,
     expected_shapes,
     is_adapter,
     resolve_source,
-    restore_buffers,
-    tie,
     tied_names,
 )  # fmt: skip
 from hqqtrain.nn import (
-    PACKED,
     HQQLinear,
     init_adapters,
     lora_config,
@@ -41,6 +36,7 @@ from hqqtrain.nn import (
     replace_linears,
     with_packed_linears,
 )  # fmt: skip
+from hqqtrain.train.filling import fill_model
 from hqqtrain.train.session import DTYPES, Session
 
 logger = logging.getLogger(__name__)
@@ -134,15 +130,11 @@ def build(plan: Plan, session: Session, *,
     model, processes = plan.model, session.processes
     if session.strategy == "fsdp2":
         shard(model, session.device, processes.size)
-    materialise(model, session.device)
-    layers, dense = _by_name(model)
     fingerprint = Fingerprint()
-    filled = fill(
-        layers, dense, plan.reader, processes,
+    filled = fill_model(
+        model, plan.reader, processes,
         quantized=plan.packed, on_rows=fingerprint.update, on_layer=on_layer,
     )  # fmt: skip
-    tie(model)
-    restore_buffers(model, session.device)
     settings = _fingerprinted(plan, fingerprint, processes)
     if plan.lora is not None:
         _fill_adapters(plan, settings, session)
@@ -156,11 +148,8 @@ def build_reference(plan: Plan, session: Session) -> tuple[nn.Module, int]:
     model = build_meta(plan.hf_config, session.dtype)
     if session.strategy == "fsdp2":
         shard(model, session.device, session.processes.size)
-    materialise(model, session.device)
     reader = CheckpointReader(plan.source.path, aliases=tied_names(model))
-    fill({}, _by_name(model)[1], reader, session.processes)
-    tie(model)
-    restore_buffers(model, session.device)
+    fill_model(model, reader, session.processes)
     return model.requires_grad_(False).eval(), int(session.processes.sum([reader.bytes_read])[0])
 
 
@@ -179,17 +168,6 @@ def _replace_linears(model: nn.Module, source: Source, session: Session) -> None
                 "quantizing %d linears, %.1f %% of the weights; %d stay in full precision",
                 len(report.matched), 100 * report.share, len(report.skipped),
             )  # fmt: skip
-
-
-def _by_name(model: nn.Module) -> tuple[dict[str, HQQLinear], dict[str, torch.Tensor]]:
-    """(quantized linears, tensors in full precision) by their names in the checkpoint."""
-    layers, dense = {}, {}
-    for name, module, leaf, tensor in base_tensors(model):
-        if isinstance(module, HQQLinear) and leaf in PACKED:
-            layers[name.removesuffix(f".{leaf}")] = module
-        else:
-            dense[name] = tensor
-    return layers, dense
 
 
 def _fingerprinted(plan: Plan, fingerprint: Fingerprint, processes: Processes) -> QuantizedSettings:

@@ -1,5 +1,6 @@
 """What a run leaves can be taken elsewhere: dense weights, and a stock adapter on top of them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,11 @@ import torch
 from e2e.runs import QUICK, run
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hqqtrain.config import DataConfig, EvalConfig
+from hqqtrain.data import evaluation_set
+from hqqtrain.dist import Processes
+from hqqtrain.train.evaluation import evaluate
 
 # A rate at which four steps leave traces that a comparison cannot miss.
 TRAINED = (*QUICK, "optim.lr=0.01", "optim.warmup_steps=0", "train.precision=fp32")
@@ -42,6 +48,17 @@ def test_stock_peft_on_the_exported_base_is_the_merged_export(folders: dict[str,
     expected = _logits(merged, folders["merged"])
     torch.testing.assert_close(_logits(stock, folders["base"]), expected, atol=1e-4, rtol=1e-4)
     assert (plain - expected).abs().max() > 0.1
+
+
+def test_the_merged_export_measures_as_the_trained_model_did(folders: dict[str, Path]):
+    """The run measured packed weights and live adapters; this is a dense model of anyone's."""
+    merged = AutoModelForCausalLM.from_pretrained(folders["merged"])
+    tokenizer = AutoTokenizer.from_pretrained(folders["merged"])
+    held_out = evaluation_set(EvalConfig(tokens=2048), DataConfig(), tokenizer, 64)
+    alone = Processes(0, 1, torch.device("cpu"))
+    measured = evaluate(merged, held_out, alone, batch_size=8)
+    summary = json.loads((folders["run"] / "summary.json").read_text())
+    assert measured.perplexity == pytest.approx(summary["eval"]["final"]["perplexity"], rel=1e-4)
 
 
 def test_the_export_is_the_bundled_model_but_for_the_error(folders: dict[str, Path]):

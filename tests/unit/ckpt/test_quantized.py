@@ -9,15 +9,16 @@ from safetensors.torch import load_file
 
 from hqqtrain.ckpt import QuantizedSettings, model_tensors, quantized_settings, reader_tensors
 from hqqtrain.config import UserError
+from hqqtrain.dist import Processes
 from hqqtrain.models import (
     CheckpointReader,
     build_meta,
     config_of,
     expected_shapes,
-    fill_dense,
     load_tokenizer,
 )
-from hqqtrain.nn import PACKED, HQQLinear, replace_linears
+from hqqtrain.nn import replace_linears
+from hqqtrain.train.filling import fill_model
 
 
 def _reload(folder, storage=torch.uint8):
@@ -27,13 +28,7 @@ def _reload(folder, storage=torch.uint8):
     replace_linears(model, {n: m.spec for n, m in settings.modules.items()}, storage_dtype=storage)
     reader = CheckpointReader(folder)
     assert reader.check(expected_shapes(model, packed=True)) == []
-    fill_dense(model, reader, device="cpu")
-    for name, module in model.named_modules():
-        if isinstance(module, HQQLinear):
-            for leaf in PACKED:
-                tensor = reader.read(f"{name}.{leaf}")
-                old = getattr(module, leaf)
-                setattr(module, leaf, torch.nn.Parameter(tensor.view(old.dtype), False))
+    fill_model(model, reader, Processes(0, 1, torch.device("cpu")), quantized=True)
     return model.eval()
 
 

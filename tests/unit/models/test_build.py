@@ -5,12 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hqqtrain.config import ModelConfig
+from hqqtrain.dist import Processes
 from hqqtrain.models import (
     CheckpointReader,
     build_meta,
     config_of,
     expected_shapes,
-    fill_dense,
     load_config,
     resolve_source,
     restore_buffers,
@@ -18,15 +18,17 @@ from hqqtrain.models import (
     tie,
     tied_names,
 )
+from hqqtrain.train.filling import fill_model
 
+ALONE = Processes(0, 1, torch.device("cpu"))
 TOKENS = torch.arange(20).view(2, 10)
 
 
-def _filled(folder, **more):
-    model = build_meta(config_of(folder))
+def _filled(folder, dtype=None):
+    model = build_meta(config_of(folder), dtype)
     reader = CheckpointReader(folder, tied_names(model))
     assert reader.check(expected_shapes(model)) == []
-    fill_dense(model, reader, device="cpu", **more)
+    fill_model(model, reader, ALONE)
     return model.eval(), reader
 
 
@@ -49,15 +51,11 @@ def test_the_bundled_model_loads_and_predicts():
     assert torch.equal(model(TOKENS).logits, truth(TOKENS).logits)
 
 
-def test_dtype_and_progress(checkpoint):
-    seen = []
-    model, reader = _filled(
-        checkpoint, dtype=torch.bfloat16, on_progress=lambda name, size: seen.append((name, size))
-    )
+def test_parameters_take_the_dtype_and_buffers_keep_theirs(checkpoint):
+    model, reader = _filled(checkpoint, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
-    assert sorted(name for name, _ in seen) == reader.names
-    assert sum(size for _, size in seen) == reader.total_bytes
+    assert reader.bytes_read == reader.total_bytes
 
 
 def test_scaled_rope_buffers_are_computed_not_copied(make_model):
@@ -76,14 +74,6 @@ def test_to_empty_unties_and_tie_mends_it(make_model):
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     tie(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-def test_what_is_already_there_is_not_read_again(checkpoint):
-    model = build_meta(config_of(checkpoint))
-    reader = CheckpointReader(checkpoint)
-    fill_dense(model, reader, device="cpu")
-    fill_dense(model, reader, device="cpu")
-    assert reader.bytes_read == reader.total_bytes
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""A model on meta, sharded or not, becomes a real one: memory, weights, buffers, ties."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from hqqtrain.dist import Filled, Processes, fill, materialise
+from hqqtrain.dist.fill import Reader
+from hqqtrain.models import base_tensors, is_packed, restore_buffers, tie
+from hqqtrain.nn import HQQLinear
+
+
+def fill_model(
+    model: nn.Module, reader: Reader, processes: Processes, *, quantized: bool = False,
+    on_rows: Callable[[str, str, int, torch.Tensor], object] = lambda *_: None,
+    on_layer: Callable[[str], object] = lambda _: None,
+) -> Filled:  # fmt: skip
+    """Gives `model` memory on the processes' device and all that `reader` holds of it.
+
+    Arguments as of `dist.fill`; adapters get memory, not values. Collective.
+    """
+    materialise(model, processes.device)
+    layers, dense = by_name(model)
+    filled = fill(
+        layers, dense, reader, processes, quantized=quantized, on_rows=on_rows, on_layer=on_layer
+    )
+    tie(model)
+    restore_buffers(model, processes.device)
+    return filled
+
+
+def by_name(model: nn.Module) -> tuple[dict[str, HQQLinear], dict[str, torch.Tensor]]:
+    """(quantized linears, tensors in full precision) by their names in the checkpoint."""
+    layers, dense = {}, {}
+    for name, module, leaf, tensor in base_tensors(model):
+        if is_packed(module, leaf):
+            layers[name.removesuffix(f".{leaf}")] = module
+        else:
+            dense[name] = tensor
+    return layers, dense

@@ -1,0 +1,21 @@
+"""FLOPs of a token, counted on a model small enough to count by hand."""
+
+from torch import nn
+
+from hqqtrain.config import QuantConfig
+from hqqtrain.nn import quantize_model
+from hqqtrain.train.flops import flops_per_token, peak_flops
+
+
+def test_frozen_packed_layers_take_four_and_trained_ones_six():
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16))
+    quantize_model(model, QuantConfig(group_size=32, skip=["1"]))
+    assert flops_per_token(model) == 4 * 64 * 32 + 6 * 32 * 16
+    model[1].requires_grad_(False)
+    assert flops_per_token(model) == 4 * (64 * 32 + 32 * 16)
+
+
+def test_devices_are_known_by_a_part_of_their_name():
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("cpu") is None

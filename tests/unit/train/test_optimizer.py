@@ -1,0 +1,54 @@
+"""Schedules: what the rate is at which step. Optimizers: refused before any work is done."""
+
+import pytest
+import torch
+from torch import nn
+
+from hqqtrain.config import OptimConfig, UserError
+from hqqtrain.train.optimizer import build_optimizer, build_schedule, check_optimizer
+
+
+def _rates(config: OptimConfig, steps: int) -> list[float]:
+    optimizer = build_optimizer(config, [nn.Parameter(torch.zeros(2))])
+    schedule = build_schedule(config, optimizer, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def test_warm_up_starts_above_zero_and_ends_at_the_peak():
+    rates = _rates(OptimConfig(lr=1.0, warmup_steps=4, schedule="constant"), 8)
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
+
+
+def test_cosine_and_linear_fall_from_the_peak_towards_zero():
+    for schedule, middle in (("cosine", 0.5), ("linear", 0.5)):
+        rates = _rates(OptimConfig(lr=1.0, warmup_steps=2, schedule=schedule), 12)
+        assert rates[2] == pytest.approx(1)
+        assert rates[7] == pytest.approx(middle)
+        assert 0 < rates[-1] < 0.12
+        assert sorted(rates[2:], reverse=True) == rates[2:]
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "device"),
+    [("adamw_8bit", "fsdp2", "cuda"), ("paged_adamw", "single", "cpu"),
+     ("paged_adamw_8bit", "ddp", "cpu")],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(name: str, strategy: str, device: str):
+    with pytest.raises(UserError, match=f"optim.name={name}"):
+        check_optimizer(OptimConfig(name=name), strategy, torch.device(device))
+
+
+def test_8_bit_states_train_on_a_cpu():
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = nn.Parameter(torch.ones(64, 64))
+    optimizer = build_optimizer(OptimConfig(name="adamw_8bit", lr=0.1), [weight])
+    assert isinstance(optimizer, bnb.optim.AdamW8bit)
+    for _ in range(3):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert weight.mean().item() == pytest.approx(0.7, abs=0.02)
