@@ -7,16 +7,15 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PretrainedConfig
 
-from hqqtrain.ckpt import Adapter, Fingerprint, QuantizedSettings, load_adapter, quantized_settings
+from hqqtrain.ckpt import Fingerprint, QuantizedSettings, quantized_settings
 from hqqtrain.config import RunConfig, UserError
-from hqqtrain.dist import Processes, shard, write_full
+from hqqtrain.dist import Processes, shard
 from hqqtrain.models import (
     CheckpointReader,
     Source,
@@ -24,30 +23,21 @@ from hqqtrain.models import (
     build_meta,
     config_of,
     expected_shapes,
-    is_adapter,
     resolve_source,
     tied_names,
 )  # fmt: skip
 from hqqtrain.nn import (
     HQQLinear,
-    init_adapters,
     lora_config,
     quantize_model,
     replace_linears,
     with_packed_linears,
 )  # fmt: skip
+from hqqtrain.train.adapters import Start, check_start, fill_adapters, load_start
 from hqqtrain.train.filling import fill_model
 from hqqtrain.train.session import DTYPES, Session
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Start:
-    """An adapter to begin with, and the folder it was read from."""
-
-    folder: Path
-    adapter: Adapter
 
 
 @dataclass
@@ -108,11 +98,11 @@ def make_plan(session: Session, *, adapt: bool) -> Plan:
         logger.warning(
             "%s: %d tensors are not used, such as %s", source.path, len(unused), unused[0]
         )
-    start = _load_start(config.adapter.init_from or source.adapter)
+    start = load_start(config.adapter.init_from or source.adapter)
     lora = with_packed_linears(start.adapter.config) if start else None
     if adapt:
         lora = lora_config(config.adapter, model)
-        _check_start(start, lora)
+        check_start(start, lora)
     _warn_of_length(config, hf_config)
     if lora is not None:
         # low_cpu_mem_usage: the adapters are made on meta, too
@@ -137,7 +127,7 @@ def build(plan: Plan, session: Session, *,
     )  # fmt: skip
     settings = _fingerprinted(plan, fingerprint, processes)
     if plan.lora is not None:
-        _fill_adapters(plan, settings, session)
+        fill_adapters(model, plan.start, settings.fingerprint, session.config)
     errors, total = ({}, None) if plan.packed else filled.relative_errors(processes)
     bytes_read = int(processes.sum([plan.reader.bytes_read])[0])
     return Built(model, settings, errors, total, bytes_read, filled.seconds)
@@ -186,29 +176,6 @@ def _fingerprinted(plan: Plan, fingerprint: Fingerprint, processes: Processes) -
     return settings
 
 
-def _load_start(folder: str | Path | None) -> Start | None:
-    if folder is None:
-        return None
-    folder = Path(folder).expanduser()
-    logger.info("starting from the adapter in %s", folder)
-    return Start(folder, load_adapter(folder))
-
-
-def _check_start(start: Start | None, lora: LoraConfig) -> None:
-    """It gives the first values, so its shape and scaling must be those of the new adapter."""
-    if start is None:
-        return
-    keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-    theirs = {key: getattr(start.adapter.config, key) for key in keys}
-    ours = {key: getattr(lora, key) for key in keys}
-    for key in keys:
-        if theirs[key] != ours[key]:
-            raise UserError(
-                f"adapter.init_from={start.folder}: was made with {key}={theirs[key]}, the recipe "
-                f"asks for {ours[key]}. Make adapter.r, adapter.alpha and adapter.kind agree."
-            )
-
-
 def _warn_of_length(config: RunConfig, hf_config: PretrainedConfig) -> None:
     longest = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
     if longest and config.train.max_seq_len > longest:
@@ -216,24 +183,3 @@ def _warn_of_length(config: RunConfig, hf_config: PretrainedConfig) -> None:
             "train.max_seq_len=%d: the model was made for %d tokens at most",
             config.train.max_seq_len, longest,
         )  # fmt: skip
-
-
-def _fill_adapters(plan: Plan, settings: QuantizedSettings, session: Session) -> None:
-    config, model = session.config, plan.model
-    init_adapters(model, config.train.seed, config.adapter.init, write=write_full)
-    if plan.start is None:
-        return
-    where = f"adapter.init_from={plan.start.folder}"
-    plan.start.adapter.check_base(settings.fingerprint, where)
-    waiting = dict(plan.start.adapter.state)
-    for name, param in model.named_parameters():
-        if is_adapter(name):
-            saved = waiting.pop(name.replace(".default.", "."), None)
-            if saved is None or saved.shape != param.shape:
-                raise UserError(
-                    f"{where}: holds no {name} of shape {list(param.shape)}; it was trained with "
-                    "other adapter.target_modules."
-                )
-            write_full(param, saved)
-    if waiting:
-        raise UserError(f"{where}: {next(iter(waiting))} has no place in this model.")

@@ -121,3 +121,14 @@ def test_adapter_files_are_stock_peft(finished: Finished):
     assert config["target_modules"] == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
+
+
+def test_training_goes_on_from_an_adapter(finished: Finished, tmp_path: Path):
+    start = f"adapter.init_from={finished.directory / 'adapter'}"
+    words = (*RECIPE, "train.max_steps=1", "eval.source=null", "track.backends=[]", start)
+    done = run(*words, root=tmp_path / "runs")
+    assert done.code == 0, done.output
+    assert done.losses()[0] < finished.losses()[0] - 0.5
+    other = run(*words, "adapter.alpha=8", root=tmp_path / "other" / "runs")
+    assert other.code == 2
+    assert "lora_alpha=64" in other.output

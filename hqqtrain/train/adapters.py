@@ -1,0 +1,79 @@
+"""The adapters' first values: fresh by their names, or those of an adapter to begin with."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig
+from torch import nn
+
+from hqqtrain.ckpt import Adapter, load_adapter
+from hqqtrain.config import RunConfig, UserError
+from hqqtrain.dist import write_full
+from hqqtrain.models import is_adapter
+from hqqtrain.nn import init_adapters
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """An adapter to begin with, and the folder it was read from."""
+
+    folder: Path
+    adapter: Adapter
+
+
+def load_start(folder: str | Path | None) -> Start | None:
+    """The adapter in `folder`; None without one. Raises UserError where it cannot be read."""
+    if folder is None:
+        return None
+    folder = Path(folder).expanduser()
+    logger.info("starting from the adapter in %s", folder)
+    return Start(folder, load_adapter(folder))
+
+
+def check_start(start: Start | None, lora: LoraConfig) -> None:
+    """It gives the first values, so its shape and scaling must be those of the new adapter.
+
+    Raises:
+        UserError: they differ.
+    """
+    if start is None:
+        return
+    keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    theirs = {key: getattr(start.adapter.config, key) for key in keys}
+    ours = {key: getattr(lora, key) for key in keys}
+    for key in keys:
+        if theirs[key] != ours[key]:
+            raise UserError(
+                f"adapter.init_from={start.folder}: was made with {key}={theirs[key]}, the recipe "
+                f"asks for {ours[key]}. Make adapter.r, adapter.alpha and adapter.kind agree."
+            )
+
+
+def fill_adapters(
+    model: nn.Module, start: Start | None, fingerprint: str, config: RunConfig
+) -> None:
+    """Gives every adapter in `model`, sharded or not, its first values.
+
+    Raises:
+        UserError: `start` belongs to another base than `fingerprint`, or to other modules.
+    """
+    init_adapters(model, config.train.seed, config.adapter.init, write=write_full)
+    if start is None:
+        return
+    where = f"adapter.init_from={start.folder}"
+    start.adapter.check_base(fingerprint, where)
+    waiting = dict(start.adapter.state)
+    for name, param in model.named_parameters():
+        if is_adapter(name):
+            saved = waiting.pop(name.replace(".default.", "."), None)
+            if saved is None or saved.shape != param.shape:
+                raise UserError(
+                    f"{where}: holds no {name} of shape {list(param.shape)}; it was trained with "
+                    "other adapter.target_modules."
+                )
+            write_full(param, saved)
+    if waiting:
+        raise UserError(f"{where}: {next(iter(waiting))} has no place in this model.")
