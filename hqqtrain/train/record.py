@@ -72,7 +72,9 @@ class Record:
 
     def is_done(self) -> bool:
         """Whether this run was finished before; says so. Collective."""
-        done = self.session.processes.gather(self.main and self.directory.done())[0]
+        with self.session.processes.together():
+            mine = self.main and self.directory.done()
+        done = self.session.processes.gather(mine)[0]
         if done:
             logger.info("%s is done already: see summary.json there.", self.directory.path)
         return done

@@ -120,3 +120,9 @@ def test_a_failed_composition_does_not_spoil_the_next():
     _message("quant.nbit=2")
     _message("model=llama9b")
     assert compose(["quant.nbits=2"]).quant.nbits == 2
+
+
+@pytest.mark.parametrize("key", ["run.resume=auto", "ckpt.every=5", "launch.nodes=2"])
+def test_keys_of_the_design_that_come_later_say_so(key):
+    with pytest.raises(UserError, match="not available yet"):
+        compose([key])
