@@ -1,6 +1,5 @@
 """Model FLOPs utilisation: how much of the GPU's matrix rate the training gets out of it."""
 
-import torch
 from torch import nn
 
 from hqqtrain.nn import HQQLinear
@@ -34,6 +33,9 @@ def flops_per_token(model: nn.Module) -> int:
 
 
 def utilisation(model: nn.Module, device_name: str, world_size: int) -> float | None:
-    """What one token a second is of the peak of all devices; times the rate it is the MFU."""
-    peak = peak_flops(device_name) if torch.cuda.is_available() else None
+    """What one token a second is of the peak of all devices; times the rate it is the MFU.
+
+    None where the peak is not known.
+    """
+    peak = peak_flops(device_name)
     return flops_per_token(model) / (peak * world_size) if peak else None

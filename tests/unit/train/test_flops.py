@@ -4,7 +4,7 @@ from torch import nn
 
 from hqqtrain.config import QuantConfig
 from hqqtrain.nn import quantize_model
-from hqqtrain.train.flops import flops_per_token, peak_flops
+from hqqtrain.train.flops import flops_per_token, peak_flops, utilisation
 
 
 def test_frozen_packed_layers_take_four_and_trained_ones_six():
@@ -19,3 +19,9 @@ def test_devices_are_known_by_a_part_of_their_name():
     assert peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("cpu") is None
+
+
+def test_utilisation_is_a_share_of_all_devices():
+    model = nn.Linear(1000, 1000, bias=False)
+    assert utilisation(model, "NVIDIA H200", 2) == 6e6 / (2 * 989e12)
+    assert utilisation(model, "cpu", 1) is None
