@@ -7,39 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from hqqtrain.ckpt import Adapter, Fingerprint, QuantizedSettings, model_tensors, save_quantized
 from hqqtrain.config import AdapterConfig, QuantConfig
 from hqqtrain.models import base_model
 from hqqtrain.models.source import TINY_FOLDER
 from hqqtrain.nn import lora_config, quantize_model
-
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-
-
-@pytest.fixture
-def make_model() -> Callable[..., PreTrainedModel]:
-    """A random causal LM: `llama`, or `qwen2`, whose attention has biases."""
-
-    def make(kind: str = "llama", **changes) -> PreTrainedModel:
-        torch.manual_seed(0)
-        classes = {"llama": LlamaConfig, "qwen2": Qwen2Config}
-        model = AutoModelForCausalLM.from_config(classes[kind](**SIZES | changes))
-        for name, param in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(param)
-        return model.eval()
-
-    return make
 
 
 @dataclass
