@@ -46,7 +46,11 @@ class QuantConfig:
     overrides: dict[str, Any] = key(
         help="glob or hqq tag -> other settings, or null: full precision", factory=dict
     )
-    backend: str = key("auto", "what computes with packed weights", choices=("auto", "torch"))
+    backend: str = key(
+        "auto",
+        "what quantizes and computes with packed weights; auto: Triton kernels where they run",
+        choices=("auto", "triton", "torch"),
+    )
     save: bool = key(True, "write quantized/")
 
     def faults(self) -> Iterator[str]:

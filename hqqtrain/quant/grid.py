@@ -1,4 +1,9 @@
-"""The grid that the weights of a group are rounded to, and sums that do not depend on slicing."""
+"""The grid that the weights of a group are rounded to, and sums that do not depend on their order.
+
+A weight must get the same bits whatever part of it is solved at once, on any number of threads,
+on a CPU or by a kernel on a GPU. So nothing of consequence is a sum of floats, whose order each
+of these chooses for itself: groups are put into fixed point, and sums of integers are exact.
+"""
 
 from dataclasses import dataclass
 
@@ -11,7 +16,7 @@ class Grid:
     """What the codes of n groups may be, and how their scale and zero will be stored.
 
     Solvers see every group divided by `unit` [n], the power of two at or below its largest
-    magnitude, so that neither huge nor tiny weights overflow or vanish in sums of squares.
+    magnitude, so that neither huge nor tiny weights overflow or vanish.
     """
 
     nbits: int
@@ -31,7 +36,7 @@ class Grid:
         """
         limits = torch.finfo(self.meta_dtype)
         least = max(limits.smallest_normal * limits.eps, 2.0**-126)
-        excess = (zero.abs() / limits.max).clamp_min(1)
+        excess = (zero.abs() * (1 / limits.max)).clamp_min(1)
         scale = (scale * self.unit * excess).clamp(least, limits.max)
         zero = (zero / excess).clamp(limits.min, limits.max)
         return scale.to(self.meta_dtype), zero.to(self.meta_dtype)
@@ -48,36 +53,13 @@ class Grid:
     def error(self, W: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Squared error [n] of every group, in units, with its nearest codes."""
         codes = self.encode(W, scale, zero)
-        return group_sum(codes.sub_(zero).mul_(scale).sub_(W).square_())
+        return codes.sub_(zero).mul_(scale).sub_(W).square_().sum(0, dtype=torch.float64)
 
 
 def power_of_two(x: Tensor) -> Tensor:
     """The power of two at or below every x >= 0 (fp32), kept far from under- and overflow."""
     exponent_bits = x.view(torch.int32) & 0x7F800000
     return exponent_bits.view(torch.float32).clamp(2.0**-126, 2.0**126)
-
-
-def group_sum(x: Tensor) -> Tensor:
-    """Sum of every column of x [g, n] in an order that depends on g alone. Overwrites x.
-
-    A tree of elementwise additions: torch's own reductions choose their order by the shape of
-    the whole tensor and the number of threads, and a weight must get the same bits whatever part
-    of it is solved at once.
-    """
-    while (length := x.shape[0]) > 1:
-        half = length // 2
-        if length % 2:
-            x[0] += x[-1]
-        x = x[:half].add_(x[half : 2 * half])
-    return x[0]
-
-
-def group_mean(x: Tensor) -> Tensor:
-    """Mean of every column of x [g, n]. Overwrites x.
-
-    Times the reciprocal, which is how CUDA divides by a number: so CPU and GPU agree.
-    """
-    return group_sum(x) * (1 / x.shape[0])
 
 
 def spread(W: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,12 +71,26 @@ def spread(W: Tensor) -> tuple[Tensor, Tensor]:
     return low, (W.amax(0) - low).clamp_min(2.0**-30)
 
 
-Fit = tuple[Tensor, Tensor, Tensor]
-"""Squared error, scale (in units) and zero of every group, each [n]."""
+@dataclass(frozen=True)
+class FixedPoint:
+    """n groups [g, n] as integers: W = low + x * step, within half a step.
 
+    x: float64 [g, n], whole numbers from 0 up to at most 2**(bits + 1). low [n] in units, step
+    [n] a power of two: at most a 2**bits-th of the group's range.
+    """
 
-def better(best: Fit, other: Fit) -> Fit:
-    """Of two fits of every group, the one that errs less."""
-    wins = other[0] < best[0]
-    error, scale, zero = (torch.where(wins, new, old) for new, old in zip(other, best, strict=True))
-    return error, scale, zero
+    x: Tensor
+    low: Tensor
+    step: Tensor
+
+    @classmethod
+    def of(cls, W: Tensor, bits: int) -> "FixedPoint":
+        """Rounds W [g, n] (fp32, in units)."""
+        low, width = spread(W)
+        step = power_of_two(width) * 2.0**-bits
+        return cls(((W - low) * (1 / step)).round_().double(), low, step)
+
+    def mean(self) -> Tensor:
+        """Mean [n] of every group, fp32, in units."""
+        mean = self.x.sum(0).float() * (1 / len(self.x))
+        return self.low + mean * self.step

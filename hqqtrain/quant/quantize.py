@@ -8,6 +8,7 @@ from torch import Tensor
 
 import hqqtrain_kernels as kernels
 from hqqtrain.config import UserError
+from hqqtrain.quant import fused
 from hqqtrain.quant.grid import Grid, power_of_two
 from hqqtrain.quant.solvers import SOLVERS
 from hqqtrain.quant.spec import QuantSpec
@@ -41,6 +42,20 @@ def quantize(
     Raises UserError for NaN or infinity, naming the tensor and the row.
     """
     layout = spec.layout(W.shape[0], W.shape[1], name)
+    solve = fused.quantize if fused.runs(W.device, layout) else _in_chunks
+    quantized = solve(W, layout, spec)
+    if quantized is None:
+        raise _not_finite(W, name, rows)
+    return Quantized(*quantized)
+
+
+def dequantize(q: Quantized, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """The weight [out_features, in_features] that `q` stands for, rounded once to `dtype`."""
+    return kernels.dequantize(q.W_q, q.scale, q.zero, layout, dtype)
+
+
+def _in_chunks(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor] | None:
+    """W_q, scale, zero; None where W is not finite."""
     g, n = layout.group_size, layout.units * layout.groups
     columns = W.reshape(n, g).t() if layout.axis == 1 else W.reshape(g, n)
     codes = torch.empty(n, g, dtype=torch.uint8, device=W.device)
@@ -48,16 +63,11 @@ def quantize(
     for part in _chunks(n, g, W.device):
         chunk = columns[:, part].to(torch.float32).contiguous()
         if not chunk.isfinite().all():
-            raise _not_finite(W, name, rows)
+            return None
         codes[part], meta[0, part], meta[1, part] = _solve(chunk, spec)
     W_q = kernels.pack(codes.view(layout.units, layout.row_codes), layout.nbits)
     scale, zero = meta.view(2, layout.units, layout.groups)
-    return Quantized(W_q, scale.clone(), zero.clone())
-
-
-def dequantize(q: Quantized, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """The weight [out_features, in_features] that `q` stands for, rounded once to `dtype`."""
-    return kernels.dequantize(q.W_q, q.scale, q.zero, layout, dtype)
+    return W_q, scale.clone(), zero.clone()
 
 
 def _chunks(n: int, g: int, device: torch.device) -> Iterator[slice]:

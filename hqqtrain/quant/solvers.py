@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from hqqtrain.quant.grid import Grid, better, group_mean, spread
+from hqqtrain.quant.grid import FixedPoint, Grid, spread
 from hqqtrain.quant.least_squares import least_squares
 
 Solver = Callable[[Tensor, Grid], tuple[Tensor, Tensor]]
@@ -17,6 +17,11 @@ Solver = Callable[[Tensor, Grid], tuple[Tensor, Tensor]]
 
 HQQ_ROUNDS, HQQ_BETA, HQQ_P = 20, 10.0, 0.7
 """Of hqq 0.2.8, where beta does not grow: the line that multiplied it by kappa was lost."""
+
+HQQ_BITS, HQQ_SHRUNK_BITS = 20, 13
+"""Fixed point in which the mean of a group, and of what is shrunk from it, are taken."""
+
+HQQ_NUDGES = (0.0, 1e-6, -1e-6)
 
 
 def rtn(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -41,12 +46,14 @@ def hqq(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     if grid.nbits > 1:
         *_, zero = _hqq_zeros(W, inverse, first, grid)
         return scale, zero
-    best = torch.full_like(scale, torch.inf), scale, first
+    least, best = torch.full_like(scale, torch.inf), first
     # bf16 weights often lie exactly between two codes, where rounding noise decides: try both.
-    for nudge in (0, 1e-6, -1e-6):
+    for nudge in HQQ_NUDGES:
         for zero in _hqq_zeros(W, inverse, first, grid, nudge):
-            best = better(best, (grid.error(W, scale, zero), scale, zero))
-    return best[1:]
+            error = grid.error(W, scale, zero)
+            best = torch.where(error < least, zero, best)
+            least = torch.minimum(error, least)
+    return scale, best
 
 
 def _hqq_zeros(
@@ -54,12 +61,15 @@ def _hqq_zeros(
 ) -> Iterator[Tensor]:
     """The zero after every round: the one that fits the last codes, but for what is shrunk."""
     zero = first.round() if grid.nbits == 4 else first
+    mean, scaled = FixedPoint.of(W, HQQ_BITS).mean() * inverse, W * inverse
     for _ in range(HQQ_ROUNDS):
-        previous, scaled = zero, W * inverse
+        previous = zero
         codes = (scaled + (zero + nudge)).round_().clamp_(0, grid.top)
-        if _can_shrink(first, zero, inverse, grid):
-            scaled = (W - _shrink(W - (codes - zero) / inverse, grid)) * inverse
-        zero = group_mean(codes.sub_(scaled))
+        zero = codes.sum(0, dtype=torch.float64).float() * (1 / len(W)) - mean
+        if _can_shrink(first, previous, inverse, grid):
+            shrunk = _shrink(W - (codes - previous) / inverse, grid) * inverse
+            shrunk = (shrunk * 2.0**HQQ_SHRUNK_BITS).double().round_().sum(0)
+            zero = zero + shrunk.float() * (2.0**-HQQ_SHRUNK_BITS / len(W))
         yield zero
         if torch.equal(zero, previous):
             break
@@ -74,10 +84,10 @@ def _hqq_inverse_scale(width: Tensor, grid: Grid) -> Tensor:
 def _can_shrink(first: Tensor, zero: Tensor, inverse: Tensor, grid: Grid) -> bool:
     """Whether any residual can pass the threshold below which `_shrink` is exactly zero.
 
-    A residual is at most half a step, or as far as the zero has moved; one step of slack. For
-    weights of a language model's size none passes, and the powers need not be computed.
+    A residual is at most half a step, or as far as the zero has moved, and rounding. For weights
+    of a language model's size none passes, and the powers need not be computed.
     """
-    bound = (1 + (zero - first).abs()) / inverse * grid.unit
+    bound = (0.51 + (zero - first).abs()) / inverse * grid.unit
     return bool((bound > HQQ_BETA ** (-1 / (2 - HQQ_P))).any())
 
 

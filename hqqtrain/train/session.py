@@ -1,5 +1,6 @@
 """What every task of a run shares: the processes, the device, the precision, the strategy."""
 
+import logging
 import resource
 import sys
 from contextlib import AbstractContextManager
@@ -12,6 +13,9 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.dist import Processes, choose_storage, choose_strategy
 from hqqtrain.train.optimizer import check_optimizer
+from hqqtrain_kernels import select
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(minutes=30)
 """How long ranks wait for one another: the main one writes a large model while they do."""
@@ -58,6 +62,7 @@ class Session:
         strategy = choose_strategy(config.parallel.strategy, processes.size)
         if config.task == "finetune":
             check_optimizer(config.optim, strategy, processes.device)
+        _choose_backend(config.quant.backend, processes)
         torch.manual_seed(config.train.seed + processes.rank)  # of dropout alone
         storage = choose_storage(config.quant.storage, strategy)
         return cls(config, accelerator, processes, strategy, precision, storage)
@@ -82,6 +87,15 @@ class Session:
     def peak_memory_gib(self) -> float:
         """The largest memory any rank has held so far, GiB: of the GPU, else of the process."""
         return max(self.processes.gather(_peak_bytes(self.device))) / 2**30
+
+
+def _choose_backend(backend: str, processes: Processes) -> None:
+    try:
+        chosen = select.use(backend)
+    except ValueError as fault:
+        raise UserError(f"quant.{fault}") from None
+    if processes.is_main:
+        logger.info("quant.backend=%s: %s", backend, chosen)
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:

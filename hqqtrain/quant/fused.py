@@ -1,0 +1,43 @@
+"""The solvers on a GPU: one kernel quantizes a whole weight, with the numbers of the torch ones.
+
+The kernels know no solver's numbers: these stand beside the torch code that explains them, and
+are handed down, so that the two cannot drift apart.
+"""
+
+import torch
+from torch import Tensor
+
+from hqqtrain.quant import least_squares, solvers
+from hqqtrain.quant.spec import QuantSpec
+from hqqtrain_kernels import Layout, select
+
+LARGEST_GROUP = 1 << 15
+"""Weights that the registers of one program can hold."""
+
+
+def runs(device: torch.device, layout: Layout) -> bool:
+    """Whether a weight on `device` is quantized by the kernel."""
+    return layout.group_size <= LARGEST_GROUP and select.runs_triton(device)
+
+
+def quantize(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor] | None:
+    """W_q [units, row_bytes], scale and zero [units, groups]; None if W holds NaN or infinity."""
+    from hqqtrain_kernels import quantize_triton  # triton is absent on a Mac
+
+    method = quantize_triton.Method(spec.solver, _numbers(spec, layout))
+    W_q, scale, zero, bad = quantize_triton.quantize(W, layout, method, spec.meta_dtype)
+    return None if bad.item() else (W_q, scale, zero)
+
+
+def _numbers(spec: QuantSpec, layout: Layout) -> tuple:
+    if spec.solver == "hqq":
+        return (
+            solvers.HQQ_ROUNDS, solvers.HQQ_BETA, solvers.HQQ_P, solvers.HQQ_NUDGES,
+            solvers.HQQ_BITS, solvers.HQQ_SHRUNK_BITS,
+        )  # fmt: skip
+    if spec.solver == "least_squares":
+        return (
+            *least_squares.shares(spec.nbits), least_squares.ROUNDS, least_squares.LAST_ROUNDS,
+            least_squares.STRIDE, least_squares.fraction_bits(spec.nbits, layout.group_size),
+        )  # fmt: skip
+    return ()

@@ -1,0 +1,144 @@
+"""hqq's solver on a tile of groups: `hqqtrain.quant.solvers.hqq` explains it."""
+
+import triton
+import triton.language as tl
+
+from hqqtrain_kernels.solve_triton import (
+    MAGIC_BITS,
+    clamped,
+    code_index,
+    encode,
+    in_fixed_point,
+    load,
+    mean_of,
+    over_codes,
+    spread_out,
+    within,
+)
+
+
+@triton.jit
+def hqq(
+    W, inside, low, high, unit, tile, g: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
+    E: tl.constexpr, AXIS: tl.constexpr, NUMBERS: tl.constexpr, NBITS: tl.constexpr,
+    TOP: tl.constexpr,
+):  # fmt: skip
+    """Scale (in units) and zero [G] of a tile W in units; `tile` says where to read it again."""
+    ROUNDS: tl.constexpr = NUMBERS[0]
+    BETA: tl.constexpr = NUMBERS[1]
+    P: tl.constexpr = NUMBERS[2]
+    NUDGES: tl.constexpr = NUMBERS[3]
+    BITS: tl.constexpr = NUMBERS[4]
+    SHRUNK_BITS: tl.constexpr = NUMBERS[5]
+    width = tl.maximum(high - low, 2.0**-30)
+    inverse = tl.div_rn(1.0, width) * TOP  # as torch divides a number by a tensor
+    capped = tl.minimum(inverse, unit * 2e4)
+    inverse = tl.where(width * unit <= 1e-4, inverse, capped)
+    first = -low * inverse
+    scale = tl.div_rn(1.0, inverse)
+    x, step = in_fixed_point(W, inside, low, high, BITS)
+    mean = mean_of(x, low, step, g) * inverse
+    scaled = W * spread_out(inverse) * 2.0**-NBITS
+    peak = high * inverse
+    inverse_again = tl.div_rn(1.0, scale)
+    THRESHOLD: tl.constexpr = BETA ** (-1 / (2 - P))
+    best = first
+    least = tl.full(first.shape, float("inf"), tl.float64)
+    OFFSET: tl.constexpr = MAGIC_BITS - (NBITS << 23)
+    ALL_OFFSETS: tl.constexpr = (g * OFFSET + 0x80000000) % 0x100000000 - 0x80000000
+    TRIES: tl.constexpr = len(NUDGES) if NBITS == 1 else 1
+    for i in tl.static_range(TRIES):
+        zero = first
+        if NBITS == 4:
+            zero = _whole(first)
+        left = ROUNDS
+        moved, shrinks, clips = _status(zero, zero + 1, first, peak, scale * unit, TOP, THRESHOLD)
+        while (left > 0) & moved:
+            previous = zero
+            codes = _encode(scaled, zero + NUDGES[i], clips, NBITS, TOP)
+            n = over_codes(within(codes, inside)) - ALL_OFFSETS
+            zero = n.to(tl.float32) * (1 / g) - mean
+            if shrinks:
+                shrunk = _sum_shrunk(
+                    tile, previous, NUDGES[i], inverse, unit, g, R, T, E, AXIS, NBITS, TOP, BETA, P,
+                    SHRUNK_BITS, THRESHOLD,
+                )  # fmt: skip
+                zero = zero + shrunk.to(tl.float32) * (2.0**-SHRUNK_BITS / g)
+            if NBITS == 1:
+                error = (encode(W, inverse_again, zero, TOP) - MAGIC_BITS).to(tl.float32)
+                error = (error - spread_out(zero)) * spread_out(scale) - W
+                error = over_codes(within((error * error).to(tl.float64), inside))
+                best = tl.where(error < least, zero, best)
+                least = tl.minimum(error, least)
+            moved, shrinks, clips = _status(
+                zero, previous, first, peak, scale * unit, TOP, THRESHOLD
+            )
+            left -= 1
+        if NBITS > 1:
+            best = zero
+    return scale, best
+
+
+@triton.jit
+def _status(
+    zero, previous, first, peak, step, TOP: tl.constexpr, THRESHOLD: tl.constexpr
+):  # fmt: skip
+    """Of any group of the tile: has its zero moved, can a residual be shrunk, is a code clipped?
+
+    One reduction over the warp for all three questions: three took a fifth of a round.
+    """
+    moved = (zero != previous).to(tl.int32)
+    shrinks = ((0.51 + tl.abs(zero - first)) * step > THRESHOLD).to(tl.int32)
+    clips = (peak + zero > TOP + 0.49).to(tl.int32)
+    counts = tl.sum(moved + (shrinks << 10) + (clips << 20), 0)  # of at most 512 groups each
+    return (counts & 1023) > 0, ((counts >> 10) & 1023) > 0, (counts >> 20) > 0
+
+
+@triton.jit
+def _encode(scaled, zero, clips, NBITS: tl.constexpr, TOP: tl.constexpr):
+    """The nearest codes with an offset on, which their sum takes off again.
+
+    `scaled` is divided by 2**NBITS, exactly: so the addition clamps for nothing (FADD.SAT), but
+    at the code after TOP, which is met only where `clips` says so.
+    """
+    place = clamped(scaled + spread_out(zero * 2.0**-NBITS), 0.0, 1.0)
+    codes = (place + 1.5 * 2.0 ** (23 - NBITS)).to(tl.int32, bitcast=True)
+    if clips:
+        codes = tl.minimum(codes, TOP + MAGIC_BITS - (NBITS << 23))
+    return codes
+
+
+@triton.jit
+def _whole(x):
+    """Rounded half to even, whatever its size."""
+    size = tl.abs(x)
+    size = tl.where(size < 8388608.0, (size + 8388608.0) - 8388608.0, size)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def _sum_shrunk(
+    tile, zero, nudge, inverse, unit, g: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
+    E: tl.constexpr, AXIS: tl.constexpr, NBITS: tl.constexpr, TOP: tl.constexpr,
+    BETA: tl.constexpr, P: tl.constexpr, BITS: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """What hqq's shrinkage leaves of a group's residuals, summed in fixed point [G].
+
+    Large weights alone come here. The tile is read again in R parts: at once, the powers would
+    take all registers from the loop that ordinary weights stay in.
+    """
+    total = tl.zeros(zero.shape, tl.int64)
+    for r in range(R):
+        k = code_index(r, R, T, E)
+        W = load(tile, k, g, AXIS, "evict_first") * spread_out(tl.div_rn(1.0, unit))
+        scaled = W * spread_out(inverse) * 2.0**-NBITS
+        codes = _encode(scaled, zero + nudge, True, NBITS, TOP) - (MAGIC_BITS - (NBITS << 23))
+        away = tl.div_rn(codes.to(tl.float32) - spread_out(zero), spread_out(inverse))
+        residual = W - away
+        size = tl.where(k < g, tl.abs(residual) * spread_out(unit), 0.0)
+        if tl.max(tl.max(tl.max(tl.max(size, 3), 2), 1), 0) > THRESHOLD * 0.999:
+            power = tl.exp2(tl.log2(size.to(tl.float64)) * (P - 1)).to(tl.float32)
+            shrunk = tl.maximum(size - power * (1 / BETA), 0.0)
+            shrunk = tl.div_rn(tl.where(residual < 0, -shrunk, shrunk), spread_out(unit))
+            total += over_codes(_whole(shrunk * spread_out(inverse) * 2.0**BITS).to(tl.int64))
+    return total

@@ -1,0 +1,146 @@
+"""The solvers as device functions: a tile of groups in registers, from weights to codes.
+
+They compute what `hqqtrain.quant` computes in torch, in the same order of rounded operations, and
+sums of integers where it has sums: so the codes are the same. A tile is [R, G, T, E]: code
+k = E (t R + r) + e of each of G groups. Triton's layouts then give a thread the whole of a group
+(T = 1), or T threads each a part, and sums stay in registers: with 8 threads to a group, as a
+tile [G, group_size] is laid out, four fifths of the time went into shuffles and scalars.
+
+Kernels that use them must be compiled with enable_fp_fusion=False.
+"""
+
+import triton
+import triton.language as tl
+
+MAGIC = tl.constexpr(12582912.0)
+"""1.5 * 2**23: added to a small number it leaves it rounded, half to even, in its low bits."""
+MAGIC_BITS = tl.constexpr(0x4B400000)
+TWICE_MAGIC_BITS = tl.constexpr(0x96800000 - (1 << 32))
+"""As int32, which wraps; the square of MAGIC_BITS is a multiple of 2**32."""
+
+
+@triton.jit
+def code_index(r, R: tl.constexpr, T: tl.constexpr, E: tl.constexpr):
+    """[r, 1, T, E]: which code of its group a place in the tile is."""
+    t = tl.arange(0, T)[None, None, :, None]
+    return (t * R + r) * E + tl.arange(0, E)[None, None, None, :]
+
+
+@triton.jit
+def load(tile, k, g: tl.constexpr, AXIS: tl.constexpr, EVICTION: tl.constexpr):
+    """Codes k of the groups of a tile, fp32: along a row (axis 1) or down a column; 0 outside.
+
+    tile: where the unit begins, the groups' numbers [G], how many groups the unit has, and how
+    far apart a group's codes are (axis 0).
+    """
+    start, n, groups, stride = tile
+    mask = spread_out(n < groups) & (k < g)
+    n = spread_out(n.to(tl.int64))
+    if AXIS == 1:
+        # Not true of the groups, and used for nothing but the order in which dimensions are dealt
+        # out to threads: first within 16 bytes, then over groups, so that R is left to registers.
+        at = tl.max_contiguous(n * g + k, (1, 2, 1, 8))
+    else:
+        # Understated: a thread is to load one column of a row, not several, which are other groups.
+        at = tl.multiple_of(n + k.to(tl.int64) * stride, (1, 1, 1, 1))
+    return tl.load(start + at, mask, 0.0, eviction_policy=EVICTION).to(tl.float32)
+
+
+@triton.jit
+def over_codes(x):
+    """[R, G, T, E] -> [G]: the sum over each group."""
+    return tl.sum(tl.sum(tl.sum(x, 3), 0), 1)
+
+
+@triton.jit
+def largest(x):
+    """[R, G, T, E] -> [G]; NaN where there is one."""
+    return tl.reduce(tl.reduce(tl.reduce(x, 3, _larger), 0, _larger), 1, _larger)
+
+
+@triton.jit
+def least(x):
+    return tl.reduce(tl.reduce(tl.reduce(x, 3, _lesser), 0, _lesser), 1, _lesser)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _lesser(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def spread_out(x):
+    """[G] -> [1, G, 1, 1]."""
+    return x[None, :, None, None]
+
+
+@triton.jit
+def clamped(x, low, high):
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
+def power_of_two(x):
+    bits = x.to(tl.int32, bitcast=True) & 0x7F800000
+    return clamped(bits.to(tl.float32, bitcast=True), 2.0**-126, 2.0**126)
+
+
+@triton.jit
+def rounded_to(x, dtype: tl.constexpr):
+    """fp32 that `dtype` holds exactly. Triton's interpreter truncates to bf16, so by hand."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = bits.to(tl.float32, bitcast=True)
+    elif dtype == tl.float16:
+        x = x.to(tl.float16).to(tl.float32)
+    return x
+
+
+@triton.jit
+def stored(scale, zero, unit, LEAST: tl.constexpr, LARGEST: tl.constexpr, dtype: tl.constexpr):
+    """Scale (of the weight itself) and zero as they will be read back: `Grid.store`."""
+    scale = scale * unit
+    if dtype == tl.float16:  # the others hold any zero
+        excess = tl.maximum(tl.abs(zero) * (1 / LARGEST), 1.0)
+        scale, zero = scale * excess, tl.div_rn(zero, excess)
+    scale, zero = clamped(scale, LEAST, LARGEST), clamped(zero, -LARGEST, LARGEST)
+    return rounded_to(scale, dtype), rounded_to(zero, dtype)
+
+
+@triton.jit
+def encode(W, inverse, zero, TOP: tl.constexpr):
+    """The nearest codes, int32, plus MAGIC_BITS, whose low 22 bits are zero; W in units, inverse
+    of the scale in units: `Grid.encode`."""
+    place = W * spread_out(inverse) + spread_out(zero)
+    return (clamped(place, 0.0, TOP) + MAGIC).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def in_fixed_point(W, inside, low, high, BITS: tl.constexpr):
+    """`FixedPoint.of`: W = low + x * step, x int32, 0 outside the group; and step [G]."""
+    step = power_of_two(tl.maximum(high - low, 2.0**-30)) * (2.0**-BITS)
+    x = (W - spread_out(low)) * spread_out(tl.div_rn(1.0, step))
+    x = (x + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
+    return within(x, inside), step
+
+
+@triton.jit
+def within(x, inside):
+    """x, and 0 where a padded group has no codes; `inside` is None where none is padded."""
+    if inside is not None:
+        x = tl.where(inside, x, 0)
+    return x
+
+
+@triton.jit
+def mean_of(x, low, step, g: tl.constexpr):
+    """`FixedPoint.mean`."""
+    if g > 256:
+        x = x.to(tl.int64)
+    return low + (over_codes(x).to(tl.float32) * (1 / g)) * step

@@ -1,0 +1,143 @@
+"""The fused quantizer against the torch reference: the same bits.
+
+On a GPU all of them. Triton's interpreter has no fused multiply-add, so that there a weight
+midway between two codes may fall the other way, and its group end elsewhere: such groups are
+counted, and few.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import hqqtrain_kernels as kernels
+from hqqtrain.config import UserError
+from hqqtrain.quant import Quantized, QuantSpec, dequantize, quantize
+from hqqtrain_kernels import select
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FEW = 0.0 if DEVICE.type == "cuda" else 0.02
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# The interpreter is numpy, which warns of what the kernels divide by before they look.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+CASES = [
+    (4, 64, 1, BF16, (6, 256)), (2, 64, 1, BF16, (6, 256)), (3, 64, 1, FP16, (4, 192)),
+    (1, 64, 1, BF16, (6, 256)), (8, 64, 1, FP32, (4, 192)), (2, 64, 0, BF16, (128, 40)),
+    (4, 128, 0, FP16, (256, 9)), (2, 256, 1, BF16, (3, 512)), (4, 8, 1, BF16, (5, 104)),
+    (3, 16, 0, BF16, (48, 50)), (1, 16, 1, FP32, (5, 80)), (2, 24, 1, BF16, (3, 48)),
+    (3, None, 1, BF16, (2, 1000)), (2, 7, 0, FP32, (14, 5)), (8, 256, 0, FP32, (256, 5)),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _back_to_auto() -> Iterator[None]:
+    yield
+    select.use("auto")
+
+
+def by(backend: str, W: Tensor, spec: QuantSpec) -> Quantized:
+    select.use(backend)
+    return quantize(W, spec)
+
+
+def groups_that_differ(W: Tensor, spec: QuantSpec) -> float:
+    """The share of groups with another code, scale or zero."""
+    layout = spec.layout(*W.shape)
+    ours, theirs = by("triton", W, spec), by("torch", W, spec)
+
+    def groups(q: Quantized) -> Tensor:
+        codes = kernels.unpack(q.W_q, spec.nbits, layout.row_codes)
+        return codes.view(layout.units, layout.groups, -1)
+
+    differs = (groups(ours) != groups(theirs)).any(-1)
+    differs |= (ours.scale != theirs.scale) | (ours.zero != theirs.zero)
+    if not differs.any():
+        assert torch.equal(ours.W_q, theirs.W_q)  # padding included
+    return differs.float().mean().item()
+
+
+@pytest.mark.parametrize("solver", ["rtn", "hqq", "least_squares"])
+@pytest.mark.parametrize(("nbits", "group_size", "axis", "meta_dtype", "shape"), CASES)
+def test_same_bits_as_the_reference(solver, nbits, group_size, axis, meta_dtype, shape) -> None:
+    torch.manual_seed(0)
+    W = (torch.randn(shape, device=DEVICE) * 0.02).to(BF16)
+    spec = QuantSpec(nbits, group_size, axis, solver, meta_dtype)
+    assert groups_that_differ(W, spec) <= FEW
+
+
+@pytest.mark.parametrize("nbits", [4, 2, 1])
+def test_large_weights_take_the_branch_of_the_shrinkage(nbits: int) -> None:
+    torch.manual_seed(0)
+    W = torch.randn(4, 128, device=DEVICE)
+    spec = QuantSpec(nbits, 64, 1, "hqq", FP32)
+    assert groups_that_differ(W, spec) <= FEW
+    assert by("torch", W, spec).zero.ne(by("torch", W / 1024, spec).zero).any()  # it is alive
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> tuple[Tensor, QuantSpec]:
+    """Any shape, scale, tail and dtype; constant groups and weights on the grid among them."""
+    g = draw(st.sampled_from([1, 3, 8, 16, 32, 64]))
+    axis, nbits = draw(st.sampled_from([0, 1])), draw(st.sampled_from([8, 4, 3, 2, 1]))
+    long, other = g * draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    torch.manual_seed(draw(st.integers(0, 1 << 20)))
+    W = torch.randn(long, other) * 10.0 ** draw(st.integers(-8, 4))
+    W = W ** draw(st.sampled_from([1, 3])) + draw(st.sampled_from([0.0, 1.0]))
+    if draw(st.booleans()):
+        W[:, 0] = W[0, 0]
+    W = W if axis == 0 else W.t()  # not contiguous, too
+    W = W.to(draw(st.sampled_from([BF16, FP32])))
+    solver = draw(st.sampled_from(["rtn", "hqq", "least_squares"]))
+    return W.to(DEVICE), QuantSpec(
+        nbits, g, axis, solver, draw(st.sampled_from([BF16, FP16, FP32]))
+    )
+
+
+@given(weights())
+@settings(max_examples=12 if DEVICE.type == "cpu" else 150, deadline=None, derandomize=True)
+def test_any_weight_errs_no_more_than_the_reference(case: tuple[Tensor, QuantSpec]) -> None:
+    W, spec = case
+    layout, W64 = spec.layout(*W.shape), W.double()
+
+    def error(backend: str) -> float:
+        return (dequantize(by(backend, W, spec), layout, FP32).double() - W64).square().sum().item()
+
+    if DEVICE.type == "cuda":
+        assert groups_that_differ(W, spec) == 0
+    assert error("triton") <= error("torch") * 1.05 + W64.square().sum().item() * 1e-12
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("axis", "solver"), [(1, "rtn"), (0, "hqq"), (1, "least_squares")])
+def test_what_is_not_finite_is_reported_with_its_row(bad: float, axis: int, solver: str) -> None:
+    W = torch.randn(64, 32, device=DEVICE)
+    W[37, 5] = bad
+    select.use("triton")
+    with pytest.raises(UserError, match=r"q_proj: row 37 holds"):
+        quantize(W, QuantSpec(4, 32, axis, solver, BF16), name="q_proj")
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rows_apart_in_memory(axis: int) -> None:
+    whole = torch.randn(16, 96, device=DEVICE).to(BF16)
+    spec = QuantSpec(4, 8, axis, "rtn", BF16)
+    for W in (whole[:, 16:80], whole[::2], whole.t()[:16]):
+        assert groups_that_differ(W, spec) == 0
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU with 20 GiB: 2**32 weights")
+@pytest.mark.parametrize("axis", [0, 1])
+def test_more_than_2_to_the_31_weights(axis: int) -> None:
+    W = torch.empty(1 << 16, (1 << 15) + 64, dtype=BF16, device=DEVICE).normal_()
+    spec = QuantSpec(4, 64, axis, "rtn", BF16)
+    q, layout = by("triton", W, spec), spec.layout(*W.shape)
+    for units in (slice(0, 8), slice(layout.units - 8, layout.units)):
+        rows = torch.cat([W[part] for part in layout.rows_of(units.start, units.stop)])
+        expected = by("torch", rows, spec)
+        assert torch.equal(q.W_q[units], expected.W_q)
+        assert torch.equal(q.scale[units], expected.scale)
