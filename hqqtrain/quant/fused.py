@@ -4,6 +4,8 @@ The kernels know no solver's numbers: these stand beside the torch code that exp
 are handed down, so that the two cannot drift apart.
 """
 
+from dataclasses import astuple
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,6 @@ def _numbers(spec: QuantSpec, layout: Layout) -> tuple:
             solvers.HQQ_BITS, solvers.HQQ_SHRUNK_BITS,
         )  # fmt: skip
     if spec.solver == "least_squares":
-        return (
-            *least_squares.shares(spec.nbits), least_squares.ROUNDS, least_squares.LAST_ROUNDS,
-            least_squares.STRIDE, least_squares.fraction_bits(spec.nbits, layout.group_size),
-        )  # fmt: skip
+        bits = least_squares.fraction_bits(spec.nbits, layout.group_size)
+        return (*astuple(least_squares.search(spec.nbits)), bits)
     return ()

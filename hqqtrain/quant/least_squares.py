@@ -5,6 +5,7 @@ range is much narrower, and that is most of hqq's error.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,25 +15,40 @@ from hqqtrain.quant.grid import FixedPoint, Grid
 LEAST_BITS, MOST_BITS = 14, 20
 """Of a group's range, in fixed point: 14 are enough for 256 levels."""
 
-SHARES_ABOUT_MIDDLE, SHARES_ABOUT_MEAN = (1.0, 0.85, 0.7, 0.55), (0.6,)
-SHARES_8_BIT = (1.0, 0.998, 0.99, 0.97, 0.9)
-"""The ranges to start from, as shares of a group's own range.
 
-Chosen by perplexity of the bundled model (`scripts/compare_solvers.py`), not by weight error:
-more starts lower the error long after they have stopped lowering perplexity. With 256 levels
-there is nothing to clip, and a fit moves no further than the next step.
+@dataclass(frozen=True)
+class Search:
+    """Where to start and how to move.
+
+    about_middle, about_mean: ranges to start from, as shares of the group's own range, about its
+    middle, and of twice its reach, about its mean. rounds from every start, last_rounds from the
+    best of them. stride: how far a round moves, in multiples of what the regression asks for. Few
+    codes change in a round, so the regression alone creeps: 20 rounds of twice its length end
+    with the error that 60 of its own length ended with (bundled model: 0.1029 at 2 bits both).
+    """
+
+    about_middle: tuple[float, ...] = (0.95, 0.8, 0.65)
+    about_mean: tuple[float, ...] = (0.75, 0.5)
+    rounds: int = 3
+    last_rounds: int = 5
+    stride: float = 2.0
+
+
+SEARCHES = {
+    8: Search(about_middle=(1.0, 0.998, 0.99, 0.97, 0.9), about_mean=()),  # nothing to clip
+    1: Search(about_middle=(0.9, 0.7), rounds=4, last_rounds=4, stride=1.5),
+}
+"""By nbits, where the usual one is not the best.
+
+Chosen by perplexity of the bundled model (`scripts/compare_solvers.py`), not by weight error,
+which hardly tells them apart: at 2 bits strides from 1.25 to 2.5 err the same within 0.3 % and
+give perplexities from 52 to 75.
 """
 
-ROUNDS, LAST_ROUNDS = 3, 3
-"""From every start, and from the best of them."""
 
-STRIDE = 2.0
-"""How far a round moves, in multiples of what the regression asks for.
-
-Few codes change in a round, so the regression alone creeps: 18 rounds of twice its length end
-with the error that 60 of its own length ended with (bundled model: 0.1028 at 2 bits both, 0.0273
-at 3, 0.0068 at 4). At 2.5 times 1 bit loses, at 3 all do.
-"""
+def search(nbits: int) -> Search:
+    """How the groups of a weight of `nbits` are searched."""
+    return SEARCHES.get(nbits, Search())
 
 
 def least_squares(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -42,20 +58,16 @@ def least_squares(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     of weights on codes take turns, over-relaxed. A group keeps the fit that errs least.
     """
     fixed = FixedPoint.of(W, fraction_bits(grid.nbits, len(W)))
-    fits = _Fits(fixed.x, grid.top)
-    for slope, offset in _starts(fits, grid.nbits):
-        fits.descend(slope, offset, ROUNDS)
-    fits.descend(fits.slope, fits.offset, LAST_ROUNDS)
+    plan = search(grid.nbits)
+    fits = _Fits(fixed.x, grid.top, plan.stride)
+    for slope, offset in _starts(fits, plan):
+        fits.descend(slope, offset, plan.rounds)
+    fits.descend(fits.slope, fits.offset, plan.last_rounds)
     mean, zero = fixed.mean(), fits.mean_code
     scale = fixed.step / (fits.slope * grid.top)
     # The scale is rounded first, and the zero makes up for it.
     scale, _ = grid.stored(scale, zero - mean / scale)
     return scale, zero - mean / scale
-
-
-def shares(nbits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The starts about the middle of the range, and those about the mean."""
-    return (SHARES_8_BIT, ()) if nbits == 8 else (SHARES_ABOUT_MIDDLE, SHARES_ABOUT_MEAN)
 
 
 def fraction_bits(nbits: int, group_size: int) -> int:
@@ -71,8 +83,8 @@ class _Fits:
     highest, 1. Both are fp32 [n]. Sums of integers are exact in float64: no order shows in them.
     """
 
-    def __init__(self, x: Tensor, top: int) -> None:
-        self.top, self.g = top, len(x)
+    def __init__(self, x: Tensor, top: int, stride: float) -> None:
+        self.top, self.g, self.stride = top, len(x), stride
         total = x.sum(0)
         centre = (total.float() * (1 / self.g)).round().double()
         self.v = x - centre
@@ -87,9 +99,9 @@ class _Fits:
         fit = self._fit(slope, offset)
         for _ in range(1, rounds):
             _, fitted, level, _ = fit
-            moved = slope + STRIDE * (fitted - slope)
+            moved = slope + self.stride * (fitted - slope)
             slope = torch.where(moved > 0, moved, fitted)
-            offset = offset + STRIDE * (level - offset)
+            offset = offset + self.stride * (level - offset)
             fit = self._fit(slope, offset)
         wins = fit[0] > self.gain
         kept = (self.gain, self.slope, self.offset, self.mean_code)
@@ -117,14 +129,13 @@ class _Fits:
         return place.double().mul_(self.top).round_()
 
 
-def _starts(fits: _Fits, nbits: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _starts(fits: _Fits, plan: Search) -> Iterator[tuple[Tensor, Tensor]]:
     width = (fits.high - fits.low).clamp_min(1)
     middle = fits.low + width * 0.5
-    about_middle, about_mean = shares(nbits)
-    for share in about_middle:
+    for share in plan.about_middle:
         slope = 1 / (width * share)
         yield slope, 0.5 - middle * slope
     reach = torch.maximum(fits.high, -fits.low).clamp_min(1) * 2
-    for share in about_mean:
+    for share in plan.about_mean:
         slope = 1 / (reach * share)
         yield slope, torch.full_like(slope, 0.5)

@@ -51,7 +51,7 @@ def hqq(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     for nudge in HQQ_NUDGES:
         for zero in _hqq_zeros(W, inverse, first, grid, nudge):
             error = grid.error(W, scale, zero)
-            best = torch.where(error < least, zero, best)
+            best = torch.where(error < least * (1 - 1e-12), zero, best)  # rounding decides nothing
             least = torch.minimum(error, least)
     return scale, best
 

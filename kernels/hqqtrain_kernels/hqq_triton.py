@@ -10,7 +10,6 @@ from hqqtrain_kernels.solve_triton import (
     encode,
     in_fixed_point,
     load,
-    mean_of,
     over_codes,
     spread_out,
     within,
@@ -36,9 +35,9 @@ def hqq(
     inverse = tl.where(width * unit <= 1e-4, inverse, capped)
     first = -low * inverse
     scale = tl.div_rn(1.0, inverse)
-    x, step = in_fixed_point(W, inside, low, high, BITS)
-    mean = mean_of(x, low, step, g) * inverse
-    scaled = W * spread_out(inverse) * 2.0**-NBITS
+    _, _, mean, _ = in_fixed_point(W, inside, low, high, g, BITS)
+    mean = mean * inverse
+    scaled = W * spread_out(inverse * 2.0**-NBITS)
     peak = high * inverse
     inverse_again = tl.div_rn(1.0, scale)
     THRESHOLD: tl.constexpr = BETA ** (-1 / (2 - P))
@@ -52,8 +51,8 @@ def hqq(
         if NBITS == 4:
             zero = _whole(first)
         left = ROUNDS
-        moved, shrinks, clips = _status(zero, zero + 1, first, peak, scale * unit, TOP, THRESHOLD)
-        while (left > 0) & moved:
+        _, shrinks, clips = _status(zero, zero, first, peak, scale * unit, TOP, THRESHOLD)
+        while left > 0:
             previous = zero
             codes = _encode(scaled, zero + NUDGES[i], clips, NBITS, TOP)
             n = over_codes(within(codes, inside)) - ALL_OFFSETS
@@ -68,12 +67,12 @@ def hqq(
                 error = (encode(W, inverse_again, zero, TOP) - MAGIC_BITS).to(tl.float32)
                 error = (error - spread_out(zero)) * spread_out(scale) - W
                 error = over_codes(within((error * error).to(tl.float64), inside))
-                best = tl.where(error < least, zero, best)
+                best = tl.where(error < least * (1 - 1e-12), zero, best)
                 least = tl.minimum(error, least)
             moved, shrinks, clips = _status(
                 zero, previous, first, peak, scale * unit, TOP, THRESHOLD
             )
-            left -= 1
+            left = tl.where(moved, left - 1, 0)
         if NBITS > 1:
             best = zero
     return scale, best
@@ -131,7 +130,7 @@ def _sum_shrunk(
     for r in range(R):
         k = code_index(r, R, T, E)
         W = load(tile, k, g, AXIS, "evict_first") * spread_out(tl.div_rn(1.0, unit))
-        scaled = W * spread_out(inverse) * 2.0**-NBITS
+        scaled = W * spread_out(inverse * 2.0**-NBITS)
         codes = _encode(scaled, zero + nudge, True, NBITS, TOP) - (MAGIC_BITS - (NBITS << 23))
         away = tl.div_rn(codes.to(tl.float32) - spread_out(zero), spread_out(inverse))
         residual = W - away

@@ -9,7 +9,6 @@ from hqqtrain_kernels.solve_triton import (
     clamped,
     in_fixed_point,
     largest,
-    mean_of,
     over_codes,
     spread_out,
     stored,
@@ -37,12 +36,11 @@ def least_squares(
     LAST_ROUNDS: tl.constexpr = NUMBERS[3]
     STRIDE: tl.constexpr = NUMBERS[4]
     BITS: tl.constexpr = NUMBERS[5]
-    x, step = in_fixed_point(W, inside, low, high, BITS)
-    mean = mean_of(x, low, step, g)
-    total = over_codes(x)
+    x, total, mean, step = in_fixed_point(W, inside, low, high, g, BITS)
+    total = total.to(tl.int32)
     centre = (total.to(tl.float32) * (1 / g) + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
     rest = total - g * centre
-    x = within(x - spread_out(centre), inside)
+    x = within(x - spread_out(centre + MAGIC_BITS), inside)
     v = x.to(tl.float32)
     bottom, top = -centre.to(tl.float32), largest(v)
     width = tl.maximum(top - bottom, 1.0)

@@ -122,15 +122,6 @@ def encode(W, inverse, zero, TOP: tl.constexpr):
 
 
 @triton.jit
-def in_fixed_point(W, inside, low, high, BITS: tl.constexpr):
-    """`FixedPoint.of`: W = low + x * step, x int32, 0 outside the group; and step [G]."""
-    step = power_of_two(tl.maximum(high - low, 2.0**-30)) * (2.0**-BITS)
-    x = (W - spread_out(low)) * spread_out(tl.div_rn(1.0, step))
-    x = (x + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
-    return within(x, inside), step
-
-
-@triton.jit
 def within(x, inside):
     """x, and 0 where a padded group has no codes; `inside` is None where none is padded."""
     if inside is not None:
@@ -139,8 +130,14 @@ def within(x, inside):
 
 
 @triton.jit
-def mean_of(x, low, step, g: tl.constexpr):
-    """`FixedPoint.mean`."""
-    if g > 256:
-        x = x.to(tl.int64)
-    return low + (over_codes(x).to(tl.float32) * (1 / g)) * step
+def in_fixed_point(W, inside, low, high, g: tl.constexpr, BITS: tl.constexpr):
+    """`FixedPoint.of`: W = low + x * step. x int32, with MAGIC_BITS on, 0 outside the group; the
+    sum of x without them; its mean in units; step: [G]."""
+    step = power_of_two(tl.maximum(high - low, 2.0**-30)) * (2.0**-BITS)
+    x = (W - spread_out(low)) * spread_out(tl.div_rn(1.0, step))
+    x = within((x + MAGIC).to(tl.int32, bitcast=True), inside)
+    if g * 2 ** (BITS + 1) < 1 << 31:
+        total = over_codes(x) - ((g * 0x4B400000 + 0x80000000) % 0x100000000 - 0x80000000)
+    else:
+        total = over_codes(x.to(tl.int64)) - g * 0x4B400000
+    return x, total, low + (total.to(tl.float32) * (1 / g)) * step, step
