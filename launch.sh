@@ -63,7 +63,8 @@ run_tests() {
   mypy
   lint-imports
   shellcheck launch.sh .ci/run
-  exec "$python" -m pytest -n 2 "$@"
+  # by file and in order: a file's runs are shared by its tests, and the long files come first
+  exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 }
 
 count_gpus() {

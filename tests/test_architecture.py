@@ -52,7 +52,7 @@ def test_every_module_says_why_it_exists(file):
 
 @pytest.mark.parametrize("file", MODULES, ids=_name)
 def test_only_the_command_line_and_the_console_print(file):
-    if _name(file) in MAY_PRINT or file.is_relative_to(ROOT / "scripts"):
+    if _name(file) in MAY_PRINT or file.parent in (ROOT / "scripts", ROOT / "kernels" / "bench"):
         return
     calls = (n for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.Call))
     lines = [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]

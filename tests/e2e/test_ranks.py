@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e.runs import QUICK, Finished, free_port, run
+from e2e.runs import QUICK, Finished, free_port, launch, run
 from safetensors.torch import load_file, save_file
 
 from hqqtrain import models
@@ -92,6 +92,6 @@ def test_accelerate_launch_gives_both_processes_on_a_cpu(tmp_path: Path):
     accelerate = shutil.which("accelerate", path=str(Path(sys.executable).parent))
     port = ["--num_machines", "1", "--main_process_port", str(free_port())]
     launcher = [str(accelerate), "launch", "--num_processes", "2", *port, "--mixed_precision", "no"]
-    two = run(*QUICK, "task=quantize", root=tmp_path / "runs", launcher=launcher)
+    two = launch(*QUICK, "task=quantize", root=tmp_path / "runs", launcher=launcher)
     assert two.code == 0, two.output
     assert two.summary["run"]["world_size"] == 2

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from e2e.runs import Finished, run
+from e2e.runs import Finished, launch, run
 from safetensors.torch import load_file, save_file
 
 RECIPE = ("recipe=tiny_2bit", "train.max_steps=40", "eval.tokens=8192")
@@ -14,7 +14,7 @@ RECIPE = ("recipe=tiny_2bit", "train.max_steps=40", "eval.tokens=8192")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    done = run(*RECIPE, root=tmp_path_factory.mktemp("run") / "runs")
+    done = launch(*RECIPE, root=tmp_path_factory.mktemp("run") / "runs")
     assert done.code == 0, done.output
     return done
 

@@ -57,6 +57,26 @@ def test_dequantize_rounds_once(layout: Layout, dtype: torch.dtype) -> None:
     assert torch.equal(kernels.dequantize(viewed, *parts[1:], layout, dtype), expected)
 
 
+@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[3]], ids=str)
+def test_dequantizes_into_a_part_of_a_buffer(layout: Layout) -> None:
+    parts = packed(layout)
+    buffer = torch.full((50, 66), 7.0)
+    out = kernels.dequantize(*parts, layout, out=buffer[1:-1, 1:-1])
+    assert torch.equal(out, naive_weight(*parts, layout))
+    assert out.data_ptr() == buffer[1:, 1:].data_ptr()
+    out.fill_(7)
+    assert bool((buffer == 7).all())  # nothing was written around it
+
+
+def test_refuses_a_buffer_of_another_shape() -> None:
+    parts = packed(LAYOUTS[2])
+    for wrong in (torch.empty(48, 63), torch.empty(64, 48).T, torch.empty(48, 64).half()):
+        with pytest.raises(ValueError, match="needed is"):
+            kernels.dequantize(*parts, LAYOUTS[2], torch.float32, out=wrong)
+    with pytest.raises(ValueError, match="dtype=None"):
+        kernels.dequantize(*parts, LAYOUTS[2])
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_dequantizing_in_chunks_changes_nothing(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout(48, 64, 3, 16, axis)
@@ -75,6 +95,9 @@ def test_opcheck(layout: Layout, with_bias: bool) -> None:
     arguments = operator_arguments(layout)
     torch.library.opcheck(torch.ops.hqqtrain.linear.default, (x, *parts, bias, *arguments))
     torch.library.opcheck(torch.ops.hqqtrain.dequantize.default, (*parts, *arguments))
+    out = torch.empty(layout.out_features, layout.in_features)
+    into = torch.ops.hqqtrain.dequantize_into.default
+    torch.library.opcheck(into, (*parts, *arguments[:-1], out))
 
 
 def shapes_of_x(k: int) -> list[Callable[[], Tensor]]:

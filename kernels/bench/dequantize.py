@@ -1,0 +1,82 @@
+"""Dequantizing whole weights, against a device copy that moves as many bytes."""
+
+import collections
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import hqqtrain_kernels as kernels
+from hqqtrain.quant import QuantSpec, quantize
+from record import Row, attempt
+from sizes import Sizes
+from timing import Call, Limits, copies_beyond_cache, medians
+
+GROUP_SIZE = 64
+BASELINE = "copy"
+NBITS = (8, 4, 3, 2, 1)
+
+
+def rows(sizes: Sizes, limits: Limits) -> Iterator[Row]:
+    """Every width and output size along axis 1; axis 0, and hqq's own, for the largest."""
+    for shape in sizes.outputs:
+        W = torch.randn(shape, device=sizes.device).mul_(0.02).to(torch.bfloat16)
+        for nbits in NBITS:
+            for axis in (1, 0) if shape == sizes.weight else (1,):
+                yield from _measure(sizes, W, nbits, axis)
+
+
+def _measure(sizes: Sizes, W: Tensor, nbits: int, axis: int) -> Iterator[Row]:
+    shared = {"nbits": nbits, "group_size": GROUP_SIZE, "axis": axis}
+    what, shape = "dequantize", "x".join(map(str, W.shape))
+    spec = QuantSpec(nbits, GROUP_SIZE, axis, "rtn", torch.bfloat16)
+    quantized, layout = quantize(W, spec), spec.layout(*W.shape)
+    parts = quantized.W_q, quantized.scale, quantized.zero
+    moved = W.nbytes + sum(part.nbytes for part in parts)
+    copies = copies_beyond_cache(moved, W.device)
+    calls = {BASELINE: _copy(moved // 2, copies, W.device), "ours": _ours(parts, layout, copies)}
+    if W.shape == sizes.weight:
+        theirs, fault = attempt(lambda: _theirs(W, nbits, axis))
+        if theirs is None:
+            yield Row("dequantize", what, shape, "hqq", **shared, note=fault)
+        else:
+            calls["hqq"] = theirs
+    found = medians(calls, W.device, sizes.rounds)
+    for provider, ms in found.items():
+        share = found[BASELINE] / ms
+        note = f"{moved / ms / 1e9:.3f} TB/s"
+        yield Row("dequantize", what, shape, provider, **shared, ms=ms, share=share,
+                  baseline=BASELINE, ratio=1 / share, note=note)  # fmt: skip
+
+
+def _copy(size: int, copies: int, device: torch.device) -> Call:
+    """Reads `size` bytes and writes as many."""
+    pairs = torch.randint(0, 256, (copies, 2, size), dtype=torch.uint8, device=device)
+    following = itertools.cycle(pairs)
+
+    def call() -> None:
+        source, target = next(following)
+        target.copy_(source)
+
+    return call
+
+
+def _ours(parts: tuple[Tensor, ...], layout: kernels.Layout, copies: int) -> Call:
+    """The public operator; results stay alive until as many others are there, or the allocator
+    would hand out again what is still in the cache."""
+    following = itertools.cycle([tuple(part.clone() for part in parts) for _ in range(copies)])
+    results: collections.deque[Tensor] = collections.deque(maxlen=copies)
+    return lambda: results.append(kernels.dequantize(*next(following), layout, torch.bfloat16))
+
+
+def _theirs(W: Tensor, nbits: int, axis: int) -> Call:
+    """hqq's own; once called, so that a fault shows here."""
+    from hqq.core.quantize import Quantizer
+
+    W_q, meta = Quantizer.quantize(
+        W, nbits=nbits, group_size=GROUP_SIZE, axis=axis, optimize=False, bitpack=True,
+        compute_dtype=torch.bfloat16, device=str(W.device),
+    )  # fmt: skip
+    Quantizer.dequantize(W_q, meta)
+    return lambda: Quantizer.dequantize(W_q, meta)

@@ -1,0 +1,115 @@
+"""One linear layer, forward and backward to the input, beside cuBLAS and the peers."""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import peers
+from peers import GROUP_SIZE, Layer
+from record import Row, attempt
+from sizes import Sizes
+from timing import Call, Limits, copies_beyond_cache, medians
+
+BASELINE = "cuBLAS bf16"
+PROVIDERS: dict[str, Callable[[Tensor, int], Layer]] = {
+    BASELINE: peers.cublas,
+    "ours": peers.ours,
+    "ours, dequantize + cuBLAS": peers.ours_dequantized,
+    "bitsandbytes nf4": peers.bitsandbytes_nf4,
+    "hqq": peers.hqq_pytorch,
+    "gemlite": peers.gemlite,
+}
+FORWARD, BOTH = "forward", "forward+backward"
+INFERENCE_ONLY = ("ours, dequantize + cuBLAS", "gemlite")
+MOST_OF_GEMLITE = 128
+"""Rows of input: each size takes gemlite some 7 s of tuning, and by 128 it has lost."""
+
+
+def rows(sizes: Sizes, limits: Limits) -> Iterator[Row]:
+    """Every batch size, forward and with backward, at 4 and 2 bits."""
+    W = torch.randn(sizes.weight, device=sizes.device).mul_(0.02).to(torch.bfloat16)
+    for nbits in (4, 2):
+        copies = copies_beyond_cache(W.numel() * nbits // 8, sizes.device)
+        layers, faults = _make(W, nbits, copies)
+        for provider, fault in faults.items():
+            yield _row(sizes, nbits, "linear", provider, note=fault)
+        for M in sizes.batches:
+            for what in (FORWARD, BOTH):
+                yield from _measure(sizes, limits, layers, nbits, M, what)
+        del layers
+
+
+def _make(W: Tensor, nbits: int, copies: int) -> tuple[dict[str, list[Layer]], dict[str, str]]:
+    """The layers of every provider that has any, and what ails the others."""
+    layers, faults = {}, {}
+    for provider, make in PROVIDERS.items():
+        made, fault = attempt(lambda make=make: [make(W, nbits) for _ in range(copies)])
+        if made is None:
+            faults[provider] = fault
+        else:
+            layers[provider] = made
+    return layers, faults
+
+
+def _measure(
+    sizes: Sizes, limits: Limits, layers: dict[str, list[Layer]], nbits: int, M: int, what: str
+) -> Iterator[Row]:
+    N, K = sizes.weight
+    x = torch.randn(M, K, device=sizes.device, dtype=torch.bfloat16)
+    grad = torch.randn(M, N, device=sizes.device, dtype=torch.bfloat16)
+    calls: dict[str, Call] = {}
+    for provider, made in layers.items():
+        if _leaves_out(provider, what, M):
+            continue
+        call = _forward(made, x) if what == FORWARD else _both(made, x, grad)
+        _, fault = attempt(call)
+        if fault:
+            yield _row(sizes, nbits, f"{what} M={M}", provider, note=fault)
+        else:
+            calls[provider] = call
+    found = medians(calls, sizes.device, sizes.rounds)
+    least = _least(sizes, limits, nbits, M, what)
+    for provider, ms in found.items():
+        share = None if provider == BASELINE else least / ms
+        yield _row(sizes, nbits, f"{what} M={M}", provider, ms, ms / found[BASELINE], share)
+
+
+def _leaves_out(provider: str, what: str, M: int) -> bool:
+    if provider == "gemlite" and M > MOST_OF_GEMLITE:
+        return True
+    return what == BOTH and provider in INFERENCE_ONLY
+
+
+def _forward(layers: list[Layer], x: Tensor) -> Call:
+    following = itertools.cycle(layers)
+
+    def call() -> None:
+        with torch.no_grad():
+            next(following)(x)
+
+    return call
+
+
+def _both(layers: list[Layer], x: Tensor, grad: Tensor) -> Call:
+    following, x = itertools.cycle(layers), x.clone().requires_grad_()
+    return lambda: torch.autograd.grad(next(following)(x), x, grad)
+
+
+def _least(sizes: Sizes, limits: Limits, nbits: int, M: int, what: str) -> float:
+    """The limit in ms: packed weight, input and output moved once, or the product's operations."""
+    N, K = sizes.weight
+    moved = N * K * nbits / 8 + 4 * N * K / GROUP_SIZE + 2 * M * (N + K)
+    return (1 if what == FORWARD else 2) * limits.ms(moved, 2 * M * N * K)
+
+
+def _row(
+    sizes: Sizes, nbits: int, what: str, provider: str, ms: float | None = None,
+    ratio: float | None = None, share: float | None = None, note: str = "",
+) -> Row:  # fmt: skip
+    baseline = "" if ratio is None else BASELINE
+    return Row(
+        "linear", what, sizes.shape, provider, nbits, GROUP_SIZE, 1, ms, baseline, ratio, share,
+        note,
+    )  # fmt: skip

@@ -1,0 +1,124 @@
+"""Time, so measured that the providers of one run can be compared.
+
+They take turns, round after round, so that a GPU that grows warm slows all of them alike; a
+round is a batch of calls, and what is kept is the median over rounds. On a GPU a batch is queued
+behind a sleep, so that its calls follow each other without a gap: GPU time, as if Python cost
+nothing. (What Python costs is measured apart, by `host_medians`.) Nobody finds its data in the L2
+cache: callers rotate copies (`copies_beyond_cache`), as the layers of a model do.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+BATCH_SECONDS, MOST_CALLS = 0.015, 200
+SLOW_SECONDS = 1.5
+"""What one provider's rounds may take together."""
+LONGEST_SLEEP, CLOCK_HZ = 0.05, 2e9
+HOST_CALLS = 50
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine can do, measured: bytes per second of a copy, read and written bytes both
+    counted, and operations per second of a bf16 matrix product."""
+
+    bandwidth: float
+    operations: float
+
+    def ms(self, moved: float, operations: float = 0) -> float:
+        """The least time for bytes moved and operations done."""
+        return 1e3 * max(moved / self.bandwidth, operations / self.operations)
+
+
+def limits(device: torch.device, size: int) -> Limits:
+    """By a copy of size^2 fp32 numbers, and a bf16 matrix product of that size."""
+    source = torch.randn(size, size, device=device)
+    target = torch.empty_like(source)
+    a, b = (source.to(torch.bfloat16), torch.randn_like(source).to(torch.bfloat16))
+    found = medians({"copy": lambda: target.copy_(source), "product": lambda: a @ b}, device, 9)
+    moved, operations = 2 * source.nbytes, 2 * size**3
+    return Limits(moved / found["copy"] * 1e3, operations / found["product"] * 1e3)
+
+
+def medians(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, float]:
+    """Milliseconds per call of each of `calls`, which take turns."""
+    batches = {name: _Batch(call, device) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        for name, batch in batches.items():
+            if number < batch.most_rounds:
+                times[name].append(batch.seconds_per_call())
+    return {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+
+
+class _Batch:
+    """Calls enough to be timed together, after two that compile and allocate and do not count."""
+
+    def __init__(self, call: Call, device: torch.device) -> None:
+        self.call, self.on_gpu = call, device.type == "cuda"
+        call()
+        self._wait()
+        began = time.perf_counter()
+        call()
+        self.host_seconds = time.perf_counter() - began
+        self._wait()
+        seconds = time.perf_counter() - began
+        self.count = min(MOST_CALLS, max(1, int(BATCH_SECONDS / seconds)))
+        self.most_rounds = max(1, int(SLOW_SECONDS / (self.count * seconds)))
+
+    def seconds_per_call(self) -> float:
+        return (self._gpu() if self.on_gpu else self._wall()) / self.count
+
+    def _gpu(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._wait()
+        ahead = min(LONGEST_SLEEP, 1.5 * self.host_seconds * self.count)
+        torch.cuda._sleep(int(ahead * CLOCK_HZ))
+        start.record()
+        for _ in range(self.count):
+            self.call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def _wall(self) -> float:
+        began = time.perf_counter()
+        for _ in range(self.count):
+            self.call()
+        return time.perf_counter() - began
+
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+def host_medians(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, float]:
+    """Wall time in ms of calls that nobody waits for: the median over rounds, taken in turns.
+
+    Of a layer so small that the GPU is always ahead, this is what Python and the launch cost.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(HOST_CALLS):
+                call()
+            times[name].append((time.perf_counter() - began) / HOST_CALLS)
+    return {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+
+
+def copies_beyond_cache(size: int, device: torch.device) -> int:
+    """How many copies of `size` bytes to rotate so that the L2 cache has forgotten the first."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return 1 + -(-2 * cache // size)

@@ -1,0 +1,73 @@
+"""Packed words to operands of a matrix product, without leaving the registers.
+
+A 16-byte tile is 4 words, and a lane of a tensor core instruction holds pairs of neighbouring
+codes: bit field i of word w holds codes 8 i + 2 w and 8 i + 2 w + 1, at bits 0 and 16. So a word,
+shifted and masked, is the pair of one lane, which needs nothing of the others. Everything here
+works on blocks [rows, words] of whole tiles and keeps the codes in order.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def part(t, j: tl.constexpr):
+    """t[:, j] of t [rows, n, columns], with n a power of two up to 32; moves nothing."""
+    rows: tl.constexpr = t.shape[0]
+    n: tl.constexpr = t.shape[1]
+    columns: tl.constexpr = t.shape[2]
+    t = tl.permute(t, (0, 2, 1))
+    for level in tl.static_range(5):
+        if n >> level > 1:
+            even, odd = tl.split(tl.reshape(t, (rows, columns, n >> (level + 1), 2)))
+            t = odd if (j >> level) % 2 == 1 else even
+    return tl.reshape(t, (rows, columns))
+
+
+@triton.jit
+def integers(words, WIDTH: tl.constexpr, TO: tl.constexpr):
+    """Codes as integers: [rows, codes / 8, 4] pairs, at bits TO and TO + 16."""
+    rows: tl.constexpr = words.shape[0]
+    tiles: tl.constexpr = words.shape[1] // 4
+    shift = (tl.arange(0, 16 // WIDTH) * WIDTH - TO)[None, None, :, None]
+    pairs = tl.reshape(words, (rows, tiles, 1, 4)) >> tl.maximum(shift, 0) << tl.maximum(-shift, 0)
+    pairs = pairs & (((1 << WIDTH) - 1) * (0x10001 << TO))
+    return tl.reshape(pairs, (rows, tiles * (16 // WIDTH), 4))
+
+
+@triton.jit
+def hidden(VALUE: tl.constexpr, ROWS: tl.constexpr):
+    """VALUE, int32 [ROWS, 1, 1], in a way that the compiler does not see: i (i + 1) is even.
+
+    To mask and OR with two plain constants it takes two instructions, where the machine has one:
+    64 instead of 32 of them for 64 weights.
+    """
+    i = tl.arange(0, ROWS) & 7
+    return (VALUE + (i * (i + 1) & 1))[:, None, None]
+
+
+@triton.jit
+def halves(pairs, DTYPE: tl.constexpr):
+    """The bits of pairs as 16-bit floats: [rows, codes]."""
+    low = (pairs & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return tl.reshape(tl.join(low, high), (pairs.shape[0], pairs.shape[1] * 8))
+
+
+@triton.jit
+def numbers(words, WIDTH: tl.constexpr):
+    """Codes as fp32: [rows, codes].
+
+    ORed into the mantissa of 2**23 a code is a float in one instruction, without shifting it.
+    """
+    rows: tl.constexpr = words.shape[0]
+    tiles: tl.constexpr = words.shape[1] // 4
+    words = tl.reshape(words, (rows, tiles, 1, 4))
+    shift = (tl.arange(0, 16 // WIDTH) * WIDTH)[None, None, :, None]
+    mask = ((1 << WIDTH) - 1) << shift
+    unit = ((127 - shift) << 23).to(tl.float32, bitcast=True)
+    exponent = hidden(0x4B000000, rows)[:, :, :, None]
+    low = ((words & mask) | exponent).to(tl.float32, bitcast=True)
+    high = (((words >> 16) & mask) | exponent).to(tl.float32, bitcast=True)
+    pairs = tl.join(tl.fma(low, unit, -8388608.0 * unit), tl.fma(high, unit, -8388608.0 * unit))
+    return tl.reshape(pairs, (rows, tiles * (16 // WIDTH) * 8))

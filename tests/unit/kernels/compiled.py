@@ -1,0 +1,183 @@
+"""Compiles kernels for GPUs that are not here, exactly as a launch there would.
+
+    TRITON_INTERPRET=0 python compiled.py 90 [case ...]
+
+A driver of ours stands in for Triton's CUDA driver: it names the GPU, reads off the machine code
+what it would otherwise load (cuobjdump comes with Triton), and launches nothing. So launchers run
+as they are, on CPU tensors whose memory is never touched, and every kernel is specialised, cut to
+warps and checked for shared memory as on the GPU. Prints one JSON object per compiled kernel.
+
+Spilled registers lie on the stack of a thread, and our kernels have no other use for a stack.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from hqqtrain.quant import QuantSpec, quantize
+from hqqtrain_kernels import Layout, dequantize_triton, linear_triton, select
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
+"""Bytes that one program may have, by compute capability."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel needs, for one case on one GPU."""
+
+    case: str
+    kernel: str
+    capability: int
+    registers: int
+    stack: int
+    shared: int
+
+
+class Driver:
+    """What Triton asks of a driver: the GPU's name, and to load and to launch a kernel."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+        self.utils = self
+        self.case, self.launches = "", 0
+        self.loaded: list[Compiled] = []
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_MEMORY[self.capability]}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
+        registers, stack = _resources(binary)
+        self.loaded.append(Compiled(self.case, name, self.capability, registers, stack, shared))
+        module, function, most_threads = len(self.loaded), len(self.loaded), 1024
+        return module, function, registers, stack, most_threads
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, *arguments: Any) -> None:
+        self.launches += 1
+
+
+def _resources(binary: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack and local memory, of a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        told = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told.stdout)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+@triton.jit
+def spills(x, size: tl.constexpr):
+    """More live values than a thread of `maxnreg` registers holds."""
+    i = tl.arange(0, size)
+    value = tl.load(x + i)
+    tl.store(x + i, value * tl.sum(value, 0))
+
+
+def _spilling() -> None:
+    spills[(1,)](torch.empty(8192), size=8192, num_warps=1, maxnreg=32)
+
+
+def _packed(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """W_q, scale and zero of a weight; memory that nobody touches costs nothing."""
+    meta = torch.empty(2, layout.units, layout.groups, dtype=torch.bfloat16)
+    return torch.empty(layout.units, layout.row_bytes, dtype=torch.uint8), *meta
+
+
+def _dequantize(layout: Layout, dtype: torch.dtype = torch.bfloat16) -> None:
+    out = torch.empty(layout.out_features, layout.in_features, dtype=dtype)
+    dequantize_triton.dequantize(*_packed(layout), layout, out)
+
+
+def _linear(layout: Layout, M: int) -> None:
+    x = torch.empty(M, layout.in_features, dtype=torch.bfloat16)
+    fused = linear_triton.linear(x, *_packed(layout), None, layout)
+    assert fused is not None, f"{layout}, M={M}: no kernel of our own"
+
+
+def _quantize(layout: Layout, solver: str, meta_dtype: torch.dtype = torch.bfloat16) -> None:
+    spec = QuantSpec(layout.nbits, layout.group_size, layout.axis, solver, meta_dtype)
+    quantize(torch.zeros(layout.out_features, layout.in_features, dtype=torch.bfloat16), spec)
+
+
+Case = tuple[str, Callable[[], None]]
+
+
+def _cases(thorough: bool) -> Iterator[Case]:
+    """Name and launch; every kernel also where they are few."""
+    yield "spills", _spilling
+    for nbits in (4, 3, 8, 2, 1) if thorough else (4, 3):
+        for axis in (1, 0):
+            layout = Layout(28672, 8192, nbits, 64, axis)
+            yield f"dequantize {layout}", partial(_dequantize, layout)
+        for solver in ("least_squares", "hqq", "rtn"):
+            layout = Layout(4096, 256, nbits, 64, 1)
+            yield f"quantize {solver} {layout}", partial(_quantize, layout, solver)
+        for M in (1, 16):
+            layout = Layout(28672, 8192, nbits, 64, 1)
+            yield f"linear {M} {layout}", partial(_linear, layout, M)
+    layout = Layout(384, 384, 3, 12, 1)
+    yield f"dequantize {layout}", partial(_dequantize, layout)
+    if thorough:
+        yield from _odd_cases()
+
+
+def _odd_cases() -> Iterator[Case]:
+    """Other groups, other dtypes."""
+    for g, axis in ((8, 1), (16, 0), (12, 0), (256, 1)):
+        layout = Layout(g * 32, g * 32, 3, g, axis)
+        for dtype in (torch.float32, torch.float16):
+            yield f"dequantize {dtype} {layout}", partial(_dequantize, layout, dtype)
+    for g, axis in ((8, 0), (16, 1), (32, 1), (24, 1), (128, 0), (1000, 1), (8192, 1)):
+        layout = Layout(g * 8 if axis == 0 else 64, g, 2, g, axis)
+        yield f"quantize {layout}", partial(_quantize, layout, "least_squares", torch.float32)
+
+
+def main(capability: int, wanted: list[str]) -> None:
+    """Compiles the cases named, or all, and prints what they need."""
+    stand_in = Driver(capability)
+    driver.set_active(stand_in)
+    select.runs_triton = lambda device: True
+    for name, launch in _cases(thorough=capability == 90):
+        if not wanted or any(word in name for word in wanted):
+            stand_in.case, before = name, stand_in.launches
+            launch()
+            assert stand_in.launches > before, f"{name}: no kernel was launched"
+    for compiled in stand_in.loaded:
+        sys.stdout.write(json.dumps(asdict(compiled)) + "\n")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

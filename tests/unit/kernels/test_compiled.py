@@ -1,0 +1,74 @@
+"""No kernel spills registers, on any GPU that we have in mind, whether there is one here or not."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hqqtrain_kernels
+
+pytest.importorskip("triton", reason="Triton is not installed here")
+PROGRAM = Path(__file__).with_name("compiled.py")
+KERNELS = Path(hqqtrain_kernels.__file__).parent
+SPILLS = "spills"
+
+
+def compile_for(capability: int, folder: Path) -> list[dict]:
+    """What `compiled.py` says; a process of its own, because Triton's interpreter is on in ours."""
+    env = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, PROGRAM, str(capability)],
+        capture_output=True, text=True, env={**os.environ, **env},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def complaints(compiled: list[dict]) -> list[str]:
+    return [
+        f"{one['case']}: {one['kernel']} spills {one['stack']} bytes on sm_{one['capability']}"
+        for one in compiled
+        if one["stack"]
+    ]
+
+
+def launched_kernels() -> set[str]:
+    """The functions under @triton.jit that none of the others names."""
+    jitted = [
+        node
+        for file in KERNELS.glob("*_triton.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and any(map(_is_jit, node.decorator_list))
+    ]
+    names = (name for node in jitted for name in ast.walk(node) if isinstance(name, ast.Name))
+    return {node.name for node in jitted} - {name.id for name in names}
+
+
+def _is_jit(decorator: ast.expr) -> bool:
+    return ast.unparse(decorator).startswith("triton.jit")
+
+
+def knows(capability: int) -> bool:
+    """Whether an assembler that comes with Triton has heard of this GPU."""
+    import triton
+
+    tools = (Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*")
+    told = (subprocess.run([tool, "--help"], capture_output=True, text=True) for tool in tools)
+    return any(f"sm_{capability}" in one.stdout for one in told)
+
+
+@pytest.mark.parametrize("capability", [90, 80, 100])
+def test_no_kernel_spills(capability: int, tmp_path: Path) -> None:
+    if not knows(capability):
+        pytest.skip(f"Triton's ptxas does not know sm_{capability}")
+    compiled = compile_for(capability, tmp_path)
+    ours = [one for one in compiled if one["case"] != SPILLS]
+    assert complaints(ours) == []
+    assert {one["kernel"] for one in ours} == launched_kernels()
+    # A kernel made to spill goes along, so that the check is seen to work.
+    (found,) = complaints([one for one in compiled if one["case"] == SPILLS])
+    assert found.startswith(f"spills: spills spills {compiled[0]['stack']} bytes on sm_")
