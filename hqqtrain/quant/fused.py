@@ -4,6 +4,8 @@ The kernels know no solver's numbers: these stand beside the torch code that exp
 are handed down, so that the two cannot drift apart.
 """
 
+import functools
+import logging
 from dataclasses import astuple
 
 import torch
@@ -13,13 +15,29 @@ from hqqtrain.quant import least_squares, solvers
 from hqqtrain.quant.spec import QuantSpec
 from hqqtrain_kernels import Layout, select
 
+logger = logging.getLogger(__name__)
+
 LARGEST_GROUP = 1 << 15
 """Weights that the registers of one program can hold."""
 
 
 def runs(device: torch.device, layout: Layout) -> bool:
     """Whether a weight on `device` is quantized by the kernel."""
-    return layout.group_size <= LARGEST_GROUP and select.runs_triton(device)
+    if not select.runs_triton(device):
+        return False
+    if layout.group_size > LARGEST_GROUP:
+        _warn_of(layout.group_size)
+        return False
+    return True
+
+
+@functools.cache
+def _warn_of(group_size: int) -> None:
+    logger.warning(
+        "groups of %d are too long for the kernel (at most %d): quantized by torch, which takes "
+        "some ten times as long and gives the same bits",
+        group_size, LARGEST_GROUP,
+    )  # fmt: skip
 
 
 def quantize(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -87,7 +87,7 @@ def _can_shrink(first: Tensor, zero: Tensor, inverse: Tensor, grid: Grid) -> boo
     A residual is at most half a step, or as far as the zero has moved, and rounding. For weights
     of a language model's size none passes, and the powers need not be computed.
     """
-    bound = (0.51 + (zero - first).abs()) / inverse * grid.unit
+    bound = 1.01 * (zero - first).abs().clamp_min(0.5) / inverse * grid.unit
     return bool((bound > HQQ_BETA ** (-1 / (2 - HQQ_P))).any())
 
 

@@ -87,7 +87,7 @@ def _status(
     One reduction over the warp for all three questions: three took a fifth of a round.
     """
     moved = (zero != previous).to(tl.int32)
-    shrinks = ((0.51 + tl.abs(zero - first)) * step > THRESHOLD).to(tl.int32)
+    shrinks = (tl.maximum(tl.abs(zero - first), 0.5) * 1.01 * step > THRESHOLD).to(tl.int32)
     clips = (peak + zero > TOP + 0.49).to(tl.int32)
     counts = tl.sum(moved + (shrinks << 10) + (clips << 20), 0)  # of at most 512 groups each
     return (counts & 1023) > 0, ((counts >> 10) & 1023) > 0, (counts >> 20) > 0

@@ -4,6 +4,7 @@ Everything between happens in registers, so that quantizing costs what its arith
 hqq's library moves 88 bytes a weight and round through memory.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqtrain_kernels.hqq_triton import hqq
+from hqqtrain_kernels.launch_triton import Variant
 from hqqtrain_kernels.layout import Layout, packed_bytes, planes
 from hqqtrain_kernels.least_squares_triton import least_squares
 from hqqtrain_kernels.reference import pack
@@ -45,43 +47,54 @@ def quantize(
     """
     if W.stride(1) != 1:
         W = W.contiguous()
-    empty = W.new_empty
-    scale = empty(layout.units, layout.groups, dtype=meta_dtype)
+    stride = W.stride(0)
+    step = 8 if stride % 8 == 0 else 1
+    plan = _plan(layout, method, meta_dtype, stride == layout.in_features, step)
+    codes = W.new_empty(layout.units, plan.columns, dtype=torch.uint8)
+    scale = W.new_empty(layout.units, layout.groups, dtype=meta_dtype)
     zero = torch.empty_like(scale)
-    bad = torch.zeros(1, dtype=torch.int32, device=W.device)
-    packs = _packs(layout)
+    bad = W.new_zeros(1, dtype=torch.int32)
+    numbers = (*plan.numbers, stride // step, layout.units, layout.units)
+    plan.variant.launch((plan.programs, 1, 1), (W, codes, scale, zero, bad), numbers)
+    return (codes if _packs(layout) else pack(codes, layout.nbits)), scale, zero, bad
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A kernel, how many programs of it, their numbers, and the bytes of a unit they write."""
+
+    variant: Variant
+    programs: int
+    numbers: tuple[int, int]
+    columns: int
+
+
+@functools.cache
+def _plan(
+    layout: Layout, method: Method, meta_dtype: torch.dtype, contiguous: bool, step: int
+) -> _Plan:
+    units, groups, packs = layout.units, layout.groups, _packs(layout)
+    if packs and contiguous and layout.nbits != 3 and _is_seamless(layout):
+        units, groups = 1, units * groups
+    tiling = _tiling(layout, method.name)
+    warps, limits = tiling.pop("num_warps"), torch.finfo(meta_dtype)
+    blocks = triton.cdiv(groups, tiling["G"])
+    constants = {
+        "STEP": step, "AXIS": layout.axis, "NBITS": layout.nbits, "g": layout.group_size,
+        "TILES": packed_bytes(layout.row_codes, planes(layout.nbits)[0]) // 16,
+        "ROW": layout.row_bytes // 2 if packs else layout.row_codes, "PACKS": packs,
+        "SOLVER": method.name, "NUMBERS": method.numbers, "LARGEST": limits.max,
+        "LEAST": max(limits.smallest_normal * limits.eps, 2.0**-126), **tiling,
+    }  # fmt: skip
+    variant = Variant(_quantize, constants, num_warps=warps, num_stages=1, enable_fp_fusion=False)
     columns = layout.row_bytes if packs else layout.row_codes
-    codes = empty(layout.units, columns, dtype=torch.uint8)
-    with torch.cuda.device_of(W):
-        _launch(W, codes, scale, zero, bad, layout, method, packs)
-    return (codes if packs else pack(codes, layout.nbits)), scale, zero, bad
+    return _Plan(variant, units * blocks, (groups, blocks), columns)
 
 
 def _packs(layout: Layout) -> bool:
     """Whether the kernel packs: groups of 8, 16, 32 ... Other codes are packed by torch."""
     g = layout.group_size
     return g >= 8 and g & (g - 1) == 0
-
-
-def _launch(
-    W: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bad: Tensor,
-    layout: Layout, method: Method, packs: bool,
-) -> None:  # fmt: skip
-    g, units, groups = layout.group_size, layout.units, layout.groups
-    if packs and layout.nbits != 3 and W.is_contiguous() and _is_seamless(layout):
-        units, groups = 1, units * groups
-    tiling = _tiling(layout, method.name)
-    blocks = triton.cdiv(groups, tiling["G"])
-    apart = layout.units * W.stride(0)
-    limits = torch.finfo(scale.dtype)
-    _quantize[(units * blocks,)](
-        W, codes.view(torch.int16) if packs else codes, scale, zero, bad,
-        groups, blocks, W.stride(0), apart, apart, codes.stride(0) // (2 if packs else 1),
-        packed_bytes(groups * g, planes(layout.nbits)[0]) // 16,
-        AXIS=layout.axis, NBITS=layout.nbits, g=g, PACKS=packs, SOLVER=method.name,
-        NUMBERS=method.numbers, LEAST=max(limits.smallest_normal * limits.eps, 2.0**-126),
-        LARGEST=limits.max, num_stages=1, enable_fp_fusion=False, **tiling,
-    )  # fmt: skip
 
 
 def _tiling(layout: Layout, solver: str) -> dict[str, int]:
@@ -110,19 +123,20 @@ def _is_seamless(layout: Layout) -> bool:
     return layout.row_codes * layout.nbits % 128 == 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "blocks", "row_stride", "units", "units_again"])
 def _quantize(
-    W_ptr, codes_ptr, scale_ptr, zero_ptr, bad_ptr, groups, blocks, row_stride, group_stride,
-    group_stride_again, codes_stride, low_tiles, AXIS: tl.constexpr, NBITS: tl.constexpr,
-    g: tl.constexpr, R: tl.constexpr, G: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
-    PACKS: tl.constexpr, SOLVER: tl.constexpr, NUMBERS: tl.constexpr, LEAST: tl.constexpr,
-    LARGEST: tl.constexpr,
+    W_ptr, codes_ptr, scale_ptr, zero_ptr, bad_ptr, groups, blocks, row_stride, units, units_again,
+    STEP: tl.constexpr, AXIS: tl.constexpr, NBITS: tl.constexpr, g: tl.constexpr,
+    TILES: tl.constexpr, ROW: tl.constexpr, PACKS: tl.constexpr, SOLVER: tl.constexpr,
+    NUMBERS: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr, R: tl.constexpr,
+    G: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     TOP: tl.constexpr = 2**NBITS - 1
     unit_index = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks) * G
     n = first + tl.arange(0, G)
-    tile = (W_ptr + unit_index * row_stride, n, groups, group_stride)
+    row_stride = row_stride.to(tl.int64) * STEP
+    tile = (W_ptr + unit_index * row_stride, n, groups, units * row_stride)
     k = code_index(tl.arange(0, R)[:, None, None, None], R, T, E)
     inside = None
     if g != R * T * E:
@@ -157,8 +171,8 @@ def _quantize(
     scale, zero = stored(tl.div_rn(scale, unit), zero, unit, LEAST, LARGEST, dtype)
     if SOLVER != "rtn":
         # Read again, from the L2 cache: kept in registers meanwhile, W would leave no room there;
-        # nor would its addresses, which is why their stride comes under two names.
-        tile = (W_ptr + unit_index * row_stride, n, groups, group_stride_again)
+        # nor would its addresses, which is why `units` comes under two names.
+        tile = (W_ptr + unit_index * row_stride, n, groups, units_again * row_stride)
         W = load(tile, k, g, AXIS, "evict_first") * spread_out(shrink)
     inverse = tl.where(constant, 0.0, tl.div_rn(1.0, tl.div_rn(scale, unit)))
     codes = encode(W, inverse, tl.where(constant, 0.0, zero), TOP)
@@ -166,28 +180,36 @@ def _quantize(
     meta = unit_index * groups + n
     tl.store(scale_ptr + meta, scale.to(dtype), n < groups)
     tl.store(zero_ptr + meta, zero.to(dtype), n < groups)
-    codes_ptr += unit_index * codes_stride
     if PACKS:
         codes = tl.reshape(tl.permute(codes, 1, 2, 0, 3), G * T * R * E // 8, 8)
-        chunks = groups * (g // 8)
+        row = codes_ptr.to(tl.pointer_type(tl.int16)) + unit_index * ROW
+        chunk, chunks = first * (g // 8), groups * (g // 8)
         if NBITS == 3:
-            _store_plane(codes & 3, codes_ptr, first * (g // 8), chunks, 2)
-            _store_plane(codes >> 2, codes_ptr + low_tiles * 8, first * (g // 8), chunks, 1)
+            _store_plane(codes & 3, row, chunk, chunks, 2, 3)
+            _store_plane(codes >> 2, row + TILES * 8, chunk, chunks, 1, 4)
         else:
-            _store_plane(codes, codes_ptr, first * (g // 8), chunks, NBITS)
+            HALVINGS: tl.constexpr = 1 if NBITS == 8 else 2 if NBITS == 4 else 5 - NBITS
+            _store_plane(codes, row, chunk, chunks, NBITS, HALVINGS)
     else:
         at = n.to(tl.int64)[None, :, None, None] * g + k
-        tl.store(codes_ptr + at, codes.to(tl.uint8), (n < groups)[None, :, None, None] & (k < g))
+        tl.store(
+            codes_ptr + unit_index * ROW + at,
+            codes.to(tl.uint8),
+            (n < groups)[None, :, None, None] & (k < g),
+        )
 
 
 @triton.jit
-def _store_plane(codes, ptr, first_chunk, chunks, WIDTH: tl.constexpr):
-    """Packs [chunks, 8] codes of WIDTH bits into tiles of 8 halfwords: see `reference`."""
-    FIELDS: tl.constexpr = 16 // WIDTH
-    TILES: tl.constexpr = codes.shape[0] // FIELDS
-    fields = tl.reshape(codes, TILES, FIELDS, 8)
-    shift = tl.arange(0, FIELDS)[None, :, None] * WIDTH
-    halfwords = tl.sum(fields << shift, 1).to(tl.int16)
-    tile = first_chunk // FIELDS + tl.arange(0, TILES).to(tl.int64)
+def _store_plane(codes, ptr, first_chunk, chunks, WIDTH: tl.constexpr, HALVINGS: tl.constexpr):
+    """Packs chunks of codes of WIDTH bits [chunks, 8] into tiles of 8 halfwords: see `reference`.
+
+    By halves: Triton 3.6 gets a sum wrong that runs over lanes which are not neighbours, as those
+    of a tile are where threads share a group; over two of them it is right.
+    """
+    for i in tl.static_range(HALVINGS):
+        pairs = tl.reshape(codes, codes.shape[0] // 2, 2, 8)
+        codes = tl.sum(pairs << (tl.arange(0, 2)[None, :, None] * (WIDTH << i)), 1)
+    tile = (first_chunk >> HALVINGS) + tl.arange(0, codes.shape[0]).to(tl.int64)
     at = tile[:, None] * 8 + tl.arange(0, 8)[None, :]
-    tl.store(ptr + at, halfwords, (tile < (chunks + FIELDS - 1) // FIELDS)[:, None])
+    inside = tile < (chunks + (1 << HALVINGS) - 1) >> HALVINGS
+    tl.store(ptr + at, codes.to(tl.int16), inside[:, None])

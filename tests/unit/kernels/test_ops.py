@@ -6,6 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import hqqtrain_kernels as kernels
@@ -218,3 +220,21 @@ def test_compiles_to_one_graph_for_every_batch_size(backend: str) -> None:
         (got,) = torch.autograd.grad(y.sum(), x)
         torch.testing.assert_close(got, torch.autograd.grad(F.linear(x, W).relu().sum(), x)[0])
     assert len(graphs) == 1
+
+
+def test_tracers_and_transforms_see_one_operator() -> None:
+    layout = LAYOUTS[2]
+    parts = packed(layout)
+    x = torch.randn(4, layout.in_features)
+
+    def layer(x: Tensor) -> Tensor:
+        return kernels.linear(x, *parts, None, layout)
+
+    expected = layer(x)
+    graph = make_fx(layer)(x)
+    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert called == [torch.ops.hqqtrain.linear.default]
+    torch.testing.assert_close(graph(x), expected)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(torch.empty(4, layout.in_features)).shape == expected.shape

@@ -1,6 +1,6 @@
 """The operators when kernels compute: in the interpreter on a CPU, or for real on a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -9,10 +9,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hqqtrain_kernels as kernels
-from hqqtrain_kernels import Layout, ops, reference
+from hqqtrain_kernels import Layout, ops, reference, table
 
 pytest.importorskip("triton", reason="Triton is not installed here")
-pytestmark = pytest.mark.usefixtures("triton_backend")
+from hqqtrain_kernels import linear_triton
+
+pytestmark = pytest.mark.usefixtures("triton_backend", "small_layers_too")
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -29,6 +31,15 @@ DENSE = Layout(40, 128, 3, 8, 0)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets `table` choose for layers that the interpreter can do."""
+    monkeypatch.setattr(table, "LEAST", 1)
+    table.choose.cache_clear()
+    yield
+    table.choose.cache_clear()
 
 
 def packed(layout: Layout) -> tuple[Tensor, ...]:
@@ -260,6 +271,10 @@ def test_the_operator_alone_keeps_the_dtype_of_x() -> None:
 
 def test_kernels_were_really_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this file compares with must not be what computes."""
+    fused, asked = linear_triton.launch, []
+    monkeypatch.setattr(linear_triton, "launch", lambda *a: asked.append(a) or fused(*a))
     monkeypatch.setattr(ops.reference, "dequantize", None)
     for layout in (FUSED, DENSE):
-        kernels.linear(torch.randn(2, 128, device=DEVICE), *packed(layout), None, layout)
+        x = torch.randn(2, 128, device=DEVICE, dtype=DTYPE)
+        kernels.linear(x, *packed(layout), None, layout)
+    assert [layout for *_, layout, _ in asked] == [FUSED]
