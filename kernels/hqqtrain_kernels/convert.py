@@ -5,8 +5,9 @@ hqq 0.2.8 groups a weight to a matrix [groups, group_size] (axis 1) or [group_si
 codes [r, c], [r + step, c], [r + 2 step, c] ... of step = ceil(rows / k) rows, the first in its
 highest bits (hqq/core/bitpack.py). Its groups are those of our layout, in another order.
 
-Plain torch, on the tensors' own device and in parts, so that little memory is needed besides the
-result.
+Plain torch, on the tensors' own device and in parts of whole units, so that little memory is needed
+besides the result. That is far from what a GPU's memory allows (28672x8192 on an H200: 2 to 18 ms,
+where copying the packed bytes takes 0.01 to 0.1), yet scaled to a Llama-70B it is 5 s, once.
 """
 
 import math

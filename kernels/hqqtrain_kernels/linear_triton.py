@@ -35,19 +35,35 @@ def linear(
 ) -> Tensor | None:
     """x [..., in_features] times the dequantized weight transposed, plus bias, in the dtype of x.
 
-    W_q, scale, zero: as for `dequantize_triton`. None where `table` would rather dequantize, and
-    for an x of another dtype than bf16 and fp16.
+    W_q, scale, zero: as for `dequantize_triton`. None where `table` would rather dequantize, for an
+    x of another dtype than bf16 and fp16, and for what does not fit together, which dequantizing
+    and multiplying refuse with words.
     """
     K = layout.in_features
     M = x.numel() // K
     settings = table.choose(_capability(x.device), layout, M) if x.dtype in DTYPES else None
-    if settings is None:
+    if settings is None or not _fit(x, W_q, scale, zero, bias, layout):
         return None
     rows = x if x.dim() == 2 else x.reshape(M, K)
     if rows.stride(1) != 1 or rows.stride(0) >= 1 << 31:
         rows = rows.contiguous()
     y = launch(rows, W_q, scale, zero, bias, layout, settings)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], layout.out_features)
+
+
+def _fit(
+    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, layout: Layout
+) -> bool:
+    meta_shape = (layout.units, layout.groups)
+    return (
+        x.shape[-1] == layout.in_features
+        and x.device == W_q.device == scale.device == zero.device
+        and W_q.nbytes == layout.units * layout.row_bytes
+        and scale.shape == meta_shape
+        and zero.shape == meta_shape
+        and W_q.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()
+        and (bias is None or (bias.shape == (layout.out_features,) and bias.is_contiguous()))
+    )  # fmt: skip
 
 
 def launch(
@@ -62,7 +78,7 @@ def launch(
     sums = None
     if settings.sums:
         unit = min(layout.group_size, settings.span)
-        sums = x.unflatten(1, (K // unit, unit)).sum(2, dtype=torch.float32)
+        sums = x.view(M, K // unit, unit).sum(2, dtype=torch.float32)
     grid = (-(-N // settings.rows), -(-M // settings.batch), 1)
     variant = _variant(layout, settings, x.dtype, step)
     variant.launch(grid, (x, W_q, scale, zero, bias, sums, y), (M, N, K, stride // step))

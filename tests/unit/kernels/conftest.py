@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hqqtrain_kernels import select
+from hqqtrain_kernels import select, table
 
 
 @pytest.fixture
@@ -18,3 +18,12 @@ def triton_backend() -> Iterator[None]:
     select.use("triton")
     yield
     select.use("auto")
+
+
+@pytest.fixture
+def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets `table` choose for layers that the interpreter can do."""
+    monkeypatch.setattr(table, "LEAST", 1)
+    table.choose.cache_clear()
+    yield
+    table.choose.cache_clear()

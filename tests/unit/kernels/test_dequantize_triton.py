@@ -141,7 +141,7 @@ def test_every_code_with_scales_and_zeros_of_every_size(
 
 @pytest.mark.parametrize(
     "wrong",
-    ["rows", "bytes", "scale", "zero", "out", "transposed", "scale of integers", "double", "gaps"],
+    ["rows", "bytes", "scale", "zero", "out", "transposed", "integers", "double", "gaps"],
 )
 def test_refuses_what_it_would_read_or_write_amiss(wrong: str) -> None:
     layout = Layout(32, 64, 4, 32, 1)
@@ -154,7 +154,7 @@ def test_refuses_what_it_would_read_or_write_amiss(wrong: str) -> None:
         "zero": (W_q, scale, zero.t(), out),
         "out": (W_q, scale, zero, out[:, 1:]),
         "transposed": (W_q, scale, zero, torch.empty(64, 32, device=DEVICE).t()),
-        "scale of integers": (W_q, scale.int(), zero, out),
+        "integers": (W_q, scale, zero.int(), out),
         "double": (W_q, scale, zero, out.double()),
         "gaps": (W_q.repeat(1, 2)[:, ::2], scale, zero, out),
     }[wrong]

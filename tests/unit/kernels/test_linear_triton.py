@@ -3,7 +3,6 @@
 No further from the truth than a linear layer on the weight dequantized to the dtype of x.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -35,15 +34,6 @@ WAYS = {"integers": INTEGERS, "with_sums": WITH_SUMS, "rounded": ROUNDED}
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets `table` choose for layers that the interpreter can do."""
-    monkeypatch.setattr(table, "LEAST", 1)
-    table.choose.cache_clear()
-    yield
-    table.choose.cache_clear()
 
 
 def packed(layout: Layout, meta_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:

@@ -1,6 +1,6 @@
 """The operators when kernels compute: in the interpreter on a CPU, or for real on a GPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hqqtrain_kernels as kernels
-from hqqtrain_kernels import Layout, ops, reference, table
+from hqqtrain_kernels import Layout, ops, reference
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 from hqqtrain_kernels import linear_triton
@@ -31,15 +31,6 @@ DENSE = Layout(40, 128, 3, 8, 0)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets `table` choose for layers that the interpreter can do."""
-    monkeypatch.setattr(table, "LEAST", 1)
-    table.choose.cache_clear()
-    yield
-    table.choose.cache_clear()
 
 
 def packed(layout: Layout) -> tuple[Tensor, ...]:
@@ -278,3 +269,21 @@ def test_kernels_were_really_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.randn(2, 128, device=DEVICE, dtype=DTYPE)
         kernels.linear(x, *packed(layout), None, layout)
     assert [layout for *_, layout, _ in asked] == [FUSED]
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    W_q, scale, zero = packed(FUSED)
+    x = torch.randn(2, 128, device=DEVICE, dtype=DTYPE)
+
+    def linear(x: Tensor = x, W_q: Tensor = W_q, scale: Tensor = scale,
+               bias: Tensor | None = None) -> Tensor:  # fmt: skip
+        return kernels.linear(x, W_q, scale, zero, bias, FUSED)
+
+    for wide in (x.repeat(1, 2), x[:, :64]):
+        with pytest.raises(RuntimeError, match="shape"):
+            linear(x=wide)
+    with pytest.raises(RuntimeError, match="size"):
+        linear(bias=torch.zeros(39, device=DEVICE, dtype=DTYPE))
+    for wrong in ({"scale": scale[:, :1]}, {"W_q": W_q[:, :32]}, {"scale": scale.T.contiguous().T}):
+        with pytest.raises(ValueError, match="needs W_q"):
+            linear(**wrong)
