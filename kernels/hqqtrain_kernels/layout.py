@@ -7,6 +7,7 @@ hqq's own layout pairs distant rows in one byte and cannot be sliced.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 LAYOUT_VERSION = 1
 
@@ -42,22 +43,22 @@ class Layout:
         if length % self.group_size:
             raise ValueError(f"group_size={self.group_size}: does not divide {length}")
 
-    @property
+    @cached_property
     def units(self) -> int:
         """Dimension 0 of W_q, scale and zero: rows (axis 1) or classes of rows (axis 0)."""
         return self.out_features if self.axis == 1 else self.out_features // self.group_size
 
-    @property
+    @cached_property
     def row_codes(self) -> int:
         """Codes of one unit."""
         return self.in_features * (1 if self.axis == 1 else self.group_size)
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """Groups of one unit: dimension 1 of scale and zero."""
         return self.row_codes // self.group_size
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one packed unit, a multiple of 16."""
         return packed_bytes(self.row_codes, self.nbits)

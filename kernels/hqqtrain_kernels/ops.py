@@ -70,16 +70,18 @@ def linear(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if bias is not None:
         bias = bias.to(x.dtype)
-    arguments = (x, W_q, scale, zero, bias, *_numbers(layout), compute_dtype)
-    if not _unwatched(x) or _needs_grad(x, scale, zero, bias):
-        return _linear_op(*arguments)
-    return _linear(*arguments)
+    weight, numbers = (x, W_q, scale, zero, bias), (*_numbers(layout), compute_dtype)
+    if not _unwatched(x):
+        return _linear_op(*weight, *numbers)
+    if _needs_grad(x, scale, zero, bias):
+        return _Linear.apply(*weight, numbers)
+    return _linear(*weight, *numbers)
 
 
 def _unwatched(x: Tensor) -> bool:
     """Whether no compiler, mode, tracer, transform or subclass of x wants to see the operator.
 
-    Then what it does is called as a function, which saves 7 us of Python.
+    Then what it does is called as a function, which saves 7 us of Python, and 14 with gradients.
     """
     return (
         not torch.compiler.is_compiling()
@@ -187,6 +189,8 @@ class _Linear(torch.autograd.Function):
         if needs_x:
             ctx.numbers = numbers
             ctx.save_for_backward(W_q, scale, zero)
+        if _unwatched(x):
+            return _linear(x, W_q, scale, zero, bias, *numbers)
         with torch._C._AutoDispatchBelowAutograd():
             return _linear_op(x, W_q, scale, zero, bias, *numbers)
 

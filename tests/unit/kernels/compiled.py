@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from hqqtrain.quant import QuantSpec, quantize
-from hqqtrain_kernels import Layout, dequantize_triton, linear_triton, select
+from hqqtrain_kernels import Layout, dequantize_triton, linear_triton, select, table
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
@@ -136,33 +136,45 @@ Case = tuple[str, Callable[[], None]]
 
 
 def _cases(thorough: bool) -> Iterator[Case]:
-    """Name and launch; every kernel also where they are few."""
+    """Name and launch. Every kernel either way; thoroughly, most of their forms."""
     yield "spills", _spilling
     for nbits in (4, 3, 8, 2, 1) if thorough else (4, 3):
         for axis in (1, 0):
             layout = Layout(28672, 8192, nbits, 64, axis)
             yield f"dequantize {layout}", partial(_dequantize, layout)
-        for solver in ("least_squares", "hqq", "rtn"):
-            layout = Layout(4096, 256, nbits, 64, 1)
-            yield f"quantize {solver} {layout}", partial(_quantize, layout, solver)
-        for M in (1, 16):
-            layout = Layout(28672, 8192, nbits, 64, 1)
-            yield f"linear {M} {layout}", partial(_linear, layout, M)
+    for nbits, solver in ((4, "least_squares"), (4, "hqq"), (3, "rtn")):
+        layout = Layout(4096, 256, nbits, 64, 1)
+        yield f"quantize {solver} {layout}", partial(_quantize, layout, solver)
+    for nbits, choice in _choices(thorough):
+        layout = Layout(max(choice.least, table.LEAST), 8192, nbits, 64, 1)
+        yield f"linear M={choice.most} {layout}", partial(_linear, layout, choice.most)
     layout = Layout(384, 384, 3, 12, 1)
     yield f"dequantize {layout}", partial(_dequantize, layout)
     if thorough:
         yield from _odd_cases()
 
 
+def _choices(thorough: bool) -> Iterator[tuple[int, table.Choice]]:
+    """Every choice of the table for 8, 4 and 3 bits; 2 bits share most with 4, and 1 bit with 3."""
+    for nbits, choices in table._BY_BITS.items():
+        for choice in choices:
+            few = choice.most == 16
+            if (few or nbits > 2) if thorough else (few and nbits > 2):
+                yield nbits, choice
+
+
 def _odd_cases() -> Iterator[Case]:
-    """Other groups, other dtypes."""
+    """Other groups, other dtypes, other widths."""
     for g, axis in ((8, 1), (16, 0), (12, 0), (256, 1)):
         layout = Layout(g * 32, g * 32, 3, g, axis)
         for dtype in (torch.float32, torch.float16):
             yield f"dequantize {dtype} {layout}", partial(_dequantize, layout, dtype)
-    for g, axis in ((8, 0), (16, 1), (32, 1), (24, 1), (128, 0), (1000, 1), (8192, 1)):
-        layout = Layout(g * 8 if axis == 0 else 64, g, 2, g, axis)
-        yield f"quantize {layout}", partial(_quantize, layout, "least_squares", torch.float32)
+    for solver, nbits, g, axis in (
+        ("hqq", 1, 32, 1), ("hqq", 8, 64, 0), ("least_squares", 8, 8, 0),
+        ("least_squares", 3, 24, 1), ("least_squares", 2, 128, 0), ("least_squares", 1, 8192, 1),
+    ):  # fmt: skip
+        layout = Layout(g * 8 if axis == 0 else 64, g, nbits, g, axis)
+        yield f"quantize {solver} {layout}", partial(_quantize, layout, solver, torch.float32)
 
 
 def main(capability: int, wanted: list[str]) -> None:
