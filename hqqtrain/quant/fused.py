@@ -34,8 +34,8 @@ def runs(device: torch.device, layout: Layout) -> bool:
 @functools.cache
 def _warn_of(group_size: int) -> None:
     logger.warning(
-        "groups of %d are too long for the kernel (at most %d): quantized by torch, which takes "
-        "some ten times as long and gives the same bits",
+        "groups of %d are too long for the kernel (at most %d): quantized by torch, which is "
+        "slower and gives the same bits",
         group_size, LARGEST_GROUP,
     )  # fmt: skip
 

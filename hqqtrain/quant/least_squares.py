@@ -24,7 +24,7 @@ class Search:
     middle, and of twice its reach, about its mean. rounds from every start, last_rounds from the
     best of them. stride: how far a round moves, in multiples of what the regression asks for. Few
     codes change in a round, so the regression alone creeps: 20 rounds of twice its length end
-    with the error that 60 of its own length ended with (bundled model: 0.1029 at 2 bits both).
+    with the error that 60 of its own length ended with (bundled model: 0.103 at 2 bits both).
     """
 
     about_middle: tuple[float, ...] = (0.95, 0.8, 0.65)
@@ -41,7 +41,7 @@ SEARCHES = {
 """By nbits, where the usual one is not the best.
 
 Chosen by perplexity of the bundled model (`scripts/compare_solvers.py`), not by weight error,
-which hardly tells them apart: at 2 bits strides from 1.25 to 2.5 err the same within 0.3 % and
+which hardly tells them apart: at 2 bits strides from 1.25 to 2.5 err the same within 0.5 % and
 give perplexities from 52 to 75.
 """
 

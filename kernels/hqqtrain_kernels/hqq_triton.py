@@ -84,7 +84,7 @@ def _status(
 ):  # fmt: skip
     """Of any group of the tile: has its zero moved, can a residual be shrunk, is a code clipped?
 
-    One reduction over the warp for all three questions: three took a fifth of a round.
+    One reduction over the warp answers all three questions.
     """
     moved = (zero != previous).to(tl.int32)
     shrinks = (tl.maximum(tl.abs(zero - first), 0.5) * 1.01 * step > THRESHOLD).to(tl.int32)

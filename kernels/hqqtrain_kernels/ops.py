@@ -81,7 +81,8 @@ def linear(
 def _unwatched(x: Tensor) -> bool:
     """Whether no compiler, mode, tracer, transform or subclass of x wants to see the operator.
 
-    Then what it does is called as a function, which saves 7 us of Python, and 14 with gradients.
+    Then what it does is called as a function, which saves 4 us of Python, and 17 forward
+    and backward (on a CPU).
     """
     return (
         not torch.compiler.is_compiling()

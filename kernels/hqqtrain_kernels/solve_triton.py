@@ -3,8 +3,9 @@
 They compute what `hqqtrain.quant` computes in torch, in the same order of rounded operations, and
 sums of integers where it has sums: so the codes are the same. A tile is [R, G, T, E]: code
 k = E (t R + r) + e of each of G groups. Triton's layouts then give a thread the whole of a group
-(T = 1), or T threads each a part, and sums stay in registers: with 8 threads to a group, as a
-tile [G, group_size] is laid out, four fifths of the time went into shuffles and scalars.
+(T = 1), or T threads each a part, and sums stay
+in registers. As a tile [G, group_size] eight threads would share a group, and each repeat what is
+done once for it.
 
 Kernels that use them must be compiled with enable_fp_fusion=False.
 """
