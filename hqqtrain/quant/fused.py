@@ -45,8 +45,7 @@ def quantize(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tensor
     from hqqtrain_kernels import quantize_triton  # triton is absent on a Mac
 
     method = quantize_triton.Method(spec.solver, _numbers(spec, layout))
-    W_q, scale, zero, bad = quantize_triton.quantize(W, layout, method, spec.meta_dtype)
-    return None if bad.item() else (W_q, scale, zero)
+    return quantize_triton.quantize(W, layout, method, spec.meta_dtype)
 
 
 def _numbers(spec: QuantSpec, layout: Layout) -> tuple:

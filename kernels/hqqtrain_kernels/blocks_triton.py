@@ -1,4 +1,4 @@
-"""What one step of the linear kernel reads: blocks of the packed weight, its scale and zero, and x.
+"""What a step of the linear kernels reads: blocks of the packed weight, scale and zero, and x.
 
 A step takes `PARTS` neighbouring stretches of `SPAN` codes of every row. `WHOLE`: all stretches end
 within the row, so that nothing needs a mask.
@@ -53,7 +53,10 @@ def x_chunk(
     x, stride, m, M, K, step, j, CHUNK: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Chunk j of every part, transposed: [PARTS, CHUNK, BATCH]."""
+    """Chunk j of every part, transposed, for rows m of x: [PARTS, CHUNK, BATCH].
+
+    One part is 2-D, and no view of a 3-D block: from that, wgmma would not read it.
+    """
     row = m.to(tl.int64) * stride
     k = step * (PARTS * SPAN) + j * CHUNK + tl.arange(0, CHUNK)
     if PARTS > 1:
@@ -70,42 +73,9 @@ def x_chunk(
 
 
 @triton.jit
-def x_sums(
-    x, stride, M, K, step, UNIT: tl.constexpr, BATCH: tl.constexpr, SPAN: tl.constexpr,
-    PARTS: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Sums of x over the units of a step: [PARTS * BATCH, units, 1].
-
-    As a 2-D block: in others the compiler has every warp add up all of it (15 instead of 3
-    instructions for a weight).
-    """
-    UNITS: tl.constexpr = SPAN // UNIT
-    i = tl.arange(0, BATCH * PARTS * UNITS)
-    m = tl.program_id(1) * BATCH + i // (PARTS * UNITS)
-    k = step * (PARTS * SPAN) + (i % (PARTS * UNITS) * UNIT)[:, None] + tl.arange(0, UNIT)[None, :]
-    inside = (m < M)[:, None]
-    if not WHOLE:
-        inside = inside & (k < K)
-    block = tl.load(x + (m.to(tl.int64) * stride)[:, None] + k, mask=inside, other=0.0)
-    t = tl.reshape(tl.sum(block.to(tl.float32), 1), (BATCH, PARTS, UNITS))
-    return tl.reshape(tl.permute(t, (1, 0, 2)), (PARTS * BATCH, UNITS, 1))
-
-
-@triton.jit
-def read_sum(
-    sums, m, M, K, step, unit, UNIT: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """The sums of one unit of every part, from `sums` [M, K / UNIT]: [PARTS, BATCH]."""
-    row = m.to(tl.int64) * (K // UNIT)
-    inside = m < M
-    at = step * (PARTS * SPAN // UNIT) + unit
-    if PARTS > 1:
-        at += (tl.arange(0, PARTS) * (SPAN // UNIT))[:, None]
-        row = row[None, :]
-        inside = inside[None, :]
-    else:
-        at += tl.zeros_like(m)  # a block: the interpreter takes no mask of a number
-    if not WHOLE:
-        inside = inside & (at < K // UNIT)
-    return tl.load(sums + row + at, mask=inside, other=0.0)
+def dot(a, b, acc, UPCAST: tl.constexpr):
+    """acc + a b; with UPCAST in fp32, for the interpreter, where bf16 products are wrong."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")

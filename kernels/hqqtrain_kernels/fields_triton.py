@@ -1,13 +1,24 @@
 """Packed words to operands of a matrix product, without leaving the registers.
 
-A 16-byte tile is 4 words, and a lane of a tensor core instruction holds pairs of neighbouring
-codes: bit field i of word w holds codes 8 i + 2 w and 8 i + 2 w + 1, at bits 0 and 16. So a word,
-shifted and masked, is the pair of one lane, which needs nothing of the others. Everything here
-works on blocks [rows, words] of whole tiles and keeps the codes in order.
+A 16-byte tile is 4 words: bit field i of word w holds codes 8 i + 2 w and 8 i + 2 w + 1, at bits 0
+and 16. So a word, shifted and masked, is a pair of codes in one register, as a lane of a tensor
+core instruction holds them. Everything here works on blocks [rows, words] of whole tiles.
 """
 
 import triton
 import triton.language as tl
+
+
+def _neighbours() -> int:
+    major, minor = triton.__version__.split(".")[:2]
+    return 2 if (int(major), int(minor)) < (3, 8) else 1
+
+
+NEIGHBOURS = _neighbours()
+"""How many of its pairs the compiler wants side by side in a lane, if the operand was joined from
+halves: 2 up to Triton 3.7 (computeOrigBitWidth in its AccelerateMatmul.cpp halves the width of a
+load that it takes for the cause), then 1. In any other order the operand goes through shared
+memory, or shifts differ by lane: right, but slower."""
 
 
 @triton.jit
@@ -25,14 +36,24 @@ def part(t, j: tl.constexpr):
 
 
 @triton.jit
-def integers(words, WIDTH: tl.constexpr, TO: tl.constexpr):
-    """Codes as integers: [rows, codes / 8, 4] pairs, at bits TO and TO + 16."""
+def integers(
+    words, WIDTH: tl.constexpr, TO: tl.constexpr, PLANES: tl.constexpr, NEIGHBOURS: tl.constexpr
+):
+    """Codes as integers, pairs of them: [rows, codes / 2 / NEIGHBOURS, NEIGHBOURS].
+
+    words [rows, n, 4]: of n tiles, or of the same word of 4 tiles. A pair lies at bits
+    TO + WIDTH * (i % PLANES) and 16 above: PLANES fields are masked after one shift. The order is
+    n, fields by NEIGHBOURS, 4, NEIGHBOURS fields, 2.
+    """
     rows: tl.constexpr = words.shape[0]
-    tiles: tl.constexpr = words.shape[1] // 4
-    shift = (tl.arange(0, 16 // WIDTH) * WIDTH - TO)[None, None, :, None]
-    pairs = tl.reshape(words, (rows, tiles, 1, 4)) >> tl.maximum(shift, 0) << tl.maximum(-shift, 0)
-    pairs = pairs & (((1 << WIDTH) - 1) * (0x10001 << TO))
-    return tl.reshape(pairs, (rows, tiles * (16 // WIDTH), 4))
+    n: tl.constexpr = words.shape[1]
+    FIELDS: tl.constexpr = 16 // WIDTH
+    i = tl.arange(0, FIELDS // NEIGHBOURS)[:, None, None] * NEIGHBOURS
+    i = (i + tl.arange(0, NEIGHBOURS)[None, None, :])[None, None, :, :, :]
+    shift = i // PLANES * (PLANES * WIDTH) - TO
+    pairs = tl.reshape(words, (rows, n, 1, 4, 1)) >> tl.maximum(shift, 0) << tl.maximum(-shift, 0)
+    pairs = pairs & ((((1 << WIDTH) - 1) * (0x10001 << TO)) << (i % PLANES * WIDTH))
+    return tl.reshape(pairs, (rows, n * FIELDS * 4 // NEIGHBOURS, NEIGHBOURS))
 
 
 @triton.jit
@@ -48,15 +69,17 @@ def hidden(VALUE: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def halves(pairs, DTYPE: tl.constexpr):
-    """The bits of pairs as 16-bit floats: [rows, codes]."""
+    """The bits of pairs [rows, n, m] as 16-bit floats: [rows, 2 n m]."""
     low = (pairs & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
     high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-    return tl.reshape(tl.join(low, high), (pairs.shape[0], pairs.shape[1] * 8))
+    return tl.reshape(
+        tl.join(low, high), (pairs.shape[0], pairs.shape[1] * pairs.shape[2] * 2)
+    )  # fmt: skip
 
 
 @triton.jit
 def numbers(words, WIDTH: tl.constexpr):
-    """Codes as fp32: [rows, codes].
+    """Codes as fp32, in their own order: [rows, codes].
 
     ORed into the mantissa of 2**23 a code is a float in one instruction, without shifting it.
     """

@@ -5,12 +5,12 @@ import triton.language as tl
 
 from hqqtrain_kernels.solve_triton import (
     MAGIC_BITS,
-    clamped,
     code_index,
     encode,
     in_fixed_point,
     load,
     over_codes,
+    reciprocal,
     spread_out,
     within,
 )
@@ -18,11 +18,15 @@ from hqqtrain_kernels.solve_triton import (
 
 @triton.jit
 def hqq(
-    W, inside, low, high, unit, tile, g: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
-    E: tl.constexpr, AXIS: tl.constexpr, NUMBERS: tl.constexpr, NBITS: tl.constexpr,
-    TOP: tl.constexpr,
+    W, inside, low, high, unit, tile, SHRINKS: tl.constexpr, g: tl.constexpr, R: tl.constexpr,
+    T: tl.constexpr, E: tl.constexpr, AXIS: tl.constexpr, NUMBERS: tl.constexpr,
+    NBITS: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """Scale (in units) and zero [G] of a tile W in units; `tile` says where to read it again."""
+    """Scale (in units) and zero [G] of a tile W in units; `tile` says where to read it again.
+
+    And which groups have residuals so large that they shrink: only with SHRINKS are those right.
+    Without, 40 registers less are needed (128 at 2 and 4 bits, groups of 64, on sm_90).
+    """
     ROUNDS: tl.constexpr = NUMBERS[0]
     BETA: tl.constexpr = NUMBERS[1]
     P: tl.constexpr = NUMBERS[2]
@@ -37,10 +41,10 @@ def hqq(
     scale = tl.div_rn(1.0, inverse)
     _, _, mean, _ = in_fixed_point(W, inside, low, high, g, BITS)
     mean = mean * inverse
-    scaled = W * spread_out(inverse * 2.0**-NBITS)
     peak = high * inverse
     inverse_again = tl.div_rn(1.0, scale)
     THRESHOLD: tl.constexpr = BETA ** (-1 / (2 - P))
+    large = tl.zeros(first.shape, tl.int1)
     best = first
     least = tl.full(first.shape, float("inf"), tl.float64)
     OFFSET: tl.constexpr = MAGIC_BITS - (NBITS << 23)
@@ -51,60 +55,43 @@ def hqq(
         if NBITS == 4:
             zero = _whole(first)
         left = ROUNDS
-        _, shrinks, clips = _status(zero, zero, first, peak, scale * unit, TOP, THRESHOLD)
+        _, clips = _status(zero, zero, peak, TOP)
         while left > 0:
             previous = zero
-            codes = _encode(scaled, zero + NUDGES[i], clips, NBITS, TOP)
+            shrinks = tl.maximum(tl.abs(zero - first), 0.5) * 1.01 * (scale * unit) > THRESHOLD
+            large = large | shrinks
+            codes = encode(W, inverse, zero + NUDGES[i], NBITS, clips)
             n = over_codes(within(codes, inside)) - ALL_OFFSETS
             zero = n.to(tl.float32) * (1 / g) - mean
-            if shrinks:
+            if SHRINKS and tl.max(shrinks.to(tl.int32), 0) > 0:
                 shrunk = _sum_shrunk(
-                    tile, previous, NUDGES[i], inverse, unit, g, R, T, E, AXIS, NBITS, TOP, BETA, P,
+                    tile, previous, NUDGES[i], inverse, unit, g, R, T, E, AXIS, NBITS, BETA, P,
                     SHRUNK_BITS, THRESHOLD,
                 )  # fmt: skip
                 zero = zero + shrunk.to(tl.float32) * (2.0**-SHRUNK_BITS / g)
             if NBITS == 1:
-                error = (encode(W, inverse_again, zero, TOP) - MAGIC_BITS).to(tl.float32)
+                error = (encode(W, inverse_again, zero, NBITS, True) - OFFSET).to(tl.float32)
                 error = (error - spread_out(zero)) * spread_out(scale) - W
                 error = over_codes(within((error * error).to(tl.float64), inside))
                 best = tl.where(error < least * (1 - 1e-12), zero, best)
                 least = tl.minimum(error, least)
-            moved, shrinks, clips = _status(
-                zero, previous, first, peak, scale * unit, TOP, THRESHOLD
-            )
+            moved, clips = _status(zero, previous, peak, TOP)
             left = tl.where(moved, left - 1, 0)
         if NBITS > 1:
             best = zero
-    return scale, best
+    return scale, best, large
 
 
 @triton.jit
-def _status(
-    zero, previous, first, peak, step, TOP: tl.constexpr, THRESHOLD: tl.constexpr
-):  # fmt: skip
-    """Of any group of the tile: has its zero moved, can a residual be shrunk, is a code clipped?
+def _status(zero, previous, peak, TOP: tl.constexpr):
+    """Of any group of the tile: has its zero moved, is a code clipped?
 
-    One reduction over the warp answers all three questions.
+    One reduction over the warp answers both questions.
     """
     moved = (zero != previous).to(tl.int32)
-    shrinks = (tl.maximum(tl.abs(zero - first), 0.5) * 1.01 * step > THRESHOLD).to(tl.int32)
     clips = (peak + zero > TOP + 0.49).to(tl.int32)
-    counts = tl.sum(moved + (shrinks << 10) + (clips << 20), 0)  # of at most 512 groups each
-    return (counts & 1023) > 0, ((counts >> 10) & 1023) > 0, (counts >> 20) > 0
-
-
-@triton.jit
-def _encode(scaled, zero, clips, NBITS: tl.constexpr, TOP: tl.constexpr):
-    """The nearest codes with an offset on, which their sum takes off again.
-
-    `scaled` is divided by 2**NBITS, exactly: so the addition clamps for nothing (FADD.SAT), but
-    at the code after TOP, which is met only where `clips` says so.
-    """
-    place = clamped(scaled + spread_out(zero * 2.0**-NBITS), 0.0, 1.0)
-    codes = (place + 1.5 * 2.0 ** (23 - NBITS)).to(tl.int32, bitcast=True)
-    if clips:
-        codes = tl.minimum(codes, TOP + MAGIC_BITS - (NBITS << 23))
-    return codes
+    counts = tl.sum(moved + (clips << 16), 0)  # of at most 512 groups each
+    return (counts & 0xFFFF) > 0, (counts >> 16) > 0
 
 
 @triton.jit
@@ -118,20 +105,18 @@ def _whole(x):
 @triton.jit
 def _sum_shrunk(
     tile, zero, nudge, inverse, unit, g: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
-    E: tl.constexpr, AXIS: tl.constexpr, NBITS: tl.constexpr, TOP: tl.constexpr,
-    BETA: tl.constexpr, P: tl.constexpr, BITS: tl.constexpr, THRESHOLD: tl.constexpr,
+    E: tl.constexpr, AXIS: tl.constexpr, NBITS: tl.constexpr, BETA: tl.constexpr,
+    P: tl.constexpr, BITS: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     """What hqq's shrinkage leaves of a group's residuals, summed in fixed point [G].
 
-    Large weights alone come here. The tile is read again in R parts: at once, the powers would
-    take all registers from the loop that ordinary weights stay in.
+    The tile is read again in R parts: at once, the powers would take more registers than there are.
     """
     total = tl.zeros(zero.shape, tl.int64)
     for r in range(R):
         k = code_index(r, R, T, E)
-        W = load(tile, k, g, AXIS, "evict_first") * spread_out(tl.div_rn(1.0, unit))
-        scaled = W * spread_out(inverse * 2.0**-NBITS)
-        codes = _encode(scaled, zero + nudge, True, NBITS, TOP) - (MAGIC_BITS - (NBITS << 23))
+        W = load(tile, k, g, AXIS, "evict_first") * spread_out(reciprocal(unit))
+        codes = encode(W, inverse, zero + nudge, NBITS, True) - (MAGIC_BITS - (NBITS << 23))
         away = tl.div_rn(codes.to(tl.float32) - spread_out(zero), spread_out(inverse))
         residual = W - away
         size = tl.where(k < g, tl.abs(residual) * spread_out(unit), 0.0)

@@ -31,20 +31,21 @@ def code_index(r, R: tl.constexpr, T: tl.constexpr, E: tl.constexpr):
 def load(tile, k, g: tl.constexpr, AXIS: tl.constexpr, EVICTION: tl.constexpr):
     """Codes k of the groups of a tile, fp32: along a row (axis 1) or down a column; 0 outside.
 
-    tile: where the unit begins, the groups' numbers [G], how many groups the unit has, and how
-    far apart a group's codes are (axis 0).
+    tile: W, where in it the groups begin [G], which there are [G], and how far apart the codes of
+    a group are (axis 0).
     """
-    start, n, groups, stride = tile
-    mask = spread_out(n < groups) & (k < g)
-    n = spread_out(n.to(tl.int64))
+    W, origin, exists, stride = tile
     if AXIS == 1:
         # Not true of the groups, and used for nothing but the order in which dimensions are dealt
         # out to threads: first within 16 bytes, then over groups, so that R is left to registers.
-        at = tl.max_contiguous(n * g + k, (1, 2, 1, 8))
+        at = tl.max_contiguous(spread_out(origin) + k, (1, 2, 1, 8))
     else:
-        # Understated: a thread is to load one column of a row, not several, which are other groups.
-        at = tl.multiple_of(n + k.to(tl.int64) * stride, (1, 1, 1, 1))
-    return tl.load(start + at, mask, 0.0, eviction_policy=EVICTION).to(tl.float32)
+        # Over groups first. And understated: a thread is to load one column of a row, not several,
+        # which are other groups.
+        at = tl.max_contiguous(spread_out(origin) + k.to(tl.int64) * stride, (1, 2, 1, 1))
+        at = tl.multiple_of(at, (1, 1, 1, 1))
+    mask = spread_out(exists) & (k < g)
+    return tl.load(W + at, mask, 0.0, eviction_policy=EVICTION).to(tl.float32)
 
 
 @triton.jit
@@ -92,6 +93,12 @@ def power_of_two(x):
 
 
 @triton.jit
+def reciprocal(power):
+    """1 / power of a `power_of_two`: exact, and without the branches of a division."""
+    return ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def rounded_to(x, dtype: tl.constexpr):
     """fp32 that `dtype` holds exactly. Triton's interpreter truncates to bf16, so by hand."""
     if dtype == tl.bfloat16:
@@ -115,11 +122,19 @@ def stored(scale, zero, unit, LEAST: tl.constexpr, LARGEST: tl.constexpr, dtype:
 
 
 @triton.jit
-def encode(W, inverse, zero, TOP: tl.constexpr):
-    """The nearest codes, int32, plus MAGIC_BITS, whose low 22 bits are zero; W in units, inverse
-    of the scale in units: `Grid.encode`."""
-    place = W * spread_out(inverse) + spread_out(zero)
-    return (clamped(place, 0.0, TOP) + MAGIC).to(tl.int32, bitcast=True)
+def encode(W, inverse, zero, NBITS: tl.constexpr, clips):
+    """The nearest codes, int32, plus MAGIC_BITS - (NBITS << 23), whose low 22 bits are zero; W in
+    units, inverse of the scale in units: `Grid.encode`.
+
+    All divided by 2**NBITS, exactly: so the addition clamps for nothing (FADD.SAT), but at the
+    code after the last, which is met only where `clips` says so.
+    """
+    scaled = W * spread_out(inverse * 2.0**-NBITS)
+    place = clamped(scaled + spread_out(zero * 2.0**-NBITS), 0.0, 1.0)
+    codes = (place + 1.5 * 2.0 ** (23 - NBITS)).to(tl.int32, bitcast=True)
+    if clips:
+        codes = tl.minimum(codes, (1 << NBITS) - 1 + MAGIC_BITS - (NBITS << 23))
+    return codes
 
 
 @triton.jit
@@ -134,8 +149,9 @@ def within(x, inside):
 def in_fixed_point(W, inside, low, high, g: tl.constexpr, BITS: tl.constexpr):
     """`FixedPoint.of`: W = low + x * step. x int32, with MAGIC_BITS on, 0 outside the group; the
     sum of x without them; its mean in units; step: [G]."""
-    step = power_of_two(tl.maximum(high - low, 2.0**-30)) * (2.0**-BITS)
-    x = (W - spread_out(low)) * spread_out(tl.div_rn(1.0, step))
+    width = power_of_two(tl.maximum(high - low, 2.0**-30))
+    step = width * (2.0**-BITS)
+    x = (W - spread_out(low)) * spread_out(reciprocal(width) * 2.0**BITS)
     x = within((x + MAGIC).to(tl.int32, bitcast=True), inside)
     if g * 2 ** (BITS + 1) < 1 << 31:
         total = over_codes(x) - ((g * 0x4B400000 + 0x80000000) % 0x100000000 - 0x80000000)

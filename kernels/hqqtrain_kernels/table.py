@@ -1,8 +1,10 @@
 """Which weights a linear layer multiplies packed, and how that kernel is cut.
 
 Looked up, never tried: measuring at run time would cost seconds for every shape, and the ranks of
-a run might choose differently and get different bits. Measured on an H200, with groups of 64, for
-28672 x 8192 and 8192 x 28672; other GPUs have the same settings, for fewer rows of x.
+a run might choose differently and get different bits. Those for more than 16 rows of x, and for
+8 bits, were measured on an H200, with groups of 64, for 28672 x 8192 and 8192 x 28672; the others
+were chosen by the instructions they take, and are still to be measured. Other GPUs have the same
+settings, for fewer rows of x.
 """
 
 import functools
@@ -12,14 +14,44 @@ from hqqtrain_kernels.layout import Layout
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How `linear_triton` cuts its work.
+class Vector:
+    """One row of x: a program holds `stretch` of its elements; so many to a multiprocessor."""
 
-    A program computes `rows` outputs for `batch` rows of x, by `warps` warps. In each step of its
-    loop, of which `stages` are under way, every one of its `parts` takes `span` codes of each row.
-    `rounded`: weights are rounded and multiplied. Otherwise their codes are, and x is summed over
-    groups, before the kernel if `sums`.
-    """
+    stretch: int
+    programs: int
+
+    def takes(self, layout: Layout) -> bool:
+        """Whole stretches, of at most 8 groups, which are columns of a product."""
+        g = layout.group_size
+        return (
+            layout.in_features % self.stretch == 0
+            and (self.stretch % g == 0 or g % self.stretch == 0)
+            and g * 8 >= self.stretch
+        )
+
+
+@dataclass(frozen=True)
+class Skinny:
+    """Up to `batch` rows of x: a program of `parts` warps holds `parts` times `span` elements of
+    each, and does `rows` outputs in a step, of which `stages` are under way."""
+
+    rows: int
+    batch: int
+    span: int
+    parts: int
+    programs: int
+    stages: int
+
+    def takes(self, layout: Layout) -> bool:
+        """What x sums up to in every group stays in registers, up to these many."""
+        g = layout.group_size
+        return g >= 32 and self.span * self.batch <= 64 * g and _are_multiples(self.span, g)
+
+
+@dataclass(frozen=True)
+class Wide:
+    """A program computes `rows` outputs for `batch` rows of x, by `warps` warps. In each step of
+    its loop, of which `stages` are under way, each of its `parts` takes `span` codes of a row."""
 
     rows: int
     batch: int
@@ -27,8 +59,18 @@ class Settings:
     parts: int
     warps: int
     stages: int
-    rounded: bool = False
-    sums: bool = False
+
+    def takes(self, layout: Layout) -> bool:
+        """Smaller groups would spill registers."""
+        return layout.group_size >= 64 and _are_multiples(self.span, layout.group_size)
+
+
+def _are_multiples(span: int, group_size: int) -> bool:
+    """Spans are made of whole groups, or groups of spans."""
+    return span % group_size == 0 or group_size % span == 0
+
+
+Settings = Vector | Skinny | Wide
 
 
 @dataclass(frozen=True)
@@ -48,44 +90,33 @@ MANY = 16384
 """Outputs that give every multiprocessor a program of 128."""
 
 _WIDE = (
-    Choice(32, Settings(128, 32, 128, 1, 4, 3, sums=True), MANY),
-    Choice(64, Settings(32, 32, 128, 4, 4, 2, rounded=True), 8192),
-    Choice(128, Settings(128, 128, 128, 1, 8, 3, rounded=True), MANY),
+    Choice(32, Wide(128, 32, 128, 1, 4, 3), MANY),
+    Choice(64, Wide(128, 64, 256, 1, 8, 2), MANY),
+    Choice(64, Wide(32, 32, 128, 4, 8, 2), 8192),
+    Choice(128, Wide(128, 128, 128, 1, 8, 3), MANY),
 )
-_UP_TO_64 = Choice(64, Settings(128, 64, 256, 1, 8, 2, rounded=True), MANY)
-_4_BIT = (
-    Choice(1, Settings(32, 1, 128, 4, 4, 3)),
-    Choice(4, Settings(32, 4, 128, 4, 4, 3)),
-    Choice(8, Settings(32, 8, 128, 4, 4, 3, sums=True)),
-    Choice(16, Settings(32, 16, 128, 4, 4, 3, sums=True)),
-    _WIDE[0], _UP_TO_64, *_WIDE[1:],
-)  # fmt: skip
-_2_BIT = (
-    Choice(1, Settings(32, 1, 256, 4, 4, 3)),
-    Choice(2, Settings(32, 2, 128, 4, 4, 3)),
-    *_4_BIT[1:],
+_SKINNY = (
+    Choice(1, Skinny(32, 1, 256, 4, 4, 3)),
+    Choice(8, Skinny(32, 8, 256, 4, 3, 3)),
+    Choice(16, Skinny(32, 16, 256, 4, 2, 3)),
+    Choice(16, Skinny(32, 16, 128, 4, 2, 3)),
 )
-_3_BIT = (  # spans of 256: two tiles of the 1-bit plane are 32 bytes
-    Choice(1, Settings(32, 1, 256, 4, 4, 3)),
-    Choice(4, Settings(32, 4, 256, 4, 4, 3)),
-    Choice(8, Settings(32, 8, 256, 4, 4, 2, sums=True)),
-    Choice(16, Settings(32, 16, 256, 4, 4, 2, sums=True)),
-    _UP_TO_64,
-    Choice(128, Settings(128, 128, 256, 1, 8, 2, rounded=True), MANY),
-)
-_1_BIT = (
-    *_3_BIT[:3],
-    Choice(16, Settings(128, 16, 256, 1, 4, 3, sums=True), MANY),
-    *_3_BIT[3:],
+_VECTOR = Choice(1, Vector(512, 12))
+_3_BIT = (
+    *_SKINNY,
+    Choice(64, Wide(128, 64, 256, 1, 8, 2), MANY),
+    Choice(128, Wide(128, 128, 256, 1, 8, 2), MANY),
 )
 _8_BIT = (  # bf16 holds no integers of 8 bits above 128
-    Choice(1, Settings(32, 1, 128, 4, 4, 3, rounded=True)),
-    Choice(16, Settings(64, 16, 256, 1, 4, 2, rounded=True), MANY),
-    Choice(16, Settings(32, 16, 128, 4, 4, 3, rounded=True)),
-    Choice(64, Settings(128, 64, 128, 1, 8, 2, rounded=True), MANY),
-    Choice(128, Settings(128, 128, 128, 1, 8, 2, rounded=True), MANY),
+    Choice(1, Wide(32, 1, 128, 4, 4, 3)),
+    Choice(16, Wide(64, 16, 256, 1, 4, 2), MANY),
+    Choice(16, Wide(32, 16, 128, 4, 4, 3)),
+    Choice(64, Wide(128, 64, 128, 1, 8, 2), MANY),
+    Choice(128, Wide(128, 128, 128, 1, 8, 2), MANY),
 )
-_BY_BITS = {8: _8_BIT, 4: _4_BIT, 3: _3_BIT, 2: _2_BIT, 1: _1_BIT}
+_4_BIT = (_VECTOR, *_SKINNY, *_WIDE)
+_1_BIT = (_VECTOR, *_3_BIT)
+_BY_BITS = {8: _8_BIT, 4: _4_BIT, 3: _3_BIT, 2: _4_BIT, 1: _1_BIT}
 
 _MOST = {(9, 0): 128}
 """Rows of x, by compute capability, where measured."""
@@ -101,12 +132,7 @@ def choose(capability: tuple[int, int], layout: Layout, M: int) -> Settings | No
     if not 1 <= M <= _MOST.get(capability, _MOST_ELSEWHERE):
         return None
     for choice in _BY_BITS[layout.nbits]:
-        if choice.most >= M and layout.out_features >= choice.least:
-            return choice.settings if _fits(layout.group_size, choice.settings) else None
+        enough = choice.most >= M and layout.out_features >= choice.least
+        if enough and choice.settings.takes(layout):
+            return choice.settings
     return None
-
-
-def _fits(group_size: int, settings: Settings) -> bool:
-    """Spans are made of whole groups, or groups of spans; small groups would spill registers."""
-    least, span = 32 if settings.batch <= 4 else 64, settings.span
-    return group_size >= least and (span % group_size == 0 or group_size % span == 0)

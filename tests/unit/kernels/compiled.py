@@ -28,8 +28,15 @@ from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hqqtrain.quant import QuantSpec, quantize
-from hqqtrain_kernels import Layout, dequantize_triton, linear_triton, select, table
+from hqqtrain.quant import QuantSpec, fused, quantize
+from hqqtrain_kernels import (
+    Layout,
+    dequantize_triton,
+    linear_triton,
+    quantize_triton,
+    select,
+    table,
+)  # fmt: skip
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
@@ -132,6 +139,17 @@ def _quantize(layout: Layout, solver: str, meta_dtype: torch.dtype = torch.bfloa
     quantize(torch.zeros(layout.out_features, layout.in_features, dtype=torch.bfloat16), spec)
 
 
+def _quantize_left(layout: Layout) -> None:
+    """The second launch, of groups with large weights, which a weight of zeros does not need."""
+    spec = QuantSpec(layout.nbits, layout.group_size, layout.axis, "hqq", torch.bfloat16)
+    method = quantize_triton.Method("hqq", fused._numbers(spec, layout))
+    plan = quantize_triton._plan(layout, method, torch.bfloat16, True, 8)
+    W = torch.empty(layout.out_features, layout.in_features, dtype=torch.bfloat16)
+    status, cells = torch.zeros(2, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    numbers = (len(cells), plan.groups, 1, layout.units, layout.units)
+    plan.variant.launch((1, 1, 1), (W, *_packed(layout), status, cells), numbers)
+
+
 Case = tuple[str, Callable[[], None]]
 
 
@@ -145,9 +163,13 @@ def _cases(thorough: bool) -> Iterator[Case]:
     for nbits, solver in ((4, "least_squares"), (4, "hqq"), (3, "rtn")):
         layout = Layout(4096, 256, nbits, 64, 1)
         yield f"quantize {solver} {layout}", partial(_quantize, layout, solver)
+    for nbits in (4, 1):
+        layout = Layout(4096, 256, nbits, 64, 1)
+        yield f"quantize hqq, left over {layout}", partial(_quantize_left, layout)
     for nbits, choice in _choices(thorough):
-        layout = Layout(max(choice.least, table.LEAST), 8192, nbits, 64, 1)
-        yield f"linear M={choice.most} {layout}", partial(_linear, layout, choice.most)
+        for g in (64, 128) if thorough and choice.most <= 16 else (64,):
+            layout = Layout(max(choice.least, table.LEAST), 8192, nbits, g, 1)
+            yield f"linear M={choice.most} {layout}", partial(_linear, layout, choice.most)
     layout = Layout(384, 384, 3, 12, 1)
     yield f"dequantize {layout}", partial(_dequantize, layout)
     if thorough:
@@ -158,7 +180,7 @@ def _choices(thorough: bool) -> Iterator[tuple[int, table.Choice]]:
     """Every choice of the table for 8, 4 and 3 bits; 2 bits share most with 4, and 1 bit with 3."""
     for nbits, choices in table._BY_BITS.items():
         for choice in choices:
-            few = choice.most == 16
+            few = choice.most in (1, 16)
             if (few or nbits > 2) if thorough else (few and nbits > 2):
                 yield nbits, choice
 

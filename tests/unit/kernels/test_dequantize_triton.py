@@ -8,31 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from unit.kernels.weights import DEVICE, GPU, packed
 
 from hqqtrain_kernels import Layout, reference
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 from hqqtrain_kernels.dequantize_triton import dequantize
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
 NBITS = (8, 4, 3, 2, 1)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 POISON = 77.0
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-def packed(layout: Layout, meta_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
-    """Any bytes are codes, also those of the padding."""
-    size, meta = (layout.units, layout.row_bytes), (layout.units, layout.groups)
-    W_q = torch.randint(0, 256, size, dtype=torch.uint8, device=DEVICE)
-    scale = torch.rand(meta, device=DEVICE) * 0.1
-    zero = torch.rand(meta, device=DEVICE) * (1 << layout.nbits)
-    return W_q, scale.to(meta_dtype), zero.to(meta_dtype)
 
 
 def check(parts: tuple[Tensor, ...], layout: Layout, out: Tensor) -> None:

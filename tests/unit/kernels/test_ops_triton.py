@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from unit.kernels.weights import DEVICE, GPU, packed
 
 import hqqtrain_kernels as kernels
 from hqqtrain_kernels import Layout, ops, reference
@@ -16,8 +17,6 @@ from hqqtrain_kernels import linear_triton
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "small_layers_too")
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float16  # the interpreter does not round bf16
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
@@ -26,18 +25,6 @@ FUSED = Layout(40, 128, 4, 64, 1)
 
 DENSE = Layout(40, 128, 3, 8, 0)
 """Always dequantized."""
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-def packed(layout: Layout) -> tuple[Tensor, ...]:
-    size, meta = (layout.units, layout.row_bytes), (layout.units, layout.groups)
-    W_q = torch.randint(0, 256, size, dtype=torch.uint8, device=DEVICE)
-    scale = torch.rand(meta, device=DEVICE) * 0.1
-    return W_q, scale, torch.rand(meta, device=DEVICE) * (1 << layout.nbits)
 
 
 def dense(parts: tuple[Tensor, ...], layout: Layout) -> Tensor:

@@ -85,6 +85,24 @@ def test_large_weights_take_the_branch_of_the_shrinkage(nbits: int) -> None:
     assert by("torch", W, spec).zero.ne(by("torch", W / 1024, spec).zero).any()  # it is alive
 
 
+@pytest.mark.parametrize(
+    ("nbits", "group_size", "axis", "shape"),
+    [
+        (2, 64, 1, (9, 448)), (1, 64, 1, (9, 448)), (3, 64, 1, (9, 448)), (1, 16, 1, (9, 80)),
+        (4, 8, 1, (9, 72)), (2, 64, 0, (128, 12)), (1, 32, 0, (64, 20)), (3, 16, 0, (48, 50)),
+        (2, 24, 1, (9, 96)), (1, 128, 1, (5, 512)), (2, 256, 1, (5, 512)),
+    ],
+)  # fmt: skip
+def test_some_large_groups_are_done_by_themselves(nbits, group_size, axis, shape) -> None:
+    """Ragged rows, cells of several groups, groups that threads share: their neighbours stay."""
+    torch.manual_seed(0)
+    W = torch.randn(shape, device=DEVICE) * 0.002
+    W = torch.where(torch.rand(shape, device=DEVICE) < 0.2 / group_size, W * 2000, W).to(BF16)
+    spec = QuantSpec(nbits, group_size, axis, "hqq", BF16)
+    select.use("triton")
+    assert groups_that_differ(W, spec) <= FEW
+
+
 @st.composite
 def weights(draw: st.DrawFn) -> tuple[Tensor, QuantSpec]:
     """Any shape, scale, tail and dtype; constant groups and weights on the grid among them."""
