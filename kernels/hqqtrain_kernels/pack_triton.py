@@ -8,7 +8,12 @@ import triton.language as tl
 def store_packed(
     codes, row, place, chunks, CODES: tl.constexpr, NBITS: tl.constexpr, TILES: tl.constexpr
 ):
-    """All planes; that of the high bits of 3 begins TILES tiles into a unit."""
+    """Packs chunks of codes [chunks, 8], from cell `place` of a unit on, or of every cell [cells]
+    where it belongs.
+
+    A cell has CODES codes; `row`: the halfwords of the unit, which has `chunks` chunks. The plane
+    of the high bits of 3 begins TILES tiles later.
+    """
     if NBITS == 3:
         _store_plane(codes & 3, row, place, chunks, CODES, 2, 3)
         _store_plane(codes >> 2, row + TILES * 8, place, chunks, CODES, 1, 4)
@@ -21,10 +26,7 @@ def store_packed(
 def _store_plane(
     codes, row, place, chunks, CODES: tl.constexpr, WIDTH: tl.constexpr, HALVINGS: tl.constexpr
 ):
-    """Packs chunks of codes of WIDTH bits [chunks, 8] into tiles of 8 halfwords: see `reference`.
-
-    From cell `place` of a unit on, or each cell [cells] where it belongs; `row`: the halfwords of
-    its unit, likewise. A cell has CODES codes.
+    """Of WIDTH bits, into tiles of 8 halfwords.
 
     By halves: Triton 3.6 gets a sum wrong that runs over lanes which are not neighbours, as those
     of a tile are where threads share a group; over two of them it is right.
@@ -36,10 +38,9 @@ def _store_plane(
     TILES: tl.constexpr = CODES * WIDTH // 128
     if place.type.is_block():
         tile = tl.reshape(place[:, None] * TILES + tl.arange(0, TILES)[None, :], (COUNT,))
-        tile = tile.to(tl.int64)
-        row = tl.reshape(tl.broadcast_to(row[:, None], (COUNT // TILES, TILES)), (COUNT,))[:, None]
     else:
-        tile = place * TILES + tl.arange(0, COUNT).to(tl.int64)
+        tile = place * TILES + tl.arange(0, COUNT)
+    tile = tile.to(tl.int64)
     at = tile[:, None] * 8 + tl.arange(0, 8)[None, :]
     inside = tile < (chunks + (1 << HALVINGS) - 1) >> HALVINGS
     tl.store(row + at, codes.to(tl.int16), inside[:, None])

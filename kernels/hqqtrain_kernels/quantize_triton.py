@@ -6,29 +6,17 @@ hqq's library moves 88 bytes a weight and round through memory.
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hqqtrain_kernels.hqq_triton import hqq
 from hqqtrain_kernels.launch_triton import MOST_REGISTERS, Variant
 from hqqtrain_kernels.layout import Layout, packed_bytes, planes
-from hqqtrain_kernels.least_squares_triton import least_squares
-from hqqtrain_kernels.pack_triton import store_packed
 from hqqtrain_kernels.reference import pack
-from hqqtrain_kernels.solve_triton import (
-    code_index,
-    encode,
-    largest,
-    least,
-    load,
-    power_of_two,
-    reciprocal,
-    spread_out,
-    stored,
-)
+from hqqtrain_kernels.tile_triton import REST, quantize_tile
 
 
 @dataclass(frozen=True)
@@ -54,48 +42,35 @@ def quantize(
     codes = W.new_empty(layout.units, plan.columns, dtype=torch.uint8)
     scale = W.new_empty(layout.units, layout.groups, dtype=meta_dtype)
     zero = torch.empty_like(scale)
-    status = torch.zeros(2, dtype=torch.int32, pin_memory=W.is_cuda)
+    not_finite = torch.zeros(1, dtype=torch.int32, pin_memory=W.is_cuda)
+    tensors = (W, codes, scale, zero, not_finite)
     numbers = (plan.groups, stride // step, layout.units, layout.units)
-    tensors = (W, codes, scale, zero, status)
-    plan.variant.launch((plan.programs, 1, 1), (*tensors, None), (plan.blocks, *numbers))
-    if W.is_cuda:  # its memory is the host's: nothing has to be copied
+    for launch in plan.launches:
+        grid = (plan.units * launch.blocks, 1, 1)
+        launch.variant.launch(grid, tensors, (launch.blocks, *numbers))
+    if W.is_cuda:  # the flag lies in the host's memory: nothing has to be copied
         torch.cuda.current_stream(W.device).synchronize()
-    not_finite, left = status.tolist()
-    if not_finite:
+    if not_finite.item():
         return None
-    if left:
-        cells = _left(scale.view(-1, plan.groups), plan.cell)
-        programs = -(-len(cells) * plan.cell // plan.tile)
-        plan.variant.launch((programs, 1, 1), (*tensors, cells), (len(cells), *numbers))
     return (codes if _packs(layout) else pack(codes, layout.nbits)), scale, zero
 
 
-LEFT = -1.0
-"""In the place of a scale: the group is left to the second launch."""
+@dataclass(frozen=True)
+class _Launch:
+    """A kernel, which does a unit in so many programs."""
 
-
-def _left(scale: Tensor, cell: int) -> Tensor:
-    """Cells with such a group, of scale [units, groups]: numbered through all units, int32."""
-    ragged = -scale.shape[1] % cell
-    left = torch.nn.functional.pad(scale == LEFT, (0, ragged)).view(-1, cell).any(1)
-    return left.nonzero().view(-1).to(torch.int32)
+    variant: Variant
+    blocks: int
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A kernel, how many programs of it, and what they are told.
+    """Kernels that run one after the other, over units of so many groups, and the bytes of a unit
+    that they write."""
 
-    `groups` of a unit are done in `blocks` programs, of `tile` groups each. `cell`: so many groups
-    fill whole tiles of packed codes, and can be written without their neighbours. `columns`: the
-    bytes of a unit that the kernel writes.
-    """
-
-    variant: Variant
-    programs: int
+    launches: tuple[_Launch, ...]
+    units: int
     groups: int
-    blocks: int
-    tile: int
-    cell: int
     columns: int
 
 
@@ -106,25 +81,28 @@ def _plan(
     units, groups, packs = layout.units, layout.groups, _packs(layout)
     if packs and contiguous and layout.nbits != 3 and _is_seamless(layout):
         units, groups = 1, units * groups
-    tiling = _tiling(layout, method.name)
-    warps, limits = tiling.pop("num_warps"), torch.finfo(meta_dtype)
-    blocks = triton.cdiv(groups, tiling["G"])
-    cell = _cell(layout) if packs else 1
+    limits = torch.finfo(meta_dtype)
     constants = {
         "STEP": step, "AXIS": layout.axis, "NBITS": layout.nbits, "g": layout.group_size,
-        "CELL": cell, "TILES": packed_bytes(layout.row_codes, planes(layout.nbits)[0]) // 16,
+        "CELL": _cell(layout) if packs else 1,
+        "TILES": packed_bytes(layout.row_codes, planes(layout.nbits)[0]) // 16,
         "ROW": layout.row_bytes // 2 if packs else layout.row_codes, "PACKS": packs,
-        "LEFT": LEFT, "SOLVER": method.name, "NUMBERS": method.numbers, "LARGEST": limits.max,
-        "LEAST": max(limits.smallest_normal * limits.eps, 2.0**-126), **tiling,
+        "SOLVER": method.name, "NUMBERS": method.numbers, "LARGEST": limits.max,
+        "LEAST": max(limits.smallest_normal * limits.eps, 2.0**-126),
     }  # fmt: skip
-    registers = {}
-    if warps <= 8 and (method.name == "hqq" or not packs):
-        registers = {"maxnreg": MOST_REGISTERS}
-    variant = Variant(
-        _quantize, constants, num_warps=warps, num_stages=1, enable_fp_fusion=False, **registers
-    )  # fmt: skip
-    columns = layout.row_bytes if packs else layout.row_codes
-    return _Plan(variant, units * blocks, groups, blocks, tiling["G"], cell, columns)
+    kernels = (_quantize, _quantize_rest) if method.name == "hqq" else (_quantize,)
+    launches = tuple(_launch(kernel, constants, layout, groups) for kernel in kernels)
+    return _Plan(launches, units, groups, layout.row_bytes if packs else layout.row_codes)
+
+
+def _launch(kernel: Any, constants: dict[str, Any], layout: Layout, groups: int) -> _Launch:
+    rest, solver = kernel is _quantize_rest, constants["SOLVER"]
+    tiling = _tiling(layout, solver, rest)
+    options = {"num_warps": tiling.pop("num_warps"), "num_stages": 1, "enable_fp_fusion": False}
+    if options["num_warps"] <= 8 and (solver == "hqq" or not constants["PACKS"]):
+        options["maxnreg"] = MOST_REGISTERS
+    variant = Variant(kernel, constants | tiling, **options)
+    return _Launch(variant, triton.cdiv(groups, tiling["G"] * (SEARCHED.value if rest else 1)))
 
 
 def _packs(layout: Layout) -> bool:
@@ -138,18 +116,18 @@ def _cell(layout: Layout) -> int:
     return max(1, 128 // (layout.group_size * min(planes(layout.nbits))))
 
 
-def _tiling(layout: Layout, solver: str) -> dict[str, int]:
+def _tiling(layout: Layout, solver: str, rest: bool) -> dict[str, int]:
     """The shape of a tile, see `solve_triton`, and warps; one warp but for the longest groups.
 
     64 codes in a thread keep what is done once for a group cheap: 32 take 1.1 to 1.5 times as
     long (H200, groups of 64). But what is known of a group takes registers too, so small groups,
-    of which a thread has several, get fewer, as do padded ones, and hqq at 1 bit, which keeps the
-    best of its rounds.
+    of which a thread has several, get fewer, as do padded ones, and hqq's second launch, and hqq
+    at 1 bit, which keeps the best of its rounds.
     """
     g = layout.group_size
     padded = max(8, triton.next_power_of_2(g))
     codes = {"rtn": 64, "hqq": padded}.get(solver, max(16, 2 * padded))
-    narrow = padded != g or (solver == "hqq" and layout.nbits == 1)
+    narrow = padded != g or rest or (solver == "hqq" and layout.nbits == 1)
     codes = min(codes, 32 if narrow else 64)
     threads = max(1, padded // codes)
     neighbours = 8 if layout.axis == 1 else 1
@@ -167,100 +145,74 @@ def _is_seamless(layout: Layout) -> bool:
     return layout.row_codes * layout.nbits % 128 == 0
 
 
+SEARCHED = tl.constexpr(8)
+"""The second launch has one program for so many times G groups, of which, with normal weights, the
+first leaves a twelfth: enough to fill its tile, nearly always too few for a second one."""
+
+
 @triton.jit(do_not_specialize=["blocks", "groups", "row_stride", "units", "units_again"])
 def _quantize(
-    W_ptr, codes_ptr, scale_ptr, zero_ptr, status_ptr, cells_ptr, blocks, groups, row_stride,
-    units, units_again,
+    W_ptr, codes_ptr, scale_ptr, zero_ptr, bad_ptr, blocks, groups, row_stride, units, units_again,
     STEP: tl.constexpr, AXIS: tl.constexpr, NBITS: tl.constexpr, g: tl.constexpr,
     CELL: tl.constexpr, TILES: tl.constexpr, ROW: tl.constexpr, PACKS: tl.constexpr,
-    LEFT: tl.constexpr, SOLVER: tl.constexpr, NUMBERS: tl.constexpr, LARGEST: tl.constexpr,
-    LEAST: tl.constexpr, R: tl.constexpr, G: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
+    SOLVER: tl.constexpr, NUMBERS: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr,
+    R: tl.constexpr, G: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """G neighbouring groups, or those of the cells that `cells_ptr` lists, `blocks` of them."""
-    TOP: tl.constexpr = 2**NBITS - 1
-    unit_index, n, place = _whereabouts(cells_ptr, blocks, groups, G, CELL)
-    row_stride = row_stride.to(tl.int64) * STEP
-    origin = unit_index * row_stride + n.to(tl.int64) * (g if AXIS == 1 else 1)
-    tile = (W_ptr, origin, n < groups, units * row_stride)
-    k = code_index(tl.arange(0, R)[:, None, None, None], R, T, E)
-    inside = None
-    if g != R * T * E:
-        inside = k < g
-    W = load(tile, k, g, AXIS, "evict_last")
-    high, low = W, W
-    if inside is not None:
-        high, low = tl.where(inside, W, float("-inf")), tl.where(inside, W, float("inf"))
-    high, low = largest(high), least(low)
-    size = tl.maximum(tl.abs(high), tl.abs(low))
-    finite = (size < float("inf")) & (low == low)
-    if tl.min(finite.to(tl.int32), 0) == 0:
-        tl.store(status_ptr, 1)
-    unit = tl.where(size == 0, 1.0, power_of_two(size))
-    shrink = reciprocal(unit)
-    W, high, low = W * spread_out(shrink), high * shrink, low * shrink
-    dtype: tl.constexpr = scale_ptr.dtype.element_ty
-    left = None
-    if SOLVER == "rtn":
-        scale = tl.maximum(high - low, 2.0**-30) * (1 / TOP)
-        zero = tl.div_rn(-low, scale)
-    elif SOLVER == "hqq":
-        SHRINKS: tl.constexpr = cells_ptr is not None
-        scale, zero, left = hqq(
-            W, inside, low, high, unit, tile, SHRINKS, g, R, T, E, AXIS, NUMBERS, NBITS, TOP
-        )
-    else:
-        scale, zero = least_squares(
-            W, inside, low, high, unit, g, NUMBERS, TOP, LEAST, LARGEST, dtype
-        )
-    scale, zero = stored(scale, zero, unit, LEAST, LARGEST, dtype)
-    whole, _ = stored(tl.full(zero.shape, 1.0, tl.float32), zero, unit, LEAST, LARGEST, dtype)
-    constant = high == low
-    scale = tl.where(constant, whole, scale)
-    zero = tl.where(constant, -tl.div_rn(low, tl.div_rn(whole, unit)), zero)
-    scale, zero = stored(tl.div_rn(scale, unit), zero, unit, LEAST, LARGEST, dtype)
-    inverse = tl.where(constant, 0.0, tl.div_rn(1.0, tl.div_rn(scale, unit)))
-    if SOLVER != "rtn":
-        # Read again, from the L2 cache: kept in registers meanwhile, W would leave no room there;
-        # nor would its addresses, which is why `units` comes under two names.
-        tile = (W_ptr, origin, n < groups, units_again * row_stride)
-        W = load(tile, k, g, AXIS, "evict_first") * spread_out(shrink)
-    codes = encode(W, inverse, tl.where(constant, 0.0, zero), NBITS, True)
+    """G neighbouring groups."""
+    unit_index = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks) * G
+    quantize_tile(
+        W_ptr, codes_ptr, scale_ptr, zero_ptr, bad_ptr, unit_index, first + tl.arange(0, G),
+        first // CELL, groups, row_stride.to(tl.int64) * STEP, units, units_again, False,
+        AXIS, NBITS, g, CELL, TILES, ROW, PACKS, SOLVER, NUMBERS, LARGEST, LEAST, R, G, T, E,
+    )  # fmt: skip
 
-    if cells_ptr is None and left is not None:
-        left = left & (n < groups)
-        scale = tl.where(left, LEFT, scale)
-        if tl.max(left.to(tl.int32), 0) > 0:
-            tl.store(status_ptr + 1, 1)
-    meta = unit_index * groups + n
-    tl.store(scale_ptr + meta, scale.to(dtype), n < groups)
-    tl.store(zero_ptr + meta, zero.to(dtype), n < groups)
-    if PACKS:
-        codes = tl.reshape(tl.permute(codes, 1, 2, 0, 3), G * T * R * E // 8, 8)
-        row = codes_ptr.to(tl.pointer_type(tl.int16)) + place[0] * ROW
-        store_packed(codes, row, place[1], groups * (g // 8), CELL * g, NBITS, TILES)
-    else:
-        at = spread_out(unit_index * ROW + n.to(tl.int64) * g) + k
-        tl.store(codes_ptr + at, codes.to(tl.uint8), spread_out(n < groups) & (k < g))
+
+@triton.jit(do_not_specialize=["blocks", "groups", "row_stride", "units", "units_again"])
+def _quantize_rest(
+    W_ptr, codes_ptr, scale_ptr, zero_ptr, bad_ptr, blocks, groups, row_stride, units, units_again,
+    STEP: tl.constexpr, AXIS: tl.constexpr, NBITS: tl.constexpr, g: tl.constexpr,
+    CELL: tl.constexpr, TILES: tl.constexpr, ROW: tl.constexpr, PACKS: tl.constexpr,
+    SOLVER: tl.constexpr, NUMBERS: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr,
+    R: tl.constexpr, G: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """What `_quantize` has left of SEARCHED * G groups, G of them at a time.
+
+    In cells: so many groups fill whole tiles of packed codes and are written without others.
+    """
+    unit_index = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks) * (SEARCHED * G // CELL)
+    scales = scale_ptr + unit_index * groups
+    place, left = _find_rest(scales, first, groups, G, CELL)
+    while left > 0:
+        # Zero, which the compiler does not see: it would keep all addresses from round to round.
+        nothing = left * (left + 1) & 1
+        n = tl.reshape(place[:, None] * CELL + tl.arange(0, CELL)[None, :], (G,))
+        quantize_tile(
+            W_ptr, codes_ptr, scale_ptr, zero_ptr, bad_ptr, unit_index, n, place, groups,
+            row_stride.to(tl.int64) * STEP, units + nothing, units_again + nothing, True,
+            AXIS, NBITS, g, CELL, TILES, ROW, PACKS, SOLVER, NUMBERS, LARGEST, LEAST, R, G, T, E,
+        )  # fmt: skip
+        tl.debug_barrier()  # the scales that were written are read again
+        place, left = _find_rest(scales, first, groups, G, CELL)
 
 
 @triton.jit
-def _whereabouts(cells_ptr, blocks, groups, G: tl.constexpr, CELL: tl.constexpr):
-    """Unit and number in it of G groups, and unit and number of their cells.
+def _find_rest(scales, first, groups, G: tl.constexpr, CELL: tl.constexpr):
+    """The first G / CELL of the cells with a group to be done, and how many there are.
 
-    Neighbours have one unit and number their cells by the first; the listed have [G], [G / CELL].
+    In the place of those that are missing the number of all cells, which do not exist.
     """
-    if cells_ptr is None:
-        unit = (tl.program_id(0) // blocks).to(tl.int64)
-        first = (tl.program_id(0) % blocks) * G
-        n = first + tl.arange(0, G)
-        place = (unit, first // CELL)
-    else:
-        in_unit = tl.cdiv(groups, CELL)
-        i = tl.program_id(0) * (G // CELL) + tl.arange(0, G // CELL)
-        cell = tl.load(cells_ptr + i, i < blocks, 0)
-        units = (cell // in_unit).to(tl.int64)
-        numbers = tl.where(i < blocks, cell % in_unit, in_unit)
-        place = (units, numbers)
-        unit = tl.reshape(tl.broadcast_to(units[:, None], (G // CELL, CELL)), (G,))
-        n = tl.reshape(numbers[:, None] * CELL + tl.arange(0, CELL)[None, :], (G,))
-    return unit, n, place
+    slot = tl.arange(0, G // CELL)
+    place = tl.zeros((G // CELL,), tl.int32) + tl.cdiv(groups, CELL)
+    count = 0
+    for i in range(SEARCHED):
+        cell = first + i * (G // CELL) + slot
+        at = cell[:, None] * CELL + tl.arange(0, CELL)[None, :]
+        scale = tl.load(scales + at, at < groups, 0.0)
+        rest = tl.max((scale.to(tl.float32) == REST).to(tl.int32), 1)
+        number = count + tl.cumsum(rest, 0) - rest
+        found = (rest > 0)[:, None] & (number[:, None] == slot[None, :])
+        place = tl.minimum(place, tl.min(tl.where(found, cell[:, None], groups), 0))
+        count += tl.sum(rest, 0)
+    return place, count

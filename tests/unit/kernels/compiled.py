@@ -28,15 +28,8 @@ from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hqqtrain.quant import QuantSpec, fused, quantize
-from hqqtrain_kernels import (
-    Layout,
-    dequantize_triton,
-    linear_triton,
-    quantize_triton,
-    select,
-    table,
-)  # fmt: skip
+from hqqtrain.quant import QuantSpec, quantize
+from hqqtrain_kernels import Layout, dequantize_triton, linear_triton, select, table
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
@@ -139,17 +132,6 @@ def _quantize(layout: Layout, solver: str, meta_dtype: torch.dtype = torch.bfloa
     quantize(torch.zeros(layout.out_features, layout.in_features, dtype=torch.bfloat16), spec)
 
 
-def _quantize_left(layout: Layout) -> None:
-    """The second launch, of groups with large weights, which a weight of zeros does not need."""
-    spec = QuantSpec(layout.nbits, layout.group_size, layout.axis, "hqq", torch.bfloat16)
-    method = quantize_triton.Method("hqq", fused._numbers(spec, layout))
-    plan = quantize_triton._plan(layout, method, torch.bfloat16, True, 8)
-    W = torch.empty(layout.out_features, layout.in_features, dtype=torch.bfloat16)
-    status, cells = torch.zeros(2, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
-    numbers = (len(cells), plan.groups, 1, layout.units, layout.units)
-    plan.variant.launch((1, 1, 1), (W, *_packed(layout), status, cells), numbers)
-
-
 Case = tuple[str, Callable[[], None]]
 
 
@@ -163,9 +145,6 @@ def _cases(thorough: bool) -> Iterator[Case]:
     for nbits, solver in ((4, "least_squares"), (4, "hqq"), (3, "rtn")):
         layout = Layout(4096, 256, nbits, 64, 1)
         yield f"quantize {solver} {layout}", partial(_quantize, layout, solver)
-    for nbits in (4, 1):
-        layout = Layout(4096, 256, nbits, 64, 1)
-        yield f"quantize hqq, left over {layout}", partial(_quantize_left, layout)
     for nbits, choice in _choices(thorough):
         for g in (64, 128) if thorough and choice.most <= 16 else (64,):
             layout = Layout(max(choice.least, table.LEAST), 8192, nbits, g, 1)
