@@ -23,11 +23,8 @@ class Vector:
     def takes(self, layout: Layout) -> bool:
         """Whole stretches, of at most 8 groups, which are columns of a product."""
         g = layout.group_size
-        return (
-            layout.in_features % self.stretch == 0
-            and (self.stretch % g == 0 or g % self.stretch == 0)
-            and g * 8 >= self.stretch
-        )
+        enough = layout.out_features >= 16 and layout.in_features % self.stretch == 0
+        return enough and g * 8 >= self.stretch and _are_multiples(self.stretch, g)
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,8 @@ class Skinny:
     def takes(self, layout: Layout) -> bool:
         """What x sums up to in every group stays in registers, up to these many."""
         g = layout.group_size
-        return g >= 32 and self.span * self.batch <= 64 * g and _are_multiples(self.span, g)
+        enough = layout.out_features >= self.rows and g >= 32
+        return enough and self.span * self.batch <= 64 * g and _are_multiples(self.span, g)
 
 
 @dataclass(frozen=True)
