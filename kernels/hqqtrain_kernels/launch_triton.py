@@ -62,10 +62,15 @@ class Variant:
         aligned = bits % _ALIGNMENT == 0
         known = self._runs.get(tuple(key)) if aligned else None
         if known is not None:
-            run, *kernel = known
+            run, *told, _ = known
             stream = driver.active.get_current_stream(device)
-            run(*grid, stream, *kernel, None, None, None, *pointers, *numbers, *self._values)
+            run(*grid, stream, *told, None, None, None, *pointers, *numbers, *self._values)
             return
         compiled = self._kernel[grid](*tensors, *numbers, **self._constants, **self._options)
         if aligned and compiled is not None:  # the interpreter compiles nothing
-            self._runs[tuple(key)] = (compiled.run, compiled.function, compiled.packed_metadata)
+            kernel = (compiled.function, compiled.packed_metadata)
+            self._runs[tuple(key)] = (
+                compiled.run,
+                *kernel,
+                compiled,
+            )  # which unloads it at its end

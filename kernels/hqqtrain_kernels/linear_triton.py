@@ -1,8 +1,9 @@
 """A linear layer on the packed weight, for few rows of x: which kernel, and whether one at all.
 
-Generation is bound by reading the weight, so it is read packed, once, and never written. Codes of
-up to 16 rows of x are multiplied as integers, exact in bf16 and fp16, and scale and zero meet the
-fp32 sum of a group: y = sum_g s_g (q_g . x_g - z_g sum(x_g)). No weight is rounded.
+Generation is bound by reading the weight, so it is read packed, once, and never written. For up to
+16 rows of x, at 4 bits and less, codes are multiplied as integers, exact in bf16 and fp16, and
+scale and zero meet the fp32 sum of a group: y = sum_g s_g (q_g . x_g - z_g sum(x_g)). No weight is
+rounded; an infinite x makes its whole row NaN. Otherwise weights are rounded, to the dtype of x.
 """
 
 import functools
@@ -19,7 +20,7 @@ KERNELS: dict[type, Callable[..., Tensor]] = {
     table.Skinny: skinny_triton.launch,
     table.Wide: wide_triton.launch,
 }
-"""One row of x; up to 16; up to 128."""
+"""One row of x; up to 16; up to 128, and all at 8 bits."""
 
 
 def linear(
@@ -57,6 +58,7 @@ def _fit(
     meta_shape = (layout.units, layout.groups)
     return (
         x.shape[-1] == layout.in_features
+        and (bias is None or bias.device == x.device)
         and x.device == W_q.device == scale.device == zero.device
         and W_q.nbytes == layout.units * layout.row_bytes
         and scale.shape == meta_shape

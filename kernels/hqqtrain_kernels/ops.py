@@ -63,8 +63,9 @@ def linear(
     """x [..., in_features] times the dequantized weight transposed, plus bias.
 
     The weight is dequantized to `compute_dtype` and multiplied in the dtype of x, which under
-    autocast is autocast's. Few rows of x meet the packed weight directly, which then is not
-    rounded at all (`table.py` says when). Gradients reach x and bias; scale and zero are frozen.
+    autocast is autocast's. Few rows of x meet the packed weight directly, which up to 16 rows and
+    4 bits is not rounded at all (`linear_triton.py` says how, `table.py` when). Gradients reach x
+    and bias; scale and zero are frozen.
     """
     if _autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))

@@ -1,4 +1,4 @@
-"""The fused quantizer: a weight is read once; codes, scale and zero are written once.
+"""The fused quantizer: a weight goes in; codes, scale and zero come out.
 
 Everything between happens in registers, so that quantizing costs what its arithmetic costs:
 hqq's library moves 88 bytes a weight and round through memory.
@@ -42,7 +42,7 @@ def quantize(
     codes = W.new_empty(layout.units, plan.columns, dtype=torch.uint8)
     scale = W.new_empty(layout.units, layout.groups, dtype=meta_dtype)
     zero = torch.empty_like(scale)
-    not_finite = torch.zeros(1, dtype=torch.int32, pin_memory=W.is_cuda)
+    not_finite = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=W.is_cuda)
     tensors = (W, codes, scale, zero, not_finite)
     numbers = (plan.groups, stride // step, layout.units, layout.units)
     for launch in plan.launches:
@@ -146,8 +146,8 @@ def _is_seamless(layout: Layout) -> bool:
 
 
 SEARCHED = tl.constexpr(8)
-"""The second launch has one program for so many times G groups, of which, with normal weights, the
-first leaves a twelfth: enough to fill its tile, nearly always too few for a second one."""
+"""The second launch has one program for so many times its G groups. Of normal weights the first
+leaves a twelfth: most of a tile, and nearly always too few for another."""
 
 
 @triton.jit(do_not_specialize=["blocks", "groups", "row_stride", "units", "units_again"])

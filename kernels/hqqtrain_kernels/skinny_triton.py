@@ -119,7 +119,7 @@ def _skinny(
             for j in tl.static_range(u * CHUNKS, (u + 1) * CHUNKS):
                 a = tl.reshape(part(W, j), (PARTS, ROWS, CHUNK))
                 p = dot(a, operands[j], p, UPCAST)
-            acc += (p - (z_unit * TINY) * sums[u]) * (s_unit / TINY)
+            acc += (p - (z_unit * TINY) * sums[u]) * (s_unit * (1 / TINY))
         y = _over_parts(acc, PARTS)
         at = r[:, None] * BATCH + tl.arange(0, BATCH)[None, :]
         tl.store((partial + n * BATCH) + at, y)

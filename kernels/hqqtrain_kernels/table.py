@@ -105,7 +105,7 @@ _3_BIT = (
     Choice(64, Wide(128, 64, 256, 1, 8, 2), MANY),
     Choice(128, Wide(128, 128, 256, 1, 8, 2), MANY),
 )
-_8_BIT = (  # bf16 holds no integers of 8 bits above 128
+_8_BIT = (  # above 128 the mantissa of bf16 has room for 7 bits
     Choice(1, Wide(32, 1, 128, 4, 4, 3)),
     Choice(16, Wide(64, 16, 256, 1, 4, 2), MANY),
     Choice(16, Wide(32, 16, 128, 4, 4, 3)),

@@ -95,7 +95,7 @@ def _vector(
             if tl.bfloat16 == DTYPE:
                 pairs |= hidden(0x43004300, 16)
             p = dot(halves(pairs, DTYPE), operands[i], p, UPCAST)
-        p = (p - offsets - (z * TINY) * sums) * (s / TINY)
+        p = (p - offsets - (z * TINY) * sums) * (s * (1 / TINY))
         tl.store(partial + n, tl.sum(p, 1))
         W = ahead
 

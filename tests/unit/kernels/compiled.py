@@ -32,7 +32,7 @@ from hqqtrain.quant import QuantSpec, quantize
 from hqqtrain_kernels import Layout, dequantize_triton, linear_triton, select, table
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
+SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
 """Bytes that one program may have, by compute capability."""
 
 
@@ -156,7 +156,7 @@ def _cases(thorough: bool) -> Iterator[Case]:
 
 
 def _choices(thorough: bool) -> Iterator[tuple[int, table.Choice]]:
-    """Every choice of the table for 8, 4 and 3 bits; 2 bits share most with 4, and 1 bit with 3."""
+    """The table's choices for 8, 4 and 3 bits; 2 bits share most with 4, and 1 bit with 3."""
     for nbits, choices in table._BY_BITS.items():
         for choice in choices:
             few = choice.most in (1, 16)

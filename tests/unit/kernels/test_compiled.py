@@ -61,7 +61,7 @@ def knows(capability: int) -> bool:
     return any(f"sm_{capability}" in one.stdout for one in told)
 
 
-@pytest.mark.parametrize("capability", [90, 80, 100])
+@pytest.mark.parametrize("capability", [90, 80, 86, 100])
 def test_no_kernel_spills(capability: int, tmp_path: Path) -> None:
     if not knows(capability):
         pytest.skip(f"Triton's ptxas does not know sm_{capability}")

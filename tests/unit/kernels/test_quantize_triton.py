@@ -90,6 +90,7 @@ def test_large_weights_take_the_branch_of_the_shrinkage(nbits: int) -> None:
     [
         (2, 64, 1, (9, 448)), (1, 64, 1, (9, 448)), (3, 64, 1, (9, 448)), (1, 16, 1, (9, 80)),
         (4, 8, 1, (9, 72)), (2, 64, 0, (128, 12)), (1, 32, 0, (64, 20)), (3, 16, 0, (48, 50)),
+        (4, 64, 1, (3, 8320)), (3, 8, 1, (2, 2400)),  # several programs to a row
         (2, 24, 1, (9, 96)), (1, 128, 1, (5, 512)), (2, 256, 1, (5, 512)),
     ],
 )  # fmt: skip
@@ -137,7 +138,9 @@ def test_any_weight_errs_no_more_than_the_reference(case: tuple[Tensor, QuantSpe
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize(("axis", "solver"), [(1, "rtn"), (0, "rtn"), (1, "least_squares")])
+@pytest.mark.parametrize(
+    ("axis", "solver"), [(1, "rtn"), (0, "rtn"), (1, "least_squares"), (1, "hqq")]
+)
 def test_what_is_not_finite_is_reported_with_its_row(bad: float, axis: int, solver: str) -> None:
     W = torch.randn(64, 32, device=DEVICE)
     W[37, 5] = bad
