@@ -5,6 +5,9 @@ and 16. So a word, shifted and masked, is a pair of codes in one register, as a 
 core instruction holds them. Everything here works on blocks [rows, words] of whole tiles.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
@@ -19,6 +22,17 @@ NEIGHBOURS = _neighbours()
 halves: 2 up to Triton 3.7 (computeOrigBitWidth in its AccelerateMatmul.cpp halves the width of a
 load that it takes for the cause), then 1. In any other order the operand goes through shared
 memory, or shifts differ by lane: right, but slower."""
+
+
+def integer_operands(dtype: torch.dtype, nbits: int) -> dict[str, Any]:
+    """How codes are written as 16-bit floats: (OFFSET + code * 2**(nbits * plane)) * TINY.
+
+    The smallest numbers of fp16 are codes. bf16 has integers above 128, with 7 bits for the codes
+    of PLANES planes, those of 3 bits for one.
+    """
+    if dtype == torch.float16:
+        return {"PLANES": 1, "OFFSET": 0.0, "TINY": 2.0**-24}
+    return {"PLANES": 1 if nbits == 3 else 7 // nbits, "OFFSET": 128.0, "TINY": 1.0}
 
 
 @triton.jit

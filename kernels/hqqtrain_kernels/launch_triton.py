@@ -62,15 +62,13 @@ class Variant:
         aligned = bits % _ALIGNMENT == 0
         known = self._runs.get(tuple(key)) if aligned else None
         if known is not None:
-            run, *told, _ = known
+            run, function, metadata, _ = known
             stream = driver.active.get_current_stream(device)
-            run(*grid, stream, *told, None, None, None, *pointers, *numbers, *self._values)
+            hooks = (None, None, None)
+            run(*grid, stream, function, metadata, *hooks, *pointers, *numbers, *self._values)
             return
         compiled = self._kernel[grid](*tensors, *numbers, **self._constants, **self._options)
         if aligned and compiled is not None:  # the interpreter compiles nothing
-            kernel = (compiled.function, compiled.packed_metadata)
-            self._runs[tuple(key)] = (
-                compiled.run,
-                *kernel,
-                compiled,
-            )  # which unloads it at its end
+            # With `compiled` itself, which unloads the kernel at its end.
+            told = (compiled.function, compiled.packed_metadata)
+            self._runs[tuple(key)] = (compiled.run, *told, compiled)

@@ -18,8 +18,14 @@ DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 ROWS = 128
 
 
+def steps_each(device: torch.device, programs: int, stretches: int, steps: int) -> int:
+    """Of `steps` over the rows of the weight, so many to a program, if every multiprocessor gets
+    `programs` of them, which share all stretches."""
+    return -(-steps // max(1, _multiprocessors(device) * programs // stretches))
+
+
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
+def _multiprocessors(device: torch.device) -> int:
     """Of this GPU; a small number for the interpreter."""
     if device.type != "cuda":
         return 2

@@ -100,7 +100,7 @@ def _launch(kernel: Any, constants: dict[str, Any], layout: Layout, groups: int)
     tiling = _tiling(layout, solver, rest)
     options = {"num_warps": tiling.pop("num_warps"), "num_stages": 1, "enable_fp_fusion": False}
     if options["num_warps"] <= 8 and (solver == "hqq" or not constants["PACKS"]):
-        options["maxnreg"] = MOST_REGISTERS
+        options["maxnreg"] = MOST_REGISTERS  # of which least squares would take 254 (2 bits)
     variant = Variant(kernel, constants | tiling, **options)
     return _Launch(variant, triton.cdiv(groups, tiling["G"] * (SEARCHED.value if rest else 1)))
 

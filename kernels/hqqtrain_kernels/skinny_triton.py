@@ -19,10 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqtrain_kernels.blocks_triton import dot, meta, words, x_chunk
-from hqqtrain_kernels.fields_triton import NEIGHBOURS, halves, hidden, integers, part
+from hqqtrain_kernels.fields_triton import (
+    NEIGHBOURS,
+    halves,
+    hidden,
+    integer_operands,
+    integers,
+    part,
+)
 from hqqtrain_kernels.launch_triton import INTERPRETED, MOST_REGISTERS, Variant
 from hqqtrain_kernels.layout import Layout
-from hqqtrain_kernels.partial_triton import DTYPES, add, multiprocessors
+from hqqtrain_kernels.partial_triton import DTYPES, add, steps_each
 from hqqtrain_kernels.table import Skinny
 
 
@@ -34,7 +41,7 @@ def launch(
     (M, K), N = x.shape, layout.out_features
     stretches = -(-K // (settings.span * settings.parts))
     steps = -(-N // settings.rows)
-    each = -(-steps // max(1, multiprocessors(x.device) * settings.programs // stretches))
+    each = steps_each(x.device, settings.programs, stretches, steps)
     partial = torch.empty((stretches, N, settings.batch), dtype=torch.float32, device=x.device)
     stride = x.stride(0)
     unit = 8 if stride % 8 == 0 else 1
@@ -55,17 +62,6 @@ def _variant(layout: Layout, settings: Skinny, dtype: torch.dtype, unit: int) ->
         NEIGHBOURS=NEIGHBOURS, WHOLE=layout.in_features % whole == 0, DTYPE=DTYPES[dtype],
         UPCAST=INTERPRETED, STAGES=settings.stages,
     )  # fmt: skip
-
-
-def integer_operands(dtype: torch.dtype, nbits: int) -> dict[str, Any]:
-    """How codes are written as 16-bit floats: (OFFSET + code * 2**(nbits * plane)) * TINY.
-
-    The smallest numbers of fp16 are codes. bf16 has integers above 128, with 7 bits for the codes
-    of PLANES planes, those of 3 bits for one.
-    """
-    if dtype == torch.float16:
-        return {"PLANES": 1, "OFFSET": 0.0, "TINY": 2.0**-24}
-    return {"PLANES": 1 if nbits == 3 else 7 // nbits, "OFFSET": 128.0, "TINY": 1.0}
 
 
 @functools.lru_cache(maxsize=4096)

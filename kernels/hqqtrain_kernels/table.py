@@ -1,10 +1,10 @@
 """Which weights a linear layer multiplies packed, and how that kernel is cut.
 
 Looked up, never tried: measuring at run time would cost seconds for every shape, and the ranks of
-a run might choose differently and get different bits. Those for more than 16 rows of x, and for
-8 bits, were measured on an H200, with groups of 64, for 28672 x 8192 and 8192 x 28672; the others
-were chosen by the instructions they take, and are still to be measured. Other GPUs have the same
-settings, for fewer rows of x.
+a run might choose differently and get different bits. Those for 8 bits, and those for more than 32
+rows of x and MANY outputs, were the best on an H200, with groups of 64, for 28672 x 8192 and
+8192 x 28672; the others were chosen by the instructions and registers they take, and are still to
+be measured. Other GPUs have the same settings, for fewer rows of x.
 """
 
 import functools

@@ -19,11 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqtrain_kernels.blocks_triton import dot
-from hqqtrain_kernels.fields_triton import NEIGHBOURS, halves, hidden, integers
+from hqqtrain_kernels.fields_triton import NEIGHBOURS, halves, hidden, integer_operands, integers
 from hqqtrain_kernels.launch_triton import INTERPRETED, MOST_REGISTERS, Variant
 from hqqtrain_kernels.layout import Layout
-from hqqtrain_kernels.partial_triton import DTYPES, add, multiprocessors
-from hqqtrain_kernels.skinny_triton import integer_operands
+from hqqtrain_kernels.partial_triton import DTYPES, add, steps_each
 from hqqtrain_kernels.table import Vector
 
 ROWS = 16
@@ -36,7 +35,7 @@ def launch(
     """[1, out_features], of x [1, in_features] with the elements adjacent."""
     K, N = layout.in_features, layout.out_features
     stretches, steps = K // settings.stretch, -(-N // ROWS)
-    each = -(-steps // max(1, multiprocessors(x.device) * settings.programs // stretches))
+    each = steps_each(x.device, settings.programs, stretches, steps)
     partial = torch.empty((stretches, N, 1), dtype=torch.float32, device=x.device)
     variant = _variant(layout, settings, x.dtype)
     grid = (stretches, -(-steps // each), 1)
