@@ -9,8 +9,10 @@ from hqqtrain_kernels.solve_triton import (
     encode,
     in_fixed_point,
     load,
+    nearest,
     over_codes,
     reciprocal,
+    shares,
     spread_out,
     within,
 )
@@ -44,7 +46,7 @@ def hqq(
     inverse = tl.where(width * unit <= 1e-4, inverse, capped)
     first = -low * inverse
     scale = tl.div_rn(1.0, inverse)
-    _, _, mean, _ = in_fixed_point(W, inside, low, high, g, BITS)
+    _, _, _, mean, _ = in_fixed_point(W, inside, low, high, g, BITS)
     mean = mean * inverse
     peak = high * inverse
     inverse_again = tl.div_rn(1.0, scale)
@@ -54,21 +56,24 @@ def hqq(
     least = tl.full(first.shape, float("inf"), tl.float64)
     OFFSET: tl.constexpr = MAGIC_BITS - (NBITS << 23)
     ALL_OFFSETS: tl.constexpr = (g * OFFSET + 0x80000000) % 0x100000000 - 0x80000000
+    share = shares(W, inverse, NBITS)
     TRIES: tl.constexpr = len(NUDGES) if NBITS == 1 else 1
     for i in tl.static_range(TRIES):
         zero = first
         if NBITS == 4:
             zero = _whole(first)
-        previous = zero
+        unsettled = rest
         left = ROUNDS if LAST or NBITS == 1 else FIRST_ROUNDS
-        _, clips = _status(zero, zero, peak, TOP)
+        _, clips = _status(unsettled, zero, peak, TOP)
         while left > 0:
             previous = zero
             shrinks = tl.maximum(tl.abs(zero - first), 0.5) * 1.01 * (scale * unit) > THRESHOLD
             rest = rest | shrinks
-            codes = encode(W, inverse, zero + NUDGES[i], NBITS, clips)
-            n = over_codes(within(codes, inside)) - ALL_OFFSETS
-            zero = n.to(tl.float32) * (1 / g) - mean
+            if clips:
+                n = _sum_codes(share, zero + NUDGES[i], inside, NBITS, True)
+            else:
+                n = _sum_codes(share, zero + NUDGES[i], inside, NBITS, False)
+            zero = (n - ALL_OFFSETS).to(tl.float32) * (1 / g) - mean
             if LAST and tl.max(shrinks.to(tl.int32), 0) > 0:
                 shrunk = _sum_shrunk(
                     tile, previous, NUDGES[i], inverse, unit, g, R, T, E, AXIS, NBITS, BETA, P,
@@ -76,26 +81,34 @@ def hqq(
                 )  # fmt: skip
                 zero = zero + shrunk.to(tl.float32) * (2.0**-SHRUNK_BITS / g)
             if NBITS == 1:
-                error = (encode(W, inverse_again, zero, NBITS, True) - OFFSET).to(tl.float32)
+                error = (encode(W, inverse_again, zero, NBITS) - OFFSET).to(tl.float32)
                 error = (error - spread_out(zero)) * spread_out(scale) - W
                 error = over_codes(within((error * error).to(tl.float64), inside))
                 best = tl.where(error < least * (1 - 1e-12), zero, best)
                 least = tl.minimum(error, least)
-            moved, clips = _status(zero, previous, peak, TOP)
+            unsettled = zero != previous
+            moved, clips = _status(unsettled, zero, peak, TOP)
             left = tl.where(moved, left - 1, 0)
         if NBITS > 1:
             best = zero
-            rest = rest | (zero != previous)
+            rest = rest | unsettled
     return scale, best, rest
 
 
 @triton.jit
-def _status(zero, previous, peak, TOP: tl.constexpr):
-    """Of any group of the tile: has its zero moved, is a code clipped?
+def _sum_codes(share, zero, inside, NBITS: tl.constexpr, CLIPS: tl.constexpr):
+    """Of every group. Once with CLIPS and once without, as whole branches: from a branch for the
+    minimum alone the compiler makes predicates, whose instructions are issued all the same."""
+    return over_codes(within(nearest(share, zero, NBITS, CLIPS), inside))
+
+
+@triton.jit
+def _status(unsettled, zero, peak, TOP: tl.constexpr):
+    """Of any group of the tile: is it unsettled, is a code clipped?
 
     One reduction over the warp answers both questions.
     """
-    moved = (zero != previous).to(tl.int32)
+    moved = unsettled.to(tl.int32)
     clips = (peak + zero > TOP + 0.49).to(tl.int32)
     counts = tl.sum(moved + (clips << 16), 0)  # of at most 512 groups each
     return (counts & 0xFFFF) > 0, (counts >> 16) > 0
@@ -123,7 +136,7 @@ def _sum_shrunk(
     for r in range(R):
         k = code_index(r, R, T, E)
         W = load(tile, k, g, AXIS, "evict_first") * spread_out(reciprocal(unit))
-        codes = encode(W, inverse, zero + nudge, NBITS, True) - (MAGIC_BITS - (NBITS << 23))
+        codes = encode(W, inverse, zero + nudge, NBITS) - (MAGIC_BITS - (NBITS << 23))
         away = tl.div_rn(codes.to(tl.float32) - spread_out(zero), spread_out(inverse))
         residual = W - away
         size = tl.where(k < g, tl.abs(residual) * spread_out(unit), 0.0)

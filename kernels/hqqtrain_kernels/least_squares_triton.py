@@ -36,11 +36,11 @@ def least_squares(
     LAST_ROUNDS: tl.constexpr = NUMBERS[3]
     STRIDE: tl.constexpr = NUMBERS[4]
     BITS: tl.constexpr = NUMBERS[5]
-    x, total, mean, step = in_fixed_point(W, inside, low, high, g, BITS)
+    x, bits, total, mean, step = in_fixed_point(W, inside, low, high, g, BITS)
     total = total.to(tl.int32)
     centre = (total.to(tl.float32) * (1 / g) + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
     rest = total - g * centre
-    x = within(x - spread_out(centre + MAGIC_BITS), inside)
+    x = within(x - spread_out(centre + bits), inside)
     v = x.to(tl.float32)
     bottom, top = -centre.to(tl.float32), largest(v)
     width = tl.maximum(top - bottom, 1.0)

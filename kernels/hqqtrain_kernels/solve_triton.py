@@ -122,17 +122,28 @@ def stored(scale, zero, unit, LEAST: tl.constexpr, LARGEST: tl.constexpr, dtype:
 
 
 @triton.jit
-def encode(W, inverse, zero, NBITS: tl.constexpr, clips):
-    """The nearest codes, int32, plus MAGIC_BITS - (NBITS << 23), whose low 22 bits are zero; W in
-    units, inverse of the scale in units: `Grid.encode`.
+def encode(W, inverse, zero, NBITS: tl.constexpr):
+    """The nearest codes, int32, as `nearest` leaves them; W in units, inverse of the scale in
+    units: `Grid.encode`."""
+    return nearest(shares(W, inverse, NBITS), zero, NBITS, True)
 
-    All divided by 2**NBITS, exactly: so the addition clamps for nothing (FADD.SAT), but at the
-    code after the last, which is met only where `clips` says so.
+
+@triton.jit
+def shares(W, inverse, NBITS: tl.constexpr):
+    """W over the scale, divided by 2**NBITS, which is exact."""
+    return W * spread_out(inverse * 2.0**-NBITS)
+
+
+@triton.jit
+def nearest(share, zero, NBITS: tl.constexpr, CLIPS: tl.constexpr):
+    """The codes nearest to `shares`, plus MAGIC_BITS - (NBITS << 23), whose low 22 bits are zero.
+
+    The addition clamps to 0 and 1 for nothing (FADD.SAT). That leaves the code after the last,
+    which is met only if a group CLIPS.
     """
-    scaled = W * spread_out(inverse * 2.0**-NBITS)
-    place = clamped(scaled + spread_out(zero * 2.0**-NBITS), 0.0, 1.0)
+    place = clamped(share + spread_out(zero * 2.0**-NBITS), 0.0, 1.0)
     codes = (place + 1.5 * 2.0 ** (23 - NBITS)).to(tl.int32, bitcast=True)
-    if clips:
+    if CLIPS:
         codes = tl.minimum(codes, (1 << NBITS) - 1 + MAGIC_BITS - (NBITS << 23))
     return codes
 
@@ -147,14 +158,18 @@ def within(x, inside):
 
 @triton.jit
 def in_fixed_point(W, inside, low, high, g: tl.constexpr, BITS: tl.constexpr):
-    """`FixedPoint.of`: W = low + x * step. x int32, with MAGIC_BITS on, 0 outside the group; the
-    sum of x without them; its mean in units; step: [G]."""
-    width = power_of_two(tl.maximum(high - low, 2.0**-30))
-    step = width * (2.0**-BITS)
-    x = (W - spread_out(low)) * spread_out(reciprocal(width) * 2.0**BITS)
-    x = within((x + MAGIC).to(tl.int32, bitcast=True), inside)
+    """`FixedPoint.of`: W = low + x * step. x int32, with `bits` [G] on, 0 outside the group; the
+    sum of x without them; its mean in units; step: [G].
+
+    The magic number comes in steps, and with it the rounding: so x needs no multiplication.
+    """
+    step = power_of_two(tl.maximum(high - low, 2.0**-30)) * (2.0**-BITS)
+    magic = step * MAGIC
+    bits = magic.to(tl.int32, bitcast=True)
+    x = (W - spread_out(low)) + spread_out(magic)
+    x = within(x.to(tl.int32, bitcast=True), inside)
     if g * 2 ** (BITS + 1) < 1 << 31:
-        total = over_codes(x) - ((g * 0x4B400000 + 0x80000000) % 0x100000000 - 0x80000000)
+        total = over_codes(x) - bits * g  # modulo 2**32
     else:
-        total = over_codes(x.to(tl.int64)) - g * 0x4B400000
-    return x, total, low + (total.to(tl.float32) * (1 / g)) * step, step
+        total = over_codes(x.to(tl.int64)) - bits.to(tl.int64) * g
+    return x, bits, total, low + (total.to(tl.float32) * (1 / g)) * step, step

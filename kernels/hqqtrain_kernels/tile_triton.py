@@ -76,7 +76,7 @@ def quantize_tile(
         # nor would its addresses, which is why `units` comes under two names.
         tile = (W_ptr, origin, n < groups, units_again * row_stride)
         W = load(tile, k, g, AXIS, "evict_first") * spread_out(shrink)
-    codes = encode(W, inverse, tl.where(constant, 0.0, zero), NBITS, True)
+    codes = encode(W, inverse, tl.where(constant, 0.0, zero), NBITS)
 
     if rest is not None and not LAST:
         scale = tl.where(rest, REST, scale)
