@@ -44,17 +44,20 @@ def quantize(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tensor
     """W_q [units, row_bytes], scale and zero [units, groups]; None if W holds NaN or infinity."""
     from hqqtrain_kernels import quantize_triton  # triton is absent on a Mac
 
-    method = quantize_triton.Method(spec.solver, _numbers(spec, layout))
+    method = quantize_triton.Method(
+        spec.solver, _numbers(spec.solver, spec.nbits, layout.group_size)
+    )
     return quantize_triton.quantize(W, layout, method, spec.meta_dtype)
 
 
-def _numbers(spec: QuantSpec, layout: Layout) -> tuple:
-    if spec.solver == "hqq":
+@functools.cache
+def _numbers(solver: str, nbits: int, group_size: int) -> tuple:
+    if solver == "hqq":
         return (
             solvers.HQQ_ROUNDS, solvers.HQQ_BETA, solvers.HQQ_P, solvers.HQQ_NUDGES,
             solvers.HQQ_BITS, solvers.HQQ_SHRUNK_BITS,
         )  # fmt: skip
-    if spec.solver == "least_squares":
-        bits = least_squares.fraction_bits(spec.nbits, layout.group_size)
-        return (*astuple(least_squares.search(spec.nbits)), bits)
+    if solver == "least_squares":
+        bits = least_squares.fraction_bits(nbits, group_size)
+        return (*astuple(least_squares.search(nbits)), bits)
     return ()

@@ -15,7 +15,6 @@ from torch import Tensor
 from hqqtrain_kernels.launch_triton import Variant
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-ROWS = 128
 
 
 def steps_each(device: torch.device, programs: int, stretches: int, steps: int) -> int:
@@ -39,14 +38,16 @@ def add(partial: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
     """
     count, N, batch = partial.shape
     y = torch.empty((like.shape[0], N), dtype=like.dtype, device=like.device)
-    variant = _variant(batch, like.dtype)
-    variant.launch((-(-N // ROWS), 1, 1), (partial, bias, y), (y.shape[0], N, count))
+    rows = min(128, 512 // batch)
+    grid = (-(-N // rows), 1, 1)
+    _variant(batch, rows, like.dtype).launch(grid, (partial, bias, y), (y.shape[0], N, count))
     return y
 
 
 @functools.cache
-def _variant(batch: int, dtype: torch.dtype) -> Variant:
-    constants = {"BATCH": batch, "ROWS": ROWS, "DTYPE": DTYPES[dtype]}
+def _variant(batch: int, rows: int, dtype: torch.dtype) -> Variant:
+    """A few numbers to a thread: it does little but wait for them, so many threads are to wait."""
+    constants = {"BATCH": batch, "ROWS": rows, "DTYPE": DTYPES[dtype]}
     return Variant(_add, constants, num_warps=4)
 
 
@@ -58,7 +59,7 @@ def _add(
     m = tl.arange(0, BATCH)
     outputs = (n < N)[:, None]
     acc = tl.zeros((ROWS, BATCH), tl.float32)
-    for _ in tl.range(0, count, loop_unroll_factor=4):
+    for _ in tl.range(0, count, loop_unroll_factor=8):
         acc += tl.load(partial + n[:, None] * BATCH + m[None, :], mask=outputs, other=0.0)
         partial += N * BATCH
     if bias is not None:

@@ -5,6 +5,7 @@ hqq's library moves 88 bytes a weight and round through memory.
 """
 
 import functools
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,17 +43,34 @@ def quantize(
     codes = W.new_empty(layout.units, plan.columns, dtype=torch.uint8)
     scale = W.new_empty(layout.units, layout.groups, dtype=meta_dtype)
     zero = torch.empty_like(scale)
-    not_finite = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=W.is_cuda)
+    not_finite = _lowered_flag()
     tensors = (W, codes, scale, zero, not_finite)
     numbers = (plan.groups, stride // step, layout.units, layout.units)
     for launch in plan.launches:
         grid = (plan.units * launch.blocks, 1, 1)
         launch.variant.launch(grid, tensors, (launch.blocks, *numbers))
-    if W.is_cuda:  # the flag lies in the host's memory: nothing has to be copied
+    if W.is_cuda:
         torch.cuda.current_stream(W.device).synchronize()
     if not_finite.item():
         return None
     return (codes if _packs(layout) else pack(codes, layout.nbits)), scale, zero
+
+
+class _Thread(threading.local):
+    """What a thread keeps: a flag in the host's memory, int32 [1]. From there nothing has to be
+    copied, and a new one each time would cost as much as a launch."""
+
+    flag: Tensor | None = None
+
+
+_thread = _Thread()
+
+
+def _lowered_flag() -> Tensor:
+    if _thread.flag is None:
+        pinned = torch.cuda.is_available()
+        _thread.flag = torch.empty(1, dtype=torch.int32, device="cpu", pin_memory=pinned)
+    return _thread.flag.zero_()
 
 
 @dataclass(frozen=True)
@@ -145,9 +163,9 @@ def _is_seamless(layout: Layout) -> bool:
     return layout.row_codes * layout.nbits % 128 == 0
 
 
-SEARCHED = tl.constexpr(8)
-"""The second launch has one program for so many times its G groups. Of normal weights the first
-leaves a twelfth: most of a tile, and nearly always too few for another."""
+SEARCHED = tl.constexpr(32)
+"""The second launch has one program for so many times its G groups. The first leaves few, of most
+weights none."""
 
 
 @triton.jit(do_not_specialize=["blocks", "groups", "row_stride", "units", "units_again"])
@@ -183,7 +201,10 @@ def _quantize_rest(
     unit_index = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks) * (SEARCHED * G // CELL)
     scales = scale_ptr + unit_index * groups
-    place, left = _find_rest(scales, first, groups, G, CELL)
+    place = tl.zeros((G // CELL,), tl.int32)
+    left = _is_rest(scales, first * CELL, groups, SEARCHED * G)
+    if left > 0:
+        place, left = _find_rest(scales, first, groups, G, CELL)
     while left > 0:
         # Zero, which the compiler does not see: it would keep all addresses from round to round.
         nothing = left * (left + 1) & 1
@@ -195,6 +216,14 @@ def _quantize_rest(
         )  # fmt: skip
         tl.debug_barrier()  # the scales that were written are read again
         place, left = _find_rest(scales, first, groups, G, CELL)
+
+
+@triton.jit
+def _is_rest(scales, first, groups, COUNT: tl.constexpr):
+    """1 if any of COUNT groups is to be done, else 0: one look at all of them."""
+    n = first + tl.arange(0, COUNT)
+    scale = tl.load(scales + n, n < groups, 0.0)
+    return tl.max((scale.to(tl.float32) == REST).to(tl.int32), 0)
 
 
 @triton.jit

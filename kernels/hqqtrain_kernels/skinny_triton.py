@@ -201,7 +201,9 @@ def _over_parts(acc, PARTS: tl.constexpr):
     """
     rows: tl.constexpr = acc.shape[1]
     batch: tl.constexpr = acc.shape[2]
-    tl.static_assert(PARTS == 4)
-    even, odd = tl.split(tl.permute(tl.reshape(acc, (2, 2, rows, batch)), (2, 3, 0, 1)))
-    even, odd = tl.split(even + odd)
-    return even + odd
+    t = tl.permute(acc, (1, 2, 0))
+    for level in tl.static_range(5):
+        if PARTS >> level > 1:
+            even, odd = tl.split(tl.reshape(t, (rows, batch, PARTS >> (level + 1), 2)))
+            t = even + odd
+    return tl.reshape(t, (rows, batch))

@@ -1,10 +1,9 @@
 """Which weights a linear layer multiplies packed, and how that kernel is cut.
 
 Looked up, never tried: measuring at run time would cost seconds for every shape, and the ranks of
-a run might choose differently and get different bits. Those for 8 bits, and those for more than 32
-rows of x and MANY outputs, were the best on an H200, with groups of 64, for 28672 x 8192 and
-8192 x 28672; the others were chosen by the instructions and registers they take, and are still to
-be measured. Other GPUs have the same settings, for fewer rows of x.
+a run might choose differently and get different bits. They were the best of those tried on an H100
+(those for 8 bits: on an H200) with groups of 64, for 28672 x 8192 and 8192 x 8192. Other GPUs have
+the same settings, for fewer rows of x.
 """
 
 import functools
@@ -21,9 +20,10 @@ class Vector:
     programs: int
 
     def takes(self, layout: Layout) -> bool:
-        """Whole stretches, of at most 8 groups, which are columns of a product."""
+        """Whole stretches, of 4 tiles or more and at most 8 groups, the columns of a product."""
         g = layout.group_size
         enough = layout.out_features >= 16 and layout.in_features % self.stretch == 0
+        enough = enough and self.stretch * layout.nbits >= 512
         return enough and g * 8 >= self.stretch and _are_multiples(self.stretch, g)
 
 
@@ -84,27 +84,37 @@ LEAST = 4096
 """Outputs that give every multiprocessor a program of 32. With fewer, most of the GPU would wait
 for the rest, while dequantizing is quick: an estimate, not measured."""
 
+SOME = 8192
+"""Outputs that give nearly every multiprocessor a program of 64; fewer were not measured."""
+
 MANY = 16384
 """Outputs that give every multiprocessor a program of 128."""
 
-_WIDE = (
-    Choice(32, Wide(128, 32, 128, 1, 4, 3), MANY),
-    Choice(64, Wide(128, 64, 256, 1, 8, 2), MANY),
-    Choice(64, Wide(32, 32, 128, 4, 8, 2), 8192),
-    Choice(128, Wide(128, 128, 128, 1, 8, 3), MANY),
-)
-_SKINNY = (
-    Choice(1, Skinny(32, 1, 256, 4, 4, 3)),
-    Choice(8, Skinny(32, 8, 256, 4, 3, 3)),
-    Choice(16, Skinny(32, 16, 256, 4, 2, 3)),
-    Choice(16, Skinny(32, 16, 128, 4, 2, 3)),
-)
 _VECTOR = Choice(1, Vector(512, 12))
-_3_BIT = (
-    *_SKINNY,
-    Choice(64, Wide(128, 64, 256, 1, 8, 2), MANY),
-    Choice(128, Wide(128, 128, 256, 1, 8, 2), MANY),
-)
+
+
+def _skinny(rows: int) -> tuple[Choice, ...]:
+    return (
+        Choice(1, Skinny(32, 1, 256, 4, 3, 3)),
+        Choice(8, Skinny(rows, 8, 256, 4, 2, 3)),
+        Choice(16, Skinny(rows, 16, 256, 4, 2, 3)),
+        Choice(16, Skinny(rows, 16, 128, 4, 2, 3)),
+    )
+
+
+def _wide(largest: Wide) -> tuple[Choice, ...]:
+    return (
+        Choice(32, Wide(64, 32, 256, 1, 4, 4), SOME),
+        Choice(64, Wide(64, 64, 256, 1, 4, 3), SOME),
+        Choice(128, largest, MANY),
+        Choice(128, Wide(64, 64, 256, 1, 4, 3), SOME),
+    )
+
+
+_4_BIT = (_VECTOR, *_skinny(16), *_wide(Wide(128, 128, 128, 1, 8, 3)))
+_3_BIT = (*_skinny(32), *_wide(Wide(64, 128, 128, 1, 4, 3)))
+_2_BIT = (_VECTOR, *_skinny(32), *_wide(Wide(128, 128, 128, 1, 8, 3)))
+_1_BIT = (_VECTOR, *_3_BIT)
 _8_BIT = (  # above 128 the mantissa of bf16 has room for 7 bits
     Choice(1, Wide(32, 1, 128, 4, 4, 3)),
     Choice(16, Wide(64, 16, 256, 1, 4, 2), MANY),
@@ -112,9 +122,7 @@ _8_BIT = (  # above 128 the mantissa of bf16 has room for 7 bits
     Choice(64, Wide(128, 64, 128, 1, 8, 2), MANY),
     Choice(128, Wide(128, 128, 128, 1, 8, 2), MANY),
 )
-_4_BIT = (_VECTOR, *_SKINNY, *_WIDE)
-_1_BIT = (_VECTOR, *_3_BIT)
-_BY_BITS = {8: _8_BIT, 4: _4_BIT, 3: _3_BIT, 2: _4_BIT, 1: _1_BIT}
+_BY_BITS = {8: _8_BIT, 4: _4_BIT, 3: _3_BIT, 2: _2_BIT, 1: _1_BIT}
 
 _MOST = {(9, 0): 128}
 """Rows of x, by compute capability, where measured."""

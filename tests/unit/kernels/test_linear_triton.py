@@ -186,7 +186,7 @@ def test_the_table_leaves_the_rest_to_cublas() -> None:
     assert chosen(layout, 128) is not None
     assert chosen(layout, 0) is chosen(layout, 129) is None
     assert chosen(layout, 17, (8, 0)) is None
-    for N, M in ((8192, 65), (4096, 17), (2048, 1)):
+    for N, M in ((8191, 65), (4096, 17), (2048, 1)):
         assert chosen(replace(layout, out_features=N), M) is None
     assert chosen(replace(layout, axis=0), 1) is None
     assert isinstance(chosen(layout, 1), Vector)
