@@ -1,6 +1,6 @@
 """Measures our kernels and the peers in one run, and says which goals are reached.
 
-    python kernels/bench/run.py                          everything: about 4 minutes on an H200
+    python kernels/bench/run.py                          everything: about 3 minutes on an H100
     python kernels/bench/run.py linear --csv FILE.csv    one part
     python kernels/bench/run.py --smoke                  toy sizes on a CPU: does it run?
 

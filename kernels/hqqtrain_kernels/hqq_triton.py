@@ -102,8 +102,8 @@ def _status(zero, previous, nudge, peak, TOP: tl.constexpr):
     """Of any group of the tile: has its zero moved, will a code be clipped?
 
     One reduction over the warp answers both questions. The second exactly, because the peak's
-    share has the same roundings: zeros of 4 bits begin as whole numbers and then hardly move, so
-    that many groups come close.
+    share has the same roundings. A margin would be met often: zeros of 4 bits begin as whole
+    numbers, up to half a code from where the peak fits, and then hardly move.
     """
     moved = (zero != previous).to(tl.int32)
     clips = (peak + (zero + nudge) >= TOP + 0.5).to(tl.int32)

@@ -164,7 +164,7 @@ def _is_seamless(layout: Layout) -> bool:
 
 
 SEARCHED = tl.constexpr(32)
-"""The second launch has one program for so many times its G groups. The first leaves few, of most
+"""The second launch has one program for so many times its G groups: the first leaves few, of most
 weights none."""
 
 
