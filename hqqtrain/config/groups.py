@@ -21,7 +21,10 @@ class ModelConfig:
 
     name_or_path: str = key("tiny", "hub name, local folder, a run's quantized/, or 'tiny'")
     revision: str | None = key(None, "branch, tag or commit on the hub")
-    source: str = key("pretrained", "where the weights come from", choices=("pretrained",))
+    source: str = key(
+        "pretrained", "the weights; synthetic: random ones, made up on the way, of any size",
+        choices=("pretrained", "synthetic"),
+    )  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True)

@@ -21,11 +21,13 @@ from hqqtrain.models.names import (
 )  # fmt: skip
 from hqqtrain.models.reader import CheckpointReader
 from hqqtrain.models.source import Source, resolve_source
+from hqqtrain.models.synthetic import SyntheticReader, open_weights
 from hqqtrain.models.tokenizer import load_tokenizer
 
 __all__ = [
-    "Available", "CheckpointReader", "Estimate", "Source", "available", "base_model",
-    "base_tensors", "build_meta", "check_fits", "config_of", "estimate", "expected_shapes",
-    "is_adapter", "is_packed", "load_config", "load_tokenizer", "oom_advice",
-    "plain_name", "resolve_source", "restore_buffers", "shipped_config", "tie", "tied_names",
+    "Available", "CheckpointReader", "Estimate", "Source", "SyntheticReader", "available",
+    "base_model", "base_tensors", "build_meta", "check_fits", "config_of", "estimate",
+    "expected_shapes", "is_adapter", "is_packed", "load_config", "load_tokenizer", "oom_advice",
+    "open_weights", "plain_name", "resolve_source", "restore_buffers", "shipped_config", "tie",
+    "tied_names",
 ]  # fmt: skip

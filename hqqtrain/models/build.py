@@ -15,9 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from hqqtrain.config import ModelConfig, UserError
 from hqqtrain.models.names import base_model, plain_name
-from hqqtrain.models.source import read_config_json, resolve_source
-
-_CONFIGS = Path(__file__).parent / "configs"
+from hqqtrain.models.source import read_config_json, resolve_source, shipped_folder
 
 
 def load_config(model: ModelConfig) -> PretrainedConfig:
@@ -39,17 +37,9 @@ def config_of(folder: Path) -> PretrainedConfig:
 
 
 def shipped_config(name_or_path: str) -> PretrainedConfig | None:
-    """The configuration of a well-known model, from this package: no network is needed.
-
-    Found by the last part of the name, for repositories that mirror a model under its name.
-    """
-    if name_or_path == "tiny":
-        return config_of(Path(__file__).parent / "tiny")
-    known = {path.stem.lower(): path for path in _CONFIGS.glob("*.json")}
-    path = known.get(name_or_path.rsplit("/", 1)[-1].lower())
-    if path is None:
-        return None
-    return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    """The configuration of a well-known model, from this package: no network is needed."""
+    folder = shipped_folder(name_or_path)
+    return None if folder is None else config_of(folder)
 
 
 def build_meta(hf_config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -1,10 +1,10 @@
-"""What `model.name_or_path` means: the bundled model, a folder, a run of ours, or the hub.
+"""What `model.name_or_path` and `model.source` mean: whose architecture, and which weights.
 
 Decided in one place, so that quantizing, training, measuring and exporting agree on it.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,20 +12,27 @@ from hqqtrain.config import ModelConfig, UserError, did_you_mean
 from hqqtrain.models.hub import snapshot
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
+_CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)
 class Source:
     """A folder with config.json, tokenizer and safetensors, and what its tensors are.
 
-    `kind`: `dense` weights, or `quantized` by hqqtrain. `adapter`: the adapter that the run
-    trained, where `name` is a run's directory and it has one.
+    `kind`: `dense` weights, `quantized` by hqqtrain, or `synthetic`: then only config.json of the
+    folder matters. `adapter`: the adapter that the run trained, where `name` is a run's directory
+    and it has one.
     """
 
     name: str
     path: Path
-    kind: Literal["dense", "quantized"]
+    kind: Literal["dense", "quantized", "synthetic"]
     adapter: Path | None = None
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer: the bundled one where no text is meant to be understood."""
+        return TINY_FOLDER if self.kind == "synthetic" else self.path
 
 
 def resolve_source(model: ModelConfig, *, weights: bool = True) -> Source:
@@ -35,6 +42,8 @@ def resolve_source(model: ModelConfig, *, weights: bool = True) -> Source:
     of the weights. Raises UserError for what is missing, unreachable or in another format.
     """
     name = model.name_or_path
+    if model.source == "synthetic":
+        return _synthetic(model)
     folder = TINY_FOLDER if name == "tiny" else Path(name).expanduser()
     if folder.is_dir():
         _refuse_revision(model)
@@ -46,6 +55,27 @@ def resolve_source(model: ModelConfig, *, weights: bool = True) -> Source:
         hint = did_you_mean(folder.name, siblings)
         raise UserError(f"model.name_or_path={name}: there is no such folder.{hint}")
     return _from_folder(name, snapshot(name, model.revision, weights=weights))
+
+
+def shipped_folder(name: str) -> Path | None:
+    """The folder of this package that holds config.json of a well-known model.
+
+    Found by the last part of the name, for repositories that mirror a model under its name.
+    """
+    if name == "tiny":
+        return TINY_FOLDER
+    known = {path.name.lower(): path for path in _CONFIGS.iterdir()}
+    return known.get(name.rsplit("/", 1)[-1].lower())
+
+
+def _synthetic(model: ModelConfig) -> Source:
+    """The architecture alone: from this package, so that no network is needed, or as otherwise."""
+    shipped = None if Path(model.name_or_path).is_dir() else shipped_folder(model.name_or_path)
+    if shipped is None:
+        shipped = resolve_source(replace(model, source="pretrained"), weights=False).path
+    else:
+        _refuse_revision(model)
+    return Source(model.name_or_path, shipped, "synthetic")
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -91,8 +121,8 @@ def _kind(name: str, config: dict[str, Any]) -> Literal["dense", "quantized"]:
 def _refuse_revision(model: ModelConfig) -> None:
     if model.revision is not None:
         raise UserError(
-            f"model.revision={model.revision}: model.name_or_path={model.name_or_path} is a "
-            "folder, which has no revisions; set model.revision=null."
+            f"model.revision={model.revision}: model.name_or_path={model.name_or_path} is read "
+            "from a folder, which has no revisions; set model.revision=null."
         )
 
 

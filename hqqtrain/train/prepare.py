@@ -19,12 +19,13 @@ from hqqtrain.dist import Processes, shard
 from hqqtrain.models import (
     CheckpointReader,
     Source,
+    SyntheticReader,
     base_model,
     build_meta,
     config_of,
     expected_shapes,
+    open_weights,
     resolve_source,
-    tied_names,
 )  # fmt: skip
 from hqqtrain.nn import (
     HQQLinear,
@@ -49,7 +50,7 @@ class Plan:
 
     source: Source
     hf_config: PretrainedConfig
-    reader: CheckpointReader
+    reader: CheckpointReader | SyntheticReader
     model: nn.Module
     lora: LoraConfig | None
     start: Start | None
@@ -92,7 +93,7 @@ def make_plan(session: Session, *, adapt: bool) -> Plan:
     hf_config = config_of(source.path)
     model: nn.Module = build_meta(hf_config, session.dtype)
     _replace_linears(model, source, session)
-    reader = CheckpointReader(source.path, aliases=tied_names(model))
+    reader = open_weights(source, model, session.device)
     unused = reader.check(expected_shapes(model, packed=source.kind == "quantized"))
     if unused and session.processes.is_main:
         logger.warning(
@@ -138,7 +139,7 @@ def build_reference(plan: Plan, session: Session) -> tuple[nn.Module, int]:
     model = build_meta(plan.hf_config, session.dtype)
     if session.strategy == "fsdp2":
         shard(model, session.device, session.processes.size)
-    reader = CheckpointReader(plan.source.path, aliases=tied_names(model))
+    reader = open_weights(plan.source, model, session.device)
     fill_model(model, reader, session.processes)
     return model.requires_grad_(False).eval(), int(session.processes.sum([reader.bytes_read])[0])
 

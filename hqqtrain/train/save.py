@@ -31,7 +31,7 @@ def save_packed(plan: Plan, built: Built, session: Session, folder: Path) -> Non
         _as_read(model_tensors(built.model, gather=full_tensor), plan),
         lambda tensors: save_quantized(
             tensors, folder, hf_config=plan.hf_config, settings=built.settings,
-            source=plan.source.path,
+            source=plan.source.tokenizer,
         ),
         session,
     )  # fmt: skip
@@ -45,7 +45,11 @@ def save_dense(plan: Plan, built: Built, session: Session, folder: Path) -> None
     _write(
         dense,
         lambda tensors: export_dense(
-            tensors, folder, hf_config=plan.hf_config, source=plan.source.path, dtype=session.dtype
+            tensors,
+            folder,
+            hf_config=plan.hf_config,
+            source=plan.source.tokenizer,
+            dtype=session.dtype,
         ),
         session,
     )

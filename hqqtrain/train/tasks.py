@@ -124,7 +124,7 @@ _TASKS = {"finetune": finetune, "quantize": quantize, "eval": evaluate, "export"
 
 
 def _training_data(plan: Plan, config: RunConfig) -> Sequences:
-    tokenizer = load_tokenizer(plan.source.path)
+    tokenizer = load_tokenizer(plan.source.tokenizer)
     texts = training_texts(config.data, config.eval)
     return pack(
         texts, tokenizer, max_seq_len=config.train.max_seq_len, packing=config.train.packing
@@ -132,7 +132,7 @@ def _training_data(plan: Plan, config: RunConfig) -> Sequences:
 
 
 def _held_out(plan: Plan, config: RunConfig) -> Sequences | None:
-    tokenizer = load_tokenizer(plan.source.path)
+    tokenizer = load_tokenizer(plan.source.tokenizer)
     return evaluation_set(config.eval, config.data, tokenizer, config.train.max_seq_len)
 
 

@@ -95,3 +95,13 @@ def test_accelerate_launch_gives_both_processes_on_a_cpu(tmp_path: Path):
     two = launch(*QUICK, "task=quantize", root=tmp_path / "runs", launcher=launcher)
     assert two.code == 0, two.output
     assert two.summary["run"]["world_size"] == 2
+
+
+def test_weights_that_are_made_up_are_the_same_on_any_number_of_ranks(tmp_path: Path):
+    words = (*QUICK, "task=quantize", "model.source=synthetic")
+    one = run(*words, root=tmp_path / "one")
+    three = run(*words, "parallel.strategy=fsdp2", root=tmp_path / "three", processes=3)
+    assert (one.code, three.code) == (0, 0), one.output + three.output
+    for key in ("fingerprint", "bytes_read"):
+        assert three.summary["quantize"][key] == one.summary["quantize"][key]
+    assert (one.directory / "quantized" / "tokenizer.json").is_file()

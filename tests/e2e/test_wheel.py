@@ -52,8 +52,8 @@ def test_it_holds_everything_a_run_needs(wheel):
             for file in (ROOT / "hqqtrain/models/tiny").iterdir()
         ),
         *(
-            f"hqqtrain/models/configs/{f.name}"
-            for f in (ROOT / "hqqtrain/models/configs").iterdir()
+            f"hqqtrain/models/configs/{folder.name}/config.json"
+            for folder in (ROOT / "hqqtrain/models/configs").iterdir()
         ),
         "hqqtrain/conf/config.yaml",
         "hqqtrain/conf/model/llama70b.yaml",

@@ -82,6 +82,8 @@ def test_to_empty_unties_and_tie_mends_it(make_model):
         ("tiny", 0.0057),
         ("meta-llama/Meta-Llama-3-8B", 8.03),
         ("meta-llama/meta-llama-3-70b", 70.55),
+        ("meta-llama/Llama-2-70b-hf", 68.98),
+        ("meta-llama/Llama-3.1-405B", 405.85),
     ],
 )
 def test_shipped_configurations_build_without_a_network(name, billions):
