@@ -139,6 +139,10 @@ class ParallelConfig:
         "auto", "auto: single for one process, else fsdp2",
         choices=("auto", "single", "ddp", "fsdp2"),
     )  # fmt: skip
+    check_every: int | None = key(
+        100, "steps between checks that ranks agree and frozen bits are as they were; null: never",
+        low=1,
+    )  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True)

@@ -2,10 +2,12 @@
 
 from hqqtrain.dist.fill import Filled, fill
 from hqqtrain.dist.processes import Processes, relaunch_if_ranks_were_lost
+from hqqtrain.dist.sentinel import DivergedError, Sentinel
 from hqqtrain.dist.shards import full_tensor, materialise, owned_rows, write_full
 from hqqtrain.dist.strategy import choose_storage, choose_strategy, shard
 
 __all__ = [
-    "Filled", "Processes", "choose_storage", "choose_strategy", "fill", "full_tensor",
-    "materialise", "owned_rows", "relaunch_if_ranks_were_lost", "shard", "write_full",
+    "DivergedError", "Filled", "Processes", "Sentinel", "choose_storage", "choose_strategy", "fill",
+    "full_tensor", "materialise", "owned_rows", "relaunch_if_ranks_were_lost", "shard",
+    "write_full",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.data import SampleOrder, Sequences, collate
+from hqqtrain.dist import Sentinel
 from hqqtrain.models import base_model
 from hqqtrain.train.evaluation import Batch, next_token_logits
 from hqqtrain.train.flops import utilisation
@@ -62,7 +63,7 @@ class Trainer:
         if config.train.checkpointing:
             base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
         self.share = utilisation(model, session.device_name, self.processes.size)
-        self.model = model
+        self.bare_model = self.model = model
         if session.strategy == "ddp":
             self.model = self.accelerator.prepare_model(model)
         self.order = SampleOrder(len(sequences), config.train.seed)
@@ -76,12 +77,22 @@ class Trainer:
     def run(self) -> Iterator[tuple[int, dict[str, float]]]:
         """Trains to the end; yields (step, metrics) after every step, counted from 1."""
         self.model.train()
+        every = self.config.parallel.check_every
+        sentinel = Sentinel(self.bare_model, self.processes) if every else None
         for step in range(self.steps):
             began, rate = time.perf_counter(), float(self.schedule.get_last_lr()[0])
             loss, tokens, norm = self.step(step)
             seconds = time.perf_counter() - began
             self.done.add(loss, tokens, seconds)
+            if sentinel and every and ((step + 1) % every == 0 or step + 1 == self.steps):
+                sentinel.check()
             yield step + 1, self._metrics(norm, rate) | self._speed(tokens / seconds)
+        if sentinel:
+            share = 100 * sentinel.seconds / max(self.done.seconds, 1e-9)
+            logger.info(
+                "ranks agree and frozen bits are unchanged: looked %d times, %.2f %% of the time",
+                sentinel.checks, share,
+            )  # fmt: skip
 
     def step(self, step: int) -> tuple[float, int, float]:
         """One optimizer step: (mean loss over the global batch, its tokens, gradient norm)."""

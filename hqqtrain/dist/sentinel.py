@@ -1,0 +1,87 @@
+"""Stops a run whose ranks have silently come to differ, or whose frozen weights have changed.
+
+Others have trained N different adapters on N ranks (transformers#48792) and found frozen bits
+rewritten (bitsandbytes#1945), and noticed when the run was over.
+"""
+
+import time
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hqqtrain.dist.processes import Processes
+from hqqtrain.dist.shards import local
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class DivergedError(RuntimeError):
+    """Ranks differ where they must not, or a frozen weight is not what it was."""
+
+
+class Sentinel:
+    """Checksums of all parameters of `model`, ready to train, on this rank. Collective.
+
+    A checksum is the sum of a tensor's bits as integers: exact, in any order, without a copy. What
+    only changes places within a tensor escapes it. `seconds` and `checks` say what it cost.
+
+    Raises DivergedError where whole parameters differ between ranks already.
+    """
+
+    def __init__(self, model: nn.Module, processes: Processes) -> None:
+        named = dict(model.named_parameters())
+        self._processes = processes
+        self._parameters = named
+        self._frozen = [name for name, p in named.items() if not p.requires_grad]
+        self._whole = [name for name, p in named.items() if not isinstance(p, DTensor)]
+        self._first = self._sums()
+        self.seconds, self.checks = 0.0, 0
+        self._agree(self._faults_over_ranks(self._first))
+
+    def check(self) -> None:
+        """Compares with the first time, and over ranks. Collective.
+
+        Raises:
+            DivergedError: on every rank, with the ranks and the tensors.
+        """
+        began = time.perf_counter()
+        found, rank = self._sums(), self._processes.rank
+        changed = [
+            f"rank {rank}: {name}, which is frozen, has changed"
+            for name in self._frozen
+            if found[name] != self._first[name]
+        ]
+        self._agree(changed + self._faults_over_ranks(found))
+        self.seconds += time.perf_counter() - began
+        self.checks += 1
+
+    def _sums(self) -> dict[str, int]:
+        sums = torch.stack([_checksum(local(p)) for p in self._parameters.values()])
+        return dict(zip(self._parameters, sums.tolist(), strict=True))
+
+    def _faults_over_ranks(self, sums: dict[str, int]) -> list[str]:
+        """What this rank holds unlike most others; where none are most, unlike the lowest rank."""
+        rank = self._processes.rank
+        by_rank = self._processes.gather([sums[name] for name in self._whole])
+        faults = []
+        for name, values in zip(self._whole, zip(*by_rank, strict=True), strict=True):
+            ((usual, count),) = Counter(values).most_common(1)
+            if values[rank] != usual:
+                faults.append(f"rank {rank}: {name} differs from that of {count} other ranks")
+        return faults
+
+    def _agree(self, faults: list[str]) -> None:
+        found = [fault for of_rank in self._processes.gather(faults) for fault in of_rank]
+        if found:
+            more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+            raise DivergedError(
+                f"{'; '.join(found[:3])}{more}. The hardware, a library or the network has altered "
+                "bits: what was trained since the last check is not to be trusted."
+            )
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """int64 [], of the bits; a float view of packed codes is never read as numbers."""
+    return tensor.view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)

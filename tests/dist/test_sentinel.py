@@ -1,0 +1,143 @@
+"""Bits that change, and ranks that part, are found: with real processes."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from e2e.runs import free_port
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from hqqtrain.dist import DivergedError, Processes, Sentinel
+from hqqtrain.nn import HQQLinear
+from hqqtrain.quant import QuantSpec
+
+CPU = torch.device("cpu")
+
+
+def make_model() -> nn.Sequential:
+    """A packed layer, held as bf16 views with NaN patterns among them, and a trained one."""
+    torch.manual_seed(0)
+    spec = QuantSpec(4, 32, 1, "rtn", torch.bfloat16)
+    packed = HQQLinear.from_linear(
+        nn.Linear(64, 48, bias=False), spec, compute_dtype=torch.float32,
+        storage_dtype=torch.bfloat16,
+    )  # fmt: skip
+    packed.W_q.data.view(torch.uint8)[3, :4] = 255
+    return nn.Sequential(packed, nn.Linear(48, 4))
+
+
+def flip(tensor: torch.Tensor) -> None:
+    """The lowest bit of the last byte of the first row."""
+    tensor.detach().view(torch.uint8)[0, -1] ^= 1
+
+
+def test_training_is_no_fault():
+    model = make_model()
+    sentinel = Sentinel(model, Processes(0, 1, CPU))
+    with torch.no_grad():
+        model[1].weight.add_(1.0)
+    sentinel.check()
+    assert sentinel.checks == 1
+    assert sentinel.seconds > 0
+
+
+@pytest.mark.parametrize("tensor", ["W_q", "scale", "zero"])
+def test_one_bit_of_a_frozen_weight_is_noticed(tensor: str):
+    model = make_model()
+    sentinel = Sentinel(model, Processes(0, 1, CPU))
+    flip(getattr(model[0], tensor))
+    with pytest.raises(DivergedError, match=rf"rank 0: 0\.{tensor}, which is frozen, has changed"):
+        sentinel.check()
+
+
+def _found(rank: int, size: int, port: int, case: Callable[..., None], answers: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    try:
+        case(rank, Processes(rank, size, CPU))
+        answers.put((rank, ""))
+    except DivergedError as error:
+        answers.put((rank, str(error)))
+    torch.distributed.destroy_process_group()
+
+
+def on_ranks(case: Callable[..., None], size: int) -> list[str]:
+    """What every rank's sentinel said."""
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    answers = context.Queue()
+    workers = [
+        context.Process(target=_found, args=(rank, size, port, case, answers), daemon=True)
+        for rank in range(size)
+    ]
+    for worker in workers:
+        worker.start()
+    found = dict(answers.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join(30)
+    return [found[rank] for rank in range(size)]
+
+
+def _whole(rank: int, processes: Processes, name: str) -> None:
+    model = make_model()
+    sentinel = Sentinel(model, processes)
+    if rank == 1:
+        flip(model.get_parameter(name))
+    sentinel.check()
+
+
+def trained_apart(rank: int, processes: Processes) -> None:
+    _whole(rank, processes, "1.weight")
+
+
+def begun_apart(rank: int, processes: Processes) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model[1].bias.add_(rank)
+    Sentinel(model, processes)
+
+
+def shard_altered(rank: int, processes: Processes) -> None:
+    model = make_model()
+    fully_shard(model, mesh=init_device_mesh("cpu", (processes.size,)))
+    sentinel = Sentinel(model, processes)
+    sentinel.check()
+    if rank == 1:
+        flip(model[0].W_q.to_local())
+    sentinel.check()
+
+
+def shards_trained(rank: int, processes: Processes) -> None:
+    model = make_model()
+    fully_shard(model, mesh=init_device_mesh("cpu", (processes.size,)))
+    sentinel = Sentinel(model, processes)
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    model(torch.randn(3, 64)).sum().backward()
+    optimizer.step()
+    sentinel.check()
+
+
+def test_ranks_that_train_apart_are_named():
+    two, three = on_ranks(trained_apart, 2), on_ranks(trained_apart, 3)
+    assert len({*two}) == len({*three}) == 1  # all ranks stop, and say the same
+    assert two[0].startswith("rank 1: 1.weight differs from that of 1 other ranks.")
+    assert three[0].startswith("rank 1: 1.weight differs from that of 2 other ranks.")
+
+
+def test_ranks_that_begin_apart_are_named():
+    assert "rank 1: 1.bias differs" in on_ranks(begun_apart, 2)[0]
+
+
+def test_a_shard_that_changes_is_named_with_its_rank():
+    found = on_ranks(shard_altered, 2)
+    assert found[0] == found[1]
+    assert found[0].startswith("rank 1: 0.W_q, which is frozen, has changed.")
+
+
+def test_shards_that_train_are_no_fault(tmp_path: Path):
+    assert on_ranks(shards_trained, 2) == ["", ""]
