@@ -9,6 +9,7 @@ from collections import Counter
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hqqtrain.dist.processes import Processes
@@ -31,6 +32,10 @@ class Sentinel:
     """
 
     def __init__(self, model: nn.Module, processes: Processes) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # After a forward pass the outermost has whole parameters, in memory that goes.
+                module.reshard()
         named = dict(model.named_parameters())
         self._processes = processes
         self._parameters = named

@@ -1,4 +1,4 @@
-"""The solvers on a GPU: one kernel quantizes a whole weight, with the numbers of the torch ones.
+"""The solvers on a GPU: kernels that quantize a whole weight, with the numbers of the torch ones.
 
 The kernels know no solver's numbers: these stand beside the torch code that explains them, and
 are handed down, so that the two cannot drift apart.

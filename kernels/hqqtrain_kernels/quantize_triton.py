@@ -43,7 +43,7 @@ def quantize(
     codes = W.new_empty(layout.units, plan.columns, dtype=torch.uint8)
     scale = W.new_empty(layout.units, layout.groups, dtype=meta_dtype)
     zero = torch.empty_like(scale)
-    not_finite = _lowered_flag()
+    not_finite = _flags.take(W.is_cuda)
     tensors = (W, codes, scale, zero, not_finite)
     numbers = (plan.groups, stride // step, layout.units, layout.units)
     for launch in plan.launches:
@@ -51,26 +51,33 @@ def quantize(
         launch.variant.launch(grid, tensors, (launch.blocks, *numbers))
     if W.is_cuda:
         torch.cuda.current_stream(W.device).synchronize()
-    if not_finite.item():
+    if _flags.give_back(not_finite, W.is_cuda):
         return None
     return (codes if _packs(layout) else pack(codes, layout.nbits)), scale, zero
 
 
-class _Thread(threading.local):
-    """What a thread keeps: a flag in the host's memory, int32 [1]. From there nothing has to be
-    copied, and a new one each time would cost as much as a launch."""
+class _Flags(threading.local):
+    """Flags that this thread has at hand, int32 [1] in the host's memory: nothing has to be copied
+    from there, and a new one each time would cost as much as a launch. One that is taken and not
+    given back, because of an exception, may still be raised by a kernel: it is not used again."""
 
-    flag: Tensor | None = None
+    def __init__(self) -> None:
+        self._free: dict[bool, Tensor] = {}
+
+    def take(self, pinned: bool) -> Tensor:
+        """One that is down."""
+        flag = self._free.pop(pinned, None)
+        if flag is None:
+            flag = torch.empty(1, dtype=torch.int32, device="cpu", pin_memory=pinned)
+        return flag.zero_()
+
+    def give_back(self, flag: Tensor, pinned: bool) -> bool:
+        """Whether it was raised."""
+        self._free[pinned] = flag
+        return bool(flag.item())
 
 
-_thread = _Thread()
-
-
-def _lowered_flag() -> Tensor:
-    if _thread.flag is None:
-        pinned = torch.cuda.is_available()
-        _thread.flag = torch.empty(1, dtype=torch.int32, device="cpu", pin_memory=pinned)
-    return _thread.flag.zero_()
+_flags = _Flags()
 
 
 @dataclass(frozen=True)
@@ -137,10 +144,10 @@ def _cell(layout: Layout) -> int:
 def _tiling(layout: Layout, solver: str, rest: bool) -> dict[str, int]:
     """The shape of a tile, see `solve_triton`, and warps; one warp but for the longest groups.
 
-    64 codes in a thread keep what is done once for a group cheap: 32 take 1.1 to 1.5 times as
-    long (H200, groups of 64). But what is known of a group takes registers too, so small groups,
-    of which a thread has several, get fewer, as do padded ones, and hqq's second launch, and hqq
-    at 1 bit, which keeps the best of its rounds.
+    64 codes in a thread keep what is done once for a group cheap: 32 took 1.1 to 1.5 times as long
+    (H200, groups of 64, an earlier form of the kernels; of hqq since: ADR 7). But what is known of
+    a group takes registers too, so small groups, of which a thread has several, get fewer, as do
+    padded ones, and hqq's second launch, and hqq at 1 bit, which keeps the best of its rounds.
     """
     g = layout.group_size
     padded = max(8, triton.next_power_of_2(g))

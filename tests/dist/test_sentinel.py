@@ -12,6 +12,7 @@ from e2e.runs import free_port
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from hqqtrain.dist import DivergedError, Processes, Sentinel
 from hqqtrain.nn import HQQLinear
@@ -115,7 +116,10 @@ def shard_altered(rank: int, processes: Processes) -> None:
 def shards_trained(rank: int, processes: Processes) -> None:
     model = make_model()
     fully_shard(model, mesh=init_device_mesh("cpu", (processes.size,)))
+    with torch.no_grad():
+        model(torch.randn(3, 64))
     sentinel = Sentinel(model, processes)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
     optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
     model(torch.randn(3, 64)).sum().backward()
     optimizer.step()

@@ -156,11 +156,11 @@ def _cases(thorough: bool) -> Iterator[Case]:
 
 
 def _choices(thorough: bool) -> Iterator[tuple[int, table.Choice]]:
-    """The table's choices for 8, 4 and 3 bits; 2 bits share most with 4, and 1 bit with 3."""
+    """The table's choices for 8 to 2 bits; 1 bit shares its own with 3."""
     for nbits, choices in table._BY_BITS.items():
         for choice in choices:
             few = choice.most in (1, 16)
-            if (few or nbits > 2) if thorough else (few and nbits > 2):
+            if (few or nbits > 1) if thorough else (few and nbits > 2):
                 yield nbits, choice
 
 
@@ -171,7 +171,7 @@ def _odd_cases() -> Iterator[Case]:
         for dtype in (torch.float32, torch.float16):
             yield f"dequantize {dtype} {layout}", partial(_dequantize, layout, dtype)
     for solver, nbits, g, axis in (
-        ("hqq", 1, 32, 1), ("hqq", 8, 64, 0), ("least_squares", 8, 8, 0),
+        ("hqq", 2, 64, 1), ("hqq", 1, 32, 1), ("hqq", 8, 64, 0), ("least_squares", 8, 8, 0),
         ("least_squares", 3, 24, 1), ("least_squares", 2, 128, 0), ("least_squares", 1, 8192, 1),
     ):  # fmt: skip
         layout = Layout(g * 8 if axis == 0 else 64, g, nbits, g, axis)
