@@ -1,9 +1,10 @@
 """Which weights a linear layer multiplies packed, and how that kernel is cut.
 
 Looked up, never tried: measuring at run time would cost seconds for every shape, and the ranks of
-a run might choose differently and get different bits. They were the best of those tried on an H100
-(those for 8 bits: on an H200) with groups of 64, for 28672 x 8192 and 8192 x 8192. Other GPUs have
-the same settings, for fewer rows of x.
+a run might choose differently and get different bits. Tried on an H100 with groups of 64, for
+28672 x 8192 and 8192 x 8192: the best, or within an eighth of it where one serves several widths.
+Those for 8 bits were tried on an H200; spans of 128 for groups below 64, and 8 rows of x at 3 bits
+and 1, not at all. Other GPUs have the same settings, for fewer rows of x.
 """
 
 import functools
