@@ -66,7 +66,7 @@ def quantized(model: nn.Module, approximate: Approximation, nbits: int) -> tuple
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
             W = approximate(module.weight.data, nbits)
-            error, norm = squared_error(module.weight.data, W)
+            error, norm = squared_error(module.weight.data, W).tolist()
             errors, norms = errors + error, norms + norm
             module.weight.data = W
     return model, errors / norms

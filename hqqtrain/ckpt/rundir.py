@@ -7,7 +7,7 @@ import fcntl
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +25,7 @@ _LOCK = ".lock"
 
 
 class RunDirectory:
-    """`<run.root>/<run.name>/`: its lock, config.yaml, status.json and summary.json.
+    """`<run.root>/<run.name>/`: its lock, config.yaml, status.json, loading.json, summary.json.
 
     Use as a context manager: entering takes the lock, `begin` writes, leaving frees the lock.
     A directory in which nothing was begun is removed again.
@@ -105,6 +105,10 @@ class RunDirectory:
         facts = {"status": status, "exit_code": exit_code, "cause": masked(cause),
                  "pid": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}  # fmt: skip
         atomic_write_json(self.path / "status.json", facts)
+
+    def write_loading(self, ranks: Sequence[Mapping[str, Any]]) -> None:
+        """Write loading.json: what loading the model took, rank by rank."""
+        atomic_write_json(self.path / "loading.json", {"ranks": ranks})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json; figures that are not finite, which JSON lacks, become null."""

@@ -69,6 +69,10 @@ class AdapterConfig:
     r: int = key(16, "rank", low=1)
     alpha: float = key(32.0, "scaling: alpha / r, with rslora alpha / sqrt(r)", low=0)
     dropout: float = key(0.0, "dropout of the adapter's input", low=0)
+    dtype: str = key(
+        "fp32", "of adapters, their gradients and optimizer state; bf16 loses small updates",
+        choices=("fp32", "bf16"),
+    )  # fmt: skip
     init: str = key("default", "PEFT's init_lora_weights", choices=("default", "gaussian"))
     init_from: str | None = key(None, "folder of a PEFT adapter to start from or to measure")
     target_modules: list[str] = key(
@@ -138,6 +142,10 @@ class ParallelConfig:
     strategy: str = key(
         "auto", "auto: single for one process, else fsdp2",
         choices=("auto", "single", "ddp", "fsdp2"),
+    )  # fmt: skip
+    offload: str = key(
+        "none", "activations: what checkpointing keeps waits in the host's memory",
+        choices=("none", "activations"),
     )  # fmt: skip
     check_every: int | None = key(
         100, "steps between checks that ranks agree and frozen bits are as they were; null: never",

@@ -64,6 +64,10 @@ class RunConfig:
             found.append("adapter.kind=none: task=finetune trains an adapter; use lora or rslora.")
         if self.task == "quantize" and not self.quant.save:
             found.append("quant.save=false: task=quantize has nothing else to do; use true.")
+        if self.parallel.offload == "activations" and not self.train.checkpointing:
+            found.append(
+                "parallel.offload=activations: moves what train.checkpointing=true keeps; use both."
+            )
         if self.train.max_grad_norm == 0:
             found.append("train.max_grad_norm=0: must be above 0, or null to clip nothing.")
         if not 0 <= self.adapter.dropout < 1:

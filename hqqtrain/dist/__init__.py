@@ -1,13 +1,15 @@
 """Ranks: who they are, which rows are theirs, and what they must agree on."""
 
+from hqqtrain.dist.bits import check_bits
 from hqqtrain.dist.fill import Filled, fill
 from hqqtrain.dist.processes import Processes, relaunch_if_ranks_were_lost
+from hqqtrain.dist.report import LoadReport
 from hqqtrain.dist.sentinel import DivergedError, Sentinel
 from hqqtrain.dist.shards import full_tensor, materialise, owned_rows, write_full
 from hqqtrain.dist.strategy import choose_storage, choose_strategy, shard
 
 __all__ = [
-    "DivergedError", "Filled", "Processes", "Sentinel", "choose_storage", "choose_strategy", "fill",
+    "DivergedError", "Filled", "LoadReport", "Processes", "Sentinel", "check_bits", "choose_storage", "choose_strategy", "fill",
     "full_tensor", "materialise", "owned_rows", "relaunch_if_ranks_were_lost", "shard",
     "write_full",
 ]  # fmt: skip

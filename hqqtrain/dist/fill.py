@@ -7,46 +7,47 @@ by one of them and broadcast, so the source is still read once in all.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hqqtrain.config import UserError
+from hqqtrain.dist.ahead import Piece, ReadAhead, Reader
+from hqqtrain.dist.finite import Finiteness
 from hqqtrain.dist.processes import Processes
+from hqqtrain.dist.report import LoadReport, Memory
 from hqqtrain.dist.shards import local, owned_rows
-from hqqtrain.nn import HQQLinear
-from hqqtrain.quant import dequantize, quantize, squared_error
+from hqqtrain.nn import PACKED, HQQLinear
+from hqqtrain.quant import Quantized, dequantize, enqueue, squared_error
 
-PACKED = ("W_q", "scale", "zero")
+DENSE_NUMBERS = 1 << 25
+"""Of a tensor that stays in full precision, so many are read at a time; the largest have 2**31."""
 
-
-class Reader(Protocol):
-    """What is needed of a checkpoint: rows of tensors, by name."""
-
-    bytes_read: int
-
-    def read(self, name: str, rows: list[slice] | None = None) -> Tensor: ...
+ERROR_NUMBERS = 1 << 24
+"""Weights dequantized at a time to measure the error: less than the weight itself takes."""
 
 
 @dataclass
 class Filled:
-    """What filling found out, for this rank's rows: sums that add up over ranks."""
+    """What filling found out, for this rank's rows.
 
-    squared_error: dict[str, float] = field(default_factory=dict)
-    squared_norm: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
+    `squared`: ||W - W'||^2 and ||W||^2 of every layer, fp64 [2] on the device: sums, that add up
+    over ranks.
+    """
+
+    squared: dict[str, Tensor]
+    report: LoadReport
 
     def relative_errors(self, processes: Processes) -> tuple[dict[str, float], float]:
         """||W - W'||^2 / ||W||^2 of every layer and of all together. Collective."""
-        names = list(self.squared_norm)
-        errors = processes.sum([self.squared_error[n] for n in names])
-        norms = processes.sum([self.squared_norm[n] for n in names])
-        by_layer = {n: _ratio(e, w) for n, e, w in zip(names, errors, norms, strict=True)}
-        return by_layer, _ratio(sum(errors), sum(norms))
+        if not self.squared:
+            return {}, 0.0
+        sums = processes.sum(torch.cat(list(self.squared.values())).tolist())
+        errors, norms = sums[::2], sums[1::2]
+        ratios = [_ratio(e, w) for e, w in zip(errors, norms, strict=True)]
+        return dict(zip(self.squared, ratios, strict=True)), _ratio(sum(errors), sum(norms))
 
 
 def _ratio(error: float, norm: float) -> float:
@@ -70,29 +71,120 @@ def fill(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], reader: R
     Raises:
         UserError: a weight holds NaN or Inf.
     """
-    began, filled = time.perf_counter(), Filled()
-    make = _read if quantized else _quantize
-    with processes.together():
-        for index, (name, layer) in enumerate(layers.items()):
-            filled.squared_error[name] = filled.squared_norm[name] = 0.0
-            rows = owned_rows(layer.W_q)
-            if _is_mine(layer.W_q, index, processes) and rows.start < rows.stop:
-                made = make(reader, name, layer, rows, filled, processes.device)
-                for tensor, value in made.items():
-                    _write(getattr(layer, tensor), value)
-                    on_rows(name, tensor, rows.start, value)
+    began, memory = time.perf_counter(), Memory(processes.device)
+    own = {name: layer for i, (name, layer) in enumerate(layers.items())
+           if _is_mine(layer.W_q, i, processes)}  # fmt: skip
+    own_dense = {n: t for i, (n, t) in enumerate(dense.items()) if _is_mine(t, i, processes)}
+    pieces = [*_layer_pieces(own, quantized), *_dense_pieces(own_dense)]
+    with processes.together(), ReadAhead(reader, pieces, memory.look) as arriving:
+        work = _Work(arriving, Finiteness(reader), processes.device, on_rows)
+        for name, layer in layers.items():
+            work.layer(name, layer if name in own else None, quantized)
             on_layer(name)
-        for name, target in dense.items():
-            if _is_mine(target, 0, processes):
-                _fill_dense(reader, name, target)
+        for name, target in own_dense.items():
+            work.dense(name, target)
+        work.finite.check()
     _share_whole(layers, dense, processes)
-    filled.seconds = time.perf_counter() - began
-    return filled
+    seconds = time.perf_counter() - began
+    report = memory.report(processes.rank, reader.bytes_read, arriving.seconds, seconds)
+    return Filled(work.squared, report)
+
+
+@dataclass
+class _Work:
+    """What is done with the pieces as they arrive, in their order."""
+
+    arriving: ReadAhead
+    finite: Finiteness
+    device: torch.device
+    on_rows: Callable[[str, str, int, Tensor], object]
+    squared: dict[str, Tensor] = field(default_factory=dict)
+
+    def layer(self, name: str, layer: HQQLinear | None, quantized: bool) -> None:
+        """None: that of another rank, of which only the name matters."""
+        self.squared[name] = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if layer is None or not _has_rows(layer.W_q):
+            return
+        parts = self._loaded() if quantized else self._quantized(name, layer)
+        for leaf, part in parts.items():
+            target = local(getattr(layer, leaf))
+            _copy_bits(target, part)
+            self.on_rows(name, leaf, owned_rows(layer.W_q).start, target)
+
+    def dense(self, name: str, target: Tensor) -> None:
+        """A tensor that stays in full precision."""
+        first, target_rows = owned_rows(target).start, local(target)
+        for rows in _dense_rows(target):
+            value = next(self.arriving).to(self.device, non_blocking=True)
+            self.finite.add(Piece(name, [rows]), ~value.isfinite().all())
+            target_rows[rows.start - first : rows.stop - first] = value
+
+    def _loaded(self) -> dict[str, Tensor]:
+        return {leaf: next(self.arriving) for leaf in PACKED}
+
+    def _quantized(self, name: str, layer: HQQLinear) -> dict[str, Tensor]:
+        piece = _piece(name, layer)
+        weight = next(self.arriving).to(self.device, non_blocking=True)
+        made, not_finite = enqueue(weight, layer.spec, name=piece.name)
+        self.finite.add(piece, not_finite)
+        self.squared[name] += _squared_error(weight, made, layer)
+        return {leaf: getattr(made, leaf) for leaf in PACKED}
 
 
 def _is_mine(tensor: Tensor, index: int, processes: Processes) -> bool:
     """Every rank has rows of a sharded tensor; a whole one is the work of one rank."""
     return isinstance(tensor, DTensor) or index % processes.size == processes.rank
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    rows = owned_rows(tensor)
+    return rows.start < rows.stop
+
+
+def _layer_pieces(layers: Mapping[str, HQQLinear], quantized: bool) -> Iterator[Piece]:
+    for name, layer in layers.items():
+        if _has_rows(layer.W_q) and quantized:
+            rows = owned_rows(layer.W_q)
+            yield from (Piece(f"{name}.{leaf}", [rows]) for leaf in PACKED)
+        elif _has_rows(layer.W_q):
+            yield _piece(name, layer)
+
+
+def _piece(name: str, layer: HQQLinear) -> Piece:
+    """Of the weight that is quantized, what belongs to this rank's rows of W_q."""
+    rows = owned_rows(layer.W_q)
+    return Piece(f"{name}.weight", layer.layout.rows_of(rows.start, rows.stop))
+
+
+def _dense_pieces(dense: Mapping[str, Tensor]) -> Iterator[Piece]:
+    for name, target in dense.items():
+        yield from (Piece(name, [rows]) for rows in _dense_rows(target))
+
+
+def _dense_rows(target: Tensor) -> Iterator[slice]:
+    rows, numbers = owned_rows(target), target.shape[1:].numel()
+    step = max(1, DENSE_NUMBERS // max(1, numbers))
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
+
+
+def _squared_error(weight: Tensor, made: Quantized, layer: HQQLinear) -> Tensor:
+    """Of some units' rows, a part at a time, so that the dense weight is not there again."""
+    layout = layer.layout.slice(0, made.scale.shape[0])
+    step = max(1, ERROR_NUMBERS // layout.row_codes)
+    total = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    for start in range(0, layout.units, step):
+        stop = min(start + step, layout.units)
+        part = Quantized(made.W_q[start:stop], made.scale[start:stop], made.zero[start:stop])
+        approximation = dequantize(part, layout.slice(start, stop), torch.float32)
+        exact = torch.cat([weight[rows] for rows in layout.rows_of(start, stop)])
+        total += squared_error(exact, approximation)
+    return total
+
+
+def _copy_bits(target: Tensor, value: Tensor) -> None:
+    """A float view of W_q may hold NaN patterns, which a cast would change."""
+    target.view(torch.uint8).copy_(value.view(torch.uint8), non_blocking=True)
 
 
 def _share_whole(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor],
@@ -102,40 +194,6 @@ def _share_whole(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor],
         if not isinstance(layer.W_q, DTensor):
             for tensor in PACKED:
                 processes.broadcast(local(getattr(layer, tensor)), index % processes.size)
-    for target in dense.values():
+    for index, target in enumerate(dense.values()):
         if not isinstance(target, DTensor):
-            processes.broadcast(local(target), 0)
-
-
-def _quantize(reader: Reader, name: str, layer: HQQLinear, rows: slice, filled: Filled,
-              device: torch.device) -> dict[str, Tensor]:  # fmt: skip
-    part = layer.layout.slice(rows.start, rows.stop)
-    wanted = layer.layout.rows_of(rows.start, rows.stop)
-    weight = reader.read(f"{name}.weight", wanted).to(device)
-    made = quantize(weight, layer.spec, name=f"{name}.weight", rows=wanted)
-    errors = squared_error(weight, dequantize(made, part, torch.float32))
-    filled.squared_error[name], filled.squared_norm[name] = errors
-    return {"W_q": made.W_q, "scale": made.scale, "zero": made.zero}
-
-
-def _read(reader: Reader, name: str, layer: HQQLinear, rows: slice, filled: Filled,
-          device: torch.device) -> dict[str, Tensor]:  # fmt: skip
-    return {tensor: reader.read(f"{name}.{tensor}", [rows]) for tensor in PACKED}
-
-
-def _write(param: Tensor, value: Tensor) -> None:
-    """Copies bits: a float view of W_q may hold NaN patterns, which a cast would change."""
-    local(param).view(torch.uint8).copy_(value.view(torch.uint8))
-
-
-def _fill_dense(reader: Reader, name: str, target: Tensor) -> None:
-    rows = owned_rows(target) if isinstance(target, DTensor) else None
-    value = reader.read(name, None if rows is None else [rows])
-    bad = ~value.isfinite().reshape(len(value), -1).all(1)
-    if bad.any():
-        row = int(bad.nonzero()[0]) + (rows.start if rows else 0)
-        raise UserError(
-            f"{name}: row {row} holds NaN or Inf. The checkpoint is damaged, or overflowed when "
-            "it was converted: use another."
-        )
-    local(target).copy_(value)
+            processes.broadcast(local(target), index % processes.size)

@@ -88,5 +88,12 @@ class Sentinel:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """int64 [], of the bits; a float view of packed codes is never read as numbers."""
+    """int64 [], of the bits; a float view of packed codes is never read as numbers.
+
+    As integers of 64 bits where they can be seen as such: torch would make these of others, as a
+    copy of 8 times the size of a packed weight.
+    """
+    at = tensor.storage_offset() * tensor.element_size()
+    if tensor.is_contiguous() and tensor.nbytes % 8 == at % 8 == 0:
+        return tensor.view(-1).view(torch.int64).sum()
     return tensor.view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)

@@ -55,14 +55,18 @@ def choose_storage(wanted: str, strategy: str) -> torch.dtype:
     return STORAGE[wanted]
 
 
+def ensure_process_group(world_size: int) -> None:
+    """FSDP2 wants one also for a single process that no launcher has started."""
+    if world_size == 1 and not dist.is_initialized():
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+
+
 def shard(model: nn.Module, device: torch.device, world_size: int) -> None:
     """FSDP2 over all ranks, one unit per decoder layer; meta parameters stay on meta.
 
     Raises:
         UserError: the model has no stack of decoder layers to cut along.
     """
-    if world_size == 1 and not dist.is_initialized():  # started without a launcher
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (world_size,))
     layers = decoder_layers(model)
     for layer in layers:

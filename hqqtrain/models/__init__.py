@@ -7,7 +7,7 @@ from hqqtrain.models.build import (
     restore_buffers,
     shipped_config,
 )
-from hqqtrain.models.estimate import Estimate, check_fits, estimate, oom_advice
+from hqqtrain.models.estimate import TRAINED_LOGITS, Estimate, check_fits, estimate, oom_advice
 from hqqtrain.models.memory import Available, available
 from hqqtrain.models.names import (
     base_model,
@@ -25,7 +25,8 @@ from hqqtrain.models.synthetic import SyntheticReader, open_weights
 from hqqtrain.models.tokenizer import load_tokenizer
 
 __all__ = [
-    "Available", "CheckpointReader", "Estimate", "Source", "SyntheticReader", "available",
+    "TRAINED_LOGITS", "Available", "CheckpointReader", "Estimate", "Source", "SyntheticReader",
+    "available",
     "base_model", "base_tensors", "build_meta", "check_fits", "config_of", "estimate",
     "expected_shapes", "is_adapter", "is_packed", "load_config", "load_tokenizer", "oom_advice",
     "open_weights", "plain_name", "resolve_source", "restore_buffers", "shipped_config", "tie",

@@ -20,6 +20,8 @@ TIGHT = 0.9
 """Above this share of what is free, the estimate is too coarse to promise a fit."""
 LOGIT_SLICE = 2048
 """Tokens whose logits an evaluation holds in fp32 at a time."""
+TRAINED_LOGITS = 1 << 24
+"""Logits that the training's loss holds at a time."""
 
 _CERTAIN = ("packed weights", "dense weights", "adapter and optimizer", "reference model")
 _HELP = {
@@ -66,8 +68,8 @@ def estimate(config: RunConfig, model: nn.Module, *, dtype: torch.dtype, world_s
         "adapter and optimizer": _trained(config, sizes) // shards if finetune else 0,
         "reference model": _reference(config, sizes, dtype) // shards if measures else 0,
         "activations": _activations(config, model, dtype, tokens) if finetune else 0,
-        "logits": _logits(model, dtype, tokens, finetune) if finetune or measures else 0,
-        "working memory": _working(sizes, shards),
+        "logits": _logits(model, dtype, tokens, finetune, measures),
+        "working memory": _working(sizes, shards, dtype),
     }
     return Estimate(device, _disk(config, sizes, dtype))
 
@@ -147,9 +149,10 @@ class _Sizes:
 
 
 def _trained(config: RunConfig, sizes: _Sizes) -> int:
-    """Adapters, gradients and AdamW's two moments: fp32, the moments in 8 bits where asked."""
-    moments = 2 if config.optim.name.endswith("8bit") else 8
-    return sizes.adapter * (4 + 4 + moments)
+    """Adapters, gradients and AdamW's two moments, the moments in 8 bits where asked."""
+    number = 2 if config.adapter.dtype == "bf16" else 4
+    moments = 2 if config.optim.name.endswith("8bit") else 2 * number
+    return sizes.adapter * (2 * number + moments)
 
 
 def _reference(config: RunConfig, sizes: _Sizes, dtype: torch.dtype) -> int:
@@ -161,7 +164,7 @@ def _activations(config: RunConfig, model: nn.Module, dtype: torch.dtype, tokens
 
     A decoder layer keeps, per token, input and output of each of its linears (the adapters',
     the attention's and the MLP's operands) and two fp32 copies of the stream for its norms.
-    With checkpointing: the stream before each layer, and one layer in full.
+    With checkpointing: the stream before each layer, unless offloaded, and one layer in full.
     """
     hf = base_model(model).config.get_text_config()
     layers, hidden = hf.num_hidden_layers, hf.hidden_size
@@ -170,21 +173,26 @@ def _activations(config: RunConfig, model: nn.Module, dtype: torch.dtype, tokens
     layer = tokens * (widths * dtype.itemsize // max(1, layers) + 2 * 4 * hidden)
     if not config.train.checkpointing:
         return layers * layer
-    return layers * tokens * hidden * dtype.itemsize + layer
+    kept = 1 if config.parallel.offload == "activations" else layers
+    return kept * tokens * hidden * dtype.itemsize + layer
 
 
-def _logits(model: nn.Module, dtype: torch.dtype, tokens: int, training: bool) -> int:
-    """Training: logits and their gradient, and in fp32 a copy, its softmax and its gradient.
-    Measuring: two models' logits, and four fp32 tensors of a slice."""
+def _logits(
+    model: nn.Module, dtype: torch.dtype, tokens: int, training: bool, measures: bool
+) -> int:
+    """Training, up to TRAINED_LOGITS: logits and their gradient, and in fp32 a copy, its softmax
+    and its gradient. Measuring: two models' logits, and four fp32 tensors of a slice."""
     vocabulary = base_model(model).config.get_text_config().vocab_size
     measuring = 2 * tokens * dtype.itemsize + 4 * 4 * min(tokens, LOGIT_SLICE)
-    return vocabulary * max(measuring, tokens * (2 * dtype.itemsize + 12) if training else 0)
+    trained = min(vocabulary * tokens, TRAINED_LOGITS) * (2 * dtype.itemsize + 12)
+    return max(vocabulary * measuring if measures else 0, trained if training else 0)
 
 
-def _working(sizes: _Sizes, shards: int) -> int:
-    """Quantizing one linear (four fp32 copies of a rank's share), or computing with one
-    (dequantized, forward and backward), whichever is more."""
-    return max(16 * sizes.largest // shards, 8 * sizes.largest)
+def _working(sizes: _Sizes, shards: int, dtype: torch.dtype) -> int:
+    """Quantizing a rank's share of one linear (two weights as they are read, and codes), or
+    computing with one (dequantized, and cast for the product), whichever is more."""
+    quantizing = (2 * dtype.itemsize + 2) * sizes.largest // shards
+    return max(quantizing, 2 * dtype.itemsize * sizes.largest)
 
 
 def _disk(config: RunConfig, sizes: _Sizes, dtype: torch.dtype) -> dict[str, int]:

@@ -29,13 +29,16 @@ class CheckpointReader:
     """The tensors of a Hugging Face folder, in `model.safetensors` or in shards with an index.
 
     `aliases` maps names to others that are read in their place where the file lacks them
-    (a tied `lm_head.weight`). `bytes_read` counts what `read` returned. Raises UserError for a
-    missing, truncated or foreign file.
+    (a tied `lm_head.weight`). `pin_memory`: for copies to a GPU that nobody waits for.
+    `bytes_read` counts what `read` returned; one read `ahead` of use hides the disk behind the
+    quantizing. Raises UserError for a missing, truncated or foreign file.
     """
 
-    def __init__(self, folder: Path, aliases: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, aliases: dict[str, str] | None = None, *, pin_memory: bool = False
+    ) -> None:
         self.folder = Path(folder)
-        self.bytes_read = 0
+        self.bytes_read, self.ahead, self._pins = 0, 1, pin_memory
         self._facts: dict[str, tuple[Path, tuple[int, ...], str]] = {}
         for path in _files(self.folder):
             self._facts |= {name: (path, *fact) for name, fact in _header(path).items()}
@@ -67,14 +70,20 @@ class CheckpointReader:
         `rows`: slices of dimension 0, returned one after the other; only they are read.
         """
         path, shape, _ = self._fact(name)
-        real = self._aliases.get(name, name)
+        rows = [slice(0, n) for n in shape[:1]] if rows is None else rows
+        assert all(0 <= r.start <= r.stop <= shape[0] for r in rows), (name, rows, shape)
         with _open(path) as file:
-            if rows is None:
-                tensor = file.get_tensor(real).clone()
-            else:
-                assert all(0 <= r.start <= r.stop <= shape[0] for r in rows), (name, rows, shape)
-                part = file.get_slice(real)
-                tensor = torch.cat([part[r.start : r.stop] for r in rows])
+            real = self._aliases.get(name, name)
+            if not shape:
+                return self._counted(file.get_tensor(real).clone())
+            part = file.get_slice(real)
+            size = (sum(r.stop - r.start for r in rows), *shape[1:])
+            tensor = torch.empty(size, dtype=self.dtype(name), pin_memory=self._pins)
+            for target, r in zip(tensor.split([r.stop - r.start for r in rows]), rows, strict=True):
+                target.copy_(part[r.start : r.stop])
+        return self._counted(tensor)
+
+    def _counted(self, tensor: torch.Tensor) -> torch.Tensor:
         self.bytes_read += tensor.nbytes
         return tensor
 

@@ -17,7 +17,7 @@ from hqqtrain.models.names import base_model, expected_shapes, tied_names
 from hqqtrain.models.reader import CheckpointReader
 from hqqtrain.models.source import Source
 
-_CHUNK = {"cuda": 1 << 25, "cpu": 1 << 19}
+_CHUNK = {"cuda": 1 << 23, "cpu": 1 << 19}
 """Numbers made at once: what they take meanwhile stays small, in a CPU's cache even."""
 
 _BYTES_MEAN, _BYTES_DEVIATION = 8 * 127.5, (8 * (256**2 - 1) / 12) ** 0.5
@@ -33,7 +33,8 @@ def open_weights(
     smaller than that of the bundled tokenizer.
     """
     if source.kind != "synthetic":
-        return CheckpointReader(source.path, aliases=tied_names(model))
+        pinned = device.type == "cuda"
+        return CheckpointReader(source.path, aliases=tied_names(model), pin_memory=pinned)
     config = base_model(model).config
     text, known = config.get_text_config(), config_of(source.tokenizer).vocab_size
     if text.vocab_size < known:
@@ -48,7 +49,8 @@ def open_weights(
 
 
 class SyntheticReader:
-    """Stands where a `CheckpointReader` would. `bytes_read` counts what it made.
+    """Stands where a `CheckpointReader` would. `bytes_read` counts what it made; it is made where
+    it is needed, so nothing is gained by making it `ahead`.
 
     shapes: of all tensors, by name. Matrices are nearly normal with `deviation`; of the vectors,
     those named `*bias` are zeros and the others, the weights of norms, ones.
@@ -58,6 +60,7 @@ class SyntheticReader:
         self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device,
         *, deviation: float = 0.02, seed: int = 0,
     ) -> None:  # fmt: skip
+        self.ahead = 0
         self._shapes, self._dtype, self._device = dict(shapes), dtype, device
         self._deviation, self._seed = deviation, seed
         self.bytes_read = 0

@@ -1,10 +1,16 @@
 """Modules: the packed linear layer, its LoRA, and putting both into a model."""
 
 from hqqtrain.nn.hqq_linear import PACKED, HQQLinear
-from hqqtrain.nn.lora import HQQLoraLinear, init_adapters, lora_config, with_packed_linears
+from hqqtrain.nn.lora import (
+    HQQLoraLinear,
+    cast_adapters,
+    init_adapters,
+    lora_config,
+    with_packed_linears,
+)
 from hqqtrain.nn.replace import Report, choose, quantize_model, replace_linears
 
 __all__ = [
-    "PACKED", "HQQLinear", "HQQLoraLinear", "Report", "choose", "init_adapters", "lora_config",
-    "quantize_model", "replace_linears", "with_packed_linears",
+    "PACKED", "HQQLinear", "HQQLoraLinear", "Report", "cast_adapters", "choose", "init_adapters",
+    "lora_config", "quantize_model", "replace_linears", "with_packed_linears",
 ]  # fmt: skip

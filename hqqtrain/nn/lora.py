@@ -55,6 +55,14 @@ def with_packed_linears(config: LoraConfig) -> LoraConfig:
     return config
 
 
+def cast_adapters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gives the parameters of all adapters `dtype`, whatever that of the model."""
+    for module in model.modules():
+        if isinstance(module, HQQLoraLinear):
+            module.lora_A.to(dtype)
+            module.lora_B.to(dtype)
+
+
 def init_adapters(model: nn.Module, seed: int, kind: str,
                   write: Callable[[nn.Parameter, Tensor], Any]) -> None:  # fmt: skip
     """Gives every LoRA matrix its first values by its name, so that no sharding changes them.

@@ -9,20 +9,20 @@ CHUNK_ROWS_OF = 1 << 22
 """Weights that are held in fp64 at a time."""
 
 
-def squared_error(W: Tensor, approximation: Tensor) -> tuple[float, float]:
-    """(||W - approximation||^2, ||W||^2) in fp64: sums, to add up over slices and ranks."""
+def squared_error(W: Tensor, approximation: Tensor) -> Tensor:
+    """||W - approximation||^2 and ||W||^2, fp64 [2]: sums, to add up over slices and ranks."""
     rows = max(1, CHUNK_ROWS_OF // max(1, W.shape[1]))
-    error = norm = torch.zeros((), dtype=torch.float64, device=W.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=W.device)
     for a, b in zip(W.split(rows), approximation.split(rows), strict=True):
         a = a.double()
-        norm = norm + a.square().sum()
-        error = error + (a - b.double()).square().sum()
-    return error.item(), norm.item()
+        norms = [torch.linalg.vector_norm(x) for x in (b - a, a)]
+        sums += torch.stack(norms).square()
+    return sums
 
 
 def relative_error(W: Tensor, approximation: Tensor) -> float:
     """||W - approximation||^2 / ||W||^2; 0 where both are zero."""
-    error, norm = squared_error(W, approximation)
+    error, norm = squared_error(W, approximation).tolist()
     return error / norm if norm else float("inf") if error else 0.0
 
 

@@ -40,8 +40,8 @@ def _warn_of(group_size: int) -> None:
     )  # fmt: skip
 
 
-def quantize(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor] | None:
-    """W_q [units, row_bytes], scale and zero [units, groups]; None if W holds NaN or infinity."""
+def quantize(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W_q [units, row_bytes], scale and zero [units, groups]; [1]: does W hold NaN or infinity?"""
     from hqqtrain_kernels import quantize_triton  # triton is absent on a Mac
 
     method = quantize_triton.Method(

@@ -41,12 +41,22 @@ def quantize(
 
     Raises UserError for NaN or infinity, naming the tensor and the row.
     """
+    quantized, not_finite = enqueue(W, spec, name=name)
+    if not_finite:
+        raise not_finite_error(W, name, rows)
+    return quantized
+
+
+@torch.no_grad()
+def enqueue(W: Tensor, spec: QuantSpec, *, name: str = "weight") -> tuple[Quantized, Tensor]:
+    """`quantize`, not waited for on a GPU, and a tensor [1] that is true if W is not finite.
+
+    Then what stands in the result means nothing, and `not_finite_error` tells of W.
+    """
     layout = spec.layout(W.shape[0], W.shape[1], name)
     solve = fused.quantize if fused.runs(W.device, layout) else _in_chunks
-    quantized = solve(W, layout, spec)
-    if quantized is None:
-        raise _not_finite(W, name, rows)
-    return Quantized(*quantized)
+    *quantized, not_finite = solve(W, layout, spec)
+    return Quantized(*quantized), not_finite
 
 
 def dequantize(q: Quantized, layout: Layout, dtype: torch.dtype) -> Tensor:
@@ -54,20 +64,20 @@ def dequantize(q: Quantized, layout: Layout, dtype: torch.dtype) -> Tensor:
     return kernels.dequantize(q.W_q, q.scale, q.zero, layout, dtype)
 
 
-def _in_chunks(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor] | None:
-    """W_q, scale, zero; None where W is not finite."""
+def _in_chunks(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W_q, scale, zero; and [1], true where W is not finite."""
     g, n = layout.group_size, layout.units * layout.groups
     columns = W.reshape(n, g).t() if layout.axis == 1 else W.reshape(g, n)
     codes = torch.empty(n, g, dtype=torch.uint8, device=W.device)
     meta = torch.empty(2, n, dtype=spec.meta_dtype, device=W.device)
+    not_finite = torch.zeros(1, dtype=torch.bool, device=W.device)
     for part in _chunks(n, g, W.device):
         chunk = columns[:, part].to(torch.float32).contiguous()
-        if not chunk.isfinite().all():
-            return None
+        not_finite |= ~chunk.isfinite().all()
         codes[part], meta[0, part], meta[1, part] = _solve(chunk, spec)
     W_q = kernels.pack(codes.view(layout.units, layout.row_codes), layout.nbits)
     scale, zero = meta.view(2, layout.units, layout.groups)
-    return W_q, scale.clone(), zero.clone()
+    return W_q, scale.clone(), zero.clone(), not_finite
 
 
 def _chunks(n: int, g: int, device: torch.device) -> Iterator[slice]:
@@ -94,8 +104,9 @@ def _solve(W: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
     return codes.t().to(torch.uint8), *grid.store(scale, zero)
 
 
-def _not_finite(W: Tensor, name: str, rows: Sequence[slice] | None) -> UserError:
-    """The first row with a value that fp32 does not hold."""
+def not_finite_error(W: Tensor, name: str, rows: Sequence[slice] | None) -> UserError:
+    """For W, some rows [n, ...] of `name`: the first one with a value that fp32 does not hold."""
+    W = W.reshape(len(W), -1)
     bad = torch.cat([~part.float().isfinite().all(1) for part in W.split(1024)])
     numbers = [i for part in rows for i in range(part.start, part.stop)] if rows else range(len(W))
     first = int(bad.nonzero()[0])

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hqqtrain.dist import Filled, Processes, fill, materialise
-from hqqtrain.dist.fill import Reader
+from hqqtrain.dist.ahead import Reader
 from hqqtrain.models import base_tensors, is_packed, restore_buffers, tie
 from hqqtrain.nn import HQQLinear
 

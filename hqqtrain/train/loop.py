@@ -13,17 +13,17 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.data import SampleOrder, Sequences, collate
 from hqqtrain.dist import Sentinel
-from hqqtrain.models import base_model
-from hqqtrain.train.evaluation import Batch, next_token_logits
+from hqqtrain.train.checkpointing import checkpoint_layers
+from hqqtrain.train.evaluation import Batch
 from hqqtrain.train.flops import utilisation
+from hqqtrain.train.loss import NextTokenLoss
 from hqqtrain.train.optimizer import build_optimizer, build_schedule
 from hqqtrain.train.session import Session
 
@@ -61,11 +61,12 @@ class Trainer:
         self.processes, self.accelerator = session.processes, session.accelerator
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if config.train.checkpointing:
-            base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model, offload=config.parallel.offload == "activations")
         self.share = utilisation(model, session.device_name, self.processes.size)
         self.bare_model = self.model = model
         if session.strategy == "ddp":
             self.model = self.accelerator.prepare_model(model)
+        self.loss = NextTokenLoss(self.model)
         self.order = SampleOrder(len(sequences), config.train.seed)
         self.steps = total_steps(config, self.order)
         _warn_of_warmup(config, self.steps)
@@ -102,7 +103,8 @@ class Trainer:
         batches = list(self._micro_batches(indices))
         for number, batch in enumerate(batches):
             with self._no_sync(last=number == len(batches) - 1):
-                loss = self._loss(batch)
+                with self.accelerator.autocast():
+                    loss = self.loss(batch)
                 # DDP and FSDP2 average gradients over ranks; the loss is a sum over tokens.
                 self.accelerator.backward(loss * (self.processes.size / max(1, tokens)))
             total += loss.detach().double()
@@ -120,13 +122,6 @@ class Trainer:
         for start in range(0, len(mine), size):
             batch = collate([self.sequences[i] for i in mine[start : start + size]])
             yield {k: v.to(self.processes.device, non_blocking=True) for k, v in batch.items()}
-
-    def _loss(self, batch: Batch) -> Tensor:
-        """Next-token loss, summed over the batch's tokens."""
-        labels = batch.pop("labels")[:, 1:].flatten()
-        with self.accelerator.autocast():
-            logits = next_token_logits(self.model, batch)
-        return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
 
     def _no_sync(self, *, last: bool) -> AbstractContextManager:
         if isinstance(self.model, DistributedDataParallel) and not last:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from hqqtrain.ckpt import Fingerprint, QuantizedSettings, quantized_settings
 from hqqtrain.config import RunConfig, UserError
-from hqqtrain.dist import Processes, shard
+from hqqtrain.dist import LoadReport, Processes, check_bits, shard
 from hqqtrain.models import (
     CheckpointReader,
     Source,
@@ -29,6 +29,7 @@ from hqqtrain.models import (
 )  # fmt: skip
 from hqqtrain.nn import (
     HQQLinear,
+    cast_adapters,
     lora_config,
     quantize_model,
     replace_linears,
@@ -75,8 +76,17 @@ class Built:
     layer_errors: dict[str, float]
     """Relative error by layer; empty where the weights came packed."""
     relative_error: float | None
-    bytes_read: int
-    seconds: float
+    loading: list[LoadReport]
+    """Of every rank."""
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(report.bytes_read for report in self.loading)
+
+    @property
+    def seconds(self) -> float:
+        """Until the last rank was ready."""
+        return max(report.seconds for report in self.loading)
 
 
 def make_plan(session: Session, *, adapt: bool) -> Plan:
@@ -108,6 +118,7 @@ def make_plan(session: Session, *, adapt: bool) -> Plan:
     if lora is not None:
         # low_cpu_mem_usage: the adapters are made on meta, too
         model = get_peft_model(base_model(model), lora, low_cpu_mem_usage=True)
+        cast_adapters(model, DTYPES[config.adapter.dtype])
     return Plan(source, hf_config, reader, model, lora, start)
 
 
@@ -119,6 +130,7 @@ def build(plan: Plan, session: Session, *,
         UserError: NaN or Inf in a weight; packed weights or an adapter that do not belong.
     """
     model, processes = plan.model, session.processes
+    check_bits(session.storage, session.strategy, processes)
     if session.strategy == "fsdp2":
         shard(model, session.device, processes.size)
     fingerprint = Fingerprint()
@@ -130,8 +142,7 @@ def build(plan: Plan, session: Session, *,
     if plan.lora is not None:
         fill_adapters(model, plan.start, settings.fingerprint, session.config)
     errors, total = ({}, None) if plan.packed else filled.relative_errors(processes)
-    bytes_read = int(processes.sum([plan.reader.bytes_read])[0])
-    return Built(model, settings, errors, total, bytes_read, filled.seconds)
+    return Built(model, settings, errors, total, processes.gather(filled.report))
 
 
 def build_reference(plan: Plan, session: Session) -> tuple[nn.Module, int]:

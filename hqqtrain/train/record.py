@@ -96,7 +96,10 @@ class Record:
         self.layer_errors = built.layer_errors
         if not self.main:
             return
+        for report in built.loading:
+            logger.info("%s", report)
         self.directory.begin(self.command)
+        self.directory.write_loading([asdict(report) for report in built.loading])
         self._begun = True
         self.trackers = open_trackers(self.config.track, self.directory.path, asdict(self.config))
         errors = {f"{LAYER_ERROR}{name}": error for name, error in built.layer_errors.items()}

@@ -3,20 +3,16 @@
 As operators they are opaque to torch.compile and visible to autograd, whose backward here needs
 the packed weight alone: it is dequantized again, and neither the dense weight nor the input is
 kept. (hqq saves the input for a weight gradient that nobody takes.)
-
-The dense weight is a new tensor each time. torch's allocator hands the same memory out again, per
-stream and also inside CUDA graphs, which a buffer of our own could not do as safely.
 """
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hqqtrain_kernels import reference, select
+from hqqtrain_kernels import product, select
 from hqqtrain_kernels.layout import Layout
+from hqqtrain_kernels.product import Weight
 
 _WEIGHT = "Tensor W_q, Tensor scale, Tensor zero"
 _LAYOUT = "int in_features, int nbits, int group_size, int axis"
@@ -67,16 +63,16 @@ def linear(
     4 bits is not rounded at all (`linear_triton.py` says how, `table.py` when). Gradients reach x
     and bias; scale and zero are frozen.
     """
-    if _autocasts(x):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    if bias is not None:
+    if torch._C._is_any_autocast_enabled():
+        x = _autocast(x)
+    if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    weight, numbers = (x, W_q, scale, zero, bias), (*_numbers(layout), compute_dtype)
+    weight = Weight(W_q, scale, zero, *_numbers(layout), compute_dtype)
     if not _unwatched(x):
-        return _linear_op(*weight, *numbers)
+        return _watched(x, bias, weight)
     if _needs_grad(x, scale, zero, bias):
-        return _Linear.apply(*weight, numbers)
-    return _linear(*weight, *numbers)
+        return _Linear.apply(x, bias, weight)
+    return product.product(x, weight, bias)
 
 
 def _unwatched(x: Tensor) -> bool:
@@ -98,124 +94,96 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
-def _autocasts(x: Tensor) -> bool:
+def _autocast(x: Tensor) -> Tensor:
     device = x.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def _numbers(layout: Layout) -> tuple[int, int, int, int]:
     return layout.in_features, layout.nbits, layout.group_size, layout.axis
 
 
-@functools.lru_cache(maxsize=4096)
-def _layout(units: int, in_features: int, nbits: int, group_size: int, axis: int) -> Layout:
-    return Layout(_out_features(units, group_size, axis), in_features, nbits, group_size, axis)
-
-
 def _out_features(units: int, group_size: int, axis: int) -> int:
     return units * (1 if axis == 1 else group_size)
-
-
-@functools.cache
-def _triton() -> tuple[Any, Any]:
-    """The kernels, imported when a GPU first needs them: triton is absent on a Mac."""
-    from hqqtrain_kernels import dequantize_triton, linear_triton
-
-    return dequantize_triton, linear_triton
 
 
 def _dequantize_into(
     W_q: Tensor, scale: Tensor, zero: Tensor, in_features: int, nbits: int, group_size: int,
     axis: int, out: Tensor,
 ) -> None:  # fmt: skip
-    layout = _layout(W_q.shape[0], in_features, nbits, group_size, axis)
+    weight = Weight(W_q, scale, zero, in_features, nbits, group_size, axis, out.dtype)
     if select.runs_triton(W_q.device):
-        _triton()[0].dequantize(W_q, scale, zero, layout, out)
+        product.kernels()[0].dequantize(W_q, scale, zero, weight.layout, out)
     else:
-        out.copy_(reference.dequantize(W_q, scale, zero, layout, out.dtype))
+        out.copy_(product.dense(weight, out.dtype))
 
 
 def _dequantize(
     W_q: Tensor, scale: Tensor, zero: Tensor, in_features: int, nbits: int, group_size: int,
     axis: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    layout = _layout(W_q.shape[0], in_features, nbits, group_size, axis)
-    if not select.runs_triton(W_q.device):
-        return reference.dequantize(W_q, scale, zero, layout, dtype)
-    shape, kernel_dtype = (layout.out_features, in_features), dtype
-    if dtype.itemsize > 4:
-        kernel_dtype = torch.float32
-    out = torch.empty(shape, dtype=kernel_dtype, device=W_q.device)
-    _triton()[0].dequantize(W_q, scale, zero, layout, out)
-    return out.to(dtype)
+    weight = Weight(W_q, scale, zero, in_features, nbits, group_size, axis, dtype)
+    return product.dense(weight, dtype)
 
 
 def _linear(
-    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, in_features: int,
-    nbits: int, group_size: int, axis: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    if select.runs_triton(x.device):
-        layout = _layout(W_q.shape[0], in_features, nbits, group_size, axis)
-        fused = _triton()[1].linear(x, W_q, scale, zero, bias, layout)
-        if fused is not None:
-            return fused
-    first = _first_dtype(x.dtype, dtype)
-    W = _dequantize(W_q, scale, zero, in_features, nbits, group_size, axis, first).to(x.dtype)
-    if not _autocasts(x):
-        return F.linear(x, W, bias)
-    # Autocast is still on below the operator and would change the result's dtype.
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x, W, bias)
+    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *numbers: Any
+) -> Tensor:
+    return product.product(x, Weight(W_q, scale, zero, *numbers), bias)
 
 
-def _first_dtype(wanted: torch.dtype, compute_dtype: torch.dtype) -> torch.dtype:
-    """What to dequantize to; fp32 is where dequantizing starts, so it needs no detour."""
-    return wanted if compute_dtype == torch.float32 else compute_dtype
-
-
-def _weight(like: Tensor, *arguments: Any) -> Tensor:
-    return _dequantize(*arguments) if _unwatched(like) else _dequantize_op(*arguments)
+def _watched(x: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
+    W_q, scale, zero, *numbers = weight
+    return _linear_op(x, W_q, scale, zero, bias, *numbers)
 
 
 class _Linear(torch.autograd.Function):
-    """Calls the operator below autograd: 30 us of Python less than `register_autograd`."""
+    """Calls the operator below autograd: 30 us of Python less than `register_autograd`.
+
+    The weight is one argument, of which autograd knows nothing: each tensor would cost 2 us.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None,
-        numbers: tuple,
-    ) -> Tensor:  # fmt: skip
-        needs_x, _, needs_scale, needs_zero, _, _ = ctx.needs_input_grad
-        if needs_scale or needs_zero:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
+        if weight.scale.requires_grad or weight.zero.requires_grad:
             raise NotImplementedError("scale and zero are frozen: they have no gradient yet")
-        if needs_x:
-            ctx.numbers = numbers
-            ctx.save_for_backward(W_q, scale, zero)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(*weight[:3])
+            ctx.numbers = weight[3:]
         if _unwatched(x):
-            return _linear(x, W_q, scale, zero, bias, *numbers)
+            return product.product(x, weight, bias)
         with torch._C._AutoDispatchBelowAutograd():
-            return _linear_op(x, W_q, scale, zero, bias, *numbers)
+            return _watched(x, bias, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs_x, _, _, _, needs_bias, _ = ctx.needs_input_grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        needs_x, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad_bias = None
         if needs_x:
-            *layout, dtype = ctx.numbers
-            first = _first_dtype(grad.dtype, dtype)
-            grad_x = grad @ _weight(grad, *ctx.saved_tensors, *layout, first).to(grad.dtype)
+            grad_x = _gradient(grad, Weight(*ctx.saved_tensors, *ctx.numbers))
         if needs_bias:
             grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
-        return grad_x, None, None, None, grad_bias, None
+        return grad_x, grad_bias, None
+
+
+def _gradient(grad: Tensor, weight: Weight) -> Tensor:
+    if _unwatched(grad):
+        return product.gradient(grad, weight)
+    *packed, own = weight
+    W = _dequantize_op(*packed, product.first_dtype(grad.dtype, own))
+    return grad @ W.to(grad.dtype)
 
 
 def _linear_autograd(
     x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *numbers: Any
 ) -> Tensor:
+    weight = Weight(W_q, scale, zero, *numbers)
     if _needs_grad(x, scale, zero, bias):
-        return _Linear.apply(x, W_q, scale, zero, bias, numbers)
+        return _Linear.apply(x, bias, weight)
     with torch._C._AutoDispatchBelowAutograd():
-        return _linear_op(x, W_q, scale, zero, bias, *numbers)
+        return _watched(x, bias, weight)
 
 
 def _dequantize_fake(

@@ -5,7 +5,6 @@ hqq's library moves 88 bytes a weight and round through memory.
 """
 
 import functools
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +29,12 @@ class Method:
 
 def quantize(
     W: Tensor, layout: Layout, method: Method, meta_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """W_q uint8 [units, row_bytes], scale and zero [units, groups]; None for NaN or infinity in W.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W_q uint8 [units, row_bytes], scale and zero [units, groups], and int32 [1]: 0, or 1 if W
+    holds NaN or infinity, and then the rest means nothing.
 
-    W [out_features, in_features] is of any float dtype, on a GPU.
+    W [out_features, in_features] is of any float dtype, on a GPU. Not waited for: to do so, and to
+    launch again, takes 0.1 ms of a weight's 0.2 to 0.6 (28672 x 8192, H100).
     """
     if W.stride(1) != 1:
         W = W.contiguous()
@@ -43,41 +44,14 @@ def quantize(
     codes = W.new_empty(layout.units, plan.columns, dtype=torch.uint8)
     scale = W.new_empty(layout.units, layout.groups, dtype=meta_dtype)
     zero = torch.empty_like(scale)
-    not_finite = _flags.take(W.is_cuda)
+    not_finite = W.new_zeros(1, dtype=torch.int32)
     tensors = (W, codes, scale, zero, not_finite)
     numbers = (plan.groups, stride // step, layout.units, layout.units)
     for launch in plan.launches:
         grid = (plan.units * launch.blocks, 1, 1)
         launch.variant.launch(grid, tensors, (launch.blocks, *numbers))
-    if W.is_cuda:
-        torch.cuda.current_stream(W.device).synchronize()
-    if _flags.give_back(not_finite, W.is_cuda):
-        return None
-    return (codes if _packs(layout) else pack(codes, layout.nbits)), scale, zero
-
-
-class _Flags(threading.local):
-    """Flags that this thread has at hand, int32 [1] in the host's memory: nothing has to be copied
-    from there, and a new one each time would cost as much as a launch. One that is taken and not
-    given back, because of an exception, may still be raised by a kernel: it is not used again."""
-
-    def __init__(self) -> None:
-        self._free: dict[bool, Tensor] = {}
-
-    def take(self, pinned: bool) -> Tensor:
-        """One that is down."""
-        flag = self._free.pop(pinned, None)
-        if flag is None:
-            flag = torch.empty(1, dtype=torch.int32, device="cpu", pin_memory=pinned)
-        return flag.zero_()
-
-    def give_back(self, flag: Tensor, pinned: bool) -> bool:
-        """Whether it was raised."""
-        self._free[pinned] = flag
-        return bool(flag.item())
-
-
-_flags = _Flags()
+    W_q = codes if _packs(layout) else pack(codes, layout.nbits)
+    return W_q, scale, zero, not_finite
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,11 @@
 """Bits that change, and ranks that part, are found: with real processes."""
 
-import multiprocessing
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from e2e.runs import free_port
+from dist.ranks import CPU, on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,8 +14,6 @@ from torch.distributed.tensor import DTensor
 from hqqtrain.dist import DivergedError, Processes, Sentinel
 from hqqtrain.nn import HQQLinear
 from hqqtrain.quant import QuantSpec
-
-CPU = torch.device("cpu")
 
 
 def make_model() -> nn.Sequential:
@@ -55,33 +50,6 @@ def test_one_bit_of_a_frozen_weight_is_noticed(tensor: str):
     flip(getattr(model[0], tensor))
     with pytest.raises(DivergedError, match=rf"rank 0: 0\.{tensor}, which is frozen, has changed"):
         sentinel.check()
-
-
-def _found(rank: int, size: int, port: int, case: Callable[..., None], answers: Any) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
-    try:
-        case(rank, Processes(rank, size, CPU))
-        answers.put((rank, ""))
-    except DivergedError as error:
-        answers.put((rank, str(error)))
-    torch.distributed.destroy_process_group()
-
-
-def on_ranks(case: Callable[..., None], size: int) -> list[str]:
-    """What every rank's sentinel said."""
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    answers = context.Queue()
-    workers = [
-        context.Process(target=_found, args=(rank, size, port, case, answers), daemon=True)
-        for rank in range(size)
-    ]
-    for worker in workers:
-        worker.start()
-    found = dict(answers.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join(30)
-    return [found[rank] for rank in range(size)]
 
 
 def _whole(rank: int, processes: Processes, name: str) -> None:

@@ -41,6 +41,17 @@ def test_summary_is_schema_1(finished: Finished):
     assert summary["quantize"]["bytes_read"] == summary["quantize"]["source_bytes"]
 
 
+def test_loading_is_told_rank_by_rank(finished: Finished):
+    (rank,) = json.loads((finished.directory / "loading.json").read_text())["ranks"]
+    assert rank["rank"] == 0
+    assert rank["bytes_read"] == finished.summary["quantize"]["bytes_read"]
+    assert 0 < rank["read_seconds"] < rank["seconds"]
+    assert 0.05 < rank["host_peak_gib"] < 4
+    assert rank["device_peak_gib"] == 0
+    assert "rank 0: 0.0" in finished.output
+    assert "GB/s; reading took" in finished.output
+
+
 def test_training_wins_back_most_of_the_perplexity(finished: Finished):
     measured = finished.summary["eval"]
     full, quantized, final = (

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from unit.kernels.weights import DEVICE, GPU, packed
 
 import hqqtrain_kernels as kernels
-from hqqtrain_kernels import Layout, ops, reference
+from hqqtrain_kernels import Layout, product, reference
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 from hqqtrain_kernels import linear_triton
@@ -251,7 +251,7 @@ def test_kernels_were_really_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this file compares with must not be what computes."""
     fused, asked = linear_triton.launch, []
     monkeypatch.setattr(linear_triton, "launch", lambda *a: asked.append(a) or fused(*a))
-    monkeypatch.setattr(ops.reference, "dequantize", None)
+    monkeypatch.setattr(product.reference, "dequantize", None)
     for layout in (FUSED, DENSE):
         x = torch.randn(2, 128, device=DEVICE, dtype=DTYPE)
         kernels.linear(x, *packed(layout), None, layout)
@@ -266,7 +266,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
                bias: Tensor | None = None) -> Tensor:  # fmt: skip
         return kernels.linear(x, W_q, scale, zero, bias, FUSED)
 
-    for wide in (x.repeat(1, 2), x[:, :64]):
+    for wide in (x.repeat(1, 2), x[:, :64], x.repeat(100, 2)):
         with pytest.raises(RuntimeError, match="shape"):
             linear(x=wide)
     with pytest.raises(RuntimeError, match="size"):

@@ -1,0 +1,41 @@
+"""Runs a function on real processes that talk over gloo."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from e2e.runs import free_port
+
+from hqqtrain.config import UserError
+from hqqtrain.dist import DivergedError, Processes
+
+CPU = torch.device("cpu")
+
+
+def _found(rank: int, size: int, port: int, case: Callable[..., None], answers: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    try:
+        case(rank, Processes(rank, size, CPU))
+        answers.put((rank, ""))
+    except (DivergedError, UserError) as error:
+        answers.put((rank, str(error)))
+    torch.distributed.destroy_process_group()
+
+
+def on_ranks(case: Callable[..., None], size: int) -> list[str]:
+    """The fault that `case` raised on every rank, or nothing."""
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    answers = context.Queue()
+    workers = [
+        context.Process(target=_found, args=(rank, size, port, case, answers), daemon=True)
+        for rank in range(size)
+    ]
+    for worker in workers:
+        worker.start()
+    found = dict(answers.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join(30)
+    return [found[rank] for rank in range(size)]

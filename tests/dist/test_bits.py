@@ -1,0 +1,68 @@
+"""All bit patterns survive every strategy, with real processes; what changes them is refused."""
+
+import os
+
+import pytest
+import torch
+from dist.ranks import on_ranks
+from packaging.version import Version
+
+from hqqtrain.config import UserError
+from hqqtrain.dist import Processes, bits, check_bits
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+STORAGES = [torch.bfloat16, torch.float16, torch.float32, torch.uint8]
+OLD = Version(torch.__version__) < Version("2.12")
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_all_patterns_are_there(storage):
+    words = bits.patterns(storage, torch.device("cpu")).contiguous().view(torch.int16)
+    assert words.unique().numel() == 1 << 16
+
+
+def every_storage(rank: int, processes: Processes) -> None:
+    for strategy in ("single", "ddp", "fsdp2"):
+        for storage in STORAGES:
+            if not (OLD and strategy == "fsdp2" and storage == torch.uint8):
+                check_bits(storage, strategy, processes)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_strategy_keeps_them(size):
+    assert on_ranks(every_storage, size) == [""] * size
+
+
+def one_rank_rewrites(rank: int, processes: Processes) -> None:
+    gathered = bits._sharded_and_gathered
+
+    def rewriting(wanted: torch.Tensor, processes: Processes) -> torch.Tensor:
+        found = gathered(wanted, processes).clone()
+        if rank == 1:
+            found.view(torch.int16)[found.isnan().view_as(found)] ^= 64  # the quiet bit
+        return found
+
+    bits._sharded_and_gathered = rewriting
+    check_bits(torch.bfloat16, "fsdp2", processes)
+
+
+def test_a_rewritten_pattern_stops_all_ranks():
+    for answer in on_ranks(one_rank_rewrites, 2):
+        assert "quant.storage=bfloat16: parallel.strategy=fsdp2 changes" in answer
+        assert "choose another quant.storage" in answer
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_nccl_keeps_them():
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
+    torch.distributed.init_process_group("nccl", rank=0, world_size=1, device_id=torch.device("cuda:0"))
+    try:
+        every_storage(0, Processes(0, 1, torch.device("cuda:0")))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_it_says_what_it_found(monkeypatch):
+    monkeypatch.setattr(bits, "_sharded_and_gathered", lambda wanted, _: torch.zeros_like(wanted))
+    with pytest.raises(UserError, match="changes 131070 of"):
+        check_bits(torch.bfloat16, "fsdp2", Processes(0, 1, torch.device("cpu")))

@@ -1,0 +1,100 @@
+"""Pieces arrive in order, one of them read while another is worked on; faults arrive in place."""
+
+import threading
+
+import pytest
+import torch
+
+from hqqtrain.config import UserError
+from hqqtrain.dist.ahead import Piece, ReadAhead
+from hqqtrain.dist.finite import Finiteness
+
+
+class Source:
+    """Tensors of one number; notes who read what."""
+
+    def __init__(self, ahead: int) -> None:
+        self.bytes_read, self.ahead = 0, ahead
+        self.read_names: list[str] = []
+        self.threads: set[int] = set()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return (1,)
+
+    def read(self, name: str, rows: list[slice] | None = None) -> torch.Tensor:
+        self.threads.add(threading.get_ident())
+        if name == "bad":
+            raise UserError("bad: damaged")
+        self.read_names.append(name)
+        return torch.tensor([float(name)])
+
+
+def pieces(*names: object) -> list[Piece]:
+    return [Piece(str(name), None) for name in names]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_in_order_and_no_further_ahead_than_asked(ahead):
+    source = Source(ahead)
+    with ReadAhead(source, pieces(*range(8))) as arriving:
+        for number, tensor in enumerate(arriving):
+            assert tensor.item() == number
+            assert len(source.read_names) <= number + 1 + ahead
+    assert source.read_names == [str(i) for i in range(8)]
+    assert (threading.get_ident() in source.threads) == (ahead == 0)
+
+
+def test_one_is_read_while_another_is_worked_on():
+    source = Source(1)
+    with ReadAhead(source, pieces(0, 1, 2)) as arriving:
+        next(arriving)
+        for _ in range(1000):
+            if source.read_names == ["0", "1"]:
+                return
+            threading.Event().wait(0.005)
+    pytest.fail(f"only {source.read_names} read")
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_fault_comes_where_its_piece_is_asked_for(ahead):
+    with ReadAhead(Source(ahead), pieces(0, "bad", 2)) as arriving:
+        assert next(arriving) == 0
+        with pytest.raises(UserError, match="bad: damaged"):
+            next(arriving)
+
+
+def test_leaving_early_ends_the_thread():
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), ReadAhead(Source(1), pieces(*range(9))) as arriving:
+        next(arriving)
+        raise KeyboardInterrupt
+    assert threading.active_count() == before
+
+
+class Damaged(Source):
+    """Row 4 of `b` is not finite."""
+
+    def read(self, name: str, rows: list[slice] | None = None) -> torch.Tensor:
+        W = torch.ones(6, 3)
+        if name == "b":
+            W[4, 1] = torch.nan
+        return torch.cat([W[r] for r in rows]) if rows else W
+
+
+def test_what_is_not_finite_is_named_a_little_later():
+    source = Damaged(0)
+    finite = Finiteness(source)
+    rows = [slice(0, 2), slice(3, 6)]
+    with pytest.raises(UserError, match=r"b: row 4 holds nan; 1 of 5 rows") as fault:
+        for number, name in enumerate("abacad"):
+            bad = ~torch.cat([source.read(name)[r] for r in rows]).isfinite().all()
+            finite.add(Piece(name, rows), bad)
+            assert number < 4, "two answers may be left open, no more"
+    assert "damaged" in str(fault.value)
+
+
+def test_the_last_answers_are_asked_for_at_the_end():
+    finite = Finiteness(Damaged(0))
+    finite.add(Piece("b", None), torch.tensor([1], dtype=torch.int32))
+    with pytest.raises(UserError, match="b: row 4"):
+        finite.check()
