@@ -15,7 +15,7 @@ import yaml
 from hqqtrain import __version__
 from hqqtrain.compose import compose, jobs, recipe_files
 from hqqtrain.compose.usage import usage
-from hqqtrain.config import RunConfig, UserError, did_you_mean
+from hqqtrain.config import RankLostError, RunConfig, UserError, did_you_mean
 from hqqtrain.sweep import Job, run_all
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
@@ -40,6 +40,9 @@ def _guarded(words: list[str]) -> int:
         if _rank() == 0:  # what one rank finds is raised on all
             print(f"hqqtrain: {error}", file=sys.stderr)
         return USER_ERROR
+    except RankLostError as error:
+        print(f"hqqtrain: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("hqqtrain: interrupted.", file=sys.stderr)
         return FAILED

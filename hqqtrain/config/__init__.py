@@ -1,6 +1,6 @@
 """Configuration: plain dataclasses, checked, standard library only."""
 
-from hqqtrain.config.errors import UserError, did_you_mean
+from hqqtrain.config.errors import RankLostError, UserError, did_you_mean
 from hqqtrain.config.groups import (
     AdapterConfig,
     DataConfig,
@@ -17,6 +17,6 @@ from hqqtrain.config.run import RunConfig
 
 __all__ = [
     "AdapterConfig", "DataConfig", "EvalConfig", "ModelConfig", "OptimConfig", "ParallelConfig",
-    "QuantConfig", "RunConfig", "RunSection", "TrackConfig", "TrainConfig", "UserError",
-    "did_you_mean",
+    "QuantConfig", "RankLostError", "RunConfig", "RunSection", "TrackConfig", "TrainConfig",
+    "UserError", "did_you_mean",
 ]  # fmt: skip

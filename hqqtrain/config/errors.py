@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this": shown as a message, exit code 2."""
+"""Exceptions that are shown as a message: what the user can fix, and what befell another rank."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -6,6 +6,10 @@ from difflib import get_close_matches
 
 class UserError(ValueError):
     """A fault in the configuration or the data: names the key or file, the value, the fix."""
+
+
+class RankLostError(RuntimeError):
+    """Another rank has failed, or is gone: which one, and why where that is known. Exit code 1."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

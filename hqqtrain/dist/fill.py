@@ -19,6 +19,7 @@ from hqqtrain.dist.finite import Finiteness
 from hqqtrain.dist.processes import Processes
 from hqqtrain.dist.report import LoadReport, Memory
 from hqqtrain.dist.shards import local, owned_rows
+from hqqtrain.dist.watch import Watch
 from hqqtrain.nn import PACKED, HQQLinear
 from hqqtrain.quant import Quantized, dequantize, enqueue, squared_error
 
@@ -69,20 +70,23 @@ def fill(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], reader: R
         on_layer: called with its name after every quantized layer.
 
     Raises:
-        UserError: a weight holds NaN or Inf.
+        UserError: a weight holds NaN or Inf; on every rank.
+        RankLostError: another rank has failed otherwise, or is gone.
     """
     began, memory = time.perf_counter(), Memory(processes.device)
     own = {name: layer for i, (name, layer) in enumerate(layers.items())
            if _is_mine(layer.W_q, i, processes)}  # fmt: skip
     own_dense = {n: t for i, (n, t) in enumerate(dense.items()) if _is_mine(t, i, processes)}
     pieces = [*_layer_pieces(own, quantized), *_dense_pieces(own_dense)]
-    with processes.together(), ReadAhead(reader, pieces, memory.look) as arriving:
+    with Watch(processes) as watch, ReadAhead(reader, pieces, memory.look) as arriving:
         work = _Work(arriving, Finiteness(reader), processes.device, on_rows)
         for name, layer in layers.items():
             work.layer(name, layer if name in own else None, quantized)
             on_layer(name)
+            watch.check()
         for name, target in own_dense.items():
             work.dense(name, target)
+            watch.check()
         work.finite.check()
     _share_whole(layers, dense, processes)
     seconds = time.perf_counter() - began

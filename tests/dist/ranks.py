@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from e2e.runs import free_port
 
-from hqqtrain.config import UserError
+from hqqtrain.config import RankLostError, UserError
 from hqqtrain.dist import DivergedError, Processes
 
 CPU = torch.device("cpu")
@@ -20,14 +20,17 @@ def _found(rank: int, size: int, port: int, case: Callable[..., None], answers: 
     try:
         case(rank, Processes(rank, size, CPU))
         answers.put((rank, ""))
-    except (DivergedError, UserError) as error:
+    except (DivergedError, RankLostError, UserError) as error:
         answers.put((rank, str(error)))
+    except Exception as error:  # noqa: BLE001 (for the test to look at)
+        answers.put((rank, f"{type(error).__name__}: {error}"))
     torch.distributed.destroy_process_group()
 
 
-def on_ranks(case: Callable[..., None], size: int) -> list[str]:
-    """The fault that `case` raised on every rank, or nothing."""
-    context, port = multiprocessing.get_context("spawn"), free_port()
+def on_ranks(case: Callable[..., None], size: int, *, lost: int | None = None) -> list[str]:
+    """The fault that `case` raised on every rank, or nothing; but for `lost`, which is killed."""
+    context, port = multiprocessing.get_context("forkserver"), free_port()
+    context.set_forkserver_preload(["torch.distributed.fsdp", "hqqtrain.train.prepare"])
     answers = context.Queue()
     workers = [
         context.Process(target=_found, args=(rank, size, port, case, answers), daemon=True)
@@ -35,7 +38,8 @@ def on_ranks(case: Callable[..., None], size: int) -> list[str]:
     ]
     for worker in workers:
         worker.start()
-    found = dict(answers.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join(30)
-    return [found[rank] for rank in range(size)]
+    ranks = [rank for rank in range(size) if rank != lost]
+    found = dict(answers.get(timeout=120) for _ in ranks)
+    for rank in ranks:
+        workers[rank].join(30)
+    return [found[rank] for rank in ranks]

@@ -1,0 +1,94 @@
+"""A rank that fails or vanishes ends the work of all, and they say which and why."""
+
+import os
+import signal
+import time
+
+import pytest
+from dist.ranks import on_ranks
+
+from hqqtrain.config import UserError
+from hqqtrain.dist import Processes, watch
+from hqqtrain.dist.watch import Watch
+
+
+def work(processes: Processes, seconds: float, fault: Exception | None = None) -> None:
+    """So many seconds of it, in small steps, at whose end `fault` is raised."""
+    watch.LOST_AFTER = 3.0
+    with Watch(processes) as watching:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            watching.check()
+            time.sleep(0.05)
+        if fault:
+            raise fault
+
+
+def all_is_well(rank: int, processes: Processes) -> None:
+    began = time.monotonic()
+    work(processes, 5.0 * rank)
+    assert time.monotonic() - began > 9.9, "they leave together"
+    work(processes, 0.1)  # again, with the same names
+
+
+def one_finds_a_fault(rank: int, processes: Processes) -> None:
+    work(processes, 0.5 if rank == 1 else 60, UserError("w: row 3 holds nan") if rank == 1 else None)
+
+
+def one_breaks(rank: int, processes: Processes) -> None:
+    work(processes, 0.5 if rank == 0 else 60, OSError("disk on fire") if rank == 0 else None)
+
+
+def one_fails_last(rank: int, processes: Processes) -> None:
+    """The others have done their part and wait."""
+    work(processes, 2.0 if rank == 2 else 0.1, UserError("w: late") if rank == 2 else None)
+
+
+def one_is_killed(rank: int, processes: Processes) -> None:
+    if rank == 1:
+        watch.LOST_AFTER = 3.0
+        with Watch(processes):
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+    work(processes, 60)
+
+
+def the_first_is_killed(rank: int, processes: Processes) -> None:
+    """With it the store, which lives there without torchrun."""
+    if rank == 0:
+        with Watch(processes):
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+    work(processes, 60)
+
+
+def test_they_leave_together():
+    assert on_ranks(all_is_well, 3) == [""] * 3
+
+
+@pytest.mark.parametrize("case", [one_finds_a_fault, one_fails_last])
+def test_a_fault_of_the_data_is_the_same_on_all(case):
+    expected = "w: row 3 holds nan" if case is one_finds_a_fault else "w: late"
+    began = time.monotonic()
+    assert on_ranks(case, 3) == [expected] * 3
+    assert time.monotonic() - began < 40
+
+
+def test_another_fault_is_told_with_its_rank():
+    answers = on_ranks(one_breaks, 3)
+    assert answers[0] == "OSError: disk on fire"
+    assert answers[1:] == ["rank 0 failed: OSError: disk on fire"] * 2
+
+
+@pytest.mark.parametrize("case", [one_is_killed, the_first_is_killed])
+def test_a_rank_that_vanishes(case):
+    lost = 1 if case is one_is_killed else 0
+    answers = on_ranks(case, 3, lost=lost)
+    wanted = "rank 1 is gone: no sign of life" if lost else "gone"
+    assert all(wanted in answer for answer in answers)
+    assert len(answers) == 2
+
+
+def test_one_rank_alone_needs_no_store():
+    with Watch(Processes(0, 1, None)) as watching:  # type: ignore[arg-type]
+        watching.check()
