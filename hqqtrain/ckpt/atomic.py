@@ -17,7 +17,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     was killed has left behind is removed first, so only one process may write to `path`.
     """
     path = Path(path)
-    temporary, old = _sibling(path, "partial"), _sibling(path, "old")
+    temporary, old = partial_of(path), _sibling(path, "old")
     path.parent.mkdir(parents=True, exist_ok=True)
     _recover(path, old)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -39,7 +39,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 def atomic_write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path`: readers see the old contents or the new, never half."""
     path = Path(path)
-    temporary = _sibling(path, "partial")
+    temporary = partial_of(path)
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
     temporary.replace(path)
@@ -50,6 +50,11 @@ def atomic_write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON. Raises ValueError for NaN and Inf, which JSON lacks."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     atomic_write_text(path, text + "\n")
+
+
+def partial_of(path: Path) -> Path:
+    """Where `path` is written before it takes its place."""
+    return _sibling(path, "partial")
 
 
 def sync(path: Path) -> None:

@@ -13,10 +13,11 @@ import torch
 from transformers import PretrainedConfig
 
 from hqqtrain.ckpt.adapter import Adapter
-from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json
+from hqqtrain.ckpt.atomic import atomic_write_json
 from hqqtrain.ckpt.quantized import ModuleSettings, QuantizedSettings, config_json, copy_companions
-from hqqtrain.ckpt.shards import MAX_SHARD_BYTES, write_shards
+from hqqtrain.ckpt.shards import MAX_SHARD_BYTES, directory_of_all, write_shards
 from hqqtrain.config import UserError
+from hqqtrain.dist import ALONE, Processes
 from hqqtrain.models.build import build_meta
 from hqqtrain.models.names import tied_names
 from hqqtrain.nn import PACKED
@@ -52,18 +53,22 @@ def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapte
 
 
 def export_dense(tensors: Tensors, folder: Path, *, hf_config: PretrainedConfig, source: Path,
-                 dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:  # fmt: skip
+                 dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES,
+                 processes: Processes = ALONE) -> int:  # fmt: skip
     """Write the checkpoint that `AutoModelForCausalLM.from_pretrained` loads; returns its bytes.
 
-    `tensors`: as `dense_tensors` gives them, all floats in `dtype`. `source`: the folder that
-    tokenizer and generation settings are copied from. Complete or not at all.
+    `tensors`: as `dense_tensors` gives them, all floats in `dtype`, on all of `processes` alike.
+    `source`: the folder that tokenizer and generation settings are copied from. Complete or not
+    at all.
     """
     written: set[str] = set()
-    with atomic_directory(folder) as partial:
-        total = write_shards(_noting(tensors, written), partial, max_bytes=max_shard_bytes)
-        values = config_json(_export_config(hf_config, dtype, written))
-        atomic_write_json(partial / "config.json", values)
-        copy_companions(source, partial)
+    with directory_of_all(folder, processes) as partial:
+        stream = _noting(tensors, written)
+        total = write_shards(stream, partial, max_bytes=max_shard_bytes, processes=processes)
+        if processes.is_main:
+            values = config_json(_export_config(hf_config, dtype, written))
+            atomic_write_json(partial / "config.json", values)
+            copy_companions(source, partial)
     return total
 
 

@@ -16,9 +16,10 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json
-from hqqtrain.ckpt.shards import MAX_SHARD_BYTES, write_shards
+from hqqtrain.ckpt.atomic import atomic_write_json
+from hqqtrain.ckpt.shards import MAX_SHARD_BYTES, directory_of_all, write_shards
 from hqqtrain.config import UserError
+from hqqtrain.dist import ALONE, Processes
 from hqqtrain.models.names import base_model, base_tensors, plain_name
 from hqqtrain.models.reader import CheckpointReader
 from hqqtrain.models.source import read_config_json
@@ -136,17 +137,19 @@ def reader_tensors(reader: CheckpointReader) -> Iterator[tuple[str, torch.Tensor
 
 def save_quantized(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
                    hf_config: PretrainedConfig, settings: QuantizedSettings, source: Path,
-                   max_shard_bytes: int = MAX_SHARD_BYTES) -> int:  # fmt: skip
+                   max_shard_bytes: int = MAX_SHARD_BYTES,
+                   processes: Processes = ALONE) -> int:  # fmt: skip
     """Write `folder`, complete or not at all; returns the bytes of all tensors.
 
-    `tensors`: as `model_tensors` yields them. Tokenizer and generation settings are copied from
-    `source`, the folder that the model was read from.
+    `tensors`: as `model_tensors` yields them, on all of `processes` alike. Tokenizer and
+    generation settings are copied from `source`, the folder that the model was read from.
     """
-    with atomic_directory(folder) as partial:
-        total = write_shards(tensors, partial, max_bytes=max_shard_bytes)
-        extra = {"quantization_config": settings.quantization_config()}
-        atomic_write_json(partial / "config.json", config_json(hf_config) | extra)
-        copy_companions(source, partial)
+    with directory_of_all(folder, processes) as partial:
+        total = write_shards(tensors, partial, max_bytes=max_shard_bytes, processes=processes)
+        if processes.is_main:
+            extra = {"quantization_config": settings.quantization_config()}
+            atomic_write_json(partial / "config.json", config_json(hf_config) | extra)
+            copy_companions(source, partial)
     return total
 
 

@@ -6,6 +6,8 @@ Only the first rank uses it. Nothing is written into a directory that something 
 import fcntl
 import math
 import os
+import secrets
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,7 +16,7 @@ from typing import IO, Any
 
 import yaml
 
-from hqqtrain.ckpt.atomic import atomic_write_json, atomic_write_text
+from hqqtrain.ckpt.atomic import atomic_write_json, atomic_write_text, sync
 from hqqtrain.ckpt.provenance import git_revision, input_stamps, versions
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.config.run import NOT_THE_RESULT
@@ -22,6 +24,8 @@ from hqqtrain.config.secrets import masked, masked_command
 
 STATES = ("running", "done", "preempted", "failed")
 _LOCK = ".lock"
+SEEN_WITHIN = 15.0
+"""Seconds: NFS may keep what it knows of a folder for some."""
 
 
 class RunDirectory:
@@ -45,6 +49,27 @@ class RunDirectory:
             _refuse_another(self.path, self.config)
         elif self.path.is_dir() and _holds_files(self.path):
             raise UserError(f"{self.path}: holds files, but no run; choose another run.name.")
+
+    def token(self) -> str:
+        """What the process that holds the lock has written there; new each time."""
+        try:
+            return (self.path / _LOCK).read_text()
+        except OSError:
+            return ""
+
+    def check_shared(self, token: str) -> None:
+        """Raises UserError where this machine does not see what the first rank's has written.
+
+        A network's file system may take some seconds to show it.
+        """
+        end = time.monotonic() + SEEN_WITHIN
+        while self.token() != token:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"run.root={self.config.run.root}: {socket.gethostname()} does not see there "
+                    f"what the first rank wrote into {self.path}. All nodes need one shared folder."
+                )
+            time.sleep(0.1)
 
     def status(self) -> dict[str, Any]:
         """What status.json says; empty where there is none."""
@@ -146,6 +171,10 @@ def _take_lock(folder: Path) -> IO[str]:
                 f"{folder}: in use by another process; wait for it, or choose another run.name."
             ) from None
         if _is_current(file, folder / _LOCK):
+            file.truncate(0)
+            file.write(secrets.token_hex(8))
+            file.flush()
+            sync(folder / _LOCK)
             return file
         file.close()
 

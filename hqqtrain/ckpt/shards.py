@@ -1,41 +1,103 @@
 """Writing a stream of tensors as a Hugging Face checkpoint: shards of bounded size, an index.
 
-The stream may be longer than memory: one shard is held at a time.
+The stream may be longer than memory: a rank holds a shard, and one that is on its way to the disk.
+Which tensors share a file does not depend on how many ranks write.
 """
 
-from collections.abc import Iterable
+import concurrent.futures as futures
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from hqqtrain.ckpt.atomic import atomic_write_json
+from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json, partial_of, sync
+from hqqtrain.dist import ALONE, Processes
 from hqqtrain.models.reader import INDEX, SINGLE
 
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 2_000_000_000
+
+
+@contextmanager
+def directory_of_all(path: Path, processes: Processes) -> Iterator[Path]:
+    """`atomic_directory` for all ranks: the first makes it, and puts it in place when all are done.
+
+    Where one rank fails, nothing is left of it, and all raise. Collective.
+    """
+    with ExitStack() as stack:
+        with processes.together():
+            if processes.is_main:
+                stack.enter_context(atomic_directory(path))
+        with processes.together():
+            yield partial_of(path)
+        with processes.together():
+            stack.close()
 
 
 def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
-                 max_bytes: int = MAX_SHARD_BYTES) -> int:  # fmt: skip
+                 max_bytes: int = MAX_SHARD_BYTES,
+                 processes: Processes = ALONE) -> int:  # fmt: skip
     """Write `tensors` (name, tensor) into `folder`; returns the bytes of all tensors.
 
     One file is named model.safetensors; several get transformers' numbered names and an index.
-    A tensor larger than `max_bytes` has a shard of its own.
+    A tensor larger than `max_bytes` has a shard of its own. Every rank gives the same stream, and
+    writes each `processes.size`-th shard. Collective; a rank that cannot write goes on to the end
+    of the stream, which may be one of gathers.
     """
     weight_map: dict[str, int] = {}
-    shard: dict[str, torch.Tensor] = {}
-    count = size = total = 0
-    for name, tensor in tensors:
-        if name in weight_map:
-            raise ValueError(f"tensor {name} comes twice")
-        if shard and size + tensor.nbytes > max_bytes:
-            _save(shard, folder, count)
-            count, size, shard = count + 1, 0, {}
-        weight_map[name], shard[name] = count, _owned(tensor)
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    _save(shard, folder, count)
-    _name_shards(folder, weight_map, count + 1, total)
+    with processes.together(), _Writer(folder, processes) as writer:
+        size = total = number = 0
+        for name, tensor in tensors:
+            if name in weight_map:
+                raise ValueError(f"tensor {name} comes twice")
+            if size and size + tensor.nbytes > max_bytes:
+                writer.save(number)
+                number, size = number + 1, 0
+            weight_map[name] = number
+            writer.add(name, tensor, number)
+            size, total = size + tensor.nbytes, total + tensor.nbytes
+        writer.save(number)
+        writer.finish()
+    if processes.is_main:
+        _name_shards(folder, weight_map, number + 1, total)
     return total
+
+
+class _Writer:
+    """Writes this rank's shards on a thread of its own, one after the other."""
+
+    def __init__(self, folder: Path, processes: Processes) -> None:
+        self._folder, self._processes = folder, processes
+        self._shard: dict[str, torch.Tensor] = {}
+        self._saving: list[futures.Future[None]] = []
+        self._pool = futures.ThreadPoolExecutor(1, "writing")
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def add(self, name: str, tensor: torch.Tensor, number: int) -> None:
+        """A tensor of shard `number`, which other ranks only look at."""
+        if self._is_mine(number):
+            self._shard[name] = _owned(tensor)
+
+    def save(self, number: int) -> None:
+        """Shard `number` is complete. Waits for the one before it, so that they do not pile up."""
+        if self._is_mine(number):
+            futures.wait(self._saving)
+            self._saving.append(self._pool.submit(_save, self._shard, self._folder, number))
+            self._shard = {}
+
+    def finish(self) -> None:
+        """Raises what saving has raised."""
+        for saving in self._saving:
+            saving.result()
+
+    def _is_mine(self, number: int) -> bool:
+        return number % self._processes.size == self._processes.rank
 
 
 def _owned(tensor: torch.Tensor) -> torch.Tensor:
@@ -46,7 +108,9 @@ def _owned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _save(shard: dict[str, torch.Tensor], folder: Path, number: int) -> None:
-    save_file(shard, folder / f"shard-{number}", metadata={"format": "pt"})
+    path = folder / f"shard-{number}"
+    save_file(shard, path, metadata={"format": "pt"})
+    sync(path)  # only this machine can
 
 
 def _name_shards(folder: Path, weight_map: dict[str, int], count: int, total: int) -> None:

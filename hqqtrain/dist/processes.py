@@ -17,7 +17,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from hqqtrain.config import UserError
+from hqqtrain.config import RankLostError, UserError
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,22 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around work without collectives: a UserError of one rank is raised on every rank.
+        """Around work without collectives: what one rank raises is raised on every rank.
 
-        Else the others would wait for the one that left. Collective at its end.
+        A UserError as it is, anything else on the others as RankLostError. Else they would wait
+        for the one that left. Collective at its end.
         """
-        fault: UserError | None = None
+        fault: Exception | None = None
         try:
             yield
-        except UserError as error:
+        except Exception as error:  # noqa: BLE001 (it is raised again)
             fault = error
-        faults = [text for text in self.gather(str(fault) if fault else None) if text]
-        if fault or faults:
-            raise fault or UserError(faults[0])
+        for rank, told in enumerate(self.gather(_told(fault))):
+            if fault:
+                raise fault
+            if told:
+                user, text = told
+                raise UserError(text) if user else RankLostError(f"rank {rank} failed: {text}")
 
     def leave(self) -> None:
         """Ends the process group, when all ranks are ready to. Collective.
@@ -79,6 +83,17 @@ class Processes:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+"""Of what one process does by itself, whatever its world."""
+
+
+def _told(fault: Exception | None) -> tuple[bool, str] | None:
+    if fault is None:
+        return None
+    user = isinstance(fault, UserError)
+    return user, str(fault) if user else f"{type(fault).__name__}: {fault}"
 
 
 def relaunch_if_ranks_were_lost(arguments: Sequence[str]) -> None:

@@ -38,7 +38,8 @@ class Watch:
         self._others = [rank for rank in range(processes.size) if rank != processes.rank]
         self._states: dict[int, dict[str, Any]] = {}
         self._changed: dict[int, float] = {}
-        self._gone, self._beats = "", 0
+        self._lost: dict[int, str] = {}
+        self._beats, self._is_cut_off = 0, False
         self._raised: UserError | RankLostError | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look_around, name="watch", daemon=True)
@@ -76,7 +77,7 @@ class Watch:
 
     def _wait_for_others(self) -> None:
         """Also where this rank has failed: the store may be its own, and they read why in it."""
-        while not self._gone and not self._have_ended():
+        while not self._is_cut_off and not all(map(self._has_ended, self._others)):
             time.sleep(BEAT / 5)
             self._look()
 
@@ -97,7 +98,7 @@ class Watch:
             if state != self._states.get(rank, {}):
                 self._states[rank], self._changed[rank] = state, now
             elif not state.get("ended") and now - self._changed[rank] > LOST_AFTER:
-                self._gone = f"rank {rank} is gone: no sign of life for {LOST_AFTER:.0f} s"
+                self._lost[rank] = f"rank {rank} is gone: no sign of life for {LOST_AFTER:.0f} s."
 
     def _read(self, key: str) -> bytes:
         return self._store.get(key) if self._store.check([key]) else b""
@@ -106,17 +107,18 @@ class Watch:
         try:
             return ask(*arguments)
         except RuntimeError as error:
-            self._gone = f"the process that holds the ranks together is gone ({error})"
+            self._is_cut_off = True
+            self._lost[-1] = f"the process that holds the ranks together is gone ({error})."
 
-    def _have_ended(self) -> bool:
-        return all(self._states.get(rank, {}).get("ended") for rank in self._others)
+    def _has_ended(self, rank: int) -> bool:
+        return rank in self._lost or bool(self._states.get(rank, {}).get("ended"))
 
     def _fault(self) -> UserError | RankLostError | None:
         for rank, state in sorted(self._states.items()):
             if state.get("fault"):
                 failed = f"rank {rank} failed: {state['fault']}"
                 return UserError(state["fault"]) if state["user"] else RankLostError(failed)
-        return RankLostError(f"{self._gone}.") if self._gone else None
+        return RankLostError(" ".join(self._lost.values())) if self._lost else None
 
 
 def _told(error: BaseException | None) -> str:

@@ -58,6 +58,9 @@ class Record:
         with self.session.processes.together():
             if self.main:
                 self.directory.__enter__()
+        token = self.session.processes.gather(self.directory.token() if self.main else "")[0]
+        with self.session.processes.together():
+            self.directory.check_shared(token)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,

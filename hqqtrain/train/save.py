@@ -1,9 +1,9 @@
-"""Saving what is spread over ranks: gathered tensor by tensor, written by the main rank.
+"""Saving what is spread over ranks: gathered tensor by tensor, written by all of them.
 
-The other ranks walk through the same stream, since every gather is a collective.
+Every rank walks through the same stream, since every gather is a collective.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -26,33 +26,23 @@ Tensors = Iterator[tuple[str, Tensor]]
 
 
 def save_packed(plan: Plan, built: Built, session: Session, folder: Path) -> None:
-    """Writes `quantized/`. Collective."""
-    _write(
-        _as_read(model_tensors(built.model, gather=full_tensor), plan),
-        lambda tensors: save_quantized(
-            tensors, folder, hf_config=plan.hf_config, settings=built.settings,
-            source=plan.source.tokenizer,
-        ),
-        session,
+    """Writes `quantized/`, every rank its part. Collective."""
+    tensors = _as_read(model_tensors(built.model, gather=full_tensor), plan)
+    save_quantized(
+        tensors, folder, hf_config=plan.hf_config, settings=built.settings,
+        source=plan.source.tokenizer, processes=session.processes,
     )  # fmt: skip
 
 
 def save_dense(plan: Plan, built: Built, session: Session, folder: Path) -> None:
-    """Writes dense weights with the adapter merged in, for any tool. Collective."""
+    """Writes dense weights with the adapter merged in, every rank its part. Collective."""
     packed = model_tensors(built.model, gather=full_tensor)
     start = plan.start.adapter if plan.start else None
     dense = dense_tensors(packed, built.settings, start, dtype=session.dtype, device=session.device)
-    _write(
-        dense,
-        lambda tensors: export_dense(
-            tensors,
-            folder,
-            hf_config=plan.hf_config,
-            source=plan.source.tokenizer,
-            dtype=session.dtype,
-        ),
-        session,
-    )
+    export_dense(
+        dense, folder, hf_config=plan.hf_config, source=plan.source.tokenizer,
+        dtype=session.dtype, processes=session.processes,
+    )  # fmt: skip
 
 
 def save_adapter_of(plan: Plan, built: Built, session: Session, record: Record) -> None:
@@ -72,15 +62,6 @@ def _as_read(tensors: Tensors, plan: Plan) -> Tensors:
     for name, tensor in tensors:
         same = tensor.is_floating_point() and name in plan.reader
         yield name, tensor.to(plan.reader.dtype(name)) if same else tensor
-
-
-def _write(tensors: Tensors, write: Callable[[Tensors], object], session: Session) -> None:
-    if session.processes.is_main:
-        write(tensors)
-    else:
-        for _ in tensors:
-            pass
-    session.processes.barrier()
 
 
 def _card(plan: Plan, record: Record) -> AdapterCard:

@@ -14,11 +14,13 @@ from hqqtrain.dist import DivergedError, Processes
 CPU = torch.device("cpu")
 
 
-def _found(rank: int, size: int, port: int, case: Callable[..., None], answers: Any) -> None:
+def _found(
+    rank: int, size: int, port: int, answers: Any, case: Callable[..., None], *arguments: Any
+) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
     try:
-        case(rank, Processes(rank, size, CPU))
+        case(rank, Processes(rank, size, CPU), *arguments)
         answers.put((rank, ""))
     except (DivergedError, RankLostError, UserError) as error:
         answers.put((rank, str(error)))
@@ -27,13 +29,15 @@ def _found(rank: int, size: int, port: int, case: Callable[..., None], answers: 
     torch.distributed.destroy_process_group()
 
 
-def on_ranks(case: Callable[..., None], size: int, *, lost: int | None = None) -> list[str]:
+def on_ranks(
+    case: Callable[..., None], size: int, *arguments: Any, lost: int | None = None
+) -> list[str]:
     """The fault that `case` raised on every rank, or nothing; but for `lost`, which is killed."""
     context, port = multiprocessing.get_context("forkserver"), free_port()
     context.set_forkserver_preload(["torch.distributed.fsdp", "hqqtrain.train.prepare"])
     answers = context.Queue()
     workers = [
-        context.Process(target=_found, args=(rank, size, port, case, answers), daemon=True)
+        context.Process(target=_found, args=(rank, size, port, answers, case, *arguments), daemon=True)
         for rank in range(size)
     ]
     for worker in workers:

@@ -64,6 +64,21 @@ def test_any_sharding_gives_the_same_bits(tmp_path: Path, group_size: str, axis:
     assert one.summary["quantize"]["fingerprint"] == three.summary["quantize"]["fingerprint"]
 
 
+def test_quantized_by_two_trained_by_three_and_by_one(tmp_path: Path):
+    words = (*EXACT, "task=quantize", "parallel.strategy=fsdp2")
+    two = run(*words, root=tmp_path / "two", processes=2)
+    assert two.code == 0, two.output
+    again = (*EXACT, f"model.name_or_path={two.directory}", "train.global_batch_size=6")
+    done = [run(*again, root=tmp_path / str(n), processes=n) for n in (1, 3)]
+    assert [each.code for each in done] == [0, 0], done[0].output + done[1].output
+    packed = sum(f.stat().st_size for f in (two.directory / "quantized").glob("*.safetensors"))
+    for each in done:
+        made = each.summary["quantize"]
+        assert made["fingerprint"] == two.summary["quantize"]["fingerprint"]
+        assert made["bytes_read"] <= packed, "every slice is read by one rank"
+    assert done[1].losses() == pytest.approx(done[0].losses(), abs=1e-4)
+
+
 def test_a_fault_that_one_rank_finds_is_one_message(tmp_path: Path):
     model = tmp_path / "model"
     shutil.copytree(Path(models.__file__).parent / "tiny", model)

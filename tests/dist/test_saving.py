@@ -1,0 +1,77 @@
+"""All ranks write: the files of one process, complete on all or on none."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from dist.ranks import on_ranks
+from safetensors.torch import load_file
+
+from hqqtrain.ckpt import RunDirectory, shards
+from hqqtrain.ckpt.shards import directory_of_all, write_shards
+from hqqtrain.config import RunConfig, RunSection, UserError
+from hqqtrain.dist import ALONE, Processes
+
+TENSORS = {f"t{i}": torch.arange(i, i + 40, dtype=torch.float32).view(4, 10) for i in range(9)}
+
+
+def write(folder: Path, processes: Processes) -> int:
+    with directory_of_all(folder, processes) as partial:
+        return write_shards(TENSORS.items(), partial, max_bytes=400, processes=processes)
+
+
+def save_all(rank: int, processes: Processes, folder: Path) -> None:
+    assert write(folder, processes) == 9 * 160
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_files_do_not_depend_on_the_ranks(size, tmp_path):
+    write(tmp_path / "one", ALONE)
+    assert on_ranks(save_all, size, tmp_path / "many") == [""] * size
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(names) == 5 + 1
+    assert sorted(path.name for path in (tmp_path / "many").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    found = {k: v for p in (tmp_path / "many").glob("*.safetensors") for k, v in load_file(p).items()}
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[name], TENSORS[name]) for name in found)
+
+
+def one_disk_is_full(rank: int, processes: Processes, folder: Path) -> None:
+    if rank == 1:
+        saved = shards._save
+
+        def save(shard: dict[str, torch.Tensor], folder: Path, number: int) -> None:
+            if number == 3:
+                raise OSError("no space left on device")
+            saved(shard, folder, number)
+
+        shards._save = save
+    write(folder, processes)
+
+
+def test_a_disk_that_is_full_leaves_nothing(tmp_path):
+    answers = on_ranks(one_disk_is_full, 2, tmp_path / "out")
+    assert answers[1] == "OSError: no space left on device"
+    assert answers[0] == "rank 1 failed: OSError: no space left on device"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_there_stays_when_one_fails(tmp_path):
+    write(tmp_path / "out", ALONE)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    on_ranks(one_disk_is_full, 2, tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_nodes_do_not_share_is_detected(tmp_path, monkeypatch):
+    monkeypatch.setattr("hqqtrain.ckpt.rundir.SEEN_WITHIN", 0.3)
+    here, there = (RunConfig(run=RunSection(root=str(tmp_path / n), name="a")) for n in "xy")
+    with RunDirectory(here) as first:
+        RunDirectory(here).check_shared(first.token())
+        with pytest.raises(UserError, match=r"run\.root=.*does not see there"):
+            RunDirectory(there).check_shared(first.token())
+        with RunDirectory(there), pytest.raises(UserError, match="one shared folder"):
+            RunDirectory(there).check_shared(first.token())
