@@ -5,7 +5,7 @@ from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json, atomic_wri
 from hqqtrain.ckpt.card import AdapterCard
 from hqqtrain.ckpt.export import dense_tensors, export_dense
 from hqqtrain.ckpt.fingerprint import Fingerprint
-from hqqtrain.ckpt.provenance import versions
+from hqqtrain.ckpt.provenance import stamp, versions
 from hqqtrain.ckpt.quantized import (
     ModuleSettings,
     QuantizedSettings,
@@ -20,5 +20,5 @@ __all__ = [
     "Adapter", "AdapterCard", "Fingerprint", "ModuleSettings", "QuantizedSettings",
     "RunDirectory", "atomic_directory", "atomic_write_json", "atomic_write_text", "dense_tensors",
     "export_dense", "load_adapter", "model_tensors", "quantized_settings", "reader_tensors",
-    "save_adapter", "save_quantized", "versions",
+    "save_adapter", "save_quantized", "stamp", "versions",
 ]  # fmt: skip

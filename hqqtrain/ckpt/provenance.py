@@ -50,10 +50,11 @@ def input_stamps(config: RunConfig) -> dict[str, str]:
         "eval.source": config.eval.source,
     }
     paths = {key: Path(value).expanduser() for key, value in keys.items() if value}
-    return {key: _stamp(path) for key, path in paths.items() if path.exists()}
+    return {key: stamp(path) for key, path in paths.items() if path.exists()}
 
 
-def _stamp(path: Path) -> str:
+def stamp(path: Path) -> str:
+    """sha256, in hex, of the names, sizes and times of a file, or of all files of a folder."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     facts = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()

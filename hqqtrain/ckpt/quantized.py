@@ -6,9 +6,10 @@ of every layer, so the folder can be read, in slices, by any number of ranks.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -137,18 +138,21 @@ def reader_tensors(reader: CheckpointReader) -> Iterator[tuple[str, torch.Tensor
 
 def save_quantized(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
                    hf_config: PretrainedConfig, settings: QuantizedSettings, source: Path,
-                   max_shard_bytes: int = MAX_SHARD_BYTES,
-                   processes: Processes = ALONE) -> int:  # fmt: skip
+                   max_shard_bytes: int = MAX_SHARD_BYTES, processes: Processes = ALONE,
+                   beside: Mapping[str, Any] = MappingProxyType({})) -> int:  # fmt: skip
     """Write `folder`, complete or not at all; returns the bytes of all tensors.
 
     `tensors`: as `model_tensors` yields them, on all of `processes` alike. Tokenizer and
     generation settings are copied from `source`, the folder that the model was read from.
+    `beside`: JSON files to write there, by name.
     """
     with directory_of_all(folder, processes) as partial:
         total = write_shards(tensors, partial, max_bytes=max_shard_bytes, processes=processes)
         if processes.is_main:
             extra = {"quantization_config": settings.quantization_config()}
             atomic_write_json(partial / "config.json", config_json(hf_config) | extra)
+            for name, value in beside.items():
+                atomic_write_json(partial / name, value)
             copy_companions(source, partial)
     return total
 

@@ -3,11 +3,8 @@
 Only the first rank uses it. Nothing is written into a directory that something else made.
 """
 
-import fcntl
 import math
 import os
-import secrets
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,7 +13,8 @@ from typing import IO, Any
 
 import yaml
 
-from hqqtrain.ckpt.atomic import atomic_write_json, atomic_write_text, sync
+from hqqtrain.ckpt.atomic import atomic_write_json, atomic_write_text
+from hqqtrain.ckpt.lock import check_seen, take_lock, token_of
 from hqqtrain.ckpt.provenance import git_revision, input_stamps, versions
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.config.run import NOT_THE_RESULT
@@ -24,8 +22,6 @@ from hqqtrain.config.secrets import masked, masked_command
 
 STATES = ("running", "done", "preempted", "failed")
 _LOCK = ".lock"
-SEEN_WITHIN = 15.0
-"""Seconds: NFS may keep what it knows of a folder for some."""
 
 
 class RunDirectory:
@@ -51,25 +47,12 @@ class RunDirectory:
             raise UserError(f"{self.path}: holds files, but no run; choose another run.name.")
 
     def token(self) -> str:
-        """What the process that holds the lock has written there; new each time."""
-        try:
-            return (self.path / _LOCK).read_text()
-        except OSError:
-            return ""
+        """What shows that somebody sees this very directory, for `check_shared`."""
+        return token_of(self.path / _LOCK)
 
     def check_shared(self, token: str) -> None:
-        """Raises UserError where this machine does not see what the first rank's has written.
-
-        A network's file system may take some seconds to show it.
-        """
-        end = time.monotonic() + SEEN_WITHIN
-        while self.token() != token:
-            if time.monotonic() > end:
-                raise UserError(
-                    f"run.root={self.config.run.root}: {socket.gethostname()} does not see there "
-                    f"what the first rank wrote into {self.path}. All nodes need one shared folder."
-                )
-            time.sleep(0.1)
+        """Raises UserError where this machine does not see what the first rank's has written."""
+        check_seen(self.path / _LOCK, token, f"run.root={self.config.run.root}")
 
     def status(self) -> dict[str, Any]:
         """What status.json says; empty where there is none."""
@@ -95,11 +78,15 @@ class RunDirectory:
         self.check()
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         try:
-            self._lock = _take_lock(self.path)
+            self._lock = take_lock(self.path / _LOCK)
         except OSError as error:
             raise UserError(
                 f"run.root={self.config.run.root}: cannot be written to ({error}); choose another."
             ) from error
+        if self._lock is None:
+            raise UserError(
+                f"{self.path}: in use by another process; wait for it, or choose another run.name."
+            )
         try:
             self.check()
         except UserError:
@@ -153,38 +140,6 @@ class RunDirectory:
 def _holds_files(folder: Path) -> bool:
     """Whether `folder` holds more than what an attempt that was killed leaves behind."""
     return any(not path.name.startswith(".") for path in folder.iterdir())
-
-
-def _take_lock(folder: Path) -> IO[str]:
-    """flock: the kernel frees it when the process dies, however it dies."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            file = (folder / _LOCK).open("a")
-        except FileNotFoundError:  # another process has just removed the folder it had made
-            continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise UserError(
-                f"{folder}: in use by another process; wait for it, or choose another run.name."
-            ) from None
-        if _is_current(file, folder / _LOCK):
-            file.truncate(0)
-            file.write(secrets.token_hex(8))
-            file.flush()
-            sync(folder / _LOCK)
-            return file
-        file.close()
-
-
-def _is_current(file: IO[str], path: Path) -> bool:
-    """Whether `path` still is the locked file: its last owner may just have removed it."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _refuse_another(folder: Path, config: RunConfig) -> None:

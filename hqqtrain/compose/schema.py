@@ -34,7 +34,7 @@ def known_keys(schema: type = RunConfig, prefix: str = "") -> Iterator[tuple[str
             yield prefix + name, hint
 
 
-PLANNED = {"quant.cache_dir", "parallel.hybrid", "run.resume"} | {
+PLANNED = {"parallel.hybrid", "run.resume"} | {
     "run.time_limit", "ckpt", "launch",
 }  # fmt: skip
 """Keys and groups that the design promises and nothing reads yet: refused by what they are."""

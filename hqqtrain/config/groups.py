@@ -55,6 +55,7 @@ class QuantConfig:
         choices=("auto", "triton", "torch"),
     )
     save: bool = key(True, "write quantized/")
+    cache_dir: str | None = key(None, "folder in which runs share quantized weights; null: none")
 
     def faults(self) -> Iterator[str]:
         for pattern, settings in self.overrides.items():

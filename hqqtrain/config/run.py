@@ -27,6 +27,8 @@ TASKS = {
 }
 NOT_THE_RESULT = ("run", "track", "recipe")
 """Groups that a result does not depend on: they do not enter a run's name."""
+_NOR_THESE = {"quant": ("cache_dir",)}
+"""Keys of other groups that it does not depend on either."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,6 +70,11 @@ class RunConfig:
             found.append(
                 "parallel.offload=activations: moves what train.checkpointing=true keeps; use both."
             )
+        if self.adapter.dtype == "bf16" and self.train.precision == "fp16":
+            found.append(
+                "adapter.dtype=bf16: gradients in bf16 cannot be scaled as train.precision=fp16 "
+                "does; use train.precision=bf16 or adapter.dtype=fp32."
+            )
         if self.train.max_grad_norm == 0:
             found.append("train.max_grad_norm=0: must be above 0, or null to clip nothing.")
         if not 0 <= self.adapter.dropout < 1:
@@ -85,4 +92,6 @@ class RunConfig:
     def identity(self) -> str:
         """sha256, in hex, over the keys that define the result."""
         keys = {k: v for k, v in asdict(self).items() if k not in NOT_THE_RESULT}
+        for group, names in _NOR_THESE.items():
+            keys[group] = {k: v for k, v in keys[group].items() if k not in names}
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hqqtrain.config import UserError
 from hqqtrain.dist.processes import Processes
-from hqqtrain.dist.strategy import ensure_process_group
+from hqqtrain.dist.strategy import STORAGE, ensure_process_group
 
 _PATTERNS = 1 << 16
 
@@ -36,10 +36,11 @@ def check_bits(storage: torch.dtype, strategy: str, processes: Processes) -> Non
     changed = int((_as_words(found) != _as_words(wanted)).sum())
     changed = max(processes.gather(changed))
     if changed:
+        (name,) = (name for name, dtype in STORAGE.items() if dtype == storage)
         raise UserError(
-            f"quant.storage={str(storage).removeprefix('torch.')}: parallel.strategy={strategy} "
-            f"changes {changed} of {wanted.nbytes // 2} bit patterns here (torch "
-            f"{torch.__version__}), which would destroy packed weights; choose another quant.storage or parallel.strategy."
+            f"quant.storage={name}: parallel.strategy={strategy} changes {changed} of "
+            f"{wanted.nbytes // 2} words of 16 bits here (torch {torch.__version__}), which would "
+            "destroy packed weights; choose another quant.storage or parallel.strategy."
         )
 
 

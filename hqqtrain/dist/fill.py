@@ -166,7 +166,7 @@ def _dense_pieces(dense: Mapping[str, Tensor]) -> Iterator[Piece]:
 
 
 def _dense_rows(target: Tensor) -> Iterator[slice]:
-    rows, numbers = owned_rows(target), target.shape[1:].numel()
+    rows, numbers = owned_rows(target), max(1, target.shape[1:].numel())
     step = max(1, DENSE_NUMBERS // max(1, numbers))
     for start in range(rows.start, rows.stop, step):
         yield slice(start, min(start + step, rows.stop))

@@ -1,6 +1,6 @@
 """What loading took, rank by rank: which disk, which link, which memory was the narrow one."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import psutil
 import torch
@@ -24,6 +24,10 @@ class LoadReport:
     def gb_per_second(self) -> float:
         """10^9 bytes of the source a second, of the whole time."""
         return self.bytes_read / 1e9 / self.seconds if self.seconds else 0.0
+
+    def facts(self) -> dict[str, float]:
+        """All of it, as JSON values."""
+        return asdict(self) | {"gb_per_second": self.gb_per_second}
 
     def __str__(self) -> str:
         memory = f"{self.host_peak_gib:.2f} GiB of the host's memory"

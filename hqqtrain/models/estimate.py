@@ -29,9 +29,11 @@ _HELP = {
     "parallel.strategy=fsdp2",
     "dense weights": "more GPUs with parallel.strategy=fsdp2, or a shorter quant.skip",
     "reference model": "eval.reference=off",
-    "adapter and optimizer": "optim.name=paged_adamw_8bit or a smaller adapter.r={c.adapter.r}",
+    "adapter and optimizer": "optim.name=paged_adamw_8bit, "
+    "adapter.dtype=bf16 or a smaller adapter.r={c.adapter.r}",
     "activations": "a smaller train.micro_batch_size={c.train.micro_batch_size} or "
-    "train.max_seq_len={c.train.max_seq_len}, and train.checkpointing=true",
+    "train.max_seq_len={c.train.max_seq_len}, and train.checkpointing=true with "
+    "parallel.offload=activations",
     "logits": "a smaller train.micro_batch_size={c.train.micro_batch_size} or "
     "train.max_seq_len={c.train.max_seq_len}",
     "working memory": "more GPUs with parallel.strategy=fsdp2",
@@ -52,11 +54,12 @@ class Estimate:
 
 
 def estimate(config: RunConfig, model: nn.Module, *, dtype: torch.dtype, world_size: int = 1,
-             strategy: str = "single") -> Estimate:  # fmt: skip
+             strategy: str = "single", offloads: bool = False) -> Estimate:  # fmt: skip
     """The needs of one rank, from `model` on meta: HQQLinears in place, adapters injected.
 
     `dtype`: of activations and unquantized weights. Under `fsdp2` parameters, gradients and
     optimizer state are divided by `world_size`; the largest layer is whole, twice (prefetch).
+    `offloads`: what checkpointing keeps waits in the host's memory, which is not counted.
     """
     sizes = _Sizes.of(model, dtype)
     shards = world_size if strategy == "fsdp2" else 1
@@ -67,7 +70,7 @@ def estimate(config: RunConfig, model: nn.Module, *, dtype: torch.dtype, world_s
         "dense weights": sizes.dense // shards,
         "adapter and optimizer": _trained(config, sizes) // shards if finetune else 0,
         "reference model": _reference(config, sizes, dtype) // shards if measures else 0,
-        "activations": _activations(config, model, dtype, tokens) if finetune else 0,
+        "activations": _activations(config, model, dtype, tokens, offloads) if finetune else 0,
         "logits": _logits(model, dtype, tokens, finetune, measures),
         "working memory": _working(sizes, shards, dtype),
     }
@@ -105,6 +108,8 @@ def oom_advice(config: RunConfig) -> str:
     if config.task == "finetune":
         if not train.checkpointing:
             advice.append("train.checkpointing=true (now false)")
+        elif config.parallel.offload == "none":
+            advice.append("parallel.offload=activations (now none)")
         if train.micro_batch_size > 1:
             advice.append(f"a smaller train.micro_batch_size (now {train.micro_batch_size}); the "
                           "global batch and the result stay the same")  # fmt: skip
@@ -149,17 +154,24 @@ class _Sizes:
 
 
 def _trained(config: RunConfig, sizes: _Sizes) -> int:
-    """Adapters, gradients and AdamW's two moments, the moments in 8 bits where asked."""
-    number = 2 if config.adapter.dtype == "bf16" else 4
-    moments = 2 if config.optim.name.endswith("8bit") else 2 * number
+    """Adapters, gradients and AdamW's two moments: torch's in the adapters' dtype, bitsandbytes'
+    in 8 or 32 bits."""
+    number = _adapter_bytes(config)
+    moments = {"adamw": 2 * number, "paged_adamw": 8}.get(config.optim.name, 2)
     return sizes.adapter * (2 * number + moments)
+
+
+def _adapter_bytes(config: RunConfig) -> int:
+    return 2 if config.adapter.dtype == "bf16" else 4
 
 
 def _reference(config: RunConfig, sizes: _Sizes, dtype: torch.dtype) -> int:
     return sizes.source * dtype.itemsize if config.eval.reference == "resident" else 0
 
 
-def _activations(config: RunConfig, model: nn.Module, dtype: torch.dtype, tokens: int) -> int:
+def _activations(
+    config: RunConfig, model: nn.Module, dtype: torch.dtype, tokens: int, offloads: bool
+) -> int:
     """Bytes that the backward pass needs of `tokens` tokens.
 
     A decoder layer keeps, per token, input and output of each of its linears (the adapters',
@@ -173,7 +185,7 @@ def _activations(config: RunConfig, model: nn.Module, dtype: torch.dtype, tokens
     layer = tokens * (widths * dtype.itemsize // max(1, layers) + 2 * 4 * hidden)
     if not config.train.checkpointing:
         return layers * layer
-    kept = 1 if config.parallel.offload == "activations" else layers
+    kept = 1 if offloads else layers
     return kept * tokens * hidden * dtype.itemsize + layer
 
 
@@ -199,7 +211,7 @@ def _disk(config: RunConfig, sizes: _Sizes, dtype: torch.dtype) -> dict[str, int
     quantizes = config.task in ("finetune", "quantize") and config.quant.save
     return {
         "quantized/": sizes.packed + sizes.dense if quantizes else 0,
-        "adapter/": 4 * sizes.adapter if config.task == "finetune" else 0,
+        "adapter/": _adapter_bytes(config) * sizes.adapter if config.task == "finetune" else 0,
         "export": sizes.source * dtype.itemsize if config.task == "export" else 0,
     }
 

@@ -29,9 +29,10 @@ def checkpoint_layers(model: nn.Module, *, offload: bool) -> None:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     if not offload:
         return
-    for module in base.modules():
-        if hasattr(module, "_gradient_checkpointing_func"):
-            setattr(module, "_gradient_checkpointing_func", _offloaded)  # noqa: B010
+    layers = [m for m in base.modules() if hasattr(m, "_gradient_checkpointing_func")]
+    assert layers, "transformers keeps the function elsewhere"
+    for layer in layers:
+        setattr(layer, "_gradient_checkpointing_func", _offloaded)  # noqa: B010 (of a Module)
 
 
 def _offloaded(function: Any, *inputs: Any) -> Any:

@@ -61,12 +61,13 @@ class Trainer:
         self.processes, self.accelerator = session.processes, session.accelerator
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if config.train.checkpointing:
-            checkpoint_layers(model, offload=config.parallel.offload == "activations")
+            checkpoint_layers(model, offload=session.offloads_activations)
         self.share = utilisation(model, session.device_name, self.processes.size)
         self.bare_model = self.model = model
         if session.strategy == "ddp":
             self.model = self.accelerator.prepare_model(model)
-        self.loss = NextTokenLoss(self.model)
+        tokens = config.train.micro_batch_size * config.train.max_seq_len
+        self.loss = NextTokenLoss(self.model, tokens, self.processes)
         self.order = SampleOrder(len(sequences), config.train.seed)
         self.steps = total_steps(config, self.order)
         _warn_of_warmup(config, self.steps)

@@ -6,7 +6,7 @@ some tokens at a time, and again in the backward pass.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hqqtrain.dist import Processes
 from hqqtrain.models import TRAINED_LOGITS, base_model
 from hqqtrain.train.evaluation import Batch, next_token_logits
 
@@ -22,36 +23,36 @@ logger = logging.getLogger(__name__)
 LOGITS = TRAINED_LOGITS
 """Of one part, about 200 MB with their gradients."""
 
-TESTED_TOKENS = 8
+TRIED_TOKENS = 8
 
 
 class NextTokenLoss:
-    """The sum over a batch's tokens, for `model`, which may be wrapped or sharded.
+    """The sum over a batch's tokens, for `model`, which may be wrapped or sharded. Collective.
 
-    Parts are taken only from a model whose logits are its head's output and no more (some scale or
-    cap them): that is tried once, on a few tokens.
+    Whether it is taken in parts depends on `tokens`, the most that a batch has, and not on a batch:
+    ranks have batches of different lengths and must all do the same. Parts are taken only from a
+    model that does nothing to what its head gives (some cap it): that is tried, here and once.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, tokens: int, processes: Processes) -> None:
         self._model = model
         self._head: nn.Module | None = base_model(model).get_output_embeddings()
-        self._takes_parts: bool | None = None
+        self._vocabulary = getattr(self._head, "out_features", 0)
+        self._takes_parts = tokens * self._vocabulary > LOGITS and self._may_take_parts(processes)
 
     def __call__(self, batch: Batch) -> Tensor:
         """`batch`: as `collate` makes it, with `labels` [n, tokens], -100 where none is wanted."""
         labels = batch["labels"][:, 1:].flatten()
         inputs = {k: v for k, v in batch.items() if k != "labels"}
-        vocabulary = getattr(self._head, "out_features", 0)
-        if labels.numel() * vocabulary <= LOGITS or not self._may_take_parts(inputs):
+        if not self._takes_parts:
             return _loss(next_token_logits(self._model, inputs), labels)
-        step = max(1, LOGITS // vocabulary)
+        step = max(1, LOGITS // self._vocabulary)
         parts = zip(self._hidden(inputs).split(step), labels.split(step), strict=True)
         return torch.stack([self._part(hidden, wanted) for hidden, wanted in parts]).sum()
 
     def _hidden(self, inputs: Batch) -> Tensor:
         """What the head would be given [tokens, hidden_size]."""
-        assert self._head is not None
-        with _letting_through(self._head):
+        with self._head_replaced_by(lambda hidden: hidden):
             return next_token_logits(self._model, inputs)
 
     def _part(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -60,37 +61,38 @@ class NextTokenLoss:
 
         return checkpoint(loss, hidden, use_reentrant=False)
 
-    def _may_take_parts(self, inputs: Batch) -> bool:
-        if self._takes_parts is None:
-            few = {name: value[:, :TESTED_TOKENS] for name, value in inputs.items()}
-            self._takes_parts = self._has_plain_logits(few)
-            if not self._takes_parts:
-                logger.warning(
-                    "%s does more to logits than its head: all of them are held at once",
-                    type(base_model(self._model)).__name__,
-                )
-        return self._takes_parts
+    def _may_take_parts(self, processes: Processes) -> bool:
+        plain = sum(processes.gather(self._passes_logits_on(processes.device))) == processes.size
+        if not plain and processes.is_main:
+            logger.warning(
+                "%s changes what its head gives: all logits of a batch are held at once",
+                type(base_model(self._model)).__name__,
+            )
+        return plain
 
     @torch.no_grad()
-    def _has_plain_logits(self, few: Batch) -> bool:
+    def _passes_logits_on(self, device: torch.device) -> bool:
+        """Whether what the head gives, here something large, comes back bit for bit."""
+        given: list[Tensor] = []
+
+        def head(hidden: Tensor) -> Tensor:
+            given.append(hidden * 1e4)
+            return given[-1]
+
+        tokens = torch.arange(TRIED_TOKENS, device=device)[None] % self._vocabulary
+        with self._head_replaced_by(head):
+            found = self._model(input_ids=tokens, use_cache=False).logits
+        return torch.equal(found.float(), given[-1].float())
+
+    @contextmanager
+    def _head_replaced_by(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
         assert self._head is not None
-        was_training = self._model.training
-        self._model.eval()  # no dropout, which would tell the two apart
-        expected = next_token_logits(self._model, few).float()
-        found = self._head(self._hidden(few)).float()
-        self._model.train(was_training)
-        return torch.allclose(found, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+        self._head.forward = forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self._head.forward
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
-
-
-@contextmanager
-def _letting_through(head: nn.Module) -> Iterator[None]:
-    """`head` gives back what it is given."""
-    head.forward = lambda hidden: hidden  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del head.forward

@@ -7,6 +7,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
@@ -122,9 +123,12 @@ def make_plan(session: Session, *, adapt: bool) -> Plan:
     return Plan(source, hf_config, reader, model, lora, start)
 
 
-def build(plan: Plan, session: Session, *,
+def build(plan: Plan, session: Session, *, packed: Path | None = None,
           on_layer: Callable[[str], object] = lambda _: None) -> Built:  # fmt: skip
     """Shards, materialises and fills the plan's model. Collective.
+
+    Args:
+        packed: a folder like `quantized/` that holds what quantizing would make.
 
     Raises:
         UserError: NaN or Inf in a weight; packed weights or an adapter that do not belong.
@@ -133,15 +137,19 @@ def build(plan: Plan, session: Session, *,
     check_bits(session.storage, session.strategy, processes)
     if session.strategy == "fsdp2":
         shard(model, session.device, processes.size)
-    fingerprint = Fingerprint()
+    source, reader = plan.source, plan.reader
+    if packed:
+        source = replace(source, path=packed, kind="quantized")
+        reader = open_weights(source, model, session.device)
+    fingerprint, is_packed = Fingerprint(), source.kind == "quantized"
     filled = fill_model(
-        model, plan.reader, processes,
-        quantized=plan.packed, on_rows=fingerprint.update, on_layer=on_layer,
+        model, reader, processes,
+        quantized=is_packed, on_rows=fingerprint.update, on_layer=on_layer,
     )  # fmt: skip
-    settings = _fingerprinted(plan, fingerprint, processes)
+    settings = _fingerprinted(model, source, fingerprint, processes)
     if plan.lora is not None:
         fill_adapters(model, plan.start, settings.fingerprint, session.config)
-    errors, total = ({}, None) if plan.packed else filled.relative_errors(processes)
+    errors, total = ({}, None) if is_packed else filled.relative_errors(processes)
     return Built(model, settings, errors, total, processes.gather(filled.report))
 
 
@@ -172,18 +180,21 @@ def _replace_linears(model: nn.Module, source: Source, session: Session) -> None
             )  # fmt: skip
 
 
-def _fingerprinted(plan: Plan, fingerprint: Fingerprint, processes: Processes) -> QuantizedSettings:
+def _fingerprinted(
+    model: nn.Module, source: Source, fingerprint: Fingerprint, processes: Processes
+) -> QuantizedSettings:
     total = Fingerprint()
     for part in processes.gather(fingerprint.total):
         total.merge(part)
-    settings = QuantizedSettings.of(plan.model)
+    settings = QuantizedSettings.of(model)
     settings = replace(settings, fingerprint=total.hexdigest(settings.by_module()))
-    if plan.packed:
-        written = quantized_settings(plan.source.path).fingerprint
+    if source.kind == "quantized":
+        written = quantized_settings(source.path).fingerprint
         if settings.fingerprint != written:
             raise UserError(
-                f"{plan.source.path}: its packed weights are {settings.fingerprint}, but "
-                f"config.json was written for {written}: a file was altered. Quantize again."
+                f"{source.path}: its packed weights are {settings.fingerprint}, but "
+                f"config.json was written for {written}: a file was altered, or another version of "
+                "hqqtrain wrote it. Quantize again."
             )
     return settings
 

@@ -87,9 +87,9 @@ class Record:
         return self.directory.path / name
 
     @contextmanager
-    def quantizing(self, plan: Plan) -> Iterator[Callable[[str], None]]:
+    def quantizing(self, plan: Plan, *, loads: bool) -> Iterator[Callable[[str], None]]:
         """A progress bar over the layers; yields what to call after each."""
-        verb = "loading" if plan.packed else "quantizing"
+        verb = "loading" if loads else "quantizing"
         with self.console.progress(verb, plan.layers, "layer") as bar:
             yield lambda name: bar.update(1, layer=name)
 
@@ -102,7 +102,7 @@ class Record:
         for report in built.loading:
             logger.info("%s", report)
         self.directory.begin(self.command)
-        self.directory.write_loading([asdict(report) for report in built.loading])
+        self.directory.write_loading([report.facts() for report in built.loading])
         self._begun = True
         self.trackers = open_trackers(self.config.track, self.directory.path, asdict(self.config))
         errors = {f"{LAYER_ERROR}{name}": error for name, error in built.layer_errors.items()}

@@ -3,8 +3,10 @@
 Every rank walks through the same stream, since every gather is a collective.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
@@ -25,12 +27,15 @@ from hqqtrain.train.session import Session
 Tensors = Iterator[tuple[str, Tensor]]
 
 
-def save_packed(plan: Plan, built: Built, session: Session, folder: Path) -> None:
-    """Writes `quantized/`, every rank its part. Collective."""
+def save_packed(
+    plan: Plan, built: Built, session: Session, folder: Path,
+    beside: Mapping[str, Any] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    """Writes `quantized/`, every rank its part, and `beside` it JSON files. Collective."""
     tensors = _as_read(model_tensors(built.model, gather=full_tensor), plan)
     save_quantized(
         tensors, folder, hf_config=plan.hf_config, settings=built.settings,
-        source=plan.source.tokenizer, processes=session.processes,
+        source=plan.source.tokenizer, processes=session.processes, beside=beside,
     )  # fmt: skip
 
 

@@ -63,6 +63,8 @@ class Session:
         if config.task == "finetune":
             check_optimizer(config.optim, strategy, processes.device)
         _choose_backend(config.quant.backend, processes)
+        if config.parallel.offload != "none" and processes.device.type != "cuda":
+            logger.warning("parallel.offload=%s: does nothing on a CPU", config.parallel.offload)
         torch.manual_seed(config.train.seed + processes.rank)  # of dropout alone
         storage = choose_storage(config.quant.storage, strategy)
         return cls(config, accelerator, processes, strategy, precision, storage)
@@ -79,6 +81,12 @@ class Session:
     def autocast(self) -> AbstractContextManager:
         """Matrix products in `precision`, as in training."""
         return self.accelerator.autocast()
+
+    @property
+    def offloads_activations(self) -> bool:
+        """`parallel.offload=activations` on a GPU; on a CPU they are in the host's memory."""
+        wanted = self.config.parallel.offload == "activations"
+        return wanted and self.device.type == "cuda"
 
     @property
     def device_name(self) -> str:

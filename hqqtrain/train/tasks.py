@@ -15,6 +15,7 @@ from hqqtrain.config import RunConfig, UserError
 from hqqtrain.data import Sequences, evaluation_set, pack, training_texts
 from hqqtrain.dist import relaunch_if_ranks_were_lost
 from hqqtrain.models import available, check_fits, estimate, load_tokenizer, oom_advice
+from hqqtrain.train.cache import cached, save_entry
 from hqqtrain.train.loop import Trainer
 from hqqtrain.train.measure import Scale
 from hqqtrain.train.prepare import Built, Plan, build, make_plan
@@ -114,8 +115,14 @@ def export(session: Session, record: Record) -> None:
 
 
 def _build(plan: Plan, session: Session, record: Record) -> Built:
-    with record.quantizing(plan) as on_layer:
-        built = build(plan, session, on_layer=on_layer)
+    with cached(plan, session) as entry:
+        packed = entry.folder if entry and entry.is_made else None
+        with record.quantizing(plan, loads=plan.packed or packed is not None) as on_layer:
+            built = build(plan, session, packed=packed, on_layer=on_layer)
+        if entry and entry.is_made:
+            built.layer_errors, built.relative_error = entry.errors()
+        elif entry:
+            save_entry(entry, plan, built, session)
     record.quantized(plan, built)
     return built
 
@@ -151,7 +158,7 @@ def _check_resources(plan: Plan, session: Session) -> None:
     config, processes = session.config, session.processes
     needs = estimate(
         config, plan.model, dtype=session.dtype, world_size=processes.size,
-        strategy=session.strategy,
+        strategy=session.strategy, offloads=session.offloads_activations,
     )  # fmt: skip
     free = available(session.device, Path(config.run.root))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -46,7 +46,7 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         fused = kernels()[1].linear(x, *weight[:3], bias, weight.layout)
         if fused is not None:
             return fused
-    if not torch._C._is_any_autocast_enabled():
+    if x.is_meta or not torch._C._is_any_autocast_enabled():
         return F.linear(x, _dense_like(x, weight), bias)
     # Autocast is still on below the operator and would change the result's dtype.
     with torch.autocast(x.device.type, enabled=False):

@@ -48,7 +48,7 @@ def one_rank_rewrites(rank: int, processes: Processes) -> None:
 
 def test_a_rewritten_pattern_stops_all_ranks():
     for answer in on_ranks(one_rank_rewrites, 2):
-        assert "quant.storage=bfloat16: parallel.strategy=fsdp2 changes" in answer
+        assert "quant.storage=bf16: parallel.strategy=fsdp2 changes" in answer
         assert "choose another quant.storage" in answer
 
 

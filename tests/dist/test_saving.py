@@ -67,7 +67,7 @@ def test_what_was_there_stays_when_one_fails(tmp_path):
 
 
 def test_a_folder_that_nodes_do_not_share_is_detected(tmp_path, monkeypatch):
-    monkeypatch.setattr("hqqtrain.ckpt.rundir.SEEN_WITHIN", 0.3)
+    monkeypatch.setattr("hqqtrain.ckpt.lock.SEEN_WITHIN", 0.3)
     here, there = (RunConfig(run=RunSection(root=str(tmp_path / n), name="a")) for n in "xy")
     with RunDirectory(here) as first:
         RunDirectory(here).check_shared(first.token())

@@ -78,6 +78,20 @@ def test_sound_overrides_pass(settings):
     assert list(QuantConfig(overrides={"*.q_proj": settings}).faults()) == []
 
 
+def test_bf16_adapters_have_no_scaled_gradients():
+    config = RunConfig()
+    config.adapter.dtype, config.train.precision = "bf16", "fp16"
+    with pytest.raises(UserError, match=r"adapter\.dtype=bf16: .*train\.precision=fp16"):
+        config.check()
+
+
+def test_only_what_is_kept_can_be_offloaded():
+    config = RunConfig()
+    config.parallel.offload, config.train.checkpointing = "activations", False
+    with pytest.raises(UserError, match=r"parallel\.offload=activations: .*checkpointing=true"):
+        config.check()
+
+
 def test_eval_needs_a_text():
     config = RunConfig(task="eval")
     config.eval.source = None

@@ -175,6 +175,14 @@ def test_multiplies_in_the_dtype_of_x(dtype: torch.dtype, compute: torch.dtype) 
     assert x.grad.dtype == dtype
 
 
+def test_meta_tensors_have_shapes_under_autocast_too() -> None:
+    layout = LAYOUTS[2]
+    parts = [part.to("meta") for part in packed(layout)]
+    x = torch.empty(4, layout.in_features, device="meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.linear(x, *parts, None, layout).shape == (4, layout.out_features)
+
+
 def test_autocast_behaves_as_with_a_linear() -> None:
     layout = LAYOUTS[2]
     parts = packed(layout)

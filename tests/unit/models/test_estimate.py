@@ -87,6 +87,14 @@ def test_settings_that_save_memory_save_it():
     assert parts()["logits"] < before["logits"]
     config.optim.name = "paged_adamw_8bit"
     assert parts()["adapter and optimizer"] < before["adapter and optimizer"]
+    eight = parts()["adapter and optimizer"]
+    config.adapter.dtype = "bf16"
+    assert parts()["adapter and optimizer"] == eight * 6 // 10  # 2 + 2 + 2 bytes, not 4 + 4 + 2
+    whole = parts()["activations"]
+    offloaded = estimate(config, model, dtype=torch.bfloat16, offloads=True).device["activations"]
+    assert (
+        whole - offloaded == 5 * config.train.max_seq_len * 256 * 2
+    )  # of 6 layers, one is at work
     config.task, config.eval.source = "quantize", None
     unused = ("adapter and optimizer", "reference model", "activations", "logits")
     assert [parts()[part] for part in unused] == [0, 0, 0, 0]

@@ -11,7 +11,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hqqtrain.config import AdapterConfig, QuantConfig, UserError
-from hqqtrain.nn import HQQLinear, HQQLoraLinear, init_adapters, lora_config, quantize_model
+from hqqtrain.nn import (
+    HQQLinear,
+    HQQLoraLinear,
+    cast_adapters,
+    init_adapters,
+    lora_config,
+    quantize_model,
+)
 
 LLAMA = LlamaConfig(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=32,
@@ -208,3 +215,18 @@ def test_the_distribution_is_that_of_peft() -> None:
         for statistic in (torch.std, lambda t: t.abs().quantile(0.9), lambda t: t.abs().mean()):
             assert statistic(theirs).item() == pytest.approx(statistic(expected).item(), rel=0.03)
         assert abs(theirs.mean().item()) < 0.02 * theirs.std().item() + 1e-3
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_adapters_of_16_bits(packed: nn.Module, autocast: bool) -> None:
+    """Adapters, gradients and moments are bf16, the packed weights as before; and it learns."""
+    model = get_peft_model(packed, lora_config(AdapterConfig(r=4, alpha=8), packed))
+    init_adapters(model, 0, "default", write=lambda param, value: param.data.copy_(value))
+    before = {n: p.dtype for n, p in model.named_parameters() if not p.requires_grad}
+    cast_adapters(model, torch.bfloat16)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.bfloat16}
+    assert {n: p.dtype for n, p in model.named_parameters() if not p.requires_grad} == before
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses = train(model, 8)
+    assert losses[-1] < losses[0]

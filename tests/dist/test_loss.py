@@ -1,0 +1,66 @@
+"""The loss in parts when ranks have batches of different lengths: they must not wait for ever."""
+
+import pytest
+import torch
+from dist.ranks import on_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hqqtrain.dist import ALONE, Processes
+from hqqtrain.train import loss as module
+from hqqtrain.train.loss import NextTokenLoss
+
+LENGTHS = (40, 6, 21)
+
+
+def make_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, dtype=torch.float32)
+    ).train()  # fmt: skip
+
+
+def make_batch(rank: int) -> dict[str, torch.Tensor]:
+    ids = (torch.arange(LENGTHS[rank]) * 7 + rank)[None] % 96
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def ragged(rank: int, processes: Processes, strategy: str) -> None:
+    module.LOGITS = 10 * 96
+    alone = make_model()
+    expected = torch.stack([
+        alone(**make_batch(r), use_cache=False).loss * (LENGTHS[r] - 1)
+        for r in range(processes.size)
+    ])  # fmt: skip
+    (expected.sum() / processes.size).backward()
+    model = make_model()
+    if strategy == "fsdp2":
+        mesh = init_device_mesh("cpu", (processes.size,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    whole = DistributedDataParallel(model) if strategy == "ddp" else model
+    found = NextTokenLoss(whole, max(LENGTHS), processes)
+    assert found._takes_parts
+    loss = found(make_batch(rank))
+    loss.backward()
+    torch.testing.assert_close(loss, expected[rank].detach())
+    for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+        grad = ours.grad.full_tensor() if strategy == "fsdp2" else ours.grad
+        torch.testing.assert_close(grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_ranks_with_batches_of_different_lengths(strategy):
+    assert on_ranks(ragged, 3, strategy) == [""] * 3
+
+
+def test_alone_as_well(monkeypatch):
+    monkeypatch.setattr(module, "LOGITS", 10 * 96)
+    model = make_model()
+    batch = make_batch(0)
+    expected = model(**batch, use_cache=False).loss * (LENGTHS[0] - 1)
+    torch.testing.assert_close(NextTokenLoss(model, 40, ALONE)(batch), expected)

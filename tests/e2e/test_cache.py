@@ -1,0 +1,105 @@
+"""`quant.cache_dir`: made once, by one or many ranks, and by one of two runs that start at once."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+from e2e.runs import QUICK, Finished, run
+from safetensors.torch import load_file, save_file
+
+from hqqtrain import models
+
+QUANTIZE = (*QUICK, "task=quantize")
+
+
+def entries(cache: Path) -> list[Path]:
+    return [path for path in cache.iterdir() if path.is_dir()]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+    root = tmp_path_factory.mktemp("cache")
+    first = run(*QUANTIZE, f"quant.cache_dir={root / 'cache'}", root=root / "first", processes=2)
+    assert first.code == 0, first.output
+    return root / "cache", first
+
+
+def test_the_second_run_reads_what_the_first_has_made(made, tmp_path: Path):
+    cache, first = made
+    (entry,) = entries(cache)
+    assert "is made now" in first.output
+    again = run(*QUANTIZE, f"quant.cache_dir={cache}", root=tmp_path / "again")
+    assert again.code == 0, again.output
+    assert f"{entry} is there" in again.output
+    ours, theirs = again.summary["quantize"], first.summary["quantize"]
+    assert ours["fingerprint"] == theirs["fingerprint"]
+    assert ours["relative_error"] == theirs["relative_error"]
+    assert ours["bytes_read"] < theirs["bytes_read"] / 2
+    assert again.directory.name == first.directory.name, "no part of what defines the result"
+
+
+@pytest.mark.parametrize("other", ["quant.nbits=3", "quant.solver=rtn", "quant.skip=[]"])
+def test_other_settings_are_another_entry(made, tmp_path: Path, other: str):
+    cache, first = made
+    copied = shutil.copytree(cache, tmp_path / "cache")
+    done = run(*QUANTIZE, other, f"quant.cache_dir={copied}", root=tmp_path / "runs")
+    assert done.code == 0, done.output
+    assert len(entries(copied)) == 2
+    assert done.summary["quantize"]["fingerprint"] != first.summary["quantize"]["fingerprint"]
+
+
+def test_another_source_of_the_same_name_is_another_entry(made, tmp_path: Path):
+    model = tmp_path / "tiny"
+    shutil.copytree(Path(models.__file__).parent / "tiny", model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    words = (*QUANTIZE, f"model.name_or_path={model}", f"quant.cache_dir={tmp_path / 'cache'}")
+    shutil.copytree(made[0], tmp_path / "cache")
+    done = run(*words, root=tmp_path / "runs")
+    assert done.code == 0, done.output
+    assert len(entries(tmp_path / "cache")) == 2
+
+
+def test_an_altered_entry_is_refused(made, tmp_path: Path):
+    cache = shutil.copytree(made[0], tmp_path / "cache")
+    (entry,) = entries(cache)
+    (file,) = entry.glob("*.safetensors")
+    tensors = load_file(file)
+    next(v for k, v in tensors.items() if k.endswith("W_q"))[0, 0] ^= 1
+    save_file(tensors, file, {"format": "pt"})
+    done = run(*QUANTIZE, f"quant.cache_dir={cache}", root=tmp_path / "runs")
+    assert done.code == 2
+    assert "a file was altered" in done.output
+    assert str(entry) in done.output
+
+
+def test_two_runs_at_once_make_it_once(tmp_path: Path):
+    words = (*QUANTIZE, f"quant.cache_dir={tmp_path / 'cache'}")
+    done: list[Finished] = []
+
+    def start(name: str) -> None:
+        done.append(run(*words, root=tmp_path / name / "runs", processes=2))
+
+    threads = [threading.Thread(target=start, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [each.code for each in done] == [0, 0], done[0].output + done[1].output
+    assert sum("is made now" in each.output for each in done) == 1
+    assert sum("is there" in each.output for each in done) == 1
+    (entry,) = entries(tmp_path / "cache")
+    assert set(json.loads((entry / "errors.json").read_text())) == {"layers", "all"}
+    assert done[0].summary["quantize"]["fingerprint"] == done[1].summary["quantize"]["fingerprint"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    done = run(*QUANTIZE, f"quant.cache_dir={tmp_path / 'file' / 'x'}", root=tmp_path / "runs")
+    assert done.code == 2
+    assert "quant.cache_dir=" in done.output
+    assert "cannot be written to" in done.output
+    assert not (tmp_path / "runs").exists()
