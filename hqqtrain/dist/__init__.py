@@ -2,6 +2,7 @@
 
 from hqqtrain.dist.bits import check_bits
 from hqqtrain.dist.fill import Filled, fill
+from hqqtrain.dist.launcher import settle
 from hqqtrain.dist.processes import ALONE, Processes, relaunch_if_ranks_were_lost
 from hqqtrain.dist.report import LoadReport
 from hqqtrain.dist.sentinel import DivergedError, Sentinel
@@ -10,6 +11,6 @@ from hqqtrain.dist.strategy import choose_storage, choose_strategy, shard
 
 __all__ = [
     "ALONE", "DivergedError", "Filled", "LoadReport", "Processes", "Sentinel", "check_bits", "choose_storage", "choose_strategy", "fill",
-    "full_tensor", "materialise", "owned_rows", "relaunch_if_ranks_were_lost", "shard",
+    "full_tensor", "materialise", "owned_rows", "relaunch_if_ranks_were_lost", "settle", "shard",
     "write_full",
 ]  # fmt: skip

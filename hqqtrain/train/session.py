@@ -1,6 +1,7 @@
 """What every task of a run shares: the processes, the device, the precision, the strategy."""
 
 import logging
+import os
 import resource
 import sys
 from contextlib import AbstractContextManager
@@ -11,7 +12,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from hqqtrain.config import RunConfig, UserError
-from hqqtrain.dist import Processes, choose_storage, choose_strategy
+from hqqtrain.dist import Processes, choose_storage, choose_strategy, settle
 from hqqtrain.train.optimizer import check_optimizer
 from hqqtrain_kernels import select
 
@@ -45,7 +46,9 @@ class Session:
             UserError: settings that do not fit the machine or the number of processes.
         """
         cuda = torch.cuda.is_available()
-        precision = config.train.precision
+        precision = settle(
+            os.environ, strategy=config.parallel.strategy, precision=config.train.precision
+        )
         if precision == "auto":
             precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
         if precision == "fp16" and not cuda:
