@@ -34,9 +34,7 @@ def known_keys(schema: type = RunConfig, prefix: str = "") -> Iterator[tuple[str
             yield prefix + name, hint
 
 
-PLANNED = {"parallel.hybrid", "run.resume"} | {
-    "run.time_limit", "ckpt", "launch",
-}  # fmt: skip
+PLANNED = {"run.resume", "run.time_limit", "ckpt", "launch"}
 """Keys and groups that the design promises and nothing reads yet: refused by what they are."""
 
 

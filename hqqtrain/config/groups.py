@@ -144,6 +144,7 @@ class ParallelConfig:
         "auto", "auto: single for one process, else fsdp2",
         choices=("auto", "single", "ddp", "fsdp2"),
     )  # fmt: skip
+    hybrid: bool = key(False, "fsdp2: shard within a node, replicate between nodes")
     offload: str = key(
         "none", "activations: what checkpointing keeps waits in the host's memory",
         choices=("none", "activations"),

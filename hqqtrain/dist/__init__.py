@@ -7,10 +7,10 @@ from hqqtrain.dist.processes import ALONE, Processes, relaunch_if_ranks_were_los
 from hqqtrain.dist.report import LoadReport
 from hqqtrain.dist.sentinel import DivergedError, Sentinel
 from hqqtrain.dist.shards import full_tensor, materialise, owned_rows, write_full
-from hqqtrain.dist.strategy import choose_storage, choose_strategy, shard
+from hqqtrain.dist.strategy import choose_replicas, choose_storage, choose_strategy, shard
 
 __all__ = [
-    "ALONE", "DivergedError", "Filled", "LoadReport", "Processes", "Sentinel", "check_bits", "choose_storage", "choose_strategy", "fill",
+    "ALONE", "DivergedError", "Filled", "LoadReport", "Processes", "Sentinel", "check_bits", "choose_replicas", "choose_storage", "choose_strategy", "fill",
     "full_tensor", "materialise", "owned_rows", "relaunch_if_ranks_were_lost", "settle", "shard",
     "write_full",
 ]  # fmt: skip

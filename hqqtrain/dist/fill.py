@@ -2,8 +2,8 @@
 
 HQQ needs no calibration and its groups are independent, so a sharded layer is quantized
 where it will live: each rank reads its own rows, quantizes them and writes them into its
-shard, with no communication. Where ranks hold whole layers (`ddp`) each layer is quantized
-by one of them and broadcast, so the source is still read once in all.
+shard, with no communication. Where several ranks hold the same (`ddp`, or the replicas of hybrid
+sharding) one of them quantizes it and hands it out, so the source is still read once in all.
 """
 
 import time
@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hqqtrain.dist.ahead import Piece, ReadAhead, Reader
 from hqqtrain.dist.finite import Finiteness
 from hqqtrain.dist.processes import Processes
 from hqqtrain.dist.report import LoadReport, Memory
-from hqqtrain.dist.shards import local, owned_rows
+from hqqtrain.dist.shards import copies, local, owned_rows
 from hqqtrain.dist.watch import Watch
 from hqqtrain.nn import PACKED, HQQLinear
 from hqqtrain.quant import Quantized, dequantize, enqueue, squared_error
@@ -88,7 +87,7 @@ def fill(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], reader: R
             work.dense(name, target)
             watch.check()
         work.finite.check()
-    _share_whole(layers, dense, processes)
+    _share(layers, dense, processes)
     seconds = time.perf_counter() - began
     report = memory.report(processes.rank, reader.bytes_read, arriving.seconds, seconds)
     return Filled(work.squared, report)
@@ -135,9 +134,10 @@ class _Work:
         return {leaf: getattr(made, leaf) for leaf in PACKED}
 
 
-def _is_mine(tensor: Tensor, index: int, processes: Processes) -> bool:
-    """Every rank has rows of a sharded tensor; a whole one is the work of one rank."""
-    return isinstance(tensor, DTensor) or index % processes.size == processes.rank
+def _is_mine(tensor: Tensor, number: int, processes: Processes) -> bool:
+    """Of the ranks that hold the same part of it, one makes it; they take turns."""
+    same = copies(tensor, processes)
+    return number % same.size == same.rank
 
 
 def _has_rows(tensor: Tensor) -> bool:
@@ -191,13 +191,17 @@ def _copy_bits(target: Tensor, value: Tensor) -> None:
     target.view(torch.uint8).copy_(value.view(torch.uint8), non_blocking=True)
 
 
-def _share_whole(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor],
-                 processes: Processes) -> None:  # fmt: skip
-    """Hands what one rank has made, and is not sharded, to all others."""
-    for index, layer in enumerate(layers.values()):
-        if not isinstance(layer.W_q, DTensor):
-            for tensor in PACKED:
-                processes.broadcast(local(getattr(layer, tensor)), index % processes.size)
-    for index, target in enumerate(dense.values()):
-        if not isinstance(target, DTensor):
-            processes.broadcast(local(target), index % processes.size)
+def _share(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor],
+           processes: Processes) -> None:  # fmt: skip
+    """Hands what one rank has made to those that hold the same. Collective."""
+    for number, layer in enumerate(layers.values()):
+        for leaf in PACKED:
+            _hand_out(getattr(layer, leaf), number, processes)
+    for number, target in enumerate(dense.values()):
+        _hand_out(target, number, processes)
+
+
+def _hand_out(tensor: Tensor, number: int, processes: Processes) -> None:
+    same, part = copies(tensor, processes), local(tensor)
+    if same.size > 1 and part.numel():
+        processes.broadcast(part, number % same.size, same.group)

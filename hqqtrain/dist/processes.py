@@ -47,10 +47,13 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def broadcast(self, tensor: torch.Tensor, owner: int) -> None:
-        """Overwrites `tensor` with the bytes that rank `owner` holds. Collective."""
+    def broadcast(
+        self, tensor: torch.Tensor, owner: int, group: dist.ProcessGroup | None = None
+    ) -> None:
+        """Overwrites `tensor` with the bytes that rank `owner` of `group`, or of all, holds.
+        Collective over them."""
         if self.size > 1:
-            dist.broadcast(tensor, src=owner)
+            dist.broadcast(tensor, group=group, group_src=owner)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -4,11 +4,33 @@ FSDP2 cuts dimension 0 as `torch.chunk` does. W_q, scale and zero share that dim
 output rows, or row classes), so a rank's rows of the three belong to one another.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
+
+from hqqtrain.dist.processes import Processes
+
+
+class Copies(NamedTuple):
+    """How many ranks hold the same part of a parameter, which of them this one is, and the group
+    in which they can share it (None: all ranks)."""
+
+    size: int
+    rank: int
+    group: ProcessGroup | None
+
+
+def copies(param: Tensor, processes: Processes) -> Copies:
+    """All ranks hold a parameter that is not sharded; of one that is, its replicas, if any."""
+    if not isinstance(param, DTensor):
+        return Copies(processes.size, processes.rank, None)
+    mesh = param.device_mesh
+    if mesh.ndim == 1:
+        return Copies(1, 0, None)
+    return Copies(mesh.size(0), mesh.get_local_rank(0), mesh.get_group(0))
 
 
 def owned_rows(param: Tensor) -> slice:
@@ -16,8 +38,9 @@ def owned_rows(param: Tensor) -> slice:
     if not isinstance(param, DTensor):
         return slice(0, param.shape[0])
     mesh, rows = param.device_mesh, param.shape[0]
-    share = -(-rows // mesh.size())
-    start = min(mesh.get_local_rank() * share, rows)
+    last = mesh.ndim - 1  # before it, if anything, the replicas
+    share = -(-rows // mesh.size(last))
+    start = min(mesh.get_local_rank(last) * share, rows)
     stop = min(start + share, rows)
     assert stop - start == param.to_local().shape[0]
     return slice(start, stop)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from packaging.version import Version
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hqqtrain.config import UserError
@@ -61,18 +61,51 @@ def ensure_process_group(world_size: int) -> None:
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
 
 
-def shard(model: nn.Module, device: torch.device, world_size: int) -> None:
-    """FSDP2 over all ranks, one unit per decoder layer; meta parameters stay on meta.
+def choose_replicas(hybrid: bool, strategy: str, world_size: int, local_size: int) -> int:
+    """How often the sharded model is there: once, or with `hybrid` on every node of `local_size`.
+
+    Raises:
+        UserError: `hybrid` without fsdp2, or nodes of different sizes.
+    """
+    if not hybrid:
+        return 1
+    if strategy != "fsdp2":
+        raise UserError(f"parallel.hybrid=true: is for parallel.strategy=fsdp2, not {strategy}.")
+    if world_size % local_size:
+        raise UserError(
+            f"parallel.hybrid=true: {world_size} ranks are not whole nodes of {local_size}; start "
+            "as many on every node, or set parallel.hybrid=false."
+        )
+    if world_size == local_size:
+        logger.warning("parallel.hybrid=true: one node has all ranks, so nothing is replicated")
+    return world_size // local_size
+
+
+def shard(model: nn.Module, device: torch.device, world_size: int, replicas: int = 1) -> None:
+    """FSDP2, one unit per decoder layer; meta parameters stay on meta.
+
+    Over all ranks, or over each of `replicas` blocks of neighbouring ranks.
 
     Raises:
         UserError: the model has no stack of decoder layers to cut along.
     """
-    mesh = init_device_mesh(device.type, (world_size,))
+    ensure_process_group(world_size)
+    mesh = _mesh(device, world_size, replicas)
     layers = decoder_layers(model)
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    logger.info("fsdp2: %d decoder layers sharded over %d ranks", len(layers), world_size)
+    logger.info(
+        "fsdp2: %d decoder layers sharded over %d ranks, %d times",
+        len(layers), world_size // replicas, replicas,
+    )  # fmt: skip
+
+
+def _mesh(device: torch.device, world_size: int, replicas: int) -> DeviceMesh:
+    if replicas == 1:
+        return init_device_mesh(device.type, (world_size,))
+    shape = (replicas, world_size // replicas)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -136,7 +136,7 @@ def build(plan: Plan, session: Session, *, packed: Path | None = None,
     model, processes = plan.model, session.processes
     check_bits(session.storage, session.strategy, processes)
     if session.strategy == "fsdp2":
-        shard(model, session.device, processes.size)
+        shard(model, session.device, processes.size, session.replicas)
     source, reader = plan.source, plan.reader
     if packed:
         source = replace(source, path=packed, kind="quantized")
@@ -157,7 +157,7 @@ def build_reference(plan: Plan, session: Session) -> tuple[nn.Module, int]:
     """The full-precision model, spread as the trained one is, and the bytes read. Collective."""
     model = build_meta(plan.hf_config, session.dtype)
     if session.strategy == "fsdp2":
-        shard(model, session.device, session.processes.size)
+        shard(model, session.device, session.processes.size, session.replicas)
     reader = open_weights(plan.source, model, session.device)
     fill_model(model, reader, session.processes)
     return model.requires_grad_(False).eval(), int(session.processes.sum([reader.bytes_read])[0])

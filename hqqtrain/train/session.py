@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from hqqtrain.config import RunConfig, UserError
-from hqqtrain.dist import Processes, choose_storage, choose_strategy, settle
+from hqqtrain.dist import Processes, choose_replicas, choose_storage, choose_strategy, settle
 from hqqtrain.train.optimizer import check_optimizer
 from hqqtrain_kernels import select
 
@@ -37,6 +37,8 @@ class Session:
     strategy: str
     precision: str
     storage: torch.dtype
+    replicas: int
+    """How often the model is there, sharded; see `parallel.hybrid`."""
 
     @classmethod
     def start(cls, config: RunConfig) -> "Session":
@@ -70,7 +72,11 @@ class Session:
             logger.warning("parallel.offload=%s: does nothing on a CPU", config.parallel.offload)
         torch.manual_seed(config.train.seed + processes.rank)  # of dropout alone
         storage = choose_storage(config.quant.storage, strategy)
-        return cls(config, accelerator, processes, strategy, precision, storage)
+        replicas = choose_replicas(
+            config.parallel.hybrid, strategy, processes.size,
+            int(os.environ.get("LOCAL_WORLD_SIZE", processes.size)),
+        )  # fmt: skip
+        return cls(config, accelerator, processes, strategy, precision, storage, replicas)
 
     @property
     def dtype(self) -> torch.dtype:

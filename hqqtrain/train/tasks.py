@@ -157,7 +157,7 @@ def _check_resources(plan: Plan, session: Session) -> None:
     """Refuses what cannot fit, warns of what may not."""
     config, processes = session.config, session.processes
     needs = estimate(
-        config, plan.model, dtype=session.dtype, world_size=processes.size,
+        config, plan.model, dtype=session.dtype, world_size=processes.size // session.replicas,
         strategy=session.strategy, offloads=session.offloads_activations,
     )  # fmt: skip
     free = available(session.device, Path(config.run.root))

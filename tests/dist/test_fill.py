@@ -38,8 +38,8 @@ def quantized(case: tuple, processes: Processes, strategy: str) -> tuple[str, in
     """(fingerprint, bytes that this rank has read, bytes of the source)."""
     model = make_model(*case)
     reader = SyntheticReader(expected_shapes(model, packed=False), torch.bfloat16, CPU)
-    if strategy == "fsdp2":
-        shard(model, CPU, processes.size)
+    if strategy != "ddp" and processes.size > 1:
+        shard(model, CPU, processes.size, replicas=2 if strategy == "hybrid" else 1)
     found = Fingerprint()
     fill_model(model, reader, processes, on_rows=found.update)
     total = Fingerprint()
@@ -60,7 +60,7 @@ def alone() -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize(("size", "strategy"), [
-    (2, "fsdp2"), (3, "fsdp2"), (4, "fsdp2"), (3, "ddp"),
+    (2, "fsdp2"), (3, "fsdp2"), (4, "fsdp2"), (3, "ddp"), (4, "hybrid"),
 ])  # fmt: skip
 def test_any_number_of_ranks(size: int, strategy: str, alone: list, tmp_path: Path) -> None:
     assert on_ranks(quantize_all, size, tmp_path, strategy) == [""] * size

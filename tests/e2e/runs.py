@@ -55,7 +55,7 @@ class Finished:
         return [line["train/grad_norm"] for line in self.metrics if "train/grad_norm" in line]
 
 
-def run(*words: str, root: Path, processes: int = 1) -> Finished:
+def run(*words: str, root: Path, processes: int = 1, per_node: int | None = None) -> Finished:
     """`python -m hqqtrain *words run.root=root`, or as many ranks of it as `processes` says.
 
     A rank is a process of its own, forked from one that has imported what every run imports:
@@ -66,7 +66,7 @@ def run(*words: str, root: Path, processes: int = 1) -> Finished:
     port, workers = free_port(), []
     for rank, output in enumerate(outputs):
         output.write_text("")
-        env = ENVIRONMENT | (_ranks(rank, processes, port) if processes > 1 else {})
+        env = ENVIRONMENT | (_ranks(rank, processes, port, per_node) if processes > 1 else {})
         arguments = ([*words, f"run.root={root}"], root.parent, env, output)
         workers.append(_context().Process(target=_main, args=arguments))
         workers[-1].start()
@@ -92,9 +92,11 @@ def _context() -> Any:
     return context
 
 
-def _ranks(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun tells its processes."""
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+def _ranks(rank: int, size: int, port: int, per_node: int | None) -> dict[str, str]:
+    """What torchrun tells its processes; of several nodes where they are told to be."""
+    local = per_node or size
+    numbers = {"RANK": rank, "LOCAL_RANK": rank % local}
+    numbers |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": local}
     numbers |= {"MASTER_PORT": port}
     return {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in numbers.items()}}
 

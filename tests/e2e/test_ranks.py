@@ -64,6 +64,29 @@ def test_any_sharding_gives_the_same_bits(tmp_path: Path, group_size: str, axis:
     assert one.summary["quantize"]["fingerprint"] == three.summary["quantize"]["fingerprint"]
 
 
+def test_sharded_within_nodes_and_replicated_between(alone: Finished, tmp_path: Path):
+    words = (*EXACT, "parallel.strategy=fsdp2", "parallel.hybrid=true")
+    four = run(*words, root=tmp_path / "runs", processes=4, per_node=2)
+    assert four.code == 0, four.output
+    assert "sharded over 2 ranks, 2 times" in four.output
+    for key in ("fingerprint", "bytes_read"):
+        assert four.summary["quantize"][key] == alone.summary["quantize"][key]
+    assert four.losses() == pytest.approx(alone.losses(), abs=1e-4)
+    assert four.norms() == pytest.approx(alone.norms(), rel=1e-3)
+    _check_same_files(four.directory, alone.directory)
+
+
+@pytest.mark.parametrize(("words", "per_node", "said"), [
+    (("parallel.strategy=ddp",), 2, "is for parallel.strategy=fsdp2, not ddp"),
+    ((), 3, "4 ranks are not whole nodes of 3"),
+])  # fmt: skip
+def test_what_cannot_be_hybrid(words: tuple, per_node: int, said: str, tmp_path: Path):
+    asked = (*QUICK, "parallel.hybrid=true", *words)
+    done = run(*asked, root=tmp_path / "runs", processes=4, per_node=per_node)
+    assert done.code == 2
+    assert done.output.count(said) == 1
+
+
 def test_quantized_by_two_trained_by_three_and_by_one(tmp_path: Path):
     words = (*EXACT, "task=quantize", "parallel.strategy=fsdp2")
     two = run(*words, root=tmp_path / "two", processes=2)
