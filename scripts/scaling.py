@@ -92,7 +92,7 @@ def predict(name: str, nbits: int, group_size: int, card: Card, gpus: int) -> Pr
 
     Work: forward, recomputed forward and gradient (flops_per_token has the first and the last),
     and each weight dequantized as often. Wire: the packed layers gathered twice, forward and
-    backward, and the adapters' gradients summed up.
+    backward, embeddings and head once, and the adapters' gradients summed up.
     """
     config, model = _model(name, nbits, group_size)
     strategy = "fsdp2" if gpus > 1 else "single"
@@ -103,7 +103,7 @@ def predict(name: str, nbits: int, group_size: int, card: Card, gpus: int) -> Pr
                   for m in model.modules() if isinstance(m, HQQLinear))  # fmt: skip
     packed, trained = sizes["packed weights"], sizes["adapter and optimizer"] / 3
     others = (gpus - 1) / gpus
-    received = others * (2 * (packed + sizes["dense weights"]) + 2 * trained)
+    received = others * (2 * packed + sizes["dense weights"] + 2 * trained)
     products = 1.5 * flops_per_token(model) * TOKENS / (card.products * EFFICIENCY)
     unpacking = 3 * (2 * weights + packed) / (card.copy * UNPACKING)
     return Prediction(sum(needs.values()) / GIB, received / GIB, products + unpacking,

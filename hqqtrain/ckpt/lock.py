@@ -15,8 +15,8 @@ SEEN_WITHIN = 15.0
 """Seconds: NFS may keep what it knows of a folder for some."""
 
 
-def take_lock(path: Path, *, wait: bool = False) -> IO[str] | None:
-    """Holds `path` until the result is closed; None while another process has it, unless `wait`.
+def take_lock(path: Path) -> IO[str] | None:
+    """Holds `path` until the result is closed; None while another process has it.
 
     flock: the kernel frees it when the process dies, however it dies. A new token is written into
     the file, see `check_seen`.
@@ -28,7 +28,7 @@ def take_lock(path: Path, *, wait: bool = False) -> IO[str] | None:
         except FileNotFoundError:  # another process has just removed the folder it had made
             continue
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
             return None

@@ -81,13 +81,14 @@ class _Writer:
 
     def add(self, name: str, tensor: torch.Tensor, number: int) -> None:
         """A tensor of shard `number`, which other ranks only look at."""
-        if self._is_mine(number):
+        if self._is_mine(number) and not self._has_failed():
             self._shard[name] = _owned(tensor)
 
     def save(self, number: int) -> None:
         """Shard `number` is complete. Waits for the one before it, so that they do not pile up."""
         if self._is_mine(number):
             futures.wait(self._saving)
+        if self._is_mine(number) and not self._has_failed():
             self._saving.append(self._pool.submit(_save, self._shard, self._folder, number))
             self._shard = {}
 
@@ -95,6 +96,9 @@ class _Writer:
         """Raises what saving has raised."""
         for saving in self._saving:
             saving.result()
+
+    def _has_failed(self) -> bool:
+        return any(saving.done() and saving.exception() for saving in self._saving)
 
     def _is_mine(self, number: int) -> bool:
         return number % self._processes.size == self._processes.rank

@@ -1,6 +1,7 @@
 """How the model is spread over the ranks, and what that asks of the packed weights."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -61,20 +62,26 @@ def ensure_process_group(world_size: int) -> None:
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
 
 
-def choose_replicas(hybrid: bool, strategy: str, world_size: int, local_size: int) -> int:
-    """How often the sharded model is there: once, or with `hybrid` on every node of `local_size`.
+def choose_replicas(hybrid: bool, strategy: str, local_sizes: Sequence[int]) -> int:
+    """How often the sharded model is there: once, or with `hybrid` on every node.
+
+    Args:
+        local_sizes: of every rank, how many ranks its node has; 0 where the launcher did not say.
 
     Raises:
-        UserError: `hybrid` without fsdp2, or nodes of different sizes.
+        UserError: `hybrid` without fsdp2, or nodes of different or unknown sizes.
     """
+    world_size, local_size = len(local_sizes), local_sizes[0]
     if not hybrid:
         return 1
     if strategy != "fsdp2":
         raise UserError(f"parallel.hybrid=true: is for parallel.strategy=fsdp2, not {strategy}.")
-    if world_size % local_size:
+    if set(local_sizes) != {local_size} or not local_size or world_size % local_size:
+        sizes = ", ".join(map(str, sorted(set(local_sizes))))
         raise UserError(
-            f"parallel.hybrid=true: {world_size} ranks are not whole nodes of {local_size}; start "
-            "as many on every node, or set parallel.hybrid=false."
+            f"parallel.hybrid=true: {world_size} ranks are not whole nodes of {sizes or 0}: start "
+            "as many on every node, with LOCAL_WORLD_SIZE set as torchrun does, or set "
+            "parallel.hybrid=false."
         )
     if world_size == local_size:
         logger.warning("parallel.hybrid=true: one node has all ranks, so nothing is replicated")

@@ -8,7 +8,6 @@ its work ended, and looks at what the others say. No collective is needed to sto
 import json
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -29,17 +28,17 @@ the long calls of torch and safetensors let it run."""
 class Watch:
     """A context around work of which every rank has its own part; `check` often within it.
 
-    All ranks leave it together. What one rank raises is raised on every rank: a UserError as it is,
-    anything else, also that a rank is gone, as RankLostError on the others.
+    All ranks enter and leave it together. What one rank raises is raised on every rank: a UserError
+    as it is, anything else, also that a rank is gone, as RankLostError on the others. Collective.
     """
 
     def __init__(self, processes: Processes) -> None:
-        self._me = processes.rank
+        self._processes = processes
         self._others = [rank for rank in range(processes.size) if rank != processes.rank]
+        self._mine: dict[str, Any] = {}
+        self._told = False
         self._states: dict[int, dict[str, Any]] = {}
-        self._changed: dict[int, float] = {}
         self._lost: dict[int, str] = {}
-        self._beats, self._is_cut_off = 0, False
         self._raised: UserError | RankLostError | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look_around, name="watch", daemon=True)
@@ -49,7 +48,10 @@ class Watch:
             shared: Any = _get_default_store()
             self._store = dist.PrefixStore(_next_name(), shared.clone())  # a connection of its own
             self._store.set_timeout(timedelta(seconds=LOST_AFTER))
-            self._changed = dict.fromkeys(self._others, time.monotonic())
+            self._store.set(str(self._processes.rank), "{}")
+            self._processes.barrier()
+            self._looked = time.monotonic()
+            self._changed = dict.fromkeys(self._others, self._looked)
             self._thread.start()
         return self
 
@@ -65,60 +67,70 @@ class Watch:
     ) -> None:  # fmt: skip
         if not self._others:
             return
-        self._over.set()
-        self._thread.join()
         own = None if error is self._raised else error
-        self._say(ended=True, user=isinstance(own, UserError), fault=_told(own))
-        if error is not None and not isinstance(error, Exception):
-            return  # a signal: there is no time to wait
-        self._wait_for_others()
+        self._mine = {"ended": True, "user": isinstance(own, UserError), "fault": _told(own)}
+        if error is None or isinstance(error, Exception):  # else a signal: there is no time
+            self._wait_for_others()
+        self._over.set()
+        self._thread.join(2 * BEAT)
         if error is None:
             self.check()
 
     def _wait_for_others(self) -> None:
         """Also where this rank has failed: the store may be its own, and they read why in it."""
-        while not self._is_cut_off and not all(map(self._has_ended, self._others)):
+        while not (self._told and all(map(self._has_ended, self._others))):
+            if self._is_cut_off():
+                return
             time.sleep(BEAT / 5)
-            self._look()
 
     def _look_around(self) -> None:
-        while not self._over.wait(BEAT):
-            self._beats += 1
-            self._say(beat=self._beats)
-            self._look()
+        beats = 0
+        try:
+            while not self._over.wait(BEAT):
+                beats += 1
+                self._say({"beat": beats} | self._mine)
+                self._look()
+        except RuntimeError as error:
+            self._lost[-1] = f"the process that holds the ranks together is gone ({error})."
 
-    def _say(self, **state: Any) -> None:
-        self._asked(self._store.set, str(self._me), json.dumps(state))
+    def _say(self, state: dict[str, Any]) -> None:
+        self._store.set(str(self._processes.rank), json.dumps(state))
+        self._told = bool(state.get("ended"))
 
     def _look(self) -> None:
         """At what the others have said last, and since when."""
-        for rank in self._others:
-            text = self._asked(self._read, str(rank))
-            state, now = json.loads(text or "{}"), time.monotonic()
+        texts = self._store.multi_get([str(rank) for rank in self._others])
+        now = time.monotonic()
+        if now - self._looked > LOST_AFTER / 4:  # this process itself was held up, as by a debugger
+            self._changed = dict.fromkeys(self._others, now)
+        self._looked = now
+        for rank, text in zip(self._others, texts, strict=True):
+            state = json.loads(text)
             if state != self._states.get(rank, {}):
                 self._states[rank], self._changed[rank] = state, now
+                self._lost.pop(rank, None)
             elif not state.get("ended") and now - self._changed[rank] > LOST_AFTER:
                 self._lost[rank] = f"rank {rank} is gone: no sign of life for {LOST_AFTER:.0f} s."
 
-    def _read(self, key: str) -> bytes:
-        return self._store.get(key) if self._store.check([key]) else b""
-
-    def _asked(self, ask: Callable[..., Any], *arguments: str) -> Any:
-        try:
-            return ask(*arguments)
-        except RuntimeError as error:
-            self._is_cut_off = True
-            self._lost[-1] = f"the process that holds the ranks together is gone ({error})."
+    def _is_cut_off(self) -> bool:
+        """Nothing is heard, not even from the store, which may hang without an error."""
+        return -1 in self._lost or time.monotonic() - self._looked > LOST_AFTER
 
     def _has_ended(self, rank: int) -> bool:
         return rank in self._lost or bool(self._states.get(rank, {}).get("ended"))
 
     def _fault(self) -> UserError | RankLostError | None:
+        if not self._others:
+            return None
         for rank, state in sorted(self._states.items()):
             if state.get("fault"):
                 failed = f"rank {rank} failed: {state['fault']}"
                 return UserError(state["fault"]) if state["user"] else RankLostError(failed)
-        return RankLostError(" ".join(self._lost.values())) if self._lost else None
+        if self._lost:
+            return RankLostError(" ".join(self._lost.values()))
+        if self._is_cut_off():
+            return RankLostError("the process that holds the ranks together does not answer.")
+        return None
 
 
 def _told(error: BaseException | None) -> str:

@@ -58,7 +58,8 @@ def estimate(config: RunConfig, model: nn.Module, *, dtype: torch.dtype, world_s
     """The needs of one rank, from `model` on meta: HQQLinears in place, adapters injected.
 
     `dtype`: of activations and unquantized weights. Under `fsdp2` parameters, gradients and
-    optimizer state are divided by `world_size`; the largest layer is whole, twice (prefetch).
+    optimizer state are divided by `world_size`; the largest layer is whole, twice (prefetch), and
+    so is what lies outside of layers, as embeddings do, which FSDP2 keeps whole from then on.
     `offloads`: what checkpointing keeps waits in the host's memory, which is not counted.
     """
     sizes = _Sizes.of(model, dtype)
@@ -72,7 +73,7 @@ def estimate(config: RunConfig, model: nn.Module, *, dtype: torch.dtype, world_s
         "reference model": _reference(config, sizes, dtype) // shards if measures else 0,
         "activations": _activations(config, model, dtype, tokens, offloads) if finetune else 0,
         "logits": _logits(model, dtype, tokens, finetune, measures),
-        "working memory": _working(sizes, shards, dtype),
+        "working memory": _working(sizes, shards, dtype) + sizes.root * (shards - 1) // shards,
     }
     return Estimate(device, _disk(config, sizes, dtype))
 
@@ -132,6 +133,8 @@ class _Sizes:
     packed: int
     dense: int
     adapter: int
+    root: int
+    """Bytes of what lies outside of the decoder layers."""
     source: int
     """Weights of the full-precision model, a number."""
     largest: int
@@ -139,7 +142,7 @@ class _Sizes:
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype) -> "_Sizes":
-        packed = dense = adapter = 0
+        packed = dense = adapter = root = 0
         for name, param in model.named_parameters():
             if is_adapter(name):
                 adapter += param.numel()
@@ -147,10 +150,12 @@ class _Sizes:
                 packed += param.numel() * param.element_size()
             else:
                 dense += param.numel() * dtype.itemsize
+                if not any(part.isdigit() for part in name.split(".")):
+                    root += param.numel() * dtype.itemsize
         shapes = expected_shapes(model).values()
         linears = [m.layout for m in model.modules() if isinstance(m, HQQLinear)]
         largest = max((a.out_features * a.in_features for a in linears), default=0)
-        return cls(packed, dense, adapter, sum(map(_count, shapes)), largest)
+        return cls(packed, dense, adapter, root, sum(map(_count, shapes)), largest)
 
 
 def _trained(config: RunConfig, sizes: _Sizes) -> int:

@@ -6,13 +6,17 @@ while it is being made waits.
 """
 
 import hashlib
+import itertools
 import json
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+import torch
 
 from hqqtrain import __version__
 from hqqtrain.ckpt import QuantizedSettings, stamp
@@ -28,6 +32,8 @@ from hqqtrain_kernels.layout import LAYOUT_VERSION
 logger = logging.getLogger(__name__)
 
 ERRORS = "errors.json"
+POLL = 1.0
+"""Seconds between two looks at an entry that another run makes."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def cached(plan: Plan, session: Session) -> Iterator[Entry | None]:
     if cache_dir is None or plan.packed:
         yield None
         return
-    key = _key(plan.source, QuantizedSettings.of(plan.model))
+    key = _key(plan.source, QuantizedSettings.of(plan.model), session.dtype)
     with _entry(cache_dir, key, session.processes) as entry:
         yield entry
 
@@ -71,8 +77,7 @@ def _entry(cache_dir: str, key: str, processes: Processes) -> Iterator[Entry]:
     folder = Path(cache_dir).expanduser() / key
     lock = folder.with_name(f".{folder.name}.lock")
     with ExitStack() as stack:
-        with processes.together():
-            held = stack.enter_context(_locked(lock, cache_dir)) if processes.is_main else None
+        held = stack.enter_context(_locked(lock, cache_dir, processes))
         token, is_made = processes.gather((token_of(lock), (folder / "config.json").is_file()))[0]
         with processes.together():
             check_seen(lock, token, f"quant.cache_dir={cache_dir}")
@@ -84,26 +89,41 @@ def _entry(cache_dir: str, key: str, processes: Processes) -> Iterator[Entry]:
 
 
 @contextmanager
-def _locked(lock: Path, cache_dir: str) -> Iterator[IO[str]]:
-    try:
-        file = take_lock(lock)
-        if file is None:
+def _locked(lock: Path, cache_dir: str, processes: Processes) -> Iterator[IO[str] | None]:
+    """The first rank's; None on others. All wait, and hear from each other while they do."""
+    for attempt in itertools.count():
+        with processes.together():
+            file = _try(lock, cache_dir) if processes.is_main else None
+        if processes.gather(file is not None)[0]:
+            break
+        if processes.is_main and attempt == 0:
             logger.info("quant.cache_dir: waiting for another run, which has %s", lock)
-            file = take_lock(lock, wait=True)
+        time.sleep(POLL)
+    try:
+        yield file
+    finally:
+        if file:
+            file.close()
+
+
+def _try(lock: Path, cache_dir: str) -> IO[str] | None:
+    try:
+        return take_lock(lock)
     except OSError as error:
         raise UserError(
             f"quant.cache_dir={cache_dir}: cannot be written to ({error}); choose another."
         ) from error
-    assert file is not None
-    with file:
-        yield file
 
 
-def _key(source: Source, settings: QuantizedSettings) -> str:
-    """By the architecture's name for a person, and a hash of all that gives the weights."""
+def _key(source: Source, settings: QuantizedSettings, dtype: torch.dtype) -> str:
+    """By the architecture's name for a person, and a hash of all that gives the weights.
+
+    `dtype`: what tensors in full precision were rounded to on the way.
+    """
     synthetic = source.kind == "synthetic"
     facts = {
         "source": [source.kind, stamp(source.path), source.name if synthetic else ""],
+        "dense": str(dtype),
         "modules": settings.by_module(),
         "layout": LAYOUT_VERSION,
         "version": __version__,

@@ -72,10 +72,8 @@ class Session:
             logger.warning("parallel.offload=%s: does nothing on a CPU", config.parallel.offload)
         torch.manual_seed(config.train.seed + processes.rank)  # of dropout alone
         storage = choose_storage(config.quant.storage, strategy)
-        replicas = choose_replicas(
-            config.parallel.hybrid, strategy, processes.size,
-            int(os.environ.get("LOCAL_WORLD_SIZE", processes.size)),
-        )  # fmt: skip
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", processes.size == 1))
+        replicas = choose_replicas(config.parallel.hybrid, strategy, processes.gather(local_size))
         return cls(config, accelerator, processes, strategy, precision, storage, replicas)
 
     @property

@@ -46,4 +46,6 @@ def on_ranks(
     found = dict(answers.get(timeout=120) for _ in ranks)
     for rank in ranks:
         workers[rank].join(30)
+    if lost is not None:
+        workers[lost].kill()
     return [found[rank] for rank in ranks]

@@ -7,7 +7,7 @@ import time
 import pytest
 from dist.ranks import on_ranks
 
-from hqqtrain.config import UserError
+from hqqtrain.config import RankLostError, UserError
 from hqqtrain.dist import Processes, watch
 from hqqtrain.dist.watch import Watch
 
@@ -62,6 +62,15 @@ def the_first_is_killed(rank: int, processes: Processes) -> None:
     work(processes, 60)
 
 
+def the_first_is_frozen(rank: int, processes: Processes) -> None:
+    """Its machine has lost power: connections stay open and nobody answers."""
+    if rank == 0:
+        with Watch(processes):
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGSTOP)
+    work(processes, 60)
+
+
 def test_they_leave_together():
     assert on_ranks(all_is_well, 3) == [""] * 3
 
@@ -80,13 +89,44 @@ def test_another_fault_is_told_with_its_rank():
     assert answers[1:] == ["rank 0 failed: OSError: disk on fire"] * 2
 
 
-@pytest.mark.parametrize("case", [one_is_killed, the_first_is_killed])
-def test_a_rank_that_vanishes(case):
-    lost = 1 if case is one_is_killed else 0
+@pytest.mark.parametrize(("case", "lost", "said"), [
+    (one_is_killed, 1, "rank 1 is gone: no sign of life"),
+    (the_first_is_killed, 0, "gone"),
+    (the_first_is_frozen, 0, "the process that holds the ranks together"),
+])  # fmt: skip
+def test_a_rank_that_vanishes(case, lost, said):
+    began = time.monotonic()
     answers = on_ranks(case, 3, lost=lost)
-    wanted = "rank 1 is gone: no sign of life" if lost else "gone"
-    assert all(wanted in answer for answer in answers)
-    assert len(answers) == 2
+    assert [said in answer for answer in answers] == [True, True], answers
+    assert time.monotonic() - began < 45
+
+
+class Store:
+    """Says what rank 1 says."""
+
+    text = b"{}"
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        assert keys == ["1"]
+        return [self.text]
+
+
+def test_a_process_that_was_held_up_itself_accuses_nobody(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    watching = Watch(Processes(0, 2, None))  # type: ignore[arg-type]
+    watching._store, watching._looked, watching._changed = Store(), now, {1: now}
+    for now in (1001.0, 1001.0 + 3 * watch.LOST_AFTER):
+        watching._look()
+    watching.check()
+    for _ in range(60):  # while this one looks, the other says nothing
+        now += watch.LOST_AFTER / 40
+        watching._look()
+    with pytest.raises(RankLostError, match="rank 1 is gone"):
+        watching.check()
+    watching._store.text = b'{"beat": 7}'
+    watching._look()
+    watching.check()
 
 
 def test_one_rank_alone_needs_no_store():
