@@ -75,6 +75,7 @@ class Watch:
         self._thread.join(2 * BEAT)
         if error is None:
             self.check()
+            self._processes.barrier()  # or the store's host may go before the others have looked
 
     def _wait_for_others(self) -> None:
         """Also where this rank has failed: the store may be its own, and they read why in it."""
