@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hqqtrain.dist import as_integers
 from hqqtrain_kernels.layout import LAYOUT_VERSION
 from hqqtrain_kernels.reference import as_bytes
 
 _LANES = 2
 """Hashes of 64 bits, independent of each other."""
-
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _CHUNK = {"cpu": 1 << 18}
 """Words hashed at a time, what a CPU's cache holds: 1.5 GB/s on one core, and 0.8 with a quarter or
@@ -80,7 +79,7 @@ def _words(rows: Tensor, tensor_name: str) -> Tensor:
     rows = rows.contiguous()
     if tensor_name == "W_q":
         return as_bytes(rows).view(torch.int32)
-    return rows.view(_WORDS[rows.element_size()])
+    return as_integers(rows)
 
 
 def _key(name: str) -> int:

@@ -1,6 +1,6 @@
 """Ranks: who they are, which rows are theirs, and what they must agree on."""
 
-from hqqtrain.dist.bits import check_bits
+from hqqtrain.dist.bits import as_integers, check_bits
 from hqqtrain.dist.fill import Filled, fill
 from hqqtrain.dist.launcher import settle
 from hqqtrain.dist.processes import ALONE, Processes, relaunch_if_ranks_were_lost
@@ -10,7 +10,7 @@ from hqqtrain.dist.shards import full_tensor, materialise, owned_rows, write_ful
 from hqqtrain.dist.strategy import choose_replicas, choose_storage, choose_strategy, shard
 
 __all__ = [
-    "ALONE", "DivergedError", "Filled", "LoadReport", "Processes", "Sentinel", "check_bits", "choose_replicas", "choose_storage", "choose_strategy", "fill",
+    "ALONE", "DivergedError", "Filled", "LoadReport", "Processes", "Sentinel", "as_integers", "check_bits", "choose_replicas", "choose_storage", "choose_strategy", "fill",
     "full_tensor", "materialise", "owned_rows", "relaunch_if_ranks_were_lost", "settle", "shard",
     "write_full",
 ]  # fmt: skip

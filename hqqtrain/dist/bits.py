@@ -15,6 +15,12 @@ from hqqtrain.dist.processes import Processes
 from hqqtrain.dist.strategy import STORAGE, ensure_process_group
 
 _PATTERNS = 1 << 16
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """The bits of each number as an integer of its size: a view, never a cast."""
+    return tensor.view(_INTEGERS[tensor.element_size()])
 
 
 def check_bits(storage: torch.dtype, strategy: str, processes: Processes) -> None:

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from hqqtrain.dist.bits import as_integers
 from hqqtrain.dist.processes import Processes
 from hqqtrain.dist.shards import local
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class DivergedError(RuntimeError):
@@ -96,4 +95,4 @@ def _checksum(tensor: Tensor) -> Tensor:
     at = tensor.storage_offset() * tensor.element_size()
     if tensor.is_contiguous() and tensor.nbytes % 8 == at % 8 == 0:
         return tensor.view(-1).view(torch.int64).sum()
-    return tensor.view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
+    return as_integers(tensor).sum(dtype=torch.int64)

@@ -44,30 +44,13 @@ def one_fails_last(rank: int, processes: Processes) -> None:
     work(processes, 2.0 if rank == 2 else 0.1, UserError("w: late") if rank == 2 else None)
 
 
-def one_is_killed(rank: int, processes: Processes) -> None:
-    if rank == 1:
-        watch.LOST_AFTER = 3.0
+def one_is_sent(rank: int, processes: Processes, lost: int, number: signal.Signals) -> None:
+    """The first rank hosts the store. Stopped, it is as a machine without power: connections stay
+    open, and nobody answers."""
+    if rank == lost:
         with Watch(processes):
             time.sleep(1)
-            os.kill(os.getpid(), signal.SIGKILL)
-    work(processes, 60)
-
-
-def the_first_is_killed(rank: int, processes: Processes) -> None:
-    """With it the store, which lives there without torchrun."""
-    if rank == 0:
-        with Watch(processes):
-            time.sleep(1)
-            os.kill(os.getpid(), signal.SIGKILL)
-    work(processes, 60)
-
-
-def the_first_is_frozen(rank: int, processes: Processes) -> None:
-    """Its machine has lost power: connections stay open and nobody answers."""
-    if rank == 0:
-        with Watch(processes):
-            time.sleep(1)
-            os.kill(os.getpid(), signal.SIGSTOP)
+            os.kill(os.getpid(), number)
     work(processes, 60)
 
 
@@ -89,14 +72,14 @@ def test_another_fault_is_told_with_its_rank():
     assert answers[1:] == ["rank 0 failed: OSError: disk on fire"] * 2
 
 
-@pytest.mark.parametrize(("case", "lost", "said"), [
-    (one_is_killed, 1, "rank 1 is gone: no sign of life"),
-    (the_first_is_killed, 0, "gone"),
-    (the_first_is_frozen, 0, "the process that holds the ranks together"),
+@pytest.mark.parametrize(("lost", "number", "said"), [
+    (1, signal.SIGKILL, "rank 1 is gone: no sign of life"),
+    (0, signal.SIGKILL, "gone"),
+    (0, signal.SIGSTOP, "the process that holds the ranks together"),
 ])  # fmt: skip
-def test_a_rank_that_vanishes(case, lost, said):
+def test_a_rank_that_vanishes(lost, number, said):
     began = time.monotonic()
-    answers = on_ranks(case, 3, lost=lost)
+    answers = on_ranks(one_is_sent, 3, lost, number, lost=lost)
     assert [said in answer for answer in answers] == [True, True], answers
     assert time.monotonic() - began < 45
 
