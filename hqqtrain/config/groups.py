@@ -142,7 +142,7 @@ class ParallelConfig:
 
     strategy: str = key(
         "auto", "auto: single for one process, else fsdp2",
-        choices=("auto", "single", "ddp", "fsdp2"),
+        choices=("auto", "single", "ddp", "fsdp2", "fsdp1", "zero3"),
     )  # fmt: skip
     hybrid: bool = key(False, "fsdp2: shard within a node, replicate between nodes")
     offload: str = key(

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from hqqtrain.dist.bits import as_integers
 from hqqtrain.dist.processes import Processes
-from hqqtrain.dist.shards import local
+from hqqtrain.dist.shards import is_sharded, local
 
 
 class DivergedError(RuntimeError):
@@ -27,7 +27,8 @@ class Sentinel:
     A checksum is the sum of a tensor's bits as integers: exact, in any order, without a copy. What
     only changes places within a tensor escapes it. `seconds` and `checks` say what it cost.
 
-    Raises DivergedError where whole parameters differ between ranks already.
+    Raises DivergedError where ranks that hold the same, as all do of what is not sharded, differ
+    already.
     """
 
     def __init__(self, model: nn.Module, processes: Processes) -> None:
@@ -39,7 +40,7 @@ class Sentinel:
         self._processes = processes
         self._parameters = named
         self._frozen = [name for name, p in named.items() if not p.requires_grad]
-        self._whole = [name for name, p in named.items() if not isinstance(p, DTensor)]
+        self._parts = {name: _part(p) for name, p in named.items()}
         self._first = self._sums()
         self.seconds, self.checks = 0.0, 0
         self._agree(self._faults_over_ranks(self._first))
@@ -66,13 +67,16 @@ class Sentinel:
         return dict(zip(self._parameters, sums.tolist(), strict=True))
 
     def _faults_over_ranks(self, sums: dict[str, int]) -> list[str]:
-        """What this rank holds unlike most others; where none are most, unlike the lowest rank."""
-        rank = self._processes.rank
-        by_rank = self._processes.gather([sums[name] for name in self._whole])
+        """What this rank holds unlike most of those that hold the same; where none are most,
+        unlike the lowest rank of them."""
+        shared = {name: part for name, part in self._parts.items() if part is not None}
+        mine = [(part, sums[name]) for name, part in shared.items()]
         faults = []
-        for name, values in zip(self._whole, zip(*by_rank, strict=True), strict=True):
-            ((usual, count),) = Counter(values).most_common(1)
-            if values[rank] != usual:
+        for name, found in zip(shared, zip(*self._processes.gather(mine), strict=True), strict=True):
+            values = Counter(value for part, value in found if part == shared[name])
+            ((usual, count),) = values.most_common(1)
+            if sums[name] != usual:
+                rank = self._processes.rank
                 faults.append(f"rank {rank}: {name} differs from that of {count} other ranks")
         return faults
 
@@ -84,6 +88,15 @@ class Sentinel:
                 f"{'; '.join(found[:3])}{more}. The hardware, a library or the network has altered "
                 "bits: what was trained since the last check is not to be trusted."
             )
+
+
+def _part(param: Tensor) -> int | None:
+    """Which part of a parameter this rank holds as others do: 0 where all hold the whole, of
+    hybrid sharding's replicas the place in the shard; None where each rank's part is its own."""
+    if not is_sharded(param):
+        return 0
+    mesh = param.device_mesh if isinstance(param, DTensor) else None
+    return mesh.get_local_rank(1) if mesh is not None and mesh.ndim == 2 else None
 
 
 def _checksum(tensor: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Parameters, sharded or not, seen alike: which rows are ours, filling and gathering them.
 
 FSDP2 cuts dimension 0 as `torch.chunk` does. W_q, scale and zero share that dimension (whole
-output rows, or row classes), so a rank's rows of the three belong to one another.
+output rows, or row classes), so a rank's rows of the three belong to one another. FSDP1 and ZeRO-3
+cut elsewhere, but get a model that was filled before (`spread.py`).
 """
 
 from typing import Any, NamedTuple
@@ -9,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
 from torch.distributed.tensor import DTensor
 
+from hqqtrain.dist import zero3
 from hqqtrain.dist.processes import Processes
 
 
@@ -48,8 +51,20 @@ def owned_rows(param: Tensor) -> slice:
 
 def local(param: Tensor) -> Tensor:
     """The part of `param` on this rank, sharing its memory."""
+    if zero3.is_partitioned(param):
+        return param.ds_tensor  # type: ignore[attr-defined]
     param = param.detach()
     return param.to_local() if isinstance(param, DTensor) else param
+
+
+def is_sharded(param: Tensor) -> bool:
+    """Whether `local` is but a part of it, by any engine."""
+    return isinstance(param, DTensor) or zero3.is_partitioned(param) or _is_fsdp_flattened(param)
+
+
+def count(param: Tensor) -> int:
+    """How many numbers the whole parameter has."""
+    return param.ds_numel if zero3.is_partitioned(param) else param.numel()  # type: ignore[attr-defined]
 
 
 def write_full(param: Tensor, full: Tensor) -> None:
@@ -58,7 +73,13 @@ def write_full(param: Tensor, full: Tensor) -> None:
 
 
 def full_tensor(param: Tensor) -> Tensor:
-    """The whole parameter, bit for bit, on every rank. Collective where it is sharded."""
+    """The whole parameter, bit for bit, on every rank. Collective where it is sharded.
+
+    Not for those that FSDP1 has flattened.
+    """
+    if zero3.is_partitioned(param):
+        return zero3.gathered(param)
+    assert not _is_fsdp_flattened(param)
     param = param.detach()
     return param.full_tensor() if isinstance(param, DTensor) else param
 

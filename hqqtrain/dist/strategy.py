@@ -1,5 +1,6 @@
 """How the model is spread over the ranks, and what that asks of the packed weights."""
 
+import importlib.util
 import logging
 from collections.abc import Sequence
 
@@ -22,29 +23,53 @@ STORAGE = {
 }
 
 
+FLAT = ("fsdp1", "zero3")
+"""Strategies that cut memory flat, wherever rows begin: see `spread.py`."""
+
+
+def storage_name(dtype: torch.dtype) -> str:
+    """What `quant.storage` calls it."""
+    (name,) = (name for name, known in STORAGE.items() if known == dtype)
+    return name
+
+
 def choose_strategy(wanted: str, world_size: int) -> str:
-    """`single`, `ddp` or `fsdp2`; `auto` is single for one process and fsdp2 for more.
+    """`single`, `ddp`, `fsdp2`, `fsdp1` or `zero3`; `auto` is single for one process, else fsdp2.
 
     Raises:
-        UserError: `single` under several processes.
+        UserError: `single` under several processes; `zero3` without DeepSpeed.
     """
     if wanted == "single" and world_size > 1:
         raise UserError(
             f"parallel.strategy=single: {world_size} processes were started; use ddp, fsdp2 or auto."
+        )
+    if wanted == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "parallel.strategy=zero3: needs deepspeed, which is not installed: pip install "
+            "'hqqtrain[deepspeed]'. fsdp2 saves as much memory and needs nothing more."
         )
     if wanted == "auto":
         return "single" if world_size == 1 else "fsdp2"
     return wanted
 
 
-def choose_storage(wanted: str, strategy: str) -> torch.dtype:
+def choose_storage(wanted: str, strategy: str, compute: torch.dtype) -> torch.dtype:
     """The dtype W_q is held in: uint8, but a bf16 view under FSDP2 before torch 2.12.
 
-    FSDP2 of torch 2.11 crashes on frozen uint8 parameters; the float view is the same bits.
+    FSDP2 of torch 2.11 crashes on frozen uint8 parameters; the float view is the same bits. FSDP1
+    and ZeRO-3 hold scale and zero like this, too, and by default all in `compute`, the dtype of
+    what stays in full precision: FSDP1 makes one tensor of a layer.
 
     Raises:
-        UserError: `uint8` was asked for where FSDP2 cannot shard it.
+        UserError: `uint8` was asked for where FSDP1 or FSDP2 cannot shard it.
     """
+    if strategy == "fsdp1" and wanted == "uint8":
+        raise UserError(
+            "quant.storage=uint8: parallel.strategy=fsdp1 makes one tensor of a decoder layer, "
+            f"which has {compute} in it; use auto (the same bits, viewed), or fsdp2."
+        )
+    if strategy in FLAT:
+        return compute if wanted == "auto" else STORAGE[wanted]
     old = strategy == "fsdp2" and Version(torch.__version__) < Version("2.12")
     if wanted == "auto":
         return torch.bfloat16 if old else torch.uint8
@@ -120,7 +145,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
         raise UserError(
-            f"parallel.strategy=fsdp2: {type(model).__name__} has no list of decoder layers to "
-            "shard by; use ddp."
+            f"{type(model).__name__}: has no list of decoder layers to shard by; use "
+            "parallel.strategy=ddp."
         )
     return max(stacks, key=len)

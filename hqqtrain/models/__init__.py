@@ -10,6 +10,7 @@ from hqqtrain.models.build import (
 from hqqtrain.models.estimate import TRAINED_LOGITS, Estimate, check_fits, estimate, oom_advice
 from hqqtrain.models.memory import Available, available
 from hqqtrain.models.names import (
+    adapter_name,
     base_model,
     base_tensors,
     expected_shapes,
@@ -26,7 +27,7 @@ from hqqtrain.models.tokenizer import load_tokenizer
 
 __all__ = [
     "TRAINED_LOGITS", "Available", "CheckpointReader", "Estimate", "Source", "SyntheticReader",
-    "available",
+    "adapter_name", "available",
     "base_model", "base_tensors", "build_meta", "check_fits", "config_of", "estimate",
     "expected_shapes", "is_adapter", "is_packed", "load_config", "load_tokenizer", "oom_advice",
     "open_weights", "plain_name", "resolve_source", "restore_buffers", "shipped_config", "tie",

@@ -31,6 +31,11 @@ def is_adapter(name: str) -> bool:
     return any(part.startswith("lora_") for part in name.split("."))
 
 
+def adapter_name(name: str) -> str:
+    """An adapter's parameter as PEFT saves it: without wrappers, nor the adapter's own name."""
+    return ".".join(p for p in name.split(".") if p not in _WRAPPERS and p != "default")
+
+
 def is_packed(module: nn.Module, leaf: str) -> TypeGuard[HQQLinear]:
     """Whether attribute `leaf` of `module` is a part of a packed weight."""
     return isinstance(module, HQQLinear) and leaf in PACKED

@@ -20,8 +20,9 @@ class HQQLinear(nn.Module):
     """y = x W'^T + bias, with W' = (W_q - zero) * scale [out_features, in_features].
 
     W_q [units, bytes of a unit]: packed codes, uint8, or the same bits viewed as a float
-    `storage_dtype` (fewer columns). scale, zero [units, groups]: `spec.meta_dtype`. bias
-    [out_features] or None. All frozen; gradients reach the input only, which is not saved.
+    `storage_dtype` (fewer columns). scale, zero [units, groups]: `spec.meta_dtype`, or after
+    `hold_as` such a view, too. bias [out_features] or None. All frozen; gradients reach the input
+    only, which is not saved.
 
     Moving works as for any module. Casting (`.half()`, `.to(torch.bfloat16)`) changes the dtype
     the weight is dequantized to, `compute_dtype`, and the bias; never the packed parameters.
@@ -75,17 +76,28 @@ class HQQLinear(nn.Module):
         self.scale.data.copy_(quantized.scale)
         self.zero.data.copy_(quantized.zero)
 
+    def hold_as(self, storage: torch.dtype) -> None:
+        """W_q, scale and zero become views of one dtype, the same bits in fewer or more columns:
+        for engines that join them (FSDP1) or cut them flat (ZeRO-3)."""
+        for name in PACKED:
+            held = self._parameters[name]
+            assert held is not None
+            self._parameters[name] = nn.Parameter(held.detach().view(storage), requires_grad=False)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """W' [out_features, in_features], in `compute_dtype` unless told otherwise."""
-        return ops.dequantize(
-            self.W_q, self.scale, self.zero, self.layout, dtype or self.compute_dtype
-        )
+        return ops.dequantize(*self._packed(), self.layout, dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in the dtype of x, or autocast's."""
-        return ops.linear(
-            x, self.W_q, self.scale, self.zero, self.bias, self.layout, self.compute_dtype
-        )
+        return ops.linear(x, *self._packed(), self.bias, self.layout, self.compute_dtype)
+
+    def _packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """W_q as it is held, scale and zero as numbers."""
+        meta = self.spec.meta_dtype
+        if self.scale.dtype == meta:
+            return self.W_q, self.scale, self.zero
+        return self.W_q, self.scale.view(meta), self.zero.view(meta)
 
     def extra_repr(self) -> str:
         spec = self.spec

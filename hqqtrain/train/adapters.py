@@ -10,7 +10,7 @@ from torch import nn
 from hqqtrain.ckpt import Adapter, load_adapter
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.dist import write_full
-from hqqtrain.models import is_adapter
+from hqqtrain.models import adapter_name, is_adapter
 from hqqtrain.nn import init_adapters
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def fill_adapters(
     waiting = dict(start.adapter.state)
     for name, param in model.named_parameters():
         if is_adapter(name):
-            saved = waiting.pop(name.replace(".default.", "."), None)
+            saved = waiting.pop(adapter_name(name), None)
             if saved is None or saved.shape != param.shape:
                 raise UserError(
                     f"{where}: holds no {name} of shape {list(param.shape)}; it was trained with "

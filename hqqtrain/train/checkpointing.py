@@ -5,6 +5,7 @@ of the GPU's, for 34 MB over the bus and back per layer, a hundredth of the time
 """
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,27 +19,31 @@ OFFLOADED_FROM = 1 << 18
 """Numbers of a tensor that is worth the way; what is smaller stays."""
 
 
-def checkpoint_layers(model: nn.Module, *, offload: bool) -> None:
+def checkpoint_layers(model: nn.Module, *, offload: bool, frees: bool = False) -> None:
     """Every decoder layer of `model` recomputes its activations in the backward pass.
 
-    With `offload` the inputs of layers wait in pinned host memory (a no-op on a CPU).
+    With `offload` the inputs of layers wait in pinned host memory (a no-op on a CPU). `frees`:
+    parameters are empty between their uses, as ZeRO-3's; torch would take that for a difference.
     """
     base = base_model(model)
+    options: dict[str, Any] = {"use_reentrant": False}
+    if frees:
+        options["determinism_check"] = "none"
     with warnings.catch_warnings():  # renamed in transformers 5.2x, absent before by that name
         warnings.simplefilter("ignore", FutureWarning)
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.gradient_checkpointing_enable(options)
     if not offload:
         return
     layers = [m for m in base.modules() if hasattr(m, "_gradient_checkpointing_func")]
     assert layers, "transformers keeps the function elsewhere"
     for layer in layers:
-        setattr(layer, "_gradient_checkpointing_func", _offloaded)  # noqa: B010 (of a Module)
+        setattr(layer, "_gradient_checkpointing_func", partial(_offloaded, options))  # noqa: B010
 
 
-def _offloaded(function: Any, *inputs: Any) -> Any:
+def _offloaded(options: dict[str, Any], function: Any, *inputs: Any) -> Any:
     """The hooks see the inputs alone: within `function`, those of `checkpoint` are in force."""
     with saved_tensors_hooks(_to_host, _to_device):
-        return checkpoint(function, *inputs, use_reentrant=False)
+        return checkpoint(function, *inputs, **options)
 
 
 def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:

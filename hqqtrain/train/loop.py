@@ -9,22 +9,19 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.data import SampleOrder, Sequences, collate
 from hqqtrain.dist import Sentinel
 from hqqtrain.train.checkpointing import checkpoint_layers
+from hqqtrain.train.engine import build_engine
 from hqqtrain.train.evaluation import Batch
 from hqqtrain.train.flops import utilisation
 from hqqtrain.train.loss import NextTokenLoss
-from hqqtrain.train.optimizer import build_optimizer, build_schedule
 from hqqtrain.train.session import Session
 
 logger = logging.getLogger(__name__)
@@ -51,7 +48,7 @@ class Trainer:
     """Trains the parameters of `model` that ask for a gradient.
 
     Args:
-        model: ready to run; sharded already under `fsdp2`, wrapped here under `ddp`.
+        model: as `mount` leaves it.
         sequences: packed training text.
     """
 
@@ -61,28 +58,27 @@ class Trainer:
         self.processes, self.accelerator = session.processes, session.accelerator
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if config.train.checkpointing:
-            checkpoint_layers(model, offload=session.offloads_activations)
+            checkpoint_layers(
+                model, offload=session.offloads_activations, frees=session.strategy == "zero3"
+            )
         self.share = utilisation(model, session.device_name, self.processes.size)
-        self.bare_model = self.model = model
-        if session.strategy == "ddp":
-            self.model = self.accelerator.prepare_model(model)
-        tokens = config.train.micro_batch_size * config.train.max_seq_len
-        self.loss = NextTokenLoss(self.model, tokens, self.processes)
+        self.bare_model = model
         self.order = SampleOrder(len(sequences), config.train.seed)
         self.steps = total_steps(config, self.order)
         _warn_of_warmup(config, self.steps)
-        optimizer = build_optimizer(config.optim, self.parameters)
-        self.schedule = build_schedule(config.optim, optimizer, self.steps)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.engine = build_engine(model, self.parameters, self.steps, session)
+        tokens = config.train.micro_batch_size * config.train.max_seq_len
+        may_take_parts = session.strategy != "zero3"
+        self.loss = NextTokenLoss(self.engine.model, tokens, self.processes, may_take_parts)
         self.done = Trained()
 
     def run(self) -> Iterator[tuple[int, dict[str, float]]]:
         """Trains to the end; yields (step, metrics) after every step, counted from 1."""
-        self.model.train()
+        self.engine.model.train()
         every = self.config.parallel.check_every
         sentinel = Sentinel(self.bare_model, self.processes) if every else None
         for step in range(self.steps):
-            began, rate = time.perf_counter(), float(self.schedule.get_last_lr()[0])
+            began, rate = time.perf_counter(), self.engine.rate
             loss, tokens, norm = self.step(step)
             seconds = time.perf_counter() - began
             self.done.add(loss, tokens, seconds)
@@ -103,18 +99,15 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         batches = list(self._micro_batches(indices))
         for number, batch in enumerate(batches):
-            with self._no_sync(last=number == len(batches) - 1):
+            with self.engine.accumulating(last=number == len(batches) - 1):
                 with self.accelerator.autocast():
                     loss = self.loss(batch)
-                # DDP and FSDP2 average gradients over ranks; the loss is a sum over tokens.
-                self.accelerator.backward(loss * (self.processes.size / max(1, tokens)))
+                # Gradients are averaged over ranks; the loss is a sum over tokens.
+                self.engine.backward(loss * (self.processes.size / max(1, tokens)))
             total += loss.detach().double()
         mean = self.processes.sum([total.item()])[0] / max(1, tokens)
-        norm = self._clip()
+        norm = self.engine.update()
         self._check_finite(step, mean, norm)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
         return mean, tokens, norm
 
     def _micro_batches(self, indices: list[int]) -> Iterator[Batch]:
@@ -123,18 +116,6 @@ class Trainer:
         for start in range(0, len(mine), size):
             batch = collate([self.sequences[i] for i in mine[start : start + size]])
             yield {k: v.to(self.processes.device, non_blocking=True) for k, v in batch.items()}
-
-    def _no_sync(self, *, last: bool) -> AbstractContextManager:
-        if isinstance(self.model, DistributedDataParallel) and not last:
-            return self.model.no_sync()
-        return nullcontext()
-
-    def _clip(self) -> float:
-        """The gradient's norm over all ranks, before it is clipped."""
-        self.accelerator.unscale_gradients(self.optimizer)
-        limit = self.config.train.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
         scaled = self.accelerator.scaler is not None  # fp16 skips steps that overflow by itself

@@ -32,13 +32,18 @@ class NextTokenLoss:
     Whether it is taken in parts depends on `tokens`, the most that a batch has, and not on a batch:
     ranks have batches of different lengths and must all do the same. Parts are taken only from a
     model that does nothing to what its head gives (some cap it): that is tried, here and once.
+
+    `may_take_parts`: the head may be called by itself, as often as a rank likes.
     """
 
-    def __init__(self, model: nn.Module, tokens: int, processes: Processes) -> None:
+    def __init__(
+        self, model: nn.Module, tokens: int, processes: Processes, may_take_parts: bool = True
+    ) -> None:
         self._model = model
         self._head: nn.Module | None = base_model(model).get_output_embeddings()
         self._vocabulary = getattr(self._head, "out_features", 0)
-        self._takes_parts = tokens * self._vocabulary > LOGITS and self._may_take_parts(processes)
+        many = tokens * self._vocabulary > LOGITS
+        self._takes_parts = may_take_parts and many and self._is_plain(processes)
 
     def __call__(self, batch: Batch) -> Tensor:
         """`batch`: as `collate` makes it, with `labels` [n, tokens], -100 where none is wanted."""
@@ -61,7 +66,7 @@ class NextTokenLoss:
 
         return checkpoint(loss, hidden, use_reentrant=False)
 
-    def _may_take_parts(self, processes: Processes) -> bool:
+    def _is_plain(self, processes: Processes) -> bool:
         plain = sum(processes.gather(self._passes_logits_on(processes.device))) == processes.size
         if not plain and processes.is_main:
             logger.warning(

@@ -1,7 +1,8 @@
 """From a configuration to a model that is ready: planned on shapes alone, then filled.
 
 `make_plan` finds out everything that can be wrong without reading a weight or writing a file.
-`build` shards, reads and quantizes; it is the same path for one process and for many.
+`build` shards, reads and quantizes; it is the same path for one process and for many. What it
+leaves can be saved; `mount` makes it a model that runs.
 """
 
 import logging
@@ -16,7 +17,17 @@ from transformers import PretrainedConfig
 
 from hqqtrain.ckpt import Fingerprint, QuantizedSettings, quantized_settings
 from hqqtrain.config import RunConfig, UserError
-from hqqtrain.dist import LoadReport, Processes, check_bits, shard
+from hqqtrain.dist import (
+    FLAT,
+    LoadReport,
+    Processes,
+    check_bits,
+    check_flat,
+    partition,
+    shard,
+    spread,
+    wrap_layers,
+)  # fmt: skip
 from hqqtrain.models import (
     CheckpointReader,
     Source,
@@ -120,12 +131,16 @@ def make_plan(session: Session, *, adapt: bool) -> Plan:
         # low_cpu_mem_usage: the adapters are made on meta, too
         model = get_peft_model(base_model(model), lora, low_cpu_mem_usage=True)
         cast_adapters(model, DTYPES[config.adapter.dtype])
+    else:
+        model.requires_grad_(False)
+    if session.strategy in FLAT:
+        check_flat(model, session.storage, session.strategy)
     return Plan(source, hf_config, reader, model, lora, start)
 
 
 def build(plan: Plan, session: Session, *, packed: Path | None = None,
           on_layer: Callable[[str], object] = lambda _: None) -> Built:  # fmt: skip
-    """Shards, materialises and fills the plan's model. Collective.
+    """Shards, materialises and fills the plan's model, to be saved and mounted. Collective.
 
     Args:
         packed: a folder like `quantized/` that holds what quantizing would make.
@@ -135,8 +150,7 @@ def build(plan: Plan, session: Session, *, packed: Path | None = None,
     """
     model, processes = plan.model, session.processes
     check_bits(session.storage, session.strategy, processes)
-    if session.strategy == "fsdp2":
-        shard(model, session.device, processes.size, session.replicas)
+    _cut(model, session)
     source, reader = plan.source, plan.reader
     if packed:
         source = replace(source, path=packed, kind="quantized")
@@ -153,14 +167,38 @@ def build(plan: Plan, session: Session, *, packed: Path | None = None,
     return Built(model, settings, errors, total, processes.gather(filled.report))
 
 
+def mount(model: nn.Module, session: Session) -> nn.Module:
+    """Of a filled model, one that can be called; the same under most strategies. Collective.
+
+    `fsdp1` and `zero3` have it from then on: its parameters cannot be gathered any more, but for
+    those of adapters.
+    """
+    if session.strategy == "zero3":
+        partition(model, session.storage, session.device)
+    elif session.strategy == "fsdp1":
+        base = base_model(model)
+        name = next(name for name, module in model.named_modules() if module is base)
+        wrapped = wrap_layers(base, session.storage, session.device)
+        if not name:
+            return wrapped
+        model.set_submodule(name, wrapped)
+    return model
+
+
 def build_reference(plan: Plan, session: Session) -> tuple[nn.Module, int]:
     """The full-precision model, spread as the trained one is, and the bytes read. Collective."""
-    model = build_meta(plan.hf_config, session.dtype)
-    if session.strategy == "fsdp2":
-        shard(model, session.device, session.processes.size, session.replicas)
+    model = build_meta(plan.hf_config, session.dtype).requires_grad_(False)
+    _cut(model, session)
     reader = open_weights(plan.source, model, session.device)
     fill_model(model, reader, session.processes)
-    return model.requires_grad_(False).eval(), int(session.processes.sum([reader.bytes_read])[0])
+    return mount(model, session).eval(), int(session.processes.sum([reader.bytes_read])[0])
+
+
+def _cut(model: nn.Module, session: Session) -> None:
+    if session.strategy == "fsdp2":
+        shard(model, session.device, session.processes.size, session.replicas)
+    elif session.strategy in FLAT:
+        spread(model, session.device, session.processes.size)
 
 
 def _replace_linears(model: nn.Module, source: Source, session: Session) -> None:

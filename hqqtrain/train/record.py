@@ -16,6 +16,7 @@ from torch import Tensor
 from hqqtrain.ckpt import RunDirectory
 from hqqtrain.config import UserError
 from hqqtrain.data import Sequences, dataset_name
+from hqqtrain.dist import count
 from hqqtrain.track import (
     LAYER_ERROR,
     Console,
@@ -125,7 +126,7 @@ class Record:
 
     def trained(self, done: Trained, parameters: Sequence[Tensor]) -> None:
         """The training is over. Collective."""
-        self.summary.trained(done, sum(p.numel() for p in parameters))
+        self.summary.trained(done, sum(map(count, parameters)))
 
     @contextmanager
     def evaluating(self, held_out: Sequences) -> Iterator[Callable[[int], None]]:

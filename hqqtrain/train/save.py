@@ -19,7 +19,7 @@ from hqqtrain.ckpt import (
     save_quantized,
 )  # fmt: skip
 from hqqtrain.dist import full_tensor
-from hqqtrain.models import is_adapter
+from hqqtrain.models import adapter_name, is_adapter
 from hqqtrain.train.prepare import Built, Plan
 from hqqtrain.train.record import Record
 from hqqtrain.train.session import Session
@@ -55,7 +55,7 @@ def save_adapter_of(plan: Plan, built: Built, session: Session, record: Record) 
     state = {}
     for name, param in built.model.named_parameters():
         if is_adapter(name):
-            state[name.replace(".default.", ".")] = full_tensor(param).cpu()
+            state[adapter_name(name)] = full_tensor(param).cpu()
     if session.processes.is_main:
         assert plan.lora is not None
         save_adapter(state, plan.lora, record.path("adapter"), card=_card(plan, record))

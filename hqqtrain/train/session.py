@@ -67,11 +67,16 @@ class Session:
         strategy = choose_strategy(config.parallel.strategy, processes.size)
         if config.task == "finetune":
             check_optimizer(config.optim, strategy, processes.device)
+        if strategy == "zero3" and precision == "fp16":
+            raise UserError(
+                "train.precision=fp16: parallel.strategy=zero3 does not scale gradients here; use "
+                "bf16, or fsdp2."
+            )
         _choose_backend(config.quant.backend, processes)
         if config.parallel.offload != "none" and processes.device.type != "cuda":
             logger.warning("parallel.offload=%s: does nothing on a CPU", config.parallel.offload)
         torch.manual_seed(config.train.seed + processes.rank)  # of dropout alone
-        storage = choose_storage(config.quant.storage, strategy)
+        storage = choose_storage(config.quant.storage, strategy, DTYPES[precision])
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", processes.size == 1))
         replicas = choose_replicas(config.parallel.hybrid, strategy, processes.gather(local_size))
         return cls(config, accelerator, processes, strategy, precision, storage, replicas)

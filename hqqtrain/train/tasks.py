@@ -18,7 +18,7 @@ from hqqtrain.models import available, check_fits, estimate, load_tokenizer, oom
 from hqqtrain.train.cache import cached, save_entry
 from hqqtrain.train.loop import Trainer
 from hqqtrain.train.measure import Scale
-from hqqtrain.train.prepare import Built, Plan, build, make_plan
+from hqqtrain.train.prepare import Built, Plan, build, make_plan, mount
 from hqqtrain.train.record import Record
 from hqqtrain.train.save import save_adapter_of, save_dense, save_packed
 from hqqtrain.train.session import Session
@@ -69,6 +69,7 @@ def finetune(session: Session, record: Record) -> None:
     built = _build(plan, session, record)
     if config.quant.save:
         save_packed(plan, built, session, record.path("quantized"))
+    built.model = mount(built.model, session)
     scale = Scale(plan, built, held_out, session, record)
     scale.measure("quantized", adapted=False)
     trainer = Trainer(config, built.model, training, session)
@@ -99,6 +100,7 @@ def evaluate(session: Session, record: Record) -> None:
         _check_resources(plan, session)
     _check_same_text(session, held_out)
     built = _build(plan, session, record)
+    built.model = mount(built.model, session)
     scale = Scale(plan, built, held_out, session, record)
     scale.measure("quantized", adapted=False)
     if plan.start is not None:

@@ -1,5 +1,6 @@
 """All bit patterns survive every strategy, with real processes; what changes them is refused."""
 
+import importlib.util
 import os
 
 import pytest
@@ -12,7 +13,8 @@ from hqqtrain.dist import Processes, bits, check_bits
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STORAGES = [torch.bfloat16, torch.float16, torch.float32, torch.uint8]
-OLD = Version(torch.__version__) < Version("2.12")
+NO_BYTES = ["fsdp1"] + ["fsdp2"] * (Version(torch.__version__) < Version("2.12"))
+ZERO3 = ["zero3"] * (importlib.util.find_spec("deepspeed") is not None)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -22,9 +24,9 @@ def test_all_patterns_are_there(storage):
 
 
 def every_storage(rank: int, processes: Processes) -> None:
-    for strategy in ("single", "ddp", "fsdp2"):
+    for strategy in ("single", "ddp", "fsdp2", "fsdp1", *ZERO3):
         for storage in STORAGES:
-            if not (OLD and strategy == "fsdp2" and storage == torch.uint8):
+            if storage != torch.uint8 or strategy not in NO_BYTES:
                 check_bits(storage, strategy, processes)
 
 
@@ -36,8 +38,8 @@ def test_every_strategy_keeps_them(size):
 def one_rank_rewrites(rank: int, processes: Processes) -> None:
     gathered = bits._sharded_and_gathered
 
-    def rewriting(wanted: torch.Tensor, processes: Processes) -> torch.Tensor:
-        found = gathered(wanted, processes).clone()
+    def rewriting(wanted: torch.Tensor, *arguments: object) -> torch.Tensor:
+        found = gathered(wanted, *arguments).clone()
         if rank == 1:
             found.view(torch.int16)[found.isnan().view_as(found)] ^= 64  # the quiet bit
         return found
@@ -63,6 +65,6 @@ def test_nccl_keeps_them():
 
 
 def test_it_says_what_it_found(monkeypatch):
-    monkeypatch.setattr(bits, "_sharded_and_gathered", lambda wanted, _: torch.zeros_like(wanted))
+    monkeypatch.setattr(bits, "_sharded_and_gathered", lambda wanted, *_: torch.zeros_like(wanted))
     with pytest.raises(UserError, match="changes 131070 of"):
         check_bits(torch.bfloat16, "fsdp2", Processes(0, 1, torch.device("cpu")))

@@ -1,0 +1,96 @@
+"""DeepSpeed's ZeRO-3: parameters cut flat over the ranks, gathered by hooks on the modules.
+
+DeepSpeed is asked to cast nothing: no parameter of a packed weight may be read as a number. It is
+imported here alone, late, and only for `parallel.strategy=zero3`.
+"""
+
+import logging
+import os
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hqqtrain.dist.spread import hold_as, make_whole
+from hqqtrain.dist.strategy import decoder_layers
+
+_engines: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""Whose hooks a model has."""
+
+
+def partition(model: nn.Module, storage: torch.dtype, device: torch.device) -> None:
+    """Hands `model`, spread and filled, over to ZeRO-3, and lets it be called. Collective.
+
+    Packed weights are held as `storage`, and whole for a decoder layer at a time.
+    """
+    for layer in decoder_layers(model):
+        make_whole(layer)
+        hold_as(layer, storage)
+        cut(layer, device)
+    make_whole(model)
+    cut(model, device)
+    _engines[model] = _deepspeed(device).initialize(model=model, config=_config())[0]
+
+
+def cut(module: nn.Module, device: torch.device) -> None:
+    """Each rank keeps its piece of every parameter of `module` that is not cut yet. Collective."""
+    _deepspeed(device).zero.Init(module=module, config_dict_or_path=_config())
+
+
+def training_engine(
+    model: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None, autocast: torch.dtype
+) -> Any:
+    """DeepSpeed's engine over `model`, partitioned, which is called in its place. Collective.
+
+    Args:
+        max_grad_norm: to which it clips the gradient; None: never.
+        autocast: of matrix products; fp32: none.
+    """
+    import deepspeed
+
+    _engines.pop(model).destroy()
+    config = _config() | {"gradient_clipping": max_grad_norm or 0.0}
+    if autocast != torch.float32:
+        name = str(autocast).removeprefix("torch.")
+        # no module's parameters are to be gathered in that dtype
+        modules: list[str] = []
+        config["torch_autocast"] = {
+            "enabled": True, "dtype": name, "lower_precision_safe_modules": modules,
+        }  # fmt: skip
+    _engines[model] = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return _engines[model]
+
+
+def is_partitioned(param: Tensor) -> bool:
+    return hasattr(param, "ds_tensor")
+
+
+def gathered(param: Tensor) -> Tensor:
+    """A copy of the whole parameter, on every rank. Collective."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([param]):
+        return param.detach().clone()
+
+
+def _config() -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # accumulation is the trainer's
+        "zero_optimization": {"stage": 3, "memory_efficient_linear": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 60,
+    }
+
+
+def _deepspeed(device: torch.device) -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Else it compiles an all-reduce of its own, for one CPU's processes, which is not used here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False)
+    return deepspeed
