@@ -97,8 +97,8 @@ def predict(name: str, nbits: int, group_size: int, card: Card, gpus: int) -> Pr
     config, model = _model(name, nbits, group_size)
     strategy = "fsdp2" if gpus > 1 else "single"
     needs = estimate(config, model, dtype=torch.bfloat16, world_size=gpus, strategy=strategy,
-                     offloads=True).device  # fmt: skip
-    sizes = estimate(config, model, dtype=torch.bfloat16, offloads=True).device
+                     on_gpu=True).device  # fmt: skip
+    sizes = estimate(config, model, dtype=torch.bfloat16, on_gpu=True).device
     weights = sum(m.out_features * m.in_features
                   for m in model.modules() if isinstance(m, HQQLinear))  # fmt: skip
     packed, trained = sizes["packed weights"], sizes["adapter and optimizer"] / 3
@@ -116,6 +116,7 @@ def _model(name: str, nbits: int, group_size: int) -> tuple[RunConfig, nn.Module
     config.quant.nbits, config.quant.group_size = nbits, group_size
     config.adapter.r, config.adapter.dtype = 16, "bf16"
     config.optim.name, config.eval.source = "adamw_8bit", None
+    config.parallel.offload = "activations"
     config.train.max_seq_len = TOKENS
     folder = shipped_folder(name)
     assert folder is not None, name

@@ -138,7 +138,7 @@ class EvalConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
-    """How the work is spread over processes."""
+    """How the work is spread over processes, and between a GPU and its host."""
 
     strategy: str = key(
         "auto", "auto: single for one process, else fsdp2",
@@ -146,13 +146,22 @@ class ParallelConfig:
     )  # fmt: skip
     hybrid: bool = key(False, "fsdp2: shard within a node, replicate between nodes")
     offload: str = key(
-        "none", "activations: what checkpointing keeps waits in the host's memory",
-        choices=("none", "activations"),
-    )  # fmt: skip
+        "none",
+        "to the host's memory: activations that checkpointing keeps, fsdp2's parameters, or all",
+        choices=("none", "activations", "parameters", "all"),
+    )
     check_every: int | None = key(
         100, "steps between checks that ranks agree and frozen bits are as they were; null: never",
         low=1,
     )  # fmt: skip
+
+    @property
+    def offloads_activations(self) -> bool:
+        return self.offload in ("activations", "all")
+
+    @property
+    def offloads_parameters(self) -> bool:
+        return self.offload in ("parameters", "all")
 
 
 @dataclass(kw_only=True, slots=True)

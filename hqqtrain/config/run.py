@@ -66,9 +66,10 @@ class RunConfig:
             found.append("adapter.kind=none: task=finetune trains an adapter; use lora or rslora.")
         if self.task == "quantize" and not self.quant.save:
             found.append("quant.save=false: task=quantize has nothing else to do; use true.")
-        if self.parallel.offload == "activations" and not self.train.checkpointing:
+        if self.parallel.offloads_activations and not self.train.checkpointing:
             found.append(
-                "parallel.offload=activations: moves what train.checkpointing=true keeps; use both."
+                f"parallel.offload={self.parallel.offload}: moves what train.checkpointing=true "
+                "keeps; use both."
             )
         if self.adapter.dtype == "bf16" and self.train.precision == "fp16":
             found.append(

@@ -110,9 +110,8 @@ class _Work:
             return
         parts = self._loaded() if quantized else self._quantized(name, layer)
         for leaf, part in parts.items():
-            target = local(getattr(layer, leaf))
-            _copy_bits(target, part)
-            self.on_rows(name, leaf, owned_rows(layer.W_q).start, target)
+            _copy_bits(local(getattr(layer, leaf)), part)
+            self.on_rows(name, leaf, owned_rows(layer.W_q).start, part)
 
     def dense(self, name: str, target: Tensor) -> None:
         """A tensor that stays in full precision."""
@@ -123,7 +122,7 @@ class _Work:
             target_rows[rows.start - first : rows.stop - first] = value
 
     def _loaded(self) -> dict[str, Tensor]:
-        return {leaf: next(self.arriving) for leaf in PACKED}
+        return {leaf: next(self.arriving).to(self.device, non_blocking=True) for leaf in PACKED}
 
     def _quantized(self, name: str, layer: HQQLinear) -> dict[str, Tensor]:
         piece = _piece(name, layer)

@@ -12,30 +12,45 @@ from hqqtrain.config import UserError
 logger = logging.getLogger(__name__)
 
 _ENGINES = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
-_FSDP = "ACCELERATE_USE_FSDP"
+_FSDP, _DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 _INSTEAD = "run `accelerate config` again for plain multi-GPU, or launch with torchrun"
 
 
-def settle(environ: MutableMapping[str, str], *, strategy: str, precision: str) -> str:
-    """Takes over what accelerate's configuration says, where it may: returns `train.precision`.
+def settle(
+    environ: MutableMapping[str, str], *, strategy: str, precision: str, offloads: bool
+) -> tuple[str, str]:
+    """Takes over what accelerate's configuration says, where it may.
 
-    FSDP version 2 is `parallel.strategy=fsdp2`, and is ours alone from then on; mixed_precision is
-    what `train.precision=auto` means.
+    FSDP is `fsdp2` or `fsdp1`, by its version, and DeepSpeed's stage 3 is `zero3`; they are ours
+    alone from then on. mixed_precision is what `train.precision=auto` means.
+
+    Args:
+        offloads: the recipe's fsdp2 keeps parameters on the host.
+
+    Returns:
+        `parallel.strategy` and `train.precision`, either of which may still be `auto`.
 
     Raises UserError, naming both sides, for what contradicts the recipe or is not there.
     """
-    faults = [*_engines(environ), *_fsdp(environ, strategy), *_precision(environ, precision)]
+    faults = [*_engines(environ), *_offload(environ, offloads), *_precision(environ, precision)]
+    asked, fault = _strategy(environ)
+    if fault:
+        faults.append(fault)
+    elif asked and strategy not in ("auto", asked):
+        faults.append(
+            f"parallel.strategy={strategy}: accelerate's configuration asks for {asked}; use "
+            f"parallel.strategy={asked}, or {_INSTEAD}."
+        )
     if faults:
         raise UserError("\n".join(faults))
-    if _is_on(environ, _FSDP):
-        logger.info("accelerate's FSDP settings: version 2 is used, the others are hqqtrain's own")
-        environ[_FSDP] = "false"
+    if asked:
+        logger.info("accelerate's configuration: %s; its other settings are not used", asked)
+        environ[_FSDP] = environ[_DEEPSPEED] = "false"
     mixed = environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return mixed if precision == "auto" and mixed != "no" else precision
+    return asked or strategy, mixed if precision == "auto" and mixed != "no" else precision
 
 
 def _engines(environ: Mapping[str, str]) -> Iterator[str]:
@@ -50,24 +65,31 @@ def _engines(environ: Mapping[str, str]) -> Iterator[str]:
         )
 
 
-def _fsdp(environ: Mapping[str, str], strategy: str) -> Iterator[str]:
-    if not _is_on(environ, _FSDP):
-        return
-    version = environ.get("FSDP_VERSION", "1")
-    if strategy not in ("auto", "fsdp2"):
+def _strategy(environ: Mapping[str, str]) -> tuple[str, str]:
+    """(the strategy that the configuration is, if any; what is wrong with it, if anything)."""
+    if _is_on(environ, _DEEPSPEED):
+        stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        if environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none").lower() != "none":
+            return "", (
+                "accelerate's configuration names a deepspeed_config_file, which is not read here; "
+                "take it out and set zero_stage: 3."
+            )
+        fault = "" if stage == "3" else (
+            f"accelerate's configuration says zero_stage: {stage}; packed weights are cut by stage 3, "
+            "where parallel.strategy=zero3."
+        )  # fmt: skip
+        return "zero3", fault
+    if _is_on(environ, _FSDP):
+        return f"fsdp{environ.get('FSDP_VERSION', '1')}", ""
+    return "", ""
+
+
+def _offload(environ: Mapping[str, str], offloads: bool) -> Iterator[str]:
+    wanted = _is_on(environ, _FSDP) and _is_on(environ, "FSDP_OFFLOAD_PARAMS")
+    if wanted and not offloads:
         yield (
-            f"parallel.strategy={strategy}: accelerate's configuration asks for FSDP; use "
-            f"parallel.strategy=fsdp2, or {_INSTEAD}."
-        )
-    elif version != "2":
-        yield (
-            f"accelerate's configuration says fsdp_version: {version}; packed weights need 2, "
-            "where parallel.strategy=fsdp2."
-        )
-    if _is_on(environ, "FSDP_OFFLOAD_PARAMS"):
-        yield (
-            "accelerate's configuration says fsdp_offload_params: true; parameters stay on the GPU "
-            "here: set it to false. (parallel.offload=activations saves memory.)"
+            "accelerate's configuration says fsdp_offload_params: true; the recipe keeps parameters "
+            "on the GPU: set it to false, or parallel.offload=parameters (of fsdp2)."
         )
 
 

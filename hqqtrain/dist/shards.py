@@ -81,23 +81,29 @@ def full_tensor(param: Tensor) -> Tensor:
         return zero3.gathered(param)
     assert not _is_fsdp_flattened(param)
     param = param.detach()
-    return param.full_tensor() if isinstance(param, DTensor) else param
+    if not isinstance(param, DTensor):
+        return param
+    there: Any = param.to(param.device_mesh.device_type)  # it may wait on the host
+    return there.full_tensor()
 
 
-def materialise(model: nn.Module, device: torch.device) -> None:
+def materialise(
+    model: nn.Module, device: torch.device, *, offload: bool = False
+) -> None:
     """Gives every meta tensor (uninitialised) memory on `device`; tied parameters stay tied.
 
-    `nn.Module.to_empty` would untie them.
+    With `offload` parameters get it on the host. (`nn.Module.to_empty` would untie them.)
     """
     made: dict[Tensor, Any] = {}
     for module in model.modules():
         held: dict[str, Any]
         for held in (module._parameters, module._buffers):
+            on_host = offload and held is module._parameters
             for name, tensor in held.items():
                 if tensor is None or not tensor.is_meta:
                     continue
                 if tensor not in made:
-                    made[tensor] = _real(tensor, device)
+                    made[tensor] = _real(tensor, torch.device("cpu") if on_host else device)
                 held[name] = made[tensor]
 
 

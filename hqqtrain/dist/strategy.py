@@ -9,7 +9,7 @@ import torch.distributed as dist
 from packaging.version import Version
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from hqqtrain.config import UserError
 
@@ -113,10 +113,14 @@ def choose_replicas(hybrid: bool, strategy: str, local_sizes: Sequence[int]) -> 
     return world_size // local_size
 
 
-def shard(model: nn.Module, device: torch.device, world_size: int, replicas: int = 1) -> None:
+def shard(
+    model: nn.Module, device: torch.device, world_size: int, replicas: int = 1,
+    offload: bool = False,
+) -> None:  # fmt: skip
     """FSDP2, one unit per decoder layer; meta parameters stay on meta.
 
-    Over all ranks, or over each of `replicas` blocks of neighbouring ranks.
+    Over all ranks, or over each of `replicas` blocks of neighbouring ranks. With `offload`, shards
+    are to be on the host, and are copied to `device` to be gathered.
 
     Raises:
         UserError: the model has no stack of decoder layers to cut along.
@@ -124,9 +128,9 @@ def shard(model: nn.Module, device: torch.device, world_size: int, replicas: int
     ensure_process_group(world_size)
     mesh = _mesh(device, world_size, replicas)
     layers = decoder_layers(model)
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    for part in (*layers, model):
+        fully_shard(part, mesh=mesh, offload_policy=policy)
     logger.info(
         "fsdp2: %d decoder layers sharded over %d ranks, %d times",
         len(layers), world_size // replicas, replicas,

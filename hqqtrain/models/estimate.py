@@ -42,10 +42,12 @@ _HELP = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by what they are for: of one rank's device, and of the run's directory on disk."""
+    """Bytes by what they are for: of one rank's device, of what it offloads to the host, and of the
+    run's directory on disk."""
 
     device: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
+    host: int = 0
 
     def __str__(self) -> str:
         parts = (f"{k} {v / GIB:.2f}" for k, v in self.device.items() if v)
@@ -54,28 +56,37 @@ class Estimate:
 
 
 def estimate(config: RunConfig, model: nn.Module, *, dtype: torch.dtype, world_size: int = 1,
-             strategy: str = "single", offloads: bool = False) -> Estimate:  # fmt: skip
+             strategy: str = "single", on_gpu: bool = False) -> Estimate:  # fmt: skip
     """The needs of one rank, from `model` on meta: HQQLinears in place, adapters injected.
 
-    `dtype`: of activations and unquantized weights. Under `fsdp2` parameters, gradients and
-    optimizer state are divided by `world_size`; the largest layer is whole, twice (prefetch), and
-    so is what lies outside of layers, as embeddings do, which FSDP2 keeps whole from then on.
-    `offloads`: what checkpointing keeps waits in the host's memory, which is not counted.
+    `dtype`: of activations and unquantized weights. Sharded, parameters, gradients and optimizer
+    state are divided by `world_size` (under `fsdp1` not the adapters'); the largest layer is whole,
+    twice (prefetch), and so is what lies outside of layers, as embeddings do, which FSDP keeps
+    whole from then on. `on_gpu`: what `parallel.offload` says is in the host's memory, which is
+    not counted.
     """
-    sizes = _Sizes.of(model, dtype)
-    shards = world_size if strategy == "fsdp2" else 1
+    sizes, parallel = _Sizes.of(model, dtype), config.parallel
+    shards = world_size if strategy in ("fsdp2", "fsdp1", "zero3") else 1
+    trained_shards = 1 if strategy == "fsdp1" else shards
     finetune, measures = config.task == "finetune", config.eval.source is not None
     tokens = config.train.micro_batch_size * config.train.max_seq_len
-    device = {
+    kept = not (on_gpu and parallel.offloads_activations)
+    parameters = {
         "packed weights": sizes.packed // shards,
         "dense weights": sizes.dense // shards,
-        "adapter and optimizer": _trained(config, sizes) // shards if finetune else 0,
+        "adapter and optimizer": _trained(config, sizes) // trained_shards if finetune else 0,
         "reference model": _reference(config, sizes, dtype) // shards if measures else 0,
-        "activations": _activations(config, model, dtype, tokens, offloads) if finetune else 0,
-        "logits": _logits(model, dtype, tokens, finetune, measures),
-        "working memory": _working(sizes, shards, dtype) + sizes.root * (shards - 1) // shards,
     }
-    return Estimate(device, _disk(config, sizes, dtype))
+    gathered, host = sizes.root * (shards - 1) // shards, 0
+    if on_gpu and parallel.offloads_parameters:
+        gathered, host = sizes.root, sum(parameters.values())
+        parameters = dict.fromkeys(parameters, 0)
+    device = parameters | {
+        "activations": _activations(config, model, dtype, tokens, kept) if finetune else 0,
+        "logits": _logits(model, dtype, tokens, finetune, measures, whole=strategy == "zero3"),
+        "working memory": _working(sizes, shards, dtype) + gathered,
+    }
+    return Estimate(device, _disk(config, sizes, dtype), host)
 
 
 def check_fits(estimate: Estimate, free: Available, config: RunConfig, *, local_ranks: int = 1,
@@ -95,6 +106,13 @@ def check_fits(estimate: Estimate, free: Available, config: RunConfig, *, local_
             f"{certain / GIB:.1f} GiB a rank; {where} has {room / GIB:.1f} GiB free. "
             f"{_advice(estimate.device, config)}"
         )
+    if estimate.host * local_ranks > free.host:
+        raise UserError(
+            f"parallel.offload={config.parallel.offload}: {local_ranks} ranks would keep "
+            f"{estimate.host * local_ranks / GIB:.1f} GiB on the host, which has "
+            f"{free.host / GIB:.1f} GiB free. Use more nodes, or a smaller "
+            f"quant.nbits={config.quant.nbits}."
+        )
     if sum(estimate.device.values()) > TIGHT * room:
         warnings.append(
             f"{where} may not be enough: {estimate}; free {room / GIB:.2f} GiB. "
@@ -109,8 +127,9 @@ def oom_advice(config: RunConfig) -> str:
     if config.task == "finetune":
         if not train.checkpointing:
             advice.append("train.checkpointing=true (now false)")
-        elif config.parallel.offload == "none":
-            advice.append("parallel.offload=activations (now none)")
+        elif not config.parallel.offloads_activations:
+            wanted = "all" if config.parallel.offloads_parameters else "activations"
+            advice.append(f"parallel.offload={wanted} (now {config.parallel.offload})")
         if train.micro_batch_size > 1:
             advice.append(f"a smaller train.micro_batch_size (now {train.micro_batch_size}); the "
                           "global batch and the result stay the same")  # fmt: skip
@@ -121,8 +140,10 @@ def oom_advice(config: RunConfig) -> str:
     advice.append(f"a smaller train.max_seq_len (now {train.max_seq_len})")
     if config.quant.nbits > 1:
         advice.append(f"a smaller quant.nbits (now {config.quant.nbits})")
-    if config.parallel.strategy != "fsdp2":
+    if config.parallel.strategy not in ("fsdp2", "fsdp1", "zero3"):
         advice.append("several GPUs with parallel.strategy=fsdp2")
+    if not config.parallel.offloads_parameters:
+        advice.append("parallel.strategy=fsdp2 with parallel.offload=all, which is slower")
     return "Out of memory. What helps, most first: " + "; ".join(advice) + "."
 
 
@@ -175,13 +196,13 @@ def _reference(config: RunConfig, sizes: _Sizes, dtype: torch.dtype) -> int:
 
 
 def _activations(
-    config: RunConfig, model: nn.Module, dtype: torch.dtype, tokens: int, offloads: bool
+    config: RunConfig, model: nn.Module, dtype: torch.dtype, tokens: int, kept: bool
 ) -> int:
     """Bytes that the backward pass needs of `tokens` tokens.
 
     A decoder layer keeps, per token, input and output of each of its linears (the adapters',
     the attention's and the MLP's operands) and two fp32 copies of the stream for its norms.
-    With checkpointing: the stream before each layer, unless offloaded, and one layer in full.
+    With checkpointing: the stream before each layer, if it is `kept` here, and one layer in full.
     """
     hf = base_model(model).config.get_text_config()
     layers, hidden = hf.num_hidden_layers, hf.hidden_size
@@ -190,18 +211,20 @@ def _activations(
     layer = tokens * (widths * dtype.itemsize // max(1, layers) + 2 * 4 * hidden)
     if not config.train.checkpointing:
         return layers * layer
-    kept = 1 if offloads else layers
-    return kept * tokens * hidden * dtype.itemsize + layer
+    return (layers if kept else 1) * tokens * hidden * dtype.itemsize + layer
 
 
 def _logits(
-    model: nn.Module, dtype: torch.dtype, tokens: int, training: bool, measures: bool
-) -> int:
-    """Training, up to TRAINED_LOGITS: logits and their gradient, and in fp32 a copy, its softmax
-    and its gradient. Measuring: two models' logits, and four fp32 tensors of a slice."""
+    model: nn.Module, dtype: torch.dtype, tokens: int, training: bool, measures: bool,
+    whole: bool,
+) -> int:  # fmt: skip
+    """Training, up to TRAINED_LOGITS unless `whole`: logits and their gradient, and in fp32 a copy,
+    its softmax and its gradient. Measuring: two models' logits, and four fp32 tensors of a slice.
+    """
     vocabulary = base_model(model).config.get_text_config().vocab_size
     measuring = 2 * tokens * dtype.itemsize + 4 * 4 * min(tokens, LOGIT_SLICE)
-    trained = min(vocabulary * tokens, TRAINED_LOGITS) * (2 * dtype.itemsize + 12)
+    most = vocabulary * tokens
+    trained = (most if whole else min(most, TRAINED_LOGITS)) * (2 * dtype.itemsize + 12)
     return max(vocabulary * measuring if measures else 0, trained if training else 0)
 
 

@@ -13,14 +13,15 @@ from hqqtrain.nn import HQQLinear
 
 def fill_model(
     model: nn.Module, reader: Reader, processes: Processes, *, quantized: bool = False,
+    offload: bool = False,
     on_rows: Callable[[str, str, int, torch.Tensor], object] = lambda *_: None,
     on_layer: Callable[[str], object] = lambda _: None,
 ) -> Filled:  # fmt: skip
     """Gives `model` memory on the processes' device and all that `reader` holds of it.
 
-    Arguments as of `dist.fill`; adapters get memory, not values. Collective.
+    Arguments as of `dist.fill` and `materialise`; adapters get memory, not values. Collective.
     """
-    materialise(model, processes.device)
+    materialise(model, processes.device, offload=offload)
     layers, dense = by_name(model)
     filled = fill(
         layers, dense, reader, processes, quantized=quantized, on_rows=on_rows, on_layer=on_layer

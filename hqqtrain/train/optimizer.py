@@ -2,18 +2,23 @@
 
 import importlib.util
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from hqqtrain.config import OptimConfig, UserError
+from hqqtrain.dist import local
 
 
-def check_optimizer(config: OptimConfig, strategy: str, device: torch.device) -> None:
+def check_optimizer(
+    config: OptimConfig, strategy: str, precision: str, device: torch.device
+) -> None:
     """Raises UserError where `optim.name` cannot work here: before anything is read or written."""
     if config.name == "adamw":
         return
@@ -21,10 +26,10 @@ def check_optimizer(config: OptimConfig, strategy: str, device: torch.device) ->
         raise UserError(
             f"optim.name={config.name}: needs bitsandbytes, which is not installed; use adamw."
         )
-    if strategy == "fsdp2":
+    if strategy == "fsdp2" and precision == "fp16":
         raise UserError(
-            f"optim.name={config.name}: bitsandbytes cannot update FSDP2's sharded parameters; "
-            "use adamw, or parallel.strategy=ddp."
+            f"optim.name={config.name}: cannot follow the scaling of gradients that "
+            "train.precision=fp16 needs, under parallel.strategy=fsdp2; use bf16, or adamw."
         )
     if config.name.startswith("paged") and device.type != "cuda":
         raise UserError(
@@ -44,7 +49,33 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> 
         "paged_adamw": bnb.PagedAdamW32bit,
         "paged_adamw_8bit": bnb.PagedAdamW8bit,
     }
-    return classes[config.name](parameters, **options)
+    return _over_parts(list(parameters), partial(classes[config.name], **options))
+
+
+def _over_parts(
+    parameters: list[nn.Parameter], make: Callable[[list[nn.Parameter]], Optimizer]
+) -> Optimizer:
+    """An optimizer that knows plain tensors alone gets this rank's part of each sharded one.
+
+    A part shares the parameter's memory, found anew for each step: FSDP2 moves it once.
+    """
+    if not any(isinstance(p, DTensor) for p in parameters):
+        return make(parameters)
+    parts = [nn.Parameter(local(p)) for p in parameters]
+    optimizer = make(parts)
+
+    def lend(*_: Any) -> None:
+        for part, whole in zip(parts, parameters, strict=True):
+            part.data = local(whole)
+            part.grad = local(whole.grad) if whole.grad is not None and part.numel() else None
+
+    def take_back(*_: Any) -> None:
+        for tensor in (*parts, *parameters):
+            tensor.grad = None
+
+    optimizer.register_step_pre_hook(lend)
+    optimizer.register_step_post_hook(take_back)
+    return optimizer
 
 
 def build_schedule(config: OptimConfig, optimizer: Optimizer, steps: int) -> LambdaLR:

@@ -158,7 +158,8 @@ def build(plan: Plan, session: Session, *, packed: Path | None = None,
     fingerprint, is_packed = Fingerprint(), source.kind == "quantized"
     filled = fill_model(
         model, reader, processes,
-        quantized=is_packed, on_rows=fingerprint.update, on_layer=on_layer,
+        quantized=is_packed, offload=session.offloads_parameters,
+        on_rows=fingerprint.update, on_layer=on_layer,
     )  # fmt: skip
     settings = _fingerprinted(model, source, fingerprint, processes)
     if plan.lora is not None:
@@ -190,13 +191,16 @@ def build_reference(plan: Plan, session: Session) -> tuple[nn.Module, int]:
     model = build_meta(plan.hf_config, session.dtype).requires_grad_(False)
     _cut(model, session)
     reader = open_weights(plan.source, model, session.device)
-    fill_model(model, reader, session.processes)
+    fill_model(model, reader, session.processes, offload=session.offloads_parameters)
     return mount(model, session).eval(), int(session.processes.sum([reader.bytes_read])[0])
 
 
 def _cut(model: nn.Module, session: Session) -> None:
     if session.strategy == "fsdp2":
-        shard(model, session.device, session.processes.size, session.replicas)
+        shard(
+            model, session.device, session.processes.size, session.replicas,
+            session.offloads_parameters,
+        )  # fmt: skip
     elif session.strategy in FLAT:
         spread(model, session.device, session.processes.size)
 

@@ -48,31 +48,41 @@ class Session:
             UserError: settings that do not fit the machine or the number of processes.
         """
         cuda = torch.cuda.is_available()
-        precision = settle(
-            os.environ, strategy=config.parallel.strategy, precision=config.train.precision
-        )
+        wanted, precision = settle(
+            os.environ, strategy=config.parallel.strategy, precision=config.train.precision,
+            offloads=config.parallel.offloads_parameters,
+        )  # fmt: skip
         if precision == "auto":
             precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
         if precision == "fp16" and not cuda:
             raise UserError("train.precision=fp16: needs a GPU; on a CPU use fp32 or bf16.")
+        # Of offloaded parameters gradients are summed on the host, too.
+        backend = "cuda:nccl,cpu:gloo" if cuda and config.parallel.offloads_parameters else None
         accelerator = Accelerator(
             cpu=not cuda,
             mixed_precision="no" if precision == "fp32" else precision,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=PATIENCE)],
         )
         processes = Processes(
             accelerator.process_index, accelerator.num_processes, accelerator.device
         )
         _check_batch(config, processes.size)
-        strategy = choose_strategy(config.parallel.strategy, processes.size)
+        strategy = choose_strategy(wanted, processes.size)
+        if processes.is_main and wanted == "auto":
+            logger.info("parallel.strategy=auto: %s, for %d processes", strategy, processes.size)
         if config.task == "finetune":
-            check_optimizer(config.optim, strategy, processes.device)
+            check_optimizer(config.optim, strategy, precision, processes.device)
         if strategy == "zero3" and precision == "fp16":
             raise UserError(
                 "train.precision=fp16: parallel.strategy=zero3 does not scale gradients here; use "
                 "bf16, or fsdp2."
             )
         _choose_backend(config.quant.backend, processes)
+        if config.parallel.offloads_parameters and strategy != "fsdp2":
+            raise UserError(
+                f"parallel.offload={config.parallel.offload}: parameters are offloaded by "
+                f"parallel.strategy=fsdp2, not {strategy}; use fsdp2, or offload=activations."
+            )
         if config.parallel.offload != "none" and processes.device.type != "cuda":
             logger.warning("parallel.offload=%s: does nothing on a CPU", config.parallel.offload)
         torch.manual_seed(config.train.seed + processes.rank)  # of dropout alone
@@ -96,9 +106,13 @@ class Session:
 
     @property
     def offloads_activations(self) -> bool:
-        """`parallel.offload=activations` on a GPU; on a CPU they are in the host's memory."""
-        wanted = self.config.parallel.offload == "activations"
-        return wanted and self.device.type == "cuda"
+        """On a GPU, where it is asked for; on a CPU they are in the host's memory."""
+        return self.config.parallel.offloads_activations and self.device.type == "cuda"
+
+    @property
+    def offloads_parameters(self) -> bool:
+        """On a GPU, where it is asked for."""
+        return self.config.parallel.offloads_parameters and self.device.type == "cuda"
 
     @property
     def device_name(self) -> str:

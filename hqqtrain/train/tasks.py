@@ -160,7 +160,7 @@ def _check_resources(plan: Plan, session: Session) -> None:
     config, processes = session.config, session.processes
     needs = estimate(
         config, plan.model, dtype=session.dtype, world_size=processes.size // session.replicas,
-        strategy=session.strategy, offloads=session.offloads_activations,
+        strategy=session.strategy, on_gpu=session.device.type == "cuda",
     )  # fmt: skip
     free = available(session.device, Path(config.run.root))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

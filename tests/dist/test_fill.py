@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from hqqtrain.ckpt import Fingerprint, QuantizedSettings
 from hqqtrain.config import QuantConfig
-from hqqtrain.dist import ALONE, Processes, shard
+from hqqtrain.dist import ALONE, Processes, shard, spread
 from hqqtrain.models import SyntheticReader, build_meta, expected_shapes
 from hqqtrain.nn import quantize_model
 from hqqtrain.train.filling import fill_model
@@ -38,7 +38,9 @@ def quantized(case: tuple, processes: Processes, strategy: str) -> tuple[str, in
     """(fingerprint, bytes that this rank has read, bytes of the source)."""
     model = make_model(*case)
     reader = SyntheticReader(expected_shapes(model, packed=False), torch.bfloat16, CPU)
-    if strategy != "ddp" and processes.size > 1:
+    if strategy == "spread":
+        spread(model, CPU, processes.size)
+    elif strategy != "ddp" and processes.size > 1:
         shard(model, CPU, processes.size, replicas=2 if strategy == "hybrid" else 1)
     found = Fingerprint()
     fill_model(model, reader, processes, on_rows=found.update)
@@ -60,7 +62,7 @@ def alone() -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize(("size", "strategy"), [
-    (2, "fsdp2"), (3, "fsdp2"), (4, "fsdp2"), (3, "ddp"), (4, "hybrid"),
+    (2, "fsdp2"), (3, "fsdp2"), (4, "fsdp2"), (3, "ddp"), (3, "spread"), (4, "hybrid"),
 ])  # fmt: skip
 def test_any_number_of_ranks(size: int, strategy: str, alone: list, tmp_path: Path) -> None:
     assert on_ranks(quantize_all, size, tmp_path, strategy) == [""] * size

@@ -81,6 +81,18 @@ def shard_altered(rank: int, processes: Processes) -> None:
     sentinel.check()
 
 
+def replica_altered(rank: int, processes: Processes) -> None:
+    """The second of two replicas, whose trained shard on rank 3 is that of rank 1."""
+    model = make_model()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model, mesh=mesh)
+    sentinel = Sentinel(model, processes)
+    sentinel.check()
+    if rank == 3:
+        flip(model[1].weight.to_local())
+    sentinel.check()
+
+
 def shards_trained(rank: int, processes: Processes) -> None:
     model = make_model()
     fully_shard(model, mesh=init_device_mesh("cpu", (processes.size,)))
@@ -109,6 +121,12 @@ def test_a_shard_that_changes_is_named_with_its_rank():
     found = on_ranks(shard_altered, 2)
     assert found[0] == found[1]
     assert found[0].startswith("rank 1: 0.W_q, which is frozen, has changed.")
+
+
+def test_replicas_of_a_shard_are_compared():
+    found = on_ranks(replica_altered, 4)
+    assert len({*found}) == 1
+    assert found[0].startswith("rank 3: 1.weight differs from that of 1 other ranks.")
 
 
 def test_shards_that_train_are_no_fault(tmp_path: Path):

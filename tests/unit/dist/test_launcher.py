@@ -9,33 +9,55 @@ PLAIN = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
 FSDP2 = PLAIN | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}
 
 
-def settled(environ: dict[str, str], strategy: str = "auto", precision: str = "auto") -> str:
-    return settle(dict(environ), strategy=strategy, precision=precision)
+FSDP1 = FSDP2 | {"FSDP_VERSION": "1"}
+ZERO3 = PLAIN | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
+def settled(
+    environ: dict[str, str], strategy: str = "auto", precision: str = "auto", offloads: bool = False
+) -> tuple[str, str]:
+    return settle(dict(environ), strategy=strategy, precision=precision, offloads=offloads)
 
 
 @pytest.mark.parametrize("environ", [{}, PLAIN])
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
 def test_what_accelerate_says_by_default_says_nothing(environ, precision):
-    assert settled(environ, "ddp", precision) == precision
+    assert settled(environ, "ddp", precision) == ("ddp", precision)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
-def test_fsdp2_is_ours_alone(strategy):
-    environ = dict(FSDP2)
-    settle(environ, strategy=strategy, precision="auto")
-    assert environ["ACCELERATE_USE_FSDP"] == "false", "or Accelerator would wrap the model again"
+@pytest.mark.parametrize(("environ", "strategy"), [
+    (FSDP2, "fsdp2"), (FSDP1, "fsdp1"), (ZERO3, "zero3"),
+])  # fmt: skip
+@pytest.mark.parametrize("named", [False, True])
+def test_its_engine_is_ours_alone(environ, strategy, named):
+    taken = dict(environ)
+    asked = strategy if named else "auto"
+    found, _ = settle(taken, strategy=asked, precision="auto", offloads=False)
+    assert found == strategy
+    assert taken["ACCELERATE_USE_FSDP"] == "false", "or Accelerator would wrap the model again"
+    assert taken["ACCELERATE_USE_DEEPSPEED"] == "false"
+
+
+def test_parameters_are_offloaded_by_both_or_by_none():
+    offloading = FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}
+    assert settled(offloading, offloads=True) == ("fsdp2", "auto")
+    with pytest.raises(UserError, match="parallel.offload=parameters"):
+        settled(offloading)
 
 
 def test_mixed_precision_is_what_auto_means():
-    assert settled(PLAIN | {"ACCELERATE_MIXED_PRECISION": "fp16"}) == "fp16"
-    assert settled(PLAIN | {"ACCELERATE_MIXED_PRECISION": "bf16"}, precision="bf16") == "bf16"
+    assert settled(PLAIN | {"ACCELERATE_MIXED_PRECISION": "fp16"}) == ("auto", "fp16")
+    mixed = PLAIN | {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    assert settled(mixed, precision="bf16") == ("auto", "bf16")
 
 
 @pytest.mark.parametrize(("more", "strategy", "precision", "said"), [
-    ({"FSDP_VERSION": "1"}, "auto", "auto", "fsdp_version: 1; packed weights need 2"),
-    ({}, "ddp", "auto", r"parallel\.strategy=ddp: .* asks for FSDP"),
+    ({"FSDP_VERSION": "1"}, "fsdp2", "auto", r"parallel\.strategy=fsdp2: .* asks for fsdp1"),
+    ({}, "ddp", "auto", r"parallel\.strategy=ddp: .* asks for fsdp2"),
     ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp2", "auto", "fsdp_offload_params: true"),
-    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "auto", "auto", "DeepSpeed"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "auto", "auto", "zero_stage: 2"),
+    (ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "zero3", "auto", "ds|config_file"),
+    (ZERO3, "fsdp2", "auto", r"parallel\.strategy=fsdp2: .* asks for zero3"),
     ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "auto", "auto", "Megatron-LM"),
     ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "auto", "auto", "dynamo_backend INDUCTOR"),
     ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "auto", "auto", "mixed_precision: fp8"),
@@ -48,5 +70,5 @@ def test_contradictions(more, strategy, precision, said):
 
 def test_all_are_told_at_once():
     with pytest.raises(UserError) as fault:
-        settled(FSDP2 | {"FSDP_VERSION": "1", "ACCELERATE_MIXED_PRECISION": "fp8"})
+        settled(FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true", "ACCELERATE_MIXED_PRECISION": "fp8"})
     assert len(str(fault.value).splitlines()) == 2

@@ -91,7 +91,8 @@ def test_settings_that_save_memory_save_it():
     config.adapter.dtype = "bf16"
     assert parts()["adapter and optimizer"] == eight * 6 // 10  # 2 + 2 + 2 bytes, not 4 + 4 + 2
     whole = parts()["activations"]
-    offloaded = estimate(config, model, dtype=torch.bfloat16, offloads=True).device["activations"]
+    config.parallel.offload = "activations"
+    offloaded = estimate(config, model, dtype=torch.bfloat16, on_gpu=True).device["activations"]
     assert whole - offloaded == 5 * config.train.max_seq_len * 256 * 2
     config.task, config.eval.source = "quantize", None
     unused = ("adapter and optimizer", "reference model", "activations", "logits")
@@ -129,6 +130,36 @@ def test_what_cannot_fit_is_refused_with_keys():
     assert check_fits(needs, PLENTY, config) == []
     with pytest.raises(UserError, match=r"weights and optimizer need .* GiB.*eval\.reference=off"):
         check_fits(needs, Available(host=1 << 50, disk=1 << 50, device=80 * GIB), config)
+
+
+def test_what_each_strategy_divides():
+    config = _config()
+    model = _meta("tiny", config)
+
+    def of(strategy: str) -> dict[str, int]:
+        found = estimate(config, model, dtype=torch.float32, world_size=4, strategy=strategy)
+        return found.device
+
+    whole = of("ddp")
+    for strategy in ("fsdp2", "fsdp1", "zero3"):
+        assert of(strategy)["packed weights"] == whole["packed weights"] // 4
+    trained = {strategy: of(strategy)["adapter and optimizer"] for strategy in ("fsdp1", "zero3")}
+    assert trained["fsdp1"] == whole["adapter and optimizer"] == trained["zero3"] * 4
+
+
+def test_offloaded_parameters_are_the_hosts():
+    config = _config()
+    model = _meta("tiny", config)
+    before = estimate(config, model, dtype=torch.float32, on_gpu=True)
+    config.parallel.offload = "parameters"
+    after = estimate(config, model, dtype=torch.float32, on_gpu=True)
+    moved = ("packed weights", "dense weights", "adapter and optimizer", "reference model")
+    assert before.host == 0
+    assert after.host == sum(before.device[part] for part in moved)
+    assert [after.device[part] for part in moved] == [0, 0, 0, 0]
+    free = Available(host=after.host * 7, disk=1 << 50, device=1 << 50)
+    with pytest.raises(UserError, match=r"parallel\.offload=parameters: 8 ranks would keep"):
+        check_fits(after, free, config, local_ranks=8)
 
 
 def test_what_is_tight_is_a_warning():

@@ -53,6 +53,23 @@ def test_outputs_and_gradients_are_those_of_a_linear(nbits: int, axis: int) -> N
     assert not any(p.requires_grad for p in layer.parameters())
 
 
+@pytest.mark.parametrize("meta", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("storage", STORAGE)
+def test_held_as_one_dtype_it_is_the_same_layer(storage: torch.dtype, meta: torch.dtype) -> None:
+    layer = layer_of(QuantSpec(2, 32, 1, "least_squares", meta))
+    before, x = bits_of(layer), torch.randn(3, 64, requires_grad=True)
+    expected = layer(x)
+    (gradient,) = torch.autograd.grad(expected.sum(), x)
+    layer.hold_as(storage)
+    assert {getattr(layer, name).dtype for name in PACKED} == {storage}
+    assert bits_of(layer) == before
+    found = layer(x)
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.autograd.grad(found.sum(), x)[0], gradient)
+    assert torch.equal(layer.dequantize(), layer.half().float().dequantize(torch.float32))
+    assert bits_of(layer) == before, "casting the module leaves packed bits alone"
+
+
 @pytest.mark.parametrize("storage", STORAGE)
 def test_storage_is_a_view_of_the_same_bits(storage: torch.dtype) -> None:
     linear = nn.Linear(64, 96)

@@ -34,13 +34,13 @@ def test_cosine_and_linear_fall_from_the_peak_towards_zero():
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy", "device"),
-    [("adamw_8bit", "fsdp2", "cuda"), ("paged_adamw", "single", "cpu"),
-     ("paged_adamw_8bit", "ddp", "cpu")],
+    ("name", "strategy", "precision", "device"),
+    [("adamw_8bit", "fsdp2", "fp16", "cuda"), ("paged_adamw", "single", "fp32", "cpu"),
+     ("paged_adamw_8bit", "ddp", "bf16", "cpu")],
 )  # fmt: skip
-def test_what_cannot_work_is_refused(name: str, strategy: str, device: str):
+def test_what_cannot_work_is_refused(name: str, strategy: str, precision: str, device: str):
     with pytest.raises(UserError, match=f"optim.name={name}"):
-        check_optimizer(OptimConfig(name=name), strategy, torch.device(device))
+        check_optimizer(OptimConfig(name=name), strategy, precision, torch.device(device))
 
 
 def test_8_bit_states_train_on_a_cpu():

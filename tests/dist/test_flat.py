@@ -1,0 +1,102 @@
+"""FSDP1 and ZeRO-3: filled as under FSDP2, handed over, and the same model, with real processes."""
+
+import importlib.util
+
+import pytest
+import torch
+from dist.ranks import CPU, on_ranks
+from peft import get_peft_model
+from torch import nn
+from transformers import LlamaConfig
+
+from hqqtrain.config import AdapterConfig, QuantConfig, UserError
+from hqqtrain.dist import (
+    ALONE,
+    Processes,
+    check_flat,
+    full_tensor,
+    local,
+    partition,
+    spread,
+    wrap_layers,
+    write_full,
+)  # fmt: skip
+from hqqtrain.models import SyntheticReader, base_model, build_meta, expected_shapes
+from hqqtrain.nn import init_adapters, lora_config, quantize_model
+from hqqtrain.train.filling import fill_model
+
+ENGINES = ["fsdp1", *["zero3"] * (importlib.util.find_spec("deepspeed") is not None)]
+
+
+def make_model(group_size: int | None = 16, **quant: object) -> nn.Module:
+    """Rows that ranks share unevenly, biases, tied embeddings; adapters that do something."""
+    config = LlamaConfig(
+        vocab_size=101, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
+        num_attention_heads=3, num_key_value_heads=1, attention_bias=True,
+        tie_word_embeddings=True, dtype="float32",
+    )  # fmt: skip
+    model: nn.Module = build_meta(config, torch.float32)
+    quantize_model(model, QuantConfig(nbits=2, group_size=group_size, solver="rtn", **quant))
+    lora = lora_config(AdapterConfig(r=4), model)
+    return get_peft_model(base_model(model), lora, low_cpu_mem_usage=True)
+
+
+def fill(model: nn.Module, processes: Processes) -> None:
+    reader = SyntheticReader(expected_shapes(model, packed=False), torch.float32, CPU)
+    fill_model(model, reader, processes)
+    init_adapters(model, 0, "default", write_full)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(50)[None], use_cache=False).logits
+
+
+def runs_alike(rank: int, processes: Processes, engine: str, storage: torch.dtype) -> None:
+    alone = make_model()
+    fill(alone, ALONE)
+    model = make_model()
+    spread(model, CPU, processes.size)
+    fill(model, processes)
+    trained = {n: full_tensor(p) for n, p in model.named_parameters() if p.requires_grad}
+    if engine == "fsdp1":
+        model.set_submodule("base_model.model", wrap_layers(base_model(model), storage, CPU))
+    else:
+        partition(model, storage, CPU)
+    torch.testing.assert_close(logits(model), logits(alone))
+    torch.testing.assert_close(logits(model), logits(alone))  # gathered and freed once more
+    whole = sum(p.nbytes for n, p in alone.named_parameters() if ".W_q" in n)
+    held = sum(local(p).nbytes for n, p in model.named_parameters() if ".W_q" in n)
+    assert held <= 1.1 * whole / processes.size + 4096, (held, whole)
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            expected = trained[name.replace("_fsdp_wrapped_module.", "")]
+            assert torch.equal(full_tensor(param), expected), name
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_handed_over_it_is_the_same_model(engine: str, size: int):
+    assert on_ranks(runs_alike, size, engine, torch.float32) == [""] * size
+
+
+@pytest.mark.skipif("zero3" not in ENGINES, reason="needs deepspeed")
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.uint8])
+def test_zero3_holds_them_as_other_dtypes(storage: torch.dtype):
+    assert on_ranks(runs_alike, 2, "zero3", storage) == ["", ""]
+
+
+@pytest.mark.parametrize(("engine", "storage", "options", "said"), [
+    ("fsdp1", torch.bfloat16, {}, r"quant\.storage=bf16: .*is torch\.float32.*use quant\.storage=fp32"),
+    ("fsdp1", torch.float32, {"group_size": None}, r"1 scales of torch\.bfloat16, 2 bytes"),
+    ("zero3", torch.float32, {"group_size": 32}, r"3 scales of torch\.bfloat16, 6 bytes"),
+])  # fmt: skip
+def test_what_cannot_be_held_flat_is_refused(engine, storage, options, said):
+    with pytest.raises(UserError, match=said):
+        check_flat(make_model(**options), storage, engine)
+
+
+def test_what_can_is_not():
+    check_flat(make_model(), torch.float32, "fsdp1")
+    check_flat(make_model(group_size=None, meta_dtype="fp32"), torch.float32, "fsdp1")
+    check_flat(make_model(group_size=None), torch.bfloat16, "zero3")
