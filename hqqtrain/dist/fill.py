@@ -77,7 +77,7 @@ def fill(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], reader: R
            if _is_mine(layer.W_q, i, processes)}  # fmt: skip
     own_dense = {n: t for i, (n, t) in enumerate(dense.items()) if _is_mine(t, i, processes)}
     pieces = [*_layer_pieces(own, quantized), *_dense_pieces(own_dense)]
-    with Watch(processes) as watch, ReadAhead(reader, pieces, memory.look) as arriving:
+    with Watch(processes) as watch, ReadAhead(reader, pieces, processes.device, memory.look) as arriving:
         work = _Work(arriving, Finiteness(reader), processes.device, on_rows)
         for name, layer in layers.items():
             work.layer(name, layer if name in own else None, quantized)
@@ -117,16 +117,16 @@ class _Work:
         """A tensor that stays in full precision."""
         first, target_rows = owned_rows(target).start, local(target)
         for rows in _dense_rows(target):
-            value = next(self.arriving).to(self.device, non_blocking=True)
+            value = next(self.arriving)
             self.finite.add(Piece(name, [rows]), ~value.isfinite().all())
             target_rows[rows.start - first : rows.stop - first] = value
 
     def _loaded(self) -> dict[str, Tensor]:
-        return {leaf: next(self.arriving).to(self.device, non_blocking=True) for leaf in PACKED}
+        return {leaf: next(self.arriving) for leaf in PACKED}
 
     def _quantized(self, name: str, layer: HQQLinear) -> dict[str, Tensor]:
         piece = _piece(name, layer)
-        weight = next(self.arriving).to(self.device, non_blocking=True)
+        weight = next(self.arriving)
         made, not_finite = enqueue(weight, layer.spec, name=piece.name)
         self.finite.add(piece, not_finite)
         self.squared[name] += _squared_error(weight, made, layer)

@@ -10,6 +10,9 @@ from hqqtrain.dist.ahead import Piece, ReadAhead
 from hqqtrain.dist.finite import Finiteness
 
 
+CPU = torch.device("cpu")
+
+
 class Source:
     """Tensors of one number; notes who read what."""
 
@@ -36,7 +39,7 @@ def pieces(*names: object) -> list[Piece]:
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 def test_in_order_and_no_further_ahead_than_asked(ahead):
     source = Source(ahead)
-    with ReadAhead(source, pieces(*range(8))) as arriving:
+    with ReadAhead(source, pieces(*range(8)), CPU) as arriving:
         for number, tensor in enumerate(arriving):
             assert tensor.item() == number
             assert len(source.read_names) <= number + 1 + ahead
@@ -46,7 +49,7 @@ def test_in_order_and_no_further_ahead_than_asked(ahead):
 
 def test_one_is_read_while_another_is_worked_on():
     source = Source(1)
-    with ReadAhead(source, pieces(0, 1, 2)) as arriving:
+    with ReadAhead(source, pieces(0, 1, 2), CPU) as arriving:
         next(arriving)
         for _ in range(1000):
             if source.read_names == ["0", "1"]:
@@ -57,7 +60,7 @@ def test_one_is_read_while_another_is_worked_on():
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_fault_comes_where_its_piece_is_asked_for(ahead):
-    with ReadAhead(Source(ahead), pieces(0, "bad", 2)) as arriving:
+    with ReadAhead(Source(ahead), pieces(0, "bad", 2), CPU) as arriving:
         assert next(arriving) == 0
         with pytest.raises(UserError, match="bad: damaged"):
             next(arriving)
@@ -65,10 +68,27 @@ def test_a_fault_comes_where_its_piece_is_asked_for(ahead):
 
 def test_leaving_early_ends_the_thread():
     before = threading.active_count()
-    with pytest.raises(KeyboardInterrupt), ReadAhead(Source(1), pieces(*range(9))) as arriving:
+    with pytest.raises(KeyboardInterrupt), ReadAhead(Source(1), pieces(*range(9)), CPU) as arriving:
         next(arriving)
         raise KeyboardInterrupt
     assert threading.active_count() == before
+
+
+class Pinned(Source):
+    """4 million numbers a piece, for copies that take a while."""
+
+    def read(self, name: str, rows: list[slice] | None = None) -> torch.Tensor:
+        return torch.full((1 << 22,), float(name), pin_memory=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_a_gpu_works_on_what_has_arrived_alone(ahead):
+    device = torch.device("cuda:0")
+    with ReadAhead(Pinned(ahead), pieces(*range(40)), device) as arriving:
+        sums = [(piece - number).abs().sum() for number, piece in enumerate(arriving)]
+    assert torch.stack(sums).sum().item() == 0
+    assert {total.device for total in sums} == {device}
 
 
 class Damaged(Source):
