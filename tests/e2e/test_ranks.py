@@ -27,7 +27,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp1", "zero3"])
 def test_two_processes_walk_the_path_of_one(alone: Finished, tmp_path: Path, strategy: str):
-    two = run(*EXACT, f"parallel.strategy={strategy}", root=tmp_path / "runs", processes=2)
+    words = (*EXACT, f"parallel.strategy={strategy}", "train.checkpointing=true")
+    two = run(*words, root=tmp_path / "runs", processes=2)
     assert two.code == 0, two.output
     facts, quantize = two.summary["run"], two.summary["quantize"]
     assert (facts["strategy"], facts["world_size"]) == (strategy, 2)
