@@ -7,7 +7,7 @@ behind the recipe's back: its own FSDP2 path puts the whole quantized model on e
 import logging
 from collections.abc import Iterator, Mapping, MutableMapping
 
-from hqqtrain.config import UserError
+from hqqtrain.config import RunConfig, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -19,23 +19,19 @@ _FSDP, _DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 _INSTEAD = "run `accelerate config` again for plain multi-GPU, or launch with torchrun"
 
 
-def settle(
-    environ: MutableMapping[str, str], *, strategy: str, precision: str, offloads: bool
-) -> tuple[str, str]:
+def settle(environ: MutableMapping[str, str], config: RunConfig) -> tuple[str, str]:
     """Takes over what accelerate's configuration says, where it may.
 
     FSDP is `fsdp2` or `fsdp1`, by its version, and DeepSpeed's stage 3 is `zero3`; they are ours
     alone from then on. mixed_precision is what `train.precision=auto` means.
-
-    Args:
-        offloads: the recipe's fsdp2 keeps parameters on the host.
 
     Returns:
         `parallel.strategy` and `train.precision`, either of which may still be `auto`.
 
     Raises UserError, naming both sides, for what contradicts the recipe or is not there.
     """
-    faults = [*_engines(environ), *_offload(environ, offloads), *_precision(environ, precision)]
+    strategy, precision = config.parallel.strategy, config.train.precision
+    faults = [*_engines(environ), *_offload(environ, config), *_clipping(environ, config), *_precision(environ, precision)]
     asked, fault = _strategy(environ)
     if fault:
         faults.append(fault)
@@ -79,17 +75,36 @@ def _strategy(environ: Mapping[str, str]) -> tuple[str, str]:
             "where parallel.strategy=zero3."
         )  # fmt: skip
         return "zero3", fault
-    if _is_on(environ, _FSDP):
-        return f"fsdp{environ.get('FSDP_VERSION', '1')}", ""
-    return "", ""
+    if not _is_on(environ, _FSDP):
+        return "", ""
+    version = environ.get("FSDP_VERSION", "1")
+    if version not in ("1", "2"):
+        return "", f"accelerate's configuration says fsdp_version: {version}; use 2 or 1."
+    return f"fsdp{version}", ""
 
 
-def _offload(environ: Mapping[str, str], offloads: bool) -> Iterator[str]:
+def _offload(environ: Mapping[str, str], config: RunConfig) -> Iterator[str]:
     wanted = _is_on(environ, _FSDP) and _is_on(environ, "FSDP_OFFLOAD_PARAMS")
-    if wanted and not offloads:
+    if wanted and not config.parallel.offloads_parameters:
         yield (
             "accelerate's configuration says fsdp_offload_params: true; the recipe keeps parameters "
             "on the GPU: set it to false, or parallel.offload=parameters (of fsdp2)."
+        )
+    for what in ("param", "optimizer") if _is_on(environ, _DEEPSPEED) else ():
+        device = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")
+        if device not in ("none", ""):
+            yield (
+                f"accelerate's configuration says offload_{what}_device: {device}; zero3 keeps all "
+                "on the GPU here: set it to none, or use fsdp2 with parallel.offload=parameters."
+            )
+
+
+def _clipping(environ: Mapping[str, str], config: RunConfig) -> Iterator[str]:
+    asked, limit = environ.get("ACCELERATE_GRADIENT_CLIPPING", "none"), config.train.max_grad_norm
+    if _is_on(environ, _DEEPSPEED) and asked not in ("none", str(limit)):
+        yield (
+            f"accelerate's configuration says gradient_clipping: {asked}, the recipe "
+            f"train.max_grad_norm={limit}; make them agree, or take out gradient_clipping."
         )
 
 

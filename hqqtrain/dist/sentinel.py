@@ -25,7 +25,8 @@ class Sentinel:
     """Checksums of all parameters of `model`, ready to train, on this rank. Collective.
 
     A checksum is the sum of a tensor's bits as integers: exact, in any order, without a copy. What
-    only changes places within a tensor escapes it. `seconds` and `checks` say what it cost.
+    only changes places within a tensor escapes it. `seconds` and `checks` say what it cost,
+    `compares` whether ranks hold anything in common.
 
     Raises DivergedError where ranks that hold the same, as all do of what is not sharded, differ
     already.
@@ -41,6 +42,7 @@ class Sentinel:
         self._parameters = named
         self._frozen = [name for name, p in named.items() if not p.requires_grad]
         self._parts = {name: _part(p) for name, p in named.items()}
+        self.compares = any(part is not None for part in self._parts.values())
         self._first = self._sums()
         self.seconds, self.checks = 0.0, 0
         self._agree(self._faults_over_ranks(self._first))

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hqqtrain.config import UserError
 from hqqtrain.dist.strategy import decoder_layers, ensure_process_group, storage_name
-from hqqtrain.nn import HQQLinear
+from hqqtrain.nn import PACKED, HQQLinear
 
 
 def spread(model: nn.Module, device: torch.device, world_size: int) -> None:
@@ -34,25 +34,26 @@ def check_flat(model: nn.Module, storage: torch.dtype, strategy: str) -> None:
     decoder layer would have frozen parameters of more than one dtype."""
     for name, module in model.named_modules():
         if isinstance(module, HQQLinear):
-            _check_views(name, module, storage)
-    if strategy == "fsdp1":
-        for name, param in decoder_layers(model).named_parameters():
-            packed = name.rpartition(".")[2] in ("W_q", "scale", "zero")
-            if not packed and not param.requires_grad and param.dtype != storage:
-                raise UserError(
-                    f"quant.storage={storage_name(storage)}: {name} is {param.dtype}, and "
-                    "parallel.strategy=fsdp1 makes one tensor of a decoder layer; use "
-                    f"quant.storage={storage_name(param.dtype)}, or fsdp2."
-                )
+            _check_views(name, module, storage, strategy)
+    in_layers = set(decoder_layers(model).parameters())
+    for name, param in model.named_parameters() if strategy == "fsdp1" else ():
+        packed = name.rpartition(".")[2] in PACKED
+        if param in in_layers and not (packed or param.requires_grad or param.dtype == storage):
+            raise UserError(
+                f"quant.storage={storage_name(storage)}: {name} is {param.dtype}, and "
+                "parallel.strategy=fsdp1 makes one tensor of a decoder layer; use "
+                f"quant.storage={storage_name(param.dtype)}, or fsdp2."
+            )
 
 
-def _check_views(name: str, layer: HQQLinear, storage: torch.dtype) -> None:
+def _check_views(name: str, layer: HQQLinear, storage: torch.dtype, strategy: str) -> None:
     row = layer.layout.groups * layer.spec.meta_dtype.itemsize
     if row % storage.itemsize:
+        bf16 = "" if strategy == "fsdp1" else "quant.storage=bf16, "  # which has no choice
         raise UserError(
-            f"quant.storage={storage_name(storage)}: a row of {name} has {layer.layout.groups} "
-            f"scales of {layer.spec.meta_dtype}, {row} bytes, which are no whole number of "
-            f"{storage}; use quant.storage=bf16, quant.meta_dtype=fp32, or fsdp2."
+            f"parallel.strategy={strategy}: a row of {name} has {layer.layout.groups} "
+            f"scales of {layer.spec.meta_dtype}, {row} bytes, which cannot be held as "
+            f"{storage}; use {bf16}quant.meta_dtype=fp32, or fsdp2."
         )
 
 

@@ -46,7 +46,7 @@ def choose_strategy(wanted: str, world_size: int) -> str:
     if wanted == "zero3" and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             "parallel.strategy=zero3: needs deepspeed, which is not installed: pip install "
-            "'hqqtrain[deepspeed]'. fsdp2 saves as much memory and needs nothing more."
+            "'hqqtrain[deepspeed]'. fsdp2 shards as much and needs nothing more."
         )
     if wanted == "auto":
         return "single" if world_size == 1 else "fsdp2"

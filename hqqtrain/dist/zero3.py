@@ -7,7 +7,6 @@ imported here alone, late, and only for `parallel.strategy=zero3`.
 import logging
 import os
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,12 @@ from torch.optim import Optimizer
 from hqqtrain.dist.spread import hold_as, make_whole
 from hqqtrain.dist.strategy import decoder_layers
 
-_engines: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-"""Whose hooks a model has."""
+LIVE, BUCKET = 1 << 28, 1 << 24
+"""Numbers that may be whole at a time, two decoder layers of a Llama-70B at 2 bits in bf16, and
+gradients that are reduced at a time. DeepSpeed's own, 10^9 and 5 * 10^8, take 2 GiB each."""
+
+_engines: dict[nn.Module, Any] = {}
+"""Whose hooks a model has; a run has two models at most, to its end."""
 
 
 def partition(model: nn.Module, storage: torch.dtype, device: torch.device) -> None:
@@ -78,7 +81,14 @@ def gathered(param: Tensor) -> Tensor:
 def _config() -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # accumulation is the trainer's
-        "zero_optimization": {"stage": 3, "memory_efficient_linear": False},
+        "zero_optimization": {
+            "stage": 3,
+            "memory_efficient_linear": False,
+            "stage3_param_persistence_threshold": 0,  # else small ones, as adapters, stay whole
+            "stage3_max_live_parameters": LIVE,
+            "stage3_max_reuse_distance": LIVE,
+            "reduce_bucket_size": BUCKET,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
     }

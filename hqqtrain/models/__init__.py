@@ -7,7 +7,8 @@ from hqqtrain.models.build import (
     restore_buffers,
     shipped_config,
 )
-from hqqtrain.models.estimate import TRAINED_LOGITS, Estimate, check_fits, estimate, oom_advice
+from hqqtrain.models.estimate import TRAINED_LOGITS, Estimate, estimate
+from hqqtrain.models.fits import check_fits, oom_advice
 from hqqtrain.models.memory import Available, available
 from hqqtrain.models.names import (
     adapter_name,

@@ -1,8 +1,7 @@
 """How much memory and disk a run will need, from shapes alone, before any weight is read.
 
 An estimate, said to be one: weights, gradients and optimizer state are exact; activations
-follow the formula of `_activations`. What surely does not fit is refused, with the keys that
-help; what may not fit is a warning.
+follow the formula of `_activations`. `fits.py` says what follows from it.
 """
 
 from dataclasses import dataclass, field
@@ -10,34 +9,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from hqqtrain.config import RunConfig, UserError
-from hqqtrain.models.memory import Available
+from hqqtrain.config import RunConfig
 from hqqtrain.models.names import base_model, expected_shapes, is_adapter
 from hqqtrain.nn import PACKED, HQQLinear
 
 GIB = 2**30
-TIGHT = 0.9
-"""Above this share of what is free, the estimate is too coarse to promise a fit."""
 LOGIT_SLICE = 2048
 """Tokens whose logits an evaluation holds in fp32 at a time."""
 TRAINED_LOGITS = 1 << 24
 """Logits that the training's loss holds at a time."""
-
-_CERTAIN = ("packed weights", "dense weights", "adapter and optimizer", "reference model")
-_HELP = {
-    "packed weights": "lower quant.nbits={c.quant.nbits}, or more GPUs with "
-    "parallel.strategy=fsdp2",
-    "dense weights": "more GPUs with parallel.strategy=fsdp2, or a shorter quant.skip",
-    "reference model": "eval.reference=off",
-    "adapter and optimizer": "optim.name=paged_adamw_8bit, "
-    "adapter.dtype=bf16 or a smaller adapter.r={c.adapter.r}",
-    "activations": "a smaller train.micro_batch_size={c.train.micro_batch_size} or "
-    "train.max_seq_len={c.train.max_seq_len}, and train.checkpointing=true with "
-    "parallel.offload=activations",
-    "logits": "a smaller train.micro_batch_size={c.train.micro_batch_size} or "
-    "train.max_seq_len={c.train.max_seq_len}",
-    "working memory": "more GPUs with parallel.strategy=fsdp2",
-}
+ZERO3_LIVE, ZERO3_BUCKET = 1 << 28, 1 << 24
+"""As `dist.zero3` tells DeepSpeed: numbers that are whole, and gradients, at a time."""
+SHARDING = ("fsdp2", "fsdp1", "zero3")
 
 
 @dataclass(frozen=True)
@@ -60,13 +43,12 @@ def estimate(config: RunConfig, model: nn.Module, *, dtype: torch.dtype, world_s
     """The needs of one rank, from `model` on meta: HQQLinears in place, adapters injected.
 
     `dtype`: of activations and unquantized weights. Sharded, parameters, gradients and optimizer
-    state are divided by `world_size` (under `fsdp1` not the adapters'); the largest layer is whole,
-    twice (prefetch), and so is what lies outside of layers, as embeddings do, which FSDP keeps
-    whole from then on. `on_gpu`: what `parallel.offload` says is in the host's memory, which is
-    not counted.
+    state are divided by `world_size` (under `fsdp1` not the adapters'). What lies outside of
+    layers, as embeddings do, FSDP keeps whole from the first step on, and FSDP2 gathers it through
+    a buffer of that size. `on_gpu`: what `parallel.offload` says is in the host's memory instead.
     """
     sizes, parallel = _Sizes.of(model, dtype), config.parallel
-    shards = world_size if strategy in ("fsdp2", "fsdp1", "zero3") else 1
+    shards = world_size if strategy in SHARDING else 1
     trained_shards = 1 if strategy == "fsdp1" else shards
     finetune, measures = config.task == "finetune", config.eval.source is not None
     tokens = config.train.micro_batch_size * config.train.max_seq_len
@@ -78,73 +60,19 @@ def estimate(config: RunConfig, model: nn.Module, *, dtype: torch.dtype, world_s
         "reference model": _reference(config, sizes, dtype) // shards if measures else 0,
     }
     gathered, host = sizes.root * (shards - 1) // shards, 0
+    if strategy == "fsdp2" and shards > 1:
+        gathered += sizes.root
+    if strategy == "zero3":
+        gathered += min(ZERO3_LIVE * dtype.itemsize, sizes.packed) + ZERO3_BUCKET * 4
     if on_gpu and parallel.offloads_parameters:
-        gathered, host = sizes.root, sum(parameters.values())
+        gathered, host = 2 * sizes.root, sum(parameters.values())
         parameters = dict.fromkeys(parameters, 0)
     device = parameters | {
         "activations": _activations(config, model, dtype, tokens, kept) if finetune else 0,
         "logits": _logits(model, dtype, tokens, finetune, measures, whole=strategy == "zero3"),
-        "working memory": _working(sizes, shards, dtype) + gathered,
+        "working memory": _working(config, sizes, shards, dtype) + gathered,
     }
     return Estimate(device, _disk(config, sizes, dtype), host)
-
-
-def check_fits(estimate: Estimate, free: Available, config: RunConfig, *, local_ranks: int = 1,
-               ) -> list[str]:  # fmt: skip
-    """Warnings where it is tight. Raises UserError where weights alone exceed what is free.
-
-    `local_ranks`: ranks that share this machine's memory (and whose device is the host).
-    """
-    on_host = free.device is None
-    room = free.host // local_ranks if free.device is None else free.device
-    where = "this machine's memory" if on_host else "the GPU"
-    certain = sum(estimate.device[part] for part in _CERTAIN)
-    warnings = []
-    if certain > room:
-        raise UserError(
-            f"model.name_or_path={config.model.name_or_path}: weights and optimizer need "
-            f"{certain / GIB:.1f} GiB a rank; {where} has {room / GIB:.1f} GiB free. "
-            f"{_advice(estimate.device, config)}"
-        )
-    if estimate.host * local_ranks > free.host:
-        raise UserError(
-            f"parallel.offload={config.parallel.offload}: {local_ranks} ranks would keep "
-            f"{estimate.host * local_ranks / GIB:.1f} GiB on the host, which has "
-            f"{free.host / GIB:.1f} GiB free. Use more nodes, or a smaller "
-            f"quant.nbits={config.quant.nbits}."
-        )
-    if sum(estimate.device.values()) > TIGHT * room:
-        warnings.append(
-            f"{where} may not be enough: {estimate}; free {room / GIB:.2f} GiB. "
-            f"{_advice(estimate.device, config)}"
-        )
-    return warnings + _check_disk(estimate, free, config)
-
-
-def oom_advice(config: RunConfig) -> str:
-    """What to change after the memory ran out: keys with their values, what helps most first."""
-    train, advice = config.train, []
-    if config.task == "finetune":
-        if not train.checkpointing:
-            advice.append("train.checkpointing=true (now false)")
-        elif not config.parallel.offloads_activations:
-            wanted = "all" if config.parallel.offloads_parameters else "activations"
-            advice.append(f"parallel.offload={wanted} (now {config.parallel.offload})")
-        if train.micro_batch_size > 1:
-            advice.append(f"a smaller train.micro_batch_size (now {train.micro_batch_size}); the "
-                          "global batch and the result stay the same")  # fmt: skip
-        if config.optim.name != "paged_adamw_8bit":
-            advice.append(f"optim.name=paged_adamw_8bit (now {config.optim.name})")
-    if config.eval.source and config.eval.reference == "resident":
-        advice.append("eval.reference=off (now resident: the full-precision model is in memory)")
-    advice.append(f"a smaller train.max_seq_len (now {train.max_seq_len})")
-    if config.quant.nbits > 1:
-        advice.append(f"a smaller quant.nbits (now {config.quant.nbits})")
-    if config.parallel.strategy not in ("fsdp2", "fsdp1", "zero3"):
-        advice.append("several GPUs with parallel.strategy=fsdp2")
-    if not config.parallel.offloads_parameters:
-        advice.append("parallel.strategy=fsdp2 with parallel.offload=all, which is slower")
-    return "Out of memory. What helps, most first: " + "; ".join(advice) + "."
 
 
 @dataclass(frozen=True)
@@ -228,10 +156,12 @@ def _logits(
     return max(vocabulary * measuring if measures else 0, trained if training else 0)
 
 
-def _working(sizes: _Sizes, shards: int, dtype: torch.dtype) -> int:
-    """Quantizing a rank's share of one linear (two weights as they are read, and codes), or
-    computing with one (dequantized, and cast for the product), whichever is more."""
-    quantizing = (2 * dtype.itemsize + 2) * sizes.largest // shards
+def _working(config: RunConfig, sizes: _Sizes, shards: int, dtype: torch.dtype) -> int:
+    """Quantizing a rank's share of one linear, or computing with one (dequantized, and cast for the
+    product), whichever is more. Of weights that are copied to a GPU four are there at a time, one
+    of them on its way; of those made there two; and codes."""
+    weights = 2 if config.model.source == "synthetic" else 4
+    quantizing = (weights * dtype.itemsize + 2) * sizes.largest // shards
     return max(quantizing, 2 * dtype.itemsize * sizes.largest)
 
 
@@ -242,22 +172,6 @@ def _disk(config: RunConfig, sizes: _Sizes, dtype: torch.dtype) -> dict[str, int
         "adapter/": _adapter_bytes(config) * sizes.adapter if config.task == "finetune" else 0,
         "export": sizes.source * dtype.itemsize if config.task == "export" else 0,
     }
-
-
-def _check_disk(estimate: Estimate, free: Available, config: RunConfig) -> list[str]:
-    need = sum(estimate.disk.values())
-    text = (
-        f"run.root={config.run.root}: the results need {need / GIB:.1f} GiB of disk, "
-        f"{free.disk / GIB:.1f} GiB are free. Choose another run.root, or quant.save=false."
-    )
-    if need > free.disk:
-        raise UserError(text)
-    return [text] if need > TIGHT * free.disk else []
-
-
-def _advice(parts: dict[str, int], config: RunConfig) -> str:
-    largest = sorted((p for p in parts if parts[p]), key=lambda p: -parts[p])[:3]
-    return "What helps: " + "; ".join(_HELP[p].format(c=config) for p in largest) + "."
 
 
 def _count(shape: tuple[int, ...]) -> int:

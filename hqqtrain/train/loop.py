@@ -87,9 +87,10 @@ class Trainer:
             yield step + 1, self._metrics(norm, rate) | self._speed(tokens / seconds)
         if sentinel:
             share = 100 * sentinel.seconds / max(self.done.seconds, 1e-9)
+            agreed = "ranks agree and " if sentinel.compares else ""
             logger.info(
-                "ranks agree and frozen bits are unchanged: looked %d times, %.2f %% of the time",
-                sentinel.checks, share,
+                "%sfrozen bits are unchanged: looked %d times, %.2f %% of the time",
+                agreed, sentinel.checks, share,
             )  # fmt: skip
 
     def step(self, step: int) -> tuple[float, int, float]:

@@ -133,7 +133,7 @@ def make_plan(session: Session, *, adapt: bool) -> Plan:
         cast_adapters(model, DTYPES[config.adapter.dtype])
     else:
         model.requires_grad_(False)
-    if session.strategy in FLAT:
+    if session.strategy in FLAT and config.task in ("finetune", "eval"):  # which mount it
         check_flat(model, session.storage, session.strategy)
     return Plan(source, hf_config, reader, model, lora, start)
 

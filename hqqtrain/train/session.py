@@ -48,10 +48,7 @@ class Session:
             UserError: settings that do not fit the machine or the number of processes.
         """
         cuda = torch.cuda.is_available()
-        wanted, precision = settle(
-            os.environ, strategy=config.parallel.strategy, precision=config.train.precision,
-            offloads=config.parallel.offloads_parameters,
-        )  # fmt: skip
+        wanted, precision = settle(os.environ, config)
         if precision == "auto":
             precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
         if precision == "fp16" and not cuda:
@@ -70,21 +67,8 @@ class Session:
         strategy = choose_strategy(wanted, processes.size)
         if processes.is_main and wanted == "auto":
             logger.info("parallel.strategy=auto: %s, for %d processes", strategy, processes.size)
-        if config.task == "finetune":
-            check_optimizer(config.optim, strategy, precision, processes.device)
-        if strategy == "zero3" and precision == "fp16":
-            raise UserError(
-                "train.precision=fp16: parallel.strategy=zero3 does not scale gradients here; use "
-                "bf16, or fsdp2."
-            )
+        _check(config, strategy, precision, processes.device)
         _choose_backend(config.quant.backend, processes)
-        if config.parallel.offloads_parameters and strategy != "fsdp2":
-            raise UserError(
-                f"parallel.offload={config.parallel.offload}: parameters are offloaded by "
-                f"parallel.strategy=fsdp2, not {strategy}; use fsdp2, or offload=activations."
-            )
-        if config.parallel.offload != "none" and processes.device.type != "cuda":
-            logger.warning("parallel.offload=%s: does nothing on a CPU", config.parallel.offload)
         torch.manual_seed(config.train.seed + processes.rank)  # of dropout alone
         storage = choose_storage(config.quant.storage, strategy, DTYPES[precision])
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", processes.size == 1))
@@ -130,6 +114,25 @@ def _choose_backend(backend: str, processes: Processes) -> None:
         raise UserError(f"quant.{fault}") from None
     if processes.is_main:
         logger.info("quant.backend=%s: %s", backend, chosen)
+
+
+def _check(config: RunConfig, strategy: str, precision: str, device: torch.device) -> None:
+    """Raises UserError for keys that do not fit the strategy or the device."""
+    offload = config.parallel.offload
+    if config.task == "finetune":
+        check_optimizer(config.optim, strategy, precision, device)
+    if strategy == "zero3" and precision == "fp16":
+        raise UserError(
+            "train.precision=fp16: parallel.strategy=zero3 does not scale gradients here; use "
+            "bf16, or fsdp2."
+        )
+    if config.parallel.offloads_parameters and strategy != "fsdp2":
+        raise UserError(
+            f"parallel.offload={offload}: parameters are offloaded by parallel.strategy=fsdp2, not "
+            f"{strategy}; use fsdp2, or offload=activations."
+        )
+    if offload != "none" and device.type != "cuda":
+        logger.warning("parallel.offload=%s: does nothing on a CPU", offload)
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:

@@ -15,6 +15,7 @@ from hqqtrain.config import RunConfig, UserError
 from hqqtrain.data import Sequences, evaluation_set, pack, training_texts
 from hqqtrain.dist import relaunch_if_ranks_were_lost
 from hqqtrain.models import available, check_fits, estimate, load_tokenizer, oom_advice
+from hqqtrain.track import setup_logging
 from hqqtrain.train.cache import cached, save_entry
 from hqqtrain.train.loop import Trainer
 from hqqtrain.train.measure import Scale
@@ -34,6 +35,7 @@ def run(config: RunConfig, command: list[str]) -> int:
     """
     relaunch_if_ranks_were_lost(command[3:])
     signal.signal(signal.SIGTERM, _terminated)
+    setup_logging(os.environ.get("RANK", "0") == "0")
     session = Session.start(config)
     with Record(session, command) as record:
         if not record.is_done():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hqqtrain.config import UserError
+from hqqtrain.config import RunConfig, UserError
 from hqqtrain.dist.launcher import settle
 
 PLAIN = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
@@ -16,7 +16,16 @@ ZERO3 = PLAIN | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_
 def settled(
     environ: dict[str, str], strategy: str = "auto", precision: str = "auto", offloads: bool = False
 ) -> tuple[str, str]:
-    return settle(dict(environ), strategy=strategy, precision=precision, offloads=offloads)
+    return settle(dict(environ), configured(strategy, precision, offloads))
+
+
+def configured(
+    strategy: str = "auto", precision: str = "auto", offloads: bool = False
+) -> RunConfig:
+    config = RunConfig()
+    config.parallel.strategy, config.train.precision = strategy, precision
+    config.parallel.offload = "parameters" if offloads else "none"
+    return config
 
 
 @pytest.mark.parametrize("environ", [{}, PLAIN])
@@ -32,10 +41,15 @@ def test_what_accelerate_says_by_default_says_nothing(environ, precision):
 def test_its_engine_is_ours_alone(environ, strategy, named):
     taken = dict(environ)
     asked = strategy if named else "auto"
-    found, _ = settle(taken, strategy=asked, precision="auto", offloads=False)
+    found, _ = settle(taken, configured(asked))
     assert found == strategy
     assert taken["ACCELERATE_USE_FSDP"] == "false", "or Accelerator would wrap the model again"
     assert taken["ACCELERATE_USE_DEEPSPEED"] == "false"
+
+
+def test_what_agrees_is_no_contradiction():
+    agreed = {"ACCELERATE_GRADIENT_CLIPPING": "1.0", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}
+    assert settled(ZERO3 | agreed) == ("zero3", "auto")
 
 
 def test_parameters_are_offloaded_by_both_or_by_none():
@@ -57,6 +71,9 @@ def test_mixed_precision_is_what_auto_means():
     ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp2", "auto", "fsdp_offload_params: true"),
     ({"ACCELERATE_USE_DEEPSPEED": "true"}, "auto", "auto", "zero_stage: 2"),
     (ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "zero3", "auto", "ds|config_file"),
+    (ZERO3 | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "zero3", "auto", "offload_param"),
+    (ZERO3 | {"ACCELERATE_GRADIENT_CLIPPING": "0.1"}, "zero3", "auto", "gradient_clipping: 0.1"),
+    ({"FSDP_VERSION": "3"}, "auto", "auto", "fsdp_version: 3"),
     (ZERO3, "fsdp2", "auto", r"parallel\.strategy=fsdp2: .* asks for zero3"),
     ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "auto", "auto", "Megatron-LM"),
     ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "auto", "auto", "dynamo_backend INDUCTOR"),
@@ -65,7 +82,7 @@ def test_mixed_precision_is_what_auto_means():
 ])  # fmt: skip
 def test_contradictions(more, strategy, precision, said):
     with pytest.raises(UserError, match=said):
-        settled(FSDP2 | more, strategy, precision)
+        settled((more if more.keys() >= ZERO3.keys() else FSDP2 | more), strategy, precision)
 
 
 def test_all_are_told_at_once():

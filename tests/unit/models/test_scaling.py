@@ -14,12 +14,14 @@ scaling = sys.modules["scaling"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(scaling)
 
 
-@pytest.mark.parametrize("each", [scaling.FITTED_TO, *scaling.OTHERS], ids=lambda each: each.model)
+@pytest.mark.parametrize(
+    "each", [scaling.FITTED_TO, *scaling.OTHERS], ids=lambda each: f"{each.model}-{each.gpus}"
+)
 def test_near_what_was_measured(each):
-    found = scaling.predict(each.model, each.nbits, each.group_size, each.card, 1)
-    assert found.seconds == pytest.approx(each.seconds, rel=0.15)
+    found = scaling.predict(each.model, each.nbits, each.group_size, each.card, each.gpus)
+    assert found.seconds == pytest.approx(each.seconds, rel=0.2)
     assert found.gib == pytest.approx(each.gib, rel=0.05)
-    assert (found.received_gib, found.wire) == (0, 0)
+    assert (found.received_gib > 0) == (found.wire > 0) == (each.gpus > 1)
 
 
 def test_more_gpus_hold_less_and_receive_more():
