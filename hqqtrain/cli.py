@@ -7,7 +7,6 @@ reported in a moment, and by one rank only.
 import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import NamedTuple
 
 import yaml
@@ -140,11 +139,14 @@ def _refuse_ranks() -> None:
 def _tell_launcher(code: int) -> None:
     """Lets launch.sh return our code: torchrun and accelerate turn every failure into 1.
 
-    Any rank may be the one that found the fault; its peers then only see a lost connection.
+    Any rank may be the one that found the fault; its peers then only see a lost connection. The
+    first that ends makes the launcher end the others, so the file is never empty on the way.
     """
     file = os.environ.get(EXIT_CODE_FILE)
     if file and code not in (DONE, FAILED):
-        Path(file).write_text(str(code), encoding="utf-8")
+        told = os.open(file, os.O_WRONLY | os.O_CREAT, 0o600)
+        os.write(told, str(code).encode())
+        os.close(told)
 
 
 def _rank() -> int:
