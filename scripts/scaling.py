@@ -65,7 +65,7 @@ class Measured:
 
 FITTED_TO = Measured("Llama-2-70b-hf", 2, 64, H100, TOKENS / 950.91, 23.51)
 OTHERS = (
-    Measured("Llama-3.1-405B", 2, 128, H200, TOKENS / 172.42, 120.64),
+    Measured("Llama-3.1-405B", 2, 128, H200, TOKENS / 167.17, 120.64),
     Measured("Meta-Llama-3-70B", 2, 64, H100, 2 * TOKENS / 1625.63, 20.79, gpus=2),
     Measured("Llama-3.1-405B", 2, 128, H100, 2 * TOKENS / 366.76, 75.34, gpus=2),
 )
