@@ -23,7 +23,7 @@ TIMEOUT = 400
 
 QUICK = (
     "recipe=tiny_2bit", "train.max_steps=4", "train.global_batch_size=4", "train.max_seq_len=64",
-    "eval.tokens=2048", "track.backends=[]",
+    "eval.tokens=1024", "track.backends=[]",
 )  # fmt: skip
 """The default recipe, cut down to seconds."""
 

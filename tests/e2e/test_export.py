@@ -54,7 +54,7 @@ def test_the_merged_export_measures_as_the_trained_model_did(folders: dict[str, 
     """The run measured packed weights and live adapters; this is a dense model of anyone's."""
     merged = AutoModelForCausalLM.from_pretrained(folders["merged"])
     tokenizer = AutoTokenizer.from_pretrained(folders["merged"])
-    held_out = evaluation_set(EvalConfig(tokens=2048), DataConfig(), tokenizer, 64)
+    held_out = evaluation_set(EvalConfig(tokens=1024), DataConfig(), tokenizer, 64)
     alone = Processes(0, 1, torch.device("cpu"))
     measured = evaluate(merged, held_out, alone, batch_size=8)
     summary = json.loads((folders["run"] / "summary.json").read_text())

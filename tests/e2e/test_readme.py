@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 TINY = ("model.name_or_path=tiny", "data.source=python_stdlib", "eval.source=python_stdlib")
 QUICK = (
-    "train.max_steps=2", "train.global_batch_size=4", "train.max_seq_len=64", "eval.tokens=1024",
+    "train.max_steps=1", "train.global_batch_size=2", "train.max_seq_len=64", "eval.tokens=256",
     "optim.warmup_steps=0", "track.backends=[]",
 )  # fmt: skip
 
