@@ -74,12 +74,7 @@ class RunConfig:
         if self.parallel.offloads_parameters and self.optim.name.startswith("paged"):
             found.append(
                 f"parallel.offload={self.parallel.offload}: the optimizer is on the host, where "
-                f" optim.name={self.optim.name} has nothing to page; use adamw."
-            )
-        if self.adapter.dtype == "bf16" and self.parallel.strategy == "zero3":
-            found.append(
-                "adapter.dtype=bf16: DeepSpeed keeps fp32 copies and moments of what it trains, so "
-                "nothing is saved under parallel.strategy=zero3; use fp32, or fsdp2."
+                f"optim.name={self.optim.name} has nothing to page; use adamw."
             )
         if self.adapter.dtype == "bf16" and self.train.precision == "fp16":
             found.append(

@@ -15,7 +15,7 @@ from hqqtrain.dist.zero3 import partition, training_engine
 __all__ = [
     "ALONE", "FLAT", "DivergedError", "Filled", "LoadReport", "Processes", "Sentinel",
     "as_integers", "check_bits", "check_flat", "choose_replicas", "choose_storage",
-    "choose_strategy", "count", "fill", "full_tensor", "local", "materialise", "owned_rows", "partition",
-    "relaunch_if_ranks_were_lost", "settle", "shard", "spread", "training_engine", "wrap_layers",
-    "write_full",
+    "choose_strategy", "count", "fill", "full_tensor", "local", "materialise", "owned_rows",
+    "partition", "relaunch_if_ranks_were_lost", "settle", "shard", "spread", "training_engine",
+    "wrap_layers", "write_full",
 ]  # fmt: skip

@@ -45,9 +45,10 @@ def check_bits(storage: torch.dtype, strategy: str, processes: Processes) -> Non
     changed = max(processes.gather(changed))
     if changed:
         raise UserError(
-            f"quant.storage={storage_name(storage)}: parallel.strategy={strategy} changes {changed} of "
-            f"{wanted.nbytes // 2} words of 16 bits here (torch {torch.__version__}), which would "
-            "destroy packed weights; choose another quant.storage or parallel.strategy."
+            f"quant.storage={storage_name(storage)}: parallel.strategy={strategy} changes "
+            f"{changed} of {wanted.nbytes // 2} words of 16 bits here (torch {torch.__version__}), "
+            "which would destroy packed weights; choose another quant.storage or "
+            "parallel.strategy."
         )
 
 

@@ -77,7 +77,10 @@ def fill(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], reader: R
            if _is_mine(layer.W_q, i, processes)}  # fmt: skip
     own_dense = {n: t for i, (n, t) in enumerate(dense.items()) if _is_mine(t, i, processes)}
     pieces = [*_layer_pieces(own, quantized), *_dense_pieces(own_dense)]
-    with Watch(processes) as watch, ReadAhead(reader, pieces, processes.device, memory.look) as arriving:
+    with (
+        Watch(processes) as watch,
+        ReadAhead(reader, pieces, processes.device, memory.look) as arriving,
+    ):
         work = _Work(arriving, Finiteness(reader), processes.device, on_rows)
         for name, layer in layers.items():
             work.layer(name, layer if name in own else None, quantized)

@@ -31,7 +31,12 @@ def settle(environ: MutableMapping[str, str], config: RunConfig) -> tuple[str, s
     Raises UserError, naming both sides, for what contradicts the recipe or is not there.
     """
     strategy, precision = config.parallel.strategy, config.train.precision
-    faults = [*_engines(environ), *_offload(environ, config), *_clipping(environ, config), *_precision(environ, precision)]
+    faults = [
+        *_engines(environ),
+        *_offload(environ, config),
+        *_clipping(environ, config),
+        *_precision(environ, precision),
+    ]
     asked, fault = _strategy(environ)
     if fault:
         faults.append(fault)
@@ -52,12 +57,12 @@ def settle(environ: MutableMapping[str, str], config: RunConfig) -> tuple[str, s
 def _engines(environ: Mapping[str, str]) -> Iterator[str]:
     for name, engine in _ENGINES.items():
         if _is_on(environ, name):
-            yield f"accelerate's configuration asks for {engine}, which is not used here; {_INSTEAD}."
+            yield f"accelerate's configuration asks for {engine}, not used here; {_INSTEAD}."
     backend = environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         yield (
-            f"accelerate's configuration asks for dynamo_backend {backend}: models are not compiled "
-            f"here; set it to 'no'."
+            f"accelerate's configuration asks for dynamo_backend {backend}: models are not "
+            f"compiled here; set it to 'no'."
         )
 
 
@@ -71,8 +76,8 @@ def _strategy(environ: Mapping[str, str]) -> tuple[str, str]:
                 "take it out and set zero_stage: 3."
             )
         fault = "" if stage == "3" else (
-            f"accelerate's configuration says zero_stage: {stage}; packed weights are cut by stage 3, "
-            "where parallel.strategy=zero3."
+            f"accelerate's configuration says zero_stage: {stage}; packed weights are cut by "
+            "stage 3, where parallel.strategy=zero3."
         )  # fmt: skip
         return "zero3", fault
     if not _is_on(environ, _FSDP):
@@ -87,8 +92,8 @@ def _offload(environ: Mapping[str, str], config: RunConfig) -> Iterator[str]:
     wanted = _is_on(environ, _FSDP) and _is_on(environ, "FSDP_OFFLOAD_PARAMS")
     if wanted and not config.parallel.offloads_parameters:
         yield (
-            "accelerate's configuration says fsdp_offload_params: true; the recipe keeps parameters "
-            "on the GPU: set it to false, or parallel.offload=parameters (of fsdp2)."
+            "accelerate's configuration says fsdp_offload_params: true; the recipe keeps "
+            "parameters on the GPU: set it to false, or parallel.offload=parameters (of fsdp2)."
         )
     for what in ("param", "optimizer") if _is_on(environ, _DEEPSPEED) else ():
         device = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")

@@ -65,7 +65,7 @@ class Processes:
         fault: Exception | None = None
         try:
             yield
-        except Exception as error:  # noqa: BLE001 (it is raised again)
+        except Exception as error:
             fault = error
         for rank, told in enumerate(self.gather(_told(fault))):
             if fault:

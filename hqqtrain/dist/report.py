@@ -52,13 +52,9 @@ class Memory:
         info = self._process.memory_info()
         self._peak = max(self._peak, info.rss - getattr(info, "shared", 0))
 
-    def report(
-        self, rank: int, bytes_read: int, read_seconds: float, seconds: float
-    ) -> LoadReport:
+    def report(self, rank: int, bytes_read: int, read_seconds: float, seconds: float) -> LoadReport:
         """With the peaks so far."""
         self.look()
         on_gpu = self._device.type == "cuda"
         device = torch.cuda.max_memory_allocated(self._device) if on_gpu else 0
-        return LoadReport(
-            rank, bytes_read, read_seconds, seconds, self._peak / GIB, device / GIB
-        )
+        return LoadReport(rank, bytes_read, read_seconds, seconds, self._peak / GIB, device / GIB)

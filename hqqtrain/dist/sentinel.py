@@ -74,7 +74,9 @@ class Sentinel:
         shared = {name: part for name, part in self._parts.items() if part is not None}
         mine = [(part, sums[name]) for name, part in shared.items()]
         faults = []
-        for name, found in zip(shared, zip(*self._processes.gather(mine), strict=True), strict=True):
+        for name, found in zip(
+            shared, zip(*self._processes.gather(mine), strict=True), strict=True
+        ):
             values = Counter(value for part, value in found if part == shared[name])
             ((usual, count),) = values.most_common(1)
             if sums[name] != usual:

@@ -87,9 +87,7 @@ def full_tensor(param: Tensor) -> Tensor:
     return there.full_tensor()
 
 
-def materialise(
-    model: nn.Module, device: torch.device, *, offload: bool = False
-) -> None:
+def materialise(model: nn.Module, device: torch.device, *, offload: bool = False) -> None:
     """Gives every meta tensor (uninitialised) memory on `device`; tied parameters stay tied.
 
     With `offload` parameters get it on the host. (`nn.Module.to_empty` would untie them.)

@@ -1,4 +1,4 @@
-"""A model cut by rows before an engine has it: FSDP1 and ZeRO-3 take it from there, a layer at a time.
+"""A model cut by rows before an engine has it: FSDP1 and ZeRO-3 take it a layer at a time.
 
 Both cut flat memory, in the middle of rows, and want the whole of what they cut. So the model is
 spread by rows first and filled like that, as under FSDP2, and handed over decoder layer by decoder

@@ -41,7 +41,8 @@ def choose_strategy(wanted: str, world_size: int) -> str:
     """
     if wanted == "single" and world_size > 1:
         raise UserError(
-            f"parallel.strategy=single: {world_size} processes were started; use ddp, fsdp2 or auto."
+            f"parallel.strategy=single: {world_size} processes were started; use ddp, fsdp2 "
+            "or auto."
         )
     if wanted == "zero3" and importlib.util.find_spec("deepspeed") is None:
         raise UserError(

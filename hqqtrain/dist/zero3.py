@@ -67,6 +67,7 @@ def training_engine(
 
 
 def is_partitioned(param: Tensor) -> bool:
+    """Whether ZeRO-3 has cut it."""
     return hasattr(param, "ds_tensor")
 
 

@@ -126,6 +126,11 @@ def _check(config: RunConfig, strategy: str, precision: str, device: torch.devic
             "train.precision=fp16: parallel.strategy=zero3 does not scale gradients here; use "
             "bf16, or fsdp2."
         )
+    if strategy == "zero3" and config.adapter.dtype == "bf16":
+        raise UserError(
+            "adapter.dtype=bf16: DeepSpeed keeps fp32 copies and moments of what it trains, so "
+            "nothing is saved under parallel.strategy=zero3; use fp32, or fsdp2."
+        )
     if config.parallel.offloads_parameters and strategy != "fsdp2":
         raise UserError(
             f"parallel.offload={offload}: parameters are offloaded by parallel.strategy=fsdp2, not "

@@ -57,7 +57,9 @@ def test_a_rewritten_pattern_stops_all_ranks():
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 def test_nccl_keeps_them():
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
-    torch.distributed.init_process_group("nccl", rank=0, world_size=1, device_id=torch.device("cuda:0"))
+    torch.distributed.init_process_group(
+        "nccl", rank=0, world_size=1, device_id=torch.device("cuda:0")
+    )
     try:
         every_storage(0, Processes(0, 1, torch.device("cuda:0")))
     finally:

@@ -87,9 +87,12 @@ def test_zero3_holds_them_as_other_dtypes(storage: torch.dtype):
 
 
 @pytest.mark.parametrize(("engine", "storage", "options", "said"), [
-    ("fsdp1", torch.bfloat16, {}, r"quant\.storage=bf16: .*is torch\.float32.*use quant\.storage=fp32"),
-    ("fsdp1", torch.float32, {"group_size": None}, r"1 scales of torch\.bfloat16, 2 bytes.* use quant\.meta_dtype=fp32"),
-    ("zero3", torch.float32, {"group_size": 32}, r"3 scales of torch\.bfloat16, 6 bytes.* use quant\.storage=bf16"),
+    ("fsdp1", torch.bfloat16, {},
+     r"quant\.storage=bf16: .*is torch\.float32.*use quant\.storage=fp32"),
+    ("fsdp1", torch.float32, {"group_size": None},
+     r"1 scales of torch\.bfloat16, 2 bytes.* use quant\.meta_dtype=fp32"),
+    ("zero3", torch.float32, {"group_size": 32},
+     r"3 scales of torch\.bfloat16, 6 bytes.* use quant\.storage=bf16"),
 ])  # fmt: skip
 def test_what_cannot_be_held_flat_is_refused(engine, storage, options, said):
     with pytest.raises(UserError, match=said):

@@ -33,7 +33,9 @@ def test_the_files_do_not_depend_on_the_ranks(size, tmp_path):
     assert sorted(path.name for path in (tmp_path / "many").iterdir()) == names
     for name in names:
         assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    found = {k: v for p in (tmp_path / "many").glob("*.safetensors") for k, v in load_file(p).items()}
+    found = {
+        k: v for p in (tmp_path / "many").glob("*.safetensors") for k, v in load_file(p).items()
+    }
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], TENSORS[name]) for name in found)
 

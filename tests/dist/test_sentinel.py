@@ -1,6 +1,5 @@
 """Bits that change, and ranks that part, are found: with real processes."""
 
-import os
 from pathlib import Path
 
 import pytest

@@ -32,7 +32,9 @@ def all_is_well(rank: int, processes: Processes) -> None:
 
 
 def one_finds_a_fault(rank: int, processes: Processes) -> None:
-    work(processes, 0.5 if rank == 1 else 60, UserError("w: row 3 holds nan") if rank == 1 else None)
+    work(
+        processes, 0.5 if rank == 1 else 60, UserError("w: row 3 holds nan") if rank == 1 else None
+    )
 
 
 def one_breaks(rank: int, processes: Processes) -> None:
@@ -99,7 +101,7 @@ def test_a_process_that_was_held_up_itself_accuses_nobody(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now)
     watching = Watch(Processes(0, 2, None))  # type: ignore[arg-type]
     watching._store, watching._looked, watching._changed = Store(), now, {1: now}
-    for now in (1001.0, 1001.0 + 3 * watch.LOST_AFTER):
+    for now in (1001.0, 1001.0 + 3 * watch.LOST_AFTER):  # noqa: B007 (the clock reads it)
         watching._look()
     watching.check()
     for _ in range(60):  # while this one looks, the other says nothing

@@ -9,7 +9,6 @@ from hqqtrain.config import UserError
 from hqqtrain.dist.ahead import Piece, ReadAhead
 from hqqtrain.dist.finite import Finiteness
 
-
 CPU = torch.device("cpu")
 
 
@@ -68,7 +67,8 @@ def test_a_fault_comes_where_its_piece_is_asked_for(ahead):
 
 def test_leaving_early_ends_the_thread():
     before = threading.active_count()
-    with pytest.raises(KeyboardInterrupt), ReadAhead(Source(1), pieces(*range(9)), CPU) as arriving:
+    ahead = ReadAhead(Source(1), pieces(*range(9)), CPU)
+    with pytest.raises(KeyboardInterrupt), ahead as arriving:  # noqa: PT012 (it leaves early)
         next(arriving)
         raise KeyboardInterrupt
     assert threading.active_count() == before
@@ -105,7 +105,8 @@ def test_what_is_not_finite_is_named_a_little_later():
     source = Damaged(0)
     finite = Finiteness(source)
     rows = [slice(0, 2), slice(3, 6)]
-    with pytest.raises(UserError, match=r"b: row 4 holds nan; 1 of 5 rows") as fault:
+    said = r"b: row 4 holds nan; 1 of 5 rows"
+    with pytest.raises(UserError, match=said) as fault:  # noqa: PT012 (which turn, is the test)
         for number, name in enumerate("abacad"):
             bad = ~torch.cat([source.read(name)[r] for r in rows]).isfinite().all()
             finite.add(Piece(name, rows), bad)

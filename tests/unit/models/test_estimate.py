@@ -5,6 +5,7 @@ import torch
 from peft import get_peft_model
 
 from hqqtrain.config import AdapterConfig, EvalConfig, QuantConfig, RunConfig, UserError
+from hqqtrain.dist import zero3
 from hqqtrain.models import (
     Available,
     available,
@@ -15,6 +16,7 @@ from hqqtrain.models import (
     oom_advice,
     shipped_config,
 )
+from hqqtrain.models.estimate import ZERO3_BUCKET, ZERO3_LIVE
 from hqqtrain.nn import lora_config, quantize_model
 
 GIB = 2**30
@@ -145,6 +147,10 @@ def test_what_each_strategy_divides():
         assert of(strategy)["packed weights"] == whole["packed weights"] // 4
     trained = {strategy: of(strategy)["adapter and optimizer"] for strategy in ("fsdp1", "zero3")}
     assert trained["fsdp1"] == whole["adapter and optimizer"] == trained["zero3"] * 4
+
+
+def test_what_zero3_holds_is_what_it_is_told_to():
+    assert (ZERO3_LIVE, ZERO3_BUCKET) == (zero3.LIVE, zero3.BUCKET)
 
 
 def test_offloaded_parameters_are_the_hosts():
