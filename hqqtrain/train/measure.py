@@ -6,7 +6,8 @@ from peft import PeftModel
 
 from hqqtrain.data import Sequences
 from hqqtrain.train.evaluation import Measured, evaluate
-from hqqtrain.train.prepare import Built, Plan, build_reference
+from hqqtrain.train.plan import Plan
+from hqqtrain.train.prepare import Built, build_reference
 from hqqtrain.train.record import Record
 from hqqtrain.train.session import Session
 

@@ -28,7 +28,8 @@ from hqqtrain.track import (
 )  # fmt: skip
 from hqqtrain.train.evaluation import Measured
 from hqqtrain.train.loop import Trained
-from hqqtrain.train.prepare import Built, Plan
+from hqqtrain.train.plan import Plan
+from hqqtrain.train.prepare import Built
 from hqqtrain.train.session import Session
 from hqqtrain.train.summary import Summary
 

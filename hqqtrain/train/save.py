@@ -20,7 +20,8 @@ from hqqtrain.ckpt import (
 )  # fmt: skip
 from hqqtrain.dist import full_tensor
 from hqqtrain.models import adapter_name, is_adapter
-from hqqtrain.train.prepare import Built, Plan
+from hqqtrain.train.plan import Plan
+from hqqtrain.train.prepare import Built
 from hqqtrain.train.record import Record
 from hqqtrain.train.session import Session
 

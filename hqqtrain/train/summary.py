@@ -11,7 +11,8 @@ from hqqtrain.quant import stored_bits
 from hqqtrain.track import ResultRow
 from hqqtrain.train.evaluation import Measured
 from hqqtrain.train.loop import Trained
-from hqqtrain.train.prepare import Built, Plan
+from hqqtrain.train.plan import Plan
+from hqqtrain.train.prepare import Built
 from hqqtrain.train.session import Session
 
 GIB = 2**30

@@ -19,7 +19,8 @@ from hqqtrain.track import setup_logging
 from hqqtrain.train.cache import cached, save_entry
 from hqqtrain.train.loop import Trainer
 from hqqtrain.train.measure import Scale
-from hqqtrain.train.prepare import Built, Plan, build, make_plan, mount
+from hqqtrain.train.plan import Plan, make_plan
+from hqqtrain.train.prepare import Built, build, mount
 from hqqtrain.train.record import Record
 from hqqtrain.train.save import save_adapter_of, save_dense, save_packed
 from hqqtrain.train.session import Session
