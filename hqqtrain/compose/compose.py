@@ -18,7 +18,7 @@ from hqqtrain.compose.recipes import recipe_files
 from hqqtrain.compose.source import GROUP, RecipeSearchPath, RecipeSource
 from hqqtrain.config import RunConfig, UserError
 
-_OPTION_GROUPS = (GROUP, "model")
+_OPTION_GROUPS = (GROUP, "model", "launch")
 
 
 def compose(overrides: list[str]) -> RunConfig:

@@ -34,14 +34,8 @@ def known_keys(schema: type = RunConfig, prefix: str = "") -> Iterator[tuple[str
             yield prefix + name, hint
 
 
-PLANNED = {"run.resume", "run.time_limit", "ckpt", "launch"}
-"""Keys and groups that the design promises and nothing reads yet: refused by what they are."""
-
-
 def key_fault(dotted: str) -> str | None:
     """One sentence if there is no key `dotted`, with the nearest ones; None if there is."""
-    if dotted in PLANNED or dotted.partition(".")[0] in PLANNED:
-        return f"{dotted}: is not available yet; it comes with a later release."
     schema: Any = Composed
     parts = dotted.split(".")
     for depth, part in enumerate(parts):

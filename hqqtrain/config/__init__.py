@@ -9,14 +9,13 @@ from hqqtrain.config.groups import (
     OptimConfig,
     ParallelConfig,
     QuantConfig,
-    RunSection,
-    TrackConfig,
     TrainConfig,
 )
 from hqqtrain.config.run import RunConfig
+from hqqtrain.config.running import CkptConfig, LaunchConfig, RunSection, TrackConfig
 
 __all__ = [
-    "AdapterConfig", "DataConfig", "EvalConfig", "ModelConfig", "OptimConfig", "ParallelConfig",
-    "QuantConfig", "RankLostError", "RunConfig", "RunSection", "TrackConfig", "TrainConfig",
-    "UserError", "did_you_mean",
+    "AdapterConfig", "CkptConfig", "DataConfig", "EvalConfig", "LaunchConfig", "ModelConfig",
+    "OptimConfig", "ParallelConfig", "QuantConfig", "RankLostError", "RunConfig", "RunSection",
+    "TrackConfig", "TrainConfig", "UserError", "did_you_mean",
 ]  # fmt: skip

@@ -3,7 +3,6 @@
 Values that a later release will allow are simply not among the `choices` yet.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +94,12 @@ class TrainConfig:
     checkpointing: bool = key(True, "recompute activations in the backward pass")
     precision: str = key("auto", "auto: bf16 on a GPU, fp32 on a CPU", choices=DTYPES)
     max_grad_norm: float | None = key(1.0, "clip the gradient to this norm; null: never", low=0)
-    on_nonfinite: str = key("stop", "a loss or gradient that is not finite", choices=("stop",))
+    on_nonfinite: str = key(
+        "stop",
+        "a loss or gradient that is not finite; skip: leave the batch out, rollback: also go back "
+        "to the last checkpoint",
+        choices=("stop", "skip", "rollback"),
+    )  # fmt: skip
     seed: int = key(0, "of adapters and the order of samples", low=0)
 
 
@@ -162,32 +166,6 @@ class ParallelConfig:
     @property
     def offloads_parameters(self) -> bool:
         return self.offload in ("parameters", "all")
-
-
-@dataclass(kw_only=True, slots=True)
-class TrackConfig:
-    """Who hears of metrics while a run goes on."""
-
-    backends: list[str] = key(help="beside metrics.jsonl: wandb", factory=lambda: ["wandb"])
-    project: str = key("hqqtrain", "W&B project")
-    entity: str | None = key(None, "W&B entity")
-
-    def faults(self) -> Iterator[str]:
-        for name in self.backends:
-            if name != "wandb":
-                yield f"track.backends=[{name}]: allowed is wandb; metrics.jsonl is always written."
-
-
-@dataclass(kw_only=True, slots=True)
-class RunSection:
-    """Where a run writes, and what it is called."""
-
-    root: str = key("runs", "folder of all runs")
-    name: str | None = key(None, "null: the recipe and a hash of what defines the result")
-
-    def faults(self) -> Iterator[str]:
-        if self.name is not None and not re.fullmatch(r"\w[\w.+-]*", self.name):
-            yield f"run.name={self.name}: must be letters, digits and any of _ . + -, no folders."
 
 
 _OVERRIDES = {"nbits": NBITS, "axis": (0, 1), "solver": SOLVERS}

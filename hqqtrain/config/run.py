@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 
 from hqqtrain.config.errors import UserError
@@ -13,11 +14,10 @@ from hqqtrain.config.groups import (
     OptimConfig,
     ParallelConfig,
     QuantConfig,
-    RunSection,
-    TrackConfig,
     TrainConfig,
 )
 from hqqtrain.config.keys import faults, key
+from hqqtrain.config.running import CkptConfig, LaunchConfig, RunSection, TrackConfig
 
 TASKS = {
     "finetune": "quantize, adapt, train, evaluate, save",
@@ -25,7 +25,7 @@ TASKS = {
     "eval": "measure a model or a quantized/, with or without an adapter",
     "export": "write dense weights, dequantized and merged, as a Hugging Face checkpoint",
 }
-NOT_THE_RESULT = ("run", "track", "recipe")
+NOT_THE_RESULT = ("run", "track", "ckpt", "launch", "recipe")
 """Groups that a result does not depend on: they do not enter a run's name."""
 _NOR_THESE = {"quant": ("cache_dir",)}
 """Keys of other groups that it does not depend on either."""
@@ -46,6 +46,8 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    ckpt: CkptConfig = field(default_factory=CkptConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     run: RunSection = field(default_factory=RunSection)
 
     def check(self) -> None:
@@ -56,38 +58,45 @@ class RunConfig:
             if hasattr(group, "__dataclass_fields__"):
                 found += faults(item.name, group)
                 found += group.faults() if hasattr(group, "faults") else ()
-        found += self._contradictions()
+        found += [*self._contradictions(), *self._contradictions_of_running()]
         if found:
             raise UserError("\n".join(found))
 
-    def _contradictions(self) -> list[str]:
-        found = []
+    def _contradictions(self) -> Iterator[str]:
         if self.task == "finetune" and self.adapter.kind == "none":
-            found.append("adapter.kind=none: task=finetune trains an adapter; use lora or rslora.")
+            yield "adapter.kind=none: task=finetune trains an adapter; use lora or rslora."
         if self.task == "quantize" and not self.quant.save:
-            found.append("quant.save=false: task=quantize has nothing else to do; use true.")
+            yield "quant.save=false: task=quantize has nothing else to do; use true."
         if self.parallel.offloads_activations and not self.train.checkpointing:
-            found.append(
+            yield (
                 f"parallel.offload={self.parallel.offload}: moves what train.checkpointing=true "
                 "keeps; use both."
             )
         if self.parallel.offloads_parameters and self.optim.name.startswith("paged"):
-            found.append(
+            yield (
                 f"parallel.offload={self.parallel.offload}: the optimizer is on the host, where "
                 f"optim.name={self.optim.name} has nothing to page; use adamw."
             )
         if self.adapter.dtype == "bf16" and self.train.precision == "fp16":
-            found.append(
+            yield (
                 "adapter.dtype=bf16: gradients in bf16 cannot be scaled as train.precision=fp16 "
                 "does; use train.precision=bf16 or adapter.dtype=fp32."
             )
         if self.train.max_grad_norm == 0:
-            found.append("train.max_grad_norm=0: must be above 0, or null to clip nothing.")
+            yield "train.max_grad_norm=0: must be above 0, or null to clip nothing."
         if not 0 <= self.adapter.dropout < 1:
-            found.append(f"adapter.dropout={self.adapter.dropout}: must be below 1.")
+            yield f"adapter.dropout={self.adapter.dropout}: must be below 1."
         if self.task == "eval" and self.eval.source is None:
-            found.append("eval.source=null: task=eval needs a text to measure on.")
-        return found
+            yield "eval.source=null: task=eval needs a text to measure on."
+
+    def _contradictions_of_running(self) -> Iterator[str]:
+        if self.ckpt.keep_best and (self.eval.every is None or self.eval.source is None):
+            yield (
+                f"ckpt.keep_best={self.ckpt.keep_best}: the best are told by eval/loss; set "
+                "eval.every and eval.source, or keep_best=0."
+            )
+        if self.train.on_nonfinite == "rollback" and self.ckpt.every is None:
+            yield "train.on_nonfinite=rollback: goes back to checkpoints; set ckpt.every."
 
     def run_name(self) -> str:
         """`run.name`, or the recipe and a short hash of everything the result depends on."""

@@ -5,6 +5,7 @@ import pytest
 from hqqtrain.compose import compose
 from hqqtrain.compose.schema import known_keys
 from hqqtrain.config import RunConfig, UserError
+from hqqtrain.config.durations import seconds
 
 
 def _message(*overrides: str) -> str:
@@ -122,7 +123,15 @@ def test_a_failed_composition_does_not_spoil_the_next():
     assert compose(["quant.nbits=2"]).quant.nbits == 2
 
 
-@pytest.mark.parametrize("key", ["run.resume=auto", "ckpt.every=5", "launch.nodes=2"])
-def test_keys_of_the_design_that_come_later_say_so(key):
-    with pytest.raises(UserError, match="not available yet"):
-        compose([key])
+def test_times_are_those_of_slurm_that_yaml_does_not_change():
+    config = compose(["launch=slurm", "launch.time=4:00:00", "run.time_limit=1-12:00:00"])
+    assert (config.launch.backend, config.launch.time) == ("slurm", "4:00:00")
+    assert seconds(config.run.time_limit or "") == 36 * 3600
+    for text in ("60", "14400", "4:00", "1:60:00", "'4 hours'"):
+        assert "must be hours:minutes:seconds" in _message(f"run.time_limit={text}"), text
+
+
+@pytest.mark.parametrize("options", ["['--qos=low']", "['-x n1','--exclusive']"])
+def test_options_of_sbatch(options: str):
+    assert compose([f"launch.options={options}"]).launch.options
+    assert "must be an option of sbatch" in _message("launch.options=['rm -rf x']")

@@ -33,7 +33,12 @@ def test_the_defaults_are_sound():
         ("optim", "lr", float("inf"), "optim.lr=inf: must be finite."),
         ("optim", "lr", -1e-4, "optim.lr=-0.0001: must be at least 0."),
         ("parallel", "strategy", "ddpp", "allowed are auto, single, ddp, fsdp2, fsdp1, zero3."),
-        ("track", "backends", ["mlflow"], "track.backends=[mlflow]: allowed is wandb"),
+        (
+            "track",
+            "backends",
+            ["mlflow"],
+            "[mlflow]: allowed are wandb, tensorboard",
+        ),
     ],
 )
 def test_a_fault_names_key_value_and_what_is_allowed(group, name, value, said):

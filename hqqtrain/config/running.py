@@ -1,0 +1,87 @@
+"""The config groups that say how a run runs. A result does not depend on them."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hqqtrain.config.durations import duration_fault
+from hqqtrain.config.keys import key
+
+TRACKERS = ("wandb", "tensorboard")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackConfig:
+    """Who hears of metrics while a run goes on."""
+
+    backends: list[str] = key(
+        help="beside metrics.jsonl: wandb, tensorboard", factory=lambda: ["wandb"]
+    )
+    project: str = key("hqqtrain", "W&B project")
+    entity: str | None = key(None, "W&B entity")
+    group: str | None = key(None, "W&B group; null: none, or the sweep that a run is part of")
+    artifacts: bool = key(False, "give W&B the adapter as an artifact")
+
+    def faults(self) -> Iterator[str]:
+        for name in self.backends:
+            if name not in TRACKERS:
+                yield (
+                    f"track.backends=[{name}]: allowed are {', '.join(TRACKERS)}; metrics.jsonl is "
+                    "always written."
+                )
+
+
+@dataclass(kw_only=True, slots=True)
+class CkptConfig:
+    """The state of a training that a later process can go on from."""
+
+    every: int | None = key(100, "steps between checkpoints; null: only when preempted", low=1)
+    keep_last: int = key(2, "checkpoints that are kept, the latest", low=1)
+    keep_best: int = key(0, "also those with the lowest eval/loss, made when measured", low=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class RunSection:
+    """Where a run writes, what it is called, and how it goes on."""
+
+    root: str = key("runs", "folder of all runs")
+    name: str | None = key(None, "null: the recipe and a hash of what defines the result")
+    resume: str = key(
+        "auto", "from the last checkpoint; auto: where there is one, never: begin anew",
+        choices=("auto", "never", "must"),
+    )  # fmt: skip
+    time_limit: str | None = key(
+        None, "H:MM:SS or D-HH:MM:SS after which a run saves and ends; null: slurm's, if any"
+    )
+
+    def faults(self) -> Iterator[str]:
+        if self.name is not None and not re.fullmatch(r"\w[\w.+-]*", self.name):
+            yield f"run.name={self.name}: must be letters, digits and any of _ . + -, no folders."
+        yield from duration_fault("run.time_limit", self.time_limit)
+
+
+@dataclass(kw_only=True, slots=True)
+class LaunchConfig:
+    """What starts the processes; the keys below `jobs` are slurm's."""
+
+    backend: str = key(
+        "local", "local: this machine, as started; slurm: a batch job", choices=("local", "slurm")
+    )
+    jobs: int = key(1, "jobs of a sweep that run at a time", low=1)
+    nodes: int = key(1, "nodes of a job", low=1)
+    tasks_per_node: int = key(1, "processes of a node; with GPUs, one for each", low=1)
+    gpus_per_node: int = key(0, "GPUs of a node; 0: ask for none", low=0)
+    cpus_per_task: int | None = key(None, "cores of a process; null: as the cluster has it", low=1)
+    time: str | None = key(None, "H:MM:SS or D-HH:MM:SS; null: as the cluster has it")
+    grace: int = key(120, "seconds before the end at which a job is told to save", low=10)
+    partition: str | None = key(None, "slurm's partition; null: its default")
+    account: str | None = key(None, "slurm's account; null: its default")
+    options: list[str] = key(help="other options of sbatch, such as --qos=low", factory=list)
+    setup: list[str] = key(help="shell lines before it, such as module load cuda", factory=list)
+    dry_run: bool = key(False, "print the batch file instead of submitting it")
+
+    def faults(self) -> Iterator[str]:
+        yield from duration_fault("launch.time", self.time)
+        for option in self.options:
+            if not re.fullmatch(r"--[a-z][\w-]*(=.*)?|-[A-Za-z]( .*)?", option) or "\n" in option:
+                yield f"launch.options=[{option}]: must be an option of sbatch, such as --qos=low."
