@@ -14,10 +14,10 @@ import yaml
 from hqqtrain import __version__
 from hqqtrain.compose import compose, jobs, recipe_files
 from hqqtrain.compose.usage import usage
-from hqqtrain.config import RankLostError, RunConfig, UserError, did_you_mean
+from hqqtrain.config import PreemptedError, RankLostError, RunConfig, UserError, did_you_mean
 from hqqtrain.sweep import Job, run_all
 
-DONE, FAILED, USER_ERROR = 0, 1, 2
+DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 3
 EXIT_CODE_FILE = "HQQTRAIN_EXIT_CODE"
 _FLAGS = {
     "-h": "--help", "--help": "--help", "--check": "--check", "--cfg": "--cfg",
@@ -39,6 +39,10 @@ def _guarded(words: list[str]) -> int:
         if _rank() == 0:  # what one rank finds is raised on all
             print(f"hqqtrain: {error}", file=sys.stderr)
         return USER_ERROR
+    except PreemptedError as error:
+        if _rank() == 0:
+            print(f"hqqtrain: {error}; the same command goes on from there.", file=sys.stderr)
+        return PREEMPTED
     except RankLostError as error:
         print(f"hqqtrain: {error}", file=sys.stderr)
         return FAILED

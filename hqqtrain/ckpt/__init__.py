@@ -1,10 +1,13 @@
 """What a run leaves on disk: complete or absent, and recognisable by its fingerprint."""
 
-from hqqtrain.ckpt.adapter import Adapter, load_adapter, save_adapter
+from hqqtrain.ckpt.adapter import Adapter, Base, load_adapter, save_adapter
 from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json, atomic_write_text
+from hqqtrain.ckpt.background import Background
 from hqqtrain.ckpt.card import AdapterCard
+from hqqtrain.ckpt.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from hqqtrain.ckpt.export import dense_tensors, export_dense
 from hqqtrain.ckpt.fingerprint import Fingerprint
+from hqqtrain.ckpt.manifest import DamagedError
 from hqqtrain.ckpt.provenance import stamp, versions
 from hqqtrain.ckpt.quantized import (
     ModuleSettings,
@@ -15,10 +18,12 @@ from hqqtrain.ckpt.quantized import (
     save_quantized,
 )  # fmt: skip
 from hqqtrain.ckpt.rundir import RunDirectory
+from hqqtrain.ckpt.store import CheckpointStore
 
 __all__ = [
-    "Adapter", "AdapterCard", "Fingerprint", "ModuleSettings", "QuantizedSettings",
-    "RunDirectory", "atomic_directory", "atomic_write_json", "atomic_write_text", "dense_tensors",
-    "export_dense", "load_adapter", "model_tensors", "quantized_settings", "reader_tensors",
-    "save_adapter", "save_quantized", "stamp", "versions",
+    "Adapter", "AdapterCard", "Background", "Base", "Checkpoint", "CheckpointStore",
+    "DamagedError", "Fingerprint", "ModuleSettings", "QuantizedSettings", "RunDirectory",
+    "atomic_directory", "atomic_write_json", "atomic_write_text", "dense_tensors", "export_dense",
+    "load_adapter", "model_tensors", "quantized_settings", "read_checkpoint", "reader_tensors",
+    "save_adapter", "save_quantized", "stamp", "versions", "write_checkpoint",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ adapter_model.safetensors, where stock tools ignore it.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,18 +68,34 @@ class Adapter:
             )
 
 
-def save_adapter(state: dict[str, torch.Tensor], config: LoraConfig, folder: Path, *,
+@dataclass(frozen=True)
+class Base:
+    """What an adapter was trained on: the model's name and revision, the quantized fingerprint."""
+
+    name: str
+    revision: str | None
+    fingerprint: str
+
+
+def save_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, folder: Path, *,
                  card: AdapterCard) -> None:  # fmt: skip
     """Write a stock PEFT adapter with a README.md, complete or not at all.
 
     `state`: full tensors by PEFT's names, as `peft.get_peft_model_state_dict` gives them.
     """
     with atomic_directory(folder) as partial:
-        tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-        metadata = {"format": "pt", _FINGERPRINT: card.fingerprint}
-        save_file(tensors, partial / WEIGHTS, metadata=metadata)
-        atomic_write_json(partial / CONFIG, _config_json(config, card))
+        write_adapter(partial, state, config, Base(card.base, card.revision, card.fingerprint))
         atomic_write_text(partial / "README.md", card_text(card))
+
+
+def write_adapter(
+    folder: Path, state: Mapping[str, torch.Tensor], config: LoraConfig, base: Base
+) -> None:
+    """Write the two files of a stock PEFT adapter into `folder`, which is there."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    metadata = {"format": "pt", _FINGERPRINT: base.fingerprint}
+    save_file(tensors, folder / WEIGHTS, metadata=metadata)
+    atomic_write_json(folder / CONFIG, _config_json(config, base))
 
 
 def load_adapter(folder: Path) -> Adapter:
@@ -97,10 +114,10 @@ def load_adapter(folder: Path) -> Adapter:
     return Adapter(config, state, metadata.get(_FINGERPRINT))
 
 
-def _config_json(config: LoraConfig, card: AdapterCard) -> dict[str, Any]:
+def _config_json(config: LoraConfig, base: Base) -> dict[str, Any]:
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    return values | {"base_model_name_or_path": card.base, "revision": card.revision,
-                     "inference_mode": True}  # fmt: skip
+    about = {"base_model_name_or_path": base.name, "revision": base.revision}
+    return values | about | {"inference_mode": True}
 
 
 def _read_config(folder: Path) -> LoraConfig:

@@ -1,6 +1,7 @@
 """Files and folders that are complete or absent, whatever kills the process in between."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -50,6 +51,15 @@ def atomic_write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON. Raises ValueError for NaN and Inf, which JSON lacks."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     atomic_write_text(path, text + "\n")
+
+
+def without_nonfinite(value: Any) -> Any:
+    """A copy of `value` (JSON's types) in which numbers that JSON lacks are None."""
+    if isinstance(value, dict):
+        return {k: without_nonfinite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nonfinite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def partial_of(path: Path) -> Path:

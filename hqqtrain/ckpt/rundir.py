@@ -3,7 +3,6 @@
 Only the first rank uses it. Nothing is written into a directory that something else made.
 """
 
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -13,15 +12,16 @@ from typing import IO, Any
 
 import yaml
 
-from hqqtrain.ckpt.atomic import atomic_write_json, atomic_write_text
+from hqqtrain.ckpt.atomic import atomic_write_json, atomic_write_text, without_nonfinite
 from hqqtrain.ckpt.lock import check_seen, take_lock, token_of
 from hqqtrain.ckpt.provenance import git_revision, input_stamps, versions
 from hqqtrain.config import RunConfig, UserError
-from hqqtrain.config.run import NOT_THE_RESULT
+from hqqtrain.config.run import MAY_CHANGE, NOT_THE_RESULT
 from hqqtrain.config.secrets import masked, masked_command
 
 STATES = ("running", "done", "preempted", "failed")
 _LOCK = ".lock"
+_DEFINING = RunConfig.__dataclass_fields__.keys() - set(NOT_THE_RESULT)
 
 
 class RunDirectory:
@@ -61,10 +61,13 @@ class RunDirectory:
     def done(self) -> bool:
         """Whether this very run is finished: status.json says so, summary.json is there.
 
-        Raises UserError where it was made from files that have changed since.
+        One that was finished with other MAY_CHANGE, as fewer steps, is not. Raises UserError where
+        it was made from files that have changed since.
         """
         finished = self.status().get("status") == "done"
         if not finished or not (self.path / "summary.json").is_file():
+            return False
+        if _read_yaml(self.path / "config.yaml").get("identity") != self.config.identity():
             return False
         if _read_yaml(self.path / "config.yaml").get("inputs") != input_stamps(self.config):
             raise UserError(
@@ -125,7 +128,7 @@ class RunDirectory:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json; figures that are not finite, which JSON lacks, become null."""
         assert self._lock is not None, "the run directory is not locked"
-        atomic_write_json(self.path / "summary.json", _finite(summary))
+        atomic_write_json(self.path / "summary.json", without_nonfinite(summary))
 
     def _release(self) -> None:
         assert self._lock is not None
@@ -148,6 +151,8 @@ def _refuse_another(folder: Path, config: RunConfig) -> None:
         return
     old, new = _flat(there), _flat(here)
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    if keys and all(k in MAY_CHANGE for k in keys):
+        return
     shown = "; ".join(f"{k}={_text(new, k)} (there {_text(old, k)})" for k in keys)
     raise UserError(
         f"{folder}: holds a run of another configuration: {shown or 'of another version'}. Choose "
@@ -157,12 +162,11 @@ def _refuse_another(folder: Path, config: RunConfig) -> None:
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """`group.key` -> value of all that defines the result."""
-    ours = {k for k in RunConfig.__dataclass_fields__ if k not in NOT_THE_RESULT}
     flat: dict[str, Any] = {}
     for group, value in values.items():
-        if group in ours:
-            flat |= {f"{group}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {
-                group: value}  # fmt: skip
+        if group in _DEFINING:
+            keys = value if isinstance(value, dict) else {"": value}
+            flat |= {f"{group}.{k}".rstrip("."): v for k, v in keys.items()}
     return flat
 
 
@@ -179,14 +183,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _remove_if_empty(folder: Path) -> None:

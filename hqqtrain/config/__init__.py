@@ -1,6 +1,6 @@
 """Configuration: plain dataclasses, checked, standard library only."""
 
-from hqqtrain.config.errors import RankLostError, UserError, did_you_mean
+from hqqtrain.config.errors import PreemptedError, RankLostError, UserError, did_you_mean
 from hqqtrain.config.groups import (
     AdapterConfig,
     DataConfig,
@@ -16,6 +16,6 @@ from hqqtrain.config.running import CkptConfig, LaunchConfig, RunSection, TrackC
 
 __all__ = [
     "AdapterConfig", "CkptConfig", "DataConfig", "EvalConfig", "LaunchConfig", "ModelConfig",
-    "OptimConfig", "ParallelConfig", "QuantConfig", "RankLostError", "RunConfig", "RunSection",
-    "TrackConfig", "TrainConfig", "UserError", "did_you_mean",
+    "OptimConfig", "ParallelConfig", "PreemptedError", "QuantConfig", "RankLostError", "RunConfig",
+    "RunSection", "TrackConfig", "TrainConfig", "UserError", "did_you_mean",
 ]  # fmt: skip

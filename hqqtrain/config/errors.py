@@ -1,4 +1,5 @@
-"""Exceptions that are shown as a message: what the user can fix, and what befell another rank."""
+"""Exceptions that are shown as a message: what the user can fix, what befell another rank, and a
+wish to stop."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -10,6 +11,10 @@ class UserError(ValueError):
 
 class RankLostError(RuntimeError):
     """Another rank has failed, or is gone: which one, and why where that is known. Exit code 1."""
+
+
+class PreemptedError(RuntimeError):
+    """The run was asked to stop, and by whom. It is raised on all ranks; exit code 3."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

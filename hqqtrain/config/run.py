@@ -29,6 +29,12 @@ NOT_THE_RESULT = ("run", "track", "ckpt", "launch", "recipe")
 """Groups that a result does not depend on: they do not enter a run's name."""
 _NOR_THESE = {"quant": ("cache_dir",)}
 """Keys of other groups that it does not depend on either."""
+MAY_CHANGE = frozenset([
+    "train.max_steps", "train.epochs", "train.micro_batch_size", "train.checkpointing",
+    "train.on_nonfinite", "eval.every", "quant.backend", "quant.cache_dir", "quant.save",
+    "parallel.strategy", "parallel.hybrid", "parallel.offload", "parallel.check_every",
+])  # fmt: skip
+"""Keys that may differ where a run of the same `run.name` goes on."""
 
 
 @dataclass(kw_only=True, slots=True)

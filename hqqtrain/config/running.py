@@ -35,7 +35,9 @@ class TrackConfig:
 class CkptConfig:
     """The state of a training that a later process can go on from."""
 
-    every: int | None = key(100, "steps between checkpoints; null: only when preempted", low=1)
+    every: int | None = key(
+        100, "steps between checkpoints; null: at the end, when preempted", low=1
+    )
     keep_last: int = key(2, "checkpoints that are kept, the latest", low=1)
     keep_best: int = key(0, "also those with the lowest eval/loss, made when measured", low=0)
 

@@ -17,7 +17,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from hqqtrain.config import RankLostError, UserError
+from hqqtrain.config import PreemptedError, RankLostError, UserError
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,19 @@ class Processes:
     def together(self) -> Iterator[None]:
         """Around work without collectives: what one rank raises is raised on every rank.
 
-        A UserError as it is, anything else on the others as RankLostError. Else they would wait
-        for the one that left. Collective at its end.
+        A UserError or PreemptedError as it is, anything else on the others as RankLostError. Else
+        they would wait for the one that left. Collective at its end.
         """
         fault: Exception | None = None
         try:
             yield
         except Exception as error:
             fault = error
-        for rank, told in enumerate(self.gather(_told(fault))):
+        for rank, told in enumerate(self.gather(tell(fault))):
             if fault:
                 raise fault
             if told:
-                user, text = told
-                raise UserError(text) if user else RankLostError(f"rank {rank} failed: {text}")
+                raise retold(rank, told)
 
     def leave(self) -> None:
         """Ends the process group, when all ranks are ready to. Collective.
@@ -92,11 +91,19 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 """Of what one process does by itself, whatever its world."""
 
 
-def _told(fault: Exception | None) -> tuple[bool, str] | None:
-    if fault is None:
-        return None
-    user = isinstance(fault, UserError)
-    return user, str(fault) if user else f"{type(fault).__name__}: {fault}"
+_SHARED = {kind.__name__: kind for kind in (UserError, PreemptedError)}
+"""What is one rank's as much as another's."""
+
+
+def tell(error: BaseException | None) -> str:
+    """What the other ranks need to hear of `error`; nothing without one."""
+    return f"{type(error).__name__}: {error}" if error else ""
+
+
+def retold(rank: int, told: str) -> UserError | PreemptedError | RankLostError:
+    """What to raise on this rank, when `rank` has told that."""
+    kind, _, text = told.partition(": ")
+    return _SHARED[kind](text) if kind in _SHARED else RankLostError(f"rank {rank} failed: {told}")
 
 
 def relaunch_if_ranks_were_lost(arguments: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ Others have trained N different adapters on N ranks (transformers#48792) and fou
 rewritten (bitsandbytes#1945), and noticed when the run was over.
 """
 
+import logging
 import time
 from collections import Counter
 
@@ -15,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from hqqtrain.dist.bits import as_integers
 from hqqtrain.dist.processes import Processes
 from hqqtrain.dist.shards import is_sharded, local
+
+logger = logging.getLogger(__name__)
 
 
 class DivergedError(RuntimeError):
@@ -63,6 +66,14 @@ class Sentinel:
         self._agree(changed + self._faults_over_ranks(found))
         self.seconds += time.perf_counter() - began
         self.checks += 1
+
+    def report(self, seconds: float) -> None:
+        """Says what was found, and what it cost of a training of `seconds`."""
+        logger.info(
+            "%sfrozen bits are unchanged: looked %d times, %.2f %% of the time",
+            "ranks agree and " if self.compares else "", self.checks,
+            100 * self.seconds / max(seconds, 1e-9),
+        )  # fmt: skip
 
     def _sums(self) -> dict[str, int]:
         sums = torch.stack([_checksum(local(p)) for p in self._parameters.values()])

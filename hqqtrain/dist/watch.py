@@ -15,8 +15,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from hqqtrain.config import RankLostError, UserError
-from hqqtrain.dist.processes import Processes
+from hqqtrain.config import PreemptedError, RankLostError, UserError
+from hqqtrain.dist.processes import Processes, retold, tell
 
 BEAT = 0.5
 """Seconds between two looks."""
@@ -25,11 +25,15 @@ LOST_AFTER = 20.0
 the long calls of torch and safetensors let it run."""
 
 
+Shown = UserError | PreemptedError | RankLostError
+
+
 class Watch:
     """A context around work of which every rank has its own part; `check` often within it.
 
     All ranks enter and leave it together. What one rank raises is raised on every rank: a UserError
-    as it is, anything else, also that a rank is gone, as RankLostError on the others. Collective.
+    or PreemptedError as it is, anything else, also that a rank is gone, as RankLostError on the
+    others. Collective.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -39,7 +43,7 @@ class Watch:
         self._told = False
         self._states: dict[int, dict[str, Any]] = {}
         self._lost: dict[int, str] = {}
-        self._raised: UserError | RankLostError | None = None
+        self._raised: Shown | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look_around, name="watch", daemon=True)
 
@@ -68,7 +72,7 @@ class Watch:
         if not self._others:
             return
         own = None if error is self._raised else error
-        self._mine = {"ended": True, "user": isinstance(own, UserError), "fault": _told(own)}
+        self._mine = {"ended": True, "fault": tell(own)}
         if error is None or isinstance(error, Exception):  # else a signal: there is no time
             self._wait_for_others()
         self._over.set()
@@ -120,24 +124,17 @@ class Watch:
     def _has_ended(self, rank: int) -> bool:
         return rank in self._lost or bool(self._states.get(rank, {}).get("ended"))
 
-    def _fault(self) -> UserError | RankLostError | None:
+    def _fault(self) -> Shown | None:
         if not self._others:
             return None
         for rank, state in sorted(self._states.items()):
             if state.get("fault"):
-                failed = f"rank {rank} failed: {state['fault']}"
-                return UserError(state["fault"]) if state["user"] else RankLostError(failed)
+                return retold(rank, state["fault"])
         if self._lost:
             return RankLostError(" ".join(self._lost.values()))
         if self._is_cut_off():
             return RankLostError("the process that holds the ranks together does not answer.")
         return None
-
-
-def _told(error: BaseException | None) -> str:
-    if error is None or isinstance(error, UserError):
-        return str(error or "")
-    return f"{type(error).__name__}: {error}"
 
 
 _count = 0

@@ -6,9 +6,11 @@ imported here alone, late, and only for `parallel.strategy=zero3`.
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,6 +20,9 @@ from hqqtrain.dist.strategy import decoder_layers
 LIVE, BUCKET = 1 << 28, 1 << 24
 """Numbers that may be whole at a time, two decoder layers of a Llama-70B at 2 bits in bf16, and
 gradients that are reduced at a time. DeepSpeed's own, 10^9 and 5 * 10^8, take 2 GiB each."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of AdamW."""
 
 _engines: dict[nn.Module, Any] = {}
 """Whose hooks a model has; a run has two models at most, to its end."""
@@ -69,6 +74,45 @@ def training_engine(
 def is_partitioned(param: Tensor) -> bool:
     """Whether ZeRO-3 has cut it."""
     return hasattr(param, "ds_tensor")
+
+
+def trained_parts(engine: Any, param: Tensor) -> dict[str, Tensor]:
+    """This rank's part of a trained parameter, "" in fp32, and of its optimizer state by key.
+
+    Flat, all ranks' of one size: at the end of the last there may be numbers that mean nothing.
+    """
+    from deepspeed import utils
+
+    parts = {"": utils.safe_get_local_fp32_param(param)}
+    for key in MOMENTS if steps_taken(engine) else ():
+        parts[key] = utils.safe_get_local_optimizer_state(param, key)
+    return {key: part.flatten() for key, part in parts.items()}
+
+
+def load_moments(engine: Any, step: int, saved: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+    """Gives the optimizer of `engine`, which is new, the whole tensors of each parameter by key."""
+    from deepspeed import utils
+
+    zero = engine.optimizer
+    for flat in zero.fp32_partitioned_groups_flat:
+        moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+        zero.optimizer.state[flat] = {"step": torch.tensor(float(step)), **moments}
+    for param, tensors in saved.items():
+        size, rank = local_size(param), torch.distributed.get_rank()
+        for key in MOMENTS:
+            mine = tensors[key].flatten()[rank * size : (rank + 1) * size]
+            mine = F.pad(mine, (0, size - mine.numel()))
+            utils.safe_set_local_optimizer_state(param, mine, key)
+
+
+def local_size(param: Tensor) -> int:
+    """How many numbers of the parameter each rank has."""
+    return param.ds_tensor.numel()  # type: ignore[attr-defined]
+
+
+def steps_taken(engine: Any) -> int:
+    """By the optimizer of `engine`."""
+    return max((int(s["step"]) for s in engine.optimizer.optimizer.state.values()), default=0)
 
 
 def gathered(param: Tensor) -> Tensor:

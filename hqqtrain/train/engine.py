@@ -4,7 +4,7 @@ Torch's strategies share one way; DeepSpeed keeps gradients and optimizer to its
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -14,9 +14,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from hqqtrain.dist import training_engine
-from hqqtrain.train.optimizer import build_optimizer, build_schedule
+from hqqtrain.dist import Piece, local, piece_of, training_engine, zero3
+from hqqtrain.train.optimizer import build_optimizer
+from hqqtrain.train.optimizer_state import OptimizerState
 from hqqtrain.train.session import Session
+
+Accepts = Callable[[float], bool]
 
 
 class Engine(Protocol):
@@ -25,44 +28,49 @@ class Engine(Protocol):
 
     model: nn.Module
 
-    @property
-    def rate(self) -> float:
-        """The learning rate of the step to come."""
-
     def accumulating(self, *, last: bool) -> AbstractContextManager:
         """Around forward and backward of one batch, the last of a step or not."""
 
     def backward(self, loss: Tensor) -> None: ...
 
-    def update(self) -> float:
-        """Clips and steps; returns the gradient's norm over all ranks before. Collective."""
+    def update(self, rate: float, accepts: Accepts) -> None:
+        """Clips and steps, or forgets the gradients where `accepts` refuses their norm.
+
+        `accepts` is told the norm over all ranks before it is clipped. Collective.
+        """
+
+    def pieces(self) -> dict[str, Piece]:
+        """This rank's pieces of what is trained, by name, and of the optimizer: `name/key`."""
+
+    @property
+    def updates(self) -> int:
+        """How many the optimizer counts."""
+
+    def load_optimizer(self, saved: Mapping[str, Tensor], updates: int) -> None:
+        """Puts back the optimizer's state, by its whole tensors."""
 
 
-def build_engine(model: nn.Module, parameters: Sequence[nn.Parameter], steps: int,
+def build_engine(model: nn.Module, trained: Mapping[str, nn.Parameter],
                  session: Session) -> Engine:  # fmt: skip
-    """For `model` as `mount` leaves it, of which `parameters` are trained in `steps` steps."""
+    """For `model` as `mount` leaves it, of which `trained`, by PEFT's names, are trained."""
     kind = _ZeRO3 if session.strategy == "zero3" else _Torch
-    return kind(model, parameters, steps, session)
+    return kind(model, trained, session)
 
 
 class _Torch:
     """`single`, `ddp`, `fsdp2`, and `fsdp1`, where DDP is for what is trained."""
 
-    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], steps: int,
+    def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter],
                  session: Session) -> None:  # fmt: skip
-        self.model, self._parameters = model, parameters
+        self.model, self._trained = model, trained
         self._accelerator = session.accelerator
         self._limit = session.config.train.max_grad_norm
         if session.strategy in ("ddp", "fsdp1"):
             # Ranks begin alike, and to make sure of it would overwrite FSDP1's shards.
             self.model = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)
-        optimizer = build_optimizer(session.config.optim, parameters)
-        self._schedule = build_schedule(session.config.optim, optimizer, steps)
+        optimizer = build_optimizer(session.config.optim, trained.values())
+        self._state = OptimizerState(optimizer, trained)
         self._optimizer = self._accelerator.prepare_optimizer(optimizer)
-
-    @property
-    def rate(self) -> float:
-        return float(self._schedule.get_last_lr()[0])
 
     def accumulating(self, *, last: bool) -> AbstractContextManager:
         if isinstance(self.model, DistributedDataParallel) and not last:
@@ -72,32 +80,39 @@ class _Torch:
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
 
-    def update(self) -> float:
+    def update(self, rate: float, accepts: Accepts) -> None:
         self._accelerator.unscale_gradients(self._optimizer)
         limit = math.inf if self._limit is None else self._limit
-        norm = nn.utils.clip_grad_norm_(self._parameters, limit)
+        norm = nn.utils.clip_grad_norm_(self._trained.values(), limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self._optimizer.step()
-        self._schedule.step()
+        if accepts(norm.item()):
+            _set_rate(self._optimizer, rate)
+            self._optimizer.step()
         self._optimizer.zero_grad()
-        return norm.item()
+
+    def pieces(self) -> dict[str, Piece]:
+        own = {name: piece_of(p, local(p), p.shape) for name, p in self._trained.items()}
+        return own | dict(self._state.pieces())
+
+    @property
+    def updates(self) -> int:
+        return self._state.step
+
+    def load_optimizer(self, saved: Mapping[str, Tensor], updates: int) -> None:
+        self._state.load(saved, updates)
 
 
 class _ZeRO3:
     """DeepSpeed's engine, which clips, steps and forgets gradients by itself."""
 
-    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], steps: int,
+    def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter],
                  session: Session) -> None:  # fmt: skip
-        optimizer: Optimizer = build_optimizer(session.config.optim, parameters)
+        self._trained = trained
+        self._optimizer = build_optimizer(session.config.optim, trained.values())
         self.model: Any = training_engine(
-            model, optimizer, max_grad_norm=session.config.train.max_grad_norm,
+            model, self._optimizer, max_grad_norm=session.config.train.max_grad_norm,
             autocast=session.dtype,
         )  # fmt: skip
-        self._schedule = build_schedule(session.config.optim, optimizer, steps)
-
-    @property
-    def rate(self) -> float:
-        return float(self._schedule.get_last_lr()[0])
 
     def accumulating(self, *, last: bool) -> AbstractContextManager:
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
@@ -106,8 +121,34 @@ class _ZeRO3:
     def backward(self, loss: Tensor) -> None:
         self.model.backward(loss)
 
-    def update(self) -> float:
+    def update(self, rate: float, accepts: Accepts) -> None:
+        """It has stepped before it tells the norm, so a refusal must end the run."""
+        _set_rate(self._optimizer, rate)
         self.model.step()
-        self._schedule.step()
         norm: torch.Tensor | float = self.model.get_global_grad_norm()
-        return float(norm)
+        accepts(float(norm))
+
+    def pieces(self) -> dict[str, Piece]:
+        made = {}
+        for name, param in self._trained.items():
+            for key, part in zero3.trained_parts(self.model, param).items():
+                shape = param.ds_shape  # type: ignore[attr-defined]
+                made[f"{name}/{key}" if key else name] = piece_of(param, part, shape)
+        return made
+
+    @property
+    def updates(self) -> int:
+        return zero3.steps_taken(self.model)
+
+    def load_optimizer(self, saved: Mapping[str, Tensor], updates: int) -> None:
+        moments: dict[Tensor, dict[str, Tensor]] = {
+            param: {key: saved[f"{name}/{key}"] for key in zero3.MOMENTS}
+            for name, param in self._trained.items() if updates
+        }  # fmt: skip
+        if updates:
+            zero3.load_moments(self.model, updates, moments)
+
+
+def _set_rate(optimizer: Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate

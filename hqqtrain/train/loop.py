@@ -1,47 +1,33 @@
 """The training loop: plain, over `accelerate.Accelerator`, the same at every world size.
 
-A step always sees the same global batch: its sequences are a function of seed and step, each
-rank takes every world-size-th of them, and the loss is weighted by token over all ranks. So
-one process and eight walk the same path, but for rounding.
+A step always sees the same global batch: its sequences are a function of seed and place in the
+data, each rank takes every world-size-th of them, and the loss is weighted by token over all ranks.
+So one process and eight walk the same path, but for rounding, and a process that goes on where
+another was killed walks it to the bit.
 """
 
 import logging
-import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
-from hqqtrain.config import RunConfig, UserError
+from hqqtrain.config import RunConfig
 from hqqtrain.data import SampleOrder, Sequences, collate
 from hqqtrain.dist import Sentinel
+from hqqtrain.models import adapter_name
 from hqqtrain.train.checkpointing import checkpoint_layers
 from hqqtrain.train.engine import build_engine
 from hqqtrain.train.evaluation import Batch
 from hqqtrain.train.flops import utilisation
 from hqqtrain.train.loss import NextTokenLoss
+from hqqtrain.train.nonfinite import Guard
+from hqqtrain.train.optimizer import learning_rate
+from hqqtrain.train.progress import Step, Trained
 from hqqtrain.train.session import Session
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Trained:
-    """What a training leaves beside the weights."""
-
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    loss: float = math.nan
-    """Of the last step."""
-
-    def add(self, loss: float, tokens: int, seconds: float) -> None:
-        self.steps += 1
-        self.tokens += tokens
-        self.seconds += seconds
-        self.loss = loss
 
 
 class Trainer:
@@ -50,13 +36,15 @@ class Trainer:
     Args:
         model: as `mount` leaves it.
         sequences: packed training text.
+        guard: decides about steps that are not finite.
     """
 
     def __init__(self, config: RunConfig, model: nn.Module, sequences: Sequences,
-                 session: Session) -> None:  # fmt: skip
+                 session: Session, guard: Guard) -> None:  # fmt: skip
         self.config, self.sequences = config, sequences
+        self.session, self.guard = session, guard
         self.processes, self.accelerator = session.processes, session.accelerator
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.trained = {adapter_name(n): p for n, p in model.named_parameters() if p.requires_grad}
         if config.train.checkpointing:
             checkpoint_layers(
                 model, offload=session.offloads_activations, frees=session.strategy == "zero3"
@@ -66,36 +54,47 @@ class Trainer:
         self.order = SampleOrder(len(sequences), config.train.seed)
         self.steps = total_steps(config, self.order)
         _warn_of_warmup(config, self.steps)
-        self.engine = build_engine(model, self.parameters, self.steps, session)
+        self.engine = build_engine(model, self.trained, session)
         tokens = config.train.micro_batch_size * config.train.max_seq_len
         may_take_parts = session.strategy != "zero3"
         self.loss = NextTokenLoss(self.engine.model, tokens, self.processes, may_take_parts)
         self.done = Trained()
+        self.is_asked_to_stop = False
+        """Any rank was, when the last step was taken: the same on all."""
 
-    def run(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """Trains to the end; yields (step, metrics) after every step, counted from 1."""
+    def run(self, roll_back: Callable[[], None] = lambda: None) -> Iterator[tuple[int, dict]]:
+        """Trains to the end; yields (step, metrics) after every step, counted from 1.
+
+        `roll_back` puts an earlier state of this trainer back.
+        """
         self.engine.model.train()
         every = self.config.parallel.check_every
         sentinel = Sentinel(self.bare_model, self.processes) if every else None
-        for step in range(self.steps):
-            began, rate = time.perf_counter(), self.engine.rate
-            loss, tokens, norm = self.step(step)
+        while self.done.steps < self.steps:
+            began, place = time.perf_counter(), self.done.place
+            rate = learning_rate(self.config.optim, self.done.steps, self.steps)
+            step = self._step(place, rate)
+            if not step.taken:
+                self._leave_out(place, roll_back)
+                continue
             seconds = time.perf_counter() - began
-            self.done.add(loss, tokens, seconds)
-            if sentinel and every and ((step + 1) % every == 0 or step + 1 == self.steps):
+            self.session.interrupt.needs(seconds)
+            self.done.add(step, seconds)
+            if sentinel and every and (self.done.steps % every == 0 or self.is_over):
                 sentinel.check()
-            yield step + 1, self._metrics(norm, rate) | self._speed(tokens / seconds)
-        if sentinel:
-            share = 100 * sentinel.seconds / max(self.done.seconds, 1e-9)
-            agreed = "ranks agree and " if sentinel.compares else ""
-            logger.info(
-                "%sfrozen bits are unchanged: looked %d times, %.2f %% of the time",
-                agreed, sentinel.checks, share,
-            )  # fmt: skip
+            yield self.done.steps, self._metrics(step, rate) | self._speed(step.tokens / seconds)
+        if sentinel and sentinel.checks:
+            sentinel.report(self.done.seconds)
 
-    def step(self, step: int) -> tuple[float, int, float]:
-        """One optimizer step: (mean loss over the global batch, its tokens, gradient norm)."""
-        indices = self.order.indices(step, self.config.train.global_batch_size)
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are taken."""
+        return self.done.steps >= self.steps
+
+    def _step(self, place: int, rate: float) -> Step:
+        """One optimizer step with the global batch at `place` in the data."""
+        _seed(self.config.train.seed, place, self.processes.rank)
+        indices = self.order.indices(place, self.config.train.global_batch_size)
         tokens = self.sequences.select(indices).tokens
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         batches = list(self._micro_batches(indices))
@@ -106,10 +105,25 @@ class Trainer:
                 # Gradients are averaged over ranks; the loss is a sum over tokens.
                 self.engine.backward(loss * (self.processes.size / max(1, tokens)))
             total += loss.detach().double()
-        mean = self.processes.sum([total.item()])[0] / max(1, tokens)
-        norm = self.engine.update()
-        self._check_finite(step, mean, norm)
-        return mean, tokens, norm
+        asked = self.session.interrupt.is_asked
+        summed, stop = self.processes.sum([total.item(), asked])
+        self.is_asked_to_stop = stop > 0
+        step = Step(place, indices, tokens, summed / max(1, tokens))
+
+        def accepts(norm: float) -> bool:
+            step.norm = norm
+            step.taken = self.guard.accepts(step, self.trained)
+            return step.taken
+
+        self.engine.update(rate, accepts)
+        if not step.taken:
+            self.guard.refuse(step, self.engine.model, batches)
+        return step
+
+    def _leave_out(self, place: int, roll_back: Callable[[], None]) -> None:
+        if self.config.train.on_nonfinite == "rollback":
+            roll_back()
+        self.done.skipped = place + 1 - self.done.steps
 
     def _micro_batches(self, indices: list[int]) -> Iterator[Batch]:
         mine = indices[self.processes.rank :: self.processes.size]
@@ -118,29 +132,24 @@ class Trainer:
             batch = collate([self.sequences[i] for i in mine[start : start + size]])
             yield {k: v.to(self.processes.device, non_blocking=True) for k, v in batch.items()}
 
-    def _check_finite(self, step: int, loss: float, norm: float) -> None:
-        scaled = self.accelerator.scaler is not None  # fp16 skips steps that overflow by itself
-        if math.isfinite(loss) and (math.isfinite(norm) or scaled):
-            return
-        raise UserError(
-            f"train.on_nonfinite=stop: loss {loss}, gradient norm {norm} at step {step + 1}; lower "
-            f"optim.lr={self.config.optim.lr}, raise optim.warmup_steps, or use "
-            "train.precision=fp32."
-        )
-
     def _speed(self, rate: float) -> dict[str, float]:
         speed = {"train/tokens_per_second": rate}
         return speed | {"train/mfu": rate * self.share} if self.share else speed
 
-    def _metrics(self, norm: float, rate: float) -> dict[str, float]:
-        steps = self.done.steps
+    def _metrics(self, step: Step, rate: float) -> dict[str, float]:
+        passed = self.order.epoch(self.done.place, self.config.train.global_batch_size)
         return {
-            "train/loss": self.done.loss,
-            "train/grad_norm": norm,
+            "train/loss": step.loss,
+            "train/grad_norm": step.norm,
             "train/learning_rate": rate,
-            "train/epoch": self.order.epoch(steps, self.config.train.global_batch_size),
-            "train/global_step": steps,
+            "train/epoch": passed,
+            "train/global_step": self.done.steps,
         }
+
+
+def _seed(seed: int, place: int, rank: int) -> None:
+    """Of dropout alone: a function of these three, so that there is no state to save."""
+    torch.manual_seed((seed * 1_000_003 + place) * 65_537 + rank)
 
 
 def _warn_of_warmup(config: RunConfig, steps: int) -> None:

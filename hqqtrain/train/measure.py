@@ -37,15 +37,26 @@ class Scale:
         if self.adapter_counts and not adapted and isinstance(model, PeftModel):
             as_it_is = model.disable_adapter()
         with as_it_is:
-            self.record.evaluated(part, self._measured(self.held_out))
+            self.record.evaluated(part, self._measured(self.held_out, may_stop=True))
 
-    def measure_between(self) -> None:
-        """Measures while training goes on, for the curve."""
-        if self.held_out:
-            self.record.evaluated_between(self._measured(self.held_out))
+    def measure_between(self) -> float | None:
+        """Measures while training goes on, for the curve; the loss, nats a token."""
+        if not self.held_out:
+            return None
+        measured = self._measured(self.held_out, may_stop=False)
+        self.record.evaluated_between(measured)
+        return measured.loss
 
-    def _measured(self, held_out: Sequences) -> Measured:
-        with self.record.evaluating(held_out) as on_batch, self.session.autocast():
+    def _measured(self, held_out: Sequences, *, may_stop: bool) -> Measured:
+        """With `may_stop` there is nothing to save, and a wish to stop is heard between batches."""
+        session = self.session
+        with self.record.evaluating(held_out) as count, session.autocast():
+
+            def on_batch(tokens: int) -> None:
+                count(tokens)
+                if may_stop:
+                    session.interrupt.check(session.processes)
+
             return evaluate(
                 self.built.model, held_out, self.session.processes,
                 batch_size=self.session.config.train.micro_batch_size,

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from hqqtrain.config import OptimConfig, UserError
 from hqqtrain.dist import local
@@ -25,6 +24,11 @@ def check_optimizer(
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"optim.name={config.name}: needs bitsandbytes, which is not installed; use adamw."
+        )
+    if strategy == "zero3":
+        raise UserError(
+            f"optim.name={config.name}: DeepSpeed keeps fp32 copies of what is trained, and flat "
+            "states, which cannot be saved by name; under parallel.strategy=zero3 use adamw."
         )
     if strategy == "fsdp2" and precision == "fp16":
         raise UserError(
@@ -78,18 +82,16 @@ def _over_parts(
     return optimizer
 
 
-def build_schedule(config: OptimConfig, optimizer: Optimizer, steps: int) -> LambdaLR:
-    """Linear warm-up over `warmup_steps`, then cosine or linear to zero at `steps`, or flat.
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Of optimizer step `step`, counted from 0, of `steps`.
 
-    Not transformers' schedules: theirs begin at a rate of 0, which wastes the first step.
+    Linear warm-up over `warmup_steps`, then cosine or linear to zero at `steps`, or flat. Not
+    transformers' schedules: theirs begin at a rate of 0, which wastes the first step. A function
+    of the step alone, so that there is nothing to save.
     """
-
-    def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        left = 1 - (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-        if config.schedule == "cosine":
-            return 0.5 * (1 - math.cos(math.pi * max(0.0, left)))
-        return max(0.0, left) if config.schedule == "linear" else 1.0
-
-    return LambdaLR(optimizer, factor)
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    left = 1 - (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 - math.cos(math.pi * max(0.0, left)))
+    return config.lr * max(0.0, left) if config.schedule == "linear" else config.lr

@@ -6,6 +6,7 @@ before the work begins, and in seconds whatever the model's size.
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
@@ -44,7 +45,8 @@ logger = logging.getLogger(__name__)
 class Plan:
     """A model on meta, its linears replaced and its adapters in place, and where it comes from.
 
-    `start`: the adapter to begin with, from `adapter.init_from` or the run that `model` names.
+    `start`: the adapter to begin with: a checkpoint's, or from `adapter.init_from` or the run that
+    `model` names.
     """
 
     source: Source
@@ -65,11 +67,12 @@ class Plan:
         return sum(isinstance(module, HQQLinear) for module in self.model.modules())
 
 
-def make_plan(session: Session, *, adapt: bool) -> Plan:
+def make_plan(session: Session, *, adapt: bool, resumed: Path | None = None) -> Plan:
     """Builds the model on meta and checks the checkpoint against it.
 
     Args:
         adapt: a new adapter is trained; else only one that exists is put in place.
+        resumed: a checkpoint, whose adapter is the one to go on with.
 
     Raises:
         UserError: any fault of model, checkpoint, patterns or adapter.
@@ -85,7 +88,7 @@ def make_plan(session: Session, *, adapt: bool) -> Plan:
         logger.warning(
             "%s: %d tensors are not used, such as %s", source.path, len(unused), unused[0]
         )
-    start = load_start(config.adapter.init_from or source.adapter)
+    start = load_start(resumed or config.adapter.init_from or source.adapter)
     lora = with_packed_linears(start.adapter.config) if start else None
     if adapt:
         lora = lora_config(config.adapter, model)

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from torch import Tensor
 
-from hqqtrain.ckpt import RunDirectory
-from hqqtrain.config import UserError
+from hqqtrain.ckpt import Checkpoint, CheckpointStore, RunDirectory, atomic_write_json
+from hqqtrain.config import PreemptedError, UserError
 from hqqtrain.data import Sequences, dataset_name
 from hqqtrain.dist import count
 from hqqtrain.track import (
@@ -27,9 +28,9 @@ from hqqtrain.track import (
     write_report,
 )  # fmt: skip
 from hqqtrain.train.evaluation import Measured
-from hqqtrain.train.loop import Trained
 from hqqtrain.train.plan import Plan
 from hqqtrain.train.prepare import Built
+from hqqtrain.train.progress import Step, Trained
 from hqqtrain.train.session import Session
 from hqqtrain.train.summary import Summary
 
@@ -40,6 +41,9 @@ _RESULTS = (
 )  # fmt: skip
 
 
+_ENDS: dict[type, tuple[str, int]] = {UserError: ("failed", 2), PreemptedError: ("preempted", 3)}
+
+
 class Record:
     """Use as a context manager around the task: it ends the run's files whatever happens."""
 
@@ -48,6 +52,10 @@ class Record:
         self.main = session.processes.is_main
         setup_logging(self.main)
         self.directory = RunDirectory(self.config)
+        config = self.config.ckpt
+        self.checkpoints = CheckpointStore(
+            self.path("checkpoints"), config.keep_last, config.keep_best
+        )
         self.console = Console(self.main)
         self.trackers = Trackers([])
         self.summary = Summary(session)
@@ -84,6 +92,11 @@ class Record:
             logger.info("%s is done already: see summary.json there.", self.directory.path)
         return done
 
+    @property
+    def was_finished(self) -> bool:
+        """Whether the directory holds a finished run, of this configuration or nearly so."""
+        return self.directory.status().get("status") == "done"
+
     def path(self, name: str) -> Path:
         """Where `name` lies in the run's directory."""
         return self.directory.path / name
@@ -93,12 +106,19 @@ class Record:
         """A progress bar over the layers; yields what to call after each."""
         verb = "loading" if loads else "quantizing"
         with self.console.progress(verb, plan.layers, "layer") as bar:
-            yield lambda name: bar.update(1, layer=name)
 
-    def quantized(self, plan: Plan, built: Built) -> None:
-        """The model is there: begins the run's directory. Collective."""
+            def on_layer(name: str) -> None:
+                bar.update(1, layer=name)
+                self.session.interrupt.check_alone()
+
+            yield on_layer
+
+    def quantized(self, plan: Plan, built: Built, found: Checkpoint | None = None) -> None:
+        """The model is there: begins the run's directory, or goes on as `found`. Collective."""
         self.summary.quantized(plan, built)
         self.layer_errors = built.layer_errors
+        if found:
+            self._restore(found)
         if not self.main:
             return
         for report in built.loading:
@@ -107,12 +127,37 @@ class Record:
         self.directory.write_loading([report.facts() for report in built.loading])
         self._begun = True
         self.trackers = open_trackers(self.config.track, self.directory.path, asdict(self.config))
-        errors = {f"{LAYER_ERROR}{name}": error for name, error in built.layer_errors.items()}
-        self.trackers.log(errors, 0)
+        errors = {f"{LAYER_ERROR}{name}": error for name, error in self.layer_errors.items()}
+        if not found:
+            self.trackers.log(errors, 0)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the record, as JSON."""
+        return {"summary": self.summary.state(), "layer_errors": self.layer_errors}
+
+    def _restore(self, found: Checkpoint) -> None:
+        state = found.state["record"]
+        self.step_number = found.step
+        self.summary.restore(state["summary"])
+        self.layer_errors = state["layer_errors"]
+
+    def has_measured(self, part: str) -> bool:
+        """Whether `part` of the summary was measured, by this process or one before it."""
+        return part in self.summary.parts.get("eval", {})
+
+    def nonfinite(self, step: Step, facts: dict[str, Any], tokens: list[list[int]]) -> None:
+        """A global batch, of sequences of `tokens`, gave what is not finite."""
+        if self.main:
+            told = facts | {"batch": step.place, "step": self.step_number + 1}
+            told |= {"loss": str(step.loss), "grad_norm": str(step.norm)}
+            told |= {"samples": step.samples, "tokens": tokens}
+            folder = self.path("nonfinite")
+            folder.mkdir(exist_ok=True)
+            atomic_write_json(folder / f"batch-{step.place:08}.json", told)
 
     @contextmanager
-    def training(self, steps: int) -> Iterator[None]:
-        """A progress bar over the steps."""
+    def training(self, steps: int, done: int = 0) -> Iterator[None]:
+        """A progress bar over the steps, of which `done` were taken before."""
         with self.console.progress("training", steps, "step") as self._bar:
             yield
 
@@ -180,8 +225,7 @@ class Record:
             logger.warning("report/ was not written: %r", error)
 
     def _failed(self, error: BaseException) -> None:
-        code = 2 if isinstance(error, UserError) else 1
+        status, code = _ENDS.get(type(error), ("failed", 1))
         self.trackers.finish(code)
-        self.directory.write_status(
-            "failed", exit_code=code, cause=f"{type(error).__name__}: {error}"
-        )
+        cause = f"{type(error).__name__}: {error}"
+        self.directory.write_status(status, exit_code=code, cause=cause)

@@ -13,6 +13,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.dist import Processes, choose_replicas, choose_storage, choose_strategy, settle
+from hqqtrain.train.interrupt import Interrupt
 from hqqtrain.train.optimizer import check_optimizer
 from hqqtrain_kernels import select
 
@@ -39,9 +40,10 @@ class Session:
     storage: torch.dtype
     replicas: int
     """How often the model is there, sharded; see `parallel.hybrid`."""
+    interrupt: Interrupt
 
     @classmethod
-    def start(cls, config: RunConfig) -> "Session":
+    def start(cls, config: RunConfig, interrupt: Interrupt) -> "Session":
         """Joins the process group, if there is one, and decides what `auto` means here.
 
         Raises:
@@ -69,11 +71,12 @@ class Session:
             logger.info("parallel.strategy=auto: %s, for %d processes", strategy, processes.size)
         _check(config, strategy, precision, processes.device)
         _choose_backend(config.quant.backend, processes)
-        torch.manual_seed(config.train.seed + processes.rank)  # of dropout alone
         storage = choose_storage(config.quant.storage, strategy, DTYPES[precision])
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", processes.size == 1))
         replicas = choose_replicas(config.parallel.hybrid, strategy, processes.gather(local_size))
-        return cls(config, accelerator, processes, strategy, precision, storage, replicas)
+        return cls(
+            config, accelerator, processes, strategy, precision, storage, replicas, interrupt
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,6 +128,11 @@ def _check(config: RunConfig, strategy: str, precision: str, device: torch.devic
         raise UserError(
             "train.precision=fp16: parallel.strategy=zero3 does not scale gradients here; use "
             "bf16, or fsdp2."
+        )
+    if strategy == "zero3" and config.train.on_nonfinite != "stop":
+        raise UserError(
+            f"train.on_nonfinite={config.train.on_nonfinite}: DeepSpeed steps before it tells the "
+            "gradient's norm; under parallel.strategy=zero3 use stop, or fsdp2."
         )
     if strategy == "zero3" and config.adapter.dtype == "bf16":
         raise UserError(

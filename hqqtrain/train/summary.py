@@ -1,7 +1,7 @@
 """The final figures of a run: `summary.json`, schema 1, and the table at the end."""
 
 from collections import Counter
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 from typing import Any
 
 from hqqtrain.ckpt import versions
@@ -10,9 +10,9 @@ from hqqtrain.nn import HQQLinear
 from hqqtrain.quant import stored_bits
 from hqqtrain.track import ResultRow
 from hqqtrain.train.evaluation import Measured
-from hqqtrain.train.loop import Trained
 from hqqtrain.train.plan import Plan
 from hqqtrain.train.prepare import Built
+from hqqtrain.train.progress import Trained
 from hqqtrain.train.session import Session
 
 GIB = 2**30
@@ -78,6 +78,17 @@ class Summary:
             "final", seconds=done.seconds, bits_per_weight=base.bits_per_weight,
             gib=(base.gib or 0) + 4 * trainable / GIB,
         )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes: the parts so far and the lines of the table, as JSON."""
+        return {"parts": self.parts, "rows": {k: asdict(row) for k, row in self._rows.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on with what an earlier process of this run has measured."""
+        for part in ("quantize", "eval"):
+            if part in state["parts"]:
+                self.parts[part] = state["parts"][part]
+        self._rows = {name: ResultRow(**row) for name, row in state["rows"].items()}
 
     def rows(self) -> list[ResultRow]:
         """Lines of the final table: what was made or measured."""

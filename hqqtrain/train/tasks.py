@@ -6,24 +6,26 @@ Every rank runs them alike; files, trackers and the console belong to the main r
 
 import logging
 import os
-import signal
 from pathlib import Path
 
 import torch
 
-from hqqtrain.config import RunConfig, UserError
+from hqqtrain.ckpt import Checkpoint
+from hqqtrain.config import PreemptedError, RunConfig, UserError
 from hqqtrain.data import Sequences, evaluation_set, pack, training_texts
 from hqqtrain.dist import relaunch_if_ranks_were_lost
 from hqqtrain.models import available, check_fits, estimate, load_tokenizer, oom_advice
 from hqqtrain.track import setup_logging
 from hqqtrain.train.cache import cached, save_entry
-from hqqtrain.train.loop import Trainer
+from hqqtrain.train.interrupt import Interrupt
 from hqqtrain.train.measure import Scale
 from hqqtrain.train.plan import Plan, make_plan
 from hqqtrain.train.prepare import Built, build, mount
 from hqqtrain.train.record import Record
+from hqqtrain.train.resume import check_goes_on, find_checkpoint
 from hqqtrain.train.save import save_adapter_of, save_dense, save_packed
 from hqqtrain.train.session import Session
+from hqqtrain.train.training import train
 
 logger = logging.getLogger(__name__)
 
@@ -33,26 +35,31 @@ def run(config: RunConfig, command: list[str]) -> int:
 
     Raises:
         UserError: the configuration or the data are at fault (exit code 2).
+        PreemptedError: it was asked to stop, and has saved its state (3).
     """
     relaunch_if_ranks_were_lost(command[3:])
-    signal.signal(signal.SIGTERM, _terminated)
+    interrupt = Interrupt(config.run)
+    interrupt.listen()
     setup_logging(os.environ.get("RANK", "0") == "0")
-    session = Session.start(config)
-    with Record(session, command) as record:
-        if not record.is_done():
-            try:
-                _TASKS[config.task](session, record)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                raise UserError(f"{oom_advice(config)} ({error})") from error
+    session = Session.start(config, interrupt)
+    try:
+        with Record(session, command) as record:
+            if not record.is_done():
+                _work(session, record)
+    except PreemptedError:  # which all ranks raise
+        session.processes.leave()
+        raise
     session.processes.leave()
     return 0
 
 
-def _terminated(*_: object) -> None:
-    """Ends as an exception does, so that status.json says how."""
-    raise SystemExit("hqqtrain: terminated (SIGTERM).")
+def _work(session: Session, record: Record) -> None:
+    try:
+        _TASKS[session.config.task](session, record)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(f"{oom_advice(session.config)} ({error})") from error
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -62,26 +69,22 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def finetune(session: Session, record: Record) -> None:
-    """Quantize, adapt, train, measure, save."""
+    """Quantize, adapt, train, measure, save; or go on with that from a checkpoint."""
     config = session.config
+    found = find_checkpoint(record, session)
     with session.processes.together():
-        plan = make_plan(session, adapt=True)
+        plan = make_plan(session, adapt=True, resumed=found.folder if found else None)
         training, held_out = _training_data(plan, config), _held_out(plan, config)
+        check_goes_on(found, training, config)
         _check_resources(plan, session)
     _check_same_text(session, training, held_out)
-    built = _build(plan, session, record)
-    if config.quant.save:
-        save_packed(plan, built, session, record.path("quantized"))
+    built = _build(plan, session, record, found)
     built.model = mount(built.model, session)
     scale = Scale(plan, built, held_out, session, record)
-    scale.measure("quantized", adapted=False)
-    trainer = Trainer(config, built.model, training, session)
-    with record.training(trainer.steps):
-        for step, metrics in trainer.run():
-            record.step(step, metrics)
-            if config.eval.every and step % config.eval.every == 0 and step < trainer.steps:
-                scale.measure_between()
-    record.trained(trainer.done, trainer.parameters)
+    if not record.has_measured("quantized"):
+        scale.measure("quantized", adapted=False)
+    trainer = train(plan, built, training, scale, session, record, found)
+    record.trained(trainer.done, list(trainer.trained.values()))
     scale.measure("final", adapted=True)
     save_adapter_of(plan, built, session, record)
 
@@ -91,8 +94,7 @@ def quantize(session: Session, record: Record) -> None:
     with session.processes.together():
         plan = make_plan(session, adapt=False)
         _check_resources(plan, session)
-    built = _build(plan, session, record)
-    save_packed(plan, built, session, record.path("quantized"))
+    _build(plan, session, record)
 
 
 def evaluate(session: Session, record: Record) -> None:
@@ -119,7 +121,14 @@ def export(session: Session, record: Record) -> None:
     save_dense(plan, built, session, record.path("export"))
 
 
-def _build(plan: Plan, session: Session, record: Record) -> Built:
+def _build(plan: Plan, session: Session, record: Record, found: Checkpoint | None = None) -> Built:
+    """From the run's own `quantized/` where it goes on, or the cache, or by quantizing."""
+    own = record.path("quantized")
+    if found and session.processes.gather((own / "config.json").is_file())[0]:
+        with record.quantizing(plan, loads=True) as on_layer:
+            built = build(plan, session, packed=own, on_layer=on_layer)
+        record.quantized(plan, built, found)
+        return built
     with cached(plan, session) as entry:
         packed = entry.folder if entry and entry.is_made else None
         with record.quantizing(plan, loads=plan.packed or packed is not None) as on_layer:
@@ -128,7 +137,9 @@ def _build(plan: Plan, session: Session, record: Record) -> Built:
             built.layer_errors, built.relative_error = entry.errors()
         elif entry:
             save_entry(entry, plan, built, session)
-    record.quantized(plan, built)
+    record.quantized(plan, built, found)
+    if session.config.quant.save and session.config.task in ("finetune", "quantize"):
+        save_packed(plan, built, session, own)
     return built
 
 

@@ -1,0 +1,159 @@
+"""Checkpoints while a training goes on: when one is due, what it holds, and going back to one."""
+
+import logging
+import time
+from dataclasses import asdict
+from typing import Any
+
+from hqqtrain.ckpt import (
+    Background,
+    Base,
+    Checkpoint,
+    CheckpointStore,
+    load_adapter,
+    versions,
+    write_checkpoint,
+)  # fmt: skip
+from hqqtrain.config import UserError
+from hqqtrain.dist import write_full
+from hqqtrain.train.loop import Trainer
+from hqqtrain.train.plan import Plan
+from hqqtrain.train.prepare import Built
+from hqqtrain.train.progress import Trained
+from hqqtrain.train.record import Record
+from hqqtrain.train.resume import open_newest
+from hqqtrain.train.session import Session
+from hqqtrain.train.snapshot import Snapshot
+
+logger = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Saves what `trainer` is into `store`, and puts it back. Use as a context manager.
+
+    Only copying holds the training up; the first rank writes meanwhile. All methods are collective.
+    """
+
+    def __init__(self, trainer: Trainer, plan: Plan, built: Built, session: Session,
+                 record: Record, store: CheckpointStore) -> None:  # fmt: skip
+        self._trainer, self._plan, self._built = trainer, plan, built
+        self._session, self._record, self._store = session, record, store
+        self._snapshot = Snapshot(session.processes)
+        self._background = Background("checkpoints")
+        self._saved: int | None = None
+        self._data = trainer.sequences.digest()
+        self.seconds = 0.0
+        """For which the training was held up."""
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._background.close()
+
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Goes on from `checkpoint`, whose adapter the model has already; None: from nothing."""
+        if checkpoint:
+            self._restore(checkpoint)
+            self._saved = checkpoint.step
+        elif self._session.config.train.on_nonfinite == "rollback":
+            self.save()
+
+    def after_step(self, eval_loss: float | None) -> None:
+        """Saves where it is due. Raises PreemptedError, when that is done, if one was asked for.
+
+        `eval_loss`: where it was measured after this step.
+        """
+        config, step = self._session.config.ckpt, self._trainer.done.steps
+        due = self._trainer.is_over or (config.every is not None and step % config.every == 0)
+        best = config.keep_best > 0 and eval_loss is not None
+        if due or best or self._trainer.is_asked_to_stop:
+            self.save(eval_loss)
+        if self._trainer.is_asked_to_stop:
+            self._finish()
+            raise self._session.interrupt.error()
+
+    def save(self, eval_loss: float | None = None) -> None:
+        """Copies the state, and lets the first rank write it while others go on."""
+        began = time.perf_counter()
+        self._wait_for_last()
+        self._snapshot.take(self._trainer.engine.pieces())
+        state = self._state(eval_loss)
+        if self._session.processes.is_main:
+            self._background.start(lambda: self._write(state))
+        self._saved = state["step"]
+        taken = time.perf_counter() - began
+        self.seconds += taken
+        self._session.interrupt.needs(taken)
+
+    def end(self) -> None:
+        """The training is over: the last checkpoint is on the disk, or a warning said why not."""
+        with self._session.processes.together():
+            self._wait_for_last()
+
+    def roll_back(self) -> None:
+        """Puts the newest checkpoint back: weights, optimizer, figures."""
+        self._finish()
+        checkpoint = open_newest(self._store, self._session)
+        assert checkpoint, "one is made before the first step"
+        weights = load_adapter(checkpoint.folder).state
+        for name, param in self._trainer.trained.items():
+            write_full(param, weights[name])
+        self._restore(checkpoint)
+        logger.warning("went back to the checkpoint of step %d", checkpoint.step)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        self._trainer.engine.load_optimizer(checkpoint.optimizer(), state["updates"])
+        self._trainer.done = Trained(**state["trained"])
+        if scaler := self._session.accelerator.scaler:
+            scaler.load_state_dict(state["scaler"])
+
+    def _state(self, eval_loss: float | None) -> dict[str, Any]:
+        session, scaler = self._session, self._session.accelerator.scaler
+        return {
+            "step": self._trainer.done.steps,
+            "trained": asdict(self._trainer.done),
+            "updates": self._trainer.engine.updates,
+            "scaler": scaler.state_dict() if scaler else None,
+            "eval_loss": eval_loss,
+            "data": self._data,
+            "strategy": session.strategy,
+            "world_size": session.processes.size,
+            "record": self._record.state(),
+            "versions": versions(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+
+    def _write(self, state: dict[str, Any]) -> None:
+        """On the thread."""
+        tensors = self._snapshot.tensors()
+        adapter = {name: tensors[name] for name in self._trainer.trained}
+        optimizer = {name: tensor for name, tensor in tensors.items() if name not in adapter}
+        assert self._plan.lora is not None
+        base = Base(self._plan.source.name, self._session.config.model.revision,
+                    self._built.settings.fingerprint)  # fmt: skip
+        folder = self._store.folder(state["step"])
+        write_checkpoint(folder, adapter, optimizer, self._plan.lora, base, state)
+        self._store.prune()
+
+    def _wait_for_last(self) -> None:
+        """A checkpoint that could not be written is no reason to end a training that goes well."""
+        try:
+            self._background.wait()
+        except OSError as error:
+            logger.error(
+                "the checkpoint of step %s was not written (%s); the one before it stays, and the "
+                "training goes on", self._saved, error,
+            )  # fmt: skip
+
+    def _finish(self) -> None:
+        """Until the last checkpoint is there. Raises UserError where it is not."""
+        with self._session.processes.together():
+            try:
+                self._background.wait()
+            except OSError as error:
+                raise UserError(
+                    f"{self._store.root}: the checkpoint of step {self._saved} was not written "
+                    f"({error}), and the run cannot go on without it; make room there."
+                ) from error

@@ -1,0 +1,53 @@
+"""A copy of a training's state in the host's memory, taken between two steps.
+
+Copying is all that training waits for; the disk has the copy to itself. On a GPU it is queued
+behind the step that made the state, into pinned memory, so not even the host waits.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hqqtrain.dist import Piece, Processes, gathered_pieces
+
+
+class Snapshot:
+    """The first rank's memory for whole tensors, made once and used again for every copy."""
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._pinned = processes.device.type == "cuda"
+        self._memory: dict[str, Tensor] = {}
+        self._copied: torch.cuda.Event | None = None
+
+    def take(self, pieces: Mapping[str, Piece]) -> None:
+        """Copies what `pieces` are of; the last copy must not be read any more. Collective."""
+        names = list(pieces)
+        for number, parts in gathered_pieces(list(pieces.values()), self._processes):
+            shape = pieces[names[number]].shape
+            if shape is None:
+                for owner, part in enumerate(parts):
+                    self._copy(f"{names[number]}/{owner}", [part], part.shape)
+            else:
+                self._copy(names[number], parts, shape)
+        if self._pinned:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The copy, on the host; waits until it is there. Empty on other ranks."""
+        if self._copied:
+            self._copied.synchronize()
+        return self._memory
+
+    def _copy(self, name: str, parts: list[Tensor], shape: torch.Size) -> None:
+        """What engines that cut flat have added at the end stays away."""
+        if name not in self._memory:
+            like = parts[0]
+            self._memory[name] = torch.empty(shape, dtype=like.dtype, pin_memory=self._pinned)
+        there, at = self._memory[name].view(-1), 0
+        for part in parts:
+            stop = min(at + part.numel(), there.numel())
+            there[at:stop].copy_(part.detach().reshape(-1)[: stop - at], non_blocking=True)
+            at = stop

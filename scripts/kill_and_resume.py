@@ -1,0 +1,140 @@
+"""Shows that a run which is killed again and again ends in the bits of one that was left alone.
+
+    python scripts/kill_and_resume.py --ranks 2 --kills 30 --root /tmp/killed
+
+Trains the tiny model once without a break. Then trains it again, kills it by SIGKILL at a random
+moment, every other time while it writes a checkpoint, and starts it by the same command, until it
+was killed so many times and has ended. Adapter, optimizer state and every step's loss must agree
+bit for bit. On a CPU; some 15 seconds a kill.
+"""
+
+import argparse
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from hqqtrain.track import read_metrics
+
+RECIPE = (
+    "recipe=tiny_2bit", "run.name=run", "train.global_batch_size=4", "train.micro_batch_size=1",
+    "train.max_seq_len=64", "train.precision=fp32", "adapter.dropout=0.05", "eval.tokens=512",
+    "eval.every=20", "ckpt.every=3", "track.backends=[]",
+)  # fmt: skip
+
+
+def main() -> int:
+    options = _options()
+    chance = random.Random(options.seed)
+    words = [*RECIPE, f"train.max_steps={options.steps}"]
+    whole, killed = options.root / "whole", options.root / "killed"
+    began = time.monotonic()
+    assert _end(_start([*words, f"run.root={whole}"], options.ranks, whole)) == 0, "see output-*"
+    seconds = time.monotonic() - began
+    print(
+        f"left alone: {options.steps} steps on {options.ranks} ranks, {seconds:.0f} s", flush=True
+    )
+    kills = 0
+    while True:
+        processes = _start([*words, f"run.root={killed}"], options.ranks, killed)
+        if kills < options.kills:
+            while_saving = kills % 2 == 1
+            patience = chance.uniform(0, options.patience)
+            if _kill(processes, killed / "run", while_saving, patience, chance):
+                kills += 1
+                print(f"kill {kills}: {_told(killed / 'run', while_saving)}", flush=True)
+                continue
+        code = _end(processes)
+        break
+    print(f"killed {kills} times; the last start ended with {code}", flush=True)
+    if kills < options.kills:
+        print("it ended before; give more --steps")
+        return 1
+    return _compare(whole / "run", killed / "run")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--patience", type=float, default=20, help="seconds until a kill, at most")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--root", type=Path, required=True, help="a new folder")
+    return parser.parse_args()
+
+
+def _start(words: list[str], ranks: int, root: Path) -> list[subprocess.Popen]:
+    """One process a rank, as a launcher starts them."""
+    root.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(ranks):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if ranks > 1:
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+            env |= {
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+            }
+        with (root / f"output-{rank}.txt").open("a") as output:
+            command = [sys.executable, "-m", "hqqtrain", *words]
+            started.append(subprocess.Popen(command, stdout=output, stderr=output, env=env))
+    return started
+
+
+def _end(processes: list[subprocess.Popen]) -> int:
+    return max(abs(process.wait()) for process in processes)
+
+
+def _kill(processes: list[subprocess.Popen], run: Path, while_saving: bool, patience: float,
+          chance: random.Random) -> bool:  # fmt: skip
+    """Kills one rank, and then the others; False where they had ended before."""
+    deadline = time.monotonic() + (120 if while_saving else patience)
+    while time.monotonic() < deadline:
+        if processes[0].poll() is not None:
+            return False
+        if while_saving and any(run.glob("checkpoints/.step-*.partial")):
+            time.sleep(chance.uniform(0, 0.02))
+            break
+        time.sleep(0.001)
+    for process in chance.sample(processes, len(processes)):
+        process.kill()
+        time.sleep(chance.uniform(0, 0.2))
+    _end(processes)
+    return True
+
+
+def _told(run: Path, while_saving: bool) -> str:
+    saved = sorted(path.name for path in run.glob("checkpoints/step-*"))
+    left = [path.name for path in run.glob("checkpoints/.step-*")]
+    where = f"last whole checkpoint {saved[-1] if saved else 'none'}, half written {left or 'none'}"
+    return f"{'while saving' if while_saving else 'at random'}; {where}"
+
+
+def _compare(whole: Path, killed: Path) -> int:
+    files = ["adapter/adapter_model.safetensors"]
+    last = max(path.name for path in whole.glob("checkpoints/step-*"))
+    files += [f"checkpoints/{last}/{n}.safetensors" for n in ("adapter_model", "optimizer")]
+    agree = {file: (whole / file).read_bytes() == (killed / file).read_bytes() for file in files}
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        ours, theirs = _curve(whole, name), _curve(killed, name)
+        agree[f"{name}, {len(ours)} values"] = ours == theirs
+    for what, same in agree.items():
+        print(f"{'same bits' if same else 'DIFFERENT'}  {what}")
+    return 0 if all(agree.values()) else 1
+
+
+def _curve(run: Path, name: str) -> list[tuple[int, float]]:
+    rows = read_metrics(run / "metrics.jsonl")
+    return [(row["train/global_step"], row[name]) for row in rows if name in row]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""A training's state, cut over ranks, saved whole and put back on other ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from dist.ranks import CPU, on_ranks
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from hqqtrain.config import OptimConfig
+from hqqtrain.dist import ALONE, Processes, local, piece_of, write_full
+from hqqtrain.train.optimizer import build_optimizer
+from hqqtrain.train.optimizer_state import OptimizerState
+from hqqtrain.train.snapshot import Snapshot
+
+ROWS = (130, 3, 1, 64)
+"""Of matrices that ranks share unevenly; of some, ranks get nothing."""
+
+
+def make_model(processes: Processes, replicas: int = 1) -> nn.Module:
+    """Whole on one rank, else sharded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(128, rows, bias=False) for rows in ROWS))
+    if processes.size > 1:
+        shape, names = (replicas, processes.size // replicas), ("replicate", "shard")
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        fully_shard(model, mesh=mesh if replicas > 1 else mesh["shard"])
+    return model
+
+
+class Trained:
+    """A model and its optimizer, which can step by gradients that depend on the step alone."""
+
+    def __init__(self, name: str, processes: Processes, replicas: int = 1) -> None:
+        self.named = dict(make_model(processes, replicas).named_parameters())
+        self.optimizer = build_optimizer(OptimConfig(name=name, lr=0.01), self.named.values())
+        self.state = OptimizerState(self.optimizer, self.named)
+        self.processes = processes
+
+    def step(self, number: int) -> None:
+        for at, param in enumerate(self.named.values()):
+            param.grad = torch.zeros_like(param)
+            torch.manual_seed(1000 * number + at)
+            write_full(param.grad, torch.randn(param.shape))
+        self.optimizer.step()
+
+    def save(self, file: Path) -> None:
+        snapshot = Snapshot(self.processes)
+        weights = {n: piece_of(p, local(p), p.shape) for n, p in self.named.items()}
+        snapshot.take(weights | dict(self.state.pieces()))
+        if self.processes.is_main:
+            save_file(snapshot.tensors(), file, metadata={"updates": str(self.state.step)})
+
+    def load(self, file: Path, updates: int) -> None:
+        saved = load_file(file)
+        for name, param in self.named.items():
+            write_full(param, saved[name])
+        self.state.load(saved, updates)
+
+
+def stage(rank: int, processes: Processes, folder: Path, name: str, begin: int, end: int,
+          replicas: int) -> None:  # fmt: skip
+    """Steps `begin` to `end`, from the file of `begin` to the file of `end`."""
+    trained = Trained(name, processes, replicas)
+    if begin:
+        trained.load(folder / str(begin), begin)
+    for number in range(begin, end):
+        trained.step(number)
+    assert trained.state.step == end
+    trained.save(folder / str(end))
+    (folder / f"{rank}.json").write_text(json.dumps(sorted(dict(trained.state.pieces()))))
+
+
+def walk(folder: Path, name: str, *stages: tuple[int, int, int]) -> dict[str, Tensor]:
+    """The end of `stages`, each (ranks, replicas, steps in all when it ends)."""
+    folder.mkdir()
+    begin = 0
+    for size, replicas, end in stages:
+        if size == 1:
+            stage(0, ALONE, folder, name, begin, end, 1)
+        else:
+            arguments = (folder, name, begin, end, replicas)
+            assert on_ranks(stage, size, *arguments) == [""] * size
+        begin = end
+    names = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(stages[-1][0])]
+    assert all(found == names[0] for found in names)
+    return load_file(folder / str(begin))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_other_ranks_go_on(tmp_path: Path, name: str):
+    if name == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    whole = walk(tmp_path / "whole", name, (1, 1, 8))
+    found = walk(tmp_path / "found", name, (2, 1, 2), (1, 1, 4), (3, 1, 6), (4, 2, 8))
+    if name == "adamw":
+        assert found.keys() == whole.keys()
+        assert [key for key in whole if not torch.equal(found[key], whole[key])] == []
+    for key in (key for key in whole if "/" not in key):  # 8 bits are rounded anew, or otherwise
+        distance = (found[key] - whole[key]).norm() / (whole[key] - start(key)).norm()
+        assert distance < 0.05, (key, distance)
+
+
+def start(key: str) -> Tensor:
+    return dict(make_model(ALONE).named_parameters())[key].detach()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_as_many_ranks_find_the_same_bits(tmp_path: Path, size: int):
+    pytest.importorskip("bitsandbytes")
+    whole = walk(tmp_path / "whole", "adamw_8bit", (size, 1, 4))
+    found = walk(tmp_path / "found", "adamw_8bit", (size, 1, 1), (size, 1, 3), (size, 1, 4))
+    assert found.keys() == whole.keys()
+    assert [key for key in whole if not torch.equal(found[key], whole[key])] == []
+
+
+def test_a_copy_does_not_change_with_what_it_was_taken_of():
+    weight, snapshot = torch.ones(3), Snapshot(Processes(0, 1, CPU))
+    snapshot.take({"weight": piece_of(weight, weight, weight.shape)})
+    weight.zero_()
+    assert snapshot.tensors()["weight"].tolist() == [1, 1, 1]
