@@ -1,6 +1,5 @@
 """The adapters' first values: fresh by their names, or those of an adapter to begin with."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from hqqtrain.config import RunConfig, UserError
 from hqqtrain.dist import write_full
 from hqqtrain.models import adapter_name, is_adapter
 from hqqtrain.nn import init_adapters
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,6 @@ def load_start(folder: str | Path | None) -> Start | None:
     if folder is None:
         return None
     folder = Path(folder).expanduser()
-    logger.info("starting from the adapter in %s", folder)
     return Start(folder, load_adapter(folder))
 
 

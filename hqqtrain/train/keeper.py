@@ -42,8 +42,7 @@ class Keeper:
         self._background = Background("checkpoints")
         self._saved: int | None = None
         self._data = trainer.sequences.digest()
-        self.seconds = 0.0
-        """For which the training was held up."""
+        self._saves, self._seconds = 0, 0.0  # for which the training was held up
 
     def __enter__(self) -> "Keeper":
         return self
@@ -83,13 +82,16 @@ class Keeper:
             self._background.start(lambda: self._write(state))
         self._saved = state["step"]
         taken = time.perf_counter() - began
-        self.seconds += taken
+        self._saves, self._seconds = self._saves + 1, self._seconds + taken
         self._session.interrupt.needs(taken)
 
     def end(self) -> None:
         """The training is over: the last checkpoint is on the disk, or a warning said why not."""
         with self._session.processes.together():
             self._wait_for_last()
+        share = 100 * self._seconds / max(self._trainer.done.seconds, 1e-9)
+        logger.info("%d checkpoints held the training up for %.2f s, %.2f %% of its time",
+                    self._saves, self._seconds, share)  # fmt: skip
 
     def roll_back(self) -> None:
         """Puts the newest checkpoint back: weights, optimizer, figures."""

@@ -89,6 +89,8 @@ def make_plan(session: Session, *, adapt: bool, resumed: Path | None = None) -> 
             "%s: %d tensors are not used, such as %s", source.path, len(unused), unused[0]
         )
     start = load_start(resumed or config.adapter.init_from or source.adapter)
+    if start and not resumed and session.processes.is_main:
+        logger.info("starting from the adapter in %s", start.folder)
     lora = with_packed_linears(start.adapter.config) if start else None
     if adapt:
         lora = lora_config(config.adapter, model)
@@ -117,7 +119,7 @@ def _replace_linears(model: nn.Module, source: Source, session: Session) -> None
         report = quantize_model(model, session.config.quant, **dtypes)
         if session.processes.is_main:
             logger.info(
-                "quantizing %d linears, %.1f %% of the weights; %d stay in full precision",
+                "%d linears are quantized, %.1f %% of the weights; %d stay in full precision",
                 len(report.matched), 100 * report.share, len(report.skipped),
             )  # fmt: skip
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from hqqtrain.dist import Piece, Processes, gathered_pieces
 
+BLOCK, ALIGNED = 1 << 26, 64
+"""Bytes of memory that are asked for at a time, and that a tensor begins at a multiple of."""
+
 
 class Snapshot:
     """The first rank's memory for whole tensors, made once and used again for every copy."""
@@ -19,6 +22,7 @@ class Snapshot:
         self._processes = processes
         self._pinned = processes.device.type == "cuda"
         self._memory: dict[str, Tensor] = {}
+        self._free = torch.empty(0, dtype=torch.uint8)
         self._copied: torch.cuda.Event | None = None
 
     def take(self, pieces: Mapping[str, Piece]) -> None:
@@ -44,10 +48,18 @@ class Snapshot:
     def _copy(self, name: str, parts: list[Tensor], shape: torch.Size) -> None:
         """What engines that cut flat have added at the end stays away."""
         if name not in self._memory:
-            like = parts[0]
-            self._memory[name] = torch.empty(shape, dtype=like.dtype, pin_memory=self._pinned)
+            self._memory[name] = self._room(shape, parts[0].dtype)
         there, at = self._memory[name].view(-1), 0
         for part in parts:
             stop = min(at + part.numel(), there.numel())
             there[at:stop].copy_(part.detach().reshape(-1)[: stop - at], non_blocking=True)
             at = stop
+
+    def _room(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """From a large block: to pin each of a thousand tensors by itself takes longer."""
+        size = -(-shape.numel() * dtype.itemsize // ALIGNED) * ALIGNED
+        if size > self._free.numel():
+            many = max(size, BLOCK)
+            self._free = torch.empty(many, dtype=torch.uint8, pin_memory=self._pinned)
+        room, self._free = self._free[:size], self._free[size:]
+        return room[: shape.numel() * dtype.itemsize].view(dtype).view(shape)

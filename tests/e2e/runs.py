@@ -1,6 +1,8 @@
 """Runs the command line as a user would, in processes of its own, and reads what it left."""
 
+import argparse
 import functools
+import inspect
 import json
 import multiprocessing
 import os
@@ -8,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -26,6 +29,16 @@ QUICK = (
     "eval.tokens=1024", "track.backends=[]",
 )  # fmt: skip
 """The default recipe, cut down to seconds."""
+
+
+def small_data(folder: Path) -> tuple[str, ...]:
+    """Words that train on one file and measure on another: the whole library takes seconds."""
+    words = []
+    for key, module in (("data", argparse), ("eval", typing)):
+        file = folder / f"{key}.txt"
+        file.write_text(inspect.getsource(module))
+        words.append(f"{key}.source={file}")
+    return tuple(words)
 
 
 @dataclass(frozen=True)
@@ -55,11 +68,12 @@ class Finished:
         return [line["train/grad_norm"] for line in self.metrics if "train/grad_norm" in line]
 
 
-def run(*words: str, root: Path, processes: int = 1, per_node: int | None = None) -> Finished:
+def run(*words: str, root: Path, processes: int = 1, per_node: int | None = None,
+        meanwhile: Callable[[list[int]], None] = lambda pids: None) -> Finished:  # fmt: skip
     """`python -m hqqtrain *words run.root=root`, or as many ranks of it as `processes` says.
 
     A rank is a process of its own, forked from one that has imported what every run imports:
-    that takes 5 of the 6 seconds that a short run has.
+    that takes 5 of the 6 seconds that a short run has. `meanwhile` is given their ids.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     outputs = [root.parent / f"output-{rank}.txt" for rank in range(processes)]
@@ -70,6 +84,7 @@ def run(*words: str, root: Path, processes: int = 1, per_node: int | None = None
         arguments = ([*words, f"run.root={root}"], root.parent, env, output)
         workers.append(_context().Process(target=_main, args=arguments))
         workers[-1].start()
+    meanwhile([worker.pid for worker in workers])
     code = _join(workers)
     return Finished(code, "".join(output.read_text() for output in outputs), root)
 

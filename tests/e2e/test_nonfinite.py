@@ -1,0 +1,151 @@
+"""A batch that is not finite: the layer is named, the batch kept, the policy followed."""
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from e2e.runs import QUICK, small_data
+
+from hqqtrain.cli import main
+from hqqtrain.track import read_metrics
+from hqqtrain.train.loop import Trainer
+from hqqtrain.train.nonfinite import LIMIT, _first_bad_output
+
+_WORDS = (
+    *QUICK, "run.name=run", "train.max_steps=8", "eval.source=null", "ckpt.every=3",
+    "parallel.check_every=null",
+)  # fmt: skip
+LAYER = "model.layers.3.mlp.up_proj"
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> tuple[str, ...]:
+    return (*_WORDS, *small_data(tmp_path), f"run.root={tmp_path}")
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Global batches in which LAYER gives NaN, in one place of its output."""
+    places: set[int] = set()
+    step = Trainer._step
+
+    def poisoned(self: Trainer, place: int, rate: float) -> Any:
+        def hook(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+            spoilt = torch.zeros_like(output)
+            spoilt.view(-1)[7] = torch.nan
+            return output + spoilt
+
+        module = next(m for n, m in self.bare_model.named_modules() if n.endswith(LAYER))
+        handle = module.register_forward_hook(hook) if place in places else None
+        try:
+            return step(self, place, rate)
+        finally:
+            if handle:
+                handle.remove()
+
+    monkeypatch.setattr(Trainer, "_step", poisoned)
+    return places
+
+
+def state(root: Path) -> dict[str, Any]:
+    newest = max((root / "run" / "checkpoints").glob("step-*"))
+    return json.loads((newest / "state.json").read_text())["trained"]
+
+
+def losses(root: Path) -> list[float]:
+    rows = read_metrics(root / "run" / "metrics.jsonl")
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def test_stop_names_the_layer_and_keeps_the_batch(
+    tmp_path: Path, words: tuple, poison: set[int], capsys
+):
+    poison.add(4)
+    assert main([*words]) == 2
+    told = capsys.readouterr().err
+    assert (
+        f"global batch 4 gives loss nan, gradient norm nan; first in the output of {LAYER}" in told
+    )
+    (file,) = (tmp_path / "run" / "nonfinite").iterdir()
+    facts = json.loads(file.read_text())
+    assert (facts["batch"], facts["step"], facts["layer"]) == (4, 5, LAYER)
+    assert len(facts["samples"]) == len(facts["tokens"]) == 4
+    assert {len(row) for row in facts["tokens"]} == {64}
+    assert state(tmp_path)["steps"] == 3  # what it can go on from is sound
+    poison.clear()
+    assert main([*words]) == 0
+    assert len(losses(tmp_path)) == 8
+
+
+def test_skip_leaves_the_batch_out(tmp_path: Path, words: tuple, poison: set[int]):
+    poison |= {2, 5}
+    assert main([*words, "train.on_nonfinite=skip"]) == 0
+    assert len(losses(tmp_path)) == 8
+    assert (state(tmp_path)["steps"], state(tmp_path)["skipped"]) == (8, 2)
+    assert len(list((tmp_path / "run" / "nonfinite").iterdir())) == 2
+
+
+def test_rollback_also_goes_back(tmp_path: Path, words: tuple, poison: set[int]):
+    poison.add(5)
+    assert main([*words, "train.on_nonfinite=rollback"]) == 0
+    assert (state(tmp_path)["steps"], state(tmp_path)["skipped"]) == (8, 3)  # batches 3, 4 and 5
+    skipped = tmp_path / "skipped"
+    poison |= {3, 4}
+    assert main([*words, "train.on_nonfinite=skip", f"run.root={skipped}"]) == 0
+    assert losses(skipped) == losses(tmp_path)
+
+
+def test_so_many_in_a_row_always_stop(words: tuple, poison: set[int], capsys):
+    poison |= set(range(2, 2 + LIMIT))
+    assert main([*words, "train.on_nonfinite=skip"]) == 2
+    assert f"{LIMIT} times in a row" in capsys.readouterr().err
+
+
+def test_a_gradient_alone_is_traced_to_a_parameter(words: tuple, monkeypatch, capsys):
+    step = Trainer._step
+
+    def spoilt(self: Trainer, place: int, rate: float) -> Any:
+        name = next(n for n in self.trained if "layers.2.self_attn.v_proj.lora_B" in n)
+        hook = self.trained[name].register_hook(lambda g: g * torch.inf) if place == 1 else None
+        try:
+            return step(self, place, rate)
+        finally:
+            if hook:
+                hook.remove()
+
+    monkeypatch.setattr(Trainer, "_step", spoilt)
+    assert main([*words]) == 2
+    told = capsys.readouterr().err
+    assert (
+        "first in the gradient of base_model.model.model.layers.2.self_attn.v_proj.lora_B" in told
+    )
+
+
+def test_the_first_layer_of_a_forward_pass_is_named():
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+            self.second.bias.data[1] = torch.inf
+
+        def forward(self, x: torch.Tensor, use_cache: bool) -> torch.Tensor:
+            return self.second(self.first(x))
+
+    model = Model()
+    assert _first_bad_output(model, {"x": torch.ones(2, 3)}) == "second"
+    assert _first_bad_output(model, {"x": torch.full((2, 3), torch.nan)}) == "first"
+    model.second.bias.data[1] = 0
+    assert _first_bad_output(model, {"x": torch.ones(2, 3)}) == ""
+    assert not model.first._forward_hooks

@@ -1,0 +1,183 @@
+"""A run that was stopped, killed, or given other ranks ends as one that was left alone."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from e2e.runs import QUICK, Finished, run, small_data
+
+from hqqtrain.track import read_metrics
+
+WORDS = (
+    *QUICK, "run.name=run", "train.max_steps=24", "train.precision=fp32", "ckpt.every=4",
+    "adapter.dropout=0.1", "train.micro_batch_size=1", "eval.tokens=256", "eval.every=10",
+)  # fmt: skip
+
+
+def when(root: Path, steps: int, number: int, *ranks: int) -> Callable[[list[int]], None]:
+    """Sends a signal to `ranks` once so many steps are in metrics.jsonl."""
+
+    def send(pids: list[int]) -> None:
+        file, end = root / "run" / "metrics.jsonl", time.monotonic() + 120
+        while not file.exists() or file.read_text().count("train/loss") < steps:
+            assert time.monotonic() < end, "it never came so far"
+            time.sleep(0.005)
+        for rank in ranks:
+            os.kill(pids[rank], number)
+
+    return send
+
+
+def what_it_left(done: Finished) -> dict:
+    """All that must not depend on how often it was stopped."""
+    folder = done.directory
+    files = [folder / "adapter" / "adapter_model.safetensors"]
+    files += sorted((folder / "checkpoints" / "step-00000024").glob("*.safetensors"))
+    rows = read_metrics(folder / "metrics.jsonl")
+    names = ("train/loss", "train/grad_norm", "train/learning_rate", "eval/loss")
+    curves = {name: [(r["train/global_step"], r[name]) for r in rows if name in r]
+              for name in names}  # fmt: skip
+    return (
+        {file.name: file.read_bytes() for file in files} | curves | {"eval": done.summary["eval"]}
+    )
+
+
+def status(done: Finished) -> tuple[str, int]:
+    found = json.loads((done.directory / "status.json").read_text())
+    return found["status"], found["exit_code"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    return small_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def alone(
+    data: tuple, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Finished]:
+    root = tmp_path_factory.mktemp("alone") / "runs"
+    done = run(*WORDS, *data, root=root, processes=request.param)
+    assert done.code == 0, done.output
+    return request.param, done
+
+
+def test_stopped_by_a_signal_and_killed(alone: tuple, data: tuple, tmp_path: Path):
+    size, whole = alone
+    words = (*WORDS, *data)
+    root, last = tmp_path / "runs", size - 1
+    stopped = run(*words, root=root, processes=size, meanwhile=when(root, 6, signal.SIGUSR1, last))
+    assert stopped.code == 3, stopped.output
+    assert status(stopped) == ("preempted", 3)
+    assert "the same command goes on from there" in stopped.output
+    killed = run(*words, root=root, processes=size,
+                 meanwhile=when(root, 14, signal.SIGKILL, *range(size)))  # fmt: skip
+    assert killed.code == -signal.SIGKILL
+    assert status(killed)[0] == "running"
+    ended = run(*words, root=root, processes=size)
+    assert ended.code == 0, ended.output
+    assert "going on from" in ended.output
+    assert "quantizing:" not in ended.output
+    assert what_it_left(ended) == what_it_left(whole)
+    assert ended.summary["quantize"] == whole.summary["quantize"] | {
+        key: ended.summary["quantize"][key] for key in ("seconds", "peak_memory_gib")
+    }
+    assert ended.summary["train"]["steps"] == 24
+
+
+def test_a_time_limit_saves_in_time(data: tuple, tmp_path: Path):
+    words = (*QUICK, *data, "run.name=run", "train.max_steps=100000", "eval.source=null")
+    done = run(*words, "run.time_limit=0:00:25", root=tmp_path / "runs")
+    assert done.code == 3, done.output
+    assert status(done) == ("preempted", 3)
+    assert "run.time_limit=0:00:25" in done.output
+    (checkpoint,) = (done.directory / "checkpoints").glob("step-*")
+    assert json.loads((checkpoint / "state.json").read_text())["step"] == len(done.losses())
+
+
+ELASTIC = (
+    *QUICK, "run.name=run", "train.precision=fp32", "train.global_batch_size=12",
+    "optim.schedule=constant", "eval.source=null", "train.packing=false",
+)  # fmt: skip
+
+
+def test_two_ranks_then_one_three_and_two(data: tuple, tmp_path: Path):
+    whole = run(*ELASTIC, *data, "train.max_steps=8", root=tmp_path / "whole" / "runs")
+    assert whole.code == 0, whole.output
+    for steps, size in ((2, 2), (4, 1), (6, 3), (8, 2)):
+        words = (*ELASTIC, *data, f"train.max_steps={steps}")
+        done = run(*words, root=tmp_path / "changing" / "runs", processes=size)
+        assert done.code == 0, done.output
+        assert len(done.losses()) == steps
+    assert done.losses() == pytest.approx(whole.losses(), abs=1e-4)
+    assert done.summary["train"]["tokens"] == whole.summary["train"]["tokens"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "zero3"])
+def test_every_strategy_goes_on(data: tuple, tmp_path: Path, strategy: str):
+    """From a checkpoint of FSDP2 and one of its own, and one process from that."""
+    if strategy == "zero3":
+        pytest.importorskip("deepspeed")
+    words = [*ELASTIC, *data, "train.global_batch_size=4", "train.checkpointing=true"]
+    whole = run(*words, "train.max_steps=8", root=tmp_path / "whole" / "runs")
+    assert whole.code == 0, whole.output
+    for steps, way in ((2, "fsdp2"), (4, strategy), (6, strategy), (8, "single")):
+        here = (*words, f"train.max_steps={steps}", f"parallel.strategy={way}")
+        size = 1 if way == "single" else 2
+        done = run(*here, root=tmp_path / "changing" / "runs", processes=size)
+        assert done.code == 0, done.output
+    assert done.losses() == pytest.approx(whole.losses(), abs=1e-4)
+
+
+def test_what_may_not_go_on_is_refused(alone: tuple, data: tuple, tmp_path: Path):
+    size, whole = alone
+    if size > 1:
+        pytest.skip("one is enough")
+    root = whole.root
+    changed = run(*WORDS, *data, "optim.lr=1e-5", root=root)
+    assert changed.code == 2
+    assert "optim.lr=1e-05 (there 0.002)" in changed.output
+    fewer = run(*WORDS, *data, "train.max_steps=12", root=root)
+    assert fewer.code == 2
+    assert "has 24 steps, and train.max_steps or epochs ask for 12" in fewer.output
+    must = run(*WORDS, *data, "run.resume=must", root=tmp_path / "runs")
+    assert must.code == 2
+    assert "run.resume=must" in must.output
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def test_damaged_checkpoints_are_passed_over_or_refused(data: tuple, tmp_path: Path):
+    words = (*ELASTIC, *data, "train.global_batch_size=4", "ckpt.every=2")
+    root = tmp_path / "runs"
+    first = run(*words, "train.max_steps=4", root=root)
+    assert first.code == 0, first.output
+    saved = sorted((first.directory / "checkpoints").iterdir())
+    (saved[-1] / "optimizer.safetensors").write_bytes(b"short")
+    more = run(*words, "train.max_steps=6", root=root)
+    assert more.code == 0, more.output
+    assert "step-00000004/optimizer.safetensors: is not what was written" in more.output
+    assert "going on from" in more.output
+    assert [row["train/global_step"] for row in more.metrics if "train/loss" in row][-4:] == [
+        3, 4, 5, 6,
+    ]  # fmt: skip
+    for folder in (first.directory / "checkpoints").iterdir():
+        (folder / "state.json").unlink()
+    none = run(*words, "train.max_steps=8", root=root)
+    assert none.code == 2
+    assert "no checkpoint can be used" in none.output
+    anew = run(*words, "train.max_steps=2", "run.resume=never", root=root)
+    assert anew.code == 0, anew.output
+    assert "is deleted" in anew.output
+
+
+def test_a_checkpoint_is_an_adapter_to_start_from(alone: tuple, data: tuple, tmp_path: Path):
+    _, whole = alone
+    folder = whole.directory / "checkpoints" / "step-00000024"
+    started = run(*QUICK, *data, f"adapter.init_from={folder}", "train.max_steps=1",
+                  f"model.name_or_path={whole.directory}", root=tmp_path / "runs")  # fmt: skip
+    assert started.code == 0, started.output
+    assert started.losses()[0] < whole.losses()[0] - 1
