@@ -106,12 +106,15 @@ def _draw_full_precision(axes: Any, rows: Sequence[Row]) -> None:
 
 def _scale(axes: Any, points: Sequence[Point]) -> None:
     """Logarithmic where the values are of several orders."""
-    for values, set_scale in (
-        ([p.cost for p in points], axes.set_xscale),
-        ([p.perplexity for p in points], axes.set_yscale),
+    from matplotlib.ticker import StrMethodFormatter
+
+    for values, set_scale, axis in (
+        ([p.cost for p in points], axes.set_xscale, axes.xaxis),
+        ([p.perplexity for p in points], axes.set_yscale, axes.yaxis),
     ):
         if 0 < 20 * min(values) < max(values):
             set_scale("log")
+        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
 
 
 def _label(row: Row) -> str:
@@ -121,4 +124,5 @@ def _label(row: Row) -> str:
 
 def _title(rows: Sequence[Row]) -> str:
     """What the labels are made of: the swept keys, without their groups."""
-    return " · ".join(key.rpartition(".")[2] for key in rows[0].swept)
+    keys = " · ".join(key.rpartition(".")[2] for key in rows[0].swept)
+    return f"labels: {keys}" if keys else ""

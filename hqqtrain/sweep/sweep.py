@@ -77,6 +77,6 @@ def _by_key(job: Job) -> dict[str, str]:
 
 def _quoted(text: str) -> str:
     """`text` as a value of a command line's word, whose grammar gives a meaning to some signs."""
-    if re.fullmatch(r"[\w./-]*[A-Za-z/][\w./-]*", text):
+    if re.fullmatch(r"[\w./-]*[A-Za-z/][\w./-]*", text, re.ASCII):
         return text
-    return "'" + text.replace("'", r"\'") + "'"
+    return "'" + re.sub(r"(\\*)'", r"\1\1\'", text) + "'"

@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -15,13 +16,13 @@ from hqqtrain.sweep.sweep import Sweep
 COLUMNS = {
     "bits_per_weight": ("bits per\nweight", ".2f"),
     "relative_error": ("relative\nerror", ".4f"),
-    "perplexity_full_precision": ("perplexity,\nfull prec.", ",.3f"),
-    "perplexity_quantized": ("perplexity,\nquantized", ",.3f"),
-    "perplexity_final": ("perplexity,\ntrained", ",.3f"),
-    "kl_quantized": ("KL,\nquantized", ".4f"),
-    "kl_final": ("KL,\ntrained", ".4f"),
-    "quantize_seconds": ("seconds,\nquantize", ".1f"),
-    "train_seconds": ("seconds,\ntrain", ".1f"),
+    "perplexity_full_precision": ("perplexity\nin full", ",.3f"),
+    "perplexity_quantized": ("perplexity\nquantized", ",.3f"),
+    "perplexity_final": ("perplexity\ntrained", ",.3f"),
+    "kl_quantized": ("KL\nquantized", ".4f"),
+    "kl_final": ("KL\ntrained", ".4f"),
+    "quantize_seconds": ("quantize\nseconds", ".1f"),
+    "train_seconds": ("train\nseconds", ".1f"),
     "peak_memory_gib": ("peak\nGiB", ".3f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
 }
@@ -89,14 +90,16 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         ]
         for row in rows
     ]
-    return [*rows[0].swept, *headings, "status", "folder"], lines
+    swept = [key.replace(".", ".\n") for key in rows[0].swept]
+    return [*swept, *headings, "status", "folder"], lines
 
 
 def text_table(rows: Sequence[Row]) -> str:
     """Plain text, one line per job."""
     headings, lines = cells(rows)
     align = ["right"] * (len(headings) - 2) + ["left", "left"]
-    return tabulate(lines, headings, colalign=align, disable_numparse=True)
+    named = [[*line[:-1], Path(line[-1]).name] for line in lines]
+    return tabulate([headings, [], *named], tablefmt="plain", colalign=align, disable_numparse=True)
 
 
 def _shown(value: float | None, form: str) -> str:
