@@ -22,6 +22,9 @@ class Outcomes:
     def record(self, job: Job, code: int) -> None:
         """`job` has just ended with `code`."""
         self._found[job.name] = {"exit_code": code, "time": time.time()}
+
+    def save(self) -> None:
+        """Writes what was recorded."""
         write(self._file, (json.dumps(self._found, indent=2) + "\n").encode())
 
     def state(self, job: Job) -> str:

@@ -89,8 +89,8 @@ def _draw_front(axes: Any, front: Sequence[Point]) -> None:
               label="Pareto front", zorder=1)  # fmt: skip
     for point in front:
         axes.annotate(
-            point.label, point[:2], xytext=(5, 5), textcoords="offset points", fontsize=8,
-            color=MUTED, parse_math=False,
+            point.label, point[:2], xytext=(1, 5), textcoords="offset points", fontsize=8,
+            color=MUTED, rotation=40, parse_math=False,
         )  # fmt: skip
 
 

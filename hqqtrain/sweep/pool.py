@@ -20,7 +20,9 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 class Pool:
     """Running processes, each known by a key. Use as a context manager, in the main thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, inherited: Sequence[int] = ()) -> None:
+        self.inherited = inherited
+        """Handles of open files that the processes are to hold as well."""
         self.signal: int | None = None
         """The last signal that came, and was passed on."""
         self._running: dict[int, tuple[subprocess.Popen, Any]] = {}
@@ -52,6 +54,7 @@ class Pool:
             process = subprocess.Popen(
                 command, env=env, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT if log else None, process_group=0,
+                pass_fds=self.inherited,
             )  # fmt: skip
         self._running[process.pid] = (process, key)
         if self.signal:  # it came while the process was being started

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from hqqtrain.config import UserError
 from hqqtrain.sweep.job import DONE, FAILED, PREEMPTED, USER_ERROR, Job
+from hqqtrain.sweep.lock import hold
 from hqqtrain.sweep.outcomes import Outcomes
 from hqqtrain.sweep.pool import Pool
 from hqqtrain.sweep.report import make_folder, print_table, write_files
@@ -32,7 +33,9 @@ def run_all(planned: Sequence[Job]) -> int:
     make_folder(sweep)
     for job in sweep.same:
         _say(f"sweep: {job}: the same run as another of these jobs, and left out")
-    return _Runner(sweep, shares).run()
+    waits = f"sweep: waiting: jobs of an earlier attempt still run, in {sweep.folder}"
+    with hold(sweep, lambda: _say(waits)) as lock:
+        return _Runner(sweep, shares, lock).run()
 
 
 def show_table(planned: Sequence[Job]) -> int:
@@ -55,10 +58,10 @@ class _Task:
 
 
 class _Runner:
-    """`shares`: the environment of each of the jobs that run at a time."""
+    """`shares`: the environment of each of the jobs that run at a time; `lock`: see `hold`."""
 
-    def __init__(self, sweep: Sweep, shares: list[dict[str, str]]) -> None:
-        self.sweep, self.shares = sweep, shares
+    def __init__(self, sweep: Sweep, shares: list[dict[str, str]], lock: int) -> None:
+        self.sweep, self.shares, self.lock = sweep, shares, lock
         self.alone = len(shares) == 1
         self.outcomes = Outcomes(sweep)
         self.failed: list[Job] = []
@@ -68,7 +71,7 @@ class _Runner:
     def run(self) -> int:
         for number, job in enumerate(self.sweep.jobs, 1):
             self._look_at(_Task(job, f"sweep {number}/{len(self.sweep.jobs)}: {job}"))
-        with Pool() as pool:
+        with Pool([self.lock]) as pool:
             while self._may_start(pool) or len(pool):
                 while self._may_start(pool) and self.shares:
                     self._start(pool, self.waiting.pop(0))
@@ -84,12 +87,11 @@ class _Runner:
             if not task.job.is_done():
                 self.waiting.append(task)
                 return
-            self.outcomes.record(task.job, DONE)
             _say(f"{task.title}: done before{_figures(task.job)}")
+            self._note(task.job, DONE)
         except UserError as error:
             print(f"hqqtrain: {error}", file=sys.stderr, flush=True)
-            self.outcomes.record(task.job, USER_ERROR)
-            self.failed.append(task.job)
+            self._note(task.job, USER_ERROR)
 
     def _may_start(self, pool: Pool) -> bool:
         return bool(self.waiting) and not self.preempted and pool.signal is None
@@ -107,17 +109,21 @@ class _Runner:
         self.shares.append(task.share)
         if signal is not None and code in (-signal, 128 + signal):
             code = PREEMPTED
-        self.preempted |= code == PREEMPTED
-        if code not in (DONE, PREEMPTED):
-            self.failed.append(task.job)
         seconds = time.monotonic() - task.began
         _say(f"{task.title}: {_result(task.job, code)} ({seconds:.0f} s)")
-        self.outcomes.record(task.job, code)
+        self._note(task.job, code)
         self._write_files()
+
+    def _note(self, job: Job, code: int) -> None:
+        self.preempted |= code == PREEMPTED
+        if code not in (DONE, PREEMPTED):
+            self.failed.append(job)
+        self.outcomes.record(job, code)
 
     def _write_files(self) -> None:
         """A table that fails is no reason to leave jobs undone."""
         try:
+            self.outcomes.save()
             write_files(self.sweep)
         except Exception as error:
             print(f"warning: {self.sweep.folder} was not written: {error!r}", file=sys.stderr)

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from hqqtrain.sweep.job import Job
@@ -44,12 +45,17 @@ class Sweep:
         """Where a job's output goes when it is not alone at the terminal."""
         return self.folder / "logs" / f"{job.name}.log"
 
-    def values(self, job: Job) -> dict[str, str]:
-        """The swept keys, those whose values differ among the jobs, and what `job` has there."""
+    @cached_property
+    def swept(self) -> list[str]:
+        """The keys whose values differ among the jobs."""
         given = [_by_key(each) for each in self.jobs]
         keys = dict.fromkeys(key for words in given for key in words)
-        swept = [key for key in keys if len({words.get(key) for words in given}) > 1]
-        return {key: _by_key(job).get(key, "") for key in swept}
+        return [key for key in keys if len({words.get(key) for words in given}) > 1]
+
+    def values(self, job: Job) -> dict[str, str]:
+        """What `job` has for the swept keys."""
+        given = _by_key(job)
+        return {key: given.get(key, "") for key in self.swept}
 
 
 def _name(jobs: Sequence[Job]) -> str:

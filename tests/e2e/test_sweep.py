@@ -37,7 +37,7 @@ def _wait_for_a_signal(folder):
 
 def run(config, command):
     folder = pathlib.Path(config.run.root) / config.run_name()
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     code = {8: 1}.get(config.quant.nbits, 0)
     if config.train.seed == 1:
         code = _meet(folder.parent)
@@ -149,6 +149,22 @@ def test_the_table_alone(tmp_path, fake):
     code, _, errors = finish(start("--table", "quant.nbits=2", cwd=tmp_path, **fake))
     assert code == 2
     assert "needs the words of a sweep" in errors
+
+
+def test_jobs_that_outlive_their_sweep_are_waited_for(tmp_path, fake):
+    words = ("-m", "quant.nbits=2,3", "train.seed=2", "run.root=out")
+    process = start(*words, cwd=tmp_path, **fake)
+    wait_until(lambda: len(list(tmp_path.glob("out/*/ready"))) == 1, process)
+    (orphan,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()  # its pipes are the orphan's as well
+    again = start(*words, cwd=tmp_path, **fake)
+    assert again.stdout is not None
+    assert again.stdout.readline().startswith("sweep: waiting: jobs of an earlier attempt")
+    orphan.terminate()
+    assert again.stdout.readline().startswith("sweep 1/2: quant.nbits=2")
+    again.terminate()
+    assert finish(again)[0] == 3
 
 
 @pytest.mark.parametrize(

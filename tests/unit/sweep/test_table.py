@@ -68,13 +68,15 @@ def test_a_job_is_what_was_said_of_it_last(tmp_path):
     outcomes.record(failed, 2)
     outcomes.record(preempted, 3)
     outcomes.record(later, 1)
+    outcomes.save()
     leave(later, "done", SUMMARY)  # by hand, after the sweep
     os.utime(later.folder / "status.json", (2e9, 2e9))
     assert [row.status for row in rows_of(sweep)] == [
         "pending", "unfinished", "done", "failed", "preempted", "done",
     ]  # fmt: skip
     assert rows_of(sweep)[2].figures["bits_per_weight"] == 2.5
-    outcomes.record(done, 2)  # as where its inputs have changed since
+    outcomes.record(done, 2)
+    outcomes.save()  # as where its inputs have changed since
     assert rows_of(sweep)[2].status == "failed"
     assert rows_of(sweep)[2].figures["bits_per_weight"] is None
     assert new.folder.exists() is False
@@ -125,7 +127,9 @@ def test_the_page_fetches_and_runs_nothing(tmp_path):
 
 def test_nothing_but_failures_is_a_table_too(tmp_path, capsys):
     sweep = sweep_of(tmp_path, "a", "b")
-    Outcomes(sweep).record(sweep.jobs[0], 1)
+    outcomes = Outcomes(sweep)
+    outcomes.record(sweep.jobs[0], 1)
+    outcomes.save()
     assert show_table(sweep.jobs) == 0
     shown = capsys.readouterr().out
     assert "failed" in shown
