@@ -47,6 +47,17 @@ class Job:
         """Its final figures; empty where there are none yet."""
         return read_json(self.folder / "summary.json")
 
+    def figures(self) -> str:
+        """`: 2.50 bits per weight, perplexity 9.100 quantized, 6.320 final`, as far as known."""
+        summary = self.summary()
+        bits = summary.get("quantize", {}).get("bits_per_weight")
+        measured = summary.get("eval", {})
+        parts = [] if bits is None else [f"{bits:.2f} bits per weight"]
+        for name in ("full_precision", "quantized", "final"):
+            if (perplexity := measured.get(name, {}).get("perplexity")) is not None:
+                parts.append(f"perplexity {perplexity:.3f} {name.replace('_', ' ')}")
+        return f": {', '.join(parts)}" if parts else ""
+
     def is_done(self) -> bool:
         """Whether nothing is left to do. Raises UserError where its inputs have changed since."""
         if self.status().get("status") != "done":

@@ -75,7 +75,8 @@ class _Runner:
             while self._may_start(pool) or len(pool):
                 while self._may_start(pool) and self.shares:
                     self._start(pool, self.waiting.pop(0))
-                self._ended(*pool.wait(), pool.signal)
+                if len(pool):  # else a signal came just now
+                    self._ended(*pool.wait(), pool.signal)
         self._write_files()
         print_table(self.sweep)
         self._name_failed()
@@ -87,7 +88,7 @@ class _Runner:
             if not task.job.is_done():
                 self.waiting.append(task)
                 return
-            _say(f"{task.title}: done before{_figures(task.job)}")
+            _say(f"{task.title}: done before{task.job.figures()}")
             self._note(task.job, DONE)
         except UserError as error:
             print(f"hqqtrain: {error}", file=sys.stderr, flush=True)
@@ -143,21 +144,9 @@ class _Runner:
 
 
 def _result(job: Job, code: int) -> str:
-    """`done: 2.50 bits per weight, perplexity 9.100 quantized, 6.320 final`, as far as known."""
     if code == DONE:
-        return f"done{_figures(job)}"
+        return f"done{job.figures()}"
     return "preempted" if code == PREEMPTED else f"failed with exit code {code}"
-
-
-def _figures(job: Job) -> str:
-    summary = job.summary()
-    bits = summary.get("quantize", {}).get("bits_per_weight")
-    measured = summary.get("eval", {})
-    parts = [] if bits is None else [f"{bits:.2f} bits per weight"]
-    for name in ("full_precision", "quantized", "final"):
-        if (perplexity := measured.get(name, {}).get("perplexity")) is not None:
-            parts.append(f"perplexity {perplexity:.3f} {name.replace('_', ' ')}")
-    return f": {', '.join(parts)}" if parts else ""
 
 
 def _say(text: str) -> None:
