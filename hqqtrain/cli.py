@@ -15,13 +15,13 @@ from hqqtrain import __version__
 from hqqtrain.compose import compose, jobs, recipe_files
 from hqqtrain.compose.usage import usage
 from hqqtrain.config import PreemptedError, RankLostError, RunConfig, UserError, did_you_mean
-from hqqtrain.sweep import Job, run_all
+from hqqtrain.sweep import Job, run_all, show_table
 
 DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 3
 EXIT_CODE_FILE = "HQQTRAIN_EXIT_CODE"
 _FLAGS = {
     "-h": "--help", "--help": "--help", "--check": "--check", "--cfg": "--cfg",
-    "--version": "--version", "-m": "--multirun", "--multirun": "--multirun",
+    "--version": "--version", "-m": "--multirun", "--multirun": "--multirun", "--table": "--table",
 }  # fmt: skip
 
 
@@ -65,6 +65,8 @@ def _dispatch(words: list[str]) -> int:
         return _say("---\n".join(_as_recipe(job.config) for job in plan.jobs).rstrip())
     if "--check" in flags:
         return _say(_directories(plan))
+    if "--table" in flags:
+        return _table(plan)
     if plan.is_sweep:
         _refuse_ranks()
         return run_all(plan.jobs)
@@ -130,6 +132,12 @@ def _refuse_shared_folders(planned: list[Job]) -> None:
                 f"run.name={job.config.run.name}: the jobs of a sweep need a folder each; leave "
                 "run.name=null, which names each by what defines its result."
             )
+
+
+def _table(plan: _Plan) -> int:
+    if not plan.is_sweep:
+        raise UserError("--table: needs the words of a sweep, as in --table -m quant.nbits=2,3.")
+    return show_table(plan.jobs)
 
 
 def _refuse_ranks() -> None:

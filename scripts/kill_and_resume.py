@@ -27,6 +27,7 @@ RECIPE = (
 
 
 def main() -> int:
+    """One run that is left alone, one that is killed; 0 where they agree."""
     options = _options()
     chance = random.Random(options.seed)
     words = [*RECIPE, f"train.max_steps={options.steps}"]

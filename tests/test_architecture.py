@@ -9,7 +9,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 300
-MAY_PRINT = ("hqqtrain/cli.py", "hqqtrain/sweep.py", "hqqtrain/track/console.py")
+MAY_PRINT = (
+    "hqqtrain/cli.py",
+    "hqqtrain/sweep/report.py",
+    "hqqtrain/sweep/run.py",
+    "hqqtrain/track/console.py",
+)
 
 
 def _files(pattern: str, *folders: str) -> list[Path]:

@@ -17,6 +17,7 @@ _COMMANDS = {
     "recipe=NAME key=value ...": "run a recipe; keys on the command line beat the recipe's",
     "-m key=value,value ...": "sweep: one run for every combination, each a process of its own",
     "--check ...": "only check the configuration and print where the run would write",
+    "--table ...": "only write and print the table and the plots of a sweep, as far as it is",
     "--cfg ...": "only print the whole configuration, as YAML that can be a recipe",
     "--version": "print the version",
 }

@@ -54,7 +54,10 @@ class QuantConfig:
         choices=("auto", "triton", "torch"),
     )
     save: bool = key(True, "write quantized/")
-    cache_dir: str | None = key(None, "folder in which runs share quantized weights; null: none")
+    cache_dir: str | None = key(
+        None,
+        "folder in which runs share quantized weights; null: none, in a sweep <run.root>/quantized",
+    )
 
     def faults(self) -> Iterator[str]:
         for pattern, settings in self.overrides.items():

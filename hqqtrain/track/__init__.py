@@ -2,13 +2,17 @@
 
 from hqqtrain.track.base import LAYER_ERROR, Tracker
 from hqqtrain.track.console import Console, Progress, ResultRow, results_table, setup_logging
+from hqqtrain.track.document import document, images, table
 from hqqtrain.track.fanout import Trackers, open_trackers
+from hqqtrain.track.figures import COLORS, MUTED, new_figure, save_figure
+from hqqtrain.track.files import write
 from hqqtrain.track.jsonl import JsonlTracker, read_metrics
 from hqqtrain.track.report import write_report
 from hqqtrain.track.wandb import WandbTracker
 
 __all__ = [
-    "LAYER_ERROR", "Console", "JsonlTracker", "Progress", "ResultRow", "Tracker", "Trackers",
-    "WandbTracker", "open_trackers", "read_metrics", "results_table", "setup_logging",
+    "COLORS", "LAYER_ERROR", "MUTED", "Console", "JsonlTracker", "Progress", "ResultRow", "Tracker",
+    "Trackers", "WandbTracker", "document", "images", "new_figure", "open_trackers",
+    "read_metrics", "results_table", "save_figure", "setup_logging", "table", "write",
     "write_report",
 ]  # fmt: skip

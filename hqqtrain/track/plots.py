@@ -1,19 +1,15 @@
-"""The plots of a report, as matplotlib figures; matplotlib is imported when one is drawn.
-
-Figures are made without pyplot: no global state, no display, safe in any thread.
-"""
+"""The plots of a run's report, as matplotlib figures; matplotlib is imported when one is drawn."""
 
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from hqqtrain.track.figures import COLORS, GRID, MUTED, new_figure
+
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = {"full precision": "#5b6b7f", "quantized": "#e07b39", "trained": "#1f8a70"}
-_MUTED, _GRID = "#5b6b7f", "#e4e8ee"
 _ERROR = "relative error   ||W - W'||² / ||W||²"
 _MOST_NAMES = 48
 """So many module names are still readable below each other."""
@@ -24,7 +20,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
     train, held_out = _series(rows, "train/loss"), _series(rows, "eval/loss")
     if not train:
         return None
-    figure, axes = _figure(8.0, 4.2)
+    figure, axes = new_figure(8.0, 4.2)
     axes.plot(*zip(*train, strict=True), color=COLORS["quantized"], alpha=0.3, linewidth=1)
     smooth = _smoothed(train)
     axes.plot(*zip(*smooth, strict=True), color=COLORS["quantized"], label="training, smoothed")
@@ -39,8 +35,8 @@ def perplexity_figure(perplexities: Mapping[str, float]) -> "Figure | None":
     """One bar per model, its value on top; None where nothing was measured."""
     if not perplexities:
         return None
-    figure, axes = _figure(5.2, 4.2)
-    colors = [COLORS.get(name, _MUTED) for name in perplexities]
+    figure, axes = new_figure(5.2, 4.2)
+    colors = [COLORS.get(name, MUTED) for name in perplexities]
     if max(perplexities.values()) > 20 * min(perplexities.values()):
         axes.set_yscale("log")
     bars = axes.bar(list(perplexities), list(perplexities.values()), color=colors, width=0.6)
@@ -80,10 +76,10 @@ def _panels(kinds: Mapping[str, Mapping[int, float]]) -> "Figure":
 
     columns = 2 if len(kinds) > 1 else 1
     lines = -(-len(kinds) // columns)
-    figure, grid = _figure(10.0, 0.5 + 1.9 * lines, lines, columns, sharey=True, sharex=True)
+    figure, grid = new_figure(10.0, 0.5 + 1.9 * lines, lines, columns, sharey=True, sharex=True)
     for axes, (kind, layers) in zip(grid.flat, kinds.items(), strict=False):
         axes.bar(list(layers), list(layers.values()), color=COLORS["quantized"], width=0.75)
-        axes.set_title(kind, fontsize=10, loc="left", color=_MUTED)
+        axes.set_title(kind, fontsize=10, loc="left", color=MUTED)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
         axes.tick_params(labelbottom=True)
         axes.margins(x=0.01)
@@ -98,36 +94,14 @@ def _panels(kinds: Mapping[str, Mapping[int, float]]) -> "Figure":
 def _named_bars(errors: Mapping[str, float]) -> "Figure":
     ranked = sorted(errors.items(), key=lambda item: item[1], reverse=True)
     shown = ranked[:_MOST_NAMES][::-1]
-    figure, axes = _figure(10.0, 1.2 + 0.24 * len(shown))
+    figure, axes = new_figure(10.0, 1.2 + 0.24 * len(shown))
     axes.barh([_cut(n) for n, _ in shown], [e for _, e in shown], color=COLORS["quantized"])
-    axes.grid(axis="x", color=_GRID)
+    axes.grid(axis="x", color=GRID)
     axes.grid(axis="y", visible=False)
     axes.margins(y=0.01)
     few = f", the {len(shown)} largest of {len(ranked)}" if len(shown) < len(ranked) else ""
     axes.set_xlabel(_ERROR + few)
     return figure
-
-
-def _figure(width: float, height: float, lines: int = 0, columns: int = 1, **shared: Any) -> Any:
-    """(figure, axes), or with `lines` (figure, array [lines, columns] of axes)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    if lines:
-        grid = figure.subplots(lines, columns, squeeze=False, **shared)
-        for axes in grid.flat:
-            _style(axes)
-        return figure, grid
-    axes = figure.subplots()
-    _style(axes)
-    return figure, axes
-
-
-def _style(axes: "Axes") -> None:
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.grid(axis="y", color=_GRID)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_MUTED, labelsize=9)
 
 
 def _series(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:

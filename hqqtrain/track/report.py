@@ -1,18 +1,16 @@
 """report/: what a run did, for eyes: three plots and one self-contained page."""
 
-import io
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hqqtrain.track.document import number
+from hqqtrain.track.figures import save_figure
+from hqqtrain.track.files import write
 from hqqtrain.track.jsonl import read_metrics
-from hqqtrain.track.page import number, page
+from hqqtrain.track.page import page
 from hqqtrain.track.plots import layer_figure, loss_figure, perplexity_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _MODELS = {"full_precision": "full precision", "quantized": "quantized", "final": "trained"}
 
@@ -36,13 +34,13 @@ def write_report(
         "perplexity": perplexity_figure(perplexities(summary)),
         "layers": layer_figure(layer_errors),
     }
-    files = {n: _save(figure, folder / f"{n}.png") for n, figure in drawn.items() if figure}
+    files = {n: save_figure(figure, folder / f"{n}.png") for n, figure in drawn.items() if figure}
     headings = {"loss": "Loss", "perplexity": "Perplexity", "layers": "Relative error by layer"}
     html = page(
         str(summary.get("run", {}).get("name") or run_dir.name), summary, key_figures(summary),
         {headings[name]: path for name, path in files.items()}, layer_errors,
     )  # fmt: skip
-    return files | {"index": _write(folder / "index.html", html.encode())}
+    return files | {"index": write(folder / "index.html", html.encode())}
 
 
 def perplexities(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -63,20 +61,3 @@ def key_figures(summary: Mapping[str, Any]) -> dict[str, str]:
     if bits is not None:
         figures["bits per weight"] = number(float(bits))
     return figures
-
-
-def _save(figure: "Figure", path: Path) -> Path:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=130)
-    return _write(path, image.getvalue())
-
-
-def _write(path: Path, content: bytes) -> Path:
-    """Complete or absent: written beside, forced to the disk, renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return path

@@ -73,8 +73,12 @@ def test_check_prints_the_run_directory_and_makes_nothing(tmp_path):
 def test_check_of_a_sweep_lists_its_jobs(tmp_path):
     done = _hqqtrain("--check", "recipe=sweep_bits", cwd=tmp_path)
     title, *jobs = done.stdout.splitlines()
-    assert title == "sweep of 4 jobs:"
-    assert [job.split()[-1] for job in jobs] == [f"quant.nbits={n}" for n in (4, 3, 2, 1)]
+    assert title == "sweep of 12 jobs:"
+    assert [job.split()[-2:] for job in jobs] == [
+        [f"quant.nbits={nbits}", f"quant.group_size={size}"]
+        for nbits in (4, 3, 2, 1)
+        for size in (32, 64, 128)
+    ]
 
 
 def test_cfg_is_yaml_that_can_be_a_recipe(tmp_path):
@@ -192,7 +196,8 @@ def test_a_sweep_recipe_needs_no_flag_and_all_done_is_0(tmp_path, fake_task):
     (tmp_path / "recipes" / "mine.yaml").write_text("sweep: {quant.group_size: '32,64'}\n")
     done = _hqqtrain("recipe=mine", "quant.nbits=2", "run.root=out", cwd=tmp_path, **fake_task)
     assert done.returncode == 0
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert len(list((tmp_path / "out").glob("mine-*"))) == 2
+    assert len(list((tmp_path / "out").glob("sweep-mine-*/results.csv"))) == 1
 
 
 def test_a_preempted_job_ends_the_sweep_with_3(tmp_path, fake_task):

@@ -50,6 +50,8 @@ def test_command(number: int, folder: Path):
         given = {word.partition("=")[0] for word in words}
         recipe = "recipe=tiny_2bit" if "recipe=tiny_2bit" in words else ""
         words += [word for word in _cut_down(recipe) if word.partition("=")[0] not in given]
+    if "recipe=sweep_bits" in words:
+        words += ["quant.nbits=2", "quant.group_size=64"]  # one of its twelve jobs
     if "accelerate" in words:
         words[2:2] = ["--num_processes", "1"]
     if "torchrun" in words:

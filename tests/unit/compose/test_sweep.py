@@ -32,18 +32,22 @@ def test_ranges_and_lists_as_values():
 def test_recipes_can_be_swept_and_bring_their_own_sweeps():
     found = jobs(["recipe=tiny_2bit,sweep_bits"], multirun=True)
     assert found[0] == ["recipe=tiny_2bit"]
-    assert found[1:] == [["recipe=sweep_bits", f"quant.nbits={n}"] for n in (4, 3, 2, 1)]
+    assert found[1:] == [
+        ["recipe=sweep_bits", f"quant.nbits={nbits}", f"quant.group_size={size}"]
+        for nbits in (4, 3, 2, 1)
+        for size in (32, 64, 128)
+    ]
 
 
 def test_a_key_given_on_the_command_line_is_swept_no_more():
     assert jobs(["recipe=sweep_bits", "quant.nbits=3"], multirun=False) == [
-        ["recipe=sweep_bits", "quant.nbits=3"]
+        ["recipe=sweep_bits", "quant.nbits=3", f"quant.group_size={size}"] for size in (32, 64, 128)
     ]
 
 
 def test_the_jobs_of_a_sweep_get_a_name_each():
     names = {compose(job).run_name() for job in jobs(["recipe=sweep_bits"], multirun=False)}
-    assert len(names) == 4
+    assert len(names) == 12
 
 
 def test_several_values_without_asking_for_a_sweep():

@@ -1,0 +1,55 @@
+"""A sweep's folder: results.csv, plots, and index.html, which can be mailed.
+
+Written after every job that ends, so that a sweep that is killed leaves what it has.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from hqqtrain.config import UserError
+from hqqtrain.sweep.plots import AXES, cost_figure
+from hqqtrain.sweep.sweep import Sweep
+from hqqtrain.sweep.table import Row, cells, csv_text, rows_of, text_table
+from hqqtrain.track import document, images, save_figure, table, write
+
+
+def make_folder(sweep: Sweep) -> None:
+    """Raises UserError where it cannot be made."""
+    try:
+        sweep.log(sweep.jobs[0]).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        root = sweep.jobs[0].config.run.root
+        raise UserError(
+            f"run.root={root}: cannot be written to ({error}); choose another."
+        ) from error
+
+
+def write_files(sweep: Sweep) -> list[Path]:
+    """Writes the table and the plots from what the jobs have left, and returns the files."""
+    rows = rows_of(sweep)
+    results = write(sweep.folder / "results.csv", csv_text(rows).encode())
+    drawn = {name: cost_figure(rows, axis) for name, axis in AXES.items()}
+    plots = {
+        name: save_figure(figure, sweep.folder / f"{name}.png")
+        for name, figure in drawn.items()
+        if figure
+    }
+    page = write(sweep.folder / "index.html", _page(sweep, rows, plots).encode())
+    return [results, page, *plots.values()]
+
+
+def print_table(sweep: Sweep) -> None:
+    """The table and the files, on standard output."""
+    print("\n" + text_table(rows_of(sweep)) + "\n")
+    names = ("results.csv", "index.html", *(f"{name}.png" for name in AXES))
+    files = (sweep.folder / name for name in names)
+    print("\n".join(f"wrote {file}" for file in files if file.exists()), flush=True)
+
+
+def _page(sweep: Sweep, rows: Sequence[Row], plots: dict[str, Path]) -> str:
+    states = Counter(row.status for row in rows)
+    subtitle = f"{len(rows)} jobs: " + ", ".join(f"{n} {state}" for state, n in states.items())
+    headed = {f"Perplexity against {AXES[name].label}": path for name, path in plots.items()}
+    results = f'<section class="wide"><h2>Results</h2>{table(*cells(rows))}</section>'
+    return document(sweep.name, subtitle, [images(headed), results])

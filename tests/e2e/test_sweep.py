@@ -1,0 +1,227 @@
+"""Sweeps as a user starts them: several jobs at a time, failures, signals, and going on after."""
+
+import csv
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from e2e.runs import QUICK, TIMEOUT
+
+FAKE_TASK = """
+import json, os, pathlib, signal, time
+
+def _meet(root):
+    (root / f"here-{os.getpid()}").touch()
+    end = time.monotonic() + 30
+    while len(list(root.glob("here-*"))) < 2:
+        if time.monotonic() > end:
+            return 1
+        time.sleep(0.02)
+    return 0
+
+def _wait_for_a_signal(folder):
+    heard = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, heard)
+    (folder / "ready").touch()
+    first, second = signal.sigwait(heard), signal.sigtimedwait(heard, 0.3)
+    (folder / "signal").write_text("twice" if second else str(int(first)))
+    return 3
+
+def run(config, command):
+    folder = pathlib.Path(config.run.root) / config.run_name()
+    folder.mkdir(parents=True, exist_ok=True)
+    code = {8: 1}.get(config.quant.nbits, 0)
+    if config.train.seed == 1:
+        code = _meet(folder.parent)
+    if config.train.seed == 2:
+        code = _wait_for_a_signal(folder)
+    status = {0: "done", 1: "failed", 3: "preempted"}[code]
+    (folder / "status.json").write_text(json.dumps({"status": status}))
+    print("threads", os.environ.get("OMP_NUM_THREADS"), *command, flush=True)
+    return code
+"""
+
+
+@pytest.fixture
+def fake(tmp_path) -> dict[str, str]:
+    """An environment in which the task is a stand-in: the sweep is what is tested."""
+    package = tmp_path / "fake"
+    package.mkdir()
+    (package / "sitecustomize.py").write_text(
+        "import sys, types\n"
+        "tasks = types.ModuleType('hqqtrain.train.tasks')\n"
+        f"exec({FAKE_TASK!r}, tasks.__dict__)\n"
+        "sys.modules['hqqtrain.train'] = types.ModuleType('hqqtrain.train')\n"
+        "sys.modules['hqqtrain.train.tasks'] = tasks\n"
+    )
+    path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
+    return {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(*words: str, cwd: Path, **env: str) -> subprocess.Popen:
+    """A sweep, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "hqqtrain", *words], cwd=cwd, env={**os.environ, **env}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    output, errors = process.communicate(timeout=TIMEOUT)
+    return process.returncode, output, errors
+
+
+def wait_until(holds: Callable[[], bool], process: subprocess.Popen) -> None:
+    end = time.monotonic() + TIMEOUT
+    while not holds():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def results(root: Path) -> list[dict[str, str]]:
+    (file,) = root.glob("sweep-*/results.csv")
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_output_of_several_goes_to_a_log_of_each(tmp_path, fake):
+    words = ("-m", "quant.nbits=8,2,4", "run.root=out", "launch.jobs=2")
+    code, output, errors = finish(start(*words, cwd=tmp_path, **fake | {"OMP_NUM_THREADS": "3"}))
+    assert code == 1
+    assert "threads" not in output
+    logs = re.findall(r"sweep ./3: (.*): started, see (.*)\n", output)
+    assert len(logs) == 3
+    for given, log in logs:
+        text = (tmp_path / log).read_text()
+        assert "threads 3 python -m hqqtrain" in text
+        assert all(word in text for word in [*shlex.split(given), "quant.cache_dir=out/quantized"])
+    (failed,) = errors.splitlines()
+    assert failed == f"hqqtrain: failed: {logs[0][0]}; see {logs[0][1]}"
+    assert [row["status"] for row in results(tmp_path / "out")] == ["failed", "done", "done"]
+
+
+def test_two_really_run_at_a_time(tmp_path, fake):
+    """Each waits until it sees the other."""
+    words = ("-m", "quant.nbits=2,4", "train.seed=1", "run.root=out", "launch.jobs=2")
+    assert finish(start(*words, cwd=tmp_path, **fake))[0] == 0
+
+
+@pytest.mark.parametrize(("jobs", "name"), [(2, "TERM"), (2, "USR1"), (2, "INT"), (1, "TERM")])
+def test_a_signal_reaches_every_job_once_and_no_other_is_started(tmp_path, fake, jobs, name):
+    words = ("-m", "quant.nbits=2,3,4", "train.seed=2", "run.root=out", f"launch.jobs={jobs}")
+    process = start(*words, cwd=tmp_path, **fake)
+    wait_until(lambda: len(list(tmp_path.glob("out/*/ready"))) == jobs, process)
+    sent = signal.Signals[f"SIG{name}"]
+    os.killpg(process.pid, sent)  # as a terminal does
+    code, output, _ = finish(process)
+    assert code == 3
+    assert len(list(tmp_path.glob("out/*/ready"))) == jobs
+    assert {f.read_text() for f in tmp_path.glob("out/*/signal")} == {str(int(sent))}
+    assert output.count(": preempted (") == jobs
+    states = ["preempted"] * jobs + ["pending"] * (3 - jobs)
+    assert [row["status"] for row in results(tmp_path / "out")] == states
+
+
+def test_the_same_run_twice_is_run_once(tmp_path, fake):
+    words = ("-m", "quant.nbits=2", "track.project=a,b", "run.root=out")
+    code, output, _ = finish(start(*words, cwd=tmp_path, **fake))
+    assert code == 0
+    assert "track.project=b run.root=out: the same run as another of these jobs" in output
+    assert len(results(tmp_path / "out")) == 1
+
+
+def test_the_table_alone(tmp_path, fake):
+    words = ("-m", "quant.nbits=2,4", "run.root=out")
+    code, output, _ = finish(start("--table", *words, cwd=tmp_path, **fake))
+    assert (code, output.count("pending")) == (0, 2)
+    assert finish(start(*words, cwd=tmp_path, **fake))[0] == 0
+    code, output, _ = finish(start("--table", *words, cwd=tmp_path, **fake))
+    assert (code, output.count("pending"), output.count("done")) == (0, 0, 2)
+    code, _, errors = finish(start("--table", "quant.nbits=2", cwd=tmp_path, **fake))
+    assert code == 2
+    assert "needs the words of a sweep" in errors
+
+
+def test_jobs_that_outlive_their_sweep_are_waited_for(tmp_path, fake):
+    words = ("-m", "quant.nbits=2,3", "train.seed=2", "run.root=out")
+    process = start(*words, cwd=tmp_path, **fake)
+    wait_until(lambda: len(list(tmp_path.glob("out/*/ready"))) == 1, process)
+    (orphan,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()  # its pipes are the orphan's as well
+    again = start(*words, cwd=tmp_path, **fake)
+    assert again.stdout is not None
+    assert again.stdout.readline().startswith("sweep: waiting: jobs of an earlier attempt")
+    orphan.terminate()
+    assert again.stdout.readline().startswith("sweep 1/2: quant.nbits=2")
+    again.terminate()
+    assert finish(again)[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [({"CUDA_VISIBLE_DEVICES": "0"}, "launch.jobs=2: a job needs a GPU"), ({}, "run.root=there")],
+)
+def test_what_cannot_be_is_one_message(tmp_path, fake, env, said):
+    (tmp_path / "there").write_text("")
+    words = ("-m", "quant.nbits=2,4", "launch.jobs=2", "run.root=there")
+    code, output, errors = finish(start(*words, cwd=tmp_path, **fake | env))
+    assert (code, output, len(errors.splitlines())) == (2, "", 1)
+    assert said in errors
+
+
+TEXT = "def add(a, b):\n    return a + b\n" * 400
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to the sweep and to its jobs, which have groups of their own."""
+    jobs = psutil.Process(process.pid).children(recursive=True)
+    for each in (process, *jobs):
+        each.kill()
+    process.communicate()
+    psutil.wait_procs(jobs)
+
+
+def test_killed_it_goes_on_and_weights_are_made_once(tmp_path):
+    """Real runs, two at a time: one fails at first, one is done, one is killed in training."""
+    root = tmp_path / "runs"
+    gone, there, other, held_out = (tmp_path / f"{name}.txt" for name in "abcd")
+    for file in (there, other, held_out):
+        file.write_text(TEXT)
+    words = ["-m", *QUICK, f"data.source={gone},{there},{other}", f"eval.source={held_out}",
+             "train.max_steps=12", "launch.jobs=2", f"run.root={root}"]  # fmt: skip
+    env = {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    process = start(*words, cwd=tmp_path, **env)
+
+    def states() -> list[str]:
+        found = list(root.glob("tiny_2bit-*/status.json"))
+        return sorted(re.findall(r'"status": "(\w+)"', f.read_text())[0] for f in found)
+
+    wait_until(lambda: states() == ["done", "running"], process)
+    kill_all(process)
+    assert states() == ["done", "running"], "the third was killed in the middle"
+    (done,) = (f for f in root.glob("tiny_2bit-*/status.json") if '"done"' in f.read_text())
+    before = done.stat().st_mtime_ns
+    assert "failed" in {row["status"] for row in results(root)}
+
+    gone.write_text(TEXT)
+    code, output, errors = finish(start(*words, cwd=tmp_path, **env))
+    assert code == 0, output + errors
+    assert "done before" in output
+    assert done.stat().st_mtime_ns == before, "it was not run again"
+    assert [row["status"] for row in results(root)] == ["done"] * 3
+    assert len([p for p in (root / "quantized").iterdir() if p.is_dir()]) == 1
+    logs = [f.read_text() for f in root.glob("sweep-*/logs/*.log")]
+    assert sum(log.count("is made now") for log in logs) == 1
+    assert sum(log.count("is there") for log in logs) == 3, "the killed one, and the last two"
+    (page,) = root.glob("sweep-*/index.html")
+    assert "3 jobs: 3 done" in page.read_text()

@@ -1,0 +1,158 @@
+"""A row for every job whatever became of it, and files that a program and a browser can read."""
+
+import csv
+import json
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from hqqtrain.config import RunConfig
+from hqqtrain.config.run import RunSection
+from hqqtrain.sweep import Job, Sweep, show_table
+from hqqtrain.sweep.outcomes import Outcomes
+from hqqtrain.sweep.report import make_folder, write_files
+from hqqtrain.sweep.table import COLUMNS, figures, rows_of, text_table
+
+SUMMARY = {
+    "quantize": {"bits_per_weight": 2.5, "relative_error": 0.1, "seconds": 0.5,
+                 "peak_memory_gib": 1.0},
+    "eval": {"full_precision": {"perplexity": 8.0}, "quantized": {"perplexity": 1234.5, "kl": 0.6},
+             "final": {"perplexity": None, "kl": 0.25}},
+    "train": {"seconds": 60.0, "peak_memory_gib": 2.0, "tokens_per_second": 1200.4},
+}  # fmt: skip
+HOSTILE = "<script>alert('$x_1$')</script>,\"&\n"
+
+
+def sweep_of(root: Path, *values: str) -> Sweep:
+    planned = []
+    for number, value in enumerate(values):
+        config = RunConfig(run=RunSection(root=str(root), name=f"job{number}"))
+        config.train.seed = number
+        planned.append(Job([f"data.source={value}", f"run.root={root}"], config))
+    sweep = Sweep.of(planned)
+    make_folder(sweep)
+    return sweep
+
+
+def leave(job: Job, status: str, summary: dict | None = None) -> None:
+    job.folder.mkdir(exist_ok=True)
+    (job.folder / "status.json").write_text(json.dumps({"status": status}))
+    if summary is not None:
+        (job.folder / "summary.json").write_text(json.dumps(summary))
+
+
+def read_csv(sweep: Sweep) -> list[dict[str, str]]:
+    with (sweep.folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_figure_has_its_column():
+    assert figures(SUMMARY) == {
+        "bits_per_weight": 2.5, "relative_error": 0.1, "perplexity_full_precision": 8.0,
+        "perplexity_quantized": 1234.5, "perplexity_final": None, "kl_quantized": 0.6,
+        "kl_final": 0.25, "quantize_seconds": 0.5, "train_seconds": 60.0, "peak_memory_gib": 2.0,
+        "tokens_per_second": 1200.4,
+    }  # fmt: skip
+    assert set(figures({}).values()) == {None}
+    assert figures({"train": {"seconds": float("nan")}})["train_seconds"] is None
+
+
+def test_a_job_is_what_was_said_of_it_last(tmp_path):
+    sweep = sweep_of(tmp_path, *"abcdef")
+    new, killed, done, failed, preempted, later = sweep.jobs
+    leave(killed, "running")
+    leave(done, "done", SUMMARY)
+    outcomes = Outcomes(sweep)
+    outcomes.record(failed, 2)
+    outcomes.record(preempted, 3)
+    outcomes.record(later, 1)
+    outcomes.save()
+    leave(later, "done", SUMMARY)  # by hand, after the sweep
+    os.utime(later.folder / "status.json", (2e9, 2e9))
+    assert [row.status for row in rows_of(sweep)] == [
+        "pending", "unfinished", "done", "failed", "preempted", "done",
+    ]  # fmt: skip
+    assert rows_of(sweep)[2].figures["bits_per_weight"] == 2.5
+    outcomes.record(done, 2)
+    outcomes.save()  # as where its inputs have changed since
+    assert rows_of(sweep)[2].status == "failed"
+    assert rows_of(sweep)[2].figures["bits_per_weight"] is None
+    assert new.folder.exists() is False
+
+
+def test_the_csv_holds_what_the_jobs_left(tmp_path):
+    sweep = sweep_of(tmp_path, "a", HOSTILE)
+    leave(sweep.jobs[0], "done", SUMMARY)
+    write_files(sweep)
+    good, other = read_csv(sweep)
+    assert list(good) == ["data.source", *COLUMNS, "status", "folder"]
+    assert good["data.source"] == "a"
+    assert float(good["perplexity_quantized"]) == 1234.5
+    assert (good["perplexity_final"], good["status"]) == ("", "done")
+    assert Path(good["folder"]) == sweep.jobs[0].folder
+    assert other["data.source"] == HOSTILE
+    assert other["status"] == "pending"
+
+
+class Page(HTMLParser):
+    """Collects what a browser would run, fetch and show."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.fetched, self.words = set(), [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.fetched += [value for key, value in attributes if key in ("src", "href")]
+
+    def handle_data(self, data):
+        self.words += data + " "
+
+
+def test_the_page_fetches_and_runs_nothing(tmp_path):
+    sweep = sweep_of(tmp_path, "a", HOSTILE)
+    for job in sweep.jobs:
+        leave(job, "done", SUMMARY)
+    write_files(sweep)
+    page = Page((sweep.folder / "index.html").read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert HOSTILE.strip() in page.words
+    assert "2 jobs: 2 done" in page.words
+    assert len(page.fetched) == 2, "no final perplexity, so none against memory"
+    assert all(source.startswith("data:image/png;base64,") for source in page.fetched)
+
+
+def test_nothing_but_failures_is_a_table_too(tmp_path, capsys):
+    sweep = sweep_of(tmp_path, "a", "b")
+    outcomes = Outcomes(sweep)
+    outcomes.record(sweep.jobs[0], 1)
+    outcomes.save()
+    assert show_table(sweep.jobs) == 0
+    shown = capsys.readouterr().out
+    assert "failed" in shown
+    assert "pending" in shown
+    assert "wrote" in shown
+    assert {path.name for path in sweep.folder.iterdir()} == {
+        "jobs.json", "logs", "results.csv", "index.html",
+    }  # fmt: skip
+
+
+def test_the_printed_table_is_rounded(tmp_path):
+    sweep = sweep_of(tmp_path, "a", "b")
+    leave(sweep.jobs[0], "done", SUMMARY)
+    good = text_table(rows_of(sweep)).splitlines()[-2].split()
+    assert good == [
+        "a", "2.50", "0.1000", "8.000", "1,234.500", "-", "0.6000", "0.2500", "0.5", "60.0",
+        "2.000", "1,200", "done", "job0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", ["", "[]", "{", '{"quantize": {}}'])
+def test_a_summary_that_cannot_be_read_is_no_figures(tmp_path, broken):
+    sweep = sweep_of(tmp_path, "a", "b")
+    leave(sweep.jobs[0], "done")
+    (sweep.jobs[0].folder / "summary.json").write_text(broken)
+    assert set(rows_of(sweep)[0].figures.values()) == {None}
