@@ -15,6 +15,7 @@ from hqqtrain import __version__
 from hqqtrain.compose import compose, jobs, recipe_files
 from hqqtrain.compose.usage import usage
 from hqqtrain.config import RankLostError, RunConfig, UserError, did_you_mean
+from hqqtrain.launch import adopt_ranks, submit, submit_sweep
 from hqqtrain.sweep import Job, run_all
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
@@ -27,6 +28,7 @@ _FLAGS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and returns its exit code: 0, 1, 2 or 3, see `--help`."""
+    adopt_ranks(os.environ)
     code = _guarded(sys.argv[1:] if argv is None else argv)
     _tell_launcher(code)
     return code
@@ -61,8 +63,11 @@ def _dispatch(words: list[str]) -> int:
         return _say("---\n".join(_as_recipe(job.config) for job in plan.jobs).rstrip())
     if "--check" in flags:
         return _say(_directories(plan))
-    if plan.is_sweep:
+    if plan.is_sweep or plan.is_slurm:
         _refuse_ranks()
+    if plan.is_slurm:
+        return _say(_submit(plan, words))
+    if plan.is_sweep:
         return run_all(plan.jobs)
     from hqqtrain.train.tasks import run
 
@@ -72,6 +77,10 @@ def _dispatch(words: list[str]) -> int:
 class _Plan(NamedTuple):
     jobs: list[Job]
     is_sweep: bool
+
+    @property
+    def is_slurm(self) -> bool:
+        return any(job.config.launch.backend == "slurm" for job in self.jobs)
 
 
 def _plan(overrides: list[str], multirun: bool) -> _Plan:
@@ -111,9 +120,9 @@ def _as_recipe(config: RunConfig) -> str:
 
 
 def _directories(plan: _Plan) -> str:
-    """Where the run would write; for a sweep a title, then a line per job."""
+    """Where the run would write; for a sweep, or for slurm, a title, then a line per job."""
     if not plan.is_sweep:
-        return str(plan.jobs[0].folder)
+        return ("job of slurm:\n" if plan.is_slurm else "") + str(plan.jobs[0].folder)
     title = f"sweep of {len(plan.jobs)} jobs:"
     return "\n".join([title, *(f"{job.folder}  {' '.join(job.words)}" for job in plan.jobs)])
 
@@ -131,9 +140,15 @@ def _refuse_shared_folders(planned: list[Job]) -> None:
 def _refuse_ranks() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "a sweep starts its jobs one by one: use ./launch.sh, which launches each on all "
-            "GPUs, or python -m hqqtrain; not torchrun or accelerate launch."
+            "a sweep, or launch=slurm, is one process that starts others: use ./launch.sh, which "
+            "launches each on all GPUs, or python -m hqqtrain; not torchrun, accelerate launch or "
+            "srun."
         )
+
+
+def _submit(plan: _Plan, words: list[str]) -> str:
+    jobs = [(job.words, job.config) for job in plan.jobs]
+    return submit_sweep(jobs, words) if plan.is_sweep else submit(words, jobs[0][1])
 
 
 def _tell_launcher(code: int) -> None:
