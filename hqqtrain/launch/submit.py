@@ -113,12 +113,16 @@ def _digest(folders: Iterable[Path]) -> str:
 
 
 def _write(batch: Batch, name: str, text: str) -> Path:
-    from hqqtrain.ckpt.atomic import atomic_write_text  # imports torch: not to show a batch file
-
+    """Complete or absent. Not by hqqtrain.ckpt, which imports torch: seconds on a login node."""
     file = batch.folder / f"{name}.sbatch"
+    temporary = file.with_name(f".{file.name}.partial")
     try:
         batch.folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(file, text)
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(file)
     except OSError as error:
         raise UserError(
             f"run.root={batch.folder.parent}: cannot be written to ({error}); choose another."
