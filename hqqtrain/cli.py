@@ -147,8 +147,10 @@ def _refuse_ranks() -> None:
 
 
 def _submit(plan: _Plan, words: list[str]) -> str:
-    jobs = [(job.words, job.config) for job in plan.jobs]
-    return submit_sweep(jobs, words) if plan.is_sweep else submit(words, jobs[0][1])
+    jobs, first = [(job.words, job.config) for job in plan.jobs], plan.jobs[0].config
+    if not plan.is_sweep:
+        return submit(words, first)
+    return submit_sweep(f"sweep-{first.recipe or first.task}", jobs, words)
 
 
 def _tell_launcher(code: int) -> None:

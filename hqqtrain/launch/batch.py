@@ -16,14 +16,6 @@ _THREADS = 'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}
 
 
 @dataclass(frozen=True)
-class Work:
-    """One run: the words of its command, without launch.*, and its directory."""
-
-    words: Sequence[str]
-    folder: Path
-
-
-@dataclass(frozen=True)
 class Batch:
     """What the batch files of one command have in common.
 
@@ -40,39 +32,42 @@ class Batch:
     command: str
     python: str
 
-    def run(self, work: Work) -> str:
-        """The batch file of one run."""
-        head = self._head("A run of hqqtrain", "%j")
-        return _text(*head, f"folder={_quoted(work.folder)}", _words(work), *self._end())
+    def run(self, words: Sequence[str]) -> str:
+        """The batch file of one run, `words` being those of its command, without launch.*."""
+        head = self._head(f"A run of hqqtrain {self._where()}.", "%j")
+        return _text(*head, f"words=({shlex.join(words)})\n", _end())
 
-    def sweep(self, works: Sequence[Work]) -> str:
-        """The batch file of an array of runs, `launch.jobs` of them at a time."""
-        array = f"--array=0-{len(works) - 1}%{self.launch.jobs}"
-        head = self._head(f"A sweep of hqqtrain: {len(works)} runs", "%A_%a", array)
-        cases = [
-            f"  {number}) folder={_quoted(work.folder)}\n    {_words(work)} ;;"
-            for number, work in enumerate(works)
-        ]
-        choice = ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "  *) exit 2 ;;", "esac"]
-        return _text(*head, *choice, *self._end())
+    def sweep(self, runs: Sequence[Sequence[str]]) -> str:
+        """The batch file of an array of such runs, `launch.jobs` of them at a time."""
+        title = f"A sweep of hqqtrain: {len(runs)} runs, each {self._where()}."
+        array = f"--array=0-{len(runs) - 1}%{self.launch.jobs}"
+        cases = [f"  {n}) words=({shlex.join(words)}) ;;" for n, words in enumerate(runs)]
+        choice = ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "  *) exit 2 ;;", "esac\n"]
+        return _text(*self._head(title, "%A_%a", array), *choice, _end())
 
     def table(self, words: Sequence[str]) -> str:
         """The batch file of what follows a sweep, on one core: its table."""
         alone = replace(self.launch, nodes=1, tasks_per_node=1, gpus_per_node=0, cpus_per_task=1)
         job = replace(self, name=f"{self.name}-table", launch=alone)
-        call = shlex.join([self.python, "-m", "hqqtrain", "--table", *words])
-        return _text(*job._head("The table of a sweep of hqqtrain", "%j"), f"exec {call}")
+        call = f'exec "$python" -m hqqtrain --table {shlex.join(words)}'
+        return _text(*job._head("The table of a sweep of hqqtrain.", "%j"), call)
+
+    def _where(self) -> str:
+        launch = self.launch
+        nodes = f"{launch.nodes} nodes" if launch.nodes > 1 else "one node"
+        return f"on {nodes}, with {launch.tasks} process{'es' if launch.tasks > 1 else ''} on each"
 
     def _head(self, title: str, number: str, *more: str) -> Iterator[str]:
         yield "#!/usr/bin/env bash"
-        yield f"# {title}, made by"
+        yield f"# {title} Made by"
         yield f"#   {' '.join(self.command.splitlines())}"
-        yield "# Submit it with sbatch, in the folder in which it was made."
+        there = shlex.quote(str(self.folder))
+        yield f"# To use it, in the folder that was typed in: mkdir -p {there} && sbatch FILE"
         output = str(self.folder / f"{self.name}-").replace("%", "%%") + f"{number}.out"
         for option in (f"--job-name={self.name}", f"--output={output}", *self._asked_for(), *more):
             yield f"#SBATCH {shlex.quote(option)}"
         yield from (f"#SBATCH {option}" for option in self.launch.options)
-        yield from ("set -e", *self.launch.setup, _THREADS, "")
+        yield from ("set -e", *self.launch.setup, _THREADS, f"python={shlex.quote(self.python)}")
 
     def _asked_for(self) -> Iterator[str]:
         """The options of sbatch. USR1 goes to the ranks, not to the shell: no `B:`."""
@@ -90,21 +85,9 @@ class Batch:
                 yield f"--{option}={value}"
         yield from (f"--signal=USR1@{launch.grace}", "--requeue", "--open-mode=append")
 
-    def _end(self) -> Iterator[str]:
-        """The call, by srun, which does not take --cpus-per-task over from sbatch, and job.sh."""
-        cores = self.launch.cpus_per_task
-        asked = [f"--cpus-per-task={cores}"] if cores else []
-        call = ["srun", "--kill-on-bad-exit=1", *asked, self.python, "-m", "hqqtrain"]
-        yield f"hqqtrain=({shlex.join(call)})\n"
-        yield _END.read_text(encoding="utf-8").rstrip()
 
-
-def _words(work: Work) -> str:
-    return f"words=({shlex.join(work.words)})"
-
-
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))
+def _end() -> str:
+    return _END.read_text(encoding="utf-8").rstrip()
 
 
 def _text(*lines: str) -> str:

@@ -1,13 +1,17 @@
+# USR1 comes some time before the end, and the run saves. Exit codes: 0 done, 3 preempted, all saved;
+# where srun had to end other ranks it says more than 3, and what the run has told since counts.
+# When a node fails, slurm requeues by itself.
+folder="$("$python" -m hqqtrain --check "${words[@]}")"
 told() { cat "$folder/status.json" 2>/dev/null || true; }
 saved() { printf '%s\n' "$folder"/checkpoints/*; }
-
 before="$(told)" had="$(saved)" code=0
-"${hqqtrain[@]}" "${words[@]}" || code=$?
 
-# 3 says preempted, all saved. Where srun had to end other ranks it says more than 3, and what the
-# run has written since counts.
+# srun does not take the cores of a task over from sbatch.
+srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+  "$python" -m hqqtrain "${words[@]}" || code=$?
+
 now="$(told)"
-if ((code != 0 && code != 3)) && [[ $now != "$before" && $now == *'"status": "preempted"'* ]]; then
+if ((code > 3)) && [[ $now != "$before" && $now == *'"status": "preempted"'* ]]; then
   code=3
 fi
 if ((code == 3)); then

@@ -3,7 +3,6 @@
 What is submitted is kept in `<run.root>/slurm/`, beside what the jobs print.
 """
 
-import hashlib
 import os
 import shlex
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 from hqqtrain.compose import compose
 from hqqtrain.config import LaunchConfig, RunConfig, UserError
 from hqqtrain.config.secrets import masked_command
-from hqqtrain.launch.batch import Batch, Work
+from hqqtrain.launch.batch import Batch
 
 _NOT_PASSED_ON = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
                   "MASTER_PORT", "HQQTRAIN_EXIT_CODE")  # fmt: skip
@@ -29,43 +28,40 @@ def submit(words: Sequence[str], config: RunConfig) -> str:
     Raises:
         UserError: there is no sbatch, it refuses the job, or `run.root` cannot be written to.
     """
-    work = _work(words, config)
-    batch = _batch(work.folder.name, words, config)
-    text = batch.run(work)
+    batch = _batch(config.run_name(), words, config)
+    text = batch.run(_inner(words, config))
     if config.launch.dry_run:
         return text.rstrip()
     job = _sbatch(_write(batch, batch.name, text))
-    return f"submitted job {job}: {work.folder}; its output: {batch.folder}"
+    return f"submitted job {job}: {batch.folder.parent / batch.name}; its output: {batch.folder}"
 
 
-def submit_sweep(jobs: Sequence[tuple[Sequence[str], RunConfig]], words: Sequence[str]) -> str:
-    """Submits the runs of a sweep as one array, and the job that makes their table after it.
+def submit_sweep(
+    name: str, jobs: Sequence[tuple[Sequence[str], RunConfig]], words: Sequence[str]
+) -> str:
+    """Submits the runs of a sweep as one array, and after it the job that makes their table.
 
     Args:
+        name: the sweep's.
         jobs: the words and the configuration of every run.
         words: the sweep's own command line, with its flags.
 
     Returns and raises as `submit`; UserError, too, where runs ask slurm for different things.
     """
-    config = _same_launch(jobs)
-    works = {work.folder: work for work in (_work(*job) for job in jobs)}  # a run is made once
-    name = f"{config.recipe or config.task}-sweep-{_digest(works)}"
-    batch = _batch(name, words, config)
-    array = batch.sweep(list(works.values()))
+    batch = _batch(name, words, _same_launch(jobs))
     undone = dict.fromkeys(word for job in jobs for word in _taken_back(*job))
+    array = batch.sweep([_inner(*job) for job in jobs])
     table = batch.table([*_without_launch(words), *undone])
-    if config.launch.dry_run:
+    if batch.launch.dry_run:
         return f"{array}\n{table}".rstrip()
     job = _sbatch(_write(batch, name, array))
     last = _sbatch(_write(batch, f"{name}-table", table), f"--dependency=afterany:{job}")
-    return f"submitted jobs {job}_[0-{len(works) - 1}], then {last}; their output: {batch.folder}"
+    return f"submitted jobs {job}_[0-{len(jobs) - 1}], then {last}; their output: {batch.folder}"
 
 
-def _work(words: Sequence[str], config: RunConfig) -> Work:
-    return Work(
-        [*_without_launch(words), *_taken_back(words, config)],
-        Path(config.run.root).expanduser() / config.run_name(),
-    )
+def _inner(words: Sequence[str], config: RunConfig) -> list[str]:
+    """The words of the command inside of the job."""
+    return [*_without_launch(words), *_taken_back(words, config)]
 
 
 def _batch(name: str, words: Sequence[str], config: RunConfig) -> Batch:
@@ -105,11 +101,6 @@ def _same_launch(jobs: Sequence[tuple[Sequence[str], RunConfig]]) -> RunConfig:
                     f"another has {values[0]}; give them one value, or submit them one by one."
                 )
     return first
-
-
-def _digest(folders: Iterable[Path]) -> str:
-    """Names a sweep by its runs."""
-    return hashlib.sha256("\n".join(map(str, folders)).encode()).hexdigest()[:8]
 
 
 def _write(batch: Batch, name: str, text: str) -> Path:

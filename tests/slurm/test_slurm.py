@@ -19,8 +19,8 @@ RANKS = (
     "names = 'RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT'.split();"
     "print(*[os.environ.get(name, '-') for name in names])"
 )
-PREEMPTION = pytest.mark.skipif(
-    find_spec("hqqtrain.train.preemption") is None, reason="hqqtrain.train.preemption is not there"
+RESUME = pytest.mark.skipif(
+    find_spec("hqqtrain.train.interrupt") is None, reason="hqqtrain.train.interrupt is not there"
 )
 TABLE = pytest.mark.skipif("--table" not in _FLAGS, reason="the command line has no --table")
 
@@ -130,7 +130,7 @@ def test_what_sbatch_refuses_is_one_message(cluster, tmp_path):
         _submit(cluster, tmp_path, "launch.partition=absent")
 
 
-@PREEMPTION
+@RESUME
 def test_a_preempted_run_is_one_run(cluster, tmp_path):
     """Two ranks on two nodes, told by USR1 as slurm does before a time limit."""
     words = (*QUICK, "train.max_steps=60", "track.backends=[wandb]", "launch.nodes=2")
