@@ -1,6 +1,8 @@
 # USR1 comes some time before the end, and the run saves. Exit codes: 0 done, 3 preempted, all saved;
 # where srun had to end other ranks it says more than 3, and what the run has told since counts.
-# When a node fails, slurm requeues by itself.
+# When a node fails, slurm requeues by itself. The last task of an array has the array's own
+# SLURM_JOB_ID, which stands for all of its tasks.
+job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
 folder="$("$python" -m hqqtrain --check "${words[@]}")"
 told() { cat "$folder/status.json" 2>/dev/null || true; }
 saved() { printf '%s\n' "$folder"/checkpoints/*; }
@@ -19,7 +21,7 @@ if ((code == 3)); then
     echo "hqqtrain: preempted twice with nothing saved in between; give it more launch.time." >&2
   else
     echo "hqqtrain: preempted; requeued, to go on where it was." >&2
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "${job:-$SLURM_JOB_ID}"
   fi
 fi
 exit "$code"

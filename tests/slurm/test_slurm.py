@@ -19,10 +19,11 @@ RANKS = (
     "names = 'RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT'.split();"
     "print(*[os.environ.get(name, '-') for name in names])"
 )
-RESUME = pytest.mark.skipif(
-    find_spec("hqqtrain.train.interrupt") is None, reason="hqqtrain.train.interrupt is not there"
-)
-TABLE = pytest.mark.skipif("--table" not in _FLAGS, reason="the command line has no --table")
+SLOW = 200
+"""Seconds that a start of the program may take, and a short run, on a busy machine."""
+KNOWS_RESUME = find_spec("hqqtrain.train.interrupt") is not None
+RESUME = pytest.mark.skipif(not KNOWS_RESUME, reason="runs do not resume yet")
+KNOWS_TABLE = "--table" in _FLAGS
 
 
 @pytest.fixture
@@ -37,12 +38,15 @@ def stand_in(tmp_path: Path) -> dict[str, str]:
 
 def _submit(cluster: Cluster, folder: Path, *words: str, **environ: str) -> str:
     """`python -m hqqtrain launch=slurm *words` in `folder`; the job's id."""
+    (job,) = _submit_all(cluster, folder, *words, **environ)
+    return job
+
+
+def _submit_all(cluster: Cluster, folder: Path, *words: str, **environ: str) -> list[str]:
     command = [sys.executable, "-m", "hqqtrain", "launch=slurm", *words]
     environ = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **environ}
     said = cluster.run(*command, cwd=folder, **environ)
-    found = re.match(r"submitted jobs? (\d+)", said)
-    assert found, said
-    return found[1]
+    return re.findall(r"(?:submitted jobs? |then )(\d+)", said)
 
 
 def _run_directory(folder: Path) -> Path:
@@ -133,32 +137,51 @@ def test_what_sbatch_refuses_is_one_message(cluster, tmp_path):
 @RESUME
 def test_a_preempted_run_is_one_run(cluster, tmp_path):
     """Two ranks on two nodes, told by USR1 as slurm does before a time limit."""
-    words = (*QUICK, "train.max_steps=60", "track.backends=[wandb]", "launch.nodes=2")
+    words = (*QUICK, "train.max_steps=24", "track.backends=[wandb]", "launch.nodes=2")
     job = _submit(cluster, tmp_path, *words)
-    cluster.until(lambda: len(_steps(tmp_path)) >= 3, 90)
+    cluster.until(lambda: len(_steps(tmp_path)) >= 2, SLOW)
     cluster.run("scancel", "--signal=USR1", job)
-    ended = cluster.ended(job)
+    ended = cluster.ended(job, SLOW)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), _output(tmp_path)
     run = _run_directory(tmp_path)
     assert json.loads((run / "summary.json").read_text())["run"]["world_size"] == 2
-    assert _steps(tmp_path) == list(range(1, 61))
+    assert _steps(tmp_path) == list(range(1, 25)), "no step twice, none left out"
     offline = [path.name for path in (run / "wandb").glob("offline-run-*")]
     assert len(offline) == 2, "one for each start"
     assert {name.rpartition("-")[2] for name in offline} == {(run / "wandb/run_id").read_text()}
 
 
 def test_a_node_that_dies_costs_no_run(cluster, tmp_path):
-    job = _submit(cluster, tmp_path, *QUICK, "train.max_steps=60", "ckpt.every=2")
-    cluster.until(lambda: len(_steps(tmp_path)) >= 5, 90)
+    job = _submit(cluster, tmp_path, *QUICK, "train.max_steps=24", "ckpt.every=2")
+    cluster.until(lambda: len(_steps(tmp_path)) >= 5, SLOW)
     node = cluster.job(job)["NodeList"]
     cluster.kill_node(node)
-    ended = cluster.ended(job)
+    ended = cluster.ended(job, SLOW)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), _output(tmp_path)
     assert ended["NodeList"] != node
     assert (_run_directory(tmp_path) / "summary.json").exists()
+    if KNOWS_RESUME:
+        assert "going on from" in _output(tmp_path)
     cluster.start_node(node)
 
 
-@TABLE
-def test_a_sweep_is_an_array_and_its_table(cluster, tmp_path):
-    pass
+def test_the_table_waits_for_the_requeued_task_of_an_array(cluster, tmp_path, stand_in):
+    words = ("-m", "train.seed=0,1", "launch.jobs=2")
+    array, table = _submit_all(cluster, tmp_path, *words, **stand_in)
+    cluster.until(lambda: len([*tmp_path.glob("runs/*/starts-0")]) == 2)
+    cluster.run("scancel", "--signal=USR1", f"{array}_1")
+    cluster.until(lambda: cluster.job(f"{array}_1")["Restarts"] == "1")
+    assert cluster.job(table)["Reason"] == "Dependency"
+    assert cluster.ended(f"{array}_0")["Restarts"] == "0"
+    assert cluster.ended(f"{array}_1")["ExitCode"] == "0:0"
+    assert cluster.ended(table)["JobState"] == ("COMPLETED" if KNOWS_TABLE else "FAILED")
+
+
+@pytest.mark.skipif(not KNOWS_TABLE, reason="the command line has no --table")
+def test_a_sweep_is_an_array_and_ends_in_its_table(cluster, tmp_path):
+    words = (*QUICK, "task=quantize", "-m", "quant.nbits=2,3", "launch.jobs=2")
+    array, table = _submit_all(cluster, tmp_path, *words)
+    for job in (f"{array}_0", f"{array}_1", table):
+        assert cluster.ended(job, SLOW)["JobState"] == "COMPLETED", _output(tmp_path)
+    (results,) = tmp_path.glob("runs/sweep-*/results.csv")
+    assert len(results.read_text().splitlines()) == 3
