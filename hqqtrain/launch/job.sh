@@ -1,5 +1,4 @@
-# USR1 comes some time before the end, and the run saves. Exit codes: 0 done, 3 preempted, all saved;
-# where srun had to end other ranks it says more than 3, and what the run has told since counts.
+# USR1 comes some time before the end, and the run saves. Exit codes: 0 done, 3 preempted, all saved.
 # When a node fails, slurm requeues by itself. The last task of an array has the array's own
 # SLURM_JOB_ID, which stands for all of its tasks.
 job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
@@ -12,9 +11,10 @@ before="$(told)" had="$(saved)" code=0
 srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
   "$python" -m hqqtrain "${words[@]}" || code=$?
 
+# Ranks that srun had to end make its code larger than the run's own.
 now="$(told)"
-if ((code > 3)) && [[ $now != "$before" && $now == *'"status": "preempted"'* ]]; then
-  code=3
+if ((code > 3)) && [[ $now != "$before" && $now =~ '"exit_code": '([0-9]+) ]]; then
+  code="${BASH_REMATCH[1]}"
 fi
 if ((code == 3)); then
   if [[ $before == *'"status": "preempted"'* && $(saved) == "$had" ]]; then

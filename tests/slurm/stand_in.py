@@ -1,7 +1,7 @@
 """Stands in for hqqtrain's task: what a batch file makes of its end is what is tested.
 
-Found by Python as sitecustomize.py. `train.seed` chooses how it ends: 1 preempted by USR1, and done
-when it goes on; 2 the user's fault; 4 preempted every time, with nothing saved.
+Found by Python as sitecustomize.py. `train.seed` chooses how it ends: 1 preempted by a signal, and
+done when it goes on; 2 the user's fault; 4 preempted every time, with nothing saved.
 """
 
 import json
@@ -12,6 +12,8 @@ import time
 import types
 from pathlib import Path
 
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
 
 def run(config, command):
     folder = Path(config.run.root) / config.run_name()
@@ -20,7 +22,7 @@ def run(config, command):
     starts.open("a").write(f"{os.environ.get('SLURM_RESTART_COUNT', '0')}\n")
     seed, status = config.train.seed, folder / "status.json"
     if seed == 1 and not status.exists():
-        signal.sigwait([signal.SIGUSR1])
+        signal.sigwait(SIGNALS)
         if rank == "0":
             (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
             status.write_text(json.dumps({"status": "preempted", "exit_code": 3}, indent=2))
@@ -35,7 +37,7 @@ def run(config, command):
 
 
 if os.environ.get("SLURM_JOB_ID"):
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     tasks = types.ModuleType("hqqtrain.train.tasks")
     tasks.run = run
     sys.modules["hqqtrain.train"] = types.ModuleType("hqqtrain.train")

@@ -110,6 +110,18 @@ def test_a_job_that_was_told_to_save_is_requeued_and_goes_on(cluster, tmp_path, 
     assert "preempted; requeued" in _output(tmp_path)
 
 
+def test_a_job_of_higher_priority_comes_first(cluster, tmp_path, stand_in):
+    """Slurm sends SIGTERM and waits for the partition's GraceTime."""
+    words = ("launch.nodes=2", "launch.tasks_per_node=2", "train.seed=1")
+    job = _submit(cluster, tmp_path, *words, **stand_in)
+    cluster.until(lambda: len([*tmp_path.glob("runs/*/starts-*")]) == 4)
+    words = ("launch.nodes=2", "launch.tasks_per_node=2", "launch.partition=urgent")
+    urgent = _submit(cluster, tmp_path, *words, **stand_in)
+    assert cluster.ended(urgent)["JobState"] == "COMPLETED"
+    ended = cluster.ended(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1")
+
+
 def test_a_fault_ends_the_job_with_its_code(cluster, tmp_path, stand_in):
     ended = cluster.ended(_submit(cluster, tmp_path, "train.seed=2", **stand_in))
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
