@@ -77,7 +77,7 @@ has_flag() { local word; for word; do [[ $word != -* ]] || return 0; done; retur
 launch() { # many processes; the exit code is the run's own, which launchers turn into 1
   local checked cores pid code=0
   checked="$("$python" -m hqqtrain --check "$@")" || exit "$?"
-  [[ $checked != "sweep of "* ]] || exec "$python" -m hqqtrain "$@"
+  [[ $checked != "sweep of "* && $checked != "job of slurm:"* ]] || exec "$python" -m hqqtrain "$@"
   ((nnodes == 1)) || [[ -n ${NODE_RANK:-} && -n ${MASTER_ADDR:-} ]] ||
     die "NNODES=$nnodes: set NODE_RANK (0 to $((nnodes - 1))) and MASTER_ADDR on every node."
   cores="$(getconf _NPROCESSORS_ONLN)" HQQTRAIN_EXIT_CODE="$(mktemp)"
@@ -88,7 +88,7 @@ launch() { # many processes; the exit code is the run's own, which launchers tur
     --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --mixed_precision no --dynamo_backend no \
     --main_process_port "${MASTER_PORT:-$((nnodes > 1 ? 29500 : 0))}" -m hqqtrain "$@" &
   pid=$!
-  trap 'kill -TERM "$pid" 2>/dev/null || true' TERM INT
+  trap 'kill -TERM "$pid" 2>/dev/null || true' TERM INT USR1
   while kill -0 "$pid" 2>/dev/null; do wait "$pid" && code=0 || code=$?; done
   ((code == 0)) || code="$(cat "$HQQTRAIN_EXIT_CODE")"
   rm -f "$HQQTRAIN_EXIT_CODE"

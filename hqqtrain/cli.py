@@ -15,7 +15,8 @@ from hqqtrain import __version__
 from hqqtrain.compose import compose, jobs, recipe_files
 from hqqtrain.compose.usage import usage
 from hqqtrain.config import PreemptedError, RankLostError, RunConfig, UserError, did_you_mean
-from hqqtrain.sweep import Job, run_all, show_table
+from hqqtrain.launch import adopt_ranks, submit, submit_sweep
+from hqqtrain.sweep import Job, Sweep, run_all, show_table
 
 DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 3
 EXIT_CODE_FILE = "HQQTRAIN_EXIT_CODE"
@@ -27,6 +28,7 @@ _FLAGS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and returns its exit code: 0, 1, 2 or 3, see `--help`."""
+    adopt_ranks(os.environ)
     code = _guarded(sys.argv[1:] if argv is None else argv)
     _tell_launcher(code)
     return code
@@ -67,8 +69,11 @@ def _dispatch(words: list[str]) -> int:
         return _say(_directories(plan))
     if "--table" in flags:
         return _table(plan)
-    if plan.is_sweep:
+    if plan.is_sweep or plan.is_slurm:
         _refuse_ranks()
+    if plan.is_slurm:
+        return _say(_submit(plan, words))
+    if plan.is_sweep:
         return run_all(plan.jobs)
     from hqqtrain.train.tasks import run
 
@@ -78,6 +83,10 @@ def _dispatch(words: list[str]) -> int:
 class _Plan(NamedTuple):
     jobs: list[Job]
     is_sweep: bool
+
+    @property
+    def is_slurm(self) -> bool:
+        return any(job.config.launch.backend == "slurm" for job in self.jobs)
 
 
 def _plan(overrides: list[str], multirun: bool) -> _Plan:
@@ -117,9 +126,9 @@ def _as_recipe(config: RunConfig) -> str:
 
 
 def _directories(plan: _Plan) -> str:
-    """Where the run would write; for a sweep a title, then a line per job."""
+    """Where the run would write; for a sweep, or for slurm, a title, then a line per job."""
     if not plan.is_sweep:
-        return str(plan.jobs[0].folder)
+        return ("job of slurm:\n" if plan.is_slurm else "") + str(plan.jobs[0].folder)
     title = f"sweep of {len(plan.jobs)} jobs:"
     return "\n".join([title, *(f"{job.folder}  {' '.join(job.words)}" for job in plan.jobs)])
 
@@ -143,9 +152,17 @@ def _table(plan: _Plan) -> int:
 def _refuse_ranks() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "a sweep starts its jobs one by one: use ./launch.sh, which launches each on all "
-            "GPUs, or python -m hqqtrain; not torchrun or accelerate launch."
+            "a sweep, or launch=slurm, is one process that starts others: use ./launch.sh, which "
+            "launches each on all GPUs, or python -m hqqtrain; not torchrun, accelerate launch or "
+            "srun."
         )
+
+
+def _submit(plan: _Plan, words: list[str]) -> str:
+    if not plan.is_sweep:
+        return submit(words, plan.jobs[0].config)
+    sweep = Sweep.of(plan.jobs)
+    return submit_sweep(sweep.name, [(job.command, job.config) for job in sweep.jobs], words)
 
 
 def _tell_launcher(code: int) -> None:

@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from hqqtrain.config.durations import duration_fault
+from hqqtrain.config.durations import duration_fault, seconds
 from hqqtrain.config.keys import key
 
 TRACKERS = ("wandb", "tensorboard")
@@ -71,8 +71,10 @@ class LaunchConfig:
     )
     jobs: int = key(1, "jobs of a sweep that run at a time", low=1)
     nodes: int = key(1, "nodes of a job", low=1)
-    tasks_per_node: int = key(1, "processes of a node; with GPUs, one for each", low=1)
     gpus_per_node: int = key(0, "GPUs of a node; 0: ask for none", low=0)
+    tasks_per_node: int | None = key(
+        None, "processes of a node; null: one for each GPU, or one", low=1
+    )
     cpus_per_task: int | None = key(None, "cores of a process; null: as the cluster has it", low=1)
     time: str | None = key(None, "H:MM:SS or D-HH:MM:SS; null: as the cluster has it")
     grace: int = key(120, "seconds before the end at which a job is told to save", low=10)
@@ -82,8 +84,28 @@ class LaunchConfig:
     setup: list[str] = key(help="shell lines before it, such as module load cuda", factory=list)
     dry_run: bool = key(False, "print the batch file instead of submitting it")
 
+    @property
+    def tasks(self) -> int:
+        """Processes of a node."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
     def faults(self) -> Iterator[str]:
+        yield from self._ignored()
         yield from duration_fault("launch.time", self.time)
+        if not [*duration_fault("", self.time)] and self.time and seconds(self.time) <= self.grace:
+            yield f"launch.grace={self.grace}: must be shorter than launch.time={self.time}."
+        if self.gpus_per_node and self.tasks != self.gpus_per_node:
+            yield (
+                f"launch.tasks_per_node={self.tasks}: one process for each of "
+                f"launch.gpus_per_node={self.gpus_per_node}; leave it null."
+            )
         for option in self.options:
             if not re.fullmatch(r"--[a-z][\w-]*(=.*)?|-[A-Za-z]( .*)?", option) or "\n" in option:
                 yield f"launch.options=[{option}]: must be an option of sbatch, such as --qos=low."
+
+    def _ignored(self) -> Iterator[str]:
+        """Slurm's keys, set where the run is not given to slurm."""
+        plain = LaunchConfig(jobs=self.jobs)
+        for item in fields(self) if self.backend == plain.backend else ():
+            if (value := getattr(self, item.name)) != getattr(plain, item.name):
+                yield f"launch.{item.name}={value}: is for slurm; add launch=slurm."

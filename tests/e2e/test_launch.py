@@ -280,6 +280,12 @@ def test_a_sweep_is_one_process_that_launches_its_jobs(ready):
         assert ready.calls == [f"-m hqqtrain {' '.join(words)}"]
 
 
+def test_a_job_of_slurm_is_submitted_by_one_process(ready):
+    words = ["recipe=tiny_2bit", "launch=slurm", "launch.nodes=2"]
+    ready.launch(*words, NPROC="2")
+    assert ready.calls == [f"-m hqqtrain {' '.join(words)}"]
+
+
 @pytest.mark.parametrize(("seed", "code"), [(0, 0), (1, 3), (2, 2), (7, 1)])
 def test_the_exit_code_survives_accelerate(ready, seed, code):
     """Two real processes under the real launcher; for seed 2 only rank 1 knows the reason."""
@@ -289,12 +295,13 @@ def test_the_exit_code_survives_accelerate(ready, seed, code):
         assert sorted(done.stdout.split("\n"))[1:] == ["rank 0 of 2", "rank 1 of 2"]
 
 
-def test_a_signal_reaches_the_ranks_and_their_code_comes_back(ready):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_ranks_and_their_code_comes_back(ready, number):
     """As a scheduler sends it: to launch.sh alone."""
     process = ready.start("recipe=tiny_2bit", "train.seed=3", NPROC="2", REAL="1")
     assert process.stdout is not None
     started = [process.stdout.readline().strip() for _ in range(2)]
     assert sorted(started) == ["rank 0 of 2", "rank 1 of 2"]
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == 3

@@ -133,5 +133,5 @@ def test_times_are_those_of_slurm_that_yaml_does_not_change():
 
 @pytest.mark.parametrize("options", ["['--qos=low']", "['-x n1','--exclusive']"])
 def test_options_of_sbatch(options: str):
-    assert compose([f"launch.options={options}"]).launch.options
+    assert compose(["launch=slurm", f"launch.options={options}"]).launch.options
     assert "must be an option of sbatch" in _message("launch.options=['rm -rf x']")

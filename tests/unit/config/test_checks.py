@@ -2,7 +2,7 @@
 
 import pytest
 
-from hqqtrain.config import QuantConfig, RunConfig, UserError, did_you_mean
+from hqqtrain.config import LaunchConfig, QuantConfig, RunConfig, UserError, did_you_mean
 
 
 def _refused(**groups) -> str:
@@ -43,6 +43,31 @@ def test_the_defaults_are_sound():
 )
 def test_a_fault_names_key_value_and_what_is_allowed(group, name, value, said):
     assert said in _refused(**{group: {name: value}})
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"nodes": 2}, "launch.nodes=2: is for slurm; add launch=slurm."),
+        ({"dry_run": True}, "launch.dry_run=True: is for slurm; add launch=slurm."),
+        (
+            {"backend": "slurm", "time": "0:02:00"},
+            "launch.grace=120: must be shorter than launch.time=0:02:00.",
+        ),
+        (
+            {"backend": "slurm", "gpus_per_node": 8, "tasks_per_node": 1},
+            "launch.tasks_per_node=1: one process for each of launch.gpus_per_node=8",
+        ),
+    ],
+)
+def test_what_slurm_would_be_told_in_vain(values, said):
+    assert said in _refused(launch=values)
+
+
+def test_a_process_for_each_gpu_or_one():
+    assert LaunchConfig().tasks == 1
+    assert LaunchConfig(gpus_per_node=8).tasks == 8
+    assert LaunchConfig(tasks_per_node=2).tasks == 2
 
 
 def test_all_faults_are_told_at_once():

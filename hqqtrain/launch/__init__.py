@@ -1,0 +1,7 @@
+"""Slurm: what turns a command into a batch job, and a step's tasks into ranks of one run."""
+
+from hqqtrain.launch.batch import Batch
+from hqqtrain.launch.ranks import adopt_ranks
+from hqqtrain.launch.submit import submit, submit_sweep
+
+__all__ = ["Batch", "adopt_ranks", "submit", "submit_sweep"]

@@ -1,0 +1,143 @@
+"""Gives a run, or a sweep and the job that makes its table, to slurm.
+
+What is submitted is kept in `<run.root>/slurm/`, beside what the jobs print.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from hqqtrain.compose import compose
+from hqqtrain.config import LaunchConfig, RunConfig, UserError
+from hqqtrain.config.secrets import masked_command
+from hqqtrain.launch.batch import Batch
+
+_NOT_PASSED_ON = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                  "MASTER_PORT", "HQQTRAIN_EXIT_CODE")  # fmt: skip
+"""A job has ranks of its own. sbatch passes the rest of the environment on, unless told not to."""
+
+
+def submit(words: Sequence[str], config: RunConfig) -> str:
+    """Submits one run; `words` are its command line. Returns what to tell the user: the job's id,
+    or with launch.dry_run the batch file itself.
+
+    Raises:
+        UserError: there is no sbatch, it refuses the job, or `run.root` cannot be written to.
+    """
+    batch = _batch(config.run_name(), words, config)
+    text = batch.run(_inner(words, config))
+    if config.launch.dry_run:
+        return text.rstrip()
+    job = _sbatch(_write(batch, batch.name, text))
+    return f"submitted job {job}: {batch.folder.parent / batch.name}; its output: {batch.folder}"
+
+
+def submit_sweep(
+    name: str, jobs: Sequence[tuple[Sequence[str], RunConfig]], words: Sequence[str]
+) -> str:
+    """Submits the runs of a sweep as one array, and after it the job that makes their table.
+
+    Args:
+        name: the sweep's.
+        jobs: the words and the configuration of every run.
+        words: the sweep's own command line, with its flags.
+
+    Returns and raises as `submit`; UserError, too, where runs ask slurm for different things.
+    """
+    batch = _batch(name, words, _same_launch(jobs))
+    undone = dict.fromkeys(word for job in jobs for word in _taken_back(*job))
+    array = batch.sweep([_inner(*job) for job in jobs])
+    table = batch.table([*_without_launch(words), *undone])
+    if batch.launch.dry_run:
+        return f"{array}\n{table}".rstrip()
+    job = _sbatch(_write(batch, name, array))
+    last = _sbatch(_write(batch, f"{name}-table", table), f"--dependency=afterany:{job}")
+    return f"submitted jobs {job}_[0-{len(jobs) - 1}], then {last}; their output: {batch.folder}"
+
+
+def _inner(words: Sequence[str], config: RunConfig) -> list[str]:
+    """The words of the command inside of the job."""
+    return [*_without_launch(words), *_taken_back(words, config)]
+
+
+def _batch(name: str, words: Sequence[str], config: RunConfig) -> Batch:
+    shown = [word for word in words if not word.startswith("launch.dry_run=")]
+    command = shlex.join(["python", "-m", "hqqtrain", *masked_command(shown)])
+    folder = Path(config.run.root).expanduser() / "slurm"
+    return Batch(name, folder, config.launch, command, sys.executable)
+
+
+def _without_launch(words: Iterable[str]) -> list[str]:
+    return [word for word in words if word.partition("=")[0].split(".")[0] != "launch"]
+
+
+def _taken_back(words: Sequence[str], config: RunConfig) -> list[str]:
+    """Words that undo what a recipe says of launch.*: else the job would submit a job."""
+    plain = LaunchConfig()
+    if config.launch == plain:
+        return []
+    recipe = compose(_without_launch(words)).launch
+    names = [f.name for f in fields(plain) if getattr(recipe, f.name) != getattr(plain, f.name)]
+    return [f"launch.{name}={_text(getattr(plain, name))}" for name in names]
+
+
+def _text(value: object) -> str:
+    return "null" if value is None else str(value)
+
+
+def _same_launch(jobs: Sequence[tuple[Sequence[str], RunConfig]]) -> RunConfig:
+    """The first configuration, which stands for all of them."""
+    first = jobs[0][1]
+    for _, config in jobs:
+        for item in fields(LaunchConfig):
+            values = [getattr(each.launch, item.name) for each in (first, config)]
+            if values[0] != values[1]:
+                raise UserError(
+                    f"launch.{item.name}={values[1]}: the runs of a sweep are one job array, and "
+                    f"another has {values[0]}; give them one value, or submit them one by one."
+                )
+    return first
+
+
+def _write(batch: Batch, name: str, text: str) -> Path:
+    """Complete or absent. Not by hqqtrain.ckpt, which imports torch: seconds on a login node."""
+    file = batch.folder / f"{name}.sbatch"
+    temporary = file.with_name(f".{file.name}.partial")
+    try:
+        batch.folder.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        raise UserError(
+            f"run.root={batch.folder.parent}: cannot be written to ({error}); choose another."
+        ) from error
+    return file
+
+
+def _sbatch(file: Path, *options: str) -> str:
+    """Submits `file` and returns the job's id."""
+    environ = {k: v for k, v in os.environ.items() if not _is_of_this_process(k)}
+    command = ["sbatch", "--parsable", *options, str(file)]
+    try:
+        done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError(
+            "launch.backend=slurm: there is no sbatch on this machine; submit from a login node, "
+            f"or see the batch file with launch.dry_run=true ({file})."
+        ) from None
+    if done.returncode:
+        told = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise UserError(f"launch.backend=slurm: sbatch refuses {file}: {told}")
+    return done.stdout.strip().partition(";")[0]  # id;cluster
+
+
+def _is_of_this_process(name: str) -> bool:
+    """Within a job, slurm's variables are that job's, and a step's would number the new one's."""
+    return name in _NOT_PASSED_ON or (name.startswith("SLURM_") and name != "SLURM_CONF")

@@ -1,0 +1,15 @@
+"""One cluster for all tests that need a real slurm."""
+
+from collections.abc import Iterator
+
+import pytest
+from slurm.cluster import Cluster, why_not
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Skips, with the reason, where there is no slurm and none can be installed."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with Cluster(tmp_path_factory.mktemp("slurm")) as started:
+        yield started

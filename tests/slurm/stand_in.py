@@ -1,0 +1,44 @@
+"""Stands in for hqqtrain's task: what a batch file makes of its end is what is tested.
+
+Found by Python as sitecustomize.py. `train.seed` chooses how it ends: 1 preempted by a signal, and
+done when it goes on; 2 the user's fault; 4 preempted every time, with nothing saved.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+
+def run(config, command):
+    folder = Path(config.run.root) / config.run_name()
+    folder.mkdir(parents=True, exist_ok=True)
+    rank, starts = os.environ.get("RANK", "0"), folder / f"starts-{os.environ.get('RANK', '0')}"
+    starts.open("a").write(f"{os.environ.get('SLURM_RESTART_COUNT', '0')}\n")
+    seed, status = config.train.seed, folder / "status.json"
+    if seed == 1 and not status.exists():
+        signal.sigwait(SIGNALS)
+        if rank == "0":
+            (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
+            status.write_text(json.dumps({"status": "preempted", "exit_code": 3}, indent=2))
+        while not status.exists():  # all ranks leave together
+            time.sleep(0.05)
+        return 3
+    if seed == 4:
+        status.write_text(json.dumps({"status": "preempted", "exit_code": 3}, indent=2))
+        return 3
+    status.write_text(json.dumps({"status": "done", "exit_code": 0}, indent=2))
+    return {2: 2}.get(seed, 0)
+
+
+if os.environ.get("SLURM_JOB_ID"):
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    tasks = types.ModuleType("hqqtrain.train.tasks")
+    tasks.run = run
+    sys.modules["hqqtrain.train"] = types.ModuleType("hqqtrain.train")
+    sys.modules["hqqtrain.train.tasks"] = tasks

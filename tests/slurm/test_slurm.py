@@ -1,0 +1,199 @@
+"""launch=slurm and srun against a real slurm: two slurmd on this machine."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from e2e.runs import QUICK
+from slurm.cluster import NODES, Cluster
+
+from hqqtrain.cli import _FLAGS
+
+RANKS = (
+    "import os, hqqtrain.launch; hqqtrain.launch.adopt_ranks(os.environ);"
+    "names = 'RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT'.split();"
+    "print(*[os.environ.get(name, '-') for name in names])"
+)
+SLOW = 200
+"""Seconds that a start of the program may take, and a short run, on a busy machine."""
+KNOWS_RESUME = find_spec("hqqtrain.train.interrupt") is not None
+RESUME = pytest.mark.skipif(not KNOWS_RESUME, reason="runs do not resume yet")
+KNOWS_TABLE = "--table" in _FLAGS
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> dict[str, str]:
+    """An environment in which the task is a stand-in."""
+    (tmp_path / "stand_in").mkdir()
+    source = Path(__file__).with_name("stand_in.py")
+    shutil.copy(source, tmp_path / "stand_in" / "sitecustomize.py")
+    path = [str(tmp_path / "stand_in"), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(path)}
+
+
+def _submit(cluster: Cluster, folder: Path, *words: str, **environ: str) -> str:
+    """`python -m hqqtrain launch=slurm *words` in `folder`; the job's id."""
+    (job,) = _submit_all(cluster, folder, *words, **environ)
+    return job
+
+
+def _submit_all(cluster: Cluster, folder: Path, *words: str, **environ: str) -> list[str]:
+    command = [sys.executable, "-m", "hqqtrain", "launch=slurm", *words]
+    environ = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **environ}
+    said = cluster.run(*command, cwd=folder, **environ)
+    return re.findall(r"(?:submitted jobs? |then )(\d+)", said)
+
+
+def _run_directory(folder: Path) -> Path:
+    """The only one, beside that of batch files."""
+    (found,) = (path for path in (folder / "runs").iterdir() if path.name != "slurm")
+    return found
+
+
+def _output(folder: Path) -> str:
+    return "\n".join(file.read_text() for file in (folder / "runs" / "slurm").glob("*.out"))
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps that metrics.jsonl tells of, so far."""
+    files = (folder / "runs").glob("*/metrics.jsonl")
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [line["train/global_step"] for line in lines if "train/loss" in line]
+
+
+def test_tasks_of_srun_are_ranks(cluster):
+    told = cluster.run("srun", "-N2", "--ntasks-per-node=2", sys.executable, "-c", RANKS)
+    ranks = sorted(line.split() for line in told.splitlines())
+    assert [rank[:4] for rank in ranks] == [
+        ["0", "4", "0", "2"], ["1", "4", "1", "2"], ["2", "4", "0", "2"], ["3", "4", "1", "2"],
+    ]  # fmt: skip
+    assert {rank[4] for rank in ranks} == {NODES[0]}
+    assert len({rank[5] for rank in ranks}) == 1
+
+
+def test_two_jobs_meet_at_different_ports(cluster):
+    told = [cluster.run("srun", "-n2", sys.executable, "-c", RANKS) for _ in range(2)]
+    assert len({line.split()[5] for line in "\n".join(told).splitlines()}) == 2
+
+
+@pytest.mark.parametrize("command", [["salloc", "-n2"], ["srun", "-n1"]])
+def test_a_shell_of_salloc_and_one_task_are_one_process(cluster, command):
+    told = cluster.run(*command, sys.executable, "-c", RANKS)
+    assert told == "- - - - - -"
+
+
+def test_a_batch_script_is_one_process(cluster, tmp_path):
+    script = tmp_path / "script.sh"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{RANKS}"\n')
+    cluster.run("sbatch", "--wait", "-n2", f"--output={tmp_path}/out", str(script))
+    assert (tmp_path / "out").read_text().strip() == "- - - - - -"
+
+
+def test_ranks_of_another_launcher_are_left_alone(cluster):
+    told = cluster.run("srun", "-n2", "env", "RANK=5", sys.executable, "-c", RANKS)
+    assert told.splitlines() == ["5 - - - - -"] * 2
+
+
+def test_a_job_that_was_told_to_save_is_requeued_and_goes_on(cluster, tmp_path, stand_in):
+    job = _submit(cluster, tmp_path, "launch.nodes=2", "train.seed=1", **stand_in)
+    cluster.until(lambda: len([*tmp_path.glob("runs/*/starts-*")]) == 2)
+    cluster.run("scancel", "--signal=USR1", job)
+    ended = cluster.ended(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1")
+    for rank in (0, 1):
+        assert (_run_directory(tmp_path) / f"starts-{rank}").read_text() == "0\n1\n"
+    assert "preempted; requeued" in _output(tmp_path)
+
+
+def test_a_job_of_higher_priority_comes_first(cluster, tmp_path, stand_in):
+    """Slurm sends SIGTERM and waits for the partition's GraceTime."""
+    words = ("launch.nodes=2", "launch.tasks_per_node=2", "train.seed=1")
+    job = _submit(cluster, tmp_path, *words, **stand_in)
+    cluster.until(lambda: len([*tmp_path.glob("runs/*/starts-*")]) == 4)
+    words = ("launch.nodes=2", "launch.tasks_per_node=2", "launch.partition=urgent")
+    urgent = _submit(cluster, tmp_path, *words, **stand_in)
+    assert cluster.ended(urgent)["JobState"] == "COMPLETED"
+    ended = cluster.ended(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1")
+
+
+def test_a_fault_ends_the_job_with_its_code(cluster, tmp_path, stand_in):
+    ended = cluster.ended(_submit(cluster, tmp_path, "train.seed=2", **stand_in))
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
+
+
+def test_a_job_that_never_gets_to_save_is_not_requeued_for_ever(cluster, tmp_path, stand_in):
+    ended = cluster.ended(_submit(cluster, tmp_path, "train.seed=4", **stand_in))
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "1")
+    assert "give it more launch.time" in _output(tmp_path)
+
+
+def test_a_cancelled_job_stays_cancelled(cluster, tmp_path, stand_in):
+    job = _submit(cluster, tmp_path, "train.seed=1", **stand_in)
+    cluster.until(lambda: [*tmp_path.glob("runs/*/starts-*")])
+    cluster.run("scancel", job)
+    assert cluster.ended(job)["JobState"] == "CANCELLED"
+    assert cluster.job(job)["Restarts"] == "0"
+
+
+def test_what_sbatch_refuses_is_one_message(cluster, tmp_path):
+    with pytest.raises(AssertionError, match=r"sbatch refuses .*invalid partition"):
+        _submit(cluster, tmp_path, "launch.partition=absent")
+
+
+@RESUME
+def test_a_preempted_run_is_one_run(cluster, tmp_path):
+    """Two ranks on two nodes, told by USR1 as slurm does before a time limit."""
+    words = (*QUICK, "train.max_steps=24", "track.backends=[wandb]", "launch.nodes=2")
+    job = _submit(cluster, tmp_path, *words)
+    cluster.until(lambda: len(_steps(tmp_path)) >= 2, SLOW)
+    cluster.run("scancel", "--signal=USR1", job)
+    ended = cluster.ended(job, SLOW)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), _output(tmp_path)
+    run = _run_directory(tmp_path)
+    assert json.loads((run / "summary.json").read_text())["run"]["world_size"] == 2
+    assert _steps(tmp_path) == list(range(1, 25)), "no step twice, none left out"
+    offline = [path.name for path in (run / "wandb").glob("offline-run-*")]
+    assert len(offline) == 2, "one for each start"
+    assert {name.rpartition("-")[2] for name in offline} == {(run / "wandb/run_id").read_text()}
+
+
+def test_a_node_that_dies_costs_no_run(cluster, tmp_path):
+    job = _submit(cluster, tmp_path, *QUICK, "train.max_steps=24", "ckpt.every=2")
+    cluster.until(lambda: len(_steps(tmp_path)) >= 5, SLOW)
+    node = cluster.job(job)["NodeList"]
+    cluster.kill_node(node)
+    ended = cluster.ended(job, SLOW)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), _output(tmp_path)
+    assert ended["NodeList"] != node
+    assert (_run_directory(tmp_path) / "summary.json").exists()
+    if KNOWS_RESUME:
+        assert "going on from" in _output(tmp_path)
+    cluster.start_node(node)
+
+
+def test_the_table_waits_for_the_requeued_task_of_an_array(cluster, tmp_path, stand_in):
+    words = ("-m", "train.seed=0,1", "launch.jobs=2")
+    array, table = _submit_all(cluster, tmp_path, *words, **stand_in)
+    cluster.until(lambda: len([*tmp_path.glob("runs/*/starts-0")]) == 2)
+    cluster.run("scancel", "--signal=USR1", f"{array}_1")
+    cluster.until(lambda: cluster.job(f"{array}_1")["Restarts"] == "1")
+    assert cluster.job(table)["Reason"] == "Dependency"
+    assert cluster.ended(f"{array}_0")["Restarts"] == "0"
+    assert cluster.ended(f"{array}_1")["ExitCode"] == "0:0"
+    assert cluster.ended(table)["JobState"] == ("COMPLETED" if KNOWS_TABLE else "FAILED")
+
+
+@pytest.mark.skipif(not KNOWS_TABLE, reason="the command line has no --table")
+def test_a_sweep_is_an_array_and_ends_in_its_table(cluster, tmp_path):
+    words = (*QUICK, "task=quantize", "-m", "quant.nbits=2,3", "launch.jobs=2")
+    array, table = _submit_all(cluster, tmp_path, *words)
+    for job in (f"{array}_0", f"{array}_1", table):
+        assert cluster.ended(job, SLOW)["JobState"] == "COMPLETED", _output(tmp_path)
+    (results,) = tmp_path.glob("runs/sweep-*/results.csv")
+    assert len(results.read_text().splitlines()) == 3

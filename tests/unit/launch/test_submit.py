@@ -1,0 +1,91 @@
+"""Submission: what sbatch is called with, what is kept, and what users are told."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from hqqtrain.cli import main
+
+SBATCH = """#!{python}
+import json, os, sys
+with open(os.environ["CALLS"], "a") as file:
+    print(json.dumps([sys.argv[1:], dict(os.environ)]), file=file)
+if "refuse" in open(sys.argv[-1]).read():
+    sys.exit("sbatch: error: invalid partition specified: refuse")
+print("70{{}};cluster".format(sum(1 for _ in open(os.environ["CALLS"]))))
+"""
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    """(arguments, environment) of every call of an sbatch that is a stand-in."""
+    import sys
+
+    program = tmp_path / "bin" / "sbatch"
+    program.parent.mkdir()
+    program.write_text(SBATCH.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.chdir(tmp_path)
+    return lambda: [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+
+
+def test_a_run_is_submitted_and_its_batch_file_kept(calls, capsys):
+    assert main(["launch=slurm", "run.name=mine"]) == 0
+    said = capsys.readouterr().out
+    assert said == "submitted job 701: runs/mine; its output: runs/slurm\n"
+    ((arguments, _),) = calls()
+    assert arguments == ["--parsable", "runs/slurm/mine.sbatch"]
+    assert os.listdir("runs/slurm") == ["mine.sbatch"]
+
+
+def test_a_job_gets_no_ranks_and_no_jobs_variables_of_where_it_is_submitted(calls, monkeypatch):
+    for name in ("RANK", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID", "SLURM_CONF", "HF_HOME"):
+        monkeypatch.setenv(name, "1")
+    assert main(["launch=slurm"]) == 0
+    ((_, environ),) = calls()
+    assert {"SLURM_CONF", "HF_HOME"} <= environ.keys()
+    assert not {"RANK", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"} & environ.keys()
+
+
+def test_a_sweep_is_an_array_and_then_its_table(calls, capsys):
+    assert main(["launch=slurm", "-m", "quant.nbits=2,3", "run.root=out"]) == 0
+    assert capsys.readouterr().out.startswith("submitted jobs 701_[0-1], then 702;")
+    (array, _), (table, _) = calls()
+    assert len(array) == 2
+    assert table[:2] == ["--parsable", "--dependency=afterany:701"]
+    text = Path(table[2]).read_text()
+    assert text.endswith("-m hqqtrain --table -m quant.nbits=2,3 run.root=out\n")
+
+
+def test_what_sbatch_says_is_passed_on(calls, capsys):
+    assert main(["launch=slurm", "launch.partition=refuse"]) == 2
+    assert "invalid partition specified: refuse" in capsys.readouterr().err
+
+
+def test_without_sbatch(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["launch=slurm"]) == 2
+    assert "no sbatch on this machine" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(calls, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["launch=slurm", "run.root=file/x"]) == 2
+    assert "run.root=file/x: cannot be written to" in capsys.readouterr().err
+
+
+def test_several_ranks_do_not_submit(calls, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["launch=slurm"]) == 2
+    assert "one process" in capsys.readouterr().err
+
+
+def test_check_of_a_job_says_so(capsys):
+    assert main(["--check", "launch=slurm", "run.name=mine"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["job of slurm:", "runs/mine"]
