@@ -1,14 +1,16 @@
-"""Where a run's figures go: metrics.jsonl, W&B, the terminal, the report."""
+"""Where a run's figures go: metrics.jsonl, W&B, TensorBoard, the terminal, the report."""
 
 from hqqtrain.track.base import LAYER_ERROR, Tracker
 from hqqtrain.track.console import Console, Progress, ResultRow, results_table, setup_logging
 from hqqtrain.track.fanout import Trackers, open_trackers
 from hqqtrain.track.jsonl import JsonlTracker, read_metrics
 from hqqtrain.track.report import write_report
+from hqqtrain.track.run_id import keep_run_id, run_id
+from hqqtrain.track.tensorboard import TensorBoardTracker
 from hqqtrain.track.wandb import WandbTracker
 
 __all__ = [
-    "LAYER_ERROR", "Console", "JsonlTracker", "Progress", "ResultRow", "Tracker", "Trackers",
-    "WandbTracker", "open_trackers", "read_metrics", "results_table", "setup_logging",
-    "write_report",
+    "LAYER_ERROR", "Console", "JsonlTracker", "Progress", "ResultRow", "TensorBoardTracker",
+    "Tracker", "Trackers", "WandbTracker", "keep_run_id", "open_trackers", "read_metrics",
+    "results_table", "run_id", "setup_logging", "write_report",
 ]  # fmt: skip

@@ -2,11 +2,11 @@
 
 import io
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hqqtrain.track.files import write_whole
 from hqqtrain.track.jsonl import read_metrics
 from hqqtrain.track.page import number, page
 from hqqtrain.track.plots import layer_figure, loss_figure, perplexity_figure
@@ -42,7 +42,7 @@ def write_report(
         str(summary.get("run", {}).get("name") or run_dir.name), summary, key_figures(summary),
         {headings[name]: path for name, path in files.items()}, layer_errors,
     )  # fmt: skip
-    return files | {"index": _write(folder / "index.html", html.encode())}
+    return files | {"index": write_whole(folder / "index.html", html.encode())}
 
 
 def perplexities(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -68,15 +68,4 @@ def key_figures(summary: Mapping[str, Any]) -> dict[str, str]:
 def _save(figure: "Figure", path: Path) -> Path:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=130)
-    return _write(path, image.getvalue())
-
-
-def _write(path: Path, content: bytes) -> Path:
-    """Complete or absent: written beside, forced to the disk, renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return path
+    return write_whole(path, image.getvalue())

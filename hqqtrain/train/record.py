@@ -36,7 +36,8 @@ from hqqtrain.train.summary import Summary
 logger = logging.getLogger(__name__)
 
 _RESULTS = (
-    "quantized", "adapter", "export", "summary.json", "metrics.jsonl", "report/index.html",
+    "quantized", "adapter", "export", "checkpoints", "summary.json", "metrics.jsonl",
+    "report/index.html",
 )  # fmt: skip
 
 
@@ -163,10 +164,13 @@ class Record:
         self.directory.write_summary(parts)
         self.trackers.summary(parts)
         self._report()
+        if (adapter := self.path("adapter")).exists():
+            self.trackers.artifact(adapter)
+        hints = self.trackers.hints()
         self.trackers.finish(0)
         self.directory.write_status("done", exit_code=0)
         written = [self.path(name) for name in _RESULTS if self.path(name).exists()]
-        self.console.results(self.summary.rows(), written)
+        self.console.results(self.summary.rows(), written, hints)
 
     def _report(self) -> None:
         """Draws report/; a plot that fails is no reason to call a finished run failed."""
