@@ -37,17 +37,16 @@ def reachable() -> bool:
     """True where the server answers anything in time; a thread, for name lookup has no limit."""
     answers: list[bool] = []
 
-    def ask(url: str, open_url: Any) -> None:
+    def ask() -> None:
         try:
-            open_url(url, timeout=REACH_SECONDS).close()
+            urllib.request.urlopen(server(), timeout=REACH_SECONDS).close()
         except urllib.error.HTTPError:
             pass  # an answer nonetheless
         except Exception:  # whatever it is, nobody waits for it any more
             return
         answers.append(True)
 
-    arguments = (server(), urllib.request.urlopen)
-    thread = threading.Thread(target=ask, args=arguments, daemon=True)
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(REACH_SECONDS)
     return bool(answers)

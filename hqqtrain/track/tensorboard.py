@@ -109,10 +109,9 @@ _COMPARED = ("quantize", "eval", "train")
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result depends on, as TensorBoard takes it: numbers, truth values and text."""
-    kept = {group: value for group, value in config.items() if group not in NOT_THE_RESULT}
-    plain = (bool, int, float, str)
-    return {n: v if isinstance(v, plain) else str(v) for n, v in flat(kept).items()}
+    """What a result depends on, as numbers and text; torch takes truth values for numbers."""
+    kept = flat({group: keys for group, keys in config.items() if group not in NOT_THE_RESULT})
+    return {n: v if type(v) in (int, float, str) else str(v) for n, v in kept.items()}
 
 
 def _table(head: Sequence[str], rows: Iterable[tuple[str, Any]]) -> str:

@@ -8,6 +8,7 @@ same run: online it goes on where the server is, offline it is one more file of 
 
 import importlib.util
 import logging
+import os
 import re
 import secrets
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 from hqqtrain.config import TrackConfig
 from hqqtrain.config.secrets import masked, masked_command
 from hqqtrain.track.base import LAYER_ERROR, STEP, flat, layer_errors
-from hqqtrain.track.online import mode, reachable
+from hqqtrain.track.online import mode, reachable, server
 from hqqtrain.track.run_id import keep_run_id, run_id
 
 logger = logging.getLogger(__name__)
@@ -73,17 +74,15 @@ class WandbTracker:
             self._run.log({f"report/{n}": wandb.Image(str(path)) for n, path in paths.items()})
 
     def artifact(self, path: Path) -> None:
-        """Where `track.artifacts` asks for it. Waits for the upload while the server answers."""
+        """Where `track.artifacts` asks for it. One that fails is no reason to leave the run."""
         if self._run is None or not self.config.artifacts:
             return
-        import wandb
-
-        name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{self.run_dir.name}-adapter")
-        artifact = wandb.Artifact(name[-128:], type="model")
-        artifact.add_dir(str(path))
-        logged = self._run.log_artifact(artifact)
-        if self._online and reachable():
-            logged.wait(timeout=int(UPLOAD_SECONDS))
+        try:
+            if self._online and not reachable():
+                raise TimeoutError(f"{server()} does not answer")
+            self._upload(path)
+        except Exception as error:
+            logger.warning("wandb: the adapter was not uploaded: %s", masked(str(error)))
 
     def hint(self) -> str | None:
         if self._run is None or self._mode == "disabled":
@@ -97,9 +96,19 @@ class WandbTracker:
         if self._run is not None:
             run, self._run = self._run, None
             run.finish(exit_code=exit_code)
-            import wandb
+            _wandb_forgets(exit_code)  # until then the last rows may not be in the file
 
-            wandb.teardown(exit_code)  # until then the last rows may not be in the file
+    def _upload(self, path: Path) -> None:
+        """Returns when the server has it; offline the files stay where they are until a sync."""
+        import wandb
+
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{self.run_dir.name}-adapter")
+        artifact = wandb.Artifact(name[-128:], type="model")
+        for file in sorted(path.iterdir()):
+            artifact.add_file(str(file), policy="immutable")  # it is written once: no copy
+        logged = self._run.log_artifact(artifact)
+        if self._online:
+            logged.wait(timeout=int(UPLOAD_SECONDS))
 
     @property
     def _online(self) -> bool:
@@ -107,6 +116,8 @@ class WandbTracker:
 
     def _open(self, config: dict[str, Any]) -> Any:
         """The run, offline if the server lets it down."""
+        # wandb's reports to its authors: where no server answers, a program waits for them.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         self._mode = mode()
         try:
             return self._init(config)
@@ -115,6 +126,7 @@ class WandbTracker:
                 raise
             logger.warning("wandb: %s; the run is kept offline.", masked(str(error)))
             self._mode = "offline"
+            _wandb_forgets(1)
             return self._init(config)
 
     def _init(self, config: dict[str, Any]) -> Any:
@@ -139,6 +151,13 @@ def _settings(wandb: Any) -> Any:
         silent=True, console="off", save_code=False, git_remote="", login_timeout=INIT_SECONDS,
         init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS,
     )  # fmt: skip
+
+
+def _wandb_forgets(exit_code: int) -> None:
+    """Ends wandb's own process, and with it what it holds of a run."""
+    import wandb
+
+    wandb.teardown(exit_code)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 
 
 class Server:
-    """Use as a context manager; `url` is for WANDB_BASE_URL, `history` what it was sent."""
+    """Use as a context manager; `history` is what it was sent, by line."""
 
     def __init__(self) -> None:
         self.history: dict[int, dict[str, Any]] = {}
@@ -29,6 +29,14 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.die()
+
+    def environment(self) -> dict[str, str]:
+        """What makes wandb speak to it."""
+        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The history, in order."""
+        return [self.history[number] for number in sorted(self.history)]
 
     def die(self) -> None:
         """From now on connections are refused."""
