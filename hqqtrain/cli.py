@@ -15,6 +15,7 @@ from hqqtrain import __version__
 from hqqtrain.compose import compose, jobs, recipe_files
 from hqqtrain.compose.usage import usage
 from hqqtrain.config import RankLostError, RunConfig, UserError, did_you_mean
+from hqqtrain.config.secrets import masked
 from hqqtrain.sweep import Job, run_all
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
@@ -37,7 +38,7 @@ def _guarded(words: list[str]) -> int:
         return _dispatch(words)
     except UserError as error:
         if _rank() == 0:  # what one rank finds is raised on all
-            print(f"hqqtrain: {error}", file=sys.stderr)
+            print(f"hqqtrain: {masked(str(error))}", file=sys.stderr)
         return USER_ERROR
     except RankLostError as error:
         print(f"hqqtrain: {error}", file=sys.stderr)

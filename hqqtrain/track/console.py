@@ -18,6 +18,8 @@ from typing import Any
 from tabulate import tabulate
 from tqdm import tqdm
 
+from hqqtrain.config.secrets import masked
+
 FIRST_SECONDS, LINE_SECONDS = 5.0, 60.0
 """Where there is no terminal: when the first plain line may come, and how often one is written."""
 
@@ -137,11 +139,11 @@ def setup_logging(main: bool = True) -> None:
 
 
 class _BarHandler(logging.Handler):
-    """Writes a record without tearing a bar apart."""
+    """Writes a record, without secrets, and without tearing a bar apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(_level(record.levelno) + self.format(record), file=sys.stderr)
+            tqdm.write(_level(record.levelno) + masked(self.format(record)), file=sys.stderr)
         except Exception:
             self.handleError(record)
 

@@ -19,7 +19,7 @@ from hqqtrain.track.base import LAYER_ERROR, STEP, flat, layer_errors
 
 logger = logging.getLogger(__name__)
 
-FLUSH_SECONDS = 15
+FLUSH_SECONDS = 1
 """How often events are written out; a killed process loses those since."""
 
 

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 INIT_SECONDS, FINISH_SECONDS, UPLOAD_SECONDS = 30.0, 30.0, 600.0
 """Limits: to begin, to send the last figures at the end, to upload an adapter."""
 
+FLUSH_SECONDS = 1.0
+"""How often its file is written; a killed process loses rows since, but not in metrics.jsonl."""
+
 
 class WandbTracker:
     """A W&B run inside `run_dir`; its id is kept there, so a resumed run is the same run."""
@@ -147,9 +150,11 @@ def _settings(wandb: Any) -> Any:
 
     Of git the commit alone: the address of its remote may hold a token.
     """
+    flush = "x_transaction_log_flush_interval"  # of newer versions; theirs is 15 s
+    known = {flush: FLUSH_SECONDS} if flush in wandb.Settings.model_fields else {}
     return wandb.Settings(
         silent=True, console="off", save_code=False, git_remote="", login_timeout=INIT_SECONDS,
-        init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS,
+        init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, **known,
     )  # fmt: skip
 
 

@@ -151,8 +151,8 @@ def test_logging_once_on_the_main_process_and_errors_only_elsewhere(capsys):
     for _ in range(2):
         setup_logging()
     logger.info("hello %d", 1)
-    logger.warning("careful")
-    assert capsys.readouterr().err == "hello 1\nwarning: careful\n"
+    logger.warning("careful with %s", "https://me:pw@host")
+    assert capsys.readouterr().err == "hello 1\nwarning: careful with https://***@host\n"
     setup_logging(main=False)
     logger.warning("careful")
     logger.error("broken")
