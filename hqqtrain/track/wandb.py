@@ -3,7 +3,7 @@
 wandb asks for a key, waits for a server and prints; a training run may do none of that. So the
 mode is decided within seconds (online.py), every wait has a limit, a server that takes the run
 and then fails leaves it offline, and the rest is `Trackers`' work. A run that is resumed is the
-same run: online it goes on where the server is, offline it is one more file of the same id.
+same run: online it goes on from what the server has, offline it is one more file of its id.
 """
 
 import importlib.util
@@ -20,6 +20,7 @@ from typing import Any
 from hqqtrain.config import TrackConfig
 from hqqtrain.config.secrets import masked, masked_command
 from hqqtrain.track.base import LAYER_ERROR, STEP, flat, layer_errors
+from hqqtrain.track.jsonl import read_metrics
 from hqqtrain.track.online import mode, reachable, server
 from hqqtrain.track.run_id import keep_run_id, run_id
 
@@ -52,6 +53,8 @@ class WandbTracker:
         self._run.define_metric(LAYER_ERROR + "*", step_metric=STEP, hidden=True)
         where = self._run.url if self._online else f"{self._mode}, in {self.run_dir / 'wandb'}"
         logger.info("wandb: %s", where)
+        if step and self._online:
+            self._catch_up()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         # A run that was killed after a checkpoint repeats steps that the server has already.
@@ -100,6 +103,13 @@ class WandbTracker:
             run, self._run = self._run, None
             run.finish(exit_code=exit_code)
             _wandb_forgets(exit_code)  # until then the last rows may not be in the file
+
+    def _catch_up(self) -> None:
+        """Tells the server what it lacks of earlier processes, which it may have failed."""
+        file = self.run_dir / "metrics.jsonl"
+        for row in read_metrics(file) if file.exists() else []:
+            metrics = {name: value for name, value in row.items() if name not in (STEP, "time")}
+            self.log({n: v for n, v in metrics.items() if v is not None}, row[STEP])
 
     def _upload(self, path: Path) -> None:
         """Returns when the server has it; offline the files stay where they are until a sync."""

@@ -64,6 +64,7 @@ def test_what_is_no_secret_is_kept(finished: Finished):
 
 def test_the_last_lines_name_the_files_and_how_to_see_more(finished: Finished):
     told = finished.output.splitlines()
+    assert any(line.startswith("training: 2/2 steps (100%), ") for line in told)
     folder = finished.directory
     for name in ("quantized", "adapter", "summary.json", "metrics.jsonl", "report/index.html"):
         assert f"wrote {folder / name}" in told

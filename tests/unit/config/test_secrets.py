@@ -41,7 +41,7 @@ def test_secrets_on_the_command_line_are_masked(words, shown):
 def test_the_rest_of_the_command_line_stays():
     words = ["hqqtrain", "-m", "recipe=tiny_2bit", "quant.nbits=2,3", "eval.tokens=65536",
              "track.project=token-study", f"model.revision={COMMIT}", "data.source=a:b/c.txt",
-             "data.source=https://host/key/x?page=2", "run.root=/home/me@work/disk-sk/runs",
+             "data.source=https://host/key/x?page=2", "run.root=/data/me@work/disk-sk/runs",
              "quant.overrides={model.layers.*.q_proj:{nbits:4}}", "run.time_limit=1-02:30:00",
              f"model.name_or_path=/hub/snapshots/{COMMIT}"]  # fmt: skip
     assert masked_command(words) == words

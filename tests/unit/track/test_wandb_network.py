@@ -79,6 +79,24 @@ def test_online_a_resumed_run_repeats_no_step(monkeypatch, tmp_path):
         assert [row["train/global_step"] for row in server.rows()] == [1, 2, 3, 4, 5]
 
 
+def test_a_server_learns_what_it_has_missed(monkeypatch, tmp_path):
+    config = TrackConfig(backends=["wandb"], project="p")
+
+    def process(step: int, *steps: int) -> None:
+        trackers = open_trackers(config, tmp_path, {}, step)
+        for number in steps:
+            trackers.log({"train/loss": 1.0 / number, "train/mfu": float("nan")}, number)
+        trackers.finish(1)
+
+    process(0, 1, 2, 3)  # no key: offline
+    with Server() as server:
+        speak_to(monkeypatch, server.url)
+        process(2, 3, 4)
+        process(3, 4, 5)
+        told = [(row["train/global_step"], row["train/loss"]) for row in server.rows()]
+    assert told == [(n, pytest.approx(1.0 / n)) for n in (1, 2, 3, 4, 5)]
+
+
 def test_a_server_that_dies_in_mid_run_costs_seconds_and_no_figure(monkeypatch, tmp_path, caplog):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
