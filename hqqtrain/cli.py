@@ -15,6 +15,7 @@ from hqqtrain import __version__
 from hqqtrain.compose import compose, jobs, recipe_files
 from hqqtrain.compose.usage import usage
 from hqqtrain.config import PreemptedError, RankLostError, RunConfig, UserError, did_you_mean
+from hqqtrain.config.secrets import masked
 from hqqtrain.launch import adopt_ranks, submit, submit_sweep
 from hqqtrain.sweep import Job, Sweep, run_all, show_table
 
@@ -39,7 +40,7 @@ def _guarded(words: list[str]) -> int:
         return _dispatch(words)
     except UserError as error:
         if _rank() == 0:  # what one rank finds is raised on all
-            print(f"hqqtrain: {error}", file=sys.stderr)
+            print(f"hqqtrain: {masked(str(error))}", file=sys.stderr)
         return USER_ERROR
     except PreemptedError as error:
         if _rank() == 0:

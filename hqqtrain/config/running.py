@@ -29,6 +29,8 @@ class TrackConfig:
                     f"track.backends=[{name}]: allowed are {', '.join(TRACKERS)}; metrics.jsonl is "
                     "always written."
                 )
+        if self.artifacts and "wandb" not in self.backends:
+            yield "track.artifacts=true: W&B keeps them; add wandb to track.backends, or use false."
 
 
 @dataclass(kw_only=True, slots=True)

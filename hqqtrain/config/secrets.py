@@ -1,30 +1,46 @@
-"""Keeps passwords out of files that are shared: run directories get copied and uploaded."""
+"""Keeps passwords out of files that are shared: run directories get copied and uploaded.
 
+A secret is known by the name it stands under, by its form, or because the environment holds it
+under such a name. Rather a harmless word too many is masked than a key too few.
+"""
+
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 MASK = "***"
 
-_NAMES = re.compile(r"(token|password|passwd|secret|credential|api[-_]?key)$", re.IGNORECASE)
-_VALUES = re.compile(
-    r"\b(?:hf_|sk-|ghp_|wandb_v1_)\w{8,}"
-    r"|(?<![0-9A-Za-z])(?<!snapshots/)[0-9a-f]{40}(?![0-9A-Za-z])"  # W&B's older keys
-    r"|(?<=://)[^/\s@]+(?=@)"  # user:password@host, token@host
+_NAME = (
+    r"(?:token|passw(?:or)?d|pwd|passphrase|secret|credential"
+    r"|(?:api|access|secret|private)[-_]?key)"
 )
+_NAMES = re.compile(rf"(?:{_NAME}|passwords|secrets|credentials)$", re.IGNORECASE)
+_FORMS = re.compile(
+    r"\b(?:hf_|gh[opusr]_|github_pat_|wandb_v1_)\w{8,}|\b(?:sk|glpat|xox[a-z])-[\w-]{8,}"
+    r"|\bAKIA[0-9A-Z]{16}\b|\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*"  # AWS; JSON web tokens
+    r"|(?<=://)[^/\s]+(?=@)"  # user:password@host, token@host
+    r"|(?<![\w/])[\w.+-]+:[^\s/:@]+(?=@[\w.-])"  # the same without https://
+    rf"|(?<=[?&;])[\w-]*(?:{_NAME}|key|sig|signature)=[^&;#\s'\"]+"  # of a URL
+    r"|(?<=bearer )\S+",
+    re.IGNORECASE,
+)
+_OLD_WANDB = re.compile(r"(?<![0-9A-Za-z])(?<!snapshots/)[0-9a-f]{40}(?![0-9A-Za-z])")
 # A commit has the form of an old W&B key, and is what makes a run reproducible.
 _COMMITS = re.compile(r"(^|[._-])(revision|commit|identity)$", re.IGNORECASE)
+_SHORTEST = 8
+"""Characters; a value of the environment that is shorter might be any word."""
 
 
 def masked(value: Any, name: str = "") -> Any:
     """A copy of `value` (JSON's types) without secrets; `name` is the key it stands under."""
+    if _NAMES.search(name) and value and not isinstance(value, bool):
+        return MASK
     if isinstance(value, Mapping):
         return {k: masked(v, str(k)) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [masked(v, name) for v in value]
-    if not isinstance(value, str) or _COMMITS.search(name):
-        return value
-    return MASK if _NAMES.search(name) and value else _VALUES.sub(MASK, value)
+    return _masked_text(value, name) if isinstance(value, str) else value
 
 
 def masked_command(words: list[str]) -> list[str]:
@@ -33,8 +49,21 @@ def masked_command(words: list[str]) -> list[str]:
     for word in words:
         name, equals, value = word.partition("=")
         if equals:
-            shown.append(f"{name}={masked(value, name)}")
+            shown.append(f"{masked(name)}={masked(value, name)}")
         else:
             shown.append(masked(word, previous if previous.startswith("-") else ""))
         previous = word
     return shown
+
+
+def _masked_text(text: str, name: str) -> str:
+    for secret in _of_the_environment():
+        text = text.replace(secret, MASK)
+    text = _FORMS.sub(MASK, text)
+    return text if _COMMITS.search(name) else _OLD_WANDB.sub(MASK, text)
+
+
+def _of_the_environment() -> Iterator[str]:
+    for name, value in os.environ.items():
+        if _NAMES.search(name) and len(value) >= _SHORTEST:
+            yield value

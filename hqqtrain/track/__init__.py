@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, W&B, the terminal, the report."""
+"""Where a run's figures go: metrics.jsonl, W&B, TensorBoard, the terminal, the report."""
 
 from hqqtrain.track.base import LAYER_ERROR, Tracker
 from hqqtrain.track.console import Console, Progress, ResultRow, results_table, setup_logging
@@ -8,11 +8,13 @@ from hqqtrain.track.figures import COLORS, MUTED, new_figure, save_figure
 from hqqtrain.track.files import write
 from hqqtrain.track.jsonl import JsonlTracker, read_metrics
 from hqqtrain.track.report import write_report
+from hqqtrain.track.run_id import keep_run_id, run_id
+from hqqtrain.track.tensorboard import TensorBoardTracker
 from hqqtrain.track.wandb import WandbTracker
 
 __all__ = [
-    "COLORS", "LAYER_ERROR", "MUTED", "Console", "JsonlTracker", "Progress", "ResultRow", "Tracker",
-    "Trackers", "WandbTracker", "document", "images", "new_figure", "open_trackers",
-    "read_metrics", "results_table", "save_figure", "setup_logging", "table", "write",
-    "write_report",
+    "COLORS", "LAYER_ERROR", "MUTED", "Console", "JsonlTracker", "Progress", "ResultRow",
+    "TensorBoardTracker", "Tracker", "Trackers", "WandbTracker", "document", "images",
+    "keep_run_id", "new_figure", "open_trackers", "read_metrics", "results_table", "run_id",
+    "save_figure", "setup_logging", "table", "write", "write_report",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ same. Only the main process speaks.
 """
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -17,8 +18,12 @@ from typing import Any
 from tabulate import tabulate
 from tqdm import tqdm
 
-LINE_SECONDS = 15.0
-"""At most so often a plain line is written where there is no terminal."""
+from hqqtrain.config.secrets import masked
+
+FIRST_SECONDS, LINE_SECONDS = 5.0, 60.0
+"""Where there is no terminal: when the first plain line may come, and how often one is written."""
+
+_YELLOW, _RED = 33, 31
 
 
 @dataclass(frozen=True)
@@ -34,18 +39,21 @@ class ResultRow:
 
 
 class Progress:
-    """How far a piece of work is. Use as a context manager."""
+    """How far a piece of work is, from `initial` on. Use as a context manager."""
 
-    def __init__(self, description: str, total: int | None, unit: str, enabled: bool) -> None:
-        self.description, self.total, self.unit = description, total, unit
+    def __init__(
+        self, description: str, total: int | None, unit: str, enabled: bool, initial: int = 0
+    ) -> None:
+        self.description, self.total, self.unit, self.initial = description, total, unit, initial
         self._lines = enabled and not sys.stderr.isatty()
         self._bar = tqdm(
             total=total, desc=description, unit=unit, disable=not enabled or self._lines,
-            dynamic_ncols=True, file=sys.stderr,
+            dynamic_ncols=True, file=sys.stderr, initial=initial,
+            colour="green" if _has_colour() else None,
         )  # fmt: skip
-        self._done, self._postfix = 0, ""
+        self._done, self._postfix = initial, ""
         self._started = time.monotonic()
-        self._next_line = self._started + LINE_SECONDS
+        self._next_line = self._started + FIRST_SECONDS
 
     def update(self, n: int = 1, **postfix: float | str) -> None:
         """`n` more units are done; `postfix` says how it goes, such as loss=2.31."""
@@ -66,13 +74,21 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
         self._bar.close()
-        if self._lines and self._done:
-            self._line()
+        if self._lines and self._done > self.initial:
+            self._line(last=True)
 
-    def _line(self) -> None:
-        of = f"/{self.total} ({self._done / self.total:.0%})" if self.total else ""
+    def _line(self, last: bool = False) -> None:
+        """`training: 12/100 steps (12%), 0.5 steps/s, ETA 02:56, loss=2.31`"""
         seconds = time.monotonic() - self._started
-        parts = [f"{self.description}: {self._done}{of} {self.unit}", f"{seconds:.0f} s"]
+        rate = (self._done - self.initial) / seconds if seconds else 0.0
+        of = f"/{self.total}" if self.total else ""
+        share = f" ({self._done / self.total:.0%})" if self.total else ""
+        parts = [f"{self.description}: {self._done}{of} {self.unit}s{share}"]
+        parts += [f"{_short(rate)} {self.unit}s/s"] if rate else []
+        if last:
+            parts.append(f"in {tqdm.format_interval(seconds)}")
+        elif self.total and rate:
+            parts.append(f"ETA {tqdm.format_interval((self.total - self._done) / rate)}")
         print(", ".join([*parts, self._postfix] if self._postfix else parts),
               file=sys.stderr, flush=True)  # fmt: skip
 
@@ -83,14 +99,19 @@ class Console:
     def __init__(self, main: bool = True) -> None:
         self.main = main
 
-    def progress(self, description: str, total: int | None = None, unit: str = "it") -> Progress:
-        return Progress(description, total, unit, self.main)
+    def progress(
+        self, description: str, total: int | None = None, unit: str = "it", initial: int = 0
+    ) -> Progress:
+        """`initial` of `total` were done by an earlier process: no time of this one."""
+        return Progress(description, total, unit, self.main, initial)
 
-    def results(self, rows: Sequence[ResultRow], files: Iterable[Path] = ()) -> None:
-        """The final table and the files that were written, on standard output."""
+    def results(
+        self, rows: Sequence[ResultRow], files: Iterable[Path] = (), hints: Iterable[str] = ()
+    ) -> None:
+        """The final table, the files that were written and how to see more, on standard output."""
         if self.main:
             print("\n" + results_table(rows) + "\n")
-            print("\n".join(f"wrote {file}" for file in files), flush=True)
+            print("\n".join([*(f"wrote {file}" for file in files), *hints]), flush=True)
 
 
 def results_table(rows: Sequence[ResultRow]) -> str:
@@ -118,14 +139,27 @@ def setup_logging(main: bool = True) -> None:
 
 
 class _BarHandler(logging.Handler):
-    """Writes a record without tearing a bar apart."""
+    """Writes a record, without secrets, and without tearing a bar apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-            tqdm.write(level + self.format(record), file=sys.stderr)
+            tqdm.write(_level(record.levelno) + masked(self.format(record)), file=sys.stderr)
         except Exception:
             self.handleError(record)
+
+
+def _level(level: int) -> str:
+    if level <= logging.INFO:
+        return ""
+    word = f"{logging.getLevelName(level).lower()}: "
+    colour = _RED if level >= logging.ERROR else _YELLOW
+    return f"\033[{colour}m{word}\033[0m" if _has_colour() else word
+
+
+def _has_colour() -> bool:
+    """On a terminal that can, unless the user will not have it (https://no-color.org)."""
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return wanted and sys.stderr.isatty()
 
 
 def _short(value: Any) -> str:

@@ -5,35 +5,54 @@ tracker that raises is named in one warning and left out from then on.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hqqtrain.config import TrackConfig
-from hqqtrain.track.base import Tracker
-from hqqtrain.track.jsonl import JsonlTracker
+from hqqtrain.config.secrets import masked
+from hqqtrain.track.base import STEP, Tracker
+from hqqtrain.track.jsonl import JsonlTracker, read_metrics
+from hqqtrain.track.tensorboard import TensorBoardTracker
 from hqqtrain.track.wandb import WandbTracker
 
 logger = logging.getLogger(__name__)
 
 
 class Trackers:
-    """The trackers of one run, as one; itself a `Tracker` that never raises."""
+    """The trackers of one run, as one; itself a `Tracker` that never raises.
+
+    `told`: step -> metrics that an earlier process of the run has told already. A run that goes
+    on measures some of them once more; they are not told twice.
+    """
 
     def __init__(self, trackers: Iterable[Tracker]) -> None:
         self.live = list(trackers)
+        self.told: Mapping[int, Container[str]] = {}
 
-    def start(self, config: Mapping[str, Any]) -> None:
-        self._each(lambda tracker: tracker.start(config))
+    def start(self, config: Mapping[str, Any], step: int = 0) -> None:
+        self._each(lambda tracker: tracker.start(config, step))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._each(lambda tracker: tracker.log(metrics, step))
+        told = self.told.get(step, ())
+        news = {name: value for name, value in metrics.items() if name not in told}
+        if news:
+            self._each(lambda tracker: tracker.log(news, step))
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.summary(summary))
 
     def images(self, paths: Mapping[str, Path]) -> None:
         self._each(lambda tracker: tracker.images(paths))
+
+    def artifact(self, path: Path) -> None:
+        self._each(lambda tracker: tracker.artifact(path))
+
+    def hints(self) -> list[str]:
+        """How a person gets to see what was tracked; ask before `finish`."""
+        found: list[str | None] = []
+        self._each(lambda tracker: found.append(tracker.hint()))
+        return [hint for hint in found if hint]
 
     def finish(self, exit_code: int = 0) -> None:
         self._each(lambda tracker: tracker.finish(exit_code))
@@ -46,20 +65,43 @@ class Trackers:
             except Exception as error:
                 self.live.remove(tracker)
                 name = type(tracker).__name__
-                logger.warning("%s failed and is left out from now on: %s", name, error)
+                logger.warning(
+                    "%s failed and is left out from now on: %s", name, masked(str(error))
+                )
 
 
 def open_trackers(
-    config: TrackConfig, run_dir: Path, run_config: Mapping[str, Any], *, main: bool = True
+    config: TrackConfig,
+    run_dir: Path,
+    run_config: Mapping[str, Any],
+    step: int = 0,
+    *,
+    main: bool = True,
 ) -> Trackers:
     """Started trackers: metrics.jsonl always, and those of `track.backends`.
 
-    `run_config` is the resolved configuration, logged without secrets. None at all where this is
-    not the `main` process.
+    `run_config` is the resolved configuration, logged without secrets; `step` the optimizer
+    step that the run goes on from, 0 for one that begins. None at all where this is not the
+    `main` process.
     """
-    chosen: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl")] if main else []
-    if main and "wandb" in config.backends:
-        chosen.append(WandbTracker(run_dir, project=config.project, entity=config.entity))
+    if not main:
+        return Trackers([])
+    metrics = run_dir / "metrics.jsonl"
+    chosen: list[Tracker] = [JsonlTracker(metrics)]
+    if "tensorboard" in config.backends:
+        chosen.append(TensorBoardTracker(run_dir))
+    if "wandb" in config.backends:
+        chosen.append(WandbTracker(run_dir, config))
     trackers = Trackers(chosen)
-    trackers.start(run_config)
+    trackers.start(run_config, step)
+    trackers.told = _told(metrics, step)
     return trackers
+
+
+def _told(metrics: Path, step: int) -> dict[int, set[str]]:
+    """What is told of the steps that a run which goes on from `step` may speak of once more."""
+    try:
+        rows = read_metrics(metrics) if step else []
+    except (OSError, ValueError):
+        return {}
+    return {row[STEP]: set(row) for row in rows if row[STEP] in (0, step)}

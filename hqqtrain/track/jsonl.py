@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hqqtrain.track.base import STEP
+from hqqtrain.track.files import write
 
 SYNC_SECONDS = 10.0
 """How often lines are forced to the disk; in between a crash of the machine may lose some."""
 
 
 class JsonlTracker:
-    """Appends to `path`; a resumed run goes on in the same file.
+    """Appends to `path`; a resumed run goes on in the same file, after the step it resumes from.
 
     Every line has `train/global_step` and `time` (seconds since 1970); a number that is not
     finite is null, for JSON knows no other.
@@ -26,9 +27,9 @@ class JsonlTracker:
         self._file: TextIO | None = None
         self._synced = 0.0
 
-    def start(self, config: Mapping[str, Any]) -> None:
+    def start(self, config: Mapping[str, Any], step: int = 0) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_torn_line(self.path)
+        _cut(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -46,6 +47,12 @@ class JsonlTracker:
     def images(self, paths: Mapping[str, Path]) -> None:
         """Plots have files of their own."""
 
+    def artifact(self, path: Path) -> None:
+        """The adapter stays where it is."""
+
+    def hint(self) -> str | None:
+        return None
+
     def finish(self, exit_code: int) -> None:
         if self._file is not None:
             self._sync()
@@ -59,10 +66,9 @@ class JsonlTracker:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl in order; a last line cut off by a crash is left out.
+    """The rows of a metrics.jsonl in order, those of a step merged into one.
 
-    Where a resumed run repeated steps, the later row of a step and name counts: rows of the
-    same step are merged.
+    A last line that a crash has cut off is left out.
     """
     rows: dict[int, dict[str, Any]] = {}
     with path.open(encoding="utf-8") as lines:
@@ -78,10 +84,24 @@ def _finite(value: float) -> float | int | None:
     return value if math.isfinite(value) else None
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cuts what a killed process left after the last newline, so that appending stays valid."""
+def _cut(path: Path, step: int) -> None:
+    """Leaves the rows up to `step`, none of a run that begins: the others are written again.
+
+    With them goes what is no row: the torn last line of a process that was killed.
+    """
     if not path.exists():
         return
-    with path.open("r+b") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True) if step else []
+    kept = b"".join(line for line in lines if _step_of(line) <= step)
+    if kept != content:
+        write(path, kept)
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a whole row; infinity, which is after every step, of anything else."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        row = None
+    return row.get(STEP, math.inf) if isinstance(row, dict) else math.inf

@@ -1,74 +1,77 @@
 """Weights & Biases: online where there is a key and a network, else a file to sync later.
 
 wandb asks for a key, waits for a server and prints; a training run may do none of that. So the
-mode is decided here within seconds, every wait has a limit, and the rest is `Trackers`' work.
-Offline, wandb's file lags some seconds behind: a killed process loses those rows there, but not
-in metrics.jsonl.
+mode is decided within seconds (online.py), every wait has a limit, a server that takes the run
+and then fails leaves it offline, and the rest is `Trackers`' work. A run that is resumed is the
+same run: online it goes on from what the server has, offline it is one more file of its id.
 """
 
 import importlib.util
 import logging
-import netrc
 import os
+import re
 import secrets
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from hqqtrain.config.secrets import masked
-from hqqtrain.track.base import LAYER_ERROR, STEP
+from hqqtrain.config import TrackConfig
+from hqqtrain.config.secrets import masked, masked_command
+from hqqtrain.track.base import LAYER_ERROR, STEP, flat, layer_errors
+from hqqtrain.track.jsonl import read_metrics
+from hqqtrain.track.online import mode, reachable, server
+from hqqtrain.track.run_id import keep_run_id, run_id
 
 logger = logging.getLogger(__name__)
 
-REACH_SECONDS, INIT_SECONDS, FINISH_SECONDS = 3.0, 30.0, 120.0
+INIT_SECONDS, FINISH_SECONDS, UPLOAD_SECONDS = 30.0, 30.0, 600.0
+"""Limits: to begin, to send the last figures at the end, to upload an adapter."""
+
+FLUSH_SECONDS = 1.0
+"""How often its file is written; a killed process loses rows since, but not in metrics.jsonl."""
 
 
 class WandbTracker:
     """A W&B run inside `run_dir`; its id is kept there, so a resumed run is the same run."""
 
-    def __init__(self, run_dir: Path, *, project: str, entity: str | None = None) -> None:
-        self.run_dir, self.project, self.entity = run_dir, project, entity
+    def __init__(self, run_dir: Path, config: TrackConfig) -> None:
+        self.run_dir, self.config = run_dir, config
         self._run: Any = None
 
-    def start(self, config: Mapping[str, Any]) -> None:
+    def start(self, config: Mapping[str, Any], step: int = 0) -> None:
         if importlib.util.find_spec("wandb") is None:
             logger.warning("track.backends=[wandb]: wandb is not installed; the run goes on "
                            "without it. pip install wandb, or set track.backends=[].")  # fmt: skip
             return
-        import wandb
-
-        mode = _mode()
-        self._run = wandb.init(
-            project=self.project, entity=self.entity, name=self.run_dir.name, id=self._run_id(),
-            dir=str(self.run_dir), config=masked(config), mode=mode, settings=_settings(wandb),
-            resume=None if mode == "offline" else "allow",
-        )  # fmt: skip
+        if run_id(self.run_dir) is None:
+            keep_run_id(self.run_dir, secrets.token_hex(4))
+        self._run = self._open(masked(config))
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
         self._run.define_metric(LAYER_ERROR + "*", step_metric=STEP, hidden=True)
-        online = mode not in ("offline", "dryrun", "disabled")  # otherwise there is no URL
-        where = self._run.url if online else f"{mode}, in {self.run_dir / 'wandb'}"
+        where = self._run.url if self._online else f"{self._mode}, in {self.run_dir / 'wandb'}"
         logger.info("wandb: %s", where)
+        if step and self._online:
+            self._catch_up()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        if self._run is None:
+        # A run that was killed after a checkpoint repeats steps that the server has already.
+        if self._run is None or step < self._run.starting_step:
             return
         row: dict[str, Any] = {**metrics, STEP: step}
-        layers = [[n.removeprefix(LAYER_ERROR), v] for n, v in metrics.items() if LAYER_ERROR in n]
-        if layers:
+        if layers := layer_errors(metrics):
             import wandb
 
-            names: list[str | int] = ["module", "relative_error"]
-            row["quant/relative_errors"] = wandb.Table(columns=names, data=layers)
-        self._run.log(row)
+            columns: list[str | int] = ["module", "relative_error"]
+            rows = [[name, error] for name, error in layers.items()]
+            row["quant/relative_errors"] = wandb.Table(columns=columns, data=rows)
+        self._run.log(row, step=step)
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         if self._run is not None:
-            self._run.summary.update(_flat(summary))
+            self._run.summary.update(flat(summary))
 
     def images(self, paths: Mapping[str, Path]) -> None:
         if self._run is not None and paths:
@@ -76,80 +79,108 @@ class WandbTracker:
 
             self._run.log({f"report/{n}": wandb.Image(str(path)) for n, path in paths.items()})
 
+    def artifact(self, path: Path) -> None:
+        """Where `track.artifacts` asks for it. One that fails is no reason to leave the run."""
+        if self._run is None or not self.config.artifacts:
+            return
+        try:
+            if self._online and not reachable():
+                raise TimeoutError(f"{server()} does not answer")
+            self._upload(path)
+        except Exception as error:
+            logger.warning("wandb: the adapter was not uploaded: %s", masked(str(error)))
+
+    def hint(self) -> str | None:
+        if self._run is None or self._mode == "disabled":
+            return None
+        if self._online:
+            return f"W&B: {self._run.url}"
+        # Without it, `sync` of the second file of a resumed run overwrites the first one's rows.
+        return f"W&B: WANDB_RESUME=allow wandb sync {self.run_dir}/wandb/offline-run-*"
+
     def finish(self, exit_code: int) -> None:
         if self._run is not None:
             run, self._run = self._run, None
             run.finish(exit_code=exit_code)
-            import wandb
+            _wandb_forgets(exit_code)  # until then the last rows may not be in the file
 
-            wandb.teardown(exit_code)  # until then the last rows may not be in the file
+    def _catch_up(self) -> None:
+        """Tells the server what it lacks of earlier processes, which it may have failed."""
+        file = self.run_dir / "metrics.jsonl"
+        for row in read_metrics(file) if file.exists() else []:
+            metrics = {name: value for name, value in row.items() if name not in (STEP, "time")}
+            self.log({n: v for n, v in metrics.items() if v is not None}, row[STEP])
 
-    def _run_id(self) -> str:
-        file = self.run_dir / "wandb" / "run_id"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(secrets.token_hex(4))
-        return file.read_text().strip()
+    def _upload(self, path: Path) -> None:
+        """Returns when the server has it; offline the files stay where they are until a sync."""
+        import wandb
+
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{self.run_dir.name}-adapter")
+        artifact = wandb.Artifact(name[-128:], type="model")
+        for file in sorted(path.iterdir()):
+            artifact.add_file(str(file), policy="immutable")  # it is written once: no copy
+        logged = self._run.log_artifact(artifact)
+        if self._online:
+            logged.wait(timeout=int(UPLOAD_SECONDS))
+
+    @property
+    def _online(self) -> bool:
+        return self._mode not in ("offline", "dryrun", "disabled")  # otherwise there is no URL
+
+    def _open(self, config: dict[str, Any]) -> Any:
+        """The run, offline if the server lets it down."""
+        # wandb's reports to its authors: where no server answers, a program waits for them.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        self._mode = mode()
+        try:
+            return self._init(config)
+        except Exception as error:
+            if not self._online:
+                raise
+            logger.warning("wandb: %s; the run is kept offline.", masked(str(error)))
+            self._mode = "offline"
+            _wandb_forgets(1)
+            return self._init(config)
+
+    def _init(self, config: dict[str, Any]) -> Any:
+        import wandb
+
+        track = self.config
+        where = {"project": track.project, "entity": track.entity, "group": track.group}
+        with _masked_words():
+            return wandb.init(
+                **masked(where), job_type=config.get("task"), name=self.run_dir.name,
+                id=run_id(self.run_dir), dir=str(self.run_dir), config=config, mode=self._mode,
+                resume="allow" if self._online else None, settings=_settings(wandb),
+            )  # fmt: skip
 
 
 def _settings(wandb: Any) -> Any:
-    """Silent, no capture of the console, no copy of the code, and no wait without an end."""
+    """Silent, no capture of the console, no copy of the code, and no wait without an end.
+
+    Of git the commit alone: the address of its remote may hold a token.
+    """
+    flush = "x_transaction_log_flush_interval"  # of newer versions; theirs is 15 s
+    known = {flush: FLUSH_SECONDS} if flush in wandb.Settings.model_fields else {}
     return wandb.Settings(
-        silent=True, console="off", save_code=False, login_timeout=INIT_SECONDS,
-        init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS,
+        silent=True, console="off", save_code=False, git_remote="", login_timeout=INIT_SECONDS,
+        init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, **known,
     )  # fmt: skip
 
 
-def _mode() -> Any:
-    """`online` or `offline`, or what the user has decided by WANDB_MODE or WANDB_DISABLED."""
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):
-        return "disabled"
-    if chosen := os.environ.get("WANDB_MODE"):
-        return chosen
-    url = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-    if not _has_key(urlsplit(url).hostname or ""):
-        return "offline"
-    if not _reachable(url):
-        logger.warning("wandb: %s does not answer; the run is kept offline.", url)
-        return "offline"
-    return "online"
+def _wandb_forgets(exit_code: int) -> None:
+    """Ends wandb's own process, and with it what it holds of a run."""
+    import wandb
+
+    wandb.teardown(exit_code)
 
 
-def _has_key(host: str) -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    for file in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        try:
-            if file and netrc.netrc(os.path.expanduser(file)).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
-
-
-def _reachable(url: str) -> bool:
-    """True where `url` answers anything in time; a thread, for name lookup knows no limit."""
-    answers: list[bool] = []
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(url, timeout=REACH_SECONDS).close()
-        except urllib.error.HTTPError:
-            pass  # an answer nonetheless
-        except (OSError, ValueError):
-            return
-        answers.append(True)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(REACH_SECONDS)
-    return bool(answers)
-
-
-def _flat(summary: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"eval": {"tokens": 1}} -> {"eval.tokens": 1}: dots, so that no metric is overwritten."""
-    flat: dict[str, Any] = {}
-    for name, value in summary.items():
-        nested = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat
+@contextmanager
+def _masked_words() -> Iterator[None]:
+    """wandb saves the command line with the run; without secrets, then."""
+    words = sys.argv
+    sys.argv = masked_command(words)
+    try:
+        yield
+    finally:
+        sys.argv = words

@@ -23,7 +23,9 @@ from hqqtrain.track import (
     Console,
     Progress,
     Trackers,
+    keep_run_id,
     open_trackers,
+    run_id,
     setup_logging,
     write_report,
 )  # fmt: skip
@@ -37,7 +39,8 @@ from hqqtrain.train.summary import Summary
 logger = logging.getLogger(__name__)
 
 _RESULTS = (
-    "quantized", "adapter", "export", "summary.json", "metrics.jsonl", "report/index.html",
+    "quantized", "adapter", "export", "checkpoints", "summary.json", "metrics.jsonl",
+    "report/index.html",
 )  # fmt: skip
 
 
@@ -126,20 +129,28 @@ class Record:
         self.directory.begin(self.command)
         self.directory.write_loading([report.facts() for report in built.loading])
         self._begun = True
-        self.trackers = open_trackers(self.config.track, self.directory.path, asdict(self.config))
+        self.trackers = open_trackers(
+            self.config.track, self.directory.path, asdict(self.config), self.step_number
+        )
         errors = {f"{LAYER_ERROR}{name}": error for name, error in self.layer_errors.items()}
         if not found:
             self.trackers.log(errors, 0)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the record, as JSON."""
-        return {"summary": self.summary.state(), "layer_errors": self.layer_errors}
+        return {
+            "summary": self.summary.state(),
+            "layer_errors": self.layer_errors,
+            "wandb_run_id": run_id(self.directory.path),
+        }
 
     def _restore(self, found: Checkpoint) -> None:
         state = found.state["record"]
         self.step_number = found.step
         self.summary.restore(state["summary"])
         self.layer_errors = state["layer_errors"]
+        if self.main and state["wandb_run_id"] and not run_id(self.directory.path):
+            keep_run_id(self.directory.path, state["wandb_run_id"])
 
     def has_measured(self, part: str) -> bool:
         """Whether `part` of the summary was measured, by this process or one before it."""
@@ -158,7 +169,7 @@ class Record:
     @contextmanager
     def training(self, steps: int, done: int = 0) -> Iterator[None]:
         """A progress bar over the steps, of which `done` were taken before."""
-        with self.console.progress("training", steps, "step") as self._bar:
+        with self.console.progress("training", steps, "step", done) as self._bar:
             yield
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
@@ -208,10 +219,13 @@ class Record:
         self.directory.write_summary(parts)
         self.trackers.summary(parts)
         self._report()
+        if (adapter := self.path("adapter")).exists():
+            self.trackers.artifact(adapter)
+        hints = self.trackers.hints()
         self.trackers.finish(0)
         self.directory.write_status("done", exit_code=0)
         written = [self.path(name) for name in _RESULTS if self.path(name).exists()]
-        self.console.results(self.summary.rows(), written)
+        self.console.results(self.summary.rows(), written, hints)
 
     def _report(self) -> None:
         """Draws report/; a plot that fails is no reason to call a finished run failed."""

@@ -103,6 +103,7 @@ def test_version(tmp_path):
         (["tiny_2bit"], "hqqtrain: tiny_2bit: must be key=value. Did you mean 'recipe=tiny_2bit'?"),
         (["--chek", "quant.nbits=2"], "hqqtrain: --chek: unknown option. Did you mean '--check'?"),
         (["quant.nbits=2,3"], "a sweep needs -m"),
+        (["run.resume=https://me:pw@host"], "hqqtrain: run.resume=https://***@host: allowed are"),
         (["-m", "quant.nbits=2,7"], "hqqtrain: quant.nbits=7: allowed are"),
         (["-m", "quant.nbits=2,3", "run.name=x"], "hqqtrain: run.name=x: the jobs of a sweep"),
     ],

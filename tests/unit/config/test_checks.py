@@ -70,6 +70,11 @@ def test_a_process_for_each_gpu_or_one():
     assert LaunchConfig(tasks_per_node=2).tasks == 2
 
 
+def test_an_artifact_that_nobody_keeps_is_refused():
+    said = _refused(track={"artifacts": True, "backends": ["tensorboard"]})
+    assert said.startswith("track.artifacts=true: W&B keeps them; add wandb to track.backends")
+
+
 def test_all_faults_are_told_at_once():
     message = _refused(quant={"nbits": 5, "axis": 7}, adapter={"r": 0})
     assert len(message.splitlines()) == 3

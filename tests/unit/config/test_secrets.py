@@ -17,6 +17,21 @@ HF, WANDB, COMMIT = "hf_" + "aB3" * 11, "0123456789abcdef" * 2 + "01234567", "e"
         ([f"WANDB={WANDB}"], ["WANDB=***"]),
         ([HF], ["***"]),
         (["data.source=https://me:pw@host/x"], ["data.source=https://***@host/x"]),
+        (["data.source=https://me:p@ss@host/x"], ["data.source=https://***@host/x"]),
+        (["data.source='s3://b/x?X-Amz-Signature=abc&n=1'"], ["data.source='s3://b/x?***&n=1'"]),
+        (
+            ["data.source=https://h/x.jsonl?n=1&access_token=abc#top"],
+            ["data.source=https://h/x.jsonl?n=1&***#top"],
+        ),
+        (["run.root=me:pw@host:/runs"], ["run.root=***@host:/runs"]),
+        (["run.root=sftp://me:pw@host/runs"], ["run.root=sftp://***@host/runs"]),
+        ([f"track.entity={HF}"], ["track.entity=***"]),
+        (["track.project=sk-proj-abcd-efgh1"], ["track.project=***"]),
+        ([f"model.revision={HF}"], ["model.revision=***"]),
+        (["data.text_field=github_pat_0123456789"], ["data.text_field=***"]),
+        (["x.secret_access_key=abc/def"], ["x.secret_access_key=***"]),
+        (["x=Bearer abc.def"], ["x=Bearer ***"]),
+        (["eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.c2lnbmF0dXJl"], ["***"]),
     ],
 )
 def test_secrets_on_the_command_line_are_masked(words, shown):
@@ -25,7 +40,10 @@ def test_secrets_on_the_command_line_are_masked(words, shown):
 
 def test_the_rest_of_the_command_line_stays():
     words = ["hqqtrain", "-m", "recipe=tiny_2bit", "quant.nbits=2,3", "eval.tokens=65536",
-             "track.project=token-study", f"model.revision={COMMIT}"]  # fmt: skip
+             "track.project=token-study", f"model.revision={COMMIT}", "data.source=a:b/c.txt",
+             "data.source=https://host/key/x?page=2", "run.root=/data/me@work/disk-sk/runs",
+             "quant.overrides={model.layers.*.q_proj:{nbits:4}}", "run.time_limit=1-02:30:00",
+             f"model.name_or_path=/hub/snapshots/{COMMIT}"]  # fmt: skip
     assert masked_command(words) == words
 
 
@@ -40,3 +58,26 @@ def test_configurations():
 def test_a_fingerprint_is_no_secret():
     fingerprint = "sha256:" + "0f" * 32
     assert masked(fingerprint) == fingerprint
+
+
+def test_a_secret_of_the_environment_is_known_wherever_it_stands(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", COMMIT)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "no known/form at all")
+    monkeypatch.setenv("MY_TOKEN", "short")
+    config = {"track": {"group": "x-no known/form at all-y"}, "model": {"revision": COMMIT}}
+    assert masked(config) == {"track": {"group": "x-***-y"}, "model": {"revision": "***"}}
+    assert masked_command([f"a={COMMIT}", f"{COMMIT}=1", "short"]) == ["a=***", "***=1", "short"]
+
+
+@pytest.mark.parametrize("value", [12345678, 1.5, ["a", "b"], {"user": "me", "key": "x"}])
+def test_under_a_secret_name_nothing_is_shown_whatever_its_type(value):
+    assert masked({"x": {"password": value, "credentials": value}}) == {
+        "x": {"password": "***", "credentials": "***"}
+    }
+
+
+def test_masking_twice_changes_nothing():
+    text = f"https://me:pw@host/x?token=abc {HF} me:pw@host {WANDB} bearer abc"
+    assert masked(masked(text)) == masked(text)
+    assert "pw" not in masked(text)
+    assert "abc" not in masked(text)

@@ -1,26 +1,24 @@
 """W&B for real, offline: what its file holds, without a key, a network, a package, or a future."""
 
 import importlib.util
-import json
 import os
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 import hqqtrain
-from hqqtrain.track import WandbTracker
-from hqqtrain.track import wandb as tracker_module
+from hqqtrain.config import TrackConfig
+from hqqtrain.track import WandbTracker, keep_run_id, online, run_id
 
 pytest.importorskip("wandb", reason="an optional tracker: absent on some machines")
-from wandb.proto.wandb_internal_pb2 import Record
+from unit.track.wandb_file import history, records, records_of, updates, wandb_files
+from unit.track.wandb_server import Server
 
 ROOT = Path(hqqtrain.__file__).parents[1]
 CONFIG = {"quant": {"nbits": 2, "group_size": 64}, "model": {"hub_token": "hf_abcdefghijklmnop"}}
@@ -36,62 +34,9 @@ def no_account(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
-def records(run_dir: Path) -> list[Record]:
-    """Every record of the one .wandb file under `run_dir`."""
-    (file,) = run_dir.glob("wandb/*run-*/*.wandb")
-    return [Record.FromString(data) for data in leveldb_log(file.read_bytes())]
-
-
-def leveldb_log(content: bytes) -> Iterator[bytes]:
-    """The format of .wandb: LevelDB's log, blocks of 32 KiB, after a header of 7 bytes.
-
-    A chunk has a CRC (4), a length (2) and a type (1: whole, 2: first, 3: middle, 4: last).
-    """
-    assert content[:4] == b":W&B"
-    at, pieces = 7, b""
-    while at + 7 <= len(content):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", content[at : at + 7])
-        if kind == 0 or at + 7 + length > len(content):
-            return  # a killed writer's last chunk
-        pieces += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            yield pieces
-            pieces = b""
-
-
-def history(found: list[Record]) -> list[dict]:
-    """The logged rows; what has a dict for a value (a table, an image) gives its `_type`."""
-    rows = []
-    for record in found:
-        if record.WhichOneof("record_type") == "history":
-            items = [(item.nested_key or [item.key], item) for item in record.history.item]
-            plain = {key[0]: json.loads(item.value_json) for key, item in items if len(key) == 1}
-            kinds = {k[0]: json.loads(i.value_json) for k, i in items if k[1:] == ["_type"]}
-            rows.append(plain | kinds)
-    return rows
-
-
-def updates(found: list[Record], kind: str) -> dict:
-    """The config or the summary as it was last written, nested keys joined by dots."""
-    merged = {}
-    for record in found:
-        name = record.WhichOneof("record_type")
-        part = getattr(record, kind) if name == kind else None
-        if name == "run":
-            part = getattr(record.run, kind)
-        for item in part.update if part is not None else []:
-            key = item.key or ".".join(item.nested_key)
-            merged[key] = json.loads(item.value_json)
-    return merged
-
-
-def start(run_dir: Path) -> WandbTracker:
-    tracker = WandbTracker(run_dir, project="hqqtrain-test")
-    tracker.start(CONFIG)
+def start(run_dir: Path, step: int = 0, **track) -> WandbTracker:
+    tracker = WandbTracker(run_dir, TrackConfig(project="hqqtrain-test", **track))
+    tracker.start(CONFIG, step)
     return tracker
 
 
@@ -137,19 +82,95 @@ def picture(folder: Path) -> Path:
     return folder / "loss.png"
 
 
-def test_a_resumed_run_keeps_its_id(tmp_path):
-    ids = []
-    for _ in range(2):
-        tracker = start(tmp_path)
-        ids.append(tracker._run.id)
+def run_of(file: Path):
+    (run,) = [r.run for r in records_of(file) if r.WhichOneof("record_type") == "run"]
+    return run
+
+
+def loss_of(step: int) -> dict[str, float]:
+    return {"train/loss": 1.0 / step}
+
+
+def test_offline_a_resumed_run_is_a_second_file_of_the_same_id(tmp_path):
+    folder = tmp_path / "run"
+    run_in_two_processes(folder)
+    first, second = wandb_files(folder)
+    assert first.parent != second.parent
+    assert {run_of(first).run_id, run_of(second).run_id} == {run_id(folder)}
+    steps = [[row["train/global_step"] for row in history(records_of(f))] for f in (first, second)]
+    assert steps == [[1, 2, 3], [3, 4]]
+
+
+def run_in_two_processes(folder: Path) -> None:
+    """Steps 1 to 3, of which the last comes after the checkpoint; then 3 and 4."""
+    for step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        tracker = start(folder, step)
+        for number in steps:
+            tracker.log(loss_of(number), number)
         tracker.finish(0)
-    assert ids[0] == ids[1]
+        time.sleep(1.0)  # the names of the files have seconds
+
+
+def test_wandb_sync_makes_one_run_of_both_files(tmp_path):
+    run_in_two_processes(tmp_path / "run")
+    tracker = start(tmp_path / "other")
+    *settings, program, command, paths = (tracker.hint() or "").removeprefix("W&B: ").split()
+    tracker.finish(0)
+    assert (program, command, settings) == ("wandb", "sync", ["WANDB_RESUME=allow"])
+    folders = tmp_path.glob(paths.removeprefix(f"{tmp_path}/").replace("other", "run"))
+    with Server() as server:
+        environment = dict(setting.split("=") for setting in settings) | server.environment()
+        done = subprocess.run(
+            [sys.executable, "-m", "wandb", command, *map(str, folders)],
+            env=os.environ | environment, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        told = [(row["train/global_step"], row["train/loss"]) for row in server.rows()]
+        assert sorted(set(told)) == [(n, pytest.approx(1.0 / n)) for n in (1, 2, 3, 4)]
+
+
+def test_group_and_kind_of_work_are_those_of_the_configuration(tmp_path):
+    tracker = WandbTracker(tmp_path, TrackConfig(project="p", group="sweep-7"))
+    tracker.start({"task": "quantize"})
+    tracker.finish(0)
+    run = run_of(*wandb_files(tmp_path))
+    assert (run.run_group, run.job_type) == ("sweep-7", "quantize")
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_adapter_is_an_artifact_where_it_is_asked_for(tmp_path, asked):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    tracker = start(tmp_path / "a+b", artifacts=asked)
+    tracker.artifact(adapter)
+    tracker.finish(0)
+    (file,) = wandb_files(tmp_path / "a+b")
+    found = [r.artifact for r in records_of(file) if r.WhichOneof("record_type") == "artifact"]
+    assert [(a.name, a.type) for a in found] == ([("a-b-adapter", "model")] if asked else [])
+    for artifact in found:
+        paths = {entry.path: entry.local_path for entry in artifact.manifest.contents}
+        assert paths == {file.name: str(file) for file in adapter.iterdir()}
+
+
+def test_an_id_is_kept_whole_and_one_from_elsewhere_is_taken_over(tmp_path):
+    assert run_id(tmp_path) is None
+    keep_run_id(tmp_path, "abc123")
+    assert run_id(tmp_path) == "abc123"
+    tracker = start(tmp_path)
+    tracker.finish(0)
+    assert run_of(*wandb_files(tmp_path)).run_id == "abc123"
+    for damaged in ("", "not an id", "\0\0\0"):
+        (tmp_path / "wandb" / "run_id").write_text(damaged)
+        assert run_id(tmp_path) is None
 
 
 def test_a_killed_process_leaves_a_readable_file_and_no_process(tmp_path):
     code = (
         "import time; from pathlib import Path; from hqqtrain.track import WandbTracker\n"
-        f"t = WandbTracker(Path({str(tmp_path)!r}), project='p'); t.start({{}})\n"
+        "from hqqtrain.config import TrackConfig\n"
+        f"t = WandbTracker(Path({str(tmp_path)!r}), TrackConfig()); t.start({{}})\n"
         "for i in range(2000): t.log({'train/loss': float(i)}, i); time.sleep(0.03)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -189,37 +210,20 @@ def test_no_package_is_a_warning(tmp_path, monkeypatch, caplog):
 
 
 def test_mode_follows_key_network_and_the_users_word(monkeypatch, tmp_path):
-    monkeypatch.setattr(tracker_module, "_reachable", lambda url: True)
-    assert tracker_module._mode() == "offline"
+    monkeypatch.setattr(online, "reachable", lambda: True)
+    assert online.mode() == "offline"
     (tmp_path / "no-netrc").write_text("machine api.wandb.ai login user password key\n")
-    assert tracker_module._mode() == "online"
+    assert online.mode() == "online"
     (tmp_path / "no-netrc").write_text("broken netrc file\n")
-    assert tracker_module._mode() == "offline"
+    assert online.mode() == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert tracker_module._mode() == "online"
-    monkeypatch.setattr(tracker_module, "_reachable", lambda url: False)
-    assert tracker_module._mode() == "offline"
+    assert online.mode() == "online"
+    monkeypatch.setattr(online, "reachable", lambda: False)
+    assert online.mode() == "offline"
     monkeypatch.setenv("WANDB_MODE", "online")
-    assert tracker_module._mode() == "online"
+    assert online.mode() == "online"
     monkeypatch.setenv("WANDB_DISABLED", "true")
-    assert tracker_module._mode() == "disabled"
-
-
-def test_a_server_that_accepts_and_never_answers_costs_seconds():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        started = time.monotonic()
-        url = f"http://127.0.0.1:{server.getsockname()[1]}"
-        assert not tracker_module._reachable(url)
-        assert time.monotonic() - started < tracker_module.REACH_SECONDS + 1
-
-
-def test_a_name_that_never_resolves_costs_seconds(monkeypatch):
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: time.sleep(30))
-    started = time.monotonic()
-    assert not tracker_module._reachable("https://api.wandb.ai")
-    assert time.monotonic() - started < tracker_module.REACH_SECONDS + 1
+    assert online.mode() == "disabled"
 
 
 def test_the_users_disabled_mode_is_respected(monkeypatch, tmp_path):

@@ -1,0 +1,110 @@
+"""A W&B server of a few lines: enough of GraphQL and of the file stream that a run believes it.
+
+It keeps the history by line number, as the real one does: who sends line 0 again overwrites it.
+"""
+
+import gzip
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+KEY = "0123456789abcdef" * 2 + "01234567"
+
+
+class Server:
+    """Use as a context manager; `history` is what it was sent, by line."""
+
+    def __init__(self) -> None:
+        self.history: dict[int, dict[str, Any]] = {}
+        self.requests: list[str] = []
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+
+    def __enter__(self) -> "Server":
+        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.die()
+
+    def environment(self) -> dict[str, str]:
+        """What makes wandb speak to it."""
+        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The history, in order."""
+        return [self.history[number] for number in sorted(self.history)]
+
+    def die(self) -> None:
+        """From now on connections are refused."""
+        self._http.shutdown()
+        self._http.server_close()
+
+    def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        if path.endswith("/file_stream"):
+            sent = body.get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
+            for number, line in enumerate(sent["content"], sent["offset"]):
+                self.history[number] = json.loads(line)
+            return {}
+        found = re.search(r"(?:query|mutation)\s+(\w+)", body.get("query", ""))
+        self.requests.append(found[1] if found else path)
+        return {"data": self._data(self.requests[-1], body.get("variables") or {})}
+
+    def _data(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
+        project = {"name": "p", "entity": {"name": "e"}}
+        match operation:
+            case "Viewer":
+                return {"viewer": {"id": "u", "entity": "e", "username": "u", "flags": "{}",
+                                   "teams": {"edges": []}}}  # fmt: skip
+            case "UpsertBucket":
+                run = {"id": "b", "name": variables.get("name"), "displayName": "d", "config": "{}",
+                       "sweepName": None, "project": project, "historyLineCount": None}  # fmt: skip
+                return {"upsertBucket": {"bucket": run, "inserted": not self.history}}
+            case "RunResumeStatus":
+                last = json.dumps([json.dumps(self.history[max(self.history)])] if self.history
+                                  else [])  # fmt: skip
+                run = {"id": "b", "name": variables.get("name"), "summaryMetrics": "{}",
+                       "displayName": "d", "logLineCount": 0, "historyLineCount": len(self.history),
+                       "eventsLineCount": 0, "historyTail": last, "eventsTail": "[]",
+                       "config": "{}", "tags": [], "wandbConfig": '{"t": 1}'}  # fmt: skip
+                return {"model": {"id": "m", "name": "p", "entity": {"id": "e", "name": "e"},
+                                  "bucket": run if self.history else None}}  # fmt: skip
+            case "CreateRunFiles":
+                files = [{"name": name, "uploadUrl": f"{self.url}/file"}
+                         for name in variables.get("files", [])]  # fmt: skip
+                return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+            case _:
+                return {}
+
+
+def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._send({})
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.headers.get("Content-Encoding") == "gzip":
+                body = gzip.decompress(body)
+            is_json = "json" in self.headers.get("Content-Type", "")
+            self._send(server.answer(self.path, json.loads(body) if is_json else {}))
+
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self._send({})
+
+        def log_message(self, *_: object) -> None:
+            """Silence."""
+
+        def _send(self, value: dict[str, Any]) -> None:
+            content = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    return Handler
