@@ -21,6 +21,7 @@ from hqqtrain.config import TrackConfig
 from hqqtrain.config.secrets import masked, masked_command
 from hqqtrain.track.base import LAYER_ERROR, STEP, flat, layer_errors
 from hqqtrain.track.jsonl import read_metrics
+from hqqtrain.track.limits import within
 from hqqtrain.track.online import mode, reachable, server
 from hqqtrain.track.run_id import keep_run_id, run_id
 
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 INIT_SECONDS, FINISH_SECONDS, UPLOAD_SECONDS = 30.0, 30.0, 600.0
 """Limits: to begin, to send the last figures at the end, to upload an adapter."""
+
+SLACK_SECONDS = 10.0
+"""What wandb's own process may take to notice that its time to send is over."""
 
 FLUSH_SECONDS = 1.0
 """How often its file is written; a killed process loses rows since, but not in metrics.jsonl."""
@@ -99,10 +103,15 @@ class WandbTracker:
         return f"W&B: WANDB_RESUME=allow wandb sync {self.run_dir}/wandb/offline-run-*"
 
     def finish(self, exit_code: int) -> None:
-        if self._run is not None:
-            run, self._run = self._run, None
+        if self._run is None:
+            return
+        run, self._run = self._run, None
+
+        def end() -> None:
             run.finish(exit_code=exit_code)
             _wandb_forgets(exit_code)  # until then the last rows may not be in the file
+
+        within(FINISH_SECONDS + SLACK_SECONDS, end, helpers="wandb-")
 
     def _catch_up(self) -> None:
         """Tells the server what it lacks of earlier processes, which it may have failed."""

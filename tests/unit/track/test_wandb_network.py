@@ -153,6 +153,26 @@ def test_a_program_ends_soon_after_a_silent_server(tmp_path, silent):
     assert offline_steps(tmp_path) == [1]
 
 
+def test_a_process_of_wandb_that_hangs_does_not_hold_a_run_that_is_done(tmp_path):
+    code = (
+        "import psutil; from pathlib import Path; from hqqtrain.config import TrackConfig\n"
+        "from hqqtrain.track import open_trackers, wandb\n"
+        "wandb.FINISH_SECONDS = wandb.SLACK_SECONDS = 1.0\n"
+        f"t = open_trackers(TrackConfig(backends=['wandb']), Path({str(tmp_path)!r}), {{}})\n"
+        "t.log({'train/loss': 1.0}, 1)\n"
+        "for child in psutil.Process().children(recursive=True): child.suspend()\n"
+        "t.finish(0)\n"
+    )
+    environment = {"WANDB_MODE": "offline",
+                   "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, timeout=40,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "WandbTracker failed and is left out from now on: wandb- did not end" in done.stderr
+
+
 def test_a_server_that_never_answers_is_asked_for_seconds_only(monkeypatch, silent):
     speak_to(monkeypatch, silent)
     began = time.monotonic()
