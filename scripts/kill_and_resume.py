@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from hqqtrain.track import read_metrics
 
 RECIPE = (
@@ -123,13 +125,17 @@ def _compare(whole: Path, killed: Path) -> int:
     files = ["adapter/adapter_model.safetensors"]
     last = max(path.name for path in whole.glob("checkpoints/step-*"))
     files += [f"checkpoints/{last}/{n}.safetensors" for n in ("adapter_model", "optimizer")]
-    agree = {file: (whole / file).read_bytes() == (killed / file).read_bytes() for file in files}
+    agree = {file: _bits(whole / file) == _bits(killed / file) for file in files}
     for name in ("train/loss", "train/grad_norm", "eval/loss"):
         ours, theirs = _curve(whole, name), _curve(killed, name)
         agree[f"{name}, {len(ours)} values"] = ours == theirs
     for what, same in agree.items():
         print(f"{'same bits' if same else 'DIFFERENT'}  {what}")
     return 0 if all(agree.values()) else 1
+
+
+def _bits(file: Path) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
 
 
 def _curve(run: Path, name: str) -> list[tuple[int, float]]:

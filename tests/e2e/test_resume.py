@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from e2e.runs import QUICK, Finished, run, small_data
+from safetensors.torch import load_file
 
 from hqqtrain.track import read_metrics
 
@@ -41,9 +42,13 @@ def what_it_left(done: Finished) -> dict:
     names = ("train/loss", "train/grad_norm", "train/learning_rate", "eval/loss")
     curves = {name: [(r["train/global_step"], r[name]) for r in rows if name in r]
               for name in names}  # fmt: skip
-    return (
-        {file.name: file.read_bytes() for file in files} | curves | {"eval": done.summary["eval"]}
-    )
+    tensors = {f"{file.parent.name}/{file.name}": bits(file) for file in files}
+    return tensors | curves | {"eval": done.summary["eval"]}
+
+
+def bits(file: Path) -> dict[str, bytes]:
+    """Of every tensor; safetensors writes a file's metadata in any order."""
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
 
 
 def status(done: Finished) -> tuple[str, int]:
