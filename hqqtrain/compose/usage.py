@@ -27,6 +27,7 @@ _EXAMPLES = (
     "python -m hqqtrain recipe=tiny_2bit quant.nbits=3 train.max_steps=300",
     "python -m hqqtrain -m recipe=tiny_2bit quant.nbits=2,3,4 quant.group_size=32,64",
     "accelerate launch --multi_gpu --num_processes 8 -m hqqtrain recipe=llama70b_2bit",
+    "python -m hqqtrain recipe=llama70b_2bit launch=slurm launch.nodes=2 launch.gpus_per_node=8",
 )
 _EXIT_CODES = {
     "0": "done, also when the run had been done before",

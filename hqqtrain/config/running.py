@@ -93,8 +93,9 @@ class LaunchConfig:
 
     def faults(self) -> Iterator[str]:
         yield from self._ignored()
-        yield from duration_fault("launch.time", self.time)
-        if not [*duration_fault("", self.time)] and self.time and seconds(self.time) <= self.grace:
+        no_time = [*duration_fault("launch.time", self.time)]
+        yield from no_time
+        if self.time and not no_time and seconds(self.time) <= self.grace:
             yield f"launch.grace={self.grace}: must be shorter than launch.time={self.time}."
         if self.gpus_per_node and self.tasks != self.gpus_per_node:
             yield (

@@ -4,6 +4,7 @@ What is submitted is kept in `<run.root>/slurm/`, beside what the jobs print.
 """
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -26,7 +27,8 @@ def submit(words: Sequence[str], config: RunConfig) -> str:
     or with launch.dry_run the batch file itself.
 
     Raises:
-        UserError: there is no sbatch, it refuses the job, or `run.root` cannot be written to.
+        UserError: there is no sbatch, it refuses the job, `run.root` cannot be written to, or
+            `words` hold a secret.
     """
     batch = _batch(config.run_name(), words, config)
     text = batch.run(_inner(words, config))
@@ -55,7 +57,10 @@ def submit_sweep(
     if batch.launch.dry_run:
         return f"{array}\n{table}".rstrip()
     job = _sbatch(_write(batch, name, array))
-    last = _sbatch(_write(batch, f"{name}-table", table), f"--dependency=afterany:{job}")
+    try:
+        last = _sbatch(_write(batch, f"{name}-table", table), f"--dependency=afterany:{job}")
+    except UserError as error:
+        raise UserError(f"{error} The runs are submitted; scancel {job} would end them.") from None
     return f"submitted jobs {job}_[0-{len(jobs) - 1}], then {last}; their output: {batch.folder}"
 
 
@@ -66,13 +71,22 @@ def _inner(words: Sequence[str], config: RunConfig) -> list[str]:
 
 def _batch(name: str, words: Sequence[str], config: RunConfig) -> Batch:
     shown = [word for word in words if not word.startswith("launch.dry_run=")]
-    command = shlex.join(["python", "-m", "hqqtrain", *masked_command(shown)])
+    _refuse_secrets(shown)
+    command = shlex.join(["python", "-m", "hqqtrain", *shown])
     folder = Path(config.run.root).expanduser() / "slurm"
     return Batch(name, folder, config.launch, command, sys.executable)
 
 
+def _refuse_secrets(words: list[str]) -> None:
+    if (masked := masked_command(words)) != words:
+        raise UserError(
+            f"launch.backend=slurm: the batch file would hold a secret ({shlex.join(masked)}); "
+            "give it as a variable of the environment, which sbatch passes on."
+        )
+
+
 def _without_launch(words: Iterable[str]) -> list[str]:
-    return [word for word in words if word.partition("=")[0].split(".")[0] != "launch"]
+    return [word for word in words if re.split("[.=]", word.lstrip("+"))[0] != "launch"]
 
 
 def _taken_back(words: Sequence[str], config: RunConfig) -> list[str]:

@@ -56,6 +56,7 @@ def test_it_holds_everything_a_run_needs(wheel):
             for folder in (ROOT / "hqqtrain/models/configs").iterdir()
         ),
         "hqqtrain/conf/config.yaml",
+        "hqqtrain/launch/job.sh",
         "hqqtrain/conf/model/llama70b.yaml",
         "hqqtrain_kernels/__init__.py",
     ]

@@ -23,29 +23,33 @@ _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
 def why_not() -> str:
-    """Installs slurm where that is possible; what is missing, or nothing."""
+    """Installs slurm where that is possible; why there is none, or nothing."""
     if os.geteuid() != 0:
         return "a slurm of one's own needs root"
-    if _missing() and not shutil.which("apt-get"):
-        return f"no {', '.join(_missing())} here, and no apt-get to install slurm-wlm and munge"
-    for update in (False, True):
-        if _missing():
-            _install(update)
-    return f"{', '.join(_missing())}: apt-get cannot install slurm-wlm" if _missing() else ""
+    if _missing() and shutil.which("apt-get"):
+        _install()
+    return f"no {', '.join(_missing())} here, and apt-get cannot install it" if _missing() else ""
 
 
 def _missing() -> list[str]:
     return [name for name in _PROGRAMS if not shutil.which(name, path=_PATH)]
 
 
-def _install(update: bool) -> None:
-    """Debian's packages; the daemons that they would start with the system stay off."""
-    install = ["apt-get", "install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]
-    disable = ["systemctl", "disable", "--now", "munge", "slurmctld", "slurmd"]
-    for command in [["apt-get", "update"]] * update + [install, disable]:
-        if shutil.which(command[0]):
-            env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-            subprocess.run(command, env=env, capture_output=True, timeout=300)
+def _install() -> None:
+    """Debian's packages. What they would start with the system stays off."""
+    packages = ["install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]
+    for words in (packages, ["update"], packages):
+        if _missing():
+            _quietly("apt-get", "-o", "Acquire::http::Timeout=20", *words)
+    _quietly("systemctl", "disable", "--now", "munge", "slurmctld", "slurmd")
+
+
+def _quietly(*command: str) -> None:
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        subprocess.run(command, env=env, capture_output=True, timeout=300)
+    except (OSError, subprocess.TimeoutExpired):
+        return  # what is missing after it is told
 
 
 class Cluster:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from e2e.runs import QUICK
-from slurm.cluster import NODES, Cluster
+from slurm.cluster import NODES, Cluster, why_not
 
 from hqqtrain.cli import _FLAGS
 
@@ -64,6 +64,14 @@ def _steps(folder: Path) -> list[int]:
     files = (folder / "runs").glob("*/metrics.jsonl")
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return [line["train/global_step"] for line in lines if "train/loss" in line]
+
+
+def test_where_there_can_be_no_slurm_it_is_told_why(monkeypatch):
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert "root" in why_not()
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    assert "no munged, slurmctld" in why_not()
 
 
 def test_tasks_of_srun_are_ranks(cluster):

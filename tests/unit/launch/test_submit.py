@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ SBATCH = """#!{python}
 import json, os, sys
 with open(os.environ["CALLS"], "a") as file:
     print(json.dumps([sys.argv[1:], dict(os.environ)]), file=file)
-if "refuse" in open(sys.argv[-1]).read():
-    sys.exit("sbatch: error: invalid partition specified: refuse")
+if sys.argv[-1].endswith(os.environ.get("REFUSED", "nothing")):
+    sys.exit("sbatch: error: invalid partition specified: absent")
 print("70{{}};cluster".format(sum(1 for _ in open(os.environ["CALLS"]))))
 """
 
@@ -21,8 +22,6 @@ print("70{{}};cluster".format(sum(1 for _ in open(os.environ["CALLS"]))))
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
     """(arguments, environment) of every call of an sbatch that is a stand-in."""
-    import sys
-
     program = tmp_path / "bin" / "sbatch"
     program.parent.mkdir()
     program.write_text(SBATCH.format(python=sys.executable))
@@ -61,9 +60,24 @@ def test_a_sweep_is_an_array_and_then_its_table(calls, capsys):
     assert text.endswith("-m hqqtrain --table -m quant.nbits=2,3 run.root=out\n")
 
 
-def test_what_sbatch_says_is_passed_on(calls, capsys):
-    assert main(["launch=slurm", "launch.partition=refuse"]) == 2
-    assert "invalid partition specified: refuse" in capsys.readouterr().err
+def test_what_sbatch_says_is_passed_on(calls, capsys, monkeypatch):
+    monkeypatch.setenv("REFUSED", "mine.sbatch")
+    assert main(["launch=slurm", "launch.partition=absent", "run.name=mine"]) == 2
+    assert "invalid partition specified: absent" in capsys.readouterr().err
+
+
+def test_a_table_that_is_refused_leaves_the_runs_and_says_so(calls, capsys, monkeypatch):
+    monkeypatch.setenv("REFUSED", "-table.sbatch")
+    assert main(["launch=slurm", "-m", "quant.nbits=2,3"]) == 2
+    assert "The runs are submitted; scancel 701 would end them." in capsys.readouterr().err
+
+
+def test_no_secret_reaches_a_batch_file(calls, tmp_path, capsys):
+    assert main(["launch=slurm", "data.source=https://me:hf_abcdefghijkl@host/x"]) == 2
+    said = capsys.readouterr().err
+    assert "***" in said
+    assert "hf_abcdefghijkl" not in said
+    assert not (tmp_path / "runs").exists()
 
 
 def test_without_sbatch(tmp_path, capsys, monkeypatch):
