@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hqqtrain.config import RunConfig
+from hqqtrain.config.secrets import masked_command
 
 DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 3
 """Exit codes, see `--help`."""
@@ -37,7 +38,7 @@ class Job:
 
     def __str__(self) -> str:
         """The words that the user knows."""
-        return shlex.join(self.words)
+        return shlex.join(masked_command(self.words))
 
     def status(self) -> dict[str, Any]:
         """What its status.json says; empty where there is none."""
