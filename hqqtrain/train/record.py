@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from hqqtrain.ckpt import Checkpoint, CheckpointStore, RunDirectory, atomic_write_json
-from hqqtrain.config import PreemptedError, UserError
 from hqqtrain.data import Sequences, dataset_name
 from hqqtrain.dist import count
 from hqqtrain.track import (
@@ -27,8 +26,8 @@ from hqqtrain.track import (
     open_trackers,
     run_id,
     setup_logging,
-    write_report,
 )  # fmt: skip
+from hqqtrain.train.ending import end_badly, end_well
 from hqqtrain.train.evaluation import Measured
 from hqqtrain.train.plan import Plan
 from hqqtrain.train.prepare import Built
@@ -37,14 +36,6 @@ from hqqtrain.train.session import Session
 from hqqtrain.train.summary import Summary
 
 logger = logging.getLogger(__name__)
-
-_RESULTS = (
-    "quantized", "adapter", "export", "checkpoints", "summary.json", "metrics.jsonl",
-    "report/index.html",
-)  # fmt: skip
-
-
-_ENDS: dict[type, tuple[str, int]] = {UserError: ("failed", 2), PreemptedError: ("preempted", 3)}
 
 
 class Record:
@@ -82,7 +73,7 @@ class Record:
             return
         try:
             if self._begun:
-                self._failed(error) if error else self._finished()
+                end_badly(self, error) if error else end_well(self)
         finally:
             self.directory.__exit__(kind, error, trace)
 
@@ -213,33 +204,3 @@ class Record:
         """The perplexities so far, by the name of the model."""
         rows = self.summary.rows()
         return {f"perplexity, {r.model}": r.perplexity for r in rows if r.perplexity is not None}
-
-    def _finished(self) -> None:
-        parts = self.summary.parts
-        self.directory.write_summary(parts)
-        self.trackers.summary(parts)
-        self._report()
-        if (adapter := self.path("adapter")).exists():
-            self.trackers.artifact(adapter)
-        hints = self.trackers.hints()
-        self.trackers.finish(0)
-        self.directory.write_status("done", exit_code=0)
-        written = [self.path(name) for name in _RESULTS if self.path(name).exists()]
-        self.console.results(self.summary.rows(), written, hints)
-
-    def _report(self) -> None:
-        """Draws report/; a plot that fails is no reason to call a finished run failed."""
-        folder = self.directory.path
-        try:
-            files = write_report(
-                folder, folder / "metrics.jsonl", self.summary.parts, self.layer_errors
-            )
-            self.trackers.images({n: p for n, p in files.items() if p.suffix == ".png"})
-        except Exception as error:
-            logger.warning("report/ was not written: %r", error)
-
-    def _failed(self, error: BaseException) -> None:
-        status, code = _ENDS.get(type(error), ("failed", 1))
-        self.trackers.finish(code)
-        cause = f"{type(error).__name__}: {error}"
-        self.directory.write_status(status, exit_code=code, cause=cause)
