@@ -7,7 +7,7 @@ import time
 import pytest
 from dist.ranks import on_ranks
 
-from hqqtrain.config import RankLostError, UserError
+from hqqtrain.config import PreemptedError, RankLostError, UserError
 from hqqtrain.dist import Processes, watch
 from hqqtrain.dist.watch import Watch
 
@@ -37,6 +37,10 @@ def one_finds_a_fault(rank: int, processes: Processes) -> None:
     )
 
 
+def one_is_told_to_stop(rank: int, processes: Processes) -> None:
+    work(processes, 0.5 if rank == 1 else 60, PreemptedError("SIGUSR1") if rank == 1 else None)
+
+
 def one_breaks(rank: int, processes: Processes) -> None:
     work(processes, 0.5 if rank == 0 else 60, OSError("disk on fire") if rank == 0 else None)
 
@@ -54,6 +58,10 @@ def one_is_sent(rank: int, processes: Processes, lost: int, number: signal.Signa
             time.sleep(1)
             os.kill(os.getpid(), number)
     work(processes, 60)
+
+
+def test_a_wish_to_stop_is_everyones():
+    assert on_ranks(one_is_told_to_stop, 3) == ["PreemptedError: SIGUSR1"] * 3
 
 
 def test_they_leave_together():
