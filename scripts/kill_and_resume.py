@@ -9,6 +9,7 @@ bit for bit. On a CPU; some 15 seconds a kill.
 """
 
 import argparse
+import inspect
 import os
 import random
 import socket
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from hqqtrain.track import read_metrics
 
 RECIPE = (
-    "recipe=tiny_2bit", "run.name=run", "train.global_batch_size=4", "train.micro_batch_size=1",
+    "recipe=tiny_2bit", "run.name=run", "train.global_batch_size=4", "train.micro_batch_size=2",
     "train.max_seq_len=64", "train.precision=fp32", "adapter.dropout=0.05", "eval.tokens=512",
     "eval.every=20", "ckpt.every=3", "track.backends=[]",
 )  # fmt: skip
@@ -32,7 +33,7 @@ def main() -> int:
     """One run that is left alone, one that is killed; 0 where they agree."""
     options = _options()
     chance = random.Random(options.seed)
-    words = [*RECIPE, f"train.max_steps={options.steps}"]
+    words = [*RECIPE, f"train.max_steps={options.steps}", *_data(options.root)]
     whole, killed = options.root / "whole", options.root / "killed"
     began = time.monotonic()
     assert _end(_start([*words, f"run.root={whole}"], options.ranks, whole)) == 0, "see output-*"
@@ -59,11 +60,21 @@ def main() -> int:
     return _compare(whole / "run", killed / "run")
 
 
+def _data(root: Path) -> list[str]:
+    """Words for two small texts: a start by the whole library takes seconds more."""
+    root.mkdir(parents=True, exist_ok=True)
+    words = []
+    for key, module in (("data", argparse), ("eval", random)):
+        (root / f"{key}.txt").write_text(inspect.getsource(module))
+        words.append(f"{key}.source={root / key}.txt")
+    return words
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--patience", type=float, default=20, help="seconds until a kill, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--root", type=Path, required=True, help="a new folder")
