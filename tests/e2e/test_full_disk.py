@@ -1,0 +1,66 @@
+"""A disk that takes no checkpoint: the training goes on, a run that must stop says so."""
+
+import errno
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e.runs import QUICK, small_data
+
+from hqqtrain.ckpt import read_checkpoint, write_checkpoint
+from hqqtrain.cli import main
+from hqqtrain.train.loop import Trainer
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    fixed = ("run.name=run", "train.max_steps=6", "ckpt.every=2", "eval.source=null")
+    return [*QUICK, *small_data(tmp_path), *fixed, f"run.root={tmp_path}"]
+
+
+def full_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    def write(folder: Path, *rest: Any) -> None:
+        if int(folder.name.removeprefix("step-")) in steps:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_checkpoint(folder, *rest)
+
+    monkeypatch.setattr("hqqtrain.train.keeper.write_checkpoint", write)
+
+
+def test_the_training_goes_on(words: list[str], tmp_path: Path, monkeypatch, capsys):
+    full_at(monkeypatch, 4)
+    assert main(words) == 0
+    told = capsys.readouterr().err
+    assert "checkpoint of step 4 was not written ([Errno 28] No space left on device)" in told
+    kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [read_checkpoint(folder).step for folder in kept] == [2, 6]
+
+
+def test_a_run_that_must_stop_does_not_say_it_has_saved(
+    words: list[str], tmp_path: Path, monkeypatch, capsys
+):
+    full_at(monkeypatch, 3)
+    step = Trainer._step
+
+    def asked(self: Trainer, place: int, rate: float) -> Any:
+        if place == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, place, rate)
+
+    monkeypatch.setattr(Trainer, "_step", asked)
+    assert main(words) == 2
+    assert "the checkpoint of step 3 was not written" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.undo()
+    assert main(words) == 0
