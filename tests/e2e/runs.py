@@ -6,6 +6,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -87,6 +88,29 @@ def run(*words: str, root: Path, processes: int = 1, per_node: int | None = None
     meanwhile([worker.pid for worker in workers])
     code = _join(workers)
     return Finished(code, "".join(output.read_text() for output in outputs), root)
+
+
+def run_here(words: Sequence[str]) -> int:
+    """The same in this process, where it can be patched; its exit code."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    try:
+        return main(list(words))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stand_in(package: Path, source: str) -> dict[str, str]:
+    """An environment in which `source` is hqqtrain.train.tasks: no torch, no work."""
+    package.mkdir()
+    (package / "sitecustomize.py").write_text(
+        "import sys, types\n"
+        "tasks = types.ModuleType('hqqtrain.train.tasks')\n"
+        f"exec({source!r}, tasks.__dict__)\n"
+        "sys.modules['hqqtrain.train'] = types.ModuleType('hqqtrain.train')\n"
+        "sys.modules['hqqtrain.train.tasks'] = tasks\n"
+    )
+    return {"PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])}
 
 
 def launch(*words: str, root: Path, launcher: Sequence[str] = (sys.executable,)) -> Finished:

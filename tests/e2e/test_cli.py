@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from e2e.runs import stand_in
 
 FAKE_TASK = """
 import os, pathlib, sys
@@ -38,16 +39,7 @@ def _hqqtrain(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess
 @pytest.fixture
 def fake_task(tmp_path) -> dict[str, str]:
     """An environment in which the task is a stand-in: the command line is what is tested."""
-    package = tmp_path / "fake"
-    package.mkdir()
-    (package / "sitecustomize.py").write_text(
-        "import sys, types\n"
-        "tasks = types.ModuleType('hqqtrain.train.tasks')\n"
-        f"exec({FAKE_TASK!r}, tasks.__dict__)\n"
-        "sys.modules['hqqtrain.train'] = types.ModuleType('hqqtrain.train')\n"
-        "sys.modules['hqqtrain.train.tasks'] = tasks\n"
-    )
-    return {"PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])}
+    return stand_in(tmp_path / "fake", FAKE_TASK)
 
 
 def _nothing_left(folder: Path) -> bool:

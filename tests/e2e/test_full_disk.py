@@ -3,24 +3,14 @@
 import errno
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.runs import QUICK, small_data
+from e2e.runs import QUICK, run_here, small_data
 
 from hqqtrain.ckpt import read_checkpoint, write_checkpoint
-from hqqtrain.cli import main
 from hqqtrain.train.loop import Trainer
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -40,7 +30,7 @@ def full_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
 
 def test_the_training_goes_on(words: list[str], tmp_path: Path, monkeypatch, capsys):
     full_at(monkeypatch, 4)
-    assert main(words) == 0
+    assert run_here(words) == 0
     told = capsys.readouterr().err
     assert "checkpoint of step 4 was not written ([Errno 28] No space left on device)" in told
     kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
@@ -59,8 +49,8 @@ def test_a_run_that_must_stop_does_not_say_it_has_saved(
         return step(self, place, rate)
 
     monkeypatch.setattr(Trainer, "_step", asked)
-    assert main(words) == 2
+    assert run_here(words) == 2
     assert "the checkpoint of step 3 was not written" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     monkeypatch.undo()
-    assert main(words) == 0
+    assert run_here(words) == 0

@@ -1,16 +1,13 @@
 """A batch that is not finite: the layer is named, the batch kept, the policy followed."""
 
 import json
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from e2e.runs import QUICK, small_data
+from e2e.runs import QUICK, run_here, small_data
 
-from hqqtrain.cli import main
 from hqqtrain.track import read_metrics
 from hqqtrain.train.loop import Trainer
 from hqqtrain.train.nonfinite import LIMIT, _first_bad_output
@@ -20,14 +17,6 @@ _WORDS = (
     "parallel.check_every=null",
 )  # fmt: skip
 LAYER = "model.layers.3.mlp.up_proj"
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -73,7 +62,7 @@ def test_stop_names_the_layer_and_keeps_the_batch(
     tmp_path: Path, words: tuple, poison: set[int], capsys
 ):
     poison.add(4)
-    assert main([*words]) == 2
+    assert run_here([*words]) == 2
     told = capsys.readouterr().err
     assert (
         f"global batch 4 gives loss nan, gradient norm nan; first in the output of {LAYER}" in told
@@ -85,13 +74,13 @@ def test_stop_names_the_layer_and_keeps_the_batch(
     assert {len(row) for row in facts["tokens"]} == {64}
     assert state(tmp_path)["steps"] == 3  # what it can go on from is sound
     poison.clear()
-    assert main([*words]) == 0
+    assert run_here([*words]) == 0
     assert len(losses(tmp_path)) == 8
 
 
 def test_skip_leaves_the_batch_out(tmp_path: Path, words: tuple, poison: set[int]):
     poison |= {2, 5}
-    assert main([*words, "train.on_nonfinite=skip"]) == 0
+    assert run_here([*words, "train.on_nonfinite=skip"]) == 0
     assert len(losses(tmp_path)) == 8
     assert (state(tmp_path)["steps"], state(tmp_path)["skipped"]) == (8, 2)
     assert len(list((tmp_path / "run" / "nonfinite").iterdir())) == 2
@@ -99,17 +88,17 @@ def test_skip_leaves_the_batch_out(tmp_path: Path, words: tuple, poison: set[int
 
 def test_rollback_also_goes_back(tmp_path: Path, words: tuple, poison: set[int]):
     poison.add(5)
-    assert main([*words, "train.on_nonfinite=rollback"]) == 0
+    assert run_here([*words, "train.on_nonfinite=rollback"]) == 0
     assert (state(tmp_path)["steps"], state(tmp_path)["skipped"]) == (8, 3)  # batches 3, 4 and 5
     skipped = tmp_path / "skipped"
     poison |= {3, 4}
-    assert main([*words, "train.on_nonfinite=skip", f"run.root={skipped}"]) == 0
+    assert run_here([*words, "train.on_nonfinite=skip", f"run.root={skipped}"]) == 0
     assert losses(skipped) == losses(tmp_path)
 
 
 def test_so_many_in_a_row_always_stop(words: tuple, poison: set[int], capsys):
     poison |= set(range(2, 2 + LIMIT))
-    assert main([*words, "train.on_nonfinite=skip"]) == 2
+    assert run_here([*words, "train.on_nonfinite=skip"]) == 2
     assert f"{LIMIT} times in a row" in capsys.readouterr().err
 
 
@@ -126,7 +115,7 @@ def test_a_gradient_alone_is_traced_to_a_parameter(words: tuple, monkeypatch, ca
                 hook.remove()
 
     monkeypatch.setattr(Trainer, "_step", spoilt)
-    assert main([*words]) == 2
+    assert run_here([*words]) == 2
     told = capsys.readouterr().err
     assert (
         "first in the gradient of base_model.model.model.layers.2.self_attn.v_proj.lora_B" in told

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e.runs import QUICK, TIMEOUT
+from e2e.runs import QUICK, TIMEOUT, stand_in
 
 FAKE_TASK = """
 import json, os, pathlib, signal, time
@@ -53,17 +53,7 @@ def run(config, command):
 @pytest.fixture
 def fake(tmp_path) -> dict[str, str]:
     """An environment in which the task is a stand-in: the sweep is what is tested."""
-    package = tmp_path / "fake"
-    package.mkdir()
-    (package / "sitecustomize.py").write_text(
-        "import sys, types\n"
-        "tasks = types.ModuleType('hqqtrain.train.tasks')\n"
-        f"exec({FAKE_TASK!r}, tasks.__dict__)\n"
-        "sys.modules['hqqtrain.train'] = types.ModuleType('hqqtrain.train')\n"
-        "sys.modules['hqqtrain.train.tasks'] = tasks\n"
-    )
-    path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
-    return {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    return {**stand_in(tmp_path / "fake", FAKE_TASK), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def start(*words: str, cwd: Path, **env: str) -> subprocess.Popen:
