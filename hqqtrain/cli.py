@@ -15,7 +15,7 @@ from hqqtrain import __version__
 from hqqtrain.compose import compose, jobs, recipe_files
 from hqqtrain.compose.usage import usage
 from hqqtrain.config import RankLostError, RunConfig, UserError, did_you_mean
-from hqqtrain.launch import adopt_ranks, submit, submit_sweep
+from hqqtrain.launch import adopt_ranks, check_same_launch, submit, submit_sweep
 from hqqtrain.sweep import Job, run_all
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
@@ -66,6 +66,7 @@ def _dispatch(words: list[str]) -> int:
     if plan.is_sweep or plan.is_slurm:
         _refuse_ranks()
     if plan.is_slurm:
+        check_same_launch([job.config for job in plan.jobs])
         return _say(_submit(plan, words))
     if plan.is_sweep:
         return run_all(plan.jobs)
