@@ -14,9 +14,16 @@ import yaml
 from hqqtrain import __version__
 from hqqtrain.compose import compose, jobs, recipe_files
 from hqqtrain.compose.usage import usage
-from hqqtrain.config import PreemptedError, RankLostError, RunConfig, UserError, did_you_mean
+from hqqtrain.config import (
+    PreemptedError,
+    RankLostError,
+    RunConfig,
+    UserError,
+    did_you_mean,
+    signals,
+)
 from hqqtrain.config.secrets import masked
-from hqqtrain.launch import adopt_ranks, submit, submit_sweep
+from hqqtrain.launch import adopt_ranks, check_same_launch, submit, submit_sweep
 from hqqtrain.sweep import Job, Sweep, run_all, show_table
 
 DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 3
@@ -73,9 +80,11 @@ def _dispatch(words: list[str]) -> int:
     if plan.is_sweep or plan.is_slurm:
         _refuse_ranks()
     if plan.is_slurm:
+        check_same_launch([job.config for job in plan.jobs])
         return _say(_submit(plan, words))
     if plan.is_sweep:
         return run_all(plan.jobs)
+    signals.listen()  # importing takes seconds
     from hqqtrain.train.tasks import run
 
     return run(plan.jobs[0].config, ["python", "-m", "hqqtrain", *words])

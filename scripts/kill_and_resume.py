@@ -111,10 +111,13 @@ def _kill(processes: list[subprocess.Popen], run: Path, while_saving: bool, pati
           chance: random.Random) -> bool:  # fmt: skip
     """Kills one rank, and then the others; False where they had ended before."""
     deadline = time.monotonic() + (120 if while_saving else patience)
+    old, saves = _newest(run), chance.randint(0, 3)
     while time.monotonic() < deadline:
         if processes[0].poll() is not None:
             return False
-        if while_saving and any(run.glob("checkpoints/.step-*.partial")):
+        if _newest(run) != old:
+            old, saves = _newest(run), saves - 1
+        if while_saving and saves <= 0 and any(run.glob("checkpoints/.step-*.partial")):
             time.sleep(chance.uniform(0, 0.02))
             break
         time.sleep(0.001)
@@ -125,10 +128,13 @@ def _kill(processes: list[subprocess.Popen], run: Path, while_saving: bool, pati
     return True
 
 
+def _newest(run: Path) -> str:
+    return max((path.name for path in run.glob("checkpoints/step-*")), default="")
+
+
 def _told(run: Path, while_saving: bool) -> str:
-    saved = sorted(path.name for path in run.glob("checkpoints/step-*"))
     left = [path.name for path in run.glob("checkpoints/.step-*")]
-    where = f"last whole checkpoint {saved[-1] if saved else 'none'}, half written {left or 'none'}"
+    where = f"last whole checkpoint {_newest(run) or 'none'}, half written {left or 'none'}"
     return f"{'while saving' if while_saving else 'at random'}; {where}"
 
 

@@ -45,12 +45,12 @@ def submit_sweep(
 
     Args:
         name: the sweep's.
-        jobs: the words and the configuration of every run.
+        jobs: the words and the configuration of every run; see `check_same_launch`.
         words: the sweep's own command line, with its flags.
 
-    Returns and raises as `submit`; UserError, too, where runs ask slurm for different things.
+    Returns and raises as `submit`.
     """
-    batch = _batch(name, words, _same_launch(jobs))
+    batch = _batch(name, words, jobs[0][1])
     undone = dict.fromkeys(word for job in jobs for word in _taken_back(*job))
     array = batch.sweep([_inner(*job) for job in jobs])
     table = batch.table([*_without_launch(words), *undone])
@@ -62,6 +62,19 @@ def submit_sweep(
     except UserError as error:
         raise UserError(f"{error} The runs are submitted; scancel {job} would end them.") from None
     return f"submitted jobs {job}_[0-{len(jobs) - 1}], then {last}; their output: {batch.folder}"
+
+
+def check_same_launch(configs: Sequence[RunConfig]) -> None:
+    """Raises UserError where the runs of a sweep ask slurm for different things."""
+    first = configs[0].launch
+    for launch in (config.launch for config in configs):
+        for name in (item.name for item in fields(LaunchConfig)):
+            one, another = getattr(first, name), getattr(launch, name)
+            if one != another:
+                raise UserError(
+                    f"launch.{name}={another}: the runs of a sweep are one job array, and another "
+                    f"has {one}; give them one value, or submit them one by one."
+                )
 
 
 def _inner(words: Sequence[str], config: RunConfig) -> list[str]:
@@ -101,20 +114,6 @@ def _taken_back(words: Sequence[str], config: RunConfig) -> list[str]:
 
 def _text(value: object) -> str:
     return "null" if value is None else str(value)
-
-
-def _same_launch(jobs: Sequence[tuple[Sequence[str], RunConfig]]) -> RunConfig:
-    """The first configuration, which stands for all of them."""
-    first = jobs[0][1]
-    for _, config in jobs:
-        for item in fields(LaunchConfig):
-            values = [getattr(each.launch, item.name) for each in (first, config)]
-            if values[0] != values[1]:
-                raise UserError(
-                    f"launch.{item.name}={values[1]}: the runs of a sweep are one job array, and "
-                    f"another has {values[0]}; give them one value, or submit them one by one."
-                )
-    return first
 
 
 def _write(batch: Batch, name: str, text: str) -> Path:

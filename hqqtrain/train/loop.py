@@ -105,7 +105,7 @@ class Trainer:
                 # Gradients are averaged over ranks; the loss is a sum over tokens.
                 self.engine.backward(loss * (self.processes.size / max(1, tokens)))
             total += loss.detach().double()
-        asked = self.session.interrupt.is_asked
+        asked = bool(self.session.interrupt.reason)
         summed, stop = self.processes.sum([total.item(), asked])
         self.is_asked_to_stop = stop > 0
         step = Step(place, indices, tokens, summed / max(1, tokens))

@@ -38,10 +38,8 @@ def run(config: RunConfig, command: list[str]) -> int:
         PreemptedError: it was asked to stop, and has saved its state (3).
     """
     relaunch_if_ranks_were_lost(command[3:])
-    interrupt = Interrupt(config.run)
-    interrupt.listen()
     setup_logging(os.environ.get("RANK", "0") == "0")
-    session = Session.start(config, interrupt)
+    session = Session.start(config, Interrupt(config.run))
     try:
         with Record(session, command) as record:
             if not record.is_done():

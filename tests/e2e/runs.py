@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from hqqtrain.cli import main
+from hqqtrain.config.signals import SIGNALS
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 TIMEOUT = 400
@@ -92,7 +93,7 @@ def run(*words: str, root: Path, processes: int = 1, per_node: int | None = None
 
 def run_here(words: Sequence[str]) -> int:
     """The same in this process, where it can be patched; its exit code."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         return main(list(words))
     finally:

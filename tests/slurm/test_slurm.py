@@ -5,14 +5,11 @@ import os
 import re
 import shutil
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from e2e.runs import QUICK
 from slurm.cluster import NODES, Cluster, why_not
-
-from hqqtrain.cli import _FLAGS
 
 RANKS = (
     "import os, hqqtrain.launch; hqqtrain.launch.adopt_ranks(os.environ);"
@@ -21,9 +18,6 @@ RANKS = (
 )
 SLOW = 200
 """Seconds that a start of the program may take, and a short run, on a busy machine."""
-KNOWS_RESUME = find_spec("hqqtrain.train.interrupt") is not None
-RESUME = pytest.mark.skipif(not KNOWS_RESUME, reason="runs do not resume yet")
-KNOWS_TABLE = "--table" in _FLAGS
 
 
 @pytest.fixture
@@ -154,7 +148,6 @@ def test_what_sbatch_refuses_is_one_message(cluster, tmp_path):
         _submit(cluster, tmp_path, "launch.partition=absent")
 
 
-@RESUME
 def test_a_preempted_run_is_one_run(cluster, tmp_path):
     """Two ranks on two nodes, told by USR1 as slurm does before a time limit."""
     words = (*QUICK, "train.max_steps=24", "track.backends=[wandb]", "launch.nodes=2")
@@ -180,8 +173,7 @@ def test_a_node_that_dies_costs_no_run(cluster, tmp_path):
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), _output(tmp_path)
     assert ended["NodeList"] != node
     assert (_run_directory(tmp_path) / "summary.json").exists()
-    if KNOWS_RESUME:
-        assert "going on from" in _output(tmp_path)
+    assert "going on from" in _output(tmp_path)
     cluster.start_node(node)
 
 
@@ -194,10 +186,9 @@ def test_the_table_waits_for_the_requeued_task_of_an_array(cluster, tmp_path, st
     assert cluster.job(table)["Reason"] == "Dependency"
     assert cluster.ended(f"{array}_0")["Restarts"] == "0"
     assert cluster.ended(f"{array}_1")["ExitCode"] == "0:0"
-    assert cluster.ended(table)["JobState"] == ("COMPLETED" if KNOWS_TABLE else "FAILED")
+    assert cluster.ended(table)["JobState"] == "COMPLETED"
 
 
-@pytest.mark.skipif(not KNOWS_TABLE, reason="the command line has no --table")
 def test_a_sweep_is_an_array_and_ends_in_its_table(cluster, tmp_path):
     words = (*QUICK, "task=quantize", "-m", "quant.nbits=2,3", "launch.jobs=2")
     array, table = _submit_all(cluster, tmp_path, *words)
