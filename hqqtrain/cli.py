@@ -51,7 +51,7 @@ def _guarded(words: list[str]) -> int:
         return USER_ERROR
     except PreemptedError as error:
         if _rank() == 0:
-            print(f"hqqtrain: {error}; the same command goes on from there.", file=sys.stderr)
+            print(f"hqqtrain: {error}; the same command goes on.", file=sys.stderr)
         return PREEMPTED
     except RankLostError as error:
         print(f"hqqtrain: {error}", file=sys.stderr)

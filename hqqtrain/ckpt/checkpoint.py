@@ -56,8 +56,11 @@ def write_checkpoint(
 ) -> None:  # fmt: skip
     """Writes `folder`, complete or not at all. Raises OSError where the disk does not take it."""
     with atomic_directory(folder) as partial:
-        write_adapter(partial, adapter, config, base)
-        save_file(dict(optimizer), partial / OPTIMIZER, metadata={"format": "pt"})
+        try:
+            write_adapter(partial, adapter, config, base)
+            save_file(dict(optimizer), partial / OPTIMIZER, metadata={"format": "pt"})
+        except SafetensorError as error:  # it hides the system's
+            raise OSError(f"{partial}: {error}") from error
         atomic_write_json(partial / STATE, without_nonfinite({"format": FORMAT, **state}))
         seal(partial)
 

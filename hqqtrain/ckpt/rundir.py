@@ -76,6 +76,13 @@ class RunDirectory:
             )
         return True
 
+    def holds(self, name: str) -> bool:
+        """Whether the model in the folder `name` is whole, and of the source that is there now."""
+        made_from = _read_yaml(self.path / "config.yaml").get("inputs") or {}
+        key = "model.name_or_path"
+        same = made_from.get(key) == input_stamps(self.config).get(key)
+        return same and (self.path / name / "config.json").is_file()
+
     def __enter__(self) -> "RunDirectory":
         """Take the lock. Raises UserError while another process holds it, or as `check` does."""
         self.check()

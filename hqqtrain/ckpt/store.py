@@ -35,21 +35,33 @@ class CheckpointStore:
     def newest(self) -> Checkpoint | None:
         """The newest one that is whole; None where there is none at all.
 
-        Raises UserError where all are damaged: to begin anew would be a surprise.
+        Newer ones, which are damaged, are set aside under another name: they do not count among
+        those that are kept. Raises UserError where all are damaged: to begin anew would be a
+        surprise.
         """
-        faults = []
+        faults: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                return read_checkpoint(self.folder(step))
+                found = read_checkpoint(self.folder(step))
             except DamagedError as error:
                 logger.warning("%s; the checkpoint before it is tried", error)
-                faults.append(str(error))
+                faults[step] = str(error)
+                continue
+            for damaged in faults:
+                _replace(self.folder(damaged), self.root / f"damaged-{self.folder(damaged).name}")
+            return found
         if not faults:
             return None
+        told = "; ".join(faults.values())
         raise UserError(
-            f"{self.root}: no checkpoint can be used: {'; '.join(faults)}. Take one from a backup, "
-            "or begin anew with run.resume=never."
+            f"{self.root}: no checkpoint can be used: {told}. Take one from a backup, or begin "
+            "anew with run.resume=never."
         )
+
+    def tidy(self) -> None:
+        """Deletes what killed processes have left half written or half deleted."""
+        for path in self.root.glob(f".{_PREFIX}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def prune(self) -> None:
         """Deletes what is not to be kept. A name goes first, so that none is seen half deleted."""
@@ -76,6 +88,10 @@ class CheckpointStore:
 def _delete(folder: Path) -> None:
     if folder.exists():
         going = folder.with_name(f".{folder.name}.going")
-        shutil.rmtree(going, ignore_errors=True)
-        folder.rename(going)
+        _replace(folder, going)
         shutil.rmtree(going)
+
+
+def _replace(folder: Path, name: Path) -> None:
+    shutil.rmtree(name, ignore_errors=True)
+    folder.rename(name)

@@ -101,6 +101,8 @@ class RunConfig:
                 f"ckpt.keep_best={self.ckpt.keep_best}: the best are told by eval/loss; set "
                 "eval.every and eval.source, or keep_best=0."
             )
+        if self.run.resume == "must" and self.task != "finetune":
+            yield f"run.resume=must: task={self.task} has no checkpoints; use auto."
         if self.train.on_nonfinite == "rollback" and self.ckpt.every is None:
             yield "train.on_nonfinite=rollback: goes back to checkpoints; set ckpt.every."
 

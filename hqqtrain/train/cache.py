@@ -44,9 +44,12 @@ class Entry:
     folder: Path
     is_made: bool
 
-    def errors(self) -> tuple[dict[str, float], float]:
-        """Relative errors by layer and of all, as they were measured when it was made."""
-        found = json.loads((self.folder / ERRORS).read_text(encoding="utf-8"))
+    def errors(self) -> tuple[dict[str, float], float | None]:
+        """Relative errors by layer and of all, as they were measured when it was made, if so."""
+        file = self.folder / ERRORS
+        if not file.is_file():
+            return {}, None
+        found = json.loads(file.read_text(encoding="utf-8"))
         return found["layers"], found["all"]
 
 
@@ -68,7 +71,7 @@ def cached(plan: Plan, session: Session) -> Iterator[Entry | None]:
 
 
 def save_entry(entry: Entry, plan: Plan, built: Built, session: Session) -> None:
-    """Puts what `plan` has become into the cache. Collective."""
+    """Writes what `plan` has become to `entry`, with the errors beside it. Collective."""
     errors = {"layers": built.layer_errors, "all": built.relative_error}
     save_packed(plan, built, session, entry.folder, beside={ERRORS: errors})
 

@@ -3,7 +3,6 @@
 Torch's strategies share one way; DeepSpeed keeps gradients and optimizer to itself.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -82,10 +81,13 @@ class _Torch:
 
     def update(self, rate: float, accepts: Accepts) -> None:
         self._accelerator.unscale_gradients(self._optimizer)
-        limit = math.inf if self._limit is None else self._limit
-        norm = nn.utils.clip_grad_norm_(self._trained.values(), limit)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if accepts(norm.item()):
+        parameters = self._trained.values()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        accepted = accepts(whole.item())
+        if accepted and self._limit is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self._limit, norm)
+        if accepted or self._accelerator.scaler:  # which skips what is not finite, and learns of it
             _set_rate(self._optimizer, rate)
             self._optimizer.step()
         self._optimizer.zero_grad()

@@ -9,19 +9,19 @@ from hqqtrain.ckpt import (
     Background,
     Base,
     Checkpoint,
-    CheckpointStore,
     load_adapter,
     versions,
     write_checkpoint,
 )  # fmt: skip
 from hqqtrain.config import UserError
+from hqqtrain.data import Sequences
 from hqqtrain.dist import write_full
 from hqqtrain.train.loop import Trainer
 from hqqtrain.train.plan import Plan
 from hqqtrain.train.prepare import Built
 from hqqtrain.train.progress import Trained
 from hqqtrain.train.record import Record
-from hqqtrain.train.resume import open_newest
+from hqqtrain.train.resume import open_newest, texts_of
 from hqqtrain.train.session import Session
 from hqqtrain.train.snapshot import Snapshot
 
@@ -29,19 +29,19 @@ logger = logging.getLogger(__name__)
 
 
 class Keeper:
-    """Saves what `trainer` is into `store`, and puts it back. Use as a context manager.
+    """Saves what `trainer` is, and puts it back. Use as a context manager.
 
     Only copying holds the training up; the first rank writes meanwhile. All methods are collective.
     """
 
     def __init__(self, trainer: Trainer, plan: Plan, built: Built, session: Session,
-                 record: Record, store: CheckpointStore) -> None:  # fmt: skip
+                 record: Record, held_out: Sequences | None) -> None:  # fmt: skip
         self._trainer, self._plan, self._built = trainer, plan, built
-        self._session, self._record, self._store = session, record, store
+        self._session, self._record, self._store = session, record, record.checkpoints
         self._snapshot = Snapshot(session.processes)
         self._background = Background("checkpoints")
         self._saved: int | None = None
-        self._data = trainer.sequences.digest()
+        self._texts = texts_of(trainer.sequences, held_out)
         self._saves, self._seconds = 0, 0.0  # for which the training was held up
 
     def __enter__(self) -> "Keeper":
@@ -75,20 +75,23 @@ class Keeper:
     def save(self, eval_loss: float | None = None) -> None:
         """Copies the state, and lets the first rank write it while others go on."""
         began = time.perf_counter()
-        self._wait_for_last()
+        self.end()
         self._snapshot.take(self._trainer.engine.pieces())
         state = self._state(eval_loss)
         if self._session.processes.is_main:
             self._background.start(lambda: self._write(state))
         self._saved = state["step"]
-        taken = time.perf_counter() - began
-        self._saves, self._seconds = self._saves + 1, self._seconds + taken
-        self._session.interrupt.needs(taken)
+        self._trainer.guard.passed()
+        self._saves += 1
+        self._seconds += time.perf_counter() - began
 
     def end(self) -> None:
-        """The training is over: the last checkpoint is on the disk, or a warning said why not."""
+        """The last checkpoint is on the disk, or an error said why it is not."""
         with self._session.processes.together():
             self._wait_for_last()
+
+    def report(self) -> None:
+        """Says what checkpoints have cost."""
         share = 100 * self._seconds / max(self._trainer.done.seconds, 1e-9)
         logger.info("%d checkpoints held the training up for %.2f s, %.2f %% of its time",
                     self._saves, self._seconds, share)  # fmt: skip
@@ -119,7 +122,7 @@ class Keeper:
             "updates": self._trainer.engine.updates,
             "scaler": scaler.state_dict() if scaler else None,
             "eval_loss": eval_loss,
-            "data": self._data,
+            "texts": self._texts,
             "strategy": session.strategy,
             "world_size": session.processes.size,
             "record": self._record.state(),
@@ -129,6 +132,7 @@ class Keeper:
 
     def _write(self, state: dict[str, Any]) -> None:
         """On the thread."""
+        began = time.perf_counter()
         tensors = self._snapshot.tensors()
         adapter = {name: tensors[name] for name in self._trainer.trained}
         optimizer = {name: tensor for name, tensor in tensors.items() if name not in adapter}
@@ -137,7 +141,11 @@ class Keeper:
                     self._built.settings.fingerprint)  # fmt: skip
         folder = self._store.folder(state["step"])
         write_checkpoint(folder, adapter, optimizer, self._plan.lora, base, state)
-        self._store.prune()
+        self._session.interrupt.needs(time.perf_counter() - began)
+        try:
+            self._store.prune()
+        except OSError as error:
+            logger.warning("older checkpoints were not deleted: %s", error)
 
     def _wait_for_last(self) -> None:
         """A checkpoint that could not be written is no reason to end a training that goes well."""

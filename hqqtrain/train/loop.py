@@ -6,6 +6,7 @@ So one process and eight walk the same path, but for rounding, and a process tha
 another was killed walks it to the bit.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -149,7 +150,8 @@ class Trainer:
 
 def _seed(seed: int, place: int, rank: int) -> None:
     """Of dropout alone: a function of these three, so that there is no state to save."""
-    torch.manual_seed((seed * 1_000_003 + place) * 65_537 + rank)
+    digest = hashlib.blake2b(f"{seed} {place} {rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def _warn_of_warmup(config: RunConfig, steps: int) -> None:

@@ -37,25 +37,24 @@ class Scale:
         if self.adapter_counts and not adapted and isinstance(model, PeftModel):
             as_it_is = model.disable_adapter()
         with as_it_is:
-            self.record.evaluated(part, self._measured(self.held_out, may_stop=True))
+            self.record.evaluated(part, self._measured(self.held_out))
 
     def measure_between(self) -> float | None:
         """Measures while training goes on, for the curve; the loss, nats a token."""
         if not self.held_out:
             return None
-        measured = self._measured(self.held_out, may_stop=False)
+        measured = self._measured(self.held_out)
         self.record.evaluated_between(measured)
         return measured.loss
 
-    def _measured(self, held_out: Sequences, *, may_stop: bool) -> Measured:
-        """With `may_stop` there is nothing to save, and a wish to stop is heard between batches."""
+    def _measured(self, held_out: Sequences) -> Measured:
+        """A wish to stop is heard between batches: PreemptedError, on all ranks."""
         session = self.session
         with self.record.evaluating(held_out) as count, session.autocast():
 
             def on_batch(tokens: int) -> None:
                 count(tokens)
-                if may_stop:
-                    session.interrupt.check(session.processes)
+                session.interrupt.check(session.processes)
 
             return evaluate(
                 self.built.model, held_out, self.session.processes,

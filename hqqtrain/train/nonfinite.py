@@ -43,13 +43,19 @@ class Guard:
 
     def accepts(self, step: Step, trained: Mapping[str, nn.Parameter]) -> bool:
         """Whether the optimizer may step. Collective where not."""
-        # fp16 skips steps that overflow by itself, and lowers its scale
+        # fp16 skips steps whose gradient overflows by itself, and lowers its scale
         scaled = self._session.accelerator.scaler is not None
         if math.isfinite(step.loss) and (math.isfinite(step.norm) or scaled):
-            self._in_a_row = 0
+            if self._config.on_nonfinite != "rollback":
+                self._in_a_row = 0
             return True
-        self._gradient = self._first([_not_finite(trained)])
-        return scaled and self._config.on_nonfinite != "stop"
+        last = max(self._session.processes.gather(_last_not_finite(trained)))
+        self._gradient = list(trained)[last] if last >= 0 else ""
+        return False
+
+    def passed(self) -> None:
+        """A checkpoint was made: what it goes back to is a later state."""
+        self._in_a_row = 0
 
     def refuse(self, step: Step, model: nn.Module, batches: Iterable[Batch]) -> None:
         """Names the layer, keeps the batch; raises UserError where that is the end. Collective."""
@@ -81,12 +87,14 @@ class Guard:
         return next(filter(None, named), "")
 
 
-def _not_finite(trained: Mapping[str, nn.Parameter]) -> str:
-    """The last parameter, where a backward pass begins, whose gradient is not finite."""
-    for name, param in reversed(list(trained.items())):
+def _last_not_finite(trained: Mapping[str, nn.Parameter]) -> int:
+    """The number of the last parameter, where a backward pass begins, whose gradient is not
+    finite on this rank; -1 without one."""
+    last = -1
+    for number, param in enumerate(trained.values()):
         if param.grad is not None and not local(param.grad).isfinite().all():
-            return name
-    return ""
+            last = number
+    return last
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ is quantized, so that bad weights leave nothing behind.
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -87,9 +88,21 @@ class Record:
         return done
 
     @property
+    def begins_anew(self) -> bool:
+        """Whether `run.resume=never` holds: not for a job that slurm has requeued, which has
+        begun."""
+        requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+        return self.config.run.resume == "never" and not requeued
+
+    @property
     def was_finished(self) -> bool:
         """Whether the directory holds a finished run, of this configuration or nearly so."""
         return self.directory.status().get("status") == "done"
+
+    def has_quantized(self) -> bool:
+        """Whether this run has quantized before, from the files that are there now. Collective."""
+        mine = self.main and not self.begins_anew and self.directory.holds("quantized")
+        return self.session.processes.gather(mine)[0]
 
     def path(self, name: str) -> Path:
         """Where `name` lies in the run's directory."""

@@ -18,11 +18,7 @@ def find_checkpoint(record: Record, session: Session) -> Checkpoint | None:
     Raises UserError where there is none though there must be, or none that is whole.
     """
     store, resume = record.checkpoints, session.config.run.resume
-    if resume == "never":
-        with session.processes.together():
-            if session.processes.is_main and store.steps():
-                logger.warning("run.resume=never: %s is deleted", store.root)
-                store.clear()
+    if record.begins_anew:
         return None
     found = open_newest(store, session)
     if found is None and resume == "must":
@@ -35,14 +31,25 @@ def find_checkpoint(record: Record, session: Session) -> Checkpoint | None:
     if found and session.processes.is_main:
         logger.info("going on from %s, made by %s on %d processes", found.folder,
                     found.state["strategy"], found.state["world_size"])  # fmt: skip
-    return found
+    return found if found and found.step else None  # before the first step there is nothing
+
+
+def forget(record: Record, session: Session) -> None:
+    """Deletes the checkpoints of a run that begins anew, now that nothing is wrong. Collective."""
+    with session.processes.together():
+        if session.processes.is_main and record.checkpoints.steps():
+            logger.warning("run.resume=never: %s is deleted", record.checkpoints.root)
+            record.checkpoints.clear()
 
 
 def open_newest(store: CheckpointStore, session: Session) -> Checkpoint | None:
     """The newest checkpoint that is whole: the first rank chooses, every rank reads. Collective."""
     processes = session.processes
     with processes.together():
-        mine = store.newest() if processes.is_main else None
+        mine = None
+        if processes.is_main:
+            store.tidy()
+            mine = store.newest()
     step = processes.gather(mine and mine.step)[0]
     with processes.together():
         if step is None or mine:
@@ -57,16 +64,27 @@ def _read(store: CheckpointStore, step: int) -> Checkpoint:
         raise UserError(f"{error}, on this machine; all nodes need one shared folder.") from error
 
 
-def check_goes_on(found: Checkpoint | None, sequences: Sequences, config: RunConfig) -> None:
+def texts_of(training: Sequences, held_out: Sequences | None) -> dict[str, str]:
+    """What tells one run's texts from another's, by the key that names them."""
+    return {
+        "data.source": training.digest(),
+        "eval.source": held_out.digest() if held_out else "",
+    }
+
+
+def check_goes_on(
+    found: Checkpoint | None, training: Sequences, held_out: Sequences | None, config: RunConfig
+) -> None:
     """Raises UserError where the run of `found` had other text, or is past the end of this one."""
     if found is None:
         return
-    if found.state["data"] != sequences.digest():
-        raise UserError(
-            f"{found.folder}: was trained on other text than data.source gives now: a file or the "
-            "Python that brings it has changed. Choose another run.name, or run.resume=never."
-        )
-    steps = total_steps(config, SampleOrder(len(sequences), config.train.seed))
+    for key, digest in texts_of(training, held_out).items():
+        if found.state["texts"][key] != digest:
+            raise UserError(
+                f"{found.folder}: was made with other text than {key} gives now: a file, or the "
+                "Python that brings it, has changed. Choose another run.name, or run.resume=never."
+            )
+    steps = total_steps(config, SampleOrder(len(training), config.train.seed))
     if found.step > steps:
         raise UserError(
             f"{found.folder}: has {found.step} steps, and train.max_steps or epochs ask for "

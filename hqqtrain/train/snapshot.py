@@ -27,14 +27,14 @@ class Snapshot:
 
     def take(self, pieces: Mapping[str, Piece]) -> None:
         """Copies what `pieces` are of; the last copy must not be read any more. Collective."""
-        names = list(pieces)
+        names, old, self._memory = list(pieces), self._memory, {}
         for number, parts in gathered_pieces(list(pieces.values()), self._processes):
             shape = pieces[names[number]].shape
             if shape is None:
                 for owner, part in enumerate(parts):
-                    self._copy(f"{names[number]}/{owner}", [part], part.shape)
+                    self._copy(f"{names[number]}/{owner}", [part], part.shape, old)
             else:
-                self._copy(names[number], parts, shape)
+                self._copy(names[number], parts, shape, old)
         if self._pinned:
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -45,15 +45,20 @@ class Snapshot:
             self._copied.synchronize()
         return self._memory
 
-    def _copy(self, name: str, parts: list[Tensor], shape: torch.Size) -> None:
+    def _copy(
+        self, name: str, parts: list[Tensor], shape: torch.Size, old: Mapping[str, Tensor]
+    ) -> None:
         """What engines that cut flat have added at the end stays away."""
-        if name not in self._memory:
-            self._memory[name] = self._room(shape, parts[0].dtype)
+        room, dtype = old.get(name), parts[0].dtype
+        if room is None or (room.shape, room.dtype) != (shape, dtype):
+            room = self._room(shape, dtype)
+        self._memory[name] = room
         there, at = self._memory[name].view(-1), 0
         for part in parts:
             stop = min(at + part.numel(), there.numel())
             there[at:stop].copy_(part.detach().reshape(-1)[: stop - at], non_blocking=True)
             at = stop
+        assert at == there.numel(), f"{name}: its parts are not the whole"
 
     def _room(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """From a large block: to pin each of a thousand tensors by itself takes longer."""

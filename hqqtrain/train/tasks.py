@@ -6,6 +6,7 @@ Every rank runs them alike; files, trackers and the console belong to the main r
 
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,14 +17,14 @@ from hqqtrain.data import Sequences, evaluation_set, pack, training_texts
 from hqqtrain.dist import relaunch_if_ranks_were_lost
 from hqqtrain.models import available, check_fits, estimate, load_tokenizer, oom_advice
 from hqqtrain.track import setup_logging
-from hqqtrain.train.cache import cached, save_entry
+from hqqtrain.train.cache import Entry, cached, save_entry
 from hqqtrain.train.interrupt import Interrupt
 from hqqtrain.train.measure import Scale
 from hqqtrain.train.plan import Plan, make_plan
 from hqqtrain.train.prepare import Built, build, mount
 from hqqtrain.train.record import Record
-from hqqtrain.train.resume import check_goes_on, find_checkpoint
-from hqqtrain.train.save import save_adapter_of, save_dense, save_packed
+from hqqtrain.train.resume import check_goes_on, find_checkpoint, forget
+from hqqtrain.train.save import save_adapter_of, save_dense
 from hqqtrain.train.session import Session
 from hqqtrain.train.training import train
 
@@ -42,7 +43,7 @@ def run(config: RunConfig, command: list[str]) -> int:
     session = Session.start(config, Interrupt(config.run))
     try:
         with Record(session, command) as record:
-            if not record.is_done():
+            if record.begins_anew or not record.is_done():
                 _work(session, record)
     except PreemptedError:  # which all ranks raise
         session.processes.leave()
@@ -73,9 +74,11 @@ def finetune(session: Session, record: Record) -> None:
     with session.processes.together():
         plan = make_plan(session, adapt=True, resumed=found.folder if found else None)
         training, held_out = _training_data(plan, config), _held_out(plan, config)
-        check_goes_on(found, training, config)
+        check_goes_on(found, training, held_out, config)
         _check_resources(plan, session)
     _check_same_text(session, training, held_out)
+    if record.begins_anew:
+        forget(record, session)
     built = _build(plan, session, record, found)
     built.model = mount(built.model, session)
     scale = Scale(plan, built, held_out, session, record)
@@ -120,14 +123,9 @@ def export(session: Session, record: Record) -> None:
 
 
 def _build(plan: Plan, session: Session, record: Record, found: Checkpoint | None = None) -> Built:
-    """From the run's own `quantized/` where it goes on, or the cache, or by quantizing."""
-    own = record.path("quantized")
-    if found and session.processes.gather((own / "config.json").is_file())[0]:
-        with record.quantizing(plan, loads=True) as on_layer:
-            built = build(plan, session, packed=own, on_layer=on_layer)
-        record.quantized(plan, built, found)
-        return built
-    with cached(plan, session) as entry:
+    """From what the run has quantized before, or the cache, or by quantizing."""
+    own = Entry(record.path("quantized"), record.has_quantized())
+    with nullcontext(own) if own.is_made else cached(plan, session) as entry:
         packed = entry.folder if entry and entry.is_made else None
         with record.quantizing(plan, loads=plan.packed or packed is not None) as on_layer:
             built = build(plan, session, packed=packed, on_layer=on_layer)
@@ -136,8 +134,9 @@ def _build(plan: Plan, session: Session, record: Record, found: Checkpoint | Non
         elif entry:
             save_entry(entry, plan, built, session)
     record.quantized(plan, built, found)
-    if session.config.quant.save and session.config.task in ("finetune", "quantize"):
-        save_packed(plan, built, session, own)
+    saves = session.config.quant.save and session.config.task in ("finetune", "quantize")
+    if saves and not own.is_made:
+        save_entry(own, plan, built, session)
     return built
 
 

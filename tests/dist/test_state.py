@@ -123,3 +123,13 @@ def test_a_copy_does_not_change_with_what_it_was_taken_of():
     snapshot.take({"weight": piece_of(weight, weight, weight.shape)})
     weight.zero_()
     assert snapshot.tensors()["weight"].tolist() == [1, 1, 1]
+
+
+def test_a_copy_of_what_has_grown_is_whole():
+    """bitsandbytes has no moments before the first step."""
+    snapshot = Snapshot(Processes(0, 1, CPU))
+    nothing, moments = torch.empty(0), torch.arange(300, dtype=torch.uint8)
+    snapshot.take({"w/state1": piece_of(moments, nothing), "gone": piece_of(moments, moments)})
+    snapshot.take({"w/state1": piece_of(moments, moments)})
+    assert snapshot.tensors().keys() == {"w/state1/0"}
+    assert torch.equal(snapshot.tensors()["w/state1/0"], moments)

@@ -99,15 +99,34 @@ def test_rollback_also_goes_back(tmp_path: Path, words: tuple, poison: set[int])
 def test_so_many_in_a_row_always_stop(words: tuple, poison: set[int], capsys):
     poison |= set(range(2, 2 + LIMIT))
     assert run_here([*words, "train.on_nonfinite=skip"]) == 2
-    assert f"{LIMIT} times in a row" in capsys.readouterr().err
+    assert f"{LIMIT} times" in capsys.readouterr().err
 
 
-def test_a_gradient_alone_is_traced_to_a_parameter(words: tuple, monkeypatch, capsys):
+def test_going_back_for_ever_ends(words: tuple, poison: set[int], capsys):
+    """Each time the second step after the checkpoint: steps in between are taken."""
+    poison |= set(range(4, 60, 2))
+    assert run_here([*words, "train.on_nonfinite=rollback"]) == 2
+    assert f"{LIMIT} times" in capsys.readouterr().err
+
+
+def test_rollback_with_an_8_bit_optimizer(tmp_path: Path, words: tuple, poison: set[int]):
+    pytest.importorskip("bitsandbytes")
+    eight = (*words, "train.on_nonfinite=rollback", "optim.name=adamw_8bit")
+    poison |= {1, 5}
+    assert run_here([*eight, "train.max_steps=6"]) == 0
+    assert run_here([*eight, "train.max_steps=8"]) == 0
+    assert len(losses(tmp_path)) == 8
+
+
+@pytest.mark.parametrize("spoiling", [torch.inf, torch.nan])
+def test_a_gradient_alone_is_traced_to_a_parameter(
+    words: tuple, monkeypatch, capsys, spoiling: float
+):
     step = Trainer._step
 
     def spoilt(self: Trainer, place: int, rate: float) -> Any:
         name = next(n for n in self.trained if "layers.2.self_attn.v_proj.lora_B" in n)
-        hook = self.trained[name].register_hook(lambda g: g * torch.inf) if place == 1 else None
+        hook = self.trained[name].register_hook(lambda g: g * spoiling) if place == 1 else None
         try:
             return step(self, place, rate)
         finally:

@@ -78,7 +78,7 @@ def test_stopped_by_a_signal_and_killed(alone: tuple, data: tuple, tmp_path: Pat
     stopped = run(*words, root=root, processes=size, meanwhile=when(root, 6, signal.SIGUSR1, last))
     assert stopped.code == 3, stopped.output
     assert status(stopped) == ("preempted", 3)
-    assert "the same command goes on from there" in stopped.output
+    assert "the same command goes on." in stopped.output
     killed = run(*words, root=root, processes=size,
                  meanwhile=when(root, 14, signal.SIGKILL, *range(size)))  # fmt: skip
     assert killed.code == -signal.SIGKILL
@@ -100,7 +100,7 @@ def test_a_time_limit_saves_in_time(data: tuple, tmp_path: Path):
     assert done.code == 3, done.output
     assert status(done) == ("preempted", 3)
     assert "run.time_limit=0:00:25" in done.output
-    (checkpoint,) = (done.directory / "checkpoints").glob("step-*")
+    checkpoint = max((done.directory / "checkpoints").glob("step-*"))
     assert json.loads((checkpoint / "state.json").read_text())["step"] == len(done.losses())
 
 
@@ -177,6 +177,33 @@ def test_damaged_checkpoints_are_passed_over_or_refused(data: tuple, tmp_path: P
     anew = run(*words, "train.max_steps=2", "run.resume=never", root=root)
     assert anew.code == 0, anew.output
     assert "is deleted" in anew.output
+
+
+def test_never_begins_anew_also_what_is_done(data: tuple, tmp_path: Path):
+    words = (*ELASTIC, *data, "train.global_batch_size=4", "train.max_steps=2")
+    root = tmp_path / "runs"
+    first = run(*words, "train.seed=1234567890123", root=root)
+    assert first.code == 0, first.output
+    again = run(*words, "train.seed=1234567890123", "run.resume=never", root=root)
+    assert again.code == 0, again.output
+    assert "quantizing:" in again.output
+    assert again.losses() == first.losses()
+
+
+def test_other_held_out_text_is_noticed(data: tuple, tmp_path: Path):
+    words = (*QUICK, *data, "run.name=run", "train.max_steps=40", "ckpt.every=2")
+    root = tmp_path / "runs"
+    stopped = run(*words, root=root, meanwhile=when(root, 2, signal.SIGTERM, 0))
+    assert stopped.code == 3, stopped.output
+    file = Path(data[1].partition("=")[2])
+    text = file.read_text()
+    try:
+        file.write_text("print('other text')\n" * 400)
+        other = run(*words, root=root)
+    finally:
+        file.write_text(text)
+    assert other.code == 2
+    assert "other text than eval.source gives now" in other.output
 
 
 def test_a_checkpoint_is_an_adapter_to_start_from(alone: tuple, data: tuple, tmp_path: Path):

@@ -1,8 +1,8 @@
 """Checkpoints: what is written comes back; what was altered does not."""
 
-import errno
 import json
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -79,9 +79,23 @@ def test_the_one_before_a_damaged_one_is_used(store: CheckpointStore, caplog):
     assert found is not None
     assert found.step == 10
     assert "step-00000020" in caplog.text
-    (store.folder(10) / "state.json").unlink()
+    save(store, 20)
+    for step in (10, 20):
+        (store.folder(step) / "state.json").unlink()
     with pytest.raises(UserError, match=r"no checkpoint can be used: .*20.*10.*run\.resume=never"):
         store.newest()
+
+
+def test_damaged_ones_take_no_place_of_those_that_are_kept(store: CheckpointStore):
+    save(store, 10)
+    for step in (20, 30):
+        (save(store, step) / "state.json").write_text("{}")
+    assert store.newest().step == 10  # type: ignore[union-attr]
+    assert store.steps() == [10]
+    save(store, 15)
+    store.prune()
+    assert store.steps() == [10, 15]
+    assert len(list(store.root.glob("damaged-step-*"))) == 2
 
 
 def test_what_a_killed_process_left_is_no_checkpoint(store: CheckpointStore):
@@ -92,6 +106,8 @@ def test_what_a_killed_process_left_is_no_checkpoint(store: CheckpointStore):
     assert store.steps() == [10]
     save(store, 20)
     assert store.steps() == [10, 20]
+    store.tidy()
+    assert not list(store.root.glob(".*"))
 
 
 def test_another_format_is_not_guessed_at(store: CheckpointStore, monkeypatch):
@@ -117,15 +133,16 @@ def test_the_last_and_the_best_stay(store: CheckpointStore):
     assert not store.root.exists()
 
 
-def test_a_full_disk_leaves_the_one_before(store: CheckpointStore, monkeypatch):
+@pytest.mark.parametrize("room", [0, 300, 1200])
+def test_a_full_disk_leaves_the_one_before(store: CheckpointStore, room: int):
     save(store, 10)
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("hqqtrain.ckpt.checkpoint.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        save(store, 20)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save(store, 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in store.root.iterdir()] == ["step-00000010"]
     found = store.newest()
     assert found is not None
