@@ -78,12 +78,12 @@ class Finished:
 
 def run(*words: str, root: Path, processes: int = 1, per_node: int | None = None,
         meanwhile: Callable[[list[int]], None] = lambda pids: None,
-        grace: float = 5) -> Finished:  # fmt: skip
+        grace: float = 5, limit: float = TIMEOUT) -> Finished:  # fmt: skip
     """`python -m hqqtrain *words run.root=root`, or as many ranks of it as `processes` says.
 
     A rank is a process of its own, forked from one that has imported what every run imports:
-    that takes 5 of the 6 seconds that a short run has. `meanwhile` is given their ids. Ranks that
-    go on for `grace` seconds after another has failed are killed.
+    that takes 5 of the 6 seconds that a short run has. `meanwhile` is given their ids. Ranks are
+    killed that go on for `grace` seconds after another has failed, or `limit` after `meanwhile`.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     outputs = [root.parent / f"output-{rank}.txt" for rank in range(processes)]
@@ -95,7 +95,7 @@ def run(*words: str, root: Path, processes: int = 1, per_node: int | None = None
         workers.append(_context().Process(target=_main, args=arguments))
         workers[-1].start()
     meanwhile([worker.pid for worker in workers])
-    code = _join(workers, grace)
+    code = _join(workers, grace, limit)
     output = "".join(output.read_text() for output in outputs)
     return Finished(code, output, root, tuple(worker.exitcode for worker in workers))
 
@@ -161,14 +161,14 @@ def _main(words: list[str], folder: Path, env: dict[str, str], output: Path) -> 
     sys.exit(main(words))
 
 
-def _join(workers: list[Any], grace: float) -> int:
+def _join(workers: list[Any], grace: float, limit: float) -> int:
     """The first exit code that is not 0, after which the others are ended, as launchers do."""
-    left, deadline = list(workers), time.monotonic() + TIMEOUT
+    left, deadline = list(workers), time.monotonic() + limit
     while left:
-        connection.wait([worker.sentinel for worker in left], deadline - time.monotonic())
+        connection.wait([w.sentinel for w in left], max(0, deadline - time.monotonic()))
         code = next((worker.exitcode for worker in left if worker.exitcode), 0)
         if code or time.monotonic() > deadline:
-            _end(left, grace)
+            _end(left, grace if code else 0)
             return code or 124
         left = [worker for worker in left if worker.exitcode is None]
     return 0

@@ -10,8 +10,8 @@ import pytest
 from e2e.runs import QUICK, run, small_data
 
 WORDS = (*QUICK, "run.name=run", "train.micro_batch_size=2", "eval.tokens=4096")
-GRACE = 60
-"""Seconds; who waits for a rank that left, waits for longer."""
+LIMIT = 40
+"""Seconds from the signal to the end; who waits for a rank that never comes, waits for longer."""
 
 
 def _quantizing(root: Path) -> bool:
@@ -46,7 +46,7 @@ def _signal_at(moment: Callable[[Path], bool], root: Path, rank: int) -> Callabl
 @pytest.mark.parametrize("moment", [_quantizing, _training, _measuring_the_end])
 def test_all_ranks_end_by_themselves(moment, rank: int, tmp_path: Path):
     root = tmp_path / "runs"
-    done = run(*WORDS, *small_data(tmp_path), root=root, processes=2, grace=GRACE,
+    done = run(*WORDS, *small_data(tmp_path), root=root, processes=2, grace=LIMIT, limit=LIMIT,
                meanwhile=_signal_at(moment, root, rank))  # fmt: skip
     assert done.codes == (3, 3), done.output
     assert (root / "run").exists() == (moment is not _quantizing)
