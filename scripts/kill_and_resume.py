@@ -4,11 +4,12 @@
 
 Trains the tiny model once without a break. Then trains it again, kills it by SIGKILL at a random
 moment, every other time while it writes a checkpoint, and starts it by the same command, until it
-was killed so many times and has ended. Adapter, optimizer state and every step's loss must agree
-bit for bit. On a CPU; some 15 seconds a kill.
+was killed so many times and has ended. No start is left to save more than a few times. Adapter,
+optimizer state and every step's loss must agree bit for bit. On a CPU; some 15 seconds a kill.
 """
 
 import argparse
+import contextlib
 import inspect
 import os
 import random
@@ -29,25 +30,31 @@ RECIPE = (
 )  # fmt: skip
 
 
+SAVES = 4
+"""At most, of a start that is to be killed; so --steps are enough on any machine."""
+STEPS = 15
+"""Per kill: more than SAVES checkpoints have."""
+
+
 def main() -> int:
     """One run that is left alone, one that is killed; 0 where they agree."""
     options = _options()
     chance = random.Random(options.seed)
-    words = [*RECIPE, f"train.max_steps={options.steps}", *_data(options.root)]
+    steps = options.steps or STEPS * (options.kills + 2)
+    words = [*RECIPE, f"train.max_steps={steps}", *_data(options.root)]
     whole, killed = options.root / "whole", options.root / "killed"
     began = time.monotonic()
     assert _end(_start([*words, f"run.root={whole}"], options.ranks, whole)) == 0, "see output-*"
     seconds = time.monotonic() - began
-    print(
-        f"left alone: {options.steps} steps on {options.ranks} ranks, {seconds:.0f} s", flush=True
-    )
+    print(f"left alone: {steps} steps on {options.ranks} ranks, {seconds:.0f} s", flush=True)
     kills = 0
     while True:
+        before = _half_written(killed / "run")
         processes = _start([*words, f"run.root={killed}"], options.ranks, killed)
         if kills < options.kills:
             while_saving = kills % 2 == 1
             patience = chance.uniform(0, options.patience)
-            if _kill(processes, killed / "run", while_saving, patience, chance):
+            if _kill(processes, killed / "run", while_saving, patience, chance, before):
                 kills += 1
                 print(f"kill {kills}: {_told(killed / 'run', while_saving)}", flush=True)
                 continue
@@ -74,7 +81,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, help=f"{STEPS} a kill where not given")
     parser.add_argument("--patience", type=float, default=20, help="seconds until a kill, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--root", type=Path, required=True, help="a new folder")
@@ -108,17 +115,20 @@ def _end(processes: list[subprocess.Popen]) -> int:
 
 
 def _kill(processes: list[subprocess.Popen], run: Path, while_saving: bool, patience: float,
-          chance: random.Random) -> bool:  # fmt: skip
-    """Kills one rank, and then the others; False where they had ended before."""
+          chance: random.Random, before: dict[str, tuple[int, int]]) -> bool:  # fmt: skip
+    """Kills one rank, and then the others; False where they had ended before.
+
+    `before`: what earlier kills have left half written.
+    """
     deadline = time.monotonic() + (120 if while_saving else patience)
-    old, saves = _newest(run), chance.randint(0, 3)
+    old, saves = _newest(run), chance.randint(0, SAVES - 1) if while_saving else SAVES
     while time.monotonic() < deadline:
         if processes[0].poll() is not None:
             return False
         if _newest(run) != old:
             old, saves = _newest(run), saves - 1
-        if while_saving and saves <= 0 and any(run.glob("checkpoints/.step-*.partial")):
-            time.sleep(chance.uniform(0, 0.02))
+        if saves <= 0 and (not while_saving or _half_written(run).items() - before.items()):
+            time.sleep(chance.uniform(0, 0.02 if while_saving else 0.2))
             break
         time.sleep(0.001)
     for process in chance.sample(processes, len(processes)):
@@ -128,6 +138,16 @@ def _kill(processes: list[subprocess.Popen], run: Path, while_saving: bool, pati
     return True
 
 
+def _half_written(run: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of change (ns) of every folder that is no checkpoint yet, by name."""
+    found = {}
+    for folder in run.glob("checkpoints/.step-*.partial"):
+        with contextlib.suppress(FileNotFoundError):  # it is a checkpoint now
+            facts = folder.stat()
+            found[folder.name] = (facts.st_ino, facts.st_mtime_ns)
+    return found
+
+
 def _newest(run: Path) -> str:
     return max((path.name for path in run.glob("checkpoints/step-*")), default="")
 
@@ -135,7 +155,14 @@ def _newest(run: Path) -> str:
 def _told(run: Path, while_saving: bool) -> str:
     left = [path.name for path in run.glob("checkpoints/.step-*")]
     where = f"last whole checkpoint {_newest(run) or 'none'}, half written {left or 'none'}"
-    return f"{'while saving' if while_saving else 'at random'}; {where}"
+    return f"{'while saving' if while_saving else 'at random'}; step {_reached(run)}, {where}"
+
+
+def _reached(run: Path) -> int:
+    """The last step in metrics.jsonl."""
+    file = run / "metrics.jsonl"
+    rows = read_metrics(file) if file.exists() else []
+    return rows[-1]["train/global_step"] if rows else 0
 
 
 def _compare(whole: Path, killed: Path) -> int:

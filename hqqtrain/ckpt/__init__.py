@@ -12,6 +12,7 @@ from hqqtrain.ckpt.provenance import stamp, versions
 from hqqtrain.ckpt.quantized import (
     ModuleSettings,
     QuantizedSettings,
+    check_quantized,
     model_tensors,
     quantized_settings,
     reader_tensors,
@@ -23,7 +24,8 @@ from hqqtrain.ckpt.store import CheckpointStore
 __all__ = [
     "Adapter", "AdapterCard", "Background", "Base", "Checkpoint", "CheckpointStore",
     "DamagedError", "Fingerprint", "ModuleSettings", "QuantizedSettings", "RunDirectory",
-    "atomic_directory", "atomic_write_json", "atomic_write_text", "dense_tensors", "export_dense",
-    "load_adapter", "model_tensors", "quantized_settings", "read_checkpoint", "reader_tensors",
-    "save_adapter", "save_quantized", "stamp", "versions", "write_checkpoint",
+    "atomic_directory", "atomic_write_json", "atomic_write_text", "check_quantized",
+    "dense_tensors", "export_dense", "load_adapter", "model_tensors", "quantized_settings",
+    "read_checkpoint", "reader_tensors", "save_adapter", "save_quantized", "stamp",
+    "versions", "write_checkpoint",
 ]  # fmt: skip

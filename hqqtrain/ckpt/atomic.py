@@ -85,11 +85,10 @@ def _recover(path: Path, old: Path) -> None:
 
 def _sync_tree(folder: Path) -> None:
     """Forces all to disk, readable as the umask has it: safetensors makes files private."""
-    mask = os.umask(0)
-    os.umask(mask)
+    mode = folder.stat().st_mode & 0o666  # the umask itself can only be read by changing it
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(0o666 & ~mask)
+            path.chmod(mode)
         sync(path)
     sync(folder)
 

@@ -64,12 +64,12 @@ def export_dense(tensors: Tensors, folder: Path, *, hf_config: PretrainedConfig,
     written: set[str] = set()
     with directory_of_all(folder, processes) as partial:
         stream = _noting(tensors, written)
-        total = write_shards(stream, partial, max_bytes=max_shard_bytes, processes=processes)
+        done = write_shards(stream, partial, max_bytes=max_shard_bytes, processes=processes)
         if processes.is_main:
             values = config_json(_export_config(hf_config, dtype, written))
             atomic_write_json(partial / "config.json", values)
             copy_companions(source, partial)
-    return total
+    return done.bytes
 
 
 def _dense(parts: dict[str, torch.Tensor], settings: ModuleSettings) -> torch.Tensor:

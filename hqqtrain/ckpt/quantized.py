@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hqqtrain.ckpt.atomic import atomic_write_json
+from hqqtrain.ckpt.manifest import DamagedError, check_sealed, is_sealed, seal
 from hqqtrain.ckpt.shards import MAX_SHARD_BYTES, directory_of_all, write_shards
 from hqqtrain.config import UserError
 from hqqtrain.dist import ALONE, Processes
@@ -144,17 +145,39 @@ def save_quantized(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
 
     `tensors`: as `model_tensors` yields them, on all of `processes` alike. Tokenizer and
     generation settings are copied from `source`, the folder that the model was read from.
-    `beside`: JSON files to write there, by name.
+    `beside`: JSON files to write there, by name. A manifest.json says what `check_quantized` is to
+    find.
     """
     with directory_of_all(folder, processes) as partial:
-        total = write_shards(tensors, partial, max_bytes=max_shard_bytes, processes=processes)
+        done = write_shards(
+            tensors, partial, max_bytes=max_shard_bytes, processes=processes, hashed=True
+        )
         if processes.is_main:
             extra = {"quantization_config": settings.quantization_config()}
             atomic_write_json(partial / "config.json", config_json(hf_config) | extra)
             for name, value in beside.items():
                 atomic_write_json(partial / name, value)
             copy_companions(source, partial)
-    return total
+            seal(partial, known=done.facts)
+    return done.bytes
+
+
+def check_quantized(folder: Path, processes: Processes) -> None:
+    """Reads all that `save_quantized` has written, each rank a share of the files. Collective.
+
+    The fingerprint covers packed rows alone: a norm that lost a byte would go unnoticed. A folder
+    without a manifest, as an older version wrote it, is taken as it is.
+
+    Raises UserError on every rank where a file is missing or is not what was written.
+    """
+    with processes.together():
+        if is_sealed(folder):
+            try:
+                check_sealed(folder, processes.rank, processes.size)
+            except DamagedError as error:
+                raise UserError(
+                    f"{error}. Delete {folder} and run again: it is then quantized anew."
+                ) from error
 
 
 def config_json(hf_config: PretrainedConfig) -> dict[str, Any]:

@@ -38,13 +38,14 @@ class RunDirectory:
         self._made: list[Path] = []
 
     def check(self) -> None:
-        """Raises UserError where the directory belongs to another configuration. Writes nothing."""
+        """Raises UserError where it is another configuration's, or damaged. Writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; choose another run.name or run.root.")
         if (self.path / "config.yaml").is_file():
             _refuse_another(self.path, self.config)
         elif self.path.is_dir() and _holds_files(self.path):
             raise UserError(f"{self.path}: holds files, but no run; choose another run.name.")
+        self.status()
 
     def token(self) -> str:
         """What shows that somebody sees this very directory, for `check_shared`."""
@@ -55,7 +56,7 @@ class RunDirectory:
         check_seen(self.path / _LOCK, token, f"run.root={self.config.run.root}")
 
     def status(self) -> dict[str, Any]:
-        """What status.json says; empty where there is none."""
+        """What status.json says; empty where there is none. Raises UserError for a damaged one."""
         return _read_yaml(self.path / "status.json")
 
     def done(self) -> bool:
@@ -117,6 +118,8 @@ class RunDirectory:
             "versions": versions(),
         }
         text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+        if self.status():
+            self.write_status("running")  # else a kill here leaves the new identity, and `done`
         atomic_write_text(self.path / "config.yaml", text)
         self.write_status("running")
 
@@ -153,7 +156,10 @@ def _holds_files(folder: Path) -> bool:
 
 
 def _refuse_another(folder: Path, config: RunConfig) -> None:
-    there, here = _read_yaml(folder / "config.yaml"), masked(asdict(config))
+    path = folder / "config.yaml"
+    there, here = _read_yaml(path), masked(asdict(config))
+    if "identity" not in there:  # it stands behind the configuration
+        raise _damaged(path, "it is incomplete")
     if there.get("identity") == config.identity():
         return
     old, new = _flat(there), _flat(here)
@@ -184,12 +190,23 @@ def _text(flat: dict[str, Any], name: str) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML or JSON object; empty where the file is missing or is no object."""
+    """A YAML or JSON object; empty where there is no file. Raises UserError for anything else."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, yaml.YAMLError):
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise _damaged(path, " ".join(str(error).split())) from error
+    if not isinstance(found, dict):
+        raise _damaged(path, "it holds no keys")
+    return found
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(
+        f"{path}: cannot be read ({why}). Choose another run.name, or bring the file back as the "
+        "run wrote it."
+    )
 
 
 def _remove_if_empty(folder: Path) -> None:

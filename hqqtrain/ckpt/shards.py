@@ -8,15 +8,24 @@ import concurrent.futures as futures
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
 from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json, partial_of, sync
+from hqqtrain.ckpt.manifest import Facts, facts_of
 from hqqtrain.dist import ALONE, Processes
 from hqqtrain.models.reader import INDEX, SINGLE
 
 MAX_SHARD_BYTES = 2_000_000_000
+
+
+class Written(NamedTuple):
+    """The bytes of all tensors; the facts of the files they are in, if these were hashed."""
+
+    bytes: int
+    facts: dict[str, Facts]
 
 
 @contextmanager
@@ -36,9 +45,9 @@ def directory_of_all(path: Path, processes: Processes) -> Iterator[Path]:
 
 
 def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
-                 max_bytes: int = MAX_SHARD_BYTES,
-                 processes: Processes = ALONE) -> int:  # fmt: skip
-    """Write `tensors` (name, tensor) into `folder`; returns the bytes of all tensors.
+                 max_bytes: int = MAX_SHARD_BYTES, processes: Processes = ALONE,
+                 hashed: bool = False) -> Written:  # fmt: skip
+    """Write `tensors` (name, tensor) into `folder`; `hashed`: for a manifest.
 
     One file is named model.safetensors; several get transformers' numbered names and an index.
     A tensor larger than `max_bytes` has a shard of its own. Every rank gives the same stream, and
@@ -46,7 +55,7 @@ def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
     of the stream, which may be one of gathers.
     """
     weight_map: dict[str, int] = {}
-    with processes.together(), _Writer(folder, processes) as writer:
+    with processes.together(), _Writer(folder, processes, hashed) as writer:
         size = total = number = 0
         for name, tensor in tensors:
             if name in weight_map:
@@ -59,16 +68,19 @@ def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
             size, total = size + tensor.nbytes, total + tensor.nbytes
         writer.save(number)
         writer.finish()
+    names = _names(number + 1)
     if processes.is_main:
-        _name_shards(folder, weight_map, number + 1, total)
-    return total
+        _name_shards(folder, weight_map, names, total)
+    facts = [item for rank in processes.gather(writer.facts) for item in rank.items()]
+    return Written(total, {names[number]: found for number, found in facts})
 
 
 class _Writer:
     """Writes this rank's shards on a thread of its own, one after the other."""
 
-    def __init__(self, folder: Path, processes: Processes) -> None:
-        self._folder, self._processes = folder, processes
+    def __init__(self, folder: Path, processes: Processes, hashed: bool) -> None:
+        self._folder, self._processes, self._hashed = folder, processes, hashed
+        self.facts: dict[int, Facts] = {}
         self._shard: dict[str, torch.Tensor] = {}
         self._saving: list[futures.Future[None]] = []
         self._pool = futures.ThreadPoolExecutor(1, "writing")
@@ -89,13 +101,19 @@ class _Writer:
         if self._is_mine(number):
             futures.wait(self._saving)
         if self._is_mine(number) and not self._has_failed():
-            self._saving.append(self._pool.submit(_save, self._shard, self._folder, number))
+            self._saving.append(self._pool.submit(self._write, self._shard, number))
             self._shard = {}
 
     def finish(self) -> None:
         """Raises what saving has raised."""
         for saving in self._saving:
             saving.result()
+
+    def _write(self, shard: dict[str, torch.Tensor], number: int) -> None:
+        """Hashed here, the file comes from memory, and the next shard is gathered meanwhile."""
+        _save(shard, self._folder, number)
+        if self._hashed:
+            self.facts[number] = facts_of(_path(self._folder, number))
 
     def _has_failed(self) -> bool:
         return any(saving.done() and saving.exception() for saving in self._saving)
@@ -111,18 +129,26 @@ def _owned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if whole else tensor.clone()
 
 
+def _path(folder: Path, number: int) -> Path:
+    """Of a shard, until it is known how many there are."""
+    return folder / f"shard-{number}"
+
+
 def _save(shard: dict[str, torch.Tensor], folder: Path, number: int) -> None:
-    path = folder / f"shard-{number}"
+    path = _path(folder, number)
     save_file(shard, path, metadata={"format": "pt"})
     sync(path)  # only this machine can
 
 
-def _name_shards(folder: Path, weight_map: dict[str, int], count: int, total: int) -> None:
-    """The names carry the number of shards, which is known only at the end."""
-    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    names = names if count > 1 else [SINGLE]
+def _names(count: int) -> list[str]:
+    """transformers' names of `count` shards; they carry the number, known only at the end."""
+    several = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    return several if count > 1 else [SINGLE]
+
+
+def _name_shards(folder: Path, weight_map: dict[str, int], names: list[str], total: int) -> None:
     for number, name in enumerate(names):
-        (folder / f"shard-{number}").rename(folder / name)
-    if count > 1:
+        _path(folder, number).rename(folder / name)
+    if len(names) > 1:
         index = {name: names[number] for name, number in sorted(weight_map.items())}
         atomic_write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})

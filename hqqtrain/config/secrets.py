@@ -28,6 +28,8 @@ _FORMS = re.compile(
 _OLD_WANDB = re.compile(r"(?<![0-9A-Za-z])(?<!snapshots/)[0-9a-f]{40}(?![0-9A-Za-z])")
 # A commit has the form of an old W&B key, and is what makes a run reproducible.
 _COMMITS = re.compile(r"(^|[._-])(revision|commit|identity)$", re.IGNORECASE)
+_PLACES = ("PWD", "OLDPWD")
+"""Of the shell; the folder may be gone."""
 _SHORTEST = 8
 """Characters; a value of the environment that is shorter might be any word."""
 
@@ -65,5 +67,10 @@ def _masked_text(text: str, name: str) -> str:
 
 def _of_the_environment() -> Iterator[str]:
     for name, value in os.environ.items():
-        if _NAMES.search(name) and len(value) >= _SHORTEST:
+        if _NAMES.search(name) and len(value) >= _SHORTEST and not _is_a_place(name, value):
             yield value
+
+
+def _is_a_place(name: str, value: str) -> bool:
+    """$PWD is no password, and the file that holds a secret is no secret: both name paths."""
+    return name in _PLACES or (os.path.isabs(value) and os.path.exists(value))

@@ -9,24 +9,35 @@ from torch import nn
 from hqqtrain.ckpt import Adapter, load_adapter
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.dist import write_full
-from hqqtrain.models import adapter_name, is_adapter
+from hqqtrain.models import Source, adapter_name, is_adapter
 from hqqtrain.nn import init_adapters
 
 
 @dataclass(frozen=True)
 class Start:
-    """An adapter to begin with, and the folder it was read from."""
+    """An adapter to begin with, the folder it was read from, and in words what asked for it."""
 
     folder: Path
     adapter: Adapter
+    where: str
 
 
-def load_start(folder: str | Path | None) -> Start | None:
-    """The adapter in `folder`; None without one. Raises UserError where it cannot be read."""
+def load_start(config: RunConfig, source: Source, resumed: Path | None) -> Start | None:
+    """Of the checkpoint `resumed`, else `adapter.init_from`, else beside the model; or None.
+
+    Raises UserError where it cannot be read.
+    """
+    folder = resumed or config.adapter.init_from or source.adapter
     if folder is None:
         return None
     folder = Path(folder).expanduser()
-    return Start(folder, load_adapter(folder))
+    if resumed:
+        where = f"{folder}: the checkpoint that the run goes on from (another run.name begins anew)"
+    elif config.adapter.init_from:
+        where = f"adapter.init_from={folder}"
+    else:
+        where = f"{folder}: the adapter of model.name_or_path={source.name}"
+    return Start(folder, load_adapter(folder), where)
 
 
 def check_start(start: Start | None, lora: LoraConfig) -> None:
@@ -43,7 +54,7 @@ def check_start(start: Start | None, lora: LoraConfig) -> None:
     for key in keys:
         if theirs[key] != ours[key]:
             raise UserError(
-                f"adapter.init_from={start.folder}: was made with {key}={theirs[key]}, the recipe "
+                f"{start.where}: was made with {key}={theirs[key]}, the recipe "
                 f"asks for {ours[key]}. Make adapter.r, adapter.alpha and adapter.kind agree."
             )
 
@@ -59,17 +70,16 @@ def fill_adapters(
     init_adapters(model, config.train.seed, config.adapter.init, write=write_full)
     if start is None:
         return
-    where = f"adapter.init_from={start.folder}"
-    start.adapter.check_base(fingerprint, where)
+    start.adapter.check_base(fingerprint, start.where)
     waiting = dict(start.adapter.state)
     for name, param in model.named_parameters():
         if is_adapter(name):
             saved = waiting.pop(adapter_name(name), None)
             if saved is None or saved.shape != param.shape:
                 raise UserError(
-                    f"{where}: holds no {name} of shape {list(param.shape)}; it was trained with "
-                    "other adapter.target_modules."
+                    f"{start.where}: holds no {name} of shape {list(param.shape)}; it was trained "
+                    "with other adapter.target_modules."
                 )
             write_full(param, saved)
     if waiting:
-        raise UserError(f"{where}: {next(iter(waiting))} has no place in this model.")
+        raise UserError(f"{start.where}: {next(iter(waiting))} has no place in this model.")

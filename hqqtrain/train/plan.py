@@ -88,7 +88,7 @@ def make_plan(session: Session, *, adapt: bool, resumed: Path | None = None) -> 
         logger.warning(
             "%s: %d tensors are not used, such as %s", source.path, len(unused), unused[0]
         )
-    start = load_start(resumed or config.adapter.init_from or source.adapter)
+    start = load_start(config, source, resumed)
     if start and not resumed and session.processes.is_main:
         logger.info("starting from the adapter in %s", start.folder)
     lora = with_packed_linears(start.adapter.config) if start else None

@@ -1,5 +1,6 @@
 """All ranks write: the files of one process, complete on all or on none."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from dist.ranks import on_ranks
 from safetensors.torch import load_file
 
-from hqqtrain.ckpt import RunDirectory, shards
+from hqqtrain.ckpt import RunDirectory, check_quantized, shards
+from hqqtrain.ckpt.manifest import facts_of, seal
 from hqqtrain.ckpt.shards import directory_of_all, write_shards
 from hqqtrain.config import RunConfig, RunSection, UserError
 from hqqtrain.dist import ALONE, Processes
@@ -17,7 +19,12 @@ TENSORS = {f"t{i}": torch.arange(i, i + 40, dtype=torch.float32).view(4, 10) for
 
 def write(folder: Path, processes: Processes) -> int:
     with directory_of_all(folder, processes) as partial:
-        return write_shards(TENSORS.items(), partial, max_bytes=400, processes=processes)
+        done = write_shards(
+            TENSORS.items(), partial, max_bytes=400, processes=processes, hashed=True
+        )
+        if processes.is_main:
+            seal(partial, known=done.facts)
+    return done.bytes
 
 
 def save_all(rank: int, processes: Processes, folder: Path) -> None:
@@ -29,7 +36,9 @@ def test_the_files_do_not_depend_on_the_ranks(size, tmp_path):
     write(tmp_path / "one", ALONE)
     assert on_ranks(save_all, size, tmp_path / "many") == [""] * size
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert len(names) == 5 + 1
+    assert len(names) == 5 + 2
+    listed = json.loads((tmp_path / "one" / "manifest.json").read_text())["files"]
+    assert listed == {n: facts_of(tmp_path / "one" / n) for n in names if n != "manifest.json"}
     assert sorted(path.name for path in (tmp_path / "many").iterdir()) == names
     for name in names:
         assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
@@ -38,6 +47,23 @@ def test_the_files_do_not_depend_on_the_ranks(size, tmp_path):
     }
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], TENSORS[name]) for name in found)
+
+
+def check(rank: int, processes: Processes, folder: Path) -> None:
+    check_quantized(folder, processes)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_every_rank_hears_of_a_byte_that_one_has_found(number, tmp_path):
+    write(tmp_path / "out", ALONE)
+    assert on_ranks(check, 2, tmp_path / "out") == ["", ""]
+    file = tmp_path / "out" / f"model-{number:05}-of-00005.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    for told in on_ranks(check, 2, tmp_path / "out"):
+        assert told.startswith(f"{file}: is not what was written (its checksum differs)")
+        assert f"Delete {tmp_path / 'out'} and run again" in told
 
 
 def one_disk_is_full(rank: int, processes: Processes, folder: Path) -> None:

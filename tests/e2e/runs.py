@@ -45,9 +45,15 @@ def small_data(folder: Path) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Finished:
+    """`code`: the first that was not 0, of whatever rank; `codes`: each rank's own.
+
+    -9 is one of a rank that was killed, as those are which do not end by themselves.
+    """
+
     code: int
     output: str
     root: Path
+    codes: tuple[int, ...]
 
     @property
     def directory(self) -> Path:
@@ -71,11 +77,13 @@ class Finished:
 
 
 def run(*words: str, root: Path, processes: int = 1, per_node: int | None = None,
-        meanwhile: Callable[[list[int]], None] = lambda pids: None) -> Finished:  # fmt: skip
+        meanwhile: Callable[[list[int]], None] = lambda pids: None,
+        grace: float = 5, limit: float = TIMEOUT) -> Finished:  # fmt: skip
     """`python -m hqqtrain *words run.root=root`, or as many ranks of it as `processes` says.
 
     A rank is a process of its own, forked from one that has imported what every run imports:
-    that takes 5 of the 6 seconds that a short run has. `meanwhile` is given their ids.
+    that takes 5 of the 6 seconds that a short run has. `meanwhile` is given their ids. Ranks are
+    killed that go on for `grace` seconds after another has failed, or `limit` after `meanwhile`.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     outputs = [root.parent / f"output-{rank}.txt" for rank in range(processes)]
@@ -87,8 +95,9 @@ def run(*words: str, root: Path, processes: int = 1, per_node: int | None = None
         workers.append(_context().Process(target=_main, args=arguments))
         workers[-1].start()
     meanwhile([worker.pid for worker in workers])
-    code = _join(workers)
-    return Finished(code, "".join(output.read_text() for output in outputs), root)
+    code = _join(workers, grace, limit)
+    output = "".join(output.read_text() for output in outputs)
+    return Finished(code, output, root, tuple(worker.exitcode for worker in workers))
 
 
 def run_here(words: Sequence[str]) -> int:
@@ -122,7 +131,7 @@ def launch(*words: str, root: Path, launcher: Sequence[str] = (sys.executable,))
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT,
         cwd=root.parent, env={**os.environ, **ENVIRONMENT},
     )  # fmt: skip
-    return Finished(done.returncode, done.stdout, root)
+    return Finished(done.returncode, done.stdout, root, (done.returncode,))
 
 
 @functools.cache
@@ -152,22 +161,24 @@ def _main(words: list[str], folder: Path, env: dict[str, str], output: Path) -> 
     sys.exit(main(words))
 
 
-def _join(workers: list[Any]) -> int:
+def _join(workers: list[Any], grace: float, limit: float) -> int:
     """The first exit code that is not 0, after which the others are ended, as launchers do."""
-    left, deadline = list(workers), time.monotonic() + TIMEOUT
+    left, deadline = list(workers), time.monotonic() + limit
     while left:
-        connection.wait([worker.sentinel for worker in left], deadline - time.monotonic())
+        connection.wait([w.sentinel for w in left], max(0, deadline - time.monotonic()))
         code = next((worker.exitcode for worker in left if worker.exitcode), 0)
         if code or time.monotonic() > deadline:
-            _end(left)
+            _end(left, grace if code else 0)
             return code or 124
         left = [worker for worker in left if worker.exitcode is None]
     return 0
 
 
-def _end(workers: list[Any]) -> None:
+def _end(workers: list[Any], grace: float) -> None:
+    deadline = time.monotonic() + grace
     for worker in workers:
-        worker.join(5)  # a fault that all ranks know of ends them all
+        # a fault that all ranks know of ends them all
+        worker.join(max(0.1, deadline - time.monotonic()))
         worker.kill()
         worker.join()
 

@@ -19,6 +19,21 @@ def test_a_folder_appears_whole(tmp_path):
     assert os.listdir(target.parent) == [target.name]
 
 
+def test_files_are_as_readable_as_the_umask_has_it_and_it_is_never_changed(tmp_path, monkeypatch):
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch, atomic_directory(tmp_path / "out") as partial:
+            (partial / "inner").mkdir()
+            for name in ("file", "inner/private"):
+                (partial / name).write_text("x")
+                (partial / name).chmod(0o600)
+            patch.delattr(os, "umask")  # another thread's files would be made with it
+    finally:
+        os.umask(before)
+    for name in ("file", "inner/private"):
+        assert (tmp_path / "out" / name).stat().st_mode & 0o777 == 0o640
+
+
 def test_a_failure_leaves_nothing(tmp_path):
     def fail():
         with atomic_directory(tmp_path / "out") as partial:

@@ -2,14 +2,24 @@
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from hqqtrain.ckpt import QuantizedSettings, model_tensors, quantized_settings, reader_tensors
+from hqqtrain.ckpt import (
+    DamagedError,
+    QuantizedSettings,
+    check_quantized,
+    model_tensors,
+    quantized_settings,
+    reader_tensors,
+)
+from hqqtrain.ckpt.manifest import check_sealed, seal
 from hqqtrain.config import UserError
-from hqqtrain.dist import Processes
+from hqqtrain.dist import ALONE, Processes
 from hqqtrain.models import (
     CheckpointReader,
     build_meta,
@@ -63,7 +73,7 @@ def test_what_the_folder_holds(train, tmp_path):
     (trained.source / "chat_template.jinja").write_text("{{ x }}")
     folder = trained.save(tmp_path / "quantized")
     files = {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json",
-             "tokenizer_config.json", "chat_template.jinja"}  # fmt: skip
+             "tokenizer_config.json", "chat_template.jinja", "manifest.json"}  # fmt: skip
     assert set(os.listdir(folder)) == files
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "hqqtrain"
@@ -101,6 +111,60 @@ def test_a_failure_while_writing_leaves_nothing(train, tmp_path):
         save_quantized(failing(), tmp_path / "quantized", hf_config=trained.hf_config,
                        settings=trained.settings, source=trained.source)  # fmt: skip
     assert os.listdir(tmp_path) == ["source"]
+
+
+def _flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 4
+    file.write_bytes(content)
+
+
+def _in_a_norm(file: Path) -> None:
+    """A byte of what is not packed, which no fingerprint covers."""
+    header = int.from_bytes(file.read_bytes()[:8], "little")
+    listed = json.loads(file.read_bytes()[8 : 8 + header])
+    _flip(file, 8 + header + listed["model.norm.weight"]["data_offsets"][0] + 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_in_a_norm, "its checksum differs"),
+        (lambda file: os.truncate(file, file.stat().st_size - 1), "bytes instead of"),
+        (Path.unlink, "cannot be read"),
+    ],
+)
+def test_damage_is_found_and_named(train, tmp_path, damage, said):
+    folder = train().save(tmp_path / "quantized")
+    check_quantized(folder, ALONE)
+    damage(folder / "model.safetensors")
+    with pytest.raises(UserError, match=rf"model\.safetensors: .*{said}.*Delete {folder} and run"):
+        check_quantized(folder, ALONE)
+
+
+def test_every_file_is_covered(train, tmp_path):
+    folder = train().save(tmp_path / "quantized", max_shard_bytes=4096, beside={"errors.json": [1]})
+    assert len(list(folder.iterdir())) > 10
+    for file in folder.iterdir():
+        whole = file.read_bytes()
+        _flip(file, len(whole) // 2)
+        with pytest.raises(UserError, match=re.escape(f"{file}: is not what was written")):
+            check_quantized(folder, ALONE)
+        file.write_bytes(whole)
+    check_quantized(folder, ALONE)
+
+
+def test_a_folder_of_before_has_no_manifest(train, tmp_path):
+    folder = train().save(tmp_path / "quantized")
+    (folder / "manifest.json").unlink()
+    check_quantized(folder, ALONE)
+
+
+def test_what_is_known_is_not_read_again(tmp_path):
+    (tmp_path / "file").write_text("x")
+    seal(tmp_path, known={"file": {"bytes": 1, "sha256": "of the writer"}})
+    with pytest.raises(DamagedError, match=r"file: .*its checksum differs"):
+        check_sealed(tmp_path)
 
 
 def test_gather_sees_every_tensor_once(train):

@@ -4,12 +4,13 @@ import json
 import os
 import signal
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import yaml
 
 from hqqtrain.ckpt import RunDirectory
-from hqqtrain.config import QuantConfig, RunConfig, RunSection, UserError
+from hqqtrain.config import QuantConfig, RunConfig, RunSection, TrainConfig, UserError
 
 
 def _config(tmp_path, name="a", **more) -> RunConfig:
@@ -83,12 +84,65 @@ def test_what_does_not_define_the_result_may_differ(tmp_path):
     RunDirectory(other).check()
 
 
-@pytest.mark.parametrize("text", ["", "{", "- 1", "identity: 5"])
-def test_a_damaged_config_is_another_configuration(tmp_path, text):
+@pytest.mark.parametrize("name", ["config.yaml", "status.json"])
+@pytest.mark.parametrize("bad", [b"", b"{", b"- 1", b"\xff\xfe\xfa", b"a: \0"])
+def test_a_damaged_file_is_named(name, bad, tmp_path):
     run = _finish(_config(tmp_path))
-    (run.path / "config.yaml").write_text(text)
+    (run.path / name).write_bytes(bad)
+    with pytest.raises(UserError, match=rf"{name}: cannot be read .*another run\.name"), run:
+        pass
+    assert (run.path / name).read_bytes() == bad
+
+
+def test_half_a_config_is_damaged_not_another(tmp_path):
+    run = _finish(_config(tmp_path))
+    text = (run.path / "config.yaml").read_text()
+    (run.path / "config.yaml").write_text(text[: text.index("\noptim:") + 1])
+    with pytest.raises(UserError, match=r"config\.yaml: cannot be read .*incomplete") as error:
+        run.check()
+    assert "absent" not in str(error.value)
+
+
+def test_an_identity_that_differs_is_another_configuration(tmp_path):
+    run = _finish(_config(tmp_path))
+    (run.path / "config.yaml").write_text("identity: 5")
     with pytest.raises(UserError, match="another configuration"):
         run.check()
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_kill_while_it_begins_leaves_no_run_that_looks_done(writes, tmp_path, monkeypatch):
+    """A finished run is extended; the process dies after so many of the files are written."""
+    _finish(_config(tmp_path))
+    longer = _config(tmp_path, train=TrainConfig(max_steps=99))
+    if (child := os.fork()) == 0:
+        left, replace = iter(range(writes)), Path.replace
+
+        def dying(self: Path, target: Path) -> Path:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(self, target)
+
+        monkeypatch.setattr(Path, "replace", dying)
+        with RunDirectory(longer) as run:
+            run.begin([])
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert not RunDirectory(longer).done()
+    with RunDirectory(longer) as run:
+        run.begin([])
+
+
+def test_a_kill_while_a_new_run_begins_does_not_block_the_next(tmp_path, monkeypatch):
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(
+            RunDirectory, "write_status", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        )
+        with RunDirectory(_config(tmp_path)) as run:
+            run.begin([])
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    with RunDirectory(_config(tmp_path)) as run:
+        run.begin([])
+        assert run.status()["status"] == "running"
 
 
 def test_files_of_others_are_left_alone(tmp_path):

@@ -69,6 +69,22 @@ def test_a_secret_of_the_environment_is_known_wherever_it_stands(monkeypatch):
     assert masked_command([f"a={COMMIT}", f"{COMMIT}=1", "short"]) == ["a=***", "***=1", "short"]
 
 
+@pytest.mark.parametrize("name", ["PWD", "OLDPWD"])
+def test_the_working_directory_is_no_password(name, monkeypatch):
+    monkeypatch.setenv(name, "/long/gone/folder")
+    assert masked({"run": {"root": "/long/gone/folder/runs"}}) == {
+        "run": {"root": "/long/gone/folder/runs"}
+    }
+
+
+def test_the_file_that_holds_a_secret_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
+    monkeypatch.setenv("MY_SHELLS_PWD", str(tmp_path))
+    monkeypatch.setenv("MYSQL_PWD", "/no-such-path")
+    assert masked_command([f"run.root={tmp_path}/runs"]) == [f"run.root={tmp_path}/runs"]
+    assert masked("x /no-such-path") == "x ***"
+
+
 @pytest.mark.parametrize("value", [12345678, 1.5, ["a", "b"], {"user": "me", "key": "x"}])
 def test_under_a_secret_name_nothing_is_shown_whatever_its_type(value):
     assert masked({"x": {"password": value, "credentials": value}}) == {

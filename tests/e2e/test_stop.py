@@ -1,0 +1,54 @@
+"""A signal to one of two ranks, at whatever moment: both end by themselves, and with 3."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from e2e.runs import QUICK, run, small_data
+
+WORDS = (*QUICK, "run.name=run", "train.micro_batch_size=2", "eval.tokens=4096")
+LIMIT = 40
+"""Seconds from the signal to the end; who waits for a rank that never comes, waits for longer."""
+
+
+def _quantizing(root: Path) -> bool:
+    return "estimate: " in (root.parent / "output-0.txt").read_text()
+
+
+def _training(root: Path) -> bool:
+    return _steps(root) >= 2
+
+
+def _measuring_the_end(root: Path) -> bool:
+    return _steps(root) == 4
+
+
+def _steps(root: Path) -> int:
+    file = root / "run" / "metrics.jsonl"
+    return file.read_text().count("train/loss") if file.exists() else 0
+
+
+def _signal_at(moment: Callable[[Path], bool], root: Path, rank: int) -> Callable[[list], None]:
+    def send(pids: list[int]) -> None:
+        end = time.monotonic() + 120
+        while not moment(root):
+            assert time.monotonic() < end, "it never came so far"
+            time.sleep(0.002)
+        os.kill(pids[rank], signal.SIGUSR1)
+
+    return send
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("moment", [_quantizing, _training, _measuring_the_end])
+def test_all_ranks_end_by_themselves(moment, rank: int, tmp_path: Path):
+    root = tmp_path / "runs"
+    done = run(*WORDS, *small_data(tmp_path), root=root, processes=2, grace=LIMIT, limit=LIMIT,
+               meanwhile=_signal_at(moment, root, rank))  # fmt: skip
+    assert done.codes == (3, 3), done.output
+    assert (root / "run").exists() == (moment is not _quantizing)
+    assert _steps(root) == {_quantizing: 0, _measuring_the_end: 4}.get(moment, _steps(root))
+    assert not (root / "run" / "summary.json").exists()

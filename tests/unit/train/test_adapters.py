@@ -1,0 +1,73 @@
+"""An adapter that does not fit is named by what asked for it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch import nn
+
+from hqqtrain.ckpt.adapter import Base, write_adapter
+from hqqtrain.config import AdapterConfig, RunConfig, UserError
+from hqqtrain.models import Source
+from hqqtrain.train.adapters import check_start, fill_adapters, load_start
+
+LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["q"])
+
+
+def _model(**linears: int) -> nn.Module:
+    return get_peft_model(nn.ModuleDict({k: nn.Linear(8, n) for k, n in linears.items()}), LORA)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """An adapter of `q`, 8 x 8, on the base sha256:ab."""
+    (tmp_path / "adapter").mkdir()
+    state = get_peft_model_state_dict(_model(q=8))
+    write_adapter(tmp_path / "adapter", state, LORA, Base("owner/name", None, "sha256:ab"))
+    return tmp_path / "adapter"
+
+
+@pytest.fixture(params=["resumed", "init_from", "run"])
+def asked(request, folder):
+    """A start, and how messages about it begin."""
+    adapter = AdapterConfig(init_from=str(folder) if request.param == "init_from" else None)
+    source = Source(
+        "runs/a", folder.parent, "quantized", folder if request.param == "run" else None
+    )
+    resumed = folder if request.param == "resumed" else None
+    begin = {
+        "resumed": f"{folder}: the checkpoint that the run goes on from (another run.name",
+        "init_from": f"adapter.init_from={folder}: ",
+        "run": f"{folder}: the adapter of model.name_or_path=runs/a: ",
+    }
+    return load_start(RunConfig(adapter=adapter), source, resumed), begin[request.param]
+
+
+def test_shape_and_scaling(asked):
+    start, begin = asked
+    check_start(start, LORA)
+    with pytest.raises(UserError, match="was made with r=2, the recipe asks for 3") as error:
+        check_start(start, LoraConfig(r=3, lora_alpha=4))
+    assert str(error.value).startswith(begin)
+
+
+@pytest.mark.parametrize(
+    ("linears", "base", "what"),
+    [({"q": 8}, "sha256:cd", "but this base"), ({"q": 9}, "sha256:ab", "holds no")],
+)
+def test_another_base_or_other_modules(asked, linears, base, what):
+    start, begin = asked
+    with pytest.raises(UserError, match=what) as error:
+        fill_adapters(_model(**linears), start, base, RunConfig())
+    assert str(error.value).startswith(begin)
+
+
+def test_a_checkpoint_comes_before_all_and_its_values_are_used(folder, tmp_path):
+    config = RunConfig(adapter=AdapterConfig(init_from=str(tmp_path / "absent")))
+    source = Source("runs/a", tmp_path, "quantized", tmp_path / "absent")
+    start, model = load_start(config, source, folder), _model(q=8)
+    fill_adapters(model, start, "sha256:ab", config)
+    state = get_peft_model_state_dict(model)
+    assert all(torch.equal(state[name], start.adapter.state[name]) for name in start.adapter.state)
+    assert load_start(RunConfig(), Source("tiny", tmp_path, "dense"), None) is None

@@ -1,0 +1,39 @@
+"""scripts/kill_and_resume.py kills where it says it does."""
+
+import random
+import runpy
+import subprocess
+import time
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "kill_and_resume.py"
+
+
+class AtOnce(random.Random):
+    """Wants no whole checkpoint before the kill, and waits for nothing."""
+
+    def randint(self, low, _):
+        return low
+
+    def uniform(self, low, _):
+        return low
+
+
+def test_what_an_earlier_kill_left_half_written_is_not_this_starts(tmp_path):
+    script = runpy.run_path(str(SCRIPT))
+    left = tmp_path / "checkpoints" / ".step-00000003.partial"
+    left.mkdir(parents=True)
+    before = script["_half_written"](tmp_path)
+    began = time.monotonic()
+    process = subprocess.Popen(["sh", "-c", 'sleep 0.5; : >"$0/file"; exec sleep 60', str(left)])
+    assert script["_kill"]([process], tmp_path, True, 0, AtOnce(), before)
+    assert (left / "file").exists()
+    assert time.monotonic() - began < 30
+
+
+def test_a_start_that_saves_is_not_left_alone(tmp_path):
+    script = runpy.run_path(str(SCRIPT))
+    saves = 'cd "$0"; for n in 1 2 3 4 5 6 7 8 9; do mkdir -p checkpoints/step-$n; sleep 0.3; done'
+    process = subprocess.Popen(["sh", "-c", saves, str(tmp_path)])
+    assert script["_kill"]([process], tmp_path, False, 60, AtOnce(), {})
+    assert script["_newest"](tmp_path) == f"step-{script['SAVES']}"
