@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from hqqtrain.ckpt import Checkpoint
+from hqqtrain.ckpt import Checkpoint, check_quantized
 from hqqtrain.config import PreemptedError, RunConfig, UserError
 from hqqtrain.data import Sequences, evaluation_set, pack, training_texts
 from hqqtrain.dist import relaunch_if_ranks_were_lost
@@ -127,6 +127,8 @@ def _build(plan: Plan, session: Session, record: Record, found: Checkpoint | Non
     own = Entry(record.path("quantized"), record.has_quantized())
     with nullcontext(own) if own.is_made else cached(plan, session) as entry:
         packed = entry.folder if entry and entry.is_made else None
+        if packed:
+            check_quantized(packed, session.processes)
         with record.quantizing(plan, loads=plan.packed or packed is not None) as on_layer:
             built = build(plan, session, packed=packed, on_layer=on_layer)
         if entry and entry.is_made:
