@@ -1,6 +1,7 @@
 """The final figures of a run: `summary.json`, schema 1, and the table at the end."""
 
 from collections import Counter
+from copy import deepcopy
 from dataclasses import asdict, astuple, replace
 from typing import Any
 
@@ -81,7 +82,10 @@ class Summary:
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes: the parts so far and the lines of the table, as JSON."""
-        return {"parts": self.parts, "rows": {k: asdict(row) for k, row in self._rows.items()}}
+        return {
+            "parts": deepcopy(self.parts),
+            "rows": {k: asdict(row) for k, row in self._rows.items()},
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on with what an earlier process of this run has measured."""

@@ -4,6 +4,7 @@ import argparse
 import functools
 import inspect
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -103,9 +104,12 @@ def run(*words: str, root: Path, processes: int = 1, per_node: int | None = None
 def run_here(words: Sequence[str]) -> int:
     """The same in this process, where it can be patched; its exit code."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    logger = logging.getLogger("hqqtrain")
+    handlers, level = logger.handlers, logger.level
     try:
         return main(list(words))
     finally:
+        logger.handlers, logger.level = handlers, level
         for number, handler in before.items():
             signal.signal(number, handler)
 
