@@ -1,12 +1,14 @@
 """Runs the command line as a user would, in processes of its own, and reads what it left."""
 
 import argparse
+import contextlib
 import functools
 import inspect
 import json
 import logging
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -188,6 +190,9 @@ def _end(workers: list[Any], grace: float) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """Below those that the system gives to connections, which are taken again at once."""
+    while True:
+        port = random.SystemRandom().randrange(16_000, 32_000)
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port

@@ -212,6 +212,7 @@ def test_killed_it_goes_on_and_weights_are_made_once(tmp_path):
     assert len([p for p in (root / "quantized").iterdir() if p.is_dir()]) == 1
     logs = [f.read_text() for f in root.glob("sweep-*/logs/*.log")]
     assert sum(log.count("is made now") for log in logs) == 1
-    assert sum(log.count("is there") for log in logs) == 3, "the killed one, and the last two"
+    # The last two, and the killed one if it had not written its own quantized/ yet.
+    assert sum(log.count("is there") for log in logs) in (2, 3)
     (page,) = root.glob("sweep-*/index.html")
     assert "3 jobs: 3 done" in page.read_text()
