@@ -141,7 +141,7 @@ def test_every_strategy_goes_on(data: tuple, tmp_path: Path, strategy: str):
 def test_what_may_not_go_on_is_refused(alone: tuple, data: tuple, tmp_path: Path):
     size, whole = alone
     if size > 1:
-        pytest.skip("one is enough")
+        pytest.skip("refused before ranks do anything: tried on one")
     root = whole.root
     changed = run(*WORDS, *data, "optim.lr=1e-5", root=root)
     assert changed.code == 2
