@@ -1,7 +1,7 @@
 """What a run leaves on disk: complete or absent, and recognisable by its fingerprint."""
 
 from hqqtrain.ckpt.adapter import Adapter, Base, load_adapter, save_adapter
-from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json, atomic_write_text
+from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json
 from hqqtrain.ckpt.background import Background
 from hqqtrain.ckpt.card import AdapterCard
 from hqqtrain.ckpt.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
@@ -24,7 +24,7 @@ from hqqtrain.ckpt.store import CheckpointStore
 __all__ = [
     "Adapter", "AdapterCard", "Background", "Base", "Checkpoint", "CheckpointStore",
     "DamagedError", "Fingerprint", "ModuleSettings", "QuantizedSettings", "RunDirectory",
-    "atomic_directory", "atomic_write_json", "atomic_write_text", "check_quantized",
+    "atomic_directory", "atomic_write_json", "check_quantized",
     "dense_tensors", "export_dense", "load_adapter", "model_tensors", "quantized_settings",
     "read_checkpoint", "reader_tensors", "save_adapter", "save_quantized", "stamp",
     "versions", "write_checkpoint",

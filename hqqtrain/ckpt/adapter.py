@@ -17,9 +17,10 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json, atomic_write_text
+from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json
 from hqqtrain.ckpt.card import AdapterCard, card_text
 from hqqtrain.config import UserError
+from hqqtrain.config.atomic import atomic_write
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -85,7 +86,7 @@ def save_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, folder: 
     """
     with atomic_directory(folder) as partial:
         write_adapter(partial, state, config, Base(card.base, card.revision, card.fingerprint))
-        atomic_write_text(partial / "README.md", card_text(card))
+        atomic_write(partial / "README.md", card_text(card))
 
 
 def write_adapter(

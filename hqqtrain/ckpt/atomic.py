@@ -1,13 +1,14 @@
-"""Files and folders that are complete or absent, whatever kills the process in between."""
+"""Folders that are complete or absent, and JSON files, whatever kills the process in between."""
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from hqqtrain.config.atomic import atomic_write, partial_of, sync
 
 
 @contextmanager
@@ -18,7 +19,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     was killed has left behind is removed first, so only one process may write to `path`.
     """
     path = Path(path)
-    temporary, old = partial_of(path), _sibling(path, "old")
+    temporary, old = partial_of(path), path.with_name(f".{path.name}.old")
     path.parent.mkdir(parents=True, exist_ok=True)
     _recover(path, old)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -37,20 +38,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path`: readers see the old contents or the new, never half."""
-    path = Path(path)
-    temporary = partial_of(path)
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
-
-
 def atomic_write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON. Raises ValueError for NaN and Inf, which JSON lacks."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    atomic_write_text(path, text + "\n")
+    atomic_write(path, text + "\n")
 
 
 def without_nonfinite(value: Any) -> Any:
@@ -60,20 +51,6 @@ def without_nonfinite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_nonfinite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def partial_of(path: Path) -> Path:
-    """Where `path` is written before it takes its place."""
-    return _sibling(path, "partial")
-
-
-def sync(path: Path) -> None:
-    """Make a file's contents, or a folder's list of names, survive a crash of the machine."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _recover(path: Path, old: Path) -> None:
@@ -91,7 +68,3 @@ def _sync_tree(folder: Path) -> None:
             path.chmod(mode)
         sync(path)
     sync(folder)
-
-
-def _sibling(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{kind}")

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import IO
 
-from hqqtrain.ckpt.atomic import sync
 from hqqtrain.config import UserError
+from hqqtrain.config.atomic import sync
 
 SEEN_WITHIN = 15.0
 """Seconds: NFS may keep what it knows of a folder for some."""

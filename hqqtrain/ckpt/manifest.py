@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from hqqtrain.ckpt.atomic import sync
+from hqqtrain.config.atomic import sync
 
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 20

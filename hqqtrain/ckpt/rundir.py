@@ -12,10 +12,11 @@ from typing import IO, Any
 
 import yaml
 
-from hqqtrain.ckpt.atomic import atomic_write_json, atomic_write_text, without_nonfinite
+from hqqtrain.ckpt.atomic import atomic_write_json, without_nonfinite
 from hqqtrain.ckpt.lock import check_seen, take_lock, token_of
 from hqqtrain.ckpt.provenance import git_revision, input_stamps, versions
 from hqqtrain.config import RunConfig, UserError
+from hqqtrain.config.atomic import atomic_write
 from hqqtrain.config.run import MAY_CHANGE, NOT_THE_RESULT
 from hqqtrain.config.secrets import masked, masked_command
 
@@ -120,7 +121,7 @@ class RunDirectory:
         text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
         if self.status():
             self.write_status("running")  # else a kill here leaves the new identity, and `done`
-        atomic_write_text(self.path / "config.yaml", text)
+        atomic_write(self.path / "config.yaml", text)
         self.write_status("running")
 
     def write_status(self, status: str, *, exit_code: int | None = None, cause: str = "") -> None:

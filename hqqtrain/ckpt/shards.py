@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json, partial_of, sync
+from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json
 from hqqtrain.ckpt.manifest import Facts, facts_of
+from hqqtrain.config.atomic import partial_of, sync
 from hqqtrain.dist import ALONE, Processes
 from hqqtrain.models.reader import INDEX, SINGLE
 

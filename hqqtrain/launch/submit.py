@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hqqtrain.compose import compose
 from hqqtrain.config import LaunchConfig, RunConfig, UserError
+from hqqtrain.config.atomic import atomic_write
 from hqqtrain.config.secrets import masked_command
 from hqqtrain.launch.batch import Batch
 
@@ -117,21 +118,13 @@ def _text(value: object) -> str:
 
 
 def _write(batch: Batch, name: str, text: str) -> Path:
-    """Complete or absent. Not by hqqtrain.ckpt, which imports torch: seconds on a login node."""
-    file = batch.folder / f"{name}.sbatch"
-    temporary = file.with_name(f".{file.name}.partial")
     try:
         batch.folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(file)
+        return atomic_write(batch.folder / f"{name}.sbatch", text)
     except OSError as error:
         raise UserError(
             f"run.root={batch.folder.parent}: cannot be written to ({error}); choose another."
         ) from error
-    return file
 
 
 def _sbatch(file: Path, *options: str) -> str:

@@ -3,9 +3,9 @@
 import json
 import time
 
+from hqqtrain.config.atomic import atomic_write
 from hqqtrain.sweep.job import DONE, PREEMPTED, Job, read_json
 from hqqtrain.sweep.sweep import Sweep
-from hqqtrain.track import write
 
 _BY_CODE = {DONE: "done", PREEMPTED: "preempted"}
 _BY_STATUS = {"running": "unfinished"}
@@ -25,7 +25,7 @@ class Outcomes:
 
     def save(self) -> None:
         """Writes what was recorded."""
-        write(self._file, (json.dumps(self._found, indent=2) + "\n").encode())
+        atomic_write(self._file, json.dumps(self._found, indent=2) + "\n")
 
     def state(self, job: Job) -> str:
         """done, failed, preempted, unfinished or pending, by what was said last.

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hqqtrain.config import UserError
+from hqqtrain.config.atomic import atomic_write
 from hqqtrain.sweep.plots import AXES, cost_figure
 from hqqtrain.sweep.sweep import Sweep
 from hqqtrain.sweep.table import Row, cells, csv_text, rows_of, text_table
-from hqqtrain.track import document, images, save_figure, table, write
+from hqqtrain.track import document, images, save_figure, table
 
 
 def make_folder(sweep: Sweep) -> None:
@@ -28,14 +29,14 @@ def make_folder(sweep: Sweep) -> None:
 def write_files(sweep: Sweep) -> list[Path]:
     """Writes the table and the plots from what the jobs have left, and returns the files."""
     rows = rows_of(sweep)
-    results = write(sweep.folder / "results.csv", csv_text(rows).encode())
+    results = atomic_write(sweep.folder / "results.csv", csv_text(rows))
     drawn = {name: cost_figure(rows, axis) for name, axis in AXES.items()}
     plots = {
         name: save_figure(figure, sweep.folder / f"{name}.png")
         for name, figure in drawn.items()
         if figure
     }
-    page = write(sweep.folder / "index.html", _page(sweep, rows, plots).encode())
+    page = atomic_write(sweep.folder / "index.html", _page(sweep, rows, plots))
     return [results, page, *plots.values()]
 
 

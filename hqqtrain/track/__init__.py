@@ -5,7 +5,6 @@ from hqqtrain.track.console import Console, Progress, ResultRow, results_table, 
 from hqqtrain.track.document import document, images, table
 from hqqtrain.track.fanout import Trackers, open_trackers
 from hqqtrain.track.figures import COLORS, MUTED, new_figure, save_figure
-from hqqtrain.track.files import write
 from hqqtrain.track.jsonl import JsonlTracker, read_metrics
 from hqqtrain.track.report import write_report
 from hqqtrain.track.run_id import keep_run_id, run_id
@@ -16,5 +15,5 @@ __all__ = [
     "COLORS", "LAYER_ERROR", "MUTED", "Console", "JsonlTracker", "Progress", "ResultRow",
     "TensorBoardTracker", "Tracker", "Trackers", "WandbTracker", "document", "images",
     "keep_run_id", "new_figure", "open_trackers", "read_metrics", "results_table", "run_id",
-    "save_figure", "setup_logging", "table", "write", "write_report",
+    "save_figure", "setup_logging", "table", "write_report",
 ]  # fmt: skip

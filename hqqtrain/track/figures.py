@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hqqtrain.track.files import write
+from hqqtrain.config.atomic import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,4 +43,4 @@ def save_figure(figure: "Figure", path: Path, dpi: int = 130) -> Path:
     """Writes `figure` as PNG; the file is complete or absent."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=dpi)
-    return write(path, image.getvalue())
+    return atomic_write(path, image.getvalue())

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from hqqtrain.config.atomic import atomic_write
 from hqqtrain.track.base import STEP
-from hqqtrain.track.files import write
 
 SYNC_SECONDS = 10.0
 """How often lines are forced to the disk; in between a crash of the machine may lose some."""
@@ -95,7 +95,7 @@ def _cut(path: Path, step: int) -> None:
     lines = content.splitlines(keepends=True) if step else []
     kept = b"".join(line for line in lines if _step_of(line) <= step)
     if kept != content:
-        write(path, kept)
+        atomic_write(path, kept)
 
 
 def _step_of(line: bytes) -> float:

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hqqtrain.config.atomic import atomic_write
 from hqqtrain.track.document import number
 from hqqtrain.track.figures import save_figure
-from hqqtrain.track.files import write
 from hqqtrain.track.jsonl import read_metrics
 from hqqtrain.track.page import page
 from hqqtrain.track.plots import layer_figure, loss_figure, perplexity_figure
@@ -40,7 +40,7 @@ def write_report(
         str(summary.get("run", {}).get("name") or run_dir.name), summary, key_figures(summary),
         {headings[name]: path for name, path in files.items()}, layer_errors,
     )  # fmt: skip
-    return files | {"index": write(folder / "index.html", html.encode())}
+    return files | {"index": atomic_write(folder / "index.html", html)}
 
 
 def perplexities(summary: Mapping[str, Any]) -> dict[str, float]:

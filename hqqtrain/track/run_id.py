@@ -6,7 +6,7 @@ A checkpoint keeps the id as well, for a directory that was copied without W&B's
 import re
 from pathlib import Path
 
-from hqqtrain.track.files import write
+from hqqtrain.config.atomic import atomic_write
 
 
 def run_id(run_dir: Path) -> str | None:
@@ -22,7 +22,7 @@ def keep_run_id(run_dir: Path, id: str) -> None:
     """Makes `id` the one that `run_dir` goes on with."""
     file = _file(run_dir)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, id.encode())
+    atomic_write(file, id)
 
 
 def _file(run_dir: Path) -> Path:

@@ -24,14 +24,7 @@ ROOT = Path(hqqtrain.__file__).parents[1]
 CONFIG = {"quant": {"nbits": 2, "group_size": 64}, "model": {"hub_token": "hf_abcdefghijklmnop"}}
 LAYERS = {f"quant/relative_error/model.layers.{i}.mlp.up_proj": 0.1 + i / 100 for i in range(3)}
 SUMMARY = {"schema": 1, "eval": {"final": {"perplexity": 9.5, "kl": 0.2}}, "train": {"loss": 2.2}}
-
-
-@pytest.fixture(autouse=True)
-def no_account(monkeypatch, tmp_path):
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("no_account")
 
 
 def start(run_dir: Path, step: int = 0, **track) -> WandbTracker:

@@ -22,14 +22,11 @@ from unit.track.wandb_file import history, records_of, wandb_files
 from unit.track.wandb_server import KEY, Server
 
 ROOT = Path(hqqtrain.__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("no_account")
 
 
 @pytest.fixture(autouse=True)
-def no_account(monkeypatch, tmp_path):
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+def short_limits(monkeypatch):
     monkeypatch.setattr(tracker_module, "INIT_SECONDS", 2.0)
     monkeypatch.setattr(tracker_module, "FINISH_SECONDS", 2.0)
 
