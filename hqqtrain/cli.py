@@ -85,7 +85,7 @@ def _dispatch(words: list[str]) -> int:
     if plan.is_sweep:
         return run_all(plan.jobs)
     signals.listen()  # importing takes seconds
-    from hqqtrain.train.tasks import run
+    from hqqtrain.tasks.run import run
 
     return run(plan.jobs[0].config, ["python", "-m", "hqqtrain", *words])
 

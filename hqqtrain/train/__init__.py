@@ -1,12 +1,1 @@
-"""The work itself: prepare a model, train it, measure it, save it."""
-
-import logging
-import os
-
-# On import, which peft causes, bitsandbytes warns that it fetched no kernels from the hub.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-# GNU OpenMP's threads spin for milliseconds while they wait. Where other work shares the cores,
-# that made training 20 times slower (220 instead of 4,600 tokens/s, 2 cores); a short spin costs
-# 5 % on an idle machine and keeps a third of the speed beside a second run. Read at torch's import.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+"""Training by itself: the loop, what a step is made of, and the state between two steps."""

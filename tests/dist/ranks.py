@@ -34,7 +34,7 @@ def on_ranks(
 ) -> list[str]:
     """The fault that `case` raised on every rank, or nothing; but for `lost`, which is killed."""
     context, port = multiprocessing.get_context("forkserver"), free_port()
-    context.set_forkserver_preload(["torch.distributed.fsdp", "hqqtrain.train.prepare"])
+    context.set_forkserver_preload(["torch.distributed.fsdp", "hqqtrain.tasks.prepare"])
     answers = context.Queue()
     workers = [
         context.Process(

@@ -14,7 +14,7 @@ from hqqtrain.config import QuantConfig
 from hqqtrain.dist import ALONE, Processes, shard, spread
 from hqqtrain.models import SyntheticReader, build_meta, expected_shapes
 from hqqtrain.nn import quantize_model
-from hqqtrain.train.filling import fill_model
+from hqqtrain.tasks.filling import fill_model
 
 CASES = [
     (nbits, group_size, axis)

@@ -23,7 +23,7 @@ from hqqtrain.dist import (
 )  # fmt: skip
 from hqqtrain.models import SyntheticReader, base_model, build_meta, expected_shapes
 from hqqtrain.nn import init_adapters, lora_config, quantize_model
-from hqqtrain.train.filling import fill_model
+from hqqtrain.tasks.filling import fill_model
 
 ENGINES = ["fsdp1", *["zero3"] * (importlib.util.find_spec("deepspeed") is not None)]
 

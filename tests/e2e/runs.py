@@ -117,14 +117,14 @@ def run_here(words: Sequence[str]) -> int:
 
 
 def stand_in(package: Path, source: str) -> dict[str, str]:
-    """An environment in which `source` is hqqtrain.train.tasks: no torch, no work."""
+    """An environment in which `source` is hqqtrain.tasks.run: no torch, no work."""
     package.mkdir()
     (package / "sitecustomize.py").write_text(
         "import sys, types\n"
-        "tasks = types.ModuleType('hqqtrain.train.tasks')\n"
+        "tasks = types.ModuleType('hqqtrain.tasks.run')\n"
         f"exec({source!r}, tasks.__dict__)\n"
-        "sys.modules['hqqtrain.train'] = types.ModuleType('hqqtrain.train')\n"
-        "sys.modules['hqqtrain.train.tasks'] = tasks\n"
+        "sys.modules['hqqtrain.tasks'] = types.ModuleType('hqqtrain.tasks')\n"
+        "sys.modules['hqqtrain.tasks.run'] = tasks\n"
     )
     return {"PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])}
 
@@ -143,7 +143,7 @@ def launch(*words: str, root: Path, launcher: Sequence[str] = (sys.executable,))
 @functools.cache
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hqqtrain.train.tasks"])
+    context.set_forkserver_preload(["hqqtrain.tasks.run"])
     return context
 
 

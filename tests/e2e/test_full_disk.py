@@ -25,7 +25,7 @@ def full_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         write_checkpoint(folder, *rest)
 
-    monkeypatch.setattr("hqqtrain.train.keeper.write_checkpoint", write)
+    monkeypatch.setattr("hqqtrain.tasks.keeper.write_checkpoint", write)
 
 
 def test_the_training_goes_on(words: list[str], tmp_path: Path, monkeypatch, capsys):

@@ -49,10 +49,10 @@ def run(config, command):
         time.sleep(0.01)  # its peer's end is what it sees
     return {1: 3, 2: 2 if found_it else 1}.get(config.train.seed, 0)
 
-tasks = types.ModuleType("hqqtrain.train.tasks")
+tasks = types.ModuleType("hqqtrain.tasks.run")
 tasks.run = run
-sys.modules["hqqtrain.train"] = types.ModuleType("hqqtrain.train")
-sys.modules["hqqtrain.train.tasks"] = tasks
+sys.modules["hqqtrain.tasks"] = types.ModuleType("hqqtrain.tasks")
+sys.modules["hqqtrain.tasks.run"] = tasks
 """
 
 

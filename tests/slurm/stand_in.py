@@ -38,7 +38,7 @@ def run(config, command):
 
 if os.environ.get("SLURM_JOB_ID"):
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    tasks = types.ModuleType("hqqtrain.train.tasks")
+    tasks = types.ModuleType("hqqtrain.tasks.run")
     tasks.run = run
-    sys.modules["hqqtrain.train"] = types.ModuleType("hqqtrain.train")
-    sys.modules["hqqtrain.train.tasks"] = tasks
+    sys.modules["hqqtrain.tasks"] = types.ModuleType("hqqtrain.tasks")
+    sys.modules["hqqtrain.tasks.run"] = tasks

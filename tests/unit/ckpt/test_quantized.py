@@ -28,7 +28,7 @@ from hqqtrain.models import (
     load_tokenizer,
 )
 from hqqtrain.nn import replace_linears
-from hqqtrain.train.filling import fill_model
+from hqqtrain.tasks.filling import fill_model
 
 
 def _reload(folder, storage=torch.uint8):

@@ -18,7 +18,7 @@ from hqqtrain.models import (
     tie,
     tied_names,
 )
-from hqqtrain.train.filling import fill_model
+from hqqtrain.tasks.filling import fill_model
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 TOKENS = torch.arange(20).view(2, 10)

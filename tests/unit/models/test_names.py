@@ -20,7 +20,7 @@ from hqqtrain.models import (
     tied_names,
 )
 from hqqtrain.nn import HQQLinear, lora_config, quantize_model
-from hqqtrain.train.filling import fill_model
+from hqqtrain.tasks.filling import fill_model
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,10 @@ from torch import Tensor
 from hqqtrain.ckpt import Checkpoint, CheckpointStore, RunDirectory, atomic_write_json
 from hqqtrain.data import Sequences, dataset_name
 from hqqtrain.dist import count
+from hqqtrain.tasks.ending import end_badly, end_well
+from hqqtrain.tasks.plan import Plan
+from hqqtrain.tasks.prepare import Built
+from hqqtrain.tasks.summary import Summary
 from hqqtrain.track import (
     LAYER_ERROR,
     Console,
@@ -28,13 +32,9 @@ from hqqtrain.track import (
     run_id,
     setup_logging,
 )  # fmt: skip
-from hqqtrain.train.ending import end_badly, end_well
 from hqqtrain.train.evaluation import Measured
-from hqqtrain.train.plan import Plan
-from hqqtrain.train.prepare import Built
 from hqqtrain.train.progress import Step, Trained
 from hqqtrain.train.session import Session
-from hqqtrain.train.summary import Summary
 
 logger = logging.getLogger(__name__)
 

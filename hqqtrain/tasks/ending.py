@@ -7,7 +7,7 @@ from hqqtrain.config import PreemptedError, UserError
 from hqqtrain.track import write_report
 
 if TYPE_CHECKING:
-    from hqqtrain.train.record import Record
+    from hqqtrain.tasks.record import Record
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from contextlib import AbstractContextManager, nullcontext
 from peft import PeftModel
 
 from hqqtrain.data import Sequences
+from hqqtrain.tasks.plan import Plan
+from hqqtrain.tasks.prepare import Built, build_reference
+from hqqtrain.tasks.record import Record
 from hqqtrain.train.evaluation import Measured, evaluate
-from hqqtrain.train.plan import Plan
-from hqqtrain.train.prepare import Built, build_reference
-from hqqtrain.train.record import Record
 from hqqtrain.train.session import Session
 
 

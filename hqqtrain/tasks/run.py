@@ -16,17 +16,17 @@ from hqqtrain.config import PreemptedError, RunConfig, UserError
 from hqqtrain.data import Sequences, evaluation_set, pack, training_texts
 from hqqtrain.dist import relaunch_if_ranks_were_lost
 from hqqtrain.models import available, check_fits, estimate, load_tokenizer, oom_advice
+from hqqtrain.tasks.cache import Entry, cached, save_entry
+from hqqtrain.tasks.measure import Scale
+from hqqtrain.tasks.plan import Plan, make_plan
+from hqqtrain.tasks.prepare import Built, build, mount
+from hqqtrain.tasks.record import Record
+from hqqtrain.tasks.resume import check_goes_on, find_checkpoint, forget
+from hqqtrain.tasks.save import save_adapter_of, save_dense
+from hqqtrain.tasks.training import train
 from hqqtrain.track import setup_logging
-from hqqtrain.train.cache import Entry, cached, save_entry
 from hqqtrain.train.interrupt import Interrupt
-from hqqtrain.train.measure import Scale
-from hqqtrain.train.plan import Plan, make_plan
-from hqqtrain.train.prepare import Built, build, mount
-from hqqtrain.train.record import Record
-from hqqtrain.train.resume import check_goes_on, find_checkpoint, forget
-from hqqtrain.train.save import save_adapter_of, save_dense
 from hqqtrain.train.session import Session
-from hqqtrain.train.training import train
 
 logger = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from hqqtrain.dist import (
     wrap_layers,
 )  # fmt: skip
 from hqqtrain.models import Source, base_model, build_meta, open_weights
-from hqqtrain.train.adapters import fill_adapters
-from hqqtrain.train.filling import fill_model
-from hqqtrain.train.plan import Plan
+from hqqtrain.tasks.adapters import fill_adapters
+from hqqtrain.tasks.filling import fill_model
+from hqqtrain.tasks.plan import Plan
 from hqqtrain.train.session import Session
 
 

@@ -9,10 +9,10 @@ from hqqtrain.ckpt import versions
 from hqqtrain.models import base_tensors, is_packed
 from hqqtrain.nn import HQQLinear
 from hqqtrain.quant import stored_bits
+from hqqtrain.tasks.plan import Plan
+from hqqtrain.tasks.prepare import Built
 from hqqtrain.track import ResultRow
 from hqqtrain.train.evaluation import Measured
-from hqqtrain.train.plan import Plan
-from hqqtrain.train.prepare import Built
 from hqqtrain.train.progress import Trained
 from hqqtrain.train.session import Session
 

@@ -35,7 +35,7 @@ from hqqtrain.nn import (
     replace_linears,
     with_packed_linears,
 )  # fmt: skip
-from hqqtrain.train.adapters import Start, check_start, load_start
+from hqqtrain.tasks.adapters import Start, check_start, load_start
 from hqqtrain.train.session import DTYPES, Session
 
 logger = logging.getLogger(__name__)

@@ -3,13 +3,13 @@
 from hqqtrain.ckpt import Checkpoint
 from hqqtrain.config import PreemptedError
 from hqqtrain.data import Sequences
-from hqqtrain.train.keeper import Keeper
+from hqqtrain.tasks.keeper import Keeper
+from hqqtrain.tasks.measure import Scale
+from hqqtrain.tasks.plan import Plan
+from hqqtrain.tasks.prepare import Built
+from hqqtrain.tasks.record import Record
 from hqqtrain.train.loop import Trainer
-from hqqtrain.train.measure import Scale
 from hqqtrain.train.nonfinite import Guard
-from hqqtrain.train.plan import Plan
-from hqqtrain.train.prepare import Built
-from hqqtrain.train.record import Record
 from hqqtrain.train.session import Session
 
 

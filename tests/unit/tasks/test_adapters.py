@@ -10,7 +10,7 @@ from torch import nn
 from hqqtrain.ckpt.adapter import Base, write_adapter
 from hqqtrain.config import AdapterConfig, RunConfig, UserError
 from hqqtrain.models import Source
-from hqqtrain.train.adapters import check_start, fill_adapters, load_start
+from hqqtrain.tasks.adapters import check_start, fill_adapters, load_start
 
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["q"])
 

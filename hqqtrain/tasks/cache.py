@@ -24,9 +24,9 @@ from hqqtrain.ckpt.lock import check_seen, take_lock, token_of
 from hqqtrain.config import UserError
 from hqqtrain.dist import Processes
 from hqqtrain.models import Source
-from hqqtrain.train.plan import Plan
-from hqqtrain.train.prepare import Built
-from hqqtrain.train.save import save_packed
+from hqqtrain.tasks.plan import Plan
+from hqqtrain.tasks.prepare import Built
+from hqqtrain.tasks.save import save_packed
 from hqqtrain.train.session import Session
 from hqqtrain_kernels.layout import LAYOUT_VERSION
 

@@ -20,9 +20,9 @@ from hqqtrain.ckpt import (
 )  # fmt: skip
 from hqqtrain.dist import full_tensor
 from hqqtrain.models import adapter_name, is_adapter
-from hqqtrain.train.plan import Plan
-from hqqtrain.train.prepare import Built
-from hqqtrain.train.record import Record
+from hqqtrain.tasks.plan import Plan
+from hqqtrain.tasks.prepare import Built
+from hqqtrain.tasks.record import Record
 from hqqtrain.train.session import Session
 
 Tensors = Iterator[tuple[str, Tensor]]

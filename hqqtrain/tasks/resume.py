@@ -5,8 +5,8 @@ import logging
 from hqqtrain.ckpt import Checkpoint, CheckpointStore, DamagedError, read_checkpoint
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.data import SampleOrder, Sequences
+from hqqtrain.tasks.record import Record
 from hqqtrain.train.loop import total_steps
-from hqqtrain.train.record import Record
 from hqqtrain.train.session import Session
 
 logger = logging.getLogger(__name__)

@@ -16,12 +16,12 @@ from hqqtrain.ckpt import (
 from hqqtrain.config import UserError
 from hqqtrain.data import Sequences
 from hqqtrain.dist import write_full
+from hqqtrain.tasks.plan import Plan
+from hqqtrain.tasks.prepare import Built
+from hqqtrain.tasks.record import Record
+from hqqtrain.tasks.resume import open_newest, texts_of
 from hqqtrain.train.loop import Trainer
-from hqqtrain.train.plan import Plan
-from hqqtrain.train.prepare import Built
 from hqqtrain.train.progress import Trained
-from hqqtrain.train.record import Record
-from hqqtrain.train.resume import open_newest, texts_of
 from hqqtrain.train.session import Session
 from hqqtrain.train.snapshot import Snapshot
 
