@@ -8,7 +8,7 @@ from hqqtrain.ckpt.checkpoint import Checkpoint, read_checkpoint, write_checkpoi
 from hqqtrain.ckpt.export import dense_tensors, export_dense
 from hqqtrain.ckpt.fingerprint import Fingerprint
 from hqqtrain.ckpt.manifest import DamagedError
-from hqqtrain.ckpt.provenance import stamp, versions
+from hqqtrain.ckpt.provenance import MADE_FROM, made_from, stamp, versions
 from hqqtrain.ckpt.quantized import (
     ModuleSettings,
     QuantizedSettings,
@@ -22,10 +22,9 @@ from hqqtrain.ckpt.rundir import RunDirectory
 from hqqtrain.ckpt.store import CheckpointStore
 
 __all__ = [
-    "Adapter", "AdapterCard", "Background", "Base", "Checkpoint", "CheckpointStore",
+    "MADE_FROM", "Adapter", "AdapterCard", "Background", "Base", "Checkpoint", "CheckpointStore",
     "DamagedError", "Fingerprint", "ModuleSettings", "QuantizedSettings", "RunDirectory",
-    "atomic_directory", "atomic_write_json", "check_quantized",
-    "dense_tensors", "export_dense", "load_adapter", "model_tensors", "quantized_settings",
-    "read_checkpoint", "reader_tensors", "save_adapter", "save_quantized", "stamp",
-    "versions", "write_checkpoint",
+    "atomic_directory", "atomic_write_json", "check_quantized", "dense_tensors", "export_dense",
+    "load_adapter", "made_from", "model_tensors", "quantized_settings", "read_checkpoint",
+    "reader_tensors", "save_adapter", "save_quantized", "stamp", "versions", "write_checkpoint",
 ]  # fmt: skip

@@ -15,10 +15,10 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json
 from hqqtrain.ckpt.card import AdapterCard, card_text
+from hqqtrain.ckpt.tensors import save_tensors
 from hqqtrain.config import UserError
 from hqqtrain.config.atomic import atomic_write
 
@@ -94,8 +94,7 @@ def write_adapter(
 ) -> None:
     """Write the two files of a stock PEFT adapter into `folder`, which is there."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    metadata = {"format": "pt", _FINGERPRINT: base.fingerprint}
-    save_file(tensors, folder / WEIGHTS, metadata=metadata)
+    save_tensors(tensors, folder / WEIGHTS, **{_FINGERPRINT: base.fingerprint})
     atomic_write_json(folder / CONFIG, _config_json(config, base))
 
 

@@ -17,12 +17,13 @@ from typing import Any
 
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hqqtrain.ckpt.adapter import Base, write_adapter
 from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json, without_nonfinite
 from hqqtrain.ckpt.manifest import DamagedError, check_sealed, seal
+from hqqtrain.ckpt.tensors import save_tensors
+from hqqtrain.config import UserError
 
 FORMAT = 1
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
@@ -41,13 +42,14 @@ class Checkpoint:
         return self.state["step"]
 
     def optimizer(self) -> dict[str, Tensor]:
-        """`<PEFT's name>/<key>` -> the optimizer's tensors."""
+        """`<PEFT's name>/<key>` -> the optimizer's tensors. Raises UserError where it was altered
+        since it was found whole."""
         path = self.folder / OPTIMIZER
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise DamagedError(f"{path}: {error}") from error
+            raise UserError(f"{path}: was altered just now ({error}); run it again.") from error
 
 
 def write_checkpoint(
@@ -56,11 +58,8 @@ def write_checkpoint(
 ) -> None:  # fmt: skip
     """Writes `folder`, complete or not at all. Raises OSError where the disk does not take it."""
     with atomic_directory(folder) as partial:
-        try:
-            write_adapter(partial, adapter, config, base)
-            save_file(dict(optimizer), partial / OPTIMIZER, metadata={"format": "pt"})
-        except SafetensorError as error:  # it hides the system's
-            raise OSError(f"{partial}: {error}") from error
+        write_adapter(partial, adapter, config, base)
+        save_tensors(optimizer, partial / OPTIMIZER)
         atomic_write_json(partial / STATE, without_nonfinite({"format": FORMAT, **state}))
         seal(partial)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from hqqtrain.config import RunConfig
 
+MADE_FROM = "made_from.json"
+
 _PACKAGES = (
     "hqqtrain", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors",
     "bitsandbytes", "triton", "numpy",
@@ -51,6 +53,13 @@ def input_stamps(config: RunConfig) -> dict[str, str]:
     }
     paths = {key: Path(value).expanduser() for key, value in keys.items() if value}
     return {key: stamp(path) for key, path in paths.items() if path.exists()}
+
+
+def made_from(config: RunConfig) -> dict[str, str | None]:
+    """What a quantized model lies beside, in MADE_FROM, to be known again by: its source's digest;
+    none for what is not a local folder, which its name tells."""
+    key = "model.name_or_path"
+    return {key: input_stamps(config).get(key)}
 
 
 def stamp(path: Path) -> str:

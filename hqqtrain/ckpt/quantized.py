@@ -162,22 +162,22 @@ def save_quantized(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
     return done.bytes
 
 
-def check_quantized(folder: Path, processes: Processes) -> None:
+def check_quantized(folder: Path, processes: Processes, way_out: str | None = None) -> None:
     """Reads all that `save_quantized` has written, each rank a share of the files. Collective.
 
     The fingerprint covers packed rows alone: a norm that lost a byte would go unnoticed. A folder
     without a manifest, as an older version wrote it, is taken as it is.
 
-    Raises UserError on every rank where a file is missing or is not what was written.
+    Raises UserError on every rank where a file is not what was written. `way_out`: what helps;
+    by default to delete the folder.
     """
     with processes.together():
         if is_sealed(folder):
             try:
                 check_sealed(folder, processes.rank, processes.size)
             except DamagedError as error:
-                raise UserError(
-                    f"{error}. Delete {folder} and run again: it is then quantized anew."
-                ) from error
+                anew = f"Delete {folder} and run again: it is then quantized anew."
+                raise UserError(f"{error}. {way_out or anew}") from error
 
 
 def config_json(hf_config: PretrainedConfig) -> dict[str, Any]:

@@ -13,16 +13,21 @@ from typing import IO, Any
 import yaml
 
 from hqqtrain.ckpt.atomic import atomic_write_json, without_nonfinite
+from hqqtrain.ckpt.identity import read_yaml, refuse_another
 from hqqtrain.ckpt.lock import check_seen, take_lock, token_of
-from hqqtrain.ckpt.provenance import git_revision, input_stamps, versions
+from hqqtrain.ckpt.provenance import (
+    MADE_FROM,
+    git_revision,
+    input_stamps,
+    made_from,
+    versions,
+)  # fmt: skip
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.config.atomic import atomic_write
-from hqqtrain.config.run import MAY_CHANGE, NOT_THE_RESULT
 from hqqtrain.config.secrets import masked, masked_command
 
 STATES = ("running", "done", "preempted", "failed")
 _LOCK = ".lock"
-_DEFINING = RunConfig.__dataclass_fields__.keys() - set(NOT_THE_RESULT)
 
 
 class RunDirectory:
@@ -43,7 +48,7 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; choose another run.name or run.root.")
         if (self.path / "config.yaml").is_file():
-            _refuse_another(self.path, self.config)
+            refuse_another(self.path, self.config)
         elif self.path.is_dir() and _holds_files(self.path):
             raise UserError(f"{self.path}: holds files, but no run; choose another run.name.")
         self.status()
@@ -58,7 +63,12 @@ class RunDirectory:
 
     def status(self) -> dict[str, Any]:
         """What status.json says; empty where there is none. Raises UserError for a damaged one."""
-        return _read_yaml(self.path / "status.json")
+        return read_yaml(self.path / "status.json")
+
+    def is_finished(self) -> bool:
+        """Whether a run has been finished here, with whatever may change."""
+        is_done = self.status().get("status") == "done"
+        return is_done and (self.path / "summary.json").is_file()
 
     def done(self) -> bool:
         """Whether this very run is finished: status.json says so, summary.json is there.
@@ -66,12 +76,11 @@ class RunDirectory:
         One that was finished with other MAY_CHANGE, as fewer steps, is not. Raises UserError where
         it was made from files that have changed since.
         """
-        finished = self.status().get("status") == "done"
-        if not finished or not (self.path / "summary.json").is_file():
+        if not self.is_finished():
             return False
-        if _read_yaml(self.path / "config.yaml").get("identity") != self.config.identity():
+        if read_yaml(self.path / "config.yaml").get("identity") != self.config.identity():
             return False
-        if _read_yaml(self.path / "config.yaml").get("inputs") != input_stamps(self.config):
+        if read_yaml(self.path / "config.yaml").get("inputs") != input_stamps(self.config):
             raise UserError(
                 f"{self.path}: is done, but made from files that have changed since; choose "
                 "another run.name for the new ones."
@@ -79,11 +88,8 @@ class RunDirectory:
         return True
 
     def holds(self, name: str) -> bool:
-        """Whether the model in the folder `name` is whole, and of the source that is there now."""
-        made_from = _read_yaml(self.path / "config.yaml").get("inputs") or {}
-        key = "model.name_or_path"
-        same = made_from.get(key) == input_stamps(self.config).get(key)
-        return same and (self.path / name / "config.json").is_file()
+        """Whether the model in the folder `name` is there, of the source that is there now."""
+        return read_yaml(self.path / name / MADE_FROM) == made_from(self.config)
 
     def __enter__(self) -> "RunDirectory":
         """Take the lock. Raises UserError while another process holds it, or as `check` does."""
@@ -128,8 +134,14 @@ class RunDirectory:
         """Write status.json: one of STATES, the exit code where it has ended, and why."""
         assert status in STATES, status
         assert self._lock is not None, "the run directory is not locked"
-        facts = {"status": status, "exit_code": exit_code, "cause": masked(cause),
-                 "pid": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}  # fmt: skip
+        facts = {
+            "status": status,
+            "exit_code": exit_code,
+            "cause": masked(cause),
+            "pid": os.getpid(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
         atomic_write_json(self.path / "status.json", facts)
 
     def write_loading(self, ranks: Sequence[Mapping[str, Any]]) -> None:
@@ -154,60 +166,6 @@ class RunDirectory:
 def _holds_files(folder: Path) -> bool:
     """Whether `folder` holds more than what an attempt that was killed leaves behind."""
     return any(not path.name.startswith(".") for path in folder.iterdir())
-
-
-def _refuse_another(folder: Path, config: RunConfig) -> None:
-    path = folder / "config.yaml"
-    there, here = _read_yaml(path), masked(asdict(config))
-    if "identity" not in there:  # it stands behind the configuration
-        raise _damaged(path, "it is incomplete")
-    if there.get("identity") == config.identity():
-        return
-    old, new = _flat(there), _flat(here)
-    keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    if keys and all(k in MAY_CHANGE for k in keys):
-        return
-    shown = "; ".join(f"{k}={_text(new, k)} (there {_text(old, k)})" for k in keys)
-    raise UserError(
-        f"{folder}: holds a run of another configuration: {shown or 'of another version'}. Choose "
-        "another run.name, or null, which gives each configuration a directory of its own."
-    )
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """`group.key` -> value of all that defines the result."""
-    flat: dict[str, Any] = {}
-    for group, value in values.items():
-        if group in _DEFINING:
-            keys = value if isinstance(value, dict) else {"": value}
-            flat |= {f"{group}.{k}".rstrip("."): v for k, v in keys.items()}
-    return flat
-
-
-def _text(flat: dict[str, Any], name: str) -> str:
-    if name not in flat:
-        return "absent"
-    return "null" if flat[name] is None else str(flat[name])
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML or JSON object; empty where there is no file. Raises UserError for anything else."""
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise _damaged(path, " ".join(str(error).split())) from error
-    if not isinstance(found, dict):
-        raise _damaged(path, "it holds no keys")
-    return found
-
-
-def _damaged(path: Path, why: str) -> UserError:
-    return UserError(
-        f"{path}: cannot be read ({why}). Choose another run.name, or bring the file back as the "
-        "run wrote it."
-    )
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 
 from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json
 from hqqtrain.ckpt.manifest import Facts, facts_of
+from hqqtrain.ckpt.tensors import save_tensors
 from hqqtrain.config.atomic import partial_of, sync
 from hqqtrain.dist import ALONE, Processes
 from hqqtrain.models.reader import INDEX, SINGLE
@@ -137,7 +137,7 @@ def _path(folder: Path, number: int) -> Path:
 
 def _save(shard: dict[str, torch.Tensor], folder: Path, number: int) -> None:
     path = _path(folder, number)
-    save_file(shard, path, metadata={"format": "pt"})
+    save_tensors(shard, path)
     sync(path)  # only this machine can
 
 

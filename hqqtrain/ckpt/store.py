@@ -60,7 +60,7 @@ class CheckpointStore:
 
     def tidy(self) -> None:
         """Deletes what killed processes have left half written or half deleted."""
-        for path in self.root.glob(f".{_PREFIX}*"):
+        for path in (*self.root.glob(f".{_PREFIX}*"), _going(self.root)):
             shutil.rmtree(path, ignore_errors=True)
 
     def prune(self) -> None:
@@ -87,9 +87,12 @@ class CheckpointStore:
 
 def _delete(folder: Path) -> None:
     if folder.exists():
-        going = folder.with_name(f".{folder.name}.going")
-        _replace(folder, going)
-        shutil.rmtree(going)
+        _replace(folder, _going(folder))
+        shutil.rmtree(_going(folder))
+
+
+def _going(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.going")
 
 
 def _replace(folder: Path, name: Path) -> None:

@@ -13,7 +13,7 @@ fast causal kernel. Padding is done the same way: each pad token is a text of it
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -97,12 +97,14 @@ def pack(
     *,
     max_seq_len: int,
     packing: bool = True,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> Sequences:
     """Tokenizes `texts` and cuts them into sequences of at most `max_seq_len` tokens.
 
-    Blank texts are left out. Raises UserError where nothing is left.
+    Blank texts are left out; `on_batch` is called now and then, and may raise. Raises UserError
+    where nothing is left.
     """
-    stream, starts = tokenize(texts, tokenizer)
+    stream, starts = tokenize(texts, tokenizer, on_batch)
     limits = np.append(starts, len(stream))
     if packing:
         begin = np.arange(0, len(stream), max_seq_len)
@@ -116,7 +118,9 @@ def pack(
 
 
 def tokenize(
-    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
+    texts: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    on_batch: Callable[[], object] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(stream int32 [T], starts int64): every text that is not blank, with its special tokens.
 
@@ -125,7 +129,7 @@ def tokenize(
     eos = tokenizer.eos_token_id
     if eos is None:
         logger.warning("the tokenizer has no EOS token: texts are joined without one.")
-    pieces = [_ended(ids, eos) for ids in _encode(texts, tokenizer)]
+    pieces = [_ended(ids, eos) for ids in _encode(texts, tokenizer, on_batch)]
     lengths = np.array([len(piece) for piece in pieces], np.int64)
     stream = np.concatenate([np.empty(0, np.int32), *pieces])
     return stream, np.cumsum(lengths) - lengths
@@ -147,8 +151,11 @@ def collate(sequences: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Ten
     }
 
 
-def _encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
+def _encode(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", on_batch: Callable[[], object]
+) -> Iterator[list[int]]:
     for first in range(0, len(texts), _BATCH):
+        on_batch()
         batch = [text for text in texts[first : first + _BATCH] if text and text.strip()]
         if batch:
             yield from tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]

@@ -8,16 +8,18 @@ a GPU, `accelerate launch --num_processes 2` starts a single process and says no
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from hqqtrain.config import PreemptedError, RankLostError, UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,15 @@ class Processes:
                 raise fault
             if told:
                 raise retold(rank, told)
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first rank, which alone does it, on every rank.
+
+        So is what it raises, see `together`. Collective; for small Python objects.
+        """
+        with self.together():
+            found = work() if self.is_main else None
+        return self.gather(found)[0]
 
     def leave(self) -> None:
         """Ends the process group, when all ranks are ready to. Collective.

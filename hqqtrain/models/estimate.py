@@ -39,13 +39,15 @@ class Estimate:
 
 
 def estimate(config: RunConfig, model: nn.Module, *, dtype: torch.dtype, world_size: int = 1,
-             strategy: str = "single", on_gpu: bool = False) -> Estimate:  # fmt: skip
+             strategy: str = "single", on_gpu: bool = False, has_quantized: bool = False,
+             has_checkpoints: bool = False) -> Estimate:  # fmt: skip
     """The needs of one rank, from `model` on meta: HQQLinears in place, adapters injected.
 
     `dtype`: of activations and unquantized weights. Sharded, parameters, gradients and optimizer
     state are divided by `world_size` (under `fsdp1` not the adapters'). What lies outside of
     layers, as embeddings do, FSDP keeps whole from the first step on, and FSDP2 gathers it through
     a buffer of that size. `on_gpu`: what `parallel.offload` says is in the host's memory instead.
+    `has_...`: the run's directory holds them already, and needs no room for them.
     """
     sizes, parallel = _Sizes.of(model, dtype), config.parallel
     shards = world_size if strategy in SHARDING else 1
@@ -72,7 +74,7 @@ def estimate(config: RunConfig, model: nn.Module, *, dtype: torch.dtype, world_s
         "logits": _logits(model, dtype, tokens, finetune, measures, whole=strategy == "zero3"),
         "working memory": _working(config, sizes, shards, dtype) + gathered,
     }
-    return Estimate(device, _disk(config, sizes, dtype), host)
+    return Estimate(device, _disk(config, sizes, dtype, has_quantized, has_checkpoints), host)
 
 
 @dataclass(frozen=True)
@@ -165,11 +167,17 @@ def _working(config: RunConfig, sizes: _Sizes, shards: int, dtype: torch.dtype) 
     return max(quantizing, 2 * dtype.itemsize * sizes.largest)
 
 
-def _disk(config: RunConfig, sizes: _Sizes, dtype: torch.dtype) -> dict[str, int]:
-    quantizes = config.task in ("finetune", "quantize") and config.quant.save
+def _disk(
+    config: RunConfig, sizes: _Sizes, dtype: torch.dtype, has_quantized: bool, has_checkpoints: bool
+) -> dict[str, int]:
+    """A checkpoint has the adapter and its two moments; a new one is written beside the others."""
+    saves = config.task in ("finetune", "quantize") and config.quant.save and not has_quantized
+    adapter = _adapter_bytes(config) * sizes.adapter if config.task == "finetune" else 0
+    checkpoints = 1 if has_checkpoints else config.ckpt.keep_last + config.ckpt.keep_best + 1
     return {
-        "quantized/": sizes.packed + sizes.dense if quantizes else 0,
-        "adapter/": _adapter_bytes(config) * sizes.adapter if config.task == "finetune" else 0,
+        "quantized/": sizes.packed + sizes.dense if saves else 0,
+        "adapter/": adapter,
+        "checkpoints/": checkpoints * 3 * adapter,
         "export": sizes.source * dtype.itemsize if config.task == "export" else 0,
     }
 

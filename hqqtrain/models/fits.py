@@ -87,8 +87,8 @@ def oom_advice(config: RunConfig) -> str:
 def _check_disk(estimate: Estimate, free: Available, config: RunConfig) -> list[str]:
     need = sum(estimate.disk.values())
     text = (
-        f"run.root={config.run.root}: the results need {need / GIB:.1f} GiB of disk, "
-        f"{free.disk / GIB:.1f} GiB are free. Choose another run.root, or quant.save=false."
+        f"run.root={config.run.root}: the results need {need / GIB:.3f} GiB of disk, "
+        f"{free.disk / GIB:.3f} GiB are free. Choose another run.root, or quant.save=false."
     )
     if need > free.disk:
         raise UserError(text)

@@ -6,7 +6,8 @@ from pathlib import Path
 from peft import LoraConfig
 from torch import nn
 
-from hqqtrain.ckpt import Adapter, load_adapter
+from hqqtrain.ckpt import Adapter, DamagedError, load_adapter
+from hqqtrain.ckpt.manifest import check_sealed, is_sealed
 from hqqtrain.config import RunConfig, UserError
 from hqqtrain.dist import write_full
 from hqqtrain.models import Source, adapter_name, is_adapter
@@ -37,7 +38,29 @@ def load_start(config: RunConfig, source: Source, resumed: Path | None) -> Start
         where = f"adapter.init_from={folder}"
     else:
         where = f"{folder}: the adapter of model.name_or_path={source.name}"
+    if not resumed:  # else it was read a moment ago
+        _check_sealed(folder, where)
     return Start(folder, load_adapter(folder), where)
+
+
+def _check_sealed(folder: Path, where: str) -> None:
+    """A checkpoint knows its bytes: one that was altered would train without a complaint."""
+    try:
+        if is_sealed(folder):
+            check_sealed(folder)
+    except DamagedError as error:
+        raise UserError(f"{where}: {error}. Take another checkpoint of that run.") from error
+
+
+def unknown_base(start: Start, source: Source) -> str:
+    """What to warn of where nothing tells whether `start` belongs to this base; else nothing."""
+    if start.adapter.fingerprint:
+        return ""  # which `fill_adapters` compares
+    named = start.adapter.config.base_model_name_or_path or "no model"
+    return (
+        f"{start.where}: does not say which quantized base it was trained on, and names {named}; "
+        f"on another than model.name_or_path={source.name} it is noise."
+    )
 
 
 def check_start(start: Start | None, lora: LoraConfig) -> None:

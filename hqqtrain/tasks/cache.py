@@ -19,10 +19,9 @@ from typing import IO
 import torch
 
 from hqqtrain import __version__
-from hqqtrain.ckpt import QuantizedSettings, stamp
+from hqqtrain.ckpt import MADE_FROM, QuantizedSettings, made_from, stamp
 from hqqtrain.ckpt.lock import check_seen, take_lock, token_of
 from hqqtrain.config import UserError
-from hqqtrain.dist import Processes
 from hqqtrain.models import Source
 from hqqtrain.tasks.plan import Plan
 from hqqtrain.tasks.prepare import Built
@@ -66,22 +65,24 @@ def cached(plan: Plan, session: Session) -> Iterator[Entry | None]:
         yield None
         return
     key = _key(plan.source, QuantizedSettings.of(plan.model), session.dtype)
-    with _entry(cache_dir, key, session.processes) as entry:
+    with _entry(cache_dir, key, session) as entry:
         yield entry
 
 
 def save_entry(entry: Entry, plan: Plan, built: Built, session: Session) -> None:
     """Writes what `plan` has become to `entry`, with the errors beside it. Collective."""
     errors = {"layers": built.layer_errors, "all": built.relative_error}
-    save_packed(plan, built, session, entry.folder, beside={ERRORS: errors})
+    beside = {ERRORS: errors, MADE_FROM: made_from(session.config)}
+    save_packed(plan, built, session, entry.folder, beside=beside)
 
 
 @contextmanager
-def _entry(cache_dir: str, key: str, processes: Processes) -> Iterator[Entry]:
+def _entry(cache_dir: str, key: str, session: Session) -> Iterator[Entry]:
+    processes = session.processes
     folder = Path(cache_dir).expanduser() / key
     lock = folder.with_name(f".{folder.name}.lock")
     with ExitStack() as stack:
-        held = stack.enter_context(_locked(lock, cache_dir, processes))
+        held = stack.enter_context(_locked(lock, cache_dir, session))
         token, is_made = processes.gather((token_of(lock), (folder / "config.json").is_file()))[0]
         with processes.together():
             check_seen(lock, token, f"quant.cache_dir={cache_dir}")
@@ -93,8 +94,9 @@ def _entry(cache_dir: str, key: str, processes: Processes) -> Iterator[Entry]:
 
 
 @contextmanager
-def _locked(lock: Path, cache_dir: str, processes: Processes) -> Iterator[IO[str] | None]:
+def _locked(lock: Path, cache_dir: str, session: Session) -> Iterator[IO[str] | None]:
     """The first rank's; None on others. All wait, and hear from each other while they do."""
+    processes = session.processes
     for attempt in itertools.count():
         with processes.together():
             file = _try(lock, cache_dir) if processes.is_main else None
@@ -102,6 +104,7 @@ def _locked(lock: Path, cache_dir: str, processes: Processes) -> Iterator[IO[str
             break
         if processes.is_main and attempt == 0:
             logger.info("quant.cache_dir: waiting for another run, which has %s", lock)
+        session.interrupt.check(processes)
         time.sleep(POLL)
     try:
         yield file

@@ -37,7 +37,10 @@ def end_badly(record: "Record", error: BaseException) -> None:
     """What ended the run. status.json comes first: trackers may take longer than there is time."""
     status, code = _ENDS.get(type(error), ("failed", 1))
     cause = f"{type(error).__name__}: {error}"
-    record.directory.write_status(status, exit_code=code, cause=cause)
+    try:
+        record.directory.write_status(status, exit_code=code, cause=cause)
+    except OSError as fault:  # of a full disk, too; what ended the run is what counts
+        logger.error("status.json was not written: %s", fault)
     record.trackers.finish(code)
 
 

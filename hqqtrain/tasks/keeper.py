@@ -15,7 +15,7 @@ from hqqtrain.ckpt import (
 )  # fmt: skip
 from hqqtrain.config import UserError
 from hqqtrain.data import Sequences
-from hqqtrain.dist import write_full
+from hqqtrain.dist import count, write_full
 from hqqtrain.tasks.plan import Plan
 from hqqtrain.tasks.prepare import Built
 from hqqtrain.tasks.record import Record
@@ -26,6 +26,9 @@ from hqqtrain.train.session import Session
 from hqqtrain.train.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
+
+_BYTES = 12
+"""Of a trained number and its two moments, at most."""
 
 
 class Keeper:
@@ -43,6 +46,8 @@ class Keeper:
         self._saved: int | None = None
         self._texts = texts_of(trainer.sequences, held_out)
         self._saves, self._seconds = 0, 0.0  # for which the training was held up
+        numbers = sum(map(count, trainer.trained.values()))
+        session.interrupt.expects(_BYTES * numbers)
 
     def __enter__(self) -> "Keeper":
         return self
@@ -70,7 +75,7 @@ class Keeper:
             self.save(eval_loss)
         if self._trainer.is_asked_to_stop:
             self._finish()
-            raise self._session.interrupt.error()
+            self._session.interrupt.stop(self._session.processes)
 
     def save(self, eval_loss: float | None = None) -> None:
         """Copies the state, and lets the first rank write it while others go on."""
@@ -86,9 +91,16 @@ class Keeper:
         self._seconds += time.perf_counter() - began
 
     def end(self) -> None:
-        """The last checkpoint is on the disk, or an error said why it is not."""
+        """The last checkpoint is on the disk, or an error said why it is not.
+
+        One that could not be written is no reason to end a training that goes well.
+        """
         with self._session.processes.together():
-            self._wait_for_last()
+            if error := self._wait():
+                logger.error(
+                    "the checkpoint of step %s was not written (%s); the one before it stays, and "
+                    "the training goes on", self._saved, error,
+                )  # fmt: skip
 
     def report(self) -> None:
         """Says what checkpoints have cost."""
@@ -109,7 +121,9 @@ class Keeper:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        self._trainer.engine.load_optimizer(checkpoint.optimizer(), state["updates"])
+        with self._session.processes.together():
+            optimizer = checkpoint.optimizer()
+        self._trainer.engine.load_optimizer(optimizer, state["updates"])
         self._trainer.done = Trained(**state["trained"])
         if scaler := self._session.accelerator.scaler:
             scaler.load_state_dict(state["scaler"])
@@ -141,29 +155,25 @@ class Keeper:
                     self._built.settings.fingerprint)  # fmt: skip
         folder = self._store.folder(state["step"])
         write_checkpoint(folder, adapter, optimizer, self._plan.lora, base, state)
-        self._session.interrupt.needs(time.perf_counter() - began)
+        self._session.interrupt.write_took(time.perf_counter() - began)
         try:
             self._store.prune()
         except OSError as error:
             logger.warning("older checkpoints were not deleted: %s", error)
 
-    def _wait_for_last(self) -> None:
-        """A checkpoint that could not be written is no reason to end a training that goes well."""
-        try:
-            self._background.wait()
-        except OSError as error:
-            logger.error(
-                "the checkpoint of step %s was not written (%s); the one before it stays, and the "
-                "training goes on", self._saved, error,
-            )  # fmt: skip
-
     def _finish(self) -> None:
         """Until the last checkpoint is there. Raises UserError where it is not."""
         with self._session.processes.together():
-            try:
-                self._background.wait()
-            except OSError as error:
+            if error := self._wait():
                 raise UserError(
                     f"{self._store.root}: the checkpoint of step {self._saved} was not written "
                     f"({error}), and the run cannot go on without it; make room there."
                 ) from error
+
+    def _wait(self) -> OSError | None:
+        """Until the last checkpoint is written; returns why it could not be."""
+        try:
+            self._background.wait()
+        except OSError as error:
+            return error
+        return None

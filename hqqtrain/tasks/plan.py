@@ -35,7 +35,7 @@ from hqqtrain.nn import (
     replace_linears,
     with_packed_linears,
 )  # fmt: skip
-from hqqtrain.tasks.adapters import Start, check_start, load_start
+from hqqtrain.tasks.adapters import Start, check_start, load_start, unknown_base
 from hqqtrain.train.session import DTYPES, Session
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,8 @@ def make_plan(session: Session, *, adapt: bool, resumed: Path | None = None) -> 
     start = load_start(config, source, resumed)
     if start and not resumed and session.processes.is_main:
         logger.info("starting from the adapter in %s", start.folder)
+        if warning := unknown_base(start, source):
+            logger.warning(warning)
     lora = with_packed_linears(start.adapter.config) if start else None
     if adapt:
         lora = lora_config(config.adapter, model)

@@ -104,7 +104,10 @@ def build_reference(plan: Plan, session: Session) -> tuple[nn.Module, int]:
     model = build_meta(plan.hf_config, session.dtype).requires_grad_(False)
     _cut(model, session)
     reader = open_weights(plan.source, model, session.device)
-    fill_model(model, reader, session.processes, offload=session.offloads_parameters)
+    fill_model(
+        model, reader, session.processes, offload=session.offloads_parameters,
+        on_layer=lambda _: session.interrupt.check_alone(),
+    )  # fmt: skip
     return mount(model, session).eval(), int(session.processes.sum([reader.bytes_read])[0])
 
 

@@ -5,7 +5,6 @@ is quantized, so that bad weights leave nothing behind.
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,6 +18,8 @@ from hqqtrain.ckpt import Checkpoint, CheckpointStore, RunDirectory, atomic_writ
 from hqqtrain.data import Sequences, dataset_name
 from hqqtrain.dist import count
 from hqqtrain.tasks.ending import end_badly, end_well
+from hqqtrain.tasks.faults import explained
+from hqqtrain.tasks.history import History
 from hqqtrain.tasks.plan import Plan
 from hqqtrain.tasks.prepare import Built
 from hqqtrain.tasks.summary import Summary
@@ -60,49 +61,36 @@ class Record:
         self._begun = False
 
     def __enter__(self) -> "Record":
-        with self.session.processes.together():
-            if self.main:
-                self.directory.__enter__()
-        token = self.session.processes.gather(self.directory.token() if self.main else "")[0]
-        with self.session.processes.together():
+        processes = self.session.processes
+        processes.on_main(self._take)
+        token = processes.on_main(self.directory.token)
+        with processes.together():
             self.directory.check_shared(token)
+        self.history = History(self.directory, self.checkpoints, processes)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:  # fmt: skip
-        if not self.main:
-            return
         try:
-            if self._begun:
-                end_badly(self, error) if error else end_well(self)
+            if error and self._begun and self.main:
+                end_badly(self, error)
+            elif self._begun and not error:
+                self._end_well()
         finally:
-            self.directory.__exit__(kind, error, trace)
+            if self.main:
+                self.directory.__exit__(kind, error, trace)
 
-    def is_done(self) -> bool:
-        """Whether this run was finished before; says so. Collective."""
-        with self.session.processes.together():
-            mine = self.main and self.directory.done()
-        done = self.session.processes.gather(mine)[0]
-        if done:
-            logger.info("%s is done already: see summary.json there.", self.directory.path)
-        return done
+    def _take(self) -> None:
+        self.directory.__enter__()
 
-    @property
-    def begins_anew(self) -> bool:
-        """Whether `run.resume=never` holds: not for a job that slurm has requeued, which has
-        begun."""
-        requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-        return self.config.run.resume == "never" and not requeued
-
-    @property
-    def was_finished(self) -> bool:
-        """Whether the directory holds a finished run, of this configuration or nearly so."""
-        return self.directory.status().get("status") == "done"
-
-    def has_quantized(self) -> bool:
-        """Whether this run has quantized before, from the files that are there now. Collective."""
-        mine = self.main and not self.begins_anew and self.directory.holds("quantized")
-        return self.session.processes.gather(mine)[0]
+    def _end_well(self) -> None:
+        try:
+            with explained(self.config):
+                self.session.processes.on_main(lambda: end_well(self))
+        except Exception as error:
+            if self.main:
+                end_badly(self, error)
+            raise
 
     def path(self, name: str) -> Path:
         """Where `name` lies in the run's directory."""
@@ -126,19 +114,20 @@ class Record:
         self.layer_errors = built.layer_errors
         if found:
             self._restore(found)
-        if not self.main:
-            return
+        self.session.processes.on_main(lambda: self._begin(built))
+        self._begun = True
+        errors = {f"{LAYER_ERROR}{name}": error for name, error in self.layer_errors.items()}
+        if not found:
+            self.trackers.log(errors, 0)
+
+    def _begin(self, built: Built) -> None:
         for report in built.loading:
             logger.info("%s", report)
         self.directory.begin(self.command)
         self.directory.write_loading([report.facts() for report in built.loading])
-        self._begun = True
         self.trackers = open_trackers(
             self.config.track, self.directory.path, asdict(self.config), self.step_number
         )
-        errors = {f"{LAYER_ERROR}{name}": error for name, error in self.layer_errors.items()}
-        if not found:
-            self.trackers.log(errors, 0)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the record, as JSON."""
@@ -162,13 +151,17 @@ class Record:
 
     def nonfinite(self, step: Step, facts: dict[str, Any], tokens: list[list[int]]) -> None:
         """A global batch, of sequences of `tokens`, gave what is not finite."""
-        if self.main:
-            told = facts | {"batch": step.place, "step": self.step_number + 1}
-            told |= {"loss": str(step.loss), "grad_norm": str(step.norm)}
-            told |= {"samples": step.samples, "tokens": tokens}
-            folder = self.path("nonfinite")
+        if not self.main:
+            return
+        told = facts | {"batch": step.place, "step": step.number}
+        told |= {"loss": str(step.loss), "grad_norm": str(step.norm)}
+        told |= {"samples": step.samples, "tokens": tokens}
+        folder = self.path("nonfinite")
+        try:
             folder.mkdir(exist_ok=True)
             atomic_write_json(folder / f"batch-{step.place:08}.json", told)
+        except OSError as error:
+            logger.error("%s: batch %d was not kept: %s", folder, step.place, error)
 
     @contextmanager
     def training(self, steps: int, done: int = 0) -> Iterator[None]:

@@ -18,28 +18,22 @@ def find_checkpoint(record: Record, session: Session) -> Checkpoint | None:
     Raises UserError where there is none though there must be, or none that is whole.
     """
     store, resume = record.checkpoints, session.config.run.resume
-    if record.begins_anew:
+    if record.history.begins_anew:
         return None
     found = open_newest(store, session)
     if found is None and resume == "must":
         raise UserError(f"run.resume=must: {store.root} holds no checkpoint; use auto to begin.")
-    if found is None and session.processes.gather(record.was_finished)[0]:
+    if found is None and record.history.was_finished():
         raise UserError(
             f"{store.root.parent}: holds a finished run and no checkpoint to go on from with other "
             "settings; choose another run.name, or run.resume=never."
         )
-    if found and session.processes.is_main:
+    if found is None or not found.step:  # before the first step there is nothing
+        return None
+    if session.processes.is_main:
         logger.info("going on from %s, made by %s on %d processes", found.folder,
                     found.state["strategy"], found.state["world_size"])  # fmt: skip
-    return found if found and found.step else None  # before the first step there is nothing
-
-
-def forget(record: Record, session: Session) -> None:
-    """Deletes the checkpoints of a run that begins anew, now that nothing is wrong. Collective."""
-    with session.processes.together():
-        if session.processes.is_main and record.checkpoints.steps():
-            logger.warning("run.resume=never: %s is deleted", record.checkpoints.root)
-            record.checkpoints.clear()
+    return found
 
 
 def open_newest(store: CheckpointStore, session: Session) -> Checkpoint | None:

@@ -9,20 +9,19 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-
 from hqqtrain.ckpt import Checkpoint, check_quantized
-from hqqtrain.config import PreemptedError, RunConfig, UserError
-from hqqtrain.data import Sequences, evaluation_set, pack, training_texts
+from hqqtrain.config import PreemptedError, RunConfig
 from hqqtrain.dist import relaunch_if_ranks_were_lost
-from hqqtrain.models import available, check_fits, estimate, load_tokenizer, oom_advice
+from hqqtrain.models import available, check_fits, estimate
 from hqqtrain.tasks.cache import Entry, cached, save_entry
+from hqqtrain.tasks.faults import explained
 from hqqtrain.tasks.measure import Scale
 from hqqtrain.tasks.plan import Plan, make_plan
 from hqqtrain.tasks.prepare import Built, build, mount
 from hqqtrain.tasks.record import Record
-from hqqtrain.tasks.resume import check_goes_on, find_checkpoint, forget
+from hqqtrain.tasks.resume import check_goes_on, find_checkpoint
 from hqqtrain.tasks.save import save_adapter_of, save_dense
+from hqqtrain.tasks.texts import check_same_text, held_out_data, training_data
 from hqqtrain.tasks.training import train
 from hqqtrain.track import setup_logging
 from hqqtrain.train.interrupt import Interrupt
@@ -43,8 +42,9 @@ def run(config: RunConfig, command: list[str]) -> int:
     session = Session.start(config, Interrupt(config.run))
     try:
         with Record(session, command) as record:
-            if record.begins_anew or not record.is_done():
-                _work(session, record)
+            if not record.history.is_done():
+                with explained(config):
+                    _TASKS[config.task](session, record)
     except PreemptedError:  # which all ranks raise
         session.processes.leave()
         raise
@@ -52,33 +52,17 @@ def run(config: RunConfig, command: list[str]) -> int:
     return 0
 
 
-def _work(session: Session, record: Record) -> None:
-    try:
-        _TASKS[session.config.task](session, record)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise UserError(f"{oom_advice(session.config)} ({error})") from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """The CPU's allocator raises a plain RuntimeError."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)
-
-
 def finetune(session: Session, record: Record) -> None:
     """Quantize, adapt, train, measure, save; or go on with that from a checkpoint."""
     config = session.config
-    found = find_checkpoint(record, session)
+    found, has_quantized = find_checkpoint(record, session), record.history.has_quantized()
     with session.processes.together():
         plan = make_plan(session, adapt=True, resumed=found.folder if found else None)
-        training, held_out = _training_data(plan, config), _held_out(plan, config)
+        training, held_out = training_data(plan, session), held_out_data(plan, session)
         check_goes_on(found, training, held_out, config)
-        _check_resources(plan, session)
-    _check_same_text(session, training, held_out)
-    if record.begins_anew:
-        forget(record, session)
+        _check_resources(plan, session, has_quantized, found)
+    check_same_text(session, training, held_out)
+    record.history.forget()
     built = _build(plan, session, record, found)
     built.model = mount(built.model, session)
     scale = Scale(plan, built, held_out, session, record)
@@ -102,9 +86,9 @@ def evaluate(session: Session, record: Record) -> None:
     """Measure a model as it is: quantized now or before, and with its adapter if there is one."""
     with session.processes.together():
         plan = make_plan(session, adapt=False)
-        held_out = _held_out(plan, session.config)
+        held_out = held_out_data(plan, session)
         _check_resources(plan, session)
-    _check_same_text(session, held_out)
+    check_same_text(session, held_out)
     built = _build(plan, session, record)
     built.model = mount(built.model, session)
     scale = Scale(plan, built, held_out, session, record)
@@ -124,11 +108,13 @@ def export(session: Session, record: Record) -> None:
 
 def _build(plan: Plan, session: Session, record: Record, found: Checkpoint | None = None) -> Built:
     """From what the run has quantized before, or the cache, or by quantizing."""
-    own = Entry(record.path("quantized"), record.has_quantized())
+    own = Entry(record.path("quantized"), record.history.has_quantized())
     with nullcontext(own) if own.is_made else cached(plan, session) as entry:
         packed = entry.folder if entry and entry.is_made else None
         if packed:
             check_quantized(packed, session.processes)
+        elif plan.packed:
+            check_quantized(plan.source.path, session.processes, "Copy it again, or quantize anew.")
         with record.quantizing(plan, loads=plan.packed or packed is not None) as on_layer:
             built = build(plan, session, packed=packed, on_layer=on_layer)
         if entry and entry.is_made:
@@ -145,35 +131,15 @@ def _build(plan: Plan, session: Session, record: Record, found: Checkpoint | Non
 _TASKS = {"finetune": finetune, "quantize": quantize, "eval": evaluate, "export": export}
 
 
-def _training_data(plan: Plan, config: RunConfig) -> Sequences:
-    tokenizer = load_tokenizer(plan.source.tokenizer)
-    texts = training_texts(config.data, config.eval)
-    return pack(
-        texts, tokenizer, max_seq_len=config.train.max_seq_len, packing=config.train.packing
-    )
-
-
-def _held_out(plan: Plan, config: RunConfig) -> Sequences | None:
-    tokenizer = load_tokenizer(plan.source.tokenizer)
-    return evaluation_set(config.eval, config.data, tokenizer, config.train.max_seq_len)
-
-
-def _check_same_text(session: Session, *texts: Sequences | None) -> None:
-    """Refuses ranks that read other text, as another Python's library. Collective."""
-    digests = session.processes.gather([text.digest() if text else "" for text in texts])
-    if len({tuple(digest) for digest in digests}) > 1:
-        raise UserError(
-            f"data.source={session.config.data.source}, eval.source={session.config.eval.source}: "
-            "are not the same text on all ranks; use one Python and one set of files everywhere."
-        )
-
-
-def _check_resources(plan: Plan, session: Session) -> None:
-    """Refuses what cannot fit, warns of what may not."""
+def _check_resources(
+    plan: Plan, session: Session, has_quantized: bool = False, found: Checkpoint | None = None
+) -> None:
+    """Refuses what cannot fit beside what is there already, warns of what may not."""
     config, processes = session.config, session.processes
     needs = estimate(
         config, plan.model, dtype=session.dtype, world_size=processes.size // session.replicas,
         strategy=session.strategy, on_gpu=session.device.type == "cuda",
+        has_quantized=has_quantized, has_checkpoints=found is not None,
     )  # fmt: skip
     free = available(session.device, Path(config.run.root))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

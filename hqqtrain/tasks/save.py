@@ -57,10 +57,9 @@ def save_adapter_of(plan: Plan, built: Built, session: Session, record: Record) 
     for name, param in built.model.named_parameters():
         if is_adapter(name):
             state[adapter_name(name)] = full_tensor(param).cpu()
-    if session.processes.is_main:
-        assert plan.lora is not None
-        save_adapter(state, plan.lora, record.path("adapter"), card=_card(plan, record))
-    session.processes.barrier()
+    lora, folder = plan.lora, record.path("adapter")
+    assert lora is not None
+    session.processes.on_main(lambda: save_adapter(state, lora, folder, card=_card(plan, record)))
 
 
 def _as_read(tensors: Tensors, plan: Plan) -> Tensors:

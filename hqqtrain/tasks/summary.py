@@ -6,6 +6,7 @@ from dataclasses import asdict, astuple, replace
 from typing import Any
 
 from hqqtrain.ckpt import versions
+from hqqtrain.config.secrets import masked
 from hqqtrain.models import base_tensors, is_packed
 from hqqtrain.nn import HQQLinear
 from hqqtrain.quant import stored_bits
@@ -50,7 +51,7 @@ class Summary:
     def evaluated(self, dataset: str, part: str, measured: Measured) -> None:
         """Figures of `part`, `quantized` or `final`, and of full precision beside it."""
         found = self.parts.setdefault("eval", {})
-        found |= {"dataset": dataset, "tokens": measured.tokens}
+        found |= {"dataset": masked(dataset), "tokens": measured.tokens}
         if measured.reference_perplexity is not None:
             found["full_precision"] = {"perplexity": measured.reference_perplexity}
             self._row("full_precision", perplexity=measured.reference_perplexity, kl=0.0)

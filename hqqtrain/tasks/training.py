@@ -28,7 +28,9 @@ def train(
     with Keeper(trainer, plan, built, session, record, scale.held_out) as keeper:
         keeper.resume(found)
         if found and found.state["eval_loss"] is None and _is_due(trainer):
-            scale.measure_between()  # for which there was no time
+            loss = scale.measure_between()  # for which there was no time
+            if loss is not None and session.config.ckpt.keep_best:
+                keeper.save(loss)
         with record.training(trainer.steps, trainer.done.steps):
             for step, metrics in trainer.run(keeper.roll_back):
                 record.step(step, metrics)

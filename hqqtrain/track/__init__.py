@@ -7,13 +7,13 @@ from hqqtrain.track.fanout import Trackers, open_trackers
 from hqqtrain.track.figures import COLORS, MUTED, new_figure, save_figure
 from hqqtrain.track.jsonl import JsonlTracker, read_metrics
 from hqqtrain.track.report import write_report
-from hqqtrain.track.run_id import keep_run_id, run_id
+from hqqtrain.track.run_id import forget_run_id, keep_run_id, run_id
 from hqqtrain.track.tensorboard import TensorBoardTracker
 from hqqtrain.track.wandb import WandbTracker
 
 __all__ = [
     "COLORS", "LAYER_ERROR", "MUTED", "Console", "JsonlTracker", "Progress", "ResultRow",
-    "TensorBoardTracker", "Tracker", "Trackers", "WandbTracker", "document", "images",
-    "keep_run_id", "new_figure", "open_trackers", "read_metrics", "results_table", "run_id",
-    "save_figure", "setup_logging", "table", "write_report",
+    "TensorBoardTracker", "Tracker", "Trackers", "WandbTracker", "document", "forget_run_id",
+    "images", "keep_run_id", "new_figure", "open_trackers", "read_metrics", "results_table",
+    "run_id", "save_figure", "setup_logging", "table", "write_report",
 ]  # fmt: skip

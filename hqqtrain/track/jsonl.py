@@ -1,15 +1,19 @@
 """metrics.jsonl: one JSON object per logged step, there even when everything else fails."""
 
 import json
+import logging
 import math
 import os
 import time
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from hqqtrain.config.atomic import atomic_write
 from hqqtrain.track.base import STEP
+
+logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 10.0
 """How often lines are forced to the disk; in between a crash of the machine may lose some."""
@@ -19,25 +23,31 @@ class JsonlTracker:
     """Appends to `path`; a resumed run goes on in the same file, after the step it resumes from.
 
     Every line has `train/global_step` and `time` (seconds since 1970); a number that is not
-    finite is null, for JSON knows no other.
+    finite is null, for JSON knows no other. Lines that a full disk does not take are kept, and
+    written when there is room again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._waiting = b""
         self._synced = 0.0
 
     def start(self, config: Mapping[str, Any], step: int = 0) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _cut(self.path, step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        assert self._file is not None
         row: dict[str, Any] = {STEP: step, "time": round(time.time(), 3)}
         row |= {name: _finite(value) for name, value in metrics.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        could = not self._waiting
+        self._waiting += (json.dumps(row) + "\n").encode()
+        try:
+            self._write()
+        except OSError as error:
+            if could:
+                logger.warning("%s: cannot be written for now: %s", self.path, error)
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self._sync()
 
@@ -55,9 +65,15 @@ class JsonlTracker:
 
     def finish(self, exit_code: int) -> None:
         if self._file is not None:
+            self._write()
             self._sync()
             self._file.close()
             self._file = None
+
+    def _write(self) -> None:
+        assert self._file is not None
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def _sync(self) -> None:
         if self._file is not None:

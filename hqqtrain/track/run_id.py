@@ -25,5 +25,10 @@ def keep_run_id(run_dir: Path, id: str) -> None:
     atomic_write(file, id)
 
 
+def forget_run_id(run_dir: Path) -> None:
+    """A run that begins anew is another one there: W&B drops steps that it has had."""
+    _file(run_dir).unlink(missing_ok=True)
+
+
 def _file(run_dir: Path) -> Path:
     return run_dir / "wandb" / "run_id"

@@ -5,6 +5,7 @@ Torch's strategies share one way; DeepSpeed keeps gradients and optimizer to its
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,8 @@ from hqqtrain.train.optimizer_state import OptimizerState
 from hqqtrain.train.session import Session
 
 Accepts = Callable[[float], bool]
+
+_NONE = (-1, "")
 
 
 class Engine(Protocol):
@@ -37,6 +40,10 @@ class Engine(Protocol):
 
         `accepts` is told the norm over all ranks before it is clipped. Collective.
         """
+
+    def not_finite(self) -> tuple[int, str]:
+        """(number, name) of the last parameter, where a backward pass begins, whose gradient is
+        not finite on this rank; (-1, "") without one. For `accepts` to ask."""
 
     def pieces(self) -> dict[str, Piece]:
         """This rank's pieces of what is trained, by name, and of the optimizer: `name/key`."""
@@ -87,10 +94,17 @@ class _Torch:
         accepted = accepts(whole.item())
         if accepted and self._limit is not None:
             nn.utils.clip_grads_with_norm_(parameters, self._limit, norm)
-        if accepted or self._accelerator.scaler:  # which skips what is not finite, and learns of it
+        if accepted:  # a scaler skips what is not finite by itself
             _set_rate(self._optimizer, rate)
             self._optimizer.step()
+        elif scaler := self._accelerator.scaler:
+            scaler.update()
         self._optimizer.zero_grad()
+
+    def not_finite(self) -> tuple[int, str]:
+        grads = ((number, name, p.grad) for number, (name, p) in enumerate(self._trained.items()))
+        bad = [(n, name) for n, name, g in grads if g is not None and not _is_finite(local(g))]
+        return max(bad, default=_NONE)
 
     def pieces(self) -> dict[str, Piece]:
         own = {name: piece_of(p, local(p), p.shape) for name, p in self._trained.items()}
@@ -115,6 +129,14 @@ class _ZeRO3:
             model, self._optimizer, max_grad_norm=session.config.train.max_grad_norm,
             autocast=session.dtype,
         )  # fmt: skip
+        # Gradients are DeepSpeed's own once they are made.
+        self._is_bad = torch.zeros(len(trained), dtype=torch.bool, device=session.device)
+        for number, param in enumerate(trained.values()):
+            param.register_hook(partial(self._look, number))
+
+    def _look(self, number: int, grad: Tensor) -> None:
+        """No value is waited for."""
+        self._is_bad[number] |= ~_is_finite(grad)
 
     def accumulating(self, *, last: bool) -> AbstractContextManager:
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
@@ -129,6 +151,11 @@ class _ZeRO3:
         self.model.step()
         norm: torch.Tensor | float = self.model.get_global_grad_norm()
         accepts(float(norm))
+        self._is_bad.zero_()
+
+    def not_finite(self) -> tuple[int, str]:
+        flags = zip(enumerate(self._trained), self._is_bad.tolist(), strict=True)
+        return max((named for named, bad in flags if bad), default=_NONE)
 
     def pieces(self) -> dict[str, Piece]:
         made = {}
@@ -149,6 +176,10 @@ class _ZeRO3:
         }  # fmt: skip
         if updates:
             zero3.load_moments(self.model, updates, moments)
+
+
+def _is_finite(grad: Tensor) -> Tensor:
+    return grad.isfinite().all()
 
 
 def _set_rate(optimizer: Optimizer, rate: float) -> None:

@@ -79,7 +79,7 @@ class Trainer:
                 self._leave_out(place, roll_back)
                 continue
             seconds = time.perf_counter() - began
-            self.session.interrupt.needs(seconds)
+            self.session.interrupt.step_took(seconds)
             self.done.add(step, seconds)
             if sentinel and every and (self.done.steps % every == 0 or self.is_over):
                 sentinel.check()
@@ -109,11 +109,11 @@ class Trainer:
         asked = bool(self.session.interrupt.reason)
         summed, stop = self.processes.sum([total.item(), asked])
         self.is_asked_to_stop = stop > 0
-        step = Step(place, indices, tokens, summed / max(1, tokens))
+        step = Step(self.done.steps + 1, place, indices, tokens, summed / max(1, tokens))
 
         def accepts(norm: float) -> bool:
             step.norm = norm
-            step.taken = self.guard.accepts(step, self.trained)
+            step.taken = self.guard.accepts(step, self.engine)
             return step.taken
 
         self.engine.update(rate, accepts)

@@ -6,7 +6,7 @@ it came from. So it is looked at before the optimizer steps.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from hqqtrain.config import TrainConfig, UserError
 from hqqtrain.data import Sequences
-from hqqtrain.dist import local
 from hqqtrain.models import plain_name
+from hqqtrain.train.engine import Engine
 from hqqtrain.train.evaluation import Batch
 from hqqtrain.train.progress import Step
 from hqqtrain.train.session import Session
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 LIMIT = 5
 """So many in a row end the run, whatever the policy: then it is no single batch."""
+OVERFLOWS = 25
+"""So many in a row are no matter of fp16's scale: it starts at 2^16, and each halves it."""
 
 
 Note = Callable[[Step, dict[str, Any], list[list[int]]], object]
@@ -38,20 +40,27 @@ class Guard:
     def __init__(self, session: Session, sequences: Sequences, note: Note) -> None:
         self._config: TrainConfig = session.config.train
         self._session, self._sequences, self._note = session, sequences, note
-        self._lr, self._in_a_row = session.config.optim.lr, 0
+        self._lr, self._in_a_row, self._overflows = session.config.optim.lr, 0, 0
         self._gradient = ""
 
-    def accepts(self, step: Step, trained: Mapping[str, nn.Parameter]) -> bool:
+    def accepts(self, step: Step, engine: Engine) -> bool:
         """Whether the optimizer may step. Collective where not."""
-        # fp16 skips steps whose gradient overflows by itself, and lowers its scale
-        scaled = self._session.accelerator.scaler is not None
-        if math.isfinite(step.loss) and (math.isfinite(step.norm) or scaled):
+        if math.isfinite(step.loss) and math.isfinite(step.norm):
+            self._overflows = 0
             if self._config.on_nonfinite != "rollback":
                 self._in_a_row = 0
             return True
-        last = max(self._session.processes.gather(_last_not_finite(trained)))
-        self._gradient = list(trained)[last] if last >= 0 else ""
+        if self._is_overflow(step):
+            return True
+        self._gradient = max(self._session.processes.gather(engine.not_finite()))[1]
         return False
+
+    def _is_overflow(self, step: Step) -> bool:
+        """Of fp16's scale, which the scaler lowers, and skips the step, by itself."""
+        if self._session.accelerator.scaler is None or not math.isfinite(step.loss):
+            return False
+        self._overflows += 1
+        return self._overflows <= OVERFLOWS
 
     def passed(self) -> None:
         """A checkpoint was made: what it goes back to is a later state."""
@@ -85,16 +94,6 @@ class Guard:
         """The first name of any rank."""
         named = [name for of_rank in self._session.processes.gather(found) for name in of_rank]
         return next(filter(None, named), "")
-
-
-def _last_not_finite(trained: Mapping[str, nn.Parameter]) -> int:
-    """The number of the last parameter, where a backward pass begins, whose gradient is not
-    finite on this rank; -1 without one."""
-    last = -1
-    for number, param in enumerate(trained.values()):
-        if param.grad is not None and not local(param.grad).isfinite().all():
-            last = number
-    return last
 
 
 @torch.no_grad()

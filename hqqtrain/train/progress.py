@@ -8,6 +8,8 @@ from dataclasses import dataclass
 class Step:
     """One global batch: `loss` is the mean over its `tokens`, nats; `norm` of the gradient."""
 
+    number: int
+    """Counted from 1; one that is not taken has the number of the next that is."""
     place: int
     """In the data, counted in global batches from 0."""
     samples: list[int]

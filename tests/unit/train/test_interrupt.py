@@ -74,9 +74,9 @@ def test_a_time_limit_leaves_room_for_two_steps(monkeypatch: pytest.MonkeyPatch)
     began = psutil.Process().create_time()
     monkeypatch.setattr(time, "time", lambda: began + 3600 - SPARE - 50)
     asked = Interrupt(RunSection(time_limit="1:00:00"))
-    asked.needs(3.0)
+    asked.step_took(3.0)
     before = asked.reason
-    asked.needs(900.0)
+    asked.step_took(900.0)
     assert not before
     assert asked.reason
     with pytest.raises(PreemptedError, match=r"run\.time_limit=1:00:00"):
