@@ -1,8 +1,11 @@
 """`quant.cache_dir`: made once, by one or many ranks, and by one of two runs that start at once."""
 
 import json
+import os
 import shutil
+import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from e2e.runs import QUICK, Finished, run
 from safetensors.torch import load_file, save_file
 
 from hqqtrain import models
+from hqqtrain.ckpt.lock import take_lock
 
 QUANTIZE = (*QUICK, "task=quantize")
 
@@ -63,6 +67,20 @@ def test_another_source_of_the_same_name_is_another_entry(made, tmp_path: Path):
     assert len(entries(tmp_path / "cache")) == 2
 
 
+def test_an_altered_source_that_is_packed_is_refused(made, tmp_path: Path):
+    """By its manifest: a norm is no part of the fingerprint."""
+    (entry,) = entries(made[0])
+    packed = shutil.copytree(entry, tmp_path / "packed")
+    (file,) = packed.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.0.input_layernorm.weight"][0] += 1
+    save_file(tensors, file, {"format": "pt"})
+    done = run(*QUICK, "task=eval", f"model.name_or_path={packed}", root=tmp_path / "runs")
+    assert done.code == 2
+    assert "is not what was written" in done.output
+    assert "Copy it again" in done.output
+
+
 def test_an_altered_entry_is_refused(made, tmp_path: Path):
     cache = shutil.copytree(made[0], tmp_path / "cache")
     (entry,) = entries(cache)
@@ -74,6 +92,24 @@ def test_an_altered_entry_is_refused(made, tmp_path: Path):
     assert done.code == 2
     assert "is not what was written" in done.output
     assert str(entry) in done.output
+
+
+def test_a_run_that_waits_for_another_hears_a_signal(made, tmp_path: Path):
+    (entry,) = entries(made[0])
+    root, cache = tmp_path / "runs", tmp_path / "cache"
+
+    def signal_while_it_waits(pids: list[int]) -> None:
+        end = time.monotonic() + 60
+        while "waiting for another run" not in (tmp_path / "output-0.txt").read_text():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        os.kill(pids[1], signal.SIGTERM)
+
+    with take_lock(cache / f".{entry.name}.lock"):
+        done = run(*QUANTIZE, f"quant.cache_dir={cache}", root=root, processes=2, grace=20,
+                   limit=20, meanwhile=signal_while_it_waits)  # fmt: skip
+    assert done.codes == (3, 3), done.output
+    assert "rank 1: SIGTERM was received" in done.output
 
 
 def test_two_runs_at_once_make_it_once(tmp_path: Path):

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from e2e.runs import QUICK, run_here, small_data
 
-from hqqtrain.ckpt import read_checkpoint, write_checkpoint
+from hqqtrain.ckpt import RunDirectory, read_checkpoint, write_checkpoint
+from hqqtrain.ckpt.tensors import save_tensors
 from hqqtrain.train.loop import Trainer
+
+_write_status = RunDirectory.write_status
 
 
 @pytest.fixture
@@ -54,3 +58,26 @@ def test_a_run_that_must_stop_does_not_say_it_has_saved(
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     monkeypatch.undo()
     assert run_here(words) == 0
+
+
+def test_a_result_that_finds_no_room_says_so_and_the_same_command_goes_on(
+    words: list[str], tmp_path: Path, monkeypatch, capsys
+):
+    def full(*_: Any, **__: Any) -> None:
+        save_tensors({"A": torch.ones(4096)}, Path("/dev/full"))
+
+    monkeypatch.setattr("hqqtrain.tasks.save.save_adapter", full)
+    monkeypatch.setattr(RunDirectory, "write_status", _only_while_it_runs)
+    assert run_here(words) == 2
+    told = capsys.readouterr().err
+    assert f"run.root={tmp_path}: the disk is full" in told
+    assert "status.json was not written" in told
+    monkeypatch.undo()
+    assert run_here(words) == 0
+    assert "going on from" in capsys.readouterr().err
+
+
+def _only_while_it_runs(self: RunDirectory, status: str, **more: Any) -> None:
+    if status != "running":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    _write_status(self, status, **more)

@@ -1,12 +1,15 @@
 """A batch that is not finite: the layer is named, the batch kept, the policy followed."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from e2e.runs import QUICK, run_here, small_data
+from e2e.runs import QUICK, TIMEOUT, free_port, run_here, small_data
 
 from hqqtrain.track import read_metrics
 from hqqtrain.train.loop import Trainer
@@ -96,6 +99,14 @@ def test_rollback_also_goes_back(tmp_path: Path, words: tuple, poison: set[int])
     assert losses(skipped) == losses(tmp_path)
 
 
+def test_a_batch_is_kept_with_the_step_that_it_was(tmp_path: Path, words: tuple, poison: set[int]):
+    poison |= {4, 5}  # the first with a checkpoint behind it at step 3, the second right after it
+    assert run_here([*words, "train.on_nonfinite=rollback"]) == 0
+    kept = sorted((tmp_path / "run" / "nonfinite").iterdir())
+    facts = [json.loads(file.read_text()) for file in kept]
+    assert [(f["batch"], f["step"]) for f in facts] == [(4, 5), (5, 4)]
+
+
 def test_so_many_in_a_row_always_stop(words: tuple, poison: set[int], capsys):
     poison |= set(range(2, 2 + LIMIT))
     assert run_here([*words, "train.on_nonfinite=skip"]) == 2
@@ -139,6 +150,44 @@ def test_a_gradient_alone_is_traced_to_a_parameter(
     assert (
         "first in the gradient of base_model.model.model.layers.2.self_attn.v_proj.lora_B" in told
     )
+
+
+SPOILT = """
+import sys
+from hqqtrain.cli import main
+from hqqtrain.train.loop import Trainer
+
+step = Trainer._step
+
+def hook(_, __, output):
+    output = output.clone()
+    if output.requires_grad:
+        output.register_hook(lambda g: g * float("nan"))
+    return output
+
+def spoilt(self, place, rate):
+    name = "layers.2.self_attn.v_proj.lora_B.default"
+    module = next(m for n, m in self.bare_model.named_modules() if n.endswith(name))
+    module.register_forward_hook(hook)
+    return step(self, place, rate)
+
+Trainer._step = spoilt
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_gradient_that_deepspeed_keeps_to_itself_is_traced_too(tmp_path: Path, words: tuple):
+    pytest.importorskip("deepspeed")
+    script = tmp_path / "spoilt.py"
+    script.write_text(SPOILT)
+    env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *words, "parallel.strategy=zero3"]
+    done = subprocess.run(
+        command, env={**os.environ, **env}, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert done.returncode == 2, done.stderr
+    assert "gradient of base_model.model.model.layers.2.self_attn.v_proj.lora_B" in done.stderr
 
 
 def test_the_first_layer_of_a_forward_pass_is_named():

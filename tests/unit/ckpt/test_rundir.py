@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hqqtrain.ckpt import RunDirectory
-from hqqtrain.config import QuantConfig, RunConfig, RunSection, TrainConfig, UserError
+from hqqtrain.ckpt import MADE_FROM, RunDirectory, made_from
+from hqqtrain.config import ModelConfig, QuantConfig, RunConfig, RunSection, TrainConfig, UserError
 
 
 def _config(tmp_path, name="a", **more) -> RunConfig:
@@ -203,3 +203,20 @@ def test_figures_that_are_not_finite_become_null(tmp_path):
         run.write_summary({"eval": {"perplexity": float("inf"), "kl": [float("nan"), 1.5]}})
     found = json.loads((run.path / "summary.json").read_text())
     assert found == {"eval": {"perplexity": None, "kl": [None, 1.5]}}
+
+
+def test_quantized_weights_are_known_by_what_they_were_made_from(tmp_path):
+    """config.yaml is rewritten by a new beginning, which may be killed before they are."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_text("old")
+    config = _config(tmp_path, model=ModelConfig(name_or_path=str(model)))
+    run = _finish(config)
+    assert not run.holds("quantized")
+    (run.path / "quantized").mkdir()
+    (run.path / "quantized" / MADE_FROM).write_text(json.dumps(made_from(config)))
+    assert run.holds("quantized")
+    (model / "model.safetensors").write_text("another")
+    with run:
+        run.begin(["hqqtrain"])
+        assert not run.holds("quantized")

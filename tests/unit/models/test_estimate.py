@@ -218,3 +218,21 @@ def test_the_limit_of_a_cgroup_counts(tmp_path, monkeypatch):
     assert memory.free_host_memory() == 12345
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_host_memory() > 12345
+
+
+def test_what_is_there_already_needs_no_disk():
+    config = _config()
+    model = _meta("tiny", config)
+    parts = estimate(config, model, dtype=torch.bfloat16).disk
+    adapter = parts["adapter/"]
+    assert parts["quantized/"] > 0
+    assert parts["checkpoints/"] == 3 * 3 * adapter  # two that are kept and the next one
+    resumed = estimate(
+        config, model, dtype=torch.bfloat16, has_quantized=True, has_checkpoints=True
+    ).disk
+    assert resumed == {
+        "quantized/": 0,
+        "adapter/": adapter,
+        "checkpoints/": 3 * adapter,
+        "export": 0,
+    }

@@ -1,5 +1,6 @@
 """An adapter that does not fit is named by what asked for it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from hqqtrain.ckpt.adapter import Base, write_adapter
+from hqqtrain.ckpt.manifest import seal
 from hqqtrain.config import AdapterConfig, RunConfig, UserError
 from hqqtrain.models import Source
-from hqqtrain.tasks.adapters import check_start, fill_adapters, load_start
+from hqqtrain.tasks.adapters import check_start, fill_adapters, load_start, unknown_base
 
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["q"])
 
@@ -71,3 +73,25 @@ def test_a_checkpoint_comes_before_all_and_its_values_are_used(folder, tmp_path)
     state = get_peft_model_state_dict(model)
     assert all(torch.equal(state[name], start.adapter.state[name]) for name in start.adapter.state)
     assert load_start(RunConfig(), Source("tiny", tmp_path, "dense"), None) is None
+
+
+def test_an_altered_checkpoint_is_no_start(folder):
+    seal(folder)
+    source, adapter = Source("tiny", folder.parent, "dense"), AdapterConfig(init_from=str(folder))
+    load_start(RunConfig(adapter=adapter), source, None)
+    weights = folder / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"adapter\.init_from=.*its checksum differs"):
+        load_start(RunConfig(adapter=adapter), source, None)
+
+
+def test_an_adapter_that_does_not_know_its_base_is_warned_of(folder):
+    source, config = Source("tiny", folder.parent, "dense"), RunConfig()
+    known = load_start(config, replace(source, adapter=folder), None)
+    assert unknown_base(known, source) == ""
+    stock = replace(known, adapter=replace(known.adapter, fingerprint=None))
+    assert "names owner/name; on another than model.name_or_path=tiny" in unknown_base(
+        stock, source
+    )

@@ -47,6 +47,24 @@ def run_all(trackers: Trackers) -> None:
     trackers.finish(0)
 
 
+def test_a_full_disk_costs_no_row_once_there_is_room_again(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    trackers = Trackers([tracker])
+    trackers.start({})
+    trackers.log({"train/loss": 1.0}, 1)
+    file = tracker._file
+    with open("/dev/full", "ab", buffering=0) as tracker._file:
+        for step in (2, 3):
+            trackers.log({"train/loss": 1.0 / step}, step)
+    tracker._file = file
+    assert len(read_metrics(path)) == 1
+    assert [r.levelno for r in caplog.records] == [logging.WARNING]
+    trackers.log({"train/loss": 0.25}, 4)
+    assert [row["train/loss"] for row in read_metrics(path)] == [1.0, 0.5, 1 / 3, 0.25]
+    trackers.finish(0)
+
+
 @pytest.mark.parametrize(
     "where", ["start", "log", "summary", "images", "artifact", "hint", "finish"]
 )

@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from hqqtrain.config import PreemptedError, RunSection, signals
 from hqqtrain.dist import ALONE
-from hqqtrain.train.interrupt import SPARE, Interrupt
+from hqqtrain.train.interrupt import SLOW_DISK, SPARE, Interrupt
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +83,25 @@ def test_a_time_limit_leaves_room_for_two_steps(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(PreemptedError, match=r"run\.time_limit=1:00:00"):
         asked.check(ALONE)
     asked.check_alone()  # a time limit is no signal: others would not know of it
+
+
+def test_a_time_limit_leaves_room_for_checkpoints(monkeypatch: pytest.MonkeyPatch):
+    began = psutil.Process().create_time()
+    monkeypatch.setattr(time, "time", lambda: began + 3600 - SPARE - 50)
+    asked = Interrupt(RunSection(time_limit="1:00:00"))
+    asked.expects(int(60 * SLOW_DISK))  # before any was written
+    assert asked.reason
+    asked.write_took(10.0)
+    assert not asked.reason
+    asked.step_took(16.0)
+    assert asked.reason
+
+
+def test_all_ranks_hear_whose_wish_it_was():
+    asked = Interrupt(RunSection())
+    processes = SimpleNamespace(gather=lambda mine: [mine, "SIGTERM was received", mine])
+    with pytest.raises(PreemptedError, match=r"^rank 1: SIGTERM was received$"):
+        asked.stop(processes)
 
 
 def test_a_signal_after_a_time_limit_is_the_first(monkeypatch: pytest.MonkeyPatch):

@@ -33,7 +33,7 @@ def test_what_an_earlier_kill_left_half_written_is_not_this_starts(tmp_path):
 
 def test_a_start_that_saves_is_not_left_alone(tmp_path):
     script = runpy.run_path(str(SCRIPT))
-    saves = 'cd "$0"; for n in 1 2 3 4 5 6 7 8 9; do mkdir -p checkpoints/step-$n; sleep 0.3; done'
+    saves = 'cd "$0"; for n in 1 2 3 4 5 6 7 8 9; do mkdir -p checkpoints/step-$n; sleep 1; done'
     process = subprocess.Popen(["sh", "-c", saves, str(tmp_path)])
     assert script["_kill"]([process], tmp_path, False, 60, AtOnce(), {})
     assert script["_newest"](tmp_path) == f"step-{script['SAVES']}"
