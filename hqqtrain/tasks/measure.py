@@ -50,7 +50,7 @@ class Scale:
     def _measured(self, held_out: Sequences) -> Measured:
         """A wish to stop is heard between batches: PreemptedError, on all ranks."""
         session = self.session
-        with self.record.evaluating(held_out) as count, session.autocast():
+        with self.record.bars.evaluating(held_out) as count, session.autocast():
 
             def on_batch(tokens: int) -> None:
                 count(tokens)

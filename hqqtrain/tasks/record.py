@@ -5,8 +5,7 @@ is quantized, so that bad weights leave nothing behind.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from hqqtrain.ckpt import Checkpoint, CheckpointStore, RunDirectory, atomic_write_json
-from hqqtrain.data import Sequences, dataset_name
+from hqqtrain.data import dataset_name
 from hqqtrain.dist import count
+from hqqtrain.tasks.bars import Bars
 from hqqtrain.tasks.ending import end_badly, end_well
 from hqqtrain.tasks.faults import explained
 from hqqtrain.tasks.history import History
@@ -26,7 +26,6 @@ from hqqtrain.tasks.summary import Summary
 from hqqtrain.track import (
     LAYER_ERROR,
     Console,
-    Progress,
     Trackers,
     keep_run_id,
     open_trackers,
@@ -53,11 +52,11 @@ class Record:
             self.path("checkpoints"), config.keep_last, config.keep_best
         )
         self.console = Console(self.main)
+        self.bars = Bars(self.console, session)
         self.trackers = Trackers([])
         self.summary = Summary(session)
         self.step_number = 0
         self.layer_errors: dict[str, float] = {}
-        self._bar: Progress | None = None
         self._begun = False
 
     def __enter__(self) -> "Record":
@@ -96,35 +95,26 @@ class Record:
         """Where `name` lies in the run's directory."""
         return self.directory.path / name
 
-    @contextmanager
-    def quantizing(self, plan: Plan, *, loads: bool) -> Iterator[Callable[[str], None]]:
-        """A progress bar over the layers; yields what to call after each."""
-        verb = "loading" if loads else "quantizing"
-        with self.console.progress(verb, plan.layers, "layer") as bar:
-
-            def on_layer(name: str) -> None:
-                bar.update(1, layer=name)
-                self.session.interrupt.check_alone()
-
-            yield on_layer
-
     def quantized(self, plan: Plan, built: Built, found: Checkpoint | None = None) -> None:
         """The model is there: begins the run's directory, or goes on as `found`. Collective."""
         self.summary.quantized(plan, built)
         self.layer_errors = built.layer_errors
         if found:
             self._restore(found)
-        self.session.processes.on_main(lambda: self._begin(built))
+        self.session.processes.on_main(lambda: self._begin(built, found))
         self._begun = True
         errors = {f"{LAYER_ERROR}{name}": error for name, error in self.layer_errors.items()}
         if not found:
             self.trackers.log(errors, 0)
 
-    def _begin(self, built: Built) -> None:
+    def _begin(self, built: Built, found: Checkpoint | None) -> None:
         for report in built.loading:
             logger.info("%s", report)
         self.directory.begin(self.command)
         self.directory.write_loading([report.facts() for report in built.loading])
+        kept = found and found.state["record"]["wandb_run_id"]
+        if kept and not run_id(self.directory.path):
+            keep_run_id(self.directory.path, kept)
         self.trackers = open_trackers(
             self.config.track, self.directory.path, asdict(self.config), self.step_number
         )
@@ -142,8 +132,6 @@ class Record:
         self.step_number = found.step
         self.summary.restore(state["summary"])
         self.layer_errors = state["layer_errors"]
-        if self.main and state["wandb_run_id"] and not run_id(self.directory.path):
-            keep_run_id(self.directory.path, state["wandb_run_id"])
 
     def has_measured(self, part: str) -> bool:
         """Whether `part` of the summary was measured, by this process or one before it."""
@@ -163,31 +151,16 @@ class Record:
         except OSError as error:
             logger.error("%s: batch %d was not kept: %s", folder, step.place, error)
 
-    @contextmanager
-    def training(self, steps: int, done: int = 0) -> Iterator[None]:
-        """A progress bar over the steps, of which `done` were taken before."""
-        with self.console.progress("training", steps, "step", done) as self._bar:
-            yield
-
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """An optimizer step was taken. Collective."""
         self.step_number = step
         metrics = metrics | {"memory/peak_gib": self.session.peak_memory_gib()}
         self.trackers.log(metrics, step)
-        if self._bar:
-            rate = metrics["train/tokens_per_second"]
-            self._bar.update(1, loss=metrics["train/loss"], **{"tokens/s": rate})
+        self.bars.step(metrics)
 
     def trained(self, done: Trained, parameters: Sequence[Tensor]) -> None:
         """The training is over. Collective."""
         self.summary.trained(done, sum(map(count, parameters)))
-
-    @contextmanager
-    def evaluating(self, held_out: Sequences) -> Iterator[Callable[[int], None]]:
-        """A progress bar over this rank's share of the tokens; yields what to call per batch."""
-        share = -(-held_out.tokens // self.session.processes.size)
-        with self.console.progress("evaluating", share, "token") as bar:
-            yield bar.update
 
     def reference_read(self, bytes_read: int) -> None:
         """The full-precision model was read."""

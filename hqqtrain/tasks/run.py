@@ -115,7 +115,7 @@ def _build(plan: Plan, session: Session, record: Record, found: Checkpoint | Non
             check_quantized(packed, session.processes)
         elif plan.packed:
             check_quantized(plan.source.path, session.processes, "Copy it again, or quantize anew.")
-        with record.quantizing(plan, loads=plan.packed or packed is not None) as on_layer:
+        with record.bars.quantizing(plan, loads=plan.packed or packed is not None) as on_layer:
             built = build(plan, session, packed=packed, on_layer=on_layer)
         if entry and entry.is_made:
             built.layer_errors, built.relative_error = entry.errors()

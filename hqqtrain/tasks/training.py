@@ -31,7 +31,7 @@ def train(
             loss = scale.measure_between()  # for which there was no time
             if loss is not None and session.config.ckpt.keep_best:
                 keeper.save(loss)
-        with record.training(trainer.steps, trainer.done.steps):
+        with record.bars.training(trainer.steps, trainer.done.steps):
             for step, metrics in trainer.run(keeper.roll_back):
                 record.step(step, metrics)
                 keeper.after_step(_measured(trainer, scale))
