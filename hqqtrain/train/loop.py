@@ -19,7 +19,7 @@ from hqqtrain.data import SampleOrder, Sequences, collate
 from hqqtrain.dist import Sentinel
 from hqqtrain.models import adapter_name
 from hqqtrain.train.checkpointing import checkpoint_layers
-from hqqtrain.train.engine import build_engine
+from hqqtrain.train.engine import Engine
 from hqqtrain.train.evaluation import Batch
 from hqqtrain.train.flops import utilisation
 from hqqtrain.train.loss import NextTokenLoss
@@ -27,6 +27,8 @@ from hqqtrain.train.nonfinite import Guard
 from hqqtrain.train.optimizer import learning_rate
 from hqqtrain.train.progress import Step, Trained
 from hqqtrain.train.session import Session
+from hqqtrain.train.torch_engine import TorchEngine
+from hqqtrain.train.zero3_engine import ZeRO3Engine
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,8 @@ class Trainer:
         self.order = SampleOrder(len(sequences), config.train.seed)
         self.steps = total_steps(config, self.order)
         _warn_of_warmup(config, self.steps)
-        self.engine = build_engine(model, self.trained, session)
+        kind = ZeRO3Engine if session.strategy == "zero3" else TorchEngine
+        self.engine: Engine = kind(model, self.trained, session)
         tokens = config.train.micro_batch_size * config.train.max_seq_len
         may_take_parts = session.strategy != "zero3"
         self.loss = NextTokenLoss(self.engine.model, tokens, self.processes, may_take_parts)

@@ -95,3 +95,9 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     if config.schedule == "cosine":
         return config.lr * 0.5 * (1 - math.cos(math.pi * max(0.0, left)))
     return config.lr * max(0.0, left) if config.schedule == "linear" else config.lr
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """`rate` is the next step's, of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,69 @@
+"""The engine of `single`, `ddp`, `fsdp2`, and `fsdp1`, where DDP is for what is trained."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from hqqtrain.dist import Piece, local, piece_of
+from hqqtrain.train.engine import FINITE, Accepts, is_finite
+from hqqtrain.train.optimizer import build_optimizer, set_rate
+from hqqtrain.train.optimizer_state import OptimizerState
+from hqqtrain.train.session import Session
+
+
+class TorchEngine:
+    """See `Engine`."""
+
+    def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter],
+                 session: Session) -> None:  # fmt: skip
+        self.model, self._trained = model, trained
+        self._accelerator = session.accelerator
+        self._limit = session.config.train.max_grad_norm
+        if session.strategy in ("ddp", "fsdp1"):
+            # Ranks begin alike, and to make sure of it would overwrite FSDP1's shards.
+            self.model = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)
+        optimizer = build_optimizer(session.config.optim, trained.values())
+        self._state = OptimizerState(optimizer, trained)
+        self._optimizer = self._accelerator.prepare_optimizer(optimizer)
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager:
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self._accelerator.backward(loss)
+
+    def update(self, rate: float, accepts: Accepts) -> None:
+        self._accelerator.unscale_gradients(self._optimizer)
+        parameters = self._trained.values()
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        accepted = accepts(whole.item())
+        if accepted and self._limit is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self._limit, norm)
+        if accepted:  # a scaler skips what is not finite by itself
+            set_rate(self._optimizer, rate)
+            self._optimizer.step()
+        elif scaler := self._accelerator.scaler:
+            scaler.update()
+        self._optimizer.zero_grad()
+
+    def not_finite(self) -> tuple[int, str]:
+        grads = ((number, name, p.grad) for number, (name, p) in enumerate(self._trained.items()))
+        bad = [(n, name) for n, name, g in grads if g is not None and not is_finite(local(g))]
+        return max(bad, default=FINITE)
+
+    def pieces(self) -> dict[str, Piece]:
+        own = {name: piece_of(p, local(p), p.shape) for name, p in self._trained.items()}
+        return own | dict(self._state.pieces())
+
+    @property
+    def updates(self) -> int:
+        return self._state.step
+
+    def load_optimizer(self, saved: Mapping[str, Tensor], updates: int) -> None:
+        self._state.load(saved, updates)

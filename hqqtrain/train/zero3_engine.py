@@ -1,0 +1,74 @@
+"""The engine of `zero3`: DeepSpeed's, which clips, steps and forgets gradients by itself."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hqqtrain.dist import Piece, piece_of, training_engine, zero3
+from hqqtrain.train.engine import FINITE, Accepts, is_finite
+from hqqtrain.train.optimizer import build_optimizer, set_rate
+from hqqtrain.train.session import Session
+
+
+class ZeRO3Engine:
+    """See `Engine`."""
+
+    def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter],
+                 session: Session) -> None:  # fmt: skip
+        self._trained = trained
+        self._optimizer = build_optimizer(session.config.optim, trained.values())
+        self.model: Any = training_engine(
+            model, self._optimizer, max_grad_norm=session.config.train.max_grad_norm,
+            autocast=session.dtype,
+        )  # fmt: skip
+        # Gradients are DeepSpeed's own once they are made.
+        self._is_bad = torch.zeros(len(trained), dtype=torch.bool, device=session.device)
+        for number, param in enumerate(trained.values()):
+            param.register_hook(partial(self._look, number))
+
+    def _look(self, number: int, grad: Tensor) -> None:
+        """No value is waited for."""
+        self._is_bad[number] |= ~is_finite(grad)
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager:
+        self.model.set_gradient_accumulation_boundary(is_boundary=last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.model.backward(loss)
+
+    def update(self, rate: float, accepts: Accepts) -> None:
+        """It has stepped before it tells the norm, so a refusal must end the run."""
+        set_rate(self._optimizer, rate)
+        self.model.step()
+        norm: torch.Tensor | float = self.model.get_global_grad_norm()
+        accepts(float(norm))
+        self._is_bad.zero_()
+
+    def not_finite(self) -> tuple[int, str]:
+        flags = zip(enumerate(self._trained), self._is_bad.tolist(), strict=True)
+        return max((named for named, bad in flags if bad), default=FINITE)
+
+    def pieces(self) -> dict[str, Piece]:
+        made = {}
+        for name, param in self._trained.items():
+            for key, part in zero3.trained_parts(self.model, param).items():
+                shape = param.ds_shape  # type: ignore[attr-defined]
+                made[f"{name}/{key}" if key else name] = piece_of(param, part, shape)
+        return made
+
+    @property
+    def updates(self) -> int:
+        return zero3.steps_taken(self.model)
+
+    def load_optimizer(self, saved: Mapping[str, Tensor], updates: int) -> None:
+        moments: dict[Tensor, dict[str, Tensor]] = {
+            param: {key: saved[f"{name}/{key}"] for key in zero3.MOMENTS}
+            for name, param in self._trained.items() if updates
+        }  # fmt: skip
+        if updates:
+            zero3.load_moments(self.model, updates, moments)
