@@ -32,6 +32,7 @@ class Interrupt:
         self._deadline, self._limit = _deadline(config)
         self._steps, self._writes = 0.0, 0.0
         self._guess = 0.0
+        self._is_near = False
 
     def expects(self, size: int) -> None:
         """A checkpoint has `size` bytes: a guess at its time, until one was written."""
@@ -49,8 +50,9 @@ class Interrupt:
         """Why this rank wants to stop; empty where it does not."""
         if name := signals.received():
             return f"{name} was received"
-        is_near = time.time() + self._room() + SPARE > self._deadline
-        return f"{self._limit} is nearly reached" if is_near else ""
+        # once near it stays so: a checkpoint may take less than was feared
+        self._is_near |= time.time() + self._room() + SPARE > self._deadline
+        return f"{self._limit} is nearly reached" if self._is_near else ""
 
     def _room(self) -> float:
         """Seconds to end in: a step, the rest of a checkpoint's writing, and a whole one; twice

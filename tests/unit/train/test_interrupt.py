@@ -88,10 +88,13 @@ def test_a_time_limit_leaves_room_for_two_steps(monkeypatch: pytest.MonkeyPatch)
 def test_a_time_limit_leaves_room_for_checkpoints(monkeypatch: pytest.MonkeyPatch):
     began = psutil.Process().create_time()
     monkeypatch.setattr(time, "time", lambda: began + 3600 - SPARE - 50)
-    asked = Interrupt(RunSection(time_limit="1:00:00"))
-    asked.expects(int(60 * SLOW_DISK))  # before any was written
-    assert asked.reason
-    asked.write_took(10.0)
+    afraid, asked = (Interrupt(RunSection(time_limit="1:00:00")) for _ in range(2))
+    for each in (afraid, asked):
+        each.expects(int(60 * SLOW_DISK))  # before any was written
+    assert afraid.reason
+    for each in (afraid, asked):
+        each.write_took(10.0)
+    assert afraid.reason, "it is stopping"
     assert not asked.reason
     asked.step_took(16.0)
     assert asked.reason
