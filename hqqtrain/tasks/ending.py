@@ -1,13 +1,12 @@
 """The last files and words of a run, of one that is done and of one that is not."""
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
+from hqqtrain.ckpt import RunDirectory
 from hqqtrain.config import PreemptedError, UserError
-from hqqtrain.track import write_report
-
-if TYPE_CHECKING:
-    from hqqtrain.tasks.record import Record
+from hqqtrain.tasks.summary import Summary
+from hqqtrain.track import Console, Trackers, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -18,37 +17,41 @@ _RESULTS = (
 _ENDS: dict[type, tuple[str, int]] = {UserError: ("failed", 2), PreemptedError: ("preempted", 3)}
 
 
-def end_well(record: "Record") -> None:
+def end_well(
+    directory: RunDirectory, trackers: Trackers, console: Console, summary: Summary,
+    layer_errors: Mapping[str, float],
+) -> None:  # fmt: skip
     """The run is done: summary.json, report/, trackers, status.json, and the table."""
-    parts = record.summary.parts
-    record.directory.write_summary(parts)
-    record.trackers.summary(parts)
-    _report(record)
-    if (adapter := record.path("adapter")).exists():
-        record.trackers.artifact(adapter)
-    hints = record.trackers.hints()
-    record.trackers.finish(0)
-    record.directory.write_status("done", exit_code=0)
-    written = [record.path(name) for name in _RESULTS if record.path(name).exists()]
-    record.console.results(record.summary.rows(), written, hints)
+    directory.write_summary(summary.parts)
+    trackers.summary(summary.parts)
+    _report(directory, trackers, summary, layer_errors)
+    if (adapter := directory.path / "adapter").exists():
+        trackers.artifact(adapter)
+    hints = trackers.hints()
+    trackers.finish(0)
+    directory.write_status("done", exit_code=0)
+    places = (directory.path / name for name in _RESULTS)
+    console.results(summary.rows(), [path for path in places if path.exists()], hints)
 
 
-def end_badly(record: "Record", error: BaseException) -> None:
+def end_badly(directory: RunDirectory, trackers: Trackers, error: BaseException) -> None:
     """What ended the run. status.json comes first: trackers may take longer than there is time."""
     status, code = _ENDS.get(type(error), ("failed", 1))
     cause = f"{type(error).__name__}: {error}"
     try:
-        record.directory.write_status(status, exit_code=code, cause=cause)
+        directory.write_status(status, exit_code=code, cause=cause)
     except OSError as fault:  # of a full disk, too; what ended the run is what counts
         logger.error("status.json was not written: %s", fault)
-    record.trackers.finish(code)
+    trackers.finish(code)
 
 
-def _report(record: "Record") -> None:
+def _report(
+    directory: RunDirectory, trackers: Trackers, summary: Summary, layer_errors: Mapping[str, float]
+) -> None:
     """Draws report/; a plot that fails is no reason to call a finished run failed."""
-    folder, metrics = record.directory.path, record.path("metrics.jsonl")
+    folder = directory.path
     try:
-        files = write_report(folder, metrics, record.summary.parts, record.layer_errors)
-        record.trackers.images({n: p for n, p in files.items() if p.suffix == ".png"})
+        files = write_report(folder, folder / "metrics.jsonl", summary.parts, layer_errors)
+        trackers.images({n: p for n, p in files.items() if p.suffix == ".png"})
     except Exception as error:
         logger.warning("report/ was not written: %r", error)

@@ -72,7 +72,7 @@ class Record:
                  trace: TracebackType | None) -> None:  # fmt: skip
         try:
             if error and self._begun and self.main:
-                end_badly(self, error)
+                end_badly(self.directory, self.trackers, error)
             elif self._begun and not error:
                 self._end_well()
         finally:
@@ -83,12 +83,15 @@ class Record:
         self.directory.__enter__()
 
     def _end_well(self) -> None:
+        parts = (self.console, self.summary, self.layer_errors)
         try:
             with explained(self.config):
-                self.session.processes.on_main(lambda: end_well(self))
+                self.session.processes.on_main(
+                    lambda: end_well(self.directory, self.trackers, *parts)
+                )
         except Exception as error:
             if self.main:
-                end_badly(self, error)
+                end_badly(self.directory, self.trackers, error)
             raise
 
     def path(self, name: str) -> Path:
