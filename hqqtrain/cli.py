@@ -22,11 +22,11 @@ from hqqtrain.config import (
     did_you_mean,
     signals,
 )
+from hqqtrain.config.codes import DONE, FAILED, PREEMPTED, USER_ERROR
 from hqqtrain.config.secrets import masked
 from hqqtrain.launch import adopt_ranks, check_same_launch, submit, submit_sweep
 from hqqtrain.sweep import Job, Sweep, run_all, show_table
 
-DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 3
 EXIT_CODE_FILE = "HQQTRAIN_EXIT_CODE"
 _FLAGS = {
     "-h": "--help", "--help": "--help", "--check": "--check", "--cfg": "--cfg",

@@ -9,9 +9,6 @@ from typing import Any
 from hqqtrain.config import RunConfig
 from hqqtrain.config.secrets import masked_command
 
-DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 3
-"""Exit codes, see `--help`."""
-
 
 @dataclass(frozen=True)
 class Job:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hqqtrain.config import UserError
-from hqqtrain.sweep.job import DONE, FAILED, PREEMPTED, USER_ERROR, Job
+from hqqtrain.config.codes import DONE, FAILED, PREEMPTED, USER_ERROR
+from hqqtrain.sweep.job import Job
 from hqqtrain.sweep.lock import hold
 from hqqtrain.sweep.outcomes import Outcomes
 from hqqtrain.sweep.pool import Pool

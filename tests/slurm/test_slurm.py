@@ -1,5 +1,6 @@
 """launch=slurm and srun against a real slurm: two slurmd on this machine."""
 
+import csv
 import json
 import os
 import re
@@ -129,10 +130,17 @@ def test_a_fault_ends_the_job_with_its_code(cluster, tmp_path, stand_in):
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
 
 
-def test_a_job_that_never_gets_to_save_is_not_requeued_for_ever(cluster, tmp_path, stand_in):
-    ended = cluster.ended(_submit(cluster, tmp_path, "train.seed=4", **stand_in))
+@pytest.mark.parametrize("seed", [4, 5])
+def test_a_job_that_never_gets_to_save_is_not_requeued_for_ever(cluster, tmp_path, stand_in, seed):
+    """Once with and once without a directory to tell of it in."""
+    ended = cluster.ended(_submit(cluster, tmp_path, f"train.seed={seed}", **stand_in))
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "1")
-    assert "give it more launch.time" in _output(tmp_path)
+    assert "not requeued. It needs a longer launch.time" in _output(tmp_path)
+
+
+def test_a_job_that_saves_now_and_then_goes_on(cluster, tmp_path, stand_in):
+    ended = cluster.ended(_submit(cluster, tmp_path, "train.seed=6", **stand_in))
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "3")
 
 
 def test_a_cancelled_job_stays_cancelled(cluster, tmp_path, stand_in):
@@ -187,6 +195,17 @@ def test_the_table_waits_for_the_requeued_task_of_an_array(cluster, tmp_path, st
     assert cluster.ended(f"{array}_0")["Restarts"] == "0"
     assert cluster.ended(f"{array}_1")["ExitCode"] == "0:0"
     assert cluster.ended(table)["JobState"] == "COMPLETED"
+
+
+def test_the_table_tells_of_tasks_that_failed_or_gave_up(cluster, tmp_path, stand_in):
+    """Also of those that left no directory."""
+    words = ("-m", "train.seed=0,2,5", "launch.jobs=3")
+    _, table = _submit_all(cluster, tmp_path, *words, **stand_in)
+    assert cluster.ended(table)["JobState"] == "COMPLETED", _output(tmp_path)
+    (results,) = tmp_path.glob("runs/sweep-*/results.csv")
+    with results.open(newline="") as lines:
+        states = {row["train.seed"]: row["status"] for row in csv.DictReader(lines)}
+    assert states == {"0": "done", "2": "failed", "5": "preempted"}
 
 
 def test_a_sweep_is_an_array_and_ends_in_its_table(cluster, tmp_path):
