@@ -38,8 +38,10 @@ HF, WANDB, COMMIT = "hf_" + "aB3" * 11, "0123456789abcdef" * 2 + "01234567", "e"
         (["a=AKIAIOSFODNN7EXAMPLE"], ["a=***"]),
         ([f"a=wandb_v1_{'aB3' * 11}"], ["a=***"]),
         (["export MY_PASSWORD=mine and='more'"], ["export MY_PASSWORD=***"]),
-        (["launch.setup=[cd x; export HF_TOKEN='a b' X=1]"],
-         ["launch.setup=[cd x; export HF_TOKEN=*** X=1]"]),
+        (
+            ["launch.setup=[cd x; export HF_TOKEN='a b' X=1]"],
+            ["launch.setup=[cd x; export HF_TOKEN=*** X=1]"],
+        ),
         (["--export=ALL,MY_API_KEY=abc,X=1"], ["--export=ALL,MY_API_KEY=***,X=1"]),
         (["eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.c2lnbmF0dXJl"], ["***"]),
     ],
@@ -49,12 +51,24 @@ def test_secrets_on_the_command_line_are_masked(words, shown):
 
 
 def test_the_rest_of_the_command_line_stays():
-    words = ["hqqtrain", "-m", "recipe=tiny_2bit", "quant.nbits=2,3", "eval.tokens=65536",
-             "track.project=token-study", f"model.revision={COMMIT}", "data.source=a:b/c.txt",
-             "data.source=https://host/key/x?page=2", "run.root=/data/me@work/disk-sk/runs",
-             "quant.overrides={model.layers.*.q_proj:{nbits:4}}", "run.time_limit=1-02:30:00",
-             f"model.name_or_path=/hub/snapshots/{COMMIT}", "data.source=/data/sk-learning-text",
-             "data.source=/scratch/hf_checkpoints/llama", "run.root=/x/ghp_of_mine/GHS_12345678"]
+    words = [
+        "hqqtrain",
+        "-m",
+        "recipe=tiny_2bit",
+        "quant.nbits=2,3",
+        "eval.tokens=65536",
+        "track.project=token-study",
+        f"model.revision={COMMIT}",
+        "data.source=a:b/c.txt",
+        "data.source=https://host/key/x?page=2",
+        "run.root=/data/me@work/disk-sk/runs",
+        "quant.overrides={model.layers.*.q_proj:{nbits:4}}",
+        "run.time_limit=1-02:30:00",
+        f"model.name_or_path=/hub/snapshots/{COMMIT}",
+        "data.source=/data/sk-learning-text",
+        "data.source=/scratch/hf_checkpoints/llama",
+        "run.root=/x/ghp_of_mine/GHS_12345678",
+    ]
     assert masked_command(words) == words
 
 

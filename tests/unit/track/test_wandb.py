@@ -232,7 +232,9 @@ def test_the_server_of_wandb_login_is_the_one_that_is_used(monkeypatch, tmp_path
     with caplog.at_level("INFO"):
         assert online.mode() == "offline"
     assert "no key for api.wandb.ai" in caplog.text
-    _say_in_settings(tmp_path / "home" / ".config" / "wandb", "base_url = https://wandb.mine:80/50%")
+    _say_in_settings(
+        tmp_path / "home" / ".config" / "wandb", "base_url = https://wandb.mine:80/50%"
+    )
     assert (online.server(), online.mode()) == ("https://wandb.mine:80/50%", "online")
     _say_in_settings(tmp_path / "elsewhere", "base_url = https://other")
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "elsewhere"))
