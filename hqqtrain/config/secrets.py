@@ -21,7 +21,7 @@ _FORMS = re.compile(
     r"|wandb_v1_\w{24,}|sk-(?=[\w-]*\d)[\w-]{20,}|glpat-[\w-]{20,}|xox[a-z]-(?=[\w-]*\d)[\w-]{10,}"
     r"|(?:AKIA|ASIA)[0-9A-Z]{16}(?!\w)|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"  # AWS; JSON web tokens
     r"|(?<=://)[^/\s]+(?=@)"  # user:password@host, token@host
-    r"|(?<![\w/])[\w.+-]+:[^\s/:@]+(?=@[\w.-])"  # the same without https://
+    r"|(?<![\w/])[\w.+-]+\\?:[^\s/:@]+(?=@[\w.-])"  # the same without https://; sweeps escape :
     rf"|(?<=[?&;])(?i:[\w-]*(?:{_NAME}|key|sig|signature))=[^&;#\s'\"]+"  # of a URL
     r"|(?<=(?i:bearer) )\S+"
 )

@@ -30,8 +30,9 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        """All words, as `python -m hqqtrain` takes them."""
-        return [*self.words, *self.shared]
+        """All words, as `python -m hqqtrain` takes them; how many run at a time is the sweep's."""
+        alone = [word for word in self.words if not word.startswith("launch.jobs=")]
+        return [*alone, *self.shared]
 
     def __str__(self) -> str:
         """The words that the user knows."""

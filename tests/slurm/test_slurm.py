@@ -69,6 +69,26 @@ def test_where_there_can_be_no_slurm_it_is_told_why(monkeypatch):
     assert "no munged, slurmctld" in why_not()
 
 
+@pytest.mark.parametrize(
+    ("there", "off"),
+    [
+        ((), ["munge", "slurmctld", "slurmd"]),
+        (("munged",), ["slurmctld", "slurmd"]),
+        (("munged", "slurmctld", "slurmd"), []),
+    ],
+)
+def test_what_the_system_had_before_stays_as_it_is(monkeypatch, there, off):
+    """With stand-ins for the programs, one of which is always missing, and for apt-get."""
+    called: list[tuple[str, ...]] = []
+    known = {*there, "apt-get"}
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("shutil.which", lambda name, **_: name if name in known else None)
+    monkeypatch.setattr("slurm.cluster._quietly", lambda *words: called.append(words))
+    assert "no " in why_not()
+    assert [list(words[3:]) for words in called if words[0] == "systemctl"] == [off] * bool(off)
+    assert any("slurm-wlm" in words for words in called)
+
+
 def test_tasks_of_srun_are_ranks(cluster):
     told = cluster.run("srun", "-N2", "--ntasks-per-node=2", sys.executable, "-c", RANKS)
     ranks = sorted(line.split() for line in told.splitlines())
@@ -149,6 +169,14 @@ def test_a_cancelled_job_stays_cancelled(cluster, tmp_path, stand_in):
     cluster.run("scancel", job)
     assert cluster.ended(job)["JobState"] == "CANCELLED"
     assert cluster.job(job)["Restarts"] == "0"
+
+
+def test_the_two_files_of_a_sweep_are_not_submitted_as_one(cluster, tmp_path):
+    words = ("launch=slurm", "-m", "train.seed=0,1", "launch.dry_run=true")
+    printed = cluster.run(sys.executable, "-m", "hqqtrain", *words, cwd=tmp_path)
+    (tmp_path / "both.sbatch").write_text(printed)
+    with pytest.raises(AssertionError, match="first line must start with #!"):
+        cluster.run("sbatch", "both.sbatch", cwd=tmp_path)
 
 
 def test_what_sbatch_refuses_is_one_message(cluster, tmp_path):
