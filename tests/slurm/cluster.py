@@ -40,6 +40,7 @@ def _missing() -> list[str]:
 def _install() -> None:
     """Debian's packages. What comes with them stays off; what was there before is left alone."""
     packages = ["install", "-y", "--no-install-recommends", "slurm-wlm"]
+    packages += ["munge"] if "munged" in _missing() else []
     new = [unit for program, unit in _UNITS.items() if program in _missing()]
     for words in (packages, ["update"], packages):
         if _missing():
