@@ -9,4 +9,4 @@ code=0
 srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
   "$python" -m hqqtrain "${words[@]}" || code=$?
 
-"$python" -m hqqtrain.launch.attempt end "$folder" "$code"
+exec "$python" -m hqqtrain.launch.attempt end "$folder" "$code"

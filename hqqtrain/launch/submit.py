@@ -73,7 +73,7 @@ def _two_files(batch: Batch, array: str, table: str) -> str:
         shlex.quote(str(batch.folder / f"{batch.name}{end}.sbatch")) for end in ("", "-table")
     )
     return (
-        f"# Two files, to be submitted one by one. First the runs: sbatch {first}\n{array}\n"
+        f"# Two files, to be submitted one by one. The first, the runs: sbatch {first}\n{array}\n"
         f"# The second file, their table: sbatch --dependency=afterany:JOB {second}\n"
         f"# JOB is the number that sbatch has told of the first.\n{table}"
     ).rstrip()
