@@ -6,27 +6,23 @@ reported in a moment, and by one rank only.
 
 import os
 import sys
-from dataclasses import asdict
-from typing import NamedTuple
-
-import yaml
 
 from hqqtrain import __version__
-from hqqtrain.compose import compose, jobs, recipe_files
+from hqqtrain.compose import recipe_files
 from hqqtrain.compose.usage import usage
 from hqqtrain.config import (
     PreemptedError,
     RankLostError,
-    RunConfig,
     UserError,
     did_you_mean,
     signals,
 )
+from hqqtrain.config.codes import DONE, FAILED, PREEMPTED, USER_ERROR
 from hqqtrain.config.secrets import masked
 from hqqtrain.launch import adopt_ranks, check_same_launch, submit, submit_sweep
-from hqqtrain.sweep import Job, Sweep, run_all, show_table
+from hqqtrain.sweep import Sweep, run_all, show_table
+from hqqtrain.sweep.plan import Plan, make_plan
 
-DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 3
 EXIT_CODE_FILE = "HQQTRAIN_EXIT_CODE"
 _FLAGS = {
     "-h": "--help", "--help": "--help", "--check": "--check", "--cfg": "--cfg",
@@ -72,9 +68,9 @@ def _dispatch(words: list[str]) -> int:
         return _say(f"hqqtrain {__version__}")
     plan = _plan(overrides, "--multirun" in flags)
     if "--cfg" in flags:
-        return _say("---\n".join(_as_recipe(job.config) for job in plan.jobs).rstrip())
+        return _say(plan.as_recipes())
     if "--check" in flags:
-        return _say(_directories(plan))
+        return _say(plan.directories())
     if "--table" in flags:
         return _table(plan)
     if plan.is_sweep or plan.is_slurm:
@@ -90,22 +86,9 @@ def _dispatch(words: list[str]) -> int:
     return run(plan.jobs[0].config, ["python", "-m", "hqqtrain", *words])
 
 
-class _Plan(NamedTuple):
-    jobs: list[Job]
-    is_sweep: bool
-
-    @property
-    def is_slurm(self) -> bool:
-        return any(job.config.launch.backend == "slurm" for job in self.jobs)
-
-
-def _plan(overrides: list[str], multirun: bool) -> _Plan:
-    """Composes and checks every job before the first one starts."""
+def _plan(overrides: list[str], multirun: bool) -> Plan:
     try:
-        lines = jobs(overrides, multirun)
-        planned = [Job(line, compose(line)) for line in lines]
-        _refuse_shared_folders(planned)
-        return _Plan(planned, multirun or lines != [overrides])
+        return make_plan(overrides, multirun)
     except UserError:
         if _rank() != 0:  # rank 0 says the same
             raise SystemExit(USER_ERROR) from None
@@ -128,32 +111,7 @@ def _split(words: list[str]) -> tuple[set[str], list[str]]:
     return flags, overrides
 
 
-def _as_recipe(config: RunConfig) -> str:
-    """The whole configuration as YAML; saved under ./recipes it is a recipe."""
-    keys = asdict(config)
-    title = f"# Everything that {keys.pop('recipe') or 'the command line'} sets.\n"
-    return title + yaml.safe_dump(keys, sort_keys=False)
-
-
-def _directories(plan: _Plan) -> str:
-    """Where the run would write; for a sweep, or for slurm, a title, then a line per job."""
-    if not plan.is_sweep:
-        return ("job of slurm:\n" if plan.is_slurm else "") + str(plan.jobs[0].folder)
-    title = f"sweep of {len(plan.jobs)} jobs:"
-    return "\n".join([title, *(f"{job.folder}  {' '.join(job.words)}" for job in plan.jobs)])
-
-
-def _refuse_shared_folders(planned: list[Job]) -> None:
-    owners: dict[str, str] = {}
-    for job in planned:
-        if owners.setdefault(str(job.folder), job.config.identity()) != job.config.identity():
-            raise UserError(
-                f"run.name={job.config.run.name}: the jobs of a sweep need a folder each; leave "
-                "run.name=null, which names each by what defines its result."
-            )
-
-
-def _table(plan: _Plan) -> int:
+def _table(plan: Plan) -> int:
     if not plan.is_sweep:
         raise UserError("--table: needs the words of a sweep, as in --table -m quant.nbits=2,3.")
     return show_table(plan.jobs)
@@ -168,7 +126,7 @@ def _refuse_ranks() -> None:
         )
 
 
-def _submit(plan: _Plan, words: list[str]) -> str:
+def _submit(plan: Plan, words: list[str]) -> str:
     if not plan.is_sweep:
         return submit(words, plan.jobs[0].config)
     sweep = Sweep.of(plan.jobs)

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hqqtrain.compose import schema
-from hqqtrain.compose.faults import check_type, missing_config, unknown_recipe
+from hqqtrain.compose.faults import check_type, missing_config, unknown_recipe, unreadable
 from hqqtrain.compose.recipes import recipe_files
 from hqqtrain.compose.source import GROUP, RecipeSearchPath, RecipeSource
 from hqqtrain.config import RunConfig, UserError
@@ -57,10 +57,7 @@ def parse(overrides: list[str]) -> list[Override]:
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
-        raise UserError(
-            f"{error.override}: must be key=value; text with special characters needs quotes, "
-            f"as in \"data.source='my (1).txt'\". {error.message.splitlines()[0]}."
-        ) from None
+        raise unreadable(error) from None
     last = {override.key_or_group: override for override in parsed}
     return [o for o in last.values() if not (o.key_or_group == GROUP and o.value() is None)]
 

@@ -3,7 +3,7 @@
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
@@ -37,6 +37,24 @@ def missing_config(error: MissingConfigException) -> UserError:
         f"{group}={name}: no such option.{did_you_mean(name, options)} Allowed are "
         f"{', '.join(options)}, or set the keys of {group} one by one, as in --help."
     )
+
+
+def unreadable(error: OverrideParseException) -> UserError:
+    """For a word that Hydra's grammar does not take: how it would have to be typed."""
+    return UserError(
+        f"{error.override}: must be key=value; text with special characters needs quotes, as in "
+        f"{_typed(error.override)}. {error.message.splitlines()[0]}."
+    )
+
+
+def _typed(word: str) -> str:
+    """`word` with its value in quotes, for a shell; an example where that has quotes already."""
+    key, equals, value = word.lstrip("+~").partition("=")
+    plain = bool(equals and value) and not set(value) & set("'\"[]{}\\$`!")
+    if get_origin(dict(known_keys()).get(key)) is list:
+        items = f'"{value}"' if plain else '"one (1)","another"'
+        return f"'{key}=[{items}]'"
+    return f"\"{key}='{value if plain else 'my (1).txt'}'\""
 
 
 def check_type(key: str, value: Any, where: str = "") -> None:

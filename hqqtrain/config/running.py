@@ -61,6 +61,7 @@ class RunSection:
     def faults(self) -> Iterator[str]:
         if self.name is not None and not re.fullmatch(r"\w[\w.+-]*", self.name):
             yield f"run.name={self.name}: must be letters, digits and any of _ . + -, no folders."
+        yield from _control_fault("run.root", self.root)
         yield from duration_fault("run.time_limit", self.time_limit)
 
 
@@ -102,8 +103,11 @@ class LaunchConfig:
                 f"launch.tasks_per_node={self.tasks}: one process for each of "
                 f"launch.gpus_per_node={self.gpus_per_node}; leave it null."
             )
+        for name in ("partition", "account"):
+            yield from _word_fault(f"launch.{name}", getattr(self, name))
         for option in self.options:
-            if not re.fullmatch(r"--[a-z][\w-]*(=.*)?|-[A-Za-z]( .*)?", option) or "\n" in option:
+            yield from _control_fault("launch.options", option)
+            if not re.fullmatch(r"--[a-z][\w-]*(=.*)?|-[A-Za-z]( .*)?", option, re.DOTALL):
                 yield f"launch.options=[{option}]: must be an option of sbatch, such as --qos=low."
 
     def _ignored(self) -> Iterator[str]:
@@ -112,3 +116,15 @@ class LaunchConfig:
         for item in fields(self) if self.backend == plain.backend else ():
             if (value := getattr(self, item.name)) != getattr(plain, item.name):
                 yield f"launch.{item.name}={value}: is for slurm; add launch=slurm."
+
+
+def _word_fault(where: str, text: str | None) -> Iterator[str]:
+    if text is not None and not text.strip():
+        yield f"{where}={text}: is empty; name one, or use null for the cluster's default."
+    yield from _control_fault(where, text or "")
+
+
+def _control_fault(where: str, text: str) -> Iterator[str]:
+    """In a batch file, a line break would begin a line of its own."""
+    if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", text):
+        yield f"{where}={text!r}: must not hold line breaks or other control characters."

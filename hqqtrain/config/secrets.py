@@ -17,14 +17,19 @@ _NAME = (
 )
 _NAMES = re.compile(rf"(?:{_NAME}|passwords|secrets|credentials)$", re.IGNORECASE)
 _FORMS = re.compile(
-    r"\b(?:hf_|gh[opusr]_|github_pat_|wandb_v1_)\w{8,}|\b(?:sk|glpat|xox[a-z])-[\w-]{8,}"
-    r"|\bAKIA[0-9A-Z]{16}\b|\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*"  # AWS; JSON web tokens
+    r"(?<![0-9A-Za-z])(?:hf_[0-9A-Za-z]{30,}|gh[opusr]_[0-9A-Za-z]{36,}|github_pat_\w{36,}"
+    r"|wandb_v1_\w{24,}|sk-(?=[\w-]*\d)[\w-]{20,}|glpat-[\w-]{20,}|xox[a-z]-(?=[\w-]*\d)[\w-]{10,}"
+    r"|(?:AKIA|ASIA)[0-9A-Z]{16}(?!\w)|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"  # AWS; JSON web tokens
     r"|(?<=://)[^/\s]+(?=@)"  # user:password@host, token@host
-    r"|(?<![\w/])[\w.+-]+:[^\s/:@]+(?=@[\w.-])"  # the same without https://
-    rf"|(?<=[?&;])[\w-]*(?:{_NAME}|key|sig|signature)=[^&;#\s'\"]+"  # of a URL
-    r"|(?<=bearer )\S+",
-    re.IGNORECASE,
+    r"|(?<![\w/])[\w.+-]+\\?:[^\s/:@]+(?=@[\w.-])"  # the same without https://; sweeps escape :
+    rf"|(?<=[?&;])(?i:[\w-]*(?:{_NAME}|key|sig|signature))=[^&;#\s'\"]+"  # of a URL
+    r"|(?<=(?i:bearer) )\S+"
 )
+"""As they are made: lengths and cases, so that HF_HUB_OFFLINE and sk-learning stay words."""
+_ASSIGNED = re.compile(
+    rf"((?:{_NAME}|passwords|secrets|credentials)=)(\"[^\"]*\"|'[^']*'|[^\s\"'&;,]+)", re.IGNORECASE
+)
+"""`export MY_PASSWORD=...` and its like within text."""
 _OLD_WANDB = re.compile(r"(?<![0-9A-Za-z])(?<!snapshots/)[0-9a-f]{40}(?![0-9A-Za-z])")
 # A commit has the form of an old W&B key, and is what makes a run reproducible.
 _COMMITS = re.compile(r"(^|[._-])(revision|commit|identity)$", re.IGNORECASE)
@@ -61,7 +66,7 @@ def masked_command(words: list[str]) -> list[str]:
 def _masked_text(text: str, name: str) -> str:
     for secret in _of_the_environment():
         text = text.replace(secret, MASK)
-    text = _FORMS.sub(MASK, text)
+    text = _ASSIGNED.sub(rf"\1{MASK}", _FORMS.sub(MASK, text))
     return text if _COMMITS.search(name) else _OLD_WANDB.sub(MASK, text)
 
 

@@ -2,6 +2,7 @@
 
 from hqqtrain.launch.batch import Batch
 from hqqtrain.launch.ranks import adopt_ranks
-from hqqtrain.launch.submit import check_same_launch, submit, submit_sweep
+from hqqtrain.launch.refuse import check_same_launch
+from hqqtrain.launch.submit import submit, submit_sweep
 
 __all__ = ["Batch", "adopt_ranks", "check_same_launch", "submit", "submit_sweep"]

@@ -4,19 +4,18 @@ What is submitted is kept in `<run.root>/slurm/`, beside what the jobs print.
 """
 
 import os
-import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from hqqtrain.compose import compose
+from hqqtrain.compose.compose import compose_raw
 from hqqtrain.config import LaunchConfig, RunConfig, UserError
 from hqqtrain.config.atomic import atomic_write
-from hqqtrain.config.secrets import masked_command
 from hqqtrain.launch.batch import Batch
+from hqqtrain.launch.refuse import refuse_backslash, refuse_secrets, without_launch
 
 _NOT_PASSED_ON = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
                   "MASTER_PORT", "HQQTRAIN_EXIT_CODE")  # fmt: skip
@@ -31,6 +30,7 @@ def submit(words: Sequence[str], config: RunConfig) -> str:
         UserError: there is no sbatch, it refuses the job, `run.root` cannot be written to, or
             `words` hold a secret.
     """
+    refuse_secrets(words, config.launch)
     batch = _batch(config.run_name(), words, config)
     text = batch.run(_inner(words, config))
     if config.launch.dry_run:
@@ -51,12 +51,14 @@ def submit_sweep(
 
     Returns and raises as `submit`.
     """
+    every = dict.fromkeys([*words, *(word for job, _ in jobs for word in job)])
+    refuse_secrets(every, jobs[0][1].launch)
     batch = _batch(name, words, jobs[0][1])
     undone = dict.fromkeys(word for job in jobs for word in _taken_back(*job))
-    array = batch.sweep([_inner(*job) for job in jobs])
-    table = batch.table([*_without_launch(words), *undone])
+    inner = [*without_launch(words), *undone]
+    array, table = batch.sweep([_inner(*job) for job in jobs], inner), batch.table(inner)
     if batch.launch.dry_run:
-        return f"{array}\n{table}".rstrip()
+        return _two_files(batch, array, table)
     job = _sbatch(_write(batch, name, array))
     try:
         last = _sbatch(_write(batch, f"{name}-table", table), f"--dependency=afterany:{job}")
@@ -65,42 +67,29 @@ def submit_sweep(
     return f"submitted jobs {job}_[0-{len(jobs) - 1}], then {last}; their output: {batch.folder}"
 
 
-def check_same_launch(configs: Sequence[RunConfig]) -> None:
-    """Raises UserError where the runs of a sweep ask slurm for different things."""
-    first = configs[0].launch
-    for launch in (config.launch for config in configs):
-        for name in (item.name for item in fields(LaunchConfig)):
-            one, another = getattr(first, name), getattr(launch, name)
-            if one != another:
-                raise UserError(
-                    f"launch.{name}={another}: the runs of a sweep are one job array, and another "
-                    f"has {one}; give them one value, or submit them one by one."
-                )
+def _two_files(batch: Batch, array: str, table: str) -> str:
+    """Both, each with its name. As one file sbatch would refuse them: its first line is no `#!`."""
+    first, second = (
+        shlex.quote(str(batch.folder / f"{batch.name}{end}.sbatch")) for end in ("", "-table")
+    )
+    return (
+        f"# Two files, to be submitted one by one. The first, the runs: sbatch {first}\n{array}\n"
+        f"# The second file, their table: sbatch --dependency=afterany:JOB {second}\n"
+        f"# JOB is the number that sbatch has told of the first.\n{table}"
+    ).rstrip()
 
 
 def _inner(words: Sequence[str], config: RunConfig) -> list[str]:
     """The words of the command inside of the job."""
-    return [*_without_launch(words), *_taken_back(words, config)]
+    return [*without_launch(words), *_taken_back(words, config)]
 
 
 def _batch(name: str, words: Sequence[str], config: RunConfig) -> Batch:
     shown = [word for word in words if not word.startswith("launch.dry_run=")]
-    _refuse_secrets(shown)
+    refuse_backslash(config.run.root)
     command = shlex.join(["python", "-m", "hqqtrain", *shown])
     folder = Path(config.run.root).expanduser() / "slurm"
     return Batch(name, folder, config.launch, command, sys.executable)
-
-
-def _refuse_secrets(words: list[str]) -> None:
-    if (masked := masked_command(words)) != words:
-        raise UserError(
-            f"launch.backend=slurm: the batch file would hold a secret ({shlex.join(masked)}); "
-            "give it as a variable of the environment, which sbatch passes on."
-        )
-
-
-def _without_launch(words: Iterable[str]) -> list[str]:
-    return [word for word in words if re.split("[.=]", word.lstrip("+"))[0] != "launch"]
 
 
 def _taken_back(words: Sequence[str], config: RunConfig) -> list[str]:
@@ -108,7 +97,7 @@ def _taken_back(words: Sequence[str], config: RunConfig) -> list[str]:
     plain = LaunchConfig()
     if config.launch == plain:
         return []
-    recipe = compose(_without_launch(words)).launch
+    recipe = compose_raw(without_launch(words)).launch  # unchecked: nodes without a backend
     names = [f.name for f in fields(plain) if getattr(recipe, f.name) != getattr(plain, f.name)]
     return [f"launch.{name}={_text(getattr(plain, name))}" for name in names]
 

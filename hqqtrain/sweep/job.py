@@ -9,9 +9,6 @@ from typing import Any
 from hqqtrain.config import RunConfig
 from hqqtrain.config.secrets import masked_command
 
-DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 3
-"""Exit codes, see `--help`."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -33,8 +30,9 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        """All words, as `python -m hqqtrain` takes them."""
-        return [*self.words, *self.shared]
+        """All words, as `python -m hqqtrain` takes them; how many run at a time is the sweep's."""
+        alone = [word for word in self.words if not word.startswith("launch.jobs=")]
+        return [*alone, *self.shared]
 
     def __str__(self) -> str:
         """The words that the user knows."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hqqtrain.config import UserError
 from hqqtrain.config.atomic import atomic_write
+from hqqtrain.sweep.outcomes import Outcomes
 from hqqtrain.sweep.plots import AXES, cost_figure
 from hqqtrain.sweep.sweep import Sweep
 from hqqtrain.sweep.table import Row, cells, csv_text, rows_of, text_table
@@ -26,9 +27,9 @@ def make_folder(sweep: Sweep) -> None:
         ) from error
 
 
-def write_files(sweep: Sweep) -> list[Path]:
+def write_files(sweep: Sweep, outcomes: Outcomes | None = None) -> list[Path]:
     """Writes the table and the plots from what the jobs have left, and returns the files."""
-    rows = rows_of(sweep)
+    rows = rows_of(sweep, outcomes)
     results = atomic_write(sweep.folder / "results.csv", csv_text(rows))
     drawn = {name: cost_figure(rows, axis) for name, axis in AXES.items()}
     plots = {
@@ -40,12 +41,20 @@ def write_files(sweep: Sweep) -> list[Path]:
     return [results, page, *plots.values()]
 
 
-def print_table(sweep: Sweep) -> None:
-    """The table and the files, on standard output."""
-    print("\n" + text_table(rows_of(sweep)) + "\n")
-    names = ("results.csv", "index.html", *(f"{name}.png" for name in AXES))
-    files = (sweep.folder / name for name in names)
-    print("\n".join(f"wrote {file}" for file in files if file.exists()), flush=True)
+def print_table(sweep: Sweep, outcomes: Outcomes | None = None) -> None:
+    """The table on standard output, then the files, which are written anew.
+
+    Raises UserError where they cannot be.
+    """
+    print("\n" + text_table(rows_of(sweep, outcomes)) + "\n", flush=True)
+    try:
+        files = write_files(sweep, outcomes)
+    except OSError as error:
+        raise UserError(
+            f"{sweep.folder}: the table was not written ({error}); mend that, and write it by the "
+            "words of the sweep with --table before them."
+        ) from error
+    print("\n".join(f"wrote {file}" for file in files), flush=True)
 
 
 def _page(sweep: Sweep, rows: Sequence[Row], plots: dict[str, Path]) -> str:

@@ -5,13 +5,18 @@ to all that run.
 """
 
 import os
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hqqtrain.config import UserError
-from hqqtrain.sweep.job import DONE, FAILED, PREEMPTED, USER_ERROR, Job
+from hqqtrain.config.codes import DONE, FAILED, PREEMPTED, USER_ERROR
+from hqqtrain.config.secrets import masked_command
+from hqqtrain.sweep.job import Job
 from hqqtrain.sweep.lock import hold
 from hqqtrain.sweep.outcomes import Outcomes
 from hqqtrain.sweep.pool import Pool
@@ -32,7 +37,7 @@ def run_all(planned: Sequence[Job]) -> int:
     shares = environments(sweep.at_a_time, os.environ)
     make_folder(sweep)
     for job in sweep.same:
-        _say(f"sweep: {job}: the same run as another of these jobs, and left out")
+        _say(f"sweep: {sweep.label(job)}: the same run as another of these jobs, and left out")
     waits = f"sweep: waiting: jobs of an earlier attempt still run, in {sweep.folder}"
     with hold(sweep, lambda: _say(waits)) as lock:
         return _Runner(sweep, shares, lock).run()
@@ -42,7 +47,6 @@ def show_table(planned: Sequence[Job]) -> int:
     """Writes and prints the table and the plots from what the jobs have left so far."""
     sweep = Sweep.of(planned)
     make_folder(sweep)
-    write_files(sweep)
     print_table(sweep)
     return DONE
 
@@ -70,17 +74,17 @@ class _Runner:
 
     def run(self) -> int:
         for number, job in enumerate(self.sweep.jobs, 1):
-            self._look_at(_Task(job, f"sweep {number}/{len(self.sweep.jobs)}: {job}"))
+            title = f"sweep {number}/{len(self.sweep.jobs)}: {self.sweep.label(job)}"
+            self._look_at(_Task(job, title))
         with Pool([self.lock]) as pool:
             while self._may_start(pool) or len(pool):
                 while self._may_start(pool) and self.shares:
                     self._start(pool, self.waiting.pop(0))
                 if len(pool):  # else a signal came just now
                     self._ended(*pool.wait(), pool.signal)
-        self._write_files()
-        print_table(self.sweep)
+        fault = self._tell()
         self._name_failed()
-        return self._code()
+        return self._code() or fault
 
     def _look_at(self, task: _Task) -> None:
         """Leaves out what is done; refuses what is, but of other inputs than there are now."""
@@ -99,16 +103,16 @@ class _Runner:
 
     def _start(self, pool: Pool, task: _Task) -> None:
         task.share, task.began = self.shares.pop(), time.monotonic()
-        log = None if self.alone else self.sweep.log(task.job)
+        log = None if self.alone else self._new_log(task.job)
         _say(task.title if log is None else f"{task.title}: started, see {log}")
         launcher = os.environ.get(LAUNCHER)
         program = [launcher] if launcher else [sys.executable, "-m", "hqqtrain"]
         pool.start(task, [*program, *task.job.command], {**os.environ, **task.share}, log)
 
-    def _ended(self, task: _Task, code: int, signal: int | None) -> None:
-        """`signal`, if any, was passed on; a job that it ended at once was preempted, too."""
+    def _ended(self, task: _Task, code: int, number: int | None) -> None:
+        """`number`, if any, is a signal that was passed on: whom it ended at once was preempted."""
         self.shares.append(task.share)
-        if signal is not None and code in (-signal, 128 + signal):
+        if number is not None and code in _ended_by(number):
             code = PREEMPTED
         seconds = time.monotonic() - task.began
         _say(f"{task.title}: {_result(task.job, code)} ({seconds:.0f} s)")
@@ -121,11 +125,28 @@ class _Runner:
             self.failed.append(job)
         self.outcomes.record(job, code)
 
+    def _new_log(self, job: Job) -> Path:
+        """Its log, which begins with the whole command."""
+        log = self.sweep.log(job)
+        with log.open("a") as file:
+            file.write(f"$ python -m hqqtrain {shlex.join(masked_command(job.command))}\n")
+        return log
+
+    def _tell(self) -> int:
+        """Prints and writes the table for the last time; the exit code of a fault in that."""
+        try:
+            print_table(self.sweep, self.outcomes)
+            self.outcomes.save()
+        except (UserError, OSError) as error:
+            print(f"hqqtrain: {error}", file=sys.stderr, flush=True)
+            return USER_ERROR
+        return DONE
+
     def _write_files(self) -> None:
         """A table that fails is no reason to leave jobs undone."""
         try:
             self.outcomes.save()
-            write_files(self.sweep)
+            write_files(self.sweep, self.outcomes)
         except Exception as error:
             print(f"warning: {self.sweep.folder} was not written: {error!r}", file=sys.stderr)
 
@@ -133,7 +154,7 @@ class _Runner:
         for job in self.failed:
             place = job.folder if self.alone else self.sweep.log(job)
             where = place if place.exists() else "above"
-            print(f"hqqtrain: failed: {job}; see {where}", file=sys.stderr)
+            print(f"hqqtrain: failed: {self.sweep.label(job)}; see {where}", file=sys.stderr)
 
     def _code(self) -> int:
         if self.preempted:
@@ -141,6 +162,11 @@ class _Runner:
         if self.failed:
             return FAILED
         return PREEMPTED if self.waiting else DONE
+
+
+def _ended_by(number: int) -> tuple[int, ...]:
+    """Exit codes of a process that the signal has ended; after Ctrl-C our own programs say 1."""
+    return (-number, 128 + number, *([FAILED] if number == signal.SIGINT else []))
 
 
 def _result(job: Job, code: int) -> str:

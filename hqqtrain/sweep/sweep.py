@@ -2,11 +2,13 @@
 
 import hashlib
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from hqqtrain.config.secrets import masked
 from hqqtrain.sweep.job import Job
 
 
@@ -48,14 +50,16 @@ class Sweep:
     @cached_property
     def swept(self) -> list[str]:
         """The keys whose values differ among the jobs."""
-        given = [_by_key(each) for each in self.jobs]
-        keys = dict.fromkeys(key for words in given for key in words)
-        return [key for key in keys if len({words.get(key) for words in given}) > 1]
+        return _differing(self.jobs)
 
     def values(self, job: Job) -> dict[str, str]:
-        """What `job` has for the swept keys."""
-        given = _by_key(job)
-        return {key: given.get(key, "") for key in self.swept}
+        """What `job` has for the swept keys, as it may be shown."""
+        return _shown(job, self.swept)
+
+    def label(self, job: Job) -> str:
+        """`quant.nbits=2 optim.lr=0.1`: the words that tell `job` from all others, `same` too."""
+        told = _shown(job, _differing([*self.jobs, *self.same]))
+        return shlex.join(f"{key}={value}" for key, value in told.items()) or job.name
 
 
 def _name(jobs: Sequence[Job]) -> str:
@@ -73,6 +77,22 @@ def _shared(job: Job, name: str) -> tuple[str, ...]:
     if config.track.group is None and "track.group" not in given:
         words.append(f"track.group={_quoted(name)}")
     return tuple(words)
+
+
+def _differing(jobs: Sequence[Job]) -> list[str]:
+    given = [_by_key(each) for each in jobs]
+    keys = dict.fromkeys(key for words in given for key in words)
+    return [key for key in keys if len({words.get(key) for words in given}) > 1]
+
+
+def _shown(job: Job, keys: Sequence[str]) -> dict[str, str]:
+    given = _by_key(job)
+    return {key: masked(_plain(given.get(key, "")), key) for key in keys}
+
+
+def _plain(value: str) -> str:
+    """Without the escapes that a sweep's values get, so that secrets in them are known."""
+    return value if value[:1] in ("'", '"') else re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value)
 
 
 def _by_key(job: Job) -> dict[str, str]:

@@ -39,9 +39,9 @@ class Row:
     folder: str
 
 
-def rows_of(sweep: Sweep) -> list[Row]:
-    """A row for every job, whatever has become of it."""
-    outcomes, rows = Outcomes(sweep), []
+def rows_of(sweep: Sweep, outcomes: Outcomes | None = None) -> list[Row]:
+    """A row for every job, whatever has become of it; `outcomes` if they are not all saved yet."""
+    outcomes, rows = outcomes or Outcomes(sweep), []
     for job in sweep.jobs:
         state = outcomes.state(job)
         found = figures(job.summary() if state == "done" else {})

@@ -41,6 +41,9 @@ def run(config, command):
     code = {8: 1}.get(config.quant.nbits, 0)
     if config.train.seed == 1:
         code = _meet(folder.parent)
+    if config.train.seed == 3:  # as a program that knows no signals, after Ctrl-C
+        (folder / "ready").touch()
+        time.sleep(60)
     if config.train.seed == 2:
         code = _wait_for_a_signal(folder)
     status = {0: "done", 1: "failed", 3: "preempted"}[code]
@@ -92,8 +95,11 @@ def test_output_of_several_goes_to_a_log_of_each(tmp_path, fake):
     assert len(logs) == 3
     for given, log in logs:
         text = (tmp_path / log).read_text()
-        assert "threads 3 python -m hqqtrain" in text
-        assert all(word in text for word in [*shlex.split(given), "quant.cache_dir=out/quantized"])
+        assert given in ("quant.nbits=8", "quant.nbits=2", "quant.nbits=4"), "what tells it apart"
+        command = text.splitlines()[0]
+        assert command.startswith("$ python -m hqqtrain ")
+        assert {given, "run.root=out", "quant.cache_dir=out/quantized"} <= {*shlex.split(command)}
+        assert command.partition("$ ")[2] in text.partition("threads 3 ")[2]
     (failed,) = errors.splitlines()
     assert failed == f"hqqtrain: failed: {logs[0][0]}; see {logs[0][1]}"
     assert [row["status"] for row in results(tmp_path / "out")] == ["failed", "done", "done"]
@@ -121,11 +127,40 @@ def test_a_signal_reaches_every_job_once_and_no_other_is_started(tmp_path, fake,
     assert [row["status"] for row in results(tmp_path / "out")] == states
 
 
+def test_a_job_that_ctrl_c_interrupts_has_not_failed(tmp_path, fake):
+    process = start("-m", "quant.nbits=2,3", "train.seed=3", "run.root=out", cwd=tmp_path, **fake)
+    wait_until(lambda: len(list(tmp_path.glob("out/*/ready"))) == 1, process)
+    os.killpg(process.pid, signal.SIGINT)
+    code, output, errors = finish(process)
+    assert code == 3
+    assert "failed" not in output + errors
+    assert [row["status"] for row in results(tmp_path / "out")] == ["preempted", "pending"]
+
+
+def test_a_table_that_cannot_be_written_at_the_end_is_a_fault(tmp_path, fake):
+    """In the middle it is a warning: no job is left undone for it."""
+    words = ("-m", "quant.nbits=2,4", "run.root=out")
+    assert finish(start("--table", *words, cwd=tmp_path, **fake))[0] == 0
+    (file,) = tmp_path.glob("out/*/results.csv")
+    file.unlink()
+    file.mkdir()
+    code, output, errors = finish(start(*words, cwd=tmp_path, **fake))
+    assert (code, output.count("threads")) == (2, 2)
+    assert "bits per" in output, "what can be shown is"
+    assert "results.csv" not in output
+    *warnings, last = errors.splitlines()
+    assert all("was not written" in line for line in warnings)
+    assert re.match(r"hqqtrain: out/sweep-\S+: the table was not written", last)
+    code, _, errors = finish(start("--table", *words, cwd=tmp_path, **fake))
+    assert (code, len(errors.splitlines())) == (2, 1)
+    assert "the table was not written" in errors
+
+
 def test_the_same_run_twice_is_run_once(tmp_path, fake):
     words = ("-m", "quant.nbits=2", "track.project=a,b", "run.root=out")
     code, output, _ = finish(start(*words, cwd=tmp_path, **fake))
     assert code == 0
-    assert "track.project=b run.root=out: the same run as another of these jobs" in output
+    assert "sweep: track.project=b: the same run as another of these jobs" in output
     assert len(results(tmp_path / "out")) == 1
 
 

@@ -18,6 +18,8 @@ from e2e.runs import free_port
 
 NODES = ("127.0.0.1", "127.0.0.2")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+_UNITS = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd"}
+"""Programs that the system may start by itself, and as what."""
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
@@ -36,12 +38,15 @@ def _missing() -> list[str]:
 
 
 def _install() -> None:
-    """Debian's packages. What they would start with the system stays off."""
-    packages = ["install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]
+    """Debian's packages. What comes with them stays off; what was there before is left alone."""
+    packages = ["install", "-y", "--no-install-recommends", "slurm-wlm"]
+    packages += ["munge"] if "munged" in _missing() else []
+    new = [unit for program, unit in _UNITS.items() if program in _missing()]
     for words in (packages, ["update"], packages):
         if _missing():
             _quietly("apt-get", "-o", "Acquire::http::Timeout=20", *words)
-    _quietly("systemctl", "disable", "--now", "munge", "slurmctld", "slurmd")
+    if new:
+        _quietly("systemctl", "disable", "--now", *new)
 
 
 def _quietly(*command: str) -> None:

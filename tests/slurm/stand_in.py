@@ -1,7 +1,9 @@
 """Stands in for hqqtrain's task: what a batch file makes of its end is what is tested.
 
 Found by Python as sitecustomize.py. `train.seed` chooses how it ends: 1 preempted by a signal, and
-done when it goes on; 2 the user's fault; 4 preempted every time, with nothing saved.
+done when it goes on; 2 the user's fault, found before it has a directory; 4 preempted every time,
+with nothing saved; 5 the same, before it has a directory; 6 preempted three times, of which the
+first and the last have saved; all others done.
 """
 
 import json
@@ -17,10 +19,12 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 def run(config, command):
     folder = Path(config.run.root) / config.run_name()
+    seed, status = config.train.seed, folder / "status.json"
+    if seed in (2, 5):
+        return {2: 2, 5: 3}[seed]
     folder.mkdir(parents=True, exist_ok=True)
     rank, starts = os.environ.get("RANK", "0"), folder / f"starts-{os.environ.get('RANK', '0')}"
     starts.open("a").write(f"{os.environ.get('SLURM_RESTART_COUNT', '0')}\n")
-    seed, status = config.train.seed, folder / "status.json"
     if seed == 1 and not status.exists():
         signal.sigwait(SIGNALS)
         if rank == "0":
@@ -29,11 +33,14 @@ def run(config, command):
         while not status.exists():  # all ranks leave together
             time.sleep(0.05)
         return 3
-    if seed == 4:
+    count = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if seed == 4 or (seed == 6 and count < 3):
         status.write_text(json.dumps({"status": "preempted", "exit_code": 3}, indent=2))
+        if seed == 6 and count != 1:
+            (folder / "checkpoints" / f"step-{count:08}").mkdir(parents=True)
         return 3
     status.write_text(json.dumps({"status": "done", "exit_code": 0}, indent=2))
-    return {2: 2}.get(seed, 0)
+    return 0
 
 
 if os.environ.get("SLURM_JOB_ID"):

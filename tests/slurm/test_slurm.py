@@ -1,5 +1,6 @@
 """launch=slurm and srun against a real slurm: two slurmd on this machine."""
 
+import csv
 import json
 import os
 import re
@@ -68,6 +69,26 @@ def test_where_there_can_be_no_slurm_it_is_told_why(monkeypatch):
     assert "no munged, slurmctld" in why_not()
 
 
+@pytest.mark.parametrize(
+    ("there", "off"),
+    [
+        ((), ["munge", "slurmctld", "slurmd"]),
+        (("munged",), ["slurmctld", "slurmd"]),
+        (("munged", "slurmctld", "slurmd"), []),
+    ],
+)
+def test_what_the_system_had_before_stays_as_it_is(monkeypatch, there, off):
+    """With stand-ins for the programs, one of which is always missing, and for apt-get."""
+    called: list[tuple[str, ...]] = []
+    known = {*there, "apt-get"}
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("shutil.which", lambda name, **_: name if name in known else None)
+    monkeypatch.setattr("slurm.cluster._quietly", lambda *words: called.append(words))
+    assert "no " in why_not()
+    assert [list(words[3:]) for words in called if words[0] == "systemctl"] == [off] * bool(off)
+    assert any("slurm-wlm" in words for words in called)
+
+
 def test_tasks_of_srun_are_ranks(cluster):
     told = cluster.run("srun", "-N2", "--ntasks-per-node=2", sys.executable, "-c", RANKS)
     ranks = sorted(line.split() for line in told.splitlines())
@@ -129,10 +150,17 @@ def test_a_fault_ends_the_job_with_its_code(cluster, tmp_path, stand_in):
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
 
 
-def test_a_job_that_never_gets_to_save_is_not_requeued_for_ever(cluster, tmp_path, stand_in):
-    ended = cluster.ended(_submit(cluster, tmp_path, "train.seed=4", **stand_in))
+@pytest.mark.parametrize("seed", [4, 5])
+def test_a_job_that_never_gets_to_save_is_not_requeued_for_ever(cluster, tmp_path, stand_in, seed):
+    """Once with and once without a directory to tell of it in."""
+    ended = cluster.ended(_submit(cluster, tmp_path, f"train.seed={seed}", **stand_in))
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "1")
-    assert "give it more launch.time" in _output(tmp_path)
+    assert "not requeued. It needs a longer launch.time" in _output(tmp_path)
+
+
+def test_a_job_that_saves_now_and_then_goes_on(cluster, tmp_path, stand_in):
+    ended = cluster.ended(_submit(cluster, tmp_path, "train.seed=6", **stand_in))
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "3")
 
 
 def test_a_cancelled_job_stays_cancelled(cluster, tmp_path, stand_in):
@@ -141,6 +169,14 @@ def test_a_cancelled_job_stays_cancelled(cluster, tmp_path, stand_in):
     cluster.run("scancel", job)
     assert cluster.ended(job)["JobState"] == "CANCELLED"
     assert cluster.job(job)["Restarts"] == "0"
+
+
+def test_the_two_files_of_a_sweep_are_not_submitted_as_one(cluster, tmp_path):
+    words = ("launch=slurm", "-m", "train.seed=0,1", "launch.dry_run=true")
+    printed = cluster.run(sys.executable, "-m", "hqqtrain", *words, cwd=tmp_path)
+    (tmp_path / "both.sbatch").write_text(printed)
+    with pytest.raises(AssertionError, match="does not look like a batch script"):
+        cluster.run("sbatch", "both.sbatch", cwd=tmp_path)
 
 
 def test_what_sbatch_refuses_is_one_message(cluster, tmp_path):
@@ -187,6 +223,17 @@ def test_the_table_waits_for_the_requeued_task_of_an_array(cluster, tmp_path, st
     assert cluster.ended(f"{array}_0")["Restarts"] == "0"
     assert cluster.ended(f"{array}_1")["ExitCode"] == "0:0"
     assert cluster.ended(table)["JobState"] == "COMPLETED"
+
+
+def test_the_table_tells_of_tasks_that_failed_or_gave_up(cluster, tmp_path, stand_in):
+    """Also of those that left no directory."""
+    words = ("-m", "train.seed=0,2,5", "launch.jobs=3")
+    _, table = _submit_all(cluster, tmp_path, *words, **stand_in)
+    assert cluster.ended(table)["JobState"] == "COMPLETED", _output(tmp_path)
+    (results,) = tmp_path.glob("runs/sweep-*/results.csv")
+    with results.open(newline="") as lines:
+        states = {row["train.seed"]: row["status"] for row in csv.DictReader(lines)}
+    assert states == {"0": "done", "2": "failed", "5": "preempted"}
 
 
 def test_a_sweep_is_an_array_and_ends_in_its_table(cluster, tmp_path):

@@ -1,5 +1,7 @@
 """Composing: precedence, types, and a message for everything that can be typed wrong."""
 
+import shlex
+
 import pytest
 
 from hqqtrain.compose import compose
@@ -135,3 +137,20 @@ def test_times_are_those_of_slurm_that_yaml_does_not_change():
 def test_options_of_sbatch(options: str):
     assert compose(["launch=slurm", f"launch.options={options}"]).launch.options
     assert "must be an option of sbatch" in _message("launch.options=['rm -rf x']")
+
+
+@pytest.mark.parametrize(
+    ("word", "typed"),
+    [
+        ("launch.options=--qos=low", """'launch.options=["--qos=low"]'"""),
+        ("launch.setup=[a=b]", """'launch.setup=["one (1)","another"]'"""),
+        ("run.root=a (1)", """"run.root='a (1)'\""""),
+        ("run.root=it's", """"run.root='my (1).txt'\""""),
+    ],
+)
+def test_a_word_that_cannot_be_read_is_told_how_to_type_it(word, typed):
+    with pytest.raises(UserError) as caught:
+        compose([word])
+    assert f"{word}: must be key=value; text with special characters" in str(caught.value)
+    assert f"as in {typed}. " in str(caught.value)
+    assert compose(["launch=slurm", *shlex.split(typed)])

@@ -64,6 +64,28 @@ def test_what_slurm_would_be_told_in_vain(values, said):
     assert said in _refused(launch=values)
 
 
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [("run", "root"), ("launch", "partition"), ("launch", "account"), ("launch", "options")],
+)
+@pytest.mark.parametrize("broken", ["a\nb", "a\r", "\x00", "a\tb", "a\x85b", "a\u2028b"])
+def test_what_stands_in_a_line_of_a_batch_file_is_one_line(group, name, broken):
+    value = [f"--x={broken}"] if name == "options" else broken
+    config = RunConfig(launch=LaunchConfig(backend="slurm"))
+    setattr(getattr(config, group), name, value)
+    with pytest.raises(UserError, match=rf"^{group}\.{name}='.*': must not hold line breaks"):
+        config.check()
+
+
+@pytest.mark.parametrize("name", ["partition", "account"])
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_name_is_refused(name, empty):
+    said = _refused(launch={"backend": "slurm", name: empty})
+    assert (
+        said == f"launch.{name}={empty}: is empty; name one, or use null for the cluster's default."
+    )
+
+
 def test_a_process_for_each_gpu_or_one():
     assert LaunchConfig().tasks == 1
     assert LaunchConfig(gpus_per_node=8).tasks == 8

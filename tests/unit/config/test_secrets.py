@@ -26,11 +26,23 @@ HF, WANDB, COMMIT = "hf_" + "aB3" * 11, "0123456789abcdef" * 2 + "01234567", "e"
         (["run.root=me:pw@host:/runs"], ["run.root=***@host:/runs"]),
         (["run.root=sftp://me:pw@host/runs"], ["run.root=sftp://***@host/runs"]),
         ([f"track.entity={HF}"], ["track.entity=***"]),
-        (["track.project=sk-proj-abcd-efgh1"], ["track.project=***"]),
+        (["track.project=sk-proj-abcd-efghijkl-1"], ["track.project=***"]),
         ([f"model.revision={HF}"], ["model.revision=***"]),
-        (["data.text_field=github_pat_0123456789"], ["data.text_field=***"]),
+        ([f"data.text_field=github_pat_{'0123456789_' * 4}"], ["data.text_field=***"]),
         (["x.secret_access_key=abc/def"], ["x.secret_access_key=***"]),
         (["x=Bearer abc.def"], ["x=Bearer ***"]),
+        ([f"a=x/ghp_{'a1B2' * 9}"], ["a=x/***"]),
+        ([f"a=sk-{'0123456789abcdef' * 2}"], ["a=***"]),
+        (["a=glpat-abcdefghijklmnopqrst"], ["a=***"]),
+        (["a=xoxb-123456789012-abcdef"], ["a=***"]),
+        (["a=AKIAIOSFODNN7EXAMPLE"], ["a=***"]),
+        ([f"a=wandb_v1_{'aB3' * 11}"], ["a=***"]),
+        (["export MY_PASSWORD=mine and='more'"], ["export MY_PASSWORD=***"]),
+        (
+            ["launch.setup=[cd x; export HF_TOKEN='a b' X=1]"],
+            ["launch.setup=[cd x; export HF_TOKEN=*** X=1]"],
+        ),
+        (["--export=ALL,MY_API_KEY=abc,X=1"], ["--export=ALL,MY_API_KEY=***,X=1"]),
         (["eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.c2lnbmF0dXJl"], ["***"]),
     ],
 )
@@ -39,12 +51,34 @@ def test_secrets_on_the_command_line_are_masked(words, shown):
 
 
 def test_the_rest_of_the_command_line_stays():
-    words = ["hqqtrain", "-m", "recipe=tiny_2bit", "quant.nbits=2,3", "eval.tokens=65536",
-             "track.project=token-study", f"model.revision={COMMIT}", "data.source=a:b/c.txt",
-             "data.source=https://host/key/x?page=2", "run.root=/data/me@work/disk-sk/runs",
-             "quant.overrides={model.layers.*.q_proj:{nbits:4}}", "run.time_limit=1-02:30:00",
-             f"model.name_or_path=/hub/snapshots/{COMMIT}"]  # fmt: skip
+    words = [
+        "hqqtrain",
+        "-m",
+        "recipe=tiny_2bit",
+        "quant.nbits=2,3",
+        "eval.tokens=65536",
+        "track.project=token-study",
+        f"model.revision={COMMIT}",
+        "data.source=a:b/c.txt",
+        "data.source=https://host/key/x?page=2",
+        "run.root=/data/me@work/disk-sk/runs",
+        "quant.overrides={model.layers.*.q_proj:{nbits:4}}",
+        "run.time_limit=1-02:30:00",
+        f"model.name_or_path=/hub/snapshots/{COMMIT}",
+        "data.source=/data/sk-learning-text",
+        "data.source=/scratch/hf_checkpoints/llama",
+        "run.root=/x/ghp_of_mine/GHS_12345678",
+    ]
     assert masked_command(words) == words
+
+
+def test_our_own_advice_is_not_masked():
+    """Words that look a little like keys, in other cases or shorter."""
+    advice = (
+        "set HF_HUB_OFFLINE=1 or HF_HUB_ENABLE_HF_TRANSFER, track.project=SK-something-of-mine, "
+        "HF_ABCDEFGHIJKLMNOPQRSTUVWXYZABCDEFGHIJ, xoxo-kisses-and-hugs, eval.tokens=65536"
+    )
+    assert masked(advice) == advice
 
 
 def test_configurations():

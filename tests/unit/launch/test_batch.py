@@ -16,17 +16,21 @@ from hqqtrain.launch import Batch
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "scripts" / "slurm"
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-WORDS = ["a='b c'", 'd=$HOME `id` \\ "', "e=[1,2]", "f=50%", "g=*"]
+BREAK = "i=a\n#SBATCH --uid=0\ntouch broken"
+WORDS = ["a='b c'", 'd=$HOME `id` \\ "', "e=[1,2]", "f=50%", "g=*", BREAK]
 """Words that a shell would like to read in its own way."""
 
 
 def _batch(**launch) -> Batch:
     config = LaunchConfig(backend="slurm", **launch)
-    return Batch("name", Path("my runs 5%/slurm"), config, "python -m hqqtrain\nfalse", "py thon")
+    command = f"python -m hqqtrain\nfalse {BREAK}"
+    return Batch("name", Path("my runs 5%/slurm"), config, command, "py thon")
 
 
 def _options(text: str) -> list[str]:
-    lines = (line.removeprefix("#SBATCH ") for line in text.splitlines() if "#SBATCH" in line)
+    """Of sbatch, which reads on until a line is no comment."""
+    head = text.partition("\nset -e\n")[0].splitlines()
+    lines = (line.removeprefix("#SBATCH ") for line in head if line.startswith("#SBATCH "))
     return [option for line in lines for option in shlex.split(line)]
 
 
@@ -64,7 +68,7 @@ def test_what_is_null_is_left_to_the_cluster():
 
 def test_an_array_runs_some_at_a_time_and_its_table_is_one_process():
     batch = _batch(nodes=2, gpus_per_node=4, jobs=3, time="4:00:00")
-    array = _options(batch.sweep([["a=1"], ["a=2"]]))
+    array = _options(batch.sweep([["a=1"], ["a=2"]], []))
     assert array[-1] == "--array=0-1%3"
     assert array[1].endswith("name-%A_%a.out")
     table = batch.table(["-m", "a=1,2"])
@@ -73,24 +77,47 @@ def test_an_array_runs_some_at_a_time_and_its_table_is_one_process():
     assert table.endswith('exec "$python" -m hqqtrain --table -m a=1,2\n')
 
 
+RESOURCES = [
+    "--gres=gpu:1", "--gres-flags=enforce-binding", "--gpus=2", "--gpus-per-task=1", "-G 2",
+    "--gpu-bind=none", "--exclusive", "--exclusive=user", "--mem=0", "--mem-per-gpu=9G",
+    "--constraint=a100", "-C fast", "--cpus-per-gpu=4", "-c 4", "--ntasks=4", "--ntasks-per-core=1",
+    "-n 4", "--nodes=2", "-N 2", "-w gpu[1-2]", "--tmp=1T", "--licenses=x", "--switches=1",
+]  # fmt: skip
+OTHERS = [
+    "--qos=low", "-q low", "--reservation=ours", "--mail-type=END", "--nice", "-M cluster",
+    "--exclude=bad1", "--comment=--gres", "--export=ALL", "--begin=now+1hour",
+]  # fmt: skip
+
+
+def test_the_table_asks_for_none_of_the_runs_resources():
+    text = _batch(options=[*RESOURCES, *OTHERS], gpus_per_node=8).table([])
+    asked = [line.removeprefix("#SBATCH ") for line in text.splitlines() if "#SBATCH" in line]
+    assert asked[-len(OTHERS) :] == OTHERS
+    assert not {*RESOURCES} & {*asked}
+
+
 @pytest.mark.parametrize("kind", ["run", "sweep", "table"])
 def test_they_are_sound_shell(kind):
-    words = [WORDS, ["h=1"]] if kind == "sweep" else WORDS
-    _check(getattr(_batch(setup=["export A=1"]), kind)(words))
+    words = [[WORDS, ["h=1"]], WORDS] if kind == "sweep" else [WORDS]
+    text = getattr(_batch(setup=["export A=1"]), kind)(*words)
+    _check(text)
+    head = text.partition("\nset -e\n")[0].splitlines()
+    assert all(line.startswith("#") for line in head)
+    assert not any("--uid" in option for option in _options(text))
 
 
 @pytest.mark.parametrize(("number", "expected"), [(0, ["h=1"]), (1, WORDS)])
 def test_words_survive(tmp_path, number, expected):
     """Run by bash, with a stand-in for srun that writes its words down."""
-    (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@" >srun.txt\n')
+    (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\0" "$@" >srun.txt\n')
     (tmp_path / "py thon").write_text("#!/bin/sh\necho runs/x\n")
     for file in tmp_path.iterdir():
         file.chmod(0o755)
     environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(number)}
     environ |= {"SLURM_CPUS_PER_TASK": "6"}
-    text = _batch().sweep([["h=1"], WORDS])
+    text = _batch().sweep([["h=1"], WORDS], WORDS)
     subprocess.run(["bash"], input=text, text=True, env=environ, cwd=tmp_path, check=True)
-    told = (tmp_path / "srun.txt").read_text().splitlines()
+    told = (tmp_path / "srun.txt").read_text().split("\0")[:-1]
     start = ["--kill-on-bad-exit=1", "--cpus-per-task=6", "py thon", "-m", "hqqtrain"]
     assert told == start + expected
 
@@ -113,6 +140,32 @@ def test_what_a_recipe_says_of_launch_is_taken_back(capsys, tmp_path, monkeypatc
     assert "slurm" not in capsys.readouterr().out
 
 
+def test_a_recipe_may_set_what_slurm_is_asked_for_and_not_use_slurm_itself(
+    capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HQQTRAIN_RECIPES", str(tmp_path))
+    (tmp_path / "far.yaml").write_text("launch: {nodes: 3, time: '1:00:00', setup: [module x]}\n")
+    text = _dry_run(capsys, "recipe=far")
+    assert {"--nodes=3", "--time=1:00:00"} <= {*_options(text)}
+    assert "\nmodule x\n" in text
+    (line,) = re.findall(r"^words=\((.*)\)$", text, re.MULTILINE)
+    assert main(["--check", *shlex.split(line)]) == 0
+
+
+def test_the_two_files_of_a_sweep_cannot_be_taken_for_one(capsys, tmp_path):
+    """sbatch refuses what does not begin with `#!`; each of the two does."""
+    text = _dry_run(capsys, "-m", "quant.nbits=2,3", f"run.root='{tmp_path}/a b'")
+    assert not text.startswith("#!")
+    told, array, rest = re.split(r"^(?=#!)", text, flags=re.MULTILINE)
+    assert f"sbatch '{tmp_path}/a b/slurm/sweep-finetune-" in told
+    array, _, second = array.rpartition("\n# The second")
+    assert "--dependency=afterany:JOB" in second
+    assert "--array=0-1%1" in _options(array)
+    assert "--table -m quant.nbits=2,3" in rest
+    for file in (array, rest):
+        _check(file)
+
+
 def test_runs_that_ask_for_different_things_are_no_array(capsys):
     assert main(["launch=slurm", "-m", "launch.nodes=1,2"]) == 2
     assert "launch.nodes=2: the runs of a sweep are one job array" in capsys.readouterr().err
@@ -126,7 +179,7 @@ def test_examples_are_what_their_command_renders(capsys, name):
     (command,) = re.findall(r"^#   python -m hqqtrain (.*)$", example, re.MULTILINE)
     assert main([*shlex.split(command), "launch.dry_run=true"]) == 0
     printed = capsys.readouterr().out.replace(shlex.quote(sys.executable), "python")
-    array = printed.partition("\n#!")[0] + "\n" * ("\n#!" in printed)
+    array = printed[printed.index("#!") :].partition("\n# The second")[0]
     assert _nameless(array).strip() == _nameless(example).strip()
 
 

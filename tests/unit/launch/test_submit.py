@@ -72,12 +72,59 @@ def test_a_table_that_is_refused_leaves_the_runs_and_says_so(calls, capsys, monk
     assert "The runs are submitted; scancel 701 would end them." in capsys.readouterr().err
 
 
-def test_no_secret_reaches_a_batch_file(calls, tmp_path, capsys):
-    assert main(["launch=slurm", "data.source=https://me:hf_abcdefghijkl@host/x"]) == 2
+TOKEN = "hf_" + "aB3" * 11
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data.source=https://me:pw@host/x"],
+        ["-m", "quant.nbits=2,3", f"data.source={TOKEN}"],
+        [f"launch.setup=[module x,'export HF_TOKEN={TOKEN}']"],
+        ["launch.setup=['module x; export MY_PASSWORD=pw']"],
+        ["launch.setup=['export MY_PASSWORD=pw HF_TOKEN=$X']"],
+        ["launch.options=['--export=ALL,MY_TOKEN=pw']"],
+        ["recipe=far"],
+        ["recipe=swept"],
+    ],
+)
+def test_no_secret_reaches_a_batch_file(calls, tmp_path, capsys, monkeypatch, words):
+    monkeypatch.setenv("HQQTRAIN_RECIPES", str(tmp_path))
+    (tmp_path / "far.yaml").write_text("launch: {setup: [export MY_PASSWORD=pw]}\n")
+    (tmp_path / "swept.yaml").write_text("sweep: {data.source: 'a,https://me:pw@host/x'}\n")
+    assert main(["launch=slurm", *words]) == 2
     said = capsys.readouterr().err
+    assert "would hold a secret" in said
     assert "***" in said
-    assert "hf_abcdefghijkl" not in said
+    assert "export NAME=$(cat FILE)" in said
+    assert "pw" not in said
+    assert TOKEN not in said
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["export HF_TOKEN=$(cat ~/.token)", 'export HF_TOKEN="$OTHER" X=1',
+     "export HF_TOKEN=$A;export B=$HF_TOKEN",
+     "export HF_HUB_OFFLINE=1; cd /scratch/hf_checkpoints"],
+)  # fmt: skip
+def test_what_reads_a_secret_holds_none(calls, capsys, line):
+    assert main(["launch=slurm", f"launch.setup=['{line}']"]) == 0
+    (file,) = Path("runs/slurm").iterdir()
+    assert f"\n{line}\n" in file.read_text()
+
+
+def test_a_backslash_that_would_lose_the_job_is_refused(calls, tmp_path, capsys):
+    assert main(["launch=slurm", "run.root=a\\b"]) == 2
+    assert "run.root=a\\b: sbatch takes a backslash" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["bin"]
+
+
+@pytest.mark.parametrize("key", ["run.root", "launch.partition", "launch.account"])
+def test_no_key_can_begin_a_line_of_its_own(calls, tmp_path, capsys, key):
+    assert main(["launch=slurm", f"{key}='a\n#SBATCH --uid=0\ntouch broken'"]) == 2
+    assert f"{key}='a\\n" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["bin"]
 
 
 def test_without_sbatch(tmp_path, capsys, monkeypatch):

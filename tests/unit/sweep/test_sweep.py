@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from hqqtrain.compose import compose, jobs
+from hqqtrain.config import UserError
 from hqqtrain.sweep import Job, Sweep
+from hqqtrain.sweep.plan import make_plan
 
 
 def plan(*words: str, multirun: bool = True) -> list[Job]:
@@ -67,6 +69,38 @@ def test_two_words_for_one_run_are_one_job():
 def test_the_swept_keys_are_those_that_differ():
     sweep = Sweep.of(plan("train.seed=1", "quant.nbits=2,3", "optim.lr=1e-3,2e-3"))
     assert sweep.values(sweep.jobs[1]) == {"quant.nbits": "2", "optim.lr": "0.002"}
+
+
+TOKEN = "hf_" + "aB3" * 11
+
+
+def test_swept_values_are_shown_without_secrets():
+    sweep = Sweep.of(plan(f"data.source=https://me:pw@host/x,{TOKEN},me:pw@host:x", "run.root=out"))
+    assert [sweep.values(job) for job in sweep.jobs] == [
+        {"data.source": "https://***@host/x"}, {"data.source": "***"},
+        {"data.source": "***@host:x"},
+    ]  # fmt: skip
+    assert not any("pw" in str(job) for job in sweep.jobs)
+    assert [sweep.label(job) for job in sweep.jobs] == [
+        "'data.source=https://***@host/x'", "'data.source=***'",
+        "'data.source=***@host:x'",
+    ]  # fmt: skip
+
+
+def test_a_job_is_called_by_what_tells_it_apart():
+    sweep = Sweep.of(plan("train.seed=1", "quant.nbits=2,3", "track.project=a,b"))
+    labels = [sweep.label(job) for job in [*sweep.jobs, *sweep.same]]
+    assert labels == [f"quant.nbits={n} track.project={p}" for p in "ab" for n in (2, 3)]
+    (alone,) = Sweep.of(plan("quant.nbits=2")).jobs
+    assert Sweep.of([alone]).label(alone) == alone.name
+
+
+def test_a_job_is_not_told_how_many_run_at_a_time():
+    (job, _) = Sweep.of(plan("launch.jobs=2", "quant.nbits=2,3", "run.root=out")).jobs
+    assert job.command[:2] == ["quant.nbits=2", "run.root=out"]
+    with pytest.raises(UserError, match=r"^launch\.jobs=2: .* this is one run; leave it out"):
+        make_plan(["quant.nbits=2", "launch.jobs=2"], False)
+    assert make_plan(["quant.nbits=2", "launch.jobs=2"], True).is_sweep
 
 
 def test_no_more_run_at_a_time_than_there_are():

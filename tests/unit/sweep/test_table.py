@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hqqtrain.config import RunConfig
+from hqqtrain.config import RunConfig, UserError
 from hqqtrain.config.run import RunSection
+from hqqtrain.launch.attempt import begin, end
 from hqqtrain.sweep import Job, Sweep, show_table
 from hqqtrain.sweep.outcomes import Outcomes
 from hqqtrain.sweep.report import make_folder, write_files
@@ -36,7 +37,7 @@ def sweep_of(root: Path, *values: str) -> Sweep:
     return sweep
 
 
-def leave(job: Job, status: str, summary: dict | None = None) -> None:
+def leave(job: Job, status: object, summary: dict | None = None) -> None:
     job.folder.mkdir(exist_ok=True)
     (job.folder / "status.json").write_text(json.dumps({"status": status}))
     if summary is not None:
@@ -80,6 +81,80 @@ def test_a_job_is_what_was_said_of_it_last(tmp_path):
     assert rows_of(sweep)[2].status == "failed"
     assert rows_of(sweep)[2].figures["bits_per_weight"] is None
     assert new.folder.exists() is False
+
+
+def batch_file_notes(job: Job, code: int | None) -> None:
+    """As slurm's batch file does, before and after a run."""
+    begin(job.folder, "7")
+    if code is not None:
+        end(job.folder, code, "7")
+
+
+def test_what_a_batch_file_has_noted_counts_too(tmp_path):
+    sweep = sweep_of(tmp_path, *"abcdefg")
+    failed, stopped, started, done, early, again, gone = sweep.jobs
+    batch_file_notes(failed, 2)
+    batch_file_notes(stopped, 3)
+    batch_file_notes(started, None)
+    leave(done, "done", SUMMARY)
+    batch_file_notes(done, 0)
+    leave(early, "done", SUMMARY)
+    batch_file_notes(early, None)  # it will find that it is done
+    batch_file_notes(again, 2)
+    leave(again, "running")
+    os.utime(again.folder / "status.json", (2e9, 2e9))
+    batch_file_notes(gone, 0)
+    assert [row.status for row in rows_of(sweep)] == [
+        "failed", "preempted", "unfinished", "done", "done", "unfinished", "pending",
+    ]  # fmt: skip
+
+
+def test_a_job_is_done_only_where_it_says_so_itself(tmp_path):
+    sweep = sweep_of(tmp_path, "a", "b", "c")
+    outcomes = Outcomes(sweep)
+    for job in sweep.jobs:
+        outcomes.record(job, 0)
+    leave(sweep.jobs[1], "running")
+    leave(sweep.jobs[2], "done")
+    outcomes.save()
+    os.utime(sweep.jobs[1].folder / "status.json", (1e9, 1e9))
+    assert [row.status for row in rows_of(sweep)] == ["pending", "unfinished", "done"]
+
+
+@pytest.mark.parametrize(
+    "broken", ["[]", "1", "{}", '{"exit_code": 1}', '{"exit_code": "1", "time": 1e12}', "null"]
+)
+def test_a_record_that_is_none_is_left_out(tmp_path, broken):
+    sweep = sweep_of(tmp_path, "a", "b")
+    (sweep.folder / "jobs.json").write_text(f'{{"job0": {broken}}}')
+    leave(sweep.jobs[1], ["done"])
+    assert [row.status for row in rows_of(sweep)] == ["pending", "pending"]
+
+
+def test_a_table_that_cannot_be_written_is_one_message(tmp_path):
+    sweep = sweep_of(tmp_path, "a", "b")
+    (sweep.folder / "index.html").mkdir()
+    with pytest.raises(UserError, match=r"the table was not written .*index\.html"):
+        show_table(sweep.jobs)
+
+
+def test_no_file_of_a_sweep_holds_a_swept_secret(tmp_path, capsys):
+    token = "hf_" + "aB3" * 11
+    sweep = sweep_of(tmp_path, token, f"https://me:{token}@host/x")
+    for job in sweep.jobs:
+        leave(job, "done", SUMMARY)
+    assert show_table(sweep.jobs) == 0
+    assert "***" in (sweep.folder / "results.csv").read_text()
+    files = [file for file in sweep.folder.rglob("*") if file.is_file()]
+    assert [file for file in files if token.encode() in file.read_bytes()] == []
+    assert token not in capsys.readouterr().out
+
+
+def test_only_what_was_written_now_is_told(tmp_path, capsys):
+    sweep = sweep_of(tmp_path, "a", "b")
+    (sweep.folder / "bits.png").write_text("of an earlier table")
+    assert show_table(sweep.jobs) == 0
+    assert "bits.png" not in capsys.readouterr().out
 
 
 def test_the_csv_holds_what_the_jobs_left(tmp_path):

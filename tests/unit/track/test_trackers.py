@@ -200,7 +200,7 @@ def test_a_killed_process_has_written_every_row(tmp_path):
 def test_secrets_are_masked_by_key_and_by_form():
     config = {
         "hub_token": "abc", "api_key": "abc", "WANDB_API_KEY": "abc", "db": {"password": "abc"},
-        "name": "hf_ABCDEFGHIJKLMNOP", "list": ["https://user:pass@host/x", "fine"],
+        "name": "hf_ABCDEFGHIJKLMNOPQRSTUVWXYZABCD", "list": ["https://user:pass@host/x", "fine"],
         "tokens": 65536, "eval": {"tokens": 5}, "path": "runs/hf_models/x", "none": None,
     }  # fmt: skip
     result = masked(config)

@@ -219,6 +219,48 @@ def test_mode_follows_key_network_and_the_users_word(monkeypatch, tmp_path):
     assert online.mode() == "disabled"
 
 
+def _say_in_settings(folder: Path, *lines: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings").write_text("\n".join(["[default]", *lines, ""]))
+
+
+def test_the_server_of_wandb_login_is_the_one_that_is_used(monkeypatch, tmp_path, caplog):
+    """`wandb login --host` leaves it in the user's settings, and the key in netrc."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(online, "reachable", lambda: True)
+    (tmp_path / "no-netrc").write_text("machine wandb.mine:80 login user password key\n")
+    with caplog.at_level("INFO"):
+        assert online.mode() == "offline"
+    assert "no key for api.wandb.ai" in caplog.text
+    _say_in_settings(
+        tmp_path / "home" / ".config" / "wandb", "base_url = https://wandb.mine:80/50%"
+    )
+    assert (online.server(), online.mode()) == ("https://wandb.mine:80/50%", "online")
+    _say_in_settings(tmp_path / "elsewhere", "base_url = https://other")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "elsewhere"))
+    assert online.server() == "https://other"
+    _say_in_settings(tmp_path / "wandb", "base_url = https://wandb.mine:80", "mode = offline")
+    assert (online.server(), online.mode()) == ("https://wandb.mine:80", "offline")
+    (tmp_path / "elsewhere" / "settings").write_text("no section")
+    assert online.server() == "https://api.wandb.ai"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.mine:80")
+    assert online.mode() == "online"
+
+
+def test_wandb_finds_the_same_server_in_its_settings(monkeypatch, tmp_path):
+    import wandb
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "mine"))
+    _say_in_settings(tmp_path / "mine", "base_url = https://wandb.mine")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()
+    try:
+        assert wandb.setup().settings.base_url == online.server()
+    finally:
+        wandb.teardown()
+
+
 def test_the_users_disabled_mode_is_respected(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     tracker = start(tmp_path)
