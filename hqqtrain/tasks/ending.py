@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from hqqtrain.ckpt import RunDirectory
 from hqqtrain.config import PreemptedError, UserError
+from hqqtrain.config.codes import DONE, FAILED, PREEMPTED, USER_ERROR
 from hqqtrain.tasks.summary import Summary
 from hqqtrain.track import Console, Trackers, write_report
 
@@ -14,7 +15,10 @@ _RESULTS = (
     "quantized", "adapter", "export", "checkpoints", "summary.json", "metrics.jsonl",
     "report/index.html",
 )  # fmt: skip
-_ENDS: dict[type, tuple[str, int]] = {UserError: ("failed", 2), PreemptedError: ("preempted", 3)}
+_ENDS: dict[type, tuple[str, int]] = {
+    UserError: ("failed", USER_ERROR),
+    PreemptedError: ("preempted", PREEMPTED),
+}
 
 
 def end_well(
@@ -28,15 +32,15 @@ def end_well(
     if (adapter := directory.path / "adapter").exists():
         trackers.artifact(adapter)
     hints = trackers.hints()
-    trackers.finish(0)
-    directory.write_status("done", exit_code=0)
+    trackers.finish(DONE)
+    directory.write_status("done", exit_code=DONE)
     places = (directory.path / name for name in _RESULTS)
     console.results(summary.rows(), [path for path in places if path.exists()], hints)
 
 
 def end_badly(directory: RunDirectory, trackers: Trackers, error: BaseException) -> None:
     """What ended the run. status.json comes first: trackers may take longer than there is time."""
-    status, code = _ENDS.get(type(error), ("failed", 1))
+    status, code = _ENDS.get(type(error), ("failed", FAILED))
     cause = f"{type(error).__name__}: {error}"
     try:
         directory.write_status(status, exit_code=code, cause=cause)
