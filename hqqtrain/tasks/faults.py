@@ -20,7 +20,7 @@ def explained(config: RunConfig) -> Iterator[None]:
             raise
         raise UserError(f"{oom_advice(config)} ({error})") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UserError(
             f"run.root={config.run.root}: the disk is full ({error}). Make room there; the same "

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from disk import no_room
 from e2e.runs import QUICK, run_here, small_data
 
-from hqqtrain.ckpt import RunDirectory, read_checkpoint, write_checkpoint
-from hqqtrain.ckpt.tensors import save_tensors
+from hqqtrain.ckpt import RunDirectory, read_checkpoint, save_adapter, write_checkpoint
 from hqqtrain.train.loop import Trainer
 
 _write_status = RunDirectory.write_status
@@ -63,10 +62,11 @@ def test_a_run_that_must_stop_does_not_say_it_has_saved(
 def test_a_result_that_finds_no_room_says_so_and_the_same_command_goes_on(
     words: list[str], tmp_path: Path, monkeypatch, capsys
 ):
-    def full(*_: Any, **__: Any) -> None:
-        save_tensors({"A": torch.ones(4096)}, Path("/dev/full"))
+    def without_room(*rest: Any, **more: Any) -> None:
+        with no_room(4096):
+            save_adapter(*rest, **more)
 
-    monkeypatch.setattr("hqqtrain.tasks.save.save_adapter", full)
+    monkeypatch.setattr("hqqtrain.tasks.save.save_adapter", without_room)
     monkeypatch.setattr(RunDirectory, "write_status", _only_while_it_runs)
     assert run_here(words) == 2
     told = capsys.readouterr().err
