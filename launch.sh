@@ -63,8 +63,9 @@ run_tests() {
   mypy
   lint-imports
   shellcheck launch.sh .ci/run
-  # by file and in order: a file's runs are shared by its tests, and the long files come first
-  exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+  # By file and in order: a file's runs are shared by its tests, and the long files come first.
+  # Three at a time on two cores: half of the time they wait, for slurm, ranks and time limits.
+  exec "$python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
 }
 
 count_gpus() {

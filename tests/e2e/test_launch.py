@@ -212,7 +212,7 @@ def test_the_test_command_checks_in_order_and_ends_with_pytest(checkout):
         "mypy",
         "lint-imports",
         "shellcheck launch.sh .ci/run",
-        "-m pytest -n 2 --dist loadfile --no-loadscope-reorder -k one",
+        "-m pytest -n 3 --dist loadfile --no-loadscope-reorder -k one",
     ]
     assert checkout.launch("--version").returncode == 0
     assert _pip(checkout.calls) == [], "what serves the tests serves a run"
