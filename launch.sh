@@ -63,8 +63,7 @@ run_tests() {
   mypy
   lint-imports
   shellcheck launch.sh .ci/run
-  # By file and in order: a file's runs are shared by its tests, and the long files come first.
-  # Three at a time on two cores: half of the time they wait, for slurm, ranks and time limits.
+  # by file, whose runs its tests share, the long ones first; 3 at a time: they wait, half of it
   exec "$python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
 }
 
