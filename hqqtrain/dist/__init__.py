@@ -1,4 +1,4 @@
-"""Ranks: who they are, which rows are theirs, and what they must agree on."""
+"""Distributed execution: ranks, the rows each of them owns, and checks that they agree."""
 
 from hqqtrain.dist.bits import as_integers, check_bits
 from hqqtrain.dist.fill import Filled, fill

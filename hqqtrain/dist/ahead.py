@@ -1,5 +1,7 @@
-"""Reading ahead: the next weight is on its way from the disk, and to the GPU, while this one is
-quantized."""
+"""Prefetch of checkpoint tensors, so that the disk, the bus and the GPU work at the same time.
+
+While one weight is quantized, the next one is read from disk and copied to the GPU.
+"""
 
 import time
 from collections import deque
@@ -12,15 +14,21 @@ from torch import Tensor
 
 
 class Piece(NamedTuple):
-    """Rows of a tensor of the checkpoint, one slice after the other; None: all of it."""
+    """Row ranges of one checkpoint tensor, concatenated in order when read.
+
+    `rows` is None for the whole tensor.
+    """
 
     name: str
     rows: list[slice] | None
 
 
 class Reader(Protocol):
-    """What is needed of a checkpoint: rows of tensors, by name. `ahead`: how many reads may be
-    under way before they are asked for; each has its memory."""
+    """Source of weights: reads rows of tensors by name.
+
+    `ahead` is the number of reads that may run before their results are requested. Each of them
+    needs memory for its rows.
+    """
 
     bytes_read: int
     ahead: int
@@ -30,18 +38,21 @@ class Reader(Protocol):
     def read(self, name: str, rows: list[slice] | None = None) -> Tensor: ...
 
 
-_Copy = tuple[Tensor, torch.cuda.Event | None]
-"""A piece on the device, and on a GPU what tells the end of its copy."""
+_Prefetched = tuple[Tensor, torch.cuda.Event | None]
+"""A tensor on the device, and on a GPU the event that marks the end of its copy."""
 
 
 class ReadAhead:
-    """Reads `pieces` in their order, on a thread of its own; `seconds`: what reading took.
+    """Iterator that reads `pieces` in order on a background thread.
 
-    What a read raises is raised where its piece is asked for. `on_read` is called after every
-    read, on that thread. As a context it ends the thread.
+    An error of a read is raised when its piece is requested. Use the iterator as a context
+    manager: leaving the context ends the thread. `seconds` is the time spent in reads.
 
     Args:
-        device: where pieces are wanted. A GPU copies them on a stream of its own.
+        reader: Source of the rows.
+        pieces: Row ranges to read.
+        device: Device the tensors are returned on. A GPU receives them on a separate stream.
+        on_read: Called after every read, on the background thread.
     """
 
     def __init__(
@@ -51,8 +62,8 @@ class ReadAhead:
         self.seconds, self._on_read = 0.0, on_read
         self._reader, self._pieces, self._device = reader, iter(pieces), device
         self._pool = ThreadPoolExecutor(1, "reading") if reader.ahead else None
-        self._waiting: deque[Future[_Copy]] = deque()
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pending: deque[Future[_Prefetched]] = deque()
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __enter__(self) -> "ReadAhead":
         return self
@@ -65,33 +76,35 @@ class ReadAhead:
         return self
 
     def __next__(self) -> Tensor:
-        """The next piece, on the device."""
+        """Return the next piece as a tensor on the device."""
         if self._pool is None:
-            return self._arrived(self._read(next(self._pieces)))
-        while len(self._waiting) <= self._reader.ahead:
+            return self._wait(self._read(next(self._pieces)))
+        # Keep the requested read and `ahead` more in flight; one thread runs them in order.
+        while len(self._pending) <= self._reader.ahead:
             piece = next(self._pieces, None)
             if piece is None:
                 break
-            self._waiting.append(self._pool.submit(self._read, piece))
-        if not self._waiting:
+            self._pending.append(self._pool.submit(self._read, piece))
+        if not self._pending:
             raise StopIteration
-        return self._arrived(self._waiting.popleft().result())
+        return self._wait(self._pending.popleft().result())
 
-    def _read(self, piece: Piece) -> _Copy:
-        began = time.perf_counter()
+    def _read(self, piece: Piece) -> _Prefetched:
+        start = time.perf_counter()
         tensor = self._reader.read(*piece)
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.perf_counter() - start
         self._on_read()
-        if self._copies is None or tensor.device.type == "cuda":
+        if self._copy_stream is None or tensor.device.type == "cuda":
             return tensor, None
-        with torch.cuda.stream(self._copies):
-            return tensor.to(self._device, non_blocking=True), self._copies.record_event()
+        with torch.cuda.stream(self._copy_stream):
+            return tensor.to(self._device, non_blocking=True), self._copy_stream.record_event()
 
-    def _arrived(self, copy: _Copy) -> Tensor:
-        """The copy's own end is waited for, not that of copies behind it."""
+    def _wait(self, copy: _Prefetched) -> Tensor:
+        """Make the current stream wait for this copy only, not for the copies queued after it."""
         tensor, end = copy
         if end is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(end)
+            # The copy stream owns the memory: it must not reuse it before this stream is done.
             tensor.record_stream(stream)
         return tensor

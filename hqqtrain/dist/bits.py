@@ -1,8 +1,8 @@
-"""Do packed bits survive being sharded and gathered? Tried at every start, with all of them.
+"""Check at every start that packed bits survive sharding and gathering.
 
-Held as floats, codes are any pattern there is: NaNs with payloads, denormals. Whatever casts on the
-way, or sums zeros to a shard, rewrites some of them, and the model is noise without a word
-(bitsandbytes#1945; fsdp_qlora's README).
+Packed codes viewed as floats take every bit pattern, including NaNs with payloads and denormals. A
+cast, or a sum of a shard and zeros, rewrites some of them, and the model silently becomes noise
+(bitsandbytes#1945; fsdp_qlora's README). So all 65,536 patterns of 16 bits are tried.
 """
 
 import torch
@@ -20,18 +20,22 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def as_integers(tensor: Tensor) -> Tensor:
-    """The bits of each number as an integer of its size: a view, never a cast."""
+    """View the bits of each element as an integer of the same size, without a cast."""
     return tensor.view(_INTEGERS[tensor.element_size()])
 
 
 def check_bits(storage: torch.dtype, strategy: str, processes: Processes) -> None:
-    """Sends all 65,536 patterns of 16 bits through what `strategy` does to parameters. Collective.
+    """Send all 65,536 patterns of 16 bits through what `strategy` does to parameters. Collective.
 
-    Under `fsdp2`, `fsdp1` and `zero3` they are sharded and gathered, under `ddp` broadcast by the
-    first rank.
+    `fsdp2`, `fsdp1` and `zero3` shard and gather them, `ddp` broadcasts them from rank 0.
+
+    Args:
+        storage: Dtype that W_q is held in.
+        strategy: A value of `parallel.strategy`, with `auto` already resolved.
+        processes: All ranks of the run.
 
     Raises:
-        UserError: on every rank, where one pattern comes back changed on any.
+        UserError: On every rank, if any rank gets a pattern back changed.
     """
     wanted = patterns(storage, processes.device)
     if strategy == "ddp":
@@ -46,21 +50,21 @@ def check_bits(storage: torch.dtype, strategy: str, processes: Processes) -> Non
     if changed:
         raise UserError(
             f"quant.storage={storage_name(storage)}: parallel.strategy={strategy} changes "
-            f"{changed} of {wanted.nbytes // 2} words of 16 bits here (torch {torch.__version__}), "
-            "which would destroy packed weights; choose another quant.storage or "
-            "parallel.strategy."
+            f"{changed} of {wanted.nbytes // 2} 16-bit words on this machine (torch "
+            f"{torch.__version__}), which would destroy packed weights; choose another "
+            "quant.storage or parallel.strategy."
         )
 
 
 def patterns(storage: torch.dtype, device: torch.device) -> Tensor:
-    """Every pattern of 16 bits, beside its complement, seen as `storage`: 512 rows."""
+    """Return every 16-bit pattern followed by its complement, viewed as `storage`, in 512 rows."""
     words = torch.arange(_PATTERNS, device=device)
     both = torch.stack([words, words ^ 0xFFFF], 1).to(torch.int32) - 0x8000
     return both.to(torch.int16).view(512, -1).view(storage)
 
 
 def _sharded_and_gathered(wanted: Tensor, strategy: str, processes: Processes) -> Tensor:
-    """As the layers of a model are, one of whose parameters is trained."""
+    """Shard and gather `wanted` as the frozen parameter of a layer that also has trained ones."""
     module = nn.Linear(1, 1, device=processes.device)
     module.register_parameter("W_q", nn.Parameter(wanted.clone(), requires_grad=False))
     ensure_process_group(processes.size)

@@ -1,7 +1,7 @@
-"""Whether weights were finite, asked when nobody has to wait for the answer.
+"""Deferred check that source weights are finite, which does not synchronize with the GPU.
 
-To ask at once, a GPU's queue would have to run empty: 0.1 ms, of the 0.2 to 0.6 that the largest
-weight of a Llama-70B takes (H100).
+An immediate check would drain the GPU's queue. That costs 0.1 ms, where quantizing the largest
+weight of a Llama-70B takes 0.2 to 0.6 ms (H100).
 """
 
 from collections import deque
@@ -12,24 +12,40 @@ from hqqtrain.dist.ahead import Piece, Reader
 from hqqtrain.quant import not_finite_error
 
 LATER = 2
-"""Answers that are left open: by then the first is there."""
+"""Number of results that stay pending. By then the GPU has computed the oldest one."""
 
 
 class Finiteness:
-    """Of pieces that `reader` has read. `check` raises UserError, naming tensor and row."""
+    """Collects the finite checks of pieces and reads their results later.
+
+    Args:
+        reader: Reads a piece again to name the row that is not finite.
+    """
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._open: deque[tuple[Piece, Tensor]] = deque()
+        self._pending: deque[tuple[Piece, Tensor]] = deque()
 
     def add(self, piece: Piece, not_finite: Tensor) -> None:
-        """`not_finite`: one number, on any device, that is true if the piece has such values."""
-        self._open.append((piece, not_finite))
+        """Record the result of a check, and read the results that are old enough.
+
+        Args:
+            piece: The rows that were checked.
+            not_finite: Tensor of one element, on any device, true if the piece has NaN or Inf.
+
+        Raises:
+            UserError: See `check`.
+        """
+        self._pending.append((piece, not_finite))
         self.check(LATER)
 
     def check(self, leave: int = 0) -> None:
-        """Waits for all answers but the last `leave`."""
-        while len(self._open) > leave:
-            piece, not_finite = self._open.popleft()
+        """Read all pending results but the last `leave`.
+
+        Raises:
+            UserError: A piece has NaN or Inf; the message names the tensor and the row.
+        """
+        while len(self._pending) > leave:
+            piece, not_finite = self._pending.popleft()
             if not_finite:
                 raise not_finite_error(self._reader.read(*piece), piece.name, piece.rows)

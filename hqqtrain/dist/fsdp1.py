@@ -1,8 +1,8 @@
-"""FSDP1 for frozen packed weights: every decoder layer is one flat tensor, cut evenly.
+"""FSDP1 for frozen packed weights: every decoder layer is one flat tensor, sharded evenly.
 
-What is trained stays whole on every rank, where DDP averages its gradients: FSDP1 would gather
-each of some thousand small adapters by itself. Embeddings and head stay whole, too, as FSDP2 keeps
-them from the first step on.
+Trained parameters stay whole on every rank and DDP averages their gradients, because FSDP1 would
+gather thousands of small adapters one by one. Embeddings and head stay whole, too. FSDP2 keeps them
+unsharded from the first step on, so this takes no more memory.
 """
 
 import torch
@@ -14,9 +14,17 @@ from hqqtrain.dist.strategy import decoder_layers
 
 
 def wrap_layers(model: nn.Module, storage: torch.dtype, device: torch.device) -> nn.Module:
-    """`model`, spread and filled, its decoder layers and itself wrapped. Collective.
+    """Wrap every decoder layer of `model`, and `model` itself, in FSDP1. Collective.
 
-    Packed weights are held as `storage`, and whole for a layer at a time.
+    Packed weights become views of `storage`. Only one layer at a time is whole on a rank.
+
+    Args:
+        model: Sharded by rows (`spread`) and loaded.
+        storage: One dtype for all frozen parameters of a layer, which FSDP1 flattens.
+        device: Device of this rank.
+
+    Returns:
+        The wrapped model.
     """
     layers = decoder_layers(model)
     for number, layer in enumerate(layers):
@@ -24,22 +32,22 @@ def wrap_layers(model: nn.Module, storage: torch.dtype, device: torch.device) ->
         hold_as(layer, storage)
         layers[number] = _wrap(layer, [p for p in layer.parameters() if p.requires_grad], device)
     make_whole(model)
-    # Nothing is left to this one but to be the root that the layers' prefetching needs.
+    # The root wrapper owns no parameters; FSDP1 needs a root to prefetch layers.
     sharded = {p for p in layers.parameters() if not p.requires_grad}
     return _wrap(model, [p for p in model.parameters() if p not in sharded], device)
 
 
 def gathered(module: nn.Module, leaf: str, device: torch.device) -> Tensor:
-    """Parameter `leaf` of `module` after it was cut and gathered. Collective."""
+    """Return a copy of parameter `leaf` of `module` after sharding and gathering. Collective."""
     wrapped = _wrap(module, [p for p in module.parameters() if p.requires_grad], device)
     with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
         return module.get_parameter(leaf).detach().clone()
 
 
-def _wrap(module: nn.Module, whole: list[nn.Parameter], device: torch.device) -> nn.Module:
-    # accelerate numbers a CPU, which FSDP1 takes for another device.
+def _wrap(module: nn.Module, ignored: list[nn.Parameter], device: torch.device) -> nn.Module:
+    # accelerate's CPU device has an index (cpu:0), which FSDP1 treats as a different device.
     device = torch.device("cpu") if device.type == "cpu" else device
-    # use_orig_params: parameters keep their names, and begin at multiples of 16 bytes.
+    # With use_orig_params, parameters keep their names and start at multiples of 16 bytes.
     return FullyShardedDataParallel(
-        module, ignored_states=whole, use_orig_params=True, device_id=device
+        module, ignored_states=ignored, use_orig_params=True, device_id=device
     )

@@ -1,7 +1,8 @@
-"""What `accelerate launch` was told, beside what the recipe says: where they differ, neither wins.
+"""Reconcile accelerate's configuration with the recipe; a contradiction is an error.
 
-Its configuration file reaches us as environment variables, and `Accelerator` would act on them
-behind the recipe's back: its own FSDP2 path puts the whole quantized model on every GPU.
+`accelerate launch` passes its configuration file on as environment variables, and `Accelerator`
+would act on them regardless of the recipe: its own FSDP2 path puts the whole quantized model on
+every GPU.
 """
 
 import logging
@@ -20,15 +21,22 @@ _INSTEAD = "run `accelerate config` again for plain multi-GPU, or launch with to
 
 
 def settle(environ: MutableMapping[str, str], config: RunConfig) -> tuple[str, str]:
-    """Takes over what accelerate's configuration says, where it may.
+    """Adopt the strategy and the precision of accelerate's configuration.
 
-    FSDP is `fsdp2` or `fsdp1`, by its version, and DeepSpeed's stage 3 is `zero3`; they are ours
-    alone from then on. mixed_precision is what `train.precision=auto` means.
+    FSDP becomes `fsdp2` or `fsdp1` by its version, and DeepSpeed's stage 3 becomes `zero3`. Both
+    are then switched off in `environ`, so that `Accelerator` does not apply them a second time.
+    mixed_precision decides what `train.precision=auto` means.
+
+    Args:
+        environ: The process's environment, changed in place.
+        config: The recipe.
 
     Returns:
         `parallel.strategy` and `train.precision`, either of which may still be `auto`.
 
-    Raises UserError, naming both sides, for what contradicts the recipe or is not there.
+    Raises:
+        UserError: A setting contradicts the recipe or is not supported. The message names both
+            sides, and all such settings at once.
     """
     strategy, precision = config.parallel.strategy, config.train.precision
     faults = [
@@ -57,27 +65,27 @@ def settle(environ: MutableMapping[str, str], config: RunConfig) -> tuple[str, s
 def _engines(environ: Mapping[str, str]) -> Iterator[str]:
     for name, engine in _ENGINES.items():
         if _is_on(environ, name):
-            yield f"accelerate's configuration asks for {engine}, not used here; {_INSTEAD}."
+            yield f"accelerate's configuration asks for {engine}, not supported here; {_INSTEAD}."
     backend = environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         yield (
-            f"accelerate's configuration asks for dynamo_backend {backend}: models are not "
-            f"compiled here; set it to 'no'."
+            f"accelerate's configuration asks for dynamo_backend {backend}, but hqqtrain "
+            "does not compile models; set it to 'no'."
         )
 
 
 def _strategy(environ: Mapping[str, str]) -> tuple[str, str]:
-    """(the strategy that the configuration is, if any; what is wrong with it, if anything)."""
+    """Return (strategy that the configuration asks for, error message); either may be empty."""
     if _is_on(environ, _DEEPSPEED):
         stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         if environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none").lower() != "none":
             return "", (
-                "accelerate's configuration names a deepspeed_config_file, which is not read here; "
-                "take it out and set zero_stage: 3."
+                "accelerate's configuration names a deepspeed_config_file, which hqqtrain does "
+                "not read; remove it and set zero_stage: 3."
             )
         fault = "" if stage == "3" else (
-            f"accelerate's configuration says zero_stage: {stage}; packed weights are cut by "
-            "stage 3, where parallel.strategy=zero3."
+            f"accelerate's configuration says zero_stage: {stage}; only stage 3 shards the "
+            "packed weights; set it to 3, which is parallel.strategy=zero3."
         )  # fmt: skip
         return "zero3", fault
     if not _is_on(environ, _FSDP):
@@ -93,14 +101,14 @@ def _offload(environ: Mapping[str, str], config: RunConfig) -> Iterator[str]:
     if wanted and not config.parallel.offloads_parameters:
         yield (
             "accelerate's configuration says fsdp_offload_params: true; the recipe keeps "
-            "parameters on the GPU: set it to false, or parallel.offload=parameters (of fsdp2)."
+            "parameters on the GPU; set it to false, or set parallel.offload=parameters (fsdp2)."
         )
-    for what in ("param", "optimizer") if _is_on(environ, _DEEPSPEED) else ():
-        device = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")
+    for kind in ("param", "optimizer") if _is_on(environ, _DEEPSPEED) else ():
+        device = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{kind.upper()}_DEVICE", "none")
         if device not in ("none", ""):
             yield (
-                f"accelerate's configuration says offload_{what}_device: {device}; zero3 keeps all "
-                "on the GPU here: set it to none, or use fsdp2 with parallel.offload=parameters."
+                f"accelerate's configuration says offload_{kind}_device: {device}; zero3 does not "
+                "offload; set it to none, or use fsdp2 with parallel.offload=parameters."
             )
 
 
@@ -109,13 +117,13 @@ def _clipping(environ: Mapping[str, str], config: RunConfig) -> Iterator[str]:
     if _is_on(environ, _DEEPSPEED) and asked not in ("none", str(limit)):
         yield (
             f"accelerate's configuration says gradient_clipping: {asked}, the recipe "
-            f"train.max_grad_norm={limit}; make them agree, or take out gradient_clipping."
+            f"train.max_grad_norm={limit}; make them agree, or remove gradient_clipping."
         )
 
 
 def _precision(environ: Mapping[str, str], precision: str) -> Iterator[str]:
     mixed = environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if mixed == "no":  # what it says where nobody has thought of it
+    if mixed == "no":  # accelerate's default, so not a choice of the user
         return
     if mixed not in ("bf16", "fp16"):
         yield f"accelerate's configuration says mixed_precision: {mixed}; use bf16, fp16 or no."

@@ -1,7 +1,7 @@
-"""Pieces of tensors that are cut over the ranks, brought to the first rank to be saved.
+"""Gather sharded tensors on rank 0, to save them.
 
-One collective for many tensors, where gathering each by itself would take as many as a large
-model's adapter has, thousands. Only the first rank ever holds what is whole.
+One collective carries many tensors. Gathering each tensor by itself would take as many collectives
+as a large model's adapter has tensors, thousands. Only rank 0 ever holds full tensors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,13 +16,14 @@ from hqqtrain.dist import zero3
 from hqqtrain.dist.processes import Processes
 
 CHUNK = 1 << 27
-"""Bytes that the first rank receives at a time, of all ranks together."""
+"""Bytes that rank 0 receives in one collective, from all ranks together."""
 
 
 class Piece(NamedTuple):
-    """This rank's `part` of a tensor, which the parts of `owners` make in that order, end to end.
+    """This rank's shard of a tensor.
 
-    `shape`: of the whole tensor; None where the parts mean nothing together.
+    `part` is the shard. The flattened shards of the ranks in `owners`, concatenated in that order,
+    are the full tensor of shape `shape`. `shape` is None if the shards do not form one tensor.
     """
 
     part: Tensor
@@ -31,10 +32,16 @@ class Piece(NamedTuple):
 
 
 def piece_of(param: Tensor, part: Tensor, shape: torch.Size | None = None) -> Piece:
-    """`part`, which belongs to this rank's part of `param`, as its gradient does."""
+    """Describe a tensor that is sharded like `param`, such as its gradient or optimizer state.
+
+    Args:
+        param: The parameter whose sharding decides the owners.
+        part: This rank's shard of the tensor.
+        shape: Shape of the full tensor; None if the shards do not form one.
+    """
     if zero3.is_partitioned(param):
         owners = tuple(range(dist.get_world_size()))
-    elif isinstance(param, DTensor):  # of replicas the first
+    elif isinstance(param, DTensor):  # the ranks of the first replica
         mesh = param.device_mesh.mesh
         owners = tuple(mesh.reshape(-1, mesh.shape[-1])[0].tolist())
     else:
@@ -43,7 +50,7 @@ def piece_of(param: Tensor, part: Tensor, shape: torch.Size | None = None) -> Pi
 
 
 def place_of(param: Tensor) -> tuple[int, int]:
-    """(which part of `param` this rank has, counted from 0; of how many)."""
+    """Return (index of this rank's shard of `param`, number of shards)."""
     if zero3.is_partitioned(param):
         return dist.get_rank(), dist.get_world_size()
     if isinstance(param, DTensor):
@@ -55,38 +62,45 @@ def place_of(param: Tensor) -> tuple[int, int]:
 def gathered_pieces(
     pieces: Sequence[Piece], processes: Processes
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """On the first rank (number, the parts of all owners) of each piece; nothing on the others.
+    """Yield (index, shards of all owners) for each piece on rank 0, and nothing on other ranks.
 
-    Parts come as they are on their ranks, in memory that is used again for the next. Every rank
-    gives the same pieces in the same order. Collective.
+    The caller must copy the shards before it asks for the next piece: their memory is reused.
+    Every rank must pass the same pieces in the same order, and exhaust the iterator. Collective.
     """
-    numbers = [n for n, piece in enumerate(pieces) if piece.owners == (0,)]
+    # Rank 0 has some tensors whole already; they need no communication.
     if processes.is_main:
-        for number in numbers:
-            yield number, [pieces[number].part]
-    cut = [n for n, piece in enumerate(pieces) if piece.owners != (0,)]
-    if not cut:
+        for index, piece in enumerate(pieces):
+            if piece.owners == (0,):
+                yield index, [piece.part]
+    sharded = [index for index, piece in enumerate(pieces) if piece.owners != (0,)]
+    if not sharded:
         return
-    parts = [pieces[number].part.detach() for number in cut]
-    facts = processes.gather([(part.dtype, part.shape) for part in parts])  # by rank
-    for chunk in _chunks(facts):
-        found = _exchange([parts[n] for n in chunk], [[f[n] for n in chunk] for f in facts],
-                          processes)  # fmt: skip
-        for place, n in enumerate(chunk if found else ()):
-            number = cut[n]
-            yield number, [found[rank][place] for rank in pieces[number].owners]
+    # Shards differ in size between ranks and may be empty, so ranks first exchange the specs.
+    shards = [pieces[index].part.detach() for index in sharded]
+    specs = processes.gather([(shard.dtype, shard.shape) for shard in shards])  # [rank][shard]
+    for chunk in _chunks(specs):
+        by_rank = _gather_chunk(
+            [shards[n] for n in chunk], [[spec[n] for n in chunk] for spec in specs], processes
+        )
+        # `by_rank` is empty except on rank 0. Keep the shards of the owners, in their order:
+        # with hybrid sharding the other replicas send copies.
+        for position, n in enumerate(chunk if by_rank else ()):
+            index = sharded[n]
+            yield index, [by_rank[rank][position] for rank in pieces[index].owners]
 
 
 Facts = list[tuple[torch.dtype, torch.Size]]
+"""Dtype and shape of each shard of one rank."""
 
 
-def _chunks(facts: list[Facts]) -> Iterator[list[int]]:
-    """Runs of pieces that together have CHUNK bytes, or a little more, on all ranks."""
+def _chunks(specs: list[Facts]) -> Iterator[list[int]]:
+    """Split the shards into runs of about `CHUNK` bytes over all ranks, the last shard included."""
     chunk: list[int] = []
     size = 0
-    for number in range(len(facts[0])):
+    for number in range(len(specs[0])):
         chunk.append(number)
-        size += len(facts) * max(_room(of_rank[number]) for of_rank in facts)
+        # Every rank sends a buffer as large as the largest one, so count the largest shard.
+        size += len(specs) * max(_padded_bytes(*of_rank[number]) for of_rank in specs)
         if size >= CHUNK:
             yield chunk
             chunk, size = [], 0
@@ -94,25 +108,33 @@ def _chunks(facts: list[Facts]) -> Iterator[list[int]]:
         yield chunk
 
 
-def _exchange(parts: list[Tensor], facts: list[Facts], processes: Processes) -> list[list[Tensor]]:
-    """On the first rank the parts of every rank, else nothing. Collective."""
-    room = max(sum(map(_room, of_rank)) for of_rank in facts)
-    mine = torch.empty(room, dtype=torch.uint8, device=processes.device)
-    for part, there in zip(parts, _views(mine, facts[processes.rank]), strict=True):
-        there.copy_(part)
-    sent = [torch.empty_like(mine) for _ in facts] if processes.is_main else None
-    dist.gather(mine, sent)
-    return [list(_views(*pair)) for pair in zip(sent, facts, strict=True)] if sent else []
+def _gather_chunk(
+    shards: list[Tensor], specs: list[Facts], processes: Processes
+) -> list[list[Tensor]]:
+    """Return the shards of every rank on rank 0, and nothing on other ranks. Collective."""
+    # `dist.gather` needs buffers of one size on all ranks: the largest one.
+    size = max(sum(_padded_bytes(*spec) for spec in of_rank) for of_rank in specs)
+    send = torch.empty(size, dtype=torch.uint8, device=processes.device)
+    # Pack this rank's shards into one byte buffer, whatever their dtypes.
+    for shard, view in zip(shards, _views(send, specs[processes.rank]), strict=True):
+        view.copy_(shard)
+    received = [torch.empty_like(send) for _ in specs] if processes.is_main else None
+    dist.gather(send, received)
+    if received is None:
+        return []
+    # Unpack each buffer by the specs of the rank that sent it.
+    return [list(_views(buffer, of_rank)) for buffer, of_rank in zip(received, specs, strict=True)]
 
 
-def _views(buffer: Tensor, facts: Facts) -> Iterator[Tensor]:
-    at = 0
-    for dtype, shape in facts:
+def _views(buffer: Tensor, specs: Facts) -> Iterator[Tensor]:
+    """Yield a view into `buffer` for each shard."""
+    offset = 0
+    for dtype, shape in specs:
         size = shape.numel() * dtype.itemsize
-        yield buffer[at : at + size].view(dtype).view(shape)
-        at += _room((dtype, shape))
+        yield buffer[offset : offset + size].view(dtype).view(shape)
+        offset += _padded_bytes(dtype, shape)
 
 
-def _room(fact: tuple[torch.dtype, torch.Size]) -> int:
-    """Bytes of a part, with those that bring the next one to where any dtype may begin."""
-    return -(-fact[1].numel() * fact[0].itemsize // 16) * 16
+def _padded_bytes(dtype: torch.dtype, shape: torch.Size) -> int:
+    """Bytes of a shard, padded to 16 so that the next one is aligned for any dtype."""
+    return -(-shape.numel() * dtype.itemsize // 16) * 16

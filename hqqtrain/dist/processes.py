@@ -1,9 +1,9 @@
-"""The processes of one run: rank and world size, sums and gathers over them.
+"""The processes of one run: rank, world size and small collectives.
 
-Everything asks the environment for its rank, not for its launcher: torchrun and
-`accelerate launch` both set RANK and WORLD_SIZE. One case needs help. On a machine without
-a GPU, `accelerate launch --num_processes 2` starts a single process and says nothing
-(accelerate 1.15, `simple_launcher`); `relaunch_if_ranks_were_lost` mends that.
+The rank comes from the environment, whatever the launcher is: torchrun and `accelerate launch` both
+set RANK and WORLD_SIZE. One case needs a workaround. On a machine without a GPU, `accelerate launch
+--num_processes 2` silently starts a single process (accelerate 1.15, `simple_launcher`);
+`relaunch_if_ranks_were_lost` then starts all of them.
 """
 
 import os
@@ -24,7 +24,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """Rank, size and device of this process's world; collectives that work alone, too."""
+    """Rank, world size and device of this process, and collectives over all ranks.
+
+    The collectives also work for a single process without a process group.
+    """
 
     rank: int
     size: int
@@ -35,14 +38,14 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sum over all ranks, in float64. Collective."""
+        """Return the element-wise sum over all ranks, in float64. Collective."""
         total = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         if self.size > 1:
             dist.all_reduce(total)
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` of every rank, in rank order. Collective; for small Python objects."""
+        """Return `value` of every rank, in rank order; for small Python objects. Collective."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -52,42 +55,49 @@ class Processes:
     def broadcast(
         self, tensor: torch.Tensor, owner: int, group: dist.ProcessGroup | None = None
     ) -> None:
-        """Overwrites `tensor` with the bytes that rank `owner` of `group`, or of all, holds.
-        Collective over them."""
+        """Overwrite `tensor` with that of rank `owner` of `group`. Collective over the group.
+
+        Without `group`, all ranks take part.
+        """
         if self.size > 1:
             dist.broadcast(tensor, group=group, group_src=owner)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around work without collectives: what one rank raises is raised on every rank.
+        """Raise an error of one rank on every rank, at the end of the context. Collective.
 
-        A UserError or PreemptedError as it is, anything else on the others as RankLostError. Else
-        they would wait for the one that left. Collective at its end.
+        Without it, the other ranks would wait for the failed one in their next collective. The
+        body must not use collectives itself.
+
+        Raises:
+            UserError: A rank has raised it; the message is the same on all ranks.
+            PreemptedError: Likewise.
+            RankLostError: Another rank has raised any other exception.
         """
-        fault: Exception | None = None
+        own: Exception | None = None
         try:
             yield
         except Exception as error:
-            fault = error
-        for rank, told in enumerate(self.gather(tell(fault))):
-            if fault:
-                raise fault
-            if told:
-                raise retold(rank, told)
+            own = error
+        for rank, text in enumerate(self.gather(tell(own))):
+            if own:
+                raise own
+            if text:
+                raise retold(rank, text)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns on the first rank, which alone does it, on every rank.
+        """Call `work` on rank 0 only and return its result on every rank. Collective.
 
-        So is what it raises, see `together`. Collective; for small Python objects.
+        The result must be a small Python object. Errors are raised on every rank, see `together`.
         """
         with self.together():
-            found = work() if self.is_main else None
-        return self.gather(found)[0]
+            result = work() if self.is_main else None
+        return self.gather(result)[0]
 
     def leave(self) -> None:
-        """Ends the process group, when all ranks are ready to. Collective.
+        """Destroy the process group after all ranks have arrived. Collective.
 
-        Without it a rank that exits first can abort one that is still connected.
+        Without it, a rank that exits first can abort one that is still connected.
         """
         self.barrier()
         if dist.is_initialized():
@@ -99,49 +109,59 @@ class Processes:
 
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-"""Of what one process does by itself, whatever its world."""
-
+"""For work that one process does by itself, however many ranks the run has."""
 
 _SHARED = {kind.__name__: kind for kind in (UserError, PreemptedError)}
-"""What is one rank's as much as another's."""
+"""Errors that concern all ranks alike, so that every rank raises them unchanged."""
 
 
 def tell(error: BaseException | None) -> str:
-    """What the other ranks need to hear of `error`; nothing without one."""
+    """Serialize `error` for the other ranks; empty if None."""
     return f"{type(error).__name__}: {error}" if error else ""
 
 
-def retold(rank: int, told: str) -> UserError | PreemptedError | RankLostError:
-    """What to raise on this rank, when `rank` has told that."""
-    kind, _, text = told.partition(": ")
-    return _SHARED[kind](text) if kind in _SHARED else RankLostError(f"rank {rank} failed: {told}")
+def retold(rank: int, text: str) -> UserError | PreemptedError | RankLostError:
+    """Return the error to raise on this rank for `text`, which `tell` made on `rank`."""
+    kind, _, message = text.partition(": ")
+    if kind in _SHARED:
+        return _SHARED[kind](message)
+    return RankLostError(f"rank {rank} failed: {text}")
 
 
 def relaunch_if_ranks_were_lost(arguments: Sequence[str]) -> None:
-    """Replaces this process by torchrun where `accelerate launch` dropped the other ranks.
+    """Replace this process by torchrun if `accelerate launch` has dropped the other ranks.
 
-    Its single-process launcher leaves MASTER_PORT without RANK in the environment when more
-    than one process was asked for; how many stands on the parent's command line only.
+    If more than one process was requested, its single-process launcher leaves MASTER_PORT without
+    RANK in the environment. Only the parent's command line has the number of processes.
+
+    Args:
+        arguments: Command line of `python -m hqqtrain`.
 
     Raises:
-        UserError: the number of processes cannot be found out.
+        UserError: The number of processes cannot be determined.
     """
     lost = {"MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
     if not lost or "RANK" in os.environ:
         return
-    count = _processes_asked_for()
+    count = _requested_processes()
     if count is None:
         raise UserError(
             "accelerate launch starts only one process on a machine without GPUs, though more "
-            "were asked for. Use `NPROC=2 ./launch.sh ...` or `torchrun --nproc-per-node 2 -m "
+            "were requested. Use `NPROC=2 ./launch.sh ...` or `torchrun --nproc-per-node 2 -m "
             "hqqtrain ...`."
         )
-    where = ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
+    master = [
+        "--master_addr",
+        os.environ["MASTER_ADDR"],
+        "--master_port",
+        os.environ["MASTER_PORT"],
+    ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
-    os.execv(sys.executable, [*launcher, *where, "-m", "hqqtrain", *arguments])
+    os.execv(sys.executable, [*launcher, *master, "-m", "hqqtrain", *arguments])
 
 
-def _processes_asked_for() -> int | None:
+def _requested_processes() -> int | None:
+    """Return --num_processes of the parent's command line, None if it cannot be read."""
     try:
         parent = psutil.Process().parent()
         words = parent.cmdline() if parent else []

@@ -1,7 +1,7 @@
-"""Stops a run whose ranks have silently come to differ, or whose frozen weights have changed.
+"""Stop a run whose ranks have silently diverged from each other or whose frozen weights changed.
 
-Others have trained N different adapters on N ranks (transformers#48792) and found frozen bits
-rewritten (bitsandbytes#1945), and noticed when the run was over.
+Other projects have trained N different adapters on N ranks (transformers#48792) and have had frozen
+bits rewritten (bitsandbytes#1945), and noticed it only after the run.
 """
 
 import logging
@@ -21,56 +21,62 @@ logger = logging.getLogger(__name__)
 
 
 class DivergedError(RuntimeError):
-    """Ranks differ where they must not, or a frozen weight is not what it was."""
+    """Ranks that must agree hold different weights, or a frozen weight has changed."""
 
 
 class Sentinel:
-    """Checksums of all parameters of `model`, ready to train, on this rank. Collective.
+    """Compares checksums of all parameters over time and over ranks.
 
-    A checksum is the sum of a tensor's bits as integers: exact, in any order, without a copy. What
-    only changes places within a tensor escapes it. `seconds` and `checks` say what it cost,
-    `compares` whether ranks hold anything in common.
+    A checksum is the sum of a tensor's bits as integers: exact, independent of order, and computed
+    without a copy. It does not notice elements that swap places within a tensor. `seconds` and
+    `checks` are the cost so far. `compares` is whether any two ranks hold the same data.
 
-    Raises DivergedError where ranks that hold the same, as all do of what is not sharded, differ
-    already.
+    Args:
+        model: Ready to train. Creating a `Sentinel` is a collective.
+        processes: All ranks of the run.
+
+    Raises:
+        DivergedError: Ranks that must hold the same data differ already. That is every rank for a
+            parameter that is not sharded.
     """
 
     def __init__(self, model: nn.Module, processes: Processes) -> None:
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                # After a forward pass the outermost has whole parameters, in memory that goes.
+                # FSDP2 leaves the root unsharded after forward; reshard, or we would checksum a
+                # buffer that is freed.
                 module.reshard()
         named = dict(model.named_parameters())
         self._processes = processes
         self._parameters = named
         self._frozen = [name for name, p in named.items() if not p.requires_grad]
-        self._parts = {name: _part(p) for name, p in named.items()}
+        self._parts = {name: _shared_part(p) for name, p in named.items()}
         self.compares = any(part is not None for part in self._parts.values())
         self._first = self._sums()
         self.seconds, self.checks = 0.0, 0
-        self._agree(self._faults_over_ranks(self._first))
+        self._raise_on_all_ranks(self._replica_mismatches(self._first))
 
     def check(self) -> None:
-        """Compares with the first time, and over ranks. Collective.
+        """Compare with the first checksums and over ranks. Collective.
 
         Raises:
-            DivergedError: on every rank, with the ranks and the tensors.
+            DivergedError: On every rank; the message names the ranks and the tensors.
         """
-        began = time.perf_counter()
-        found, rank = self._sums(), self._processes.rank
+        start = time.perf_counter()
+        sums, rank = self._sums(), self._processes.rank
         changed = [
             f"rank {rank}: {name}, which is frozen, has changed"
             for name in self._frozen
-            if found[name] != self._first[name]
+            if sums[name] != self._first[name]
         ]
-        self._agree(changed + self._faults_over_ranks(found))
-        self.seconds += time.perf_counter() - began
+        self._raise_on_all_ranks(changed + self._replica_mismatches(sums))
+        self.seconds += time.perf_counter() - start
         self.checks += 1
 
     def report(self, seconds: float) -> None:
-        """Says what was found, and what it cost of a training of `seconds`."""
+        """Log that all is well, and the share of `seconds` of training that the checks took."""
         logger.info(
-            "%sfrozen bits are unchanged: looked %d times, %.2f %% of the time",
+            "%sfrozen bits are unchanged: %d checks took %.2f %% of the time",
             "ranks agree and " if self.compares else "", self.checks,
             100 * self.seconds / max(seconds, 1e-9),
         )  # fmt: skip
@@ -79,35 +85,39 @@ class Sentinel:
         sums = torch.stack([_checksum(local(p)) for p in self._parameters.values()])
         return dict(zip(self._parameters, sums.tolist(), strict=True))
 
-    def _faults_over_ranks(self, sums: dict[str, int]) -> list[str]:
-        """What this rank holds unlike most of those that hold the same; where none are most,
-        unlike the lowest rank of them."""
-        shared = {name: part for name, part in self._parts.items() if part is not None}
-        mine = [(part, sums[name]) for name, part in shared.items()]
-        faults = []
-        for name, found in zip(
-            shared, zip(*self._processes.gather(mine), strict=True), strict=True
-        ):
-            values = Counter(value for part, value in found if part == shared[name])
-            ((usual, count),) = values.most_common(1)
-            if sums[name] != usual:
-                rank = self._processes.rank
-                faults.append(f"rank {rank}: {name} differs from that of {count} other ranks")
-        return faults
+    def _replica_mismatches(self, sums: dict[str, int]) -> list[str]:
+        """Return a message for every tensor of this rank that its replicas contradict.
 
-    def _agree(self, faults: list[str]) -> None:
-        found = [fault for of_rank in self._processes.gather(faults) for fault in of_rank]
+        The value of most replicas counts as right; without a majority, that of the lowest rank.
+        """
+        shared = {name: part for name, part in self._parts.items() if part is not None}
+        by_rank = self._processes.gather([(part, sums[name]) for name, part in shared.items()])
+        messages = []
+        for name, by_holder in zip(shared, zip(*by_rank, strict=True), strict=True):
+            # Only ranks with the same part of the parameter are comparable.
+            values = Counter(value for part, value in by_holder if part == shared[name])
+            ((expected, count),) = values.most_common(1)
+            if sums[name] != expected:
+                rank = self._processes.rank
+                messages.append(f"rank {rank}: {name} differs from that of {count} other ranks")
+        return messages
+
+    def _raise_on_all_ranks(self, messages: list[str]) -> None:
+        found = [message for of_rank in self._processes.gather(messages) for message in of_rank]
         if found:
             more = f", and {len(found) - 3} more" if len(found) > 3 else ""
             raise DivergedError(
                 f"{'; '.join(found[:3])}{more}. The hardware, a library or the network has altered "
-                "bits: what was trained since the last check is not to be trusted."
+                "bits; do not trust what was trained since the last check."
             )
 
 
-def _part(param: Tensor) -> int | None:
-    """Which part of a parameter this rank holds as others do: 0 where all hold the whole, of
-    hybrid sharding's replicas the place in the shard; None where each rank's part is its own."""
+def _shared_part(param: Tensor) -> int | None:
+    """Return the index of the part of `param` that this rank shares with other ranks.
+
+    It is 0 if all ranks hold the full parameter, the shard index under hybrid sharding, and None if
+    no other rank holds the same part.
+    """
     if not is_sharded(param):
         return 0
     mesh = param.device_mesh if isinstance(param, DTensor) else None
@@ -115,12 +125,12 @@ def _part(param: Tensor) -> int | None:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """int64 [], of the bits; a float view of packed codes is never read as numbers.
+    """Return the sum of the bits as int64 []; packed codes are never read as floats.
 
-    As integers of 64 bits where they can be seen as such: torch would make these of others, as a
-    copy of 8 times the size of a packed weight.
+    The tensor is viewed as int64 if its alignment allows. From a smaller integer dtype torch would
+    first make an int64 copy, 8 times the size of a packed weight.
     """
-    at = tensor.storage_offset() * tensor.element_size()
-    if tensor.is_contiguous() and tensor.nbytes % 8 == at % 8 == 0:
+    offset = tensor.storage_offset() * tensor.element_size()
+    if tensor.is_contiguous() and tensor.nbytes % 8 == offset % 8 == 0:
         return tensor.view(-1).view(torch.int64).sum()
     return as_integers(tensor).sum(dtype=torch.int64)

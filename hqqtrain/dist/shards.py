@@ -1,8 +1,8 @@
-"""Parameters, sharded or not, seen alike: which rows are ours, filling and gathering them.
+"""One view of parameters, sharded or not: rows of this rank, local tensor, full tensor.
 
-FSDP2 cuts dimension 0 as `torch.chunk` does. W_q, scale and zero share that dimension (whole
-output rows, or row classes), so a rank's rows of the three belong to one another. FSDP1 and ZeRO-3
-cut elsewhere, but get a model that was filled before (`spread.py`).
+FSDP2 shards dimension 0 as `torch.chunk` does. W_q, scale and zero share that dimension (whole
+output rows, or row classes), so a rank's rows of all three describe the same weights. FSDP1 and
+ZeRO-3 shard flat memory instead, but receive a model that is already loaded (`spread.py`).
 """
 
 from typing import Any, NamedTuple
@@ -18,8 +18,11 @@ from hqqtrain.dist.processes import Processes
 
 
 class Copies(NamedTuple):
-    """How many ranks hold the same part of a parameter, which of them this one is, and the group
-    in which they can share it (None: all ranks)."""
+    """The ranks that hold the same part of a parameter, as seen by this rank.
+
+    `size` is their number, `rank` the index of this rank among them, and `group` the process group
+    to broadcast in (None: all ranks).
+    """
 
     size: int
     rank: int
@@ -27,7 +30,11 @@ class Copies(NamedTuple):
 
 
 def copies(param: Tensor, processes: Processes) -> Copies:
-    """All ranks hold a parameter that is not sharded; of one that is, its replicas, if any."""
+    """Return the replica group of `param`.
+
+    Every rank holds a parameter that is not sharded. A shard has one holder, or with hybrid
+    sharding one in each replica.
+    """
     if not isinstance(param, DTensor):
         return Copies(processes.size, processes.rank, None)
     mesh = param.device_mesh
@@ -37,11 +44,11 @@ def copies(param: Tensor, processes: Processes) -> Copies:
 
 
 def owned_rows(param: Tensor) -> slice:
-    """The rows of the whole parameter that this rank holds; all of them when not sharded."""
+    """Return the rows of the full parameter that this rank holds: all rows if it is not sharded."""
     if not isinstance(param, DTensor):
         return slice(0, param.shape[0])
     mesh, rows = param.device_mesh, param.shape[0]
-    last = mesh.ndim - 1  # before it, if anything, the replicas
+    last = mesh.ndim - 1  # the shard dimension; a replicate dimension may precede it
     share = -(-rows // mesh.size(last))
     start = min(mesh.get_local_rank(last) * share, rows)
     stop = min(start + share, rows)
@@ -50,7 +57,7 @@ def owned_rows(param: Tensor) -> slice:
 
 
 def local(param: Tensor) -> Tensor:
-    """The part of `param` on this rank, sharing its memory."""
+    """Return the part of `param` on this rank, sharing its memory."""
     if zero3.is_partitioned(param):
         return param.ds_tensor  # type: ignore[attr-defined]
     param = param.detach()
@@ -58,24 +65,24 @@ def local(param: Tensor) -> Tensor:
 
 
 def is_sharded(param: Tensor) -> bool:
-    """Whether `local` is but a part of it, by any engine."""
+    """Whether this rank holds only a part of `param`, under any strategy."""
     return isinstance(param, DTensor) or zero3.is_partitioned(param) or _is_fsdp_flattened(param)
 
 
 def count(param: Tensor) -> int:
-    """How many numbers the whole parameter has."""
+    """Number of elements of the full parameter."""
     return param.ds_numel if zero3.is_partitioned(param) else param.numel()  # type: ignore[attr-defined]
 
 
 def write_full(param: Tensor, full: Tensor) -> None:
-    """Copies this rank's rows of `full` into `param`."""
+    """Copy this rank's rows of `full` into `param`."""
     local(param).copy_(full[owned_rows(param)])
 
 
 def full_tensor(param: Tensor) -> Tensor:
-    """The whole parameter, bit for bit, on every rank. Collective where it is sharded.
+    """Return the full parameter, bit for bit, on every rank. Collective if it is sharded.
 
-    Not for those that FSDP1 has flattened.
+    Parameters that FSDP1 has flattened are not supported.
     """
     if zero3.is_partitioned(param):
         return zero3.gathered(param)
@@ -83,14 +90,20 @@ def full_tensor(param: Tensor) -> Tensor:
     param = param.detach()
     if not isinstance(param, DTensor):
         return param
-    there: Any = param.to(param.device_mesh.device_type)  # it may wait on the host
-    return there.full_tensor()
+    # With offloading the shard is on the host.
+    on_device: Any = param.to(param.device_mesh.device_type)
+    return on_device.full_tensor()
 
 
 def materialise(model: nn.Module, device: torch.device, *, offload: bool = False) -> None:
-    """Gives every meta tensor (uninitialised) memory on `device`; tied parameters stay tied.
+    """Allocate uninitialized memory on `device` for every meta tensor of `model`.
 
-    With `offload` parameters get it on the host. (`nn.Module.to_empty` would untie them.)
+    Tied parameters stay tied, which `nn.Module.to_empty` does not guarantee.
+
+    Args:
+        model: Changed in place.
+        device: Device of the buffers, and of the parameters without `offload`.
+        offload: Allocate the parameters on the host.
     """
     made: dict[Tensor, Any] = {}
     for module in model.modules():
@@ -101,11 +114,12 @@ def materialise(model: nn.Module, device: torch.device, *, offload: bool = False
                 if tensor is None or not tensor.is_meta:
                     continue
                 if tensor not in made:
-                    made[tensor] = _real(tensor, torch.device("cpu") if on_host else device)
+                    target = torch.device("cpu") if on_host else device
+                    made[tensor] = _empty_like(tensor, target)
                 held[name] = made[tensor]
 
 
-def _real(tensor: Tensor, device: torch.device) -> Tensor:
+def _empty_like(tensor: Tensor, device: torch.device) -> Tensor:
     memory = torch.empty_like(tensor, device=device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(memory, requires_grad=tensor.requires_grad)

@@ -1,8 +1,8 @@
-"""A model cut by rows before an engine has it: FSDP1 and ZeRO-3 take it a layer at a time.
+"""Row sharding for loading, before FSDP1 or ZeRO-3 takes over the model.
 
-Both cut flat memory, in the middle of rows, and want the whole of what they cut. So the model is
-spread by rows first and filled like that, as under FSDP2, and handed over decoder layer by decoder
-layer: each weight is quantized once in all, and no rank holds more than its share and one layer.
+Both engines shard flat memory, in the middle of rows, and need the full tensors first. So the model
+is sharded by rows and loaded, as under FSDP2, and then handed over one decoder layer at a time.
+Each weight is quantized by one rank only, and no rank holds more than its shard and one layer.
 """
 
 from collections.abc import Callable
@@ -18,20 +18,28 @@ from hqqtrain.nn import PACKED, HQQLinear
 
 
 def spread(model: nn.Module, device: torch.device, world_size: int) -> None:
-    """Cuts dimension 0 of every parameter, on meta, over all ranks; tied ones stay tied."""
+    """Shard dimension 0 of every meta parameter over all ranks; tied parameters stay tied."""
     ensure_process_group(world_size)
     mesh = init_device_mesh(device.type, (world_size,))
     _replace(model, lambda p: distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None))
 
 
 def make_whole(module: nn.Module) -> None:
-    """Every parameter of `module` that is spread is whole again, on every rank. Collective."""
+    """Unshard every parameter of `module` in place, on every rank. Collective."""
     _replace(module, lambda p: p.full_tensor().detach() if isinstance(p, DTensor) else p)
 
 
 def check_flat(model: nn.Module, storage: torch.dtype, strategy: str) -> None:
-    """Raises UserError where packed weights cannot be held as `storage`, or, under `fsdp1`, a
-    decoder layer would have frozen parameters of more than one dtype."""
+    """Check that `strategy` (`fsdp1` or `zero3`) can flatten the parameters of `model`.
+
+    Args:
+        model: Quantized, on any device.
+        storage: Dtype to hold W_q, scale and zero in.
+        strategy: FSDP1 also needs one dtype for all frozen parameters of a decoder layer.
+
+    Raises:
+        UserError: A packed weight cannot be viewed as `storage`, or the dtypes differ.
+    """
     for name, module in model.named_modules():
         if isinstance(module, HQQLinear):
             _check_views(name, module, storage, strategy)
@@ -41,7 +49,7 @@ def check_flat(model: nn.Module, storage: torch.dtype, strategy: str) -> None:
         if param in in_layers and not (packed or param.requires_grad or param.dtype == storage):
             raise UserError(
                 f"quant.storage={storage_name(storage)}: {name} is {param.dtype}, and "
-                "parallel.strategy=fsdp1 makes one tensor of a decoder layer; use "
+                "parallel.strategy=fsdp1 flattens a decoder layer to one tensor; use "
                 f"quant.storage={storage_name(param.dtype)}, or fsdp2."
             )
 
@@ -49,32 +57,31 @@ def check_flat(model: nn.Module, storage: torch.dtype, strategy: str) -> None:
 def _check_views(name: str, layer: HQQLinear, storage: torch.dtype, strategy: str) -> None:
     row = layer.layout.groups * layer.spec.meta_dtype.itemsize
     if row % storage.itemsize:
-        bf16 = "" if strategy == "fsdp1" else "quant.storage=bf16, "  # which has no choice
+        bf16 = "" if strategy == "fsdp1" else "quant.storage=bf16, "  # fsdp1's is the compute dtype
         raise UserError(
             f"parallel.strategy={strategy}: a row of {name} has {layer.layout.groups} "
-            f"scales of {layer.spec.meta_dtype}, {row} bytes, which cannot be held as "
+            f"scales of {layer.spec.meta_dtype}, {row} bytes, which cannot be viewed as "
             f"{storage}; use {bf16}quant.meta_dtype=fp32, or fsdp2."
         )
 
 
 def hold_as(module: nn.Module, storage: torch.dtype) -> None:
-    """All packed weights of `module` become views of `storage`: see `HQQLinear.hold_as`."""
+    """View all packed weights of `module` as `storage`, see `HQQLinear.hold_as`."""
     for part in module.modules():
         if isinstance(part, HQQLinear):
             part.hold_as(storage)
 
 
-def _replace(module: nn.Module, changed: Callable[[nn.Parameter], Tensor]) -> None:
-    """Puts `changed` of each parameter in its place, of one with several places once."""
+def _replace(module: nn.Module, convert: Callable[[nn.Parameter], Tensor]) -> None:
+    """Replace each parameter by `convert(parameter)`, called once for tied parameters."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for leaf, param in part._parameters.items():
             if param is None:
                 continue
             if param not in made:
-                made[param] = _parameter(changed(param), param)
+                tensor = convert(param)
+                if not isinstance(tensor, nn.Parameter):
+                    tensor = nn.Parameter(tensor, requires_grad=param.requires_grad)
+                made[param] = tensor
             part._parameters[leaf] = made[param]
-
-
-def _parameter(tensor: Tensor, old: nn.Parameter) -> nn.Parameter:
-    return old if tensor is old else nn.Parameter(tensor, requires_grad=old.requires_grad)

@@ -1,8 +1,8 @@
-"""Ranks that work for minutes without a collective hear soon when one of them fails or is gone.
+"""Heartbeat between ranks that work for minutes without a collective.
 
-Else the others would go on until they meet, and there wait for a rank that never comes: half an
-hour of NCCL's patience. So each rank says in the process group's store that it is alive, and how
-its work ended, and looks at what the others say. No collective is needed to stop, or to go on.
+If one rank fails or vanishes, the others would work until their next collective and wait there for
+half an hour, NCCL's time-out. So each rank writes to the process group's store that it is alive and
+how its work ended, and reads the state of the others. This needs no collective.
 """
 
 import json
@@ -19,49 +19,63 @@ from hqqtrain.config import PreemptedError, RankLostError, UserError
 from hqqtrain.dist.processes import Processes, retold, tell
 
 BEAT = 0.5
-"""Seconds between two looks."""
+"""Seconds between two heartbeats."""
 LOST_AFTER = 20.0
-"""Seconds without a sign of life. It comes from a thread, which is held up for seconds at most:
-the long calls of torch and safetensors let it run."""
+"""Seconds without a heartbeat after which a rank counts as lost.
 
+A thread sends the heartbeats. The long calls of torch and safetensors release the GIL, so it is
+delayed by seconds at most.
+"""
 
 Shown = UserError | PreemptedError | RankLostError
+"""Errors that `Watch` raises for another rank."""
+
+_STORE_HOST = -1
+"""Key of `Watch._lost` for the process that hosts the store."""
 
 
 class Watch:
-    """A context around work of which every rank has its own part; `check` often within it.
+    """Context around work that each rank does on its own; the body must call `check` often.
 
-    All ranks enter and leave it together. What one rank raises is raised on every rank: a UserError
-    or PreemptedError as it is, anything else, also that a rank is gone, as RankLostError on the
-    others. Collective.
+    All ranks enter and leave the context together. An error of one rank is raised on every rank: a
+    UserError or PreemptedError unchanged, any other error, or a rank that is gone, as RankLostError
+    on the other ranks. Collective.
     """
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
         self._others = [rank for rank in range(processes.size) if rank != processes.rank]
-        self._mine: dict[str, Any] = {}
-        self._told = False
-        self._states: dict[int, dict[str, Any]] = {}
-        self._lost: dict[int, str] = {}
+        self._end_state: dict[str, Any] = {}  # what this rank reports once its work has ended
+        self._end_is_reported = False
+        self._states: dict[int, dict[str, Any]] = {}  # the last state read from each rank
+        self._lost: dict[int, str] = {}  # rank -> message
         self._raised: Shown | None = None
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look_around, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> "Watch":
         if self._others:
-            shared: Any = _get_default_store()
-            self._store = dist.PrefixStore(_next_name(), shared.clone())  # a connection of its own
+            # A connection of its own, because the thread uses it while torch may use the first.
+            default: Any = _get_default_store()
+            self._store = dist.PrefixStore(_next_name(), default.clone())
             self._store.set_timeout(timedelta(seconds=LOST_AFTER))
+            # After the barrier the keys of all ranks exist, so `_read_states` never blocks on one.
             self._store.set(str(self._processes.rank), "{}")
             self._processes.barrier()
-            self._looked = time.monotonic()
-            self._changed = dict.fromkeys(self._others, self._looked)
+            self._read_at = time.monotonic()
+            self._changed_at = dict.fromkeys(self._others, self._read_at)
             self._thread.start()
         return self
 
     def check(self) -> None:
-        """Raises what another rank has raised, or RankLostError if one is gone."""
-        self._raised = self._fault()
+        """Raise the error of another rank, if any.
+
+        Raises:
+            UserError: Another rank has raised it.
+            PreemptedError: Likewise.
+            RankLostError: Another rank has raised any other error, or is gone.
+        """
+        self._raised = self._error()
         if self._raised:
             raise self._raised
 
@@ -71,60 +85,71 @@ class Watch:
     ) -> None:  # fmt: skip
         if not self._others:
             return
+        # Report only errors of this rank: one that `check` has raised is known to the others.
         own = None if error is self._raised else error
-        self._mine = {"ended": True, "fault": tell(own)}
-        if error is None or isinstance(error, Exception):  # else a signal: there is no time
+        self._end_state = {"ended": True, "fault": tell(own)}
+        # On KeyboardInterrupt or SystemExit, leave at once.
+        if error is None or isinstance(error, Exception):
             self._wait_for_others()
         self._over.set()
         self._thread.join(2 * BEAT)
         if error is None:
+            # Another rank may have failed after this one was done.
             self.check()
-            self._processes.barrier()  # or the store's host may go before the others have looked
+            # The host of the store must not exit before the others have read the last states.
+            self._processes.barrier()
 
     def _wait_for_others(self) -> None:
-        """Also where this rank has failed: the store may be its own, and they read why in it."""
-        while not (self._told and all(map(self._has_ended, self._others))):
+        """Wait until the end is reported and all others have ended or are lost.
+
+        A rank that has failed waits, too: it may host the store, where the others read the error.
+        """
+        while not (self._end_is_reported and all(map(self._has_ended, self._others))):
             if self._is_cut_off():
                 return
             time.sleep(BEAT / 5)
 
-    def _look_around(self) -> None:
+    def _run(self) -> None:
+        """Body of the thread: send a heartbeat and read the others', until the work is over."""
         beats = 0
         try:
             while not self._over.wait(BEAT):
+                # The counter changes the state, which is what proves that this rank is alive.
                 beats += 1
-                self._say({"beat": beats} | self._mine)
-                self._look()
+                state = {"beat": beats} | self._end_state
+                self._store.set(str(self._processes.rank), json.dumps(state))
+                self._end_is_reported = bool(state.get("ended"))
+                self._read_states()
         except RuntimeError as error:
-            self._lost[-1] = f"the process that holds the ranks together is gone ({error})."
+            # The store raises when its host is gone, or does not answer within LOST_AFTER.
+            self._lost[_STORE_HOST] = f"the process that hosts the store is gone ({error})."
 
-    def _say(self, state: dict[str, Any]) -> None:
-        self._store.set(str(self._processes.rank), json.dumps(state))
-        self._told = bool(state.get("ended"))
-
-    def _look(self) -> None:
-        """At what the others have said last, and since when."""
+    def _read_states(self) -> None:
+        """Read the states of the other ranks and note those that have not changed for too long."""
         texts = self._store.multi_get([str(rank) for rank in self._others])
         now = time.monotonic()
-        if now - self._looked > LOST_AFTER / 4:  # this process itself was held up, as by a debugger
-            self._changed = dict.fromkeys(self._others, now)
-        self._looked = now
+        # If this process itself was suspended, as by a debugger, the others had no chance to be
+        # seen: start their time again.
+        if now - self._read_at > LOST_AFTER / 4:
+            self._changed_at = dict.fromkeys(self._others, now)
+        self._read_at = now
         for rank, text in zip(self._others, texts, strict=True):
             state = json.loads(text)
             if state != self._states.get(rank, {}):
-                self._states[rank], self._changed[rank] = state, now
-                self._lost.pop(rank, None)
-            elif not state.get("ended") and now - self._changed[rank] > LOST_AFTER:
-                self._lost[rank] = f"rank {rank} is gone: no sign of life for {LOST_AFTER:.0f} s."
+                self._states[rank], self._changed_at[rank] = state, now
+                self._lost.pop(rank, None)  # it was only slow
+            elif not state.get("ended") and now - self._changed_at[rank] > LOST_AFTER:
+                self._lost[rank] = f"rank {rank} is gone: no heartbeat for {LOST_AFTER:.0f} s."
 
     def _is_cut_off(self) -> bool:
-        """Nothing is heard, not even from the store, which may hang without an error."""
-        return -1 in self._lost or time.monotonic() - self._looked > LOST_AFTER
+        """Whether the store is out of reach; it may hang without an error."""
+        return _STORE_HOST in self._lost or time.monotonic() - self._read_at > LOST_AFTER
 
     def _has_ended(self, rank: int) -> bool:
         return rank in self._lost or bool(self._states.get(rank, {}).get("ended"))
 
-    def _fault(self) -> Shown | None:
+    def _error(self) -> Shown | None:
+        """Return the error to raise on this rank, None if all is well."""
         if not self._others:
             return None
         for rank, state in sorted(self._states.items()):
@@ -133,7 +158,7 @@ class Watch:
         if self._lost:
             return RankLostError(" ".join(self._lost.values()))
         if self._is_cut_off():
-            return RankLostError("the process that holds the ranks together does not answer.")
+            return RankLostError("the process that hosts the store does not answer.")
         return None
 
 
@@ -141,7 +166,7 @@ _count = 0
 
 
 def _next_name() -> str:
-    """Every watch has keys of its own; all ranks make them in the same order."""
+    """Return a prefix for the store's keys. All ranks create watches in the same order."""
     global _count
     _count += 1
     return f"hqqtrain watch {_count}"

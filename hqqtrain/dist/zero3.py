@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO-3: parameters cut flat over the ranks, gathered by hooks on the modules.
+"""DeepSpeed's ZeRO-3: flat shards of parameters, gathered by hooks on the modules.
 
-DeepSpeed is asked to cast nothing: no parameter of a packed weight may be read as a number. It is
-imported here alone, late, and only for `parallel.strategy=zero3`.
+The configuration keeps DeepSpeed from casting parameters, because packed weights are bits, not
+numbers. Only this module imports DeepSpeed, lazily, for `parallel.strategy=zero3`.
 """
 
 import logging
@@ -18,51 +18,69 @@ from hqqtrain.dist.spread import hold_as, make_whole
 from hqqtrain.dist.strategy import decoder_layers
 
 LIVE, BUCKET = 1 << 28, 1 << 24
-"""Numbers that may be whole at a time, two decoder layers of a Llama-70B at 2 bits in bf16, and
-gradients that are reduced at a time. DeepSpeed's own, 10^9 and 5 * 10^8, take 2 GiB each."""
+"""Elements of parameters that may be gathered at a time, and elements of gradients per reduction.
+
+`LIVE` is two decoder layers of a Llama-70B at 2 bits in bf16. DeepSpeed's defaults, 10^9 and
+5 * 10^8, take 2 GiB each.
+"""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Of AdamW."""
+"""Keys of AdamW's state."""
 
 _engines: dict[nn.Module, Any] = {}
-"""Whose hooks a model has; a run has two models at most, to its end."""
+"""DeepSpeed engine whose hooks are on each model. A run has at most two models, until it ends."""
 
 
 def partition(model: nn.Module, storage: torch.dtype, device: torch.device) -> None:
-    """Hands `model`, spread and filled, over to ZeRO-3, and lets it be called. Collective.
+    """Shard `model` with ZeRO-3 so that it can be called. Collective.
 
-    Packed weights are held as `storage`, and whole for a decoder layer at a time.
+    Packed weights become views of `storage`. Only one decoder layer at a time is whole on a rank.
+
+    Args:
+        model: Sharded by rows (`spread`) and loaded; changed in place.
+        storage: Dtype to view W_q, scale and zero as.
+        device: Device of this rank.
     """
+    # Layer by layer: gather from row shards, view as floats, shard flat and free the full layer.
     for layer in decoder_layers(model):
         make_whole(layer)
         hold_as(layer, storage)
         cut(layer, device)
+    # Then what is outside the layers: embeddings, head, final norm.
     make_whole(model)
     cut(model, device)
+    # An engine without an optimizer installs the hooks that gather parameters in a forward pass.
     _engines[model] = _deepspeed(device).initialize(model=model, config=_config())[0]
 
 
 def cut(module: nn.Module, device: torch.device) -> None:
-    """Each rank keeps its piece of every parameter of `module` that is not cut yet. Collective."""
+    """Shard every parameter of `module` that is not sharded yet. Collective."""
     _deepspeed(device).zero.Init(module=module, config_dict_or_path=_config())
 
 
 def training_engine(
     model: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None, autocast: torch.dtype
 ) -> Any:
-    """DeepSpeed's engine over `model`, partitioned, which is called in its place. Collective.
+    """Build DeepSpeed's engine for training, which the caller calls instead of `model`. Collective.
 
     Args:
-        max_grad_norm: to which it clips the gradient; None: never.
-        autocast: of matrix products; fp32: none.
+        model: As `partition` leaves it.
+        optimizer: Optimizer of the trained parameters.
+        max_grad_norm: Norm to which DeepSpeed clips the gradient; None for no clipping.
+        autocast: Dtype of matrix products; fp32 for no autocast.
+
+    Returns:
+        The `DeepSpeedEngine`.
     """
     import deepspeed
 
+    # Remove the hooks of the engine without an optimizer, or parameters would be gathered twice.
     _engines.pop(model).destroy()
     config = _config() | {"gradient_clipping": max_grad_norm or 0.0}
     if autocast != torch.float32:
         name = str(autocast).removeprefix("torch.")
-        # no module's parameters are to be gathered in that dtype
+        # By default DeepSpeed casts the parameters of some modules before gathering them. An empty
+        # list makes it autocast matrix products only, which keeps packed bits unchanged.
         modules: list[str] = []
         config["torch_autocast"] = {
             "enabled": True, "dtype": name, "lower_precision_safe_modules": modules,
@@ -72,14 +90,20 @@ def training_engine(
 
 
 def is_partitioned(param: Tensor) -> bool:
-    """Whether ZeRO-3 has cut it."""
+    """Whether ZeRO-3 has sharded `param`."""
     return hasattr(param, "ds_tensor")
 
 
 def trained_parts(engine: Any, param: Tensor) -> dict[str, Tensor]:
-    """This rank's part of a trained parameter, "" in fp32, and of its optimizer state by key.
+    """Return this rank's shards of a trained parameter and of its optimizer state.
 
-    Flat, all ranks' of one size: at the end of the last there may be numbers that mean nothing.
+    Args:
+        engine: From `training_engine`.
+        param: A trained parameter of its model.
+
+    Returns:
+        The fp32 parameter under the key "", and the moments by their keys once a step was taken.
+        Shards are flat and of one size on all ranks, so the last one may end with padding.
     """
     from deepspeed import utils
 
@@ -90,33 +114,43 @@ def trained_parts(engine: Any, param: Tensor) -> dict[str, Tensor]:
 
 
 def load_moments(engine: Any, step: int, saved: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
-    """Gives the optimizer of `engine`, which is new, the whole tensors of each parameter by key."""
+    """Load saved moments into the new optimizer of `engine`.
+
+    Args:
+        engine: From `training_engine`; its optimizer has taken no step.
+        step: Steps that the saved optimizer had taken.
+        saved: Full moments of each trained parameter, by key.
+    """
     from deepspeed import utils
 
     zero = engine.optimizer
+    # DeepSpeed steps on flat fp32 groups of this rank's shards. Before the first step they have no
+    # state, so create it, with the step count that bias correction needs.
     for flat in zero.fp32_partitioned_groups_flat:
         moments = {key: torch.zeros_like(flat) for key in MOMENTS}
         zero.optimizer.state[flat] = {"step": torch.tensor(float(step)), **moments}
+    # Then write each parameter's shard into its place in the group.
+    rank = torch.distributed.get_rank()
     for param, tensors in saved.items():
-        size, rank = local_size(param), torch.distributed.get_rank()
+        size = local_size(param)
         for key in MOMENTS:
-            mine = tensors[key].flatten()[rank * size : (rank + 1) * size]
-            mine = F.pad(mine, (0, size - mine.numel()))
-            utils.safe_set_local_optimizer_state(param, mine, key)
+            shard = tensors[key].flatten()[rank * size : (rank + 1) * size]
+            shard = F.pad(shard, (0, size - shard.numel()))  # the last shards may be short
+            utils.safe_set_local_optimizer_state(param, shard, key)
 
 
 def local_size(param: Tensor) -> int:
-    """How many numbers of the parameter each rank has."""
+    """Number of elements of `param` on each rank, padding included."""
     return param.ds_tensor.numel()  # type: ignore[attr-defined]
 
 
 def steps_taken(engine: Any) -> int:
-    """By the optimizer of `engine`."""
+    """Number of steps the optimizer of `engine` has taken."""
     return max((int(s["step"]) for s in engine.optimizer.optimizer.state.values()), default=0)
 
 
 def gathered(param: Tensor) -> Tensor:
-    """A copy of the whole parameter, on every rank. Collective."""
+    """Return a copy of the full parameter, on every rank. Collective."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([param]):
@@ -125,27 +159,29 @@ def gathered(param: Tensor) -> Tensor:
 
 def _config() -> dict[str, Any]:
     return {
-        "train_micro_batch_size_per_gpu": 1,  # accumulation is the trainer's
+        "train_micro_batch_size_per_gpu": 1,  # the trainer accumulates gradients
         "zero_optimization": {
             "stage": 3,
             "memory_efficient_linear": False,
-            "stage3_param_persistence_threshold": 0,  # else small ones, as adapters, stay whole
+            # By default small parameters, such as adapters, are not sharded.
+            "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": LIVE,
             "stage3_max_reuse_distance": LIVE,
             "reduce_bucket_size": BUCKET,
         },
         "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1 << 60,
+        "steps_per_print": 1 << 60,  # never
     }
 
 
 def _deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed with our settings and connect it to the process group."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # Else it compiles an all-reduce of its own, for one CPU's processes, which is not used here.
+    # By default DeepSpeed compiles its own all-reduce for processes of one CPU: not needed here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed

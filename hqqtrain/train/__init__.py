@@ -1,1 +1,1 @@
-"""Training by itself: the loop, what a step is made of, and the state between two steps."""
+"""Training: the loop, the parts of a step, and the state between two steps."""

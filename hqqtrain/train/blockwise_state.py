@@ -1,8 +1,10 @@
-"""bitsandbytes' optimizer states, saved and put back.
+"""Save and load bitsandbytes' 8-bit optimizer states.
 
-Each rank quantizes its own part of a moment, 256 numbers to a scale, unless it is small. Parts are
-saved as they are, by their number, and come back bit for bit where a parameter is cut alike. Where
-it is not, they go by way of fp32 and are quantized anew: a rounding of 8 bits, once.
+Each rank quantizes its own shard of a moment in blocks of 256 elements with one scale (`absmax`)
+each; small tensors stay in fp32. Blocks do not align with the shards of another world size, so the
+shards are saved as they are, numbered. If a parameter is sharded as before, they are loaded bit for
+bit. Otherwise the moment is dequantized to fp32, sharded again and quantized again, which costs one
+8-bit rounding.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,21 +17,29 @@ from torch.optim import Optimizer
 from hqqtrain.dist import Piece, owned_rows, piece_of, place_of
 
 _MOMENTS = ("1", "2")
+"""AdamW's first and second moment, as bitsandbytes numbers them: state1, absmax1, qmap1, ..."""
+
 _BLOCK = 256
-"""Numbers that share a scale (bitsandbytes, optim/optimizer.py, `init_state`)."""
+"""Elements that share a scale (bitsandbytes, optim/optimizer.py, `init_state`)."""
 
 
 def blockwise_pieces(
     name: str, param: nn.Parameter, state: Mapping[str, Any]
 ) -> Iterator[tuple[str, Piece]]:
-    """(`name/key`, this rank's piece) of a parameter's state.
+    """Yield (`name/key`, this rank's shard) for the state of one parameter.
 
-    The same keys on every rank: a part too small for 8 bits has no scales, and an empty one no
-    state at all; they give empty tensors.
+    The keys are the same on every rank, as gathering requires. A shard too small for 8 bits has no
+    scales, and an empty shard has no state at all: both yield empty tensors.
+
+    Args:
+        name: Name of the parameter.
+        param: The parameter, sharded or not.
+        state: Its entry in the optimizer's state.
     """
     nothing = torch.empty(0)
     for moment in _MOMENTS:
-        part, scales = (state.get(f"{key}{moment}", nothing) for key in ("state", "absmax"))
+        part = state.get(f"state{moment}", nothing)
+        scales = state.get(f"absmax{moment}", nothing)
         yield f"{name}/state{moment}", piece_of(param, part.flatten())
         yield f"{name}/absmax{moment}", piece_of(param, scales)
 
@@ -38,53 +48,66 @@ def load_blockwise(
     optimizer: Optimizer, number: int, name: str, param: nn.Parameter,
     saved: Mapping[str, Tensor], step: int,
 ) -> None:  # fmt: skip
-    """Puts back the state of the parameter `number` of `optimizer`, whose whole is `param`."""
-    maker: Any = optimizer
-    group = maker.param_groups[0]
-    held = group["params"][number]
-    maker.init_state(group, held, 0, number)
-    state = maker.state[held]
+    """Load the saved state of one parameter into `optimizer`.
+
+    Args:
+        optimizer: A new bitsandbytes optimizer, over this rank's shards.
+        number: Index of the parameter's shard in the optimizer.
+        name: Name of the parameter.
+        param: The parameter itself, sharded or not.
+        saved: Saved shards by `name/key/shard number`, with all shards of the parameter.
+        step: Steps that the saved optimizer had taken.
+    """
+    # Let bitsandbytes allocate the state of the shard: 8 bits or, if it is small, fp32.
+    bnb_optimizer: Any = optimizer
+    group = bnb_optimizer.param_groups[0]
+    shard = group["params"][number]
+    bnb_optimizer.init_state(group, shard, 0, number)
+    state = bnb_optimizer.state[shard]
     state["step"] = step
-    place, parts = place_of(param)
+    shard_index, shard_count = place_of(param)
     for moment in _MOMENTS:
-        was = _saved(saved, f"{name}/state{moment}"), _saved(saved, f"{name}/absmax{moment}")
-        if len(was[0]) == parts:
-            _copy(state, moment, was[0][place], was[1][place])
+        parts = _saved_shards(saved, f"{name}/state{moment}")
+        scales = _saved_shards(saved, f"{name}/absmax{moment}")
+        if len(parts) == shard_count:
+            # Sharded as before: copy codes and scales. Only quantized shards have scales.
+            target = state[f"state{moment}"]
+            target.copy_(parts[shard_index].view(target.shape))
+            if scales[shard_index].numel():
+                state[f"absmax{moment}"].copy_(scales[shard_index])
         else:
-            whole = _dequantized(*was, moment).view(param.shape)
-            _fill(state, moment, whole[owned_rows(param)])
+            # Sharded differently: join the shards in fp32 and quantize this rank's rows again.
+            full = _dequantize(parts, scales, moment).view(param.shape)
+            _quantize_into(state, moment, full[owned_rows(param)])
 
 
-def _saved(saved: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    found: list[Tensor] = []
-    while f"{name}/{len(found)}" in saved:
-        found.append(saved[f"{name}/{len(found)}"])
-    return found
+def _saved_shards(saved: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """Return `name/0`, `name/1`, ... as far as they exist."""
+    shards: list[Tensor] = []
+    while f"{name}/{len(shards)}" in saved:
+        shards.append(saved[f"{name}/{len(shards)}"])
+    return shards
 
 
-def _copy(state: dict[str, Any], moment: str, part: Tensor, scales: Tensor) -> None:
-    state[f"state{moment}"].copy_(part.view(state[f"state{moment}"].shape))
-    if scales.numel():
-        state[f"absmax{moment}"].copy_(scales)
-
-
-def _fill(state: dict[str, Any], moment: str, values: Tensor) -> None:
+def _quantize_into(state: dict[str, Any], moment: str, values: Tensor) -> None:
+    """Write fp32 `values` into the moment, in the dtype that bitsandbytes has allocated."""
     import bitsandbytes.functional as bnb
 
     part = state[f"state{moment}"]
     values = values.to(part.device).contiguous()
     if part.dtype == torch.uint8:
         code = state[f"qmap{moment}"]
-        values, made = bnb.quantize_blockwise(values, code=code, blocksize=_BLOCK)
-        state[f"absmax{moment}"].copy_(made.absmax)
+        values, quant_state = bnb.quantize_blockwise(values, code=code, blocksize=_BLOCK)
+        state[f"absmax{moment}"].copy_(quant_state.absmax)
     part.copy_(values.view(part.shape))
 
 
-def _dequantized(parts: list[Tensor], scales: list[Tensor], moment: str) -> Tensor:
-    """The whole moment in fp32, flat, on the host."""
+def _dequantize(parts: list[Tensor], scales: list[Tensor], moment: str) -> Tensor:
+    """Return the full moment in fp32, flat, on the host."""
     import bitsandbytes.functional as bnb
 
-    code = bnb.create_dynamic_map(signed=moment == "1")  # as `fill_qmap` there
+    # bitsandbytes' own code (`fill_qmap`): the first moment is signed, the second is not.
+    code = bnb.create_dynamic_map(signed=moment == "1")
     return torch.cat([
         bnb.dequantize_blockwise(p.flatten(), absmax=s, code=code, blocksize=_BLOCK)
         if p.dtype == torch.uint8 else p.flatten()

@@ -1,7 +1,7 @@
-"""Perplexity, and the KL divergence to the full-precision model, over held-out text.
+"""Perplexity, and the KL divergence to the full-precision model, on a held-out set.
 
-Both models see a batch at the same time and their logits are compared in slices, so neither
-a set's nor a long sequence's logits are ever held in fp32.
+Both models run on the same batch and their logits are compared in slices. So neither the logits of
+the whole set nor those of a long sequence ever exist in fp32.
 """
 
 import math
@@ -16,14 +16,14 @@ from hqqtrain.data import Sequences, collate
 from hqqtrain.dist import Processes
 
 SLICE = 2048
-"""Tokens whose logits are held in fp32 at a time: 1 GiB for a vocabulary of 128 k."""
+"""Tokens whose logits are in fp32 at a time: 1 GiB for a vocabulary of 128 k."""
 
 Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures over `tokens` predicted tokens; `kl` in nats, None without a reference."""
+    """Figures over `tokens` predicted tokens; `kl` in nats per token, None without a reference."""
 
     perplexity: float
     tokens: int
@@ -32,7 +32,7 @@ class Measured:
 
     @property
     def loss(self) -> float:
-        """Mean next-token loss, nats."""
+        """Mean next-token loss in nats."""
         return math.log(self.perplexity)
 
 
@@ -46,11 +46,18 @@ def evaluate(
     reference: nn.Module | None = None,
     on_batch: Callable[[int], None] = lambda tokens: None,
 ) -> Measured:
-    """Measures `model` on `sequences`, shared out over the ranks. Collective.
+    """Measure `model` on `sequences`, distributed over the ranks. Collective.
 
     Args:
-        reference: the full-precision model; adds its perplexity and KL(reference || model).
-        on_batch: told the number of tokens after every batch of this rank.
+        model: Causal language model, sharded or not.
+        sequences: The tokenized held-out set, the same on all ranks.
+        processes: All ranks of the run.
+        batch_size: Sequences per batch and rank.
+        reference: The full-precision model; adds its perplexity and KL(reference || model).
+        on_batch: Called with the number of predicted tokens after every batch of this rank.
+
+    Returns:
+        Figures over the whole set, the same on all ranks.
     """
     was_training = model.training
     model.eval()
@@ -67,19 +74,20 @@ def evaluate(
 
 
 def _exp(loss: float) -> float:
+    """Return exp(loss), inf where a float would overflow."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def _batches_of_this_rank(
     sequences: Sequences, size: int, processes: Processes
 ) -> Iterator[tuple[Batch, int]]:
-    """(batch, weight): as many on every rank, for a sharded forward is a collective.
+    """Yield (batch, weight), equally many on every rank, because a sharded forward is a collective.
 
-    A rank that runs out repeats the first batch with weight 0.
+    A rank that runs out of batches repeats the first one with weight 0.
     """
     count = -(-len(sequences) // size)
     for turn in range(-(-count // processes.size)):
-        index = turn * processes.size + processes.rank
+        index = turn * processes.size + processes.rank  # round robin
         start = index * size if index < count else 0
         rows = [sequences[i] for i in range(start, min(start + size, len(sequences)))]
         batch = {k: v.to(processes.device) for k, v in collate(rows).items()}
@@ -87,15 +95,15 @@ def _batches_of_this_rank(
 
 
 def _sums(model: nn.Module, reference: nn.Module | None, batch: Batch) -> Tensor:
-    """float64 [loss, reference loss, KL, tokens], summed over the batch."""
+    """Return float64 [loss, reference loss, KL, tokens], summed over the batch."""
     labels = batch.pop("labels")[:, 1:].flatten()
     kept = labels != -100
     logits = next_token_logits(model, batch)[kept]
     reference_logits = next_token_logits(reference, batch)[kept] if reference else None
     labels = labels[kept]
     total = torch.zeros(4, dtype=torch.float64, device=labels.device)
-    for at in range(0, len(labels), SLICE):
-        part = slice(at, at + SLICE)
+    for start in range(0, len(labels), SLICE):
+        part = slice(start, start + SLICE)
         log_q = F.log_softmax(logits[part].float(), dim=-1)
         total[0] += F.nll_loss(log_q, labels[part], reduction="sum")
         if reference_logits is not None:
@@ -107,5 +115,5 @@ def _sums(model: nn.Module, reference: nn.Module | None, batch: Batch) -> Tensor
 
 
 def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """[tokens, vocabulary]: position t predicts token t + 1; the last position is left out."""
+    """Return logits [tokens, vocabulary] that predict token t + 1, without the last position."""
     return model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)

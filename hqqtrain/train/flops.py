@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: how much of the GPU's matrix rate the training gets out of it."""
+"""Model FLOPs utilization (MFU): the share of the GPU's peak matrix rate that training uses."""
 
 from torch import nn
 
@@ -8,19 +8,20 @@ PEAK = {
     "H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12,
     "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
-"""FLOP/s of dense bf16 matrix products by a part of the device's name, from the data sheets."""
+"""Dense bf16 FLOP/s, from the data sheets, by a part of the device's name."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The rate of one device; None where it is not known, as for a CPU."""
+    """Return the peak FLOP/s of one device; None if unknown, as for a CPU."""
     return next((rate for part, rate in PEAK.items() if part in device_name), None)
 
 
 def flops_per_token(model: nn.Module) -> int:
-    """FLOPs of one trained token, over the linear layers, recomputation not counted.
+    """Return the FLOPs to train one token, counting linear layers and no recomputation.
 
-    Frozen ones take 2 a weight forward and 2 for the gradient to their input; trained ones
-    another 2. Attention's own products are left out, which matter for long sequences only.
+    A frozen layer takes 2 FLOPs per weight in the forward pass and 2 for the gradient of its input.
+    A trained layer takes 2 more. The matrix products of attention are not counted; they matter for
+    long sequences only.
     """
     total = 0
     for module in model.modules():
@@ -33,9 +34,15 @@ def flops_per_token(model: nn.Module) -> int:
 
 
 def utilisation(model: nn.Module, device_name: str, world_size: int) -> float | None:
-    """What one token a second is of the peak of all devices; times the rate it is the MFU.
+    """Return the MFU of training at one token per second; multiply by the real rate.
 
-    None where the peak is not known.
+    Args:
+        model: Quantized or not, with its adapters.
+        device_name: As `torch.cuda.get_device_name` returns it.
+        world_size: Number of devices.
+
+    Returns:
+        A share of the peak of all devices; None if the peak is unknown.
     """
     peak = peak_flops(device_name)
     return flops_per_token(model) / (peak * world_size) if peak else None

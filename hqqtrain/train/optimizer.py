@@ -1,4 +1,4 @@
-"""The optimizer and the learning-rate schedule that a recipe names."""
+"""The optimizers and learning-rate schedules that a recipe can name."""
 
 import importlib.util
 import math
@@ -18,7 +18,17 @@ from hqqtrain.dist import local
 def check_optimizer(
     config: OptimConfig, strategy: str, precision: str, device: torch.device
 ) -> None:
-    """Raises UserError where `optim.name` cannot work here: before anything is read or written."""
+    """Check that `optim.name` works with the other settings, before anything is read or written.
+
+    Args:
+        config: The optimizer's settings.
+        strategy: A value of `parallel.strategy`, with `auto` already resolved.
+        precision: A value of `train.precision`, likewise.
+        device: Device of this rank.
+
+    Raises:
+        UserError: The optimizer is not installed or does not support the other settings.
+    """
     if config.name == "adamw":
         return
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -27,12 +37,12 @@ def check_optimizer(
         )
     if strategy == "zero3":
         raise UserError(
-            f"optim.name={config.name}: DeepSpeed keeps fp32 copies of what is trained, and flat "
-            "states, which cannot be saved by name; under parallel.strategy=zero3 use adamw."
+            f"optim.name={config.name}: DeepSpeed keeps fp32 copies of the trained parameters and "
+            "flat states, which cannot be saved by name; under parallel.strategy=zero3 use adamw."
         )
     if strategy == "fsdp2" and precision == "fp16":
         raise UserError(
-            f"optim.name={config.name}: cannot follow the scaling of gradients that "
+            f"optim.name={config.name}: does not support the gradient scaling that "
             "train.precision=fp16 needs, under parallel.strategy=fsdp2; use bf16, or adamw."
         )
     if config.name.startswith("paged") and device.type != "cuda":
@@ -42,7 +52,7 @@ def check_optimizer(
 
 
 def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """AdamW over `parameters`: PyTorch's, or bitsandbytes' with 8-bit or paged state."""
+    """Build AdamW over `parameters`: PyTorch's, or bitsandbytes' with 8-bit or paged state."""
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.name == "adamw":
         return torch.optim.AdamW(parameters, **options)
@@ -53,41 +63,42 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> 
         "paged_adamw": bnb.PagedAdamW32bit,
         "paged_adamw_8bit": bnb.PagedAdamW8bit,
     }
-    return _over_parts(list(parameters), partial(classes[config.name], **options))
+    return _over_shards(list(parameters), partial(classes[config.name], **options))
 
 
-def _over_parts(
+def _over_shards(
     parameters: list[nn.Parameter], make: Callable[[list[nn.Parameter]], Optimizer]
 ) -> Optimizer:
-    """An optimizer that knows plain tensors alone gets this rank's part of each sharded one.
+    """Build an optimizer that does not support DTensor over this rank's shards.
 
-    A part shares the parameter's memory, found anew for each step: FSDP2 moves it once.
+    A shard shares the parameter's memory. Each step looks up that memory again, because FSDP2
+    moves it after construction.
     """
     if not any(isinstance(p, DTensor) for p in parameters):
         return make(parameters)
-    parts = [nn.Parameter(local(p)) for p in parameters]
-    optimizer = make(parts)
+    shards = [nn.Parameter(local(p)) for p in parameters]
+    optimizer = make(shards)
 
-    def lend(*_: Any) -> None:
-        for part, whole in zip(parts, parameters, strict=True):
-            part.data = local(whole)
-            part.grad = local(whole.grad) if whole.grad is not None and part.numel() else None
+    def bind_shards(*_: Any) -> None:
+        for shard, full in zip(shards, parameters, strict=True):
+            shard.data = local(full)
+            shard.grad = local(full.grad) if full.grad is not None and shard.numel() else None
 
-    def take_back(*_: Any) -> None:
-        for tensor in (*parts, *parameters):
+    def free_gradients(*_: Any) -> None:
+        for tensor in (*shards, *parameters):
             tensor.grad = None
 
-    optimizer.register_step_pre_hook(lend)
-    optimizer.register_step_post_hook(take_back)
+    optimizer.register_step_pre_hook(bind_shards)
+    optimizer.register_step_post_hook(free_gradients)
     return optimizer
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Of optimizer step `step`, counted from 0, of `steps`.
+    """Return the learning rate of optimizer step `step` (from 0) of `steps`.
 
-    Linear warm-up over `warmup_steps`, then cosine or linear to zero at `steps`, or flat. Not
-    transformers' schedules: theirs begin at a rate of 0, which wastes the first step. A function
-    of the step alone, so that there is nothing to save.
+    The rate warms up linearly over `warmup_steps`, then decays to zero at `steps` by a cosine or
+    linearly, or stays constant. transformers' schedules are not used, because they start at a rate
+    of 0, which wastes the first step. The rate depends on the step only, so no state is saved.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -98,6 +109,6 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:
-    """`rate` is the next step's, of all parameters."""
+    """Set the learning rate of all parameters for the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate

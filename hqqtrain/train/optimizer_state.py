@@ -1,7 +1,7 @@
-"""The optimizer's state by the names of what is trained, to be saved and put back.
+"""Save and load the optimizer's state by parameter name, for any number of ranks.
 
-PyTorch's AdamW keeps tensors of a parameter's shape, so they are saved whole and can be cut for any
-number of ranks. bitsandbytes' is another matter: `blockwise_state.py`.
+PyTorch's AdamW keeps tensors of the parameter's shape. They are saved as full tensors, which any
+world size can shard again. bitsandbytes' states need more care, see `blockwise_state.py`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,6 +15,7 @@ from hqqtrain.dist import Piece, local, piece_of, write_full
 from hqqtrain.train.blockwise_state import blockwise_pieces, load_blockwise
 
 _KEYS = ("exp_avg", "exp_avg_sq")
+"""Keys of AdamW's moments."""
 
 
 class OptimizerState:
@@ -22,18 +23,18 @@ class OptimizerState:
 
     def __init__(self, optimizer: Optimizer, named: Mapping[str, nn.Parameter]) -> None:
         self._optimizer, self._named = optimizer, named
-        # of bitsandbytes, this rank's parts
-        self._held: list[nn.Parameter] = optimizer.param_groups[0]["params"]
+        # The parameters as the optimizer has them: under bitsandbytes, this rank's shards.
+        self._optimized: list[nn.Parameter] = optimizer.param_groups[0]["params"]
 
     @property
     def step(self) -> int:
-        """Steps taken; those that fp16 has skipped are not counted."""
+        """Number of steps taken, without those that fp16's loss scaling has skipped."""
         return max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
 
     def pieces(self) -> Iterator[tuple[str, Piece]]:
-        """(`name/key`, this rank's piece): the same names on every rank."""
-        for (name, param), held in zip(self._named.items(), self._held, strict=True):
-            state = self._optimizer.state.get(held, {})
+        """Yield (`name/key`, this rank's shard), with the same names on every rank."""
+        for (name, param), optimized in zip(self._named.items(), self._optimized, strict=True):
+            state = self._optimizer.state.get(optimized, {})
             if not isinstance(self._optimizer, AdamW):
                 yield from blockwise_pieces(name, param, state)
             for key in _KEYS:
@@ -41,22 +42,16 @@ class OptimizerState:
                     yield f"{name}/{key}", piece_of(param, local(state[key]), param.shape)
 
     def load(self, saved: Mapping[str, Tensor], step: int) -> None:
-        """Puts back what was saved after `step` steps, by its names."""
+        """Load the full tensors that were saved after `step` steps, by name."""
         self._optimizer.state.clear()
         if not step:
             return
         for number, (name, param) in enumerate(self._named.items()):
             if isinstance(self._optimizer, AdamW):
-                self._optimizer.state[param] = _whole(name, param, saved, step)
+                state: dict[str, Any] = {"step": torch.tensor(float(step))}
+                for key in _KEYS:
+                    state[key] = torch.zeros_like(param, requires_grad=False)
+                    write_full(state[key], saved[f"{name}/{key}"])
+                self._optimizer.state[param] = state
             else:
                 load_blockwise(self._optimizer, number, name, param, saved, step)
-
-
-def _whole(
-    name: str, param: nn.Parameter, saved: Mapping[str, Tensor], step: int
-) -> dict[str, Any]:
-    state: dict[str, Any] = {"step": torch.tensor(float(step))}
-    for key in _KEYS:
-        state[key] = torch.zeros_like(param, requires_grad=False)
-        write_full(state[key], saved[f"{name}/{key}"])
-    return state

@@ -1,4 +1,4 @@
-"""How far a training is, and what one step of it was."""
+"""Progress of a training, and the outcome of one step."""
 
 import math
 from dataclasses import dataclass
@@ -6,39 +6,44 @@ from dataclasses import dataclass
 
 @dataclass
 class Step:
-    """One global batch: `loss` is the mean over its `tokens`, nats; `norm` of the gradient."""
+    """One global batch and its outcome.
+
+    `loss` is the mean over the batch's `tokens` in nats, `norm` the gradient norm over all ranks.
+    """
 
     number: int
-    """Counted from 1; one that is not taken has the number of the next that is."""
+    """Number of the optimizer step, from 1. A skipped batch has the number of the next step."""
     place: int
-    """In the data, counted in global batches from 0."""
+    """Position in the data, in global batches from 0."""
     samples: list[int]
+    """Indices of the batch's sequences."""
     tokens: int
     loss: float
     norm: float = math.nan
     taken: bool = False
-    """False where the optimizer did not step."""
+    """Whether the optimizer has stepped."""
 
 
 @dataclass
 class Trained:
-    """What a training leaves beside the weights; all of it is in a checkpoint."""
+    """Progress of a training. A checkpoint has all of it."""
 
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    """Of all processes that had a part in it."""
+    """Training time, summed over all starts of the run."""
     loss: float | None = None
-    """Of the last step."""
+    """Loss of the last step."""
     skipped: int = 0
-    """Global batches that were left out."""
+    """Number of global batches that were skipped."""
 
     @property
     def place(self) -> int:
-        """The next global batch."""
+        """Position of the next global batch."""
         return self.steps + self.skipped
 
     def add(self, step: Step, seconds: float) -> None:
+        """Count one optimizer step."""
         self.steps += 1
         self.tokens += step.tokens
         self.seconds += seconds

@@ -1,7 +1,7 @@
-"""A copy of a training's state in the host's memory, taken between two steps.
+"""A copy of the training state in host memory, taken between two steps.
 
-Copying is all that training waits for; the disk has the copy to itself. On a GPU it is queued
-behind the step that made the state, into pinned memory, so not even the host waits.
+Training waits only for the copy; a thread writes it to disk later. On a GPU the copy goes to pinned
+memory and is queued behind the step that made the state, so that not even the host waits.
 """
 
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from torch import Tensor
 from hqqtrain.dist import Piece, Processes, gathered_pieces
 
 BLOCK, ALIGNED = 1 << 26, 64
-"""Bytes of memory that are asked for at a time, and that a tensor begins at a multiple of."""
+"""Bytes that are allocated at a time, and the alignment of each tensor in bytes."""
 
 
 class Snapshot:
-    """The first rank's memory for whole tensors, made once and used again for every copy."""
+    """Rank 0's host buffers for full tensors, allocated once and reused for every copy."""
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
@@ -26,7 +26,11 @@ class Snapshot:
         self._copied: torch.cuda.Event | None = None
 
     def take(self, pieces: Mapping[str, Piece]) -> None:
-        """Copies what `pieces` are of; the last copy must not be read any more. Collective."""
+        """Gather the tensors of `pieces` and copy them to the host of rank 0. Collective.
+
+        This overwrites the previous copy, which the caller must not read any more. A tensor whose
+        shards do not form one tensor is copied as `name/0`, `name/1`, ...
+        """
         names, old, self._memory = list(pieces), self._memory, {}
         for number, parts in gathered_pieces(list(pieces.values()), self._processes):
             shape = pieces[names[number]].shape
@@ -40,7 +44,7 @@ class Snapshot:
             self._copied.record()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The copy, on the host; waits until it is there. Empty on other ranks."""
+        """Wait for the copy and return it by name. Empty on ranks other than 0."""
         if self._copied:
             self._copied.synchronize()
         return self._memory
@@ -48,23 +52,23 @@ class Snapshot:
     def _copy(
         self, name: str, parts: list[Tensor], shape: torch.Size, old: Mapping[str, Tensor]
     ) -> None:
-        """What engines that cut flat have added at the end stays away."""
-        room, dtype = old.get(name), parts[0].dtype
-        if room is None or (room.shape, room.dtype) != (shape, dtype):
-            room = self._room(shape, dtype)
-        self._memory[name] = room
-        there, at = self._memory[name].view(-1), 0
+        """Copy the concatenated `parts`, without the padding that flat sharding adds at the end."""
+        target, dtype = old.get(name), parts[0].dtype
+        if target is None or (target.shape, target.dtype) != (shape, dtype):
+            target = self._allocate(shape, dtype)
+        self._memory[name] = target
+        flat, start = target.view(-1), 0
         for part in parts:
-            stop = min(at + part.numel(), there.numel())
-            there[at:stop].copy_(part.detach().reshape(-1)[: stop - at], non_blocking=True)
-            at = stop
-        assert at == there.numel(), f"{name}: its parts are not the whole"
+            stop = min(start + part.numel(), flat.numel())
+            flat[start:stop].copy_(part.detach().reshape(-1)[: stop - start], non_blocking=True)
+            start = stop
+        assert start == flat.numel(), f"{name}: its shards are smaller than the full tensor"
 
-    def _room(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """From a large block: to pin each of a thousand tensors by itself takes longer."""
+    def _allocate(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Allocate from a large block, because pinning thousands of tensors one by one is slow."""
         size = -(-shape.numel() * dtype.itemsize // ALIGNED) * ALIGNED
         if size > self._free.numel():
-            many = max(size, BLOCK)
-            self._free = torch.empty(many, dtype=torch.uint8, pin_memory=self._pinned)
-        room, self._free = self._free[:size], self._free[size:]
-        return room[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+            block = max(size, BLOCK)
+            self._free = torch.empty(block, dtype=torch.uint8, pin_memory=self._pinned)
+        buffer, self._free = self._free[:size], self._free[size:]
+        return buffer[: shape.numel() * dtype.itemsize].view(dtype).view(shape)

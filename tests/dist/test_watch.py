@@ -83,9 +83,9 @@ def test_another_fault_is_told_with_its_rank():
 
 
 @pytest.mark.parametrize(("lost", "number", "said"), [
-    (1, signal.SIGKILL, "rank 1 is gone: no sign of life"),
+    (1, signal.SIGKILL, "rank 1 is gone: no heartbeat"),
     (0, signal.SIGKILL, "gone"),
-    (0, signal.SIGSTOP, "the process that holds the ranks together"),
+    (0, signal.SIGSTOP, "the process that hosts the store"),
 ])  # fmt: skip
 def test_a_rank_that_vanishes(lost, number, said):
     began = time.monotonic()
@@ -108,17 +108,17 @@ def test_a_process_that_was_held_up_itself_accuses_nobody(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     watching = Watch(Processes(0, 2, None))  # type: ignore[arg-type]
-    watching._store, watching._looked, watching._changed = Store(), now, {1: now}
+    watching._store, watching._read_at, watching._changed_at = Store(), now, {1: now}
     for now in (1001.0, 1001.0 + 3 * watch.LOST_AFTER):  # noqa: B007 (the clock reads it)
-        watching._look()
+        watching._read_states()
     watching.check()
     for _ in range(60):  # while this one looks, the other says nothing
         now += watch.LOST_AFTER / 40
-        watching._look()
+        watching._read_states()
     with pytest.raises(RankLostError, match="rank 1 is gone"):
         watching.check()
     watching._store.text = b'{"beat": 7}'
-    watching._look()
+    watching._read_states()
     watching.check()
 
 
