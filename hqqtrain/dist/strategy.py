@@ -1,4 +1,4 @@
-"""How the model is spread over the ranks, and what that asks of the packed weights."""
+"""Choice of the parallel strategy and of the dtype of packed weights, and sharding with FSDP2."""
 
 import importlib.util
 import logging
@@ -21,23 +21,26 @@ STORAGE = {
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
-
+"""Dtypes of `quant.storage`."""
 
 FLAT = ("fsdp1", "zero3")
-"""Strategies that cut memory flat, wherever rows begin: see `spread.py`."""
+"""Strategies that shard flat memory, regardless of rows; see `spread.py`."""
 
 
 def storage_name(dtype: torch.dtype) -> str:
-    """What `quant.storage` calls it."""
+    """Return the name of `dtype` in `quant.storage`."""
     (name,) = (name for name, known in STORAGE.items() if known == dtype)
     return name
 
 
 def choose_strategy(wanted: str, world_size: int) -> str:
-    """`single`, `ddp`, `fsdp2`, `fsdp1` or `zero3`; `auto` is single for one process, else fsdp2.
+    """Resolve `parallel.strategy`: `auto` is `single` for one process and `fsdp2` for several.
+
+    Returns:
+        `single`, `ddp`, `fsdp2`, `fsdp1` or `zero3`.
 
     Raises:
-        UserError: `single` under several processes; `zero3` without DeepSpeed.
+        UserError: `single` with several processes, or `zero3` without DeepSpeed.
     """
     if wanted == "single" and world_size > 1:
         raise UserError(
@@ -47,7 +50,7 @@ def choose_strategy(wanted: str, world_size: int) -> str:
     if wanted == "zero3" and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             "parallel.strategy=zero3: needs deepspeed, which is not installed: pip install "
-            "'hqqtrain[deepspeed]'. fsdp2 shards as much and needs nothing more."
+            "'hqqtrain[deepspeed]'. fsdp2 shards as much and needs no other package."
         )
     if wanted == "auto":
         return "single" if world_size == 1 else "fsdp2"
@@ -55,19 +58,24 @@ def choose_strategy(wanted: str, world_size: int) -> str:
 
 
 def choose_storage(wanted: str, strategy: str, compute: torch.dtype) -> torch.dtype:
-    """The dtype W_q is held in: uint8, but a bf16 view under FSDP2 before torch 2.12.
+    """Resolve `quant.storage`, the dtype that W_q is viewed as.
 
-    FSDP2 of torch 2.11 crashes on frozen uint8 parameters; the float view is the same bits. FSDP1
-    and ZeRO-3 hold scale and zero like this, too, and by default all in `compute`, the dtype of
-    what stays in full precision: FSDP1 makes one tensor of a layer.
+    `auto` is uint8, but bf16 under FSDP2 before torch 2.12: FSDP2 of torch 2.11 crashes on frozen
+    uint8 parameters, and the float view has the same bits. FSDP1 and ZeRO-3 view scale and zero as
+    this dtype, too. Their `auto` is `compute`, because FSDP1 flattens a layer to one tensor.
+
+    Args:
+        wanted: `quant.storage`.
+        strategy: A value of `parallel.strategy`, with `auto` already resolved.
+        compute: Dtype of the parameters that stay in full precision.
 
     Raises:
-        UserError: `uint8` was asked for where FSDP1 or FSDP2 cannot shard it.
+        UserError: `uint8` under FSDP1, or under an FSDP2 that cannot shard it.
     """
     if strategy == "fsdp1" and wanted == "uint8":
         raise UserError(
-            "quant.storage=uint8: parallel.strategy=fsdp1 makes one tensor of a decoder layer, "
-            f"which has {compute} in it; use auto (the same bits, viewed), or fsdp2."
+            "quant.storage=uint8: parallel.strategy=fsdp1 flattens a decoder layer to one "
+            f"tensor of {compute}; use auto (the same bits, viewed), or fsdp2."
         )
     if strategy in FLAT:
         return compute if wanted == "auto" else STORAGE[wanted]
@@ -83,16 +91,19 @@ def choose_storage(wanted: str, strategy: str, compute: torch.dtype) -> torch.dt
 
 
 def ensure_process_group(world_size: int) -> None:
-    """FSDP2 wants one also for a single process that no launcher has started."""
+    """Create a process group for a single process without a launcher, which FSDP2 needs, too."""
     if world_size == 1 and not dist.is_initialized():
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
 
 
 def choose_replicas(hybrid: bool, strategy: str, local_sizes: Sequence[int]) -> int:
-    """How often the sharded model is there: once, or with `hybrid` on every node.
+    """Return the number of replicas of the sharded model: 1, or with `hybrid` one per node.
 
     Args:
-        local_sizes: of every rank, how many ranks its node has; 0 where the launcher did not say.
+        hybrid: `parallel.hybrid`.
+        strategy: A value of `parallel.strategy`, with `auto` already resolved.
+        local_sizes: For every rank, the number of ranks on its node; 0 if the launcher did not set
+            it.
 
     Raises:
         UserError: `hybrid` without fsdp2, or nodes of different or unknown sizes.
@@ -101,16 +112,16 @@ def choose_replicas(hybrid: bool, strategy: str, local_sizes: Sequence[int]) -> 
     if not hybrid:
         return 1
     if strategy != "fsdp2":
-        raise UserError(f"parallel.hybrid=true: is for parallel.strategy=fsdp2, not {strategy}.")
+        raise UserError(f"parallel.hybrid=true: needs parallel.strategy=fsdp2, not {strategy}.")
     if set(local_sizes) != {local_size} or not local_size or world_size % local_size:
         sizes = ", ".join(map(str, sorted(set(local_sizes))))
         raise UserError(
             f"parallel.hybrid=true: {world_size} ranks are not whole nodes of {sizes or 0}: start "
-            "as many on every node, with LOCAL_WORLD_SIZE set as torchrun does, or set "
+            "the same number on every node, with LOCAL_WORLD_SIZE set as torchrun does, or set "
             "parallel.hybrid=false."
         )
     if world_size == local_size:
-        logger.warning("parallel.hybrid=true: one node has all ranks, so nothing is replicated")
+        logger.warning("parallel.hybrid=true: all ranks are on one node, so nothing is replicated")
     return world_size // local_size
 
 
@@ -118,13 +129,18 @@ def shard(
     model: nn.Module, device: torch.device, world_size: int, replicas: int = 1,
     offload: bool = False,
 ) -> None:  # fmt: skip
-    """FSDP2, one unit per decoder layer; meta parameters stay on meta.
+    """Shard `model` with FSDP2, one unit per decoder layer; meta parameters stay on meta.
 
-    Over all ranks, or over each of `replicas` blocks of neighbouring ranks. With `offload`, shards
-    are to be on the host, and are copied to `device` to be gathered.
+    Args:
+        model: Changed in place.
+        device: Device of this rank.
+        world_size: Number of ranks.
+        replicas: With 1, shard over all ranks. Otherwise shard within each of that many blocks of
+            consecutive ranks, and replicate over the blocks.
+        offload: Keep the shards on the host and copy them to `device` to gather them.
 
     Raises:
-        UserError: the model has no stack of decoder layers to cut along.
+        UserError: The model has no stack of decoder layers.
     """
     ensure_process_group(world_size)
     mesh = _mesh(device, world_size, replicas)
@@ -133,7 +149,7 @@ def shard(
     for part in (*layers, model):
         fully_shard(part, mesh=mesh, offload_policy=policy)
     logger.info(
-        "fsdp2: %d decoder layers sharded over %d ranks, %d times",
+        "fsdp2: %d decoder layers sharded over %d ranks, replicas: %d",
         len(layers), world_size // replicas, replicas,
     )  # fmt: skip
 
@@ -146,11 +162,15 @@ def _mesh(device: torch.device, world_size: int, replicas: int) -> DeviceMesh:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The longest `nn.ModuleList` of `model`, named `layers` or `h` in most architectures."""
+    """Return the longest `nn.ModuleList` of `model`, named `layers` or `h` in most architectures.
+
+    Raises:
+        UserError: The model has no `nn.ModuleList`.
+    """
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
         raise UserError(
-            f"{type(model).__name__}: has no list of decoder layers to shard by; use "
+            f"{type(model).__name__}: has no list of decoder layers to shard; use "
             "parallel.strategy=ddp."
         )
     return max(stacks, key=len)

@@ -1,6 +1,7 @@
-"""What a strategy does around a step: gradients over ranks, their norm, the optimizer.
+"""The part of a training step that depends on the strategy: gradients, their norm, the optimizer.
 
-Torch's strategies share one way; DeepSpeed keeps gradients and optimizer to itself.
+The strategies of PyTorch share one implementation. DeepSpeed needs another one, because it owns the
+gradients and the optimizer.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,43 +13,56 @@ from torch import Tensor, nn
 from hqqtrain.dist import Piece
 
 Accepts = Callable[[float], bool]
+"""Decides from the gradient norm whether the optimizer may step."""
 
 FINITE = (-1, "")
-"""What `not_finite` finds where all is well."""
+"""Result of `Engine.not_finite` if all gradients are finite."""
 
 
 class Engine(Protocol):
-    """`model` is what a batch is given to. Gradients of several `backward` add up, averaged over
-    ranks, until `update`."""
+    """Runs backward passes and optimizer steps.
+
+    Call `model` for the forward pass. The gradients of several `backward` calls add up, averaged
+    over ranks, until `update`.
+    """
 
     model: nn.Module
 
     def accumulating(self, *, last: bool) -> AbstractContextManager:
-        """Around forward and backward of one batch, the last of a step or not."""
+        """Context for forward and backward of one micro-batch; `last` is the last one of a step."""
 
-    def backward(self, loss: Tensor) -> None: ...
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`."""
 
     def update(self, rate: float, accepts: Accepts) -> None:
-        """Clips and steps, or forgets the gradients where `accepts` refuses their norm.
+        """Clip the gradients and step, or drop the gradients if `accepts` refuses. Collective.
 
-        `accepts` is told the norm over all ranks before it is clipped. Collective.
+        Args:
+            rate: Learning rate of the step.
+            accepts: Called with the gradient norm over all ranks, before clipping.
         """
 
     def not_finite(self) -> tuple[int, str]:
-        """(number, name) of the last parameter, where a backward pass begins, whose gradient is
-        not finite on this rank; (-1, "") without one. For `accepts` to ask."""
+        """Return (index, name) of the last parameter whose gradient is not finite on this rank.
+
+        The backward pass reaches the last parameter first, so its gradient is closest to the cause.
+        The result is `FINITE` if all gradients are finite. Valid within `accepts` only.
+        """
 
     def pieces(self) -> dict[str, Piece]:
-        """This rank's pieces of what is trained, by name, and of the optimizer: `name/key`."""
+        """Return this rank's shards of all training state.
+
+        Trained parameters are keyed by `name`, their optimizer state by `name/key`.
+        """
 
     @property
     def updates(self) -> int:
-        """How many the optimizer counts."""
+        """Number of steps that the optimizer has counted."""
 
     def load_optimizer(self, saved: Mapping[str, Tensor], updates: int) -> None:
-        """Puts back the optimizer's state, by its whole tensors."""
+        """Load the optimizer's state from saved tensors, after `updates` steps."""
 
 
 def is_finite(grad: Tensor) -> Tensor:
-    """Without waiting for the value."""
+    """Return bool [], without synchronizing with the device."""
     return grad.isfinite().all()

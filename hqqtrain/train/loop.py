@@ -1,9 +1,9 @@
-"""The training loop: plain, over `accelerate.Accelerator`, the same at every world size.
+"""A plain training loop over `accelerate.Accelerator`, the same at every world size.
 
-A step always sees the same global batch: its sequences are a function of seed and place in the
-data, each rank takes every world-size-th of them, and the loss is weighted by token over all ranks.
-So one process and eight walk the same path, but for rounding, and a process that goes on where
-another was killed walks it to the bit.
+The global batch of a step does not depend on the ranks: its sequences are a function of the seed
+and the position in the data, each rank takes every world-size-th of them, and the loss is averaged
+over the tokens of all ranks. So one process and eight have the same training curve up to rounding,
+and a run that resumes after a kill repeats the uninterrupted run bit for bit.
 """
 
 import hashlib
@@ -34,12 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains the parameters of `model` that ask for a gradient.
+    """Trains the parameters of `model` that require a gradient.
 
     Args:
-        model: as `mount` leaves it.
-        sequences: packed training text.
-        guard: decides about steps that are not finite.
+        config: The run's configuration.
+        model: As `mount` returns it.
+        sequences: Packed training text.
+        session: Ranks, device, precision and strategy.
+        guard: Decides what happens if a loss or a gradient is not finite.
     """
 
     def __init__(self, config: RunConfig, model: nn.Module, sequences: Sequences,
@@ -64,12 +66,16 @@ class Trainer:
         self.loss = NextTokenLoss(self.engine.model, tokens, self.processes, may_take_parts)
         self.done = Trained()
         self.is_asked_to_stop = False
-        """Any rank was, when the last step was taken: the same on all."""
+        """Whether any rank was asked to stop by the end of the last step; the same on all ranks."""
 
     def run(self, roll_back: Callable[[], None] = lambda: None) -> Iterator[tuple[int, dict]]:
-        """Trains to the end; yields (step, metrics) after every step, counted from 1.
+        """Train to the end and yield (step, metrics) after every step, counted from 1. Collective.
 
-        `roll_back` puts an earlier state of this trainer back.
+        Args:
+            roll_back: Loads an earlier state of this trainer.
+
+        Yields:
+            The number of the step and its metrics by name.
         """
         self.engine.model.train()
         every = self.config.parallel.check_every
@@ -79,7 +85,7 @@ class Trainer:
             rate = learning_rate(self.config.optim, self.done.steps, self.steps)
             step = self._step(place, rate)
             if not step.taken:
-                self._leave_out(place, roll_back)
+                self._skip_batch(place, roll_back)
                 continue
             seconds = time.perf_counter() - began
             self.session.interrupt.step_took(seconds)
@@ -92,28 +98,34 @@ class Trainer:
 
     @property
     def is_over(self) -> bool:
-        """Whether all steps are taken."""
+        """Whether all steps have been taken."""
         return self.done.steps >= self.steps
 
     def _step(self, place: int, rate: float) -> Step:
-        """One optimizer step with the global batch at `place` in the data."""
+        """Take one optimizer step with the global batch at position `place` in the data."""
         _seed(self.config.train.seed, place, self.processes.rank)
+        # All ranks know the whole global batch, so its token count needs no communication.
         indices = self.order.indices(place, self.config.train.global_batch_size)
         tokens = self.sequences.select(indices).tokens
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        # Gradient accumulation over this rank's micro-batches.
         batches = list(self._micro_batches(indices))
         for number, batch in enumerate(batches):
             with self.engine.accumulating(last=number == len(batches) - 1):
                 with self.accelerator.autocast():
                     loss = self.loss(batch)
-                # Gradients are averaged over ranks; the loss is a sum over tokens.
+                # The loss is a sum over tokens, and the engine averages gradients over ranks. This
+                # factor makes the gradient that of the mean over the global batch's tokens.
                 self.engine.backward(loss * (self.processes.size / max(1, tokens)))
             total += loss.detach().double()
+        # One all-reduce for the loss and for "was any rank asked to stop?".
         asked = bool(self.session.interrupt.reason)
         summed, stop = self.processes.sum([total.item(), asked])
         self.is_asked_to_stop = stop > 0
         step = Step(self.done.steps + 1, place, indices, tokens, summed / max(1, tokens))
 
+        # The engine calls back with the gradient norm before it steps, where it can, so that a norm
+        # that is not finite never reaches the weights.
         def accepts(norm: float) -> bool:
             step.norm = norm
             step.taken = self.guard.accepts(step, self.engine)
@@ -121,19 +133,23 @@ class Trainer:
 
         self.engine.update(rate, accepts)
         if not step.taken:
+            # Find the layer by running the batches again, then raise or skip the batch.
             self.guard.refuse(step, self.engine.model, batches)
         return step
 
-    def _leave_out(self, place: int, roll_back: Callable[[], None]) -> None:
+    def _skip_batch(self, place: int, roll_back: Callable[[], None]) -> None:
+        """Continue after the batch at `place`, from the last checkpoint if the policy says so."""
         if self.config.train.on_nonfinite == "rollback":
             roll_back()
+        # Also skips the batches between the checkpoint and `place`.
         self.done.skipped = place + 1 - self.done.steps
 
     def _micro_batches(self, indices: list[int]) -> Iterator[Batch]:
-        mine = indices[self.processes.rank :: self.processes.size]
+        """Yield this rank's micro-batches of the global batch, on the device."""
+        own = indices[self.processes.rank :: self.processes.size]
         size = self.config.train.micro_batch_size
-        for start in range(0, len(mine), size):
-            batch = collate([self.sequences[i] for i in mine[start : start + size]])
+        for start in range(0, len(own), size):
+            batch = collate([self.sequences[i] for i in own[start : start + size]])
             yield {k: v.to(self.processes.device, non_blocking=True) for k, v in batch.items()}
 
     def _speed(self, rate: float) -> dict[str, float]:
@@ -141,18 +157,18 @@ class Trainer:
         return speed | {"train/mfu": rate * self.share} if self.share else speed
 
     def _metrics(self, step: Step, rate: float) -> dict[str, float]:
-        passed = self.order.epoch(self.done.place, self.config.train.global_batch_size)
+        epoch = self.order.epoch(self.done.place, self.config.train.global_batch_size)
         return {
             "train/loss": step.loss,
             "train/grad_norm": step.norm,
             "train/learning_rate": rate,
-            "train/epoch": passed,
+            "train/epoch": epoch,
             "train/global_step": self.done.steps,
         }
 
 
 def _seed(seed: int, place: int, rank: int) -> None:
-    """Of dropout alone: a function of these three, so that there is no state to save."""
+    """Seed dropout as a function of its arguments, so that no generator state needs saving."""
     digest = hashlib.blake2b(f"{seed} {place} {rank}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "big") >> 1)
 
@@ -166,7 +182,7 @@ def _warn_of_warmup(config: RunConfig, steps: int) -> None:
 
 
 def total_steps(config: RunConfig, order: SampleOrder) -> int:
-    """`train.max_steps`, or as many as `train.epochs` take, at least one."""
+    """Return `train.max_steps`, or the number of steps in `train.epochs`, at least one."""
     if config.train.max_steps is not None:
         return config.train.max_steps
     return order.steps(config.train.epochs, config.train.global_batch_size)

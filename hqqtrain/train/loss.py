@@ -1,8 +1,8 @@
-"""The next-token loss, without ever holding all logits.
+"""The next-token loss, computed in chunks so that the logits never exist all at once.
 
-A vocabulary of 128,256 makes 2,048 tokens into 1 GiB of fp32 logits, as much again for their
-gradient, and half of that in 16 bits: more than a 70B model's whole optimizer. So the head works on
-some tokens at a time, and again in the backward pass.
+With a vocabulary of 128,256, 2,048 tokens have 1 GiB of fp32 logits, as much again for their
+gradient, and half of that in 16 bits: more than the whole optimizer of a 70B model. So the output
+head runs on a chunk of tokens at a time, and again in the backward pass.
 """
 
 import logging
@@ -21,19 +21,24 @@ from hqqtrain.train.evaluation import Batch, next_token_logits
 logger = logging.getLogger(__name__)
 
 LOGITS = TRAINED_LOGITS
-"""Of one part, about 200 MB with their gradients."""
+"""Logits of one chunk, about 200 MB with their gradients."""
 
 TRIED_TOKENS = 8
+"""Tokens of the forward pass that tests whether the model changes its logits."""
 
 
 class NextTokenLoss:
-    """The sum over a batch's tokens, for `model`, which may be wrapped or sharded. Collective.
+    """Sum of the next-token loss over a batch's tokens.
 
-    Whether it is taken in parts depends on `tokens`, the most that a batch has, and not on a batch:
-    ranks have batches of different lengths and must all do the same. Parts are taken only from a
-    model that does nothing to what its head gives (some cap it): that is tried, here and once.
+    The decision to use chunks depends on `tokens` and not on the batch, because ranks have batches
+    of different lengths and must all do the same. Chunks require that the model does not change its
+    head's output (some models cap it); the constructor tests this with one forward pass.
 
-    `may_take_parts`: the head may be called by itself, as often as a rank likes.
+    Args:
+        model: May be wrapped or sharded. Creating and calling the loss are collectives.
+        tokens: Largest number of tokens in a batch.
+        processes: All ranks of the run.
+        may_take_parts: The head may be called by itself, a different number of times on each rank.
     """
 
     def __init__(
@@ -46,7 +51,11 @@ class NextTokenLoss:
         self._takes_parts = may_take_parts and many and self._is_plain(processes)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """`batch`: as `collate` makes it, with `labels` [n, tokens], -100 where none is wanted."""
+        """Return the loss, summed over the tokens whose label is not -100, in nats. Collective.
+
+        Args:
+            batch: As `collate` returns it, with `labels` [n, tokens].
+        """
         labels = batch["labels"][:, 1:].flatten()
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         if not self._takes_parts:
@@ -56,11 +65,13 @@ class NextTokenLoss:
         return torch.stack([self._part(hidden, wanted) for hidden, wanted in parts]).sum()
 
     def _hidden(self, inputs: Batch) -> Tensor:
-        """What the head would be given [tokens, hidden_size]."""
+        """Return the input of the head, [tokens, hidden_size]."""
         with self._head_replaced_by(lambda hidden: hidden):
             return next_token_logits(self._model, inputs)
 
     def _part(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of one chunk, whose logits the backward pass computes again."""
+
         def loss(hidden: Tensor) -> Tensor:
             return _loss(self._head(hidden), labels)  # type: ignore[misc]
 
@@ -70,14 +81,14 @@ class NextTokenLoss:
         plain = sum(processes.gather(self._passes_logits_on(processes.device))) == processes.size
         if not plain and processes.is_main:
             logger.warning(
-                "%s changes what its head gives: all logits of a batch are held at once",
+                "%s changes the output of its head: all logits of a batch are in memory at once",
                 type(base_model(self._model)).__name__,
             )
         return plain
 
     @torch.no_grad()
     def _passes_logits_on(self, device: torch.device) -> bool:
-        """Whether what the head gives, here something large, comes back bit for bit."""
+        """Whether the model returns the head's output bit for bit; large values reveal a cap."""
         given: list[Tensor] = []
 
         def head(hidden: Tensor) -> Tensor:

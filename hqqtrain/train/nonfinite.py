@@ -1,7 +1,7 @@
-"""A loss or gradient that is not finite: which layer, which batch, and what then.
+"""Find the layer and the batch of a loss or gradient that is not finite, and apply the policy.
 
-NaN spreads: a step with it makes every weight NaN, and the run's later loss says nothing of where
-it came from. So it is looked at before the optimizer steps.
+NaN spreads: one optimizer step with it makes every weight NaN, and the later loss does not show
+where it came from. So the check runs before the optimizer steps.
 """
 
 import logging
@@ -23,18 +23,21 @@ from hqqtrain.train.session import Session
 logger = logging.getLogger(__name__)
 
 LIMIT = 5
-"""So many in a row end the run, whatever the policy: then it is no single batch."""
+"""Refused steps in a row that end the run under every policy: no single batch is the cause."""
 OVERFLOWS = 25
-"""So many in a row are no matter of fp16's scale: it starts at 2^16, and each halves it."""
-
+"""Overflows in a row that fp16 scaling can explain: the scale starts at 2^16 and is halved."""
 
 Note = Callable[[Step, dict[str, Any], list[list[int]]], object]
+"""Records a refused step: (step, facts as JSON values, token ids of its sequences)."""
 
 
 class Guard:
-    """Follows `train.on_nonfinite`.
+    """Applies `train.on_nonfinite` to steps whose loss or gradient norm is not finite.
 
-    `note` is given a refused step, the facts, and the tokens of its `sequences`.
+    Args:
+        session: Configuration and ranks.
+        sequences: The training text, to look up the tokens of a refused batch.
+        note: Records a refused step.
     """
 
     def __init__(self, session: Session, sequences: Sequences, note: Note) -> None:
@@ -44,7 +47,7 @@ class Guard:
         self._gradient = ""
 
     def accepts(self, step: Step, engine: Engine) -> bool:
-        """Whether the optimizer may step. Collective where not."""
+        """Whether the optimizer may step. Collective if not."""
         if math.isfinite(step.loss) and math.isfinite(step.norm):
             self._overflows = 0
             if self._config.on_nonfinite != "rollback":
@@ -52,22 +55,35 @@ class Guard:
             return True
         if self._is_overflow(step):
             return True
+        # The backward pass reaches the last parameter first: over ranks, the largest index wins.
         self._gradient = max(self._session.processes.gather(engine.not_finite()))[1]
         return False
 
     def _is_overflow(self, step: Step) -> bool:
-        """Of fp16's scale, which the scaler lowers, and skips the step, by itself."""
+        """Whether this is an fp16 loss-scale overflow. Counts them.
+
+        GradScaler handles an overflow by skipping the step and lowering the scale.
+        """
         if self._session.accelerator.scaler is None or not math.isfinite(step.loss):
             return False
         self._overflows += 1
         return self._overflows <= OVERFLOWS
 
     def passed(self) -> None:
-        """A checkpoint was made: what it goes back to is a later state."""
+        """Reset the count of refused steps, because a checkpoint was made after them."""
         self._in_a_row = 0
 
     def refuse(self, step: Step, model: nn.Module, batches: Iterable[Batch]) -> None:
-        """Names the layer, keeps the batch; raises UserError where that is the end. Collective."""
+        """Find the layer, record the batch, and skip it or end the run. Collective.
+
+        Args:
+            step: The refused step.
+            model: The model to run again, as the engine calls it.
+            batches: This rank's micro-batches of the step.
+
+        Raises:
+            UserError: The policy is `stop`, or too many steps in a row were refused.
+        """
         self._in_a_row += 1
         with self._session.autocast():
             forward = self._first([_first_bad_output(model, batch) for batch in batches])
@@ -75,43 +91,43 @@ class Guard:
         what = "output" if forward else "gradient"
         facts = {"layer": layer, "what": what, "policy": self._config.on_nonfinite}
         self._note(step, facts, [self._sequences[i]["input_ids"].tolist() for i in step.samples])
-        said = f"loss {step.loss}, gradient norm {step.norm}; first in the {what} of {layer}"
+        cause = f"loss {step.loss}, gradient norm {step.norm}; first in the {what} of {layer}"
         if self._config.on_nonfinite == "stop" or self._in_a_row >= LIMIT:
             raise UserError(
                 f"train.on_nonfinite={self._config.on_nonfinite}: global batch {step.place} gives "
-                f"{said}{self._how_often()}. Its samples are in nonfinite/ of the run. Lower "
+                f"{cause}{self._how_often()}. Its samples are in nonfinite/ of the run. Lower "
                 f"optim.lr={self._lr}, raise optim.warmup_steps, or use train.precision=fp32."
             )
         logger.warning(
-            "train.on_nonfinite=%s: global batch %d is left out: %s",
-            self._config.on_nonfinite, step.place, said,
+            "train.on_nonfinite=%s: global batch %d is skipped: %s",
+            self._config.on_nonfinite, step.place, cause,
         )  # fmt: skip
 
     def _how_often(self) -> str:
         return f", {self._in_a_row} times in a row" if self._in_a_row > 1 else ""
 
     def _first(self, found: list[str]) -> str:
-        """The first name of any rank."""
+        """Return the first name that is not empty, over all batches of all ranks. Collective."""
         named = [name for of_rank in self._session.processes.gather(found) for name in of_rank]
         return next(filter(None, named), "")
 
 
 @torch.no_grad()
 def _first_bad_output(model: nn.Module, batch: Batch) -> str:
-    """The first module to give what is not finite in a forward pass; nothing where none does."""
+    """Return the first module whose output is not finite in a forward pass; empty if none."""
     found: list[str] = []
 
-    def look(name: str) -> Callable[..., None]:
+    def make_hook(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
             floats = (t for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
             if not found and not all(bool(t.isfinite().all()) for t in floats):
-                found.append(plain_name(name.removeprefix("module.")))  # of DDP
+                found.append(plain_name(name.removeprefix("module.")))  # DDP's prefix
 
         return hook
 
     named = [(name, module) for name, module in model.named_modules() if name]
-    hooks = [module.register_forward_hook(look(name)) for name, module in named]
+    hooks = [module.register_forward_hook(make_hook(name)) for name, module in named]
     try:
         model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
     finally:

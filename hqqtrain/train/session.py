@@ -1,4 +1,4 @@
-"""What every task of a run shares: the processes, the device, the precision, the strategy."""
+"""What all tasks of a run share: ranks, device, precision and strategy, with `auto` resolved."""
 
 import logging
 import os
@@ -20,16 +20,18 @@ from hqqtrain_kernels import select
 logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(minutes=30)
-"""How long ranks wait for one another: the main one writes a large model while they do."""
+"""Time-out of collectives: the other ranks wait while rank 0 writes a large model."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Dtypes of `train.precision`."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """Made once per process, after the configuration was checked.
+    """Runtime of one process, created once, after the configuration was checked.
 
-    `precision` is the dtype of matrix products (`train.precision`), `storage` that of W_q.
+    `precision` names the dtype of matrix products (`train.precision`); `storage` is the dtype that
+    W_q is viewed as.
     """
 
     config: RunConfig
@@ -39,23 +41,27 @@ class Session:
     precision: str
     storage: torch.dtype
     replicas: int
-    """How often the model is there, sharded; see `parallel.hybrid`."""
+    """Number of replicas of the sharded model, see `parallel.hybrid`."""
     interrupt: Interrupt
 
     @classmethod
     def start(cls, config: RunConfig, interrupt: Interrupt) -> "Session":
-        """Joins the process group, if there is one, and decides what `auto` means here.
+        """Join the process group, if any, and resolve the settings that are `auto`. Collective.
+
+        Args:
+            config: The run's configuration.
+            interrupt: Knows whether this rank was asked to stop.
 
         Raises:
-            UserError: settings that do not fit the machine or the number of processes.
+            UserError: Settings do not fit the machine or the number of processes.
         """
         cuda = torch.cuda.is_available()
         wanted, precision = settle(os.environ, config)
         if precision == "auto":
             precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
         if precision == "fp16" and not cuda:
-            raise UserError("train.precision=fp16: needs a GPU; on a CPU use fp32 or bf16.")
-        # Of offloaded parameters gradients are summed on the host, too.
+            raise UserError("train.precision=fp16: needs a GPU; use fp32 or bf16 on a CPU.")
+        # The gradients of offloaded parameters are reduced on the host, which needs gloo, too.
         backend = "cuda:nccl,cpu:gloo" if cuda and config.parallel.offloads_parameters else None
         accelerator = Accelerator(
             cpu=not cuda,
@@ -80,7 +86,7 @@ class Session:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of unquantized weights and of matrix products."""
+        """Dtype of unquantized weights and of matrix products."""
         return DTYPES[self.precision]
 
     @property
@@ -88,17 +94,17 @@ class Session:
         return self.processes.device
 
     def autocast(self) -> AbstractContextManager:
-        """Matrix products in `precision`, as in training."""
+        """Context for matrix products in `precision`, as in training."""
         return self.accelerator.autocast()
 
     @property
     def offloads_activations(self) -> bool:
-        """On a GPU, where it is asked for; on a CPU they are in the host's memory."""
+        """Whether activations are offloaded: on a CPU they are in host memory anyway."""
         return self.config.parallel.offloads_activations and self.device.type == "cuda"
 
     @property
     def offloads_parameters(self) -> bool:
-        """On a GPU, where it is asked for."""
+        """Whether parameters are offloaded: on a CPU they are in host memory anyway."""
         return self.config.parallel.offloads_parameters and self.device.type == "cuda"
 
     @property
@@ -106,7 +112,10 @@ class Session:
         return torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
 
     def peak_memory_gib(self) -> float:
-        """The largest memory any rank has held so far, GiB: of the GPU, else of the process."""
+        """Return the largest peak memory of any rank so far, in GiB. Collective.
+
+        It is that of the GPU or, without one, of the process.
+        """
         return max(self.processes.gather(_peak_bytes(self.device))) / 2**30
 
 
@@ -120,32 +129,32 @@ def _choose_backend(backend: str, processes: Processes) -> None:
 
 
 def _check(config: RunConfig, strategy: str, precision: str, device: torch.device) -> None:
-    """Raises UserError for keys that do not fit the strategy or the device."""
+    """Raise UserError for keys that do not fit the strategy or the device."""
     offload = config.parallel.offload
     if config.task == "finetune":
         check_optimizer(config.optim, strategy, precision, device)
     if strategy == "zero3" and precision == "fp16":
         raise UserError(
-            "train.precision=fp16: parallel.strategy=zero3 does not scale gradients here; use "
-            "bf16, or fsdp2."
+            "train.precision=fp16: parallel.strategy=zero3 does not support gradient scaling "
+            "here; use bf16, or fsdp2."
         )
     if strategy == "zero3" and config.train.on_nonfinite != "stop":
         raise UserError(
-            f"train.on_nonfinite={config.train.on_nonfinite}: DeepSpeed steps before it tells the "
-            "gradient's norm; under parallel.strategy=zero3 use stop, or fsdp2."
+            f"train.on_nonfinite={config.train.on_nonfinite}: DeepSpeed steps before it "
+            "reveals the gradient norm; under parallel.strategy=zero3 use stop, or fsdp2."
         )
     if strategy == "zero3" and config.adapter.dtype == "bf16":
         raise UserError(
-            "adapter.dtype=bf16: DeepSpeed keeps fp32 copies and moments of what it trains, so "
-            "nothing is saved under parallel.strategy=zero3; use fp32, or fsdp2."
+            "adapter.dtype=bf16: DeepSpeed keeps fp32 copies and moments of the trained "
+            "parameters, so bf16 saves no memory under parallel.strategy=zero3; use fp32, or fsdp2."
         )
     if config.parallel.offloads_parameters and strategy != "fsdp2":
         raise UserError(
-            f"parallel.offload={offload}: parameters are offloaded by parallel.strategy=fsdp2, not "
-            f"{strategy}; use fsdp2, or offload=activations."
+            f"parallel.offload={offload}: only parallel.strategy=fsdp2 offloads parameters, not "
+            f"{strategy}; use fsdp2, or parallel.offload=activations."
         )
     if offload != "none" and device.type != "cuda":
-        logger.warning("parallel.offload=%s: does nothing on a CPU", offload)
+        logger.warning("parallel.offload=%s: has no effect on a CPU", offload)
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:

@@ -1,4 +1,7 @@
-"""The engine of `single`, `ddp`, `fsdp2`, and `fsdp1`, where DDP is for what is trained."""
+"""The engine of PyTorch's strategies: `single`, `ddp`, `fsdp2` and `fsdp1`.
+
+Under `fsdp1`, DDP averages the gradients of the trained parameters, which FSDP1 does not shard.
+"""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +18,7 @@ from hqqtrain.train.session import Session
 
 
 class TorchEngine:
-    """See `Engine`."""
+    """Implements `Engine` with PyTorch and accelerate."""
 
     def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter],
                  session: Session) -> None:  # fmt: skip
@@ -23,7 +26,8 @@ class TorchEngine:
         self._accelerator = session.accelerator
         self._limit = session.config.train.max_grad_norm
         if session.strategy in ("ddp", "fsdp1"):
-            # Ranks begin alike, and to make sure of it would overwrite FSDP1's shards.
+            # All ranks start with equal weights. DDP's initial broadcast would overwrite the
+            # shards of FSDP1, so it is off.
             self.model = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)
         optimizer = build_optimizer(session.config.optim, trained.values())
         self._state = OptimizerState(optimizer, trained)
@@ -45,7 +49,7 @@ class TorchEngine:
         accepted = accepts(whole.item())
         if accepted and self._limit is not None:
             nn.utils.clip_grads_with_norm_(parameters, self._limit, norm)
-        if accepted:  # a scaler skips what is not finite by itself
+        if accepted:  # under fp16, GradScaler skips the step itself if a gradient is not finite
             set_rate(self._optimizer, rate)
             self._optimizer.step()
         elif scaler := self._accelerator.scaler:

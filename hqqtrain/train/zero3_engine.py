@@ -1,4 +1,4 @@
-"""The engine of `zero3`: DeepSpeed's, which clips, steps and forgets gradients by itself."""
+"""The engine of `zero3`: DeepSpeed clips, steps and drops the gradients itself."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +15,7 @@ from hqqtrain.train.session import Session
 
 
 class ZeRO3Engine:
-    """See `Engine`."""
+    """Implements `Engine` with DeepSpeed."""
 
     def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter],
                  session: Session) -> None:  # fmt: skip
@@ -25,13 +25,13 @@ class ZeRO3Engine:
             model, self._optimizer, max_grad_norm=session.config.train.max_grad_norm,
             autocast=session.dtype,
         )  # fmt: skip
-        # Gradients are DeepSpeed's own once they are made.
+        # DeepSpeed takes each gradient away once it is computed, so look at it in a hook.
         self._is_bad = torch.zeros(len(trained), dtype=torch.bool, device=session.device)
         for number, param in enumerate(trained.values()):
             param.register_hook(partial(self._look, number))
 
     def _look(self, number: int, grad: Tensor) -> None:
-        """No value is waited for."""
+        """Note a gradient that is not finite, without synchronizing with the device."""
         self._is_bad[number] |= ~is_finite(grad)
 
     def accumulating(self, *, last: bool) -> AbstractContextManager:
@@ -42,7 +42,10 @@ class ZeRO3Engine:
         self.model.backward(loss)
 
     def update(self, rate: float, accepts: Accepts) -> None:
-        """It has stepped before it tells the norm, so a refusal must end the run."""
+        """Step, then report the norm. Collective.
+
+        DeepSpeed reveals the norm only after it has stepped, so a refusal must end the run.
+        """
         set_rate(self._optimizer, rate)
         self.model.step()
         norm: torch.Tensor | float = self.model.get_global_grad_norm()

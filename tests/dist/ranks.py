@@ -1,4 +1,4 @@
-"""Runs a function on real processes that talk over gloo."""
+"""Run a function on several real processes that communicate over gloo."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from hqqtrain.dist import DivergedError, Processes
 CPU = torch.device("cpu")
 
 
-def _found(
+def _run(
     rank: int, size: int, port: int, answers: Any, case: Callable[..., None], *arguments: Any
 ) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -32,22 +32,25 @@ def _found(
 def on_ranks(
     case: Callable[..., None], size: int, *arguments: Any, lost: int | None = None
 ) -> list[str]:
-    """The fault that `case` raised on every rank, or nothing; but for `lost`, which is killed."""
+    """Run `case` on `size` ranks and return the error message of each; empty if none.
+
+    Rank `lost` does not answer and is killed in the end; it is not in the result.
+    """
     context, port = multiprocessing.get_context("forkserver"), free_port()
     context.set_forkserver_preload(["torch.distributed.fsdp", "hqqtrain.tasks.prepare"])
     answers = context.Queue()
     workers = [
         context.Process(
-            target=_found, args=(rank, size, port, answers, case, *arguments), daemon=True
+            target=_run, args=(rank, size, port, answers, case, *arguments), daemon=True
         )
         for rank in range(size)
     ]
     for worker in workers:
         worker.start()
     ranks = [rank for rank in range(size) if rank != lost]
-    found = dict(answers.get(timeout=120) for _ in ranks)
+    by_rank = dict(answers.get(timeout=120) for _ in ranks)
     for rank in ranks:
         workers[rank].join(30)
     if lost is not None:
         workers[lost].kill()
-    return [found[rank] for rank in ranks]
+    return [by_rank[rank] for rank in ranks]

@@ -1,4 +1,4 @@
-"""All bit patterns survive every strategy, with real processes; what changes them is refused."""
+"""All bit patterns survive every strategy, with real processes; a change is refused."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ ZERO3 = ["zero3"] * (importlib.util.find_spec("deepspeed") is not None)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_all_patterns_are_there(storage):
+def test_patterns_are_complete(storage):
     words = bits.patterns(storage, torch.device("cpu")).contiguous().view(torch.int16)
     assert words.unique().numel() == 1 << 16
 
@@ -31,7 +31,7 @@ def every_storage(rank: int, processes: Processes) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_every_strategy_keeps_them(size):
+def test_every_strategy_preserves_bits(size):
     assert on_ranks(every_storage, size) == [""] * size
 
 
@@ -55,7 +55,7 @@ def test_a_rewritten_pattern_stops_all_ranks():
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
-def test_nccl_keeps_them():
+def test_nccl_preserves_bits():
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
     torch.distributed.init_process_group(
         "nccl", rank=0, world_size=1, device_id=torch.device("cuda:0")
@@ -66,7 +66,7 @@ def test_nccl_keeps_them():
         torch.distributed.destroy_process_group()
 
 
-def test_it_says_what_it_found(monkeypatch):
+def test_message_counts_changed_words(monkeypatch):
     monkeypatch.setattr(bits, "_sharded_and_gathered", lambda wanted, *_: torch.zeros_like(wanted))
     with pytest.raises(UserError, match="changes 131070 of"):
         check_bits(torch.bfloat16, "fsdp2", Processes(0, 1, torch.device("cpu")))

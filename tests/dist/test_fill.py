@@ -1,4 +1,4 @@
-"""Quantized by 1, 2, 3 or 4 ranks: the same bits, and each byte of the source read once."""
+"""1, 2, 3 or 4 ranks quantize to the same bits and read each byte of the source once."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ CASES = [
 
 
 def make_model(nbits: int, group_size: int | None, axis: int) -> nn.Module:
-    """Rows that 2, 3 and 4 ranks share unevenly, biases, tied embeddings."""
+    """Build a model whose rows 2, 3 and 4 ranks share unevenly, with biases and tied embeddings."""
     config = LlamaConfig(
         vocab_size=100, hidden_size=96, intermediate_size=160, num_hidden_layers=2,
         num_attention_heads=3, num_key_value_heads=1, attention_bias=True,
@@ -35,7 +35,7 @@ def make_model(nbits: int, group_size: int | None, axis: int) -> nn.Module:
 
 
 def quantized(case: tuple, processes: Processes, strategy: str) -> tuple[str, int, int]:
-    """(fingerprint, bytes that this rank has read, bytes of the source)."""
+    """Return (fingerprint, bytes that this rank has read, bytes of the source)."""
     model = make_model(*case)
     reader = SyntheticReader(expected_shapes(model, packed=False), torch.bfloat16, CPU)
     if strategy == "spread":
@@ -64,7 +64,9 @@ def alone() -> list[tuple[str, int, int]]:
 @pytest.mark.parametrize(("size", "strategy"), [
     (2, "fsdp2"), (3, "fsdp2"), (4, "fsdp2"), (3, "ddp"), (3, "spread"), (4, "hybrid"),
 ])  # fmt: skip
-def test_any_number_of_ranks(size: int, strategy: str, alone: list, tmp_path: Path) -> None:
+def test_fingerprint_does_not_depend_on_ranks(
+    size: int, strategy: str, alone: list, tmp_path: Path
+) -> None:
     assert on_ranks(quantize_all, size, tmp_path, strategy) == [""] * size
     by_rank = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
     for number, case in enumerate(CASES):
@@ -73,5 +75,5 @@ def test_any_number_of_ranks(size: int, strategy: str, alone: list, tmp_path: Pa
         assert sum(answer[1] for answer in answers) <= 1.05 * answers[0][2], case
 
 
-def test_every_case_has_bits_of_its_own(alone: list) -> None:
+def test_cases_have_different_fingerprints(alone: list) -> None:
     assert len({fingerprint for fingerprint, *_ in alone}) == len(CASES)

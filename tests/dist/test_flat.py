@@ -1,4 +1,4 @@
-"""FSDP1 and ZeRO-3: filled as under FSDP2, handed over, and the same model, with real processes."""
+"""FSDP1 and ZeRO-3 compute the same as an unsharded model, with real processes."""
 
 import importlib.util
 
@@ -29,7 +29,7 @@ ENGINES = ["fsdp1", *["zero3"] * (importlib.util.find_spec("deepspeed") is not N
 
 
 def make_model(group_size: int | None = 16, **quant: object) -> nn.Module:
-    """Rows that ranks share unevenly, biases, tied embeddings; adapters that do something."""
+    """Build a model whose rows ranks share unevenly, with biases, tied embeddings and adapters."""
     config = LlamaConfig(
         vocab_size=101, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
         num_attention_heads=3, num_key_value_heads=1, attention_bias=True,
@@ -64,7 +64,7 @@ def runs_alike(rank: int, processes: Processes, engine: str, storage: torch.dtyp
     else:
         partition(model, storage, CPU)
     torch.testing.assert_close(logits(model), logits(alone))
-    torch.testing.assert_close(logits(model), logits(alone))  # gathered and freed once more
+    torch.testing.assert_close(logits(model), logits(alone))  # gather and free a second time
     whole = sum(p.nbytes for n, p in alone.named_parameters() if ".W_q" in n)
     held = sum(local(p).nbytes for n, p in model.named_parameters() if ".W_q" in n)
     assert held <= 1.1 * whole / processes.size + 4096, (held, whole)
@@ -76,17 +76,17 @@ def runs_alike(rank: int, processes: Processes, engine: str, storage: torch.dtyp
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("size", [2, 3])
-def test_handed_over_it_is_the_same_model(engine: str, size: int):
+def test_sharded_model_equals_the_unsharded_one(engine: str, size: int):
     assert on_ranks(runs_alike, size, engine, torch.float32) == [""] * size
 
 
 @pytest.mark.skipif("zero3" not in ENGINES, reason="needs deepspeed")
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.uint8])
-def test_zero3_holds_them_as_other_dtypes(storage: torch.dtype):
+def test_zero3_with_other_storage_dtypes(storage: torch.dtype):
     assert on_ranks(runs_alike, 2, "zero3", storage) == ["", ""]
 
 
-@pytest.mark.parametrize(("engine", "storage", "options", "said"), [
+@pytest.mark.parametrize(("engine", "storage", "options", "message"), [
     ("fsdp1", torch.bfloat16, {},
      r"quant\.storage=bf16: .*is torch\.float32.*use quant\.storage=fp32"),
     ("fsdp1", torch.float32, {"group_size": None},
@@ -94,12 +94,12 @@ def test_zero3_holds_them_as_other_dtypes(storage: torch.dtype):
     ("zero3", torch.float32, {"group_size": 32},
      r"3 scales of torch\.bfloat16, 6 bytes.* use quant\.storage=bf16"),
 ])  # fmt: skip
-def test_what_cannot_be_held_flat_is_refused(engine, storage, options, said):
-    with pytest.raises(UserError, match=said):
+def test_unsupported_dtypes_are_refused(engine, storage, options, message):
+    with pytest.raises(UserError, match=message):
         check_flat(make_model(**options), storage, engine)
 
 
-def test_what_can_is_not():
+def test_supported_dtypes_are_accepted():
     check_flat(make_model(), torch.float32, "fsdp1")
     check_flat(make_model(group_size=None, meta_dtype="fp32"), torch.float32, "fsdp1")
     check_flat(make_model(group_size=None), torch.bfloat16, "zero3")

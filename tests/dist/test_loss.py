@@ -1,4 +1,4 @@
-"""The loss in parts when ranks have batches of different lengths: they must not wait for ever."""
+"""The chunked loss on ranks whose batches differ in length: no rank may wait forever."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_ranks_with_batches_of_different_lengths(strategy):
     assert on_ranks(ragged, 3, strategy) == [""] * 3
 
 
-def test_alone_as_well(monkeypatch):
+def test_single_process(monkeypatch):
     monkeypatch.setattr(module, "LOGITS", 10 * 96)
     model = make_model()
     batch = make_batch(0)

@@ -1,4 +1,4 @@
-"""bitsandbytes on FSDP2's shards: what it does to whole tensors, with real processes."""
+"""bitsandbytes on FSDP2's shards steps as on full tensors, with real processes."""
 
 import pytest
 import torch
@@ -15,8 +15,11 @@ pytest.importorskip("bitsandbytes")
 
 
 def make_model() -> nn.Sequential:
-    """Shards of whole blocks of 256 numbers, so that 8-bit states are cut alike; and, too small
-    for 8 bits, one whose rows ranks share unevenly, one of them getting none."""
+    """Build two layers whose shards have the same optimizer state as the full tensors.
+
+    The shards of the first layer are whole blocks of 256 elements, so the 8-bit states agree. The
+    second layer is too small for 8 bits; ranks share its rows unevenly, and one gets none.
+    """
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(128, 128, bias=False), nn.Linear(128, 3, bias=False))
 
@@ -40,5 +43,5 @@ def steps(rank: int, processes: Processes) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_shards_take_the_steps_of_the_whole(size: int):
+def test_sharded_steps_equal_unsharded_steps(size: int):
     assert on_ranks(steps, size) == [""] * size

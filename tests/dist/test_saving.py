@@ -1,4 +1,4 @@
-"""All ranks write: the files of one process, complete on all or on none."""
+"""All ranks together write the files that one process would write, or none of them."""
 
 import json
 from pathlib import Path
@@ -54,16 +54,16 @@ def check(rank: int, processes: Processes, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
-def test_every_rank_hears_of_a_byte_that_one_has_found(number, tmp_path):
+def test_every_rank_raises_for_a_corrupt_byte_that_one_finds(number, tmp_path):
     write(tmp_path / "out", ALONE)
     assert on_ranks(check, 2, tmp_path / "out") == ["", ""]
     file = tmp_path / "out" / f"model-{number:05}-of-00005.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
-    for told in on_ranks(check, 2, tmp_path / "out"):
-        assert told.startswith(f"{file}: is not what was written (its checksum differs)")
-        assert f"Delete {tmp_path / 'out'} and run again" in told
+    for message in on_ranks(check, 2, tmp_path / "out"):
+        assert message.startswith(f"{file}: is not what was written (its checksum differs)")
+        assert f"Delete {tmp_path / 'out'} and run again" in message
 
 
 def one_disk_is_full(rank: int, processes: Processes, folder: Path) -> None:
@@ -79,14 +79,14 @@ def one_disk_is_full(rank: int, processes: Processes, folder: Path) -> None:
     write(folder, processes)
 
 
-def test_a_disk_that_is_full_leaves_nothing(tmp_path):
+def test_a_full_disk_leaves_no_files(tmp_path):
     answers = on_ranks(one_disk_is_full, 2, tmp_path / "out")
     assert answers[1] == "OSError: no space left on device"
     assert answers[0] == "rank 1 failed: OSError: no space left on device"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_there_stays_when_one_fails(tmp_path):
+def test_a_failed_write_keeps_the_previous_files(tmp_path):
     write(tmp_path / "out", ALONE)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     on_ranks(one_disk_is_full, 2, tmp_path / "out")
@@ -94,7 +94,7 @@ def test_what_was_there_stays_when_one_fails(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_folder_that_nodes_do_not_share_is_detected(tmp_path, monkeypatch):
+def test_a_folder_that_is_not_shared_is_detected(tmp_path, monkeypatch):
     monkeypatch.setattr("hqqtrain.ckpt.lock.SEEN_WITHIN", 0.3)
     here, there = (RunConfig(run=RunSection(root=str(tmp_path / n), name="a")) for n in "xy")
     with RunDirectory(here) as first:

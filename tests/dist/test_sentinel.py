@@ -1,4 +1,4 @@
-"""Bits that change, and ranks that part, are found: with real processes."""
+"""The sentinel finds changed bits and diverging ranks, with real processes."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from hqqtrain.quant import QuantSpec
 
 
 def make_model() -> nn.Sequential:
-    """A packed layer, held as bf16 views with NaN patterns among them, and a trained one."""
+    """Build a packed layer, viewed as bf16 with NaN patterns among its codes, and a trained one."""
     torch.manual_seed(0)
     spec = QuantSpec(4, 32, 1, "rtn", torch.bfloat16)
     packed = HQQLinear.from_linear(
@@ -28,11 +28,11 @@ def make_model() -> nn.Sequential:
 
 
 def flip(tensor: torch.Tensor) -> None:
-    """The lowest bit of the last byte of the first row."""
+    """Flip the lowest bit of the last byte of the first row."""
     tensor.detach().view(torch.uint8)[0, -1] ^= 1
 
 
-def test_training_is_no_fault():
+def test_training_passes_the_check():
     model = make_model()
     sentinel = Sentinel(model, Processes(0, 1, CPU))
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_one_bit_of_a_frozen_weight_is_noticed(tensor: str):
         sentinel.check()
 
 
-def _whole(rank: int, processes: Processes, name: str) -> None:
+def _flip_on_rank_1(rank: int, processes: Processes, name: str) -> None:
     model = make_model()
     sentinel = Sentinel(model, processes)
     if rank == 1:
@@ -59,11 +59,11 @@ def _whole(rank: int, processes: Processes, name: str) -> None:
     sentinel.check()
 
 
-def trained_apart(rank: int, processes: Processes) -> None:
-    _whole(rank, processes, "1.weight")
+def diverges_in_training(rank: int, processes: Processes) -> None:
+    _flip_on_rank_1(rank, processes, "1.weight")
 
 
-def begun_apart(rank: int, processes: Processes) -> None:
+def starts_different(rank: int, processes: Processes) -> None:
     model = make_model()
     with torch.no_grad():
         model[1].bias.add_(rank)
@@ -81,7 +81,7 @@ def shard_altered(rank: int, processes: Processes) -> None:
 
 
 def replica_altered(rank: int, processes: Processes) -> None:
-    """The second of two replicas, whose trained shard on rank 3 is that of rank 1."""
+    """Change one of two replicas: ranks 1 and 3 hold the same trained shard."""
     model = make_model()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     fully_shard(model, mesh=mesh)
@@ -105,18 +105,18 @@ def shards_trained(rank: int, processes: Processes) -> None:
     sentinel.check()
 
 
-def test_ranks_that_train_apart_are_named():
-    two, three = on_ranks(trained_apart, 2), on_ranks(trained_apart, 3)
-    assert len({*two}) == len({*three}) == 1  # all ranks stop, and say the same
+def test_diverged_ranks_are_named():
+    two, three = on_ranks(diverges_in_training, 2), on_ranks(diverges_in_training, 3)
+    assert len({*two}) == len({*three}) == 1  # all ranks raise the same message
     assert two[0].startswith("rank 1: 1.weight differs from that of 1 other ranks.")
     assert three[0].startswith("rank 1: 1.weight differs from that of 2 other ranks.")
 
 
-def test_ranks_that_begin_apart_are_named():
-    assert "rank 1: 1.bias differs" in on_ranks(begun_apart, 2)[0]
+def test_ranks_that_start_different_are_named():
+    assert "rank 1: 1.bias differs" in on_ranks(starts_different, 2)[0]
 
 
-def test_a_shard_that_changes_is_named_with_its_rank():
+def test_a_changed_shard_is_named_with_its_rank():
     found = on_ranks(shard_altered, 2)
     assert found[0] == found[1]
     assert found[0].startswith("rank 1: 0.W_q, which is frozen, has changed.")
@@ -128,5 +128,5 @@ def test_replicas_of_a_shard_are_compared():
     assert found[0].startswith("rank 3: 1.weight differs from that of 1 other ranks.")
 
 
-def test_shards_that_train_are_no_fault(tmp_path: Path):
+def test_trained_shards_pass_the_check(tmp_path: Path):
     assert on_ranks(shards_trained, 2) == ["", ""]

@@ -1,4 +1,4 @@
-"""A training's state, cut over ranks, saved whole and put back on other ranks."""
+"""Training state that some ranks have saved loads on any other number of ranks."""
 
 import json
 from pathlib import Path
@@ -18,11 +18,11 @@ from hqqtrain.train.optimizer_state import OptimizerState
 from hqqtrain.train.snapshot import Snapshot
 
 ROWS = (130, 3, 1, 64)
-"""Of matrices that ranks share unevenly; of some, ranks get nothing."""
+"""Rows of the weights. Ranks share them unevenly, and some ranks get none of a weight."""
 
 
 def make_model(processes: Processes, replicas: int = 1) -> nn.Module:
-    """Whole on one rank, else sharded."""
+    """Build the same weights on any number of ranks, sharded if there are several."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(128, rows, bias=False) for rows in ROWS))
     if processes.size > 1:
@@ -33,7 +33,7 @@ def make_model(processes: Processes, replicas: int = 1) -> nn.Module:
 
 
 class Trained:
-    """A model and its optimizer, which can step by gradients that depend on the step alone."""
+    """A model and its optimizer, with gradients that depend only on the step."""
 
     def __init__(self, name: str, processes: Processes, replicas: int = 1) -> None:
         self.named = dict(make_model(processes, replicas).named_parameters())
@@ -64,7 +64,7 @@ class Trained:
 
 def stage(rank: int, processes: Processes, folder: Path, name: str, begin: int, end: int,
           replicas: int) -> None:  # fmt: skip
-    """Steps `begin` to `end`, from the file of `begin` to the file of `end`."""
+    """Load the file of step `begin`, take the steps to `end` and write the file of `end`."""
     trained = Trained(name, processes, replicas)
     if begin:
         trained.load(folder / str(begin), begin)
@@ -76,7 +76,7 @@ def stage(rank: int, processes: Processes, folder: Path, name: str, begin: int, 
 
 
 def walk(folder: Path, name: str, *stages: tuple[int, int, int]) -> dict[str, Tensor]:
-    """The end of `stages`, each (ranks, replicas, steps in all when it ends)."""
+    """Run `stages`, each (ranks, replicas, step at which it ends), and return the last file."""
     folder.mkdir()
     begin = 0
     for size, replicas, end in stages:
@@ -92,7 +92,7 @@ def walk(folder: Path, name: str, *stages: tuple[int, int, int]) -> dict[str, Te
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
-def test_other_ranks_go_on(tmp_path: Path, name: str):
+def test_another_world_size_resumes(tmp_path: Path, name: str):
     if name == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
     whole = walk(tmp_path / "whole", name, (1, 1, 8))
@@ -100,7 +100,7 @@ def test_other_ranks_go_on(tmp_path: Path, name: str):
     if name == "adamw":
         assert found.keys() == whole.keys()
         assert [key for key in whole if not torch.equal(found[key], whole[key])] == []
-    for key in (key for key in whole if "/" not in key):  # 8 bits are rounded anew, or otherwise
+    for key in (key for key in whole if "/" not in key):  # 8-bit states are rounded differently
         distance = (found[key] - whole[key]).norm() / (whole[key] - start(key)).norm()
         assert distance < 0.05, (key, distance)
 
@@ -110,7 +110,7 @@ def start(key: str) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_as_many_ranks_find_the_same_bits(tmp_path: Path, size: int):
+def test_the_same_world_size_resumes_bit_for_bit(tmp_path: Path, size: int):
     pytest.importorskip("bitsandbytes")
     whole = walk(tmp_path / "whole", "adamw_8bit", (size, 1, 4))
     found = walk(tmp_path / "found", "adamw_8bit", (size, 1, 1), (size, 1, 3), (size, 1, 4))
@@ -118,15 +118,15 @@ def test_as_many_ranks_find_the_same_bits(tmp_path: Path, size: int):
     assert [key for key in whole if not torch.equal(found[key], whole[key])] == []
 
 
-def test_a_copy_does_not_change_with_what_it_was_taken_of():
+def test_snapshot_is_a_copy():
     weight, snapshot = torch.ones(3), Snapshot(Processes(0, 1, CPU))
     snapshot.take({"weight": piece_of(weight, weight, weight.shape)})
     weight.zero_()
     assert snapshot.tensors()["weight"].tolist() == [1, 1, 1]
 
 
-def test_a_copy_of_what_has_grown_is_whole():
-    """bitsandbytes has no moments before the first step."""
+def test_snapshot_of_a_tensor_that_has_grown():
+    """Before the first step, bitsandbytes has no moments."""
     snapshot = Snapshot(Processes(0, 1, CPU))
     nothing, moments = torch.empty(0), torch.arange(300, dtype=torch.uint8)
     snapshot.take({"w/state1": piece_of(moments, nothing), "gone": piece_of(moments, moments)})

@@ -1,4 +1,4 @@
-"""A rank that fails or vanishes ends the work of all, and they say which and why."""
+"""If one rank fails or vanishes, all ranks stop and report which one and why."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from hqqtrain.dist.watch import Watch
 
 
 def work(processes: Processes, seconds: float, fault: Exception | None = None) -> None:
-    """So many seconds of it, in small steps, at whose end `fault` is raised."""
+    """Work for some seconds in small steps, then raise `fault`, if any."""
     watch.LOST_AFTER = 3.0
     with Watch(processes) as watching:
         end = time.monotonic() + seconds
@@ -24,20 +24,20 @@ def work(processes: Processes, seconds: float, fault: Exception | None = None) -
             raise fault
 
 
-def all_is_well(rank: int, processes: Processes) -> None:
+def one_is_slow(rank: int, processes: Processes) -> None:
     began = time.monotonic()
     work(processes, 5.0 * rank)
-    assert time.monotonic() - began > 9.9, "they leave together"
-    work(processes, 0.1)  # again, with the same names
+    assert time.monotonic() - began > 9.9, "every rank must wait for the slowest"
+    work(processes, 0.1)  # a second watch has its own keys
 
 
-def one_finds_a_fault(rank: int, processes: Processes) -> None:
+def one_finds_bad_data(rank: int, processes: Processes) -> None:
     work(
         processes, 0.5 if rank == 1 else 60, UserError("w: row 3 holds nan") if rank == 1 else None
     )
 
 
-def one_is_told_to_stop(rank: int, processes: Processes) -> None:
+def one_is_preempted(rank: int, processes: Processes) -> None:
     work(processes, 0.5 if rank == 1 else 60, PreemptedError("SIGUSR1") if rank == 1 else None)
 
 
@@ -46,13 +46,16 @@ def one_breaks(rank: int, processes: Processes) -> None:
 
 
 def one_fails_last(rank: int, processes: Processes) -> None:
-    """The others have done their part and wait."""
+    """Fail on one rank after the others have ended their work and wait."""
     work(processes, 2.0 if rank == 2 else 0.1, UserError("w: late") if rank == 2 else None)
 
 
-def one_is_sent(rank: int, processes: Processes, lost: int, number: signal.Signals) -> None:
-    """The first rank hosts the store. Stopped, it is as a machine without power: connections stay
-    open, and nobody answers."""
+def one_gets_signal(rank: int, processes: Processes, lost: int, number: signal.Signals) -> None:
+    """Send a signal to rank `lost` while all ranks work.
+
+    Rank 0 hosts the store. After SIGSTOP it behaves like a machine without power: its connections
+    stay open, but nobody answers.
+    """
     if rank == lost:
         with Watch(processes):
             time.sleep(1)
@@ -60,42 +63,42 @@ def one_is_sent(rank: int, processes: Processes, lost: int, number: signal.Signa
     work(processes, 60)
 
 
-def test_a_wish_to_stop_is_everyones():
-    assert on_ranks(one_is_told_to_stop, 3) == ["PreemptedError: SIGUSR1"] * 3
+def test_preemption_of_one_rank_stops_all():
+    assert on_ranks(one_is_preempted, 3) == ["PreemptedError: SIGUSR1"] * 3
 
 
-def test_they_leave_together():
-    assert on_ranks(all_is_well, 3) == [""] * 3
+def test_ranks_leave_together():
+    assert on_ranks(one_is_slow, 3) == [""] * 3
 
 
-@pytest.mark.parametrize("case", [one_finds_a_fault, one_fails_last])
-def test_a_fault_of_the_data_is_the_same_on_all(case):
-    expected = "w: row 3 holds nan" if case is one_finds_a_fault else "w: late"
+@pytest.mark.parametrize("case", [one_finds_bad_data, one_fails_last])
+def test_a_user_error_is_the_same_on_all_ranks(case):
+    expected = "w: row 3 holds nan" if case is one_finds_bad_data else "w: late"
     began = time.monotonic()
     assert on_ranks(case, 3) == [expected] * 3
     assert time.monotonic() - began < 40
 
 
-def test_another_fault_is_told_with_its_rank():
+def test_any_other_error_names_its_rank():
     answers = on_ranks(one_breaks, 3)
     assert answers[0] == "OSError: disk on fire"
     assert answers[1:] == ["rank 0 failed: OSError: disk on fire"] * 2
 
 
-@pytest.mark.parametrize(("lost", "number", "said"), [
+@pytest.mark.parametrize(("lost", "number", "message"), [
     (1, signal.SIGKILL, "rank 1 is gone: no heartbeat"),
     (0, signal.SIGKILL, "gone"),
     (0, signal.SIGSTOP, "the process that hosts the store"),
 ])  # fmt: skip
-def test_a_rank_that_vanishes(lost, number, said):
+def test_a_rank_that_vanishes(lost, number, message):
     began = time.monotonic()
-    answers = on_ranks(one_is_sent, 3, lost, number, lost=lost)
-    assert [said in answer for answer in answers] == [True, True], answers
+    answers = on_ranks(one_gets_signal, 3, lost, number, lost=lost)
+    assert [message in answer for answer in answers] == [True, True], answers
     assert time.monotonic() - began < 45
 
 
 class Store:
-    """Says what rank 1 says."""
+    """Store in which only the state of rank 1 exists."""
 
     text = b"{}"
 
@@ -104,7 +107,7 @@ class Store:
         return [self.text]
 
 
-def test_a_process_that_was_held_up_itself_accuses_nobody(monkeypatch):
+def test_a_suspended_process_does_not_blame_others(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     watching = Watch(Processes(0, 2, None))  # type: ignore[arg-type]
@@ -112,7 +115,7 @@ def test_a_process_that_was_held_up_itself_accuses_nobody(monkeypatch):
     for now in (1001.0, 1001.0 + 3 * watch.LOST_AFTER):  # noqa: B007 (the clock reads it)
         watching._read_states()
     watching.check()
-    for _ in range(60):  # while this one looks, the other says nothing
+    for _ in range(60):  # this rank reads regularly, the other one is silent
         now += watch.LOST_AFTER / 40
         watching._read_states()
     with pytest.raises(RankLostError, match="rank 1 is gone"):
@@ -122,6 +125,6 @@ def test_a_process_that_was_held_up_itself_accuses_nobody(monkeypatch):
     watching.check()
 
 
-def test_one_rank_alone_needs_no_store():
+def test_a_single_rank_needs_no_store():
     with Watch(Processes(0, 1, None)) as watching:  # type: ignore[arg-type]
         watching.check()

@@ -80,7 +80,7 @@ def test_sharded_within_nodes_and_replicated_between(alone: Finished, tmp_path: 
     words = (*EXACT, "parallel.strategy=fsdp2", "parallel.hybrid=true")
     four = run(*words, root=tmp_path / "runs", processes=4, per_node=2)
     assert four.code == 0, four.output
-    assert "sharded over 2 ranks, 2 times" in four.output
+    assert "sharded over 2 ranks, replicas: 2" in four.output
     for key in ("fingerprint", "bytes_read"):
         assert four.summary["quantize"][key] == alone.summary["quantize"][key]
     assert four.losses() == pytest.approx(alone.losses(), abs=1e-4)

@@ -1,4 +1,4 @@
-"""Pieces arrive in order, one of them read while another is worked on; faults arrive in place."""
+"""Pieces arrive in order while the next one is read; errors arrive with their piece."""
 
 import threading
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 class Source:
-    """Tensors of one number; notes who read what."""
+    """Source of one-element tensors that records which thread read what."""
 
     def __init__(self, ahead: int) -> None:
         self.bytes_read, self.ahead = 0, ahead
@@ -36,7 +36,7 @@ def pieces(*names: object) -> list[Piece]:
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_in_order_and_no_further_ahead_than_asked(ahead):
+def test_order_and_prefetch_limit(ahead):
     source = Source(ahead)
     with ReadAhead(source, pieces(*range(8)), CPU) as arriving:
         for number, tensor in enumerate(arriving):
@@ -46,7 +46,7 @@ def test_in_order_and_no_further_ahead_than_asked(ahead):
     assert (threading.get_ident() in source.threads) == (ahead == 0)
 
 
-def test_one_is_read_while_another_is_worked_on():
+def test_next_piece_is_read_in_the_background():
     source = Source(1)
     with ReadAhead(source, pieces(0, 1, 2), CPU) as arriving:
         next(arriving)
@@ -58,7 +58,7 @@ def test_one_is_read_while_another_is_worked_on():
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_a_fault_comes_where_its_piece_is_asked_for(ahead):
+def test_an_error_is_raised_with_its_piece(ahead):
     with ReadAhead(Source(ahead), pieces(0, "bad", 2), CPU) as arriving:
         assert next(arriving) == 0
         with pytest.raises(UserError, match="bad: damaged"):
@@ -68,14 +68,14 @@ def test_a_fault_comes_where_its_piece_is_asked_for(ahead):
 def test_leaving_early_ends_the_thread():
     before = threading.active_count()
     ahead = ReadAhead(Source(1), pieces(*range(9)), CPU)
-    with pytest.raises(KeyboardInterrupt), ahead as arriving:  # noqa: PT012 (it leaves early)
+    with pytest.raises(KeyboardInterrupt), ahead as arriving:  # noqa: PT012 (the body leaves early)
         next(arriving)
         raise KeyboardInterrupt
     assert threading.active_count() == before
 
 
 class Pinned(Source):
-    """4 million numbers a piece, for copies that take a while."""
+    """Source of 4 million elements per piece, so that copies take a while."""
 
     def read(self, name: str, rows: list[slice] | None = None) -> torch.Tensor:
         return torch.full((1 << 22,), float(name), pin_memory=True)
@@ -83,7 +83,7 @@ class Pinned(Source):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_a_gpu_works_on_what_has_arrived_alone(ahead):
+def test_a_gpu_waits_for_its_copy(ahead):
     device = torch.device("cuda:0")
     with ReadAhead(Pinned(ahead), pieces(*range(40)), device) as arriving:
         sums = [(piece - number).abs().sum() for number, piece in enumerate(arriving)]
@@ -92,7 +92,7 @@ def test_a_gpu_works_on_what_has_arrived_alone(ahead):
 
 
 class Damaged(Source):
-    """Row 4 of `b` is not finite."""
+    """Source whose tensor `b` has a NaN in row 4."""
 
     def read(self, name: str, rows: list[slice] | None = None) -> torch.Tensor:
         W = torch.ones(6, 3)
@@ -101,20 +101,20 @@ class Damaged(Source):
         return torch.cat([W[r] for r in rows]) if rows else W
 
 
-def test_what_is_not_finite_is_named_a_little_later():
+def test_a_value_that_is_not_finite_is_named_later():
     source = Damaged(0)
     finite = Finiteness(source)
     rows = [slice(0, 2), slice(3, 6)]
     said = r"b: row 4 holds nan; 1 of 5 rows"
-    with pytest.raises(UserError, match=said) as fault:  # noqa: PT012 (which turn, is the test)
+    with pytest.raises(UserError, match=said) as fault:  # noqa: PT012 (the test is in which turn it raises)
         for number, name in enumerate("abacad"):
             bad = ~torch.cat([source.read(name)[r] for r in rows]).isfinite().all()
             finite.add(Piece(name, rows), bad)
-            assert number < 4, "two answers may be left open, no more"
+            assert number < 4, "at most two results may be pending"
     assert "damaged" in str(fault.value)
 
 
-def test_the_last_answers_are_asked_for_at_the_end():
+def test_check_reads_all_pending_results():
     finite = Finiteness(Damaged(0))
     finite.add(Piece("b", None), torch.tensor([1], dtype=torch.int32))
     with pytest.raises(UserError, match="b: row 4"):

@@ -1,4 +1,4 @@
-"""An accelerate config that a user has already: taken over, or refused with both sides named."""
+"""An existing accelerate configuration is adopted, or refused with both sides named."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def configured(
 
 @pytest.mark.parametrize("environ", [{}, PLAIN])
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
-def test_what_accelerate_says_by_default_says_nothing(environ, precision):
+def test_defaults_of_accelerate_change_nothing(environ, precision):
     assert settled(environ, "ddp", precision) == ("ddp", precision)
 
 
@@ -38,16 +38,16 @@ def test_what_accelerate_says_by_default_says_nothing(environ, precision):
     (FSDP2, "fsdp2"), (FSDP1, "fsdp1"), (ZERO3, "zero3"),
 ])  # fmt: skip
 @pytest.mark.parametrize("named", [False, True])
-def test_its_engine_is_ours_alone(environ, strategy, named):
+def test_accelerate_does_not_wrap_the_model_again(environ, strategy, named):
     taken = dict(environ)
     asked = strategy if named else "auto"
     found, _ = settle(taken, configured(asked))
     assert found == strategy
-    assert taken["ACCELERATE_USE_FSDP"] == "false", "or Accelerator would wrap the model again"
+    assert taken["ACCELERATE_USE_FSDP"] == "false", "otherwise Accelerator wraps the model again"
     assert taken["ACCELERATE_USE_DEEPSPEED"] == "false"
 
 
-def test_what_agrees_is_no_contradiction():
+def test_equal_settings_are_accepted():
     agreed = {
         "ACCELERATE_GRADIENT_CLIPPING": "1.0",
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
@@ -55,20 +55,20 @@ def test_what_agrees_is_no_contradiction():
     assert settled(ZERO3 | agreed) == ("zero3", "auto")
 
 
-def test_parameters_are_offloaded_by_both_or_by_none():
+def test_offloading_must_be_set_on_both_sides():
     offloading = FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}
     assert settled(offloading, offloads=True) == ("fsdp2", "auto")
     with pytest.raises(UserError, match=r"parallel\.offload=parameters"):
         settled(offloading)
 
 
-def test_mixed_precision_is_what_auto_means():
+def test_mixed_precision_resolves_auto():
     assert settled(PLAIN | {"ACCELERATE_MIXED_PRECISION": "fp16"}) == ("auto", "fp16")
     mixed = PLAIN | {"ACCELERATE_MIXED_PRECISION": "bf16"}
     assert settled(mixed, precision="bf16") == ("auto", "bf16")
 
 
-@pytest.mark.parametrize(("more", "strategy", "precision", "said"), [
+@pytest.mark.parametrize(("more", "strategy", "precision", "message"), [
     ({"FSDP_VERSION": "1"}, "fsdp2", "auto", r"parallel\.strategy=fsdp2: .* asks for fsdp1"),
     ({}, "ddp", "auto", r"parallel\.strategy=ddp: .* asks for fsdp2"),
     ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp2", "auto", "fsdp_offload_params: true"),
@@ -83,12 +83,12 @@ def test_mixed_precision_is_what_auto_means():
     ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "auto", "auto", "mixed_precision: fp8"),
     ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "auto", "fp32", r"train\.precision=fp32: .*bf16"),
 ])  # fmt: skip
-def test_contradictions(more, strategy, precision, said):
-    with pytest.raises(UserError, match=said):
+def test_contradictions(more, strategy, precision, message):
+    with pytest.raises(UserError, match=message):
         settled((more if more.keys() >= ZERO3.keys() else FSDP2 | more), strategy, precision)
 
 
-def test_all_are_told_at_once():
+def test_all_contradictions_are_reported_at_once():
     with pytest.raises(UserError) as fault:
         settled(FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true", "ACCELERATE_MIXED_PRECISION": "fp8"})
     assert len(str(fault.value).splitlines()) == 2

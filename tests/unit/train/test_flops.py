@@ -1,4 +1,4 @@
-"""FLOPs of a token, counted on a model small enough to count by hand."""
+"""FLOPs per token of a model that is small enough to count by hand."""
 
 from torch import nn
 
@@ -7,7 +7,7 @@ from hqqtrain.nn import quantize_model
 from hqqtrain.train.flops import flops_per_token, peak_flops, utilisation
 
 
-def test_frozen_packed_layers_take_four_and_trained_ones_six():
+def test_frozen_layers_take_four_flops_and_trained_ones_six():
     model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16))
     quantize_model(model, QuantConfig(group_size=32, skip=["1"]))
     assert flops_per_token(model) == 4 * 64 * 32 + 6 * 32 * 16
@@ -15,13 +15,13 @@ def test_frozen_packed_layers_take_four_and_trained_ones_six():
     assert flops_per_token(model) == 4 * (64 * 32 + 32 * 16)
 
 
-def test_devices_are_known_by_a_part_of_their_name():
+def test_devices_are_found_by_part_of_their_name():
     assert peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("cpu") is None
 
 
-def test_utilisation_is_a_share_of_all_devices():
+def test_utilization_is_a_share_of_all_devices():
     model = nn.Linear(1000, 1000, bias=False)
     assert utilisation(model, "NVIDIA H200", 2) == 6e6 / (2 * 989e12)
     assert utilisation(model, "cpu", 1) is None

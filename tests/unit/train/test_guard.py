@@ -1,4 +1,4 @@
-"""Under fp16 overflows are the scaler's business, but not for ever."""
+"""Under fp16 the guard leaves overflows to the loss scaler, up to a limit."""
 
 import math
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ def _accepts(guard: Guard, loss: float, norm: float) -> bool:
 
 
 @pytest.mark.parametrize("norm", [math.inf, math.nan])
-def test_so_many_overflows_in_a_row_are_refused(norm: float):
+def test_too_many_overflows_in_a_row_are_refused(norm: float):
     guard = _guard(scaler=object())
     for _ in range(2):
         assert all(_accepts(guard, 1.0, norm) for _ in range(OVERFLOWS))
@@ -33,6 +33,6 @@ def test_so_many_overflows_in_a_row_are_refused(norm: float):
     assert not _accepts(guard, 1.0, norm)
 
 
-def test_a_loss_is_never_the_scalers_business():
+def test_a_loss_that_is_not_finite_is_always_refused():
     assert not _accepts(_guard(scaler=object()), math.nan, 1.0)
     assert not _accepts(_guard(scaler=None), 1.0, math.inf)

@@ -1,4 +1,4 @@
-"""A wish to stop: by signals, by a time limit, by slurm's."""
+"""Preemption by signals, by `run.time_limit` and by slurm's time limit."""
 
 import os
 import signal
@@ -31,12 +31,12 @@ def _signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
-def test_a_signal_is_heard_where_ranks_meet(number: signal.Signals):
-    asked = Interrupt(RunSection())
-    assert not asked.reason
-    asked.check(ALONE)
+def test_a_signal_stops_all_ranks_at_the_next_check(number: signal.Signals):
+    interrupt = Interrupt(RunSection())
+    assert not interrupt.reason
+    interrupt.check(ALONE)
     send(number)
-    for check in (lambda: asked.check(ALONE), asked.check_alone):
+    for check in (lambda: interrupt.check(ALONE), interrupt.check_alone):
         with pytest.raises(PreemptedError, match=f"{number.name} was received"):
             check()
 
@@ -44,7 +44,7 @@ def test_a_signal_is_heard_where_ranks_meet(number: signal.Signals):
 def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
     end = time.monotonic() + 10
-    while not signals.received():  # by a thread
+    while not signals.received():  # a thread receives it
         assert time.monotonic() < end
         time.sleep(0.001)
 
@@ -59,13 +59,13 @@ def send():
     time.sleep(pause)
     os.kill(os.getpid(), signal.SIGTERM)
 threading.Thread(target=send).start()
-hashlib.pbkdf2_hmac("sha256", b"", b"", 12_000_000)  # as a collective: no Python runs here
+hashlib.pbkdf2_hmac("sha256", b"", b"", 12_000_000)  # no Python code runs here, as in a collective
 print(signals.received())
 """
 
 
 @pytest.mark.parametrize(("pause", "code"), [("0.1", 0), ("2.5", 1)])
-def test_a_second_signal_ends_it_at_once_but_not_the_same_by_another_way(pause: str, code: int):
+def test_a_second_signal_ends_the_process_unless_it_follows_at_once(pause: str, code: int):
     command = [sys.executable, "-c", BUSY, pause]
     done = subprocess.run(command, timeout=120, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (code, "" if code else "SIGUSR1\n"), done.stderr
@@ -74,59 +74,60 @@ def test_a_second_signal_ends_it_at_once_but_not_the_same_by_another_way(pause: 
 def test_a_time_limit_leaves_room_for_two_steps(monkeypatch: pytest.MonkeyPatch):
     began = psutil.Process().create_time()
     monkeypatch.setattr(time, "time", lambda: began + 3600 - SPARE - 50)
-    asked = Interrupt(RunSection(time_limit="1:00:00"))
-    asked.step_took(3.0)
-    before = asked.reason
-    asked.step_took(900.0)
+    interrupt = Interrupt(RunSection(time_limit="1:00:00"))
+    interrupt.step_took(3.0)
+    before = interrupt.reason
+    interrupt.step_took(900.0)
     assert not before
-    assert asked.reason
+    assert interrupt.reason
     with pytest.raises(PreemptedError, match=r"run\.time_limit=1:00:00"):
-        asked.check(ALONE)
-    asked.check_alone()  # a time limit is no signal: others would not know of it
+        interrupt.check(ALONE)
+    interrupt.check_alone()  # a time limit is no signal, and other ranks do not know it
 
 
 def test_a_time_limit_leaves_room_for_checkpoints(monkeypatch: pytest.MonkeyPatch):
     began = psutil.Process().create_time()
     monkeypatch.setattr(time, "time", lambda: began + 3600 - SPARE - 50)
-    afraid, asked = (Interrupt(RunSection(time_limit="1:00:00")) for _ in range(2))
-    for each in (afraid, asked):
+    estimated, interrupt = (Interrupt(RunSection(time_limit="1:00:00")) for _ in range(2))
+    for each in (estimated, interrupt):
         each.expects(int(60 * SLOW_DISK))  # before any was written
-    assert afraid.reason
-    for each in (afraid, asked):
+    assert estimated.reason
+    for each in (estimated, interrupt):
         each.write_took(10.0)
-    assert afraid.reason, "it is stopping"
-    assert not asked.reason
-    asked.step_took(16.0)
-    assert asked.reason
+    assert estimated.reason, "once near, the limit stays near"
+    assert not interrupt.reason
+    interrupt.step_took(16.0)
+    assert interrupt.reason
 
 
-def test_all_ranks_hear_whose_wish_it_was():
-    asked = Interrupt(RunSection())
+def test_all_ranks_report_the_reason():
+    interrupt = Interrupt(RunSection())
     processes = SimpleNamespace(gather=lambda mine: [mine, "SIGTERM was received", mine])
     with pytest.raises(PreemptedError, match=r"^rank 1: SIGTERM was received$"):
-        asked.stop(processes)
+        interrupt.stop(processes)
 
 
-def test_a_signal_after_a_time_limit_is_the_first(monkeypatch: pytest.MonkeyPatch):
+def test_a_signal_takes_precedence_over_a_time_limit(monkeypatch: pytest.MonkeyPatch):
     began = psutil.Process().create_time()
     monkeypatch.setattr(time, "time", lambda: began + 3600)
-    asked = Interrupt(RunSection(time_limit="1:00:00"))
-    assert "nearly reached" in asked.reason
+    interrupt = Interrupt(RunSection(time_limit="1:00:00"))
+    assert "nearly reached" in interrupt.reason
     send(signal.SIGUSR1)
-    assert asked.reason == "SIGUSR1 was received"
+    assert interrupt.reason == "SIGUSR1 was received"
 
 
-def test_slurm_says_when_a_job_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_slurm_time_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 2))
     assert Interrupt(RunSection()).reason
-    assert not Interrupt(RunSection(time_limit="9:00:00")).reason  # the user's word counts
+    # The user's limit replaces slurm's.
+    assert not Interrupt(RunSection(time_limit="9:00:00")).reason
     monkeypatch.delenv("SLURM_JOB_END_TIME")
     squeue = tmp_path / "squeue"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not Interrupt(RunSection()).reason  # nobody to ask
-    for said, is_near in ((datetime.now(), True), (datetime.now() + timedelta(hours=1), False)):
-        squeue.write_text(f"#!/bin/sh\necho {said.isoformat(timespec='seconds')}\n")
+    assert not Interrupt(RunSection()).reason  # without squeue no limit is known
+    for end, is_near in ((datetime.now(), True), (datetime.now() + timedelta(hours=1), False)):
+        squeue.write_text(f"#!/bin/sh\necho {end.isoformat(timespec='seconds')}\n")
         squeue.chmod(0o755)
         assert bool(Interrupt(RunSection()).reason) is is_near
     squeue.write_text("#!/bin/sh\necho N/A\n")

@@ -1,4 +1,4 @@
-"""scripts/kill_and_resume.py kills where it says it does."""
+"""`scripts/kill_and_resume.py` kills at the moment that it reports."""
 
 import random
 import runpy
@@ -10,7 +10,7 @@ SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "kill_and_resume.py"
 
 
 class AtOnce(random.Random):
-    """Wants no whole checkpoint before the kill, and waits for nothing."""
+    """Random numbers that are always the lower bound: kill as early as possible."""
 
     def randint(self, low, _):
         return low
@@ -19,7 +19,7 @@ class AtOnce(random.Random):
         return low
 
 
-def test_what_an_earlier_kill_left_half_written_is_not_this_starts(tmp_path):
+def test_a_partial_checkpoint_of_an_earlier_kill_is_ignored(tmp_path):
     script = runpy.run_path(str(SCRIPT))
     left = tmp_path / "checkpoints" / ".step-00000003.partial"
     left.mkdir(parents=True)
@@ -31,7 +31,7 @@ def test_what_an_earlier_kill_left_half_written_is_not_this_starts(tmp_path):
     assert time.monotonic() - began < 30
 
 
-def test_a_start_that_saves_is_not_left_alone(tmp_path):
+def test_a_start_that_saves_is_killed(tmp_path):
     script = runpy.run_path(str(SCRIPT))
     saves = 'cd "$0"; for n in 1 2 3 4 5 6 7 8 9; do mkdir -p checkpoints/step-$n; sleep 1; done'
     process = subprocess.Popen(["sh", "-c", saves, str(tmp_path)])

@@ -1,4 +1,4 @@
-"""The loss in parts is the loss; a model that does more to its logits is seen through."""
+"""The chunked loss equals the whole loss; a model that changes its logits is detected."""
 
 import logging
 
@@ -32,7 +32,7 @@ def reference(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.
 
 @pytest.fixture
 def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Parts of 7 tokens; how many rows the head was given, each time."""
+    """Set chunks of 7 tokens and return a list for the number of rows of each call of the head."""
     monkeypatch.setattr(module, "LOGITS", 7 * 96)
     return []
 
@@ -40,7 +40,7 @@ def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def watched_inputs(
     model: torch.nn.Module, widths: list[int], inputs: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """`inputs`; from now on `widths` is told the rows that the head is given."""
+    """Return `inputs` after adding a hook that appends the rows of the head's input to `widths`."""
     model.get_output_embeddings().register_forward_pre_hook(
         lambda _, given: widths.append(given[0].flatten(0, -2).shape[0])
     )
@@ -52,7 +52,7 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-def test_in_parts(widths: list[int]) -> None:
+def test_chunks(widths: list[int]) -> None:
     torch.manual_seed(0)
     model, inputs = LlamaForCausalLM(LlamaConfig(**SIZES)), batch()
     expected = reference(model, inputs)
@@ -67,7 +67,7 @@ def test_in_parts(widths: list[int]) -> None:
     torch.testing.assert_close(loss(short), reference(model, short))
 
 
-def test_few_logits_are_held_at_once(widths: list[int]) -> None:
+def test_one_chunk_runs_the_head_once(widths: list[int]) -> None:
     torch.manual_seed(0)
     model, inputs = LlamaForCausalLM(LlamaConfig(**SIZES)), batch(1, 7)
     found = NextTokenLoss(model, 7, ALONE)(watched_inputs(model, widths, inputs))
@@ -76,7 +76,7 @@ def test_few_logits_are_held_at_once(widths: list[int]) -> None:
 
 
 @pytest.mark.parametrize("cap", [0.05, 30.0, 1000.0])
-def test_capped_logits_are_not_taken_apart(
+def test_capped_logits_are_not_chunked(
     cap: float, widths: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(0)
@@ -85,11 +85,11 @@ def test_capped_logits_are_not_taken_apart(
     with caplog.at_level(logging.WARNING):
         loss = NextTokenLoss(model, 40, ALONE)
     found = [loss(inputs), loss(inputs)]
-    assert caplog.text.count("Gemma2ForCausalLM changes what its head gives") == 1
+    assert caplog.text.count("Gemma2ForCausalLM changes the output of its head") == 1
     torch.testing.assert_close(found, [reference(model, inputs)] * 2)
 
 
-def test_the_head_is_as_before(widths: list[int]) -> None:
+def test_the_head_is_restored(widths: list[int]) -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).train()
     NextTokenLoss(model, 40, ALONE)(batch())
     assert "forward" not in vars(model.get_output_embeddings())
@@ -98,7 +98,7 @@ def test_the_head_is_as_before(widths: list[int]) -> None:
 
 @pytest.mark.parametrize("offload", [True, False])
 def test_checkpointed_layers(offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same gradients; offloaded, exactly the inputs of layers are handed over, as copies."""
+    """Gradients are the same; with offloading exactly the layers' inputs are copied."""
     torch.manual_seed(0)
     model, inputs = LlamaForCausalLM(LlamaConfig(**SIZES)).train(), batch()
     wanted = gradients(model, reference(model, inputs))
@@ -114,7 +114,7 @@ def test_checkpointed_layers(offload: bool, monkeypatch: pytest.MonkeyPatch) -> 
     found = gradients(model, reference(model, inputs))
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
-    layers = [shape for shape in moved if shape != (0,)]  # which torch 2.11 adds
+    layers = [shape for shape in moved if shape != (0,)]  # torch 2.11 adds empty tensors
     assert layers == ([(2, 20, 32)] * 2 if offload else [])
 
 

@@ -1,4 +1,4 @@
-"""Schedules: what the rate is at which step. Optimizers: refused before any work is done."""
+"""Learning-rate schedules, and optimizers that are refused before any work is done."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_cosine_and_linear_fall_from_the_peak_towards_zero():
     [("adamw_8bit", "fsdp2", "fp16", "cuda"), ("paged_adamw", "single", "fp32", "cpu"),
      ("paged_adamw_8bit", "ddp", "bf16", "cpu"), ("adamw_8bit", "zero3", "bf16", "cuda")],
 )  # fmt: skip
-def test_what_cannot_work_is_refused(name: str, strategy: str, precision: str, device: str):
+def test_unsupported_settings_are_refused(name: str, strategy: str, precision: str, device: str):
     with pytest.raises(UserError, match=f"optim.name={name}"):
         check_optimizer(OptimConfig(name=name), strategy, precision, torch.device(device))
 
