@@ -30,7 +30,7 @@ def check_bits(storage: torch.dtype, strategy: str, processes: Processes) -> Non
     `fsdp2`, `fsdp1` and `zero3` shard and gather them, `ddp` broadcasts them from rank 0.
 
     Args:
-        storage: Dtype that W_q is held in.
+        storage: Dtype that W_q is viewed as.
         strategy: A value of `parallel.strategy`, with `auto` already resolved.
         processes: All ranks of the run.
 

@@ -107,16 +107,16 @@ def materialise(model: nn.Module, device: torch.device, *, offload: bool = False
     """
     made: dict[Tensor, Any] = {}
     for module in model.modules():
-        held: dict[str, Any]
-        for held in (module._parameters, module._buffers):
-            on_host = offload and held is module._parameters
-            for name, tensor in held.items():
+        registry: dict[str, Any]
+        for registry in (module._parameters, module._buffers):
+            on_host = offload and registry is module._parameters
+            for name, tensor in registry.items():
                 if tensor is None or not tensor.is_meta:
                     continue
                 if tensor not in made:
                     target = torch.device("cpu") if on_host else device
                     made[tensor] = _empty_like(tensor, target)
-                held[name] = made[tensor]
+                registry[name] = made[tensor]
 
 
 def _empty_like(tensor: Tensor, device: torch.device) -> Tensor:

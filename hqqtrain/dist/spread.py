@@ -34,7 +34,7 @@ def check_flat(model: nn.Module, storage: torch.dtype, strategy: str) -> None:
 
     Args:
         model: Quantized, on any device.
-        storage: Dtype to hold W_q, scale and zero in.
+        storage: Dtype to view W_q, scale and zero as.
         strategy: FSDP1 also needs one dtype for all frozen parameters of a decoder layer.
 
     Raises:

@@ -62,7 +62,7 @@ class NextTokenLoss:
             return _loss(next_token_logits(self._model, inputs), labels)
         step = max(1, LOGITS // self._vocabulary)
         parts = zip(self._hidden(inputs).split(step), labels.split(step), strict=True)
-        return torch.stack([self._part(hidden, wanted) for hidden, wanted in parts]).sum()
+        return torch.stack([self._part(hidden, target) for hidden, target in parts]).sum()
 
     def _hidden(self, inputs: Batch) -> Tensor:
         """Return the input of the head, [tokens, hidden_size]."""

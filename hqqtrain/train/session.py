@@ -1,4 +1,4 @@
-"""What all tasks of a run share: ranks, device, precision and strategy, with `auto` resolved."""
+"""State that all tasks of a run share: ranks, device, precision and strategy, all resolved."""
 
 import logging
 import os
