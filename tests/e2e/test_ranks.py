@@ -89,7 +89,7 @@ def test_sharded_within_nodes_and_replicated_between(alone: Finished, tmp_path: 
 
 
 @pytest.mark.parametrize(("words", "per_node", "said"), [
-    (("parallel.strategy=ddp",), 2, "is for parallel.strategy=fsdp2, not ddp"),
+    (("parallel.strategy=ddp",), 2, "needs parallel.strategy=fsdp2, not ddp"),
     ((), 3, "4 ranks are not whole nodes of 3"),
 ])  # fmt: skip
 def test_what_cannot_be_hybrid(words: tuple, per_node: int, said: str, tmp_path: Path):
