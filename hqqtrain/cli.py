@@ -8,20 +8,18 @@ import os
 import sys
 
 from hqqtrain import __version__
-from hqqtrain.compose import recipe_files
-from hqqtrain.compose.usage import usage
-from hqqtrain.config import (
-    PreemptedError,
-    RankLostError,
-    UserError,
-    did_you_mean,
-    signals,
-)
-from hqqtrain.config.codes import DONE, FAILED, PREEMPTED, USER_ERROR
-from hqqtrain.config.secrets import masked
-from hqqtrain.launch import adopt_ranks, check_same_launch, submit, submit_sweep
-from hqqtrain.sweep import Sweep, run_all, show_table
-from hqqtrain.sweep.plan import Plan, make_plan
+from hqqtrain.common import signals
+from hqqtrain.common.errors import PreemptedError, RankLostError, UserError, did_you_mean
+from hqqtrain.common.exit_codes import DONE, FAILED, PREEMPTED, USER_ERROR
+from hqqtrain.common.secrets import mask_secrets
+from hqqtrain.compose.command import Command, plan_command
+from hqqtrain.compose.help import help_text
+from hqqtrain.compose.recipes import recipe_files
+from hqqtrain.launch.slurm.ranks import set_rank_env_from_slurm
+from hqqtrain.launch.slurm.submit import submit_job, submit_sweep
+from hqqtrain.launch.slurm.validate import check_same_launch
+from hqqtrain.launch.sweep.runner import run_all, show_table
+from hqqtrain.launch.sweep.sweep import Sweep
 
 EXIT_CODE_FILE = "HQQTRAIN_EXIT_CODE"
 _FLAGS = {
@@ -32,7 +30,7 @@ _FLAGS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and returns its exit code: 0, 1, 2 or 3, see `--help`."""
-    adopt_ranks(os.environ)
+    set_rank_env_from_slurm(os.environ)
     code = _guarded(sys.argv[1:] if argv is None else argv)
     _tell_launcher(code)
     return code
@@ -43,7 +41,7 @@ def _guarded(words: list[str]) -> int:
         return _dispatch(words)
     except UserError as error:
         if _rank() == 0:  # what one rank finds is raised on all
-            print(f"hqqtrain: {masked(str(error))}", file=sys.stderr)
+            print(f"hqqtrain: {mask_secrets(str(error))}", file=sys.stderr)
         return USER_ERROR
     except PreemptedError as error:
         if _rank() == 0:
@@ -63,7 +61,7 @@ def _guarded(words: list[str]) -> int:
 def _dispatch(words: list[str]) -> int:
     flags, overrides = _split(words)
     if not words or "--help" in flags:
-        return _say(usage())
+        return _say(help_text())
     if "--version" in flags:
         return _say(f"hqqtrain {__version__}")
     plan = _plan(overrides, "--multirun" in flags)
@@ -80,15 +78,15 @@ def _dispatch(words: list[str]) -> int:
         return _say(_submit(plan, words))
     if plan.is_sweep:
         return run_all(plan.jobs)
-    signals.listen()  # importing takes seconds
-    from hqqtrain.tasks.run import run
+    signals.listen_for_signals()  # importing takes seconds
+    from hqqtrain.tasks.run import run_task
 
-    return run(plan.jobs[0].config, ["python", "-m", "hqqtrain", *words])
+    return run_task(plan.jobs[0].config, ["python", "-m", "hqqtrain", *words])
 
 
-def _plan(overrides: list[str], multirun: bool) -> Plan:
+def _plan(overrides: list[str], multirun: bool) -> Command:
     try:
-        return make_plan(overrides, multirun)
+        return plan_command(overrides, multirun)
     except UserError:
         if _rank() != 0:  # rank 0 says the same
             raise SystemExit(USER_ERROR) from None
@@ -111,7 +109,7 @@ def _split(words: list[str]) -> tuple[set[str], list[str]]:
     return flags, overrides
 
 
-def _table(plan: Plan) -> int:
+def _table(plan: Command) -> int:
     if not plan.is_sweep:
         raise UserError("--table: needs the words of a sweep, as in --table -m quant.nbits=2,3.")
     return show_table(plan.jobs)
@@ -126,9 +124,9 @@ def _refuse_ranks() -> None:
         )
 
 
-def _submit(plan: Plan, words: list[str]) -> str:
+def _submit(plan: Command, words: list[str]) -> str:
     if not plan.is_sweep:
-        return submit(words, plan.jobs[0].config)
+        return submit_job(words, plan.jobs[0].config)
     sweep = Sweep.of(plan.jobs)
     return submit_sweep(sweep.name, [(job.command, job.config) for job in sweep.jobs], words)
 

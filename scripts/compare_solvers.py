@@ -20,11 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import hqqtrain
-from hqqtrain.config import DataConfig, EvalConfig
-from hqqtrain.data import evaluation_set
-from hqqtrain.dist import Processes
-from hqqtrain.quant import QuantSpec, dequantize, quantize, squared_error
-from hqqtrain.train.evaluation import evaluate
+from hqqtrain.config.groups import DataConfig, EvalConfig
+from hqqtrain.data.eval_set import evaluation_set
+from hqqtrain.distributed.comm import Communicator
+from hqqtrain.evaluation.perplexity import evaluate_perplexity
+from hqqtrain.quant.error import squared_error
+from hqqtrain.quant.quantize import dequantize_weight, quantize_weight
+from hqqtrain.quant.spec import QuantSpec
 
 MODEL = Path(hqqtrain.__file__).parent / "models" / "tiny"
 NBITS, GROUP_SIZE, SEQUENCE = (8, 4, 3, 2, 1), 64, 512
@@ -47,7 +49,7 @@ def by_solver(name: str) -> Approximation:
 
     def approximate(W: Tensor, nbits: int) -> Tensor:
         spec = QuantSpec(nbits, GROUP_SIZE, 1, name, torch.float32)
-        return dequantize(quantize(W, spec), spec.layout(*W.shape), torch.float32)
+        return dequantize_weight(quantize_weight(W, spec), spec.layout(*W.shape), torch.float32)
 
     return approximate
 
@@ -85,10 +87,10 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     text = evaluation_set(EvalConfig(tokens=options.tokens), DataConfig(), tokenizer, SEQUENCE)
-    alone = Processes(0, 1, torch.device("cpu"))
+    alone = Communicator(0, 1, torch.device("cpu"))
 
     def perplexity(model: nn.Module) -> float:
-        return evaluate(model, text, alone, batch_size=8).perplexity
+        return evaluate_perplexity(model, text, alone, batch_size=8).perplexity
 
     full, perplexities, errors = perplexity(model), [], []
     for name, approximate in SOLVERS.items():

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from hqqtrain.track import read_metrics
+from hqqtrain.tracking.jsonl import read_metrics
 
 RECIPE = (
     "recipe=tiny_2bit", "run.name=run", "train.global_batch_size=4", "train.micro_batch_size=2",

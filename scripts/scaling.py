@@ -4,7 +4,7 @@
 
 No machine of this project has more than two GPUs. What follows is arithmetic over shapes, with two
 numbers fitted to one measurement (`FITTED_TO`); the other measurements say how far to trust it.
-Memory is `hqqtrain.models.estimate`, the estimate that every run prints.
+Memory is `hqqtrain.loading.memory_estimate`, the estimate that every run prints.
 """
 
 import argparse
@@ -18,11 +18,15 @@ from peft import get_peft_model
 from tabulate import tabulate
 from torch import nn
 
-from hqqtrain.config import RunConfig
-from hqqtrain.models import base_model, build_meta, config_of, estimate
+from hqqtrain.config.run import RunConfig
+from hqqtrain.loading.memory_estimate import estimate_memory
+from hqqtrain.models.build import build_meta, load_hf_config
+from hqqtrain.models.fqn import base_model
 from hqqtrain.models.source import shipped_folder
-from hqqtrain.nn import HQQLinear, cast_adapters, lora_config, quantize_model
-from hqqtrain.train.flops import flops_per_token
+from hqqtrain.nn.hqq_linear import HQQLinear
+from hqqtrain.nn.lora import cast_adapters, lora_config
+from hqqtrain.nn.replace import quantize_model
+from hqqtrain.train.mfu import flops_per_token
 
 GIB, TOKENS = 2**30, 2048
 GPUS_OF_A_NODE = 8
@@ -101,9 +105,9 @@ def predict(name: str, nbits: int, group_size: int, card: Card, gpus: int) -> Pr
     """
     config, model = _model(name, nbits, group_size)
     strategy = "fsdp2" if gpus > 1 else "single"
-    needs = estimate(config, model, dtype=torch.bfloat16, world_size=gpus, strategy=strategy,
+    needs = estimate_memory(config, model, dtype=torch.bfloat16, world_size=gpus, strategy=strategy,
                      on_gpu=True).device  # fmt: skip
-    sizes = estimate(config, model, dtype=torch.bfloat16, on_gpu=True).device
+    sizes = estimate_memory(config, model, dtype=torch.bfloat16, on_gpu=True).device
     weights = sum(m.out_features * m.in_features
                   for m in model.modules() if isinstance(m, HQQLinear))  # fmt: skip
     packed, trained = sizes["packed weights"], sizes["adapter and optimizer"] / 3
@@ -125,7 +129,7 @@ def _model(name: str, nbits: int, group_size: int) -> tuple[RunConfig, nn.Module
     config.train.max_seq_len = TOKENS
     folder = shipped_folder(name)
     assert folder is not None, name
-    model = build_meta(config_of(folder), torch.bfloat16)
+    model = build_meta(load_hf_config(folder), torch.bfloat16)
     quantize_model(model, config.quant)
     model = get_peft_model(
         base_model(model), lora_config(config.adapter, model), low_cpu_mem_usage=True

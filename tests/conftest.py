@@ -9,6 +9,8 @@ if not torch.cuda.is_available():
     # Before anything imports triton: its own functions are decorated when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
+pytest_plugins = ["random_models", "quantized_models"]
+
 
 def pytest_configure() -> None:
     """A script's background processes ignore these, and so would all that the tests start."""

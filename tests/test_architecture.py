@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 300
 MAY_PRINT = (
     "hqqtrain/cli.py",
-    "hqqtrain/sweep/report.py",
-    "hqqtrain/sweep/run.py",
-    "hqqtrain/track/console.py",
+    "hqqtrain/launch/sweep/report.py",
+    "hqqtrain/launch/sweep/runner.py",
+    "hqqtrain/tracking/console.py",
 )
 
 

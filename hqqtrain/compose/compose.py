@@ -12,29 +12,35 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hqqtrain.common.errors import UserError
 from hqqtrain.compose import schema
-from hqqtrain.compose.faults import check_type, missing_config, unknown_recipe, unreadable
+from hqqtrain.compose.messages import (
+    check_type,
+    missing_config,
+    unknown_recipe,
+    unreadable_override,
+)
 from hqqtrain.compose.recipes import recipe_files
 from hqqtrain.compose.source import GROUP, RecipeSearchPath, RecipeSource
-from hqqtrain.config import RunConfig, UserError
+from hqqtrain.config.run import RunConfig
 
 _OPTION_GROUPS = (GROUP, "model", "launch")
 
 
-def compose(overrides: list[str]) -> RunConfig:
+def compose_config(overrides: list[str]) -> RunConfig:
     """The checked configuration that the words `key=value` of a command line stand for.
 
     Raises UserError, naming key or file, for everything that is wrong with them.
     """
-    composed = compose_raw(overrides)
+    composed = compose_unchecked(overrides)
     config = RunConfig(**{item.name: getattr(composed, item.name) for item in fields(RunConfig)})
     config.check()
     return config
 
 
-def compose_raw(overrides: list[str]) -> schema.Composed:
-    """As `compose`, not yet checked against limits, and with the recipe's sweep."""
-    parsed = parse(overrides)
+def compose_unchecked(overrides: list[str]) -> schema.ComposedConfig:
+    """As `compose_config`, not yet checked against limits, and with the recipe's sweep."""
+    parsed = parse_overrides(overrides)
     for override in parsed:
         if override.is_sweep_override():
             raise UserError(f"{override.input_line}: several values; a sweep needs -m before it.")
@@ -47,31 +53,31 @@ def compose_raw(overrides: list[str]) -> schema.Composed:
         raise missing_config(error) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_sentence(error)) from None
-    assert isinstance(composed, schema.Composed)
+    assert isinstance(composed, schema.ComposedConfig)
     composed.recipe = next((str(o.value()) for o in parsed if o.key_or_group == GROUP), None)
     return composed
 
 
-def parse(overrides: list[str]) -> list[Override]:
+def parse_overrides(overrides: list[str]) -> list[Override]:
     """Hydra's reading of `key=value`; of a key given twice, the last counts."""
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
-        raise unreadable(error) from None
+        raise unreadable_override(error) from None
     last = {override.key_or_group: override for override in parsed}
     return [o for o in last.values() if not (o.key_or_group == GROUP and o.value() is None)]
 
 
 @cache
 def _register() -> None:
-    schema.register()
+    schema.register_schema()
     Plugins.instance().register(RecipeSource)
     Plugins.instance().register(RecipeSearchPath)
 
 
 def _check(override: Override) -> None:
     key, value = override.key_or_group, override.value()
-    if fault := schema.key_fault(key):
+    if fault := schema.unknown_key_error(key):
         raise UserError(fault)
     if override.is_delete():
         raise UserError(f"{override.input_line}: keys cannot be removed; set it, as in {key}=...")

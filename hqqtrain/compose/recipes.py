@@ -28,7 +28,7 @@ def recipe_files() -> dict[str, Path]:
     return files
 
 
-def description(file: Path) -> str:
+def recipe_description(file: Path) -> str:
     """The one-line comment a recipe starts with, without the `#`; empty where it has none."""
     with file.open(encoding="utf-8", errors="replace") as lines:
         first = lines.readline().strip()

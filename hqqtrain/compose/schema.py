@@ -10,19 +10,19 @@ from typing import Any, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 
-from hqqtrain.config import RunConfig
+from hqqtrain.config.run import RunConfig
 
 
 @dataclass(kw_only=True, slots=True)
-class Composed(RunConfig):
+class ComposedConfig(RunConfig):
     """RunConfig while it is being composed: a recipe may also say what to sweep over."""
 
     sweep: dict[str, str] = field(default_factory=dict)
 
 
-def register() -> None:
+def register_schema() -> None:
     """Makes the schema known to Hydra under the name that conf/config.yaml starts from."""
-    ConfigStore.instance().store(name="run_schema", node=Composed, provider="hqqtrain")
+    ConfigStore.instance().store(name="run_schema", node=ComposedConfig, provider="hqqtrain")
 
 
 def known_keys(schema: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -34,9 +34,9 @@ def known_keys(schema: type = RunConfig, prefix: str = "") -> Iterator[tuple[str
             yield prefix + name, hint
 
 
-def key_fault(dotted: str) -> str | None:
+def unknown_key_error(dotted: str) -> str | None:
     """One sentence if there is no key `dotted`, with the nearest ones; None if there is."""
-    schema: Any = Composed
+    schema: Any = ComposedConfig
     parts = dotted.split(".")
     for depth, part in enumerate(parts):
         hints = get_type_hints(schema) if is_dataclass(schema) else {}

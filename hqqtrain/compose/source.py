@@ -14,10 +14,10 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from hqqtrain.compose.faults import broken_yaml, check_type
+from hqqtrain.common.errors import UserError
+from hqqtrain.compose.messages import broken_yaml, check_type
 from hqqtrain.compose.recipes import recipe_dirs
-from hqqtrain.compose.schema import key_fault
-from hqqtrain.config import UserError
+from hqqtrain.compose.schema import unknown_key_error
 
 GROUP = "recipe"
 
@@ -89,7 +89,7 @@ def read_recipe(file: Path) -> DictConfig:
 
 def _check(content: DictConfig, file: Path) -> None:
     settings = {k: v for k, v in _plain(content).items() if k != "defaults"}
-    if found := [fault for key in _dotted(settings) if (fault := key_fault(key))]:
+    if found := [fault for key in _dotted(settings) if (fault := unknown_key_error(key))]:
         raise UserError("\n".join(f"{file}: {fault}" for fault in found))
     if GROUP in settings:
         raise UserError(f"{file}: recipe: is the file's name; to build on another, use defaults.")

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hqqtrain.config.keys import key
+from hqqtrain.config.field import key
 
 NBITS = (8, 4, 3, 2, 1)
+
 SOLVERS = ("least_squares", "hqq", "rtn")
+
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 

@@ -5,7 +5,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 
-from hqqtrain.config.errors import UserError
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.field import field_errors, key
 from hqqtrain.config.groups import (
     AdapterConfig,
     DataConfig,
@@ -16,8 +17,7 @@ from hqqtrain.config.groups import (
     QuantConfig,
     TrainConfig,
 )
-from hqqtrain.config.keys import faults, key
-from hqqtrain.config.running import CkptConfig, LaunchConfig, RunSection, TrackConfig
+from hqqtrain.config.infra import CheckpointConfig, LaunchConfig, RunDirConfig, TrackConfig
 
 TASKS = {
     "finetune": "quantize, adapt, train, evaluate, save",
@@ -25,10 +25,13 @@ TASKS = {
     "eval": "measure a model or a quantized/, with or without an adapter",
     "export": "write dense weights, dequantized and merged, as a Hugging Face checkpoint",
 }
+
 NOT_THE_RESULT = ("run", "track", "ckpt", "launch", "recipe")
 """Groups that a result does not depend on: they do not enter a run's name."""
+
 _NOR_THESE = {"quant": ("cache_dir",)}
 """Keys of other groups that it does not depend on either."""
+
 MAY_CHANGE = frozenset([
     "train.max_steps", "train.epochs", "train.micro_batch_size", "train.checkpointing",
     "train.on_nonfinite", "eval.every", "quant.backend", "quant.cache_dir", "quant.save",
@@ -52,17 +55,17 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
-    ckpt: CkptConfig = field(default_factory=CkptConfig)
+    ckpt: CheckpointConfig = field(default_factory=CheckpointConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
-    run: RunSection = field(default_factory=RunSection)
+    run: RunDirConfig = field(default_factory=RunDirConfig)
 
     def check(self) -> None:
         """Raises UserError with every fault of the configuration at once."""
-        found = [text.removeprefix(".") for text in faults("", self)]
+        found = [text.removeprefix(".") for text in field_errors("", self)]
         for item in fields(self):
             group = getattr(self, item.name)
             if hasattr(group, "__dataclass_fields__"):
-                found += faults(item.name, group)
+                found += field_errors(item.name, group)
                 found += group.faults() if hasattr(group, "faults") else ()
         found += [*self._contradictions(), *self._contradictions_of_running()]
         if found:

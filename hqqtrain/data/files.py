@@ -16,7 +16,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from hqqtrain.config import UserError, did_you_mean
+from hqqtrain.common.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def read_files(source: str, format: str, text_field: str, key: str) -> datasets.
 def find_files(path: Path, format: str, key: str) -> tuple[list[Path], str]:
     """(files, format): `path` itself or what lies under it, hidden files left out, sorted."""
     if not path.exists():
-        raise UserError(f"{key}={path}: no such file or folder.{nearest(path)}")
+        raise UserError(f"{key}={path}: no such file or folder.{nearest_names(path)}")
     if path.is_file():
         return [path], _format_of(path, key) if format == "auto" else format
     found = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
@@ -76,7 +76,7 @@ def find_files(path: Path, format: str, key: str) -> tuple[list[Path], str]:
     return kept, _one_format(kept, path, key)
 
 
-def nearest(path: Path) -> str:
+def nearest_names(path: Path) -> str:
     """` Did you mean ...?` with the name beside `path` that is most like it, or nothing."""
     parent = path.parent
     return did_you_mean(path.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else ""

@@ -15,8 +15,8 @@ import datasets
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from hqqtrain.config import UserError, did_you_mean
-from hqqtrain.data.files import nearest
+from hqqtrain.common.errors import UserError, did_you_mean
+from hqqtrain.data.files import nearest_names
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def _refused(name: str, key: str, status: int) -> str:
 
 
 def _unreachable(source: str, key: str) -> str:
-    near = nearest(Path(source)) or did_you_mean(source, ["python_stdlib"])
+    near = nearest_names(Path(source)) or did_you_mean(source, ["python_stdlib"])
     return (
         f"{key}={source}: no file or folder of that name here, the hub does not answer and its "
         f"cache does not hold it; give a path, or python_stdlib, which needs no network.{near}"

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from hqqtrain.config import UserError
+from hqqtrain.common.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of a token that is not predicted."""
 
 _BATCH = 256
@@ -36,7 +36,7 @@ _BATCH = 256
 
 
 @dataclass(frozen=True)
-class Sequences:
+class TokenSequences:
     """A list of token sequences; the same at every world size.
 
     `stream` int32 [T]: the tokens of all texts; `starts` int64: where each text begins in it,
@@ -55,12 +55,12 @@ class Sequences:
         """`input_ids`, `labels`, `position_ids`, int64 [length], as Hugging Face models take them.
 
         Labels stand at the position of their token (the model shifts); the first token of every
-        text, and of the sequence, is `IGNORED`.
+        text, and of the sequence, is `IGNORE_INDEX`.
         """
         begin, end = int(self.begin[index]), int(self.end[index])
         tokens = self.stream[begin:end].astype(np.int64)
         positions = self._positions(begin, end)
-        labels = np.where(positions == 0, IGNORED, tokens)
+        labels = np.where(positions == 0, IGNORE_INDEX, tokens)
         return {
             "input_ids": torch.from_numpy(tokens),
             "labels": torch.from_numpy(labels),
@@ -80,7 +80,7 @@ class Sequences:
         parts = (self.stream, self.starts, self.begin, self.end)
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> "Sequences":
+    def select(self, indices: Sequence[int] | np.ndarray) -> "TokenSequences":
         """Only these sequences, over the same stream."""
         return replace(self, begin=self.begin[indices], end=self.end[indices])
 
@@ -91,20 +91,20 @@ class Sequences:
         return where - starts[np.searchsorted(starts, where, side="right") - 1]
 
 
-def pack(
+def pack_texts(
     texts: Sequence[str],
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_seq_len: int,
     packing: bool = True,
     on_batch: Callable[[], object] = lambda: None,
-) -> Sequences:
+) -> TokenSequences:
     """Tokenizes `texts` and cuts them into sequences of at most `max_seq_len` tokens.
 
     Blank texts are left out; `on_batch` is called now and then, and may raise. Raises UserError
     where nothing is left.
     """
-    stream, starts = tokenize(texts, tokenizer, on_batch)
+    stream, starts = tokenize_texts(texts, tokenizer, on_batch)
     limits = np.append(starts, len(stream))
     if packing:
         begin = np.arange(0, len(stream), max_seq_len)
@@ -114,10 +114,10 @@ def pack(
     useful = end - begin > 1
     if not useful.any():
         raise UserError("data.source: no text in it; its texts give no token to predict.")
-    return Sequences(stream, starts, begin[useful], end[useful])
+    return TokenSequences(stream, starts, begin[useful], end[useful])
 
 
-def tokenize(
+def tokenize_texts(
     texts: Sequence[str],
     tokenizer: "PreTrainedTokenizerBase",
     on_batch: Callable[[], object] = lambda: None,
@@ -135,14 +135,14 @@ def tokenize(
     return stream, np.cumsum(lengths) - lengths
 
 
-def collate(sequences: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def collate_batch(sequences: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """One batch, int64 [sequences, longest], padded on the right with what predicts nothing.
 
     No attention mask: with right padding no token of a text sees one, and transformers finds
     the texts of a sequence by their position_ids only where there is no mask.
     """
     rows = list(sequences)
-    fill = {"input_ids": 0, "labels": IGNORED, "position_ids": 0}
+    fill = {"input_ids": 0, "labels": IGNORE_INDEX, "position_ids": 0}
     return {
         name: torch.nn.utils.rnn.pad_sequence(
             [row[name] for row in rows], batch_first=True, padding_value=value

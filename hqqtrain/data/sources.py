@@ -15,7 +15,8 @@ from pathlib import Path
 
 import datasets
 
-from hqqtrain.config import DataConfig, EvalConfig, UserError
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.data.files import ENDINGS, read_files
 from hqqtrain.data.hub import has_held_out, hub_split, load_hub
 from hqqtrain.data.stdlib import stdlib_texts

@@ -13,17 +13,18 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from hqqtrain.config import ModelConfig, UserError
-from hqqtrain.models.names import base_model, plain_name
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import ModelConfig
+from hqqtrain.models.fqn import base_model, strip_wrappers
 from hqqtrain.models.source import read_config_json, resolve_source, shipped_folder
 
 
-def load_config(model: ModelConfig) -> PretrainedConfig:
+def load_model_config(model: ModelConfig) -> PretrainedConfig:
     """The transformers configuration in the checkpoint's own config.json, freed of ours."""
-    return config_of(resolve_source(model, weights=False).path)
+    return load_hf_config(resolve_source(model, weights=False).path)
 
 
-def config_of(folder: Path) -> PretrainedConfig:
+def load_hf_config(folder: Path) -> PretrainedConfig:
     """The transformers configuration of the model in `folder`, without quantization_config."""
     path, values = folder / "config.json", read_config_json(folder)
     if "model_type" not in values:
@@ -39,7 +40,7 @@ def config_of(folder: Path) -> PretrainedConfig:
 def shipped_config(name_or_path: str) -> PretrainedConfig | None:
     """The configuration of a well-known model, from this package: no network is needed."""
     folder = shipped_folder(name_or_path)
-    return None if folder is None else config_of(folder)
+    return None if folder is None else load_hf_config(folder)
 
 
 def build_meta(hf_config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -66,7 +67,7 @@ def restore_buffers(model: nn.Module, device: torch.device | str) -> None:
     on meta and its buffers real.
     """
     root = base_model(model)
-    modules = {plain_name(name): module for name, module in root.named_modules()}
+    modules = {strip_wrappers(name): module for name, module in root.named_modules()}
     for name, twin in _with_real_buffers(root.config).named_modules():
         for leaf in twin._non_persistent_buffers_set & twin._buffers.keys():
             value = twin._buffers[leaf]

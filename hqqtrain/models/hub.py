@@ -12,23 +12,25 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-)  # fmt: skip
+)
 
-from hqqtrain.config import UserError
+from hqqtrain.common.errors import UserError
 
 TIMEOUT = 10.0
 """Seconds without an answer after which the hub counts as unreachable."""
 
 _SMALL = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+
 # Other layouts of the same weights that repositories keep beside the standard one.
 _NEVER = ["*/*", "consolidated*", "*.fp16*"]
+
 _FAILURES = (
     HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
     httpx.HTTPError,
 )  # fmt: skip
 
 
-def snapshot(name: str, revision: str | None, *, weights: bool = True) -> Path:
+def download_snapshot(name: str, revision: str | None, *, weights: bool = True) -> Path:
     """The folder of the hub's model `name`; what the local cache lacks is downloaded.
 
     `weights=False` fetches configuration and tokenizer only. Raises UserError for a name that

@@ -8,15 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hqqtrain.config import ModelConfig, UserError, did_you_mean
-from hqqtrain.models.hub import snapshot
+from hqqtrain.common.errors import UserError, did_you_mean
+from hqqtrain.config.groups import ModelConfig
+from hqqtrain.models.hub import download_snapshot
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
+
 _CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A folder with config.json, tokenizer and safetensors, and what its tensors are.
 
     `kind`: `dense` weights, `quantized` by hqqtrain, or `synthetic`: then only config.json of the
@@ -35,7 +37,7 @@ class Source:
         return TINY_FOLDER if self.kind == "synthetic" else self.path
 
 
-def resolve_source(model: ModelConfig, *, weights: bool = True) -> Source:
+def resolve_source(model: ModelConfig, *, weights: bool = True) -> ModelSource:
     """The folder that `model` names, downloaded from the hub where it is a hub name.
 
     `weights=False` is enough for the configuration and the tokenizer: it spares the download
@@ -54,7 +56,7 @@ def resolve_source(model: ModelConfig, *, weights: bool = True) -> Source:
         siblings = [p.name for p in folder.parent.glob("*/")] if folder.parent.is_dir() else []
         hint = did_you_mean(folder.name, siblings)
         raise UserError(f"model.name_or_path={name}: there is no such folder.{hint}")
-    return _from_folder(name, snapshot(name, model.revision, weights=weights))
+    return _from_folder(name, download_snapshot(name, model.revision, weights=weights))
 
 
 def shipped_folder(name: str) -> Path | None:
@@ -68,14 +70,14 @@ def shipped_folder(name: str) -> Path | None:
     return known.get(name.rsplit("/", 1)[-1].lower())
 
 
-def _synthetic(model: ModelConfig) -> Source:
+def _synthetic(model: ModelConfig) -> ModelSource:
     """The architecture alone: from this package, so that no network is needed, or as otherwise."""
     shipped = None if Path(model.name_or_path).is_dir() else shipped_folder(model.name_or_path)
     if shipped is None:
         shipped = resolve_source(replace(model, source="pretrained"), weights=False).path
     else:
         _refuse_revision(model)
-    return Source(model.name_or_path, shipped, "synthetic")
+    return ModelSource(model.name_or_path, shipped, "synthetic")
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -92,17 +94,19 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _from_folder(name: str, folder: Path) -> Source:
+def _from_folder(name: str, folder: Path) -> ModelSource:
     if (folder / "quantized" / "config.json").is_file():
         adapter = folder / "adapter"
         has_adapter = (adapter / "adapter_config.json").is_file()
-        return Source(name, folder / "quantized", "quantized", adapter if has_adapter else None)
+        return ModelSource(
+            name, folder / "quantized", "quantized", adapter if has_adapter else None
+        )
     if (folder / "status.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(
             f"model.name_or_path={name}: a run without quantized/; it is unfinished, or "
             "had quant.save=false."
         )
-    return Source(name, folder, _kind(name, read_config_json(folder)))
+    return ModelSource(name, folder, _kind(name, read_config_json(folder)))
 
 
 def _kind(name: str, config: dict[str, Any]) -> Literal["dense", "quantized"]:

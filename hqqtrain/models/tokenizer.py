@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hqqtrain.config import UserError
+from hqqtrain.common.errors import UserError
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

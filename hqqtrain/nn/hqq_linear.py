@@ -9,10 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hqqtrain.quant import Quantized, QuantSpec, quantize
+from hqqtrain.quant.quantize import QuantizedWeight, quantize_weight
+from hqqtrain.quant.spec import QuantSpec
 from hqqtrain_kernels import ops
 
-PACKED = ("W_q", "scale", "zero")
+PACKED_PARAMETERS = ("W_q", "scale", "zero")
 """The parameters that together are the weight; dimension 0 of all three is the layout's units."""
 
 
@@ -65,12 +66,12 @@ class HQQLinear(nn.Module):
             device=weight.device, name=name,
         )  # fmt: skip
         if not weight.is_meta:
-            layer.load(quantize(weight.detach(), spec, name=name))
+            layer.load(quantize_weight(weight.detach(), spec, name=name))
             if layer.bias is not None:
                 layer.bias.data.copy_(linear.bias.detach())
         return layer.train(linear.training)
 
-    def load(self, quantized: Quantized) -> None:
+    def load(self, quantized: QuantizedWeight) -> None:
         """Copies the bits of a whole quantized weight."""
         self.W_q.data.view(torch.uint8).copy_(quantized.W_q)
         self.scale.data.copy_(quantized.scale)
@@ -79,7 +80,7 @@ class HQQLinear(nn.Module):
     def hold_as(self, storage: torch.dtype) -> None:
         """W_q, scale and zero become views of one dtype, the same bits in fewer or more columns:
         for engines that join them (FSDP1) or cut them flat (ZeRO-3)."""
-        for name in PACKED:
+        for name in PACKED_PARAMETERS:
             held = self._parameters[name]
             assert held is not None
             self._parameters[name] = nn.Parameter(held.detach().view(storage), requires_grad=False)
@@ -107,7 +108,7 @@ class HQQLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HQQLinear":
-        packed = {id(self._parameters[name]) for name in PACKED}
+        packed = {id(self._parameters[name]) for name in PACKED_PARAMETERS}
 
         def keep_bits(tensor: Tensor) -> Tensor:
             changed = fn(tensor)

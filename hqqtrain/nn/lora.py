@@ -13,9 +13,10 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from hqqtrain.config import AdapterConfig, UserError
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import AdapterConfig
 from hqqtrain.nn.hqq_linear import HQQLinear
-from hqqtrain.nn.patterns import matching
+from hqqtrain.nn.patterns import matching_modules
 
 
 class HQQLoraLinear(LoraLinear):
@@ -36,7 +37,7 @@ def lora_config(adapter: AdapterConfig, model: nn.Module) -> LoraConfig:
         UserError: a glob of adapter.target_modules matches no packed linear.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, HQQLinear)]
-    targets = matching("adapter.target_modules", adapter.target_modules, names)
+    targets = matching_modules("adapter.target_modules", adapter.target_modules, names)
     config = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT divides it, as any number
@@ -46,10 +47,10 @@ def lora_config(adapter: AdapterConfig, model: nn.Module) -> LoraConfig:
         target_modules=_shortest(targets, model),
         task_type="CAUSAL_LM",
     )
-    return with_packed_linears(config)
+    return register_hqq_linear(config)
 
 
-def with_packed_linears(config: LoraConfig) -> LoraConfig:
+def register_hqq_linear(config: LoraConfig) -> LoraConfig:
     """`config`, taught to put its adapters on `HQQLinear`; that is not saved with it."""
     config._register_custom_module({HQQLinear: HQQLoraLinear})
     return config

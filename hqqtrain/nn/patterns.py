@@ -8,21 +8,21 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from hqqtrain.config import UserError, did_you_mean
+from hqqtrain.common.errors import UserError, did_you_mean
 
 
-def tag(name: str) -> str:
+def hqq_tag(name: str) -> str:
     """hqq's tag of a module's full name."""
     dropped = ("model", "layers")
     return ".".join(p for p in name.split(".") if p not in dropped and not p.isdigit())
 
 
-def matches(pattern: str, name: str) -> bool:
+def matches_pattern(pattern: str, name: str) -> bool:
     """Whether `pattern` chooses the module called `name`."""
-    return fnmatchcase(name, pattern) or tag(name) == pattern
+    return fnmatchcase(name, pattern) or hqq_tag(name) == pattern
 
 
-def matching(key: str, patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+def matching_modules(key: str, patterns: Iterable[str], names: Iterable[str]) -> list[str]:
     """The `names` that any of `patterns` chooses, in their order.
 
     Raises:
@@ -30,14 +30,14 @@ def matching(key: str, patterns: Iterable[str], names: Iterable[str]) -> list[st
     """
     names = list(names)
     for pattern in patterns:
-        if not any(matches(pattern, name) for name in names):
-            tags = dict.fromkeys(map(tag, names))
+        if not any(matches_pattern(pattern, name) for name in names):
+            tags = dict.fromkeys(map(hqq_tag, names))
             raise UserError(
                 f"{key}={pattern}: matches no linear layer.{did_you_mean(pattern, tags)} "
                 f"Allowed are globs over full names, such as {names[0]}, and tags: "
                 f"{', '.join(list(tags)[:12])}."
             )
-    return [name for name in names if any(matches(p, name) for p in patterns)]
+    return [name for name in names if any(matches_pattern(p, name) for p in patterns)]
 
 
 def settings_of(name: str, overrides: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
@@ -45,7 +45,7 @@ def settings_of(name: str, overrides: Mapping[str, Any]) -> tuple[bool, dict[str
     chosen: dict[str, Any] = {}
     quantized = True
     for pattern, settings in overrides.items():
-        if matches(pattern, name):
+        if matches_pattern(pattern, name):
             quantized = settings is not None
             chosen |= settings or {}
     return quantized, chosen

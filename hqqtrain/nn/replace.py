@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hqqtrain.config import QuantConfig, UserError
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import QuantConfig
 from hqqtrain.nn.hqq_linear import HQQLinear
-from hqqtrain.nn.patterns import matches, matching, settings_of
-from hqqtrain.quant import QuantSpec, spec_from_config
+from hqqtrain.nn.patterns import matches_pattern, matching_modules, settings_of
+from hqqtrain.quant.spec import QuantSpec, spec_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ MUCH_LEFT_OUT = 0.7
 
 
 @dataclass(frozen=True)
-class Report:
+class QuantizationReport:
     """What `quantize_model` matched: names with their settings, and the share of weights.
 
     `covered` and `total` count weights; `total` is all parameters of the model, shared ones once.
@@ -39,7 +40,7 @@ class Report:
 def quantize_model(model: nn.Module, config: QuantConfig, *,
                    compute_dtype: torch.dtype | None = None,
                    storage_dtype: torch.dtype = torch.uint8,
-                   on_layer: Callable[[str], object] = lambda _: None) -> Report:  # fmt: skip
+                   on_layer: Callable[[str], object] = lambda _: None) -> QuantizationReport:  # fmt: skip
     """Replaces, in place, the linears of `model` that `config` chooses.
 
     On the meta device the new layers are empty, to be filled later.
@@ -51,12 +52,12 @@ def quantize_model(model: nn.Module, config: QuantConfig, *,
         UserError: no `nn.Linear`, fused experts, a pattern that matches nothing, a group_size
             that does not divide, or NaN or Inf in a weight.
     """
-    specs, skipped = choose(model, config)
+    specs, skipped = select_linears(model, config)
     total = sum(p.numel() for p in model.parameters())
     covered = replace_linears(
         model, specs, compute_dtype=compute_dtype, storage_dtype=storage_dtype, on_layer=on_layer
     )
-    report = Report(specs, skipped, covered, total)
+    report = QuantizationReport(specs, skipped, covered, total)
     if report.share < MUCH_LEFT_OUT:
         logger.warning(
             "only %.0f %% of the weights are quantized: %d of %d; what stays out keeps its full "
@@ -65,7 +66,7 @@ def quantize_model(model: nn.Module, config: QuantConfig, *,
     return report
 
 
-def choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, QuantSpec], list[str]]:
+def select_linears(model: nn.Module, config: QuantConfig) -> tuple[dict[str, QuantSpec], list[str]]:
     """(name -> settings of every linear to quantize, names of those left out).
 
     Raises:
@@ -77,8 +78,8 @@ def choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, QuantSpec],
     _refuse_fused_experts(model, config)
     # The default skips an output head; a model without one is no mistake of the user's.
     wanted = [p for p in config.skip if p != "lm_head" or "lm_head" in linears]
-    skipped = set(matching("quant.skip", wanted, linears))
-    matching("quant.overrides", config.overrides, linears)
+    skipped = set(matching_modules("quant.skip", wanted, linears))
+    matching_modules("quant.overrides", config.overrides, linears)
     _refuse_vain_overrides(config, [name for name in linears if name not in skipped])
     specs = {}
     for name, linear in linears.items():
@@ -117,7 +118,7 @@ def replace_linears(model: nn.Module, specs: Mapping[str, QuantSpec], *,
 def _refuse_vain_overrides(config: QuantConfig, names: list[str]) -> None:
     """Settings of layers that quant.skip leaves out would be ignored in silence."""
     for pattern, settings in config.overrides.items():
-        if settings is not None and not any(matches(pattern, name) for name in names):
+        if settings is not None and not any(matches_pattern(pattern, name) for name in names):
             raise UserError(
                 f"quant.overrides={pattern}: all it matches is left out by quant.skip="
                 f"{config.skip}; take it out there, e.g. quant.skip=[]."
@@ -128,7 +129,7 @@ def _refuse_fused_experts(model: nn.Module, config: QuantConfig) -> None:
     """transformers v5 fuses a layer's experts into 3-D parameters, which no linear holds."""
     for name, param in model.named_parameters():
         module = name.rpartition(".")[0]
-        left_out = any(matches(pattern, module) for pattern in config.skip)
+        left_out = any(matches_pattern(pattern, module) for pattern in config.skip)
         if param.dim() == 3 and "expert" in name and not left_out:
             raise UserError(
                 f"{name}: {list(param.shape)} holds fused mixture-of-experts weights, which "

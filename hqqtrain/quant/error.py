@@ -26,7 +26,7 @@ def relative_error(W: Tensor, approximation: Tensor) -> float:
     return error / norm if norm else float("inf") if error else 0.0
 
 
-def stored_bits(layout: Layout, meta_dtype: torch.dtype) -> int:
+def storage_bits(layout: Layout, meta_dtype: torch.dtype) -> int:
     """Bits that one quantized weight takes: codes with their padding, scales and zeros."""
     meta = 2 * layout.groups * meta_dtype.itemsize
     return 8 * layout.units * (layout.row_bytes + meta)

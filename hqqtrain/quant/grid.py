@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Grid:
+class QuantGrid:
     """What the codes of n groups may be, and how their scale and zero will be stored.
 
     Solvers see every group divided by `unit` [n], the power of two at or below its largest
@@ -62,7 +62,7 @@ def power_of_two(x: Tensor) -> Tensor:
     return exponent_bits.view(torch.float32).clamp(2.0**-126, 2.0**126)
 
 
-def spread(W: Tensor) -> tuple[Tensor, Tensor]:
+def group_ranges(W: Tensor) -> tuple[Tensor, Tensor]:
     """Least weight and range of every column of W [g, n], in units.
 
     The range of a constant group is a tiny number instead of 0, to divide by.
@@ -86,7 +86,7 @@ class FixedPoint:
     @classmethod
     def of(cls, W: Tensor, bits: int) -> "FixedPoint":
         """Rounds W [g, n] (fp32, in units)."""
-        low, width = spread(W)
+        low, width = group_ranges(W)
         step = power_of_two(width) * 2.0**-bits
         return cls(((W - low) * (1 / step)).round_().double(), low, step)
 

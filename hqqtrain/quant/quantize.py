@@ -7,20 +7,21 @@ import torch
 from torch import Tensor
 
 import hqqtrain_kernels as kernels
-from hqqtrain.config import UserError
-from hqqtrain.quant import fused
-from hqqtrain.quant.grid import Grid, power_of_two
-from hqqtrain.quant.solvers import SOLVERS
+from hqqtrain.common.errors import UserError
+from hqqtrain.quant import triton_backend
+from hqqtrain.quant.grid import QuantGrid, power_of_two
+from hqqtrain.quant.solvers.registry import SOLVERS
 from hqqtrain.quant.spec import QuantSpec
 from hqqtrain_kernels import Layout
 
 CHUNK = {"cpu": 1 << 18}
 """Weights solved at a time: on a CPU what its cache holds, elsewhere 32 MiB of fp32."""
+
 DEFAULT_CHUNK = 1 << 23
 
 
 @dataclass
-class Quantized:
+class QuantizedWeight:
     """W ~ (W_q - zero) * scale. W_q: packed codes, uint8 [units, row_bytes]; scale and zero
     [units, groups] in the spec's meta_dtype. See `Layout`."""
 
@@ -30,9 +31,9 @@ class Quantized:
 
 
 @torch.no_grad()
-def quantize(
+def quantize_weight(
     W: Tensor, spec: QuantSpec, *, name: str = "weight", rows: Sequence[slice] | None = None
-) -> Quantized:
+) -> QuantizedWeight:
     """Quantizes W [out_features, in_features], of any float dtype, on the device it is on.
 
     Units of a weight are independent: given the rows of some units (`Layout.rows_of`) in place of
@@ -41,25 +42,31 @@ def quantize(
 
     Raises UserError for NaN or infinity, naming the tensor and the row.
     """
-    quantized, not_finite = enqueue(W, spec, name=name)
+    quantized, not_finite = quantize_async(W, spec, name=name)
     if not_finite:
         raise not_finite_error(W, name, rows)
     return quantized
 
 
 @torch.no_grad()
-def enqueue(W: Tensor, spec: QuantSpec, *, name: str = "weight") -> tuple[Quantized, Tensor]:
-    """`quantize`, not waited for on a GPU, and a tensor [1] that is true if W is not finite.
+def quantize_async(
+    W: Tensor, spec: QuantSpec, *, name: str = "weight"
+) -> tuple[QuantizedWeight, Tensor]:
+    """`quantize_weight`, not waited for on a GPU, and a tensor [1] that is true if W is not finite.
 
     Then what stands in the result means nothing, and `not_finite_error` tells of W.
     """
     layout = spec.layout(W.shape[0], W.shape[1], name)
-    solve = fused.quantize if fused.runs(W.device, layout) else _in_chunks
+    solve = (
+        triton_backend.quantize_with_triton
+        if triton_backend.is_supported(W.device, layout)
+        else _in_chunks
+    )
     *quantized, not_finite = solve(W, layout, spec)
-    return Quantized(*quantized), not_finite
+    return QuantizedWeight(*quantized), not_finite
 
 
-def dequantize(q: Quantized, layout: Layout, dtype: torch.dtype) -> Tensor:
+def dequantize_weight(q: QuantizedWeight, layout: Layout, dtype: torch.dtype) -> Tensor:
     """The weight [out_features, in_features] that `q` stands for, rounded once to `dtype`."""
     return kernels.dequantize(q.W_q, q.scale, q.zero, layout, dtype)
 
@@ -93,7 +100,7 @@ def _solve(W: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
     """
     largest = W.abs().amax(0)
     unit = torch.where(largest == 0, 1, power_of_two(largest))
-    grid = Grid(spec.nbits, unit, spec.meta_dtype)
+    grid = QuantGrid(spec.nbits, unit, spec.meta_dtype)
     constant = W.amin(0) == W.amax(0)
     W = W / unit
     scale, zero = grid.stored(*SOLVERS[spec.solver](W, grid))

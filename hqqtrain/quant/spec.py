@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from hqqtrain.config import QuantConfig, UserError
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import QuantConfig
 from hqqtrain_kernels import Layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -5,53 +5,54 @@ from copy import deepcopy
 from dataclasses import asdict, astuple, replace
 from typing import Any
 
-from hqqtrain.ckpt import versions
-from hqqtrain.config.secrets import masked
-from hqqtrain.models import base_tensors, is_packed
-from hqqtrain.nn import HQQLinear
-from hqqtrain.quant import stored_bits
-from hqqtrain.tasks.plan import Plan
-from hqqtrain.tasks.prepare import Built
-from hqqtrain.track import ResultRow
-from hqqtrain.train.evaluation import Measured
-from hqqtrain.train.progress import Trained
-from hqqtrain.train.session import Session
+from hqqtrain.common.secrets import mask_secrets
+from hqqtrain.distributed.runtime import Runtime
+from hqqtrain.evaluation.perplexity import EvalResult
+from hqqtrain.loading.build import LoadedModel
+from hqqtrain.loading.plan import ModelPlan
+from hqqtrain.models.fqn import base_tensors, is_packed
+from hqqtrain.nn.hqq_linear import HQQLinear
+from hqqtrain.quant.error import storage_bits
+from hqqtrain.rundir.provenance import package_versions
+from hqqtrain.tracking.console import ResultRow
+from hqqtrain.train.state import TrainState
 
 GIB = 2**30
+
 _ROWS = {"full_precision": "full precision", "quantized": "quantized", "final": "trained"}
 
 
-class Summary:
+class RunSummary:
     """Filled part by part while the run goes on; parts a task does not run stay absent."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
         self.parts: dict[str, Any] = {"schema": 1, "run": self._run()}
         self._rows = {part: ResultRow(name) for part, name in _ROWS.items()}
 
-    def quantized(self, plan: Plan, built: Built) -> None:
+    def quantized(self, plan: ModelPlan, loaded: LoadedModel) -> None:
         """Facts of the packed model; errors are absent where it came packed. Collective."""
-        layers = [m for m in built.model.modules() if isinstance(m, HQQLinear)]
+        layers = [m for m in loaded.model.modules() if isinstance(m, HQQLinear)]
         weights = sum(m.out_features * m.in_features for m in layers)
-        packed = sum(stored_bits(m.layout, m.spec.meta_dtype) for m in layers) // 8
-        facts = self._settings(built) | {
+        packed = sum(storage_bits(m.layout, m.spec.meta_dtype) for m in layers) // 8
+        facts = self._settings(loaded) | {
             "bits_per_weight": 8 * packed / weights,
-            "seconds": built.seconds,
+            "seconds": loaded.seconds,
             "weights": weights,
             "source_bytes": plan.reader.total_bytes,
-            "bytes_read": built.bytes_read,
-            "peak_memory_gib": self.session.peak_memory_gib(),
-            "fingerprint": built.settings.fingerprint,
+            "bytes_read": loaded.bytes_read,
+            "peak_memory_gib": self.runtime.peak_memory_gib(),
+            "fingerprint": loaded.settings.fingerprint,
         }
-        if built.relative_error is not None:
-            facts["relative_error"] = built.relative_error
+        if loaded.relative_error is not None:
+            facts["relative_error"] = loaded.relative_error
         self.parts["quantize"] = facts
-        self._sizes(plan, built, packed, facts["bits_per_weight"])
+        self._sizes(plan, loaded, packed, facts["bits_per_weight"])
 
-    def evaluated(self, dataset: str, part: str, measured: Measured) -> None:
+    def evaluated(self, dataset: str, part: str, measured: EvalResult) -> None:
         """Figures of `part`, `quantized` or `final`, and of full precision beside it."""
         found = self.parts.setdefault("eval", {})
-        found |= {"dataset": masked(dataset), "tokens": measured.tokens}
+        found |= {"dataset": mask_secrets(dataset), "tokens": measured.tokens}
         if measured.reference_perplexity is not None:
             found["full_precision"] = {"perplexity": measured.reference_perplexity}
             self._row("full_precision", perplexity=measured.reference_perplexity, kl=0.0)
@@ -64,14 +65,14 @@ class Summary:
         """Weight bytes read for the full-precision model, which are counted apart."""
         self.parts.setdefault("eval", {})["bytes_read"] = bytes_read
 
-    def trained(self, done: Trained, trainable: int) -> None:
+    def trained(self, done: TrainState, trainable: int) -> None:
         """Figures of the training; `trainable`: parameters over all ranks. Collective."""
         self.parts["train"] = {
             "steps": done.steps,
             "tokens": done.tokens,
             "seconds": done.seconds,
             "tokens_per_second": done.tokens / done.seconds if done.seconds else 0.0,
-            "peak_memory_gib": self.session.peak_memory_gib(),
+            "peak_memory_gib": self.runtime.peak_memory_gib(),
             "trainable_parameters": trainable,
             "loss": done.loss,
         }
@@ -100,36 +101,36 @@ class Summary:
         return [row for row in self._rows.values() if any(v is not None for v in astuple(row)[1:])]
 
     def _run(self) -> dict[str, Any]:
-        session, config = self.session, self.session.config
+        runtime, config = self.runtime, self.runtime.config
         return {
             "name": config.run_name(),
             "recipe": config.recipe or "",
             "task": config.task,
-            "strategy": session.strategy,
-            "world_size": session.processes.size,
-            "device": session.device_name,
-            "versions": versions(),
+            "strategy": runtime.strategy,
+            "world_size": runtime.comm.size,
+            "device": runtime.device_name,
+            "versions": package_versions(),
         }
 
-    def _settings(self, built: Built) -> dict[str, Any]:
+    def _settings(self, loaded: LoadedModel) -> dict[str, Any]:
         """The settings most layers have: quant.* or, of a packed checkpoint, its own."""
         keys = ("nbits", "group_size", "axis", "solver")
-        found = [tuple(getattr(m, k) for k in keys) for m in built.settings.modules.values()]
+        found = [tuple(getattr(m, k) for k in keys) for m in loaded.settings.modules.values()]
         return dict(zip(keys, Counter(found).most_common(1)[0][0], strict=True))
 
-    def _sizes(self, plan: Plan, built: Built, packed: int, bits: float) -> None:
+    def _sizes(self, plan: ModelPlan, loaded: LoadedModel, packed: int, bits: float) -> None:
         """Bits of a quantized weight and GiB of the whole model, before and after."""
         dense = sum(
             tensor.numel() * tensor.element_size()
-            for _, module, leaf, tensor in base_tensors(built.model)
+            for _, module, leaf, tensor in base_tensors(loaded.model)
             if not is_packed(module, leaf)
         )
         if not plan.packed:
-            name = next(iter(built.settings.modules))
+            name = next(iter(loaded.settings.modules))
             source_bits = 8 * plan.reader.dtype(f"{name}.weight").itemsize
             gib = plan.reader.total_bytes / GIB
             self._row("full_precision", bits_per_weight=source_bits, gib=gib)
-        seconds = None if plan.packed else built.seconds
+        seconds = None if plan.packed else loaded.seconds
         self._row("quantized", bits_per_weight=bits, gib=(dense + packed) / GIB, seconds=seconds)
 
     def _row(self, part: str, **values: Any) -> None:

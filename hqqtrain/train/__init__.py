@@ -1,1 +1,1 @@
-"""Training: the loop, the parts of a step, and the state between two steps."""
+"""The training loop, its engines, optimizers and losses."""

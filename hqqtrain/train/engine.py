@@ -10,12 +10,12 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from hqqtrain.dist import Piece
+from hqqtrain.distributed.gather import LocalShard
 
 Accepts = Callable[[float], bool]
 """Decides from the gradient norm whether the optimizer may step."""
 
-FINITE = (-1, "")
+ALL_FINITE = (-1, "")
 """Result of `Engine.not_finite` if all gradients are finite."""
 
 
@@ -28,7 +28,7 @@ class Engine(Protocol):
 
     model: nn.Module
 
-    def accumulating(self, *, last: bool) -> AbstractContextManager:
+    def accumulation_context(self, *, last: bool) -> AbstractContextManager:
         """Context for forward and backward of one micro-batch; `last` is the last one of a step."""
 
     def backward(self, loss: Tensor) -> None:
@@ -46,10 +46,10 @@ class Engine(Protocol):
         """Return (index, name) of the last parameter whose gradient is not finite on this rank.
 
         The backward pass reaches the last parameter first, so its gradient is closest to the cause.
-        The result is `FINITE` if all gradients are finite. Valid within `accepts` only.
+        The result is `ALL_FINITE` if all gradients are finite. Valid within `accepts` only.
         """
 
-    def pieces(self) -> dict[str, Piece]:
+    def pieces(self) -> dict[str, LocalShard]:
         """Return this rank's shards of all training state.
 
         Trained parameters are keyed by `name`, their optimizer state by `name/key`.
@@ -63,6 +63,6 @@ class Engine(Protocol):
         """Load the optimizer's state from saved tensors, after `updates` steps."""
 
 
-def is_finite(grad: Tensor) -> Tensor:
+def all_finite(grad: Tensor) -> Tensor:
     """Return bool [], without synchronizing with the device."""
     return grad.isfinite().all()

@@ -1,6 +1,5 @@
 """The optimizers and learning-rate schedules that a recipe can name."""
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -11,44 +10,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from hqqtrain.config import OptimConfig, UserError
-from hqqtrain.dist import local
-
-
-def check_optimizer(
-    config: OptimConfig, strategy: str, precision: str, device: torch.device
-) -> None:
-    """Check that `optim.name` works with the other settings, before anything is read or written.
-
-    Args:
-        config: The optimizer's settings.
-        strategy: A value of `parallel.strategy`, with `auto` already resolved.
-        precision: A value of `train.precision`, likewise.
-        device: Device of this rank.
-
-    Raises:
-        UserError: The optimizer is not installed or does not support the other settings.
-    """
-    if config.name == "adamw":
-        return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"optim.name={config.name}: needs bitsandbytes, which is not installed; use adamw."
-        )
-    if strategy == "zero3":
-        raise UserError(
-            f"optim.name={config.name}: DeepSpeed keeps fp32 copies of the trained parameters and "
-            "flat states, which cannot be saved by name; under parallel.strategy=zero3 use adamw."
-        )
-    if strategy == "fsdp2" and precision == "fp16":
-        raise UserError(
-            f"optim.name={config.name}: does not support the gradient scaling that "
-            "train.precision=fp16 needs, under parallel.strategy=fsdp2; use bf16, or adamw."
-        )
-    if config.name.startswith("paged") and device.type != "cuda":
-        raise UserError(
-            f"optim.name={config.name}: paged optimizers need a CUDA GPU; use adamw or adamw_8bit."
-        )
+from hqqtrain.config.groups import OptimConfig
+from hqqtrain.distributed.local import local_tensor
 
 
 def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -76,13 +39,15 @@ def _over_shards(
     """
     if not any(isinstance(p, DTensor) for p in parameters):
         return make(parameters)
-    shards = [nn.Parameter(local(p)) for p in parameters]
+    shards = [nn.Parameter(local_tensor(p)) for p in parameters]
     optimizer = make(shards)
 
     def bind_shards(*_: Any) -> None:
         for shard, full in zip(shards, parameters, strict=True):
-            shard.data = local(full)
-            shard.grad = local(full.grad) if full.grad is not None and shard.numel() else None
+            shard.data = local_tensor(full)
+            shard.grad = (
+                local_tensor(full.grad) if full.grad is not None and shard.numel() else None
+            )
 
     def free_gradients(*_: Any) -> None:
         for tensor in (*shards, *parameters):
@@ -108,7 +73,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * max(0.0, left) if config.schedule == "linear" else config.lr
 
 
-def set_rate(optimizer: Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Set the learning rate of all parameters for the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate

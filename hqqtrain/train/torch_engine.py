@@ -10,30 +10,31 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hqqtrain.dist import Piece, local, piece_of
-from hqqtrain.train.engine import FINITE, Accepts, is_finite
-from hqqtrain.train.optimizer import build_optimizer, set_rate
+from hqqtrain.distributed.gather import LocalShard, local_shard_of
+from hqqtrain.distributed.local import local_tensor
+from hqqtrain.distributed.runtime import Runtime
+from hqqtrain.train.engine import ALL_FINITE, Accepts, all_finite
+from hqqtrain.train.optimizer import build_optimizer, set_learning_rate
 from hqqtrain.train.optimizer_state import OptimizerState
-from hqqtrain.train.session import Session
 
 
 class TorchEngine:
     """Implements `Engine` with PyTorch and accelerate."""
 
     def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter],
-                 session: Session) -> None:  # fmt: skip
+                 runtime: Runtime) -> None:  # fmt: skip
         self.model, self._trained = model, trained
-        self._accelerator = session.accelerator
-        self._limit = session.config.train.max_grad_norm
-        if session.strategy in ("ddp", "fsdp1"):
+        self._accelerator = runtime.accelerator
+        self._limit = runtime.config.train.max_grad_norm
+        if runtime.strategy in ("ddp", "fsdp1"):
             # All ranks start with equal weights. DDP's initial broadcast would overwrite the
             # shards of FSDP1, so it is off.
             self.model = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)
-        optimizer = build_optimizer(session.config.optim, trained.values())
+        optimizer = build_optimizer(runtime.config.optim, trained.values())
         self._state = OptimizerState(optimizer, trained)
         self._optimizer = self._accelerator.prepare_optimizer(optimizer)
 
-    def accumulating(self, *, last: bool) -> AbstractContextManager:
+    def accumulation_context(self, *, last: bool) -> AbstractContextManager:
         if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         return nullcontext()
@@ -50,7 +51,7 @@ class TorchEngine:
         if accepted and self._limit is not None:
             nn.utils.clip_grads_with_norm_(parameters, self._limit, norm)
         if accepted:  # under fp16, GradScaler skips the step itself if a gradient is not finite
-            set_rate(self._optimizer, rate)
+            set_learning_rate(self._optimizer, rate)
             self._optimizer.step()
         elif scaler := self._accelerator.scaler:
             scaler.update()
@@ -58,11 +59,15 @@ class TorchEngine:
 
     def not_finite(self) -> tuple[int, str]:
         grads = ((number, name, p.grad) for number, (name, p) in enumerate(self._trained.items()))
-        bad = [(n, name) for n, name, g in grads if g is not None and not is_finite(local(g))]
-        return max(bad, default=FINITE)
+        bad = [
+            (n, name) for n, name, g in grads if g is not None and not all_finite(local_tensor(g))
+        ]
+        return max(bad, default=ALL_FINITE)
 
-    def pieces(self) -> dict[str, Piece]:
-        own = {name: piece_of(p, local(p), p.shape) for name, p in self._trained.items()}
+    def pieces(self) -> dict[str, LocalShard]:
+        own = {
+            name: local_shard_of(p, local_tensor(p), p.shape) for name, p in self._trained.items()
+        }
         return own | dict(self._state.pieces())
 
     @property

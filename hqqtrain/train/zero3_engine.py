@@ -8,33 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hqqtrain.dist import Piece, piece_of, training_engine, zero3
-from hqqtrain.train.engine import FINITE, Accepts, is_finite
-from hqqtrain.train.optimizer import build_optimizer, set_rate
-from hqqtrain.train.session import Session
+from hqqtrain.distributed.gather import LocalShard, local_shard_of
+from hqqtrain.distributed.runtime import Runtime
+from hqqtrain.distributed.strategies import zero3
+from hqqtrain.distributed.strategies.zero3 import build_deepspeed_engine
+from hqqtrain.train.engine import ALL_FINITE, Accepts, all_finite
+from hqqtrain.train.optimizer import build_optimizer, set_learning_rate
 
 
 class ZeRO3Engine:
     """Implements `Engine` with DeepSpeed."""
 
     def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter],
-                 session: Session) -> None:  # fmt: skip
+                 runtime: Runtime) -> None:  # fmt: skip
         self._trained = trained
-        self._optimizer = build_optimizer(session.config.optim, trained.values())
-        self.model: Any = training_engine(
-            model, self._optimizer, max_grad_norm=session.config.train.max_grad_norm,
-            autocast=session.dtype,
+        self._optimizer = build_optimizer(runtime.config.optim, trained.values())
+        self.model: Any = build_deepspeed_engine(
+            model, self._optimizer, max_grad_norm=runtime.config.train.max_grad_norm,
+            autocast=runtime.dtype,
         )  # fmt: skip
         # DeepSpeed takes each gradient away once it is computed, so look at it in a hook.
-        self._is_bad = torch.zeros(len(trained), dtype=torch.bool, device=session.device)
+        self._is_bad = torch.zeros(len(trained), dtype=torch.bool, device=runtime.device)
         for number, param in enumerate(trained.values()):
             param.register_hook(partial(self._look, number))
 
     def _look(self, number: int, grad: Tensor) -> None:
         """Note a gradient that is not finite, without synchronizing with the device."""
-        self._is_bad[number] |= ~is_finite(grad)
+        self._is_bad[number] |= ~all_finite(grad)
 
-    def accumulating(self, *, last: bool) -> AbstractContextManager:
+    def accumulation_context(self, *, last: bool) -> AbstractContextManager:
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         return nullcontext()
 
@@ -46,7 +48,7 @@ class ZeRO3Engine:
 
         DeepSpeed reveals the norm only after it has stepped, so a refusal must end the run.
         """
-        set_rate(self._optimizer, rate)
+        set_learning_rate(self._optimizer, rate)
         self.model.step()
         norm: torch.Tensor | float = self.model.get_global_grad_norm()
         accepts(float(norm))
@@ -54,19 +56,19 @@ class ZeRO3Engine:
 
     def not_finite(self) -> tuple[int, str]:
         flags = zip(enumerate(self._trained), self._is_bad.tolist(), strict=True)
-        return max((named for named, bad in flags if bad), default=FINITE)
+        return max((named for named, bad in flags if bad), default=ALL_FINITE)
 
-    def pieces(self) -> dict[str, Piece]:
+    def pieces(self) -> dict[str, LocalShard]:
         made = {}
         for name, param in self._trained.items():
-            for key, part in zero3.trained_parts(self.model, param).items():
+            for key, part in zero3.local_training_state(self.model, param).items():
                 shape = param.ds_shape  # type: ignore[attr-defined]
-                made[f"{name}/{key}" if key else name] = piece_of(param, part, shape)
+                made[f"{name}/{key}" if key else name] = local_shard_of(param, part, shape)
         return made
 
     @property
     def updates(self) -> int:
-        return zero3.steps_taken(self.model)
+        return zero3.optimizer_step_count(self.model)
 
     def load_optimizer(self, saved: Mapping[str, Tensor], updates: int) -> None:
         moments: dict[Tensor, dict[str, Tensor]] = {

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import hqqtrain_kernels as kernels
-from hqqtrain.quant import QuantSpec, quantize
+from hqqtrain.quant.quantize import quantize_weight
+from hqqtrain.quant.spec import QuantSpec
 from record import Row, attempt
 from sizes import Sizes
 from timing import Call, Limits, copies_beyond_cache, medians
@@ -31,7 +32,7 @@ def _measure(sizes: Sizes, W: Tensor, nbits: int, axis: int) -> Iterator[Row]:
     shared = {"nbits": nbits, "group_size": GROUP_SIZE, "axis": axis}
     what, shape = "dequantize", "x".join(map(str, W.shape))
     spec = QuantSpec(nbits, GROUP_SIZE, axis, "rtn", torch.bfloat16)
-    quantized, layout = quantize(W, spec), spec.layout(*W.shape)
+    quantized, layout = quantize_weight(W, spec), spec.layout(*W.shape)
     parts = quantized.W_q, quantized.scale, quantized.zero
     moved = W.nbytes + sum(part.nbytes for part in parts)
     copies = copies_beyond_cache(moved, W.device)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hqqtrain_kernels as kernels
-from hqqtrain.nn import HQQLinear
-from hqqtrain.quant import QuantSpec
+from hqqtrain.nn.hqq_linear import HQQLinear
+from hqqtrain.quant.spec import QuantSpec
 
 Layer = Callable[[Tensor], Tensor]
 GROUP_SIZE = 64

@@ -5,7 +5,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from hqqtrain.quant import Quantized, QuantSpec, dequantize, enqueue, quantize, relative_error
+from hqqtrain.quant.error import relative_error
+from hqqtrain.quant.quantize import (
+    QuantizedWeight,
+    dequantize_weight,
+    quantize_async,
+    quantize_weight,
+)
+from hqqtrain.quant.spec import QuantSpec
 from record import Row, attempt
 from sizes import Sizes
 from timing import Call, Limits, medians
@@ -74,11 +81,13 @@ def _spec(nbits: int, axis: int, solver: str) -> QuantSpec:
 
 def _ours(W: Tensor, spec: QuantSpec) -> Call:
     """As models are quantized: whether the weight was finite is asked some weights later."""
-    return lambda: enqueue(W, spec)
+    return lambda: quantize_async(W, spec)
 
 
 def _error(W: Tensor, spec: QuantSpec) -> float:
-    return relative_error(W, dequantize(quantize(W, spec), spec.layout(*W.shape), torch.float32))
+    return relative_error(
+        W, dequantize_weight(quantize_weight(W, spec), spec.layout(*W.shape), torch.float32)
+    )
 
 
 def _theirs(W: Tensor, nbits: int, axis: int) -> tuple[Call, float]:
@@ -98,7 +107,7 @@ def _memory(sizes: Sizes, W: Tensor, nbits: int) -> Iterator[Row]:
     """The peak while quantizing, as a multiple of weight and result, which must be there."""
     for solver in SOLVERS:
         spec, name = _spec(nbits, 1, solver), f"ours, {solver}"
-        ratio, note = _peak(W, lambda spec=spec: _stored(quantize(W, spec)))
+        ratio, note = _peak(W, lambda spec=spec: _stored(quantize_weight(W, spec)))
         yield Row("quantize", MEMORY, sizes.shape, name, nbits, GROUP_SIZE, 1,
                   baseline="weight + result", ratio=ratio, note=note)  # fmt: skip
     theirs, fault = attempt(lambda: _theirs(W, nbits, 1)[0])
@@ -119,7 +128,7 @@ def _peak(W: Tensor, run: Callable[[], int]) -> tuple[float | None, str]:
     return peak / (W.nbytes + result), f"peak {peak / 2**30:.3f} GiB"
 
 
-def _stored(quantized: Quantized) -> int:
+def _stored(quantized: QuantizedWeight) -> int:
     return sum(part.nbytes for part in (quantized.W_q, quantized.scale, quantized.zero))
 
 

@@ -1,4 +1,4 @@
-"""hqq's solver on a tile of groups: `hqqtrain.quant.solvers.hqq` explains it."""
+"""hqq's solver on a tile of groups: `hqqtrain.quant.solvers.hqq.hqq` explains it."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""The least-squares solver on a tile of groups: `hqqtrain.quant.least_squares` explains it."""
+"""The least-squares solver on a tile of groups: `hqqtrain.quant.solvers.least_squares` explains it."""
 
 import triton
 import triton.language as tl

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e.runs import QUICK, run
+from runs import QUICK, run
 from safetensors.torch import load_file, save_file
 
 from hqqtrain import models

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from e2e.runs import QUICK, Finished, run
+from runs import QUICK, Finished, run
 from safetensors.torch import load_file, save_file
 
 from hqqtrain import models
-from hqqtrain.ckpt.lock import take_lock
+from hqqtrain.common.filelock import take_lock
 
 QUANTIZE = (*QUICK, "task=quantize")
 

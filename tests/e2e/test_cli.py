@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from e2e.runs import stand_in
+from runs import stand_in
 
 FAKE_TASK = """
 import os, pathlib, sys
@@ -19,7 +19,7 @@ def run(config, command):
         '{"quantize": {"bits_per_weight": 2.5}, "eval": {"final": {"perplexity": 9.25}}}')
     print("job", os.getpid(), *command, flush=True)
     if config.quant.nbits == 3:
-        from hqqtrain.config import UserError
+        from hqqtrain.common.errors import UserError
         raise UserError("data.source=x: no such file.")
     return {2: 0, 1: 1, 8: 3}.get(config.quant.nbits, 0)
 """

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e.runs import QUICK, run
 from peft import PeftModel
+from runs import QUICK, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hqqtrain.config import DataConfig, EvalConfig
-from hqqtrain.data import evaluation_set
-from hqqtrain.dist import Processes
-from hqqtrain.train.evaluation import evaluate
+from hqqtrain.config.groups import DataConfig, EvalConfig
+from hqqtrain.data.eval_set import evaluation_set
+from hqqtrain.distributed.comm import Communicator
+from hqqtrain.evaluation.perplexity import evaluate_perplexity
 
 # A rate at which four steps leave traces that a comparison cannot miss.
 TRAINED = (*QUICK, "optim.lr=0.01", "optim.warmup_steps=0", "train.precision=fp32")
@@ -55,8 +55,8 @@ def test_the_merged_export_measures_as_the_trained_model_did(folders: dict[str, 
     merged = AutoModelForCausalLM.from_pretrained(folders["merged"])
     tokenizer = AutoTokenizer.from_pretrained(folders["merged"])
     held_out = evaluation_set(EvalConfig(tokens=1024), DataConfig(), tokenizer, 64)
-    alone = Processes(0, 1, torch.device("cpu"))
-    measured = evaluate(merged, held_out, alone, batch_size=8)
+    alone = Communicator(0, 1, torch.device("cpu"))
+    measured = evaluate_perplexity(merged, held_out, alone, batch_size=8)
     summary = json.loads((folders["run"] / "summary.json").read_text())
     assert measured.perplexity == pytest.approx(summary["eval"]["final"]["perplexity"], rel=1e-4)
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from disk import no_room
-from e2e.runs import QUICK, run_here, small_data
+from runs import QUICK, run_here, small_data
 
-from hqqtrain.ckpt import RunDirectory, read_checkpoint, save_adapter, write_checkpoint
-from hqqtrain.train.loop import Trainer
+from hqqtrain.checkpoint.format import read_checkpoint, write_checkpoint
+from hqqtrain.formats.peft import save_adapter
+from hqqtrain.rundir.directory import RunDirectory
+from hqqtrain.train.trainer import Trainer
 
 _write_status = RunDirectory.write_status
 
@@ -28,7 +30,7 @@ def full_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         write_checkpoint(folder, *rest)
 
-    monkeypatch.setattr("hqqtrain.tasks.keeper.write_checkpoint", write)
+    monkeypatch.setattr("hqqtrain.checkpoint.manager.write_checkpoint", write)
 
 
 def test_the_training_goes_on(words: list[str], tmp_path: Path, monkeypatch, capsys):

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from e2e.runs import QUICK, TIMEOUT, free_port, run_here, small_data
+from runs import QUICK, TIMEOUT, free_port, run_here, small_data
 
-from hqqtrain.track import read_metrics
-from hqqtrain.train.loop import Trainer
-from hqqtrain.train.nonfinite import LIMIT, _first_bad_output
+from hqqtrain.tracking.jsonl import read_metrics
+from hqqtrain.train.nonfinite import MAX_REFUSED_IN_A_ROW, _first_bad_output
+from hqqtrain.train.trainer import Trainer
 
 _WORDS = (
     *QUICK, "run.name=run", "train.max_steps=8", "eval.source=null", "ckpt.every=3",
@@ -39,7 +39,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> set[int]:
             spoilt.view(-1)[7] = torch.nan
             return output + spoilt
 
-        module = next(m for n, m in self.bare_model.named_modules() if n.endswith(LAYER))
+        module = next(m for n, m in self.unwrapped_model.named_modules() if n.endswith(LAYER))
         handle = module.register_forward_hook(hook) if place in places else None
         try:
             return step(self, place, rate)
@@ -108,16 +108,16 @@ def test_a_batch_is_kept_with_the_step_that_it_was(tmp_path: Path, words: tuple,
 
 
 def test_so_many_in_a_row_always_stop(words: tuple, poison: set[int], capsys):
-    poison |= set(range(2, 2 + LIMIT))
+    poison |= set(range(2, 2 + MAX_REFUSED_IN_A_ROW))
     assert run_here([*words, "train.on_nonfinite=skip"]) == 2
-    assert f"{LIMIT} times" in capsys.readouterr().err
+    assert f"{MAX_REFUSED_IN_A_ROW} times" in capsys.readouterr().err
 
 
 def test_going_back_for_ever_ends(words: tuple, poison: set[int], capsys):
     """Each time the second step after the checkpoint: steps in between are taken."""
     poison |= set(range(4, 60, 2))
     assert run_here([*words, "train.on_nonfinite=rollback"]) == 2
-    assert f"{LIMIT} times" in capsys.readouterr().err
+    assert f"{MAX_REFUSED_IN_A_ROW} times" in capsys.readouterr().err
 
 
 def test_rollback_with_an_8_bit_optimizer(tmp_path: Path, words: tuple, poison: set[int]):
@@ -155,7 +155,7 @@ def test_a_gradient_alone_is_traced_to_a_parameter(
 SPOILT = """
 import sys
 from hqqtrain.cli import main
-from hqqtrain.train.loop import Trainer
+from hqqtrain.train.trainer import Trainer
 
 step = Trainer._step
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e.runs import QUICK, Finished, free_port, launch, run
+from runs import QUICK, Finished, free_port, launch, run
 from safetensors.torch import load_file, save_file
 
 from hqqtrain import models

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from hqqtrain.compose import compose, jobs, recipe_files
-from hqqtrain.compose.recipes import description
-from hqqtrain.config import RunConfig
-from hqqtrain.models import build_meta, shipped_config
-from hqqtrain.nn import quantize_model
+from hqqtrain.compose.compose import compose_config
+from hqqtrain.compose.expand import expand_jobs
+from hqqtrain.compose.recipes import recipe_description, recipe_files
+from hqqtrain.config.run import RunConfig
+from hqqtrain.models.build import build_meta, shipped_config
+from hqqtrain.nn.replace import quantize_model
 
 EXPECTED_BILLIONS = {
     "tiny": (0.004, 0.006),
@@ -18,9 +19,9 @@ EXPECTED_BILLIONS = {
 
 def _configs() -> list:
     return [
-        pytest.param(compose(words), id=" ".join(words))
+        pytest.param(compose_config(words), id=" ".join(words))
         for name in sorted(recipe_files())
-        for words in jobs([f"recipe={name}"], multirun=False)
+        for words in expand_jobs([f"recipe={name}"], multirun=False)
     ]
 
 
@@ -31,7 +32,7 @@ def test_the_recipes_that_are_promised_are_there():
 
 @pytest.mark.parametrize("name", sorted(recipe_files()))
 def test_a_recipe_starts_with_a_line_that_says_what_it_is(name):
-    text = description(recipe_files()[name])
+    text = recipe_description(recipe_files()[name])
     assert text.endswith(".")
     assert 20 < len(text) < 95
 
@@ -52,10 +53,10 @@ def test_a_recipe_builds_its_quantized_model_on_meta(config: RunConfig):
 def test_the_names_say_what_the_recipes_do():
     for name in recipe_files():
         if name.endswith("bit"):
-            assert compose([f"recipe={name}"]).quant.nbits == int(name[-4])
+            assert compose_config([f"recipe={name}"]).quant.nbits == int(name[-4])
 
 
 def test_the_default_recipe_needs_no_network():
-    config = compose(["recipe=tiny_2bit"])
+    config = compose_config(["recipe=tiny_2bit"])
     sources = (config.model.name_or_path, config.data.source, config.eval.source)
     assert sources == ("tiny", "python_stdlib", "python_stdlib")

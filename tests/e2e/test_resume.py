@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e.runs import QUICK, Finished, run, small_data
+from runs import QUICK, Finished, run, small_data
 from safetensors.torch import load_file
 
-from hqqtrain.track import read_metrics
+from hqqtrain.tracking.jsonl import read_metrics
 
 WORDS = (
     *QUICK, "run.name=run", "train.max_steps=24", "train.precision=fp32", "ckpt.every=4",

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from e2e.runs import Finished, launch, run
+from runs import Finished, launch, run
 from safetensors.torch import load_file, save_file
 
 RECIPE = ("recipe=tiny_2bit", "train.max_steps=40", "eval.tokens=8192")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from e2e.runs import QUICK, Finished, launch
+from runs import QUICK, Finished, launch
 
 pytest.importorskip("wandb", reason="an optional tracker: absent on some machines")
-from unit.track.wandb_file import records_of, wandb_files
+from wandb_file import records_of, wandb_files
 
 WORDS = [word for word in QUICK if not word.startswith(("track.", "train.max_steps"))]
 SECRETS = {

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e.runs import QUICK, run, small_data
+from runs import QUICK, run, small_data
 
 WORDS = (*QUICK, "run.name=run", "train.micro_batch_size=2", "eval.tokens=4096")
 LIMIT = 40

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e.runs import QUICK, TIMEOUT, stand_in
+from runs import QUICK, TIMEOUT, stand_in
 
 FAKE_TASK = """
 import json, os, pathlib, signal, time

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from e2e.runs import QUICK
-from slurm.cluster import NODES, Cluster, why_not
+from cluster import NODES, Cluster, why_not
+from runs import QUICK
 
 RANKS = (
     "import os, hqqtrain.launch; hqqtrain.launch.adopt_ranks(os.environ);"
@@ -83,7 +83,7 @@ def test_what_the_system_had_before_stays_as_it_is(monkeypatch, there, off):
     known = {*there, "apt-get"}
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr("shutil.which", lambda name, **_: name if name in known else None)
-    monkeypatch.setattr("slurm.cluster._quietly", lambda *words: called.append(words))
+    monkeypatch.setattr("cluster._quietly", lambda *words: called.append(words))
     assert "no " in why_not()
     assert [list(words[3:]) for words in called if words[0] == "systemctl"] == [off] * bool(off)
     assert any("slurm-wlm" in words for words in called)

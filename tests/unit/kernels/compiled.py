@@ -28,7 +28,8 @@ from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hqqtrain.quant import QuantSpec, quantize
+from hqqtrain.quant.quantize import quantize_weight
+from hqqtrain.quant.spec import QuantSpec
 from hqqtrain_kernels import Layout, dequantize_triton, linear_triton, select, table
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -129,7 +130,9 @@ def _linear(layout: Layout, M: int) -> None:
 
 def _quantize(layout: Layout, solver: str, meta_dtype: torch.dtype = torch.bfloat16) -> None:
     spec = QuantSpec(layout.nbits, layout.group_size, layout.axis, solver, meta_dtype)
-    quantize(torch.zeros(layout.out_features, layout.in_features, dtype=torch.bfloat16), spec)
+    quantize_weight(
+        torch.zeros(layout.out_features, layout.in_features, dtype=torch.bfloat16), spec
+    )
 
 
 Case = tuple[str, Callable[[], None]]

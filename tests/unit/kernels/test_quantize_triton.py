@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hqqtrain_kernels as kernels
-from hqqtrain.config import UserError
-from hqqtrain.quant import Quantized, QuantSpec, dequantize, quantize
+from hqqtrain.common.errors import UserError
+from hqqtrain.quant.quantize import QuantizedWeight, dequantize_weight, quantize_weight
+from hqqtrain.quant.spec import QuantSpec
 from hqqtrain_kernels import select
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,9 +42,9 @@ def _back_to_auto() -> Iterator[None]:
     select.use("auto")
 
 
-def by(backend: str, W: Tensor, spec: QuantSpec) -> Quantized:
+def by(backend: str, W: Tensor, spec: QuantSpec) -> QuantizedWeight:
     select.use(backend)
-    return quantize(W, spec)
+    return quantize_weight(W, spec)
 
 
 def groups_that_differ(W: Tensor, spec: QuantSpec) -> float:
@@ -51,7 +52,7 @@ def groups_that_differ(W: Tensor, spec: QuantSpec) -> float:
     layout = spec.layout(*W.shape)
     ours, theirs = by("triton", W, spec), by("torch", W, spec)
 
-    def groups(q: Quantized) -> Tensor:
+    def groups(q: QuantizedWeight) -> Tensor:
         codes = kernels.unpack(q.W_q, spec.nbits, layout.row_codes)
         return codes.view(layout.units, layout.groups, -1)
 
@@ -130,7 +131,12 @@ def test_any_weight_errs_no_more_than_the_reference(case: tuple[Tensor, QuantSpe
     layout, W64 = spec.layout(*W.shape), W.double()
 
     def error(backend: str) -> float:
-        return (dequantize(by(backend, W, spec), layout, FP32).double() - W64).square().sum().item()
+        return (
+            (dequantize_weight(by(backend, W, spec), layout, FP32).double() - W64)
+            .square()
+            .sum()
+            .item()
+        )
 
     if DEVICE.type == "cuda":
         assert groups_that_differ(W, spec) == 0
@@ -146,7 +152,7 @@ def test_what_is_not_finite_is_reported_with_its_row(bad: float, axis: int, solv
     W[37, 5] = bad
     select.use("triton")
     with pytest.raises(UserError, match=r"q_proj: row 37 holds"):
-        quantize(W, QuantSpec(4, 32, axis, solver, BF16), name="q_proj")
+        quantize_weight(W, QuantSpec(4, 32, axis, solver, BF16), name="q_proj")
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -1,0 +1,1 @@
+"""Training checkpoints: their format, when to save, and how to resume."""

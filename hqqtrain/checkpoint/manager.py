@@ -1,0 +1,175 @@
+"""Checkpoints while a training goes on: when one is due, what it holds, and going back to one."""
+
+import logging
+import time
+from dataclasses import asdict
+from typing import Any
+
+from hqqtrain.checkpoint.format import Checkpoint, write_checkpoint
+from hqqtrain.checkpoint.resume import dataset_digests, load_latest
+from hqqtrain.checkpoint.snapshot import StateSnapshot
+from hqqtrain.common.background import BackgroundWriter
+from hqqtrain.common.errors import UserError
+from hqqtrain.data.packing import TokenSequences
+from hqqtrain.distributed.local import copy_from_full, global_numel
+from hqqtrain.distributed.runtime import Runtime
+from hqqtrain.formats.peft import BaseModelRef, load_adapter
+from hqqtrain.loading.build import LoadedModel
+from hqqtrain.loading.plan import ModelPlan
+from hqqtrain.rundir.provenance import package_versions
+from hqqtrain.tasks.recorder import RunRecorder
+from hqqtrain.train.state import TrainState
+from hqqtrain.train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+_BYTES = 12
+"""Of a trained number and its two moments, at most."""
+
+
+class CheckpointManager:
+    """Saves what `trainer` is, and puts it back. Use as a context manager.
+
+    Only copying holds the training up; the first rank writes meanwhile. All methods are collective.
+    """
+
+    def __init__(self, trainer: Trainer, plan: ModelPlan, loaded: LoadedModel, runtime: Runtime,
+                 recorder: RunRecorder, held_out: TokenSequences | None) -> None:  # fmt: skip
+        self._trainer, self._plan, self._loaded = trainer, plan, loaded
+        self._runtime, self._recorder, self._store = runtime, recorder, recorder.checkpoints
+        self._snapshot = StateSnapshot(runtime.comm)
+        self._background = BackgroundWriter("checkpoints")
+        self._saved: int | None = None
+        self._texts = dataset_digests(trainer.sequences, held_out)
+        self._saves, self._seconds = 0, 0.0  # for which the training was held up
+        numbers = sum(map(global_numel, trainer.trained.values()))
+        runtime.preemption.expects(_BYTES * numbers)
+
+    def __enter__(self) -> "CheckpointManager":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._background.close()
+
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Goes on from `checkpoint`, whose adapter the model has already; None: from nothing."""
+        if checkpoint:
+            self._restore(checkpoint)
+            self._saved = checkpoint.step
+        elif self._runtime.config.train.on_nonfinite == "rollback":
+            self.save()
+
+    def after_step(self, eval_loss: float | None) -> None:
+        """Saves where it is due. Raises PreemptedError, when that is done, if one was asked for.
+
+        `eval_loss`: where it was measured after this step.
+        """
+        config, step = self._runtime.config.ckpt, self._trainer.done.steps
+        due = self._trainer.is_over or (config.every is not None and step % config.every == 0)
+        best = config.keep_best > 0 and eval_loss is not None
+        if due or best or self._trainer.stop_requested:
+            self.save(eval_loss)
+        if self._trainer.stop_requested:
+            self._finish()
+            self._runtime.preemption.stop(self._runtime.comm)
+
+    def save(self, eval_loss: float | None = None) -> None:
+        """Copies the state, and lets the first rank write it while others go on."""
+        began = time.perf_counter()
+        self.end()
+        self._snapshot.take(self._trainer.engine.pieces())
+        state = self._state(eval_loss)
+        if self._runtime.comm.is_main:
+            self._background.start(lambda: self._write(state))
+        self._saved = state["step"]
+        self._trainer.guard.passed()
+        self._saves += 1
+        self._seconds += time.perf_counter() - began
+
+    def end(self) -> None:
+        """The last checkpoint is on the disk, or an error said why it is not.
+
+        One that could not be written is no reason to end a training that goes well.
+        """
+        with self._runtime.comm.raise_on_all_ranks():
+            if error := self._wait():
+                logger.error(
+                    "the checkpoint of step %s was not written (%s); the one before it stays, and "
+                    "the training goes on", self._saved, error,
+                )  # fmt: skip
+
+    def report(self) -> None:
+        """Says what checkpoints have cost."""
+        share = 100 * self._seconds / max(self._trainer.done.seconds, 1e-9)
+        logger.info("%d checkpoints held the training up for %.2f s, %.2f %% of its time",
+                    self._saves, self._seconds, share)  # fmt: skip
+
+    def roll_back(self) -> None:
+        """Puts the newest checkpoint back: weights, optimizer, figures."""
+        self._finish()
+        checkpoint = load_latest(self._store, self._runtime)
+        assert checkpoint, "one is made before the first step"
+        weights = load_adapter(checkpoint.folder).state
+        for name, param in self._trainer.trained.items():
+            copy_from_full(param, weights[name])
+        self._restore(checkpoint)
+        logger.warning("went back to the checkpoint of step %d", checkpoint.step)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        with self._runtime.comm.raise_on_all_ranks():
+            optimizer = checkpoint.optimizer()
+        self._trainer.engine.load_optimizer(optimizer, state["updates"])
+        self._trainer.done = TrainState(**state["trained"])
+        if scaler := self._runtime.accelerator.scaler:
+            scaler.load_state_dict(state["scaler"])
+
+    def _state(self, eval_loss: float | None) -> dict[str, Any]:
+        runtime, scaler = self._runtime, self._runtime.accelerator.scaler
+        return {
+            "step": self._trainer.done.steps,
+            "trained": asdict(self._trainer.done),
+            "updates": self._trainer.engine.updates,
+            "scaler": scaler.state_dict() if scaler else None,
+            "eval_loss": eval_loss,
+            "texts": self._texts,
+            "strategy": runtime.strategy,
+            "world_size": runtime.comm.size,
+            "record": self._recorder.state(),
+            "versions": package_versions(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+
+    def _write(self, state: dict[str, Any]) -> None:
+        """On the thread."""
+        began = time.perf_counter()
+        tensors = self._snapshot.tensors()
+        adapter = {name: tensors[name] for name in self._trainer.trained}
+        optimizer = {name: tensor for name, tensor in tensors.items() if name not in adapter}
+        assert self._plan.lora is not None
+        base = BaseModelRef(self._plan.source.name, self._runtime.config.model.revision,
+                    self._loaded.settings.fingerprint)  # fmt: skip
+        folder = self._store.folder(state["step"])
+        write_checkpoint(folder, adapter, optimizer, self._plan.lora, base, state)
+        self._runtime.preemption.record_write_seconds(time.perf_counter() - began)
+        try:
+            self._store.prune()
+        except OSError as error:
+            logger.warning("older checkpoints were not deleted: %s", error)
+
+    def _finish(self) -> None:
+        """Until the last checkpoint is there. Raises UserError where it is not."""
+        with self._runtime.comm.raise_on_all_ranks():
+            if error := self._wait():
+                raise UserError(
+                    f"{self._store.root}: the checkpoint of step {self._saved} was not written "
+                    f"({error}), and the run cannot go on without it; make room there."
+                ) from error
+
+    def _wait(self) -> OSError | None:
+        """Until the last checkpoint is written; returns why it could not be."""
+        try:
+            self._background.wait()
+        except OSError as error:
+            return error
+        return None

@@ -1,0 +1,97 @@
+"""Files and folders that are complete or absent, whatever kills the process in between."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def atomic_write(path: Path, content: str | bytes) -> Path:
+    """Writes `content`, text as UTF-8, to `path`, and returns `path`.
+
+    Written beside it, forced to the disk, renamed: readers see the old content or the new.
+    """
+    path = Path(path)
+    temporary = temporary_path(path)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    fsync_path(temporary)
+    temporary.replace(path)
+    fsync_path(path.parent)
+    return path
+
+
+def temporary_path(path: Path) -> Path:
+    """Where `path` is written before it takes its place."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file's contents, or a folder's list of names, survive a crash of the machine."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` to write into; on success it takes the place of `path`.
+
+    On an exception it is removed and `path` is left as it was. What an earlier process that
+    was killed has left behind is removed first, so only one process may write to `path`.
+    """
+    path = Path(path)
+    temporary, old = temporary_path(path), path.with_name(f".{path.name}.old")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _recover(path, old)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _recover(path, old)
+        raise
+    fsync_path(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON. Raises ValueError for NaN and Inf, which JSON lacks."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    atomic_write(path, text + "\n")
+
+
+def without_nonfinite(value: Any) -> Any:
+    """A copy of `value` (JSON's types) in which numbers that JSON lacks are None."""
+    if isinstance(value, dict):
+        return {k: without_nonfinite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nonfinite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _recover(path: Path, old: Path) -> None:
+    """Between the two renames of a swap nothing stands at `path`: put the old folder back."""
+    if old.exists() and not path.exists():
+        old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Forces all to disk, readable as the umask has it: safetensors makes files private."""
+    mode = folder.stat().st_mode & 0o666  # the umask itself can only be read by changing it
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+        fsync_path(path)
+    fsync_path(folder)

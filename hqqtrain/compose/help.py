@@ -1,0 +1,102 @@
+"""The text of `--help`: written from the dataclasses and the recipes, so that it stays true."""
+
+from dataclasses import MISSING, Field, fields, is_dataclass
+from textwrap import wrap
+from typing import Any
+
+from hqqtrain import __doc__ as what_it_is
+from hqqtrain import __version__
+from hqqtrain.compose.messages import expected_type
+from hqqtrain.compose.recipes import VARIABLE, recipe_description, recipe_files
+from hqqtrain.config.run import TASKS, RunConfig
+
+_WIDTH, _INDENT, _COLUMN = 100, 2, 32
+
+_COMMANDS = {
+    "recipe=NAME key=value ...": "run a recipe; keys on the command line beat the recipe's",
+    "-m key=value,value ...": "sweep: one run for every combination, each a process of its own",
+    "--check ...": "only check the configuration and print where the run would write",
+    "--table ...": "only write and print the table and the plots of a sweep, as far as it is",
+    "--cfg ...": "only print the whole configuration, as YAML that can be a recipe",
+    "--version": "print the version",
+}
+
+_EXAMPLES = (
+    "./launch.sh",
+    "./launch.sh recipe=llama8b_2bit quant.group_size=32",
+    "python -m hqqtrain recipe=tiny_2bit quant.nbits=3 train.max_steps=300",
+    "python -m hqqtrain -m recipe=tiny_2bit quant.nbits=2,3,4 quant.group_size=32,64",
+    "accelerate launch --multi_gpu --num_processes 8 -m hqqtrain recipe=llama70b_2bit",
+    "python -m hqqtrain recipe=llama70b_2bit launch=slurm launch.nodes=2 launch.gpus_per_node=8",
+)
+
+_EXIT_CODES = {
+    "0": "done, also when the run had been done before",
+    "2": "the configuration or the data; nothing was overwritten",
+    "3": "preempted, state saved",
+    "1": "anything else",
+}
+
+
+def help_text() -> str:
+    """Everything `--help` prints."""
+    recipes = {name: recipe_description(file) for name, file in sorted(recipe_files().items())}
+    where = f"in ./recipes, in the folders of {VARIABLE}, built in"
+    return "\n\n".join(
+        [
+            _paragraph(f"{what_it_is} Version {__version__}."),
+            _table("Usage: python -m hqqtrain ..., or hqqtrain ...", _COMMANDS),
+            "\n".join(["Examples", *(f"  {line}" for line in _EXAMPLES)]),
+            _table("Tasks: task=...", TASKS),
+            _table(f"Recipes: recipe=..., {where}", recipes),
+            _keys(),
+            _table("Exit codes", _EXIT_CODES),
+        ]
+    )
+
+
+def _keys() -> str:
+    title = "Keys, with their defaults; lists as [a,b], none as null, text with spaces in quotes"
+    groups = [item for item in fields(RunConfig) if is_dataclass(item.default_factory)]
+    return "\n".join([title, *(_group(item.name, item.default_factory) for item in groups)])
+
+
+def _group(name: str, schema: Any) -> str:
+    rows = {f"{name}.{item.name}={_default(item)}": _help(name, item) for item in fields(schema)}
+    return f"\n{_table(f'{name}: {schema.__doc__}', rows)}"
+
+
+def _help(group: str, item: Field) -> str:
+    choices = item.metadata["choices"]
+    allowed = " | ".join(map(_show, choices)) if choices else expected_type(f"{group}.{item.name}")
+    return f"{item.metadata['help']} ({allowed})"
+
+
+def _default(item: Field) -> str:
+    assert item.default_factory is not MISSING or item.default is not MISSING
+    value = item.default if item.default is not MISSING else item.default_factory()  # type: ignore
+    return _show(value)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_show, value))}]"
+    plain = {None: "null", True: "true", False: "false"}
+    return plain[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _table(title: str, rows: dict[str, str]) -> str:
+    return "\n".join([title, *(_row(left, right) for left, right in rows.items())])
+
+
+def _row(left: str, right: str) -> str:
+    room = _WIDTH - _INDENT - _COLUMN
+    first, *rest = wrap(right, room) or [""]
+    gap = " " * (_INDENT + _COLUMN)
+    fits = len(left) < _COLUMN
+    head = f"{'':{_INDENT}}{left:<{_COLUMN}}{first}" if fits else f"  {left}\n{gap}{first}"
+    return "\n".join([head.rstrip(), *(gap + line for line in rest)])
+
+
+def _paragraph(text: str) -> str:
+    return "\n".join(wrap(text, _WIDTH))

@@ -1,0 +1,140 @@
+"""Gather sharded tensors on rank 0, to save them.
+
+One collective carries many tensors. Gathering each tensor by itself would take as many collectives
+as a large model's adapter has tensors, thousands. Only rank 0 ever holds full tensors.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hqqtrain.distributed.comm import Communicator
+from hqqtrain.distributed.strategies import zero3
+
+GATHER_BYTES = 1 << 27
+"""Bytes that rank 0 receives in one collective, from all ranks together."""
+
+
+class LocalShard(NamedTuple):
+    """This rank's shard of a tensor.
+
+    `part` is the shard. The flattened shards of the ranks in `owners`, concatenated in that order,
+    are the full tensor of shape `shape`. `shape` is None if the shards do not form one tensor.
+    """
+
+    part: Tensor
+    shape: torch.Size | None
+    owners: tuple[int, ...]
+
+
+def local_shard_of(param: Tensor, part: Tensor, shape: torch.Size | None = None) -> LocalShard:
+    """Describe a tensor that is sharded like `param`, such as its gradient or optimizer state.
+
+    Args:
+        param: The parameter whose sharding decides the owners.
+        part: This rank's shard of the tensor.
+        shape: Shape of the full tensor; None if the shards do not form one.
+    """
+    if zero3.is_partitioned(param):
+        owners = tuple(range(dist.get_world_size()))
+    elif isinstance(param, DTensor):  # the ranks of the first replica
+        mesh = param.device_mesh.mesh
+        owners = tuple(mesh.reshape(-1, mesh.shape[-1])[0].tolist())
+    else:
+        owners = (0,)
+    return LocalShard(part, shape, owners)
+
+
+def shard_index_and_count(param: Tensor) -> tuple[int, int]:
+    """Return (index of this rank's shard of `param`, number of shards)."""
+    if zero3.is_partitioned(param):
+        return dist.get_rank(), dist.get_world_size()
+    if isinstance(param, DTensor):
+        last = param.device_mesh.ndim - 1
+        return param.device_mesh.get_local_rank(last), param.device_mesh.size(last)
+    return 0, 1
+
+
+def gather_to_rank0(
+    pieces: Sequence[LocalShard], comm: Communicator
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield (index, shards of all owners) for each piece on rank 0, and nothing on other ranks.
+
+    The caller must copy the shards before it asks for the next piece: their memory is reused.
+    Every rank must pass the same pieces in the same order, and exhaust the iterator. Collective.
+    """
+    # Rank 0 has some tensors whole already; they need no communication.
+    if comm.is_main:
+        for index, piece in enumerate(pieces):
+            if piece.owners == (0,):
+                yield index, [piece.part]
+    sharded = [index for index, piece in enumerate(pieces) if piece.owners != (0,)]
+    if not sharded:
+        return
+    # Shards differ in size between ranks and may be empty, so ranks first exchange the specs.
+    shards = [pieces[index].part.detach() for index in sharded]
+    specs = comm.gather([(shard.dtype, shard.shape) for shard in shards])  # [rank][shard]
+    for chunk in _chunks(specs):
+        by_rank = _gather_chunk(
+            [shards[n] for n in chunk], [[spec[n] for n in chunk] for spec in specs], comm
+        )
+        # `by_rank` is empty except on rank 0. Keep the shards of the owners, in their order:
+        # with hybrid sharding the other replicas send copies.
+        for position, n in enumerate(chunk if by_rank else ()):
+            index = sharded[n]
+            yield index, [by_rank[rank][position] for rank in pieces[index].owners]
+
+
+ShardSpecs = list[tuple[torch.dtype, torch.Size]]
+"""Dtype and shape of each shard of one rank."""
+
+
+def _chunks(specs: list[ShardSpecs]) -> Iterator[list[int]]:
+    """Split the shards into runs of about `GATHER_BYTES` bytes over all ranks, the last shard included."""
+    chunk: list[int] = []
+    size = 0
+    for number in range(len(specs[0])):
+        chunk.append(number)
+        # Every rank sends a buffer as large as the largest one, so count the largest shard.
+        size += len(specs) * max(_padded_bytes(*of_rank[number]) for of_rank in specs)
+        if size >= GATHER_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _gather_chunk(
+    shards: list[Tensor], specs: list[ShardSpecs], comm: Communicator
+) -> list[list[Tensor]]:
+    """Return the shards of every rank on rank 0, and nothing on other ranks. Collective."""
+    # `dist.gather` needs buffers of one size on all ranks: the largest one.
+    size = max(sum(_padded_bytes(*spec) for spec in of_rank) for of_rank in specs)
+    send = torch.empty(size, dtype=torch.uint8, device=comm.device)
+    # Pack this rank's shards into one byte buffer, whatever their dtypes.
+    for shard, view in zip(shards, _views(send, specs[comm.rank]), strict=True):
+        view.copy_(shard)
+    received = [torch.empty_like(send) for _ in specs] if comm.is_main else None
+    dist.gather(send, received)
+    if received is None:
+        return []
+    # Unpack each buffer by the specs of the rank that sent it.
+    return [list(_views(buffer, of_rank)) for buffer, of_rank in zip(received, specs, strict=True)]
+
+
+def _views(buffer: Tensor, specs: ShardSpecs) -> Iterator[Tensor]:
+    """Yield a view into `buffer` for each shard."""
+    offset = 0
+    for dtype, shape in specs:
+        size = shape.numel() * dtype.itemsize
+        yield buffer[offset : offset + size].view(dtype).view(shape)
+        offset += _padded_bytes(dtype, shape)
+
+
+def _padded_bytes(dtype: torch.dtype, shape: torch.Size) -> int:
+    """Bytes of a shard, padded to 16 so that the next one is aligned for any dtype."""
+    return -(-shape.numel() * dtype.itemsize // 16) * 16

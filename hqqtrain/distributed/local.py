@@ -1,0 +1,126 @@
+"""One view of parameters, sharded or not: rows of this rank, local tensor, full tensor.
+
+FSDP2 shards dimension 0 as `torch.chunk` does. W_q, scale and zero share that dimension (whole
+output rows, or row classes), so a rank's rows of all three describe the same weights. FSDP1 and
+ZeRO-3 shard flat memory instead, but receive a model that is already loaded (`spread.py`).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
+from torch.distributed.tensor import DTensor
+
+from hqqtrain.distributed.comm import Communicator
+from hqqtrain.distributed.strategies import zero3
+
+
+class ReplicaGroup(NamedTuple):
+    """The ranks that hold the same part of a parameter, as seen by this rank.
+
+    `size` is their number, `rank` the index of this rank among them, and `group` the process group
+    to broadcast in (None: all ranks).
+    """
+
+    size: int
+    rank: int
+    group: ProcessGroup | None
+
+
+def replica_group(param: Tensor, comm: Communicator) -> ReplicaGroup:
+    """Return the replica group of `param`.
+
+    Every rank holds a parameter that is not sharded. A shard has one holder, or with hybrid
+    sharding one in each replica.
+    """
+    if not isinstance(param, DTensor):
+        return ReplicaGroup(comm.size, comm.rank, None)
+    mesh = param.device_mesh
+    if mesh.ndim == 1:
+        return ReplicaGroup(1, 0, None)
+    return ReplicaGroup(mesh.size(0), mesh.get_local_rank(0), mesh.get_group(0))
+
+
+def local_rows(param: Tensor) -> slice:
+    """Return the rows of the full parameter that this rank holds: all rows if it is not sharded."""
+    if not isinstance(param, DTensor):
+        return slice(0, param.shape[0])
+    mesh, rows = param.device_mesh, param.shape[0]
+    last = mesh.ndim - 1  # the shard dimension; a replicate dimension may precede it
+    share = -(-rows // mesh.size(last))
+    start = min(mesh.get_local_rank(last) * share, rows)
+    stop = min(start + share, rows)
+    assert stop - start == param.to_local().shape[0]
+    return slice(start, stop)
+
+
+def local_tensor(param: Tensor) -> Tensor:
+    """Return the part of `param` on this rank, sharing its memory."""
+    if zero3.is_partitioned(param):
+        return param.ds_tensor  # type: ignore[attr-defined]
+    param = param.detach()
+    return param.to_local() if isinstance(param, DTensor) else param
+
+
+def is_sharded(param: Tensor) -> bool:
+    """Whether this rank holds only a part of `param`, under any strategy."""
+    return isinstance(param, DTensor) or zero3.is_partitioned(param) or _is_fsdp_flattened(param)
+
+
+def global_numel(param: Tensor) -> int:
+    """Number of elements of the full parameter."""
+    return param.ds_numel if zero3.is_partitioned(param) else param.numel()  # type: ignore[attr-defined]
+
+
+def copy_from_full(param: Tensor, full: Tensor) -> None:
+    """Copy this rank's rows of `full` into `param`."""
+    local_tensor(param).copy_(full[local_rows(param)])
+
+
+def full_tensor(param: Tensor) -> Tensor:
+    """Return the full parameter, bit for bit, on every rank. Collective if it is sharded.
+
+    Parameters that FSDP1 has flattened are not supported.
+    """
+    if zero3.is_partitioned(param):
+        return zero3.gather_parameter(param)
+    assert not _is_fsdp_flattened(param)
+    param = param.detach()
+    if not isinstance(param, DTensor):
+        return param
+    # With offloading the shard is on the host.
+    on_device: Any = param.to(param.device_mesh.device_type)
+    return on_device.full_tensor()
+
+
+def materialize(model: nn.Module, device: torch.device, *, offload: bool = False) -> None:
+    """Allocate uninitialized memory on `device` for every meta tensor of `model`.
+
+    Tied parameters stay tied, which `nn.Module.to_empty` does not guarantee.
+
+    Args:
+        model: Changed in place.
+        device: Device of the buffers, and of the parameters without `offload`.
+        offload: Allocate the parameters on the host.
+    """
+    made: dict[Tensor, Any] = {}
+    for module in model.modules():
+        registry: dict[str, Any]
+        for registry in (module._parameters, module._buffers):
+            on_host = offload and registry is module._parameters
+            for name, tensor in registry.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if tensor not in made:
+                    target = torch.device("cpu") if on_host else device
+                    made[tensor] = _empty_like(tensor, target)
+                registry[name] = made[tensor]
+
+
+def _empty_like(tensor: Tensor, device: torch.device) -> Tensor:
+    memory = torch.empty_like(tensor, device=device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(memory, requires_grad=tensor.requires_grad)
+    return memory

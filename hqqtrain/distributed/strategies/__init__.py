@@ -1,0 +1,1 @@
+"""Strategies of sharding, one file each."""

@@ -1,0 +1,1 @@
+"""Perplexity and KL divergence on the held-out set."""

@@ -1,0 +1,1 @@
+"""Formats on disk, written by all ranks: packed and dense weights, adapters."""

@@ -1,0 +1,155 @@
+"""Adapters as stock PEFT files, which know the base they were trained on.
+
+An adapter repairs the errors of one quantized base; on another it is noise. PEFT warns about
+unknown keys in adapter_config.json, so the base's fingerprint lies in the metadata of
+adapter_model.safetensors, where stock tools ignore it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.common.files import atomic_directory, atomic_write, atomic_write_json
+from hqqtrain.formats.adapter_card import AdapterCard, card_text
+from hqqtrain.formats.writer import save_tensors
+
+WEIGHTS = "adapter_model.safetensors"
+
+CONFIG = "adapter_config.json"
+
+_FINGERPRINT = "hqqtrain_base_fingerprint"
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: its configuration, its tensors by PEFT's names, its base.
+
+    `state`: `base_model.model.<module>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r].
+    `fingerprint`: of the quantized base it was trained on; None where no one wrote it down.
+    """
+
+    config: LoraConfig
+    state: dict[str, torch.Tensor]
+    fingerprint: str | None = None
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the adapted linears, as in the base's checkpoint."""
+        ending = ".lora_A.weight"
+        found = (k.removesuffix(ending) for k in self.state if k.endswith(ending))
+        return sorted(name.removeprefix(_PREFIX) for name in found)
+
+    def scaling(self, module: str) -> float:
+        """What PEFT multiplies B A with: alpha / r, or alpha / sqrt(r) with rslora."""
+        config = self.config
+        ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+        r = ranks.get(get_pattern_key(list(ranks), module), config.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
+        return alpha / (math.sqrt(r) if config.use_rslora else r)
+
+    def delta(self, module: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """scaling * B A in fp32, [out_features, in_features]: what merging adds to the weight."""
+        A, B = (self.state[f"{_PREFIX}{module}.lora_{x}.weight"].to(device).float() for x in "AB")
+        return self.scaling(module) * (B @ A)
+
+    def check_base(self, fingerprint: str, where: str) -> None:
+        """Raises UserError where the adapter was trained on another base than `fingerprint`."""
+        if self.fingerprint not in (None, fingerprint):
+            raise UserError(
+                f"{where}: trained on the quantized base {self.fingerprint}, but this base is "
+                f"{fingerprint}. Use the quantized/ that was saved with it, or train again."
+            )
+
+
+@dataclass(frozen=True)
+class BaseModelRef:
+    """What an adapter was trained on: the model's name and revision, the quantized fingerprint."""
+
+    name: str
+    revision: str | None
+    fingerprint: str
+
+
+def save_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, folder: Path, *,
+                 card: AdapterCard) -> None:  # fmt: skip
+    """Write a stock PEFT adapter with a README.md, complete or not at all.
+
+    `state`: full tensors by PEFT's names, as `peft.get_peft_model_state_dict` gives them.
+    """
+    with atomic_directory(folder) as partial:
+        write_adapter(
+            partial, state, config, BaseModelRef(card.base, card.revision, card.fingerprint)
+        )
+        atomic_write(partial / "README.md", card_text(card))
+
+
+def write_adapter(
+    folder: Path, state: Mapping[str, torch.Tensor], config: LoraConfig, base: BaseModelRef
+) -> None:
+    """Write the two files of a stock PEFT adapter into `folder`, which is there."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    save_tensors(tensors, folder / WEIGHTS, **{_FINGERPRINT: base.fingerprint})
+    atomic_write_json(folder / CONFIG, _config_json(config, base))
+
+
+def load_adapter(folder: Path) -> Adapter:
+    """Read a PEFT LoRA adapter from a folder.
+
+    Raises UserError for what is missing or damaged, and for adapters that are more than
+    LoRA's two matrices a linear (DoRA, biases, whole modules), which cannot be merged here.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: holds no {name}; give the folder of a PEFT adapter.")
+    config = _read_config(folder)
+    state, metadata = _read_state(folder / WEIGHTS)
+    _check_state(folder / WEIGHTS, state)
+    return Adapter(config, state, metadata.get(_FINGERPRINT))
+
+
+def _config_json(config: LoraConfig, base: BaseModelRef) -> dict[str, Any]:
+    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    about = {"base_model_name_or_path": base.name, "revision": base.revision}
+    return values | about | {"inference_mode": True}
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / CONFIG}: not a PEFT configuration ({error}).") from error
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{folder / CONFIG}: peft_type={config.peft_type}; only LORA is read.")
+    if config.layer_replication:
+        raise UserError(f"{folder / CONFIG}: layer_replication changes the base; not supported.")
+    return config
+
+
+def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error}).") from error
+
+
+def _check_state(path: Path, state: dict[str, torch.Tensor]) -> None:
+    pair = {".lora_A.weight": ".lora_B.weight", ".lora_B.weight": ".lora_A.weight"}
+    for name in state:
+        ending = name[-len(".lora_A.weight") :]
+        if ending not in pair or name.removesuffix(ending) + pair[ending] not in state:
+            raise UserError(f"{path}: {name} is not one of a pair of LoRA matrices.")
+    if not state:
+        raise UserError(f"{path}: holds no tensors.")

@@ -1,0 +1,1 @@
+"""slurm: batch files, array jobs, requeueing, and the ranks that `srun` starts."""

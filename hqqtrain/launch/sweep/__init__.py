@@ -1,0 +1,1 @@
+"""Sweeps: several jobs on this machine, their table and their plots."""

@@ -1,0 +1,303 @@
+"""Load the weights of a model: every rank reads, and quantizes, only the rows it owns.
+
+HQQ needs no calibration and its groups are independent, so a sharded layer is quantized where it
+will live: each rank reads its own rows, quantizes them and writes them into its shard, without
+communication. Where several ranks hold the same rows (`ddp`, or the replicas of hybrid sharding),
+one of them quantizes them and broadcasts the result, so the source is still read once in all.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hqqtrain.distributed.comm import Communicator
+from hqqtrain.distributed.heartbeat import Heartbeat
+from hqqtrain.distributed.local import local_rows, local_tensor, materialize, replica_group
+from hqqtrain.loading.prefetch import Prefetcher, RowRange
+from hqqtrain.loading.stats import LoadStats, MemoryTracker
+from hqqtrain.models.build import restore_buffers
+from hqqtrain.models.fqn import base_tensors, is_packed, retie_weights
+from hqqtrain.models.weights.base import WeightSource
+from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS, HQQLinear
+from hqqtrain.quant.error import squared_error
+from hqqtrain.quant.quantize import (
+    QuantizedWeight,
+    dequantize_weight,
+    not_finite_error,
+    quantize_async,
+)
+
+MAX_PENDING_CHECKS = 2
+"""Number of results that stay pending. By then the GPU has computed the oldest one."""
+
+
+class DeferredFiniteCheck:
+    """Collects the finite checks of pieces and reads their results later.
+
+    Args:
+        reader: Reads a piece again to name the row that is not finite.
+    """
+
+    def __init__(self, reader: WeightSource) -> None:
+        self._reader = reader
+        self._pending: deque[tuple[RowRange, Tensor]] = deque()
+
+    def add(self, piece: RowRange, not_finite: Tensor) -> None:
+        """Record the result of a check, and read the results that are old enough.
+
+        Args:
+            piece: The rows that were checked.
+            not_finite: Tensor of one element, on any device, true if the piece has NaN or Inf.
+
+        Raises:
+            UserError: See `check`.
+        """
+        self._pending.append((piece, not_finite))
+        self.check(MAX_PENDING_CHECKS)
+
+    def check(self, leave: int = 0) -> None:
+        """Read all pending results but the last `leave`.
+
+        Raises:
+            UserError: A piece has NaN or Inf; the message names the tensor and the row.
+        """
+        while len(self._pending) > leave:
+            piece, not_finite = self._pending.popleft()
+            if not_finite:
+                raise not_finite_error(self._reader.read(*piece), piece.name, piece.rows)
+
+
+DENSE_CHUNK_NUMEL = 1 << 25
+"""Elements of an unquantized tensor that are read at a time; the largest tensors have 2**31."""
+
+ERROR_CHUNK_NUMEL = 1 << 24
+"""Elements dequantized at a time to measure the error: less memory than the weight itself."""
+
+
+@dataclass
+class LoadResult:
+    """Result of loading, for this rank's rows.
+
+    `squared` maps every layer to [||W - W'||^2, ||W||^2], fp64 on the device. The values of all
+    ranks add up to those of the whole layer.
+    """
+
+    squared: dict[str, Tensor]
+    report: LoadStats
+
+    def relative_errors(self, comm: Communicator) -> tuple[dict[str, float], float]:
+        """Return ||W - W'||^2 / ||W||^2 of every layer, and of all layers together. Collective."""
+        if not self.squared:
+            return {}, 0.0
+        sums = comm.sum(torch.cat(list(self.squared.values())).tolist())
+        errors, norms = sums[::2], sums[1::2]
+
+        def ratio(error: float, norm: float) -> float:
+            return error / norm if norm else 0.0
+
+        by_layer = {
+            name: ratio(error, norm)
+            for name, error, norm in zip(self.squared, errors, norms, strict=True)
+        }
+        return by_layer, ratio(sum(errors), sum(norms))
+
+
+def load_weights(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], reader: WeightSource,
+         comm: Communicator, *, quantized: bool = False,
+         on_packed_rows: Callable[[str, str, int, Tensor], object] = lambda *_: None,
+         on_layer: Callable[[str], object] = lambda _: None) -> LoadResult:  # fmt: skip
+    """Read every tensor of the model from the checkpoint and quantize the linears. Collective.
+
+    Args:
+        layers: Quantized linears by checkpoint name, materialized, in the same order on all ranks.
+        dense: Tensors that stay in full precision, likewise.
+        reader: Source of the rows.
+        processes: All ranks of the run.
+        quantized: The checkpoint already has W_q, scale and zero, so nothing is quantized.
+        on_rows: Called with (module, tensor name, first row, rows) for the packed weights that
+            this rank has quantized or read. Over all ranks, each row is reported once.
+        on_layer: Called with the layer's name after every quantized layer.
+
+    Returns:
+        Quantization errors and loading statistics of this rank.
+
+    Raises:
+        UserError: A weight has NaN or Inf; raised on every rank.
+        RankLostError: Another rank has failed for another reason, or is gone.
+    """
+    start, memory = time.perf_counter(), MemoryTracker(comm.device)
+    mine = {name: layer for i, (name, layer) in enumerate(layers.items())
+           if _is_mine(layer.W_q, i, comm)}  # fmt: skip
+    my_dense = {n: t for i, (n, t) in enumerate(dense.items()) if _is_mine(t, i, comm)}
+    pieces = [*_layer_pieces(mine, quantized), *_dense_pieces(my_dense)]
+    with (
+        Heartbeat(comm) as watch,
+        Prefetcher(reader, pieces, comm.device, memory.look) as arriving,
+    ):
+        work = _Work(arriving, DeferredFiniteCheck(reader), comm.device, on_packed_rows)
+        for name, layer in layers.items():
+            work.layer(name, layer if name in mine else None, quantized)
+            on_layer(name)
+            watch.check()
+        for name, target in my_dense.items():
+            work.dense(name, target)
+            watch.check()
+        work.finite.check()
+    # Replicas receive their rows from the rank that has made them.
+    for number, layer in enumerate(layers.values()):
+        for leaf in PACKED_PARAMETERS:
+            _broadcast_to_replicas(getattr(layer, leaf), number, comm)
+    for number, target in enumerate(dense.values()):
+        _broadcast_to_replicas(target, number, comm)
+    seconds = time.perf_counter() - start
+    report = memory.report(comm.rank, reader.bytes_read, arriving.seconds, seconds)
+    return LoadResult(work.squared, report)
+
+
+@dataclass
+class _Work:
+    """Processes the pieces in the order in which they arrive."""
+
+    arriving: Prefetcher
+    finite: DeferredFiniteCheck
+    device: torch.device
+    on_packed_rows: Callable[[str, str, int, Tensor], object]
+    squared: dict[str, Tensor] = field(default_factory=dict)
+
+    def layer(self, name: str, layer: HQQLinear | None, quantized: bool) -> None:
+        """Quantize or copy the rows of one layer.
+
+        `layer` is None if another rank makes it; then only the error entry is created, because
+        errors are summed over ranks by position.
+        """
+        self.squared[name] = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if layer is None or not _has_rows(layer.W_q):
+            return
+        if quantized:
+            parts = {leaf: next(self.arriving) for leaf in PACKED_PARAMETERS}
+        else:
+            parts = self._quantize(name, layer)
+        for leaf, part in parts.items():
+            # A float view of W_q may contain NaN patterns, which a cast would change: copy bytes.
+            target = local_tensor(getattr(layer, leaf)).view(torch.uint8)
+            target.copy_(part.view(torch.uint8), non_blocking=True)
+            self.on_packed_rows(name, leaf, local_rows(layer.W_q).start, part)
+
+    def dense(self, name: str, target: Tensor) -> None:
+        """Copy a tensor that stays in full precision."""
+        first, target_rows = local_rows(target).start, local_tensor(target)
+        for rows in _dense_rows(target):
+            value = next(self.arriving)
+            self.finite.add(RowRange(name, [rows]), ~value.isfinite().all())
+            target_rows[rows.start - first : rows.stop - first] = value
+
+    def _quantize(self, name: str, layer: HQQLinear) -> dict[str, Tensor]:
+        piece = _source_rows(name, layer)
+        weight = next(self.arriving)
+        packed, not_finite = quantize_async(weight, layer.spec, name=piece.name)
+        self.finite.add(piece, not_finite)
+        self.squared[name] += _squared_error(weight, packed, layer)
+        return {leaf: getattr(packed, leaf) for leaf in PACKED_PARAMETERS}
+
+
+def _is_mine(tensor: Tensor, number: int, comm: Communicator) -> bool:
+    """Whether this rank makes tensor `number`: the ranks of a replica group take turns."""
+    replicas = replica_group(tensor, comm)
+    return number % replicas.size == replicas.rank
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    rows = local_rows(tensor)
+    return rows.start < rows.stop
+
+
+def _layer_pieces(layers: Mapping[str, HQQLinear], quantized: bool) -> Iterator[RowRange]:
+    for name, layer in layers.items():
+        if _has_rows(layer.W_q) and quantized:
+            rows = local_rows(layer.W_q)
+            yield from (RowRange(f"{name}.{leaf}", [rows]) for leaf in PACKED_PARAMETERS)
+        elif _has_rows(layer.W_q):
+            yield _source_rows(name, layer)
+
+
+def _source_rows(name: str, layer: HQQLinear) -> RowRange:
+    """Return the rows of the source weight that this rank's rows of W_q are made from."""
+    rows = local_rows(layer.W_q)
+    return RowRange(f"{name}.weight", layer.layout.rows_of(rows.start, rows.stop))
+
+
+def _dense_pieces(dense: Mapping[str, Tensor]) -> Iterator[RowRange]:
+    for name, target in dense.items():
+        yield from (RowRange(name, [rows]) for rows in _dense_rows(target))
+
+
+def _dense_rows(target: Tensor) -> Iterator[slice]:
+    """Yield this rank's rows in chunks of about `DENSE_NUMBERS` elements."""
+    rows, row_size = local_rows(target), max(1, target.shape[1:].numel())
+    step = max(1, DENSE_CHUNK_NUMEL // row_size)
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
+
+
+def _squared_error(weight: Tensor, packed: QuantizedWeight, layer: HQQLinear) -> Tensor:
+    """Return fp64 [||W - W'||^2, ||W||^2], in chunks, so that no second dense copy is needed."""
+    layout = layer.layout.slice(0, packed.scale.shape[0])
+    step = max(1, ERROR_CHUNK_NUMEL // layout.row_codes)
+    total = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    for start in range(0, layout.units, step):
+        stop = min(start + step, layout.units)
+        part = QuantizedWeight(
+            packed.W_q[start:stop], packed.scale[start:stop], packed.zero[start:stop]
+        )
+        approximation = dequantize_weight(part, layout.slice(start, stop), torch.float32)
+        exact = torch.cat([weight[rows] for rows in layout.rows_of(start, stop)])
+        total += squared_error(exact, approximation)
+    return total
+
+
+def _broadcast_to_replicas(tensor: Tensor, number: int, comm: Communicator) -> None:
+    """Send tensor `number` from the rank that made it to its replicas. Collective among them."""
+    replicas, part = replica_group(tensor, comm), local_tensor(tensor)
+    if replicas.size > 1 and part.numel():
+        comm.broadcast(part, number % replicas.size, replicas.group)
+
+
+def load_model(
+    model: nn.Module, reader: WeightSource, comm: Communicator, *, quantized: bool = False,
+    offload: bool = False,
+    on_packed_rows: Callable[[str, str, int, torch.Tensor], object] = lambda *_: None,
+    on_layer: Callable[[str], object] = lambda _: None,
+) -> LoadResult:  # fmt: skip
+    """Gives `model` memory on the processes' device and all that `reader` holds of it.
+
+    Arguments as of `dist.fill` and `materialize`; adapters get memory, not values. Collective.
+    """
+    materialize(model, comm.device, offload=offload)
+    layers, dense = tensors_by_name(model)
+    filled = load_weights(
+        layers,
+        dense,
+        reader,
+        comm,
+        quantized=quantized,
+        on_packed_rows=on_packed_rows,
+        on_layer=on_layer,
+    )
+    retie_weights(model)
+    restore_buffers(model, comm.device)
+    return filled
+
+
+def tensors_by_name(model: nn.Module) -> tuple[dict[str, HQQLinear], dict[str, torch.Tensor]]:
+    """(quantized linears, tensors in full precision) by their names in the checkpoint."""
+    layers, dense = {}, {}
+    for name, module, leaf, tensor in base_tensors(model):
+        if is_packed(module, leaf):
+            layers[name.removesuffix(f".{leaf}")] = module
+        else:
+            dense[name] = tensor
+    return layers, dense

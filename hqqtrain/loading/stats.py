@@ -1,0 +1,64 @@
+"""Statistics of loading per rank, to see which disk, link or memory was the bottleneck."""
+
+from dataclasses import asdict, dataclass
+
+import psutil
+import torch
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class LoadStats:
+    """Loading statistics of one rank.
+
+    `read_seconds` is the part of `seconds` in which the rank was reading; it overlaps with
+    quantizing. `host_peak_gib` is the peak of the process's private memory (memory-mapped files
+    are not counted), sampled after each read.
+    """
+
+    rank: int
+    bytes_read: int
+    read_seconds: float
+    seconds: float
+    host_peak_gib: float
+    device_peak_gib: float
+
+    @property
+    def gb_per_second(self) -> float:
+        """Source bytes in units of 10^9 per second, over the whole loading time."""
+        return self.bytes_read / 1e9 / self.seconds if self.seconds else 0.0
+
+    def facts(self) -> dict[str, float]:
+        """Return all fields and the throughput as JSON values."""
+        return asdict(self) | {"gb_per_second": self.gb_per_second}
+
+    def __str__(self) -> str:
+        memory = f"{self.host_peak_gib:.2f} GiB of host memory"
+        if self.device_peak_gib:
+            memory += f" and {self.device_peak_gib:.2f} GiB of GPU memory"
+        return (
+            f"rank {self.rank}: {self.bytes_read / 1e9:.2f} GB in {self.seconds:.1f} s "
+            f"({self.gb_per_second:.2f} GB/s; reading took {self.read_seconds:.1f} s), peak "
+            f"{memory}"
+        )
+
+
+class MemoryTracker:
+    """Tracks the peak memory of this process, and of the GPU if `device` is one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._process, self._peak = device, psutil.Process(), 0
+        self.look()
+
+    def look(self) -> None:
+        """Sample the host's RSS and keep its maximum; PyTorch already tracks the GPU peak."""
+        info = self._process.memory_info()
+        self._peak = max(self._peak, info.rss - getattr(info, "shared", 0))
+
+    def report(self, rank: int, bytes_read: int, read_seconds: float, seconds: float) -> LoadStats:
+        """Return the statistics of this rank, with the peaks so far."""
+        self.look()
+        on_gpu = self._device.type == "cuda"
+        device = torch.cuda.max_memory_allocated(self._device) if on_gpu else 0
+        return LoadStats(rank, bytes_read, read_seconds, seconds, self._peak / GIB, device / GIB)

@@ -1,0 +1,1 @@
+"""How architectures are built: decoder layers, head and projections of a model."""

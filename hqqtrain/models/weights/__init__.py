@@ -1,0 +1,1 @@
+"""Sources of weights, which read rows of tensors by name."""

@@ -1,0 +1,86 @@
+"""The look of a page that can be mailed: one file, images inside it, nothing fetched.
+
+Everything that is shown is escaped here or, where a part is already HTML, says so.
+"""
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+_STYLE = """
+:root { color-scheme: light; --ink: #1d2733; --muted: #5b6b7f; --line: #e4e8ee; --tint: #f6f8fa; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--tint); color: var(--ink);
+       font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 1040px; margin: 0 auto; padding: 40px 24px 64px; }
+h1 { margin: 0; font-size: 26px; } h2 { margin: 0 0 12px; font-size: 17px; }
+p { margin: 4px 0 0; color: var(--muted); }
+section { margin-top: 24px; padding: 20px 24px; background: #fff; border: 1px solid var(--line);
+          border-radius: 10px; overflow-x: auto; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 16px;
+           margin-top: 24px; }
+.figure { padding: 16px 20px; background: #fff; border: 1px solid var(--line);
+          border-radius: 10px; }
+.figure b { display: block; font-size: 24px; font-variant-numeric: tabular-nums; }
+.figure span { color: var(--muted); font-size: 13px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 24px; }
+.plots section { display: flex; flex-direction: column; }
+img { max-width: 100%; height: auto; margin: auto; display: block; }
+.tables { columns: 2 420px; column-gap: 24px; }
+.tables section { break-inside: avoid; display: inline-block; width: 100%; }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: 5px 8px; border-top: 1px solid var(--line); text-align: left;
+         vertical-align: top; overflow-wrap: anywhere; }
+th { color: var(--muted); font-weight: 500; border-top: 0; }
+td:last-child, th:last-child, .wide td, .wide th { text-align: right; }
+.wide td, .wide th { overflow-wrap: normal; white-space: nowrap; }
+.wide th { white-space: pre-line; vertical-align: bottom; }
+details summary { cursor: pointer; font-weight: 600; }
+"""
+
+
+def html_document(title: str, subtitle: str, body: Iterable[str]) -> str:
+    """The whole page; `title` and `subtitle` are text, `body` holds parts in HTML."""
+    head = f"<h1>{escape(title)}</h1><p>{escape(subtitle)}</p>"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<body><main>{head}{''.join(body)}</main></body></html>\n"
+    )
+
+
+def html_images(files: Mapping[str, Path]) -> str:
+    """Heading -> PNG, beside each other where there is room."""
+    return f'<div class="plots">{"".join(html_image(*item) for item in files.items())}</div>'
+
+
+def html_tiles(figures: Mapping[str, str]) -> str:
+    """Label -> number, shown large."""
+    tile = '<div class="figure"><b>{}</b><span>{}</span></div>'
+    found = (tile.format(escape(value), escape(label)) for label, value in figures.items())
+    return f'<div class="figures">{"".join(found)}</div>'
+
+
+def html_image(heading: str, path: Path) -> str:
+    """A section with the PNG at `path` inside it."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    shown = f'<img alt="{escape(heading)}" src="data:image/png;base64,{data}">'
+    return f"<section><h2>{escape(heading)}</h2>{shown}</section>"
+
+
+def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells are text, escaped here; no line for headers that are all empty."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in headers)
+    lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table>{f'<tr>{head}</tr>' if any(headers) else ''}{body}</table>"
+
+
+def format_number(value: Any) -> str:
+    """Digits a person reads: thousands separated, four significant ones for small numbers."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

@@ -1,0 +1,121 @@
+"""The plots of a run's report, as matplotlib figures; matplotlib is imported when one is drawn."""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from hqqtrain.report.style import COLORS, GRID, MUTED, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_ERROR = "relative error   ||W - W'||² / ||W||²"
+
+_MOST_NAMES = 48
+"""So many module names are still readable below each other."""
+
+
+def loss_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
+    """Training loss over steps, with the held-out loss where it was measured; None without."""
+    train, held_out = _series(rows, "train/loss"), _series(rows, "eval/loss")
+    if not train:
+        return None
+    figure, axes = new_figure(8.0, 4.2)
+    axes.plot(*zip(*train, strict=True), color=COLORS["quantized"], alpha=0.3, linewidth=1)
+    smooth = _smoothed(train)
+    axes.plot(*zip(*smooth, strict=True), color=COLORS["quantized"], label="training, smoothed")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color=COLORS["trained"], label="held-out")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)")
+    axes.legend(frameon=False)
+    return figure
+
+
+def perplexity_figure(perplexities: Mapping[str, float]) -> "Figure | None":
+    """One bar per model, its value on top; None where nothing was measured."""
+    if not perplexities:
+        return None
+    figure, axes = new_figure(5.2, 4.2)
+    colors = [COLORS.get(name, MUTED) for name in perplexities]
+    if max(perplexities.values()) > 20 * min(perplexities.values()):
+        axes.set_yscale("log")
+    bars = axes.bar(list(perplexities), list(perplexities.values()), color=colors, width=0.6)
+    axes.bar_label(bars, fmt="{:,.2f}", padding=3)
+    axes.margins(y=0.12)
+    axes.set(ylabel="perplexity on held-out text")
+    axes.tick_params(axis="x", length=0)
+    return figure
+
+
+def layer_figure(errors: Mapping[str, float]) -> "Figure | None":
+    """Relative error of every module: a panel per kind of module, a bar per layer.
+
+    Models whose modules do not come in numbered layers get one bar per name, largest first.
+    """
+    if not errors:
+        return None
+    kinds = group_by_kind(errors)
+    repeated = sum(len(layers) > 1 for layers in kinds.values())
+    if repeated * 2 > len(kinds) and len(kinds) <= 24:
+        return _panels(kinds)
+    return _named_bars(errors)
+
+
+def group_by_kind(errors: Mapping[str, float]) -> dict[str, dict[int, float]]:
+    """`model.layers.3.mlp.up_proj` -> {"mlp.up_proj": {3: error}}; unnumbered names: layer 0."""
+    kinds: dict[str, dict[int, float]] = {}
+    for name, error in errors.items():
+        found = re.search(r"\.(\d+)\.", name)
+        kind = name[found.end() :] if found else name
+        kinds.setdefault(kind, {})[int(found.group(1)) if found else 0] = error
+    return kinds
+
+
+def _panels(kinds: Mapping[str, Mapping[int, float]]) -> "Figure":
+    from matplotlib.ticker import MaxNLocator
+
+    columns = 2 if len(kinds) > 1 else 1
+    lines = -(-len(kinds) // columns)
+    figure, grid = new_figure(10.0, 0.5 + 1.9 * lines, lines, columns, sharey=True, sharex=True)
+    for axes, (kind, layers) in zip(grid.flat, kinds.items(), strict=False):
+        axes.bar(list(layers), list(layers.values()), color=COLORS["quantized"], width=0.75)
+        axes.set_title(kind, fontsize=10, loc="left", color=MUTED)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+        axes.tick_params(labelbottom=True)
+        axes.margins(x=0.01)
+    for axes in grid.flat[len(kinds) :]:
+        axes.set_visible(False)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.06)
+    figure.supxlabel("layer", fontsize=10)
+    figure.supylabel(_ERROR, fontsize=10)
+    return figure
+
+
+def _named_bars(errors: Mapping[str, float]) -> "Figure":
+    ranked = sorted(errors.items(), key=lambda item: item[1], reverse=True)
+    shown = ranked[:_MOST_NAMES][::-1]
+    figure, axes = new_figure(10.0, 1.2 + 0.24 * len(shown))
+    axes.barh([_cut(n) for n, _ in shown], [e for _, e in shown], color=COLORS["quantized"])
+    axes.grid(axis="x", color=GRID)
+    axes.grid(axis="y", visible=False)
+    axes.margins(y=0.01)
+    few = f", the {len(shown)} largest of {len(ranked)}" if len(shown) < len(ranked) else ""
+    axes.set_xlabel(_ERROR + few)
+    return figure
+
+
+def _series(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(r["train/global_step"], r[name]) for r in rows if r.get(name) is not None]
+
+
+def _smoothed(series: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+    """Means over at most 60 neighbouring stretches of the series, at their middle."""
+    width = -(-len(series) // 60)
+    chunks = groupby(enumerate(series), key=lambda item: item[0] // width)
+    points = [[point for _, point in chunk] for _, chunk in chunks]
+    return [tuple(sum(axis) / len(axis) for axis in zip(*p, strict=True)) for p in points]  # type: ignore[misc]
+
+
+def _cut(name: str, most: int = 60) -> str:
+    return name if len(name) <= most else "…" + name[1 - most :]

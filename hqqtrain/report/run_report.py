@@ -1,0 +1,129 @@
+"""report/: what a run did, for eyes: three plots and one self-contained page."""
+
+import math
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from hqqtrain.common.files import atomic_write
+from hqqtrain.report.html import (
+    format_number,
+    html_document,
+    html_image,
+    html_images,
+    html_table,
+    html_tiles,
+)
+from hqqtrain.report.plots import layer_figure, loss_figure, perplexity_figure
+from hqqtrain.report.style import save_figure
+from hqqtrain.tracking.jsonl import read_metrics
+
+_MODELS = {"full_precision": "full precision", "quantized": "quantized", "final": "trained"}
+
+
+def write_report(
+    run_dir: Path,
+    metrics_jsonl: Path,
+    summary: Mapping[str, Any],
+    layer_errors: Mapping[str, float],
+) -> dict[str, Path]:
+    """Writes `run_dir`/report/ and returns its files by name: the plots and `index`.
+
+    `summary` is schema 1 of summary.json; parts that a task did not run are left out of the
+    report as well. `layer_errors`: module name -> relative error.
+    """
+    folder = run_dir / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = read_metrics(metrics_jsonl) if metrics_jsonl.exists() else []
+    drawn = {
+        "loss": loss_figure(rows),
+        "perplexity": perplexity_figure(measured_perplexities(summary)),
+        "layers": layer_figure(layer_errors),
+    }
+    files = {n: save_figure(figure, folder / f"{n}.png") for n, figure in drawn.items() if figure}
+    headings = {"loss": "Loss", "perplexity": "Perplexity", "layers": "Relative error by layer"}
+    html = report_html(
+        str(summary.get("run", {}).get("name") or run_dir.name), summary, key_figures(summary),
+        {headings[name]: path for name, path in files.items()}, layer_errors,
+    )  # fmt: skip
+    return files | {"index": atomic_write(folder / "index.html", html)}
+
+
+def measured_perplexities(summary: Mapping[str, Any]) -> dict[str, float]:
+    """{"full precision": .., "quantized": .., "trained": ..}, those measured and finite."""
+    measured = summary.get("eval", {})
+    found = {name: measured.get(key, {}).get("perplexity") for key, name in _MODELS.items()}
+    return {name: value for name, value in found.items() if value and math.isfinite(value)}
+
+
+def key_figures(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers at the top of the page, by label."""
+    found = measured_perplexities(summary)
+    figures = {f"perplexity, {name}": f"{value:.2f}" for name, value in found.items()}
+    if len(found) == len(_MODELS) and found["quantized"] > found["full precision"]:
+        gap = found["quantized"] - found["full precision"]
+        figures["of the gap closed"] = f"{(found['quantized'] - found['trained']) / gap:.0%}"
+    bits = summary.get("quantize", {}).get("bits_per_weight")
+    if bits is not None:
+        figures["bits per weight"] = format_number(float(bits))
+    return figures
+
+
+def report_html(
+    title: str,
+    summary: Mapping[str, Any],
+    figures: Mapping[str, str],
+    plots: Mapping[str, Path],
+    layer_errors: Mapping[str, float],
+) -> str:
+    """The whole document. `figures`: label -> number, shown large; `plots`: heading -> PNG."""
+    wide = {name: path for name, path in plots.items() if path.stem == "layers"}
+    small = {name: path for name, path in plots.items() if name not in wide}
+    body = [
+        html_tiles(figures),
+        html_images(small),
+        *(html_image(*item) for item in wide.items()),
+        f'<div class="tables">{"".join(_summary_tables(summary))}</div>',
+        _layer_table(layer_errors),
+    ]
+    return html_document(title, _subtitle(summary), body)
+
+
+def _subtitle(summary: Mapping[str, Any]) -> str:
+    run, evaluation = summary.get("run", {}), summary.get("eval", {})
+    processes = run.get("world_size", 1)
+    parts = [
+        f"recipe {run['recipe']}" if run.get("recipe") else "",
+        f"task {run['task']}" if run.get("task") else "",
+        f"{processes} process{'es' if processes != 1 else ''} on {run.get('device') or 'cpu'}",
+        f"measured on {evaluation['dataset']}" if evaluation.get("dataset") else "",
+    ]
+    return " · ".join(filter(None, parts))
+
+
+def _summary_tables(summary: Mapping[str, Any]) -> list[str]:
+    parts = {name: part for name, part in summary.items() if isinstance(part, Mapping)}
+    return [
+        f"<section><h2>{escape(name)}</h2>{html_table(('', ''), _rows(part))}</section>"
+        for name, part in parts.items()
+    ]
+
+
+def _rows(part: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in part.items():
+        nested = isinstance(value, Mapping)
+        rows += (
+            _rows(value, f"{prefix}{name} ") if nested else [(prefix + name, format_number(value))]
+        )
+    return [(name.replace("_", " "), value) for name, value in rows]
+
+
+def _layer_table(errors: Mapping[str, float]) -> str:
+    if not errors:
+        return ""
+    rows = [(name, f"{error:.5f}") for name, error in errors.items()]
+    rendered = html_table(("module", "relative error"), rows)
+    heading = f"<summary>Relative error of {len(rows)} modules</summary>"
+    return f"<section><details>{heading}{rendered}</details></section>"

@@ -1,0 +1,47 @@
+"""How every plot looks, of a run and of a sweep; matplotlib is imported when one is drawn.
+
+Figures are made without pyplot: no global state, no display, safe in any thread.
+"""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hqqtrain.common.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = {"full precision": "#5b6b7f", "quantized": "#e07b39", "trained": "#1f8a70"}
+
+MUTED, GRID = "#5b6b7f", "#e4e8ee"
+
+
+def new_figure(width: float, height: float, lines: int = 0, columns: int = 1, **shared: Any) -> Any:
+    """(figure, axes), or with `lines` (figure, array [lines, columns] of axes)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if lines:
+        grid = figure.subplots(lines, columns, squeeze=False, **shared)
+        for axes in grid.flat:
+            _style(axes)
+        return figure, grid
+    axes = figure.subplots()
+    _style(axes)
+    return figure, axes
+
+
+def _style(axes: "Axes") -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="y", color=GRID)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelsize=9)
+
+
+def save_figure(figure: "Figure", path: Path, dpi: int = 130) -> Path:
+    """Writes `figure` as PNG; the file is complete or absent."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=dpi)
+    return atomic_write(path, image.getvalue())

@@ -1,7 +1,0 @@
-"""Sweeps: many runs from one command, run, gone on with, and laid side by side in one table."""
-
-from hqqtrain.sweep.job import Job
-from hqqtrain.sweep.run import run_all, show_table
-from hqqtrain.sweep.sweep import Sweep
-
-__all__ = ["Job", "Sweep", "run_all", "show_table"]

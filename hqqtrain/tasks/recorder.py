@@ -1,0 +1,188 @@
+"""The record of a run: its directory, summary, metrics, terminal and report, in one place.
+
+Tasks tell it what happened; only the main rank writes. The directory is begun once the model
+is quantized, so that bad weights leave nothing behind.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from hqqtrain.checkpoint.format import Checkpoint
+from hqqtrain.checkpoint.store import CheckpointStore
+from hqqtrain.common.files import atomic_write_json
+from hqqtrain.data.sources import dataset_name
+from hqqtrain.distributed.local import global_numel
+from hqqtrain.distributed.runtime import Runtime
+from hqqtrain.evaluation.perplexity import EvalResult
+from hqqtrain.loading.build import LoadedModel
+from hqqtrain.loading.plan import ModelPlan
+from hqqtrain.rundir.directory import RunDirectory
+from hqqtrain.tasks.finalize import finalize_failure, finalize_success
+from hqqtrain.tasks.previous_run import PreviousRun
+from hqqtrain.tasks.progress import ProgressBars
+from hqqtrain.tasks.resource_errors import translate_resource_errors
+from hqqtrain.tasks.summary import RunSummary
+from hqqtrain.tracking.base import LAYER_ERROR
+from hqqtrain.tracking.composite import CompositeTracker, open_trackers
+from hqqtrain.tracking.console import Console, setup_logging
+from hqqtrain.tracking.wandb_run_id import keep_run_id, run_id
+from hqqtrain.train.state import StepResult, TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class RunRecorder:
+    """Use as a context manager around the task: it ends the run's files whatever happens."""
+
+    def __init__(self, runtime: Runtime, command: list[str]) -> None:
+        self.runtime, self.config, self.command = runtime, runtime.config, command
+        self.main = runtime.comm.is_main
+        setup_logging(self.main)
+        self.directory = RunDirectory(self.config)
+        config = self.config.ckpt
+        self.checkpoints = CheckpointStore(
+            self.path("checkpoints"), config.keep_last, config.keep_best
+        )
+        self.console = Console(self.main)
+        self.bars = ProgressBars(self.console, runtime)
+        self.trackers = CompositeTracker([])
+        self.summary = RunSummary(runtime)
+        self.step_number = 0
+        self.layer_errors: dict[str, float] = {}
+        self._begun = False
+
+    def __enter__(self) -> "RunRecorder":
+        comm = self.runtime.comm
+        comm.run_on_rank0(self._take)
+        token = comm.run_on_rank0(self.directory.token)
+        with comm.raise_on_all_ranks():
+            self.directory.check_shared(token)
+        self.history = PreviousRun(self.directory, self.checkpoints, comm)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:  # fmt: skip
+        try:
+            if error and self._begun and self.main:
+                finalize_failure(self.directory, self.trackers, error)
+            elif self._begun and not error:
+                self._end_well()
+        finally:
+            if self.main:
+                self.directory.__exit__(kind, error, trace)
+
+    def _take(self) -> None:
+        self.directory.__enter__()
+
+    def _end_well(self) -> None:
+        parts = (self.console, self.summary, self.layer_errors)
+        try:
+            with translate_resource_errors(self.config):
+                self.runtime.comm.run_on_rank0(
+                    lambda: finalize_success(self.directory, self.trackers, *parts)
+                )
+        except Exception as error:
+            if self.main:
+                finalize_failure(self.directory, self.trackers, error)
+            raise
+
+    def path(self, name: str) -> Path:
+        """Where `name` lies in the run's directory."""
+        return self.directory.path / name
+
+    def quantized(
+        self, plan: ModelPlan, loaded: LoadedModel, found: Checkpoint | None = None
+    ) -> None:
+        """The model is there: begins the run's directory, or goes on as `found`. Collective."""
+        self.summary.quantized(plan, loaded)
+        self.layer_errors = loaded.layer_errors
+        if found:
+            self._restore(found)
+        self.runtime.comm.run_on_rank0(lambda: self._begin(loaded, found))
+        self._begun = True
+        errors = {f"{LAYER_ERROR}{name}": error for name, error in self.layer_errors.items()}
+        if not found:
+            self.trackers.log(errors, 0)
+
+    def _begin(self, loaded: LoadedModel, found: Checkpoint | None) -> None:
+        for report in loaded.loading:
+            logger.info("%s", report)
+        self.directory.begin(self.command)
+        self.directory.write_loading([report.facts() for report in loaded.loading])
+        kept = found and found.state["record"]["wandb_run_id"]
+        if kept and not run_id(self.directory.path):
+            keep_run_id(self.directory.path, kept)
+        self.trackers = open_trackers(
+            self.config.track, self.directory.path, asdict(self.config), self.step_number
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the record, as JSON."""
+        return {
+            "summary": self.summary.state(),
+            "layer_errors": self.layer_errors,
+            "wandb_run_id": run_id(self.directory.path),
+        }
+
+    def _restore(self, found: Checkpoint) -> None:
+        state = found.state["record"]
+        self.step_number = found.step
+        self.summary.restore(state["summary"])
+        self.layer_errors = state["layer_errors"]
+
+    def has_evaluated(self, part: str) -> bool:
+        """Whether `part` of the summary was measured, by this process or one before it."""
+        return part in self.summary.parts.get("eval", {})
+
+    def nonfinite(self, step: StepResult, facts: dict[str, Any], tokens: list[list[int]]) -> None:
+        """A global batch, of sequences of `tokens`, gave what is not finite."""
+        if not self.main:
+            return
+        told = facts | {"batch": step.place, "step": step.number}
+        told |= {"loss": str(step.loss), "grad_norm": str(step.norm)}
+        told |= {"samples": step.samples, "tokens": tokens}
+        folder = self.path("nonfinite")
+        try:
+            folder.mkdir(exist_ok=True)
+            atomic_write_json(folder / f"batch-{step.place:08}.json", told)
+        except OSError as error:
+            logger.error("%s: batch %d was not kept: %s", folder, step.place, error)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """An optimizer step was taken. Collective."""
+        self.step_number = step
+        metrics = metrics | {"memory/peak_gib": self.runtime.peak_memory_gib()}
+        self.trackers.log(metrics, step)
+        self.bars.step(metrics)
+
+    def trained(self, done: TrainState, parameters: Sequence[Tensor]) -> None:
+        """The training is over. Collective."""
+        self.summary.trained(done, sum(map(global_numel, parameters)))
+
+    def reference_read(self, bytes_read: int) -> None:
+        """The full-precision model was read."""
+        self.summary.reference_read(bytes_read)
+
+    def evaluated(self, part: str, measured: EvalResult) -> None:
+        """`part` of the summary, `quantized` or `final`, was measured."""
+        dataset = dataset_name(self.config.eval, self.config.data)
+        self.summary.evaluated(dataset, part, measured)
+        self.evaluated_between(measured)
+
+    def evaluated_between(self, measured: EvalResult) -> None:
+        """A point of the evaluation's curve."""
+        metrics = {"eval/loss": measured.loss, "eval/perplexity": measured.perplexity}
+        if measured.kl is not None:
+            metrics["eval/kl"] = measured.kl
+        self.trackers.log(metrics, self.step_number)
+
+    def figures(self) -> dict[str, float]:
+        """The perplexities so far, by the name of the model."""
+        rows = self.summary.rows()
+        return {f"perplexity, {r.model}": r.perplexity for r in rows if r.perplexity is not None}

@@ -1,0 +1,120 @@
+"""TensorBoard: event files in the run's directory, in the tabs where its users look for things.
+
+Metrics are scalars; errors of layers a histogram and a table, not hundreds of curves; the
+configuration and the final figures are text and, to compare runs by, hyperparameters.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+import yaml
+
+from hqqtrain.common.secrets import mask_secrets
+from hqqtrain.config.run import NOT_THE_RESULT
+from hqqtrain.tracking.base import LAYER_ERROR, STEP, flatten, layer_errors
+
+logger = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 1
+"""How often events are written out; a killed process loses those since."""
+
+
+class TensorBoardTracker:
+    """Writes to `run_dir`/tensorboard; a resumed run hides what comes after its first step."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = run_dir / "tensorboard"
+        self._writer: Any = None
+        self._config: dict[str, Any] = {}
+        self._step = 0
+
+    def start(self, config: Mapping[str, Any], step: int = 0) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            logger.warning("track.backends=[tensorboard]: tensorboard is not installed; the run "
+                           "goes on without it. pip install tensorboard.")  # fmt: skip
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._config, self._step = mask_secrets(config), step
+        again = step + 1 if step else 0  # the first step that is told again
+        self._writer = SummaryWriter(str(self.folder), purge_step=again, flush_secs=FLUSH_SECONDS)
+        code = yaml.safe_dump(self._config, sort_keys=False)
+        self._text("config", indent(code, 4 * " "))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        if self._writer is None:
+            return
+        self._step = step
+        for name, value in metrics.items():
+            if LAYER_ERROR not in name and name != STEP:
+                self._writer.add_scalar(name, float(value), step)
+        if layers := layer_errors(metrics):
+            import numpy
+
+            self._writer.add_histogram(
+                "quant/relative_error", numpy.array(list(layers.values())), step
+            )
+            self._text(
+                "quant/relative_errors", _table(("module", "relative error"), layers.items())
+            )
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        figures = flatten(summary)
+        self._text("summary", _table(("figure", "value"), figures.items()))
+        numbers = {
+            f"summary/{name}": float(value) for name, value in figures.items()
+            if isinstance(value, int | float) and name.split(".")[0] in _COMPARED
+        }  # fmt: skip
+        for event in hparams(_settings(self._config), numbers):
+            self._writer.file_writer.add_summary(event)
+        for name, number in numbers.items():
+            self._writer.add_scalar(name, number, self._step)
+
+    def images(self, paths: Mapping[str, Path]) -> None:
+        if self._writer is None:
+            return
+        import numpy
+        from PIL import Image
+
+        for name, path in paths.items():
+            with Image.open(path) as image:
+                pixels = numpy.asarray(image.convert("RGB"))
+            self._writer.add_image(f"report/{name}", pixels, self._step, dataformats="HWC")
+
+    def artifact(self, path: Path) -> None:
+        """The adapter stays where it is."""
+
+    def hint(self) -> str | None:
+        return f"TensorBoard: tensorboard --logdir {self.folder}" if self._writer else None
+
+    def finish(self, exit_code: int) -> None:
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.close()
+
+    def _text(self, tag: str, markdown: str) -> None:
+        self._writer.add_text(tag, markdown, self._step)
+
+
+_COMPARED = ("quantize", "eval", "train")
+"""Parts of the summary whose numbers tell one run from another."""
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result depends on, as numbers and text; torch takes truth values for numbers."""
+    kept = flatten({group: keys for group, keys in config.items() if group not in NOT_THE_RESULT})
+    return {n: v if type(v) in (int, float, str) else str(v) for n, v in kept.items()}
+
+
+def _table(head: Sequence[str], rows: Iterable[tuple[str, Any]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -1,0 +1,70 @@
+"""Activation checkpointing: a decoder layer keeps only its input and recomputes the rest.
+
+The inputs can be offloaded to host memory. With 80 layers of 2,048 x 8,192 in bf16 this frees 2.5
+GiB on the GPU. It moves 34 MB per layer over the bus and back, in a hundredth of the time of the
+layer's matrix products.
+"""
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from hqqtrain.models.fqn import base_model
+
+MIN_OFFLOAD_NUMEL = 1 << 18
+"""Elements of the smallest tensor that is offloaded; smaller ones stay on the GPU."""
+
+
+def apply_activation_checkpointing(model: nn.Module, *, offload: bool, frees: bool = False) -> None:
+    """Make every decoder layer of `model` recompute its activations in the backward pass.
+
+    Args:
+        model: A causal language model, wrapped by PEFT or not; changed in place.
+        offload: Keep the inputs of layers in pinned host memory (a no-op on a CPU).
+        frees: Parameters are empty between their uses, as under ZeRO-3. Then torch's determinism
+            check is off, because it would report their changing shapes as an error.
+    """
+    base = base_model(model)
+    options: dict[str, Any] = {"use_reentrant": False}
+    if frees:
+        options["determinism_check"] = "none"
+    with (
+        warnings.catch_warnings()
+    ):  # transformers 5.2x renames the method, but older versions lack the new name
+        warnings.simplefilter("ignore", FutureWarning)
+        base.gradient_checkpointing_enable(options)
+    if not offload:
+        return
+    layers = [m for m in base.modules() if hasattr(m, "_gradient_checkpointing_func")]
+    assert layers, "this version of transformers keeps the checkpoint function elsewhere"
+    for layer in layers:
+        setattr(layer, "_gradient_checkpointing_func", partial(_offloaded, options))  # noqa: B010
+
+
+def _offloaded(options: dict[str, Any], function: Any, *inputs: Any) -> Any:
+    """Checkpoint `function` and offload its inputs.
+
+    The hooks apply to the inputs only, because the hooks of `checkpoint` replace them inside
+    `function`.
+    """
+    with saved_tensors_hooks(_to_host, _to_device):
+        return checkpoint(function, *inputs, **options)
+
+
+def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    device = tensor.device
+    if device.type != "cuda" or tensor.numel() < MIN_OFFLOAD_NUMEL:
+        return device, tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    return device, host
+
+
+def _to_device(saved: tuple[torch.device, Tensor]) -> Tensor:
+    device, tensor = saved
+    return tensor.to(device, non_blocking=True)

@@ -1,0 +1,100 @@
+"""Complete or absent, also when the process dies in between."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from hqqtrain.common.files import atomic_directory, atomic_write_json
+
+
+def test_a_folder_appears_whole(tmp_path):
+    target = tmp_path / "deep" / "ünïcode"
+    with atomic_directory(target) as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner" / "file").write_text("x")
+        assert not target.exists()
+    assert (target / "inner" / "file").read_text() == "x"
+    assert os.listdir(target.parent) == [target.name]
+
+
+def test_files_are_as_readable_as_the_umask_has_it_and_it_is_never_changed(tmp_path, monkeypatch):
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch, atomic_directory(tmp_path / "out") as partial:
+            (partial / "inner").mkdir()
+            for name in ("file", "inner/private"):
+                (partial / name).write_text("x")
+                (partial / name).chmod(0o600)
+            patch.delattr(os, "umask")  # another thread's files would be made with it
+    finally:
+        os.umask(before)
+    for name in ("file", "inner/private"):
+        assert (tmp_path / "out" / name).stat().st_mode & 0o777 == 0o640
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    def fail():
+        with atomic_directory(tmp_path / "out") as partial:
+            (partial / "file").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failure_leaves_the_old_folder(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(RuntimeError), atomic_directory(target):
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["out"]
+    assert (target / "old").read_text() == "old"
+
+
+def test_a_folder_is_replaced_not_mixed(tmp_path):
+    for name in ("one", "two"):
+        with atomic_directory(tmp_path / "out") as partial:
+            (partial / name).write_text(name)
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["two"]
+
+
+def test_a_killed_process_leaves_nothing_at_the_place(tmp_path):
+    target = tmp_path / "out"
+    if (child := os.fork()) == 0:
+        with atomic_directory(target) as partial:
+            (partial / "file").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert not target.exists()
+    with atomic_directory(target) as partial:
+        assert os.listdir(partial) == []
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_swap_that_was_cut_short_is_undone(tmp_path):
+    """Killed between the two renames: the old folder is aside, nothing stands at its place."""
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "old").write_text("old")
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out"):
+        raise RuntimeError
+    assert (tmp_path / "out" / "old").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_files(tmp_path):
+    path = tmp_path / "状態.json"
+    atomic_write_json(path, {"name": "ü", "value": 0.1})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"name": "ü", "value": 0.1}
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_json_that_is_none_is_not_written(tmp_path, value):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        atomic_write_json(tmp_path / "a.json", value)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,157 @@
+"""Composing: precedence, types, and a message for everything that can be typed wrong."""
+
+import shlex
+
+import pytest
+
+from hqqtrain.common.durations import parse_seconds
+from hqqtrain.common.errors import UserError
+from hqqtrain.compose.compose import compose_config
+from hqqtrain.compose.schema import known_keys
+from hqqtrain.config.run import RunConfig
+
+
+def _message(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        compose_config(list(overrides))
+    return str(caught.value)
+
+
+def test_nothing_gives_the_defaults_of_the_dataclasses():
+    assert compose_config([]) == RunConfig()
+
+
+def test_it_is_a_plain_dataclass_all_the_way():
+    config = compose_config(["recipe=tiny_2bit", "quant.skip=[lm_head,a]"])
+    assert type(config) is RunConfig
+    assert type(config.quant.skip) is list
+    assert type(config.optim.lr) is float
+
+
+def test_the_command_line_beats_the_recipe_and_the_recipe_the_defaults():
+    assert RunConfig().quant.nbits == 4
+    assert compose_config(["recipe=tiny_2bit"]).quant.nbits == 2
+    assert compose_config(["recipe=tiny_2bit", "quant.nbits=3"]).quant.nbits == 3
+    assert compose_config(["quant.nbits=3", "recipe=tiny_2bit"]).quant.nbits == 3
+
+
+def test_of_a_key_given_twice_the_last_counts():
+    assert compose_config(["quant.nbits=3", "quant.nbits=8"]).quant.nbits == 8
+
+
+def test_an_option_group_beats_the_recipe_and_a_key_the_group():
+    assert compose_config(["recipe=tiny_2bit", "model=llama8b"]).model.name_or_path.endswith("8B")
+    config = compose_config(["model=llama8b", "model.name_or_path=mine"])
+    assert config.model.name_or_path == "mine"
+
+
+def test_recipe_is_remembered_and_null_is_none():
+    assert compose_config(["recipe=tiny_2bit"]).recipe == "tiny_2bit"
+    assert compose_config(["recipe=null"]).recipe is None
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("quant.overrides={*.down_proj:{nbits:4}}", {"*.down_proj": {"nbits": 4}}),
+        ("quant.overrides={self_attn.q_proj:null}", {"self_attn.q_proj": None}),
+        ("quant.overrides.q_proj={nbits:4}", {"q_proj": {"nbits": 4}}),
+        ("+quant.overrides.q_proj={nbits:4}", {"q_proj": {"nbits": 4}}),
+    ],
+)
+def test_overrides_of_layers_on_the_command_line(override, value):
+    assert compose_config([override]).quant.overrides == value
+
+
+def test_values_with_special_characters():
+    assert compose_config(["data.source='my (1) file.txt'"]).data.source == "my (1) file.txt"
+    assert compose_config(["data.source=wiki/text:raw-v1"]).data.source == "wiki/text:raw-v1"
+    assert compose_config(["quant.group_size=null"]).quant.group_size is None
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("quant.nbit=2", "quant.nbit: unknown key. Did you mean 'quant.nbits'? Keys of quant: nb"),
+        ("qant.nbits=2", "qant.nbits: unknown key. Did you mean 'quant.nbits'?"),
+        ("nbits=2", "nbits: unknown key. Did you mean 'quant.nbits'?"),
+        ("quant.lr=1", "quant.lr: unknown key. Did you mean 'optim.lr'?"),
+        ("track.backend=x", "track.backend: unknown key. Did you mean 'track.backends'?"),
+        ("+quant.nbit=2", "quant.nbit: unknown key."),
+        ("++quant.nbit=2", "quant.nbit: unknown key."),
+        ("zzz=1", "zzz: unknown key. Groups and keys: task, model, quant"),
+        ("quant.nbits.x=1", "quant.nbits.x: unknown key; quant.nbits is a single value"),
+        ("hydra.mode=MULTIRUN", "hydra.mode: unknown key."),
+        ("quant.nbits=two", "quant.nbits=two: must be an integer."),
+        ("quant.nbits=2.5", "quant.nbits=2.5: must be an integer."),
+        ("quant.nbits=true", "quant.nbits=True: must be an integer."),
+        ("quant.nbits=null", "quant.nbits=null: must be an integer."),
+        ("quant.group_size=x", "quant.group_size=x: must be an integer or null."),
+        ("optim.lr=fast", "optim.lr=fast: must be a number."),
+        ("train.packing=maybe", "train.packing=maybe: must be true or false."),
+        ("quant.skip=lm_head", "quant.skip=lm_head: must be a list."),
+        ("quant=3", "quant=3: must be a mapping of keys, such as those of quant in --help."),
+        ("quant={nbit:3}", "nbit"),
+        ("quant.nbits=5", "quant.nbits=5: allowed are 8, 4, 3, 2, 1."),
+        ("task=finetun", "task=finetun: allowed are finetune, quantize, eval, export."),
+        ("model=llama9b", "model=llama9b: no such option. Did you mean 'llama8b'? Allowed are"),
+        ("recipe=tiny_2bits", "recipe=tiny_2bits: no such recipe. Did you mean 'tiny_2bit'?"),
+        ("recipe=../tiny_2bit", "recipe=../tiny_2bit: no such recipe."),
+        ("recipe=[tiny_2bit]", "no such recipe."),
+        ("quant.nbits=2,3", "quant.nbits=2,3: several values; a sweep needs -m before it."),
+        ("~quant.nbits", "~quant.nbits: keys cannot be removed"),
+        ("sweep={quant.nbits:'2,3'}", "-m key=value,value"),
+        ("quant.nbits", "quant.nbits: must be key=value"),
+        ("data.source=a (1)", "must be key=value; text with special characters needs quotes"),
+        ("data.source=${oc.env:NO_SUCH_VARIABLE}", "NO_SUCH_VARIABLE"),
+        ("data.source=???", "data.source"),
+    ],
+)
+def test_what_is_typed_wrong_gets_one_message(override, said):
+    message = _message(override)
+    assert said in message
+    assert "Traceback" not in message
+
+
+def test_every_key_with_a_letter_missing_is_refused_and_suggested():
+    for key, _ in known_keys():
+        group, _, name = key.rpartition(".")
+        if len(name) > 4 and group:
+            assert f"Did you mean '{key}'?" in _message(f"{key[:-1]}=1"), key
+
+
+def test_a_failed_composition_does_not_spoil_the_next():
+    _message("quant.nbit=2")
+    _message("model=llama9b")
+    assert compose_config(["quant.nbits=2"]).quant.nbits == 2
+
+
+def test_times_are_those_of_slurm_that_yaml_does_not_change():
+    config = compose_config(["launch=slurm", "launch.time=4:00:00", "run.time_limit=1-12:00:00"])
+    assert (config.launch.backend, config.launch.time) == ("slurm", "4:00:00")
+    assert parse_seconds(config.run.time_limit or "") == 36 * 3600
+    for text in ("60", "14400", "4:00", "1:60:00", "'4 hours'"):
+        assert "must be hours:minutes:seconds" in _message(f"run.time_limit={text}"), text
+
+
+@pytest.mark.parametrize("options", ["['--qos=low']", "['-x n1','--exclusive']"])
+def test_options_of_sbatch(options: str):
+    assert compose_config(["launch=slurm", f"launch.options={options}"]).launch.options
+    assert "must be an option of sbatch" in _message("launch.options=['rm -rf x']")
+
+
+@pytest.mark.parametrize(
+    ("word", "typed"),
+    [
+        ("launch.options=--qos=low", """'launch.options=["--qos=low"]'"""),
+        ("launch.setup=[a=b]", """'launch.setup=["one (1)","another"]'"""),
+        ("run.root=a (1)", """"run.root='a (1)'\""""),
+        ("run.root=it's", """"run.root='my (1).txt'\""""),
+    ],
+)
+def test_a_word_that_cannot_be_read_is_told_how_to_type_it(word, typed):
+    with pytest.raises(UserError) as caught:
+        compose_config([word])
+    assert f"{word}: must be key=value; text with special characters" in str(caught.value)
+    assert f"as in {typed}. " in str(caught.value)
+    assert compose_config(["launch=slurm", *shlex.split(typed)])

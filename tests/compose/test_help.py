@@ -1,0 +1,29 @@
+"""`--help` says everything there is, and nothing that is not."""
+
+from hqqtrain.compose.help import help_text
+from hqqtrain.compose.recipes import recipe_description, recipe_files
+from hqqtrain.compose.schema import known_keys
+from hqqtrain.config.run import TASKS
+
+
+def test_every_key_task_and_recipe_is_there_with_its_help():
+    text = " ".join(help_text().split())
+    for key, _ in known_keys():
+        if "." in key:
+            assert f" {key}=" in text, key
+    for task in TASKS:
+        assert f" {task} " in text
+    for name, file in recipe_files().items():
+        assert name in text
+        assert recipe_description(file) in text
+
+
+def test_defaults_choices_and_types_are_shown():
+    text = " ".join(help_text().split())
+    assert "quant.nbits=4 bits of a code (8 | 4 | 3 | 2 | 1)" in text
+    assert "quant.skip=[lm_head]" in text
+    assert "train.max_steps=null optimizer steps; beats epochs (an integer or null)" in text
+
+
+def test_it_fits_a_terminal():
+    assert max(map(len, help_text().splitlines())) <= 100

@@ -1,0 +1,122 @@
+"""Recipes of one's own: where they are found, what they may build on, and faults in them."""
+
+from pathlib import Path
+
+import pytest
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.compose.compose import compose_config
+from hqqtrain.compose.expand import expand_jobs
+from hqqtrain.compose.recipes import VARIABLE, recipe_description, recipe_files
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch) -> Path:
+    """./recipes of an otherwise empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    return folder
+
+
+def _write(folder: Path, name: str, text: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def _message(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        compose_config(list(overrides))
+    return str(caught.value)
+
+
+def test_a_recipe_of_the_working_directory(recipes):
+    _write(recipes, "mine", "# Mine.\nquant: {nbits: 3}\n")
+    config = compose_config(["recipe=mine"])
+    assert (config.recipe, config.quant.nbits, config.quant.group_size) == ("mine", 3, 64)
+    assert config.run_name().startswith("mine-")
+    assert recipe_description(recipe_files()["mine"]) == "Mine."
+
+
+def test_it_may_build_on_a_built_in_one(recipes):
+    _write(recipes, "mine", "defaults: [tiny_2bit, _self_]\nadapter: {r: 4}\n")
+    config = compose_config(["recipe=mine"])
+    assert (config.quant.nbits, config.adapter.r, config.train.max_seq_len) == (2, 4, 256)
+
+
+def test_the_variable_beats_the_working_directory_which_beats_the_built_in(recipes, monkeypatch):
+    _write(recipes, "tiny_2bit", "quant: {nbits: 3}\n")
+    assert compose_config(["recipe=tiny_2bit"]).quant.nbits == 3
+    listed = recipes.parent / "listed"
+    _write(listed, "tiny_2bit", "quant: {nbits: 8}\n")
+    monkeypatch.setenv(VARIABLE, str(listed))
+    assert compose_config(["recipe=tiny_2bit"]).quant.nbits == 8
+
+
+def test_the_built_in_ones_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {"tiny_2bit", "llama8b_4bit", "llama8b_2bit", "llama70b_2bit"} <= recipe_files().keys()
+
+
+def test_a_broken_recipe_hurts_only_its_own_run(recipes):
+    _write(recipes, "broken", "quant: [unclosed\n")
+    assert compose_config(["recipe=tiny_2bit"]).quant.nbits == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("quant:\n  nbits: 2\n bad: 1\n", "mine.yaml:3:2: not valid YAML:"),
+        ("quant: {nbits: 2\n", "mine.yaml:2:1: not valid YAML:"),
+        ("quant: {nbits: 2, nbits: 3}\n", "mine.yaml:1:19: not valid YAML: found duplicate key"),
+        ("\tquant: 1\n", "mine.yaml:1:1: not valid YAML:"),
+        ("quant: {nbit: 2}\n", "mine.yaml: quant.nbit: unknown key. Did you mean 'quant.nbits'?"),
+        ("nbits: 2\n", "mine.yaml: nbits: unknown key. Did you mean 'quant.nbits'?"),
+        ("quant: {nbits: two}\n", "mine.yaml: quant.nbits=two: must be an integer."),
+        ("quant: 3\n", "mine.yaml: quant=3: must be a mapping of keys"),
+        ("recipe: other\n", "mine.yaml: recipe: is the file's name"),
+        ("- quant\n", "mine.yaml: must be a mapping of keys"),
+        ("just words\n", "mine.yaml: just words: unknown key."),
+        ("hydra: {mode: MULTIRUN}\n", "mine.yaml: hydra.mode: unknown key."),
+        ("defaults: [tiny_3bit, _self_]\n", "recipe=tiny_3bit: no such recipe."),
+        ("defaults: [{override /model: llama9b}]\n", "model=llama9b: no such option."),
+        ("sweep: 3\n", "mine.yaml: sweep=3: must be a mapping"),
+        ("quant: {nbits: 7}\n", "quant.nbits=7: allowed are 8, 4, 3, 2, 1."),
+    ],
+)
+def test_a_fault_in_a_recipe_names_the_file(recipes, text, said):
+    _write(recipes, "mine", text)
+    assert said in _message("recipe=mine")
+
+
+def test_every_unknown_key_is_named_at_once(recipes):
+    _write(recipes, "mine", "quant: {nbit: 2, axs: 1}\ntrain: {step: 3}\n")
+    assert len(_message("recipe=mine").splitlines()) == 3
+
+
+def test_bytes_that_are_no_text(recipes):
+    (recipes / "mine.yaml").write_bytes(b"quant: {nbits: \xff\xfe}\n")
+    assert "mine.yaml" in _message("recipe=mine")
+
+
+def test_an_empty_recipe_is_the_defaults(recipes):
+    _write(recipes, "mine", "")
+    assert compose_config(["recipe=mine"]).identity() == compose_config([]).identity()
+
+
+def test_a_recipe_that_sweeps(recipes):
+    _write(recipes, "mine", "sweep:\n  quant.nbits: 2,3\n  train.seed: range(0,2)\n")
+    assert expand_jobs(["recipe=mine"], multirun=False) == [
+        ["recipe=mine", f"quant.nbits={nbits}", f"train.seed={seed}"]
+        for nbits in (2, 3)
+        for seed in (0, 1)
+    ]
+
+
+def test_a_sweep_over_a_key_that_does_not_exist(recipes):
+    _write(recipes, "mine", "sweep:\n  quant.nbit: 2,3\n")
+    with pytest.raises(UserError, match=r"quant\.nbit: unknown key"):
+        [compose_config(job) for job in expand_jobs(["recipe=mine"], multirun=False)]

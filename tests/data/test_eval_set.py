@@ -1,0 +1,68 @@
+"""The evaluation set: a sample of the whole text, no larger than asked, anchored by content."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+import hqqtrain
+from hqqtrain.config.groups import DataConfig, EvalConfig
+from hqqtrain.data.eval_set import evaluation_set
+from hqqtrain.data.packing import IGNORE_INDEX
+from hqqtrain.data.sources import dataset_name
+
+TINY = Path(hqqtrain.__file__).parent / "models" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(8192, 512), (32768, 256), (100, 512)])
+def test_windows_are_a_sample_of_the_whole_and_few_enough(tokenizer, tokens, length):
+    chosen = evaluation_set(EvalConfig(tokens=tokens), DataConfig(), tokenizer, length)
+    sizes = chosen.end - chosen.begin
+    assert tokens - length <= int(sizes.sum()) <= tokens
+    assert sizes.max() <= length
+    middle = (chosen.begin + chosen.end) / 2 / len(chosen.stream)
+    assert len(chosen) < 10 or abs(middle.mean() - 0.5) < 0.2
+
+
+def test_a_change_in_one_text_moves_no_window_of_another(tokenizer, tmp_path):
+    texts = [f"def f{i}(x):\n    return x + {i} * x\n" * 40 for i in range(40)]
+
+    def chosen(texts: list[str]) -> set[bytes]:
+        file = tmp_path / "a.jsonl"
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        evaluation = EvalConfig(source=str(file), tokens=4096)
+        pieces = evaluation_set(evaluation, DataConfig(), tokenizer, 64)
+        return {pieces[i]["input_ids"].numpy().tobytes() for i in range(len(pieces))}
+
+    before = chosen(texts)
+    after = chosen(["import os\n", *texts[:7], *texts[8:]])
+    assert len(before & after) > 0.85 * len(before)
+
+
+def test_no_window_crosses_the_end_of_a_text(tokenizer):
+    chosen = evaluation_set(EvalConfig(tokens=16384), DataConfig(), tokenizer, 256)
+    for i in range(len(chosen)):
+        assert (chosen[i]["labels"][1:] != IGNORE_INDEX).all()
+
+
+def test_a_small_text_is_measured_whole(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("x = 1\n" * 100)
+    evaluation = EvalConfig(source=str(tmp_path / "a.txt"))
+    chosen = evaluation_set(evaluation, DataConfig(), tokenizer, 64)
+    assert int((chosen.end - chosen.begin).sum()) == len(chosen.stream)
+
+
+def test_no_source_no_set(tokenizer):
+    assert evaluation_set(EvalConfig(source=None), DataConfig(), tokenizer, 64) is None
+
+
+def test_the_name_says_what_was_measured():
+    assert "held-out modules" in dataset_name(EvalConfig(), DataConfig())
+    assert dataset_name(EvalConfig(source="a"), DataConfig(source="a")) == "a, held-out part"
+    assert dataset_name(EvalConfig(source="a"), DataConfig()) == "a"

@@ -1,0 +1,121 @@
+"""The exported checkpoint is an ordinary model that computes what base and adapter compute."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import AdapterConfig
+from hqqtrain.formats.adapter_card import AdapterCard
+from hqqtrain.formats.dense import dense_tensors, export_dense
+from hqqtrain.formats.packed import model_tensors, quantized_settings, reader_tensors
+from hqqtrain.formats.peft import Adapter, load_adapter, save_adapter
+from hqqtrain.models.weights.safetensors import SafetensorsReader
+
+TOKENS = torch.arange(24).view(2, 12)
+
+
+def _export(trained, folder, *, tensors=None, adapter=True, dtype=torch.float32, **more):
+    stream = dense_tensors(
+        tensors or model_tensors(trained.model),
+        trained.settings,
+        trained.adapter if adapter is True else adapter,
+        dtype=dtype,
+    )
+    export_dense(stream, folder, hf_config=trained.hf_config, source=trained.source, dtype=dtype,
+                 **more)  # fmt: skip
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "quant", "adapter"),
+    [
+        ("llama", False, {}, AdapterConfig(r=4, alpha=8)),
+        ("llama", True, {"axis": 0}, AdapterConfig(kind="rslora", r=4, alpha=8)),
+        ("qwen2", True, {"nbits": 3, "group_size": None}, AdapterConfig(r=1, alpha=3)),
+        (
+            "qwen2",
+            False,
+            {"overrides": {"*.k_proj": None}},
+            AdapterConfig(target_modules=["*.v_proj"]),
+        ),
+        ("llama", True, {"skip": []}, AdapterConfig(target_modules=["*_proj"])),
+        ("llama", True, {"skip": []}, AdapterConfig(target_modules=["*"])),
+    ],
+)
+def test_the_same_logits(train, tmp_path, kind, tied, quant, adapter):
+    trained = train(kind, tied=tied, adapter=adapter, **quant)
+    dense = _export(trained, tmp_path / "dense")
+    torch.testing.assert_close(dense(TOKENS).logits, trained.model(TOKENS).logits)
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["tie_word_embeddings"] == (tied and "skip" not in quant)
+
+
+def test_without_an_adapter_it_is_the_base(train, tmp_path):
+    trained = train()
+    dense = _export(trained, tmp_path / "dense", adapter=None)
+    with trained.model.disable_adapter():
+        torch.testing.assert_close(dense(TOKENS).logits, trained.model(TOKENS).logits)
+
+
+def test_from_files_alone(train, tmp_path):
+    """quantized/ and adapter/ are enough; no model is built."""
+    trained = train()
+    folder = trained.save(tmp_path / "quantized", max_shard_bytes=4096)
+    card = AdapterCard("x", trained.settings.fingerprint, 2, 16, 1, "hqq", 4.0)
+    save_adapter(trained.adapter.state, trained.adapter.config, tmp_path / "adapter", card=card)
+    from_files = replace(trained, settings=quantized_settings(folder), source=folder)
+    tensors, adapter = reader_tensors(SafetensorsReader(folder)), load_adapter(tmp_path / "adapter")
+    dense = _export(
+        from_files, tmp_path / "dense", adapter=adapter, tensors=tensors, max_shard_bytes=10_000
+    )
+    torch.testing.assert_close(dense(TOKENS).logits, trained.model(TOKENS).logits)
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 2
+    assert AutoTokenizer.from_pretrained(tmp_path / "dense").vocab_size == 4096
+
+
+def test_merging_rounds_once(train, tmp_path):
+    """In bf16: fp32 sum of dequantized weight and delta, then the cast."""
+    trained = train()
+    dense = _export(trained, tmp_path / "dense", dtype=torch.bfloat16)
+    assert {p.dtype for p in dense.parameters()} == {torch.bfloat16}
+    name = "model.layers.1.mlp.down_proj"
+    layer = trained.model.get_base_model().get_submodule(name)
+    exact = layer.base_layer.dequantize(torch.float32) + layer.get_delta_weight("default")
+    assert torch.equal(dense.get_parameter(f"{name}.weight"), exact.bfloat16())
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_one_tensor_at_a_time(train):
+    """The stream never runs ahead of what it yields."""
+    trained, taken = train(), []
+
+    def watched():
+        for name, tensor in model_tensors(trained.model):
+            taken.append(name)
+            yield name, tensor
+
+    stream = dense_tensors(watched(), trained.settings, dtype=torch.float32)
+    for count, _ in enumerate(stream, 1):
+        assert len(taken) <= 3 * count
+
+
+def test_another_base_is_refused_before_anything_is_written(train, tmp_path):
+    trained = train()
+    stranger = Adapter(trained.adapter.config, trained.adapter.state, "sha256:other")
+    with pytest.raises(UserError, match="trained on the quantized base sha256:other"):
+        _export(trained, tmp_path / "dense", adapter=stranger)
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_an_adapter_of_another_model_is_refused(train, tmp_path):
+    trained = train()
+    state = {k.replace("layers.1", "layers.9"): v for k, v in trained.adapter.state.items()}
+    stranger = Adapter(trained.adapter.config, state)
+    with pytest.raises(UserError, match=r"model\.layers\.9\..*no quantized linear of this base"):
+        _export(trained, tmp_path / "dense", adapter=stranger)

@@ -1,0 +1,118 @@
+"""The same at any sharding; another for any change that matters."""
+
+from hashlib import sha256
+
+import pytest
+import torch
+
+from hqqtrain.formats import fingerprint
+from hqqtrain.formats.fingerprint import Fingerprint
+
+SETTINGS = {"a": {"nbits": 2, "group_size": None}, "b": {"nbits": 4, "group_size": 64}}
+
+
+def _tensors() -> dict[tuple[str, str], torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        ("a", "W_q"): torch.randint(0, 256, (7, 32), dtype=torch.uint8),
+        ("a", "scale"): torch.randn(7, 3).bfloat16(),
+        ("b", "scale"): torch.randn(5, 3),
+    }
+
+
+def _whole(tensors, settings=SETTINGS) -> str:
+    found = Fingerprint()
+    for (module, name), tensor in tensors.items():
+        found.update(module, name, 0, tensor)
+    return found.hexdigest(settings)
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_any_number_of_ranks_in_any_order(world):
+    tensors = _tensors()
+    total = Fingerprint()
+    for rank in reversed(range(world)):
+        part = Fingerprint()
+        for (module, name), tensor in reversed(tensors.items()):
+            share = -(-len(tensor) // world)
+            first = min(rank * share, len(tensor))
+            part.update(module, name, first, tensor[first : first + share])
+        total.merge(part.total)
+    assert total.hexdigest(SETTINGS) == _whole(tensors)
+
+
+def test_the_storage_dtype_is_no_part_of_it():
+    tensors = _tensors()
+    viewed = {k: v.view(torch.float16) if k[1] == "W_q" else v for k, v in tensors.items()}
+    assert _whole(viewed) == _whole(tensors)
+
+
+def test_strided_tensors_count_by_value():
+    tensors = _tensors()
+    strided = {k: v.t().contiguous().t() for k, v in tensors.items()}
+    assert _whole(strided) == _whole(tensors)
+
+
+def test_every_change_shows():
+    tensors, seen = _tensors(), set()
+    seen.add(_whole(tensors))
+    for key, tensor in tensors.items():
+        changed = tensor.clone()
+        changed.view(torch.uint8)[-1, -1] ^= 1
+        seen.add(_whole(tensors | {key: changed}))
+        seen.add(_whole(tensors | {key: tensor.flip(0)}))
+        seen.add(_whole(tensors | {key: tensor.flip(1)}))
+        seen.add(_whole({(k[0] + "x" * (k == key), k[1]): v for k, v in tensors.items()}))
+        seen.add(_whole({(k[0], k[1] + "x" * (k == key)): v for k, v in tensors.items()}))
+    seen.add(_whole(tensors, SETTINGS | {"a": {"nbits": 3, "group_size": None}}))
+    assert len(seen) == 1 + 5 * len(tensors) + 1
+
+
+def test_settings_have_no_order():
+    tensors = _tensors()
+    assert _whole(tensors, dict(reversed(SETTINGS.items()))) == _whole(tensors)
+
+
+MASK = 2**64 - 1
+
+
+def _mixed(x: int) -> int:
+    """splitmix64's finish, as published."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
+    return x ^ x >> 31
+
+
+def _hashed(name: str, first: int, rows: list[list[int]]) -> list[int]:
+    key, width = int.from_bytes(sha256(name.encode()).digest()[:8], "little") >> 1, len(rows[0])
+    sums = [0, 0]
+    for number, row in enumerate(rows, first):
+        for lane in range(2):
+            odd = [_mixed(_mixed(lane * width + j + 1)) | 1 for j in range(width)]
+            product = sum(word * m for word, m in zip(row, odd, strict=True)) & MASK
+            sums[lane] += _mixed(product ^ _mixed(key + number & MASK))
+    return [total & MASK for total in sums]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("W_q", torch.int32), ("scale", torch.int16)])
+def test_it_is_the_same_for_ever(name, dtype):
+    """Adapters carry it: a change of the algorithm would orphan them all. Here it is, spelt out."""
+    limits = torch.iinfo(dtype)
+    words = torch.randint(limits.min, limits.max, (300, 12), dtype=dtype)
+    found = Fingerprint()
+    tensor = words.view(torch.uint8 if name == "W_q" else torch.bfloat16)
+    found.update("m", name, 3, tensor)
+    sums = _hashed(f"m.{name}", 3, words.tolist())
+    final = sha256(b"".join(s.to_bytes(8, "little") for s in sums) + b"[1, {}]")
+    assert found.hexdigest({}) == f"sha256:{final.hexdigest()}"
+
+
+def test_chunks_do_not_show(monkeypatch):
+    whole = _whole(_tensors())
+    monkeypatch.setitem(fingerprint._CHUNK, "cpu", 20)
+    assert _whole(_tensors()) == whole
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_finds_the_same():
+    assert _whole({k: v.cuda() for k, v in _tensors().items()}) == _whole(_tensors())

@@ -1,0 +1,203 @@
+"""`quantized/` reloads bit for bit, whatever dtype the bits were held in."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
+from hqqtrain.formats.manifest import DamagedError, check_sealed, seal
+from hqqtrain.formats.packed import (
+    QuantizedSettings,
+    check_quantized,
+    model_tensors,
+    quantized_settings,
+    reader_tensors,
+)
+from hqqtrain.loading.load import load_model
+from hqqtrain.models.build import build_meta, load_hf_config
+from hqqtrain.models.fqn import expected_shapes
+from hqqtrain.models.tokenizer import load_tokenizer
+from hqqtrain.models.weights.safetensors import SafetensorsReader
+from hqqtrain.nn.replace import replace_linears
+
+
+def _reload(folder, storage=torch.uint8):
+    """A model from the folder alone."""
+    settings = quantized_settings(folder)
+    model = build_meta(load_hf_config(folder))
+    replace_linears(model, {n: m.spec for n, m in settings.modules.items()}, storage_dtype=storage)
+    reader = SafetensorsReader(folder)
+    assert reader.check(expected_shapes(model, packed=True)) == []
+    load_model(model, reader, Communicator(0, 1, torch.device("cpu")), quantized=True)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("quant", "tied"),
+    [
+        ({"nbits": 8, "group_size": None}, False),
+        ({"nbits": 4, "axis": 0, "group_size": 8}, True),
+        ({"nbits": 3, "group_size": 8}, True),
+        ({"nbits": 2, "skip": []}, True),
+        ({"nbits": 1, "overrides": {"*.o_proj": {"nbits": 8}, "*.k_proj": None}}, False),
+    ],
+)
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+def test_it_reloads_bit_for_bit(train, tmp_path, quant, tied, storage):
+    trained = train("qwen2", tied=tied, storage=storage, **quant)
+    folder = trained.save(tmp_path / "quantized")
+    assert quantized_settings(folder) == trained.settings
+    again = _reload(folder, torch.float16)
+    saved, truth = dict(model_tensors(again)), dict(model_tensors(trained.model))
+    assert saved.keys() == truth.keys()
+    for name, tensor in truth.items():
+        assert saved[name].dtype == tensor.dtype
+        assert torch.equal(saved[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    tokens = torch.arange(16).view(2, 8)
+    with trained.model.disable_adapter():
+        assert torch.equal(again(tokens).logits, trained.model(tokens).logits)
+
+
+def test_what_the_folder_holds(train, tmp_path):
+    trained = train()
+    (trained.source / "chat_template.jinja").write_text("{{ x }}")
+    folder = trained.save(tmp_path / "quantized")
+    files = {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json",
+             "tokenizer_config.json", "chat_template.jinja", "manifest.json"}  # fmt: skip
+    assert set(os.listdir(folder)) == files
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "hqqtrain"
+    assert config["quantization_config"]["fingerprint"].startswith("sha256:")
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    names = load_file(folder / "model.safetensors").keys()
+    assert "model.layers.0.mlp.up_proj.W_q" in names
+    assert not any("lora" in name or "base_layer" in name for name in names)
+    assert load_tokenizer(folder).vocab_size == 4096
+
+
+def test_shards_hold_the_same(train, tmp_path):
+    trained = train()
+    one = SafetensorsReader(trained.save(tmp_path / "one"))
+    many = SafetensorsReader(trained.save(tmp_path / "many", max_shard_bytes=4096))
+    sizes = [p.stat().st_size for p in (tmp_path / "many").glob("*.safetensors")]
+    assert len(sizes) > 3
+    assert one.total_bytes == many.total_bytes
+    for (name, a), (other, b) in zip(reader_tensors(one), reader_tensors(many), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+    assert not (tmp_path / "one" / "model.safetensors.index.json").exists()
+
+
+def test_a_failure_while_writing_leaves_nothing(train, tmp_path):
+    trained = train()
+
+    def failing():
+        yield from list(model_tensors(trained.model))[:5]
+        raise UserError("model.layers.1.mlp.up_proj.weight: NaN")
+
+    from hqqtrain.formats.packed import save_quantized
+
+    with pytest.raises(UserError, match="NaN"):
+        save_quantized(failing(), tmp_path / "quantized", hf_config=trained.hf_config,
+                       settings=trained.settings, source=trained.source)  # fmt: skip
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def _flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 4
+    file.write_bytes(content)
+
+
+def _in_a_norm(file: Path) -> None:
+    """A byte of what is not packed, which no fingerprint covers."""
+    header = int.from_bytes(file.read_bytes()[:8], "little")
+    listed = json.loads(file.read_bytes()[8 : 8 + header])
+    _flip(file, 8 + header + listed["model.norm.weight"]["data_offsets"][0] + 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_in_a_norm, "its checksum differs"),
+        (lambda file: os.truncate(file, file.stat().st_size - 1), "bytes instead of"),
+        (Path.unlink, "cannot be read"),
+    ],
+)
+def test_damage_is_found_and_named(train, tmp_path, damage, said):
+    folder = train().save(tmp_path / "quantized")
+    check_quantized(folder, SINGLE_PROCESS)
+    damage(folder / "model.safetensors")
+    with pytest.raises(UserError, match=rf"model\.safetensors: .*{said}.*Delete {folder} and run"):
+        check_quantized(folder, SINGLE_PROCESS)
+
+
+def test_every_file_is_covered(train, tmp_path):
+    folder = train().save(tmp_path / "quantized", max_shard_bytes=4096, beside={"errors.json": [1]})
+    assert len(list(folder.iterdir())) > 10
+    for file in folder.iterdir():
+        whole = file.read_bytes()
+        _flip(file, len(whole) // 2)
+        with pytest.raises(UserError, match=re.escape(f"{file}: is not what was written")):
+            check_quantized(folder, SINGLE_PROCESS)
+        file.write_bytes(whole)
+    check_quantized(folder, SINGLE_PROCESS)
+
+
+def test_a_folder_of_before_has_no_manifest(train, tmp_path):
+    folder = train().save(tmp_path / "quantized")
+    (folder / "manifest.json").unlink()
+    check_quantized(folder, SINGLE_PROCESS)
+
+
+def test_what_is_known_is_not_read_again(tmp_path):
+    (tmp_path / "file").write_text("x")
+    seal(tmp_path, known={"file": {"bytes": 1, "sha256": "of the writer"}})
+    with pytest.raises(DamagedError, match=r"file: .*its checksum differs"):
+        check_sealed(tmp_path)
+
+
+def test_gather_sees_every_tensor_once(train):
+    trained, seen = train(), []
+    names = [name for name, _ in model_tensors(trained.model, gather=lambda t: seen.append(t) or t)]
+    assert len(seen) == len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.update(layout_version=99), "layout_version=99; this hqqtrain reads 1"),
+        (lambda q: q.update(quant_method="hqq"), "not a model quantized by hqqtrain"),
+        (lambda q: q.pop("modules"), "damaged"),
+        (lambda q: q.update(modules=[]), "damaged"),
+        (lambda q: next(iter(q["modules"].values())).update(nbits=5), "damaged.*nbits=5"),
+        (lambda q: next(iter(q["modules"].values())).update(meta_dtype="load"), "damaged"),
+        (lambda q: next(iter(q["modules"].values())).update(group_size=7), "damaged"),
+        (lambda q: next(iter(q["modules"].values())).update(extra=7), "damaged"),
+    ],
+)
+def test_damaged_settings_are_refused(train, tmp_path, change, message):
+    folder = train().save(tmp_path / "quantized")
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        quantized_settings(folder)
+
+
+def test_settings_survive_json(train):
+    settings = train(axis=0, group_size=None, nbits=8).settings
+    found = json.loads(json.dumps(settings.quantization_config()))
+    assert {
+        n: type(settings.modules[n])(**v) for n, v in found["modules"].items()
+    } == settings.modules
+    assert (
+        QuantizedSettings.of(train(axis=0, group_size=None, nbits=8).model).modules
+        == settings.modules
+    )

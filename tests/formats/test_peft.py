@@ -1,0 +1,180 @@
+"""Adapters are stock PEFT files: stock PEFT reads them, without a warning."""
+
+import json
+import math
+import os
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import AdapterConfig
+from hqqtrain.formats.adapter_card import AdapterCard
+from hqqtrain.formats.dense import dense_tensors, export_dense
+from hqqtrain.formats.packed import model_tensors
+from hqqtrain.formats.peft import load_adapter
+from hqqtrain.formats.peft import save_adapter as save
+
+TOKENS = torch.arange(24).view(2, 12)
+
+
+def _card(**more) -> AdapterCard:
+    facts = {"base": "owner/name", "fingerprint": "sha256:ab", "nbits": 2, "group_size": 16,
+             "axis": 1, "solver": "hqq", "bits_per_weight": 4.0}  # fmt: skip
+    return AdapterCard(**facts | more)
+
+
+def _save(trained, folder, **more):
+    card = _card(fingerprint=trained.settings.fingerprint, **more)
+    save(trained.adapter.state, trained.adapter.config, folder, card=card)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora"])
+def test_stock_peft_on_the_dequantized_base_gives_the_same_logits(train, tmp_path, kind):
+    trained = train("qwen2", adapter=AdapterConfig(kind=kind, r=4, alpha=8, dropout=0.1))
+    folder = _save(trained, tmp_path / "adapter")
+    tensors = dense_tensors(model_tensors(trained.model), trained.settings, dtype=torch.float32)
+    export_dense(tensors, tmp_path / "dense", hf_config=trained.hf_config, source=trained.source,
+                 dtype=torch.float32)  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's own
+        stock = PeftModel.from_pretrained(base, folder).eval()
+    torch.testing.assert_close(stock(TOKENS).logits, trained.model(TOKENS).logits)
+    with stock.disable_adapter():
+        assert (stock(TOKENS).logits - trained.model(TOKENS).logits).abs().max() > 0.01
+
+
+def test_what_is_saved_is_what_is_loaded(train, tmp_path):
+    trained = train()
+    folder = _save(trained, tmp_path / "adapter", revision="v1")
+    assert set(os.listdir(folder)) == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
+    found = load_adapter(folder)
+    assert found.fingerprint == trained.settings.fingerprint
+    assert found.config.revision == "v1"
+    assert found.config.base_model_name_or_path == "owner/name"
+    assert found.config.inference_mode
+    assert found.state.keys() == trained.adapter.state.keys()
+    assert all(torch.equal(found.state[k], v) for k, v in trained.adapter.state.items())
+    assert found.modules == sorted(trained.settings.modules)
+
+
+def test_the_same_adapter_is_the_same_text(train, tmp_path):
+    trained = train()
+    one, two = _save(trained, tmp_path / "one"), _save(trained, tmp_path / "two")
+    for name in ("adapter_config.json", "README.md"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+def test_the_card_names_base_bits_and_fingerprint(train, tmp_path):
+    folder = _save(train(), tmp_path / "a", figures={"perplexity, trained": 9.5})
+    text = (folder / "README.md").read_text()
+    for part in (
+        'base_model: "owner/name"',
+        "2-bit",
+        "sha256:",
+        "groups of 16",
+        "9.5",
+        "PeftModel",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize("base", ["tiny", "/models/llama"])
+def test_the_hub_is_told_hub_names_only(train, tmp_path, base):
+    folder = _save(train(), tmp_path / "a", base=base)
+    assert "base_model:" not in (folder / "README.md").read_text()
+
+
+def test_another_base_is_refused(train):
+    adapter = train().adapter
+    adapter.check_base(adapter.fingerprint, "adapter")
+    with pytest.raises(UserError, match=r"runs/a/adapter: trained on the quantized base sha256:"):
+        adapter.check_base("sha256:00", "runs/a/adapter")
+
+
+def _stock(folder, model, **config):
+    """An adapter that PEFT itself made, on a dense model, with B not zero."""
+    targets = {"target_modules": ["q_proj", "down_proj"]}
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **targets | config))
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(param)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 4, "lora_alpha": 3},
+        {"r": 4, "lora_alpha": 3, "use_rslora": True},
+        {"r": 4, "lora_alpha": 3, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 7}},
+        {"r": 4, "rank_pattern": {"layers.1.mlp.down_proj": 2}},
+    ],
+)
+def test_deltas_are_pefts(make_model, tmp_path, config):
+    model = _stock(tmp_path / "a", make_model(), **config)
+    adapter = load_adapter(tmp_path / "a")
+    assert adapter.fingerprint is None
+    adapter.check_base("sha256:any", "adapter")
+    layers = dict(model.base_model.model.named_modules())
+    assert len(adapter.modules) == 4
+    for name in adapter.modules:
+        torch.testing.assert_close(adapter.delta(name), layers[name].get_delta_weight("default"))
+
+
+def test_scaling(train):
+    assert train(adapter=AdapterConfig(r=4, alpha=6)).adapter.scaling("x") == 1.5
+    rslora = train(adapter=AdapterConfig(kind="rslora", r=2, alpha=6)).adapter
+    assert rslora.scaling("x") == pytest.approx(6 / math.sqrt(2))
+
+
+@pytest.mark.parametrize(
+    "config", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}]
+)
+def test_more_than_lora_is_refused(make_model, tmp_path, config):
+    _stock(tmp_path / "a", make_model("qwen2", tie_word_embeddings=False), **config)
+    with pytest.raises(UserError, match="is not one of a pair of LoRA matrices"):
+        load_adapter(tmp_path / "a")
+
+
+def test_damaged_adapters_are_refused(train, tmp_path):
+    folder = _save(train(), tmp_path / "a")
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    whole, values = load_file(weights), json.loads(config.read_text())
+
+    config.write_text(json.dumps(values | {"peft_type": "IA3", "feedforward_modules": []}))
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        load_adapter(folder)
+    config.write_text("{")
+    with pytest.raises(UserError, match="not a PEFT configuration"):
+        load_adapter(folder)
+    config.write_text(json.dumps(values))
+
+    save_file(dict(list(whole.items())[1:]), weights)
+    with pytest.raises(UserError, match="pair of LoRA matrices"):
+        load_adapter(folder)
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match="not a complete safetensors file"):
+        load_adapter(folder)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors"):
+        load_adapter(folder)
+    with pytest.raises(UserError, match=r"holds no adapter_config\.json"):
+        load_adapter(tmp_path / "nothing")
+
+
+def test_peft_reads_our_state_names(train):
+    trained = train()
+    assert trained.adapter.state.keys() == get_peft_model_state_dict(trained.model).keys()

@@ -1,0 +1,73 @@
+"""Small random models: quantized, with adapters, and the checkpoints they were made from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model, get_peft_model_state_dict
+
+from hqqtrain.config.groups import AdapterConfig, QuantConfig
+from hqqtrain.formats.fingerprint import Fingerprint
+from hqqtrain.formats.packed import QuantizedSettings, model_tensors, save_quantized
+from hqqtrain.formats.peft import Adapter
+from hqqtrain.models.fqn import base_model
+from hqqtrain.models.source import TINY_FOLDER
+from hqqtrain.nn.lora import lora_config
+from hqqtrain.nn.replace import quantize_model
+
+
+@dataclass
+class Trained:
+    """A quantized random model with a LoRA adapter whose B is not zero."""
+
+    source: Path
+    model: torch.nn.Module
+    settings: QuantizedSettings
+    adapter: Adapter
+
+    @property
+    def hf_config(self):
+        return base_model(self.model).config
+
+    def save(self, folder: Path, **more) -> Path:
+        tensors = model_tensors(self.model)
+        facts = {"hf_config": self.hf_config, "settings": self.settings, "source": self.source}
+        save_quantized(tensors, folder, **facts, **more)
+        return folder
+
+
+@pytest.fixture
+def train(make_model, tmp_path) -> Callable[..., Trained]:
+    """Makes a `Trained`, its dense source saved with a tokenizer."""
+
+    def make(kind: str = "llama", *, tied: bool = False, adapter: AdapterConfig | None = None,
+             storage: torch.dtype = torch.uint8, **quant) -> Trained:  # fmt: skip
+        model, source = make_model(kind, tie_word_embeddings=tied), tmp_path / "source"
+        model.save_pretrained(source)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (source / name).write_bytes((TINY_FOLDER / name).read_bytes())
+        quantize_model(model, QuantConfig(**{"nbits": 2, "group_size": 16} | quant),
+                       storage_dtype=storage)  # fmt: skip
+        config = lora_config(adapter or AdapterConfig(r=4, alpha=8), model)
+        model = get_peft_model(model, config)
+        for name, param in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(param, std=0.2)
+        settings = QuantizedSettings.of(model)
+        settings = replace(settings, fingerprint=fingerprint_of(model, settings))
+        state = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+        return Trained(source, model.eval(), settings, Adapter(config, state, settings.fingerprint))
+
+    return make
+
+
+def fingerprint_of(model: torch.nn.Module, settings: QuantizedSettings) -> str:
+    """As filling computes it: every packed row once."""
+    found = Fingerprint()
+    for name, tensor in model_tensors(model):
+        module, _, leaf = name.rpartition(".")
+        if module in settings.modules and leaf != "bias":
+            found.update(module, leaf, 0, tensor)
+    return found.hexdigest(settings.by_module())

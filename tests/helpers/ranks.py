@@ -1,0 +1,57 @@
+"""Run a function on several real processes that communicate over gloo."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from runs import free_port
+
+from hqqtrain.common.errors import RankLostError, UserError
+from hqqtrain.distributed.comm import Communicator
+from hqqtrain.distributed.consistency import ReplicaMismatchError
+
+CPU = torch.device("cpu")
+
+
+def _run(
+    rank: int, size: int, port: int, answers: Any, case: Callable[..., None], *arguments: Any
+) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    try:
+        case(rank, Communicator(rank, size, CPU), *arguments)
+        answers.put((rank, ""))
+    except (ReplicaMismatchError, RankLostError, UserError) as error:
+        answers.put((rank, str(error)))
+    except Exception as error:
+        answers.put((rank, f"{type(error).__name__}: {error}"))
+    torch.distributed.destroy_process_group()
+
+
+def on_ranks(
+    case: Callable[..., None], size: int, *arguments: Any, lost: int | None = None
+) -> list[str]:
+    """Run `case` on `size` ranks and return the error message of each; empty if none.
+
+    Rank `lost` does not answer and is killed in the end; it is not in the result.
+    """
+    context, port = multiprocessing.get_context("forkserver"), free_port()
+    context.set_forkserver_preload(["torch.distributed.fsdp", "hqqtrain.loading.build"])
+    answers = context.Queue()
+    workers = [
+        context.Process(
+            target=_run, args=(rank, size, port, answers, case, *arguments), daemon=True
+        )
+        for rank in range(size)
+    ]
+    for worker in workers:
+        worker.start()
+    ranks = [rank for rank in range(size) if rank != lost]
+    by_rank = dict(answers.get(timeout=120) for _ in ranks)
+    for rank in ranks:
+        workers[rank].join(30)
+    if lost is not None:
+        workers[lost].kill()
+    return [by_rank[rank] for rank in ranks]

@@ -1,0 +1,79 @@
+"""Processes of their own: their codes, their output, and what a signal to us does to them."""
+
+import os
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+
+from hqqtrain.launch.sweep.pool import FORWARDED, ProcessPool
+
+WAITS = """
+import signal, sys
+number = signal.Signals[sys.argv[1]]
+signal.signal(number, lambda *_: sys.exit(7))
+print("ready", flush=True)
+signal.pause()
+"""
+
+
+def python(program: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", program, *arguments]
+
+
+def test_codes_and_output_are_those_of_each(tmp_path):
+    with ProcessPool() as pool:
+        for code in (0, 3):
+            log = tmp_path / f"{code}.log"
+            program = f"import os, sys; print(os.environ['X']); sys.exit({code})"
+            pool.start(code, python(program), {**os.environ, "X": f"job {code}"}, log)
+        assert sorted(pool.wait() for _ in range(2)) == [(0, 0), (3, 3)]
+    assert (tmp_path / "3.log").read_text() == "job 3\n"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+def test_a_signal_goes_on_to_all_that_run(tmp_path, name):
+    with ProcessPool() as pool:
+        for key in "ab":
+            pool.start(key, python(WAITS, name), os.environ, tmp_path / key)
+        while not all((tmp_path / key).read_text() == "ready\n" for key in "ab"):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.Signals[name])
+        assert pool.signal == signal.Signals[name]
+        assert sorted(pool.wait() for _ in range(2)) == [("a", 7), ("b", 7)]
+
+
+def test_a_process_that_a_signal_ends_says_so(tmp_path):
+    with ProcessPool() as pool:
+        pool.start("a", python("import signal; signal.pause()"), os.environ, tmp_path / "a")
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert pool.wait() == ("a", -signal.SIGUSR1)
+
+
+def test_handlers_are_put_back_and_what_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        found = [signal.getsignal(number) for number in FORWARDED]
+        with ProcessPool():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != found[1]
+        assert [signal.getsignal(number) for number in FORWARDED] == found
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def _fail_with_one_running(log) -> None:
+    with ProcessPool() as pool:
+        pool.start("a", python("import time; time.sleep(60)"), os.environ, log)
+        raise RuntimeError("a defect")
+
+
+def test_no_process_is_left_behind_by_a_fault(tmp_path):
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="a defect"):
+        _fail_with_one_running(tmp_path / "a")
+    assert time.monotonic() - began < 30
+    left = (" ".join(child.cmdline()) for child in psutil.Process().children())
+    assert not any("time.sleep(60)" in command for command in left)

@@ -1,0 +1,82 @@
+"""The machine's GPUs and cores among the jobs that run at a time."""
+
+import os
+
+import pytest
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.launch.sweep import resources
+from hqqtrain.launch.sweep.resources import partition_devices, visible_gpus
+
+
+@pytest.fixture(autouse=True)
+def _eight_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+
+
+def test_one_at_a_time_has_the_machine_as_it_is():
+    assert partition_devices(1, {"CUDA_VISIBLE_DEVICES": "0,1"}) == [{}]
+
+
+@pytest.mark.parametrize(
+    ("listed", "jobs", "shares"),
+    [
+        ("0,1,2,3", 2, ["0,1", "2,3"]),
+        ("5, 7", 2, ["5", "7"]),
+        ("0,1,2,3,4", 2, ["0,1", "2,3"]),
+        ("GPU-a,MIG-b,GPU-c", 3, ["GPU-a", "MIG-b", "GPU-c"]),
+    ],
+)
+def test_gpus_are_shared_out_whole(listed, jobs, shares):
+    found = partition_devices(jobs, {"CUDA_VISIBLE_DEVICES": listed})
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == shares
+
+
+def test_gpus_nobody_named_are_counted(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nprintf 'GPU 0: X (UUID: a)\\n  MIG 1g: y\\nGPU 1: X\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert visible_gpus({}) == ["0", "1"]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in partition_devices(2, {})] == ["0", "1"]
+
+
+def test_more_jobs_than_gpus_are_refused():
+    with pytest.raises(UserError, match=r"launch.jobs=3: .* and 2 can be seen; at most 2 run"):
+        partition_devices(3, {"CUDA_VISIBLE_DEVICES": "0,1"})
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"NPROC": "4"}, "NPROC=4: with launch.jobs=2 a job has 2 of 4 GPUs"),
+        ({"NNODES": "2"}, "with NNODES=2 jobs run one at a time"),
+        ({"MASTER_PORT": "29500"}, "with MASTER_PORT=29500 jobs run one at a time"),
+    ],
+)
+def test_what_the_user_asked_of_all_of_the_machine_is_refused(more, said):
+    with pytest.raises(UserError, match=said):
+        partition_devices(2, {"CUDA_VISIBLE_DEVICES": "0,1,2,3", **more})
+
+
+@pytest.mark.parametrize(
+    ("jobs", "environ", "threads"),
+    [(2, {}, "4"), (3, {}, "2"), (16, {}, "1"), (2, {"NPROC": "2"}, "2")],
+)
+def test_without_gpus_the_cores_are_shared_out(jobs, environ, threads):
+    found = partition_devices(jobs, {"CUDA_VISIBLE_DEVICES": "", **environ})
+    assert found == [{"OMP_NUM_THREADS": threads}] * jobs
+
+
+def test_the_users_number_of_threads_stays():
+    assert partition_devices(2, {"CUDA_VISIBLE_DEVICES": "-1", "OMP_NUM_THREADS": "3"}) == [{}, {}]
+
+
+def test_a_process_of_every_gpu_has_its_cores():
+    found = partition_devices(2, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
+    assert {each["OMP_NUM_THREADS"] for each in found} == {"2"}
+
+
+def test_a_machine_without_nvidia_smi_has_no_gpus(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert resources.visible_gpus({}) == []

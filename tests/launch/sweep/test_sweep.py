@@ -1,0 +1,109 @@
+"""What the jobs of a sweep share, what tells them apart, and the folder that they have."""
+
+from pathlib import Path
+
+import pytest
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.compose.command import plan_command
+from hqqtrain.compose.compose import compose_config
+from hqqtrain.compose.expand import expand_jobs
+from hqqtrain.compose.job import Job
+from hqqtrain.launch.sweep.sweep import Sweep
+
+
+def plan(*words: str, multirun: bool = True) -> list[Job]:
+    return [Job(line, compose_config(line)) for line in expand_jobs(list(words), multirun)]
+
+
+def test_jobs_share_quantized_weights_and_a_group():
+    sweep = Sweep.of(plan("recipe=tiny_2bit", "run.root=out", "quant.nbits=2,3"))
+    for job in sweep.jobs:
+        config = compose_config(job.command)
+        assert config.quant.cache_dir == "out/quantized"
+        assert config.track.group == sweep.name
+        assert config.run_name() == job.name, "what is shared is no part of the result"
+    assert [job.words[-1] for job in sweep.jobs] == ["quant.nbits=2", "quant.nbits=3"]
+
+
+@pytest.mark.parametrize("given", ["quant.cache_dir=mine", "quant.cache_dir=null"])
+def test_what_the_user_has_set_stays(given):
+    sweep = Sweep.of(plan(given, "track.group=ours", "quant.nbits=2,3"))
+    assert [job.command for job in sweep.jobs] == [job.words for job in sweep.jobs]
+
+
+def test_what_a_recipe_has_set_stays(tmp_path, monkeypatch):
+    recipe = "quant: {cache_dir: theirs}\ntrack: {group: ours}\nsweep: {quant.nbits: '2,3'}\n"
+    (tmp_path / "mine.yaml").write_text(recipe)
+    monkeypatch.setenv("HQQTRAIN_RECIPES", str(tmp_path))
+    sweep = Sweep.of(plan("recipe=mine", multirun=False))
+    assert all(job.shared == () for job in sweep.jobs)
+    assert sweep.name.startswith("sweep-mine-")
+
+
+@pytest.mark.parametrize(
+    "root",
+    ["a b", "it's", "it\\'s", "~/runs", "1", "null", "x,y", "{a}", "a=b", "ünï", "b\\c d", "1e3"],
+)
+def test_any_root_survives_as_a_word(root):
+    job = plan("quant.nbits=2", multirun=False)[0]
+    job.config.run.root = root
+    (shared,) = Sweep.of([job]).jobs
+    assert compose_config(shared.command).quant.cache_dir == str(Path(root) / "quantized")
+
+
+def test_the_name_is_that_of_the_jobs_and_not_of_how_they_run():
+    name = Sweep.of(plan("recipe=tiny_2bit", "quant.nbits=2,3")).name
+    assert name.startswith("sweep-tiny_2bit-")
+    assert Sweep.of(plan("recipe=tiny_2bit", "quant.nbits=3,2", "launch.jobs=2")).name == name
+    assert Sweep.of(plan("recipe=tiny_2bit", "quant.nbits=2,4")).name != name
+    assert Sweep.of(plan("task=quantize", "quant.nbits=2,3")).name.startswith("sweep-quantize-")
+
+
+def test_two_words_for_one_run_are_one_job():
+    sweep = Sweep.of(plan("quant.nbits=2,3", "track.project=a,b"))
+    assert [job.words for job in sweep.jobs] == [
+        ["quant.nbits=2", "track.project=a"], ["quant.nbits=3", "track.project=a"],
+    ]  # fmt: skip
+    assert [job.words[-1] for job in sweep.same] == ["track.project=b"] * 2
+
+
+def test_the_swept_keys_are_those_that_differ():
+    sweep = Sweep.of(plan("train.seed=1", "quant.nbits=2,3", "optim.lr=1e-3,2e-3"))
+    assert sweep.values(sweep.jobs[1]) == {"quant.nbits": "2", "optim.lr": "0.002"}
+
+
+TOKEN = "hf_" + "aB3" * 11
+
+
+def test_swept_values_are_shown_without_secrets():
+    sweep = Sweep.of(plan(f"data.source=https://me:pw@host/x,{TOKEN},me:pw@host:x", "run.root=out"))
+    assert [sweep.values(job) for job in sweep.jobs] == [
+        {"data.source": "https://***@host/x"}, {"data.source": "***"},
+        {"data.source": "***@host:x"},
+    ]  # fmt: skip
+    assert not any("pw" in str(job) for job in sweep.jobs)
+    assert [sweep.label(job) for job in sweep.jobs] == [
+        "'data.source=https://***@host/x'", "'data.source=***'",
+        "'data.source=***@host:x'",
+    ]  # fmt: skip
+
+
+def test_a_job_is_called_by_what_tells_it_apart():
+    sweep = Sweep.of(plan("train.seed=1", "quant.nbits=2,3", "track.project=a,b"))
+    labels = [sweep.label(job) for job in [*sweep.jobs, *sweep.same]]
+    assert labels == [f"quant.nbits={n} track.project={p}" for p in "ab" for n in (2, 3)]
+    (alone,) = Sweep.of(plan("quant.nbits=2")).jobs
+    assert Sweep.of([alone]).label(alone) == alone.name
+
+
+def test_a_job_is_not_told_how_many_run_at_a_time():
+    (job, _) = Sweep.of(plan("launch.jobs=2", "quant.nbits=2,3", "run.root=out")).jobs
+    assert job.command[:2] == ["quant.nbits=2", "run.root=out"]
+    with pytest.raises(UserError, match=r"^launch\.jobs=2: .* this is one run; leave it out"):
+        plan_command(["quant.nbits=2", "launch.jobs=2"], False)
+    assert plan_command(["quant.nbits=2", "launch.jobs=2"], True).is_sweep
+
+
+def test_no_more_run_at_a_time_than_there_are():
+    assert Sweep.of(plan("quant.nbits=2,3", "launch.jobs=8")).at_a_time == 2

@@ -1,0 +1,107 @@
+"""An adapter that does not fit is named by what asked for it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch import nn
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import AdapterConfig
+from hqqtrain.config.run import RunConfig
+from hqqtrain.formats.manifest import seal
+from hqqtrain.formats.peft import BaseModelRef, write_adapter
+from hqqtrain.loading.initial_adapter import (
+    check_initial_adapter,
+    initialize_adapters,
+    load_initial_adapter,
+    unknown_base_warning,
+)
+from hqqtrain.models.source import ModelSource
+
+LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["q"])
+
+
+def _model(**linears: int) -> nn.Module:
+    return get_peft_model(nn.ModuleDict({k: nn.Linear(8, n) for k, n in linears.items()}), LORA)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """An adapter of `q`, 8 x 8, on the base sha256:ab."""
+    (tmp_path / "adapter").mkdir()
+    state = get_peft_model_state_dict(_model(q=8))
+    write_adapter(tmp_path / "adapter", state, LORA, BaseModelRef("owner/name", None, "sha256:ab"))
+    return tmp_path / "adapter"
+
+
+@pytest.fixture(params=["resumed", "init_from", "run"])
+def asked(request, folder):
+    """A start, and how messages about it begin."""
+    adapter = AdapterConfig(init_from=str(folder) if request.param == "init_from" else None)
+    source = ModelSource(
+        "runs/a", folder.parent, "quantized", folder if request.param == "run" else None
+    )
+    resumed = folder if request.param == "resumed" else None
+    begin = {
+        "resumed": f"{folder}: the checkpoint that the run goes on from (another run.name",
+        "init_from": f"adapter.init_from={folder}: ",
+        "run": f"{folder}: the adapter of model.name_or_path=runs/a: ",
+    }
+    return load_initial_adapter(RunConfig(adapter=adapter), source, resumed), begin[request.param]
+
+
+def test_shape_and_scaling(asked):
+    start, begin = asked
+    check_initial_adapter(start, LORA)
+    with pytest.raises(UserError, match="was made with r=2, the recipe asks for 3") as error:
+        check_initial_adapter(start, LoraConfig(r=3, lora_alpha=4))
+    assert str(error.value).startswith(begin)
+
+
+@pytest.mark.parametrize(
+    ("linears", "base", "what"),
+    [({"q": 8}, "sha256:cd", "but this base"), ({"q": 9}, "sha256:ab", "holds no")],
+)
+def test_another_base_or_other_modules(asked, linears, base, what):
+    start, begin = asked
+    with pytest.raises(UserError, match=what) as error:
+        initialize_adapters(_model(**linears), start, base, RunConfig())
+    assert str(error.value).startswith(begin)
+
+
+def test_a_checkpoint_comes_before_all_and_its_values_are_used(folder, tmp_path):
+    config = RunConfig(adapter=AdapterConfig(init_from=str(tmp_path / "absent")))
+    source = ModelSource("runs/a", tmp_path, "quantized", tmp_path / "absent")
+    start, model = load_initial_adapter(config, source, folder), _model(q=8)
+    initialize_adapters(model, start, "sha256:ab", config)
+    state = get_peft_model_state_dict(model)
+    assert all(torch.equal(state[name], start.adapter.state[name]) for name in start.adapter.state)
+    assert load_initial_adapter(RunConfig(), ModelSource("tiny", tmp_path, "dense"), None) is None
+
+
+def test_an_altered_checkpoint_is_no_start(folder):
+    seal(folder)
+    source, adapter = (
+        ModelSource("tiny", folder.parent, "dense"),
+        AdapterConfig(init_from=str(folder)),
+    )
+    load_initial_adapter(RunConfig(adapter=adapter), source, None)
+    weights = folder / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"adapter\.init_from=.*its checksum differs"):
+        load_initial_adapter(RunConfig(adapter=adapter), source, None)
+
+
+def test_an_adapter_that_does_not_know_its_base_is_warned_of(folder):
+    source, config = ModelSource("tiny", folder.parent, "dense"), RunConfig()
+    known = load_initial_adapter(config, replace(source, adapter=folder), None)
+    assert unknown_base_warning(known, source) == ""
+    stock = replace(known, adapter=replace(known.adapter, fingerprint=None))
+    assert "names owner/name; on another than model.name_or_path=tiny" in unknown_base_warning(
+        stock, source
+    )

@@ -1,0 +1,243 @@
+"""The estimate is exact for weights, and its verdicts name keys."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import AdapterConfig, EvalConfig, QuantConfig
+from hqqtrain.config.run import RunConfig
+from hqqtrain.distributed.strategies import zero3
+from hqqtrain.loading import memory_available
+from hqqtrain.loading.memory_available import AvailableMemory, available_memory
+from hqqtrain.loading.memory_check import check_fits, oom_advice
+from hqqtrain.loading.memory_estimate import ZERO3_BUCKET, ZERO3_LIVE, estimate_memory
+from hqqtrain.models.build import build_meta, shipped_config
+from hqqtrain.nn.lora import lora_config
+from hqqtrain.nn.replace import quantize_model
+
+GIB = 2**30
+PLENTY = AvailableMemory(host=1 << 50, disk=1 << 50)
+
+
+def _meta(name, config):
+    model = build_meta(shipped_config(name))
+    quantize_model(model, config.quant)
+    return get_peft_model(model, lora_config(config.adapter, model), low_cpu_mem_usage=True)
+
+
+def _config(**more):
+    return RunConfig(quant=QuantConfig(nbits=2, group_size=64), adapter=AdapterConfig(r=16), **more)
+
+
+def test_weights_are_counted_to_the_byte():
+    config = _config()
+    model = _meta("tiny", config)
+    parts = estimate_memory(config, model, dtype=torch.bfloat16).device
+    packed, dense, lora = 0, 0, 0
+    for name, param in model.named_parameters():
+        if "lora_" in name:
+            lora += param.numel()
+        elif name.endswith(("W_q", "scale", "zero")):
+            packed += param.numel() * param.element_size()
+        else:
+            dense += param.numel() * 2
+    assert parts["packed weights"] == packed
+    assert parts["dense weights"] == dense
+    assert parts["adapter and optimizer"] == lora * 16
+    assert parts["reference model"] == 5770496 * 2
+
+
+def test_eight_billion_at_two_bits_needs_what_it_should():
+    config = _config(eval=EvalConfig(reference="off"))
+    needs = estimate_memory(
+        config, _meta("meta-llama/Meta-Llama-3-8B", config), dtype=torch.bfloat16
+    )
+    # 6.98e9 weights in linears at 2.5 bits; embedding and head of 128256 x 4096 in bf16.
+    assert needs.device["packed weights"] == pytest.approx(6.98e9 * 2.5 / 8, rel=0.01)
+    assert needs.device["dense weights"] == pytest.approx(2 * 128256 * 4096 * 2, rel=0.01)
+    assert needs.device["reference model"] == 0
+    assert 4 * GIB < sum(needs.device.values()) < 16 * GIB
+    assert needs.disk["quantized/"] == pytest.approx(4.28e9, rel=0.01)
+
+
+def test_sharding_divides_parameters_only():
+    config = _config()
+    model = _meta("tiny", config)
+    one = estimate_memory(config, model, dtype=torch.float32).device
+    four = estimate_memory(
+        config, model, dtype=torch.float32, world_size=4, strategy="fsdp2"
+    ).device
+    ddp = estimate_memory(config, model, dtype=torch.float32, world_size=4, strategy="ddp").device
+    assert ddp == one
+    for part in ("packed weights", "dense weights", "adapter and optimizer", "reference model"):
+        assert four[part] == one[part] // 4
+    assert four["activations"] == one["activations"]
+
+
+def test_settings_that_save_memory_save_it():
+    config = _config()
+    model = _meta("tiny", config)
+
+    def parts():
+        return estimate_memory(config, model, dtype=torch.bfloat16).device
+
+    before = parts()
+    config.train.checkpointing = False
+    assert parts()["activations"] > before["activations"]
+    config.train.checkpointing, config.train.max_seq_len = True, config.train.max_seq_len // 2
+    assert parts()["activations"] == before["activations"] // 2
+    assert parts()["logits"] < before["logits"]
+    config.optim.name = "paged_adamw_8bit"
+    assert parts()["adapter and optimizer"] < before["adapter and optimizer"]
+    eight = parts()["adapter and optimizer"]
+    config.adapter.dtype = "bf16"
+    assert parts()["adapter and optimizer"] == eight * 6 // 10  # 2 + 2 + 2 bytes, not 4 + 4 + 2
+    whole = parts()["activations"]
+    config.parallel.offload = "activations"
+    offloaded = estimate_memory(config, model, dtype=torch.bfloat16, on_gpu=True).device[
+        "activations"
+    ]
+    assert whole - offloaded == 5 * config.train.max_seq_len * 256 * 2
+    config.task, config.eval.source = "quantize", None
+    unused = ("adapter and optimizer", "reference model", "activations", "logits")
+    assert [parts()[part] for part in unused] == [0, 0, 0, 0]
+
+
+def test_activations_are_of_the_size_that_autograd_saves(monkeypatch):
+    """The formula against the truth: all tensors saved for the backward pass, none recomputed."""
+    config = _config()
+    config.train.checkpointing, config.train.max_seq_len = False, 128
+    model = build_meta(shipped_config("tiny")).to_empty(device="cpu").float()
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=0.02)
+    quantize_model(model, config.quant)
+    model = get_peft_model(model, lora_config(config.adapter, model))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logits = model(torch.arange(128)[None], use_cache=False).logits
+    assert logits.requires_grad
+    parts = estimate_memory(config, model, dtype=torch.float32).device
+    assert 0.8 < parts["activations"] / sum(saved.values()) < 1.3
+
+
+def test_what_cannot_fit_is_refused_with_keys():
+    config = _config()
+    needs = estimate_memory(
+        config, _meta("meta-llama/Meta-Llama-3-70B", config), dtype=torch.bfloat16
+    )
+    assert check_fits(needs, PLENTY, config) == []
+    with pytest.raises(UserError, match=r"weights and optimizer need .* GiB.*eval\.reference=off"):
+        check_fits(needs, AvailableMemory(host=1 << 50, disk=1 << 50, device=80 * GIB), config)
+
+
+def test_what_each_strategy_divides():
+    config = _config()
+    model = _meta("tiny", config)
+
+    def of(strategy: str) -> dict[str, int]:
+        found = estimate_memory(config, model, dtype=torch.float32, world_size=4, strategy=strategy)
+        return found.device
+
+    whole = of("ddp")
+    for strategy in ("fsdp2", "fsdp1", "zero3"):
+        assert of(strategy)["packed weights"] == whole["packed weights"] // 4
+    trained = {strategy: of(strategy)["adapter and optimizer"] for strategy in ("fsdp1", "zero3")}
+    assert trained["fsdp1"] == whole["adapter and optimizer"] == trained["zero3"] * 4
+
+
+def test_what_zero3_holds_is_what_it_is_told_to():
+    assert (ZERO3_LIVE, ZERO3_BUCKET) == (zero3.MAX_LIVE_NUMEL, zero3.REDUCE_BUCKET_NUMEL)
+
+
+def test_offloaded_parameters_are_the_hosts():
+    config = _config()
+    model = _meta("tiny", config)
+    before = estimate_memory(config, model, dtype=torch.float32, on_gpu=True)
+    config.parallel.offload = "parameters"
+    after = estimate_memory(config, model, dtype=torch.float32, on_gpu=True)
+    moved = ("packed weights", "dense weights", "adapter and optimizer", "reference model")
+    assert before.host == 0
+    assert after.host == sum(before.device[part] for part in moved)
+    assert [after.device[part] for part in moved] == [0, 0, 0, 0]
+    free = AvailableMemory(host=after.host * 7, disk=1 << 50, device=1 << 50)
+    with pytest.raises(UserError, match=r"parallel\.offload=parameters: 8 ranks would keep"):
+        check_fits(after, free, config, local_ranks=8)
+
+
+def test_what_is_tight_is_a_warning():
+    config = _config()
+    needs = estimate_memory(config, _meta("tiny", config), dtype=torch.float32)
+    room = sum(needs.device.values())
+    [warning] = check_fits(needs, AvailableMemory(host=room, disk=1 << 50), config)
+    assert "may not be enough" in warning
+    assert "train." in warning
+
+
+def test_ranks_share_the_memory_of_a_machine():
+    config = _config()
+    needs = estimate_memory(config, _meta("tiny", config), dtype=torch.float32)
+    free = AvailableMemory(host=4 * sum(needs.device.values()), disk=1 << 50)
+    assert check_fits(needs, free, config) == []
+    assert check_fits(needs, free, config, local_ranks=4) != []
+
+
+def test_a_full_disk():
+    config = _config()
+    needs = estimate_memory(config, _meta("tiny", config), dtype=torch.float32)
+    with pytest.raises(UserError, match=r"run\.root=runs: .*GiB of disk.*quant\.save=false"):
+        check_fits(needs, AvailableMemory(host=1 << 50, disk=1000), config)
+    [warning] = check_fits(needs, AvailableMemory(1 << 50, sum(needs.disk.values())), config)
+    assert "disk" in warning
+
+
+def test_out_of_memory_advice_names_what_can_still_be_lowered():
+    config = _config()
+    config.train.micro_batch_size = 4
+    text = oom_advice(config)
+    assert "train.micro_batch_size (now 4)" in text
+    assert "eval.reference=off" in text
+    assert "train.checkpointing" not in text
+    config.train.checkpointing = False
+    assert "train.checkpointing=true" in oom_advice(config)
+
+
+def test_this_machine_has_memory_and_disk(tmp_path):
+    found = available_memory("cpu", tmp_path / "not" / "there" / "yet")
+    assert found.device is None
+    assert found.host > 0
+    assert found.disk > 0
+
+
+def test_the_limit_of_a_cgroup_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_available, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("12345\n")
+    assert memory_available.free_host_memory() == 12345
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory_available.free_host_memory() > 12345
+
+
+def test_what_is_there_already_needs_no_disk():
+    config = _config()
+    model = _meta("tiny", config)
+    parts = estimate_memory(config, model, dtype=torch.bfloat16).disk
+    adapter = parts["adapter/"]
+    assert parts["quantized/"] > 0
+    assert parts["checkpoints/"] == 3 * 3 * adapter  # two that are kept and the next one
+    resumed = estimate_memory(
+        config, model, dtype=torch.bfloat16, has_quantized=True, has_checkpoints=True
+    ).disk
+    assert resumed == {
+        "quantized/": 0,
+        "adapter/": adapter,
+        "checkpoints/": 3 * adapter,
+        "export": 0,
+    }

@@ -1,0 +1,121 @@
+"""Pieces arrive in order while the next one is read; errors arrive with their piece."""
+
+import threading
+
+import pytest
+import torch
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.loading.load import DeferredFiniteCheck
+from hqqtrain.loading.prefetch import Prefetcher, RowRange
+
+CPU = torch.device("cpu")
+
+
+class Source:
+    """Source of one-element tensors that records which thread read what."""
+
+    def __init__(self, ahead: int) -> None:
+        self.bytes_read, self.ahead = 0, ahead
+        self.read_names: list[str] = []
+        self.threads: set[int] = set()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return (1,)
+
+    def read(self, name: str, rows: list[slice] | None = None) -> torch.Tensor:
+        self.threads.add(threading.get_ident())
+        if name == "bad":
+            raise UserError("bad: damaged")
+        self.read_names.append(name)
+        return torch.tensor([float(name)])
+
+
+def pieces(*names: object) -> list[RowRange]:
+    return [RowRange(str(name), None) for name in names]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_order_and_prefetch_limit(ahead):
+    source = Source(ahead)
+    with Prefetcher(source, pieces(*range(8)), CPU) as arriving:
+        for number, tensor in enumerate(arriving):
+            assert tensor.item() == number
+            assert len(source.read_names) <= number + 1 + ahead
+    assert source.read_names == [str(i) for i in range(8)]
+    assert (threading.get_ident() in source.threads) == (ahead == 0)
+
+
+def test_next_piece_is_read_in_the_background():
+    source = Source(1)
+    with Prefetcher(source, pieces(0, 1, 2), CPU) as arriving:
+        next(arriving)
+        for _ in range(1000):
+            if source.read_names == ["0", "1"]:
+                return
+            threading.Event().wait(0.005)
+    pytest.fail(f"only {source.read_names} read")
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_an_error_is_raised_with_its_piece(ahead):
+    with Prefetcher(Source(ahead), pieces(0, "bad", 2), CPU) as arriving:
+        assert next(arriving) == 0
+        with pytest.raises(UserError, match="bad: damaged"):
+            next(arriving)
+
+
+def test_leaving_early_ends_the_thread():
+    before = threading.active_count()
+    ahead = Prefetcher(Source(1), pieces(*range(9)), CPU)
+    with pytest.raises(KeyboardInterrupt), ahead as arriving:  # noqa: PT012 (the body leaves early)
+        next(arriving)
+        raise KeyboardInterrupt
+    assert threading.active_count() == before
+
+
+class Pinned(Source):
+    """Source of 4 million elements per piece, so that copies take a while."""
+
+    def read(self, name: str, rows: list[slice] | None = None) -> torch.Tensor:
+        return torch.full((1 << 22,), float(name), pin_memory=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_a_gpu_waits_for_its_copy(ahead):
+    device = torch.device("cuda:0")
+    with Prefetcher(Pinned(ahead), pieces(*range(40)), device) as arriving:
+        sums = [(piece - number).abs().sum() for number, piece in enumerate(arriving)]
+    assert torch.stack(sums).sum().item() == 0
+    assert {total.device for total in sums} == {device}
+
+
+class Damaged(Source):
+    """Source whose tensor `b` has a NaN in row 4."""
+
+    def read(self, name: str, rows: list[slice] | None = None) -> torch.Tensor:
+        W = torch.ones(6, 3)
+        if name == "b":
+            W[4, 1] = torch.nan
+        return torch.cat([W[r] for r in rows]) if rows else W
+
+
+def test_a_value_that_is_not_finite_is_named_later():
+    source = Damaged(0)
+    finite = DeferredFiniteCheck(source)
+    rows = [slice(0, 2), slice(3, 6)]
+    said = r"b: row 4 holds nan; 1 of 5 rows"
+    with pytest.raises(UserError, match=said) as fault:  # noqa: PT012 (the test is in which turn it raises)
+        for number, name in enumerate("abacad"):
+            bad = ~torch.cat([source.read(name)[r] for r in rows]).isfinite().all()
+            finite.add(RowRange(name, rows), bad)
+            assert number < 4, "at most two results may be pending"
+    assert "damaged" in str(fault.value)
+
+
+def test_check_reads_all_pending_results():
+    finite = DeferredFiniteCheck(Damaged(0))
+    finite.add(RowRange("b", None), torch.tensor([1], dtype=torch.int32))
+    with pytest.raises(UserError, match="b: row 4"):
+        finite.check()

@@ -1,0 +1,99 @@
+"""A model built on meta and filled tensor by tensor is the one `from_pretrained` loads."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hqqtrain.config.groups import ModelConfig
+from hqqtrain.distributed.comm import Communicator
+from hqqtrain.loading.load import load_model
+from hqqtrain.models.build import (
+    build_meta,
+    load_hf_config,
+    load_model_config,
+    restore_buffers,
+    shipped_config,
+)
+from hqqtrain.models.fqn import expected_shapes, retie_weights, tied_names
+from hqqtrain.models.source import resolve_source
+from hqqtrain.models.weights.safetensors import SafetensorsReader
+
+ALONE = Communicator(0, 1, torch.device("cpu"))
+TOKENS = torch.arange(20).view(2, 10)
+
+
+def _filled(folder, dtype=None):
+    model = build_meta(load_hf_config(folder), dtype)
+    reader = SafetensorsReader(folder, tied_names(model))
+    assert reader.check(expected_shapes(model)) == []
+    load_model(model, reader, ALONE)
+    return model.eval(), reader
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_filled_model_equals_from_pretrained(make_model, tmp_path, kind, tied):
+    make_model(kind, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    model, reader = _filled(tmp_path)
+    truth = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(model(TOKENS).logits, truth(TOKENS).logits)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert reader.bytes_read == reader.total_bytes
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+
+
+def test_the_bundled_model_loads_and_predicts():
+    source = resolve_source(ModelConfig())
+    model, _ = _filled(source.path, dtype=torch.float32)
+    truth = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    assert torch.equal(model(TOKENS).logits, truth(TOKENS).logits)
+
+
+def test_parameters_take_the_dtype_and_buffers_keep_theirs(checkpoint):
+    model, reader = _filled(checkpoint, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert reader.bytes_read == reader.total_bytes
+
+
+def test_scaled_rope_buffers_are_computed_not_copied(make_model):
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
+    real = make_model(rope_parameters=rope)
+    model = build_meta(real.config).to_empty(device="cpu")
+    model.model.rotary_emb.inv_freq.fill_(float("nan"))
+    restore_buffers(model, "cpu")
+    for name, buffer in real.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer), name
+
+
+def test_to_empty_unties_and_tie_mends_it(make_model):
+    model = build_meta(make_model(tie_word_embeddings=True).config).to_empty(device="cpu")
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    retie_weights(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("tiny", 0.0057),
+        ("meta-llama/Meta-Llama-3-8B", 8.03),
+        ("meta-llama/meta-llama-3-70b", 70.55),
+        ("meta-llama/Llama-2-70b-hf", 68.98),
+        ("meta-llama/Llama-3.1-405B", 405.85),
+    ],
+)
+def test_shipped_configurations_build_without_a_network(name, billions):
+    model = build_meta(shipped_config(name))
+    count = sum(p.numel() for p in model.parameters()) / 1e9
+    assert count == pytest.approx(billions, rel=0.02)
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_other_models_have_no_shipped_configuration():
+    assert shipped_config("owner/another") is None
+
+
+def test_tiny_is_shipped_as_it_is_loaded():
+    assert shipped_config("tiny").to_dict() == load_model_config(ModelConfig()).to_dict()

@@ -1,0 +1,123 @@
+"""The hub out of reach, silent, gated, or without the name: a message each, and no waiting.
+
+The first tests talk to real sockets of this machine, through huggingface_hub unchanged; the
+replies of the hub itself are raised by a stand-in, as its client raises them.
+"""
+
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from huggingface_hub import close_session, constants, errors
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import ModelConfig
+from hqqtrain.models import hub
+from hqqtrain.models.source import resolve_source
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def hub_at(monkeypatch):
+    def point(url: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for name in ("http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.upper(), raising=False)
+        close_session()
+
+    yield point
+    close_session()
+
+
+def test_a_hub_that_refuses_connections(hub_at):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        hub_at(f"http://127.0.0.1:{free.getsockname()[1]}")
+        with pytest.raises(UserError, match=r"owner/name: no folder .* cannot be reached"):
+            resolve_source(ModelConfig(name_or_path="owner/name"))
+
+
+def test_a_hub_that_accepts_and_never_answers(hub_at, monkeypatch):
+    monkeypatch.setattr(hub, "TIMEOUT", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hub_at(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(UserError, match="cannot be reached"):
+            resolve_source(ModelConfig(name_or_path="owner/name"))
+    assert time.monotonic() - start < 8
+
+
+def test_offline_is_respected(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"owner/name: .*offline mode"):
+        resolve_source(ModelConfig(name_or_path="owner/name"))
+
+
+def test_a_name_the_hub_cannot_have():
+    with pytest.raises(UserError, match="neither a folder nor a hub name"):
+        resolve_source(ModelConfig(name_or_path="what is this?"))
+
+
+def _response(status: int) -> httpx.Response:
+    return httpx.Response(status, request=httpx.Request("GET", "https://hub/api"))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errors.GatedRepoError("x", response=_response(403)), "gated.*hf auth login"),
+        (errors.RepositoryNotFoundError("x", response=_response(404)), "neither a folder here nor"),
+        (
+            errors.RevisionNotFoundError("x", response=_response(404)),
+            r"model\.revision=v9: .*no such",
+        ),
+        (errors.HfHubHTTPError("x", response=_response(503)), "cannot be reached"),
+        (httpx.ReadTimeout("timed out"), r"cannot be reached \(timed out\)"),
+    ],
+)
+def test_what_the_hub_says(monkeypatch, error, message):
+    def refuse(*_, local_files_only=False, **__):
+        raise errors.LocalEntryNotFoundError("not cached") if local_files_only else error
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    monkeypatch.setattr(hub, "_ask", lambda *_: None)
+    with pytest.raises(UserError, match=message):
+        resolve_source(ModelConfig(name_or_path="owner/name", revision="v9"))
+
+
+def test_the_revision_and_only_the_needed_files_are_asked_for(monkeypatch, checkpoint):
+    asked = {}
+
+    def download(name, **more):
+        asked.update(more, name=name)
+        return str(checkpoint)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "_ask", lambda *_: None)
+    model = ModelConfig(name_or_path="owner/name", revision="v9")
+    assert resolve_source(model).path == Path(checkpoint)
+    assert (asked["name"], asked["revision"]) == ("owner/name", "v9")
+    assert "*.safetensors" in asked["allow_patterns"]
+    assert not any("bin" in pattern or "pt" in pattern for pattern in asked["allow_patterns"])
+    resolve_source(model, weights=False)
+    assert "*.safetensors" not in asked["allow_patterns"]
+
+
+def test_a_model_in_the_cache_needs_no_hub(monkeypatch, checkpoint, tmp_path):
+    snapshot = tmp_path / "cache" / "models--owner--name" / "snapshots" / ("a" * 40)
+    snapshot.parent.mkdir(parents=True)
+    checkpoint.rename(snapshot)
+    refs = tmp_path / "cache" / "models--owner--name" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve_source(ModelConfig(name_or_path="owner/name")).path == snapshot

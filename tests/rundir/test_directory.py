@@ -1,0 +1,226 @@
+"""A run directory has one configuration and, at a time, one process."""
+
+import json
+import os
+import signal
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import ModelConfig, QuantConfig, TrainConfig
+from hqqtrain.config.infra import RunDirConfig
+from hqqtrain.config.run import RunConfig
+from hqqtrain.rundir.directory import RunDirectory
+from hqqtrain.rundir.provenance import MADE_FROM, source_digest
+
+
+def _config(tmp_path, name="a", **more) -> RunConfig:
+    return RunConfig(run=RunDirConfig(root=str(tmp_path / "runs"), name=name), **more)
+
+
+def _finish(config) -> RunDirectory:
+    with RunDirectory(config) as run:
+        run.begin(["hqqtrain", "recipe=x"])
+        run.write_summary({"schema": 1})
+        run.write_status("done", exit_code=0)
+    return run
+
+
+def test_what_it_writes(tmp_path):
+    config = _config(tmp_path)
+    with RunDirectory(config) as run:
+        run.begin(["hqqtrain", "recipe=x", "hub.token=secret"])
+        assert run.status()["status"] == "running"
+        assert run.status()["exit_code"] is None
+    found = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert {k: found[k] for k in asdict(config)} == asdict(config)
+    assert found["identity"] == config.identity()
+    assert found["command"] == ["hqqtrain", "recipe=x", "hub.token=***"]
+    assert found["versions"].keys() >= {"python", "torch", "transformers", "peft"}
+    assert "git_revision" in found
+
+
+def test_done_means_status_and_summary(tmp_path):
+    config = _config(tmp_path)
+    assert not RunDirectory(config).done()
+    run = _finish(config)
+    assert run.done()
+    (run.path / "summary.json").unlink()
+    assert not run.done()
+
+
+@pytest.mark.parametrize("status", ["running", "failed", "preempted"])
+def test_other_states_are_not_done(tmp_path, status):
+    run = _finish(_config(tmp_path))
+    with run:
+        run.write_status(status, exit_code=1, cause="it broke")
+    assert not run.done()
+    assert run.status()["cause"] == "it broke"
+
+
+def test_the_same_configuration_may_come_back(tmp_path):
+    _finish(_config(tmp_path))
+    with RunDirectory(_config(tmp_path)) as run:
+        run.begin([])
+        assert run.status()["status"] == "running"
+
+
+def test_another_configuration_is_refused_and_nothing_is_written(tmp_path):
+    run = _finish(_config(tmp_path))
+    before = {p.name: p.stat().st_mtime_ns for p in run.path.iterdir()}
+    other = _config(tmp_path, quant=QuantConfig(nbits=3, group_size=None))
+    with pytest.raises(UserError) as error, RunDirectory(other):
+        pass
+    text = str(error.value)
+    assert "quant.nbits=3 (there 4)" in text
+    assert "quant.group_size=null (there 64)" in text
+    assert "quant.axis" not in text
+    assert {p.name: p.stat().st_mtime_ns for p in run.path.iterdir()} == before
+
+
+def test_what_does_not_define_the_result_may_differ(tmp_path):
+    _finish(_config(tmp_path))
+    other = _config(tmp_path, recipe="another")
+    other.track.backends = []
+    RunDirectory(other).check()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "status.json"])
+@pytest.mark.parametrize("bad", [b"", b"{", b"- 1", b"\xff\xfe\xfa", b"a: \0"])
+def test_a_damaged_file_is_named(name, bad, tmp_path):
+    run = _finish(_config(tmp_path))
+    (run.path / name).write_bytes(bad)
+    with pytest.raises(UserError, match=rf"{name}: cannot be read .*another run\.name"), run:
+        pass
+    assert (run.path / name).read_bytes() == bad
+
+
+def test_half_a_config_is_damaged_not_another(tmp_path):
+    run = _finish(_config(tmp_path))
+    text = (run.path / "config.yaml").read_text()
+    (run.path / "config.yaml").write_text(text[: text.index("\noptim:") + 1])
+    with pytest.raises(UserError, match=r"config\.yaml: cannot be read .*incomplete") as error:
+        run.check()
+    assert "absent" not in str(error.value)
+
+
+def test_an_identity_that_differs_is_another_configuration(tmp_path):
+    run = _finish(_config(tmp_path))
+    (run.path / "config.yaml").write_text("identity: 5")
+    with pytest.raises(UserError, match="another configuration"):
+        run.check()
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_kill_while_it_begins_leaves_no_run_that_looks_done(writes, tmp_path, monkeypatch):
+    """A finished run is extended; the process dies after so many of the files are written."""
+    _finish(_config(tmp_path))
+    longer = _config(tmp_path, train=TrainConfig(max_steps=99))
+    if (child := os.fork()) == 0:
+        left, replace = iter(range(writes)), Path.replace
+
+        def dying(self: Path, target: Path) -> Path:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(self, target)
+
+        monkeypatch.setattr(Path, "replace", dying)
+        with RunDirectory(longer) as run:
+            run.begin([])
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert not RunDirectory(longer).done()
+    with RunDirectory(longer) as run:
+        run.begin([])
+
+
+def test_a_kill_while_a_new_run_begins_does_not_block_the_next(tmp_path, monkeypatch):
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(
+            RunDirectory, "write_status", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        )
+        with RunDirectory(_config(tmp_path)) as run:
+            run.begin([])
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    with RunDirectory(_config(tmp_path)) as run:
+        run.begin([])
+        assert run.status()["status"] == "running"
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    run = RunDirectory(_config(tmp_path))
+    run.path.mkdir(parents=True)
+    (run.path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="holds files, but no run"), run:
+        pass
+    assert os.listdir(run.path) == ["thesis.tex"]
+
+
+def test_a_file_in_the_way(tmp_path):
+    run = RunDirectory(_config(tmp_path))
+    run.path.parent.mkdir()
+    run.path.write_text("x")
+    with pytest.raises(UserError, match="is a file"), run:
+        pass
+
+
+def test_nothing_begun_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), RunDirectory(_config(tmp_path)):
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+
+
+def test_folders_that_were_there_stay(tmp_path):
+    (tmp_path / "runs").mkdir()
+    with RunDirectory(_config(tmp_path)):
+        pass
+    assert os.listdir(tmp_path) == ["runs"]
+    assert os.listdir(tmp_path / "runs") == []
+
+
+def test_a_directory_in_use_is_locked_until_its_process_dies(tmp_path):
+    config = _config(tmp_path)
+    ready, tell = os.pipe()
+    if (child := os.fork()) == 0:
+        with RunDirectory(config) as run:
+            run.begin([])
+            os.write(tell, b"x")
+            signal.pause()
+    os.read(ready, 1)
+    run = RunDirectory(config)
+    before = (run.path / "status.json").read_text()
+    with pytest.raises(UserError, match="in use by another process"), run:
+        pass
+    assert (run.path / "status.json").read_text() == before
+    assert not run.done()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with RunDirectory(config) as run:
+        run.write_status("failed", exit_code=1)
+
+
+def test_figures_that_are_not_finite_become_null(tmp_path):
+    with RunDirectory(_config(tmp_path)) as run:
+        run.begin([])
+        run.write_summary({"eval": {"perplexity": float("inf"), "kl": [float("nan"), 1.5]}})
+    found = json.loads((run.path / "summary.json").read_text())
+    assert found == {"eval": {"perplexity": None, "kl": [None, 1.5]}}
+
+
+def test_quantized_weights_are_known_by_what_they_were_made_from(tmp_path):
+    """config.yaml is rewritten by a new beginning, which may be killed before they are."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_text("old")
+    config = _config(tmp_path, model=ModelConfig(name_or_path=str(model)))
+    run = _finish(config)
+    assert not run.holds("quantized")
+    (run.path / "quantized").mkdir()
+    (run.path / "quantized" / MADE_FROM).write_text(json.dumps(source_digest(config)))
+    assert run.holds("quantized")
+    (model / "model.safetensors").write_text("another")
+    with run:
+        run.begin(["hqqtrain"])
+        assert not run.holds("quantized")

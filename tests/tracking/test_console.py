@@ -1,0 +1,165 @@
+"""The console: bars or plain lines, silence on other ranks, one table."""
+
+import io
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from hqqtrain.tracking import console
+from hqqtrain.tracking.console import Console, ResultRow, results_table, setup_logging
+
+HEADERS = ["model", "perplexity", "KL", "bits per weight", "GiB", "seconds"]
+ROWS = [
+    ResultRow("full precision", 7.6146, None, 16.0, 0.0107),
+    ResultRow("quantized", 15.3, 0.6312, 2.5, 0.004, 1.33),
+    ResultRow("trained", 9.875, 0.2, 2.5, 0.005, 88.0),
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def logging_restored():
+    logger = logging.getLogger("hqqtrain")
+    before = (logger.handlers[:], logger.level)
+    with warnings.catch_warnings():
+        yield
+    logger.handlers[:], level = before
+    logger.setLevel(level)
+
+
+def test_the_table_has_every_figure_and_a_dash_for_none():
+    lines = results_table(ROWS).splitlines()
+    assert re.split(r"  +", lines[0].strip()) == HEADERS
+    assert lines[2].split() == ["full", "precision", "7.615", "-", "16.00", "0.011", "-"]
+    assert lines[4].split() == ["trained", "9.875", "0.2000", "2.50", "0.005", "88.0"]
+
+
+def test_results_go_to_standard_output_of_the_main_process_only(capsys):
+    Console(main=False).results(ROWS, [Path("a")])
+    assert capsys.readouterr() == ("", "")
+    Console().results(ROWS, [Path("runs/x/adapter")], ["W&B: there"])
+    assert capsys.readouterr().out.endswith("\nwrote runs/x/adapter\nW&B: there\n")
+
+
+def test_a_terminal_gets_a_bar_with_its_postfix(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Console().progress("training", total=2, unit="step") as bar:
+        bar.update(loss=2.3456789)
+        bar.update(loss=1.5, rate="fast")
+    assert "training: 100%" in terminal.getvalue()
+    assert "loss=1.5, rate=fast" in terminal.getvalue()
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """Seconds, in a list of one."""
+    now = [1000.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_log_file_gets_a_line_soon_one_a_minute_and_one_at_the_end(capsys, clock):
+    with Console().progress("training", total=300, unit="step") as bar:
+        for _ in range(300):
+            clock[0] += 1.0
+            bar.update(loss=2.5, tokens_per_second=12345.6)
+    lines = capsys.readouterr().err.splitlines()
+    tail = "loss=2.5, tokens_per_second=12,346"
+    assert lines[0] == f"training: 5/300 steps (2%), 1 steps/s, ETA 04:55, {tail}"
+    assert [line.split("/")[0] for line in lines[1:-1]] == [
+        f"training: {n}" for n in (65, 125, 185, 245)
+    ]
+    assert lines[-1] == f"training: 300/300 steps (100%), 1 steps/s, in 05:00, {tail}"
+
+
+def test_the_first_slow_step_is_told_at_once(capsys, clock):
+    bar = Console().progress("training", total=10, unit="step")
+    clock[0] += 40.0
+    bar.update()
+    assert capsys.readouterr().err == "training: 1/10 steps (10%), 0.025 steps/s, ETA 06:00\n"
+
+
+def test_a_resumed_run_counts_its_own_time_only(capsys, clock, monkeypatch):
+    bar = Console().progress("training", total=100, unit="step", initial=90)
+    clock[0] += 10.0
+    bar.update(5)
+    assert capsys.readouterr().err == "training: 95/100 steps (95%), 0.5 steps/s, ETA 00:10\n"
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Console().progress("training", total=100, unit="step", initial=90) as bar:
+        pass
+    assert "90/100" in terminal.getvalue()
+
+
+def test_nothing_to_do_says_nothing(capsys):
+    with Console().progress("training", total=8, unit="step", initial=8):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("setting", "coloured"), [("", True), ("1", False)])
+@pytest.mark.usefixtures("logging_restored")
+def test_colour_is_for_terminals_whose_user_wants_it(monkeypatch, setting, coloured):
+    monkeypatch.setenv("NO_COLOR", setting)
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    setup_logging()
+    with Console().progress("training", total=2, unit="step") as bar:
+        bar.update()
+    logging.getLogger("hqqtrain.x").warning("careful")
+    assert ("\033[33mwarning: \033[0mcareful" in terminal.getvalue()) is coloured
+    assert ("\033[3" in terminal.getvalue()) is coloured
+    assert "step/s" in terminal.getvalue()
+
+
+def test_a_pipe_never_sees_a_colour(capsys, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "")
+    with Console().progress("training", total=1, unit="step") as bar:
+        bar.update()
+    Console().results(ROWS, [Path("a")])
+    assert "\033" not in "".join(capsys.readouterr())
+
+
+def test_other_ranks_and_an_error_inside_are_silent_and_clean(capsys):
+    with Console(main=False).progress("x", total=1) as bar:
+        bar.update()
+    assert capsys.readouterr().err == ""
+    bar = Console().progress("x", total=3)
+    with pytest.raises(ZeroDivisionError), bar:
+        fail_after_one(bar)
+    assert "x: 1/3 its (33%)" in capsys.readouterr().err
+
+
+def test_without_a_total(capsys):
+    with Console().progress("reading", unit="row") as bar:
+        bar.update(5)
+    assert capsys.readouterr().err.startswith("reading: 5 rows, ")
+
+
+@pytest.mark.usefixtures("logging_restored")
+def test_logging_once_on_the_main_process_and_errors_only_elsewhere(capsys):
+    logger = logging.getLogger("hqqtrain.some.module")
+    for _ in range(2):
+        setup_logging()
+    logger.info("hello %d", 1)
+    logger.warning("careful with %s", "https://me:pw@host")
+    assert capsys.readouterr().err == "hello 1\nwarning: careful with https://***@host\n"
+    setup_logging(main=False)
+    logger.warning("careful")
+    logger.error("broken")
+    assert capsys.readouterr().err == "error: broken\n"
+
+
+def fail_after_one(bar) -> None:
+    bar.update()
+    raise ZeroDivisionError

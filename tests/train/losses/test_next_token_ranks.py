@@ -1,0 +1,66 @@
+"""The chunked loss on ranks whose batches differ in length: no rank may wait forever."""
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
+from hqqtrain.train.losses import next_token as module
+from hqqtrain.train.losses.next_token import NextTokenLoss
+
+LENGTHS = (40, 6, 21)
+
+
+def make_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, dtype=torch.float32)
+    ).train()  # fmt: skip
+
+
+def make_batch(rank: int) -> dict[str, torch.Tensor]:
+    ids = (torch.arange(LENGTHS[rank]) * 7 + rank)[None] % 96
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def ragged(rank: int, comm: Communicator, strategy: str) -> None:
+    module.CHUNK_LOGITS = 10 * 96
+    alone = make_model()
+    expected = torch.stack([
+        alone(**make_batch(r), use_cache=False).loss * (LENGTHS[r] - 1)
+        for r in range(comm.size)
+    ])  # fmt: skip
+    (expected.sum() / comm.size).backward()
+    model = make_model()
+    if strategy == "fsdp2":
+        mesh = init_device_mesh("cpu", (comm.size,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    whole = DistributedDataParallel(model) if strategy == "ddp" else model
+    found = NextTokenLoss(whole, max(LENGTHS), comm)
+    assert found._takes_parts
+    loss = found(make_batch(rank))
+    loss.backward()
+    torch.testing.assert_close(loss, expected[rank].detach())
+    for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+        grad = ours.grad.full_tensor() if strategy == "fsdp2" else ours.grad
+        torch.testing.assert_close(grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_ranks_with_batches_of_different_lengths(strategy):
+    assert on_ranks(ragged, 3, strategy) == [""] * 3
+
+
+def test_single_process(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 10 * 96)
+    model = make_model()
+    batch = make_batch(0)
+    expected = model(**batch, use_cache=False).loss * (LENGTHS[0] - 1)
+    torch.testing.assert_close(NextTokenLoss(model, 40, SINGLE_PROCESS)(batch), expected)
