@@ -192,7 +192,7 @@ between nodes it is not checked by anything.
 What to read from it: gathering packed weights instead of bf16 ones saves a factor of 3.6 (4 bits)
 to 11 (1 bit) of what linear layers put on the wire. Between nodes it is still what a small batch
 waits for, at 4 bits above all. Larger batches a GPU hide it: work grows with tokens, the wire does
-not. Sharding within a node and replicating between nodes (parallel.hybrid=true, not in the table)
+not. Sharding within a node and replicating between nodes (parallel.hsdp=true, not in the table)
 leaves nothing but adapters' gradients to the slow links, for the memory of 8 GPUs.
 """
 

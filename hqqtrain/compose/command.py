@@ -55,7 +55,7 @@ def _as_recipe(config: RunConfig) -> str:
 def _refuse_jobs(words: Sequence[str]) -> None:
     """A recipe may say it for the sweeps that it is made for; a command line says it in vain."""
     for word in words:
-        if word.startswith("launch.jobs="):
+        if word.startswith("launch.max_parallel_jobs="):
             raise UserError(
                 f"{word}: so many jobs of a sweep run at a time, and this is one run; leave it "
                 "out, or sweep, as in -m quant.nbits=2,3."

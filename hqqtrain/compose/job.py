@@ -31,7 +31,7 @@ class Job:
     @property
     def command(self) -> list[str]:
         """All words, as `python -m hqqtrain` takes them; how many run at a time is the sweep's."""
-        alone = [word for word in self.words if not word.startswith("launch.jobs=")]
+        alone = [word for word in self.words if not word.startswith("launch.max_parallel_jobs=")]
         return [*alone, *self.shared]
 
     def __str__(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 
+from hqqtrain.config.renamed import RENAMED_KEYS
 from hqqtrain.config.run import RunConfig
 
 
@@ -36,6 +37,8 @@ def known_keys(schema: type = RunConfig, prefix: str = "") -> Iterator[tuple[str
 
 def unknown_key_error(dotted: str) -> str | None:
     """One sentence if there is no key `dotted`, with the nearest ones; None if there is."""
+    if dotted in RENAMED_KEYS:
+        return f"{dotted}: is called {RENAMED_KEYS[dotted]} now; use that name."
     schema: Any = ComposedConfig
     parts = dotted.split(".")
     for depth, part in enumerate(parts):

@@ -36,7 +36,7 @@ class QuantConfig:
     group_size: int | None = key(64, "weights that share a scale; null: row or column", low=2)
     axis: int = key(1, "1: groups run along a row, 0: down a column", choices=(0, 1))
     solver: str = key("least_squares", "how scale and zero are found", choices=SOLVERS)
-    storage: str = key(
+    storage_dtype: str = key(
         "auto", "dtype that W_q is held in; the bits are the same",
         choices=("auto", "uint8", "bf16", "fp16", "fp32"),
     )  # fmt: skip
@@ -89,14 +89,18 @@ class AdapterConfig:
 class TrainConfig:
     """The training loop; a setting means the same at any number of processes."""
 
-    objective: str = key("sft", "sft: next-token loss", choices=("sft",))
+    objective: str = key(
+        "next_token",
+        "the loss; next_token: cross-entropy of the next token",
+        choices=("next_token",),
+    )
     max_steps: int | None = key(None, "optimizer steps; beats epochs", low=0)
     epochs: float = key(1.0, "passes over the data", low=0)
     global_batch_size: int = key(16, "sequences an optimizer step, over all ranks", low=1)
     micro_batch_size: int = key(1, "sequences of one forward pass on one rank, at most", low=1)
     max_seq_len: int = key(2048, "tokens of a sequence", low=2)
     packing: bool = key(True, "fill sequences with several texts")
-    checkpointing: bool = key(True, "recompute activations in the backward pass")
+    activation_checkpointing: bool = key(True, "recompute activations in the backward pass")
     precision: str = key("auto", "auto: bf16 on a GPU, fp32 on a CPU", choices=DTYPES)
     max_grad_norm: float | None = key(1.0, "clip the gradient to this norm; null: never", low=0)
     on_nonfinite: str = key(
@@ -153,13 +157,13 @@ class ParallelConfig:
         "auto", "auto: single for one process, else fsdp2",
         choices=("auto", "single", "ddp", "fsdp2", "fsdp1", "zero3"),
     )  # fmt: skip
-    hybrid: bool = key(False, "fsdp2: shard within a node, replicate between nodes")
+    hsdp: bool = key(False, "fsdp2: shard within a node, replicate between nodes")
     offload: str = key(
         "none",
         "to the host's memory: activations that checkpointing keeps, fsdp2's parameters, or all",
         choices=("none", "activations", "parameters", "all"),
     )
-    check_every: int | None = key(
+    consistency_check_every: int | None = key(
         100, "steps between checks that ranks agree and frozen bits are as they were; null: never",
         low=1,
     )  # fmt: skip

@@ -72,7 +72,7 @@ class LaunchConfig:
     backend: str = key(
         "local", "local: this machine, as started; slurm: a batch job", choices=("local", "slurm")
     )
-    jobs: int = key(1, "jobs of a sweep that run at a time", low=1)
+    max_parallel_jobs: int = key(1, "jobs of a sweep that run at a time", low=1)
     nodes: int = key(1, "nodes of a job", low=1)
     gpus_per_node: int = key(0, "GPUs of a node; 0: ask for none", low=0)
     tasks_per_node: int | None = key(
@@ -112,7 +112,7 @@ class LaunchConfig:
 
     def _ignored(self) -> Iterator[str]:
         """Slurm's keys, set where the run is not given to slurm."""
-        plain = LaunchConfig(jobs=self.jobs)
+        plain = LaunchConfig(max_parallel_jobs=self.max_parallel_jobs)
         for item in fields(self) if self.backend == plain.backend else ():
             if (value := getattr(self, item.name)) != getattr(plain, item.name):
                 yield f"launch.{item.name}={value}: is for slurm; add launch=slurm."

@@ -18,6 +18,7 @@ from hqqtrain.config.groups import (
     TrainConfig,
 )
 from hqqtrain.config.infra import CheckpointConfig, LaunchConfig, RunDirConfig, TrackConfig
+from hqqtrain.config.renamed import renamed_value_errors, with_old_names
 
 TASKS = {
     "finetune": "quantize, adapt, train, evaluate, save",
@@ -33,9 +34,9 @@ _NOR_THESE = {"quant": ("cache_dir",)}
 """Keys of other groups that it does not depend on either."""
 
 MAY_CHANGE = frozenset([
-    "train.max_steps", "train.epochs", "train.micro_batch_size", "train.checkpointing",
+    "train.max_steps", "train.epochs", "train.micro_batch_size", "train.activation_checkpointing",
     "train.on_nonfinite", "eval.every", "quant.backend", "quant.cache_dir", "quant.save",
-    "parallel.strategy", "parallel.hybrid", "parallel.offload", "parallel.check_every",
+    "parallel.strategy", "parallel.hsdp", "parallel.offload", "parallel.consistency_check_every",
 ])  # fmt: skip
 """Keys that may differ where a run of the same `run.name` goes on."""
 
@@ -65,7 +66,8 @@ class RunConfig:
         for item in fields(self):
             group = getattr(self, item.name)
             if hasattr(group, "__dataclass_fields__"):
-                found += field_errors(item.name, group)
+                renamed = list(renamed_value_errors(item.name, group))
+                found += renamed or field_errors(item.name, group)
                 found += group.faults() if hasattr(group, "faults") else ()
         found += [*self._contradictions(), *self._contradictions_of_running()]
         if found:
@@ -76,10 +78,10 @@ class RunConfig:
             yield "adapter.kind=none: task=finetune trains an adapter; use lora or rslora."
         if self.task == "quantize" and not self.quant.save:
             yield "quant.save=false: task=quantize has nothing else to do; use true."
-        if self.parallel.offloads_activations and not self.train.checkpointing:
+        if self.parallel.offloads_activations and not self.train.activation_checkpointing:
             yield (
-                f"parallel.offload={self.parallel.offload}: moves what train.checkpointing=true "
-                "keeps; use both."
+                f"parallel.offload={self.parallel.offload}: moves the inputs that "
+                "train.activation_checkpointing=true keeps; use both."
             )
         if self.parallel.offloads_parameters and self.optim.name.startswith("paged"):
             yield (
@@ -117,7 +119,8 @@ class RunConfig:
 
     def identity(self) -> str:
         """sha256, in hex, over the keys that define the result."""
-        keys = {k: v for k, v in asdict(self).items() if k not in NOT_THE_RESULT}
+        values = with_old_names(asdict(self))
+        keys = {k: v for k, v in values.items() if k not in NOT_THE_RESULT}
         for group, names in _NOR_THESE.items():
             keys[group] = {k: v for k, v in keys[group].items() if k not in names}
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()

@@ -50,10 +50,10 @@ def check_bit_exactness(storage: torch.dtype, strategy: str, comm: Communicator)
     changed = max(comm.gather(changed))
     if changed:
         raise UserError(
-            f"quant.storage={storage_dtype_name(storage)}: parallel.strategy={strategy} changes "
+            f"quant.storage_dtype={storage_dtype_name(storage)}: parallel.strategy={strategy} changes "
             f"{changed} of {wanted.nbytes // 2} 16-bit words on this machine (torch "
             f"{torch.__version__}), which would destroy packed weights; choose another "
-            "quant.storage or parallel.strategy."
+            "quant.storage_dtype or parallel.strategy."
         )
 
 

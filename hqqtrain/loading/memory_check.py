@@ -20,7 +20,7 @@ _HELP = {
     "adapter and optimizer": "optim.name=paged_adamw_8bit, "
     "adapter.dtype=bf16 or a smaller adapter.r={c.adapter.r}",
     "activations": "a smaller train.micro_batch_size={c.train.micro_batch_size} or "
-    "train.max_seq_len={c.train.max_seq_len}, and train.checkpointing=true with "
+    "train.max_seq_len={c.train.max_seq_len}, and train.activation_checkpointing=true with "
     "parallel.offload=activations",
     "logits": "a smaller train.micro_batch_size={c.train.micro_batch_size} or "
     "train.max_seq_len={c.train.max_seq_len}",
@@ -64,8 +64,8 @@ def oom_advice(config: RunConfig) -> str:
     """What to change after the memory ran out: keys with their values, what helps most first."""
     train, advice = config.train, []
     if config.task == "finetune":
-        if not train.checkpointing:
-            advice.append("train.checkpointing=true (now false)")
+        if not train.activation_checkpointing:
+            advice.append("train.activation_checkpointing=true (now false)")
         elif not config.parallel.offloads_activations:
             wanted = "all" if config.parallel.offloads_parameters else "activations"
             advice.append(f"parallel.offload={wanted} (now {config.parallel.offload})")

@@ -143,7 +143,7 @@ def _activations(
     linears = [m.layout for m in base_model(model).modules() if isinstance(m, HQQLinear)]
     widths = sum(layout.in_features + layout.out_features for layout in linears)
     layer = tokens * (widths * dtype.itemsize // max(1, layers) + 2 * 4 * hidden)
-    if not config.train.checkpointing:
+    if not config.train.activation_checkpointing:
         return layers * layer
     return (layers if kept else 1) * tokens * hidden * dtype.itemsize + layer
 

@@ -8,6 +8,7 @@ import yaml
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.secrets import mask_secrets
+from hqqtrain.config.renamed import with_new_names
 from hqqtrain.config.run import MAY_CHANGE, NOT_THE_RESULT, RunConfig
 
 _DEFINING = RunConfig.__dataclass_fields__.keys() - set(NOT_THE_RESULT)
@@ -16,7 +17,7 @@ _DEFINING = RunConfig.__dataclass_fields__.keys() - set(NOT_THE_RESULT)
 def check_same_config(folder: Path, config: RunConfig) -> None:
     """Raises UserError, with the difference, where config.yaml of `folder` is another run's."""
     path = folder / "config.yaml"
-    there, here = read_yaml(path), mask_secrets(asdict(config))
+    there, here = with_new_names(read_yaml(path)), mask_secrets(asdict(config))
     if "identity" not in there:  # it stands behind the configuration
         raise _damaged(path, "it is incomplete")
     if there.get("identity") == config.identity():

@@ -147,7 +147,7 @@ def test_bf16_adapters_have_no_scaled_gradients():
 
 def test_only_what_is_kept_can_be_offloaded():
     config = RunConfig()
-    config.parallel.offload, config.train.checkpointing = "activations", False
+    config.parallel.offload, config.train.activation_checkpointing = "activations", False
     with pytest.raises(UserError, match=r"parallel\.offload=activations: .*checkpointing=true"):
         config.check()
 

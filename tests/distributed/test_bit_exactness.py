@@ -54,8 +54,8 @@ def one_rank_rewrites(rank: int, comm: Communicator) -> None:
 
 def test_a_rewritten_pattern_stops_all_ranks():
     for answer in on_ranks(one_rank_rewrites, 2):
-        assert "quant.storage=bf16: parallel.strategy=fsdp2 changes" in answer
-        assert "choose another quant.storage" in answer
+        assert "quant.storage_dtype=bf16: parallel.strategy=fsdp2 changes" in answer
+        assert "choose another quant.storage_dtype" in answer
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")

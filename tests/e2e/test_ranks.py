@@ -27,7 +27,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp1", "zero3"])
 def test_two_processes_walk_the_path_of_one(alone: Finished, tmp_path: Path, strategy: str):
-    words = (*EXACT, f"parallel.strategy={strategy}", "train.checkpointing=true")
+    words = (*EXACT, f"parallel.strategy={strategy}", "train.activation_checkpointing=true")
     two = run(*words, root=tmp_path / "runs", processes=2)
     assert two.code == 0, two.output
     facts, quantize = two.summary["run"], two.summary["quantize"]
@@ -77,7 +77,7 @@ def test_any_sharding_gives_the_same_bits(tmp_path: Path, group_size: str, axis:
 
 
 def test_sharded_within_nodes_and_replicated_between(alone: Finished, tmp_path: Path):
-    words = (*EXACT, "parallel.strategy=fsdp2", "parallel.hybrid=true")
+    words = (*EXACT, "parallel.strategy=fsdp2", "parallel.hsdp=true")
     four = run(*words, root=tmp_path / "runs", processes=4, per_node=2)
     assert four.code == 0, four.output
     assert "sharded over 2 ranks, replicas: 2" in four.output
@@ -93,7 +93,7 @@ def test_sharded_within_nodes_and_replicated_between(alone: Finished, tmp_path: 
     ((), 3, "4 ranks are not whole nodes of 3"),
 ])  # fmt: skip
 def test_what_cannot_be_hybrid(words: tuple, per_node: int, said: str, tmp_path: Path):
-    asked = (*QUICK, "parallel.hybrid=true", *words)
+    asked = (*QUICK, "parallel.hsdp=true", *words)
     done = run(*asked, root=tmp_path / "runs", processes=4, per_node=per_node)
     assert done.code == 2
     assert done.output.count(said) == 1
@@ -129,7 +129,7 @@ def test_a_fault_that_one_rank_finds_is_one_message(tmp_path: Path):
 
 
 def test_float_storage_is_the_same_bits_when_sharded(alone: Finished, tmp_path: Path):
-    words = (*EXACT, "task=quantize", "quant.storage=bf16", "parallel.strategy=fsdp2")
+    words = (*EXACT, "task=quantize", "quant.storage_dtype=bf16", "parallel.strategy=fsdp2")
     two = run(*words, root=tmp_path / "runs", processes=2)
     assert two.code == 0, two.output
     assert two.summary["quantize"]["fingerprint"] == alone.summary["quantize"]["fingerprint"]

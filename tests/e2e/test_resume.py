@@ -127,7 +127,7 @@ def test_every_strategy_goes_on(data: tuple, tmp_path: Path, strategy: str):
     """From a checkpoint of FSDP2 and one of its own, and one process from that."""
     if strategy == "zero3":
         pytest.importorskip("deepspeed")
-    words = [*ELASTIC, *data, "train.global_batch_size=4", "train.checkpointing=true"]
+    words = [*ELASTIC, *data, "train.global_batch_size=4", "train.activation_checkpointing=true"]
     whole = run(*words, "train.max_steps=8", root=tmp_path / "whole" / "runs")
     assert whole.code == 0, whole.output
     for steps, way in ((2, "fsdp2"), (4, strategy), (6, strategy), (8, "single")):

@@ -87,7 +87,7 @@ def results(root: Path) -> list[dict[str, str]]:
 
 
 def test_output_of_several_goes_to_a_log_of_each(tmp_path, fake):
-    words = ("-m", "quant.nbits=8,2,4", "run.root=out", "launch.jobs=2")
+    words = ("-m", "quant.nbits=8,2,4", "run.root=out", "launch.max_parallel_jobs=2")
     code, output, errors = finish(start(*words, cwd=tmp_path, **fake | {"OMP_NUM_THREADS": "3"}))
     assert code == 1
     assert "threads" not in output
@@ -107,13 +107,13 @@ def test_output_of_several_goes_to_a_log_of_each(tmp_path, fake):
 
 def test_two_really_run_at_a_time(tmp_path, fake):
     """Each waits until it sees the other."""
-    words = ("-m", "quant.nbits=2,4", "train.seed=1", "run.root=out", "launch.jobs=2")
+    words = ("-m", "quant.nbits=2,4", "train.seed=1", "run.root=out", "launch.max_parallel_jobs=2")
     assert finish(start(*words, cwd=tmp_path, **fake))[0] == 0
 
 
 @pytest.mark.parametrize(("jobs", "name"), [(2, "TERM"), (2, "USR1"), (2, "INT"), (1, "TERM")])
 def test_a_signal_reaches_every_job_once_and_no_other_is_started(tmp_path, fake, jobs, name):
-    words = ("-m", "quant.nbits=2,3,4", "train.seed=2", "run.root=out", f"launch.jobs={jobs}")
+    words = ("-m", "quant.nbits=2,3,4", "train.seed=2", "run.root=out", f"launch.max_parallel_jobs={jobs}")
     process = start(*words, cwd=tmp_path, **fake)
     wait_until(lambda: len(list(tmp_path.glob("out/*/ready"))) == jobs, process)
     sent = signal.Signals[f"SIG{name}"]
@@ -194,11 +194,11 @@ def test_jobs_that_outlive_their_sweep_are_waited_for(tmp_path, fake):
 
 @pytest.mark.parametrize(
     ("env", "said"),
-    [({"CUDA_VISIBLE_DEVICES": "0"}, "launch.jobs=2: a job needs a GPU"), ({}, "run.root=there")],
+    [({"CUDA_VISIBLE_DEVICES": "0"}, "launch.max_parallel_jobs=2: a job needs a GPU"), ({}, "run.root=there")],
 )
 def test_what_cannot_be_is_one_message(tmp_path, fake, env, said):
     (tmp_path / "there").write_text("")
-    words = ("-m", "quant.nbits=2,4", "launch.jobs=2", "run.root=there")
+    words = ("-m", "quant.nbits=2,4", "launch.max_parallel_jobs=2", "run.root=there")
     code, output, errors = finish(start(*words, cwd=tmp_path, **fake | env))
     assert (code, output, len(errors.splitlines())) == (2, "", 1)
     assert said in errors
@@ -223,7 +223,7 @@ def test_killed_it_goes_on_and_weights_are_made_once(tmp_path):
     for file in (there, other, held_out):
         file.write_text(TEXT)
     words = ["-m", *QUICK, f"data.source={gone},{there},{other}", f"eval.source={held_out}",
-             "train.max_steps=12", "launch.jobs=2", f"run.root={root}"]  # fmt: skip
+             "train.max_steps=12", "launch.max_parallel_jobs=2", f"run.root={root}"]  # fmt: skip
     env = {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     process = start(*words, cwd=tmp_path, **env)
 

@@ -161,12 +161,12 @@ class Cluster:
         return self.folder / "spool" / node
 
 
-def _kill(comm: list[psutil.Process]) -> None:
+def _kill(processes: list[psutil.Process]) -> None:
     """Slurm's own first, so that nothing is left to tell of the end of the others."""
-    comm.sort(key=lambda process: not process.name().startswith("slurm"))
-    for process in comm:
+    processes.sort(key=lambda process: not process.name().startswith("slurm"))
+    for process in processes:
         try:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(comm, timeout=10)
+    psutil.wait_procs(processes, timeout=10)

@@ -79,21 +79,21 @@ class Finished:
         return [line["train/grad_norm"] for line in self.metrics if "train/grad_norm" in line]
 
 
-def run(*words: str, root: Path, comm: int = 1, per_node: int | None = None,
+def run(*words: str, root: Path, processes: int = 1, per_node: int | None = None,
         meanwhile: Callable[[list[int]], None] = lambda pids: None,
         grace: float = 5, limit: float = TIMEOUT) -> Finished:  # fmt: skip
-    """`python -m hqqtrain *words run.root=root`, or as many ranks of it as `comm` says.
+    """`python -m hqqtrain *words run.root=root`, or as many ranks of it as `processes` says.
 
     A rank is a process of its own, forked from one that has imported what every run imports:
     that takes 5 of the 6 seconds that a short run has. `meanwhile` is given their ids. Ranks are
     killed that go on for `grace` seconds after another has failed, or `limit` after `meanwhile`.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
-    outputs = [root.parent / f"output-{rank}.txt" for rank in range(comm)]
+    outputs = [root.parent / f"output-{rank}.txt" for rank in range(processes)]
     port, workers = free_port(), []
     for rank, output in enumerate(outputs):
         output.write_text("")
-        env = ENVIRONMENT | (_ranks(rank, comm, port, per_node) if comm > 1 else {})
+        env = ENVIRONMENT | (_ranks(rank, processes, port, per_node) if processes > 1 else {})
         arguments = ([*words, f"run.root={root}"], root.parent, env, output)
         workers.append(_context().Process(target=_main, args=arguments))
         workers[-1].start()

@@ -83,9 +83,9 @@ def test_settings_that_save_memory_save_it():
         return estimate_memory(config, model, dtype=torch.bfloat16).device
 
     before = parts()
-    config.train.checkpointing = False
+    config.train.activation_checkpointing = False
     assert parts()["activations"] > before["activations"]
-    config.train.checkpointing, config.train.max_seq_len = True, config.train.max_seq_len // 2
+    config.train.activation_checkpointing, config.train.max_seq_len = True, config.train.max_seq_len // 2
     assert parts()["activations"] == before["activations"] // 2
     assert parts()["logits"] < before["logits"]
     config.optim.name = "paged_adamw_8bit"
@@ -107,7 +107,7 @@ def test_settings_that_save_memory_save_it():
 def test_activations_are_of_the_size_that_autograd_saves(monkeypatch):
     """The formula against the truth: all tensors saved for the backward pass, none recomputed."""
     config = _config()
-    config.train.checkpointing, config.train.max_seq_len = False, 128
+    config.train.activation_checkpointing, config.train.max_seq_len = False, 128
     model = build_meta(shipped_config("tiny")).to_empty(device="cpu").float()
     for param in model.parameters():
         torch.nn.init.normal_(param, std=0.02)
@@ -205,9 +205,9 @@ def test_out_of_memory_advice_names_what_can_still_be_lowered():
     text = oom_advice(config)
     assert "train.micro_batch_size (now 4)" in text
     assert "eval.reference=off" in text
-    assert "train.checkpointing" not in text
-    config.train.checkpointing = False
-    assert "train.checkpointing=true" in oom_advice(config)
+    assert "train.activation_checkpointing" not in text
+    config.train.activation_checkpointing = False
+    assert "train.activation_checkpointing=true" in oom_advice(config)
 
 
 def test_this_machine_has_memory_and_disk(tmp_path):

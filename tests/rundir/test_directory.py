@@ -12,6 +12,7 @@ import yaml
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import ModelConfig, QuantConfig, TrainConfig
 from hqqtrain.config.infra import RunDirConfig
+from hqqtrain.config.renamed import with_old_names
 from hqqtrain.config.run import RunConfig
 from hqqtrain.rundir.directory import RunDirectory
 from hqqtrain.rundir.provenance import MADE_FROM, source_digest
@@ -224,3 +225,17 @@ def test_quantized_weights_are_known_by_what_they_were_made_from(tmp_path):
     with run:
         run.begin(["hqqtrain"])
         assert not run.holds("quantized")
+
+
+def test_a_directory_of_an_earlier_release_is_read_with_todays_names(tmp_path):
+    """Its config.yaml spells keys as they were called then, and is the same run."""
+    config = _config(tmp_path, train=TrainConfig(max_steps=5))
+    with RunDirectory(config) as run:
+        run.begin([])
+    file = run.path / "config.yaml"
+    values = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(with_old_names(values), sort_keys=False))
+    assert "checkpointing" in yaml.safe_load(file.read_text())["train"]
+    RunDirectory(config).check()
+    config.train.max_steps = 6  # may change, so the keys of both are compared
+    RunDirectory(config).check()

@@ -214,7 +214,7 @@ def test_a_node_that_dies_costs_no_run(cluster, tmp_path):
 
 
 def test_the_table_waits_for_the_requeued_task_of_an_array(cluster, tmp_path, stand_in):
-    words = ("-m", "train.seed=0,1", "launch.jobs=2")
+    words = ("-m", "train.seed=0,1", "launch.max_parallel_jobs=2")
     array, table = _submit_all(cluster, tmp_path, *words, **stand_in)
     cluster.until(lambda: len([*tmp_path.glob("runs/*/starts-0")]) == 2)
     cluster.run("scancel", "--signal=USR1", f"{array}_1")
@@ -227,7 +227,7 @@ def test_the_table_waits_for_the_requeued_task_of_an_array(cluster, tmp_path, st
 
 def test_the_table_tells_of_tasks_that_failed_or_gave_up(cluster, tmp_path, stand_in):
     """Also of those that left no directory."""
-    words = ("-m", "train.seed=0,2,5", "launch.jobs=3")
+    words = ("-m", "train.seed=0,2,5", "launch.max_parallel_jobs=3")
     _, table = _submit_all(cluster, tmp_path, *words, **stand_in)
     assert cluster.ended(table)["JobState"] == "COMPLETED", _output(tmp_path)
     (results,) = tmp_path.glob("runs/sweep-*/results.csv")
@@ -237,7 +237,7 @@ def test_the_table_tells_of_tasks_that_failed_or_gave_up(cluster, tmp_path, stan
 
 
 def test_a_sweep_is_an_array_and_ends_in_its_table(cluster, tmp_path):
-    words = (*QUICK, "task=quantize", "-m", "quant.nbits=2,3", "launch.jobs=2")
+    words = (*QUICK, "task=quantize", "-m", "quant.nbits=2,3", "launch.max_parallel_jobs=2")
     array, table = _submit_all(cluster, tmp_path, *words)
     for job in (f"{array}_0", f"{array}_1", table):
         assert cluster.ended(job, SLOW)["JobState"] == "COMPLETED", _output(tmp_path)

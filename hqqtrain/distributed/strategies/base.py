@@ -18,14 +18,14 @@ STORAGE_DTYPES = {
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
-"""Dtypes of `quant.storage`."""
+"""Dtypes of `quant.storage_dtype`."""
 
 FLAT_STRATEGIES = ("fsdp1", "zero3")
 """Strategies that shard flat memory, regardless of rows; see `spread.py`."""
 
 
 def storage_dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of `dtype` in `quant.storage`."""
+    """Return the name of `dtype` in `quant.storage_dtype`."""
     (name,) = (name for name, known in STORAGE_DTYPES.items() if known == dtype)
     return name
 
@@ -55,14 +55,14 @@ def resolve_strategy(wanted: str, world_size: int) -> str:
 
 
 def resolve_storage_dtype(wanted: str, strategy: str, compute: torch.dtype) -> torch.dtype:
-    """Resolve `quant.storage`, the dtype that W_q is viewed as.
+    """Resolve `quant.storage_dtype`, the dtype that W_q is viewed as.
 
     `auto` is uint8, but bf16 under FSDP2 before torch 2.12: FSDP2 of torch 2.11 crashes on frozen
     uint8 parameters, and the float view has the same bits. FSDP1 and ZeRO-3 view scale and zero as
     this dtype, too. Their `auto` is `compute`, because FSDP1 flattens a layer to one tensor.
 
     Args:
-        wanted: `quant.storage`.
+        wanted: `quant.storage_dtype`.
         strategy: A value of `parallel.strategy`, with `auto` already resolved.
         compute: Dtype of the parameters that stay in full precision.
 
@@ -71,7 +71,7 @@ def resolve_storage_dtype(wanted: str, strategy: str, compute: torch.dtype) -> t
     """
     if strategy == "fsdp1" and wanted == "uint8":
         raise UserError(
-            "quant.storage=uint8: parallel.strategy=fsdp1 flattens a decoder layer to one "
+            "quant.storage_dtype=uint8: parallel.strategy=fsdp1 flattens a decoder layer to one "
             f"tensor of {compute}; use auto (the same bits, viewed), or fsdp2."
         )
     if strategy in FLAT_STRATEGIES:
@@ -81,7 +81,7 @@ def resolve_storage_dtype(wanted: str, strategy: str, compute: torch.dtype) -> t
         return torch.bfloat16 if old else torch.uint8
     if wanted == "uint8" and old:
         raise UserError(
-            f"quant.storage=uint8: FSDP2 of torch {torch.__version__} cannot shard uint8 "
+            f"quant.storage_dtype=uint8: FSDP2 of torch {torch.__version__} cannot shard uint8 "
             "parameters; use bf16 (the same bits, viewed), or torch 2.12 and newer."
         )
     return STORAGE_DTYPES[wanted]
@@ -97,7 +97,7 @@ def resolve_replicas(hybrid: bool, strategy: str, local_sizes: Sequence[int]) ->
     """Return the number of replicas of the sharded model: 1, or with `hybrid` one per node.
 
     Args:
-        hybrid: `parallel.hybrid`.
+        hybrid: `parallel.hsdp`.
         strategy: A value of `parallel.strategy`, with `auto` already resolved.
         local_sizes: For every rank, the number of ranks on its node; 0 if the launcher did not set
             it.
@@ -109,14 +109,14 @@ def resolve_replicas(hybrid: bool, strategy: str, local_sizes: Sequence[int]) ->
     if not hybrid:
         return 1
     if strategy != "fsdp2":
-        raise UserError(f"parallel.hybrid=true: needs parallel.strategy=fsdp2, not {strategy}.")
+        raise UserError(f"parallel.hsdp=true: needs parallel.strategy=fsdp2, not {strategy}.")
     if set(local_sizes) != {local_size} or not local_size or world_size % local_size:
         sizes = ", ".join(map(str, sorted(set(local_sizes))))
         raise UserError(
-            f"parallel.hybrid=true: {world_size} ranks are not whole nodes of {sizes or 0}: start "
+            f"parallel.hsdp=true: {world_size} ranks are not whole nodes of {sizes or 0}: start "
             "the same number on every node, with LOCAL_WORLD_SIZE set as torchrun does, or set "
-            "parallel.hybrid=false."
+            "parallel.hsdp=false."
         )
     if world_size == local_size:
-        logger.warning("parallel.hybrid=true: all ranks are on one node, so nothing is replicated")
+        logger.warning("parallel.hsdp=true: all ranks are on one node, so nothing is replicated")
     return world_size // local_size

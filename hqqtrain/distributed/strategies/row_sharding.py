@@ -49,16 +49,16 @@ def check_flat_storage(model: nn.Module, storage: torch.dtype, strategy: str) ->
         packed = name.rpartition(".")[2] in PACKED_PARAMETERS
         if param in in_layers and not (packed or param.requires_grad or param.dtype == storage):
             raise UserError(
-                f"quant.storage={storage_dtype_name(storage)}: {name} is {param.dtype}, and "
+                f"quant.storage_dtype={storage_dtype_name(storage)}: {name} is {param.dtype}, and "
                 "parallel.strategy=fsdp1 flattens a decoder layer to one tensor; use "
-                f"quant.storage={storage_dtype_name(param.dtype)}, or fsdp2."
+                f"quant.storage_dtype={storage_dtype_name(param.dtype)}, or fsdp2."
             )
 
 
 def _check_views(name: str, layer: HQQLinear, storage: torch.dtype, strategy: str) -> None:
     row = layer.layout.groups * layer.spec.meta_dtype.itemsize
     if row % storage.itemsize:
-        bf16 = "" if strategy == "fsdp1" else "quant.storage=bf16, "  # fsdp1's is the compute dtype
+        bf16 = "" if strategy == "fsdp1" else "quant.storage_dtype=bf16, "  # fsdp1's is the compute dtype
         raise UserError(
             f"parallel.strategy={strategy}: a row of {name} has {layer.layout.groups} "
             f"scales of {layer.spec.meta_dtype}, {row} bytes, which cannot be viewed as "

@@ -49,10 +49,10 @@ class BatchScript:
         return _text(*head, f"words=({shlex.join(words)})\n", _end())
 
     def sweep(self, runs: Sequence[Sequence[str]], words: Sequence[str]) -> str:
-        """The batch file of an array of such runs, `launch.jobs` of them at a time; `words` are
+        """The batch file of an array of such runs, `launch.max_parallel_jobs` of them at a time; `words` are
         those of the sweep, without launch.*."""
         title = f"A sweep of hqqtrain: {len(runs)} runs, each {self._where()}."
-        array = f"--array=0-{len(runs) - 1}%{self.launch.jobs}"
+        array = f"--array=0-{len(runs) - 1}%{self.launch.max_parallel_jobs}"
         cases = [f"  {n}) words=({shlex.join(words)}) ;;" for n, words in enumerate(runs)]
         choice = ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "  *) exit 2 ;;", "esac\n"]
         call = _one_line(shlex.join(words))

@@ -40,12 +40,12 @@ def _gpu_shares(
     each = len(gpus) // at_a_time
     if each == 0:
         raise UserError(
-            f"launch.jobs={at_a_time}: a job needs a GPU of its own, and {len(gpus)} can be seen; "
+            f"launch.max_parallel_jobs={at_a_time}: a job needs a GPU of its own, and {len(gpus)} can be seen; "
             f"at most {len(gpus)} run at a time."
         )
     if int(environ.get("NPROC") or 1) > each:
         raise UserError(
-            f"NPROC={environ['NPROC']}: with launch.jobs={at_a_time} a job has {each} of "
+            f"NPROC={environ['NPROC']}: with launch.max_parallel_jobs={at_a_time} a job has {each} of "
             f"{len(gpus)} GPUs, a process each; unset NPROC, or run fewer jobs at a time."
         )
     parts = [gpus[start : start + each] for start in range(0, each * at_a_time, each)]
@@ -57,8 +57,8 @@ def _refuse_nodes(at_a_time: int, environ: Mapping[str, str]) -> None:
     for name in ("NNODES", "MASTER_PORT"):
         if environ.get(name, "") not in ("", "0", "1"):
             raise UserError(
-                f"launch.jobs={at_a_time}: with {name}={environ[name]} jobs run one at a time; "
-                f"use launch.jobs=1, or unset {name}."
+                f"launch.max_parallel_jobs={at_a_time}: with {name}={environ[name]} jobs run one at a time; "
+                f"use launch.max_parallel_jobs=1, or unset {name}."
             )
 
 

@@ -41,7 +41,7 @@ class Sweep:
 
     @property
     def at_a_time(self) -> int:
-        return min(self.jobs[0].config.launch.jobs, len(self.jobs))
+        return min(self.jobs[0].config.launch.max_parallel_jobs, len(self.jobs))
 
     def log(self, job: Job) -> Path:
         """Where a job's output goes when it is not alone at the terminal."""

@@ -86,11 +86,11 @@ def test_zero3_with_other_storage_dtypes(storage: torch.dtype):
 
 @pytest.mark.parametrize(("engine", "storage", "options", "message"), [
     ("fsdp1", torch.bfloat16, {},
-     r"quant\.storage=bf16: .*is torch\.float32.*use quant\.storage=fp32"),
+     r"quant\.storage_dtype=bf16: .*is torch\.float32.*use quant\.storage_dtype=fp32"),
     ("fsdp1", torch.float32, {"group_size": None},
      r"1 scales of torch\.bfloat16, 2 bytes.* use quant\.meta_dtype=fp32"),
     ("zero3", torch.float32, {"group_size": 32},
-     r"3 scales of torch\.bfloat16, 6 bytes.* use quant\.storage=bf16"),
+     r"3 scales of torch\.bfloat16, 6 bytes.* use quant\.storage_dtype=bf16"),
 ])  # fmt: skip
 def test_unsupported_dtypes_are_refused(engine, storage, options, message):
     with pytest.raises(UserError, match=message):

@@ -67,7 +67,7 @@ def test_what_is_null_is_left_to_the_cluster():
 
 
 def test_an_array_runs_some_at_a_time_and_its_table_is_one_process():
-    batch = _batch(nodes=2, gpus_per_node=4, jobs=3, time="4:00:00")
+    batch = _batch(nodes=2, gpus_per_node=4, max_parallel_jobs=3, time="4:00:00")
     array = _options(batch.sweep([["a=1"], ["a=2"]], []))
     assert array[-1] == "--array=0-1%3"
     assert array[1].endswith("name-%A_%a.out")

@@ -42,14 +42,14 @@ def test_gpus_nobody_named_are_counted(tmp_path, monkeypatch):
 
 
 def test_more_jobs_than_gpus_are_refused():
-    with pytest.raises(UserError, match=r"launch.jobs=3: .* and 2 can be seen; at most 2 run"):
+    with pytest.raises(UserError, match=r"launch.max_parallel_jobs=3: .* and 2 can be seen; at most 2 run"):
         partition_devices(3, {"CUDA_VISIBLE_DEVICES": "0,1"})
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"NPROC": "4"}, "NPROC=4: with launch.jobs=2 a job has 2 of 4 GPUs"),
+        ({"NPROC": "4"}, "NPROC=4: with launch.max_parallel_jobs=2 a job has 2 of 4 GPUs"),
         ({"NNODES": "2"}, "with NNODES=2 jobs run one at a time"),
         ({"MASTER_PORT": "29500"}, "with MASTER_PORT=29500 jobs run one at a time"),
     ],
