@@ -51,7 +51,7 @@ class Trainer:
         self.runtime, self.guard = runtime, guard
         self.comm, self.accelerator = runtime.comm, runtime.accelerator
         self.trained = {peft_key(n): p for n, p in model.named_parameters() if p.requires_grad}
-        if config.train.checkpointing:
+        if config.train.activation_checkpointing:
             apply_activation_checkpointing(
                 model, offload=runtime.offloads_activations, frees=runtime.strategy == "zero3"
             )
@@ -79,7 +79,7 @@ class Trainer:
             The number of the step and its metrics by name.
         """
         self.engine.model.train()
-        every = self.config.parallel.check_every
+        every = self.config.parallel.consistency_check_every
         sentinel = ConsistencyChecker(self.unwrapped_model, self.comm) if every else None
         while self.done.steps < self.steps:
             began, place = time.perf_counter(), self.done.place
