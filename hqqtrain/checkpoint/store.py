@@ -9,10 +9,9 @@ from pathlib import Path
 from hqqtrain.checkpoint.format import STATE, Checkpoint, read_checkpoint
 from hqqtrain.common.errors import UserError
 from hqqtrain.formats.manifest import DamagedError
+from hqqtrain.rundir.layout import checkpoint_name, checkpoint_steps
 
 logger = logging.getLogger(__name__)
-
-_PREFIX = "step-"
 
 
 @dataclass
@@ -25,12 +24,11 @@ class CheckpointStore:
 
     def folder(self, step: int) -> Path:
         """Where the checkpoint after `step` optimizer steps lies."""
-        return self.root / f"{_PREFIX}{step:08}"
+        return self.root / checkpoint_name(step)
 
     def steps(self) -> list[int]:
         """The steps of all checkpoints, whole or not, ascending."""
-        numbers = (path.name.removeprefix(_PREFIX) for path in self.root.glob(f"{_PREFIX}*"))
-        return sorted(int(number) for number in numbers if number.isdigit())
+        return checkpoint_steps(self.root)
 
     def newest(self) -> Checkpoint | None:
         """The newest one that is whole; None where there is none at all.
@@ -60,7 +58,7 @@ class CheckpointStore:
 
     def tidy(self) -> None:
         """Deletes what killed processes have left half written or half deleted."""
-        for path in (*self.root.glob(f".{_PREFIX}*"), _going(self.root)):
+        for path in (*self.root.glob(".step-*"), _going(self.root)):
             shutil.rmtree(path, ignore_errors=True)
 
     def prune(self) -> None:

@@ -1,13 +1,14 @@
 """One run of a sweep: the words that start it, and what it has left so far."""
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hqqtrain.common.secrets import mask_command
 from hqqtrain.config.run import RunConfig
+from hqqtrain.rundir.directory import RunDirectory
+from hqqtrain.rundir.layout import RunLayout
+from hqqtrain.rundir.schema import Status, Summary, read_status, read_summary
 
 
 @dataclass(frozen=True)
@@ -38,42 +39,33 @@ class Job:
         """The words that the user knows."""
         return shlex.join(mask_command(self.words))
 
-    def status(self) -> dict[str, Any]:
-        """What its status.json says; empty where there is none."""
-        return read_json(self.folder / "status.json")
+    @property
+    def layout(self) -> RunLayout:
+        """The paths of the run directory."""
+        return RunLayout(self.folder)
 
-    def summary(self) -> dict[str, Any]:
-        """Its final figures; empty where there are none yet."""
-        return read_json(self.folder / "summary.json")
+    def status(self) -> Status:
+        """Return what status.json says; empty where there is none."""
+        return read_status(self.layout.status_json)
+
+    def summary(self) -> Summary:
+        """Return the final figures; empty where there are none yet."""
+        return read_summary(self.layout.summary_json)
 
     def figures(self) -> str:
         """`: 2.50 bits per weight, perplexity 9.100 quantized, 6.320 final`, as far as known."""
         summary = self.summary()
-        bits = summary.get("quantize", {}).get("bits_per_weight")
-        measured = summary.get("eval", {})
+        bits = summary.quantize and summary.quantize.bits_per_weight
         parts = [] if bits is None else [f"{bits:.2f} bits per weight"]
-        for name in ("full_precision", "quantized", "final"):
-            if (perplexity := measured.get(name, {}).get("perplexity")) is not None:
-                parts.append(f"perplexity {perplexity:.3f} {name.replace('_', ' ')}")
+        for name, figures in summary.models().items():
+            if figures.perplexity is not None:
+                parts.append(f"perplexity {figures.perplexity:.3f} {name.replace('_', ' ')}")
         return f": {', '.join(parts)}" if parts else ""
 
     def is_done(self) -> bool:
         """Whether nothing is left to do. Raises UserError where its inputs have changed since."""
-        if self.status().get("status") != "done":
+        if self.status().status != "done":
             return False
-        from hqqtrain.rundir.directory import (
-            RunDirectory,  # takes seconds, and a first sweep has no need
-        )
-
         directory = RunDirectory(self.config)
         directory.check()
         return directory.done()
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object that `file` holds; empty where it is missing or holds none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

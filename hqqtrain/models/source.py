@@ -11,6 +11,7 @@ from typing import Any, Literal
 from hqqtrain.common.errors import UserError, did_you_mean
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.models.hub import download_snapshot
+from hqqtrain.rundir.layout import RunLayout
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
 
@@ -95,13 +96,11 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 
 def _from_folder(name: str, folder: Path) -> ModelSource:
-    if (folder / "quantized" / "config.json").is_file():
-        adapter = folder / "adapter"
-        has_adapter = (adapter / "adapter_config.json").is_file()
-        return ModelSource(
-            name, folder / "quantized", "quantized", adapter if has_adapter else None
-        )
-    if (folder / "status.json").is_file() and not (folder / "config.json").is_file():
+    run = RunLayout(folder)
+    if run.has_quantized:
+        adapter = run.adapter if run.has_adapter else None
+        return ModelSource(name, run.quantized, "quantized", adapter)
+    if run.status_json.is_file() and not (folder / "config.json").is_file():
         raise UserError(
             f"model.name_or_path={name}: a run without quantized/; it is unfinished, or "
             "had quant.save=false."

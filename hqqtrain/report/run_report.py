@@ -17,9 +17,9 @@ from hqqtrain.report.html import (
 )
 from hqqtrain.report.plots import layer_figure, loss_figure, perplexity_figure
 from hqqtrain.report.style import save_figure
+from hqqtrain.rundir.layout import RunLayout
+from hqqtrain.rundir.schema import MODEL_NAMES
 from hqqtrain.tracking.jsonl import read_metrics
-
-_MODELS = {"full_precision": "full precision", "quantized": "quantized", "final": "trained"}
 
 
 def write_report(
@@ -33,7 +33,7 @@ def write_report(
     `summary` is schema 1 of summary.json; parts that a task did not run are left out of the
     report as well. `layer_errors`: module name -> relative error.
     """
-    folder = run_dir / "report"
+    folder = RunLayout(run_dir).report
     folder.mkdir(parents=True, exist_ok=True)
     rows = read_metrics(metrics_jsonl) if metrics_jsonl.exists() else []
     drawn = {
@@ -47,13 +47,13 @@ def write_report(
         str(summary.get("run", {}).get("name") or run_dir.name), summary, key_figures(summary),
         {headings[name]: path for name, path in files.items()}, layer_errors,
     )  # fmt: skip
-    return files | {"index": atomic_write(folder / "index.html", html)}
+    return files | {"index": atomic_write(RunLayout(run_dir).report_html, html)}
 
 
 def measured_perplexities(summary: Mapping[str, Any]) -> dict[str, float]:
     """{"full precision": .., "quantized": .., "trained": ..}, those measured and finite."""
     measured = summary.get("eval", {})
-    found = {name: measured.get(key, {}).get("perplexity") for key, name in _MODELS.items()}
+    found = {name: measured.get(key, {}).get("perplexity") for key, name in MODEL_NAMES.items()}
     return {name: value for name, value in found.items() if value and math.isfinite(value)}
 
 
@@ -61,7 +61,7 @@ def key_figures(summary: Mapping[str, Any]) -> dict[str, str]:
     """The numbers at the top of the page, by label."""
     found = measured_perplexities(summary)
     figures = {f"perplexity, {name}": f"{value:.2f}" for name, value in found.items()}
-    if len(found) == len(_MODELS) and found["quantized"] > found["full precision"]:
+    if len(found) == len(MODEL_NAMES) and found["quantized"] > found["full precision"]:
         gap = found["quantized"] - found["full precision"]
         figures["of the gap closed"] = f"{(found['quantized'] - found['trained']) / gap:.0%}"
     bits = summary.get("quantize", {}).get("bits_per_weight")

@@ -18,6 +18,7 @@ from hqqtrain.common.files import atomic_write, atomic_write_json, without_nonfi
 from hqqtrain.common.secrets import mask_command, mask_secrets
 from hqqtrain.config.run import RunConfig
 from hqqtrain.rundir.identity import check_same_config, read_yaml
+from hqqtrain.rundir.layout import RunLayout
 from hqqtrain.rundir.provenance import (
     MADE_FROM,
     git_revision,
@@ -25,10 +26,7 @@ from hqqtrain.rundir.provenance import (
     package_versions,
     source_digest,
 )
-
-STATES = ("running", "done", "preempted", "failed")
-
-_LOCK = ".lock"
+from hqqtrain.rundir.schema import STATES, Status
 
 
 class RunDirectory:
@@ -40,7 +38,8 @@ class RunDirectory:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.path = Path(config.run.root).expanduser() / config.run_name()
+        self.layout = RunLayout(Path(config.run.root).expanduser() / config.run_name())
+        self.path = self.layout.folder
         self._lock: IO[str] | None = None
         self._made: list[Path] = []
 
@@ -48,7 +47,7 @@ class RunDirectory:
         """Raises UserError where it is another configuration's, or damaged. Writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; choose another run.name or run.root.")
-        if (self.path / "config.yaml").is_file():
+        if (self.layout.config_yaml).is_file():
             check_same_config(self.path, self.config)
         elif self.path.is_dir() and _holds_files(self.path):
             raise UserError(f"{self.path}: holds files, but no run; choose another run.name.")
@@ -56,20 +55,20 @@ class RunDirectory:
 
     def token(self) -> str:
         """What shows that somebody sees this very directory, for `check_shared`."""
-        return lock_token(self.path / _LOCK)
+        return lock_token(self.layout.lock)
 
     def check_shared(self, token: str) -> None:
         """Raises UserError where this machine does not see what the first rank's has written."""
-        check_shared_lock(self.path / _LOCK, token, f"run.root={self.config.run.root}")
+        check_shared_lock(self.layout.lock, token, f"run.root={self.config.run.root}")
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Status:
         """What status.json says; empty where there is none. Raises UserError for a damaged one."""
-        return read_yaml(self.path / "status.json")
+        return Status.from_json(read_yaml(self.layout.status_json))
 
     def is_finished(self) -> bool:
         """Whether a run has been finished here, with whatever may change."""
-        is_done = self.status().get("status") == "done"
-        return is_done and (self.path / "summary.json").is_file()
+        is_done = self.status().status == "done"
+        return is_done and (self.layout.summary_json).is_file()
 
     def done(self) -> bool:
         """Whether this very run is finished: status.json says so, summary.json is there.
@@ -79,9 +78,9 @@ class RunDirectory:
         """
         if not self.is_finished():
             return False
-        if read_yaml(self.path / "config.yaml").get("identity") != self.config.identity():
+        if read_yaml(self.layout.config_yaml).get("identity") != self.config.identity():
             return False
-        if read_yaml(self.path / "config.yaml").get("inputs") != input_digests(self.config):
+        if read_yaml(self.layout.config_yaml).get("inputs") != input_digests(self.config):
             raise UserError(
                 f"{self.path}: is done, but made from files that have changed since; choose "
                 "another run.name for the new ones."
@@ -97,7 +96,7 @@ class RunDirectory:
         self.check()
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         try:
-            self._lock = take_lock(self.path / _LOCK)
+            self._lock = take_lock(self.layout.lock)
         except OSError as error:
             raise UserError(
                 f"run.root={self.config.run.root}: cannot be written to ({error}); choose another."
@@ -126,38 +125,38 @@ class RunDirectory:
             "versions": package_versions(),
         }
         text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-        if self.status():
+        if self.status().status:
             self.write_status("running")  # else a kill here leaves the new identity, and `done`
-        atomic_write(self.path / "config.yaml", text)
+        atomic_write(self.layout.config_yaml, text)
         self.write_status("running")
 
     def write_status(self, status: str, *, exit_code: int | None = None, cause: str = "") -> None:
         """Write status.json: one of STATES, the exit code where it has ended, and why."""
         assert status in STATES, status
         assert self._lock is not None, "the run directory is not locked"
-        facts = {
-            "status": status,
-            "exit_code": exit_code,
-            "cause": mask_secrets(cause),
-            "pid": os.getpid(),
-            "slurm_job": os.environ.get("SLURM_JOB_ID"),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        atomic_write_json(self.path / "status.json", facts)
+        facts = Status(
+            status=status,
+            exit_code=exit_code,
+            cause=mask_secrets(cause),
+            pid=os.getpid(),
+            slurm_job=os.environ.get("SLURM_JOB_ID"),
+            time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        )
+        atomic_write_json(self.layout.status_json, facts.to_json())
 
     def write_loading(self, ranks: Sequence[Mapping[str, Any]]) -> None:
         """Write loading.json: what loading the model took, rank by rank."""
-        atomic_write_json(self.path / "loading.json", {"ranks": ranks})
+        atomic_write_json(self.layout.loading_json, {"ranks": ranks})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json; figures that are not finite, which JSON lacks, become null."""
         assert self._lock is not None, "the run directory is not locked"
-        atomic_write_json(self.path / "summary.json", without_nonfinite(summary))
+        atomic_write_json(self.layout.summary_json, without_nonfinite(summary))
 
     def _release(self) -> None:
         assert self._lock is not None
-        if not (self.path / "config.yaml").exists():
-            (self.path / _LOCK).unlink(missing_ok=True)
+        if not (self.layout.config_yaml).exists():
+            (self.layout.lock).unlink(missing_ok=True)
             for folder in self._made:
                 _remove_if_empty(folder)
         self._lock.close()

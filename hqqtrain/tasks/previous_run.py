@@ -32,7 +32,7 @@ class PreviousRun:
     def _begins_anew(self) -> bool:
         """Not for a job that slurm has requeued after it had begun."""
         job = os.environ.get("SLURM_JOB_ID")
-        is_requeued = job is not None and self._directory.status().get("slurm_job") == job
+        is_requeued = job is not None and self._directory.status().slurm_job == job
         return self._directory.config.run.resume == "never" and not is_requeued
 
     def is_done(self) -> bool:

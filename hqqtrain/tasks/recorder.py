@@ -23,12 +23,12 @@ from hqqtrain.evaluation.perplexity import EvalResult
 from hqqtrain.loading.build import LoadedModel
 from hqqtrain.loading.plan import ModelPlan
 from hqqtrain.rundir.directory import RunDirectory
+from hqqtrain.rundir.schema import LAYER_ERROR
 from hqqtrain.tasks.finalize import finalize_failure, finalize_success
 from hqqtrain.tasks.previous_run import PreviousRun
 from hqqtrain.tasks.progress import ProgressBars
 from hqqtrain.tasks.resource_errors import translate_resource_errors
 from hqqtrain.tasks.summary import RunSummary
-from hqqtrain.tracking.base import LAYER_ERROR
 from hqqtrain.tracking.composite import CompositeTracker, open_trackers
 from hqqtrain.tracking.console import Console, setup_logging
 from hqqtrain.tracking.wandb_run_id import keep_run_id, run_id

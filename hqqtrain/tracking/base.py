@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-LAYER_ERROR = "quant/relative_error/"
-"""Prefix of the one metric that is logged per module."""
-
-STEP = "train/global_step"
+from hqqtrain.rundir.schema import LAYER_ERROR
 
 
 class Tracker(Protocol):

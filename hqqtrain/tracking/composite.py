@@ -11,7 +11,9 @@ from typing import Any
 
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.config.infra import TrackConfig
-from hqqtrain.tracking.base import STEP, Tracker
+from hqqtrain.rundir.layout import RunLayout
+from hqqtrain.rundir.schema import GLOBAL_STEP
+from hqqtrain.tracking.base import Tracker
 from hqqtrain.tracking.jsonl import JsonlTracker, read_metrics
 from hqqtrain.tracking.tensorboard import TensorBoardTracker
 from hqqtrain.tracking.wandb import WandbTracker
@@ -86,7 +88,7 @@ def open_trackers(
     """
     if not main:
         return CompositeTracker([])
-    metrics = run_dir / "metrics.jsonl"
+    metrics = RunLayout(run_dir).metrics_jsonl
     chosen: list[Tracker] = [JsonlTracker(metrics)]
     if "tensorboard" in config.backends:
         chosen.append(TensorBoardTracker(run_dir))
@@ -104,4 +106,4 @@ def _told(metrics: Path, step: int) -> dict[int, set[str]]:
         rows = read_metrics(metrics) if step else []
     except (OSError, ValueError):
         return {}
-    return {row[STEP]: set(row) for row in rows if row[STEP] in (0, step)}
+    return {row[GLOBAL_STEP]: set(row) for row in rows if row[GLOBAL_STEP] in (0, step)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hqqtrain.common.files import atomic_write
-from hqqtrain.tracking.base import STEP
+from hqqtrain.rundir.schema import GLOBAL_STEP
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class JsonlTracker:
         self._file = self.path.open("ab", buffering=0)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        row: dict[str, Any] = {STEP: step, "time": round(time.time(), 3)}
+        row: dict[str, Any] = {GLOBAL_STEP: step, "time": round(time.time(), 3)}
         row |= {name: _finite(value) for name, value in metrics.items()}
         could = not self._waiting
         self._waiting += (json.dumps(row) + "\n").encode()
@@ -91,7 +91,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         for line in lines:
             if line.endswith("\n"):
                 row = json.loads(line)
-                rows.setdefault(row[STEP], {}).update(row)
+                rows.setdefault(row[GLOBAL_STEP], {}).update(row)
     return [rows[step] for step in sorted(rows)]
 
 
@@ -120,4 +120,4 @@ def _step_of(line: bytes) -> float:
         row = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         row = None
-    return row.get(STEP, math.inf) if isinstance(row, dict) else math.inf
+    return row.get(GLOBAL_STEP, math.inf) if isinstance(row, dict) else math.inf

@@ -15,7 +15,9 @@ import yaml
 
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.config.run import NOT_THE_RESULT
-from hqqtrain.tracking.base import LAYER_ERROR, STEP, flatten, layer_errors
+from hqqtrain.rundir.layout import RunLayout
+from hqqtrain.rundir.schema import GLOBAL_STEP, LAYER_ERROR
+from hqqtrain.tracking.base import flatten, layer_errors
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ class TensorBoardTracker:
     """Writes to `run_dir`/tensorboard; a resumed run hides what comes after its first step."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.folder = run_dir / "tensorboard"
+        self.folder = RunLayout(run_dir).tensorboard
         self._writer: Any = None
         self._config: dict[str, Any] = {}
         self._step = 0
@@ -50,7 +52,7 @@ class TensorBoardTracker:
             return
         self._step = step
         for name, value in metrics.items():
-            if LAYER_ERROR not in name and name != STEP:
+            if LAYER_ERROR not in name and name != GLOBAL_STEP:
                 self._writer.add_scalar(name, float(value), step)
         if layers := layer_errors(metrics):
             import numpy

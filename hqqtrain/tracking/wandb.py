@@ -20,7 +20,9 @@ from typing import Any
 from hqqtrain.common.secrets import mask_command, mask_secrets
 from hqqtrain.common.timeout import call_with_timeout
 from hqqtrain.config.infra import TrackConfig
-from hqqtrain.tracking.base import LAYER_ERROR, STEP, flatten, layer_errors
+from hqqtrain.rundir.layout import RunLayout
+from hqqtrain.rundir.schema import GLOBAL_STEP, LAYER_ERROR
+from hqqtrain.tracking.base import flatten, layer_errors
 from hqqtrain.tracking.jsonl import read_metrics
 from hqqtrain.tracking.wandb_mode import is_server_reachable, wandb_mode, wandb_server
 from hqqtrain.tracking.wandb_run_id import keep_run_id, run_id
@@ -52,10 +54,12 @@ class WandbTracker:
         if run_id(self.run_dir) is None:
             keep_run_id(self.run_dir, secrets.token_hex(4))
         self._run = self._open(mask_secrets(config))
-        self._run.define_metric(STEP)
-        self._run.define_metric("*", step_metric=STEP)
-        self._run.define_metric(LAYER_ERROR + "*", step_metric=STEP, hidden=True)
-        where = self._run.url if self._online else f"{self._mode}, in {self.run_dir / 'wandb'}"
+        self._run.define_metric(GLOBAL_STEP)
+        self._run.define_metric("*", step_metric=GLOBAL_STEP)
+        self._run.define_metric(LAYER_ERROR + "*", step_metric=GLOBAL_STEP, hidden=True)
+        where = (
+            self._run.url if self._online else f"{self._mode}, in {RunLayout(self.run_dir).wandb}"
+        )
         logger.info("wandb: %s", where)
         if step and self._online:
             self._catch_up()
@@ -64,7 +68,7 @@ class WandbTracker:
         # A run that was killed after a checkpoint repeats steps that the server has already.
         if self._run is None or step < self._run.starting_step:
             return
-        row: dict[str, Any] = {**metrics, STEP: step}
+        row: dict[str, Any] = {**metrics, GLOBAL_STEP: step}
         if layers := layer_errors(metrics):
             import wandb
 
@@ -115,10 +119,12 @@ class WandbTracker:
 
     def _catch_up(self) -> None:
         """Tells the server what it lacks of earlier processes, which it may have failed."""
-        file = self.run_dir / "metrics.jsonl"
+        file = RunLayout(self.run_dir).metrics_jsonl
         for row in read_metrics(file) if file.exists() else []:
-            metrics = {name: value for name, value in row.items() if name not in (STEP, "time")}
-            self.log({n: v for n, v in metrics.items() if v is not None}, row[STEP])
+            metrics = {
+                name: value for name, value in row.items() if name not in (GLOBAL_STEP, "time")
+            }
+            self.log({n: v for n, v in metrics.items() if v is not None}, row[GLOBAL_STEP])
 
     def _upload(self, path: Path) -> None:
         """Returns when the server has it; offline the files stay where they are until a sync."""

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from hqqtrain.common.files import atomic_write
+from hqqtrain.rundir.layout import RunLayout
 
 
 def run_id(run_dir: Path) -> str | None:
@@ -31,4 +32,4 @@ def forget_run_id(run_dir: Path) -> None:
 
 
 def _file(run_dir: Path) -> Path:
-    return run_dir / "wandb" / "run_id"
+    return RunLayout(run_dir).wandb / "run_id"

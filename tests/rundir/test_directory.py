@@ -34,8 +34,8 @@ def test_what_it_writes(tmp_path):
     config = _config(tmp_path)
     with RunDirectory(config) as run:
         run.begin(["hqqtrain", "recipe=x", "hub.token=secret"])
-        assert run.status()["status"] == "running"
-        assert run.status()["exit_code"] is None
+        assert run.status().status == "running"
+        assert run.status().exit_code is None
     found = yaml.safe_load((run.path / "config.yaml").read_text())
     assert {k: found[k] for k in asdict(config)} == asdict(config)
     assert found["identity"] == config.identity()
@@ -59,14 +59,14 @@ def test_other_states_are_not_done(tmp_path, status):
     with run:
         run.write_status(status, exit_code=1, cause="it broke")
     assert not run.done()
-    assert run.status()["cause"] == "it broke"
+    assert run.status().cause == "it broke"
 
 
 def test_the_same_configuration_may_come_back(tmp_path):
     _finish(_config(tmp_path))
     with RunDirectory(_config(tmp_path)) as run:
         run.begin([])
-        assert run.status()["status"] == "running"
+        assert run.status().status == "running"
 
 
 def test_another_configuration_is_refused_and_nothing_is_written(tmp_path):
@@ -147,7 +147,7 @@ def test_a_kill_while_a_new_run_begins_does_not_block_the_next(tmp_path, monkeyp
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     with RunDirectory(_config(tmp_path)) as run:
         run.begin([])
-        assert run.status()["status"] == "running"
+        assert run.status().status == "running"
 
 
 def test_files_of_others_are_left_alone(tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 
 from hqqtrain.common.exit_codes import PREEMPTED, USER_ERROR
 from hqqtrain.common.files import atomic_write
+from hqqtrain.rundir.layout import RunLayout, checkpoint_steps
 
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 2
 """Starts in a row that were preempted and got no further: so many end the job."""
@@ -96,14 +97,14 @@ def _job(environ: Mapping[str, str]) -> str:
 
 def _seen(folder: Path) -> dict[str, Any]:
     """How far the run has got, and what it says of itself."""
-    names = (path.name.removeprefix("step-") for path in folder.glob("checkpoints/step-*"))
+    layout = RunLayout(folder)
     try:
-        status = (folder / "status.json").read_text(encoding="utf-8")
+        status = layout.status_json.read_text(encoding="utf-8")
     except (OSError, ValueError):
         status = ""
     return {
-        "step": max((int(name) for name in names if name.isdecimal()), default=-1),
-        "quantized": (folder / "quantized" / "config.json").is_file(),
+        "step": max(checkpoint_steps(layout.checkpoints), default=-1),
+        "quantized": layout.has_quantized,
         "status": status,
     }
 

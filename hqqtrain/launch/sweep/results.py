@@ -5,7 +5,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,17 @@ from tabulate import tabulate
 
 from hqqtrain.common.exit_codes import DONE, PREEMPTED
 from hqqtrain.common.files import atomic_write
-from hqqtrain.compose.job import Job, read_json
+from hqqtrain.compose.job import Job
 from hqqtrain.launch.slurm.requeue import read_attempt
 from hqqtrain.launch.sweep.sweep import Sweep
+from hqqtrain.rundir.schema import (
+    MODEL_NAMES,
+    ModelFigures,
+    QuantizeFigures,
+    Summary,
+    TrainFigures,
+    read_json,
+)
 
 _BY_CODE = {DONE: "done", PREEMPTED: "preempted", None: "unfinished"}
 
@@ -45,7 +53,7 @@ class JobResults:
         That is our record, that of its batch job, or its own status.json, for it may also run
         without us. It is done only where it says so itself.
         """
-        said = job.status().get("status")
+        said = job.status().status
         by_itself = _BY_STATUS.get(said, said) if isinstance(said, str) else "pending"
         records = [r for r in (self._found.get(job.name), read_attempt(job.folder)) if r]
         last = max(records, key=lambda record: record["time"], default=None)
@@ -63,7 +71,7 @@ def _is_sound(record: Any) -> bool:
 
 def _time_of(job: Job) -> float:
     try:
-        return (job.folder / "status.json").stat().st_mtime
+        return job.layout.status_json.stat().st_mtime
     except OSError:
         return 0.0
 
@@ -99,27 +107,27 @@ def table_rows(sweep: Sweep, outcomes: JobResults | None = None) -> list[TableRo
     outcomes, rows = outcomes or JobResults(sweep), []
     for job in sweep.jobs:
         state = outcomes.state(job)
-        found = summary_figures(job.summary() if state == "done" else {})
+        found = summary_figures(job.summary() if state == "done" else Summary())
         rows.append(TableRow(sweep.values(job), found, state, str(job.folder)))
     return rows
 
 
-def summary_figures(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    """What COLUMNS names, of a summary.json; None where it was not measured or is not finite."""
-    quantize, train = summary.get("quantize", {}), summary.get("train", {})
-    measured = summary.get("eval", {})
-    peaks = [part["peak_memory_gib"] for part in (quantize, train) if "peak_memory_gib" in part]
+def summary_figures(summary: Summary) -> dict[str, float | None]:
+    """Return the figures that COLUMNS names; None where one was not measured or is not finite."""
+    quantize, train = summary.quantize or QuantizeFigures(), summary.train or TrainFigures()
+    peaks = [p for p in (quantize.peak_memory_gib, train.peak_memory_gib) if p is not None]
     found = {
-        "bits_per_weight": quantize.get("bits_per_weight"),
-        "relative_error": quantize.get("relative_error"),
-        "quantize_seconds": quantize.get("seconds"),
-        "train_seconds": train.get("seconds"),
+        "bits_per_weight": quantize.bits_per_weight,
+        "relative_error": quantize.relative_error,
+        "quantize_seconds": quantize.seconds,
+        "train_seconds": train.seconds,
         "peak_memory_gib": max(peaks, default=None),
-        "tokens_per_second": train.get("tokens_per_second"),
+        "tokens_per_second": train.tokens_per_second,
     }
-    for part in ("full_precision", "quantized", "final"):
-        found[f"perplexity_{part}"] = measured.get(part, {}).get("perplexity")
-        found[f"kl_{part}"] = measured.get(part, {}).get("kl")
+    models = summary.models()
+    for key in MODEL_NAMES:
+        figures = models.get(key, ModelFigures())
+        found |= {f"perplexity_{key}": figures.perplexity, f"kl_{key}": figures.kl}
     return {name: _finite(found[name]) for name in COLUMNS}
 
 

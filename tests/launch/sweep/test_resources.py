@@ -42,7 +42,9 @@ def test_gpus_nobody_named_are_counted(tmp_path, monkeypatch):
 
 
 def test_more_jobs_than_gpus_are_refused():
-    with pytest.raises(UserError, match=r"launch.max_parallel_jobs=3: .* and 2 can be seen; at most 2 run"):
+    with pytest.raises(
+        UserError, match=r"launch.max_parallel_jobs=3: .* and 2 can be seen; at most 2 run"
+    ):
         partition_devices(3, {"CUDA_VISIBLE_DEVICES": "0,1"})
 
 

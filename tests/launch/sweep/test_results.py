@@ -23,6 +23,7 @@ from hqqtrain.launch.sweep.results import (
 )
 from hqqtrain.launch.sweep.runner import show_table
 from hqqtrain.launch.sweep.sweep import Sweep
+from hqqtrain.rundir.schema import Summary, TrainFigures
 
 SUMMARY = {
     "quantize": {"bits_per_weight": 2.5, "relative_error": 0.1, "seconds": 0.5,
@@ -58,14 +59,16 @@ def read_csv(sweep: Sweep) -> list[dict[str, str]]:
 
 
 def test_every_figure_has_its_column():
-    assert summary_figures(SUMMARY) == {
+    assert summary_figures(Summary.from_json(SUMMARY)) == {
         "bits_per_weight": 2.5, "relative_error": 0.1, "perplexity_full_precision": 8.0,
         "perplexity_quantized": 1234.5, "perplexity_final": None, "kl_quantized": 0.6,
         "kl_final": 0.25, "quantize_seconds": 0.5, "train_seconds": 60.0, "peak_memory_gib": 2.0,
         "tokens_per_second": 1200.4,
     }  # fmt: skip
-    assert set(summary_figures({}).values()) == {None}
-    assert summary_figures({"train": {"seconds": float("nan")}})["train_seconds"] is None
+    assert set(summary_figures(Summary()).values()) == {None}
+    assert (
+        summary_figures(Summary(train=TrainFigures(seconds=float("nan"))))["train_seconds"] is None
+    )
 
 
 def test_a_job_is_what_was_said_of_it_last(tmp_path):

@@ -55,7 +55,10 @@ def test_any_root_survives_as_a_word(root):
 def test_the_name_is_that_of_the_jobs_and_not_of_how_they_run():
     name = Sweep.of(plan("recipe=tiny_2bit", "quant.nbits=2,3")).name
     assert name.startswith("sweep-tiny_2bit-")
-    assert Sweep.of(plan("recipe=tiny_2bit", "quant.nbits=3,2", "launch.max_parallel_jobs=2")).name == name
+    assert (
+        Sweep.of(plan("recipe=tiny_2bit", "quant.nbits=3,2", "launch.max_parallel_jobs=2")).name
+        == name
+    )
     assert Sweep.of(plan("recipe=tiny_2bit", "quant.nbits=2,4")).name != name
     assert Sweep.of(plan("task=quantize", "quant.nbits=2,3")).name.startswith("sweep-quantize-")
 
@@ -100,7 +103,9 @@ def test_a_job_is_called_by_what_tells_it_apart():
 def test_a_job_is_not_told_how_many_run_at_a_time():
     (job, _) = Sweep.of(plan("launch.max_parallel_jobs=2", "quant.nbits=2,3", "run.root=out")).jobs
     assert job.command[:2] == ["quant.nbits=2", "run.root=out"]
-    with pytest.raises(UserError, match=r"^launch\.max_parallel_jobs=2: .* this is one run; leave it out"):
+    with pytest.raises(
+        UserError, match=r"^launch\.max_parallel_jobs=2: .* this is one run; leave it out"
+    ):
         plan_command(["quant.nbits=2", "launch.max_parallel_jobs=2"], False)
     assert plan_command(["quant.nbits=2", "launch.max_parallel_jobs=2"], True).is_sweep
 

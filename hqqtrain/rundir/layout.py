@@ -1,0 +1,121 @@
+"""The paths of a run directory, spelled once for everyone who reads or writes one.
+
+<run.root>/<run.name>/
+    config.yaml      resolved configuration, versions, git revision, command
+    status.json      running, done, preempted or failed; see `schema.Status`
+    summary.json     the final figures; see `schema.Summary`
+    loading.json     what loading the model took, rank by rank
+    metrics.jsonl    one object for each logged step
+    quantized/       the packed model
+    adapter/         the trained adapter, stock PEFT
+    export/          what task=export writes
+    checkpoints/     step-00000100/, ...: complete or absent
+    nonfinite/       batches whose loss or gradient was not finite
+    report/          plots and index.html
+    wandb/           files of W&B
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+_STEP = "step-"
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """The paths of the run in `folder`; nothing is read or created.
+
+    A path may not exist: a task leaves only the parts that it makes.
+    """
+
+    folder: Path
+
+    @property
+    def config_yaml(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def status_json(self) -> Path:
+        return self.folder / "status.json"
+
+    @property
+    def summary_json(self) -> Path:
+        return self.folder / "summary.json"
+
+    @property
+    def loading_json(self) -> Path:
+        return self.folder / "loading.json"
+
+    @property
+    def metrics_jsonl(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def quantized(self) -> Path:
+        return self.folder / "quantized"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def export(self) -> Path:
+        return self.folder / "export"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def nonfinite(self) -> Path:
+        return self.folder / "nonfinite"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report"
+
+    @property
+    def report_html(self) -> Path:
+        return self.report / "index.html"
+
+    @property
+    def wandb(self) -> Path:
+        return self.folder / "wandb"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.folder / "tensorboard"
+
+    @property
+    def lock(self) -> Path:
+        return self.folder / ".lock"
+
+    @property
+    def has_quantized(self) -> bool:
+        """Whether `quantized/` is there; it is complete or absent."""
+        return (self.quantized / "config.json").is_file()
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether `adapter/` is there; it is complete or absent."""
+        return (self.adapter / "adapter_config.json").is_file()
+
+    def results(self) -> list[Path]:
+        """Return the paths that a person looks for after a run, those that exist."""
+        paths = [self.quantized, self.adapter, self.export, self.checkpoints]
+        paths += [self.summary_json, self.metrics_jsonl, self.report_html]
+        return [path for path in paths if path.exists()]
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of the folder of the checkpoint of optimizer step `step`."""
+    return f"{_STEP}{step:08}"
+
+
+def checkpoint_steps(checkpoints: Path) -> list[int]:
+    """Return the steps of the checkpoints in the folder `checkpoints`, ascending.
+
+    A name that is not `step-` and a number is ignored: a user may keep files there.
+    """
+    names = (path.name.removeprefix(_STEP) for path in checkpoints.glob(f"{_STEP}*"))
+    return sorted(int(name) for name in names if name.isdecimal())

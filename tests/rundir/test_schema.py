@@ -1,0 +1,60 @@
+"""summary.json and status.json: written and read by the same dataclasses."""
+
+import json
+
+import pytest
+
+from hqqtrain.rundir.schema import (
+    EvalFigures,
+    ModelFigures,
+    QuantizeFigures,
+    Status,
+    Summary,
+    TrainFigures,
+    read_json,
+    read_status,
+    read_summary,
+)
+
+FULL = {
+    "schema": 1,
+    "run": {"name": "a", "recipe": "", "task": "finetune", "world_size": 2},
+    "quantize": {"nbits": 2, "group_size": None, "bits_per_weight": 2.5},
+    "eval": {"tokens": 7, "quantized": {"perplexity": 9.0, "kl": 0.1}},
+    "train": {"steps": 3, "loss": None},
+}
+
+
+def test_what_is_absent_stays_absent_there_and_back():
+    assert Summary.from_json(FULL).to_json() == FULL
+    assert Summary().to_json() == {"schema": 1}
+
+
+def test_null_is_written_where_it_means_something():
+    """A group of a whole row, and no loss before the first step, are values."""
+    assert QuantizeFigures().to_json() == {"group_size": None}
+    assert TrainFigures().to_json() == {"loss": None}
+    assert Status(status="running").to_json() == {
+        "status": "running", "exit_code": None, "slurm_job": None,
+    }  # fmt: skip
+
+
+def test_models_have_the_order_of_the_table():
+    figures = EvalFigures(final=ModelFigures(2.0), full_precision=ModelFigures(1.0))
+    assert list(Summary(eval=figures).models()) == ["full_precision", "final"]
+    assert Summary().models() == {}
+
+
+def test_a_file_of_another_release_gives_the_known_figures(tmp_path):
+    file = tmp_path / "summary.json"
+    file.write_text(json.dumps({"schema": 9, "train": {"steps": 1, "later": 2}, "more": {}}))
+    assert read_summary(file).train == TrainFigures(steps=1)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "null", '{"eval": 3, "train": "x"}'])
+def test_no_file_and_damaged_files_give_nothing(tmp_path, text):
+    file = tmp_path / "summary.json"
+    assert read_json(file) == {}
+    assert read_status(file) == Status()
+    file.write_text(text)
+    assert read_summary(file).models() == {}
