@@ -11,9 +11,10 @@ from typing import Any
 
 
 def atomic_write(path: Path, content: str | bytes) -> Path:
-    """Writes `content`, text as UTF-8, to `path`, and returns `path`.
+    """Write `content` to `path` atomically, text as UTF-8, and return `path`.
 
-    Written beside it, forced to the disk, renamed: readers see the old content or the new.
+    The content goes to a temporary file in the same folder, is flushed to disk, and is then
+    renamed, so readers see either the old content or the new one.
     """
     path = Path(path)
     temporary = temporary_path(path)
@@ -25,12 +26,12 @@ def atomic_write(path: Path, content: str | bytes) -> Path:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where `path` is written before it takes its place."""
+    """Return the temporary name that `path` has while it is being written."""
     return path.with_name(f".{path.name}.partial")
 
 
 def fsync_path(path: Path) -> None:
-    """Make a file's contents, or a folder's list of names, survive a crash of the machine."""
+    """Flush a file's contents, or a folder's list of names, to disk with `fsync`."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

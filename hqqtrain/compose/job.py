@@ -1,4 +1,4 @@
-"""One run of a sweep: the words that start it, and what it has left so far."""
+"""One run of a sweep: the overrides that start it, and the results it has written so far."""
 
 import shlex
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from hqqtrain.rundir.schema import Status, Summary, read_status, read_summary
 
 @dataclass(frozen=True)
 class Job:
-    """One combination: the words of its command line and the configuration they stand for."""
+    """One combination of a sweep: its command-line overrides and the configuration they compose."""
 
     words: list[str]
     config: RunConfig
     shared: tuple[str, ...] = ()
-    """Words that the sweep adds, see `Sweep.of`."""
+    """Overrides that the sweep adds, see `Sweep.of`."""
 
     @property
     def name(self) -> str:
@@ -26,17 +26,20 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """The run directory, which two jobs share only if they mean the same."""
+        """The run directory. Two jobs share one only if their configurations are the same."""
         return Path(self.config.run.root).expanduser() / self.name
 
     @property
     def command(self) -> list[str]:
-        """All words, as `python -m hqqtrain` takes them; how many run at a time is the sweep's."""
-        alone = [word for word in self.words if not word.startswith("launch.max_parallel_jobs=")]
-        return [*alone, *self.shared]
+        """All arguments of `python -m hqqtrain` for this job.
+
+        `launch.max_parallel_jobs` is left out, because it belongs to the sweep and not to a single run.
+        """
+        own = [word for word in self.words if not word.startswith("launch.max_parallel_jobs=")]
+        return [*own, *self.shared]
 
     def __str__(self) -> str:
-        """The words that the user knows."""
+        """The overrides as the user wrote them, with secrets masked."""
         return shlex.join(mask_command(self.words))
 
     @property
@@ -53,7 +56,10 @@ class Job:
         return read_summary(self.layout.summary_json)
 
     def figures(self) -> str:
-        """`: 2.50 bits per weight, perplexity 9.100 quantized, 6.320 final`, as far as known."""
+        """Format the key figures that are known so far; an empty string if none is.
+
+        For example `: 2.50 bits per weight, perplexity 9.100 quantized, perplexity 6.320 final`.
+        """
         summary = self.summary()
         bits = summary.quantize and summary.quantize.bits_per_weight
         parts = [] if bits is None else [f"{bits:.2f} bits per weight"]
@@ -63,7 +69,11 @@ class Job:
         return f": {', '.join(parts)}" if parts else ""
 
     def is_done(self) -> bool:
-        """Whether nothing is left to do. Raises UserError where its inputs have changed since."""
+        """Whether the run has finished and nothing is left to do.
+
+        Raises:
+            UserError: the inputs of the finished run have changed since.
+        """
         if self.status().status != "done":
             return False
         directory = RunDirectory(self.config)

@@ -87,7 +87,9 @@ class Runtime:
             logger.info("parallel.strategy=auto: %s, for %d processes", strategy, comm.size)
         _check(config, strategy, precision, comm.device)
         _choose_backend(config.quant.backend, comm)
-        storage = resolve_storage_dtype(config.quant.storage_dtype, strategy, PRECISION_DTYPES[precision])
+        storage = resolve_storage_dtype(
+            config.quant.storage_dtype, strategy, PRECISION_DTYPES[precision]
+        )
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", comm.size == 1))
         replicas = resolve_replicas(config.parallel.hsdp, strategy, comm.gather(local_size))
         return cls(config, accelerator, comm, strategy, precision, storage, replicas, preemption)

@@ -1,7 +1,7 @@
-"""From a plan to a model that is ready.
+"""Turn a plan into a loaded model, and a loaded model into one that runs.
 
-`build_model` shards, reads and quantizes; it is the same path for one process and for many. What it
-leaves can be saved; `wrap_for_execution` makes it a model that runs.
+`build_model` shards, reads and quantizes, on the same path for one process and for many. Its result can
+be saved; `wrap_for_execution` wraps it for execution.
 """
 
 from collections.abc import Callable
@@ -33,50 +33,68 @@ from hqqtrain.models.weights.synthetic import open_weight_source
 
 @dataclass
 class LoadedModel:
-    """The model, filled, and what filling it showed; the same on every rank."""
+    """The loaded model and the results of loading it; the same on every rank."""
 
     model: nn.Module
     settings: QuantizedSettings
     layer_errors: dict[str, float]
-    """Relative error by layer; empty where the weights came packed."""
+    """Relative quantization error by layer; empty if the weights were packed already."""
     relative_error: float | None
+    """Relative error over all layers; None if the weights were packed already."""
     loading: list[LoadStats]
-    """Of every rank."""
+    """Loading statistics by rank."""
 
     @property
     def bytes_read(self) -> int:
+        """Bytes of weights that all ranks together have read."""
         return sum(report.bytes_read for report in self.loading)
 
     @property
     def seconds(self) -> float:
-        """Until the last rank was ready."""
+        """Loading time of the slowest rank."""
         return max(report.seconds for report in self.loading)
 
 
-def build_model(plan: ModelPlan, runtime: Runtime, *, packed: Path | None = None,
-          on_layer: Callable[[str], object] = lambda _: None) -> LoadedModel:  # fmt: skip
-    """Shards, materialises and fills the plan's model, to be saved and mounted. Collective.
+def build_model(
+    plan: ModelPlan,
+    runtime: Runtime,
+    *,
+    packed: Path | None = None,
+    on_layer: Callable[[str], object] = lambda _: None,
+) -> LoadedModel:
+    """Shard, materialize and load the model of the plan. Collective.
 
     Args:
-        packed: a folder like `quantized/` that holds what quantizing would make.
+        plan: The plan; its `model` becomes the loaded one.
+        session: Processes, dtypes and strategy of the run.
+        packed: A folder like `quantized/` with the result of an earlier quantization of the same
+            plan. It is read in place of the dense weights.
+        on_layer: Called with the name of each layer that is finished.
 
     Raises:
-        UserError: NaN or Inf in a weight; packed weights or an adapter that do not belong.
+        UserError: A weight has NaN or Inf, the packed weights were altered, or the adapter belongs
+            to another base.
     """
     model, comm = plan.model, runtime.comm
     check_bit_exactness(runtime.storage, runtime.strategy, comm)
-    _cut(model, runtime)
+    # Shard while the model is on meta, so that no rank ever allocates the whole of it.
+    _shard(model, runtime)
     source, reader = plan.source, plan.reader
     if packed:
         source = replace(source, path=packed, kind="quantized")
         reader = open_weight_source(source, model, runtime.device)
+    # Each rank hashes the packed rows that it makes or reads; `_add_fingerprint` sums them up.
     fingerprint, is_packed = Fingerprint(), source.kind == "quantized"
     filled = load_model(
-        model, reader, comm,
-        quantized=is_packed, offload=runtime.offloads_parameters,
-        on_packed_rows=fingerprint.update, on_layer=on_layer,
-    )  # fmt: skip
-    settings = _fingerprinted(model, source, fingerprint, comm)
+        model,
+        reader,
+        comm,
+        quantized=is_packed,
+        offload=runtime.offloads_parameters,
+        on_packed_rows=fingerprint.update,
+        on_layer=on_layer,
+    )
+    settings = _add_fingerprint(model, source, fingerprint, comm)
     if plan.lora is not None:
         initialize_adapters(model, plan.start, settings.fingerprint, runtime.config)
     errors, total = ({}, None) if is_packed else filled.relative_errors(comm)
@@ -84,10 +102,10 @@ def build_model(plan: ModelPlan, runtime: Runtime, *, packed: Path | None = None
 
 
 def wrap_for_execution(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """Of a filled model, one that can be called; the same under most strategies. Collective.
+    """Wrap a loaded model for execution. Collective.
 
-    `fsdp1` and `zero3` have it from then on: its parameters cannot be gathered any more, but for
-    those of adapters.
+    FSDP1 and ZeRO-3 take ownership of the parameters: afterwards only those of the adapters can be
+    gathered. The other strategies return `model` itself.
     """
     if runtime.strategy == "zero3":
         apply_zero3(model, runtime.storage, runtime.device)
@@ -102,30 +120,49 @@ def wrap_for_execution(model: nn.Module, runtime: Runtime) -> nn.Module:
 
 
 def build_reference(plan: ModelPlan, runtime: Runtime) -> tuple[nn.Module, int]:
-    """The full-precision model, spread as the trained one is, and the bytes read. Collective."""
+    """Return the full-precision model, sharded like the trained one, and the bytes read.
+
+    The bytes are the sum over all ranks. Collective.
+    """
     model = build_meta(plan.hf_config, runtime.dtype).requires_grad_(False)
-    _cut(model, runtime)
+    _shard(model, runtime)
     reader = open_weight_source(plan.source, model, runtime.device)
     load_model(
-        model, reader, runtime.comm, offload=runtime.offloads_parameters,
+        model,
+        reader,
+        runtime.comm,
+        offload=runtime.offloads_parameters,
         on_layer=lambda _: runtime.preemption.check_local(),
-    )  # fmt: skip
+    )
     return wrap_for_execution(model, runtime).eval(), int(runtime.comm.sum([reader.bytes_read])[0])
 
 
-def _cut(model: nn.Module, runtime: Runtime) -> None:
+def _shard(model: nn.Module, runtime: Runtime) -> None:
+    """Shard a model on meta; DDP and a single process leave it whole.
+
+    FSDP1 and ZeRO-3 shard flat memory and need full tensors first. Their models are sharded by
+    rows for loading (`shard_rows`), and `wrap_for_execution` hands them over.
+    """
     if runtime.strategy == "fsdp2":
         apply_fsdp2(
-            model, runtime.device, runtime.comm.size, runtime.replicas,
+            model,
+            runtime.device,
+            runtime.comm.size,
+            runtime.replicas,
             runtime.offloads_parameters,
-        )  # fmt: skip
+        )
     elif runtime.strategy in FLAT_STRATEGIES:
         shard_rows(model, runtime.device, runtime.comm.size)
 
 
-def _fingerprinted(
+def _add_fingerprint(
     model: nn.Module, source: ModelSource, fingerprint: Fingerprint, comm: Communicator
 ) -> QuantizedSettings:
+    """Return the quantization settings of the model with the fingerprint over all ranks.
+
+    Raises:
+        UserError: Packed weights do not have the fingerprint in their config.json.
+    """
     total = Fingerprint()
     for part in comm.gather(fingerprint.total):
         total.merge(part)
@@ -136,7 +173,7 @@ def _fingerprinted(
         if settings.fingerprint != written:
             raise UserError(
                 f"{source.path}: its packed weights are {settings.fingerprint}, but "
-                f"config.json was written for {written}: a file was altered, or another version of "
-                "hqqtrain wrote it. Quantize again."
+                f"config.json was written for {written}: a file was altered, or written by another "
+                "version of hqqtrain. Quantize again."
             )
     return settings

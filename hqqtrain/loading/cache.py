@@ -1,8 +1,8 @@
-"""Quantized weights that runs share: made once for a source and its settings, by the first to come.
+"""Cache of quantized weights, shared by runs with the same source and the same quantization.
 
-A sweep over adapters, or jobs on many nodes, would else quantize the same model again and again. An
-entry is a folder like `quantized/`, named by what it was made from, complete or absent; who comes
-while it is being made waits.
+Without it, a sweep over adapters or jobs on many nodes would quantize the same model again and
+again. An entry is a folder like `quantized/`, named by a hash of its inputs; it is complete or
+absent. A run that needs an entry while another run makes it waits.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -35,77 +35,89 @@ from hqqtrain_kernels.layout import LAYOUT_VERSION
 logger = logging.getLogger(__name__)
 
 ERRORS = "errors.json"
+"""File of a folder of packed weights with the quantization errors, which need the dense weights."""
 
 POLL_SECONDS = 1.0
-"""Seconds between two looks at an entry that another run makes."""
+"""Seconds between two attempts to lock an entry that another run makes."""
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """`folder` holds the weights, or is to hold them when this run has made them."""
+    """A folder of packed weights, complete (`is_made`) or to be written by this run."""
 
     folder: Path
     is_made: bool
 
     def errors(self) -> tuple[dict[str, float], float | None]:
-        """Relative errors by layer and of all, as they were measured when it was made, if so."""
+        """Return the relative errors (by layer, over all layers) measured when it was made.
+
+        Return ({}, None) if the folder does not record them.
+        """
         file = self.folder / ERRORS
         if not file.is_file():
             return {}, None
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return found["layers"], found["all"]
+        errors = json.loads(file.read_text(encoding="utf-8"))
+        return errors["layers"], errors["all"]
 
 
 @contextmanager
 def cache_entry(plan: ModelPlan, runtime: Runtime) -> Iterator[CacheEntry | None]:
-    """The cache's entry for what `plan` quantizes; None without `quant.cache_dir`. Collective.
+    """Find the cache entry for the weights of `plan`. Collective.
 
-    Within, no other run touches an entry that is not made yet.
+    An entry that does not exist yet is locked until the context ends, so that only this run makes
+    it.
 
-    Raises UserError where the nodes do not share the folder, or it cannot be written to.
+    Yields:
+        The entry; None without `quant.cache_dir`, or if the source is packed already.
+
+    Raises:
+        UserError: The nodes do not share the folder, or it cannot be written to.
+        PreemptedError: The run was asked to stop while it waited for another run.
     """
-    cache_dir = runtime.config.quant.cache_dir
+    cache_dir, comm = runtime.config.quant.cache_dir, runtime.comm
     if cache_dir is None or plan.packed:
         yield None
         return
     key = _key(plan.source, QuantizedSettings.of(plan.model), runtime.dtype)
-    with _entry(cache_dir, key, runtime) as entry:
-        yield entry
+    folder = Path(cache_dir).expanduser() / key
+    lock = folder.with_name(f".{folder.name}.lock")
+    with _locked(lock, cache_dir, runtime) as file:
+        # The first rank decides, and its token in the lock file proves that all ranks see the
+        # same folder.
+        state = (lock_token(lock), (folder / "config.json").is_file())
+        token, is_made = comm.gather(state)[0]
+        with comm.raise_on_all_ranks():
+            check_shared_lock(lock, token, f"quant.cache_dir={cache_dir}")
+        # A complete entry is only read, so runs may use it at the same time.
+        if file and is_made:
+            file.close()
+        if comm.is_main:
+            logger.info("quant.cache_dir: %s %s", folder, "is there" if is_made else "is made now")
+        yield CacheEntry(folder, is_made)
 
 
 def save_cache_entry(
     entry: CacheEntry, plan: ModelPlan, loaded: LoadedModel, runtime: Runtime
 ) -> None:
-    """Writes what `plan` has become to `entry`, with the errors beside it. Collective."""
+    """Write the packed weights of `loaded` and their quantization errors to `entry`. Collective."""
     errors = {"layers": loaded.layer_errors, "all": loaded.relative_error}
     beside = {ERRORS: errors, MADE_FROM: source_digest(runtime.config)}
     save_packed(plan, loaded, runtime, entry.folder, beside=beside)
 
 
 @contextmanager
-def _entry(cache_dir: str, key: str, runtime: Runtime) -> Iterator[CacheEntry]:
-    comm = runtime.comm
-    folder = Path(cache_dir).expanduser() / key
-    lock = folder.with_name(f".{folder.name}.lock")
-    with ExitStack() as stack:
-        held = stack.enter_context(_locked(lock, cache_dir, runtime))
-        token, is_made = comm.gather((lock_token(lock), (folder / "config.json").is_file()))[0]
-        with comm.raise_on_all_ranks():
-            check_shared_lock(lock, token, f"quant.cache_dir={cache_dir}")
-        if held and is_made:
-            held.close()
-        if comm.is_main:
-            logger.info("quant.cache_dir: %s %s", folder, "is there" if is_made else "is made now")
-        yield CacheEntry(folder, is_made)
-
-
-@contextmanager
 def _locked(lock: Path, cache_dir: str, runtime: Runtime) -> Iterator[IO[str] | None]:
-    """The first rank's; None on others. All wait, and hear from each other while they do."""
+    """Hold the lock file, which the first rank locks. Collective.
+
+    All ranks wait together, so that a signal to any of them stops all.
+
+    Yields:
+        The locked file on the first rank, None on the others.
+    """
     comm = runtime.comm
     for attempt in itertools.count():
         with comm.raise_on_all_ranks():
-            file = _try(lock, cache_dir) if comm.is_main else None
+            file = _try_lock(lock, cache_dir) if comm.is_main else None
         if comm.gather(file is not None)[0]:
             break
         if comm.is_main and attempt == 0:
@@ -119,7 +131,7 @@ def _locked(lock: Path, cache_dir: str, runtime: Runtime) -> Iterator[IO[str] | 
             file.close()
 
 
-def _try(lock: Path, cache_dir: str) -> IO[str] | None:
+def _try_lock(lock: Path, cache_dir: str) -> IO[str] | None:
     try:
         return take_lock(lock)
     except OSError as error:
@@ -129,9 +141,12 @@ def _try(lock: Path, cache_dir: str) -> IO[str] | None:
 
 
 def _key(source: ModelSource, settings: QuantizedSettings, dtype: torch.dtype) -> str:
-    """By the architecture's name for a person, and a hash of all that gives the weights.
+    """Return the name of an entry: the name of the source and a hash of all inputs.
 
-    `dtype`: what tensors in full precision were rounded to on the way.
+    Args:
+        source: The dense source.
+        settings: Quantization settings by module.
+        dtype: The dtype in which dense tensors are read.
     """
     synthetic = source.kind == "synthetic"
     facts = {
@@ -146,19 +161,35 @@ def _key(source: ModelSource, settings: QuantizedSettings, dtype: torch.dtype) -
 
 
 def save_packed(
-    plan: ModelPlan, loaded: LoadedModel, runtime: Runtime, folder: Path,
+    plan: ModelPlan,
+    loaded: LoadedModel,
+    runtime: Runtime,
+    folder: Path,
     beside: Mapping[str, Any] = MappingProxyType({}),
-) -> None:  # fmt: skip
-    """Writes `quantized/`, every rank its part, and `beside` it JSON files. Collective."""
-    tensors = _as_read(model_tensors(loaded.model, gather=full_tensor), plan)
+) -> None:
+    """Write the packed weights to `folder`; every rank writes a part of the files. Collective.
+
+    Args:
+        plan: The plan of the model.
+        built: The loaded model.
+        session: Processes of the run.
+        folder: A folder like `quantized/`, which appears complete or not at all.
+        beside: Further JSON files, name to content.
+    """
+    tensors = _in_source_dtype(model_tensors(loaded.model, gather=full_tensor), plan)
     save_quantized(
-        tensors, folder, hf_config=plan.hf_config, settings=loaded.settings,
-        source=plan.source.tokenizer, comm=runtime.comm, beside=beside,
-    )  # fmt: skip
+        tensors,
+        folder,
+        hf_config=plan.hf_config,
+        settings=loaded.settings,
+        source=plan.source.tokenizer,
+        comm=runtime.comm,
+        beside=beside,
+    )
 
 
-def _as_read(tensors: Tensors, plan: ModelPlan) -> Tensors:
-    """Tensors in full precision in the dtype they were read in, whatever was computed in."""
+def _in_source_dtype(tensors: Tensors, plan: ModelPlan) -> Tensors:
+    """Cast full-precision tensors back to the dtype of the source, whatever the run computes in."""
     for name, tensor in tensors:
-        same = tensor.is_floating_point() and name in plan.reader
-        yield name, tensor.to(plan.reader.dtype(name)) if same else tensor
+        is_of_source = tensor.is_floating_point() and name in plan.reader
+        yield name, tensor.to(plan.reader.dtype(name)) if is_of_source else tensor

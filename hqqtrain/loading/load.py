@@ -267,14 +267,18 @@ def _broadcast_to_replicas(tensor: Tensor, number: int, comm: Communicator) -> N
 
 
 def load_model(
-    model: nn.Module, reader: WeightSource, comm: Communicator, *, quantized: bool = False,
+    model: nn.Module,
+    reader: WeightSource,
+    comm: Communicator,
+    *,
+    quantized: bool = False,
     offload: bool = False,
     on_packed_rows: Callable[[str, str, int, torch.Tensor], object] = lambda *_: None,
     on_layer: Callable[[str], object] = lambda _: None,
-) -> LoadResult:  # fmt: skip
-    """Gives `model` memory on the processes' device and all that `reader` holds of it.
+) -> LoadResult:
+    """Allocate `model` on the device of `comm` and load its weights from `reader`. Collective.
 
-    Arguments as of `dist.fill` and `materialize`; adapters get memory, not values. Collective.
+    The arguments are those of `dist.fill` and `materialize`. Adapters get memory but no values.
     """
     materialize(model, comm.device, offload=offload)
     layers, dense = tensors_by_name(model)
@@ -293,7 +297,7 @@ def load_model(
 
 
 def tensors_by_name(model: nn.Module) -> tuple[dict[str, HQQLinear], dict[str, torch.Tensor]]:
-    """(quantized linears, tensors in full precision) by their names in the checkpoint."""
+    """Return (quantized linears, full-precision tensors), each by its name in the checkpoint."""
     layers, dense = {}, {}
     for name, module, leaf, tensor in base_tensors(model):
         if is_packed(module, leaf):

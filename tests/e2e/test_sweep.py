@@ -113,7 +113,13 @@ def test_two_really_run_at_a_time(tmp_path, fake):
 
 @pytest.mark.parametrize(("jobs", "name"), [(2, "TERM"), (2, "USR1"), (2, "INT"), (1, "TERM")])
 def test_a_signal_reaches_every_job_once_and_no_other_is_started(tmp_path, fake, jobs, name):
-    words = ("-m", "quant.nbits=2,3,4", "train.seed=2", "run.root=out", f"launch.max_parallel_jobs={jobs}")
+    words = (
+        "-m",
+        "quant.nbits=2,3,4",
+        "train.seed=2",
+        "run.root=out",
+        f"launch.max_parallel_jobs={jobs}",
+    )
     process = start(*words, cwd=tmp_path, **fake)
     wait_until(lambda: len(list(tmp_path.glob("out/*/ready"))) == jobs, process)
     sent = signal.Signals[f"SIG{name}"]
@@ -194,7 +200,10 @@ def test_jobs_that_outlive_their_sweep_are_waited_for(tmp_path, fake):
 
 @pytest.mark.parametrize(
     ("env", "said"),
-    [({"CUDA_VISIBLE_DEVICES": "0"}, "launch.max_parallel_jobs=2: a job needs a GPU"), ({}, "run.root=there")],
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0"}, "launch.max_parallel_jobs=2: a job needs a GPU"),
+        ({}, "run.root=there"),
+    ],
 )
 def test_what_cannot_be_is_one_message(tmp_path, fake, env, said):
     (tmp_path / "there").write_text("")

@@ -58,7 +58,9 @@ def check_flat_storage(model: nn.Module, storage: torch.dtype, strategy: str) ->
 def _check_views(name: str, layer: HQQLinear, storage: torch.dtype, strategy: str) -> None:
     row = layer.layout.groups * layer.spec.meta_dtype.itemsize
     if row % storage.itemsize:
-        bf16 = "" if strategy == "fsdp1" else "quant.storage_dtype=bf16, "  # fsdp1's is the compute dtype
+        bf16 = (
+            "" if strategy == "fsdp1" else "quant.storage_dtype=bf16, "
+        )  # fsdp1's is the compute dtype
         raise UserError(
             f"parallel.strategy={strategy}: a row of {name} has {layer.layout.groups} "
             f"scales of {layer.spec.meta_dtype}, {row} bytes, which cannot be viewed as "

@@ -1,4 +1,4 @@
-"""How each job ended, also those that failed before they had a directory to say so in."""
+"""How each job of a sweep ended, including jobs that failed before they had a run directory."""
 
 import csv
 import io
@@ -26,50 +26,57 @@ from hqqtrain.rundir.schema import (
     read_json,
 )
 
-_BY_CODE = {DONE: "done", PREEMPTED: "preempted", None: "unfinished"}
+_STATE_BY_EXIT_CODE = {DONE: "done", PREEMPTED: "preempted", None: "unfinished"}
+"""Every other exit code means "failed". None: the job has started and not ended."""
 
-_BY_STATUS = {"running": "unfinished"}
-"""Of a job that runs, or was killed and could not say so."""
+_STATE_BY_STATUS = {"running": "unfinished"}
+"""status.json says "running" while the job runs, and also after the process was killed."""
 
 
 class JobResults:
-    """The sweep's jobs.json: exit code and time (seconds since 1970) by the job's name."""
+    """The sweep's jobs.json: job name -> exit code and time (seconds since 1970)."""
 
     def __init__(self, sweep: Sweep) -> None:
         self._file = sweep.folder / "jobs.json"
-        self._found = {k: v for k, v in read_json(self._file).items() if _is_sound(v)}
+        self._records = {k: v for k, v in read_json(self._file).items() if _is_valid_record(v)}
 
     def record(self, job: Job, code: int) -> None:
-        """`job` has just ended with `code`."""
-        self._found[job.name] = {"exit_code": code, "time": time.time()}
+        """Record that `job` has just ended with exit code `code`."""
+        self._records[job.name] = {"exit_code": code, "time": time.time()}
 
     def save(self) -> None:
-        """Writes what was recorded."""
-        atomic_write(self._file, json.dumps(self._found, indent=2) + "\n")
+        """Write all records to jobs.json."""
+        atomic_write(self._file, json.dumps(self._records, indent=2) + "\n")
 
     def state(self, job: Job) -> str:
-        """done, failed, preempted, unfinished or pending, by what was said last.
+        """Return the state of `job`: done, failed, preempted, unfinished or pending.
 
-        That is our record, that of its batch job, or its own status.json, for it may also run
-        without us. It is done only where it says so itself.
+        The newest of three sources decides: the sweep's own record, the record that a Slurm batch
+        job keeps, and the run's status.json, because a job may also run outside of the sweep. A job
+        counts as done only if its own status.json says so.
         """
-        said = job.status().status
-        by_itself = _BY_STATUS.get(said, said) if isinstance(said, str) else "pending"
-        records = [r for r in (self._found.get(job.name), read_attempt(job.folder)) if r]
-        last = max(records, key=lambda record: record["time"], default=None)
-        if last is None or last["time"] < _time_of(job):
-            return by_itself
-        state = _BY_CODE.get(last["exit_code"], "failed")
-        started = state == "unfinished" and by_itself == "pending"
-        return by_itself if state in ("done", "unfinished") and not started else state
+        status = job.status().status
+        by_status = _STATE_BY_STATUS.get(status, status) if isinstance(status, str) else "pending"
+        records = [r for r in (self._records.get(job.name), read_attempt(job.folder)) if r]
+        newest = max(records, key=lambda record: record["time"], default=None)
+        if newest is None or newest["time"] < _status_time(job):
+            return by_status
+        by_record = _STATE_BY_EXIT_CODE.get(newest["exit_code"], "failed")
+        # The record alone knows that a job failed, was preempted, or has started without having
+        # written a status.json. In all other cases status.json is more precise.
+        has_just_started = by_record == "unfinished" and by_status == "pending"
+        if by_record in ("failed", "preempted") or has_just_started:
+            return by_record
+        return by_status
 
 
-def _is_sound(record: Any) -> bool:
-    kinds = {"exit_code": int, "time": int | float}
-    return isinstance(record, dict) and all(isinstance(record.get(k), t) for k, t in kinds.items())
+def _is_valid_record(record: Any) -> bool:
+    types = {"exit_code": int, "time": int | float}
+    return isinstance(record, dict) and all(isinstance(record.get(k), t) for k, t in types.items())
 
 
-def _time_of(job: Job) -> float:
+def _status_time(job: Job) -> float:
+    """Modification time of the job's status.json; 0 if there is none."""
     try:
         return job.layout.status_json.stat().st_mtime
     except OSError:
@@ -89,12 +96,15 @@ COLUMNS = {
     "peak_memory_gib": ("peak\nGiB", ".3f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
 }
-"""Figure -> (heading, format). `quantize_seconds` of shared weights are those of reading them."""
+"""Figure -> (heading, format).
+
+A job that reads quantized weights from the cache has their loading time as `quantize_seconds`.
+"""
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A job: its values of the swept keys and, where it is done, its figures."""
+    """One job: its values of the swept keys and, if it is done, its figures."""
 
     swept: dict[str, str]
     figures: dict[str, float | None]
@@ -103,7 +113,10 @@ class TableRow:
 
 
 def table_rows(sweep: Sweep, outcomes: JobResults | None = None) -> list[TableRow]:
-    """A row for every job, whatever has become of it; `outcomes` if they are not all saved yet."""
+    """Return one row per job, whatever its state.
+
+    `outcomes` defaults to the saved ones; a caller with unsaved outcomes passes them.
+    """
     outcomes, rows = outcomes or JobResults(sweep), []
     for job in sweep.jobs:
         state = outcomes.state(job)
@@ -132,7 +145,7 @@ def summary_figures(summary: Summary) -> dict[str, float | None]:
 
 
 def csv_text(rows: Sequence[TableRow]) -> str:
-    """All figures in full; an empty cell where there is none."""
+    """Return the table as CSV, with unrounded figures and an empty cell for a missing one."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*rows[0].swept, *COLUMNS, "status", "folder"])
@@ -142,12 +155,12 @@ def csv_text(rows: Sequence[TableRow]) -> str:
 
 
 def table_cells(rows: Sequence[TableRow]) -> tuple[list[str], list[list[str]]]:
-    """(headings, cells by row) for people: rounded, a dash where there is no figure."""
+    """Return (headings, rows of cells) for people: rounded, with a dash for a missing figure."""
     headings = [heading for heading, _ in COLUMNS.values()]
     lines = [
         [
             *row.swept.values(),
-            *(_shown(row.figures[name], form) for name, (_, form) in COLUMNS.items()),
+            *(_formatted(row.figures[name], spec) for name, (_, spec) in COLUMNS.items()),
             row.status,
             row.folder,
         ]
@@ -158,15 +171,15 @@ def table_cells(rows: Sequence[TableRow]) -> tuple[list[str], list[list[str]]]:
 
 
 def text_table(rows: Sequence[TableRow]) -> str:
-    """Plain text, one line per job."""
+    """Return the table as plain text, one line per job."""
     headings, lines = table_cells(rows)
     align = ["right"] * (len(headings) - 2) + ["left", "left"]
-    named = [[*line[:-1], Path(line[-1]).name] for line in lines]
-    return tabulate([headings, [], *named], tablefmt="plain", colalign=align, disable_numparse=True)
+    short = [[*line[:-1], Path(line[-1]).name] for line in lines]  # the name of the folder only
+    return tabulate([headings, [], *short], tablefmt="plain", colalign=align, disable_numparse=True)
 
 
-def _shown(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _formatted(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
 
 
 def _finite(value: Any) -> float | None:
