@@ -1,4 +1,4 @@
-"""report/: what a run did, for eyes: three plots and one self-contained page."""
+"""Writes report/: three plots and one self-contained page that show what a run did."""
 
 import math
 from collections.abc import Mapping
@@ -28,20 +28,27 @@ def write_report(
     summary: Mapping[str, Any],
     layer_errors: Mapping[str, float],
 ) -> dict[str, Path]:
-    """Writes `run_dir`/report/ and returns its files by name: the plots and `index`.
+    """Write `run_dir`/report/.
 
-    `summary` is schema 1 of summary.json; parts that a task did not run are left out of the
-    report as well. `layer_errors`: module name -> relative error.
+    Args:
+        run_dir: the run directory.
+        metrics_jsonl: the metrics of the run; the file may be missing.
+        summary: the content of summary.json, schema 1. The report omits parts that the task did
+            not run.
+        layer_errors: module name -> relative error.
+
+    Returns:
+        The written files by name: the plots and `index`.
     """
     folder = RunLayout(run_dir).report
     folder.mkdir(parents=True, exist_ok=True)
     rows = read_metrics(metrics_jsonl) if metrics_jsonl.exists() else []
-    drawn = {
+    plots = {
         "loss": loss_figure(rows),
         "perplexity": perplexity_figure(measured_perplexities(summary)),
         "layers": layer_figure(layer_errors),
     }
-    files = {n: save_figure(figure, folder / f"{n}.png") for n, figure in drawn.items() if figure}
+    files = {n: save_figure(figure, folder / f"{n}.png") for n, figure in plots.items() if figure}
     headings = {"loss": "Loss", "perplexity": "Perplexity", "layers": "Relative error by layer"}
     html = report_html(
         str(summary.get("run", {}).get("name") or run_dir.name), summary, key_figures(summary),
@@ -51,14 +58,17 @@ def write_report(
 
 
 def measured_perplexities(summary: Mapping[str, Any]) -> dict[str, float]:
-    """{"full precision": .., "quantized": .., "trained": ..}, those measured and finite."""
+    """Return model -> perplexity, for the models with a finite one.
+
+    The models are `full precision`, `quantized` and `trained`.
+    """
     measured = summary.get("eval", {})
-    found = {name: measured.get(key, {}).get("perplexity") for key, name in MODEL_NAMES.items()}
-    return {name: value for name, value in found.items() if value and math.isfinite(value)}
+    values = {name: measured.get(key, {}).get("perplexity") for key, name in MODEL_NAMES.items()}
+    return {name: value for name, value in values.items() if value and math.isfinite(value)}
 
 
 def key_figures(summary: Mapping[str, Any]) -> dict[str, str]:
-    """The numbers at the top of the page, by label."""
+    """Return the numbers at the top of the page, by label."""
     found = measured_perplexities(summary)
     figures = {f"perplexity, {name}": f"{value:.2f}" for name, value in found.items()}
     if len(found) == len(MODEL_NAMES) and found["quantized"] > found["full precision"]:
@@ -77,12 +87,20 @@ def report_html(
     plots: Mapping[str, Path],
     layer_errors: Mapping[str, float],
 ) -> str:
-    """The whole document. `figures`: label -> number, shown large; `plots`: heading -> PNG."""
+    """Return the page of a run's report.
+
+    Args:
+        title: the name of the run.
+        summary: the content of summary.json.
+        figures: label -> number, shown large at the top.
+        plots: heading -> PNG file.
+        layer_errors: module name -> relative error.
+    """
     wide = {name: path for name, path in plots.items() if path.stem == "layers"}
-    small = {name: path for name, path in plots.items() if name not in wide}
+    side_by_side = {name: path for name, path in plots.items() if name not in wide}
     body = [
         html_tiles(figures),
-        html_images(small),
+        html_images(side_by_side),
         *(html_image(*item) for item in wide.items()),
         f'<div class="tables">{"".join(_summary_tables(summary))}</div>',
         _layer_table(layer_errors),
@@ -111,6 +129,7 @@ def _summary_tables(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _rows(part: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return (name, value) of every number in a part of the summary, nested parts included."""
     rows: list[tuple[str, str]] = []
     for name, value in part.items():
         nested = isinstance(value, Mapping)

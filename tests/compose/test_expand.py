@@ -1,4 +1,4 @@
-"""Expanding a sweep into the command lines of its jobs."""
+"""Expansion of a sweep into the command lines of its jobs."""
 
 import pytest
 
@@ -7,13 +7,13 @@ from hqqtrain.compose.compose import compose_config
 from hqqtrain.compose.expand import expand_jobs
 
 
-def test_nothing_to_sweep_is_the_command_itself():
+def test_a_command_without_sweep_is_returned_unchanged():
     words = ["recipe=tiny_2bit", "quant.nbits=3"]
     assert expand_jobs(words, multirun=False) == [words]
     assert expand_jobs(words, multirun=True) == [words]
 
 
-def test_every_combination_in_order():
+def test_all_combinations_come_in_order():
     assert expand_jobs(
         ["quant.nbits=2,3", "task=eval", "quant.group_size=32,null"], multirun=True
     ) == [
@@ -35,7 +35,7 @@ def test_ranges_and_lists_as_values():
     ]
 
 
-def test_recipes_can_be_swept_and_bring_their_own_sweeps():
+def test_a_sweep_over_recipes_includes_the_sweeps_of_the_recipes():
     found = expand_jobs(["recipe=tiny_2bit,sweep_bits"], multirun=True)
     assert found[0] == ["recipe=tiny_2bit"]
     assert found[1:] == [
@@ -45,25 +45,25 @@ def test_recipes_can_be_swept_and_bring_their_own_sweeps():
     ]
 
 
-def test_a_key_given_on_the_command_line_is_swept_no_more():
+def test_a_key_on_the_command_line_is_not_swept():
     assert expand_jobs(["recipe=sweep_bits", "quant.nbits=3"], multirun=False) == [
         ["recipe=sweep_bits", "quant.nbits=3", f"quant.group_size={size}"] for size in (32, 64, 128)
     ]
 
 
-def test_the_jobs_of_a_sweep_get_a_name_each():
+def test_each_job_of_a_sweep_has_its_own_name():
     names = {
         compose_config(job).run_name() for job in expand_jobs(["recipe=sweep_bits"], multirun=False)
     }
     assert len(names) == 12
 
 
-def test_several_values_without_asking_for_a_sweep():
+def test_several_values_without_multirun_are_refused():
     with pytest.raises(UserError, match="a sweep needs -m"):
         expand_jobs(["quant.nbits=2,3"], multirun=False)
 
 
 @pytest.mark.parametrize("words", ["quant.nbits=glob(*)", "optim.lr=interval(0,1)"])
-def test_what_has_no_list_of_values_is_refused(words):
-    with pytest.raises(UserError, match="sweep over a list"):
+def test_sweeps_without_a_list_of_values_are_refused(words):
+    with pytest.raises(UserError, match="a sweep needs a list"):
         expand_jobs([words], multirun=True)
