@@ -203,7 +203,7 @@ def test_a_sweep_waits_for_jobs_of_a_killed_sweep(tmp_path, fake):
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        ({"CUDA_VISIBLE_DEVICES": "0"}, "launch.max_parallel_jobs=2: a job needs a GPU"),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, "launch.max_parallel_jobs=2: every job needs its own GPU"),
         ({}, "run.root=there"),
     ],
 )

@@ -70,14 +70,14 @@ def test_every_rank_raises_for_a_corrupt_byte_that_one_finds(number, tmp_path):
 
 def one_disk_is_full(rank: int, comm: Communicator, folder: Path) -> None:
     if rank == 1:
-        saved = writer._save
+        save_tensors = writer.save_tensors
 
-        def save(shard: dict[str, torch.Tensor], folder: Path, number: int) -> None:
-            if number == 3:
+        def failing(tensors: dict[str, torch.Tensor], path: Path) -> None:
+            if path.name == "shard-3":
                 raise OSError("no space left on device")
-            saved(shard, folder, number)
+            save_tensors(tensors, path)
 
-        writer._save = save
+        writer.save_tensors = failing
     write(folder, comm)
 
 
@@ -101,7 +101,7 @@ def test_a_folder_that_is_not_shared_is_detected(tmp_path, monkeypatch):
     here, there = (RunConfig(run=RunDirConfig(root=str(tmp_path / n), name="a")) for n in "xy")
     with RunDirectory(here) as first:
         RunDirectory(here).check_shared(first.token())
-        with pytest.raises(UserError, match=r"run\.root=.*does not see there"):
+        with pytest.raises(UserError, match=r"run\.root=.*does not see the file that rank 0 wrote"):
             RunDirectory(there).check_shared(first.token())
         with RunDirectory(there), pytest.raises(UserError, match="one shared folder"):
             RunDirectory(there).check_shared(first.token())
