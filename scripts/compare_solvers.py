@@ -24,7 +24,7 @@ from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.data.eval_set import evaluation_set
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.evaluation.perplexity import evaluate_perplexity
-from hqqtrain.quant.error import squared_error
+from hqqtrain.quant.error import error_ratio, squared_error
 from hqqtrain.quant.quantize import dequantize_weight, quantize_weight
 from hqqtrain.quant.spec import QuantSpec
 
@@ -71,7 +71,7 @@ def quantized(model: nn.Module, approximate: Approximation, nbits: int) -> tuple
             error, norm = squared_error(module.weight.data, W).tolist()
             errors, norms = errors + error, norms + norm
             module.weight.data = W
-    return model, errors / norms
+    return model, error_ratio(errors, norms)
 
 
 def main() -> None:

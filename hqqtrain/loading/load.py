@@ -23,7 +23,7 @@ from hqqtrain.models.build import restore_buffers
 from hqqtrain.models.fqn import base_tensors, is_packed, retie_weights
 from hqqtrain.models.weights.base import WeightSource
 from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS, HQQLinear
-from hqqtrain.quant.error import squared_error
+from hqqtrain.quant.error import error_ratio, squared_error
 from hqqtrain.quant.quantize import (
     QuantizedWeight,
     dequantize_weight,
@@ -95,15 +95,11 @@ class LoadResult:
             return {}, 0.0
         sums = comm.sum(torch.cat(list(self.squared.values())).tolist())
         errors, norms = sums[::2], sums[1::2]
-
-        def ratio(error: float, norm: float) -> float:
-            return error / norm if norm else 0.0
-
         by_layer = {
-            name: ratio(error, norm)
+            name: error_ratio(error, norm)
             for name, error, norm in zip(self.squared, errors, norms, strict=True)
         }
-        return by_layer, ratio(sum(errors), sum(norms))
+        return by_layer, error_ratio(sum(errors), sum(norms))
 
 
 def load_weights(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], reader: WeightSource,

@@ -24,9 +24,19 @@ def squared_error(W: Tensor, approximation: Tensor) -> Tensor:
 
 
 def relative_error(W: Tensor, approximation: Tensor) -> float:
-    """Return ||W - approximation||^2 / ||W||^2, or 0 if both norms are 0."""
-    error, norm = squared_error(W, approximation).tolist()
-    return error / norm if norm else float("inf") if error else 0.0
+    """Return ||W - approximation||^2 / ||W||^2; see `error_ratio`."""
+    return error_ratio(*squared_error(W, approximation).tolist())
+
+
+def error_ratio(error: float, norm: float) -> float:
+    """Return error / norm of the two sums of `squared_error`: the relative error.
+
+    It is 0 if both sums are 0, as those of an all-zero weight are, which every solver represents
+    exactly. It is infinite if only the norm is 0.
+    """
+    if norm:
+        return error / norm
+    return float("inf") if error else 0.0
 
 
 def storage_bits(layout: Layout, meta_dtype: torch.dtype) -> int:

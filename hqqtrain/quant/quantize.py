@@ -81,7 +81,7 @@ def quantize_async(
     layout = spec.layout(W.shape[0], W.shape[1], name)
     solve = (
         triton_backend.quantize_with_triton
-        if triton_backend.is_supported(W.device, layout)
+        if triton_backend.is_supported(W.device, layout, spec.solver)
         else _in_chunks
     )
     *quantized, not_finite = solve(W, layout, spec)
@@ -97,8 +97,8 @@ def _in_chunks(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tens
     """Quantize W with torch.
 
     Returns:
-        W_q, scale and zero as in `QuantizedWeight`, and a bool tensor [1]: whether W contains NaN or
-        infinity.
+        W_q, scale and zero as in `QuantizedWeight`, and a bool tensor [1]: whether W contains NaN
+        or infinity.
     """
     g, n = layout.group_size, layout.units * layout.groups
     # Arrange the groups as columns, as solvers expect them.
@@ -129,7 +129,7 @@ def _solve(W: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
     grid = QuantGrid(spec.nbits, unit, spec.meta_dtype)
     constant = W.amin(0) == W.amax(0)
     W = W / unit
-    scale, zero = grid.stored(*SOLVERS[spec.solver](W, grid))
+    scale, zero = grid.stored(*SOLVERS[spec.solver].solve(W, grid))
     # Constant groups: scale 1 in units, with the rounding of the storage dtype.
     one, _ = grid.stored(torch.ones_like(scale), zero)
     scale = torch.where(constant, one, scale)

@@ -20,6 +20,7 @@ from hqqtrain.quant.solvers.hqq import (
     HQQ_ROUNDS,
     HQQ_SHRUNK_BITS,
 )
+from hqqtrain.quant.solvers.registry import SOLVERS
 from hqqtrain.quant.spec import QuantSpec
 from hqqtrain_kernels import Layout, select
 
@@ -29,9 +30,12 @@ LARGEST_GROUP = 1 << 15
 """Largest group_size that fits into the registers of one program."""
 
 
-def is_supported(device: torch.device, layout: Layout) -> bool:
-    """Whether the kernel, not torch, quantizes a weight on `device`."""
+def is_supported(device: torch.device, layout: Layout, solver: str) -> bool:
+    """Whether the kernel of `solver`, not torch, quantizes a weight on `device`."""
     if not select.runs_triton(device):
+        return False
+    if not SOLVERS[solver].has_kernel:
+        _warn_no_kernel(solver)
         return False
     if layout.group_size > LARGEST_GROUP:
         _warn_group_too_long(layout.group_size)
@@ -47,6 +51,16 @@ def _warn_group_too_long(group_size: int) -> None:
         "which is slower and gives the same bits",
         group_size, LARGEST_GROUP,
     )  # fmt: skip
+
+
+@functools.cache
+def _warn_no_kernel(solver: str) -> None:
+    """Warn once for every solver: `functools.cache` drops repetitions."""
+    logger.warning(
+        "solver %s has no kernel (%s have one); torch runs it, which is slower",
+        solver,
+        ", ".join(s.name for s in SOLVERS.values() if s.has_kernel),
+    )
 
 
 def quantize_with_triton(

@@ -2,9 +2,14 @@
 
 A solver is a pure function of every column: it stops per group or after a fixed number of rounds,
 never on an average over the whole weight, so any slice of a weight gets the same bits.
+
+To add a solver, write it in a file of its own, register it here, and add its name to
+`hqqtrain.config.groups.SOLVERS`, which the command line reads without torch. Without a kernel it
+runs in torch on a GPU, too.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -13,7 +18,29 @@ from hqqtrain.quant.solvers.hqq import hqq
 from hqqtrain.quant.solvers.least_squares import least_squares
 from hqqtrain.quant.solvers.rtn import rtn
 
-Solver = Callable[[Tensor, QuantGrid], tuple[Tensor, Tensor]]
-"""(W [group_size, n] fp32, in units of the grid) -> scale [n] in units, zero [n]."""
 
-SOLVERS: dict[str, Solver] = {"least_squares": least_squares, "hqq": hqq, "rtn": rtn}
+@dataclass(frozen=True)
+class Solver:
+    """An algorithm that fits scale and zero of every group.
+
+    Attributes:
+        name: The value of `quant.solver`.
+        solve: The torch implementation. It takes W [group_size, n], fp32 in units of the grid, and
+            the grid. It returns the scale [n], in units of the grid, and the zero [n].
+        has_kernel: Whether a Triton kernel computes the same bits on a GPU.
+    """
+
+    name: str
+    solve: Callable[[Tensor, QuantGrid], tuple[Tensor, Tensor]]
+    has_kernel: bool = False
+
+
+SOLVERS: dict[str, Solver] = {
+    solver.name: solver
+    for solver in (
+        Solver("least_squares", least_squares, has_kernel=True),
+        Solver("hqq", hqq, has_kernel=True),
+        Solver("rtn", rtn, has_kernel=True),
+    )
+}
+"""The solvers, by the values of `quant.solver`."""
