@@ -15,19 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RENAMED = {
-    "train.activation_checkpointing": "train.activation_checkpointing",
-    "quant.storage_dtype": "quant.storage_dtype",
-    "parallel.hsdp": "parallel.hsdp",
-    "parallel.consistency_check_every": "parallel.consistency_check_every",
-    "launch.max_parallel_jobs": "launch.max_parallel_jobs",
-    "train.objective=next_token": "train.objective=next_token",
+    "train.checkpointing": "train.activation_checkpointing",
+    "quant.storage": "quant.storage_dtype",
+    "parallel.hybrid": "parallel.hsdp",
+    "parallel.check_every": "parallel.consistency_check_every",
+    "launch.jobs": "launch.max_parallel_jobs",
+    "train.objective=sft": "train.objective=next_token",
 }
 """Old key, or key=value, to the new one. The new name is used if `--help` of the tree shows it."""
 
 BASE = (
     "model.name_or_path=model", "data.source=train.txt", "eval.source=held_out.txt",
     "eval.tokens=256", "quant.nbits=4", "train.max_steps=3", "train.global_batch_size=4",
-    "train.micro_batch_size=2", "train.max_seq_len=64", "train.activation_checkpointing=false", "adapter.r=4",
+    "train.micro_batch_size=2", "train.max_seq_len=64", "train.checkpointing=false", "adapter.r=4",
     "optim.lr=0.01", "ckpt.every=2", "track.backends=[]", "run.root=runs", "run.name=run",
 )  # fmt: skip
 QUANTIZE = (*BASE, "task=quantize")
@@ -67,8 +67,8 @@ def _quantize() -> Iterator[Case]:
         "overrides": "quant.overrides={*.down_proj:{nbits:8,group_size:32},*.q_proj:null}",
         "nothing_skipped": "quant.skip=[]",
         "meta_fp32": "quant.meta_dtype=fp32", "meta_fp16": "quant.meta_dtype=fp16",
-        "storage_uint8": "quant.storage_dtype=uint8", "storage_bf16": "quant.storage_dtype=bf16",
-        "storage_fp32": "quant.storage_dtype=fp32", "compute_bf16": "quant.compute_dtype=bf16",
+        "storage_uint8": "quant.storage=uint8", "storage_bf16": "quant.storage=bf16",
+        "storage_fp32": "quant.storage=fp32", "compute_bf16": "quant.compute_dtype=bf16",
         "synthetic": "model.source=synthetic", "backend_torch": "quant.backend=torch",
         "unsaved": "quant.save=false",
     }  # fmt: skip
@@ -85,7 +85,7 @@ def _quantize() -> Iterator[Case]:
 
 def _finetune() -> Iterator[Case]:
     changes: dict[str, tuple[str, ...]] = {
-        "activation_checkpointing": ("train.activation_checkpointing=true",),
+        "activation_checkpointing": ("train.checkpointing=true",),
         "unpacked": ("train.packing=false",),
         "accumulation": ("train.micro_batch_size=1",),
         "dropout": ("adapter.dropout=0.1",),
@@ -93,7 +93,7 @@ def _finetune() -> Iterator[Case]:
         "adapter_bf16": ("adapter.dtype=bf16",),
         "target_modules": ("adapter.target_modules=[*.q_proj,*.up_proj]",),
         "precision_bf16": ("train.precision=bf16",),
-        "storage_bf16": ("quant.storage_dtype=bf16",),
+        "storage_bf16": ("quant.storage=bf16",),
         "adamw_8bit": ("optim.name=adamw_8bit",),
         "weight_decay": ("optim.weight_decay=0.1", "train.max_grad_norm=null"),
         "linear_warmup": ("optim.schedule=linear", "optim.warmup_steps=2"),
@@ -104,7 +104,7 @@ def _finetune() -> Iterator[Case]:
         "keep_last": ("ckpt.every=1", "ckpt.keep_last=1"),
         "seed": ("train.seed=7",),
         "unsaved": ("quant.save=false",),
-        "objective": ("train.objective=next_token",),
+        "objective": ("train.objective=sft",),
         "nbits2_axis0": ("quant.nbits=2", "quant.axis=0"),
         "nonfinite_stop": ("optim.lr=1e30", "optim.schedule=constant"),
         "nonfinite_skip": ("optim.lr=1e30", "optim.schedule=constant", "train.on_nonfinite=skip"),
@@ -132,13 +132,13 @@ def _sequences() -> Iterator[Case]:
     yield _case("export_of_base", QUANTIZE, base)
     start = (*BASE, "adapter.init_from=runs/run/adapter", "run.name=second")
     yield _case("adapter_init_from", BASE, start)
-    sweep = ("-m", *BASE[:-1], "quant.nbits=4,2", "train.max_steps=1", "launch.max_parallel_jobs=1")
+    sweep = ("-m", *BASE[:-1], "quant.nbits=4,2", "train.max_steps=1", "launch.jobs=1")
     yield _case("sweep", sweep)
 
 
 def _ranks() -> Iterator[Case]:
     for strategy in ("ddp", "fsdp2", "fsdp1", "zero3"):
-        words = (*BASE, f"parallel.strategy={strategy}", "parallel.consistency_check_every=1")
+        words = (*BASE, f"parallel.strategy={strategy}", "parallel.check_every=1")
         yield Case(f"ranks2_{strategy}", (Command(words, ranks=2),))
 
 

@@ -19,6 +19,9 @@ from tabulate import tabulate
 from torch import nn
 
 from hqqtrain.config.run import RunConfig
+from hqqtrain.distributed.comm import SINGLE_PROCESS
+from hqqtrain.distributed.strategies.fsdp2 import FSDP2
+from hqqtrain.distributed.strategies.single import SingleProcess
 from hqqtrain.loading.memory_estimate import estimate_memory
 from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.fqn import base_model
@@ -26,6 +29,7 @@ from hqqtrain.models.source import shipped_folder
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.lora import cast_adapters, lora_config
 from hqqtrain.nn.replace import quantize_model
+from hqqtrain.tasks.resources import workload_of
 from hqqtrain.train.mfu import flops_per_token
 
 GIB, TOKENS = 2**30, 2048
@@ -104,10 +108,11 @@ def predict(name: str, nbits: int, group_size: int, card: Card, gpus: int) -> Pr
     backward, embeddings and head once, and the adapters' gradients summed up.
     """
     config, model = _model(name, nbits, group_size)
-    strategy = "fsdp2" if gpus > 1 else "single"
-    needs = estimate_memory(config, model, dtype=torch.bfloat16, world_size=gpus, strategy=strategy,
-                     on_gpu=True).device  # fmt: skip
-    sizes = estimate_memory(config, model, dtype=torch.bfloat16, on_gpu=True).device
+    workload = workload_of(config, offloads_activations=True)
+    single = SingleProcess(SINGLE_PROCESS)
+    strategy = FSDP2(SINGLE_PROCESS) if gpus > 1 else single
+    needs = estimate_memory(workload, model, strategy, dtype=torch.bfloat16, world_size=gpus).device
+    sizes = estimate_memory(workload, model, single, dtype=torch.bfloat16).device
     weights = sum(m.out_features * m.in_features
                   for m in model.modules() if isinstance(m, HQQLinear))  # fmt: skip
     packed, trained = sizes["packed weights"], sizes["adapter and optimizer"] / 3

@@ -70,7 +70,7 @@ def _as_recipe(config: RunConfig) -> str:
 
 
 def _refuse_jobs(words: Sequence[str]) -> None:
-    """Refuse `launch.max_parallel_jobs` on the command line of a single run; a recipe may set it for sweeps."""
+    """Refuse `launch.max_parallel_jobs` for a single run; a recipe may set it for sweeps."""
     for word in words:
         if word.startswith("launch.max_parallel_jobs="):
             raise UserError(

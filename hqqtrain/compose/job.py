@@ -33,7 +33,8 @@ class Job:
     def command(self) -> list[str]:
         """All arguments of `python -m hqqtrain` for this job.
 
-        `launch.max_parallel_jobs` is left out, because it belongs to the sweep and not to a single run.
+        `launch.max_parallel_jobs` is left out, because it belongs to the sweep and not to a
+        single run.
         """
         own = [word for word in self.words if not word.startswith("launch.max_parallel_jobs=")]
         return [*own, *self.shared]

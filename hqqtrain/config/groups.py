@@ -14,6 +14,8 @@ NBITS = (8, 4, 3, 2, 1)
 
 SOLVERS = ("least_squares", "hqq", "rtn")
 
+EXPORT_FORMATS = ("dense", "packed")
+
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -204,6 +206,18 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """What task=export writes."""
+
+    format: str = key(
+        "dense",
+        "dense: a Hugging Face checkpoint, weights dequantized and adapter merged; packed: the "
+        "quantized base, as in a run's quantized/, without an adapter",
+        choices=EXPORT_FORMATS,
+    )
+
+
+@dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     """How the work is distributed over processes, and between a GPU and its host."""
 
@@ -215,7 +229,8 @@ class ParallelConfig:
     hsdp: bool = key(False, "with fsdp2: shard within a node and replicate across nodes")
     offload: str = key(
         "none",
-        "tensors to offload to host memory; activations: those that train.activation_checkpointing keeps, "
+        "tensors to offload to host memory; activations: those that "
+        "train.activation_checkpointing keeps, "
         "parameters: those of fsdp2, all: both",
         choices=("none", "activations", "parameters", "all"),
     )

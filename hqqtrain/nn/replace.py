@@ -50,7 +50,8 @@ class QuantizationReport:
 def quantize_model(model: nn.Module, config: QuantConfig, *,
                    compute_dtype: torch.dtype | None = None,
                    storage_dtype: torch.dtype = torch.uint8,
-                   on_layer: Callable[[str], object] = lambda _: None) -> QuantizationReport:  # fmt: skip
+                   on_layer: Callable[[str], object] = lambda _: None,
+                   ) -> QuantizationReport:  # fmt: skip
     """Quantize the linears of `model` that `config` selects, and replace them in place.
 
     On the meta device the new layers are empty; the caller loads their weights later.

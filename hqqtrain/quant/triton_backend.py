@@ -6,7 +6,6 @@ explains them and are passed to the kernels, so that the two implementations can
 
 import functools
 import logging
-from dataclasses import astuple
 
 import torch
 from torch import Tensor
@@ -22,7 +21,13 @@ from hqqtrain.quant.solvers.hqq import (
 )
 from hqqtrain.quant.solvers.registry import SOLVERS
 from hqqtrain.quant.spec import QuantSpec
-from hqqtrain_kernels import Layout, select
+from hqqtrain_kernels import Layout, backend
+from hqqtrain_kernels.solver_params import (
+    HQQParams,
+    LeastSquaresParams,
+    RTNParams,
+    SolverParams,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +37,7 @@ LARGEST_GROUP = 1 << 15
 
 def is_supported(device: torch.device, layout: Layout, solver: str) -> bool:
     """Whether the kernel of `solver`, not torch, quantizes a weight on `device`."""
-    if not select.runs_triton(device):
+    if not backend.use_triton(device):
         return False
     if not SOLVERS[solver].has_kernel:
         _warn_no_kernel(solver)
@@ -74,20 +79,41 @@ def quantize_with_triton(
     """
     from hqqtrain_kernels import quantize_triton  # triton is absent on a Mac
 
-    constants = _solver_constants(spec.solver, spec.nbits, layout.group_size)
-    method = quantize_triton.Method(spec.solver, constants)
-    return quantize_triton.quantize(W, layout, method, spec.meta_dtype)
+    return quantize_triton.quantize(
+        W=W,
+        layout=layout,
+        solver=spec.solver,
+        params=_solver_params(spec.solver, spec.nbits, layout.group_size),
+        meta_dtype=spec.meta_dtype,
+    )
 
 
 @functools.cache
-def _solver_constants(solver: str, nbits: int, group_size: int) -> tuple:
-    """Return the constants of `solver` in the order that its kernel unpacks them."""
+def _solver_params(solver: str, nbits: int, group_size: int) -> SolverParams:
+    """Return the constants of `solver` for its kernel.
+
+    Raises:
+        ValueError: The solver has no kernel.
+    """
+    if solver == "rtn":
+        return RTNParams()
     if solver == "hqq":
-        return (
-            HQQ_ROUNDS, HQQ_BETA, HQQ_P, HQQ_NUDGES,
-            HQQ_BITS, HQQ_SHRUNK_BITS,
-        )  # fmt: skip
+        return HQQParams(
+            rounds=HQQ_ROUNDS,
+            beta=HQQ_BETA,
+            p=HQQ_P,
+            nudges=HQQ_NUDGES,
+            bits=HQQ_BITS,
+            shrunk_bits=HQQ_SHRUNK_BITS,
+        )
     if solver == "least_squares":
-        bits = least_squares.fraction_bits(nbits, group_size)
-        return (*astuple(least_squares.search_config(nbits)), bits)
-    return ()
+        search = least_squares.search_config(nbits)
+        return LeastSquaresParams(
+            about_middle=search.about_middle,
+            about_mean=search.about_mean,
+            rounds=search.rounds,
+            last_rounds=search.last_rounds,
+            stride=search.stride,
+            bits=least_squares.fraction_bits(nbits, group_size),
+        )
+    raise ValueError(f"solver={solver}: it has no kernel")

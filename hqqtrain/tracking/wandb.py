@@ -1,10 +1,10 @@
 """The Weights & Biases tracker: online with a key and a network, else a file to sync later.
 
 wandb prompts for a key, waits for its server, and prints; a training run must do none of these.
-So the mode is decided within seconds (online.py), every wait has a timeout, and a run whose server
-fails at the start is kept offline. `CompositeTracker` handles all other failures. A resumed run is the same
-W&B run: online it continues after the rows that the server has, offline it writes another file
-with the same id.
+So the mode is decided within seconds (wandb_mode.py), every wait has a timeout, and a run whose
+server fails at the start is kept offline. `CompositeTracker` handles all other failures. A resumed
+run is the same W&B run: online it continues after the rows that the server has, offline it writes
+another file with the same id.
 """
 
 import importlib.util

@@ -29,7 +29,7 @@ sys.exit(3)
 """
 
 
-def make_tree(folder: Path, loss: str = "0.1", key: str = "quant.storage_dtype") -> Path:
+def make_tree(folder: Path, loss: str = "0.1", key: str = "quant.storage") -> Path:
     """Write a package that knows one key, and leaves a loss."""
     (folder / "hqqtrain" / "tiny").mkdir(parents=True)
     (folder / "hqqtrain" / "__init__.py").write_text("")
@@ -115,15 +115,8 @@ def test_cases_have_names_of_their_own():
 
 
 def test_words_are_translated_where_the_tree_knows_the_new_ones():
-    words = (
-        "train.activation_checkpointing=false",
-        "train.objective=next_token",
-        "quant.nbits=4",
-        "-m",
-    )
-    assert compare_trees_cases.translate(words, "train.activation_checkpointing=true") == list(
-        words
-    )
+    words = ("train.checkpointing=false", "train.objective=sft", "quant.nbits=4", "-m")
+    assert compare_trees_cases.translate(words, "train.checkpointing=true") == list(words)
     assert compare_trees_cases.translate(words, "train.activation_checkpointing= next_token") == [
         "train.activation_checkpointing=false", "train.objective=next_token", "quant.nbits=4", "-m",
     ]  # fmt: skip

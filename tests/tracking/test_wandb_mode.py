@@ -154,7 +154,8 @@ def test_a_program_ends_soon_after_a_silent_server(tmp_path, silent):
 def test_a_hanging_wandb_process_does_not_block_a_finished_run(tmp_path):
     code = (
         "import psutil; from pathlib import Path; from hqqtrain.config.infra import TrackConfig\n"
-        "from hqqtrain.tracking.composite import open_trackers; from hqqtrain.tracking import wandb\n"
+        "from hqqtrain.tracking.composite import open_trackers\n"
+        "from hqqtrain.tracking import wandb\n"
         "wandb.FINISH_SECONDS = wandb.SLACK_SECONDS = 1.0\n"
         f"t = open_trackers(TrackConfig(backends=['wandb']), Path({str(tmp_path)!r}), {{}})\n"
         "t.log({'train/loss': 1.0}, 1)\n"

@@ -52,7 +52,7 @@ class BatchScript:
         return _joined(*head, f"words=({shlex.join(words)})\n", _job_script())
 
     def sweep(self, runs: Sequence[Sequence[str]], words: Sequence[str]) -> str:
-        """Return the batch file of a job array, which runs `launch.max_parallel_jobs` tasks in parallel.
+        """Return the batch file of a job array, with `launch.max_parallel_jobs` tasks in parallel.
 
         Args:
             runs: the overrides of every run, without `launch.*`.

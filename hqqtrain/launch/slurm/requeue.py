@@ -7,7 +7,6 @@ has no run directory yet.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hqqtrain.common.env import get_slurm_job_id
 from hqqtrain.common.exit_codes import PREEMPTED, USER_ERROR
 from hqqtrain.common.files import atomic_write
 from hqqtrain.rundir.layout import RunLayout, checkpoint_steps
@@ -90,7 +90,7 @@ def main(words: Sequence[str]) -> int:
     Returns:
         The exit code of the batch script.
     """
-    folder, job = Path(words[1]), _job_id(os.environ)
+    folder, job = Path(words[1]), get_slurm_job_id() or ""
     try:
         if words[0] == "begin":
             begin_attempt(folder, job)
@@ -106,22 +106,12 @@ def main(words: Sequence[str]) -> int:
             _print(f"requeueing failed: {done.stderr.strip()}; repeat the command to resume.")
     elif code == PREEMPTED:
         _print(
-            f"preempted {MAX_ATTEMPTS_WITHOUT_PROGRESS} times in a row, each time without a new checkpoint or a "
+            f"preempted {MAX_ATTEMPTS_WITHOUT_PROGRESS} times in a row, each time without a new "
+            "checkpoint or a "
             "finished quantized/: not requeued. Set a longer launch.time or a smaller ckpt.every, "
             "or choose a partition without preemption; repeat the command to resume."
         )
     return code
-
-
-def _job_id(environ: Mapping[str, str]) -> str:
-    """Return the id by which scontrol knows this job.
-
-    A task of an array is ARRAY_TASK: the SLURM_JOB_ID of its last task is the id of the whole
-    array, so requeueing that id would requeue every task.
-    """
-    if array := environ.get("SLURM_ARRAY_JOB_ID"):
-        return f"{array}_{environ['SLURM_ARRAY_TASK_ID']}"
-    return environ.get("SLURM_JOB_ID", "")
 
 
 def _progress(folder: Path) -> dict[str, Any]:

@@ -49,13 +49,14 @@ def _gpu_shares(
     each = len(gpus) // at_a_time
     if each == 0:
         raise UserError(
-            f"launch.max_parallel_jobs={at_a_time}: every job needs its own GPU, and {len(gpus)} are visible; "
-            f"use launch.max_parallel_jobs={len(gpus)} or fewer."
+            f"launch.max_parallel_jobs={at_a_time}: every job needs its own GPU, and {len(gpus)} "
+            f"are visible; use launch.max_parallel_jobs={len(gpus)} or fewer."
         )
     if int(environ.get("NPROC") or 1) > each:
         raise UserError(
-            f"NPROC={environ['NPROC']}: with launch.max_parallel_jobs={at_a_time} a job has {each} of "
-            f"{len(gpus)} GPUs and runs one process per GPU; unset NPROC, or lower launch.max_parallel_jobs."
+            f"NPROC={environ['NPROC']}: with launch.max_parallel_jobs={at_a_time} a job has {each} "
+            f"of {len(gpus)} GPUs and runs one process per GPU; unset NPROC, or lower "
+            "launch.max_parallel_jobs."
         )
     parts = [gpus[start : start + each] for start in range(0, each * at_a_time, each)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
@@ -70,8 +71,8 @@ def _refuse_nodes(at_a_time: int, environ: Mapping[str, str]) -> None:
     for name in ("NNODES", "MASTER_PORT"):
         if environ.get(name, "") not in ("", "0", "1"):
             raise UserError(
-                f"launch.max_parallel_jobs={at_a_time}: with {name}={environ[name]} jobs cannot run in "
-                f"parallel; use launch.max_parallel_jobs=1, or unset {name}."
+                f"launch.max_parallel_jobs={at_a_time}: with {name}={environ[name]} jobs cannot "
+                f"run in parallel; use launch.max_parallel_jobs=1, or unset {name}."
             )
 
 
