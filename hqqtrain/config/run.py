@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.field import field_errors, key
@@ -11,6 +12,7 @@ from hqqtrain.config.groups import (
     AdapterConfig,
     DataConfig,
     EvalConfig,
+    ExportConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -24,7 +26,8 @@ TASKS = {
     "finetune": "quantize, train an adapter, evaluate and save",
     "quantize": "quantize, evaluate and save quantized/",
     "eval": "evaluate a model, a run or a quantized/, with or without an adapter",
-    "export": "write a dense Hugging Face checkpoint: weights dequantized, adapter merged",
+    "export": "write a dense Hugging Face checkpoint (weights dequantized, adapter merged), or "
+    "with export.format=packed the quantized base",
 }
 
 NOT_THE_RESULT = ("run", "track", "ckpt", "launch", "recipe")
@@ -32,6 +35,12 @@ NOT_THE_RESULT = ("run", "track", "ckpt", "launch", "recipe")
 
 _KEYS_NOT_THE_RESULT = {"quant": ("cache_dir",)}
 """Single keys of other groups that the result does not depend on."""
+
+ADDED_GROUPS: dict[str, dict[str, Any]] = {"export": asdict(ExportConfig())}
+"""Groups that the first release did not have, and their defaults.
+
+A group with its defaults does not enter the identity, so earlier runs keep theirs.
+"""
 
 MAY_CHANGE = frozenset([
     "train.max_steps", "train.epochs", "train.micro_batch_size", "train.activation_checkpointing",
@@ -57,6 +66,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     ckpt: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -128,6 +138,9 @@ class RunConfig:
         """Return the sha256, in hex, of all keys that define the result."""
         values = with_old_names(asdict(self))
         keys = {k: v for k, v in values.items() if k not in NOT_THE_RESULT}
+        for group, defaults in ADDED_GROUPS.items():
+            if keys[group] == defaults:
+                del keys[group]
         for group, names in _KEYS_NOT_THE_RESULT.items():
             keys[group] = {k: v for k, v in keys[group].items() if k not in names}
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()

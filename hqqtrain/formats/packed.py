@@ -150,6 +150,21 @@ def model_tensors(model: nn.Module, *,
         yield name, as_bytes(whole) if packed else whole
 
 
+def in_source_dtype(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    source_dtype: Callable[[str], torch.dtype | None],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Cast full-precision tensors back to the dtype of the source, whatever the run computes in.
+
+    Args:
+        tensors: The stream that `model_tensors` yields.
+        source_dtype: Returns the dtype that the source has for a tensor, None if it lacks it.
+    """
+    for name, tensor in tensors:
+        dtype = source_dtype(name) if tensor.is_floating_point() else None
+        yield name, tensor if dtype is None else tensor.to(dtype)
+
+
 def reader_tensors(reader: SafetensorsReader) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of everything in a checkpoint, sorted by name, one at a time."""
     for name in reader.names:

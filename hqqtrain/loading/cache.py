@@ -24,12 +24,16 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.common.filelock import check_shared_lock, lock_token, take_lock
 from hqqtrain.distributed.local import full_tensor
 from hqqtrain.distributed.runtime import Runtime
-from hqqtrain.formats.packed import QuantizedSettings, model_tensors, save_quantized
+from hqqtrain.formats.packed import (
+    QuantizedSettings,
+    in_source_dtype,
+    model_tensors,
+    save_quantized,
+)
 from hqqtrain.loading.build import LoadedModel
 from hqqtrain.loading.plan import ModelPlan
 from hqqtrain.models.source import ModelSource
 from hqqtrain.rundir.provenance import MADE_FROM, source_digest, stat_digest
-from hqqtrain.tasks.save import Tensors
 from hqqtrain_kernels.layout import LAYOUT_VERSION
 
 logger = logging.getLogger(__name__)
@@ -176,7 +180,7 @@ def save_packed(
         folder: A folder like `quantized/`, which appears complete or not at all.
         beside: Further JSON files, name to content.
     """
-    tensors = _in_source_dtype(model_tensors(loaded.model, gather=full_tensor), plan)
+    tensors = in_source_dtype(model_tensors(loaded.model, gather=full_tensor), plan.source_dtype)
     save_quantized(
         tensors,
         folder,
@@ -186,10 +190,3 @@ def save_packed(
         comm=runtime.comm,
         beside=beside,
     )
-
-
-def _in_source_dtype(tensors: Tensors, plan: ModelPlan) -> Tensors:
-    """Cast full-precision tensors back to the dtype of the source, whatever the run computes in."""
-    for name, tensor in tensors:
-        is_of_source = tensor.is_floating_point() and name in plan.reader
-        yield name, tensor.to(plan.reader.dtype(name)) if is_of_source else tensor

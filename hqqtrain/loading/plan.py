@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PretrainedConfig
@@ -54,6 +55,10 @@ class ModelPlan:
     def packed(self) -> bool:
         """Whether the source has packed weights, so that nothing is left to quantize."""
         return self.source.kind == "quantized"
+
+    def source_dtype(self, name: str) -> torch.dtype | None:
+        """Return the dtype of tensor `name` in the source, or None if the source lacks it."""
+        return self.reader.dtype(name) if name in self.reader else None
 
     @property
     def layers(self) -> int:

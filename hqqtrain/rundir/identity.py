@@ -9,7 +9,7 @@ import yaml
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.config.renamed import with_new_names
-from hqqtrain.config.run import MAY_CHANGE, NOT_THE_RESULT, RunConfig
+from hqqtrain.config.run import ADDED_GROUPS, MAY_CHANGE, NOT_THE_RESULT, RunConfig
 
 _DEFINING = RunConfig.__dataclass_fields__.keys() - set(NOT_THE_RESULT)
 
@@ -29,7 +29,7 @@ def check_same_config(folder: Path, config: RunConfig) -> None:
         raise _damaged(path, "it is incomplete")
     if saved.get("identity") == config.identity():
         return
-    old, new = _flatten(saved), _flatten(current)
+    old, new = _flatten(ADDED_GROUPS | saved), _flatten(current)
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if keys and all(k in MAY_CHANGE for k in keys):
         return

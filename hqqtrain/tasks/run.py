@@ -18,6 +18,7 @@ from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.evaluation.evaluator import Evaluator
 from hqqtrain.formats.packed import check_quantized
+from hqqtrain.formats.registry import FORMATS
 from hqqtrain.loading.build import LoadedModel, build_model, wrap_for_execution
 from hqqtrain.loading.cache import CacheEntry, cache_entry, save_cache_entry
 from hqqtrain.loading.memory_available import available_memory
@@ -27,7 +28,7 @@ from hqqtrain.loading.plan import ModelPlan, plan_model
 from hqqtrain.tasks.datasets import check_same_text, load_held_out_data, load_training_data
 from hqqtrain.tasks.recorder import RunRecorder
 from hqqtrain.tasks.resource_errors import translate_resource_errors
-from hqqtrain.tasks.save import save_dense, save_trained_adapter
+from hqqtrain.tasks.save import model_export, save_trained_adapter
 from hqqtrain.tasks.training import train_adapters
 from hqqtrain.tracking.console import setup_logging
 
@@ -108,12 +109,14 @@ def evaluate(runtime: Runtime, recorder: RunRecorder) -> None:
 
 
 def export(runtime: Runtime, recorder: RunRecorder) -> None:
-    """Write a dense Hugging Face checkpoint: dequantized weights with the adapter merged in."""
+    """Write the model in `export.format`: dense with the adapter merged in, or packed."""
+    export_format = FORMATS[runtime.config.export.format]
     with runtime.comm.raise_on_all_ranks():
         plan = plan_model(runtime, adapt=False)
+        export_format.check_adapter(plan.start.folder if plan.start else None)
         _check_resources(plan, runtime)
     loaded = _build(plan, runtime, recorder)
-    save_dense(plan, loaded, runtime, recorder.path("export"))
+    export_format.write(model_export(plan, loaded, runtime), recorder.path("export"))
 
 
 def _build(

@@ -3,38 +3,28 @@
 Every rank iterates over the same stream of tensors, because every gather is a collective.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
-
-from torch import Tensor
-
 from hqqtrain.distributed.local import full_tensor
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.formats.adapter_card import AdapterCard
-from hqqtrain.formats.dense import dense_tensors, export_dense
-from hqqtrain.formats.packed import model_tensors
 from hqqtrain.formats.peft import save_adapter
+from hqqtrain.formats.registry import ModelExport
 from hqqtrain.loading.build import LoadedModel
 from hqqtrain.loading.plan import ModelPlan
 from hqqtrain.models.fqn import is_adapter, peft_key
 from hqqtrain.tasks.recorder import RunRecorder
 
-Tensors = Iterator[tuple[str, Tensor]]
 
-
-def save_dense(plan: ModelPlan, loaded: LoadedModel, runtime: Runtime, folder: Path) -> None:
-    """Write dense weights with the adapter merged in; every rank writes a part. Collective."""
-    packed = model_tensors(loaded.model, gather=full_tensor)
-    adapter = plan.start.adapter if plan.start else None
-    dense = dense_tensors(
-        packed, loaded.settings, adapter, dtype=runtime.dtype, device=runtime.device
-    )
-    export_dense(
-        dense,
-        folder,
+def model_export(plan: ModelPlan, loaded: LoadedModel, runtime: Runtime) -> ModelExport:
+    """Return the loaded model as the writers of `FORMATS` take it."""
+    return ModelExport(
+        model=loaded.model,
+        settings=loaded.settings,
         hf_config=plan.hf_config,
-        source=plan.source.tokenizer,
+        tokenizer=plan.source.tokenizer,
+        source_dtype=plan.source_dtype,
+        adapter=plan.start.adapter if plan.start else None,
         dtype=runtime.dtype,
+        device=runtime.device,
         comm=runtime.comm,
     )
 

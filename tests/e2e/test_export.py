@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from runs import HELD_OUT, QUICK, TEXT, run
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hqqtrain.config.groups import DataConfig, EvalConfig
@@ -67,3 +68,24 @@ def test_the_export_keeps_dtype_and_tied_embeddings(folders: dict[str, Path]):
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert getattr(merged.config, "quantization_config", None) is None
     assert merged.dtype == torch.float32
+
+
+def test_the_packed_export_is_the_quantized_base(folders: dict[str, Path], tmp_path: Path):
+    words = ("task=export", "export.format=packed", "train.precision=fp32")
+    base = folders["run"] / "quantized"
+    done = run(*QUICK, *words, f"model.name_or_path={base}", root=tmp_path / "runs")
+    assert done.code == 0, done.output
+    written = load_file(done.directory / "export" / "model.safetensors")
+    truth = load_file(base / "model.safetensors")
+    assert written.keys() == truth.keys()
+    for name, tensor in truth.items():
+        assert written[name].dtype == tensor.dtype
+        assert torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_a_packed_export_does_not_drop_the_adapter_of_a_run(folders: dict[str, Path], tmp_path):
+    words = ("task=export", "export.format=packed", f"model.name_or_path={folders['run']}")
+    refused = run(*QUICK, *words, root=tmp_path / "runs")
+    assert refused.code == 2
+    assert "export.format=packed: would leave out the adapter in" in refused.output
+    assert not refused.root.exists() or not list(refused.root.glob("*/export"))

@@ -1,0 +1,62 @@
+"""The formats of `export.format`: what they write, and that no adapter is lost."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config import groups
+from hqqtrain.formats.packed import model_tensors, quantized_settings
+from hqqtrain.formats.registry import FORMATS, ModelExport
+
+TOKENS = torch.arange(24).view(2, 12)
+
+
+def _model_export(trained, **changes) -> ModelExport:
+    facts = {"model": trained.model, "settings": trained.settings, "hf_config": trained.hf_config,
+             "tokenizer": trained.source, "source_dtype": lambda name: None,
+             "adapter": trained.adapter}  # fmt: skip
+    return ModelExport(**facts | changes)
+
+
+def test_the_configuration_allows_the_registered_formats():
+    """The configuration repeats the names because the command line must not import torch."""
+    assert tuple(FORMATS) == groups.EXPORT_FORMATS
+    assert all(name == export_format.name for name, export_format in FORMATS.items())
+
+
+def test_dense_merges_the_adapter(train, tmp_path):
+    trained = train()
+    FORMATS["dense"].write(_model_export(trained), tmp_path / "export")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto").eval()
+    torch.testing.assert_close(dense(TOKENS).logits, trained.model(TOKENS).logits)
+
+
+def test_packed_is_the_quantized_folder(train, tmp_path):
+    trained = train()
+    FORMATS["packed"].write(_model_export(trained), tmp_path / "export")
+    assert quantized_settings(tmp_path / "export") == trained.settings
+    written = load_file(tmp_path / "export" / "model.safetensors")
+    truth = dict(model_tensors(trained.model))
+    assert written.keys() == truth.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in truth.items())
+
+
+def test_packed_keeps_the_dtype_of_the_source(train, tmp_path):
+    dtypes = {"model.norm.weight": torch.bfloat16}
+    export = _model_export(train(), source_dtype=dtypes.get)
+    FORMATS["packed"].write(export, tmp_path / "export")
+    written = load_file(tmp_path / "export" / "model.safetensors")
+    assert written["model.norm.weight"].dtype == torch.bfloat16
+    assert written["model.embed_tokens.weight"].dtype == torch.float32
+
+
+def test_a_format_without_adapters_refuses_one(tmp_path):
+    FORMATS["packed"].check_adapter(None)
+    FORMATS["dense"].check_adapter(tmp_path / "adapter")
+    message = f"export.format=packed: would leave out the adapter in {tmp_path / 'adapter'}. Use"
+    with pytest.raises(UserError, match=re.escape(message)):
+        FORMATS["packed"].check_adapter(tmp_path / "adapter")
