@@ -25,7 +25,7 @@ def _round_to_nearest(W, grid):
 def torch_only(monkeypatch: pytest.MonkeyPatch) -> str:
     """Register a solver without a kernel, on a machine where kernels run."""
     monkeypatch.setitem(SOLVERS, "torch_only", Solver("torch_only", _round_to_nearest))
-    monkeypatch.setattr(triton_backend.select, "runs_triton", lambda device: True)
+    monkeypatch.setattr(triton_backend.backend, "use_triton", lambda device: True)
     triton_backend._warn_no_kernel.cache_clear()
     return "torch_only"
 
