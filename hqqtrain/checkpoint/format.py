@@ -1,12 +1,16 @@
-"""The format of a checkpoint: the whole training state after a step, without the frozen base.
+"""A checkpoint: the whole state of a training after a step, except for the frozen base.
 
-The files are the same for every strategy and world size: full tensors by PEFT's names. A checkpoint
-is also a PEFT adapter, which other tools can load and `adapter.init_from` accepts.
+Its files do not depend on the strategy or on the number of ranks: tensors are full and have PEFT's
+names. A checkpoint is also a PEFT adapter, which other tools load and `adapter.init_from` accepts.
 
-    adapter_config.json  adapter_model.safetensors   stock PEFT
+    adapter_config.json  adapter_model.safetensors   as PEFT writes them
     optimizer.safetensors                            `<PEFT's name>/exp_avg` and so on
     state.json                                       step, position in the data, results so far
-    manifest.json                                    sizes and checksums of these
+    manifest.json                                    sizes and checksums of the other files
+
+A training state passes five modules on its way to the disk: `snapshot.py` copies it to the host of
+rank 0, `manager.py` decides when and starts a thread, this module writes the files, `store.py`
+knows the folder of each checkpoint and deletes old ones, and `resume.py` finds one to resume from.
 """
 
 import json
@@ -22,7 +26,7 @@ from torch import Tensor
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_directory, atomic_write_json, without_nonfinite
 from hqqtrain.formats.manifest import DamagedError, check_sealed, seal
-from hqqtrain.formats.peft import BaseModelRef, write_adapter
+from hqqtrain.formats.peft import BaseModelRef, load_adapter, write_adapter
 from hqqtrain.formats.writer import save_tensors
 
 FORMAT = 1
@@ -54,6 +58,10 @@ class Checkpoint:
                 return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: was changed during the run ({error}); run again.") from error
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the trained parameters by PEFT's names."""
+        return load_adapter(self.folder).state
 
 
 def write_checkpoint(

@@ -2,29 +2,56 @@
 
 import logging
 import time
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from peft import LoraConfig
 
 from hqqtrain.checkpoint.format import Checkpoint, write_checkpoint
-from hqqtrain.checkpoint.resume import dataset_digests, load_latest
+from hqqtrain.checkpoint.resume import load_latest
 from hqqtrain.checkpoint.snapshot import StateSnapshot
+from hqqtrain.checkpoint.store import CheckpointStore
 from hqqtrain.common.background import BackgroundWriter
 from hqqtrain.common.errors import UserError
-from hqqtrain.data.packing import TokenSequences
-from hqqtrain.distributed.local import copy_from_full, global_numel
-from hqqtrain.distributed.runtime import Runtime
-from hqqtrain.formats.peft import BaseModelRef, load_adapter
-from hqqtrain.loading.build import LoadedModel
-from hqqtrain.loading.plan import ModelPlan
-from hqqtrain.rundir.provenance import package_versions
-from hqqtrain.tasks.recorder import RunRecorder
-from hqqtrain.train.state import TrainState
+from hqqtrain.config.infra import CheckpointConfig
+from hqqtrain.distributed.comm import Communicator
+from hqqtrain.distributed.local import global_numel
+from hqqtrain.distributed.preemption import PreemptionHandler
+from hqqtrain.formats.peft import BaseModelRef
 from hqqtrain.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-_BYTES = 12
+_BYTES_PER_PARAMETER = 12
 """Upper bound of checkpoint bytes per trainable parameter: fp32 value and two moments."""
+
+
+class Stateful(Protocol):
+    """A part of a run whose state a checkpoint keeps, as in `torch.distributed.checkpoint`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as JSON values."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` has returned, perhaps in another process."""
+
+
+@dataclass(frozen=True)
+class CheckpointContents:
+    """What a checkpoint has in addition to the state of the trainer.
+
+    Attributes:
+        lora: Configuration of the trained adapter, for `adapter_config.json`.
+        base: The model that the adapter belongs to.
+        parts: Further parts of the run by their key in `state.json`.
+        facts: Constants of the run by their key in `state.json`.
+    """
+
+    lora: LoraConfig
+    base: BaseModelRef
+    parts: Mapping[str, Stateful]
+    facts: Mapping[str, Any]
 
 
 class CheckpointManager:
@@ -32,19 +59,34 @@ class CheckpointManager:
 
     Training waits only while the state is copied; the first rank writes it in the background. All
     methods are collective.
+
+    Args:
+        trainer: The trainer. Its state gives the top-level keys of `state.json`.
+        contents: The other contents of a checkpoint. The manager saves the parts; who opens the run
+            again restores them, before a trainer exists.
+        store: The folder of the checkpoints.
+        config: When a checkpoint is due.
+        comm: All ranks of the run.
+        preemption: Learns how long a checkpoint takes, and stops the run.
     """
 
-    def __init__(self, trainer: Trainer, plan: ModelPlan, loaded: LoadedModel, runtime: Runtime,
-                 recorder: RunRecorder, held_out: TokenSequences | None) -> None:  # fmt: skip
-        self._trainer, self._plan, self._loaded = trainer, plan, loaded
-        self._runtime, self._recorder, self._store = runtime, recorder, recorder.checkpoints
-        self._snapshot = StateSnapshot(runtime.comm)
+    def __init__(
+        self,
+        trainer: Trainer,
+        contents: CheckpointContents,
+        store: CheckpointStore,
+        config: CheckpointConfig,
+        comm: Communicator,
+        preemption: PreemptionHandler,
+    ) -> None:
+        self._trainer, self._contents, self._store = trainer, contents, store
+        self._config, self._comm, self._preemption = config, comm, preemption
+        self._snapshot = StateSnapshot(comm)
         self._background = BackgroundWriter("checkpoints")
-        self._saved: int | None = None  # step of the last checkpoint
-        self._texts = dataset_digests(trainer.sequences, held_out)
+        self._saved_step: int | None = None
         self._saves, self._seconds = 0, 0.0  # the seconds are those that training has waited
-        parameters = sum(map(global_numel, trainer.trained.values()))
-        runtime.preemption.expects(_BYTES * parameters)
+        count = sum(map(global_numel, trainer.trainable_parameters.values()))
+        preemption.expect_checkpoint_bytes(_BYTES_PER_PARAMETER * count)
 
     def __enter__(self) -> "CheckpointManager":
         return self
@@ -53,65 +95,71 @@ class CheckpointManager:
         self._background.close()
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
-        """Restore the trainer from `checkpoint`; the model has the adapter of it already.
+        """Restore the trainer from `checkpoint`, whose parameters the model has already.
 
         Without a checkpoint, save one if a non-finite batch may require a rollback to step 0.
         """
         if checkpoint:
-            self._restore(checkpoint)
-            self._saved = checkpoint.step
-        elif self._runtime.config.train.on_nonfinite == "rollback":
+            with self._comm.raise_on_all_ranks():
+                tensors = checkpoint.optimizer()
+            self._trainer.load_state_dict(checkpoint.state | {"tensors": tensors})
+            self._saved_step = checkpoint.step
+        elif self._trainer.guard.rolls_back:
             self.save()
 
-    def after_step(self, eval_loss: float | None) -> None:
+    def after_step(self, eval_loss: float | None, *, stop_requested: bool) -> None:
         """Save a checkpoint if one is due after this step, then stop if the run was asked to.
 
         Args:
             eval_loss: The held-out loss, if it was measured after this step.
+            stop_requested: Whether any rank was asked to stop; the same on all ranks.
 
         Raises:
             PreemptedError: The run was asked to stop; the checkpoint is on disk.
             UserError: The run was asked to stop, but the checkpoint could not be written.
         """
-        config, step = self._runtime.config.ckpt, self._trainer.done.steps
-        is_due = self._trainer.is_over or (config.every is not None and step % config.every == 0)
-        may_be_best = config.keep_best > 0 and eval_loss is not None
-        if is_due or may_be_best or self._trainer.stop_requested:
+        every, step = self._config.every, self._trainer.state.steps
+        is_due = self._trainer.is_over or (every is not None and step % every == 0)
+        may_be_best = self._config.keep_best > 0 and eval_loss is not None
+        if is_due or may_be_best or stop_requested:
             self.save(eval_loss)
-        if self._trainer.stop_requested:
+        if stop_requested:
             self._require_written()
-            self._runtime.preemption.stop(self._runtime.comm)
+            self._preemption.raise_preempted(self._comm)
 
     def save(self, eval_loss: float | None = None) -> None:
         """Copy the state of all ranks; the first rank writes it while training continues."""
         began = time.perf_counter()
-        self.end()
-        self._snapshot.take(self._trainer.engine.pieces())
-        state = self._state(eval_loss)
-        if self._runtime.comm.is_main:
+        self.wait()
+        state = self._trainer.state_dict()
+        self._snapshot.take(state.pop("tensors"))
+        state |= {name: part.state_dict() for name, part in self._contents.parts.items()}
+        state |= {**self._contents.facts, "eval_loss": eval_loss}
+        state["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        if self._comm.is_main:
             self._background.start(lambda: self._write(state))
-        self._saved = state["step"]
-        self._trainer.guard.passed()
+        self._saved_step = state["step"]
+        self._trainer.guard.checkpoint_saved()
         self._saves += 1
         self._seconds += time.perf_counter() - began
 
-    def end(self) -> None:
+    def wait(self) -> None:
         """Wait until the last checkpoint is on disk; log an error if it could not be written.
 
         A failed write does not end the training.
         """
-        with self._runtime.comm.raise_on_all_ranks():
-            if error := self._wait():
+        with self._comm.raise_on_all_ranks():
+            if error := self._write_error():
                 logger.error(
                     "the checkpoint of step %s was not written (%s); the previous one is kept and "
                     "training continues",
-                    self._saved,
+                    self._saved_step,
                     error,
                 )
 
     def report(self) -> None:
         """Log how long training has waited for checkpoints."""
-        share = 100 * self._seconds / max(self._trainer.done.seconds, 1e-9)
+        share = 100 * self._seconds / max(self._trainer.state.seconds, 1e-9)
         logger.info(
             "training waited %.2f s for %d checkpoints, %.2f %% of its time",
             self._seconds,
@@ -120,57 +168,30 @@ class CheckpointManager:
         )
 
     def roll_back(self) -> None:
-        """Restore adapter, optimizer and counters from the newest checkpoint.
+        """Restore parameters, optimizer and counters from the newest checkpoint.
 
         Raises:
             UserError: The last checkpoint could not be written.
         """
         self._require_written()
-        checkpoint = load_latest(self._store, self._runtime)
+        checkpoint = load_latest(self._store, self._comm)
         assert checkpoint, "`resume` saves one before the first step"
-        weights = load_adapter(checkpoint.folder).state
-        for name, param in self._trainer.trained.items():
-            copy_from_full(param, weights[name])
-        self._restore(checkpoint)
+        with self._comm.raise_on_all_ranks():
+            tensors = checkpoint.parameters() | checkpoint.optimizer()
+        self._trainer.load_state_dict(checkpoint.state | {"tensors": tensors})
         logger.warning("rolled back to the checkpoint of step %d", checkpoint.step)
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.state
-        with self._runtime.comm.raise_on_all_ranks():
-            optimizer = checkpoint.optimizer()
-        self._trainer.engine.load_optimizer(optimizer, state["updates"])
-        self._trainer.done = TrainState(**state["trained"])
-        if scaler := self._runtime.accelerator.scaler:
-            scaler.load_state_dict(state["scaler"])
-
-    def _state(self, eval_loss: float | None) -> dict[str, Any]:
-        runtime, scaler = self._runtime, self._runtime.accelerator.scaler
-        return {
-            "step": self._trainer.done.steps,
-            "trained": asdict(self._trainer.done),
-            "updates": self._trainer.engine.updates,
-            "scaler": scaler.state_dict() if scaler else None,
-            "eval_loss": eval_loss,
-            "texts": self._texts,
-            "strategy": runtime.strategy,
-            "world_size": runtime.comm.size,
-            "record": self._recorder.state(),
-            "versions": package_versions(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
 
     def _write(self, state: dict[str, Any]) -> None:
         """Write a checkpoint and delete old ones. Runs on the background thread."""
         began = time.perf_counter()
         tensors = self._snapshot.tensors()
-        adapter = {name: tensors[name] for name in self._trainer.trained}
+        adapter = {name: tensors[name] for name in self._trainer.trainable_parameters}
         optimizer = {name: tensor for name, tensor in tensors.items() if name not in adapter}
-        assert self._plan.lora is not None
-        base = BaseModelRef(self._plan.source.name, self._runtime.config.model.revision,
-                    self._loaded.settings.fingerprint)  # fmt: skip
         folder = self._store.folder(state["step"])
-        write_checkpoint(folder, adapter, optimizer, self._plan.lora, base, state)
-        self._runtime.preemption.record_write_seconds(time.perf_counter() - began)
+        write_checkpoint(
+            folder, adapter, optimizer, self._contents.lora, self._contents.base, state
+        )
+        self._preemption.record_write_seconds(time.perf_counter() - began)
         try:
             self._store.prune()
         except OSError as error:
@@ -182,14 +203,14 @@ class CheckpointManager:
         Raises:
             UserError: It could not be written.
         """
-        with self._runtime.comm.raise_on_all_ranks():
-            if error := self._wait():
+        with self._comm.raise_on_all_ranks():
+            if error := self._write_error():
                 raise UserError(
-                    f"{self._store.root}: the checkpoint of step {self._saved} was not written "
-                    f"({error}), and the run needs it to continue; free some space there."
+                    f"{self._store.root}: the checkpoint of step {self._saved_step} was not "
+                    f"written ({error}), and the run needs it to continue; free some space there."
                 ) from error
 
-    def _wait(self) -> OSError | None:
+    def _write_error(self) -> OSError | None:
         """Wait for the background write and return its error, if any."""
         try:
             self._background.wait()

@@ -1,42 +1,46 @@
 """Decide whether a run resumes, and from which checkpoint; the same on every rank."""
 
 import logging
+from collections.abc import Callable, Mapping
 
 from hqqtrain.checkpoint.format import Checkpoint, read_checkpoint
 from hqqtrain.checkpoint.store import CheckpointStore
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.run import RunConfig
-from hqqtrain.data.order import SampleOrder
 from hqqtrain.data.packing import TokenSequences
-from hqqtrain.distributed.runtime import Runtime
+from hqqtrain.distributed.comm import Communicator
 from hqqtrain.formats.manifest import DamagedError
-from hqqtrain.tasks.recorder import RunRecorder
-from hqqtrain.train.trainer import total_steps
 
 logger = logging.getLogger(__name__)
 
 
-def find_checkpoint(recorder: RunRecorder, runtime: Runtime) -> Checkpoint | None:
+def find_checkpoint(
+    store: CheckpointStore, comm: Communicator, *, must_exist: bool,
+    was_finished: Callable[[], bool],
+) -> Checkpoint | None:  # fmt: skip
     """Return the checkpoint to resume from, or None if training starts at step 0. Collective.
 
+    Args:
+        store: The checkpoints of the run.
+        comm: All ranks of the run.
+        must_exist: Whether the user requires a checkpoint (`run.resume=must`).
+        was_finished: Whether the directory has a finished run. A collective, called only if the
+            store is empty.
+
     Raises:
-        UserError: `run.resume=must` and no checkpoint exists; all checkpoints are damaged; or the
+        UserError: `must_exist`, and no checkpoint exists; all checkpoints are damaged; or the
             directory has a finished run that has kept no checkpoint.
     """
-    store, resume = recorder.checkpoints, runtime.config.run.resume
-    if recorder.history.starts_over:
-        return None
-    found = load_latest(store, runtime)
-    if found is None and resume == "must":
+    found = load_latest(store, comm)
+    if found is None and must_exist:
         raise UserError(f"run.resume=must: {store.root} has no checkpoint; use auto to start.")
-    if found is None and recorder.history.was_finished():
+    if found is None and was_finished():
         raise UserError(
             f"{store.root.parent}: has a finished run, and no checkpoint to resume from with other "
             "settings; choose another run.name, or run.resume=never."
         )
     if found is None or not found.step:  # a checkpoint of step 0 has nothing to restore
         return None
-    if runtime.comm.is_main:
+    if comm.is_main:
         logger.info(
             "resuming from %s, saved by %s on %d processes",
             found.folder,
@@ -46,7 +50,7 @@ def find_checkpoint(recorder: RunRecorder, runtime: Runtime) -> Checkpoint | Non
     return found
 
 
-def load_latest(store: CheckpointStore, runtime: Runtime) -> Checkpoint | None:
+def load_latest(store: CheckpointStore, comm: Communicator) -> Checkpoint | None:
     """Load the newest undamaged checkpoint; None if the store is empty. Collective.
 
     The first rank chooses it, and every rank reads it.
@@ -54,7 +58,6 @@ def load_latest(store: CheckpointStore, runtime: Runtime) -> Checkpoint | None:
     Raises:
         UserError: All checkpoints are damaged, or a rank cannot read the chosen one.
     """
-    comm = runtime.comm
     with comm.raise_on_all_ranks():
         mine = None
         if comm.is_main:
@@ -80,29 +83,28 @@ def dataset_digests(training: TokenSequences, held_out: TokenSequences | None) -
     }
 
 
-def check_resumable(
-    found: Checkpoint | None,
-    training: TokenSequences,
-    held_out: TokenSequences | None,
-    config: RunConfig,
-) -> None:
+def check_resumable(found: Checkpoint | None, digests: Mapping[str, str], total_steps: int) -> None:
     """Check that training can resume from `found` with this data and this number of steps.
+
+    Args:
+        found: The checkpoint; None is always fine.
+        digests: Of the run's datasets, from `dataset_digests`.
+        total_steps: Number of steps of the run.
 
     Raises:
         UserError: The checkpoint was trained on other text, or has more steps than this run.
     """
     if found is None:
         return
-    for key, digest in dataset_digests(training, held_out).items():
+    for key, digest in digests.items():
         if found.state["texts"][key] != digest:
             raise UserError(
                 f"{found.folder}: was trained with other text than {key} gives now: a file, or the "
                 "Python that provides it, has changed. Choose another run.name, or "
                 "run.resume=never."
             )
-    steps = total_steps(config, SampleOrder(len(training), config.train.seed))
-    if found.step > steps:
+    if found.step > total_steps:
         raise UserError(
             f"{found.folder}: has {found.step} steps, and train.max_steps or epochs ask for "
-            f"{steps}; ask for more, or choose another run.name."
+            f"{total_steps}; ask for more, or choose another run.name."
         )

@@ -13,7 +13,7 @@ text keeps the fast causal kernel. Padding works the same way: each pad token is
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -41,12 +41,15 @@ class TokenSequences:
 
     Attributes:
         stream: int32 [T], the tokens of all texts.
+        targets: bool [T], whether the loss predicts each token. The first token of a sequence is
+            never predicted, whatever its target is.
         starts: int64 [texts], the position in the stream where each text starts, ascending.
         begin: int64 [n], the position in the stream where each sequence begins.
         end: int64 [n], the position after the last token of each sequence.
     """
 
     stream: np.ndarray
+    targets: np.ndarray
     starts: np.ndarray
     begin: np.ndarray
     end: np.ndarray
@@ -57,33 +60,34 @@ class TokenSequences:
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Return `input_ids`, `labels` and `position_ids`, int64 [length], for transformers.
 
-        A label has the position of its own token, because the model shifts labels. The first token
-        of the sequence, and of every text, has the label `IGNORE_INDEX`.
+        A label has the position of its own token, because the loss shifts labels. The first token
+        of the sequence, and every token that is no target, has the label `IGNORE_INDEX`.
         """
         begin, end = int(self.begin[index]), int(self.end[index])
         tokens = self.stream[begin:end].astype(np.int64)
-        positions = self._positions(begin, end)
-        # Position 0 is the first token of a text or of the sequence: nothing predicts it.
-        labels = np.where(positions == 0, IGNORE_INDEX, tokens)
+        labels = np.where(self.targets[begin:end], tokens, IGNORE_INDEX)
+        labels[:1] = IGNORE_INDEX  # no token of the sequence precedes the first one
         return {
             "input_ids": torch.from_numpy(tokens),
             "labels": torch.from_numpy(labels),
-            "position_ids": torch.from_numpy(positions),
+            "position_ids": torch.from_numpy(self._positions(begin, end)),
         }
 
     @cached_property
     def tokens(self) -> int:
         """Number of predicted tokens in all sequences."""
-        # A sequence does not predict its first token, nor the first tokens of texts that start
-        # inside it: begin < start < end.
-        texts_before_end = np.searchsorted(self.starts, self.end)
-        texts_up_to_begin = np.searchsorted(self.starts, self.begin, side="right")
-        inner_starts = texts_before_end - texts_up_to_begin
-        return int((self.end - self.begin - 1 - inner_starts).sum())
+        bounds = zip(self.begin.tolist(), self.end.tolist(), strict=True)
+        return sum(int(np.count_nonzero(self.targets[begin + 1 : end])) for begin, end in bounds)
 
     def digest(self) -> str:
-        """Return the sha256 of all tokens and of the boundaries of texts and sequences."""
-        parts = (self.stream, self.starts, self.begin, self.end)
+        """Return the sha256 of tokens, targets, and the boundaries of texts and sequences.
+
+        The targets of plain text follow from its boundaries and are left out, so that checkpoints
+        keep the digest that was computed before targets existed.
+        """
+        parts = [self.stream, self.starts, self.begin, self.end]
+        if not np.array_equal(self.targets, plain_text_targets(self.stream, self.starts)):
+            parts.append(self.targets)
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "TokenSequences":
@@ -131,7 +135,15 @@ def pack_texts(
     has_prediction = end - begin > 1  # a single token predicts nothing
     if not has_prediction.any():
         raise UserError("data.source: no text in it; its texts have no token to predict.")
-    return TokenSequences(stream, starts, begin[has_prediction], end[has_prediction])
+    targets = plain_text_targets(stream, starts)
+    return TokenSequences(stream, targets, starts, begin[has_prediction], end[has_prediction])
+
+
+def plain_text_targets(stream: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return bool [T]: every token but the first of each text, which no earlier token predicts."""
+    targets = np.ones(len(stream), dtype=bool)
+    targets[starts] = False
+    return targets
 
 
 def tokenize_texts(
@@ -156,23 +168,6 @@ def tokenize_texts(
     lengths = np.array([len(ids) for ids in encoded], np.int64)
     stream = np.concatenate([np.empty(0, np.int32), *encoded])  # also for no texts
     return stream, np.cumsum(lengths) - lengths
-
-
-def collate_batch(sequences: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Combine sequences into a batch, int64 [sequences, longest], padded on the right.
-
-    The batch has no attention mask. Tokens of a text precede the padding and never attend to it,
-    and transformers detects the texts of a sequence from position_ids only without a mask.
-    """
-    rows = list(sequences)
-    # Position 0 makes every pad token a text of its own.
-    padding = {"input_ids": 0, "labels": IGNORE_INDEX, "position_ids": 0}
-    return {
-        name: torch.nn.utils.rnn.pad_sequence(
-            [row[name] for row in rows], batch_first=True, padding_value=value
-        )
-        for name, value in padding.items()
-    }
 
 
 def _encode(

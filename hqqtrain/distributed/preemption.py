@@ -15,6 +15,7 @@ import psutil
 
 from hqqtrain.common import signals
 from hqqtrain.common.durations import parse_seconds
+from hqqtrain.common.env import get_rank, get_slurm_job_id
 from hqqtrain.common.errors import PreemptedError
 from hqqtrain.config.infra import RunDirConfig
 from hqqtrain.distributed.comm import Communicator
@@ -41,7 +42,7 @@ class PreemptionHandler:
         self._write_estimate = 0.0
         self._is_near = False
 
-    def expects(self, size: int) -> None:
+    def expect_checkpoint_bytes(self, size: int) -> None:
         """Estimate the time to write a checkpoint of `size` bytes, until one was written."""
         self._write_estimate = size / SLOW_DISK_BYTES_PER_SECOND
 
@@ -54,7 +55,7 @@ class PreemptionHandler:
         self._longest_write = max(self._longest_write, seconds)
 
     @property
-    def reason(self) -> str:
+    def stop_reason(self) -> str:
         """Why this rank must stop; empty if it need not."""
         if name := signals.received_signal():
             return f"{name} was received"
@@ -71,8 +72,8 @@ class PreemptionHandler:
         Raises:
             PreemptedError: On every rank.
         """
-        if comm.sum([bool(self.reason)])[0]:
-            self.stop(comm)
+        if comm.sum([bool(self.stop_reason)])[0]:
+            self.raise_preempted(comm)
 
     def check_local(self) -> None:
         """Stop this rank if it has received a signal, where others learn of it from the error.
@@ -81,15 +82,15 @@ class PreemptionHandler:
             PreemptedError: On this rank only.
         """
         if signals.received_signal():
-            raise PreemptedError(self.reason)
+            raise PreemptedError(self.stop_reason)
 
-    def stop(self, comm: Communicator) -> NoReturn:
+    def raise_preempted(self, comm: Communicator) -> NoReturn:
         """Stop all ranks, with the reason of the lowest rank that has one. Collective.
 
         Raises:
             PreemptedError: Always.
         """
-        reasons = comm.gather(self.reason)
+        reasons = comm.gather(self.stop_reason)
         rank, reason = next((r for r in enumerate(reasons) if r[1]), (0, "it was asked to stop"))
         raise PreemptedError(reason if rank == 0 else f"rank {rank}: {reason}")
 
@@ -99,23 +100,19 @@ def _deadline(config: RunDirConfig) -> tuple[float, str]:
     if config.time_limit is not None:
         began = psutil.Process().create_time()
         return began + parse_seconds(config.time_limit), f"run.time_limit={config.time_limit}"
-    if "SLURM_JOB_ID" in os.environ and os.environ.get("RANK", "0") == "0":
-        return _end_of_job(), "slurm's time limit"
+    job = get_slurm_job_id()
+    if job and get_rank() == 0:
+        return _end_of_job(job), "slurm's time limit"
     return float("inf"), ""
 
 
-def _end_of_job() -> float:
-    """Return when slurm ends this job, in seconds since 1970; infinity without a limit.
+def _end_of_job(job: str) -> float:
+    """Return when slurm ends `job`, in seconds since 1970; infinity without a limit.
 
     Not every version of slurm has it in the environment, so ask squeue.
     """
     if end := os.environ.get("SLURM_JOB_END_TIME"):
         return float(end)
-    job = os.environ["SLURM_JOB_ID"]
-    if array := os.environ.get(
-        "SLURM_ARRAY_JOB_ID"
-    ):  # SLURM_JOB_ID may be the id of the whole array
-        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     command = ["squeue", "--noheader", "--job", job, "--format", "%e"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -12,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hqqtrain.data.packing import TokenSequences, collate_batch
+from hqqtrain.data.loader import Batch, collate_batch
+from hqqtrain.data.packing import IGNORE_INDEX, TokenSequences
 from hqqtrain.distributed.comm import Communicator
-
-LOGIT_CHUNK_TOKENS = 2048
-"""Tokens whose logits are in fp32 at a time: 1 GiB for a vocabulary of 128 k."""
-
-Batch = dict[str, Tensor]
+from hqqtrain.models.causal_lm import next_token_outputs
+from hqqtrain.models.logits import MAX_EVALUATION_TOKENS
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def evaluate_perplexity(
         sums += weight * part
         on_batch(int(part[3]))
     model.train(was_training)
-    loss, reference_loss, kl, tokens = comm.sum(sums.tolist())
+    loss, reference_loss, kl, tokens = comm.sum(sums)
     if reference is None:
         return EvalResult(_exp(loss / tokens), int(tokens))
     return EvalResult(_exp(loss / tokens), int(tokens), kl / tokens, _exp(reference_loss / tokens))
@@ -96,14 +94,13 @@ def _batches_of_this_rank(
 
 def _sums(model: nn.Module, reference: nn.Module | None, batch: Batch) -> Tensor:
     """Return float64 [loss, reference loss, KL, tokens], summed over the batch."""
-    labels = batch.pop("labels")[:, 1:].flatten()
-    kept = labels != -100
-    logits = next_token_logits(model, batch)[kept]
-    reference_logits = next_token_logits(reference, batch)[kept] if reference else None
-    labels = labels[kept]
+    logits, labels = next_token_outputs(model, batch)
+    is_target = labels != IGNORE_INDEX
+    logits, labels = logits[is_target], labels[is_target]
+    reference_logits = next_token_outputs(reference, batch)[0][is_target] if reference else None
     total = torch.zeros(4, dtype=torch.float64, device=labels.device)
-    for start in range(0, len(labels), LOGIT_CHUNK_TOKENS):
-        part = slice(start, start + LOGIT_CHUNK_TOKENS)
+    for start in range(0, len(labels), MAX_EVALUATION_TOKENS):
+        part = slice(start, start + MAX_EVALUATION_TOKENS)
         log_q = F.log_softmax(logits[part].float(), dim=-1)
         total[0] += F.nll_loss(log_q, labels[part], reduction="sum")
         if reference_logits is not None:
@@ -112,8 +109,3 @@ def _sums(model: nn.Module, reference: nn.Module | None, batch: Batch) -> Tensor
             total[2] += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
     total[3] = len(labels)
     return total
-
-
-def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Return logits [tokens, vocabulary] that predict token t + 1, without the last position."""
-    return model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)

@@ -4,63 +4,77 @@ The strategies of PyTorch share one implementation. DeepSpeed needs another one,
 gradients and the optimizer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from hqqtrain.distributed.gather import LocalShard
 
-Accepts = Callable[[float], bool]
-"""Decides from the gradient norm whether the optimizer may step."""
-
 ALL_FINITE = (-1, "")
-"""Result of `Engine.not_finite` if all gradients are finite."""
+"""Result of `Engine.first_nonfinite` if all gradients are finite."""
 
 
 class Engine(Protocol):
     """Runs backward passes and optimizer steps.
 
     Call `model` for the forward pass. The gradients of several `backward` calls add up, averaged
-    over ranks, until `update`.
+    over ranks. Then call `grad_norm`, and after it either `step` or `skip_step`:
+
+        for loss in losses:
+            with engine.accumulating(last=loss is losses[-1]):
+                engine.backward(loss)
+        norm = engine.grad_norm(learning_rate)
+        engine.step(learning_rate) if math.isfinite(norm) else engine.skip_step()
+
+    DeepSpeed reveals the norm only after it has stepped. So under ZeRO-3 `grad_norm` steps already,
+    `step` and `skip_step` only clean up, and the caller must end the run instead of skipping.
     """
 
     model: nn.Module
 
-    def accumulation_context(self, *, last: bool) -> AbstractContextManager:
+    def accumulating(self, *, last: bool) -> AbstractContextManager:
         """Context for forward and backward of one micro-batch; `last` is the last one of a step."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`."""
 
-    def update(self, rate: float, accepts: Accepts) -> None:
-        """Clip the gradients and step, or drop the gradients if `accepts` refuses. Collective.
+    def grad_norm(self, learning_rate: float) -> float:
+        """Return the gradient norm over all ranks, before clipping. Collective."""
 
-        Args:
-            rate: Learning rate of the step.
-            accepts: Called with the gradient norm over all ranks, before clipping.
-        """
+    def step(self, learning_rate: float) -> None:
+        """Clip the gradients, step, and drop the gradients. Collective."""
 
-    def not_finite(self) -> tuple[int, str]:
+    def skip_step(self) -> None:
+        """Drop the gradients without a step."""
+
+    def first_nonfinite(self) -> tuple[int, str]:
         """Return (index, name) of the last parameter whose gradient is not finite on this rank.
 
         The backward pass reaches the last parameter first, so its gradient is closest to the cause.
-        The result is `ALL_FINITE` if all gradients are finite. Valid within `accepts` only.
+        The result is `ALL_FINITE` if all gradients are finite. Valid between `grad_norm` and `step`
+        or `skip_step`.
         """
 
-    def pieces(self) -> dict[str, LocalShard]:
+    def local_state(self) -> dict[str, LocalShard]:
         """Return this rank's shards of all training state.
 
-        Trained parameters are keyed by `name`, their optimizer state by `name/key`.
+        Trainable parameters are keyed by `name`, their optimizer state by `name/key`.
         """
 
     @property
-    def updates(self) -> int:
+    def step_count(self) -> int:
         """Number of steps that the optimizer has counted."""
 
-    def load_optimizer(self, saved: Mapping[str, Tensor], updates: int) -> None:
-        """Load the optimizer's state from saved tensors, after `updates` steps."""
+    def load_optimizer(self, saved: Mapping[str, Tensor], step_count: int) -> None:
+        """Load the optimizer's state from saved full tensors, after `step_count` steps."""
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """Return the state of the gradient scaler as JSON; None without one."""
+
+    def load_scaler(self, state: Mapping[str, Any] | None) -> None:
+        """Load the state of the gradient scaler; do nothing with None or without a scaler."""
 
 
 def all_finite(grad: Tensor) -> Tensor:

@@ -7,18 +7,16 @@ where it came from. So the check runs before the optimizer steps.
 import logging
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import TrainConfig
-from hqqtrain.data.packing import TokenSequences
-from hqqtrain.distributed.runtime import Runtime
-from hqqtrain.evaluation.perplexity import Batch
+from hqqtrain.data.loader import Batch
+from hqqtrain.distributed.comm import Communicator
 from hqqtrain.models.fqn import strip_wrappers
-from hqqtrain.train.engine import Engine
 from hqqtrain.train.state import StepResult
 
 logger = logging.getLogger(__name__)
@@ -29,93 +27,107 @@ MAX_REFUSED_IN_A_ROW = 5
 MAX_OVERFLOWS_IN_A_ROW = 25
 """Overflows in a row that fp16 scaling can explain: the scale starts at 2^16 and is halved."""
 
-Note = Callable[[StepResult, dict[str, Any], list[list[int]]], object]
-"""Records a refused step: (step, facts as JSON values, token ids of its sequences)."""
+RecordRefusal = Callable[[StepResult, dict[str, Any]], object]
+"""Records a refused step: (step, facts about its cause as JSON values)."""
 
 
 class NonFiniteGuard:
     """Applies `train.on_nonfinite` to steps whose loss or gradient norm is not finite.
 
     Args:
-        session: Configuration and ranks.
-        sequences: The training text, to look up the tokens of a refused batch.
-        note: Records a refused step.
+        policy: `train.on_nonfinite`.
+        comm: All ranks of the run.
+        record: Records a refused step.
+        scales_gradients: Whether fp16's gradient scaler handles overflows.
+        autocast: Makes the context of the forward pass.
+        lr: `optim.lr`, for the error message.
     """
 
-    def __init__(self, runtime: Runtime, sequences: TokenSequences, note: Note) -> None:
-        self._config: TrainConfig = runtime.config.train
-        self._runtime, self._sequences, self._note = runtime, sequences, note
-        self._lr, self._in_a_row, self._overflows = runtime.config.optim.lr, 0, 0
-        self._gradient = ""
+    def __init__(
+        self,
+        policy: str,
+        comm: Communicator,
+        record: RecordRefusal,
+        *,
+        scales_gradients: bool = False,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        lr: float = 0.0,
+    ) -> None:
+        self._policy, self._comm, self._record = policy, comm, record
+        self._scales_gradients, self._autocast, self._lr = scales_gradients, autocast, lr
+        self._refused_in_a_row = self._overflows_in_a_row = 0
 
-    def accepts(self, step: StepResult, engine: Engine) -> bool:
-        """Whether the optimizer may step. Collective if not."""
-        if math.isfinite(step.loss) and math.isfinite(step.norm):
-            self._overflows = 0
-            if self._config.on_nonfinite != "rollback":
-                self._in_a_row = 0
+    @property
+    def rolls_back(self) -> bool:
+        """Whether a refused step also returns to the last checkpoint."""
+        return self._policy == "rollback"
+
+    def allows_step(self, step: StepResult) -> bool:
+        """Whether the optimizer may step; the same on all ranks. Counts overflows."""
+        if math.isfinite(step.loss) and math.isfinite(step.grad_norm):
+            self._overflows_in_a_row = 0
+            if not self.rolls_back:
+                self._refused_in_a_row = 0
             return True
-        if self._is_overflow(step):
-            return True
-        # The backward pass reaches the last parameter first: over ranks, the largest index wins.
-        self._gradient = max(self._runtime.comm.gather(engine.not_finite()))[1]
+        # GradScaler handles an overflow of fp16: it skips the step and lowers the scale.
+        if self._scales_gradients and math.isfinite(step.loss):
+            self._overflows_in_a_row += 1
+            if self._overflows_in_a_row <= MAX_OVERFLOWS_IN_A_ROW:
+                return True
         return False
 
-    def _is_overflow(self, step: StepResult) -> bool:
-        """Whether this is an fp16 loss-scale overflow. Counts them.
+    def handle_refused(
+        self, step: StepResult, gradient: tuple[int, str], model: nn.Module,
+        batches: Iterable[Batch],
+    ) -> None:  # fmt: skip
+        """Find the layer, record the batch, and either return to skip it or end the run.
 
-        GradScaler handles an overflow by skipping the step and lowering the scale.
-        """
-        if self._runtime.accelerator.scaler is None or not math.isfinite(step.loss):
-            return False
-        self._overflows += 1
-        return self._overflows <= MAX_OVERFLOWS_IN_A_ROW
-
-    def passed(self) -> None:
-        """Reset the count of refused steps, because a checkpoint was made after them."""
-        self._in_a_row = 0
-
-    def refuse(self, step: StepResult, model: nn.Module, batches: Iterable[Batch]) -> None:
-        """Find the layer, record the batch, and skip it or end the run. Collective.
+        Collective.
 
         Args:
-            step: The refused step.
+            step: The step that `allows_step` has refused.
+            gradient: `Engine.first_nonfinite` of this rank.
             model: The model to run again, as the engine calls it.
             batches: This rank's micro-batches of the step.
 
         Raises:
             UserError: The policy is `stop`, or too many steps in a row were refused.
         """
-        self._in_a_row += 1
-        with self._runtime.autocast():
-            forward = self._first([_first_bad_output(model, batch) for batch in batches])
-        layer = forward or self._gradient or "no layer by itself"
-        what = "output" if forward else "gradient"
-        facts = {"layer": layer, "what": what, "policy": self._config.on_nonfinite}
-        self._note(step, facts, [self._sequences[i]["input_ids"].tolist() for i in step.samples])
-        cause = f"loss {step.loss}, gradient norm {step.norm}; first in the {what} of {layer}"
-        if self._config.on_nonfinite == "stop" or self._in_a_row >= MAX_REFUSED_IN_A_ROW:
+        self._refused_in_a_row += 1
+        with self._autocast():
+            outputs = [first_nonfinite_output(model, batch) for batch in batches]
+        layer, what = self._cause(outputs, gradient)
+        self._record(step, {"layer": layer, "what": what, "policy": self._policy})
+        cause = f"loss {step.loss}, gradient norm {step.grad_norm}; first in the {what} of {layer}"
+        times = self._refused_in_a_row
+        if self._policy == "stop" or times >= MAX_REFUSED_IN_A_ROW:
+            how_often = f", {times} times in a row" if times > 1 else ""
             raise UserError(
-                f"train.on_nonfinite={self._config.on_nonfinite}: global batch {step.place} gives "
-                f"{cause}{self._how_often()}. Its samples are in nonfinite/ of the run. Lower "
+                f"train.on_nonfinite={self._policy}: global batch {step.batch_index} gives "
+                f"{cause}{how_often}. Its samples are in nonfinite/ of the run. Lower "
                 f"optim.lr={self._lr}, raise optim.warmup_steps, or use train.precision=fp32."
             )
         logger.warning(
             "train.on_nonfinite=%s: global batch %d is skipped: %s",
-            self._config.on_nonfinite, step.place, cause,
+            self._policy, step.batch_index, cause,
         )  # fmt: skip
 
-    def _how_often(self) -> str:
-        return f", {self._in_a_row} times in a row" if self._in_a_row > 1 else ""
+    def _cause(self, outputs: list[str], gradient: tuple[int, str]) -> tuple[str, str]:
+        """Return the layer and whether its output or its gradient came first. Collective."""
+        names = [name for of_rank in self._comm.gather(outputs) for name in of_rank if name]
+        # The backward pass reaches the last parameter first: over ranks, the largest index wins.
+        _, parameter = max(self._comm.gather(gradient))
+        if names:
+            return names[0], "output"
+        return parameter or "no layer by itself", "gradient"
 
-    def _first(self, found: list[str]) -> str:
-        """Return the first name that is not empty, over all batches of all ranks. Collective."""
-        named = [name for of_rank in self._runtime.comm.gather(found) for name in of_rank]
-        return next(filter(None, named), "")
+    def checkpoint_saved(self) -> None:
+        """Reset the count of refused steps, because a checkpoint was made after them."""
+        self._refused_in_a_row = 0
 
 
 @torch.no_grad()
-def _first_bad_output(model: nn.Module, batch: Batch) -> str:
+def first_nonfinite_output(model: nn.Module, batch: Batch) -> str:
     """Return the first module whose output is not finite in a forward pass; empty if none."""
     found: list[str] = []
 

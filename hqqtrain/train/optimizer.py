@@ -1,6 +1,5 @@
-"""The optimizers and learning-rate schedules that a recipe can name."""
+"""The optimizers that a recipe can name."""
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -56,21 +55,6 @@ def _over_shards(
     optimizer.register_step_pre_hook(bind_shards)
     optimizer.register_step_post_hook(free_gradients)
     return optimizer
-
-
-def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Return the learning rate of optimizer step `step` (from 0) of `steps`.
-
-    The rate warms up linearly over `warmup_steps`, then decays to zero at `steps` by a cosine or
-    linearly, or stays constant. transformers' schedules are not used, because they start at a rate
-    of 0, which wastes the first step. The rate depends on the step only, so no state is saved.
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    left = 1 - (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 - math.cos(math.pi * max(0.0, left)))
-    return config.lr * max(0.0, left) if config.schedule == "linear" else config.lr
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

@@ -1,7 +1,7 @@
 """Save and load the optimizer's state by parameter name, for any number of ranks.
 
 PyTorch's AdamW keeps tensors of the parameter's shape. They are saved as full tensors, which any
-world size can shard again. bitsandbytes' states need more care, see `blockwise_state.py`.
+world size can shard again. bitsandbytes' states need more care, see `blockwise_shards`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,7 +31,7 @@ class OptimizerState:
         """Number of steps taken, without those that fp16's loss scaling has skipped."""
         return max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
 
-    def pieces(self) -> Iterator[tuple[str, LocalShard]]:
+    def local_shards(self) -> Iterator[tuple[str, LocalShard]]:
         """Yield (`name/key`, this rank's shard), with the same names on every rank."""
         for (name, param), optimized in zip(self._named.items(), self._optimized, strict=True):
             state = self._optimizer.state.get(optimized, {})

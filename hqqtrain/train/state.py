@@ -6,22 +6,30 @@ from dataclasses import dataclass
 
 @dataclass
 class StepResult:
-    """One global batch and its outcome.
+    """The outcome of one global batch, the same on all ranks except for `seconds`.
 
-    `loss` is the mean over the batch's `tokens` in nats, `norm` the gradient norm over all ranks.
+    Attributes:
+        number: Number of the optimizer step, from 1. A batch that is left out has the number of
+            the next step.
+        batch_index: Index of the global batch in the data, from 0.
+        tokens: Tokens that the loss predicts, over all ranks.
+        loss: Mean over these tokens, in nats.
+        learning_rate: Learning rate of the step.
+        peak_memory_gib: Largest peak memory of any rank so far.
+        grad_norm: Gradient norm over all ranks, before clipping.
+        seconds: Duration of the step on this rank.
+        was_taken: Whether the optimizer has stepped.
     """
 
     number: int
-    """Number of the optimizer step, from 1. A skipped batch has the number of the next step."""
-    place: int
-    """Position in the data, in global batches from 0."""
-    samples: list[int]
-    """Indices of the batch's sequences."""
+    batch_index: int
     tokens: int
     loss: float
-    norm: float = math.nan
-    taken: bool = False
-    """Whether the optimizer has stepped."""
+    learning_rate: float = 0.0
+    peak_memory_gib: float = 0.0
+    grad_norm: float = math.nan
+    seconds: float = 0.0
+    was_taken: bool = False
 
 
 @dataclass
@@ -35,16 +43,20 @@ class TrainState:
     loss: float | None = None
     """Loss of the last step."""
     skipped: int = 0
-    """Number of global batches that were skipped."""
+    """Number of global batches that were left out."""
 
     @property
-    def place(self) -> int:
-        """Position of the next global batch."""
+    def next_batch_index(self) -> int:
+        """Index of the next global batch in the data."""
         return self.steps + self.skipped
 
-    def add(self, step: StepResult, seconds: float) -> None:
-        """Count one optimizer step."""
+    def add(self, step: StepResult) -> None:
+        """Count an optimizer step that was taken."""
         self.steps += 1
         self.tokens += step.tokens
-        self.seconds += seconds
+        self.seconds += step.seconds
         self.loss = step.loss
+
+    def skip_to(self, batch_index: int) -> None:
+        """Leave out all global batches before `batch_index`."""
+        self.skipped = batch_index - self.steps

@@ -1,40 +1,59 @@
 """The engine of PyTorch's strategies: `single`, `ddp`, `fsdp2` and `fsdp1`.
 
-Under `fsdp1`, DDP averages the gradients of the trained parameters, which FSDP1 does not shard.
+Under `fsdp1`, DDP averages the gradients of the trainable parameters, which FSDP1 does not shard.
 """
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from hqqtrain.config.groups import OptimConfig
 from hqqtrain.distributed.gather import LocalShard, local_shard_of
 from hqqtrain.distributed.local import local_tensor
-from hqqtrain.distributed.runtime import Runtime
-from hqqtrain.train.engine import ALL_FINITE, Accepts, all_finite
+from hqqtrain.train.engine import ALL_FINITE, all_finite
 from hqqtrain.train.optimizer import build_optimizer, set_learning_rate
 from hqqtrain.train.optimizer_state import OptimizerState
 
 
 class TorchEngine:
-    """Implements `Engine` with PyTorch and accelerate."""
+    """Implements `Engine` with PyTorch and accelerate.
 
-    def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter],
-                 runtime: Runtime) -> None:  # fmt: skip
-        self.model, self._trained = model, trained
-        self._accelerator = runtime.accelerator
-        self._limit = runtime.config.train.max_grad_norm
-        if runtime.strategy in ("ddp", "fsdp1"):
+    Args:
+        model: The model, sharded already if the strategy shards it.
+        trainables: The trainable parameters of `model` by name.
+        accelerator: Scales gradients under fp16.
+        optim: Settings of the optimizer.
+        max_grad_norm: Largest gradient norm, above which gradients are clipped; None: no clipping.
+        wraps_ddp: Whether DDP averages the gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trainables: Mapping[str, nn.Parameter],
+        accelerator: Accelerator,
+        optim: OptimConfig,
+        *,
+        max_grad_norm: float | None = None,
+        wraps_ddp: bool = False,
+    ) -> None:
+        self.model, self._trainables = model, trainables
+        self._accelerator, self._max_grad_norm = accelerator, max_grad_norm
+        if wraps_ddp:
             # All ranks start with equal weights. DDP's initial broadcast would overwrite the
             # shards of FSDP1, so it is off.
             self.model = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)
-        optimizer = build_optimizer(runtime.config.optim, trained.values())
-        self._state = OptimizerState(optimizer, trained)
-        self._optimizer = self._accelerator.prepare_optimizer(optimizer)
+        optimizer = build_optimizer(optim, trainables.values())
+        self._state = OptimizerState(optimizer, trainables)
+        self._optimizer = accelerator.prepare_optimizer(optimizer)
+        self._norm: Tensor | None = None  # of the present gradients; a DTensor under FSDP2
 
-    def accumulation_context(self, *, last: bool) -> AbstractContextManager:
+    def accumulating(self, *, last: bool) -> AbstractContextManager:
         if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         return nullcontext()
@@ -42,37 +61,56 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
 
-    def update(self, rate: float, accepts: Accepts) -> None:
+    def grad_norm(self, learning_rate: float) -> float:
         self._accelerator.unscale_gradients(self._optimizer)
-        parameters = self._trained.values()
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        accepted = accepts(whole.item())
-        if accepted and self._limit is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self._limit, norm)
-        if accepted:  # under fp16, GradScaler skips the step itself if a gradient is not finite
-            set_learning_rate(self._optimizer, rate)
-            self._optimizer.step()
-        elif scaler := self._accelerator.scaler:
+        grads = [p.grad for p in self._trainables.values() if p.grad is not None]
+        self._norm = norm = nn.utils.get_total_norm(grads)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+    def step(self, learning_rate: float) -> None:
+        assert self._norm is not None, "call `grad_norm` first"
+        if self._max_grad_norm is not None:
+            parameters = self._trainables.values()
+            nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, self._norm)
+        set_learning_rate(self._optimizer, learning_rate)
+        # Under fp16, GradScaler skips the step itself if a gradient is not finite.
+        self._optimizer.step()
+        self._drop_gradients()
+
+    def skip_step(self) -> None:
+        if scaler := self._accelerator.scaler:
             scaler.update()
-        self._optimizer.zero_grad()
+        self._drop_gradients()
 
-    def not_finite(self) -> tuple[int, str]:
-        grads = ((number, name, p.grad) for number, (name, p) in enumerate(self._trained.items()))
-        bad = [
-            (n, name) for n, name, g in grads if g is not None and not all_finite(local_tensor(g))
-        ]
-        return max(bad, default=ALL_FINITE)
+    def first_nonfinite(self) -> tuple[int, str]:
+        found = ALL_FINITE
+        for index, (name, param) in enumerate(self._trainables.items()):
+            if param.grad is not None and not all_finite(local_tensor(param.grad)):
+                found = (index, name)
+        return found
 
-    def pieces(self) -> dict[str, LocalShard]:
-        own = {
-            name: local_shard_of(p, local_tensor(p), p.shape) for name, p in self._trained.items()
+    def local_state(self) -> dict[str, LocalShard]:
+        parameters = {
+            name: local_shard_of(param, local_tensor(param), param.shape)
+            for name, param in self._trainables.items()
         }
-        return own | dict(self._state.pieces())
+        return parameters | dict(self._state.local_shards())
 
     @property
-    def updates(self) -> int:
+    def step_count(self) -> int:
         return self._state.step
 
-    def load_optimizer(self, saved: Mapping[str, Tensor], updates: int) -> None:
-        self._state.load(saved, updates)
+    def load_optimizer(self, saved: Mapping[str, Tensor], step_count: int) -> None:
+        self._state.load(saved, step_count)
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        scaler = self._accelerator.scaler
+        return scaler.state_dict() if scaler else None
+
+    def load_scaler(self, state: Mapping[str, Any] | None) -> None:
+        if state is not None and (scaler := self._accelerator.scaler):
+            scaler.load_state_dict(dict(state))
+
+    def _drop_gradients(self) -> None:
+        self._optimizer.zero_grad()
+        self._norm = None

@@ -1,189 +1,150 @@
-"""A plain training loop over `accelerate.Accelerator`, the same at every world size.
+"""A plain training loop, the same under every strategy and at every world size.
 
 The global batch of a step does not depend on the ranks: its sequences are a function of the seed
-and the position in the data, each rank takes every world-size-th of them, and the loss is averaged
-over the tokens of all ranks. So one process and eight have the same training curve up to rounding,
-and a run that resumes after a kill repeats the uninterrupted run bit for bit.
+and of its index, each rank takes every world-size-th of them, and the loss is averaged over the
+tokens of all ranks. So one process and eight have the same training curve up to rounding, and a run
+that resumes after a kill repeats the uninterrupted run bit for bit.
 """
 
 import hashlib
-import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hqqtrain.config.run import RunConfig
-from hqqtrain.data.order import SampleOrder
-from hqqtrain.data.packing import TokenSequences, collate_batch
-from hqqtrain.distributed.consistency import ConsistencyChecker
-from hqqtrain.distributed.runtime import Runtime
-from hqqtrain.evaluation.perplexity import Batch
-from hqqtrain.models.fqn import peft_key
-from hqqtrain.train.activation_checkpointing import apply_activation_checkpointing
+from hqqtrain.data.loader import Batch, DataLoader
+from hqqtrain.distributed.comm import Communicator
+from hqqtrain.distributed.local import copy_from_full
+from hqqtrain.distributed.preemption import PreemptionHandler
+from hqqtrain.distributed.runtime import peak_memory_bytes
 from hqqtrain.train.engine import Engine
-from hqqtrain.train.losses.next_token import NextTokenLoss
-from hqqtrain.train.mfu import mfu_per_token_rate
+from hqqtrain.train.losses.model_loss import ModelLoss
 from hqqtrain.train.nonfinite import NonFiniteGuard
-from hqqtrain.train.optimizer import learning_rate
+from hqqtrain.train.schedule import LearningRateSchedule
 from hqqtrain.train.state import StepResult, TrainState
-from hqqtrain.train.torch_engine import TorchEngine
-from hqqtrain.train.zero3_engine import ZeRO3Engine
-
-logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains the parameters of `model` that require a gradient.
+    """Trains `trainable_parameters`. It writes no file and logs no metric.
 
     Args:
-        config: The run's configuration.
-        model: As `mount` returns it.
-        sequences: Packed training text.
-        session: Ranks, device, precision and strategy.
+        engine: Runs backward passes and optimizer steps.
+        trainable_parameters: Parameters that the engine trains, by PEFT's names.
+        loader: The training data.
+        loss: Loss of the engine's model on a micro-batch.
+        schedule: Learning rate of each step.
         guard: Decides what happens if a loss or a gradient is not finite.
+        comm: All ranks of the run.
+        preemption: Knows whether this rank was asked to stop.
+        seed: `train.seed`.
     """
 
-    def __init__(self, config: RunConfig, model: nn.Module, sequences: TokenSequences,
-                 runtime: Runtime, guard: NonFiniteGuard) -> None:  # fmt: skip
-        self.config, self.sequences = config, sequences
-        self.runtime, self.guard = runtime, guard
-        self.comm, self.accelerator = runtime.comm, runtime.accelerator
-        self.trained = {peft_key(n): p for n, p in model.named_parameters() if p.requires_grad}
-        if config.train.activation_checkpointing:
-            apply_activation_checkpointing(
-                model, offload=runtime.offloads_activations, frees=runtime.strategy == "zero3"
-            )
-        self.share = mfu_per_token_rate(model, runtime.device_name, self.comm.size)
-        self.unwrapped_model = model
-        self.order = SampleOrder(len(sequences), config.train.seed)
-        self.steps = total_steps(config, self.order)
-        _warn_of_warmup(config, self.steps)
-        kind = ZeRO3Engine if runtime.strategy == "zero3" else TorchEngine
-        self.engine: Engine = kind(model, self.trained, runtime)
-        tokens = config.train.micro_batch_size * config.train.max_seq_len
-        allow_chunks = runtime.strategy != "zero3"
-        self.loss = NextTokenLoss(self.engine.model, tokens, self.comm, allow_chunks)
-        self.done = TrainState()
-        self.stop_requested = False
-        """Whether any rank was asked to stop by the end of the last step; the same on all ranks."""
-
-    def run(self, roll_back: Callable[[], None] = lambda: None) -> Iterator[tuple[int, dict]]:
-        """Train to the end and yield (step, metrics) after every step, counted from 1. Collective.
-
-        Args:
-            roll_back: Loads an earlier state of this trainer.
-
-        Yields:
-            The number of the step and its metrics by name.
-        """
-        self.engine.model.train()
-        every = self.config.parallel.consistency_check_every
-        sentinel = ConsistencyChecker(self.unwrapped_model, self.comm) if every else None
-        while self.done.steps < self.steps:
-            began, place = time.perf_counter(), self.done.place
-            rate = learning_rate(self.config.optim, self.done.steps, self.steps)
-            step = self._step(place, rate)
-            if not step.taken:
-                self._skip_batch(place, roll_back)
-                continue
-            seconds = time.perf_counter() - began
-            self.runtime.preemption.record_step_seconds(seconds)
-            self.done.add(step, seconds)
-            if sentinel and every and (self.done.steps % every == 0 or self.is_over):
-                sentinel.check()
-            yield self.done.steps, self._metrics(step, rate) | self._speed(step.tokens / seconds)
-        if sentinel and sentinel.checks:
-            sentinel.report(self.done.seconds)
+    def __init__(
+        self, engine: Engine, trainable_parameters: Mapping[str, nn.Parameter],
+        loader: DataLoader, loss: ModelLoss, schedule: LearningRateSchedule,
+        guard: NonFiniteGuard, comm: Communicator, preemption: PreemptionHandler, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.engine, self.trainable_parameters = engine, trainable_parameters
+        self.loader, self.loss, self.schedule, self.guard = loader, loss, schedule, guard
+        self.comm, self.preemption, self.seed = comm, preemption, seed
+        self.state = TrainState()
+        self.stop_requested = False  # whether any rank was asked to stop during the last step
 
     @property
     def is_over(self) -> bool:
         """Whether all steps have been taken."""
-        return self.done.steps >= self.steps
+        return self.state.steps >= self.loader.total_steps
 
-    def _step(self, place: int, rate: float) -> StepResult:
-        """Take one optimizer step with the global batch at position `place` in the data."""
-        _seed(self.config.train.seed, place, self.comm.rank)
-        # All ranks know the whole global batch, so its token count needs no communication.
-        indices = self.order.indices(place, self.config.train.global_batch_size)
-        tokens = self.sequences.select(indices).tokens
-        total = torch.zeros((), dtype=torch.float64, device=self.comm.device)
-        # Gradient accumulation over this rank's micro-batches.
-        batches = list(self._micro_batches(indices))
+    def run(self, roll_back: Callable[[], object]) -> Iterator[StepResult]:
+        """Train to the end and yield the result of every step that was taken. Collective.
+
+        `roll_back` loads an earlier state of this trainer.
+        """
+        self.engine.model.train()
+        while not self.is_over:
+            if (result := self.step()).was_taken:
+                yield result
+                continue
+            if self.guard.rolls_back:
+                roll_back()
+            # After a rollback, also leave out the batches since the checkpoint.
+            self.state.skip_to(result.batch_index + 1)
+
+    def step(self) -> StepResult:
+        """Train on the next global batch, unless its loss or gradient is not finite. Collective."""
+        started, batch_index = time.perf_counter(), self.state.next_batch_index
+        seed_dropout(self.seed, batch_index, self.comm.rank)
+        batches = list(self.loader.batches(batch_index))
+        loss_sum = self._accumulate_gradients(batches, self.loader.tokens(batch_index))
+        result = self._reduce(loss_sum, batch_index)
+        result.grad_norm = self.engine.grad_norm(result.learning_rate)
+        result.was_taken = self.guard.allows_step(result)
+        if result.was_taken:
+            self.engine.step(result.learning_rate)
+            result.seconds = time.perf_counter() - started
+            self.preemption.record_step_seconds(result.seconds)
+            self.state.add(result)
+        else:
+            gradient = self.engine.first_nonfinite()
+            self.engine.skip_step()
+            self.guard.handle_refused(result, gradient, self.engine.model, batches)
+        return result
+
+    def _accumulate_gradients(self, batches: Sequence[Batch], tokens: int) -> Tensor:
+        """Add up the gradients of this rank's micro-batches and return the sum of their losses."""
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.comm.device)
         for number, batch in enumerate(batches):
-            with self.engine.accumulation_context(last=number == len(batches) - 1):
-                with self.accelerator.autocast():
-                    loss = self.loss(batch)
+            with self.engine.accumulating(last=number == len(batches) - 1):
+                loss, _ = self.loss(batch)
                 # The loss is a sum over tokens, and the engine averages gradients over ranks. This
                 # factor makes the gradient that of the mean over the global batch's tokens.
                 self.engine.backward(loss * (self.comm.size / max(1, tokens)))
-            total += loss.detach().double()
-        # One all-reduce for the loss and for "was any rank asked to stop?".
-        asked = bool(self.runtime.preemption.reason)
-        summed, stop = self.comm.sum([total.item(), asked])
-        self.stop_requested = stop > 0
-        step = StepResult(self.done.steps + 1, place, indices, tokens, summed / max(1, tokens))
+            loss_sum += loss.detach().double()
+        return loss_sum
 
-        # The engine calls back with the gradient norm before it steps, where it can, so that a norm
-        # that is not finite never reaches the weights.
-        def accepts(norm: float) -> bool:
-            step.norm = norm
-            step.taken = self.guard.accepts(step, self.engine)
-            return step.taken
-
-        self.engine.update(rate, accepts)
-        if not step.taken:
-            # Find the layer by running the batches again, then raise or skip the batch.
-            self.guard.refuse(step, self.engine.model, batches)
-        return step
-
-    def _skip_batch(self, place: int, roll_back: Callable[[], None]) -> None:
-        """Continue after the batch at `place`, from the last checkpoint if the policy says so."""
-        if self.config.train.on_nonfinite == "rollback":
-            roll_back()
-        # Also skips the batches between the checkpoint and `place`.
-        self.done.skipped = place + 1 - self.done.steps
-
-    def _micro_batches(self, indices: list[int]) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of the global batch, on the device."""
-        own = indices[self.comm.rank :: self.comm.size]
-        size = self.config.train.micro_batch_size
-        for start in range(0, len(own), size):
-            batch = collate_batch([self.sequences[i] for i in own[start : start + size]])
-            yield {k: v.to(self.comm.device, non_blocking=True) for k, v in batch.items()}
-
-    def _speed(self, rate: float) -> dict[str, float]:
-        speed = {"train/tokens_per_second": rate}
-        return speed | {"train/mfu": rate * self.share} if self.share else speed
-
-    def _metrics(self, step: StepResult, rate: float) -> dict[str, float]:
-        epoch = self.order.epoch(self.done.place, self.config.train.global_batch_size)
-        return {
-            "train/loss": step.loss,
-            "train/grad_norm": step.norm,
-            "train/learning_rate": rate,
-            "train/epoch": epoch,
-            "train/global_step": self.done.steps,
-        }
-
-
-def _seed(seed: int, place: int, rank: int) -> None:
-    """Seed dropout as a function of its arguments, so that no generator state needs saving."""
-    digest = hashlib.blake2b(f"{seed} {place} {rank}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def _warn_of_warmup(config: RunConfig, steps: int) -> None:
-    if 0 < steps <= config.optim.warmup_steps:
-        logger.warning(
-            "optim.warmup_steps=%d: the run has %d steps, so it never reaches optim.lr",
-            config.optim.warmup_steps, steps,
+    def _reduce(self, loss_sum: Tensor, batch_index: int) -> StepResult:
+        """Combine the ranks' losses, requests to stop and peak memory, in one all-reduce."""
+        # Each rank has a slot of its own for its peak memory, because only sums are reduced.
+        local: list[float] = [0.0, bool(self.preemption.stop_reason)] + [0] * self.comm.size
+        local[2 + self.comm.rank] = peak_memory_bytes(self.comm.device)
+        values = torch.tensor(local, dtype=torch.float64, device=self.comm.device)
+        values[0] = loss_sum  # on the device, so that only `sum` waits for it
+        loss, stop_requests, *peaks = self.comm.sum(values)
+        self.stop_requested = stop_requests > 0
+        tokens = self.loader.tokens(batch_index)
+        return StepResult(
+            self.state.steps + 1, batch_index, tokens, loss / max(1, tokens),
+            self.schedule.learning_rate(self.state.steps), max(peaks) / 2**30,
         )  # fmt: skip
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return all state as JSON values, and this rank's shards of tensors as `tensors`."""
+        return {
+            "step": self.state.steps,
+            "trained": asdict(self.state),
+            "updates": self.engine.step_count,
+            "scaler": self.engine.scaler_state(),
+            "tensors": self.engine.local_state(),
+        }
 
-def total_steps(config: RunConfig, order: SampleOrder) -> int:
-    """Return `train.max_steps`, or the number of steps in `train.epochs`, at least one."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    return order.steps(config.train.epochs, config.train.global_batch_size)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the result of `state_dict`, in which `tensors` are full tensors now.
+
+        Those of the trainable parameters may be absent if the model has their values already.
+        """
+        tensors: Mapping[str, Tensor] = state["tensors"]
+        for name, param in self.trainable_parameters.items():
+            if name in tensors:
+                copy_from_full(param, tensors[name])
+        self.engine.load_optimizer(tensors, state["updates"])
+        self.engine.load_scaler(state["scaler"])
+        self.state = TrainState(**state["trained"])
+
+
+def seed_dropout(seed: int, batch_index: int, rank: int) -> None:
+    """Seed dropout as a function of the arguments, so that no generator state needs saving."""
+    digest = hashlib.blake2b(f"{seed} {batch_index} {rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -8,72 +8,101 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hqqtrain.config.groups import OptimConfig
 from hqqtrain.distributed.gather import LocalShard, local_shard_of
-from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies import zero3
 from hqqtrain.distributed.strategies.zero3 import build_deepspeed_engine
-from hqqtrain.train.engine import ALL_FINITE, Accepts, all_finite
+from hqqtrain.train.engine import ALL_FINITE, all_finite
 from hqqtrain.train.optimizer import build_optimizer, set_learning_rate
 
 
 class ZeRO3Engine:
-    """Implements `Engine` with DeepSpeed."""
+    """Implements `Engine` with DeepSpeed.
 
-    def __init__(self, model: nn.Module, trained: Mapping[str, nn.Parameter],
-                 runtime: Runtime) -> None:  # fmt: skip
-        self._trained = trained
-        self._optimizer = build_optimizer(runtime.config.optim, trained.values())
+    Args:
+        model: The model, sharded by ZeRO-3 already.
+        trainables: The trainable parameters of `model` by name.
+        optim: Settings of the optimizer.
+        autocast: Dtype of matrix products; fp32 for no autocast.
+        device: Device of this rank.
+        max_grad_norm: Largest gradient norm, above which gradients are clipped; None: no clipping.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trainables: Mapping[str, nn.Parameter],
+        optim: OptimConfig,
+        *,
+        autocast: torch.dtype,
+        device: torch.device,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        self._trainables = trainables
+        self._optimizer = build_optimizer(optim, trainables.values())
         self.model: Any = build_deepspeed_engine(
-            model, self._optimizer, max_grad_norm=runtime.config.train.max_grad_norm,
-            autocast=runtime.dtype,
-        )  # fmt: skip
+            model, self._optimizer, max_grad_norm=max_grad_norm, autocast=autocast
+        )
         # DeepSpeed takes each gradient away once it is computed, so look at it in a hook.
-        self._is_bad = torch.zeros(len(trained), dtype=torch.bool, device=runtime.device)
-        for number, param in enumerate(trained.values()):
-            param.register_hook(partial(self._look, number))
+        self._is_nonfinite = torch.zeros(len(trainables), dtype=torch.bool, device=device)
+        for index, param in enumerate(trainables.values()):
+            param.register_hook(partial(self._check_gradient, index))
 
-    def _look(self, number: int, grad: Tensor) -> None:
+    def _check_gradient(self, index: int, grad: Tensor) -> None:
         """Note a gradient that is not finite, without synchronizing with the device."""
-        self._is_bad[number] |= ~all_finite(grad)
+        self._is_nonfinite[index] |= ~all_finite(grad)
 
-    def accumulation_context(self, *, last: bool) -> AbstractContextManager:
+    def accumulating(self, *, last: bool) -> AbstractContextManager:
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         self.model.backward(loss)
 
-    def update(self, rate: float, accepts: Accepts) -> None:
-        """Step, then report the norm. Collective.
+    def grad_norm(self, learning_rate: float) -> float:
+        """Step, then return the norm, which DeepSpeed reveals only after it has stepped.
 
-        DeepSpeed reveals the norm only after it has stepped, so a refusal must end the run.
+        So the caller must end the run if the norm is not finite. Collective.
         """
-        set_learning_rate(self._optimizer, rate)
+        set_learning_rate(self._optimizer, learning_rate)
         self.model.step()
-        norm: torch.Tensor | float = self.model.get_global_grad_norm()
-        accepts(float(norm))
-        self._is_bad.zero_()
+        return float(self.model.get_global_grad_norm())
 
-    def not_finite(self) -> tuple[int, str]:
-        flags = zip(enumerate(self._trained), self._is_bad.tolist(), strict=True)
-        return max((named for named, bad in flags if bad), default=ALL_FINITE)
+    def step(self, learning_rate: float) -> None:
+        """Do nothing but clean up: `grad_norm` has stepped."""
+        self._is_nonfinite.zero_()
 
-    def pieces(self) -> dict[str, LocalShard]:
-        made = {}
-        for name, param in self._trained.items():
+    def skip_step(self) -> None:
+        """Do nothing but clean up: `grad_norm` has stepped already."""
+        self._is_nonfinite.zero_()
+
+    def first_nonfinite(self) -> tuple[int, str]:
+        named = zip(enumerate(self._trainables), self._is_nonfinite.tolist(), strict=True)
+        return max((found for found, is_bad in named if is_bad), default=ALL_FINITE)
+
+    def local_state(self) -> dict[str, LocalShard]:
+        shards = {}
+        for name, param in self._trainables.items():
             for key, part in zero3.local_training_state(self.model, param).items():
                 shape = param.ds_shape  # type: ignore[attr-defined]
-                made[f"{name}/{key}" if key else name] = local_shard_of(param, part, shape)
-        return made
+                shards[f"{name}/{key}" if key else name] = local_shard_of(param, part, shape)
+        return shards
 
     @property
-    def updates(self) -> int:
+    def step_count(self) -> int:
         return zero3.optimizer_step_count(self.model)
 
-    def load_optimizer(self, saved: Mapping[str, Tensor], updates: int) -> None:
+    def load_optimizer(self, saved: Mapping[str, Tensor], step_count: int) -> None:
+        if not step_count:
+            return
         moments: dict[Tensor, dict[str, Tensor]] = {
             param: {key: saved[f"{name}/{key}"] for key in zero3.MOMENTS}
-            for name, param in self._trained.items() if updates
-        }  # fmt: skip
-        if updates:
-            zero3.load_moments(self.model, updates, moments)
+            for name, param in self._trainables.items()
+        }
+        zero3.load_moments(self.model, step_count, moments)
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        return None  # no gradient scaling under ZeRO-3
+
+    def load_scaler(self, state: Mapping[str, Any] | None) -> None:
+        pass

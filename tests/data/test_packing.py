@@ -1,5 +1,7 @@
 """Packing: every token once, no attention between texts, and the labels that a model expects."""
 
+import hashlib
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hqqtrain
 from hqqtrain.common.errors import UserError
-from hqqtrain.data.packing import IGNORE_INDEX, collate_batch, pack_texts
+from hqqtrain.data.loader import collate_batch
+from hqqtrain.data.packing import IGNORE_INDEX, pack_texts
 
 TINY = Path(hqqtrain.__file__).parent / "models" / "tiny"
 TEXTS = [
@@ -71,6 +74,28 @@ def test_without_packing_a_sequence_is_one_truncated_text(tokenizer):
     sequences = pack_texts(TEXTS, tokenizer, max_seq_len=12, packing=False)
     expected = [ids[:12] for ids in expected_stream(tokenizer)]
     assert [sequences[i]["input_ids"].tolist() for i in range(len(sequences))] == expected
+
+
+def test_tokens_that_are_no_targets_have_no_label(tokenizer):
+    """A mask leaves out any token, such as those of a prompt, and the positions stay."""
+    plain = pack_texts(TEXTS, tokenizer, max_seq_len=16)
+    masked = replace(plain, targets=plain.targets & (plain.stream % 2 == 0))
+    for i in range(len(plain)):
+        before, after = plain[i], masked[i]
+        even = before["input_ids"] % 2 == 0
+        assert torch.equal(after["labels"], before["labels"].where(even, torch.tensor(-100)))
+        assert torch.equal(after["position_ids"], before["position_ids"])
+    counted = sum(int((masked[i]["labels"] != IGNORE_INDEX).sum()) for i in range(len(masked)))
+    assert masked.tokens == counted < plain.tokens
+
+
+def test_the_digest_of_plain_text_does_not_depend_on_targets(tokenizer):
+    """Checkpoints of earlier versions have the digest of the other arrays alone."""
+    plain = pack_texts(TEXTS, tokenizer, max_seq_len=16)
+    arrays = (plain.stream, plain.starts, plain.begin, plain.end)
+    assert plain.digest() == hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
+    masked = replace(plain, targets=np.zeros_like(plain.targets))
+    assert masked.digest() != plain.digest()
 
 
 def test_blank_texts_only_is_an_error(tokenizer):

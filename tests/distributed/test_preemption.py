@@ -39,7 +39,7 @@ def _signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("number", signals.SIGNALS)
 def test_a_signal_stops_all_ranks_at_the_next_check(number: signal.Signals):
     preemption = PreemptionHandler(RunDirConfig())
-    assert not preemption.reason
+    assert not preemption.stop_reason
     preemption.check(SINGLE_PROCESS)
     send(number)
     for check in (lambda: preemption.check(SINGLE_PROCESS), preemption.check_local):
@@ -82,10 +82,10 @@ def test_a_time_limit_leaves_room_for_two_steps(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(time, "time", lambda: began + 3600 - SPARE_SECONDS - 50)
     preemption = PreemptionHandler(RunDirConfig(time_limit="1:00:00"))
     preemption.record_step_seconds(3.0)
-    before = preemption.reason
+    before = preemption.stop_reason
     preemption.record_step_seconds(900.0)
     assert not before
-    assert preemption.reason
+    assert preemption.stop_reason
     with pytest.raises(PreemptedError, match=r"run\.time_limit=1:00:00"):
         preemption.check(SINGLE_PROCESS)
     preemption.check_local()  # a time limit is no signal, and other ranks do not know it
@@ -98,45 +98,45 @@ def test_a_time_limit_leaves_room_for_checkpoints(monkeypatch: pytest.MonkeyPatc
         PreemptionHandler(RunDirConfig(time_limit="1:00:00")) for _ in range(2)
     )
     for each in (estimated, preemption):
-        each.expects(int(60 * SLOW_DISK_BYTES_PER_SECOND))  # before any was written
-    assert estimated.reason
+        each.expect_checkpoint_bytes(int(60 * SLOW_DISK_BYTES_PER_SECOND))  # before any was written
+    assert estimated.stop_reason
     for each in (estimated, preemption):
         each.record_write_seconds(10.0)
-    assert estimated.reason, "once near, the limit stays near"
-    assert not preemption.reason
+    assert estimated.stop_reason, "once near, the limit stays near"
+    assert not preemption.stop_reason
     preemption.record_step_seconds(16.0)
-    assert preemption.reason
+    assert preemption.stop_reason
 
 
 def test_all_ranks_report_the_reason():
     preemption = PreemptionHandler(RunDirConfig())
     comm = SimpleNamespace(gather=lambda mine: [mine, "SIGTERM was received", mine])
     with pytest.raises(PreemptedError, match=r"^rank 1: SIGTERM was received$"):
-        preemption.stop(comm)
+        preemption.raise_preempted(comm)
 
 
 def test_a_signal_takes_precedence_over_a_time_limit(monkeypatch: pytest.MonkeyPatch):
     began = psutil.Process().create_time()
     monkeypatch.setattr(time, "time", lambda: began + 3600)
     preemption = PreemptionHandler(RunDirConfig(time_limit="1:00:00"))
-    assert "nearly reached" in preemption.reason
+    assert "nearly reached" in preemption.stop_reason
     send(signal.SIGUSR1)
-    assert preemption.reason == "SIGUSR1 was received"
+    assert preemption.stop_reason == "SIGUSR1 was received"
 
 
 def test_slurm_time_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 2))
-    assert PreemptionHandler(RunDirConfig()).reason
+    assert PreemptionHandler(RunDirConfig()).stop_reason
     # The user's limit replaces slurm's.
-    assert not PreemptionHandler(RunDirConfig(time_limit="9:00:00")).reason
+    assert not PreemptionHandler(RunDirConfig(time_limit="9:00:00")).stop_reason
     monkeypatch.delenv("SLURM_JOB_END_TIME")
     squeue = tmp_path / "squeue"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not PreemptionHandler(RunDirConfig()).reason  # without squeue no limit is known
+    assert not PreemptionHandler(RunDirConfig()).stop_reason  # without squeue no limit is known
     for end, is_near in ((datetime.now(), True), (datetime.now() + timedelta(hours=1), False)):
         squeue.write_text(f"#!/bin/sh\necho {end.isoformat(timespec='seconds')}\n")
         squeue.chmod(0o755)
-        assert bool(PreemptionHandler(RunDirConfig()).reason) is is_near
+        assert bool(PreemptionHandler(RunDirConfig()).stop_reason) is is_near
     squeue.write_text("#!/bin/sh\necho N/A\n")
-    assert not PreemptionHandler(RunDirConfig()).reason
+    assert not PreemptionHandler(RunDirConfig()).stop_reason

@@ -46,14 +46,14 @@ def test_a_run_that_must_stop_reports_that_nothing_was_saved(
     words: list[str], tmp_path: Path, monkeypatch, capsys
 ):
     full_at(monkeypatch, 3)
-    step = Trainer._step
+    step = Trainer.step
 
-    def signaled(self: Trainer, place: int, rate: float) -> Any:
-        if place == 2:
+    def signaled(self: Trainer) -> Any:
+        if self.state.next_batch_index == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return step(self, place, rate)
+        return step(self)
 
-    monkeypatch.setattr(Trainer, "_step", signaled)
+    monkeypatch.setattr(Trainer, "step", signaled)
     assert run_here(words) == 2
     assert "the checkpoint of step 3 was not written" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]

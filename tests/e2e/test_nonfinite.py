@@ -12,7 +12,7 @@ import torch
 from runs import QUICK, TIMEOUT, free_port, run_here, small_data
 
 from hqqtrain.tracking.jsonl import read_metrics
-from hqqtrain.train.nonfinite import MAX_REFUSED_IN_A_ROW, _first_bad_output
+from hqqtrain.train.nonfinite import MAX_REFUSED_IN_A_ROW
 from hqqtrain.train.trainer import Trainer
 
 _WORDS = (
@@ -31,23 +31,25 @@ def words(tmp_path: Path) -> tuple[str, ...]:
 def poison(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Return a set of global batches in which one element of the output of LAYER is NaN."""
     places: set[int] = set()
-    step = Trainer._step
+    step = Trainer.step
 
-    def poisoned(self: Trainer, place: int, rate: float) -> Any:
+    def poisoned(self: Trainer) -> Any:
         def hook(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
             spoilt = torch.zeros_like(output)
             spoilt.view(-1)[7] = torch.nan
             return output + spoilt
 
-        module = next(m for n, m in self.unwrapped_model.named_modules() if n.endswith(LAYER))
-        handle = module.register_forward_hook(hook) if place in places else None
+        module = next(m for n, m in self.engine.model.named_modules() if n.endswith(LAYER))
+        handle = (
+            module.register_forward_hook(hook) if self.state.next_batch_index in places else None
+        )
         try:
-            return step(self, place, rate)
+            return step(self)
         finally:
             if handle:
                 handle.remove()
 
-    monkeypatch.setattr(Trainer, "_step", poisoned)
+    monkeypatch.setattr(Trainer, "step", poisoned)
     return places
 
 
@@ -141,18 +143,20 @@ def test_rollback_with_an_8_bit_optimizer(tmp_path: Path, words: tuple, poison: 
 def test_a_gradient_alone_is_traced_to_a_parameter(
     words: tuple, monkeypatch, capsys, factor: float
 ):
-    step = Trainer._step
+    step = Trainer.step
 
-    def poisoned(self: Trainer, place: int, rate: float) -> Any:
-        name = next(n for n in self.trained if "layers.2.self_attn.v_proj.lora_B" in n)
-        hook = self.trained[name].register_hook(lambda g: g * factor) if place == 1 else None
+    def poisoned(self: Trainer) -> Any:
+        is_poisoned = self.state.next_batch_index == 1
+        named = self.trainable_parameters.items()
+        param = next(p for n, p in named if "layers.2.self_attn.v_proj.lora_B" in n)
+        hook = param.register_hook(lambda g: g * factor) if is_poisoned else None
         try:
-            return step(self, place, rate)
+            return step(self)
         finally:
             if hook:
                 hook.remove()
 
-    monkeypatch.setattr(Trainer, "_step", poisoned)
+    monkeypatch.setattr(Trainer, "step", poisoned)
     assert run_here([*words]) == 2
     errors = capsys.readouterr().err
     assert (
@@ -165,7 +169,7 @@ import sys
 from hqqtrain.cli import main
 from hqqtrain.train.trainer import Trainer
 
-step = Trainer._step
+step = Trainer.step
 
 def hook(_, __, output):
     output = output.clone()
@@ -173,13 +177,13 @@ def hook(_, __, output):
         output.register_hook(lambda g: g * float("nan"))
     return output
 
-def poisoned(self, place, rate):
+def poisoned(self):
     name = "layers.2.self_attn.v_proj.lora_B.default"
-    module = next(m for n, m in self.bare_model.named_modules() if n.endswith(name))
+    module = next(m for n, m in self.engine.model.named_modules() if n.endswith(name))
     module.register_forward_hook(hook)
-    return step(self, place, rate)
+    return step(self)
 
-Trainer._step = poisoned
+Trainer.step = poisoned
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -196,21 +200,3 @@ def test_a_gradient_inside_deepspeed_is_traced_to_a_parameter(tmp_path: Path, wo
     )
     assert done.returncode == 2, done.stderr
     assert "gradient of base_model.model.model.layers.2.self_attn.v_proj.lora_B" in done.stderr
-
-
-def test_the_first_layer_of_a_forward_pass_is_named():
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
-            self.second.bias.data[1] = torch.inf
-
-        def forward(self, x: torch.Tensor, use_cache: bool) -> torch.Tensor:
-            return self.second(self.first(x))
-
-    model = Model()
-    assert _first_bad_output(model, {"x": torch.ones(2, 3)}) == "second"
-    assert _first_bad_output(model, {"x": torch.full((2, 3), torch.nan)}) == "first"
-    model.second.bias.data[1] = 0
-    assert _first_bad_output(model, {"x": torch.ones(2, 3)}) == ""
-    assert not model.first._forward_hooks

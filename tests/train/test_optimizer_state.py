@@ -53,7 +53,7 @@ class Trained:
     def save(self, file: Path) -> None:
         snapshot = StateSnapshot(self.comm)
         weights = {n: local_shard_of(p, local_tensor(p), p.shape) for n, p in self.named.items()}
-        snapshot.take(weights | dict(self.state.pieces()))
+        snapshot.take(weights | dict(self.state.local_shards()))
         if self.comm.is_main:
             save_file(snapshot.tensors(), file, metadata={"updates": str(self.state.step)})
 
@@ -74,7 +74,7 @@ def stage(rank: int, comm: Communicator, folder: Path, name: str, begin: int, en
         trained.step(number)
     assert trained.state.step == end
     trained.save(folder / str(end))
-    (folder / f"{rank}.json").write_text(json.dumps(sorted(dict(trained.state.pieces()))))
+    (folder / f"{rank}.json").write_text(json.dumps(sorted(dict(trained.state.local_shards()))))
 
 
 def walk(folder: Path, name: str, *stages: tuple[int, int, int]) -> dict[str, Tensor]:

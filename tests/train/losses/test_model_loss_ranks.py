@@ -9,7 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
-from hqqtrain.train.losses import next_token as module
+from hqqtrain.train.losses import model_loss as module
+from hqqtrain.train.losses.model_loss import ModelLoss
 from hqqtrain.train.losses.next_token import NextTokenLoss
 
 LENGTHS = (40, 6, 21)
@@ -29,7 +30,7 @@ def make_batch(rank: int) -> dict[str, torch.Tensor]:
 
 
 def ragged(rank: int, comm: Communicator, strategy: str) -> None:
-    module.CHUNK_LOGITS = 10 * 96
+    module.MAX_TRAINING_LOGITS = 10 * 96
     alone = make_model()
     expected = torch.stack([
         alone(**make_batch(r), use_cache=False).loss * (LENGTHS[r] - 1)
@@ -43,9 +44,9 @@ def ragged(rank: int, comm: Communicator, strategy: str) -> None:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     whole = DistributedDataParallel(model) if strategy == "ddp" else model
-    found = NextTokenLoss(whole, max(LENGTHS), comm)
-    assert found._takes_parts
-    loss = found(make_batch(rank))
+    found = ModelLoss(whole, NextTokenLoss(), comm, max_tokens=max(LENGTHS))
+    assert found.is_chunked
+    loss, _ = found(make_batch(rank))
     loss.backward()
     torch.testing.assert_close(loss, expected[rank].detach())
     for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
@@ -59,8 +60,9 @@ def test_ranks_with_batches_of_different_lengths(strategy):
 
 
 def test_single_process(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_LOGITS", 10 * 96)
+    monkeypatch.setattr(module, "MAX_TRAINING_LOGITS", 10 * 96)
     model = make_model()
     batch = make_batch(0)
     expected = model(**batch, use_cache=False).loss * (LENGTHS[0] - 1)
-    torch.testing.assert_close(NextTokenLoss(model, 40, SINGLE_PROCESS)(batch), expected)
+    loss = ModelLoss(model, NextTokenLoss(), SINGLE_PROCESS, max_tokens=40)
+    torch.testing.assert_close(loss(batch)[0], expected)

@@ -1,0 +1,125 @@
+"""The data loader: the micro-batches that a rank feeds to the model in each optimizer step.
+
+A step trains on one global batch, which does not depend on the number of ranks: rank r of n takes
+every n-th sequence of it, beginning with the r-th, in micro-batches of at most `micro_batch_size`
+sequences. The trainer knows only the `DataLoader` protocol. A loader that streams its data is a
+second class with the same methods.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hqqtrain.config.groups import TrainConfig
+from hqqtrain.data.order import SampleOrder
+from hqqtrain.data.packing import IGNORE_INDEX, TokenSequences
+
+Batch = dict[str, Tensor]
+"""Arguments of a model by name, [sequences, tokens], and its `labels`; see `collate_batch`."""
+
+
+class DataLoader(Protocol):
+    """Gives the global batches of a training, by their index from 0."""
+
+    total_steps: int
+    """Number of optimizer steps of the training."""
+
+    def batches(self, batch_index: int) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of a global batch, on the rank's device."""
+
+    def tokens(self, batch_index: int) -> int:
+        """Return the number of tokens of a global batch that the loss predicts, on all ranks."""
+
+    def epoch(self, batch_index: int) -> float:
+        """Return the number of passes over the data before a global batch."""
+
+    def describe(self, batch_index: int) -> dict[str, Any]:
+        """Return JSON values that show which text a global batch has, for an error report."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed loader needs in addition to the index of the batch, as JSON."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` has returned."""
+
+
+class PackedLoader:
+    """Loads batches of sequences that are in memory, in a shuffled order.
+
+    Every rank has all sequences. So a global batch is a function of the seed and of its index: a
+    resumed run asks for its next index, no state is saved, and ranks need not communicate.
+
+    Args:
+        sequences: The training text, the same on all ranks.
+        config: Batch sizes, number of steps and seed.
+        rank: This rank.
+        world_size: Number of ranks; a divisor of `train.global_batch_size`.
+        device: Device of the batches.
+    """
+
+    def __init__(
+        self,
+        sequences: TokenSequences,
+        config: TrainConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._sequences, self._device = sequences, device
+        self._rank, self._world_size = rank, world_size
+        self._order = SampleOrder(len(sequences), config.seed)
+        self._global_batch_size = config.global_batch_size
+        self._micro_batch_size = config.micro_batch_size
+        self.total_steps = (
+            self._order.steps(config.epochs, config.global_batch_size)
+            if config.max_steps is None
+            else config.max_steps
+        )
+
+    def batches(self, batch_index: int) -> Iterator[Batch]:
+        own = self._sample_indices(batch_index)[self._rank :: self._world_size]
+        size = self._micro_batch_size
+        for start in range(0, len(own), size):
+            batch = collate_batch(self._sequences[i] for i in own[start : start + size])
+            yield {k: v.to(self._device, non_blocking=True) for k, v in batch.items()}
+
+    def tokens(self, batch_index: int) -> int:
+        return self._sequences.select(self._sample_indices(batch_index)).tokens
+
+    def epoch(self, batch_index: int) -> float:
+        return self._order.epoch(batch_index, self._global_batch_size)
+
+    def describe(self, batch_index: int) -> dict[str, Any]:
+        """Return the numbers of the batch's sequences as `samples`, their token ids as `tokens`."""
+        samples = self._sample_indices(batch_index)
+        tokens = [self._sequences[i]["input_ids"].tolist() for i in samples]
+        return {"samples": samples, "tokens": tokens}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+    def _sample_indices(self, batch_index: int) -> list[int]:
+        return self._order.indices(batch_index, self._global_batch_size)
+
+
+def collate_batch(sequences: Iterable[Mapping[str, Tensor]]) -> Batch:
+    """Combine sequences into a batch, int64 [sequences, longest], padded on the right.
+
+    The batch has no attention mask. Tokens of a text precede the padding and never attend to it,
+    and transformers detects the texts of a sequence from position_ids only without a mask.
+    """
+    rows = list(sequences)
+    # Position 0 makes every padding token a text of its own.
+    padding = {"input_ids": 0, "labels": IGNORE_INDEX, "position_ids": 0}
+    return {
+        name: torch.nn.utils.rnn.pad_sequence(
+            [row[name] for row in rows], batch_first=True, padding_value=value
+        )
+        for name, value in padding.items()
+    }

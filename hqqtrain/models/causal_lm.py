@@ -1,0 +1,24 @@
+"""Call a causal language model and align its outputs with the tokens that they predict.
+
+Training and evaluation share this, so that both measure the same loss.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+
+def next_token_outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Run `model` on a batch; the output at a position belongs to the label of the next one.
+
+    Args:
+        model: Causal language model, which may be wrapped or sharded.
+        batch: Arguments of the model and `labels`, each [sequences, tokens].
+
+    Returns:
+        The model's outputs, [sequences * (tokens - 1), vocabulary], and the labels of the next
+        tokens, int64 [sequences * (tokens - 1)].
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    outputs = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+    return outputs, batch["labels"][:, 1:].flatten()

@@ -1,0 +1,129 @@
+"""The chunked loss equals the whole loss; a model that changes its logits is detected."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
+
+from hqqtrain.data.packing import IGNORE_INDEX
+from hqqtrain.distributed.comm import SINGLE_PROCESS
+from hqqtrain.train.losses import model_loss as module
+from hqqtrain.train.losses.model_loss import ModelLoss
+from hqqtrain.train.losses.next_token import NextTokenLoss
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "dtype": torch.float32,
+}  # fmt: skip
+
+
+def batch(rows: int = 2, tokens: int = 20) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 96, (rows, tokens))
+    labels = ids.clone()
+    labels[0, :5] = IGNORE_INDEX
+    return {"input_ids": ids, "labels": labels}
+
+
+def reference(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    logits = model(input_ids=inputs["input_ids"]).logits[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits, inputs["labels"][:, 1:].flatten(), reduction="sum")
+
+
+def make_loss(model: torch.nn.Module, max_tokens: int) -> Callable[..., torch.Tensor]:
+    """Return the sum of the next-token loss as a function of a batch; checks the count."""
+    model_loss = ModelLoss(model, NextTokenLoss(), SINGLE_PROCESS, max_tokens=max_tokens)
+
+    def loss(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        total, count = model_loss(inputs)
+        assert int(count) == int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+        return total
+
+    return loss
+
+
+@pytest.fixture
+def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Set chunks of 7 tokens and return a list for the number of rows of each call of the head."""
+    monkeypatch.setattr(module, "MAX_TRAINING_LOGITS", 7 * 96)
+    return []
+
+
+def watched_inputs(
+    model: torch.nn.Module, widths: list[int], inputs: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return `inputs` after adding a hook that appends the rows of the head's input to `widths`."""
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, given: widths.append(given[0].flatten(0, -2).shape[0])
+    )
+    model.train()
+    return inputs
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def test_chunks(widths: list[int]) -> None:
+    torch.manual_seed(0)
+    model, inputs = LlamaForCausalLM(LlamaConfig(**SIZES)), batch()
+    expected = reference(model, inputs)
+    wanted = gradients(model, expected)
+    loss = make_loss(model, 2 * 20)
+    found = loss(watched_inputs(model, widths, inputs))
+    torch.testing.assert_close(found, expected)
+    assert [width for width in widths if width != 40] == [7] * 5 + [3]
+    for ours, theirs in zip(gradients(model, found), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    short = batch(1, 6)
+    torch.testing.assert_close(loss(short), reference(model, short))
+
+
+def test_one_chunk_runs_the_head_once(widths: list[int]) -> None:
+    torch.manual_seed(0)
+    model, inputs = LlamaForCausalLM(LlamaConfig(**SIZES)), batch(1, 7)
+    found = make_loss(model, 7)(watched_inputs(model, widths, inputs))
+    assert widths == [7]
+    torch.testing.assert_close(found, reference(model, inputs))
+
+
+@pytest.mark.parametrize("cap", [0.05, 30.0, 1000.0])
+def test_capped_logits_are_not_chunked(
+    cap: float, widths: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=cap)).train()
+    inputs = batch()
+    with caplog.at_level(logging.WARNING):
+        loss = make_loss(model, 40)
+    found = [loss(inputs), loss(inputs)]
+    assert caplog.text.count("Gemma2ForCausalLM changes the output of its head") == 1
+    torch.testing.assert_close(found, [reference(model, inputs)] * 2)
+
+
+def test_a_model_that_looks_at_its_head_is_chunked(widths: list[int]) -> None:
+    """Mamba casts hidden states to the dtype of its head's weight."""
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=96, hidden_size=32, state_size=4, num_hidden_layers=1)
+    model, inputs = MambaForCausalLM(config).train(), batch()
+    loss = ModelLoss(model, NextTokenLoss(), SINGLE_PROCESS, max_tokens=40)
+    assert loss.is_chunked
+    torch.testing.assert_close(loss(inputs)[0], reference(model, inputs))
+
+
+def test_the_head_is_restored(widths: list[int]) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).train()
+    head, names = model.get_output_embeddings(), list(dict(model.named_children()))
+    make_loss(model, 40)(batch())
+    assert model.get_output_embeddings() is head
+    assert list(dict(model.named_children())) == names
+    assert model(**batch()).logits.shape == (2, 20, 96)
