@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent, whatever kills the process in between."""
 
+import hashlib
 import json
 import math
 import os
@@ -83,6 +84,13 @@ def without_nonfinite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_nonfinite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def stat_digest(path: Path) -> str:
+    """Return the sha256, in hex, of the names, sizes and times of a file or a folder's files."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    facts = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _recover(path: Path, old: Path) -> None:

@@ -1,83 +1,60 @@
 """Evaluate a model before, during and after its training, always on the same held-out set."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
-from peft import PeftModel
+from torch import nn
 
 from hqqtrain.data.packing import TokenSequences
-from hqqtrain.distributed.runtime import Runtime
+from hqqtrain.distributed.comm import Communicator
+from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.evaluation.perplexity import EvalResult, evaluate_perplexity
-from hqqtrain.loading.build import LoadedModel, build_reference
-from hqqtrain.loading.plan import ModelPlan
-from hqqtrain.tasks.recorder import RunRecorder
+
+ShowProgress = Callable[[TokenSequences], AbstractContextManager[Callable[[int], object]]]
+"""Opens a progress bar; the result is called with the number of tokens of each batch."""
 
 
+@dataclass(frozen=True)
 class Evaluator:
-    """Evaluator of a run: keeps the held-out set and the full-precision reference model.
+    """The settings of an evaluation, with its held-out set.
 
-    Without a held-out set (`eval.source=null`) its methods do nothing. The reference model is
-    absent if `eval.reference=off`, or if the source has packed weights only.
+    Attributes:
+        held_out: The tokenized held-out set, the same on all ranks.
+        comm: All ranks of the run.
+        preemption: Knows whether a rank was asked to stop.
+        batch_size: Sequences per batch and rank.
+        reference: The full-precision model, if the KL divergence to it is measured.
+        autocast: Makes the context of the forward passes.
+        show_progress: Shows how many tokens this rank has evaluated.
     """
 
-    def __init__(
-        self,
-        plan: ModelPlan,
-        loaded: LoadedModel,
-        held_out: TokenSequences | None,
-        runtime: Runtime,
-        recorder: RunRecorder,
-    ) -> None:
-        self.built, self.held_out, self.runtime, self.record = loaded, held_out, runtime, recorder
-        self.reference = None
-        if held_out and runtime.config.eval.reference == "resident" and not plan.packed:
-            self.reference, bytes_read = build_reference(plan, runtime)
-            recorder.reference_read(bytes_read)
-        self.adapter_counts = plan.start is not None
-        """Whether the adapter changes the output from the beginning; a fresh one does not."""
+    held_out: TokenSequences
+    comm: Communicator
+    preemption: PreemptionHandler
+    batch_size: int
+    reference: nn.Module | None = None
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+    show_progress: ShowProgress = lambda _: nullcontext(lambda _: None)
 
-    def measure(self, part: str, *, adapted: bool) -> None:
-        """Evaluate the model and record it as `part` of the summary. Collective.
-
-        Args:
-            part: `quantized` or `final`.
-            adapted: Whether the adapter takes part.
-        """
-        if not self.held_out:
-            return
-        model = self.built.model
-        adapter_state: AbstractContextManager = nullcontext()
-        if self.adapter_counts and not adapted and isinstance(model, PeftModel):
-            adapter_state = model.disable_adapter()
-        with adapter_state:
-            self.record.evaluated(part, self._evaluate(self.held_out))
-
-    def measure_between(self) -> float | None:
-        """Evaluate during training; record and return the loss in nats per token. Collective."""
-        if not self.held_out:
-            return None
-        measured = self._evaluate(self.held_out)
-        self.record.evaluated_between(measured)
-        return measured.loss
-
-    def _evaluate(self, held_out: TokenSequences) -> EvalResult:
-        """Evaluate the model.
+    def evaluate(self, model: nn.Module) -> EvalResult:
+        """Evaluate `model`. Collective.
 
         Raises:
             PreemptedError: The run was asked to stop; checked after every batch, raised on all
                 ranks.
         """
-        runtime = self.runtime
-        with self.record.bars.evaluating(held_out) as advance, runtime.autocast():
+        with self.show_progress(self.held_out) as advance, self.autocast():
 
             def on_batch(tokens: int) -> None:
                 advance(tokens)
-                runtime.preemption.check(runtime.comm)
+                self.preemption.check(self.comm)
 
             return evaluate_perplexity(
-                self.built.model,
-                held_out,
-                runtime.comm,
-                batch_size=runtime.config.train.micro_batch_size,
+                model,
+                self.held_out,
+                self.comm,
+                batch_size=self.batch_size,
                 reference=self.reference,
                 on_batch=on_batch,
             )

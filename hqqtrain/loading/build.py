@@ -1,48 +1,67 @@
 """Turn a plan into a loaded model, and a loaded model into one that runs.
 
-`build_model` shards, reads and quantizes, on the same path for one process and for many. Its result can
-be saved; `wrap_for_execution` wraps it for execution.
+`build_model` shards, reads and quantizes, on the same path for one process and for many. Its result
+can be saved; `wrap_for_execution` wraps it for execution.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from peft import PeftModel
 from torch import nn
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import AdapterConfig
 from hqqtrain.distributed.bit_exactness import check_bit_exactness
 from hqqtrain.distributed.comm import Communicator
-from hqqtrain.distributed.runtime import Runtime
-from hqqtrain.distributed.strategies.base import FLAT_STRATEGIES
-from hqqtrain.distributed.strategies.fsdp1 import apply_fsdp1
-from hqqtrain.distributed.strategies.fsdp2 import apply_fsdp2
-from hqqtrain.distributed.strategies.row_sharding import shard_rows
-from hqqtrain.distributed.strategies.zero3 import apply_zero3
+from hqqtrain.distributed.local import full_tensor
+from hqqtrain.distributed.preemption import PreemptionHandler
+from hqqtrain.distributed.strategies.base import Strategy
 from hqqtrain.formats.fingerprint import Fingerprint
-from hqqtrain.formats.packed import QuantizedSettings, quantized_settings
+from hqqtrain.formats.packed import (
+    QuantizedSettings,
+    in_source_dtype,
+    model_tensors,
+    quantized_settings,
+    save_quantized,
+)
 from hqqtrain.loading.initial_adapter import initialize_adapters
 from hqqtrain.loading.load import load_model
 from hqqtrain.loading.plan import ModelPlan
 from hqqtrain.loading.stats import LoadStats
 from hqqtrain.models.build import build_meta
-from hqqtrain.models.fqn import base_model
 from hqqtrain.models.source import ModelSource
 from hqqtrain.models.weights.synthetic import open_weight_source
 
+QUANTIZATION_ERRORS = "errors.json"
+"""File of a folder of packed weights with the quantization errors, which need the dense weights."""
 
-@dataclass
+
+@dataclass(frozen=True)
 class LoadedModel:
-    """The loaded model and the results of loading it; the same on every rank."""
+    """A model whose weights are loaded; the same on every rank. It can be gathered and saved.
 
+    Attributes:
+        plan: The plan that the model was built from.
+        model: The model, sharded as the strategy needs it; see `wrap_for_execution` to call it.
+        settings: The settings of its quantized layers, and their fingerprint.
+        layer_errors: Relative quantization error by layer. Empty if the weights were packed already
+            and their folder does not record it.
+        relative_error: Relative error over all layers; None in the same case.
+        loading: Loading statistics by rank.
+    """
+
+    plan: ModelPlan
     model: nn.Module
     settings: QuantizedSettings
     layer_errors: dict[str, float]
-    """Relative quantization error by layer; empty if the weights were packed already."""
     relative_error: float | None
-    """Relative error over all layers; None if the weights were packed already."""
     loading: list[LoadStats]
-    """Loading statistics by rank."""
 
     @property
     def bytes_read(self) -> int:
@@ -54,10 +73,58 @@ class LoadedModel:
         """Loading time of the slowest rank."""
         return max(report.seconds for report in self.loading)
 
+    def save_packed(self, folder: Path, comm: Communicator, *, beside: Mapping[str, Any]) -> None:
+        """Write the packed weights and their quantization errors. Collective.
+
+        Every rank writes a part of the files, and the folder appears complete or not at all.
+
+        Args:
+            folder: A folder like `quantized/` of a run.
+            comm: All ranks of the run.
+            beside: Further JSON files, name to content.
+        """
+        errors = {"layers": self.layer_errors, "all": self.relative_error}
+        tensors = model_tensors(self.model, gather=full_tensor)
+        save_quantized(
+            in_source_dtype(tensors, self.plan.source_dtype),
+            folder,
+            hf_config=self.plan.hf_config,
+            settings=self.settings,
+            source=self.plan.source.tokenizer,
+            comm=comm,
+            beside={QUANTIZATION_ERRORS: errors, **beside},
+        )
+
+
+@dataclass(frozen=True)
+class RunnableModel:
+    """A model that can be called. Of its parameters only the adapters can be gathered.
+
+    Attributes:
+        plan: The plan that the model was built from.
+        model: The model, wrapped by the strategy.
+        settings: The settings of its quantized layers, and their fingerprint.
+    """
+
+    plan: ModelPlan
+    model: nn.Module
+    settings: QuantizedSettings
+
+    def without_adapter(self) -> AbstractContextManager:
+        """Return a context in which the model computes what it does before any training.
+
+        A fresh adapter does not change the output, so it stays enabled.
+        """
+        if self.plan.start is not None and isinstance(self.model, PeftModel):
+            return self.model.disable_adapter()
+        return nullcontext()
+
 
 def build_model(
     plan: ModelPlan,
-    runtime: Runtime,
+    strategy: Strategy,
+    adapter: AdapterConfig,
+    seed: int,
     *,
     packed: Path | None = None,
     on_layer: Callable[[str], object] = lambda _: None,
@@ -66,7 +133,9 @@ def build_model(
 
     Args:
         plan: The plan; its `model` becomes the loaded one.
-        session: Processes, dtypes and strategy of the run.
+        strategy: How the model is sharded, and over which ranks.
+        adapter: Settings of the initial values of fresh adapters.
+        seed: Seed of these values.
         packed: A folder like `quantized/` with the result of an earlier quantization of the same
             plan. It is read in place of the dense weights.
         on_layer: Called with the name of each layer that is finished.
@@ -75,14 +144,14 @@ def build_model(
         UserError: A weight has NaN or Inf, the packed weights were altered, or the adapter belongs
             to another base.
     """
-    model, comm = plan.model, runtime.comm
-    check_bit_exactness(runtime.storage, runtime.strategy, comm)
+    model, comm = plan.model, strategy.comm
+    check_bit_exactness(strategy)
     # Shard while the model is on meta, so that no rank ever allocates the whole of it.
-    _shard(model, runtime)
+    strategy.shard(model)
     source, reader = plan.source, plan.reader
     if packed:
         source = replace(source, path=packed, kind="quantized")
-        reader = open_weight_source(source, model, runtime.device)
+        reader = open_weight_source(source, model, comm.device)
     # Each rank hashes the packed rows that it makes or reads; `_add_fingerprint` sums them up.
     fingerprint, is_packed = Fingerprint(), source.kind == "quantized"
     filled = load_model(
@@ -90,69 +159,61 @@ def build_model(
         reader,
         comm,
         quantized=is_packed,
-        offload=runtime.offloads_parameters,
+        offload=strategy.offloads_parameters,
         on_packed_rows=fingerprint.update,
         on_layer=on_layer,
     )
     settings = _add_fingerprint(model, source, fingerprint, comm)
     if plan.lora is not None:
-        initialize_adapters(model, plan.start, settings.fingerprint, runtime.config)
-    errors, total = ({}, None) if is_packed else filled.relative_errors(comm)
-    return LoadedModel(model, settings, errors, total, comm.gather(filled.report))
+        initialize_adapters(model, plan.start, settings.fingerprint, adapter, seed)
+    errors, total = read_errors(packed) if is_packed else filled.relative_errors(comm)
+    return LoadedModel(plan, model, settings, errors, total, comm.gather(filled.report))
 
 
-def wrap_for_execution(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """Wrap a loaded model for execution. Collective.
+def read_errors(folder: Path | None) -> tuple[dict[str, float], float | None]:
+    """Return the relative errors (by layer, over all layers) that `folder` records.
 
-    FSDP1 and ZeRO-3 take ownership of the parameters: afterwards only those of the adapters can be
-    gathered. The other strategies return `model` itself.
+    Return ({}, None) if it does not record them.
     """
-    if runtime.strategy == "zero3":
-        apply_zero3(model, runtime.storage, runtime.device)
-    elif runtime.strategy == "fsdp1":
-        base = base_model(model)
-        name = next(name for name, module in model.named_modules() if module is base)
-        wrapped = apply_fsdp1(base, runtime.storage, runtime.device)
-        if not name:
-            return wrapped
-        model.set_submodule(name, wrapped)
-    return model
+    if folder is None or not (folder / QUANTIZATION_ERRORS).is_file():
+        return {}, None
+    errors = json.loads((folder / QUANTIZATION_ERRORS).read_text(encoding="utf-8"))
+    return errors["layers"], errors["all"]
 
 
-def build_reference(plan: ModelPlan, runtime: Runtime) -> tuple[nn.Module, int]:
+def wrap_for_execution(loaded: LoadedModel, strategy: Strategy) -> RunnableModel:
+    """Wrap a loaded model so that it can be called; see `Strategy.wrap`. Collective.
+
+    `loaded` cannot be saved afterwards, because the strategy may take over its parameters.
+    """
+    return RunnableModel(loaded.plan, strategy.wrap(loaded.model), loaded.settings)
+
+
+def build_reference(
+    plan: ModelPlan, strategy: Strategy, dtype: torch.dtype, preemption: PreemptionHandler
+) -> tuple[nn.Module, int]:
     """Return the full-precision model, sharded like the trained one, and the bytes read.
 
     The bytes are the sum over all ranks. Collective.
+
+    Args:
+        plan: The plan of the trained model.
+        strategy: How the model is sharded, and over which ranks.
+        dtype: Dtype of the weights.
+        preemption: Knows whether this rank was asked to stop; checked after every layer.
     """
-    model = build_meta(plan.hf_config, runtime.dtype).requires_grad_(False)
-    _shard(model, runtime)
-    reader = open_weight_source(plan.source, model, runtime.device)
+    comm = strategy.comm
+    model = build_meta(plan.hf_config, dtype).requires_grad_(False)
+    strategy.shard(model)
+    reader = open_weight_source(plan.source, model, comm.device)
     load_model(
         model,
         reader,
-        runtime.comm,
-        offload=runtime.offloads_parameters,
-        on_layer=lambda _: runtime.preemption.check_local(),
+        comm,
+        offload=strategy.offloads_parameters,
+        on_layer=lambda _: preemption.check_local(),
     )
-    return wrap_for_execution(model, runtime).eval(), int(runtime.comm.sum([reader.bytes_read])[0])
-
-
-def _shard(model: nn.Module, runtime: Runtime) -> None:
-    """Shard a model on meta; DDP and a single process leave it whole.
-
-    FSDP1 and ZeRO-3 shard flat memory and need full tensors first. Their models are sharded by
-    rows for loading (`shard_rows`), and `wrap_for_execution` hands them over.
-    """
-    if runtime.strategy == "fsdp2":
-        apply_fsdp2(
-            model,
-            runtime.device,
-            runtime.comm.size,
-            runtime.replicas,
-            runtime.offloads_parameters,
-        )
-    elif runtime.strategy in FLAT_STRATEGIES:
-        shard_rows(model, runtime.device, runtime.comm.size)
+    return strategy.wrap(model).eval(), int(comm.sum([reader.bytes_read])[0])
 
 
 def _add_fingerprint(

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from torch import nn
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.run import RunConfig
+from hqqtrain.config.groups import AdapterConfig
 from hqqtrain.distributed.local import copy_from_full
 from hqqtrain.formats.manifest import DamagedError, check_sealed, is_sealed
 from hqqtrain.formats.peft import Adapter, load_adapter
@@ -27,7 +27,7 @@ class InitialAdapter:
 
 
 def load_initial_adapter(
-    config: RunConfig, source: ModelSource, resumed: Path | None
+    config: AdapterConfig, source: ModelSource, resumed: Path | None
 ) -> InitialAdapter | None:
     """Load the adapter to start from, or return None if the run starts with fresh adapters.
 
@@ -37,7 +37,7 @@ def load_initial_adapter(
     Raises:
         UserError: The adapter cannot be read, or a sealed folder was altered.
     """
-    folder = resumed or config.adapter.init_from or source.adapter
+    folder = resumed or config.init_from or source.adapter
     if folder is None:
         return None
     folder = Path(folder).expanduser()
@@ -46,7 +46,7 @@ def load_initial_adapter(
             f"{folder}: the checkpoint that the run resumes from (another run.name starts from "
             "scratch)"
         )
-    elif config.adapter.init_from:
+    elif config.init_from:
         where = f"adapter.init_from={folder}"
     else:
         where = f"{folder}: the adapter of model.name_or_path={source.name}"
@@ -93,17 +93,25 @@ def check_initial_adapter(start: InitialAdapter | None, lora: LoraConfig) -> Non
 
 
 def initialize_adapters(
-    model: nn.Module, start: InitialAdapter | None, fingerprint: str, config: RunConfig
+    model: nn.Module,
+    start: InitialAdapter | None,
+    fingerprint: str,
+    config: AdapterConfig,
+    seed: int,
 ) -> None:
     """Write the initial values of every adapter in `model`, sharded or not.
 
-    Without `start`, they are initialized by `adapter.init` from `train.seed`. `fingerprint` is
-    that of the quantized base in `model`.
+    Args:
+        model: The model, with its adapters.
+        start: The existing adapter, if any. Without one, `adapter.init` gives the values.
+        fingerprint: Fingerprint of the quantized base in `model`.
+        config: Settings of the adapters.
+        seed: Seed of fresh values, `train.seed`.
 
     Raises:
         UserError: `start` was trained on another base or on other modules.
     """
-    init_adapters(model, config.train.seed, config.adapter.init, write=copy_from_full)
+    init_adapters(model, seed, config.init, write=copy_from_full)
     if start is None:
         return
     start.adapter.check_base(fingerprint, start.where)

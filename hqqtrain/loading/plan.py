@@ -14,9 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PretrainedConfig
 
+from hqqtrain.config.groups import AdapterConfig, ModelConfig, QuantConfig
 from hqqtrain.distributed.runtime import PRECISION_DTYPES, Runtime
-from hqqtrain.distributed.strategies.base import FLAT_STRATEGIES
-from hqqtrain.distributed.strategies.row_sharding import check_flat_storage
 from hqqtrain.formats.packed import quantized_settings
 from hqqtrain.loading.initial_adapter import (
     InitialAdapter,
@@ -66,67 +65,88 @@ class ModelPlan:
         return sum(isinstance(module, HQQLinear) for module in self.model.modules())
 
 
-def plan_model(runtime: Runtime, *, adapt: bool, resumed: Path | None = None) -> ModelPlan:
+@dataclass(frozen=True)
+class PlanSettings:
+    """The groups of the configuration that decide what a model looks like.
+
+    Attributes:
+        max_seq_len: Longest sequence of the run, for a warning.
+        adapts: Whether to add a new adapter for training. Otherwise the model gets an adapter only
+            if one exists already.
+        executes: Whether the task calls the model. Tasks that only save it can use every strategy.
+    """
+
+    model: ModelConfig
+    quant: QuantConfig
+    adapter: AdapterConfig
+    max_seq_len: int
+    adapts: bool
+    executes: bool
+
+
+def plan_model(
+    settings: PlanSettings, runtime: Runtime, *, resumed: Path | None = None
+) -> ModelPlan:
     """Build the model on the meta device and check the checkpoint against it.
 
     Args:
-        session: Configuration, dtypes and device of the run.
-        adapt: Whether to add a new adapter for training. Otherwise the model gets an adapter only
-            if one exists already.
+        settings: What the configuration says about the model.
+        runtime: Dtypes, device and strategy of the run.
         resumed: Folder of a training checkpoint whose adapter gives the initial values.
 
     Raises:
         UserError: The model, the checkpoint, a pattern or the adapter has a fault.
     """
-    config = runtime.config
-    source = resolve_source(config.model)
+    source = resolve_source(settings.model)
     hf_config = load_hf_config(source.path)
     model: nn.Module = build_meta(hf_config, runtime.dtype)
-    _replace_linears(model, source, runtime)
+    _replace_linears(model, source, settings.quant, runtime)
     reader = open_weight_source(source, model, runtime.device)
     unused = reader.check(expected_shapes(model, packed=source.kind == "quantized"))
     if unused and runtime.comm.is_main:
         logger.warning(
             "%s: %d tensors are not used, such as %s", source.path, len(unused), unused[0]
         )
-    start = load_initial_adapter(config, source, resumed)
+    start = load_initial_adapter(settings.adapter, source, resumed)
     if start and not resumed and runtime.comm.is_main:
         logger.info("starting from the adapter in %s", start.folder)
         if warning := unknown_base_warning(start, source):
             logger.warning(warning)
     lora = register_hqq_linear(start.adapter.config) if start else None
-    if adapt:
-        lora = lora_config(config.adapter, model)
+    if settings.adapts:
+        lora = lora_config(settings.adapter, model)
         check_initial_adapter(start, lora)
     longest = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
-    if longest and config.train.max_seq_len > longest:
+    if longest and settings.max_seq_len > longest:
         logger.warning(
             "train.max_seq_len=%d: the model was made for %d tokens at most",
-            config.train.max_seq_len,
+            settings.max_seq_len,
             longest,
         )
     if lora is not None:
         # low_cpu_mem_usage makes PEFT create the adapters on the meta device, too.
         model = get_peft_model(base_model(model), lora, low_cpu_mem_usage=True)
-        cast_adapters(model, PRECISION_DTYPES[config.adapter.dtype])
+        cast_adapters(model, PRECISION_DTYPES[settings.adapter.dtype])
     else:
         model.requires_grad_(False)
-    # Only these tasks run the model; the others save it without `mount`.
-    if runtime.strategy in FLAT_STRATEGIES and config.task in ("finetune", "eval"):
-        check_flat_storage(model, runtime.storage, runtime.strategy)
+    if settings.executes:
+        runtime.strategy.check_model(model)
     return ModelPlan(source, hf_config, reader, model, lora, start)
 
 
-def _replace_linears(model: nn.Module, source: ModelSource, runtime: Runtime) -> None:
+def _replace_linears(
+    model: nn.Module, source: ModelSource, quant: QuantConfig, runtime: Runtime
+) -> None:
     """Replace linears by quantized ones, as the packed checkpoint or `quant.*` says."""
-    compute = runtime.config.quant.compute_dtype
+    compute = quant.compute_dtype
     compute_dtype = runtime.dtype if compute == "auto" else PRECISION_DTYPES[compute]
-    dtypes: dict[str, Any] = {"compute_dtype": compute_dtype, "storage_dtype": runtime.storage}
+    storage_dtype = runtime.storage_dtype
+    dtypes: dict[str, Any] = {"compute_dtype": compute_dtype, "storage_dtype": storage_dtype}
     if source.kind == "quantized":
         modules = quantized_settings(source.path).modules
         replace_linears(model, {n: m.spec for n, m in modules.items()}, **dtypes)
     else:
-        report = quantize_model(model, runtime.config.quant, **dtypes)
+        report = quantize_model(model, quant, **dtypes)
         if runtime.comm.is_main:
             logger.info(
                 "%d linears are quantized, %.1f %% of the weights; %d stay in full precision",

@@ -1,11 +1,11 @@
 """The provenance of a result: package versions, source revision and digests of input files."""
 
-import hashlib
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from hqqtrain.common.files import stat_digest
 from hqqtrain.config.run import RunConfig
 
 MADE_FROM = "made_from.json"
@@ -64,10 +64,3 @@ def source_digest(config: RunConfig) -> dict[str, str | None]:
     """
     key = "model.name_or_path"
     return {key: input_digests(config).get(key)}
-
-
-def stat_digest(path: Path) -> str:
-    """Return the sha256, in hex, of the names, sizes and times of a file or a folder's files."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    facts = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -1,37 +1,40 @@
 """The tokenized datasets of a run: training data and held-out set."""
 
+from pathlib import Path
+
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.run import RunConfig
 from hqqtrain.data.eval_set import evaluation_set
 from hqqtrain.data.packing import TokenSequences, pack_texts
 from hqqtrain.data.sources import training_texts
-from hqqtrain.distributed.runtime import Runtime
-from hqqtrain.loading.plan import ModelPlan
 from hqqtrain.models.tokenizer import load_tokenizer
+from hqqtrain.tasks.context import Run
 
 
-def load_training_data(plan: ModelPlan, runtime: Runtime) -> TokenSequences:
+def load_training_data(run: Run, tokenizer: Path) -> TokenSequences:
     """Tokenize and pack `data.source`.
 
     Raises:
         PreemptedError: This rank has received a signal; checked between texts.
     """
-    config, tokenizer = runtime.config, load_tokenizer(plan.source.tokenizer)
+    config = run.config
     return pack_texts(
         training_texts(config.data, config.eval),
-        tokenizer,
+        load_tokenizer(tokenizer),
         max_seq_len=config.train.max_seq_len,
         packing=config.train.packing,
-        on_batch=runtime.preemption.check_local,
+        on_batch=run.runtime.preemption.check_local,
     )
 
 
-def load_held_out_data(plan: ModelPlan, runtime: Runtime) -> TokenSequences | None:
+def load_held_out_data(config: RunConfig, tokenizer: Path) -> TokenSequences | None:
     """Tokenize the first `eval.tokens` tokens of `eval.source`; None if that is null."""
-    config, tokenizer = runtime.config, load_tokenizer(plan.source.tokenizer)
-    return evaluation_set(config.eval, config.data, tokenizer, config.train.max_seq_len)
+    return evaluation_set(
+        config.eval, config.data, load_tokenizer(tokenizer), config.train.max_seq_len
+    )
 
 
-def check_same_text(runtime: Runtime, *texts: TokenSequences | None) -> None:
+def check_same_text(run: Run, *texts: TokenSequences | None) -> None:
     """Check that all ranks have read the same text. Collective.
 
     Machines may differ in their files, or in the version of Python whose library is the text.
@@ -39,9 +42,9 @@ def check_same_text(runtime: Runtime, *texts: TokenSequences | None) -> None:
     Raises:
         UserError: The text of some ranks differs.
     """
-    digests = runtime.comm.gather([text.digest() if text else "" for text in texts])
+    digests = run.runtime.comm.gather([text.digest() if text else "" for text in texts])
     if len({tuple(digest) for digest in digests}) > 1:
         raise UserError(
-            f"data.source={runtime.config.data.source}, eval.source={runtime.config.eval.source}: "
+            f"data.source={run.config.data.source}, eval.source={run.config.eval.source}: "
             "the text is not the same on all ranks; use one Python and one set of files everywhere."
         )

@@ -5,10 +5,10 @@ other machines seconds later, and all ranks must take the same decision.
 """
 
 import logging
-import os
 import shutil
 
 from hqqtrain.checkpoint.store import CheckpointStore
+from hqqtrain.common.env import get_slurm_job_id
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.rundir.directory import RunDirectory
 from hqqtrain.tracking.wandb_run_id import forget_run_id
@@ -38,7 +38,7 @@ class PreviousRun:
 
         A job that slurm has requeued after it began resumes even with `run.resume=never`.
         """
-        job = os.environ.get("SLURM_JOB_ID")
+        job = get_slurm_job_id()
         is_requeued = job is not None and self._directory.status().slurm_job == job
         return self._directory.config.run.resume == "never" and not is_requeued
 

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 from hqqtrain.data.packing import TokenSequences
 from hqqtrain.distributed.runtime import Runtime
-from hqqtrain.loading.plan import ModelPlan
 from hqqtrain.tracking.console import Console, ProgressBar
 
 
@@ -17,8 +16,8 @@ class ProgressBars:
         self._training: ProgressBar | None = None
 
     @contextmanager
-    def quantizing(self, plan: ModelPlan, *, loads: bool) -> Iterator[Callable[[str], None]]:
-        """Show a bar over the quantized layers.
+    def quantizing(self, layers: int, *, loads: bool) -> Iterator[Callable[[str], None]]:
+        """Show a bar over the quantized layers, `layers` in number.
 
         With `loads`, the bar says that the layers are loaded, because they are packed already.
 
@@ -27,7 +26,7 @@ class ProgressBars:
             this rank has received a signal.
         """
         verb = "loading" if loads else "quantizing"
-        with self._console.progress(verb, plan.layers, "layer") as bar:
+        with self._console.progress(verb, layers, "layer") as bar:
 
             def on_layer(name: str) -> None:
                 bar.update(1, layer=name)

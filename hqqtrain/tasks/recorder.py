@@ -5,9 +5,8 @@ first file once the model is loaded, so that bad weights leave nothing behind.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,18 +15,18 @@ from torch import Tensor
 from hqqtrain.checkpoint.format import Checkpoint
 from hqqtrain.checkpoint.store import CheckpointStore
 from hqqtrain.common.files import atomic_write_json
+from hqqtrain.config.run import RunConfig
 from hqqtrain.data.sources import dataset_name
 from hqqtrain.distributed.local import global_numel
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.evaluation.perplexity import EvalResult
 from hqqtrain.loading.build import LoadedModel
-from hqqtrain.loading.plan import ModelPlan
 from hqqtrain.rundir.directory import RunDirectory
 from hqqtrain.rundir.schema import LAYER_ERROR
 from hqqtrain.tasks.finalize import finalize_failure, finalize_success
 from hqqtrain.tasks.previous_run import PreviousRun
 from hqqtrain.tasks.progress import ProgressBars
-from hqqtrain.tasks.resource_errors import translate_resource_errors
+from hqqtrain.tasks.resources import translate_resource_errors, workload_of
 from hqqtrain.tasks.summary import RunSummary
 from hqqtrain.tracking.composite import CompositeTracker, open_trackers
 from hqqtrain.tracking.console import Console, setup_logging
@@ -43,19 +42,18 @@ class RunRecorder:
     On exit it writes the final files of the run, or the error that ended it.
     """
 
-    def __init__(self, runtime: Runtime, command: list[str]) -> None:
-        self.runtime, self.config, self.command = runtime, runtime.config, command
+    def __init__(self, config: RunConfig, runtime: Runtime, command: list[str]) -> None:
+        self.config, self.runtime, self.command = config, runtime, command
         self.main = runtime.comm.is_main
         setup_logging(self.main)
         self.directory = RunDirectory(self.config)
-        config = self.config.ckpt
         self.checkpoints = CheckpointStore(
-            self.path("checkpoints"), config.keep_last, config.keep_best
+            self.directory.layout.checkpoints, config.ckpt.keep_last, config.ckpt.keep_best
         )
         self.console = Console(self.main)
         self.bars = ProgressBars(self.console, runtime)
         self.trackers = CompositeTracker([])
-        self.summary = RunSummary(runtime)
+        self.summary = RunSummary(config, runtime)
         self.step_number = 0
         self.layer_errors: dict[str, float] = {}
         """Relative quantization error by layer, for the report."""
@@ -88,7 +86,7 @@ class RunRecorder:
         """Write the final files on the main rank; record an error that occurs meanwhile."""
         parts = (self.console, self.summary, self.layer_errors)
         try:
-            with translate_resource_errors(self.config):
+            with translate_resource_errors(workload_of(self.config), self.runtime.strategy):
                 self.runtime.comm.run_on_rank0(
                     lambda: finalize_success(self.directory, self.trackers, *parts)
                 )
@@ -97,24 +95,18 @@ class RunRecorder:
                 finalize_failure(self.directory, self.trackers, error)
             raise
 
-    def path(self, name: str) -> Path:
-        """Return the path of `name` in the run directory."""
-        return self.directory.path / name
-
-    def quantized(
-        self, plan: ModelPlan, loaded: LoadedModel, found: Checkpoint | None = None
-    ) -> None:
+    def quantized(self, loaded: LoadedModel, found: Checkpoint | None = None) -> None:
         """Begin the run directory, now that the model is loaded. Collective.
 
         Args:
-            plan: The plan of the model.
-            built: The loaded model.
+            loaded: The loaded model.
             found: The checkpoint that the run resumes from; the record continues as it was then.
         """
-        self.summary.quantized(plan, loaded)
+        self.summary.quantized(loaded)
         self.layer_errors = loaded.layer_errors
         if found:
-            self._restore(found)
+            self.load_state_dict(found.state["record"])
+            self.step_number = found.step
         self.runtime.comm.run_on_rank0(lambda: self._begin(loaded, found))
         self._begun = True
         errors = {f"{LAYER_ERROR}{name}": error for name, error in self.layer_errors.items()}
@@ -133,7 +125,7 @@ class RunRecorder:
             self.config.track, self.directory.path, asdict(self.config), self.step_number
         )
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the part of the record that a checkpoint keeps, as JSON."""
         return {
             "summary": self.summary.state(),
@@ -141,9 +133,8 @@ class RunRecorder:
             "wandb_run_id": run_id(self.directory.path),
         }
 
-    def _restore(self, found: Checkpoint) -> None:
-        state = found.state["record"]
-        self.step_number = found.step
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the result of `state_dict`, before the run directory is begun."""
         self.summary.restore(state["summary"])
         self.layer_errors = state["layer_errors"]
 
@@ -151,30 +142,27 @@ class RunRecorder:
         """Whether `part` of the summary was evaluated, by this process or an earlier one."""
         return part in self.summary.parts.get("eval", {})
 
-    def nonfinite(self, step: StepResult, facts: dict[str, Any], tokens: list[list[int]]) -> None:
+    def nonfinite(self, step: StepResult, facts: dict[str, Any]) -> None:
         """Save a global batch whose loss or gradient is not finite to `nonfinite/`.
 
         Args:
-            step: The step, with its loss, gradient norm and sample numbers.
-            facts: Where the first non-finite value was found.
-            tokens: Token ids of every sequence of the batch.
+            step: The step, with its loss and gradient norm.
+            facts: Where the first non-finite value was found, and the text of the batch, as JSON.
         """
         if not self.main:
             return
-        batch = facts | {"batch": step.place, "step": step.number}
-        batch |= {"loss": str(step.loss), "grad_norm": str(step.norm)}
-        batch |= {"samples": step.samples, "tokens": tokens}
-        folder = self.path("nonfinite")
+        batch: dict[str, Any] = {"batch": step.batch_index, "step": step.number}
+        batch |= {"loss": str(step.loss), "grad_norm": str(step.grad_norm), **facts}
+        folder = self.directory.layout.nonfinite
         try:
             folder.mkdir(exist_ok=True)
-            atomic_write_json(folder / f"batch-{step.place:08}.json", batch)
+            atomic_write_json(folder / f"batch-{step.batch_index:08}.json", batch)
         except OSError as error:
-            logger.error("%s: batch %d was not saved: %s", folder, step.place, error)
+            logger.error("%s: batch %d was not saved: %s", folder, step.batch_index, error)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Log the metrics of an optimizer step. Collective."""
+        """Log the metrics of an optimizer step."""
         self.step_number = step
-        metrics = metrics | {"memory/peak_gib": self.runtime.peak_memory_gib()}
         self.trackers.log(metrics, step)
         self.bars.step(metrics)
 

@@ -6,10 +6,10 @@ from dataclasses import asdict, astuple, replace
 from typing import Any
 
 from hqqtrain.common.secrets import mask_secrets
+from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.evaluation.perplexity import EvalResult
 from hqqtrain.loading.build import LoadedModel
-from hqqtrain.loading.plan import ModelPlan
 from hqqtrain.models.fqn import base_tensors, is_packed
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.quant.error import storage_bits
@@ -25,12 +25,12 @@ _ROWS = {"full_precision": "full precision", "quantized": "quantized", "final": 
 class RunSummary:
     """The summary, filled part by part during the run; parts that a task skips are absent."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+    def __init__(self, config: RunConfig, runtime: Runtime) -> None:
+        self.config, self.runtime = config, runtime
         self.parts: dict[str, Any] = {"schema": 1, "run": self._run()}
         self._rows = {part: ResultRow(name) for part, name in _ROWS.items()}
 
-    def quantized(self, plan: ModelPlan, loaded: LoadedModel) -> None:
+    def quantized(self, loaded: LoadedModel) -> None:
         """Add the facts of the loaded model. Collective.
 
         The relative error is absent if the weights were packed already.
@@ -42,7 +42,7 @@ class RunSummary:
             "bits_per_weight": 8 * packed / weights,
             "seconds": loaded.seconds,
             "weights": weights,
-            "source_bytes": plan.reader.total_bytes,
+            "source_bytes": loaded.plan.reader.total_bytes,
             "bytes_read": loaded.bytes_read,
             "peak_memory_gib": self.runtime.peak_memory_gib(),
             "fingerprint": loaded.settings.fingerprint,
@@ -50,7 +50,7 @@ class RunSummary:
         if loaded.relative_error is not None:
             facts["relative_error"] = loaded.relative_error
         self.parts["quantize"] = facts
-        self._sizes(plan, loaded, packed, facts["bits_per_weight"])
+        self._sizes(loaded, packed, facts["bits_per_weight"])
 
     def evaluated(self, dataset: str, part: str, measured: EvalResult) -> None:
         """Add an evaluation, and that of the full-precision reference model if there is one.
@@ -115,12 +115,12 @@ class RunSummary:
         return [row for row in self._rows.values() if any(v is not None for v in astuple(row)[1:])]
 
     def _run(self) -> dict[str, Any]:
-        runtime, config = self.runtime, self.runtime.config
+        runtime, config = self.runtime, self.config
         return {
             "name": config.run_name(),
             "recipe": config.recipe or "",
             "task": config.task,
-            "strategy": runtime.strategy,
+            "strategy": runtime.strategy.name,
             "world_size": runtime.comm.size,
             "device": runtime.device_name,
             "versions": package_versions(),
@@ -132,15 +132,15 @@ class RunSummary:
         by_layer = [tuple(getattr(m, k) for k in keys) for m in loaded.settings.modules.values()]
         return dict(zip(keys, Counter(by_layer).most_common(1)[0][0], strict=True))
 
-    def _sizes(self, plan: ModelPlan, loaded: LoadedModel, packed: int, bits: float) -> None:
+    def _sizes(self, loaded: LoadedModel, packed: int, bits: float) -> None:
         """Add bits per quantized weight and GiB of the whole model, before and after.
 
         Args:
-            plan: The plan of the model.
-            built: The loaded model.
+            loaded: The loaded model.
             packed: Bytes of the packed weights, scales and zeros.
             bits: Bits per quantized weight.
         """
+        plan = loaded.plan
         dense = sum(
             tensor.numel() * tensor.element_size()
             for _, module, leaf, tensor in base_tensors(loaded.model)

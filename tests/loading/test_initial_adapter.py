@@ -10,7 +10,6 @@ from torch import nn
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import AdapterConfig
-from hqqtrain.config.run import RunConfig
 from hqqtrain.formats.manifest import seal
 from hqqtrain.formats.peft import BaseModelRef, write_adapter
 from hqqtrain.loading.initial_adapter import (
@@ -50,9 +49,7 @@ def selected(request, folder):
         "init_from": f"adapter.init_from={folder}: ",
         "run": f"{folder}: the adapter of model.name_or_path=runs/a: ",
     }
-    return load_initial_adapter(RunConfig(adapter=adapter), source, resumed), prefixes[
-        request.param
-    ]
+    return load_initial_adapter(adapter, source, resumed), prefixes[request.param]
 
 
 def test_other_shape_or_scaling_is_refused(selected):
@@ -73,18 +70,19 @@ def test_other_shape_or_scaling_is_refused(selected):
 def test_another_base_or_other_modules_are_refused(selected, linears, base, message):
     start, prefix = selected
     with pytest.raises(UserError, match=message) as error:
-        initialize_adapters(_model(**linears), start, base, RunConfig())
+        initialize_adapters(_model(**linears), start, base, AdapterConfig(), 0)
     assert str(error.value).startswith(prefix)
 
 
 def test_a_checkpoint_takes_precedence_and_its_values_are_used(folder, tmp_path):
-    config = RunConfig(adapter=AdapterConfig(init_from=str(tmp_path / "absent")))
+    config = AdapterConfig(init_from=str(tmp_path / "absent"))
     source = ModelSource("runs/a", tmp_path, "quantized", tmp_path / "absent")
     start, model = load_initial_adapter(config, source, folder), _model(q=8)
-    initialize_adapters(model, start, "sha256:ab", config)
+    initialize_adapters(model, start, "sha256:ab", config, 0)
     state = get_peft_model_state_dict(model)
     assert all(torch.equal(state[name], start.adapter.state[name]) for name in start.adapter.state)
-    assert load_initial_adapter(RunConfig(), ModelSource("tiny", tmp_path, "dense"), None) is None
+    dense = ModelSource("tiny", tmp_path, "dense")
+    assert load_initial_adapter(AdapterConfig(), dense, None) is None
 
 
 def test_an_altered_checkpoint_is_refused(folder):
@@ -93,17 +91,17 @@ def test_an_altered_checkpoint_is_refused(folder):
         ModelSource("tiny", folder.parent, "dense"),
         AdapterConfig(init_from=str(folder)),
     )
-    load_initial_adapter(RunConfig(adapter=adapter), source, None)
+    load_initial_adapter(adapter, source, None)
     weights = folder / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(UserError, match=r"adapter\.init_from=.*its checksum differs"):
-        load_initial_adapter(RunConfig(adapter=adapter), source, None)
+        load_initial_adapter(adapter, source, None)
 
 
 def test_an_adapter_without_a_recorded_base_causes_a_warning(folder):
-    source, config = ModelSource("tiny", folder.parent, "dense"), RunConfig()
+    source, config = ModelSource("tiny", folder.parent, "dense"), AdapterConfig()
     known = load_initial_adapter(config, replace(source, adapter=folder), None)
     assert unknown_base_warning(known, source) == ""
     stock = replace(known, adapter=replace(known.adapter, fingerprint=None))

@@ -1,0 +1,103 @@
+"""The model of a task: plan it, check that it fits, and load it."""
+
+from pathlib import Path
+
+from torch import nn
+
+from hqqtrain.checkpoint.format import Checkpoint
+from hqqtrain.config.run import RunConfig
+from hqqtrain.formats.packed import check_quantized
+from hqqtrain.loading.build import LoadedModel, build_model
+from hqqtrain.loading.cache import cache_entry
+from hqqtrain.loading.plan import ModelPlan, PlanSettings
+from hqqtrain.rundir.provenance import MADE_FROM, source_digest
+from hqqtrain.tasks.context import Run
+from hqqtrain.tasks.resources import check_resources, workload_of
+
+
+def plan_settings(config: RunConfig) -> PlanSettings:
+    """Return what `plan_model` needs of `config`."""
+    return PlanSettings(
+        config.model,
+        config.quant,
+        config.adapter,
+        config.train.max_seq_len,
+        adapts=config.task == "finetune",
+        executes=config.task in ("finetune", "eval"),
+    )
+
+
+def check_fits_run(
+    run: Run, model: nn.Module, *, has_quantized: bool = False, has_checkpoints: bool = False
+) -> None:
+    """Check that `model` fits, given what the run directory already contains.
+
+    Raises:
+        UserError: It does not fit.
+    """
+    workload = workload_of(
+        run.config,
+        offloads_activations=run.runtime.offloads_activations,
+        has_quantized=has_quantized,
+        has_checkpoints=has_checkpoints,
+    )
+    check_resources(workload, model, run.runtime)
+
+
+def load_or_quantize(run: Run, plan: ModelPlan, found: Checkpoint | None = None) -> LoadedModel:
+    """Load the model of `plan` without quantizing twice, and save its packed weights. Collective.
+
+    The packed weights come from the first of these that exists:
+
+    1. `quantized/` of the run directory, which an earlier process of this run has saved;
+    2. the source of the plan, if it is packed;
+    3. the entry of `quant.cache_dir`, which another run with the same settings has saved;
+    4. quantizing the dense source. The result then becomes the entry of `quant.cache_dir`, if set.
+
+    Args:
+        run: The run, whose directory begins here, or is resumed as `found`.
+        plan: The plan; its `model` becomes the loaded one.
+        found: The training checkpoint that the run resumes from.
+    """
+    config, runtime, recorder = run.config, run.runtime, run.recorder
+    comm, quant = runtime.comm, config.quant
+
+    def load(packed: Path | None = None) -> LoadedModel:
+        """Load the packed weights in `packed`; without it, read the source of the plan."""
+        # Verify the checksums of packed weights before anything is read from them.
+        if packed:
+            check_quantized(packed, comm)
+        elif plan.packed:
+            check_quantized(plan.source.path, comm, "Copy it again, or quantize again.")
+        is_packed = plan.packed or packed is not None
+        with recorder.bars.quantizing(plan.layers, loads=is_packed) as on_layer:
+            return build_model(
+                plan,
+                runtime.strategy,
+                config.adapter,
+                config.train.seed,
+                packed=packed,
+                on_layer=on_layer,
+            )
+
+    def save(loaded: LoadedModel, folder: Path) -> None:
+        loaded.save_packed(folder, comm, beside={MADE_FROM: source_digest(config)})
+
+    has_own = recorder.history.has_quantized()
+    if has_own:
+        loaded = load(run.layout.quantized)
+    elif plan.packed or quant.cache_dir is None:
+        loaded = load()
+    else:
+        # While this block runs, an entry that does not exist yet is locked.
+        preemption = runtime.preemption
+        with cache_entry(plan, quant.cache_dir, runtime.dtype, comm, preemption) as entry:
+            loaded = load(entry.folder if entry.is_made else None)
+            if not entry.is_made:
+                save(loaded, entry.folder)
+    # From here on the run directory exists: bad weights have raised above and leave nothing behind.
+    recorder.quantized(loaded, found)
+    # Give the run directory its own copy, so that the run can resume and be used without the cache.
+    if quant.save and config.task in ("finetune", "quantize") and not has_own:
+        save(loaded, run.layout.quantized)
+    return loaded

@@ -1,0 +1,100 @@
+"""The memory and disk of a run: refuse one that cannot fit, and advise one that ran out of them."""
+
+import errno
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hqqtrain.common.env import get_local_world_size
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.run import RunConfig
+from hqqtrain.distributed.runtime import Runtime
+from hqqtrain.distributed.strategies.base import Strategy
+from hqqtrain.loading.memory_check import available_memory, check_fits, oom_advice
+from hqqtrain.loading.memory_estimate import Workload, estimate_memory
+
+logger = logging.getLogger(__name__)
+
+
+def workload_of(
+    config: RunConfig,
+    *,
+    offloads_activations: bool = False,
+    has_quantized: bool = False,
+    has_checkpoints: bool = False,
+) -> Workload:
+    """Return the settings of `config` that decide the memory and disk of the run.
+
+    Args:
+        config: Configuration of the run.
+        offloads_activations: Whether activations are offloaded from a GPU to the host.
+        has_quantized: Whether the run's directory already contains quantized/.
+        has_checkpoints: Whether the run's directory already contains checkpoints. The next one is
+            written before an old one is deleted.
+    """
+    kept = config.ckpt.keep_last + config.ckpt.keep_best
+    saves = config.task in ("finetune", "quantize") and config.quant.save
+    evaluates = config.eval.source is not None
+    return Workload(
+        task=config.task,
+        model_name=config.model.name_or_path,
+        is_synthetic=config.model.source == "synthetic",
+        nbits=config.quant.nbits,
+        saves_quantized=saves and not has_quantized,
+        adapter_rank=config.adapter.r,
+        adapter_itemsize=2 if config.adapter.dtype == "bf16" else 4,
+        optimizer=config.optim.name,
+        micro_batch_size=config.train.micro_batch_size,
+        max_seq_len=config.train.max_seq_len,
+        activation_checkpointing=config.train.activation_checkpointing,
+        offload=config.parallel.offload,
+        offloads_activations=offloads_activations,
+        evaluates=evaluates,
+        has_reference=evaluates and config.eval.reference == "resident",
+        new_checkpoints=1 if has_checkpoints else kept + 1,
+        run_root=config.run.root,
+    )
+
+
+def check_resources(workload: Workload, model: nn.Module, runtime: Runtime) -> None:
+    """Estimate memory and disk space; refuse the run if it cannot fit, warn if it may not.
+
+    Raises:
+        UserError: The run does not fit.
+    """
+    needs = estimate_memory(workload, model, runtime.strategy, dtype=runtime.dtype)
+    free = available_memory(runtime.device, Path(workload.run_root))
+    local_ranks = get_local_world_size() or 1
+    for warning in check_fits(needs, free, workload, local_ranks=local_ranks):
+        if runtime.comm.is_main:
+            logger.warning(warning)
+    if runtime.comm.is_main:
+        logger.info("estimate: %s", needs)
+
+
+@contextmanager
+def translate_resource_errors(workload: Workload, strategy: Strategy) -> Iterator[None]:
+    """Translate out-of-memory and disk-full errors into UserError; pass on all other errors.
+
+    Raises:
+        UserError: Memory or disk space ran out.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # The CPU allocator of PyTorch raises a plain RuntimeError.
+        is_out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_out_of_memory and "DefaultCPUAllocator: can't allocate memory" not in str(error):
+            raise
+        raise UserError(f"{oom_advice(workload, strategy)} ({error})") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"run.root={workload.run_root}: the disk is full ({error}). Free some space; the same "
+            "command resumes the run."
+        ) from error
