@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import CPU, on_ranks
+from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -118,22 +118,3 @@ def test_the_same_world_size_resumes_bit_for_bit(tmp_path: Path, size: int):
     found = walk(tmp_path / "found", "adamw_8bit", (size, 1, 1), (size, 1, 3), (size, 1, 4))
     assert found.keys() == whole.keys()
     assert [key for key in whole if not torch.equal(found[key], whole[key])] == []
-
-
-def test_snapshot_is_a_copy():
-    weight, snapshot = torch.ones(3), StateSnapshot(Communicator(0, 1, CPU))
-    snapshot.take({"weight": local_shard_of(weight, weight, weight.shape)})
-    weight.zero_()
-    assert snapshot.tensors()["weight"].tolist() == [1, 1, 1]
-
-
-def test_snapshot_of_a_tensor_that_has_grown():
-    """Before the first step, bitsandbytes has no moments."""
-    snapshot = StateSnapshot(Communicator(0, 1, CPU))
-    nothing, moments = torch.empty(0), torch.arange(300, dtype=torch.uint8)
-    snapshot.take(
-        {"w/state1": local_shard_of(moments, nothing), "gone": local_shard_of(moments, moments)}
-    )
-    snapshot.take({"w/state1": local_shard_of(moments, moments)})
-    assert snapshot.tensors().keys() == {"w/state1/0"}
-    assert torch.equal(snapshot.tensors()["w/state1/0"], moments)

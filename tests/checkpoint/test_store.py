@@ -1,0 +1,68 @@
+"""The folder of checkpoints: the newest undamaged one, partial folders, and those to keep."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from checkpoints import save_checkpoint
+
+from hqqtrain.checkpoint.store import CheckpointStore
+from hqqtrain.common.errors import UserError
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "checkpoints", keep_last=2)
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(store: CheckpointStore, caplog):
+    save_checkpoint(store, 10)
+    (save_checkpoint(store, 20) / "optimizer.safetensors").write_bytes(b"")
+    found = store.newest()
+    assert found is not None
+    assert found.step == 10
+    assert "step-00000020" in caplog.text
+    save_checkpoint(store, 20)
+    for step in (10, 20):
+        (store.folder(step) / "state.json").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint can be used: .*20.*10.*run\.resume=never"):
+        store.newest()
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(store: CheckpointStore):
+    save_checkpoint(store, 10)
+    for step in (20, 30):
+        (save_checkpoint(store, step) / "state.json").write_text("{}")
+    assert store.newest().step == 10  # type: ignore[union-attr]
+    assert store.steps() == [10]
+    save_checkpoint(store, 15)
+    store.prune()
+    assert store.steps() == [10, 15]
+    assert len(list(store.root.glob("damaged-step-*"))) == 2
+
+
+def test_partial_folders_are_not_checkpoints(store: CheckpointStore):
+    assert store.newest() is None
+    folder = save_checkpoint(store, 10)
+    shutil.copytree(folder, store.root / ".step-00000020.partial")
+    shutil.copytree(folder, store.root / ".step-00000005.going")
+    assert store.steps() == [10]
+    save_checkpoint(store, 20)
+    assert store.steps() == [10, 20]
+    store.tidy()
+    assert not list(store.root.glob(".*"))
+
+
+def test_prune_keeps_the_last_and_the_best(store: CheckpointStore):
+    store.keep_best = 2
+    losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: None, 5: 2.0, 6: 3.0, 7: None}
+    for step, loss in losses.items():
+        save_checkpoint(store, step, eval_loss=loss)
+    store.prune()
+    assert store.steps() == [2, 5, 6, 7]
+    store.keep_best, store.keep_last = 0, 1
+    store.prune()
+    assert store.steps() == [7]
+    store.clear()
+    assert store.newest() is None
+    assert not store.root.exists()
