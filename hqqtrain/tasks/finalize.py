@@ -13,17 +13,6 @@ from hqqtrain.tracking.console import Console
 
 logger = logging.getLogger(__name__)
 
-_RESULTS = (
-    "quantized",
-    "adapter",
-    "export",
-    "checkpoints",
-    "summary.json",
-    "metrics.jsonl",
-    "report/index.html",
-)
-"""Results that the console lists at the end, if they exist."""
-
 _STATUS_OF_ERROR: dict[type, tuple[str, int]] = {
     UserError: ("failed", USER_ERROR),
     PreemptedError: ("preempted", PREEMPTED),
@@ -39,16 +28,15 @@ def finalize_success(
     layer_errors: Mapping[str, float],
 ) -> None:
     """Finish a successful run: write summary.json, report/ and status.json, and print the table."""
-    directory.write_summary(summary.parts)
-    trackers.summary(summary.parts)
+    directory.write_summary(summary.figures.to_json())
+    trackers.summary(summary.figures.to_json())
     _write_report(directory, trackers, summary, layer_errors)
-    if (adapter := directory.path / "adapter").exists():
-        trackers.artifact(adapter)
+    if directory.layout.adapter.exists():
+        trackers.artifact(directory.layout.adapter)
     hints = trackers.hints()
     trackers.finish(DONE)
     directory.write_status("done", exit_code=DONE)
-    results = (directory.path / name for name in _RESULTS)
-    console.results(summary.rows(), [path for path in results if path.exists()], hints)
+    console.results(summary.rows(), directory.layout.results(), hints)
 
 
 def finalize_failure(
@@ -75,9 +63,11 @@ def _write_report(
     layer_errors: Mapping[str, float],
 ) -> None:
     """Write report/; a plot that cannot be drawn does not fail a finished run."""
-    folder = directory.path
+    layout = directory.layout
     try:
-        files = write_report(folder, folder / "metrics.jsonl", summary.parts, layer_errors)
+        files = write_report(
+            layout.folder, layout.metrics_jsonl, summary.figures.to_json(), layer_errors
+        )
         trackers.images({n: p for n, p in files.items() if p.suffix == ".png"})
     except Exception as error:
         logger.warning("report/ was not written: %r", error)

@@ -66,7 +66,7 @@ def finetune(run: Run) -> None:
     trainer = train_adapters(run, runnable, loader, digests, evaluation, found)
     recorder.trained(trainer.state, list(trainer.trainable_parameters.values()))
     evaluation.measure("final", adapted=True)
-    save_trained_adapter(run, runnable)
+    save_trained_adapter(run, runnable, trainer.trainable_parameters)
 
 
 def train_adapters(

@@ -15,9 +15,6 @@ from hqqtrain.tracking.wandb_run_id import forget_run_id
 
 logger = logging.getLogger(__name__)
 
-_RESULTS = ("adapter", "nonfinite", "report", "summary.json")
-"""Results of the previous run, deleted when a run starts from scratch in the same directory."""
-
 
 class PreviousRun:
     """The previous processes of the run in `directory`, which the first rank has locked.
@@ -71,6 +68,7 @@ class PreviousRun:
         if self._checkpoints.steps():
             logger.warning("run.resume=never: %s is deleted", self._checkpoints.root)
         self._checkpoints.clear()
-        for path in (self._directory.path / name for name in _RESULTS):
+        layout = self._directory.layout
+        for path in (layout.adapter, layout.nonfinite, layout.report, layout.summary_json):
             path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
         forget_run_id(self._directory.path)

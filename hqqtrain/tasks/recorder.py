@@ -57,6 +57,7 @@ class RunRecorder:
         self.step_number = 0
         self.layer_errors: dict[str, float] = {}
         """Relative quantization error by layer, for the report."""
+        self._history: PreviousRun | None = None
         self._begun = False  # whether the run directory has files of this process
 
     def __enter__(self) -> "RunRecorder":
@@ -65,8 +66,14 @@ class RunRecorder:
         token = comm.run_on_rank0(self.directory.token)
         with comm.raise_on_all_ranks():
             self.directory.check_shared(token)
-        self.history = PreviousRun(self.directory, self.checkpoints, comm)
+        self._history = PreviousRun(self.directory, self.checkpoints, comm)
         return self
+
+    @property
+    def history(self) -> PreviousRun:
+        """The previous processes of the run; known once the directory is locked."""
+        assert self._history is not None, "the recorder was not entered"
+        return self._history
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:  # fmt: skip
@@ -140,7 +147,7 @@ class RunRecorder:
 
     def has_evaluated(self, part: str) -> bool:
         """Whether `part` of the summary was evaluated, by this process or an earlier one."""
-        return part in self.summary.parts.get("eval", {})
+        return part in self.summary.figures.models()
 
     def nonfinite(self, step: StepResult, facts: dict[str, Any]) -> None:
         """Save a global batch whose loss or gradient is not finite to `nonfinite/`.

@@ -1,7 +1,6 @@
-"""The final figures of a run: `summary.json` (schema 1) and the table on the console."""
+"""The final figures of a run: summary.json and the table on the console."""
 
 from collections import Counter
-from copy import deepcopy
 from dataclasses import asdict, astuple, replace
 from typing import Any
 
@@ -14,21 +13,42 @@ from hqqtrain.models.fqn import base_tensors, is_packed
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.quant.error import storage_bits
 from hqqtrain.rundir.provenance import package_versions
+from hqqtrain.rundir.schema import (
+    MODEL_NAMES,
+    EvalFigures,
+    ModelFigures,
+    QuantizeFigures,
+    RunFacts,
+    Summary,
+    TrainFigures,
+)
 from hqqtrain.tracking.console import ResultRow
 from hqqtrain.train.state import TrainState
 
 GIB = 2**30
 
-_ROWS = {"full_precision": "full precision", "quantized": "quantized", "final": "trained"}
-
 
 class RunSummary:
-    """The summary, filled part by part during the run; parts that a task skips are absent."""
+    """The summary, filled part by part during the run.
+
+    Attributes:
+        figures: The content of summary.json so far; parts that a task skips are None.
+    """
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
-        self.config, self.runtime = config, runtime
-        self.parts: dict[str, Any] = {"schema": 1, "run": self._run()}
-        self._rows = {part: ResultRow(name) for part, name in _ROWS.items()}
+        self._runtime = runtime
+        self.figures = Summary(
+            run=RunFacts(
+                name=config.run_name(),
+                recipe=config.recipe or "",
+                task=config.task,
+                strategy=runtime.strategy.name,
+                world_size=runtime.comm.size,
+                device=runtime.device_name,
+                versions=package_versions(),
+            )
+        )
+        self._rows = {key: ResultRow(name) for key, name in MODEL_NAMES.items()}
 
     def quantized(self, loaded: LoadedModel) -> None:
         """Add the facts of the loaded model. Collective.
@@ -38,19 +58,20 @@ class RunSummary:
         layers = [m for m in loaded.model.modules() if isinstance(m, HQQLinear)]
         weights = sum(m.out_features * m.in_features for m in layers)
         packed = sum(storage_bits(m.layout, m.spec.meta_dtype) for m in layers) // 8
-        facts = self._settings(loaded) | {
-            "bits_per_weight": 8 * packed / weights,
-            "seconds": loaded.seconds,
-            "weights": weights,
-            "source_bytes": loaded.plan.reader.total_bytes,
-            "bytes_read": loaded.bytes_read,
-            "peak_memory_gib": self.runtime.peak_memory_gib(),
-            "fingerprint": loaded.settings.fingerprint,
-        }
-        if loaded.relative_error is not None:
-            facts["relative_error"] = loaded.relative_error
-        self.parts["quantize"] = facts
-        self._sizes(loaded, packed, facts["bits_per_weight"])
+        bits_per_weight = 8 * packed / weights
+        figures = QuantizeFigures(
+            **_common_settings(loaded),
+            bits_per_weight=bits_per_weight,
+            seconds=loaded.seconds,
+            weights=weights,
+            source_bytes=loaded.plan.reader.total_bytes,
+            bytes_read=loaded.bytes_read,
+            peak_memory_gib=self._runtime.peak_memory_gib(),
+            fingerprint=loaded.settings.fingerprint,
+            relative_error=loaded.relative_error,
+        )
+        self.figures = replace(self.figures, quantize=figures)
+        self._sizes(loaded, packed, bits_per_weight)
 
     def evaluated(self, dataset: str, part: str, measured: EvalResult) -> None:
         """Add an evaluation, and that of the full-precision reference model if there is one.
@@ -60,19 +81,24 @@ class RunSummary:
             part: `quantized` or `final`.
             measured: The figures.
         """
-        evaluation = self.parts.setdefault("eval", {})
-        evaluation |= {"dataset": mask_secrets(dataset), "tokens": measured.tokens}
+        figures = replace(
+            self.figures.eval or EvalFigures(),
+            dataset=mask_secrets(dataset),
+            tokens=measured.tokens,
+        )
+        model: dict[str, Any] = {part: ModelFigures(measured.perplexity, measured.kl)}
+        figures = replace(figures, **model)
         if measured.reference_perplexity is not None:
-            evaluation["full_precision"] = {"perplexity": measured.reference_perplexity}
+            reference = ModelFigures(measured.reference_perplexity)
+            figures = replace(figures, full_precision=reference)
             self._row("full_precision", perplexity=measured.reference_perplexity, kl=0.0)
-        evaluation[part] = {"perplexity": measured.perplexity}
-        if measured.kl is not None:
-            evaluation[part]["kl"] = measured.kl
+        self.figures = replace(self.figures, eval=figures)
         self._row(part, perplexity=measured.perplexity, kl=measured.kl)
 
     def reference_read(self, bytes_read: int) -> None:
         """Add the weight bytes read for the full-precision reference model, counted apart."""
-        self.parts.setdefault("eval", {})["bytes_read"] = bytes_read
+        figures = replace(self.figures.eval or EvalFigures(), bytes_read=bytes_read)
+        self.figures = replace(self.figures, eval=figures)
 
     def trained(self, done: TrainState, trainable: int) -> None:
         """Add the figures of the training. Collective.
@@ -81,15 +107,16 @@ class RunSummary:
             done: Steps, tokens, seconds and loss.
             trainable: Number of trainable parameters over all ranks.
         """
-        self.parts["train"] = {
-            "steps": done.steps,
-            "tokens": done.tokens,
-            "seconds": done.seconds,
-            "tokens_per_second": done.tokens / done.seconds if done.seconds else 0.0,
-            "peak_memory_gib": self.runtime.peak_memory_gib(),
-            "trainable_parameters": trainable,
-            "loss": done.loss,
-        }
+        figures = TrainFigures(
+            steps=done.steps,
+            tokens=done.tokens,
+            seconds=done.seconds,
+            tokens_per_second=done.tokens / done.seconds if done.seconds else 0.0,
+            peak_memory_gib=self._runtime.peak_memory_gib(),
+            trainable_parameters=trainable,
+            loss=done.loss,
+        )
+        self.figures = replace(self.figures, train=figures)
         base = self._rows["quantized"]
         self._row(
             "final", seconds=done.seconds, bits_per_weight=base.bits_per_weight,
@@ -99,38 +126,23 @@ class RunSummary:
     def state(self) -> dict[str, Any]:
         """Return the parts and the table rows so far, as JSON, for `restore`."""
         return {
-            "parts": deepcopy(self.parts),
+            "parts": self.figures.to_json(),
             "rows": {k: asdict(row) for k, row in self._rows.items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the quantization, the evaluations and the table from a checkpoint."""
-        for part in ("quantize", "eval"):
-            if part in state["parts"]:
-                self.parts[part] = state["parts"][part]
+        saved = Summary.from_json(state["parts"])
+        self.figures = replace(
+            self.figures,
+            quantize=saved.quantize or self.figures.quantize,
+            eval=saved.eval or self.figures.eval,
+        )
         self._rows = {name: ResultRow(**row) for name, row in state["rows"].items()}
 
     def rows(self) -> list[ResultRow]:
         """Return the rows of the final table that have a figure."""
         return [row for row in self._rows.values() if any(v is not None for v in astuple(row)[1:])]
-
-    def _run(self) -> dict[str, Any]:
-        runtime, config = self.runtime, self.config
-        return {
-            "name": config.run_name(),
-            "recipe": config.recipe or "",
-            "task": config.task,
-            "strategy": runtime.strategy.name,
-            "world_size": runtime.comm.size,
-            "device": runtime.device_name,
-            "versions": package_versions(),
-        }
-
-    def _settings(self, loaded: LoadedModel) -> dict[str, Any]:
-        """Return the quantization settings that most layers have."""
-        keys = ("nbits", "group_size", "axis", "solver")
-        by_layer = [tuple(getattr(m, k) for k in keys) for m in loaded.settings.modules.values()]
-        return dict(zip(keys, Counter(by_layer).most_common(1)[0][0], strict=True))
 
     def _sizes(self, loaded: LoadedModel, packed: int, bits: float) -> None:
         """Add bits per quantized weight and GiB of the whole model, before and after.
@@ -156,3 +168,10 @@ class RunSummary:
 
     def _row(self, part: str, **values: Any) -> None:
         self._rows[part] = replace(self._rows[part], **values)
+
+
+def _common_settings(loaded: LoadedModel) -> dict[str, Any]:
+    """Return the quantization settings that most layers have."""
+    keys = ("nbits", "group_size", "axis", "solver")
+    by_layer = [tuple(getattr(m, k) for k in keys) for m in loaded.settings.modules.values()]
+    return dict(zip(keys, Counter(by_layer).most_common(1)[0][0], strict=True))

@@ -25,6 +25,7 @@ import torch
 
 from hqqtrain.cli import main
 from hqqtrain.common.signals import SIGNALS
+from hqqtrain.tasks.run import OPENMP_SPIN_COUNT
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 TIMEOUT = 400
@@ -167,8 +168,9 @@ def launch(*words: str, root: Path, launcher: Sequence[str] = (sys.executable,))
 
 @functools.cache
 def _context() -> Any:
+    os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)  # as `run_task` does
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hqqtrain.tasks.run"])
+    context.set_forkserver_preload(["hqqtrain.tasks.dispatch"])
     return context
 
 

@@ -1,0 +1,53 @@
+"""Run the task that `task=` selects.
+
+Every rank runs the same steps. Only the main rank writes files and uses trackers and the console,
+which `RunRecorder` hides. Every fault of the user's input is found before anything is written.
+"""
+
+from hqqtrain.common.env import get_rank
+from hqqtrain.common.errors import PreemptedError
+from hqqtrain.config.run import RunConfig
+from hqqtrain.distributed.accelerate_env import relaunch_if_ranks_were_lost
+from hqqtrain.distributed.preemption import PreemptionHandler
+from hqqtrain.distributed.runtime import Runtime
+from hqqtrain.distributed.strategies.check import RuntimeSettings
+from hqqtrain.tasks.context import Run
+from hqqtrain.tasks.finetune import finetune
+from hqqtrain.tasks.inference import evaluate, export, quantize
+from hqqtrain.tasks.recorder import RunRecorder
+from hqqtrain.tasks.resources import translate_resource_errors, workload_of
+from hqqtrain.tracking.console import setup_logging
+
+_TASKS = {"finetune": finetune, "quantize": quantize, "eval": evaluate, "export": export}
+
+
+def run_selected_task(config: RunConfig, arguments: list[str]) -> int:
+    """Run `config.task` to its end and return the exit code.
+
+    Return 0 at once if an earlier process has finished this run.
+
+    Args:
+        config: The resolved configuration.
+        arguments: The words of the command line after `python -m hqqtrain`.
+
+    Raises:
+        UserError: The configuration or the data have a fault (exit code 2).
+        PreemptedError: The run was asked to stop and has saved its state (exit code 3).
+    """
+    relaunch_if_ranks_were_lost(arguments)
+    setup_logging(get_rank() == 0)
+    settings = RuntimeSettings(
+        config.parallel, config.quant, config.adapter, config.train, config.optim,
+        trains=config.task == "finetune",
+    )  # fmt: skip
+    runtime = Runtime.start(settings, PreemptionHandler(config.run), config)
+    try:
+        with RunRecorder(config, runtime, ["python", "-m", "hqqtrain", *arguments]) as recorder:
+            if not recorder.history.is_done():
+                with translate_resource_errors(workload_of(config), runtime.strategy):
+                    _TASKS[config.task](Run(config, runtime, recorder))
+    except PreemptedError:  # raised on all ranks, so all ranks leave together
+        runtime.comm.leave()
+        raise
+    runtime.comm.leave()
+    return 0
