@@ -9,6 +9,7 @@ import sys
 
 from hqqtrain import __version__
 from hqqtrain.common import signals
+from hqqtrain.common.env import get_rank, get_world_size
 from hqqtrain.common.errors import PreemptedError, RankLostError, UserError, did_you_mean
 from hqqtrain.common.exit_codes import DONE, FAILED, PREEMPTED, USER_ERROR
 from hqqtrain.common.secrets import mask_secrets
@@ -42,11 +43,11 @@ def _run_with_exit_code(words: list[str]) -> int:
     try:
         return _dispatch(words)
     except UserError as error:
-        if _rank() == 0:  # every rank raises the same error
+        if get_rank() == 0:  # every rank raises the same error
             print(f"hqqtrain: {mask_secrets(str(error))}", file=sys.stderr)
         return USER_ERROR
     except PreemptedError as error:
-        if _rank() == 0:
+        if get_rank() == 0:
             print(f"hqqtrain: {error}; run the same command again to resume.", file=sys.stderr)
         return PREEMPTED
     except RankLostError as error:
@@ -83,14 +84,14 @@ def _dispatch(words: list[str]) -> int:
     signals.listen_for_signals()  # before the import of torch, which takes seconds
     from hqqtrain.tasks.run import run_task
 
-    return run_task(plan.jobs[0].config, ["python", "-m", "hqqtrain", *words])
+    return run_task(plan.jobs[0].config, words)
 
 
 def _make_plan(overrides: list[str], multirun: bool) -> Command:
     try:
         return plan_command(overrides, multirun)
     except UserError:
-        if _rank() != 0:  # rank 0 prints the same error
+        if get_rank() != 0:  # rank 0 prints the same error
             raise SystemExit(USER_ERROR) from None
         raise
 
@@ -119,7 +120,7 @@ def _show_table(plan: Command) -> int:
 
 def _refuse_ranks() -> None:
     """Refuse several ranks: each of them would start the sweep or submit the batch job."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if get_world_size() > 1:
         raise UserError(
             "a sweep or launch=slurm runs as one process, which starts the jobs: use ./launch.sh, "
             "which runs each job on all GPUs, or python -m hqqtrain; not torchrun, accelerate "
@@ -146,10 +147,6 @@ def _write_exit_code(code: int) -> None:
         handle = os.open(file, os.O_WRONLY | os.O_CREAT, 0o600)
         os.write(handle, str(code).encode())
         os.close(handle)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
 
 
 def _print(text: str) -> int:

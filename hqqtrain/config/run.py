@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.conflicts import CONFIG_CONFLICTS, conflict_errors
 from hqqtrain.config.field import field_errors, key
 from hqqtrain.config.groups import (
     AdapterConfig,
@@ -86,47 +87,23 @@ class RunConfig:
                 renamed = list(renamed_value_errors(item.name, group))
                 found += renamed or field_errors(item.name, group)
                 found += group.faults() if hasattr(group, "faults") else ()
-        found += [*self._contradictions(), *self._checkpoint_contradictions()]
+        found += self._contradictions()
         if found:
             raise UserError("\n".join(found))
 
     def _contradictions(self) -> Iterator[str]:
-        if self.task == "finetune" and self.adapter.kind == "none":
-            yield "adapter.kind=none: task=finetune trains an adapter; use lora or rslora."
-        if self.task == "quantize" and not self.quant.save:
-            yield "quant.save=false: task=quantize only serves to save quantized/; use true."
-        if self.parallel.offloads_activations and not self.train.activation_checkpointing:
-            yield (
-                f"parallel.offload={self.parallel.offload}: offloads the activations that only "
-                "train.activation_checkpointing=true keeps; use both."
-            )
-        if self.parallel.offloads_parameters and self.optim.name.startswith("paged"):
-            yield (
-                f"parallel.offload={self.parallel.offload}: the optimizer state is in host memory, "
-                f"where optim.name={self.optim.name} has nothing to page; use adamw."
-            )
-        if self.adapter.dtype == "bf16" and self.train.precision == "fp16":
-            yield (
-                "adapter.dtype=bf16: the loss scaling of train.precision=fp16 cannot unscale bf16 "
-                "gradients; use train.precision=bf16 or adapter.dtype=fp32."
-            )
+        yield from conflict_errors(
+            CONFIG_CONFLICTS, {f.name: getattr(self, f.name) for f in fields(self)}
+        )
         if self.train.max_grad_norm == 0:
             yield "train.max_grad_norm=0: must be above 0, or null for no clipping."
         if not 0 <= self.adapter.dropout < 1:
             yield f"adapter.dropout={self.adapter.dropout}: must be below 1."
-        if self.task == "eval" and self.eval.source is None:
-            yield "eval.source=null: task=eval needs a text to evaluate on; name one."
-
-    def _checkpoint_contradictions(self) -> Iterator[str]:
         if self.ckpt.keep_best and (self.eval.every is None or self.eval.source is None):
             yield (
                 f"ckpt.keep_best={self.ckpt.keep_best}: the best checkpoints are those with the "
                 "lowest eval/loss; set eval.every and eval.source, or keep_best=0."
             )
-        if self.run.resume == "must" and self.task != "finetune":
-            yield f"run.resume=must: task={self.task} makes no checkpoints; use auto."
-        if self.train.on_nonfinite == "rollback" and self.ckpt.every is None:
-            yield "train.on_nonfinite=rollback: needs checkpoints to return to; set ckpt.every."
 
     def run_name(self) -> str:
         """Return `run.name`, or by default the recipe (or task) and a short hash of `identity`."""

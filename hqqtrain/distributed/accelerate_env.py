@@ -1,15 +1,22 @@
-"""Reconcile accelerate's configuration with the recipe; a contradiction is an error.
+"""Cope with `accelerate launch`: with its configuration, and with the ranks that it loses.
 
-`accelerate launch` passes its configuration file on as environment variables, and `Accelerator`
-would act on them regardless of the recipe: its own FSDP2 path puts the whole quantized model on
-every GPU.
+It passes its configuration file on as environment variables, and `Accelerator` would act on them
+regardless of the recipe: its own FSDP2 path puts the whole quantized model on every GPU. So
+`reconcile_accelerate_config` makes them agree with the recipe; a contradiction is an error.
+
+On a machine without a GPU, `accelerate launch --num_processes 2` silently starts a single process
+(accelerate 1.15, `simple_launcher`); `relaunch_if_ranks_were_lost` then starts all of them.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, MutableMapping
+import os
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+
+import psutil
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.run import RunConfig
+from hqqtrain.config.groups import ParallelConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +31,7 @@ _INSTEAD = "run `accelerate config` again for plain multi-GPU, or launch with to
 
 
 def reconcile_accelerate_config(
-    environ: MutableMapping[str, str], config: RunConfig
+    environ: MutableMapping[str, str], parallel: ParallelConfig, train: TrainConfig
 ) -> tuple[str, str]:
     """Adopt the strategy and the precision of accelerate's configuration.
 
@@ -34,7 +41,8 @@ def reconcile_accelerate_config(
 
     Args:
         environ: The process's environment, changed in place.
-        config: The recipe.
+        parallel: The recipe's group, of which the strategy and offloading may contradict.
+        train: The recipe's group, of which the precision and clipping may contradict.
 
     Returns:
         `parallel.strategy` and `train.precision`, either of which may still be `auto`.
@@ -43,11 +51,11 @@ def reconcile_accelerate_config(
         UserError: A setting contradicts the recipe or is not supported. The message names both
             sides, and all such settings at once.
     """
-    strategy, precision = config.parallel.strategy, config.train.precision
+    strategy, precision = parallel.strategy, train.precision
     faults = [
         *_engines(environ),
-        *_offload(environ, config),
-        *_clipping(environ, config),
+        *_offload(environ, parallel),
+        *_clipping(environ, train),
         *_precision(environ, precision),
     ]
     asked, fault = _strategy(environ)
@@ -101,9 +109,9 @@ def _strategy(environ: Mapping[str, str]) -> tuple[str, str]:
     return f"fsdp{version}", ""
 
 
-def _offload(environ: Mapping[str, str], config: RunConfig) -> Iterator[str]:
+def _offload(environ: Mapping[str, str], parallel: ParallelConfig) -> Iterator[str]:
     wanted = _is_on(environ, _FSDP) and _is_on(environ, "FSDP_OFFLOAD_PARAMS")
-    if wanted and not config.parallel.offloads_parameters:
+    if wanted and not parallel.offloads_parameters:
         yield (
             "accelerate's configuration says fsdp_offload_params: true; the recipe keeps "
             "parameters on the GPU; set it to false, or set parallel.offload=parameters (fsdp2)."
@@ -117,8 +125,8 @@ def _offload(environ: Mapping[str, str], config: RunConfig) -> Iterator[str]:
             )
 
 
-def _clipping(environ: Mapping[str, str], config: RunConfig) -> Iterator[str]:
-    asked, limit = environ.get("ACCELERATE_GRADIENT_CLIPPING", "none"), config.train.max_grad_norm
+def _clipping(environ: Mapping[str, str], train: TrainConfig) -> Iterator[str]:
+    asked, limit = environ.get("ACCELERATE_GRADIENT_CLIPPING", "none"), train.max_grad_norm
     if _is_on(environ, _DEEPSPEED) and asked not in ("none", str(limit)):
         yield (
             f"accelerate's configuration says gradient_clipping: {asked}, the recipe "
@@ -141,3 +149,49 @@ def _precision(environ: Mapping[str, str], precision: str) -> Iterator[str]:
 
 def _is_on(environ: Mapping[str, str], name: str) -> bool:
     return environ.get(name, "false").lower() in ("true", "1", "yes")
+
+
+def relaunch_if_ranks_were_lost(arguments: Sequence[str]) -> None:
+    """Replace this process by torchrun if `accelerate launch` has dropped the other ranks.
+
+    If more than one process was requested, its single-process launcher leaves MASTER_PORT without
+    RANK in the environment. Only the parent's command line has the number of processes.
+
+    Args:
+        arguments: Command line of `python -m hqqtrain`.
+
+    Raises:
+        UserError: The number of processes cannot be determined.
+    """
+    lost = {"MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
+    if not lost or "RANK" in os.environ:
+        return
+    count = _requested_processes()
+    if count is None:
+        raise UserError(
+            "accelerate launch starts only one process on a machine without GPUs, though more "
+            "were requested. Use `NPROC=2 ./launch.sh ...` or `torchrun --nproc-per-node 2 -m "
+            "hqqtrain ...`."
+        )
+    master = [
+        "--master_addr",
+        os.environ["MASTER_ADDR"],
+        "--master_port",
+        os.environ["MASTER_PORT"],
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
+    os.execv(sys.executable, [*launcher, *master, "-m", "hqqtrain", *arguments])
+
+
+def _requested_processes() -> int | None:
+    """Return --num_processes of the parent's command line, None if it cannot be read."""
+    try:
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent else []
+    except psutil.Error:
+        return None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        flag, _, value = word.replace("-", "_").partition("=")
+        if flag in ("__num_processes", "_n") and (value or following).isdigit():
+            return int(value or following)
+    return None

@@ -1,19 +1,11 @@
-"""The processes of one run: rank, world size and small collectives.
+"""The processes of one run: rank, world size and small collectives."""
 
-The rank comes from the environment, whatever the launcher is: torchrun and `accelerate launch` both
-set RANK and WORLD_SIZE. One case needs a workaround. On a machine without a GPU, `accelerate launch
---num_processes 2` silently starts a single process (accelerate 1.15, `simple_launcher`);
-`relaunch_if_ranks_were_lost` then starts all of them.
-"""
-
-import os
-import sys
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -32,14 +24,20 @@ class Communicator:
     rank: int
     size: int
     device: torch.device
+    _numbers: Iterator[int] = field(
+        default_factory=itertools.count, init=False, repr=False, compare=False
+    )
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Return the element-wise sum over all ranks, in float64. Collective."""
-        total = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+    def sum(self, values: Sequence[float] | torch.Tensor) -> list[float]:
+        """Return the element-wise sum over all ranks, in float64. Collective.
+
+        Values on the device are not copied to the host before they are summed.
+        """
+        total = torch.as_tensor(values, dtype=torch.float64, device=self.device).clone()
         if self.size > 1:
             dist.all_reduce(total)
         return total.tolist()
@@ -88,11 +86,36 @@ class Communicator:
     def run_on_rank0(self, work: Callable[[], T]) -> T:
         """Call `work` on rank 0 only and return its result on every rank. Collective.
 
-        The result must be a small Python object. Errors are raised on every rank, see `raise_on_all_ranks`.
+        The result must be a small Python object. One broadcast carries it, or the error; the other
+        ranks have nothing to report.
+
+        Raises:
+            UserError: `work` has raised it; the message is the same on all ranks.
+            PreemptedError: Likewise.
+            RankLostError: On the other ranks, if `work` has raised any other exception.
         """
-        with self.raise_on_all_ranks():
-            result = work() if self.is_main else None
-        return self.gather(result)[0]
+        if self.size == 1:
+            return work()
+        own: Exception | None = None
+        answer: list[Any] = [None, ""]  # the result and the error
+        if self.is_main:
+            try:
+                answer[0] = work()
+            except Exception as error:
+                own, answer[1] = error, serialize_error(error)
+        dist.broadcast_object_list(answer, src=0, device=self.device)
+        if own:
+            raise own
+        if answer[1]:
+            raise deserialize_error(0, answer[1])
+        return answer[0]
+
+    def unique_key(self, name: str) -> str:
+        """Return a key that starts with `name` and is the same on all ranks.
+
+        All ranks must ask for keys in the same order.
+        """
+        return f"hqqtrain {name} {next(self._numbers)}"
 
     def leave(self) -> None:
         """Destroy the process group after all ranks have arrived. Collective.
@@ -126,49 +149,3 @@ def deserialize_error(rank: int, text: str) -> UserError | PreemptedError | Rank
     if kind in _SHARED:
         return _SHARED[kind](message)
     return RankLostError(f"rank {rank} failed: {text}")
-
-
-def relaunch_if_ranks_were_lost(arguments: Sequence[str]) -> None:
-    """Replace this process by torchrun if `accelerate launch` has dropped the other ranks.
-
-    If more than one process was requested, its single-process launcher leaves MASTER_PORT without
-    RANK in the environment. Only the parent's command line has the number of processes.
-
-    Args:
-        arguments: Command line of `python -m hqqtrain`.
-
-    Raises:
-        UserError: The number of processes cannot be determined.
-    """
-    lost = {"MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
-    if not lost or "RANK" in os.environ:
-        return
-    count = _requested_processes()
-    if count is None:
-        raise UserError(
-            "accelerate launch starts only one process on a machine without GPUs, though more "
-            "were requested. Use `NPROC=2 ./launch.sh ...` or `torchrun --nproc-per-node 2 -m "
-            "hqqtrain ...`."
-        )
-    master = [
-        "--master_addr",
-        os.environ["MASTER_ADDR"],
-        "--master_port",
-        os.environ["MASTER_PORT"],
-    ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
-    os.execv(sys.executable, [*launcher, *master, "-m", "hqqtrain", *arguments])
-
-
-def _requested_processes() -> int | None:
-    """Return --num_processes of the parent's command line, None if it cannot be read."""
-    try:
-        parent = psutil.Process().parent()
-        words = parent.cmdline() if parent else []
-    except psutil.Error:
-        return None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        flag, _, value = word.replace("-", "_").partition("=")
-        if flag in ("__num_processes", "_n") and (value or following).isdigit():
-            return int(value or following)
-    return None

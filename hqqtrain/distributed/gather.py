@@ -94,7 +94,10 @@ ShardSpecs = list[tuple[torch.dtype, torch.Size]]
 
 
 def _chunks(specs: list[ShardSpecs]) -> Iterator[list[int]]:
-    """Split the shards into runs of about `GATHER_BYTES` bytes over all ranks, the last shard included."""
+    """Split the shards into runs of about `GATHER_BYTES` bytes over all ranks.
+
+    The shard that reaches the limit is the last one of its run.
+    """
     chunk: list[int] = []
     size = 0
     for number in range(len(specs[0])):

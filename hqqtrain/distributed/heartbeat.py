@@ -50,15 +50,18 @@ class Heartbeat:
         self._end_is_reported = False
         self._states: dict[int, dict[str, Any]] = {}  # the last state read from each rank
         self._lost: dict[int, str] = {}  # rank -> message
+        self._store: Any = None  # where the ranks exchange their states, from `__enter__` on
+        self._read_at = time.monotonic()
+        self._changed_at: dict[int, float] = {}  # rank -> time at which its state was new
         self._raised: RemoteError | None = None
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Heartbeat":
         if self._others:
             # A connection of its own, because the thread uses it while torch may use the first.
             default: Any = _get_default_store()
-            self._store = dist.PrefixStore(_next_name(), default.clone())
+            self._store = dist.PrefixStore(self._comm.unique_key("heartbeat"), default.clone())
             self._store.set_timeout(timedelta(seconds=LOST_AFTER_SECONDS))
             # After the barrier the keys of all ranks exist, so `_read_states` never blocks on one.
             self._store.set(str(self._comm.rank), "{}")
@@ -163,13 +166,3 @@ class Heartbeat:
         if self._is_cut_off():
             return RankLostError("the process that hosts the store does not answer.")
         return None
-
-
-_count = 0
-
-
-def _next_name() -> str:
-    """Return a prefix for the store's keys. All ranks create watches in the same order."""
-    global _count
-    _count += 1
-    return f"hqqtrain watch {_count}"

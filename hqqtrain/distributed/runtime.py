@@ -1,6 +1,5 @@
 """State that all tasks of a run share: ranks, device, precision and strategy, all resolved."""
 
-import importlib.util
 import logging
 import os
 import resource
@@ -12,18 +11,17 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
+from hqqtrain.common.env import get_local_world_size
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import OptimConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.accelerate_env import reconcile_accelerate_config
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.preemption import PreemptionHandler
-from hqqtrain.distributed.strategies.base import (
-    resolve_replicas,
-    resolve_storage_dtype,
-    resolve_strategy,
-)
-from hqqtrain_kernels import select
+from hqqtrain.distributed.strategies.base import Strategy
+from hqqtrain.distributed.strategies.check import RuntimeSettings, check_supported
+from hqqtrain.distributed.strategies.fsdp2 import count_replicas
+from hqqtrain.distributed.strategies.registry import resolve_strategy
+from hqqtrain_kernels import backend as kernel_backend
 
 logger = logging.getLogger(__name__)
 
@@ -38,61 +36,61 @@ PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch
 class Runtime:
     """Runtime of one process, created once, after the configuration was checked.
 
-    `precision` names the dtype of matrix products (`train.precision`); `storage` is the dtype that
-    W_q is viewed as.
+    Attributes:
+        config: The run's configuration.
+        comm: All ranks of the run.
+        accelerator: Gradient scaling and autocast of `precision`.
+        strategy: How the model is sharded or replicated.
+        precision: Name of the dtype of matrix products, as in `train.precision`.
+        offloads_activations: Whether activations are offloaded to host memory.
+        preemption: Knows whether this rank was asked to stop.
     """
 
     config: RunConfig
-    accelerator: Accelerator
     comm: Communicator
-    strategy: str
+    accelerator: Accelerator
+    strategy: Strategy
     precision: str
-    storage: torch.dtype
-    replicas: int
-    """Number of replicas of the sharded model, see `parallel.hsdp`."""
+    offloads_activations: bool
     preemption: PreemptionHandler
 
     @classmethod
-    def start(cls, config: RunConfig, preemption: PreemptionHandler) -> "Runtime":
+    def start(
+        cls, settings: RuntimeSettings, preemption: PreemptionHandler, config: RunConfig
+    ) -> "Runtime":
         """Join the process group, if any, and resolve the settings that are `auto`. Collective.
 
         Args:
-            config: The run's configuration.
-            interrupt: Knows whether this rank was asked to stop.
+            settings: The settings to resolve and to check.
+            preemption: Knows whether this rank was asked to stop.
 
         Raises:
-            UserError: Settings do not fit the machine or the number of processes.
+            UserError: Settings contradict each other, or do not fit the machine or the number of
+                processes.
         """
-        cuda = torch.cuda.is_available()
-        wanted, precision = reconcile_accelerate_config(os.environ, config)
-        if precision == "auto":
-            precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
-        if precision == "fp16" and not cuda:
-            raise UserError("train.precision=fp16: needs a GPU; use fp32 or bf16 on a CPU.")
-        # The gradients of offloaded parameters are reduced on the host, which needs gloo, too.
-        backend = "cuda:nccl,cpu:gloo" if cuda and config.parallel.offloads_parameters else None
-        accelerator = Accelerator(
-            cpu=not cuda,
-            mixed_precision="no" if precision == "fp32" else precision,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(backend=backend, timeout=PROCESS_GROUP_TIMEOUT)
-            ],
-        )
+        parallel, quant = settings.parallel, settings.quant
+        wanted, precision = reconcile_accelerate_config(os.environ, parallel, settings.train)
+        precision = _resolve_precision(precision)
+        accelerator = _start_accelerator(precision, parallel.offloads_parameters)
         comm = Communicator(
             accelerator.process_index, accelerator.num_processes, accelerator.device
         )
-        _check_batch(config, comm.size)
-        strategy = resolve_strategy(wanted, comm.size)
-        if comm.is_main and wanted == "auto":
-            logger.info("parallel.strategy=auto: %s, for %d processes", strategy, comm.size)
-        _check(config, strategy, precision, comm.device)
-        _choose_backend(config.quant.backend, comm)
-        storage = resolve_storage_dtype(
-            config.quant.storage_dtype, strategy, PRECISION_DTYPES[precision]
+        kind = resolve_strategy(wanted, comm)
+        on_gpu = comm.device.type == "cuda"
+        check_supported(
+            kind, settings, precision=precision, device=comm.device.type, world_size=comm.size
         )
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", comm.size == 1))
-        replicas = resolve_replicas(config.parallel.hsdp, strategy, comm.gather(local_size))
-        return cls(config, accelerator, comm, strategy, precision, storage, replicas, preemption)
+        if parallel.offload != "none" and not on_gpu:
+            logger.warning("parallel.offload=%s: has no effect on a CPU", parallel.offload)
+        _select_backend(quant.backend, comm)
+        strategy = kind(
+            comm,
+            kind.resolve_storage_dtype(quant.storage_dtype, PRECISION_DTYPES[precision]),
+            count_replicas(comm.gather(get_local_world_size())) if parallel.hsdp else 1,
+            on_gpu and parallel.offloads_parameters,
+        )
+        offloads_activations = on_gpu and parallel.offloads_activations
+        return cls(config, comm, accelerator, strategy, precision, offloads_activations, preemption)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,111 +106,57 @@ class Runtime:
         return self.accelerator.autocast()
 
     @property
-    def offloads_activations(self) -> bool:
-        """Whether activations are offloaded: on a CPU they are in host memory anyway."""
-        return self.config.parallel.offloads_activations and self.device.type == "cuda"
+    def storage_dtype(self) -> torch.dtype:
+        """Dtype that W_q is viewed as."""
+        return self.strategy.storage_dtype
 
     @property
     def offloads_parameters(self) -> bool:
-        """Whether parameters are offloaded: on a CPU they are in host memory anyway."""
-        return self.config.parallel.offloads_parameters and self.device.type == "cuda"
+        """Whether the parameters are in host memory while they are not used."""
+        return self.strategy.offloads_parameters
 
     @property
     def device_name(self) -> str:
         return torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
 
     def peak_memory_gib(self) -> float:
-        """Return the largest peak memory of any rank so far, in GiB. Collective.
-
-        It is that of the GPU or, without one, of the process.
-        """
-        return max(self.comm.gather(_peak_bytes(self.device))) / 2**30
+        """Return the largest `peak_memory_bytes` of any rank so far, in GiB. Collective."""
+        return max(self.comm.gather(peak_memory_bytes(self.device))) / 2**30
 
 
-def _choose_backend(backend: str, comm: Communicator) -> None:
+def _resolve_precision(precision: str) -> str:
+    """Resolve `train.precision`: `auto` is bf16 on a GPU that has it, otherwise fp32."""
+    cuda = torch.cuda.is_available()
+    if precision == "auto":
+        return "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp16" and not cuda:
+        raise UserError("train.precision=fp16: needs a GPU; use fp32 or bf16 on a CPU.")
+    return precision
+
+
+def _start_accelerator(precision: str, offloads_parameters: bool) -> Accelerator:
+    """Join the process group that the launcher has prepared, if any."""
+    cuda = torch.cuda.is_available()
+    # The gradients of offloaded parameters are reduced on the host, which needs gloo, too.
+    backend = "cuda:nccl,cpu:gloo" if cuda and offloads_parameters else None
+    group = InitProcessGroupKwargs(backend=backend, timeout=PROCESS_GROUP_TIMEOUT)
+    mixed_precision = "no" if precision == "fp32" else precision
+    return Accelerator(cpu=not cuda, mixed_precision=mixed_precision, kwargs_handlers=[group])
+
+
+def _select_backend(backend: str, comm: Communicator) -> None:
+    """Select the implementation of `quant.backend`, for all models of this process."""
     try:
-        chosen = select.use(backend)
-    except ValueError as fault:
-        raise UserError(f"quant.{fault}") from None
+        selected = kernel_backend.set_backend(backend)
+    except ValueError as error:
+        raise UserError(f"quant.{error}") from None
     if comm.is_main:
-        logger.info("quant.backend=%s: %s", backend, chosen)
+        logger.info("quant.backend=%s: %s", backend, selected)
 
 
-def _check(config: RunConfig, strategy: str, precision: str, device: torch.device) -> None:
-    """Raise UserError for keys that do not fit the strategy or the device."""
-    offload = config.parallel.offload
-    if config.task == "finetune":
-        check_optimizer(config.optim, strategy, precision, device)
-    if strategy == "zero3" and precision == "fp16":
-        raise UserError(
-            "train.precision=fp16: parallel.strategy=zero3 does not support gradient scaling "
-            "here; use bf16, or fsdp2."
-        )
-    if strategy == "zero3" and config.train.on_nonfinite != "stop":
-        raise UserError(
-            f"train.on_nonfinite={config.train.on_nonfinite}: DeepSpeed steps before it "
-            "reveals the gradient norm; under parallel.strategy=zero3 use stop, or fsdp2."
-        )
-    if strategy == "zero3" and config.adapter.dtype == "bf16":
-        raise UserError(
-            "adapter.dtype=bf16: DeepSpeed keeps fp32 copies and moments of the trained "
-            "parameters, so bf16 saves no memory under parallel.strategy=zero3; use fp32, or fsdp2."
-        )
-    if config.parallel.offloads_parameters and strategy != "fsdp2":
-        raise UserError(
-            f"parallel.offload={offload}: only parallel.strategy=fsdp2 offloads parameters, not "
-            f"{strategy}; use fsdp2, or parallel.offload=activations."
-        )
-    if offload != "none" and device.type != "cuda":
-        logger.warning("parallel.offload=%s: has no effect on a CPU", offload)
-
-
-def _check_batch(config: RunConfig, world_size: int) -> None:
-    if config.task == "finetune" and config.train.global_batch_size % world_size:
-        raise UserError(
-            f"train.global_batch_size={config.train.global_batch_size}: must be a multiple of the "
-            f"{world_size} processes."
-        )
-
-
-def _peak_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak memory of this rank: of its GPU, or without one of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def check_optimizer(
-    config: OptimConfig, strategy: str, precision: str, device: torch.device
-) -> None:
-    """Check that `optim.name` works with the other settings, before anything is read or written.
-
-    Args:
-        config: The optimizer's settings.
-        strategy: A value of `parallel.strategy`, with `auto` already resolved.
-        precision: A value of `train.precision`, likewise.
-        device: Device of this rank.
-
-    Raises:
-        UserError: The optimizer is not installed or does not support the other settings.
-    """
-    if config.name == "adamw":
-        return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"optim.name={config.name}: needs bitsandbytes, which is not installed; use adamw."
-        )
-    if strategy == "zero3":
-        raise UserError(
-            f"optim.name={config.name}: DeepSpeed keeps fp32 copies of the trained parameters and "
-            "flat states, which cannot be saved by name; under parallel.strategy=zero3 use adamw."
-        )
-    if strategy == "fsdp2" and precision == "fp16":
-        raise UserError(
-            f"optim.name={config.name}: does not support the gradient scaling that "
-            "train.precision=fp16 needs, under parallel.strategy=fsdp2; use bf16, or adamw."
-        )
-    if config.name.startswith("paged") and device.type != "cuda":
-        raise UserError(
-            f"optim.name={config.name}: paged optimizers need a CUDA GPU; use adamw or adamw_8bit."
-        )

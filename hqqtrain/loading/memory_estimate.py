@@ -1,7 +1,7 @@
 """Estimate the memory and disk of a run from shapes alone, before any weight is read.
 
 Weights, gradients and optimizer state are exact; activations follow the formula in `_activations`.
-`fits.py` compares the estimate with what is available.
+`memory_check` compares the estimate with what is available.
 """
 
 from dataclasses import dataclass, field
@@ -9,23 +9,64 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from hqqtrain.config.run import RunConfig
+from hqqtrain.distributed.strategies.base import Strategy
 from hqqtrain.models.fqn import base_model, expected_shapes, is_adapter
+from hqqtrain.models.logits import MAX_EVALUATION_TOKENS, MAX_TRAINING_LOGITS
 from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS, HQQLinear
 
 GIB = 2**30
 
-LOGIT_SLICE = 2048
-"""Tokens whose logits the evaluation converts to fp32 at a time."""
 
-TRAINED_LOGITS = 1 << 24
-"""Largest number of logits that the training loss computes at a time."""
+@dataclass(frozen=True)
+class Workload:
+    """The settings of a run that decide how much memory and disk it needs.
 
-ZERO3_LIVE, ZERO3_BUCKET = 1 << 28, 1 << 24
-"""Elements that ZeRO-3 gathers at a time, and elements of a gradient bucket; as in `dist.zero3`."""
+    Attributes:
+        task: The value of `task`.
+        model_name: The value of `model.name_or_path`.
+        is_synthetic: Whether the weights are generated instead of read.
+        nbits: The value of `quant.nbits`.
+        saves_quantized: Whether quantized/ is to be saved and does not exist yet.
+        adapter_rank: The value of `adapter.r`.
+        adapter_itemsize: Bytes of an element of the adapters.
+        optimizer: The value of `optim.name`.
+        micro_batch_size: The value of `train.micro_batch_size`.
+        max_seq_len: The value of `train.max_seq_len`.
+        activation_checkpointing: The value of `train.activation_checkpointing`.
+        offload: The value of `parallel.offload`.
+        offloads_activations: Whether activations are offloaded from a GPU to the host.
+        evaluates: Whether a held-out text is evaluated.
+        has_reference: Whether the full-precision model is in memory, too.
+        new_checkpoints: Checkpoints that the run's directory will grow by, at most.
+        run_root: The value of `run.root`.
+    """
 
-SHARDING = ("fsdp2", "fsdp1", "zero3")
-"""The strategies that shard parameters."""
+    task: str
+    model_name: str
+    is_synthetic: bool
+    nbits: int
+    saves_quantized: bool
+    adapter_rank: int
+    adapter_itemsize: int
+    optimizer: str
+    micro_batch_size: int
+    max_seq_len: int
+    activation_checkpointing: bool
+    offload: str
+    offloads_activations: bool
+    evaluates: bool
+    has_reference: bool
+    new_checkpoints: int
+    run_root: str
+
+    @property
+    def trains(self) -> bool:
+        return self.task == "finetune"
+
+    @property
+    def tokens(self) -> int:
+        """Largest number of tokens of a micro-batch."""
+        return self.micro_batch_size * self.max_seq_len
 
 
 @dataclass(frozen=True)
@@ -48,55 +89,47 @@ class MemoryEstimate:
         return f"memory per rank {memory:.2f} GiB ({', '.join(parts)}), disk {disk:.2f} GiB"
 
 
-def estimate_memory(config: RunConfig, model: nn.Module, *, dtype: torch.dtype, world_size: int = 1,
-             strategy: str = "single", on_gpu: bool = False, has_quantized: bool = False,
-             has_checkpoints: bool = False) -> MemoryEstimate:  # fmt: skip
+def estimate_memory(
+    workload: Workload,
+    model: nn.Module,
+    strategy: Strategy,
+    *,
+    dtype: torch.dtype,
+    world_size: int | None = None,
+) -> MemoryEstimate:
     """Estimate the memory of one rank and the disk of the run.
 
-    Sharding strategies divide parameters, gradients and optimizer state by `world_size`; `fsdp1`
-    does not shard those of the adapters. FSDP keeps parameters outside of decoder layers, such as
-    embeddings, gathered from the first step on, and FSDP2 gathers them through a buffer of the same
-    size.
-
     Args:
-        config: Configuration of the run.
+        workload: The settings of the run.
         model: Model on meta, with HQQLinears in place and adapters injected.
+        strategy: Decides which parameters are sharded, and gathered or offloaded.
         dtype: Dtype of activations and unquantized weights.
-        world_size: Number of ranks.
-        strategy: Resolved parallel.strategy.
-        on_gpu: Whether the device is a GPU, so that parallel.offload moves memory to the host.
-        has_quantized: Whether the run's directory already contains quantized/.
-        has_checkpoints: Whether the run's directory already contains checkpoints.
+        world_size: Number of ranks; by default those of `strategy`.
     """
-    sizes, parallel = _Sizes.of(model, dtype), config.parallel
-    shards = world_size if strategy in SHARDING else 1
-    trainable_shards = 1 if strategy == "fsdp1" else shards
-    finetune, evaluates = config.task == "finetune", config.eval.source is not None
-    has_reference = evaluates and config.eval.reference == "resident"
-    tokens = config.train.micro_batch_size * config.train.max_seq_len
-    kept = not (on_gpu and parallel.offloads_activations)
+    sizes = _Sizes.of(model, dtype)
+    world_size = strategy.comm.size if world_size is None else world_size
+    shards = strategy.parameter_shards(world_size)
+    adapters = _trainable(workload, sizes) // strategy.adapter_shards(world_size)
+    reference = sizes.source * dtype.itemsize // shards
     parameters = {
         "packed weights": sizes.packed // shards,
         "dense weights": sizes.dense // shards,
-        "adapter and optimizer": _trainable(config, sizes) // trainable_shards if finetune else 0,
-        "reference model": sizes.source * dtype.itemsize // shards if has_reference else 0,
+        "adapter and optimizer": adapters if workload.trains else 0,
+        "reference model": reference if workload.has_reference else 0,
     }
-    # Parameters that are unsharded for a while, in addition to the rank's own shard.
-    gathered, host = sizes.root * (shards - 1) // shards, 0
-    if strategy == "fsdp2" and shards > 1:
-        gathered += sizes.root  # the buffer of the all-gather
-    if strategy == "zero3":
-        gathered += min(ZERO3_LIVE * dtype.itemsize, sizes.packed) + ZERO3_BUCKET * 4
-    # With offloading the GPU keeps only what is gathered, and its buffer.
-    if on_gpu and parallel.offloads_parameters:
-        gathered, host = 2 * sizes.root, sum(parameters.values())
-        parameters = dict.fromkeys(parameters, 0)
+    gathered = strategy.gathered_bytes(
+        world_size, root=sizes.root, packed=sizes.packed, itemsize=dtype.itemsize
+    )
+    host = 0
+    # With offloading the GPU keeps only what is gathered.
+    if strategy.offloads_parameters:
+        host, parameters = sum(parameters.values()), dict.fromkeys(parameters, 0)
     device = parameters | {
-        "activations": _activations(config, model, dtype, tokens, kept) if finetune else 0,
-        "logits": _logits(model, dtype, tokens, finetune, evaluates, whole=strategy == "zero3"),
-        "working memory": _working(config, sizes, shards, dtype) + gathered,
+        "activations": _activations(workload, model, dtype) if workload.trains else 0,
+        "logits": _logits(workload, model, dtype, in_chunks=strategy.may_call_head_alone),
+        "working memory": _working(workload, sizes, shards, dtype) + gathered,
     }
-    return MemoryEstimate(device, _disk(config, sizes, dtype, has_quantized, has_checkpoints), host)
+    return MemoryEstimate(device, _disk(workload, sizes, dtype), host)
 
 
 @dataclass(frozen=True)
@@ -137,82 +170,74 @@ class _Sizes:
         return cls(packed, dense, adapter, root, source, largest)
 
 
-def _trainable(config: RunConfig, sizes: _Sizes) -> int:
+def _trainable(workload: Workload, sizes: _Sizes) -> int:
     """Return the bytes of adapters, their gradients and AdamW's two moments.
 
     torch keeps the moments in the adapters' dtype, bitsandbytes in 8 or 32 bits.
     """
-    itemsize = _adapter_itemsize(config)
-    moments = {"adamw": 2 * itemsize, "paged_adamw": 8}.get(config.optim.name, 2)
+    itemsize = workload.adapter_itemsize
+    moments = {"adamw": 2 * itemsize, "paged_adamw": 8}.get(workload.optimizer, 2)
     return sizes.adapter * (2 * itemsize + moments)
 
 
-def _adapter_itemsize(config: RunConfig) -> int:
-    return 2 if config.adapter.dtype == "bf16" else 4
-
-
-def _activations(
-    config: RunConfig, model: nn.Module, dtype: torch.dtype, tokens: int, kept: bool
-) -> int:
-    """Return the bytes that autograd saves for `tokens` tokens.
+def _activations(workload: Workload, model: nn.Module, dtype: torch.dtype) -> int:
+    """Return the bytes that autograd saves for a micro-batch.
 
     A decoder layer saves, per token, the input and the output of each of its linears (the operands
     of adapters, attention and MLP), and two fp32 copies of the residual stream for its norms. With
     activation checkpointing, only one layer is there in full; the others keep the residual stream
-    before them, if it is `kept` on the device.
+    before them, unless it is offloaded.
     """
     hf = base_model(model).config.get_text_config()
-    layers, hidden = hf.num_hidden_layers, hf.hidden_size
+    layers, hidden, tokens = hf.num_hidden_layers, hf.hidden_size, workload.tokens
     linears = [m.layout for m in base_model(model).modules() if isinstance(m, HQQLinear)]
     widths = sum(layout.in_features + layout.out_features for layout in linears)  # of all layers
     layer = tokens * (widths * dtype.itemsize // max(1, layers) + 2 * 4 * hidden)
-    if not config.train.activation_checkpointing:
+    if not workload.activation_checkpointing:
         return layers * layer
-    return (layers if kept else 1) * tokens * hidden * dtype.itemsize + layer
+    kept = 1 if workload.offloads_activations else layers
+    return kept * tokens * hidden * dtype.itemsize + layer
 
 
-def _logits(
-    model: nn.Module, dtype: torch.dtype, tokens: int, trains: bool, evaluates: bool, whole: bool
-) -> int:
+def _logits(workload: Workload, model: nn.Module, dtype: torch.dtype, *, in_chunks: bool) -> int:
     """Return the bytes of logits, and of what the loss derives from them.
 
-    Training computes at most `TRAINED_LOGITS` logits at a time, or all of them if `whole`: the
-    logits and their gradient in `dtype`, and in fp32 a copy, its softmax and its gradient.
-    Evaluation keeps the logits of two models, and four fp32 tensors of a slice of the tokens.
+    Training computes at most `MAX_TRAINING_LOGITS` logits at a time, or all of them without
+    `in_chunks`: the logits and their gradient in `dtype`, and in fp32 a copy, its softmax and its
+    gradient. Evaluation keeps the logits of two models, and four fp32 tensors of a chunk of tokens.
     """
     vocab_size = base_model(model).config.get_text_config().vocab_size
-    evaluation = vocab_size * (2 * tokens * dtype.itemsize + 4 * 4 * min(tokens, LOGIT_SLICE))
+    tokens = workload.tokens
+    chunk = min(tokens, MAX_EVALUATION_TOKENS)
+    evaluation = vocab_size * (2 * tokens * dtype.itemsize + 4 * 4 * chunk)
     logits = vocab_size * tokens
-    training = (logits if whole else min(logits, TRAINED_LOGITS)) * (2 * dtype.itemsize + 12)
-    return max(evaluation if evaluates else 0, training if trains else 0)
+    training = (min(logits, MAX_TRAINING_LOGITS) if in_chunks else logits) * (
+        2 * dtype.itemsize + 12
+    )
+    return max(evaluation if workload.evaluates else 0, training if workload.trains else 0)
 
 
-def _working(config: RunConfig, sizes: _Sizes, shards: int, dtype: torch.dtype) -> int:
+def _working(workload: Workload, sizes: _Sizes, shards: int, dtype: torch.dtype) -> int:
     """Return the bytes to quantize a rank's part of the largest linear, or to compute with it.
 
     These do not happen at the same time, so the larger one counts. Quantizing weights that are
     copied to a GPU needs four copies, one of them in transit; weights generated there need two.
     The codes come on top. Computing needs the dequantized weight, and its cast for the product.
     """
-    weights = 2 if config.model.source == "synthetic" else 4
+    weights = 2 if workload.is_synthetic else 4
     quantizing = (weights * dtype.itemsize + 2) * sizes.largest // shards
     return max(quantizing, 2 * dtype.itemsize * sizes.largest)
 
 
-def _disk(
-    config: RunConfig, sizes: _Sizes, dtype: torch.dtype, has_quantized: bool, has_checkpoints: bool
-) -> dict[str, int]:
+def _disk(workload: Workload, sizes: _Sizes, dtype: torch.dtype) -> dict[str, int]:
     """Return the bytes that the run's directory will grow by.
 
-    A checkpoint contains the adapter and its two moments. A new checkpoint is written before an
-    old one is deleted.
+    A checkpoint contains the adapter and its two moments.
     """
-    saves = config.task in ("finetune", "quantize") and config.quant.save and not has_quantized
-    adapter = _adapter_itemsize(config) * sizes.adapter if config.task == "finetune" else 0
-    checkpoints = 1 if has_checkpoints else config.ckpt.keep_last + config.ckpt.keep_best + 1
+    adapter = workload.adapter_itemsize * sizes.adapter if workload.trains else 0
     return {
-        "quantized/": sizes.packed + sizes.dense if saves else 0,
+        "quantized/": sizes.packed + sizes.dense if workload.saves_quantized else 0,
         "adapter/": adapter,
-        "checkpoints/": checkpoints * 3 * adapter,
-        "export": sizes.source * dtype.itemsize if config.task == "export" else 0,
+        "checkpoints/": workload.new_checkpoints * 3 * adapter,
+        "export": sizes.source * dtype.itemsize if workload.task == "export" else 0,
     }

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import yaml
 
+from hqqtrain.common.env import get_slurm_job_id
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.filelock import check_shared_lock, lock_token, take_lock
 from hqqtrain.common.files import atomic_write, atomic_write_json, without_nonfinite
@@ -168,7 +169,7 @@ class RunDirectory:
             exit_code=exit_code,
             cause=mask_secrets(cause),
             pid=os.getpid(),
-            slurm_job=os.environ.get("SLURM_JOB_ID"),
+            slurm_job=get_slurm_job_id(),
             time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
         atomic_write_json(self.layout.status_json, facts.to_json())

@@ -3,7 +3,7 @@
 import pytest
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.run import RunConfig
+from hqqtrain.config.groups import ParallelConfig, TrainConfig
 from hqqtrain.distributed.accelerate_env import reconcile_accelerate_config
 
 PLAIN = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
@@ -17,16 +17,14 @@ ZERO3 = PLAIN | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_
 def settled(
     environ: dict[str, str], strategy: str = "auto", precision: str = "auto", offloads: bool = False
 ) -> tuple[str, str]:
-    return reconcile_accelerate_config(dict(environ), configured(strategy, precision, offloads))
+    return reconcile_accelerate_config(dict(environ), *configured(strategy, precision, offloads))
 
 
 def configured(
     strategy: str = "auto", precision: str = "auto", offloads: bool = False
-) -> RunConfig:
-    config = RunConfig()
-    config.parallel.strategy, config.train.precision = strategy, precision
-    config.parallel.offload = "parameters" if offloads else "none"
-    return config
+) -> tuple[ParallelConfig, TrainConfig]:
+    offload = "parameters" if offloads else "none"
+    return ParallelConfig(strategy=strategy, offload=offload), TrainConfig(precision=precision)
 
 
 @pytest.mark.parametrize("environ", [{}, PLAIN])
@@ -42,7 +40,7 @@ def test_defaults_of_accelerate_change_nothing(environ, precision):
 def test_accelerate_does_not_wrap_the_model_again(environ, strategy, named):
     taken = dict(environ)
     asked = strategy if named else "auto"
-    found, _ = reconcile_accelerate_config(taken, configured(asked))
+    found, _ = reconcile_accelerate_config(taken, *configured(asked))
     assert found == strategy
     assert taken["ACCELERATE_USE_FSDP"] == "false", "otherwise Accelerator wraps the model again"
     assert taken["ACCELERATE_USE_DEEPSPEED"] == "false"

@@ -11,12 +11,14 @@ from ranks import on_ranks
 from hqqtrain.common.errors import UserError
 from hqqtrain.distributed import bit_exactness
 from hqqtrain.distributed.bit_exactness import check_bit_exactness
-from hqqtrain.distributed.comm import Communicator
+from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
+from hqqtrain.distributed.strategies.fsdp2 import FSDP2
+from hqqtrain.distributed.strategies.registry import STRATEGIES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STORAGES = [torch.bfloat16, torch.float16, torch.float32, torch.uint8]
 NO_BYTES = ["fsdp1"] + ["fsdp2"] * (Version(torch.__version__) < Version("2.12"))
-ZERO3 = ["zero3"] * (importlib.util.find_spec("deepspeed") is not None)
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -28,10 +30,10 @@ def test_patterns_are_complete(storage):
 
 
 def every_storage(rank: int, comm: Communicator) -> None:
-    for strategy in ("single", "ddp", "fsdp2", "fsdp1", *ZERO3):
-        for storage in STORAGES:
-            if storage != torch.uint8 or strategy not in NO_BYTES:
-                check_bit_exactness(storage, strategy, comm)
+    for name, strategy in STRATEGIES.items():
+        for storage in STORAGES if name != "zero3" or HAS_DEEPSPEED else ():
+            if storage != torch.uint8 or name not in NO_BYTES:
+                check_bit_exactness(strategy(comm, storage))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -40,16 +42,14 @@ def test_every_strategy_preserves_bits(size):
 
 
 def one_rank_rewrites(rank: int, comm: Communicator) -> None:
-    gathered = bit_exactness._sharded_and_gathered
+    class Rewriting(FSDP2):
+        def roundtrip(self, weight: torch.Tensor) -> torch.Tensor:
+            found = super().roundtrip(weight).clone()
+            if rank == 1:
+                found.view(torch.int16)[found.isnan().view_as(found)] ^= 64  # the quiet bit
+            return found
 
-    def rewriting(wanted: torch.Tensor, *arguments: object) -> torch.Tensor:
-        found = gathered(wanted, *arguments).clone()
-        if rank == 1:
-            found.view(torch.int16)[found.isnan().view_as(found)] ^= 64  # the quiet bit
-        return found
-
-    bit_exactness._sharded_and_gathered = rewriting
-    check_bit_exactness(torch.bfloat16, "fsdp2", comm)
+    check_bit_exactness(Rewriting(comm, torch.bfloat16))
 
 
 def test_a_rewritten_pattern_stops_all_ranks():
@@ -71,8 +71,6 @@ def test_nccl_preserves_bits():
 
 
 def test_message_counts_changed_words(monkeypatch):
-    monkeypatch.setattr(
-        bit_exactness, "_sharded_and_gathered", lambda wanted, *_: torch.zeros_like(wanted)
-    )
+    monkeypatch.setattr(FSDP2, "roundtrip", lambda self, weight: torch.zeros_like(weight))
     with pytest.raises(UserError, match="changes 131070 of"):
-        check_bit_exactness(torch.bfloat16, "fsdp2", Communicator(0, 1, torch.device("cpu")))
+        check_bit_exactness(FSDP2(SINGLE_PROCESS, torch.bfloat16))

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from hqqtrain.config.groups import QuantConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
-from hqqtrain.distributed.strategies.fsdp2 import apply_fsdp2
+from hqqtrain.distributed.strategies.fsdp2 import FSDP2
 from hqqtrain.distributed.strategies.row_sharding import shard_rows
 from hqqtrain.formats.fingerprint import Fingerprint
 from hqqtrain.formats.packed import QuantizedSettings
@@ -44,9 +44,9 @@ def quantized(case: tuple, comm: Communicator, strategy: str) -> tuple[str, int,
     model = make_model(*case)
     reader = SyntheticReader(expected_shapes(model, packed=False), torch.bfloat16, CPU)
     if strategy == "spread":
-        shard_rows(model, CPU, comm.size)
+        shard_rows(model, comm)
     elif strategy != "ddp" and comm.size > 1:
-        apply_fsdp2(model, CPU, comm.size, replicas=2 if strategy == "hybrid" else 1)
+        FSDP2(comm, replicas=2 if strategy == "hybrid" else 1).shard(model)
     found = Fingerprint()
     load_model(model, reader, comm, on_packed_rows=found.update)
     total = Fingerprint()

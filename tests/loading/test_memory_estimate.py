@@ -7,14 +7,17 @@ from peft import get_peft_model
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import AdapterConfig, EvalConfig, QuantConfig
 from hqqtrain.config.run import RunConfig
-from hqqtrain.distributed.strategies import zero3
-from hqqtrain.loading import memory_available
-from hqqtrain.loading.memory_available import AvailableMemory, available_memory
-from hqqtrain.loading.memory_check import check_fits, oom_advice
-from hqqtrain.loading.memory_estimate import ZERO3_BUCKET, ZERO3_LIVE, estimate_memory
+from hqqtrain.distributed.comm import SINGLE_PROCESS
+from hqqtrain.distributed.strategies.fsdp2 import FSDP2
+from hqqtrain.distributed.strategies.registry import STRATEGIES
+from hqqtrain.distributed.strategies.single import SingleProcess
+from hqqtrain.loading import memory_check
+from hqqtrain.loading.memory_check import AvailableMemory, available_memory, check_fits, oom_advice
+from hqqtrain.loading.memory_estimate import MemoryEstimate, estimate_memory
 from hqqtrain.models.build import build_meta, shipped_config
 from hqqtrain.nn.lora import lora_config
 from hqqtrain.nn.replace import quantize_model
+from hqqtrain.tasks.resources import workload_of
 
 GIB = 2**30
 PLENTY = AvailableMemory(host=1 << 50, disk=1 << 50)
@@ -30,10 +33,20 @@ def _config(**more):
     return RunConfig(quant=QuantConfig(nbits=2, group_size=64), adapter=AdapterConfig(r=16), **more)
 
 
+def _estimate(
+    config: RunConfig, model: torch.nn.Module, dtype: torch.dtype, world_size: int = 1,
+    strategy: str = "single", **settings: bool,
+) -> MemoryEstimate:  # fmt: skip
+    workload = workload_of(config, **settings)
+    return estimate_memory(
+        workload, model, STRATEGIES[strategy](SINGLE_PROCESS), dtype=dtype, world_size=world_size
+    )
+
+
 def test_weights_are_counted_to_the_byte():
     config = _config()
     model = _meta("tiny", config)
-    parts = estimate_memory(config, model, dtype=torch.bfloat16).device
+    parts = _estimate(config, model, dtype=torch.bfloat16).device
     packed, dense, lora = 0, 0, 0
     for name, param in model.named_parameters():
         if "lora_" in name:
@@ -50,9 +63,7 @@ def test_weights_are_counted_to_the_byte():
 
 def test_memory_of_an_8b_model_at_two_bits():
     config = _config(eval=EvalConfig(reference="off"))
-    needs = estimate_memory(
-        config, _meta("meta-llama/Meta-Llama-3-8B", config), dtype=torch.bfloat16
-    )
+    needs = _estimate(config, _meta("meta-llama/Meta-Llama-3-8B", config), dtype=torch.bfloat16)
     # 6.98e9 weights of linears at 2.5 bits; embedding and head of 128256 x 4096 in bf16.
     assert needs.device["packed weights"] == pytest.approx(6.98e9 * 2.5 / 8, rel=0.01)
     assert needs.device["dense weights"] == pytest.approx(2 * 128256 * 4096 * 2, rel=0.01)
@@ -64,11 +75,9 @@ def test_memory_of_an_8b_model_at_two_bits():
 def test_sharding_divides_parameters_only():
     config = _config()
     model = _meta("tiny", config)
-    one = estimate_memory(config, model, dtype=torch.float32).device
-    four = estimate_memory(
-        config, model, dtype=torch.float32, world_size=4, strategy="fsdp2"
-    ).device
-    ddp = estimate_memory(config, model, dtype=torch.float32, world_size=4, strategy="ddp").device
+    one = _estimate(config, model, dtype=torch.float32).device
+    four = _estimate(config, model, dtype=torch.float32, world_size=4, strategy="fsdp2").device
+    ddp = _estimate(config, model, dtype=torch.float32, world_size=4, strategy="ddp").device
     assert ddp == one
     for part in ("packed weights", "dense weights", "adapter and optimizer", "reference model"):
         assert four[part] == one[part] // 4
@@ -80,7 +89,7 @@ def test_settings_that_save_memory_lower_the_estimate():
     model = _meta("tiny", config)
 
     def parts():
-        return estimate_memory(config, model, dtype=torch.bfloat16).device
+        return _estimate(config, model, dtype=torch.bfloat16).device
 
     before = parts()
     config.train.activation_checkpointing = False
@@ -100,7 +109,7 @@ def test_settings_that_save_memory_lower_the_estimate():
     )  # 2 + 2 + 2 bytes instead of 4 + 4 + 2
     whole = parts()["activations"]
     config.parallel.offload = "activations"
-    offloaded = estimate_memory(config, model, dtype=torch.bfloat16, on_gpu=True).device[
+    offloaded = _estimate(config, model, dtype=torch.bfloat16, offloads_activations=True).device[
         "activations"
     ]
     assert whole - offloaded == 5 * config.train.max_seq_len * 256 * 2
@@ -130,18 +139,18 @@ def test_activations_match_what_autograd_saves(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         logits = model(torch.arange(128)[None], use_cache=False).logits
     assert logits.requires_grad
-    parts = estimate_memory(config, model, dtype=torch.float32).device
+    parts = _estimate(config, model, dtype=torch.float32).device
     assert 0.8 < parts["activations"] / sum(saved.values()) < 1.3
 
 
 def test_a_run_that_cannot_fit_is_refused_with_keys():
     config = _config()
-    needs = estimate_memory(
-        config, _meta("meta-llama/Meta-Llama-3-70B", config), dtype=torch.bfloat16
-    )
-    assert check_fits(needs, PLENTY, config) == []
+    needs = _estimate(config, _meta("meta-llama/Meta-Llama-3-70B", config), dtype=torch.bfloat16)
+    assert check_fits(needs, PLENTY, workload_of(config)) == []
     with pytest.raises(UserError, match=r"weights and optimizer need .* GiB.*eval\.reference=off"):
-        check_fits(needs, AvailableMemory(host=1 << 50, disk=1 << 50, device=80 * GIB), config)
+        check_fits(
+            needs, AvailableMemory(host=1 << 50, disk=1 << 50, device=80 * GIB), workload_of(config)
+        )
 
 
 def test_what_each_strategy_shards():
@@ -149,7 +158,7 @@ def test_what_each_strategy_shards():
     model = _meta("tiny", config)
 
     def device_bytes(strategy: str) -> dict[str, int]:
-        found = estimate_memory(config, model, dtype=torch.float32, world_size=4, strategy=strategy)
+        found = _estimate(config, model, dtype=torch.float32, world_size=4, strategy=strategy)
         return found.device
 
     whole = device_bytes("ddp")
@@ -159,60 +168,67 @@ def test_what_each_strategy_shards():
     assert trained["fsdp1"] == whole["adapter and optimizer"] == trained["zero3"] * 4
 
 
-def test_zero3_limits_equal_those_passed_to_deepspeed():
-    assert (ZERO3_LIVE, ZERO3_BUCKET) == (zero3.MAX_LIVE_NUMEL, zero3.REDUCE_BUCKET_NUMEL)
-
-
 def test_offloaded_parameters_count_as_host_memory():
     config = _config()
     model = _meta("tiny", config)
-    before = estimate_memory(config, model, dtype=torch.float32, on_gpu=True)
     config.parallel.offload = "parameters"
-    after = estimate_memory(config, model, dtype=torch.float32, on_gpu=True)
+    before, after = (
+        estimate_memory(
+            workload_of(config),
+            model,
+            FSDP2(SINGLE_PROCESS, offloads_parameters=offloads),
+            dtype=torch.float32,
+        )
+        for offloads in (False, True)
+    )
     moved = ("packed weights", "dense weights", "adapter and optimizer", "reference model")
     assert before.host == 0
     assert after.host == sum(before.device[part] for part in moved)
     assert [after.device[part] for part in moved] == [0, 0, 0, 0]
     free = AvailableMemory(host=after.host * 7, disk=1 << 50, device=1 << 50)
     with pytest.raises(UserError, match=r"parallel\.offload=parameters: 8 ranks would keep"):
-        check_fits(after, free, config, local_ranks=8)
+        check_fits(after, free, workload_of(config), local_ranks=8)
 
 
 def test_a_run_that_may_not_fit_gives_a_warning():
     config = _config()
-    needs = estimate_memory(config, _meta("tiny", config), dtype=torch.float32)
+    needs = _estimate(config, _meta("tiny", config), dtype=torch.float32)
     room = sum(needs.device.values())
-    [warning] = check_fits(needs, AvailableMemory(host=room, disk=1 << 50), config)
+    [warning] = check_fits(needs, AvailableMemory(host=room, disk=1 << 50), workload_of(config))
     assert "may not be enough" in warning
     assert "train." in warning
 
 
 def test_ranks_share_the_memory_of_a_machine():
     config = _config()
-    needs = estimate_memory(config, _meta("tiny", config), dtype=torch.float32)
+    needs = _estimate(config, _meta("tiny", config), dtype=torch.float32)
     free = AvailableMemory(host=4 * sum(needs.device.values()), disk=1 << 50)
-    assert check_fits(needs, free, config) == []
-    assert check_fits(needs, free, config, local_ranks=4) != []
+    assert check_fits(needs, free, workload_of(config)) == []
+    assert check_fits(needs, free, workload_of(config), local_ranks=4) != []
 
 
 def test_a_full_disk():
     config = _config()
-    needs = estimate_memory(config, _meta("tiny", config), dtype=torch.float32)
+    needs = _estimate(config, _meta("tiny", config), dtype=torch.float32)
     with pytest.raises(UserError, match=r"run\.root=runs: .*GiB of disk.*quant\.save=false"):
-        check_fits(needs, AvailableMemory(host=1 << 50, disk=1000), config)
-    [warning] = check_fits(needs, AvailableMemory(1 << 50, sum(needs.disk.values())), config)
+        check_fits(needs, AvailableMemory(host=1 << 50, disk=1000), workload_of(config))
+    [warning] = check_fits(
+        needs, AvailableMemory(1 << 50, sum(needs.disk.values())), workload_of(config)
+    )
     assert "disk" in warning
 
 
 def test_out_of_memory_advice_names_what_can_still_be_lowered():
     config = _config()
     config.train.micro_batch_size = 4
-    text = oom_advice(config)
+    text = oom_advice(workload_of(config), SingleProcess(SINGLE_PROCESS))
     assert "train.micro_batch_size (now 4)" in text
     assert "eval.reference=off" in text
     assert "train.activation_checkpointing" not in text
     config.train.activation_checkpointing = False
-    assert "train.activation_checkpointing=true" in oom_advice(config)
+    assert "train.activation_checkpointing=true" in oom_advice(
+        workload_of(config), SingleProcess(SINGLE_PROCESS)
+    )
 
 
 def test_this_machine_has_memory_and_disk(tmp_path):
@@ -223,21 +239,21 @@ def test_this_machine_has_memory_and_disk(tmp_path):
 
 
 def test_the_limit_of_a_cgroup_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory_available, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory_check, "_CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("12345\n")
-    assert memory_available.free_host_memory() == 12345
+    assert memory_check.free_host_memory() == 12345
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory_available.free_host_memory() > 12345
+    assert memory_check.free_host_memory() > 12345
 
 
 def test_existing_results_need_no_disk():
     config = _config()
     model = _meta("tiny", config)
-    parts = estimate_memory(config, model, dtype=torch.bfloat16).disk
+    parts = _estimate(config, model, dtype=torch.bfloat16).disk
     adapter = parts["adapter/"]
     assert parts["quantized/"] > 0
     assert parts["checkpoints/"] == 3 * 3 * adapter  # two kept checkpoints and the next one
-    resumed = estimate_memory(
+    resumed = _estimate(
         config, model, dtype=torch.bfloat16, has_quantized=True, has_checkpoints=True
     ).disk
     assert resumed == {

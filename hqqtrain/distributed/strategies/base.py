@@ -1,16 +1,18 @@
-"""Choice of the parallel strategy and of the dtype of packed weights, and sharding with FSDP2."""
+"""The interface of a parallel strategy.
 
-import importlib.util
-import logging
-from collections.abc import Sequence
+A strategy is one file of this package, which the registry names. The rest of the program asks the
+object and never compares its name.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from packaging.version import Version
+from torch import Tensor, nn
 
-from hqqtrain.common.errors import UserError
-
-logger = logging.getLogger(__name__)
+from hqqtrain.distributed.comm import Communicator
+from hqqtrain.distributed.strategies.supports import Supports
 
 STORAGE_DTYPES = {
     "uint8": torch.uint8,
@@ -20,8 +22,97 @@ STORAGE_DTYPES = {
 }
 """Dtypes of `quant.storage_dtype`."""
 
-FLAT_STRATEGIES = ("fsdp1", "zero3")
-"""Strategies that shard flat memory, regardless of rows; see `spread.py`."""
+
+@dataclass(eq=False)
+class Strategy:
+    """Shards a model over the ranks, or replicates it, and knows what that takes.
+
+    The methods of this class are those of a strategy that leaves the model whole and unwrapped.
+
+    Attributes:
+        name: The value of `parallel.strategy`.
+        supports: What the strategy may be combined with.
+        engine: The implementation of the training step that the strategy needs.
+        wraps_ddp: The engine averages the gradients with PyTorch's DDP.
+        shards_parameters: Each rank has only a part of the frozen parameters.
+        shards_adapters: Each rank has only a part of the trained parameters.
+        frees_parameters: Parameters are empty between their uses, so their shapes change.
+        may_call_head_alone: The output head may be called by itself, a different number of times
+            on each rank, as the chunked loss does.
+        comm: All ranks of the run.
+        storage_dtype: Dtype that W_q is viewed as, from `resolve_storage_dtype`.
+        replicas: Number of replicas of the sharded model, see `parallel.hsdp`.
+        offloads_parameters: Keep the parameters in host memory; on a CPU they are there anyway.
+    """
+
+    name: ClassVar[str]
+    supports: ClassVar[Supports] = Supports()
+    engine: ClassVar[Literal["torch", "deepspeed"]] = "torch"
+    wraps_ddp: ClassVar[bool] = False
+    shards_parameters: ClassVar[bool] = False
+    shards_adapters: ClassVar[bool] = False
+    frees_parameters: ClassVar[bool] = False
+    may_call_head_alone: ClassVar[bool] = True
+
+    comm: Communicator
+    storage_dtype: torch.dtype = torch.uint8
+    replicas: int = 1
+    offloads_parameters: bool = False
+
+    @classmethod
+    def resolve_storage_dtype(cls, wanted: str, compute: torch.dtype) -> torch.dtype:
+        """Resolve `quant.storage_dtype`, the dtype that W_q is viewed as; `auto` is uint8.
+
+        Args:
+            wanted: A value of `quant.storage_dtype` that the strategy supports.
+            compute: Dtype of the parameters that stay in full precision.
+        """
+        return torch.uint8 if wanted == "auto" else STORAGE_DTYPES[wanted]
+
+    def check_model(self, model: nn.Module) -> None:
+        """Check that the strategy can run `model`, quantized and on any device.
+
+        Raises:
+            UserError: It cannot; the message names the parameter and what to change.
+        """
+
+    def shard(self, model: nn.Module) -> None:
+        """Shard `model` for loading, in place, while its parameters are on meta. Collective."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Wrap a loaded model so that it can be called. Collective.
+
+        The flat strategies take ownership of the parameters: afterwards only those of the adapters
+        can be gathered. The other strategies return `model` itself.
+        """
+        return model
+
+    def roundtrip(self, weight: Tensor) -> Tensor:
+        """Return a frozen parameter after all that the strategy does to its bits. Collective."""
+        return weight
+
+    def parameter_shards(self, world_size: int) -> int:
+        """Return into how many parts the frozen parameters are split on `world_size` ranks."""
+        return world_size // self.replicas if self.shards_parameters else 1
+
+    def adapter_shards(self, world_size: int) -> int:
+        """Return into how many parts adapters, their gradients and optimizer state are split."""
+        return world_size // self.replicas if self.shards_adapters else 1
+
+    def gathered_bytes(self, world_size: int, *, root: int, packed: int, itemsize: int) -> int:
+        """Return the bytes of gathered parameters on the device, in addition to the rank's shard.
+
+        The parameters outside of decoder layers, such as embeddings, stay gathered from the first
+        step on.
+
+        Args:
+            world_size: Number of ranks.
+            root: Bytes of the parameters outside of decoder layers.
+            packed: Bytes of the packed weights.
+            itemsize: Bytes of an element of the unquantized weights.
+        """
+        shards = self.parameter_shards(world_size)
+        return root * (shards - 1) // shards
 
 
 def storage_dtype_name(dtype: torch.dtype) -> str:
@@ -30,93 +121,14 @@ def storage_dtype_name(dtype: torch.dtype) -> str:
     return name
 
 
-def resolve_strategy(wanted: str, world_size: int) -> str:
-    """Resolve `parallel.strategy`: `auto` is `single` for one process and `fsdp2` for several.
-
-    Returns:
-        `single`, `ddp`, `fsdp2`, `fsdp1` or `zero3`.
-
-    Raises:
-        UserError: `single` with several processes, or `zero3` without DeepSpeed.
-    """
-    if wanted == "single" and world_size > 1:
-        raise UserError(
-            f"parallel.strategy=single: {world_size} processes were started; use ddp, fsdp2 "
-            "or auto."
-        )
-    if wanted == "zero3" and importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            "parallel.strategy=zero3: needs deepspeed, which is not installed: pip install "
-            "'hqqtrain[deepspeed]'. fsdp2 shards as much and needs no other package."
-        )
-    if wanted == "auto":
-        return "single" if world_size == 1 else "fsdp2"
-    return wanted
-
-
-def resolve_storage_dtype(wanted: str, strategy: str, compute: torch.dtype) -> torch.dtype:
-    """Resolve `quant.storage_dtype`, the dtype that W_q is viewed as.
-
-    `auto` is uint8, but bf16 under FSDP2 before torch 2.12: FSDP2 of torch 2.11 crashes on frozen
-    uint8 parameters, and the float view has the same bits. FSDP1 and ZeRO-3 view scale and zero as
-    this dtype, too. Their `auto` is `compute`, because FSDP1 flattens a layer to one tensor.
-
-    Args:
-        wanted: `quant.storage_dtype`.
-        strategy: A value of `parallel.strategy`, with `auto` already resolved.
-        compute: Dtype of the parameters that stay in full precision.
-
-    Raises:
-        UserError: `uint8` under FSDP1, or under an FSDP2 that cannot shard it.
-    """
-    if strategy == "fsdp1" and wanted == "uint8":
-        raise UserError(
-            "quant.storage_dtype=uint8: parallel.strategy=fsdp1 flattens a decoder layer to one "
-            f"tensor of {compute}; use auto (the same bits, viewed), or fsdp2."
-        )
-    if strategy in FLAT_STRATEGIES:
-        return compute if wanted == "auto" else STORAGE_DTYPES[wanted]
-    old = strategy == "fsdp2" and Version(torch.__version__) < Version("2.12")
-    if wanted == "auto":
-        return torch.bfloat16 if old else torch.uint8
-    if wanted == "uint8" and old:
-        raise UserError(
-            f"quant.storage_dtype=uint8: FSDP2 of torch {torch.__version__} cannot shard uint8 "
-            "parameters; use bf16 (the same bits, viewed), or torch 2.12 and newer."
-        )
-    return STORAGE_DTYPES[wanted]
-
-
 def ensure_process_group(world_size: int) -> None:
     """Create a process group for a single process without a launcher, which FSDP2 needs, too."""
     if world_size == 1 and not dist.is_initialized():
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
 
 
-def resolve_replicas(hybrid: bool, strategy: str, local_sizes: Sequence[int]) -> int:
-    """Return the number of replicas of the sharded model: 1, or with `hybrid` one per node.
-
-    Args:
-        hybrid: `parallel.hsdp`.
-        strategy: A value of `parallel.strategy`, with `auto` already resolved.
-        local_sizes: For every rank, the number of ranks on its node; 0 if the launcher did not set
-            it.
-
-    Raises:
-        UserError: `hybrid` without fsdp2, or nodes of different or unknown sizes.
-    """
-    world_size, local_size = len(local_sizes), local_sizes[0]
-    if not hybrid:
-        return 1
-    if strategy != "fsdp2":
-        raise UserError(f"parallel.hsdp=true: needs parallel.strategy=fsdp2, not {strategy}.")
-    if set(local_sizes) != {local_size} or not local_size or world_size % local_size:
-        sizes = ", ".join(map(str, sorted(set(local_sizes))))
-        raise UserError(
-            f"parallel.hsdp=true: {world_size} ranks are not whole nodes of {sizes or 0}: start "
-            "the same number on every node, with LOCAL_WORLD_SIZE set as torchrun does, or set "
-            "parallel.hsdp=false."
-        )
-    if world_size == local_size:
-        logger.warning("parallel.hsdp=true: all ranks are on one node, so nothing is replicated")
-    return world_size // local_size
+def probe_layer(weight: Tensor) -> nn.Module:
+    """Return a layer with `weight` as its frozen parameter `W_q`, beside trained parameters."""
+    module = nn.Linear(1, 1, device=weight.device)
+    module.register_parameter("W_q", nn.Parameter(weight.clone(), requires_grad=False))
+    return module

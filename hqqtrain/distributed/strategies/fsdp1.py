@@ -9,45 +9,101 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from hqqtrain.distributed.strategies.row_sharding import unshard, view_packed_as
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.conflicts import Conflict
+from hqqtrain.distributed.strategies.base import (
+    ensure_process_group,
+    probe_layer,
+    storage_dtype_name,
+)
+from hqqtrain.distributed.strategies.row_sharding import FlatStrategy, unshard, view_packed_as
+from hqqtrain.distributed.strategies.supports import Supports
 from hqqtrain.models.families.structure import decoder_layers
+from hqqtrain.models.fqn import base_model
+from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS
 
 
-def apply_fsdp1(model: nn.Module, storage: torch.dtype, device: torch.device) -> nn.Module:
-    """Wrap every decoder layer of `model`, and `model` itself, in FSDP1. Collective.
+class FSDP1(FlatStrategy):
+    """Shards the frozen parameters of decoder layers and replicates all others."""
 
-    Packed weights become views of `storage`. Only one layer at a time is whole on a rank.
-
-    Args:
-        model: Sharded by rows (`spread`) and loaded.
-        storage: One dtype for all frozen parameters of a layer, which FSDP1 flattens.
-        device: Device of this rank.
-
-    Returns:
-        The wrapped model.
-    """
-    layers = decoder_layers(model)
-    for number, layer in enumerate(layers):
-        unshard(layer)
-        view_packed_as(layer, storage)
-        layers[number] = _wrap(layer, [p for p in layer.parameters() if p.requires_grad], device)
-    unshard(model)
-    # The root wrapper owns no parameters; FSDP1 needs a root to prefetch layers.
-    sharded = {p for p in layers.parameters() if not p.requires_grad}
-    return _wrap(model, [p for p in model.parameters() if p not in sharded], device)
-
-
-def roundtrip_fsdp1(module: nn.Module, leaf: str, device: torch.device) -> Tensor:
-    """Return a copy of parameter `leaf` of `module` after sharding and gathering. Collective."""
-    wrapped = _wrap(module, [p for p in module.parameters() if p.requires_grad], device)
-    with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
-        return module.get_parameter(leaf).detach().clone()
-
-
-def _wrap(module: nn.Module, ignored: list[nn.Parameter], device: torch.device) -> nn.Module:
-    # accelerate's CPU device has an index (cpu:0), which FSDP1 treats as a different device.
-    device = torch.device("cpu") if device.type == "cpu" else device
-    # With use_orig_params, parameters keep their names and start at multiples of 16 bytes.
-    return FullyShardedDataParallel(
-        module, ignored_states=ignored, use_orig_params=True, device_id=device
+    name = "fsdp1"
+    supports = Supports(
+        conflicts=(
+            Conflict(
+                {"quant.storage_dtype": ("uint8",)},
+                "parallel.strategy=fsdp1 flattens a decoder layer to one tensor of the compute "
+                "dtype; use auto (the same bits, viewed), or fsdp2.",
+            ),
+        )
     )
+    wraps_ddp = True
+
+    def check_model(self, model: nn.Module) -> None:
+        """Check that the frozen parameters of a decoder layer have, or can be viewed as, one dtype.
+
+        Raises:
+            UserError: They cannot; the message names the parameter and the keys to change.
+        """
+        super().check_model(model)
+        in_layers = set(decoder_layers(model).parameters())
+        for name, param in model.named_parameters():
+            is_packed = name.rpartition(".")[2] in PACKED_PARAMETERS
+            if param not in in_layers or is_packed or param.requires_grad:
+                continue
+            if param.dtype != self.storage_dtype:
+                raise UserError(
+                    f"quant.storage_dtype={storage_dtype_name(self.storage_dtype)}: {name} is "
+                    f"{param.dtype}, and parallel.strategy=fsdp1 flattens a decoder layer to one "
+                    f"tensor; use quant.storage_dtype={storage_dtype_name(param.dtype)}, or fsdp2."
+                )
+
+    def _smaller_storage(self) -> str:
+        return ""  # the storage dtype is the compute dtype
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Wrap every decoder layer of `model`, and its base model, in FSDP1. Collective.
+
+        Packed weights become views of `storage_dtype`. Only one layer at a time is whole on a rank.
+
+        Args:
+            model: Sharded by rows and loaded; changed in place if adapters surround a base model.
+        """
+        base = base_model(model)
+        name = next(name for name, module in model.named_modules() if module is base)
+        wrapped = self._wrap_layers(base)
+        if not name:
+            return wrapped
+        model.set_submodule(name, wrapped)
+        return model
+
+    def _wrap_layers(self, base: nn.Module) -> nn.Module:
+        layers = decoder_layers(base)
+        for number, layer in enumerate(layers):
+            unshard(layer)
+            view_packed_as(layer, self.storage_dtype)
+            layers[number] = self._wrap_module(layer, _trained(layer))
+        unshard(base)
+        # The root wrapper owns no parameters; FSDP1 needs a root to prefetch layers.
+        sharded = {p for p in layers.parameters() if not p.requires_grad}
+        return self._wrap_module(base, [p for p in base.parameters() if p not in sharded])
+
+    def _wrap_module(self, module: nn.Module, ignored: list[nn.Parameter]) -> nn.Module:
+        # accelerate's CPU device has an index (cpu:0), which FSDP1 treats as a different device.
+        device = self.comm.device
+        device = torch.device("cpu") if device.type == "cpu" else device
+        # With use_orig_params, parameters keep their names and start at multiples of 16 bytes.
+        return FullyShardedDataParallel(
+            module, ignored_states=ignored, use_orig_params=True, device_id=device
+        )
+
+    def roundtrip(self, weight: Tensor) -> Tensor:
+        """Return `weight` after FSDP1 has flattened, sharded and gathered it. Collective."""
+        ensure_process_group(self.comm.size)
+        module = probe_layer(weight)
+        wrapped = self._wrap_module(module, _trained(module))
+        with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+            return module.get_parameter("W_q").detach().clone()
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]

@@ -13,59 +13,66 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.distributed.strategies.base import ensure_process_group, storage_dtype_name
-from hqqtrain.models.families.structure import decoder_layers
-from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS, HQQLinear
+from hqqtrain.distributed.comm import Communicator
+from hqqtrain.distributed.strategies.base import STORAGE_DTYPES, Strategy, ensure_process_group
+from hqqtrain.nn.hqq_linear import HQQLinear
 
 
-def shard_rows(model: nn.Module, device: torch.device, world_size: int) -> None:
+class FlatStrategy(Strategy):
+    """Base of FSDP1 and ZeRO-3.
+
+    Both view W_q, scale and zero as `storage_dtype`.
+    """
+
+    shards_parameters = True
+
+    @classmethod
+    def resolve_storage_dtype(cls, wanted: str, compute: torch.dtype) -> torch.dtype:
+        """Resolve `quant.storage_dtype`; `auto` is `compute`.
+
+        FSDP1 flattens a layer to one tensor, so its packed weights have the dtype of the others.
+        """
+        return compute if wanted == "auto" else STORAGE_DTYPES[wanted]
+
+    def check_model(self, model: nn.Module) -> None:
+        """Check that the packed weights of `model` can be viewed as `storage_dtype`.
+
+        Raises:
+            UserError: One cannot; the message names it and the keys to change.
+        """
+        for name, module in model.named_modules():
+            if isinstance(module, HQQLinear):
+                self._check_views(name, module)
+
+    def _check_views(self, name: str, layer: HQQLinear) -> None:
+        row = layer.layout.groups * layer.spec.meta_dtype.itemsize
+        if row % self.storage_dtype.itemsize:
+            raise UserError(
+                f"parallel.strategy={self.name}: a row of {name} has {layer.layout.groups} "
+                f"scales of {layer.spec.meta_dtype}, {row} bytes, which cannot be viewed as "
+                f"{self.storage_dtype}; use {self._smaller_storage()}quant.meta_dtype=fp32, or "
+                "fsdp2."
+            )
+
+    def _smaller_storage(self) -> str:
+        """Return the advice to choose a smaller `quant.storage_dtype`, if that is possible."""
+        return "quant.storage_dtype=bf16, "
+
+    def shard(self, model: nn.Module) -> None:
+        """Shard `model` by rows, for loading only; `wrap` hands it over. Collective."""
+        shard_rows(model, self.comm)
+
+
+def shard_rows(model: nn.Module, comm: Communicator) -> None:
     """Shard dimension 0 of every meta parameter over all ranks; tied parameters stay tied."""
-    ensure_process_group(world_size)
-    mesh = init_device_mesh(device.type, (world_size,))
+    ensure_process_group(comm.size)
+    mesh = init_device_mesh(comm.device.type, (comm.size,))
     _replace(model, lambda p: distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None))
 
 
 def unshard(module: nn.Module) -> None:
     """Unshard every parameter of `module` in place, on every rank. Collective."""
     _replace(module, lambda p: p.full_tensor().detach() if isinstance(p, DTensor) else p)
-
-
-def check_flat_storage(model: nn.Module, storage: torch.dtype, strategy: str) -> None:
-    """Check that `strategy` (`fsdp1` or `zero3`) can flatten the parameters of `model`.
-
-    Args:
-        model: Quantized, on any device.
-        storage: Dtype to view W_q, scale and zero as.
-        strategy: FSDP1 also needs one dtype for all frozen parameters of a decoder layer.
-
-    Raises:
-        UserError: A packed weight cannot be viewed as `storage`, or the dtypes differ.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, HQQLinear):
-            _check_views(name, module, storage, strategy)
-    in_layers = set(decoder_layers(model).parameters())
-    for name, param in model.named_parameters() if strategy == "fsdp1" else ():
-        packed = name.rpartition(".")[2] in PACKED_PARAMETERS
-        if param in in_layers and not (packed or param.requires_grad or param.dtype == storage):
-            raise UserError(
-                f"quant.storage_dtype={storage_dtype_name(storage)}: {name} is {param.dtype}, and "
-                "parallel.strategy=fsdp1 flattens a decoder layer to one tensor; use "
-                f"quant.storage_dtype={storage_dtype_name(param.dtype)}, or fsdp2."
-            )
-
-
-def _check_views(name: str, layer: HQQLinear, storage: torch.dtype, strategy: str) -> None:
-    row = layer.layout.groups * layer.spec.meta_dtype.itemsize
-    if row % storage.itemsize:
-        bf16 = (
-            "" if strategy == "fsdp1" else "quant.storage_dtype=bf16, "
-        )  # fsdp1's is the compute dtype
-        raise UserError(
-            f"parallel.strategy={strategy}: a row of {name} has {layer.layout.groups} "
-            f"scales of {layer.spec.meta_dtype}, {row} bytes, which cannot be viewed as "
-            f"{storage}; use {bf16}quant.meta_dtype=fp32, or fsdp2."
-        )
 
 
 def view_packed_as(module: nn.Module, storage: torch.dtype) -> None:

@@ -14,57 +14,107 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hqqtrain.distributed.strategies.row_sharding import unshard, view_packed_as
+from hqqtrain.config.conflicts import Conflict
+from hqqtrain.distributed.strategies.base import ensure_process_group, probe_layer
+from hqqtrain.distributed.strategies.row_sharding import FlatStrategy, unshard, view_packed_as
+from hqqtrain.distributed.strategies.supports import BITSANDBYTES_OPTIMIZERS, Supports
 from hqqtrain.models.families.structure import decoder_layers
 
 MAX_LIVE_NUMEL, REDUCE_BUCKET_NUMEL = 1 << 28, 1 << 24
 """Elements of parameters that may be gathered at a time, and elements of gradients per reduction.
 
-`MAX_LIVE_NUMEL` is two decoder layers of a Llama-70B at 2 bits in bf16. DeepSpeed's defaults, 10^9 and
-5 * 10^8, take 2 GiB each.
+`MAX_LIVE_NUMEL` is two decoder layers of a Llama-70B at 2 bits in bf16. DeepSpeed's defaults, 10^9
+and 5 * 10^8, take 2 GiB each.
 """
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Keys of AdamW's state."""
 
-_engines: dict[nn.Module, Any] = {}
-"""DeepSpeed engine whose hooks are on each model. A run has at most two models, until it ends."""
+_INFERENCE_ENGINE = "_deepspeed_inference_engine"
+"""Attribute of a model with the DeepSpeed engine whose hooks it has until it gets an optimizer."""
 
 
-def apply_zero3(model: nn.Module, storage: torch.dtype, device: torch.device) -> None:
-    """Shard `model` with ZeRO-3 so that it can be called. Collective.
+class ZeRO3(FlatStrategy):
+    """Shards all parameters; DeepSpeed owns the gradients and the optimizer, too."""
 
-    Packed weights become views of `storage`. Only one decoder layer at a time is whole on a rank.
+    name = "zero3"
+    supports = Supports(
+        package="deepspeed",
+        conflicts=(
+            Conflict(
+                {"train.precision": ("fp16",)},
+                "parallel.strategy=zero3 does not support gradient scaling here; use bf16, or "
+                "fsdp2.",
+            ),
+            Conflict(
+                {"train.on_nonfinite": ("skip", "rollback")},
+                "DeepSpeed steps before it reveals the gradient norm; under "
+                "parallel.strategy=zero3 use stop, or fsdp2.",
+            ),
+            Conflict(
+                {"adapter.dtype": ("bf16",)},
+                "DeepSpeed keeps fp32 copies and moments of the trained parameters, so bf16 saves "
+                "no memory under parallel.strategy=zero3; use fp32, or fsdp2.",
+            ),
+            Conflict(
+                {"optim.name": BITSANDBYTES_OPTIMIZERS},
+                "DeepSpeed keeps fp32 copies of the trained parameters and flat states, which "
+                "cannot be saved by name; under parallel.strategy=zero3 use adamw.",
+            ),
+        ),
+    )
+    engine = "deepspeed"
+    shards_adapters = True
+    frees_parameters = True
+    may_call_head_alone = False
 
-    Args:
-        model: Sharded by rows (`spread`) and loaded; changed in place.
-        storage: Dtype to view W_q, scale and zero as.
-        device: Device of this rank.
-    """
-    # Layer by layer: gather from row shards, view as floats, shard flat and free the full layer.
-    for layer in decoder_layers(model):
-        unshard(layer)
-        view_packed_as(layer, storage)
-        zero3_partition_module(layer, device)
-    # Then what is outside the layers: embeddings, head, final norm.
-    unshard(model)
-    zero3_partition_module(model, device)
-    # An engine without an optimizer installs the hooks that gather parameters in a forward pass.
-    _engines[model] = _deepspeed(device).initialize(model=model, config=_config())[0]
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Shard `model` with ZeRO-3 so that it can be called. Collective.
 
+        Packed weights become views of `storage_dtype`. Only one decoder layer at a time is whole
+        on a rank.
 
-def zero3_partition_module(module: nn.Module, device: torch.device) -> None:
-    """Shard every parameter of `module` that is not sharded yet. Collective."""
-    _deepspeed(device).zero.Init(module=module, config_dict_or_path=_config())
+        Args:
+            model: Sharded by rows and loaded; changed in place.
+        """
+        device = self.comm.device
+        # Layer by layer: gather from row shards, view as floats, shard flat, free the full layer.
+        for layer in decoder_layers(model):
+            unshard(layer)
+            view_packed_as(layer, self.storage_dtype)
+            partition_parameters(layer, device)
+        # Then what is outside the layers: embeddings, head, final norm.
+        unshard(model)
+        partition_parameters(model, device)
+        # An engine without an optimizer installs the hooks that gather parameters in forward.
+        engine = _deepspeed(device).initialize(model=model, config=_config())[0]
+        vars(model)[_INFERENCE_ENGINE] = engine  # not as a submodule: the engine is one, too
+        return model
+
+    def roundtrip(self, weight: Tensor) -> Tensor:
+        """Return `weight` after ZeRO-3 has sharded and gathered it. Collective."""
+        ensure_process_group(self.comm.size)
+        module = probe_layer(weight)
+        partition_parameters(module, self.comm.device)
+        return gather_parameter(module.get_parameter("W_q"))
+
+    def gathered_bytes(self, world_size: int, *, root: int, packed: int, itemsize: int) -> int:
+        """Add the decoder layers that are gathered at a time, and a bucket of fp32 gradients."""
+        gathered = super().gathered_bytes(world_size, root=root, packed=packed, itemsize=itemsize)
+        return gathered + min(MAX_LIVE_NUMEL * itemsize, packed) + REDUCE_BUCKET_NUMEL * 4
 
 
 def build_deepspeed_engine(
-    model: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None, autocast: torch.dtype
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    max_grad_norm: float | None,
+    autocast: torch.dtype,
 ) -> Any:
-    """Build DeepSpeed's engine for training, which the caller calls instead of `model`. Collective.
+    """Build DeepSpeed's engine for training, to call instead of `model`. Collective.
 
     Args:
-        model: As `apply_zero3` leaves it.
+        model: As `ZeRO3.wrap` returns it.
         optimizer: Optimizer of the trained parameters.
         max_grad_norm: Norm to which DeepSpeed clips the gradient; None for no clipping.
         autocast: Dtype of matrix products; fp32 for no autocast.
@@ -75,18 +125,22 @@ def build_deepspeed_engine(
     import deepspeed
 
     # Remove the hooks of the engine without an optimizer, or parameters would be gathered twice.
-    _engines.pop(model).destroy()
+    vars(model).pop(_INFERENCE_ENGINE).destroy()
     config = _config() | {"gradient_clipping": max_grad_norm or 0.0}
     if autocast != torch.float32:
-        name = str(autocast).removeprefix("torch.")
-        # By default DeepSpeed casts the parameters of some modules before gathering them. An empty
-        # list makes it autocast matrix products only, which keeps packed bits unchanged.
-        modules: list[str] = []
+        # By default DeepSpeed casts the parameters of some modules before gathering them. An
+        # empty list makes it autocast matrix products only, which keeps packed bits unchanged.
         config["torch_autocast"] = {
-            "enabled": True, "dtype": name, "lower_precision_safe_modules": modules,
-        }  # fmt: skip
-    _engines[model] = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    return _engines[model]
+            "enabled": True,
+            "dtype": str(autocast).removeprefix("torch."),
+            "lower_precision_safe_modules": [],
+        }
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def partition_parameters(module: nn.Module, device: torch.device) -> None:
+    """Shard every parameter of `module` that is not sharded yet. Collective."""
+    _deepspeed(device).zero.Init(module=module, config_dict_or_path=_config())
 
 
 def is_partitioned(param: Tensor) -> bool:

@@ -13,9 +13,9 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import AdapterConfig, QuantConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.distributed.local import copy_from_full, full_tensor, local_tensor
-from hqqtrain.distributed.strategies.fsdp1 import apply_fsdp1
-from hqqtrain.distributed.strategies.row_sharding import check_flat_storage, shard_rows
-from hqqtrain.distributed.strategies.zero3 import apply_zero3
+from hqqtrain.distributed.strategies.fsdp1 import FSDP1
+from hqqtrain.distributed.strategies.registry import STRATEGIES
+from hqqtrain.distributed.strategies.zero3 import ZeRO3
 from hqqtrain.loading.load import load_model
 from hqqtrain.models.build import build_meta
 from hqqtrain.models.fqn import base_model, expected_shapes
@@ -23,7 +23,7 @@ from hqqtrain.models.weights.synthetic import SyntheticReader
 from hqqtrain.nn.lora import init_adapters, lora_config
 from hqqtrain.nn.replace import quantize_model
 
-ENGINES = ["fsdp1", *["zero3"] * (importlib.util.find_spec("deepspeed") is not None)]
+FLAT = ["fsdp1", *["zero3"] * (importlib.util.find_spec("deepspeed") is not None)]
 
 
 def make_model(group_size: int | None = 16, **quant: object) -> nn.Module:
@@ -50,17 +50,15 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(input_ids=torch.arange(50)[None], use_cache=False).logits
 
 
-def runs_alike(rank: int, comm: Communicator, engine: str, storage: torch.dtype) -> None:
+def runs_alike(rank: int, comm: Communicator, name: str, storage: torch.dtype) -> None:
+    strategy = STRATEGIES[name](comm, storage)
     alone = make_model()
     fill(alone, SINGLE_PROCESS)
     model = make_model()
-    shard_rows(model, CPU, comm.size)
+    strategy.shard(model)
     fill(model, comm)
     trained = {n: full_tensor(p) for n, p in model.named_parameters() if p.requires_grad}
-    if engine == "fsdp1":
-        model.set_submodule("base_model.model", apply_fsdp1(base_model(model), storage, CPU))
-    else:
-        apply_zero3(model, storage, CPU)
+    model = strategy.wrap(model)
     torch.testing.assert_close(logits(model), logits(alone))
     torch.testing.assert_close(logits(model), logits(alone))  # gather and free a second time
     whole = sum(p.nbytes for n, p in alone.named_parameters() if ".W_q" in n)
@@ -72,19 +70,19 @@ def runs_alike(rank: int, comm: Communicator, engine: str, storage: torch.dtype)
             assert torch.equal(full_tensor(param), expected), name
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", FLAT)
 @pytest.mark.parametrize("size", [2, 3])
-def test_sharded_model_equals_the_unsharded_one(engine: str, size: int):
-    assert on_ranks(runs_alike, size, engine, torch.float32) == [""] * size
+def test_sharded_model_equals_the_unsharded_one(name: str, size: int):
+    assert on_ranks(runs_alike, size, name, torch.float32) == [""] * size
 
 
-@pytest.mark.skipif("zero3" not in ENGINES, reason="needs deepspeed")
+@pytest.mark.skipif("zero3" not in FLAT, reason="needs deepspeed")
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.uint8])
 def test_zero3_with_other_storage_dtypes(storage: torch.dtype):
     assert on_ranks(runs_alike, 2, "zero3", storage) == ["", ""]
 
 
-@pytest.mark.parametrize(("engine", "storage", "options", "message"), [
+@pytest.mark.parametrize(("strategy", "storage", "options", "message"), [
     ("fsdp1", torch.bfloat16, {},
      r"quant\.storage_dtype=bf16: .*is torch\.float32.*use quant\.storage_dtype=fp32"),
     ("fsdp1", torch.float32, {"group_size": None},
@@ -92,12 +90,13 @@ def test_zero3_with_other_storage_dtypes(storage: torch.dtype):
     ("zero3", torch.float32, {"group_size": 32},
      r"3 scales of torch\.bfloat16, 6 bytes.* use quant\.storage_dtype=bf16"),
 ])  # fmt: skip
-def test_unsupported_dtypes_are_refused(engine, storage, options, message):
+def test_unsupported_dtypes_are_refused(strategy, storage, options, message):
     with pytest.raises(UserError, match=message):
-        check_flat_storage(make_model(**options), storage, engine)
+        STRATEGIES[strategy](SINGLE_PROCESS, storage).check_model(make_model(**options))
 
 
 def test_supported_dtypes_are_accepted():
-    check_flat_storage(make_model(), torch.float32, "fsdp1")
-    check_flat_storage(make_model(group_size=None, meta_dtype="fp32"), torch.float32, "fsdp1")
-    check_flat_storage(make_model(group_size=None), torch.bfloat16, "zero3")
+    fsdp1 = FSDP1(SINGLE_PROCESS, torch.float32)
+    fsdp1.check_model(make_model())
+    fsdp1.check_model(make_model(group_size=None, meta_dtype="fp32"))
+    ZeRO3(SINGLE_PROCESS, torch.bfloat16).check_model(make_model(group_size=None))

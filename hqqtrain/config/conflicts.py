@@ -1,0 +1,93 @@
+"""Settings that cannot be combined, as data: one `Conflict` for each combination.
+
+`RunConfig.check` reports those that the configuration alone decides. Those that depend on the
+strategy are listed with each strategy (`hqqtrain.distributed.strategies`) and reported by
+`check_supported` once `auto` is resolved.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PAGED_OPTIMIZERS = ("paged_adamw", "paged_adamw_8bit")
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Values of several keys that cannot be combined.
+
+    Attributes:
+        keys: Refused values by key, such as `optim.name`. The conflict applies if every key has one
+            of its values. The message begins with the first key.
+        reason: Rest of the message: what is allowed, and the fix. `{optim.name}` becomes a value.
+    """
+
+    keys: Mapping[str, Collection]
+    reason: str
+
+
+CONFIG_CONFLICTS = (
+    Conflict(
+        {"adapter.kind": ("none",), "task": ("finetune",)},
+        "task=finetune trains an adapter; use lora or rslora.",
+    ),
+    Conflict(
+        {"quant.save": (False,), "task": ("quantize",)},
+        "task=quantize only serves to save quantized/; use true.",
+    ),
+    Conflict(
+        {"eval.source": (None,), "task": ("eval",)},
+        "task=eval needs a text to evaluate on; name one.",
+    ),
+    Conflict(
+        {"run.resume": ("must",), "task": ("quantize", "eval", "export")},
+        "task={task} makes no checkpoints; use auto.",
+    ),
+    Conflict(
+        {"train.on_nonfinite": ("rollback",), "ckpt.every": (None,)},
+        "needs checkpoints to return to; set ckpt.every.",
+    ),
+    Conflict(
+        {
+            "parallel.offload": ("activations", "all"),
+            "train.activation_checkpointing": (False,),
+        },
+        "offloads the activations that only train.activation_checkpointing=true keeps; use both.",
+    ),
+    Conflict(
+        {"parallel.offload": ("parameters", "all"), "optim.name": PAGED_OPTIMIZERS},
+        "the optimizer state is in host memory, where optim.name={optim.name} has nothing to page; "
+        "use adamw.",
+    ),
+    Conflict(
+        {"adapter.dtype": ("bf16",), "train.precision": ("fp16",)},
+        "the loss scaling of train.precision=fp16 cannot unscale bf16 gradients; use "
+        "train.precision=bf16 or adapter.dtype=fp32.",
+    ),
+)
+"""The combinations that the configuration alone decides."""
+
+
+def conflict_errors(conflicts: Iterable[Conflict], groups: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one message for every conflict that the settings have.
+
+    Args:
+        conflicts: The combinations to look for.
+        groups: The groups of the configuration by name, and single values such as `task`.
+    """
+    for conflict in conflicts:
+        values = {key: _value(groups, key) for key in conflict.keys}
+        if all(values[key] in refused for key, refused in conflict.keys.items()):
+            key, value = next(iter(values.items()))
+            yield f"{key}={_as_yaml(value)}: {conflict.reason.format_map(groups)}"
+
+
+def _value(groups: Mapping[str, Any], key: str) -> Any:
+    group, _, name = key.partition(".")
+    return getattr(groups[group], name) if name else groups[group]
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "null" if value is None else str(value)

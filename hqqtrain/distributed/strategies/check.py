@@ -1,0 +1,119 @@
+"""Report every contradiction of the strategy with the other settings and with the machine."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.conflicts import PAGED_OPTIMIZERS, Conflict, conflict_errors
+from hqqtrain.config.groups import (
+    AdapterConfig,
+    OptimConfig,
+    ParallelConfig,
+    QuantConfig,
+    TrainConfig,
+)
+from hqqtrain.distributed.strategies.base import Strategy
+from hqqtrain.distributed.strategies.registry import STRATEGIES
+from hqqtrain.distributed.strategies.supports import BITSANDBYTES_OPTIMIZERS, Supports
+
+MACHINE_CONFLICTS = (
+    Conflict(
+        {"optim.name": PAGED_OPTIMIZERS, "device": ("cpu",)},
+        "paged optimizers need a CUDA GPU; use adamw or adamw_8bit.",
+    ),
+)
+"""Combinations that no strategy supports on the machine."""
+
+
+@dataclass(frozen=True)
+class RuntimeSettings:
+    """The groups of the configuration that decide how the processes of a run work together.
+
+    Attributes:
+        trains: Whether the task trains. Only then the optimizer and the batch size matter.
+    """
+
+    parallel: ParallelConfig
+    quant: QuantConfig
+    adapter: AdapterConfig
+    train: TrainConfig
+    optim: OptimConfig
+    trains: bool
+
+
+def check_supported(
+    strategy: type[Strategy],
+    settings: RuntimeSettings,
+    *,
+    precision: str,
+    device: str,
+    world_size: int,
+) -> None:
+    """Check the strategy against the settings, before anything is read or written.
+
+    Args:
+        strategy: The strategy, with `auto` already resolved.
+        settings: The settings of the run.
+        precision: A value of `train.precision`, likewise resolved.
+        device: Type of this rank's device, "cpu" or "cuda".
+        world_size: Number of ranks.
+
+    Raises:
+        UserError: With one line for every contradiction, all at once.
+    """
+    errors = [
+        *_process_errors(strategy, settings, world_size),
+        *_parallel_errors(strategy, settings.parallel),
+        *_conflict_errors(strategy, settings, precision, device),
+    ]
+    if errors:
+        raise UserError("\n".join(errors))
+
+
+def _process_errors(
+    strategy: type[Strategy], settings: RuntimeSettings, world_size: int
+) -> Iterator[str]:
+    batch = settings.train.global_batch_size
+    if settings.trains and batch % world_size:
+        yield f"train.global_batch_size={batch}: must be a multiple of the {world_size} processes."
+    if world_size > 1 and not strategy.supports.several_processes:
+        yield (
+            f"parallel.strategy={strategy.name}: {world_size} processes were started; use ddp, "
+            "fsdp2 or auto."
+        )
+    package = strategy.supports.package
+    if package and importlib.util.find_spec(package) is None:
+        yield (
+            f"parallel.strategy={strategy.name}: needs {package}, which is not installed: pip "
+            f"install 'hqqtrain[{package}]'. fsdp2 shards as much and needs no other package."
+        )
+
+
+def _parallel_errors(strategy: type[Strategy], parallel: ParallelConfig) -> Iterator[str]:
+    if parallel.offloads_parameters and not strategy.supports.parameter_offload:
+        able = _names(lambda supports: supports.parameter_offload)
+        yield (
+            f"parallel.offload={parallel.offload}: only parallel.strategy={able} offloads "
+            f"parameters, not {strategy.name}; use {able}, or parallel.offload=activations."
+        )
+    if parallel.hsdp and not strategy.supports.hsdp:
+        able = _names(lambda supports: supports.hsdp)
+        yield f"parallel.hsdp=true: needs parallel.strategy={able}, not {strategy.name}."
+
+
+def _names(has: Callable[[Supports], bool]) -> str:
+    return " or ".join(name for name, strategy in STRATEGIES.items() if has(strategy.supports))
+
+
+def _conflict_errors(
+    strategy: type[Strategy], settings: RuntimeSettings, precision: str, device: str
+) -> Iterator[str]:
+    train, optim = replace(settings.train, precision=precision), settings.optim
+    if not settings.trains:
+        optim = OptimConfig()
+    elif optim.name in BITSANDBYTES_OPTIMIZERS and not importlib.util.find_spec("bitsandbytes"):
+        yield f"optim.name={optim.name}: needs bitsandbytes, which is not installed; use adamw."
+    groups = {"quant": settings.quant, "adapter": settings.adapter, "train": train,
+              "optim": optim, "device": device}  # fmt: skip
+    yield from conflict_errors((*MACHINE_CONFLICTS, *strategy.supports.conflicts), groups)
