@@ -1,4 +1,4 @@
-"""Quantization as pure functions of tensors: solvers, packing, measures of error."""
+"""Quantization as pure functions of tensors: solvers, packing, and error measures."""
 
 from hqqtrain.quant.error import relative_error, squared_error, stored_bits
 from hqqtrain.quant.quantize import Quantized, dequantize, enqueue, not_finite_error, quantize

@@ -1,4 +1,4 @@
-"""What quantizing cost a weight: its relative error; and what it takes, with everything in."""
+"""What quantization costs and saves: the relative error of a weight, and its stored size."""
 
 import torch
 from torch import Tensor
@@ -6,11 +6,14 @@ from torch import Tensor
 from hqqtrain_kernels import Layout
 
 CHUNK_ROWS_OF = 1 << 22
-"""Weights that are held in fp64 at a time."""
+"""Weights that are converted to fp64 at a time, in whole rows."""
 
 
 def squared_error(W: Tensor, approximation: Tensor) -> Tensor:
-    """||W - approximation||^2 and ||W||^2, fp64 [2]: sums, to add up over slices and ranks."""
+    """Return ||W - approximation||^2 and ||W||^2 as fp64 [2].
+
+    Both are sums, so callers can add them up over slices and ranks.
+    """
     rows = max(1, CHUNK_ROWS_OF // max(1, W.shape[1]))
     sums = torch.zeros(2, dtype=torch.float64, device=W.device)
     for a, b in zip(W.split(rows), approximation.split(rows), strict=True):
@@ -21,12 +24,12 @@ def squared_error(W: Tensor, approximation: Tensor) -> Tensor:
 
 
 def relative_error(W: Tensor, approximation: Tensor) -> float:
-    """||W - approximation||^2 / ||W||^2; 0 where both are zero."""
+    """Return ||W - approximation||^2 / ||W||^2, or 0 if both norms are 0."""
     error, norm = squared_error(W, approximation).tolist()
     return error / norm if norm else float("inf") if error else 0.0
 
 
 def stored_bits(layout: Layout, meta_dtype: torch.dtype) -> int:
-    """Bits that one quantized weight takes: codes with their padding, scales and zeros."""
+    """Return the bits of one quantized weight: codes with padding, scales and zeros."""
     meta = 2 * layout.groups * meta_dtype.itemsize
     return 8 * layout.units * (layout.row_bytes + meta)

@@ -1,7 +1,7 @@
-"""The solvers on a GPU: kernels that quantize a whole weight, with the numbers of the torch ones.
+"""The solvers on a GPU: Triton kernels that quantize a whole weight.
 
-The kernels know no solver's numbers: these stand beside the torch code that explains them, and
-are handed down, so that the two cannot drift apart.
+The kernels contain no constants of a solver. The constants are defined next to the torch code that
+explains them and are passed to the kernels, so that the two implementations cannot drift apart.
 """
 
 import functools
@@ -18,40 +18,46 @@ from hqqtrain_kernels import Layout, select
 logger = logging.getLogger(__name__)
 
 LARGEST_GROUP = 1 << 15
-"""Weights that the registers of one program can hold."""
+"""Largest group_size that fits into the registers of one program."""
 
 
 def runs(device: torch.device, layout: Layout) -> bool:
-    """Whether a weight on `device` is quantized by the kernel."""
+    """Whether the kernel, not torch, quantizes a weight on `device`."""
     if not select.runs_triton(device):
         return False
     if layout.group_size > LARGEST_GROUP:
-        _warn_of(layout.group_size)
+        _warn_group_too_long(layout.group_size)
         return False
     return True
 
 
 @functools.cache
-def _warn_of(group_size: int) -> None:
+def _warn_group_too_long(group_size: int) -> None:
+    """Warn once for every group_size: `functools.cache` drops repetitions."""
     logger.warning(
-        "groups of %d are too long for the kernel (at most %d): quantized by torch, which is "
-        "slower and gives the same bits",
+        "groups of %d weights are too long for the kernel (at most %d); torch quantizes them, "
+        "which is slower and gives the same bits",
         group_size, LARGEST_GROUP,
     )  # fmt: skip
 
 
 def quantize(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W_q [units, row_bytes], scale and zero [units, groups]; [1]: does W hold NaN or infinity?"""
+    """Quantize W with the kernel of its solver.
+
+    Returns:
+        W_q [units, row_bytes], scale and zero [units, groups], and a bool tensor [1]: whether W
+        contains NaN or infinity.
+    """
     from hqqtrain_kernels import quantize_triton  # triton is absent on a Mac
 
-    method = quantize_triton.Method(
-        spec.solver, _numbers(spec.solver, spec.nbits, layout.group_size)
-    )
+    constants = _solver_constants(spec.solver, spec.nbits, layout.group_size)
+    method = quantize_triton.Method(spec.solver, constants)
     return quantize_triton.quantize(W, layout, method, spec.meta_dtype)
 
 
 @functools.cache
-def _numbers(solver: str, nbits: int, group_size: int) -> tuple:
+def _solver_constants(solver: str, nbits: int, group_size: int) -> tuple:
+    """Return the constants of `solver` in the order that its kernel unpacks them."""
     if solver == "hqq":
         return (
             solvers.HQQ_ROUNDS, solvers.HQQ_BETA, solvers.HQQ_P, solvers.HQQ_NUDGES,

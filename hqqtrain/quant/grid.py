@@ -1,8 +1,9 @@
 """The grid that the weights of a group are rounded to, and sums that do not depend on their order.
 
-A weight must get the same bits whatever part of it is solved at once, on any number of threads,
-on a CPU or by a kernel on a GPU. So nothing of consequence is a sum of floats, whose order each
-of these chooses for itself: groups are put into fixed point, and sums of integers are exact.
+A weight must get the same bits no matter which part of it is solved at once, on how many threads,
+and whether on a CPU or by a GPU kernel. Each of these chooses its own order of summation, so no
+result may depend on a sum of floats. Groups are converted to fixed point instead, because sums of
+integers are exact.
 """
 
 from dataclasses import dataclass
@@ -13,10 +14,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """What the codes of n groups may be, and how their scale and zero will be stored.
+    """The codes that n groups may use, and how their scale and zero are stored.
 
-    Solvers see every group divided by `unit` [n], the power of two at or below its largest
-    magnitude, so that neither huge nor tiny weights overflow or vanish.
+    Solvers see every group divided by `unit`, so that neither huge nor tiny weights overflow or
+    underflow.
+
+    Attributes:
+        nbits: Bits of a code.
+        unit: fp32 [n], the power of two at or below the largest magnitude of each group.
+        meta_dtype: Storage dtype of scale and zero.
     """
 
     nbits: int
@@ -29,43 +35,51 @@ class Grid:
         return (1 << self.nbits) - 1
 
     def store(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero [n] of the weight itself, in the dtype and range of storage.
+        """Convert scale and zero [n] to their storage dtype.
 
-        Where the dtype cannot hold the zero (weights far from 0 for their range, in fp16), a
-        wider scale keeps zero * scale, the level of code 0.
+        `scale` is in units; the stored scale is that of the weight itself. If the dtype cannot
+        represent the zero (in fp16: weights far from 0 relative to their range), the scale is
+        widened such that zero * scale, the distance of code 0 from weight 0, stays the same.
         """
         limits = torch.finfo(self.meta_dtype)
-        least = max(limits.smallest_normal * limits.eps, 2.0**-126)
+        # The smallest scale: the smallest subnormal of the dtype, but no subnormal of fp32.
+        min_scale = max(limits.smallest_normal * limits.eps, 2.0**-126)
+        # How far the zero exceeds the dtype: move this factor from the zero to the scale.
         excess = (zero.abs() * (1 / limits.max)).clamp_min(1)
-        scale = (scale * self.unit * excess).clamp(least, limits.max)
+        scale = (scale * self.unit * excess).clamp(min_scale, limits.max)
         zero = (zero / excess).clamp(limits.min, limits.max)
         return scale.to(self.meta_dtype), zero.to(self.meta_dtype)
 
     def stored(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero [n] as they come back from storage: fp32, the scale in units."""
+        """Return scale (in units) and zero [n] in fp32 as rounded by storage."""
         scale, zero = self.store(scale, zero)
         return scale.float() / self.unit, zero.float()
 
     def encode(self, W: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """The nearest codes, as floats."""
+        """Return the nearest codes of W [g, n], as floats."""
         return (W * (1 / scale)).add_(zero).round_().clamp_(0, self.top)
 
     def error(self, W: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Squared error [n] of every group, in units, with its nearest codes."""
+        """Return the squared error of every group [n], fp64, in squared units."""
         codes = self.encode(W, scale, zero)
         return codes.sub_(zero).mul_(scale).sub_(W).square_().sum(0, dtype=torch.float64)
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """The power of two at or below every x >= 0 (fp32), kept far from under- and overflow."""
+    """Return the power of two at or below every x >= 0 (fp32), clamped to [2**-126, 2**126].
+
+    The clamp keeps quotients and products with the result away from underflow and overflow.
+    """
+    # The exponent bits of fp32, with sign and mantissa cleared, are that power of two.
     exponent_bits = x.view(torch.int32) & 0x7F800000
     return exponent_bits.view(torch.float32).clamp(2.0**-126, 2.0**126)
 
 
 def spread(W: Tensor) -> tuple[Tensor, Tensor]:
-    """Least weight and range of every column of W [g, n], in units.
+    """Return the minimum and the range of every column of W [g, n], in units.
 
-    The range of a constant group is a tiny number instead of 0, to divide by.
+    The range of a constant group is a tiny positive number instead of 0, so that callers can
+    divide by it.
     """
     low = W.amin(0)
     return low, (W.amax(0) - low).clamp_min(2.0**-30)
@@ -75,8 +89,10 @@ def spread(W: Tensor) -> tuple[Tensor, Tensor]:
 class FixedPoint:
     """n groups [g, n] as integers: W = low + x * step, within half a step.
 
-    x: float64 [g, n], whole numbers from 0 up to at most 2**(bits + 1). low [n] in units, step
-    [n] a power of two: at most a 2**bits-th of the group's range.
+    Attributes:
+        x: Integers from 0 to at most 2**(bits + 1), held in float64 [g, n].
+        low: Minimum of each group [n], in units.
+        step: Resolution of each group [n], a power of two: at most the group's range / 2**bits.
     """
 
     x: Tensor
@@ -85,12 +101,12 @@ class FixedPoint:
 
     @classmethod
     def of(cls, W: Tensor, bits: int) -> "FixedPoint":
-        """Rounds W [g, n] (fp32, in units)."""
+        """Round W [g, n] (fp32, in units) to fixed point."""
         low, width = spread(W)
-        step = power_of_two(width) * 2.0**-bits
+        step = power_of_two(width) * 2.0**-bits  # a power of two: multiplying by 1 / step is exact
         return cls(((W - low) * (1 / step)).round_().double(), low, step)
 
     def mean(self) -> Tensor:
-        """Mean [n] of every group, fp32, in units."""
+        """Return the mean of every group [n], fp32, in units."""
         mean = self.x.sum(0).float() * (1 / len(self.x))
         return self.low + mean * self.step

@@ -1,7 +1,7 @@
-"""The default solver: scale and zero of every group fitted jointly by least squares.
+"""The default solver: fit scale and zero of every group jointly by least squares.
 
-hqq fits the zero alone and leaves the scale at the group's range; at 3 bits and fewer the best
-range is much narrower, and that is most of hqq's error.
+hqq fits the zero alone and keeps the scale at the group's full range. At 3 bits and fewer the
+best range is much narrower, and the wide range causes most of hqq's error.
 """
 
 from collections.abc import Iterator
@@ -13,18 +13,26 @@ from torch import Tensor
 from hqqtrain.quant.grid import FixedPoint, Grid
 
 LEAST_BITS, MOST_BITS = 14, 20
-"""Of a group's range, in fixed point: 14 are enough for 256 levels."""
+"""Bounds of the fixed-point bits that resolve a group's range; 14 are enough for 256 levels."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """Where to start and how to move.
+    """Starting points and step size of the least-squares search.
 
-    about_middle, about_mean: ranges to start from, as shares of the group's own range, about its
-    middle, and of twice its reach, about its mean. rounds from every start, last_rounds from the
-    best of them. stride: how far a round moves, in multiples of what the regression asks for. Few
-    codes change in a round, so the regression alone creeps: 20 rounds of twice its length end
-    with the error that 60 of its own length ended with (bundled model: 0.103 at 2 bits both).
+    Few codes change in a round, so the plain regression converges slowly. 20 rounds with a stride
+    of 2 reach the error that 60 rounds with a stride of 1 reach (bundled model at 2 bits: 0.103 for
+    both).
+
+    Attributes:
+        about_middle: Initial ranges, centered on the middle of the group's range, as fractions of
+            that range.
+        about_mean: Initial ranges, centered on the group's mean, as fractions of twice the largest
+            distance from the mean.
+        rounds: Rounds from every starting point.
+        last_rounds: Further rounds from the best fit of all starting points.
+        stride: Over-relaxation factor: the step of a round as a multiple of the step that the
+            regression proposes.
     """
 
     about_middle: tuple[float, ...] = (0.95, 0.8, 0.65)
@@ -38,104 +46,130 @@ SEARCHES = {
     8: Search(about_middle=(1.0, 0.998, 0.99, 0.97, 0.9), about_mean=()),  # nothing to clip
     1: Search(about_middle=(0.9, 0.7), rounds=4, last_rounds=4, stride=1.5),
 }
-"""By nbits, where the usual one is not the best.
+"""Searches by nbits, where another one than the default is best.
 
-Chosen by perplexity of the bundled model (`scripts/compare_solvers.py`), not by weight error,
-which hardly tells them apart: at 2 bits strides from 1.25 to 2.5 err the same within 0.5 % and
-give perplexities from 52 to 75.
+They were chosen by the perplexity of the bundled model (`scripts/compare_solvers.py`). The weight
+error hardly distinguishes the candidates: at 2 bits, strides from 1.25 to 2.5 give errors within
+0.5 % of each other, and perplexities from 52 to 75.
 """
 
 
 def search(nbits: int) -> Search:
-    """How the groups of a weight of `nbits` are searched."""
+    """Return the search for weights of `nbits` bits."""
     return SEARCHES.get(nbits, Search())
 
 
 def least_squares(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scale [n] in units and zero [n] of every column of W [group_size, n] (fp32, in units).
+    """Fit scale and zero of every column of W by over-relaxed Lloyd iterations.
 
-    Lloyd's algorithm with evenly spaced levels: rounding to the nearest level and the regression
-    of weights on codes take turns, over-relaxed. A group keeps the fit that errs least.
+    This is Lloyd's algorithm with evenly spaced levels: it alternates between rounding the weights
+    to their nearest levels and regressing the weights on the resulting codes. Every group keeps
+    the fit with the smallest error.
+
+    Args:
+        W: Groups as columns, fp32 [group_size, n], in units of the grid.
+        grid: The codes, and the storage dtype of scale and zero.
+
+    Returns:
+        The scale [n], in units of the grid, and the zero [n].
     """
     fixed = FixedPoint.of(W, fraction_bits(grid.nbits, len(W)))
-    plan = search(grid.nbits)
-    fits = _Fits(fixed.x, grid.top, plan.stride)
-    for slope, offset in _starts(fits, plan):
-        fits.descend(slope, offset, plan.rounds)
-    fits.descend(fits.slope, fits.offset, plan.last_rounds)
-    mean, zero = fixed.mean(), fits.mean_code
-    scale = fixed.step / (fits.slope * grid.top)
-    # The scale is rounded first, and the zero makes up for it.
-    scale, _ = grid.stored(scale, zero - mean / scale)
-    return scale, zero - mean / scale
+    settings = search(grid.nbits)
+    best = _BestFit(fixed.x, grid.top, settings.stride)
+    for slope, offset in _starting_lines(best, settings):
+        best.descend(slope, offset, settings.rounds)
+    best.descend(best.slope, best.offset, settings.last_rounds)
+    # (mean_code - zero) * scale is the mean of the group: the regression passes through the means.
+    mean, mean_code = fixed.mean(), best.mean_code
+    scale = fixed.step / (best.slope * grid.top)
+    # Round the scale to its storage dtype first, so that the zero compensates for the rounding.
+    scale, _ = grid.stored(scale, mean_code - mean / scale)
+    return scale, mean_code - mean / scale
 
 
 def fraction_bits(nbits: int, group_size: int) -> int:
-    """As many as let sums of codes times weights fit 32 bits, where that leaves enough of them."""
+    """Return the fixed-point bits for groups of `group_size` weights.
+
+    Sums of codes times weights then fit into 32 bits, unless that would leave fewer than
+    `LEAST_BITS`.
+    """
     room = 30 - nbits - (group_size - 1).bit_length()
     return min(max(room, LEAST_BITS), MOST_BITS)
 
 
-class _Fits:
-    """Weights v as integers about their mean, and the best line so far from them to their codes.
+class _BestFit:
+    """The best line found so far from the weights of every group to their codes.
 
-    A line is v * slope + offset: the place of a weight between the lowest code, 0, and the
-    highest, 1. Both are fp32 [n]. Sums of integers are exact in float64: no order shows in them.
+    The line maps a centered integer weight v to its place, v * slope + offset: 0 is the lowest
+    code and 1 the highest. `slope` and `offset` are fp32 [n]. Sums over a group add integers in
+    float64; they are exact, so the order of summation cannot change them.
     """
 
     def __init__(self, x: Tensor, top: int, stride: float) -> None:
         self.top, self.g, self.stride = top, len(x), stride
+        # Center the integers on their rounded mean: products stay small, and v stays an integer.
         total = x.sum(0)
-        centre = (total.float() * (1 / self.g)).round().double()
-        self.v = x - centre
-        self.rest = total - self.g * centre
-        self.high, self.low = (x.amax(0) - centre).float(), -centre.float()
-        self.mean_rest = self.rest.float() * (1 / self.g)
+        center = (total.float() * (1 / self.g)).round().double()
+        self.v = x - center
+        self.v_sum = total - self.g * center  # not 0, because the center is rounded
+        self.high, self.low = (x.amax(0) - center).float(), -center.float()
+        self.v_mean = self.v_sum.float() * (1 / self.g)
         self.gain = torch.full_like(self.low, -torch.inf)
         self.slope = self.offset = self.mean_code = torch.ones_like(self.low)
 
     def descend(self, slope: Tensor, offset: Tensor, rounds: int) -> None:
-        """Over-relaxed rounds from a line, then one plain fit, which is kept where it is best."""
+        """Improve a line by `rounds` fits, and keep the last fit in the groups where it is best."""
         fit = self._fit(slope, offset)
         for _ in range(1, rounds):
-            _, fitted, level, _ = fit
-            moved = slope + self.stride * (fitted - slope)
-            slope = torch.where(moved > 0, moved, fitted)
-            offset = offset + self.stride * (level - offset)
+            # Over-relax: step `stride` times as far as the regression proposes. A slope that
+            # would turn negative takes the regression's own value instead.
+            _, fitted_slope, fitted_offset, _ = fit
+            moved = slope + self.stride * (fitted_slope - slope)
+            slope = torch.where(moved > 0, moved, fitted_slope)
+            offset = offset + self.stride * (fitted_offset - offset)
             fit = self._fit(slope, offset)
-        wins = fit[0] > self.gain
-        kept = (self.gain, self.slope, self.offset, self.mean_code)
+        # The last fit is a plain regression, without over-relaxation. Select per group.
+        is_better = fit[0] > self.gain
+        best = (self.gain, self.slope, self.offset, self.mean_code)
         self.gain, self.slope, self.offset, self.mean_code = (
-            torch.where(wins, new, old) for new, old in zip(fit, kept, strict=True)
+            torch.where(is_better, new, old) for new, old in zip(fit, best, strict=True)
         )
 
     def _fit(self, slope: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The regression on the nearest codes: how much error it takes away (times g), slope,
-        offset, and the mean code. All but the sums is fp32."""
-        codes = self._encode(slope, offset)
-        n = codes.sum(0)
-        variance = (self.g * (codes * codes).sum(0) - n * n).float()
-        covariance = (codes * self.v).sum(0).float() * self.g - (n * self.rest).float()
-        fits = (covariance > 0) & (variance > 0)
-        slope = torch.where(fits, variance / covariance * (1 / self.top), slope)
-        mean_code = n.float() * (1 / self.g)
-        offset = mean_code * (1 / self.top) - self.mean_rest * slope
-        gain = torch.where(fits, covariance * (covariance / variance), 0)
+        """Round the weights to codes, and regress the weights on these codes.
+
+        Returns:
+            The squared error that the regression removes, times the group size; the new slope; the
+            new offset; and the mean code. All are fp32 [n].
+        """
+        # Nearest codes. The place is rounded to fp32 once, as the fused kernel does.
+        place = (self.v * slope.double()).add_(offset.double()).float().clamp_(0, 1)
+        codes = place.double().mul_(self.top).round_()
+        # g^2 times the variance of the codes and their covariance with v: exact integer sums, which
+        # are rounded to fp32 only at the end.
+        code_sum = codes.sum(0)
+        variance = (self.g * (codes * codes).sum(0) - code_sum * code_sum).float()
+        covariance = (codes * self.v).sum(0).float() * self.g - (code_sum * self.v_sum).float()
+        # v = mean + (code - mean_code) * covariance / variance. Inverted, it gives the next line.
+        # If all codes are equal or fall with the weights, no line fits: keep the slope, gain 0.
+        is_valid = (covariance > 0) & (variance > 0)
+        slope = torch.where(is_valid, variance / covariance * (1 / self.top), slope)
+        mean_code = code_sum.float() * (1 / self.g)
+        offset = mean_code * (1 / self.top) - self.v_mean * slope
+        gain = torch.where(is_valid, covariance * (covariance / variance), 0)
         return gain, slope, offset, mean_code
 
-    def _encode(self, slope: Tensor, offset: Tensor) -> Tensor:
-        """The nearest codes, float64. A place is rounded to fp32 once, as by a fused kernel."""
-        place = (self.v * slope.double()).add_(offset.double()).float().clamp_(0, 1)
-        return place.double().mul_(self.top).round_()
 
-
-def _starts(fits: _Fits, plan: Search) -> Iterator[tuple[Tensor, Tensor]]:
-    width = (fits.high - fits.low).clamp_min(1)
-    middle = fits.low + width * 0.5
-    for share in plan.about_middle:
-        slope = 1 / (width * share)
+def _starting_lines(fit: _BestFit, settings: Search) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield slope and offset of the lines that the search starts from."""
+    # Narrowed ranges about the middle of the group's range.
+    width = (fit.high - fit.low).clamp_min(1)
+    middle = fit.low + width * 0.5
+    for fraction in settings.about_middle:
+        slope = 1 / (width * fraction)
         yield slope, 0.5 - middle * slope
-    reach = torch.maximum(fits.high, -fits.low).clamp_min(1) * 2
-    for share in plan.about_mean:
-        slope = 1 / (reach * share)
+    # Symmetric ranges about the mean, which is v = 0.
+    reach = torch.maximum(fit.high, -fit.low).clamp_min(1) * 2
+    for fraction in settings.about_mean:
+        slope = 1 / (reach * fraction)
         yield slope, torch.full_like(slope, 0.5)

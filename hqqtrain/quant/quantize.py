@@ -1,6 +1,10 @@
-"""From a weight to its packed form and back: chunked, and the same bits for any slice of it."""
+"""Quantize a weight to its packed form, and dequantize it.
 
-from collections.abc import Iterator, Sequence
+The work is done in chunks to bound memory. A slice of a weight gets the same bits as within the
+whole weight, so sharded ranks and a single process produce the same model.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,14 +19,20 @@ from hqqtrain.quant.spec import QuantSpec
 from hqqtrain_kernels import Layout
 
 CHUNK = {"cpu": 1 << 18}
-"""Weights solved at a time: on a CPU what its cache holds, elsewhere 32 MiB of fp32."""
+"""Weights solved at a time by device type: on a CPU, as many as fit into its cache."""
 DEFAULT_CHUNK = 1 << 23
+"""Weights solved at a time on other devices: 32 MiB of fp32."""
 
 
 @dataclass
 class Quantized:
-    """W ~ (W_q - zero) * scale. W_q: packed codes, uint8 [units, row_bytes]; scale and zero
-    [units, groups] in the spec's meta_dtype. See `Layout`."""
+    """A packed weight: W ~ (W_q - zero) * scale. `Layout` defines units and groups.
+
+    Attributes:
+        W_q: Packed codes, uint8 [units, row_bytes].
+        scale: [units, groups] in the spec's meta_dtype.
+        zero: [units, groups] in the spec's meta_dtype.
+    """
 
     W_q: Tensor
     scale: Tensor
@@ -33,13 +43,20 @@ class Quantized:
 def quantize(
     W: Tensor, spec: QuantSpec, *, name: str = "weight", rows: Sequence[slice] | None = None
 ) -> Quantized:
-    """Quantizes W [out_features, in_features], of any float dtype, on the device it is on.
+    """Quantize W on its own device.
 
-    Units of a weight are independent: given the rows of some units (`Layout.rows_of`) in place of
-    the whole, these get the bits they get within the whole. `rows` then says which rows of the
-    tensor `name` they are, for the message. Codes are nearest with scale and zero as stored.
+    The units of a weight are independent. If W consists of the rows of some units only
+    (`Layout.rows_of`), these units get the same bits as within the whole weight. The codes are
+    the nearest ones for scale and zero as stored.
 
-    Raises UserError for NaN or infinity, naming the tensor and the row.
+    Args:
+        W: Weight [out_features, in_features] of any float dtype.
+        spec: Settings of the quantization.
+        name: Name of the tensor, for error messages.
+        rows: The rows of tensor `name` that W consists of, for error messages; None: all rows.
+
+    Raises:
+        UserError: W contains NaN or infinity, or group_size does not divide.
     """
     quantized, not_finite = enqueue(W, spec, name=name)
     if not_finite:
@@ -49,9 +66,14 @@ def quantize(
 
 @torch.no_grad()
 def enqueue(W: Tensor, spec: QuantSpec, *, name: str = "weight") -> tuple[Quantized, Tensor]:
-    """`quantize`, not waited for on a GPU, and a tensor [1] that is true if W is not finite.
+    """Quantize W like `quantize`, without synchronizing with a GPU.
 
-    Then what stands in the result means nothing, and `not_finite_error` tells of W.
+    Returns:
+        The quantized weight, and a bool tensor [1] that is true if W contains NaN or infinity. In
+        that case the quantized weight is meaningless; `not_finite_error` builds the error to raise.
+
+    Raises:
+        UserError: group_size does not divide.
     """
     layout = spec.layout(W.shape[0], W.shape[1], name)
     solve = fused.quantize if fused.runs(W.device, layout) else _in_chunks
@@ -60,18 +82,26 @@ def enqueue(W: Tensor, spec: QuantSpec, *, name: str = "weight") -> tuple[Quanti
 
 
 def dequantize(q: Quantized, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """The weight [out_features, in_features] that `q` stands for, rounded once to `dtype`."""
+    """Return the weight [out_features, in_features] that `q` encodes, rounded once to `dtype`."""
     return kernels.dequantize(q.W_q, q.scale, q.zero, layout, dtype)
 
 
 def _in_chunks(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W_q, scale, zero; and [1], true where W is not finite."""
+    """Quantize W with torch.
+
+    Returns:
+        W_q, scale and zero as in `Quantized`, and a bool tensor [1]: whether W contains NaN or
+        infinity.
+    """
     g, n = layout.group_size, layout.units * layout.groups
+    # Arrange the groups as columns, as solvers expect them.
     columns = W.reshape(n, g).t() if layout.axis == 1 else W.reshape(g, n)
     codes = torch.empty(n, g, dtype=torch.uint8, device=W.device)
     meta = torch.empty(2, n, dtype=spec.meta_dtype, device=W.device)
     not_finite = torch.zeros(1, dtype=torch.bool, device=W.device)
-    for part in _chunks(n, g, W.device):
+    groups_per_chunk = max(1, CHUNK.get(W.device.type, DEFAULT_CHUNK) // g)
+    for start in range(0, n, groups_per_chunk):
+        part = slice(start, min(start + groups_per_chunk, n))
         chunk = columns[:, part].to(torch.float32).contiguous()
         not_finite |= ~chunk.isfinite().all()
         codes[part], meta[0, part], meta[1, part] = _solve(chunk, spec)
@@ -80,39 +110,43 @@ def _in_chunks(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tens
     return W_q, scale.clone(), zero.clone(), not_finite
 
 
-def _chunks(n: int, g: int, device: torch.device) -> Iterator[slice]:
-    step = max(1, CHUNK.get(device.type, DEFAULT_CHUNK) // g)
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
-
-
 def _solve(W: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 codes [n, g], scale [n] and zero [n] of the columns of W [g, n] fp32.
+    """Return uint8 codes [n, g], scale [n] and zero [n] of the columns of W [g, n] fp32.
 
-    A constant group c is stored as (0 - zero) * scale with scale a power of two: exactly, where
-    the dtype of zero holds c.
+    A constant group of value c gets code 0 and a power of two as its scale, so that
+    (0 - zero) * scale equals c exactly if the dtype of zero can represent c.
     """
+    # Divide every group by a power of two, which is exact, so that solvers see magnitudes near 1.
     largest = W.abs().amax(0)
     unit = torch.where(largest == 0, 1, power_of_two(largest))
     grid = Grid(spec.nbits, unit, spec.meta_dtype)
     constant = W.amin(0) == W.amax(0)
     W = W / unit
     scale, zero = grid.stored(*SOLVERS[spec.solver](W, grid))
-    whole, _ = grid.stored(torch.ones_like(scale), zero)
-    scale = torch.where(constant, whole, scale)
-    zero = torch.where(constant, -W[0] / whole, zero)
+    # Constant groups: scale 1 in units, with the rounding of the storage dtype.
+    one, _ = grid.stored(torch.ones_like(scale), zero)
+    scale = torch.where(constant, one, scale)
+    zero = torch.where(constant, -W[0] / one, zero)
+    # Encode with scale and zero as rounded by storage.
     codes = grid.encode(W, *grid.stored(scale, zero)).masked_fill_(constant, 0)
     return codes.t().to(torch.uint8), *grid.store(scale, zero)
 
 
 def not_finite_error(W: Tensor, name: str, rows: Sequence[slice] | None) -> UserError:
-    """For W, some rows [n, ...] of `name`: the first one with a value that fp32 does not hold."""
+    """Return the error that names the first row of W with a value that is not finite in fp32.
+
+    Args:
+        W: Rows [n, ...] of tensor `name`.
+        name: Name of the whole tensor.
+        rows: The rows of the tensor that W consists of; None: all rows.
+    """
     W = W.reshape(len(W), -1)
-    bad = torch.cat([~part.float().isfinite().all(1) for part in W.split(1024)])
+    is_bad = torch.cat([~part.float().isfinite().all(1) for part in W.split(1024)])
     numbers = [i for part in rows for i in range(part.start, part.stop)] if rows else range(len(W))
-    first = int(bad.nonzero()[0])
+    first = int(is_bad.nonzero()[0])
     row = W[first].float()
     value = row[~row.isfinite()][0].item()
     return UserError(
-        f"{name}: row {numbers[first]} holds {value}; {int(bad.sum())} of {len(W)} rows are not "
-        "finite. The checkpoint is damaged, or overflowed when it was converted: use another."
+        f"{name}: row {numbers[first]} holds {value}; {int(is_bad.sum())} of {len(W)} rows are not "
+        "finite. The checkpoint is damaged, or overflowed during conversion: use another one."
     )

@@ -1,7 +1,8 @@
-"""The solvers by name, and the two that are not ours: round to nearest, and hqq's.
+"""The solvers by name, and two baselines: round to nearest, and hqq's.
 
-A solver is a pure function of every column: it stops per group or after a fixed count, never on
-an average over the weight, as hqq does.
+A solver is a pure function of every column. It stops per group or after a fixed number of rounds,
+and never on an average over the whole weight, as hqq does: a group's bits must not depend on its
+neighbors.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,12 +17,15 @@ Solver = Callable[[Tensor, Grid], tuple[Tensor, Tensor]]
 """(W [group_size, n] fp32, in units of the grid) -> scale [n] in units, zero [n]."""
 
 HQQ_ROUNDS, HQQ_BETA, HQQ_P = 20, 10.0, 0.7
-"""Of hqq 0.2.8, where beta does not grow: the line that multiplied it by kappa was lost."""
+"""The constants of hqq 0.2.8. Its beta stays constant: the line that multiplied beta by kappa was
+lost.
+"""
 
 HQQ_BITS, HQQ_SHRUNK_BITS = 20, 13
-"""Fixed point in which the mean of a group, and of what is shrunk from it, are taken."""
+"""Fixed-point bits for the mean of a group, and for the mean of its shrunk residuals."""
 
 HQQ_NUDGES = (0.0, 1e-6, -1e-6)
+"""Offsets of the zero that the 1-bit solver tries, to round ties between two codes either way."""
 
 
 def rtn(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -32,42 +36,54 @@ def rtn(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def hqq(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """What hqq 0.2.8 computes in fp32 (`optimize_weights_proximal_legacy`): the zero is fitted.
+    """Fit the zero as hqq 0.2.8 does in fp32 (`optimize_weights_proximal_legacy`).
 
-    Two differences. hqq stops when the mean error of the whole weight stops falling; here every
-    group takes its 20 rounds, or fewer once none moves, and at 1 bit, where a later round can be
-    worse, keeps its best. And hqq maps a group whose range is at most 1e-4 to one value, to spare
-    half precision; here it gets its levels like any other.
+    The result differs from hqq's in two ways:
+
+    * hqq stops when the mean error over the whole weight no longer falls. Here every group runs
+      all 20 rounds, or fewer if no zero moves any more. At 1 bit a later round can be worse, so
+      each group keeps its best round.
+    * hqq maps a group whose range is at most 1e-4 to a single value, to spare half precision.
+      Here such a group gets its levels like any other.
     """
     low, width = spread(W)
-    inverse = _hqq_inverse_scale(width, grid)
-    first = -low * inverse
-    scale = 1 / inverse
+    inverse_scale = _hqq_inverse_scale(width, grid)
+    initial_zero = -low * inverse_scale
+    scale = 1 / inverse_scale
     if grid.nbits > 1:
-        *_, zero = _hqq_zeros(W, inverse, first, grid)
+        *_, zero = _hqq_zeros(W, inverse_scale, initial_zero, grid)
         return scale, zero
-    least, best = torch.full_like(scale, torch.inf), first
+    least_error, best_zero = torch.full_like(scale, torch.inf), initial_zero
     # bf16 weights often lie exactly between two codes, where rounding noise decides: try both.
     for nudge in HQQ_NUDGES:
-        for zero in _hqq_zeros(W, inverse, first, grid, nudge):
+        for zero in _hqq_zeros(W, inverse_scale, initial_zero, grid, nudge):
             error = grid.error(W, scale, zero)
-            best = torch.where(error < least * (1 - 1e-12), zero, best)  # rounding decides nothing
-            least = torch.minimum(error, least)
-    return scale, best
+            # The margin keeps rounding errors of this sum from deciding.
+            is_better = error < least_error * (1 - 1e-12)
+            best_zero = torch.where(is_better, zero, best_zero)
+            least_error = torch.minimum(error, least_error)
+    return scale, best_zero
 
 
 def _hqq_zeros(
-    W: Tensor, inverse: Tensor, first: Tensor, grid: Grid, nudge: float = 0
+    W: Tensor, inverse_scale: Tensor, initial_zero: Tensor, grid: Grid, nudge: float = 0
 ) -> Iterator[Tensor]:
-    """The zero after every round: the one that fits the last codes, but for what is shrunk."""
-    zero = first.round() if grid.nbits == 4 else first
-    mean, scaled = FixedPoint.of(W, HQQ_BITS).mean() * inverse, W * inverse
+    """Yield the zero [n] after every round: the mean of codes - (W - shrunk residual) / scale.
+
+    A round is a half-quadratic step. The residual of the current codes is shrunk toward 0, which
+    models it as sparse noise, and the zero is refitted to what remains of the weights.
+    """
+    zero = initial_zero.round() if grid.nbits == 4 else initial_zero
+    mean, scaled = FixedPoint.of(W, HQQ_BITS).mean() * inverse_scale, W * inverse_scale
     for _ in range(HQQ_ROUNDS):
         previous = zero
         codes = (scaled + (zero + nudge)).round_().clamp_(0, grid.top)
+        # The mean over a group of codes - W / scale. Sums of codes are exact in any order.
         zero = codes.sum(0, dtype=torch.float64).float() * (1 / len(W)) - mean
-        if _can_shrink(first, previous, inverse, grid):
-            shrunk = _shrink(W - (codes - previous) / inverse, grid) * inverse
+        if _can_shrink(initial_zero, previous, inverse_scale, grid):
+            residual = W - (codes - previous) / inverse_scale
+            shrunk = _shrink(residual, grid) * inverse_scale
+            # Sum in fixed point, for the same reason.
             shrunk = (shrunk * 2.0**HQQ_SHRUNK_BITS).double().round_().sum(0)
             zero = zero + shrunk.float() * (2.0**-HQQ_SHRUNK_BITS / len(W))
         yield zero
@@ -76,25 +92,28 @@ def _hqq_zeros(
 
 
 def _hqq_inverse_scale(width: Tensor, grid: Grid) -> Tensor:
-    inverse = grid.top / width
-    capped = torch.minimum(inverse, 2e4 * grid.unit)
-    return torch.where(width * grid.unit <= 1e-4, inverse, capped)
+    """Return top / range, capped at 2e4 as in hqq, unless the range is at most 1e-4."""
+    inverse_scale = grid.top / width
+    capped = torch.minimum(inverse_scale, 2e4 * grid.unit)
+    return torch.where(width * grid.unit <= 1e-4, inverse_scale, capped)
 
 
-def _can_shrink(first: Tensor, zero: Tensor, inverse: Tensor, grid: Grid) -> bool:
-    """Whether any residual can pass the threshold below which `_shrink` is exactly zero.
+def _can_shrink(initial_zero: Tensor, zero: Tensor, inverse_scale: Tensor, grid: Grid) -> bool:
+    """Whether any residual can exceed the threshold below which `_shrink` returns exactly 0.
 
-    A residual is at most half a step, or as far as the zero has moved, and rounding. For weights
-    of a language model's size none passes, and the powers need not be computed.
+    A residual is at most half a step, or the distance that the zero has moved, plus rounding. In
+    weights as small as a language model's no residual exceeds the threshold, and the powers need
+    not be computed.
     """
-    bound = 1.01 * (zero - first).abs().clamp_min(0.5) / inverse * grid.unit
+    bound = 1.01 * (zero - initial_zero).abs().clamp_min(0.5) / inverse_scale * grid.unit
     return bool((bound > HQQ_BETA ** (-1 / (2 - HQQ_P))).any())
 
 
 def _shrink(residual: Tensor, grid: Grid) -> Tensor:
-    """sign(x) * max(|x| - |x|**(p-1) / beta, 0) of residuals in units.
+    """Return sign(x) * max(|x| - |x|**(p-1) / beta, 0) of residuals x in units.
 
-    The power is taken in fp64: the fp32 one differs between vector lanes and remainders.
+    The power is computed in fp64: in fp32 its bits differ between the vectorized part of a loop
+    and the remainder.
     """
     x = residual.abs() * grid.unit
     power = x.double().pow_(HQQ_P - 1).float()

@@ -1,4 +1,4 @@
-"""How one weight is to be quantized: settings, resolved and checked against its shape."""
+"""The quantization settings of one weight, resolved and checked against its shape."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +9,20 @@ from hqqtrain.config import QuantConfig, UserError
 from hqqtrain_kernels import Layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Names of dtypes in the configuration."""
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """nbits, group_size (None: the whole row or column), axis, solver, dtype of scale and zero."""
+    """Quantization settings of one weight.
+
+    Attributes:
+        nbits: Bits of a code.
+        group_size: Weights that share a scale and a zero; None: a whole row or column.
+        axis: 1: groups run along in_features; 0: along out_features.
+        solver: Name of the solver, a key of `SOLVERS`.
+        meta_dtype: Storage dtype of scale and zero.
+    """
 
     nbits: int
     group_size: int | None
@@ -22,26 +31,27 @@ class QuantSpec:
     meta_dtype: torch.dtype
 
     def layout(self, out_features: int, in_features: int, name: str = "") -> Layout:
-        """The layout of a weight [out_features, in_features] called `name`.
+        """Return the layout of weight `name` [out_features, in_features].
 
-        Raises UserError where group_size does not divide the axis that groups run along.
+        Raises:
+            UserError: group_size does not divide the length of the axis that groups run along.
         """
         key, length = ("in_features", in_features) if self.axis else ("out_features", out_features)
         g = length if self.group_size is None else self.group_size
         if length % g:
             raise UserError(
                 f"quant.group_size={g}: does not divide {key}={length} of {name or 'a weight'} "
-                f"(quant.axis={self.axis}); allowed are its divisors, e.g. {_near(length, g)}, "
-                f"or null for one group of all {length}."
+                f"(quant.axis={self.axis}); allowed are its divisors, e.g. "
+                f"{_nearest_divisors(length, g)}, or null for one group of all {length}."
             )
         return Layout(out_features, in_features, self.nbits, g, self.axis)
 
 
 def spec_from_config(config: QuantConfig, override: dict[str, Any] | None = None) -> QuantSpec:
-    """The settings of `config`, some of them replaced by those of one of its overrides.
+    """Return the settings of `config`, with those in `override` replaced.
 
-    meta_dtype `auto` is bf16 up to 4 bits and fp32 at 8, where a zero near 128 in bf16 would
-    nearly double the error.
+    meta_dtype `auto` is bf16 up to 4 bits. At 8 bits it is fp32, because a zero near 128 in bf16
+    would nearly double the error.
     """
     keys = ("nbits", "group_size", "axis", "solver")
     settings = {key: getattr(config, key) for key in keys} | (override or {})
@@ -49,8 +59,8 @@ def spec_from_config(config: QuantConfig, override: dict[str, Any] | None = None
     return QuantSpec(**settings, meta_dtype=DTYPES.get(config.meta_dtype, auto))
 
 
-def _near(length: int, wanted: int) -> str:
-    """The divisors of `length` next to `wanted`."""
+def _nearest_divisors(length: int, wanted: int) -> str:
+    """Return the two divisors of `length` nearest to `wanted`, as text."""
     divisors = [d for d in range(min(2, length), length + 1) if length % d == 0]
     nearest = sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:2])
     return " or ".join(map(str, nearest))

@@ -1,4 +1,4 @@
-"""Weights that tests of quantization share."""
+"""Weights shared by the tests of quantization."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def weights() -> dict[str, Tensor]:
-    """[256, 256] each: Gaussian, heavy-tailed, and two of the bundled model (bf16)."""
+    """Four weights [256, 256]: Gaussian, heavy-tailed, and two of the bundled model (bf16)."""
     generator = torch.Generator().manual_seed(1)
     normal = torch.randn(4, 256, 256, generator=generator)
     student = normal[0] / normal[1:].square().mean(0).sqrt()  # 3 degrees of freedom

@@ -1,4 +1,4 @@
-"""Every case against the installed hqq 0.2.8 on the CPU in fp32."""
+"""Our solvers compared with the installed hqq 0.2.8 on the CPU in fp32."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ CASES = [
 
 
 def by_hqq(W: Tensor, nbits: int, axis: int, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """hqq's codes [groups, group_size] and dequantized weight."""
+    """Return hqq's codes [groups, group_size] and its dequantized weight."""
     g = group_size or W.shape[axis]
     W_q, meta = Quantizer.quantize(
         W, nbits=nbits, group_size=g, axis=axis, device="cpu", round_zero=nbits == 4,
@@ -35,6 +35,7 @@ def by_hqq(W: Tensor, nbits: int, axis: int, group_size: int | None) -> tuple[Te
 
 
 def by_us(W: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Return our codes [groups, group_size] and our dequantized weight."""
     layout, quantized = spec.layout(*W.shape), quantize(W, spec)
     codes = kernels.unpack(quantized.W_q, spec.nbits, layout.row_codes)
     return codes.view(-1, layout.group_size), dequantize(quantized, layout, torch.float32)
@@ -51,7 +52,7 @@ def test_solver_hqq_reproduces_hqq_and_the_default_beats_it(
 
     same, back = by_us(W, QuantSpec(nbits, group_size, axis, "hqq", torch.float32))
     error = relative_error(W, back)
-    if nbits == 1:  # where hqq stops on an average over the weight, later than it should or sooner
+    if nbits == 1:  # hqq stops on an average over the weight: too late or too early for a group
         assert error <= their_error * (1 + 1e-7)
     else:
         assert (same == codes).float().mean() >= 0.999
@@ -62,7 +63,7 @@ def test_solver_hqq_reproduces_hqq_and_the_default_beats_it(
 
 
 @pytest.mark.parametrize("nbits", [8, 4, 3, 2])
-def test_large_weights_where_the_shrinkage_is_alive(nbits: int) -> None:
+def test_large_weights_whose_residuals_are_shrunk(nbits: int) -> None:
     W = torch.randn(128, 256)
     codes, back = by_hqq(W, nbits, 1, 64)
     same, ours = by_us(W, QuantSpec(nbits, 64, 1, "hqq", torch.float32))
@@ -70,18 +71,18 @@ def test_large_weights_where_the_shrinkage_is_alive(nbits: int) -> None:
     assert relative_error(W, ours) == pytest.approx(relative_error(W, back), rel=1e-3)
 
 
-def test_follows_the_cap_of_hqq_on_small_weights_but_not_its_collapse() -> None:
+def test_small_weights_use_the_scale_cap_of_hqq_but_do_not_collapse() -> None:
     small, tiny = torch.randn(64, 128) * 1e-3, torch.randn(64, 128) * 1e-6
     spec = QuantSpec(8, 64, 1, "hqq", torch.float32)
     codes, _ = by_hqq(small, 8, 1, 64)
-    assert codes.max() < 255  # 1 / scale is capped, so that the codes do not use their range
+    assert codes.max() < 255  # the cap on 1 / scale leaves codes unused
     assert (by_us(small, spec)[0] == codes).float().mean() >= 0.999
     assert relative_error(tiny, by_hqq(tiny, 8, 1, 64)[1]) > 0.5
     assert relative_error(tiny, by_us(tiny, spec)[1]) < 1e-4
 
 
 @pytest.mark.parametrize("nbits", [8, 4, 3, 2, 1])
-def test_storing_scale_and_zero_as_auto_does_costs_little(
+def test_storing_scale_and_zero_in_the_auto_dtype_costs_little(
     weights: dict[str, Tensor], nbits: int
 ) -> None:
     meta_dtype = torch.float32 if nbits == 8 else torch.bfloat16
@@ -97,7 +98,7 @@ def bundled(name: str) -> Tensor:
 
 
 def test_8_bit_rows_with_outliers_gain_from_the_finest_ranges() -> None:
-    W = bundled("5.mlp.down_proj")  # where starts 0.9, 0.8 ... lose to fitting the zero alone
+    W = bundled("5.mlp.down_proj")  # starting ranges 0.9, 0.8, ... lose to fitting the zero alone
     _, back = by_us(W, QuantSpec(8, None, 1, "least_squares", torch.float32))
     assert relative_error(W, back) < 0.99 * relative_error(W, by_hqq(W, 8, 1, None)[1])
 
@@ -106,7 +107,7 @@ def test_8_bit_rows_with_outliers_gain_from_the_finest_ranges() -> None:
     ("name", "axis", "group_size"),
     [("4.self_attn.k_proj", 0, 16), ("3.self_attn.q_proj", 0, 8), ("1.mlp.down_proj", 0, 8)],
 )
-def test_1_bit_codes_of_weights_that_lie_exactly_between_two(
+def test_1_bit_codes_of_weights_exactly_between_two_codes(
     name: str, axis: int, group_size: int
 ) -> None:
     W = bundled(name)

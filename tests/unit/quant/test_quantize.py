@@ -1,4 +1,4 @@
-"""Weights that break quantizers, and what must not depend on how a weight is cut."""
+"""Weights that break quantizers, and independence of how a weight is sliced."""
 
 import subprocess
 import sys
@@ -87,7 +87,7 @@ def test_tiny_and_huge_weights_keep_their_relative_error(
     W, spec = torch.rand(32, 64) * 2 - 1, QuantSpec(nbits, 32, 1, solver, meta_dtype)
     expected = relative_error(W, back(W, spec))
     got = back(W * size, spec) / size
-    # Large residuals are what hqq shrinks: its zero then stays where it began.
+    # hqq shrinks large residuals, so its zero stays at the initial value.
     factor = 2 if solver == "hqq" and size > 1 else 1.2
     assert relative_error(W, got) < factor * expected + 1e-6
 
@@ -167,14 +167,14 @@ def test_non_finite_weights_are_refused_by_name_and_row(bad: float, axis: int) -
         quantize(torch.cat([W[part] for part in rows]), spec, rows=rows)
 
 
-def test_too_large_for_fp32_is_refused() -> None:
+def test_a_value_too_large_for_fp32_is_refused() -> None:
     W = torch.randn(4, 8, dtype=torch.float64)
     W[2, 3] = 1e300
     with pytest.raises(UserError, match="row 2 holds inf"):
         quantize(W, QuantSpec(4, 8, 1, "rtn", torch.float32))
 
 
-def test_leaves_its_input_alone_and_takes_any_strides(solver: str) -> None:
+def test_the_input_is_not_modified_and_may_have_any_strides(solver: str) -> None:
     W = torch.randn(32, 48)
     for axis in (0, 1):
         spec, before = QuantSpec(3, None, axis, solver, torch.float32), W.clone()
@@ -189,10 +189,10 @@ CUTS = [(nbits, axis, g) for nbits in (8, 3, 1) for axis in (0, 1) for g in (8, 
 
 
 @pytest.mark.parametrize(("nbits", "axis", "group_size"), CUTS)
-def test_same_bits_however_the_weight_is_cut(
+def test_same_bits_for_any_slice_and_chunk_size(
     solver: str, nbits: int, axis: int, group_size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Weights so large that the shrinkage of solver hqq is alive for some groups and not for others.
+    # Weights so large that solver hqq shrinks residuals of some groups and not of others.
     W = torch.randn(48, 72) * torch.logspace(-3, 0.5, 48)[torch.randperm(48), None]
     spec = QuantSpec(nbits, group_size, axis, solver, torch.bfloat16)
     layout, whole = spec.layout(*W.shape), quantize(W, spec)
@@ -210,7 +210,7 @@ def test_same_bits_however_the_weight_is_cut(
 
 @pytest.mark.parametrize(("solver", "axis"), [("least_squares", 1), ("hqq", 0)])
 def test_same_bits_on_one_thread_and_two_with_a_long_group(solver: str, axis: int) -> None:
-    # torch splits a sum of more than 32768 numbers over threads, when it is the only one.
+    # torch splits a single sum of more than 32768 numbers over threads.
     W = torch.randn((3, 40_001) if axis == 1 else (40_001, 3))
     spec = QuantSpec(1, None, axis, solver, torch.float32)
     threads, results = torch.get_num_threads(), []
@@ -249,7 +249,7 @@ def test_peak_memory_is_below_the_layer(case: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, case], capture_output=True, text=True, check=True
     )
-    assert float(done.stdout) < 1.5  # times the fp32 weight: codes, packed codes, and a few chunks
+    assert float(done.stdout) < 1.5  # times the fp32 weight: codes, packed codes and a few chunks
 
 
 def test_errors_add_up_over_slices() -> None:

@@ -1,4 +1,4 @@
-"""Settings of one weight: resolved from the configuration, checked against the shape."""
+"""The settings of one weight: resolving the configuration and checking the shape."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_overrides_replace_settings() -> None:
     assert spec == QuantSpec(3, None, 0, "hqq", torch.bfloat16)
 
 
-def test_null_is_the_whole_row_or_column() -> None:
+def test_group_size_null_is_the_whole_row_or_column() -> None:
     assert QuantSpec(4, None, 1, "rtn", torch.float32).layout(6, 10).group_size == 10
     assert QuantSpec(4, None, 0, "rtn", torch.float32).layout(6, 10).group_size == 6
 
