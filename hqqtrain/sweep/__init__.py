@@ -1,4 +1,4 @@
-"""Sweeps: many runs from one command, run, gone on with, and laid side by side in one table."""
+"""Sweeps: run many configurations from one command, resume them, and compare them in one table."""
 
 from hqqtrain.sweep.job import Job
 from hqqtrain.sweep.run import run_all, show_table

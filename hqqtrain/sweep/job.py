@@ -1,4 +1,4 @@
-"""One run of a sweep: the words that start it, and what it has left so far."""
+"""One run of a sweep: the overrides that start it, and the results it has written so far."""
 
 import json
 import shlex
@@ -12,12 +12,12 @@ from hqqtrain.config.secrets import masked_command
 
 @dataclass(frozen=True)
 class Job:
-    """One combination: the words of its command line and the configuration they stand for."""
+    """One combination of a sweep: its command-line overrides and the configuration they compose."""
 
     words: list[str]
     config: RunConfig
     shared: tuple[str, ...] = ()
-    """Words that the sweep adds, see `Sweep.of`."""
+    """Overrides that the sweep adds, see `Sweep.of`."""
 
     @property
     def name(self) -> str:
@@ -25,29 +25,35 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """The run directory, which two jobs share only if they mean the same."""
+        """The run directory. Two jobs share one only if their configurations are the same."""
         return Path(self.config.run.root).expanduser() / self.name
 
     @property
     def command(self) -> list[str]:
-        """All words, as `python -m hqqtrain` takes them; how many run at a time is the sweep's."""
-        alone = [word for word in self.words if not word.startswith("launch.jobs=")]
-        return [*alone, *self.shared]
+        """All arguments of `python -m hqqtrain` for this job.
+
+        `launch.jobs` is left out, because it belongs to the sweep and not to a single run.
+        """
+        own = [word for word in self.words if not word.startswith("launch.jobs=")]
+        return [*own, *self.shared]
 
     def __str__(self) -> str:
-        """The words that the user knows."""
+        """The overrides as the user wrote them, with secrets masked."""
         return shlex.join(masked_command(self.words))
 
     def status(self) -> dict[str, Any]:
-        """What its status.json says; empty where there is none."""
+        """Return the content of status.json; empty if there is no such file."""
         return read_json(self.folder / "status.json")
 
     def summary(self) -> dict[str, Any]:
-        """Its final figures; empty where there are none yet."""
+        """Return the final figures of summary.json; empty if there are none yet."""
         return read_json(self.folder / "summary.json")
 
     def figures(self) -> str:
-        """`: 2.50 bits per weight, perplexity 9.100 quantized, 6.320 final`, as far as known."""
+        """Format the key figures that are known so far; an empty string if none is.
+
+        For example `: 2.50 bits per weight, perplexity 9.100 quantized, perplexity 6.320 final`.
+        """
         summary = self.summary()
         bits = summary.get("quantize", {}).get("bits_per_weight")
         measured = summary.get("eval", {})
@@ -58,10 +64,14 @@ class Job:
         return f": {', '.join(parts)}" if parts else ""
 
     def is_done(self) -> bool:
-        """Whether nothing is left to do. Raises UserError where its inputs have changed since."""
+        """Whether the run has finished and nothing is left to do.
+
+        Raises:
+            UserError: the inputs of the finished run have changed since.
+        """
         if self.status().get("status") != "done":
             return False
-        from hqqtrain.ckpt import RunDirectory  # takes seconds, and a first sweep has no need
+        from hqqtrain.ckpt import RunDirectory  # slow import; a first sweep has no finished jobs
 
         directory = RunDirectory(self.config)
         directory.check()
@@ -69,9 +79,9 @@ class Job:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object that `file` holds; empty where it is missing or holds none."""
+    """Load a JSON object from `file`; empty if the file is missing or contains no object."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -1,4 +1,7 @@
-"""One attempt at a sweep at a time, also where the jobs of one that was killed still run."""
+"""A lock that allows one attempt at a sweep at a time.
+
+The jobs of a killed attempt may still run, so the lock outlives the process that took it.
+"""
 
 import fcntl
 from collections.abc import Callable, Iterator
@@ -9,10 +12,17 @@ from hqqtrain.sweep.sweep import Sweep
 
 @contextmanager
 def hold(sweep: Sweep, on_wait: Callable[[], None]) -> Iterator[int]:
-    """Holds the sweep's folder, after waiting for whoever has it; yields the lock's handle.
+    """Hold an exclusive lock on the sweep's folder, waiting until it is free.
 
-    Jobs inherit the handle: as long as one runs the lock is held, even where we are gone.
-    `on_wait` is called where there is something to wait for.
+    Jobs inherit the lock's file descriptor, so the lock stays held as long as any job runs, even
+    if the process of the sweep itself is gone.
+
+    Args:
+        sweep: the sweep whose folder is locked.
+        on_wait: called once if another attempt holds the lock.
+
+    Yields:
+        The file descriptor of the lock.
     """
     with (sweep.folder / ".lock").open("w") as file:
         try:

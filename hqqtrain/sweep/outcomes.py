@@ -1,4 +1,4 @@
-"""How each job ended, also those that failed before they had a directory to say so in."""
+"""How each job of a sweep ended, including jobs that failed before they had a run directory."""
 
 import json
 import time
@@ -10,49 +10,56 @@ from hqqtrain.launch.attempt import note_of
 from hqqtrain.sweep.job import Job, read_json
 from hqqtrain.sweep.sweep import Sweep
 
-_BY_CODE = {DONE: "done", PREEMPTED: "preempted", None: "unfinished"}
-_BY_STATUS = {"running": "unfinished"}
-"""Of a job that runs, or was killed and could not say so."""
+_STATE_BY_EXIT_CODE = {DONE: "done", PREEMPTED: "preempted", None: "unfinished"}
+"""Every other exit code means "failed". None: the job has started and not ended."""
+_STATE_BY_STATUS = {"running": "unfinished"}
+"""status.json says "running" while the job runs, and also after the process was killed."""
 
 
 class Outcomes:
-    """The sweep's jobs.json: exit code and time (seconds since 1970) by the job's name."""
+    """The sweep's jobs.json: job name -> exit code and time (seconds since 1970)."""
 
     def __init__(self, sweep: Sweep) -> None:
         self._file = sweep.folder / "jobs.json"
-        self._found = {k: v for k, v in read_json(self._file).items() if _is_sound(v)}
+        self._records = {k: v for k, v in read_json(self._file).items() if _is_valid_record(v)}
 
     def record(self, job: Job, code: int) -> None:
-        """`job` has just ended with `code`."""
-        self._found[job.name] = {"exit_code": code, "time": time.time()}
+        """Record that `job` has just ended with exit code `code`."""
+        self._records[job.name] = {"exit_code": code, "time": time.time()}
 
     def save(self) -> None:
-        """Writes what was recorded."""
-        atomic_write(self._file, json.dumps(self._found, indent=2) + "\n")
+        """Write all records to jobs.json."""
+        atomic_write(self._file, json.dumps(self._records, indent=2) + "\n")
 
     def state(self, job: Job) -> str:
-        """done, failed, preempted, unfinished or pending, by what was said last.
+        """Return the state of `job`: done, failed, preempted, unfinished or pending.
 
-        That is our record, that of its batch job, or its own status.json, for it may also run
-        without us. It is done only where it says so itself.
+        The newest of three sources decides: the sweep's own record, the record that a Slurm batch
+        job keeps, and the run's status.json, because a job may also run outside of the sweep. A job
+        counts as done only if its own status.json says so.
         """
-        said = job.status().get("status")
-        by_itself = _BY_STATUS.get(said, said) if isinstance(said, str) else "pending"
-        records = [r for r in (self._found.get(job.name), note_of(job.folder)) if r]
-        last = max(records, key=lambda record: record["time"], default=None)
-        if last is None or last["time"] < _time_of(job):
-            return by_itself
-        state = _BY_CODE.get(last["exit_code"], "failed")
-        started = state == "unfinished" and by_itself == "pending"
-        return by_itself if state in ("done", "unfinished") and not started else state
+        status = job.status().get("status")
+        by_status = _STATE_BY_STATUS.get(status, status) if isinstance(status, str) else "pending"
+        records = [r for r in (self._records.get(job.name), note_of(job.folder)) if r]
+        newest = max(records, key=lambda record: record["time"], default=None)
+        if newest is None or newest["time"] < _status_time(job):
+            return by_status
+        by_record = _STATE_BY_EXIT_CODE.get(newest["exit_code"], "failed")
+        # The record alone knows that a job failed, was preempted, or has started without having
+        # written a status.json. In all other cases status.json is more precise.
+        has_just_started = by_record == "unfinished" and by_status == "pending"
+        if by_record in ("failed", "preempted") or has_just_started:
+            return by_record
+        return by_status
 
 
-def _is_sound(record: Any) -> bool:
-    kinds = {"exit_code": int, "time": int | float}
-    return isinstance(record, dict) and all(isinstance(record.get(k), t) for k, t in kinds.items())
+def _is_valid_record(record: Any) -> bool:
+    types = {"exit_code": int, "time": int | float}
+    return isinstance(record, dict) and all(isinstance(record.get(k), t) for k, t in types.items())
 
 
-def _time_of(job: Job) -> float:
+def _status_time(job: Job) -> float:
+    """Modification time of the job's status.json; 0 if there is none."""
     try:
         return (job.folder / "status.json").stat().st_mtime
     except OSError:

@@ -1,4 +1,4 @@
-"""What the words of a command line stand for, one run or the jobs of a sweep; and shows it."""
+"""Turns the overrides of a command line into one run or the jobs of a sweep, and shows them."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ from hqqtrain.sweep.job import Job
 
 @dataclass(frozen=True)
 class Plan:
-    """The jobs, all of them composed and checked before the first one starts."""
+    """The jobs of a command, all composed and validated before the first one starts."""
 
     jobs: list[Job]
     is_sweep: bool
@@ -22,11 +22,17 @@ class Plan:
         return any(job.config.launch.backend == "slurm" for job in self.jobs)
 
     def as_recipes(self) -> str:
-        """The whole configuration of each as YAML; saved under ./recipes it is a recipe."""
+        """Return the complete configuration of every job as YAML.
+
+        A document that is saved under ./recipes is a valid recipe.
+        """
         return "---\n".join(_as_recipe(job.config) for job in self.jobs).rstrip()
 
     def directories(self) -> str:
-        """Where the run would write; for a sweep, or for slurm, a title, then a line per job."""
+        """Return the directory that the run would write to.
+
+        A sweep gets a title and a line per job. A single run on Slurm gets a title as well.
+        """
         if not self.is_sweep:
             return ("job of slurm:\n" if self.is_slurm else "") + str(self.jobs[0].folder)
         title = f"sweep of {len(self.jobs)} jobs:"
@@ -34,7 +40,18 @@ class Plan:
 
 
 def make_plan(overrides: list[str], multirun: bool) -> Plan:
-    """The plan of `overrides`, `multirun` being `-m`. Raises UserError for whatever is wrong."""
+    """Plan the run or the sweep that a command line describes.
+
+    Args:
+        overrides: the `key=value` arguments of the command line.
+        multirun: whether `-m` was given.
+
+    Returns:
+        The composed jobs. A recipe with a `sweep` group is a sweep even without `-m`.
+
+    Raises:
+        UserError: an override is invalid, or two different jobs would share a run directory.
+    """
     lines = jobs(overrides, multirun)
     planned = [Job(line, compose(line)) for line in lines]
     _refuse_shared_folders(planned)
@@ -45,18 +62,18 @@ def make_plan(overrides: list[str], multirun: bool) -> Plan:
 
 
 def _as_recipe(config: RunConfig) -> str:
-    keys = asdict(config)
-    title = f"# Everything that {keys.pop('recipe') or 'the command line'} sets.\n"
-    return title + yaml.safe_dump(keys, sort_keys=False)
+    values = asdict(config)
+    title = f"# Everything that {values.pop('recipe') or 'the command line'} sets.\n"
+    return title + yaml.safe_dump(values, sort_keys=False)
 
 
 def _refuse_jobs(words: Sequence[str]) -> None:
-    """A recipe may say it for the sweeps that it is made for; a command line says it in vain."""
+    """Refuse `launch.jobs` on the command line of a single run; a recipe may set it for sweeps."""
     for word in words:
         if word.startswith("launch.jobs="):
             raise UserError(
-                f"{word}: so many jobs of a sweep run at a time, and this is one run; leave it "
-                "out, or sweep, as in -m quant.nbits=2,3."
+                f"{word}: sets how many jobs of a sweep run in parallel, but this is one run; "
+                "leave it out, or start a sweep, as in -m quant.nbits=2,3."
             )
 
 
@@ -65,6 +82,6 @@ def _refuse_shared_folders(planned: list[Job]) -> None:
     for job in planned:
         if owners.setdefault(str(job.folder), job.config.identity()) != job.config.identity():
             raise UserError(
-                f"run.name={job.config.run.name}: the jobs of a sweep need a folder each; leave "
-                "run.name=null, which names each by what defines its result."
+                f"run.name={job.config.run.name}: every job of a sweep needs its own folder; use "
+                "run.name=null, which derives a name from the settings that define the result."
             )

@@ -1,4 +1,4 @@
-"""The plots of a sweep: perplexity against what it costs, and the jobs that nothing beats."""
+"""The plots of a sweep: perplexity against a cost, with the Pareto front of the jobs."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,12 +9,12 @@ from hqqtrain.track import COLORS, MUTED, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MOST_LETTERS = 28
-"""So long a label of a point may be."""
+_MAX_LABEL_LENGTH = 28
+"""Longer labels of points are truncated."""
 
 
 class Point(NamedTuple):
-    """A model that was measured: `cost` in the unit of the axis, by a label for its job."""
+    """A measured model: its `cost` in the unit of the axis, its perplexity, and its job's label."""
 
     cost: float
     perplexity: float
@@ -22,7 +22,11 @@ class Point(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """What is laid off to the right, of the quantized model and of the trained one."""
+    """A cost on the horizontal axis: its label, and how to compute it from a job's figures.
+
+    `quantized` gives the cost of the quantized model, `final` that of the trained model. Both
+    return None if the figures do not contain it.
+    """
 
     label: str
     quantized: Callable[[dict[str, float | None]], float | None]
@@ -46,9 +50,10 @@ AXES = {
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Those that no other beats: none is as good in one and better in the other. By cost.
+    """Return the points that no other point dominates, sorted by cost.
 
-    Points that are equal in both beat each other in nothing, so all of them stay.
+    A point dominates another if it is at least as good in cost and in perplexity, and better in
+    one of them. Points that are equal in both do not dominate each other, so all of them stay.
     """
     front: list[Point] = []
     for point in sorted(points):
@@ -58,7 +63,7 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def cost_figure(rows: Sequence[Row], axis: Axis) -> "Figure | None":
-    """Perplexity against the cost of `axis`; None where no job has both."""
+    """Plot perplexity against the cost of `axis`; None if no job has both figures."""
     quantized = _points(rows, axis.quantized, "perplexity_quantized")
     trained = _points(rows, axis.final, "perplexity_final")
     if not (quantized or trained):
@@ -79,33 +84,33 @@ def cost_figure(rows: Sequence[Row], axis: Axis) -> "Figure | None":
 def _points(
     rows: Sequence[Row], cost: Callable[[dict[str, float | None]], float | None], name: str
 ) -> list[Point]:
-    found = ((cost(row.figures), row.figures[name], _label(row)) for row in rows)
-    return [Point(c, p, label) for c, p, label in found if c is not None and p is not None]
+    values = ((cost(row.figures), row.figures[name], _label(row)) for row in rows)
+    return [Point(c, p, label) for c, p, label in values if c is not None and p is not None]
 
 
 def _draw_front(axes: Any, front: Sequence[Point]) -> None:
     costs, perplexities, _ = zip(*front, strict=True)
-    axes.plot(costs, perplexities, drawstyle="steps-post", color=MUTED, linewidth=1,
-              label="Pareto front", zorder=1)  # fmt: skip
+    style = {"color": MUTED, "linewidth": 1, "label": "Pareto front", "zorder": 1}
+    axes.plot(costs, perplexities, drawstyle="steps-post", **style)
+    text_style = {"color": MUTED, "fontsize": 8, "rotation": 40, "parse_math": False}
     for point in front:
         axes.annotate(
-            point.label, point[:2], xytext=(1, 5), textcoords="offset points", fontsize=8,
-            color=MUTED, rotation=40, parse_math=False,
-        )  # fmt: skip
+            point.label, point[:2], xytext=(1, 5), textcoords="offset points", **text_style
+        )
 
 
 def _draw_full_precision(axes: Any, rows: Sequence[Row]) -> None:
-    """A line for each model that there was: one, where the sweep is over other things."""
-    found = {row.figures["perplexity_full_precision"] for row in rows} - {None}
-    for number, value in enumerate(sorted({round(v, 3) for v in found if v is not None})):
-        label = "full precision" if number == 0 else None
+    """Draw one line per full-precision model; a sweep that does not vary the model has one line."""
+    values = {row.figures["perplexity_full_precision"] for row in rows}
+    for index, value in enumerate(sorted({round(v, 3) for v in values if v is not None})):
+        label = "full precision" if index == 0 else None
         axes.axhline(
             value, color=COLORS["full precision"], linestyle="--", linewidth=1, label=label
         )
 
 
 def _scale(axes: Any, points: Sequence[Point]) -> None:
-    """Logarithmic where the values are of several orders."""
+    """Use a logarithmic scale on an axis whose values differ by more than a factor of 20."""
     from matplotlib.ticker import StrMethodFormatter
 
     for values, set_scale, axis in (
@@ -119,10 +124,10 @@ def _scale(axes: Any, points: Sequence[Point]) -> None:
 
 def _label(row: Row) -> str:
     text = " · ".join(row.swept.values())
-    return text if len(text) <= _MOST_LETTERS else text[: _MOST_LETTERS - 1] + "…"
+    return text if len(text) <= _MAX_LABEL_LENGTH else text[: _MAX_LABEL_LENGTH - 1] + "…"
 
 
 def _title(rows: Sequence[Row]) -> str:
-    """What the labels are made of: the swept keys, without their groups."""
+    """Explain the labels of the points: the names of the swept keys, without their groups."""
     keys = " · ".join(key.rpartition(".")[2] for key in rows[0].swept)
     return f"labels: {keys}" if keys else ""

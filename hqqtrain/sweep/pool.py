@@ -1,8 +1,9 @@
-"""Jobs as processes of their own, and the signals that go on to them.
+"""Runs jobs as separate processes and forwards signals to them.
 
-A process of its own, because a job that fails, runs out of memory or leaves a process group
-behind must not touch the next one. Each has a process group of its own as well, so that Ctrl-C,
-which a terminal sends to a whole group, reaches a job once: a second signal means "at once".
+Every job has its own process, because a job that fails, runs out of memory or leaves a torch
+process group behind must not affect the next one. Every job also has its own Unix process group.
+A terminal sends Ctrl-C to a whole group, so a job in our group would receive it twice: from the
+terminal and from us. A second signal makes a job stop immediately.
 """
 
 import os
@@ -22,54 +23,73 @@ class Pool:
 
     def __init__(self, inherited: Sequence[int] = ()) -> None:
         self.inherited = inherited
-        """Handles of open files that the processes are to hold as well."""
+        """File descriptors that the processes inherit."""
         self.signal: int | None = None
-        """The last signal that came, and was passed on."""
+        """The last signal that was received and forwarded."""
         self._running: dict[int, tuple[subprocess.Popen, Any]] = {}
-        self._before: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return len(self._running)
 
     def __enter__(self) -> "Pool":
-        heard = [s for s in FORWARDED if signal.getsignal(s) is not signal.SIG_IGN]  # nohup
-        self._before = {number: signal.signal(number, self._pass_on) for number in heard}
+        # A signal that is ignored, such as SIGHUP under nohup, stays ignored.
+        handled = [s for s in FORWARDED if signal.getsignal(s) is not signal.SIG_IGN]
+        self._previous_handlers = {number: signal.signal(number, self._forward)
+                                   for number in handled}  # fmt: skip
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:  # fmt: skip
-        if error:  # a fault of ours, such as a full disk: leave no job behind
-            self._pass_on(signal.SIGTERM)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error:  # our own failure, such as a full disk: leave no job behind
+            self._forward(signal.SIGTERM)
         while self._running:
             self.wait()
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def start(
         self, key: Any, command: Sequence[str], env: Mapping[str, str], log: Path | None
     ) -> None:
-        """Starts `command`; its output goes to `log`, appended, or to where ours goes."""
+        """Start `command`, known by `key`.
+
+        Its output is appended to `log`. With None it goes to our own standard output and error.
+        """
         with ExitStack() as stack:
             output = stack.enter_context(log.open("ab")) if log else None
             process = subprocess.Popen(
-                command, env=env, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT if log else None, process_group=0,
+                command,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if log else None,
+                process_group=0,
                 pass_fds=self.inherited,
-            )  # fmt: skip
+            )
         self._running[process.pid] = (process, key)
-        if self.signal:  # it came while the process was being started
+        if self.signal:  # a signal arrived while the process was being started
             self._send(process.pid, self.signal)
 
     def wait(self) -> tuple[Any, int]:
-        """(key, exit code) of the next process that ends; negative: ended by that signal."""
+        """Wait until a process ends.
+
+        Returns:
+            Its key and its exit code. A negative exit code is the number of the signal that
+            killed the process.
+        """
         while True:
             pid, status = os.wait()
-            if pid in self._running:  # else a child that whoever started us has left
+            # `pid` may also be a child that we inherited from the program that started us.
+            if pid in self._running:
                 process, key = self._running.pop(pid)
                 process.returncode = os.waitstatus_to_exitcode(status)
                 return key, process.returncode
 
-    def _pass_on(self, number: int, *_: object) -> None:
+    def _forward(self, number: int, *_: object) -> None:
         self.signal = number
         for pid in list(self._running):
             self._send(pid, number)

@@ -1,7 +1,7 @@
-"""Runs the jobs of a sweep, some at a time, and goes on where an earlier attempt was killed.
+"""Runs the jobs of a sweep, several in parallel, and resumes a sweep that was killed.
 
-One failure does not end the sweep. A preemption does: of a job, or of us, whose signal goes on
-to all that run.
+A failed job does not end the sweep. A preemption does, whether one job was preempted or the sweep
+itself: a signal to the sweep is forwarded to all running jobs.
 """
 
 import os
@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from hqqtrain.config import UserError
 from hqqtrain.config.codes import DONE, FAILED, PREEMPTED, USER_ERROR
@@ -25,26 +24,35 @@ from hqqtrain.sweep.share import environments
 from hqqtrain.sweep.sweep import Sweep
 
 LAUNCHER = "HQQTRAIN_LAUNCHER"
-"""Set by launch.sh to itself, so that each job gets all of its GPUs."""
+"""launch.sh sets it to its own path, so that every job starts through it and uses all its GPUs."""
 
 
 def run_all(planned: Sequence[Job]) -> int:
-    """Runs every job that is not done yet. Prints the table at the end, and who failed.
+    """Run every job that is not done yet, then print the table and the jobs that failed.
 
-    Returns 0 if all are done, 3 if one was preempted or could not be started any more, else 1.
+    Returns:
+        The exit code: 0 if all jobs are done, 3 if one was preempted or could no longer be
+        started, 1 if one failed, and 2 if only the table could not be written.
+
+    Raises:
+        UserError: the machine has too few GPUs, or the sweep's folder cannot be created.
     """
     sweep = Sweep.of(planned)
     shares = environments(sweep.at_a_time, os.environ)
     make_folder(sweep)
     for job in sweep.same:
-        _say(f"sweep: {sweep.label(job)}: the same run as another of these jobs, and left out")
-    waits = f"sweep: waiting: jobs of an earlier attempt still run, in {sweep.folder}"
-    with hold(sweep, lambda: _say(waits)) as lock:
+        _print(f"sweep: {sweep.label(job)}: the same run as another of these jobs; skipped")
+    waiting = f"sweep: waiting: jobs of an earlier attempt still run in {sweep.folder}"
+    with hold(sweep, lambda: _print(waiting)) as lock:
         return _Runner(sweep, shares, lock).run()
 
 
 def show_table(planned: Sequence[Job]) -> int:
-    """Writes and prints the table and the plots from what the jobs have left so far."""
+    """Write and print the table and the plots from the jobs' results so far.
+
+    Raises:
+        UserError: the sweep's folder or its files cannot be written.
+    """
     sweep = Sweep.of(planned)
     make_folder(sweep)
     print_table(sweep)
@@ -53,87 +61,114 @@ def show_table(planned: Sequence[Job]) -> int:
 
 @dataclass
 class _Task:
-    """A job's turn."""
+    """A job in the queue, and what the runner knows of it while it runs."""
 
     job: Job
     title: str
     share: dict[str, str] = field(default_factory=dict)
-    began: float = 0.0
+    """The environment variables that give the job its part of the machine."""
+    started: float = 0.0
+    """Start time on the monotonic clock, in seconds."""
 
 
 class _Runner:
-    """`shares`: the environment of each of the jobs that run at a time; `lock`: see `hold`."""
+    """Runs the jobs of a sweep that are not done.
+
+    Args:
+        sweep: the jobs.
+        shares: one set of environment variables for each job that runs in parallel.
+        lock: the file descriptor that the jobs inherit, see `hold`.
+    """
 
     def __init__(self, sweep: Sweep, shares: list[dict[str, str]], lock: int) -> None:
-        self.sweep, self.shares, self.lock = sweep, shares, lock
-        self.alone = len(shares) == 1
+        self.sweep, self.free_shares, self.lock = sweep, shares, lock
+        self.is_sequential = len(shares) == 1
         self.outcomes = Outcomes(sweep)
         self.failed: list[Job] = []
         self.preempted = False
-        self.waiting: list[_Task] = []
+        self.queue: list[_Task] = []
 
     def run(self) -> int:
+        """Run the sweep and return its exit code."""
         for number, job in enumerate(self.sweep.jobs, 1):
             title = f"sweep {number}/{len(self.sweep.jobs)}: {self.sweep.label(job)}"
-            self._look_at(_Task(job, title))
+            self._queue_unless_done(_Task(job, title))
         with Pool([self.lock]) as pool:
             while self._may_start(pool) or len(pool):
-                while self._may_start(pool) and self.shares:
-                    self._start(pool, self.waiting.pop(0))
-                if len(pool):  # else a signal came just now
-                    self._ended(*pool.wait(), pool.signal)
-        fault = self._tell()
-        self._name_failed()
-        return self._code() or fault
+                while self._may_start(pool) and self.free_shares:
+                    self._start(pool, self.queue.pop(0))
+                # The pool is empty if a signal arrived before the first job was started.
+                if len(pool):
+                    self._on_end(*pool.wait(), pool.signal)
+        table_code = self._write_final_table()
+        for job in self.failed:
+            place = job.folder if self.is_sequential else self.sweep.log(job)
+            where = place if place.exists() else "above"
+            print(f"hqqtrain: failed: {self.sweep.label(job)}; see {where}", file=sys.stderr)
+        return self._exit_code() or table_code
 
-    def _look_at(self, task: _Task) -> None:
-        """Leaves out what is done; refuses what is, but of other inputs than there are now."""
+    def _queue_unless_done(self, task: _Task) -> None:
+        """Queue the job unless it is done. Fail it if it is done but its inputs have changed."""
         try:
             if not task.job.is_done():
-                self.waiting.append(task)
+                self.queue.append(task)
                 return
-            _say(f"{task.title}: done before{task.job.figures()}")
-            self._note(task.job, DONE)
+            _print(f"{task.title}: done before{task.job.figures()}")
+            self._record(task.job, DONE)
         except UserError as error:
             print(f"hqqtrain: {error}", file=sys.stderr, flush=True)
-            self._note(task.job, USER_ERROR)
+            self._record(task.job, USER_ERROR)
 
     def _may_start(self, pool: Pool) -> bool:
-        return bool(self.waiting) and not self.preempted and pool.signal is None
+        return bool(self.queue) and not self.preempted and pool.signal is None
 
     def _start(self, pool: Pool, task: _Task) -> None:
-        task.share, task.began = self.shares.pop(), time.monotonic()
-        log = None if self.alone else self._new_log(task.job)
-        _say(task.title if log is None else f"{task.title}: started, see {log}")
+        task.share, task.started = self.free_shares.pop(), time.monotonic()
+        if self.is_sequential:
+            log = None
+            _print(task.title)
+        else:
+            log = self.sweep.log(task.job)
+            with log.open("a") as file:
+                file.write(f"$ python -m hqqtrain {shlex.join(masked_command(task.job.command))}\n")
+            _print(f"{task.title}: started, see {log}")
         launcher = os.environ.get(LAUNCHER)
         program = [launcher] if launcher else [sys.executable, "-m", "hqqtrain"]
         pool.start(task, [*program, *task.job.command], {**os.environ, **task.share}, log)
 
-    def _ended(self, task: _Task, code: int, number: int | None) -> None:
-        """`number`, if any, is a signal that was passed on: whom it ended at once was preempted."""
-        self.shares.append(task.share)
-        if number is not None and code in _ended_by(number):
-            code = PREEMPTED
-        seconds = time.monotonic() - task.began
-        _say(f"{task.title}: {_result(task.job, code)} ({seconds:.0f} s)")
-        self._note(task.job, code)
-        self._write_files()
+    def _on_end(self, task: _Task, code: int, forwarded: int | None) -> None:
+        """Record how a job ended, and write the sweep's files.
 
-    def _note(self, job: Job, code: int) -> None:
+        Args:
+            task: the job.
+            code: its exit code.
+            forwarded: the signal that was forwarded to it, if any. A job that the signal killed
+                counts as preempted, not as failed.
+        """
+        self.free_shares.append(task.share)
+        if forwarded is not None and code in _exit_codes_of_signal(forwarded):
+            code = PREEMPTED
+        if code == DONE:
+            result = f"done{task.job.figures()}"
+        else:
+            result = "preempted" if code == PREEMPTED else f"failed with exit code {code}"
+        _print(f"{task.title}: {result} ({time.monotonic() - task.started:.0f} s)")
+        self._record(task.job, code)
+        # A table that cannot be written is no reason to stop: the other jobs still run.
+        try:
+            self.outcomes.save()
+            write_files(self.sweep, self.outcomes)
+        except Exception as error:
+            print(f"warning: {self.sweep.folder} was not written: {error!r}", file=sys.stderr)
+
+    def _record(self, job: Job, code: int) -> None:
         self.preempted |= code == PREEMPTED
         if code not in (DONE, PREEMPTED):
             self.failed.append(job)
         self.outcomes.record(job, code)
 
-    def _new_log(self, job: Job) -> Path:
-        """Its log, which begins with the whole command."""
-        log = self.sweep.log(job)
-        with log.open("a") as file:
-            file.write(f"$ python -m hqqtrain {shlex.join(masked_command(job.command))}\n")
-        return log
-
-    def _tell(self) -> int:
-        """Prints and writes the table for the last time; the exit code of a fault in that."""
+    def _write_final_table(self) -> int:
+        """Print and write the table for the last time, and return 2 if that fails, else 0."""
         try:
             print_table(self.sweep, self.outcomes)
             self.outcomes.save()
@@ -142,38 +177,23 @@ class _Runner:
             return USER_ERROR
         return DONE
 
-    def _write_files(self) -> None:
-        """A table that fails is no reason to leave jobs undone."""
-        try:
-            self.outcomes.save()
-            write_files(self.sweep, self.outcomes)
-        except Exception as error:
-            print(f"warning: {self.sweep.folder} was not written: {error!r}", file=sys.stderr)
-
-    def _name_failed(self) -> None:
-        for job in self.failed:
-            place = job.folder if self.alone else self.sweep.log(job)
-            where = place if place.exists() else "above"
-            print(f"hqqtrain: failed: {self.sweep.label(job)}; see {where}", file=sys.stderr)
-
-    def _code(self) -> int:
+    def _exit_code(self) -> int:
         if self.preempted:
             return PREEMPTED
         if self.failed:
             return FAILED
-        return PREEMPTED if self.waiting else DONE
+        return PREEMPTED if self.queue else DONE
 
 
-def _ended_by(number: int) -> tuple[int, ...]:
-    """Exit codes of a process that the signal has ended; after Ctrl-C our own programs say 1."""
+def _exit_codes_of_signal(number: int) -> tuple[int, ...]:
+    """Exit codes of a process that signal `number` killed.
+
+    Python reports `-number` and a shell reports `128 + number`. hqqtrain itself returns 1 after
+    Ctrl-C.
+    """
     return (-number, 128 + number, *([FAILED] if number == signal.SIGINT else []))
 
 
-def _result(job: Job, code: int) -> str:
-    if code == DONE:
-        return f"done{job.figures()}"
-    return "preempted" if code == PREEMPTED else f"failed with exit code {code}"
-
-
-def _say(text: str) -> None:
+def _print(text: str) -> None:
+    """Print at once, so that our lines and the output of the jobs stay in order."""
     print(text, flush=True)

@@ -1,4 +1,4 @@
-"""What the jobs of a sweep have in common: a folder, quantized weights, and what is swept over."""
+"""The jobs of a sweep and what they share: a folder, a cache of quantized weights, a W&B group."""
 
 import hashlib
 import re
@@ -14,25 +14,28 @@ from hqqtrain.sweep.job import Job
 
 @dataclass(frozen=True)
 class Sweep:
-    """Jobs with a folder each, and the sweep's own beside them."""
+    """Jobs that each have a run directory, and the sweep's own folder next to those directories."""
 
     name: str
     jobs: list[Job]
     same: list[Job]
-    """Jobs that mean the same as an earlier one, which does their work."""
+    """Duplicates: jobs with the run directory of an earlier job, which runs in their place."""
 
     @classmethod
     def of(cls, planned: Sequence[Job]) -> "Sweep":
-        """Names the sweep by what its jobs are, and gives them the words that they share.
+        """Build a sweep from its planned jobs.
 
-        That is a folder for quantized weights, so that those of one setting are made once, and a
-        W&B group. What the user or the recipe has set stays as it is.
+        Duplicate jobs are moved to `same`. The name of the sweep is derived from the jobs. Every
+        job gets overrides for a shared `quant.cache_dir`, so that weights of one setting are
+        quantized only once, and for a shared `track.group`. An override is omitted if the user or
+        the recipe has set its key.
         """
-        first: dict[Path, Job] = {}
+        unique: dict[Path, Job] = {}
         for job in planned:
-            first.setdefault(job.folder, job)
-        same = [job for job in planned if first[job.folder] is not job]
-        jobs, name = list(first.values()), _name(list(first.values()))
+            unique.setdefault(job.folder, job)
+        same = [job for job in planned if unique[job.folder] is not job]
+        jobs = list(unique.values())
+        name = _name(jobs)
         return cls(name, [replace(job, shared=_shared(job, name)) for job in jobs], same)
 
     @property
@@ -41,35 +44,44 @@ class Sweep:
 
     @property
     def at_a_time(self) -> int:
+        """How many jobs run in parallel."""
         return min(self.jobs[0].config.launch.jobs, len(self.jobs))
 
     def log(self, job: Job) -> Path:
-        """Where a job's output goes when it is not alone at the terminal."""
+        """The log file of `job`, used when several jobs run in parallel."""
         return self.folder / "logs" / f"{job.name}.log"
 
     @cached_property
     def swept(self) -> list[str]:
-        """The keys whose values differ among the jobs."""
+        """The configuration keys whose values differ between the jobs."""
         return _differing(self.jobs)
 
     def values(self, job: Job) -> dict[str, str]:
-        """What `job` has for the swept keys, as it may be shown."""
-        return _shown(job, self.swept)
+        """Return the values of the swept keys for `job`, with secrets masked."""
+        return _masked_values(job, self.swept)
 
     def label(self, job: Job) -> str:
-        """`quant.nbits=2 optim.lr=0.1`: the words that tell `job` from all others, `same` too."""
-        told = _shown(job, _differing([*self.jobs, *self.same]))
-        return shlex.join(f"{key}={value}" for key, value in told.items()) or job.name
+        """Return the overrides that distinguish `job` from all others, duplicates included.
+
+        For example `quant.nbits=2 optim.lr=0.1`. A sweep of one job returns the job's name.
+        """
+        values = _masked_values(job, _differing([*self.jobs, *self.same]))
+        return shlex.join(f"{key}={value}" for key, value in values.items()) or job.name
 
 
 def _name(jobs: Sequence[Job]) -> str:
+    """Return `sweep-RECIPE-HASH`, or `sweep-TASK-HASH` without a common recipe.
+
+    The hash covers the identities of the jobs, so repeating a sweep finds its folder again.
+    """
     recipes = {job.config.recipe for job in jobs}
-    what = (recipes.pop() if len(recipes) == 1 else None) or jobs[0].config.task
+    kind = (recipes.pop() if len(recipes) == 1 else None) or jobs[0].config.task
     identities = "\n".join(sorted(f"{job.name} {job.config.identity()}" for job in jobs))
-    return f"sweep-{what}-{hashlib.sha256(identities.encode()).hexdigest()[:8]}"
+    return f"sweep-{kind}-{hashlib.sha256(identities.encode()).hexdigest()[:8]}"
 
 
 def _shared(job: Job, name: str) -> tuple[str, ...]:
+    """Return the overrides that all jobs of sweep `name` share, except for keys that are set."""
     config, given = job.config, _by_key(job)
     words = []
     if config.quant.cache_dir is None and "quant.cache_dir" not in given:
@@ -85,24 +97,24 @@ def _differing(jobs: Sequence[Job]) -> list[str]:
     return [key for key in keys if len({words.get(key) for words in given}) > 1]
 
 
-def _shown(job: Job, keys: Sequence[str]) -> dict[str, str]:
+def _masked_values(job: Job, keys: Sequence[str]) -> dict[str, str]:
     given = _by_key(job)
-    return {key: masked(_plain(given.get(key, "")), key) for key in keys}
+    return {key: masked(_unescaped(given.get(key, "")), key) for key in keys}
 
 
-def _plain(value: str) -> str:
-    """Without the escapes that a sweep's values get, so that secrets in them are known."""
+def _unescaped(value: str) -> str:
+    """Remove the escapes of a sweep's value, so that secrets in it are recognized."""
     return value if value[:1] in ("'", '"') else re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value)
 
 
 def _by_key(job: Job) -> dict[str, str]:
-    """Key -> value of its words; of a key given twice, the last counts."""
+    """Return key -> value of the job's overrides; the last one wins if a key occurs twice."""
     parts = (word.partition("=") for word in job.words)
     return {key.lstrip("+"): value for key, _, value in parts}
 
 
 def _quoted(text: str) -> str:
-    """`text` as a value of a command line's word, whose grammar gives a meaning to some signs."""
+    """Quote `text` as the value of an override, because Hydra's grammar has special characters."""
     if re.fullmatch(r"[\w./-]*[A-Za-z/][\w./-]*", text, re.ASCII):
         return text
     return "'" + re.sub(r"(\\*)'", r"\1\1\'", text) + "'"

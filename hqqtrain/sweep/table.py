@@ -1,4 +1,4 @@
-"""The jobs of a sweep side by side: a row each, as CSV for programs and as text for people."""
+"""The results table of a sweep: one row per job, as CSV for programs and as text for people."""
 
 import csv
 import io
@@ -26,12 +26,15 @@ COLUMNS = {
     "peak_memory_gib": ("peak\nGiB", ".3f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
 }
-"""Figure -> (heading, format). `quantize_seconds` of shared weights are those of reading them."""
+"""Figure -> (heading, format).
+
+A job that reads quantized weights from the cache has their loading time as `quantize_seconds`.
+"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A job: its values of the swept keys and, where it is done, its figures."""
+    """One job: its values of the swept keys and, if it is done, its figures."""
 
     swept: dict[str, str]
     figures: dict[str, float | None]
@@ -40,21 +43,24 @@ class Row:
 
 
 def rows_of(sweep: Sweep, outcomes: Outcomes | None = None) -> list[Row]:
-    """A row for every job, whatever has become of it; `outcomes` if they are not all saved yet."""
+    """Return one row per job, whatever its state.
+
+    `outcomes` defaults to the saved ones; a caller with unsaved outcomes passes them.
+    """
     outcomes, rows = outcomes or Outcomes(sweep), []
     for job in sweep.jobs:
         state = outcomes.state(job)
-        found = figures(job.summary() if state == "done" else {})
-        rows.append(Row(sweep.values(job), found, state, str(job.folder)))
+        job_figures = figures(job.summary() if state == "done" else {})
+        rows.append(Row(sweep.values(job), job_figures, state, str(job.folder)))
     return rows
 
 
 def figures(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    """What COLUMNS names, of a summary.json; None where it was not measured or is not finite."""
+    """Return the figures of COLUMNS from a summary.json; None if not measured or not finite."""
     quantize, train = summary.get("quantize", {}), summary.get("train", {})
     measured = summary.get("eval", {})
     peaks = [part["peak_memory_gib"] for part in (quantize, train) if "peak_memory_gib" in part]
-    found = {
+    values = {
         "bits_per_weight": quantize.get("bits_per_weight"),
         "relative_error": quantize.get("relative_error"),
         "quantize_seconds": quantize.get("seconds"),
@@ -63,13 +69,13 @@ def figures(summary: Mapping[str, Any]) -> dict[str, float | None]:
         "tokens_per_second": train.get("tokens_per_second"),
     }
     for part in ("full_precision", "quantized", "final"):
-        found[f"perplexity_{part}"] = measured.get(part, {}).get("perplexity")
-        found[f"kl_{part}"] = measured.get(part, {}).get("kl")
-    return {name: _finite(found[name]) for name in COLUMNS}
+        values[f"perplexity_{part}"] = measured.get(part, {}).get("perplexity")
+        values[f"kl_{part}"] = measured.get(part, {}).get("kl")
+    return {name: _finite(values[name]) for name in COLUMNS}
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """All figures in full; an empty cell where there is none."""
+    """Return the table as CSV, with unrounded figures and an empty cell for a missing one."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*rows[0].swept, *COLUMNS, "status", "folder"])
@@ -79,12 +85,12 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """(headings, cells by row) for people: rounded, a dash where there is no figure."""
+    """Return (headings, rows of cells) for people: rounded, with a dash for a missing figure."""
     headings = [heading for heading, _ in COLUMNS.values()]
     lines = [
         [
             *row.swept.values(),
-            *(_shown(row.figures[name], form) for name, (_, form) in COLUMNS.items()),
+            *(_formatted(row.figures[name], spec) for name, (_, spec) in COLUMNS.items()),
             row.status,
             row.folder,
         ]
@@ -95,15 +101,15 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def text_table(rows: Sequence[Row]) -> str:
-    """Plain text, one line per job."""
+    """Return the table as plain text, one line per job."""
     headings, lines = cells(rows)
     align = ["right"] * (len(headings) - 2) + ["left", "left"]
-    named = [[*line[:-1], Path(line[-1]).name] for line in lines]
-    return tabulate([headings, [], *named], tablefmt="plain", colalign=align, disable_numparse=True)
+    short = [[*line[:-1], Path(line[-1]).name] for line in lines]  # the name of the folder only
+    return tabulate([headings, [], *short], tablefmt="plain", colalign=align, disable_numparse=True)
 
 
-def _shown(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _formatted(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
 
 
 def _finite(value: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""The Pareto front, and plots of whatever was measured."""
+"""The Pareto front, and plots of jobs with complete and with missing figures."""
 
 import io
 
@@ -12,14 +12,14 @@ from hqqtrain.sweep.table import COLUMNS, Row
 POINTS = st.lists(st.builds(Point, st.integers(0, 6), st.integers(0, 6)), max_size=12)
 
 
-def beaten(point: Point, by: Point) -> bool:
+def is_dominated(point: Point, by: Point) -> bool:
     return by.cost <= point.cost and by.perplexity <= point.perplexity and by[:2] != point[:2]
 
 
 @given(POINTS)
-def test_the_front_is_what_nothing_beats(points):
-    wanted = sorted(p for p in points if not any(beaten(p, other) for other in points))
-    assert pareto_front(points) == wanted
+def test_the_front_is_every_point_that_no_other_dominates(points):
+    expected = sorted(p for p in points if not any(is_dominated(p, other) for other in points))
+    assert pareto_front(points) == expected
 
 
 def test_ties():
@@ -80,7 +80,7 @@ def test_full_precision_is_one_line_for_one_model():
     assert axes.get_legend().get_title().get_text() == "labels: nbits"
 
 
-def test_a_label_is_no_formula_and_not_endless():
+def test_labels_are_not_parsed_as_math_and_are_truncated():
     hostile = r"$\frac{$" + "x" * 200
     figure = cost_figure(
         [row(hostile, bits_per_weight=2.5, perplexity_quantized=30.0)], AXES["bits"]

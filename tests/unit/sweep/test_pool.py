@@ -1,4 +1,4 @@
-"""Processes of their own: their codes, their output, and what a signal to us does to them."""
+"""Job processes: their exit codes, their output, and the signals that are forwarded to them."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def python(program: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", program, *arguments]
 
 
-def test_codes_and_output_are_those_of_each(tmp_path):
+def test_every_process_has_its_own_exit_code_and_output(tmp_path):
     with Pool() as pool:
         for code in (0, 3):
             log = tmp_path / f"{code}.log"
@@ -34,7 +34,7 @@ def test_codes_and_output_are_those_of_each(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
-def test_a_signal_goes_on_to_all_that_run(tmp_path, name):
+def test_a_signal_is_forwarded_to_all_running_processes(tmp_path, name):
     with Pool() as pool:
         for key in "ab":
             pool.start(key, python(WAITS, name), os.environ, tmp_path / key)
@@ -45,14 +45,14 @@ def test_a_signal_goes_on_to_all_that_run(tmp_path, name):
         assert sorted(pool.wait() for _ in range(2)) == [("a", 7), ("b", 7)]
 
 
-def test_a_process_that_a_signal_ends_says_so(tmp_path):
+def test_a_process_killed_by_a_signal_has_a_negative_exit_code(tmp_path):
     with Pool() as pool:
         pool.start("a", python("import signal; signal.pause()"), os.environ, tmp_path / "a")
         os.kill(os.getpid(), signal.SIGUSR1)
         assert pool.wait() == ("a", -signal.SIGUSR1)
 
 
-def test_handlers_are_put_back_and_what_is_ignored_stays_so():
+def test_handlers_are_restored_and_ignored_signals_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         found = [signal.getsignal(number) for number in FORWARDED]
@@ -70,7 +70,7 @@ def _fail_with_one_running(log) -> None:
         raise RuntimeError("a defect")
 
 
-def test_no_process_is_left_behind_by_a_fault(tmp_path):
+def test_an_error_leaves_no_process_behind(tmp_path):
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="a defect"):
         _fail_with_one_running(tmp_path / "a")

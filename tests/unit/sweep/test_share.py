@@ -1,4 +1,4 @@
-"""The machine's GPUs and cores among the jobs that run at a time."""
+"""The partition of the machine's GPUs and cores among parallel jobs."""
 
 import os
 
@@ -14,7 +14,7 @@ def _eight_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
 
 
-def test_one_at_a_time_has_the_machine_as_it_is():
+def test_a_job_that_runs_alone_gets_the_whole_machine():
     assert environments(1, {"CUDA_VISIBLE_DEVICES": "0,1"}) == [{}]
 
 
@@ -27,12 +27,12 @@ def test_one_at_a_time_has_the_machine_as_it_is():
         ("GPU-a,MIG-b,GPU-c", 3, ["GPU-a", "MIG-b", "GPU-c"]),
     ],
 )
-def test_gpus_are_shared_out_whole(listed, jobs, shares):
+def test_gpus_are_partitioned_evenly(listed, jobs, shares):
     found = environments(jobs, {"CUDA_VISIBLE_DEVICES": listed})
     assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == shares
 
 
-def test_gpus_nobody_named_are_counted(tmp_path, monkeypatch):
+def test_gpus_are_counted_without_cuda_visible_devices(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\nprintf 'GPU 0: X (UUID: a)\\n  MIG 1g: y\\nGPU 1: X\\n'\n")
     program.chmod(0o755)
@@ -42,20 +42,20 @@ def test_gpus_nobody_named_are_counted(tmp_path, monkeypatch):
 
 
 def test_more_jobs_than_gpus_are_refused():
-    with pytest.raises(UserError, match=r"launch.jobs=3: .* and 2 can be seen; at most 2 run"):
+    with pytest.raises(UserError, match=r"launch.jobs=3: .* and 2 are visible; use launch.jobs=2"):
         environments(3, {"CUDA_VISIBLE_DEVICES": "0,1"})
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ({"NPROC": "4"}, "NPROC=4: with launch.jobs=2 a job has 2 of 4 GPUs"),
-        ({"NNODES": "2"}, "with NNODES=2 jobs run one at a time"),
-        ({"MASTER_PORT": "29500"}, "with MASTER_PORT=29500 jobs run one at a time"),
+        ({"NNODES": "2"}, "with NNODES=2 jobs cannot run in parallel"),
+        ({"MASTER_PORT": "29500"}, "with MASTER_PORT=29500 jobs cannot run in parallel"),
     ],
 )
-def test_what_the_user_asked_of_all_of_the_machine_is_refused(more, said):
-    with pytest.raises(UserError, match=said):
+def test_settings_for_the_whole_machine_are_refused(more, message):
+    with pytest.raises(UserError, match=message):
         environments(2, {"CUDA_VISIBLE_DEVICES": "0,1,2,3", **more})
 
 
@@ -63,16 +63,16 @@ def test_what_the_user_asked_of_all_of_the_machine_is_refused(more, said):
     ("jobs", "environ", "threads"),
     [(2, {}, "4"), (3, {}, "2"), (16, {}, "1"), (2, {"NPROC": "2"}, "2")],
 )
-def test_without_gpus_the_cores_are_shared_out(jobs, environ, threads):
+def test_without_gpus_the_cores_are_partitioned(jobs, environ, threads):
     found = environments(jobs, {"CUDA_VISIBLE_DEVICES": "", **environ})
     assert found == [{"OMP_NUM_THREADS": threads}] * jobs
 
 
-def test_the_users_number_of_threads_stays():
+def test_the_users_omp_num_threads_is_kept():
     assert environments(2, {"CUDA_VISIBLE_DEVICES": "-1", "OMP_NUM_THREADS": "3"}) == [{}, {}]
 
 
-def test_a_process_of_every_gpu_has_its_cores():
+def test_cores_are_partitioned_among_the_processes_of_all_gpus():
     found = environments(2, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
     assert {each["OMP_NUM_THREADS"] for each in found} == {"2"}
 

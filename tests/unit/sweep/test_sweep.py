@@ -1,4 +1,4 @@
-"""What the jobs of a sweep share, what tells them apart, and the folder that they have."""
+"""What the jobs of a sweep share, what distinguishes them, and how the sweep is named."""
 
 from pathlib import Path
 
@@ -20,17 +20,17 @@ def test_jobs_share_quantized_weights_and_a_group():
         config = compose(job.command)
         assert config.quant.cache_dir == "out/quantized"
         assert config.track.group == sweep.name
-        assert config.run_name() == job.name, "what is shared is no part of the result"
+        assert config.run_name() == job.name, "the shared keys do not change the result"
     assert [job.words[-1] for job in sweep.jobs] == ["quant.nbits=2", "quant.nbits=3"]
 
 
 @pytest.mark.parametrize("given", ["quant.cache_dir=mine", "quant.cache_dir=null"])
-def test_what_the_user_has_set_stays(given):
+def test_keys_that_the_user_set_are_kept(given):
     sweep = Sweep.of(plan(given, "track.group=ours", "quant.nbits=2,3"))
     assert [job.command for job in sweep.jobs] == [job.words for job in sweep.jobs]
 
 
-def test_what_a_recipe_has_set_stays(tmp_path, monkeypatch):
+def test_keys_that_a_recipe_set_are_kept(tmp_path, monkeypatch):
     recipe = "quant: {cache_dir: theirs}\ntrack: {group: ours}\nsweep: {quant.nbits: '2,3'}\n"
     (tmp_path / "mine.yaml").write_text(recipe)
     monkeypatch.setenv("HQQTRAIN_RECIPES", str(tmp_path))
@@ -43,14 +43,14 @@ def test_what_a_recipe_has_set_stays(tmp_path, monkeypatch):
     "root",
     ["a b", "it's", "it\\'s", "~/runs", "1", "null", "x,y", "{a}", "a=b", "ünï", "b\\c d", "1e3"],
 )
-def test_any_root_survives_as_a_word(root):
+def test_any_root_survives_as_an_override(root):
     job = plan("quant.nbits=2", multirun=False)[0]
     job.config.run.root = root
     (shared,) = Sweep.of([job]).jobs
     assert compose(shared.command).quant.cache_dir == str(Path(root) / "quantized")
 
 
-def test_the_name_is_that_of_the_jobs_and_not_of_how_they_run():
+def test_the_name_depends_on_the_jobs_and_not_on_how_they_run():
     name = Sweep.of(plan("recipe=tiny_2bit", "quant.nbits=2,3")).name
     assert name.startswith("sweep-tiny_2bit-")
     assert Sweep.of(plan("recipe=tiny_2bit", "quant.nbits=3,2", "launch.jobs=2")).name == name
@@ -58,7 +58,7 @@ def test_the_name_is_that_of_the_jobs_and_not_of_how_they_run():
     assert Sweep.of(plan("task=quantize", "quant.nbits=2,3")).name.startswith("sweep-quantize-")
 
 
-def test_two_words_for_one_run_are_one_job():
+def test_duplicate_runs_are_one_job():
     sweep = Sweep.of(plan("quant.nbits=2,3", "track.project=a,b"))
     assert [job.words for job in sweep.jobs] == [
         ["quant.nbits=2", "track.project=a"], ["quant.nbits=3", "track.project=a"],
@@ -87,7 +87,7 @@ def test_swept_values_are_shown_without_secrets():
     ]  # fmt: skip
 
 
-def test_a_job_is_called_by_what_tells_it_apart():
+def test_a_label_shows_what_distinguishes_a_job():
     sweep = Sweep.of(plan("train.seed=1", "quant.nbits=2,3", "track.project=a,b"))
     labels = [sweep.label(job) for job in [*sweep.jobs, *sweep.same]]
     assert labels == [f"quant.nbits={n} track.project={p}" for p in "ab" for n in (2, 3)]
@@ -95,7 +95,7 @@ def test_a_job_is_called_by_what_tells_it_apart():
     assert Sweep.of([alone]).label(alone) == alone.name
 
 
-def test_a_job_is_not_told_how_many_run_at_a_time():
+def test_launch_jobs_is_not_passed_to_a_job():
     (job, _) = Sweep.of(plan("launch.jobs=2", "quant.nbits=2,3", "run.root=out")).jobs
     assert job.command[:2] == ["quant.nbits=2", "run.root=out"]
     with pytest.raises(UserError, match=r"^launch\.jobs=2: .* this is one run; leave it out"):
@@ -103,5 +103,5 @@ def test_a_job_is_not_told_how_many_run_at_a_time():
     assert make_plan(["quant.nbits=2", "launch.jobs=2"], True).is_sweep
 
 
-def test_no_more_run_at_a_time_than_there_are():
+def test_no_more_jobs_run_in_parallel_than_exist():
     assert Sweep.of(plan("quant.nbits=2,3", "launch.jobs=8")).at_a_time == 2

@@ -1,4 +1,4 @@
-"""A row for every job whatever became of it, and files that a program and a browser can read."""
+"""A row for every job whatever its state, and files that a program and a browser can read."""
 
 import csv
 import json
@@ -38,6 +38,7 @@ def sweep_of(root: Path, *values: str) -> Sweep:
 
 
 def leave(job: Job, status: object, summary: dict | None = None) -> None:
+    """Write the files that a run of `job` leaves behind."""
     job.folder.mkdir(exist_ok=True)
     (job.folder / "status.json").write_text(json.dumps({"status": status}))
     if summary is not None:
@@ -60,7 +61,7 @@ def test_every_figure_has_its_column():
     assert figures({"train": {"seconds": float("nan")}})["train_seconds"] is None
 
 
-def test_a_job_is_what_was_said_of_it_last(tmp_path):
+def test_the_newest_record_decides_the_state_of_a_job(tmp_path):
     sweep = sweep_of(tmp_path, *"abcdef")
     new, killed, done, failed, preempted, later = sweep.jobs
     leave(killed, "running")
@@ -70,46 +71,46 @@ def test_a_job_is_what_was_said_of_it_last(tmp_path):
     outcomes.record(preempted, 3)
     outcomes.record(later, 1)
     outcomes.save()
-    leave(later, "done", SUMMARY)  # by hand, after the sweep
+    leave(later, "done", SUMMARY)  # run by hand, after the sweep
     os.utime(later.folder / "status.json", (2e9, 2e9))
     assert [row.status for row in rows_of(sweep)] == [
         "pending", "unfinished", "done", "failed", "preempted", "done",
     ]  # fmt: skip
     assert rows_of(sweep)[2].figures["bits_per_weight"] == 2.5
     outcomes.record(done, 2)
-    outcomes.save()  # as where its inputs have changed since
+    outcomes.save()  # as for a job whose inputs have changed since
     assert rows_of(sweep)[2].status == "failed"
     assert rows_of(sweep)[2].figures["bits_per_weight"] is None
     assert new.folder.exists() is False
 
 
-def batch_file_notes(job: Job, code: int | None) -> None:
-    """As slurm's batch file does, before and after a run."""
+def record_in_batch_job(job: Job, code: int | None) -> None:
+    """Record the start and the end of a run, as the Slurm batch file does."""
     begin(job.folder, "7")
     if code is not None:
         end(job.folder, code, "7")
 
 
-def test_what_a_batch_file_has_noted_counts_too(tmp_path):
+def test_records_of_a_batch_file_count_too(tmp_path):
     sweep = sweep_of(tmp_path, *"abcdefg")
     failed, stopped, started, done, early, again, gone = sweep.jobs
-    batch_file_notes(failed, 2)
-    batch_file_notes(stopped, 3)
-    batch_file_notes(started, None)
+    record_in_batch_job(failed, 2)
+    record_in_batch_job(stopped, 3)
+    record_in_batch_job(started, None)
     leave(done, "done", SUMMARY)
-    batch_file_notes(done, 0)
+    record_in_batch_job(done, 0)
     leave(early, "done", SUMMARY)
-    batch_file_notes(early, None)  # it will find that it is done
-    batch_file_notes(again, 2)
+    record_in_batch_job(early, None)  # this start will find that the run is done
+    record_in_batch_job(again, 2)
     leave(again, "running")
     os.utime(again.folder / "status.json", (2e9, 2e9))
-    batch_file_notes(gone, 0)
+    record_in_batch_job(gone, 0)
     assert [row.status for row in rows_of(sweep)] == [
         "failed", "preempted", "unfinished", "done", "done", "unfinished", "pending",
     ]  # fmt: skip
 
 
-def test_a_job_is_done_only_where_it_says_so_itself(tmp_path):
+def test_a_job_is_done_only_if_its_own_status_says_so(tmp_path):
     sweep = sweep_of(tmp_path, "a", "b", "c")
     outcomes = Outcomes(sweep)
     for job in sweep.jobs:
@@ -124,14 +125,14 @@ def test_a_job_is_done_only_where_it_says_so_itself(tmp_path):
 @pytest.mark.parametrize(
     "broken", ["[]", "1", "{}", '{"exit_code": 1}', '{"exit_code": "1", "time": 1e12}', "null"]
 )
-def test_a_record_that_is_none_is_left_out(tmp_path, broken):
+def test_an_invalid_record_is_ignored(tmp_path, broken):
     sweep = sweep_of(tmp_path, "a", "b")
     (sweep.folder / "jobs.json").write_text(f'{{"job0": {broken}}}')
     leave(sweep.jobs[1], ["done"])
     assert [row.status for row in rows_of(sweep)] == ["pending", "pending"]
 
 
-def test_a_table_that_cannot_be_written_is_one_message(tmp_path):
+def test_a_table_that_cannot_be_written_raises_one_message(tmp_path):
     sweep = sweep_of(tmp_path, "a", "b")
     (sweep.folder / "index.html").mkdir()
     with pytest.raises(UserError, match=r"the table was not written .*index\.html"):
@@ -150,14 +151,14 @@ def test_no_file_of_a_sweep_holds_a_swept_secret(tmp_path, capsys):
     assert token not in capsys.readouterr().out
 
 
-def test_only_what_was_written_now_is_told(tmp_path, capsys):
+def test_only_files_of_this_call_are_listed(tmp_path, capsys):
     sweep = sweep_of(tmp_path, "a", "b")
-    (sweep.folder / "bits.png").write_text("of an earlier table")
+    (sweep.folder / "bits.png").write_text("from an earlier table")
     assert show_table(sweep.jobs) == 0
     assert "bits.png" not in capsys.readouterr().out
 
 
-def test_the_csv_holds_what_the_jobs_left(tmp_path):
+def test_the_csv_contains_the_results_of_the_jobs(tmp_path):
     sweep = sweep_of(tmp_path, "a", HOSTILE)
     leave(sweep.jobs[0], "done", SUMMARY)
     write_files(sweep)
@@ -196,11 +197,11 @@ def test_the_page_fetches_and_runs_nothing(tmp_path):
     assert "script" not in page.tags
     assert HOSTILE.strip() in page.words
     assert "2 jobs: 2 done" in page.words
-    assert len(page.fetched) == 2, "no final perplexity, so none against memory"
+    assert len(page.fetched) == 2, "without a final perplexity there is no plot against memory"
     assert all(source.startswith("data:image/png;base64,") for source in page.fetched)
 
 
-def test_nothing_but_failures_is_a_table_too(tmp_path, capsys):
+def test_a_sweep_without_finished_jobs_still_has_a_table(tmp_path, capsys):
     sweep = sweep_of(tmp_path, "a", "b")
     outcomes = Outcomes(sweep)
     outcomes.record(sweep.jobs[0], 1)
@@ -226,7 +227,7 @@ def test_the_printed_table_is_rounded(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["", "[]", "{", '{"quantize": {}}'])
-def test_a_summary_that_cannot_be_read_is_no_figures(tmp_path, broken):
+def test_an_unreadable_summary_gives_no_figures(tmp_path, broken):
     sweep = sweep_of(tmp_path, "a", "b")
     leave(sweep.jobs[0], "done")
     (sweep.jobs[0].folder / "summary.json").write_text(broken)
