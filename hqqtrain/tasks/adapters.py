@@ -1,4 +1,4 @@
-"""The adapters' first values: fresh by their names, or those of an adapter to begin with."""
+"""Initial values of the adapters: fresh ones, seeded by name, or those of an existing adapter."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,93 +16,102 @@ from hqqtrain.nn import init_adapters
 
 @dataclass(frozen=True)
 class Start:
-    """An adapter to begin with, the folder it was read from, and in words what asked for it."""
+    """An existing adapter that gives the initial values."""
 
     folder: Path
     adapter: Adapter
     where: str
+    """The beginning of messages about it: the folder, and the setting that selected it."""
 
 
 def load_start(config: RunConfig, source: Source, resumed: Path | None) -> Start | None:
-    """Of the checkpoint `resumed`, else `adapter.init_from`, else beside the model; or None.
+    """Load the adapter to start from, or return None if the run starts with fresh adapters.
 
-    Raises UserError where it cannot be read.
+    The first that is set is used: the checkpoint folder `resumed`, `adapter.init_from`, the
+    adapter of the run that `model.name_or_path` names.
+
+    Raises:
+        UserError: The adapter cannot be read, or a sealed folder was altered.
     """
     folder = resumed or config.adapter.init_from or source.adapter
     if folder is None:
         return None
     folder = Path(folder).expanduser()
     if resumed:
-        where = f"{folder}: the checkpoint that the run goes on from (another run.name begins anew)"
+        where = (
+            f"{folder}: the checkpoint that the run resumes from (another run.name starts from "
+            "scratch)"
+        )
     elif config.adapter.init_from:
         where = f"adapter.init_from={folder}"
     else:
         where = f"{folder}: the adapter of model.name_or_path={source.name}"
-    if not resumed:  # else it was read a moment ago
-        _check_sealed(folder, where)
+    if not resumed:  # the manifest of `resumed` was checked when the checkpoint was read
+        _check_manifest(folder, where)
     return Start(folder, load_adapter(folder), where)
 
 
-def _check_sealed(folder: Path, where: str) -> None:
-    """A checkpoint knows its bytes: one that was altered would train without a complaint."""
+def _check_manifest(folder: Path, where: str) -> None:
+    """Refuse a sealed folder whose files were altered: training would start from it silently."""
     try:
         if is_sealed(folder):
             check_sealed(folder)
     except DamagedError as error:
-        raise UserError(f"{where}: {error}. Take another checkpoint of that run.") from error
+        raise UserError(f"{where}: {error}. Use another checkpoint of that run.") from error
 
 
 def unknown_base(start: Start, source: Source) -> str:
-    """What to warn of where nothing tells whether `start` belongs to this base; else nothing."""
+    """Return a warning if `start` does not record the base it was trained on, or ""."""
     if start.adapter.fingerprint:
-        return ""  # which `fill_adapters` compares
+        return ""  # `fill_adapters` compares it with the fingerprint of the base
     named = start.adapter.config.base_model_name_or_path or "no model"
     return (
-        f"{start.where}: does not say which quantized base it was trained on, and names {named}; "
-        f"on another than model.name_or_path={source.name} it is noise."
+        f"{start.where}: does not record the quantized base it was trained on, and names {named}; "
+        f"if that is not model.name_or_path={source.name}, the adapter adds noise."
     )
 
 
 def check_start(start: Start | None, lora: LoraConfig) -> None:
-    """It gives the first values, so its shape and scaling must be those of the new adapter.
+    """Check that the adapter to start from has the rank and the scaling of the new adapter.
 
     Raises:
-        UserError: they differ.
+        UserError: They differ.
     """
     if start is None:
         return
-    keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-    theirs = {key: getattr(start.adapter.config, key) for key in keys}
-    ours = {key: getattr(lora, key) for key in keys}
-    for key in keys:
-        if theirs[key] != ours[key]:
+    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+        saved, wanted = getattr(start.adapter.config, key), getattr(lora, key)
+        if saved != wanted:
             raise UserError(
-                f"{start.where}: was made with {key}={theirs[key]}, the recipe "
-                f"asks for {ours[key]}. Make adapter.r, adapter.alpha and adapter.kind agree."
+                f"{start.where}: was made with {key}={saved}, the recipe "
+                f"asks for {wanted}. Make adapter.r, adapter.alpha and adapter.kind agree."
             )
 
 
 def fill_adapters(
     model: nn.Module, start: Start | None, fingerprint: str, config: RunConfig
 ) -> None:
-    """Gives every adapter in `model`, sharded or not, its first values.
+    """Write the initial values of every adapter in `model`, sharded or not.
+
+    Without `start`, they are initialized by `adapter.init` from `train.seed`. `fingerprint` is
+    that of the quantized base in `model`.
 
     Raises:
-        UserError: `start` belongs to another base than `fingerprint`, or to other modules.
+        UserError: `start` was trained on another base or on other modules.
     """
     init_adapters(model, config.train.seed, config.adapter.init, write=write_full)
     if start is None:
         return
     start.adapter.check_base(fingerprint, start.where)
-    waiting = dict(start.adapter.state)
+    unused = dict(start.adapter.state)
     for name, param in model.named_parameters():
         if is_adapter(name):
-            saved = waiting.pop(adapter_name(name), None)
+            saved = unused.pop(adapter_name(name), None)
             if saved is None or saved.shape != param.shape:
                 raise UserError(
-                    f"{start.where}: holds no {name} of shape {list(param.shape)}; it was trained "
+                    f"{start.where}: has no {name} of shape {list(param.shape)}; it was trained "
                     "with other adapter.target_modules."
                 )
             write_full(param, saved)
-    if waiting:
-        raise UserError(f"{start.where}: {next(iter(waiting))} has no place in this model.")
+    if unused:
+        raise UserError(f"{start.where}: {next(iter(unused))} does not exist in this model.")

@@ -1,4 +1,4 @@
-"""How far a run is, for a person: one bar at a time, whatever it is doing."""
+"""Progress bars of a run: one at a time, for whatever the run is doing."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from hqqtrain.train.session import Session
 
 
 class Bars:
-    """The bars of a run, on `console`."""
+    """The progress bars of a run on `console`."""
 
     def __init__(self, console: Console, session: Session) -> None:
         self._console, self._session = console, session
@@ -18,7 +18,14 @@ class Bars:
 
     @contextmanager
     def quantizing(self, plan: Plan, *, loads: bool) -> Iterator[Callable[[str], None]]:
-        """Over the layers; yields what to call after each, where a signal is heard."""
+        """Show a bar over the quantized layers.
+
+        With `loads`, the bar says that the layers are loaded, because they are packed already.
+
+        Yields:
+            A function to call with the name of each finished layer. It raises PreemptedError if
+            this rank has received a signal.
+        """
         verb = "loading" if loads else "quantizing"
         with self._console.progress(verb, plan.layers, "layer") as bar:
 
@@ -30,19 +37,23 @@ class Bars:
 
     @contextmanager
     def training(self, steps: int, done: int = 0) -> Iterator[None]:
-        """Over the steps, of which `done` were taken before."""
+        """Show a bar over the optimizer steps, of which an earlier process took `done`."""
         with self._console.progress("training", steps, "step", done) as self._training:
             yield
 
     def step(self, metrics: dict[str, float]) -> None:
-        """One more was taken."""
+        """Advance the training bar by one step and show its metrics."""
         if self._training:
             rate = metrics["train/tokens_per_second"]
             self._training.update(1, loss=metrics["train/loss"], **{"tokens/s": rate})
 
     @contextmanager
     def evaluating(self, held_out: Sequences) -> Iterator[Callable[[int], None]]:
-        """Over this rank's share of the tokens; yields what to call per batch."""
+        """Show a bar over this rank's share of the held-out tokens.
+
+        Yields:
+            A function to call with the number of tokens of each batch.
+        """
         share = -(-held_out.tokens // self._session.processes.size)
         with self._console.progress("evaluating", share, "token") as bar:
             yield bar.update

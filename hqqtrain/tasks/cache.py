@@ -1,8 +1,8 @@
-"""Quantized weights that runs share: made once for a source and its settings, by the first to come.
+"""Cache of quantized weights, shared by runs with the same source and the same quantization.
 
-A sweep over adapters, or jobs on many nodes, would else quantize the same model again and again. An
-entry is a folder like `quantized/`, named by what it was made from, complete or absent; who comes
-while it is being made waits.
+Without it, a sweep over adapters or jobs on many nodes would quantize the same model again and
+again. An entry is a folder like `quantized/`, named by a hash of its inputs; it is complete or
+absent. A run that needs an entry while another run makes it waits.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -32,74 +32,86 @@ from hqqtrain_kernels.layout import LAYOUT_VERSION
 logger = logging.getLogger(__name__)
 
 ERRORS = "errors.json"
+"""File of a folder of packed weights with the quantization errors, which need the dense weights."""
 POLL = 1.0
-"""Seconds between two looks at an entry that another run makes."""
+"""Seconds between two attempts to lock an entry that another run makes."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """`folder` holds the weights, or is to hold them when this run has made them."""
+    """A folder of packed weights, complete (`is_made`) or to be written by this run."""
 
     folder: Path
     is_made: bool
 
     def errors(self) -> tuple[dict[str, float], float | None]:
-        """Relative errors by layer and of all, as they were measured when it was made, if so."""
+        """Return the relative errors (by layer, over all layers) measured when it was made.
+
+        Return ({}, None) if the folder does not record them.
+        """
         file = self.folder / ERRORS
         if not file.is_file():
             return {}, None
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return found["layers"], found["all"]
+        errors = json.loads(file.read_text(encoding="utf-8"))
+        return errors["layers"], errors["all"]
 
 
 @contextmanager
 def cached(plan: Plan, session: Session) -> Iterator[Entry | None]:
-    """The cache's entry for what `plan` quantizes; None without `quant.cache_dir`. Collective.
+    """Find the cache entry for the weights of `plan`. Collective.
 
-    Within, no other run touches an entry that is not made yet.
+    An entry that does not exist yet is locked until the context ends, so that only this run makes
+    it.
 
-    Raises UserError where the nodes do not share the folder, or it cannot be written to.
+    Yields:
+        The entry; None without `quant.cache_dir`, or if the source is packed already.
+
+    Raises:
+        UserError: The nodes do not share the folder, or it cannot be written to.
+        PreemptedError: The run was asked to stop while it waited for another run.
     """
-    cache_dir = session.config.quant.cache_dir
+    cache_dir, processes = session.config.quant.cache_dir, session.processes
     if cache_dir is None or plan.packed:
         yield None
         return
     key = _key(plan.source, QuantizedSettings.of(plan.model), session.dtype)
-    with _entry(cache_dir, key, session) as entry:
-        yield entry
+    folder = Path(cache_dir).expanduser() / key
+    lock = folder.with_name(f".{folder.name}.lock")
+    with _locked(lock, cache_dir, session) as file:
+        # The first rank decides, and its token in the lock file proves that all ranks see the
+        # same folder.
+        state = (token_of(lock), (folder / "config.json").is_file())
+        token, is_made = processes.gather(state)[0]
+        with processes.together():
+            check_seen(lock, token, f"quant.cache_dir={cache_dir}")
+        # A complete entry is only read, so runs may use it at the same time.
+        if file and is_made:
+            file.close()
+        if processes.is_main:
+            logger.info("quant.cache_dir: %s %s", folder, "is there" if is_made else "is made now")
+        yield Entry(folder, is_made)
 
 
 def save_entry(entry: Entry, plan: Plan, built: Built, session: Session) -> None:
-    """Writes what `plan` has become to `entry`, with the errors beside it. Collective."""
+    """Write the packed weights of `built` and their quantization errors to `entry`. Collective."""
     errors = {"layers": built.layer_errors, "all": built.relative_error}
     beside = {ERRORS: errors, MADE_FROM: made_from(session.config)}
     save_packed(plan, built, session, entry.folder, beside=beside)
 
 
 @contextmanager
-def _entry(cache_dir: str, key: str, session: Session) -> Iterator[Entry]:
-    processes = session.processes
-    folder = Path(cache_dir).expanduser() / key
-    lock = folder.with_name(f".{folder.name}.lock")
-    with ExitStack() as stack:
-        held = stack.enter_context(_locked(lock, cache_dir, session))
-        token, is_made = processes.gather((token_of(lock), (folder / "config.json").is_file()))[0]
-        with processes.together():
-            check_seen(lock, token, f"quant.cache_dir={cache_dir}")
-        if held and is_made:
-            held.close()
-        if processes.is_main:
-            logger.info("quant.cache_dir: %s %s", folder, "is there" if is_made else "is made now")
-        yield Entry(folder, is_made)
-
-
-@contextmanager
 def _locked(lock: Path, cache_dir: str, session: Session) -> Iterator[IO[str] | None]:
-    """The first rank's; None on others. All wait, and hear from each other while they do."""
+    """Hold the lock file, which the first rank locks. Collective.
+
+    All ranks wait together, so that a signal to any of them stops all.
+
+    Yields:
+        The locked file on the first rank, None on the others.
+    """
     processes = session.processes
     for attempt in itertools.count():
         with processes.together():
-            file = _try(lock, cache_dir) if processes.is_main else None
+            file = _try_lock(lock, cache_dir) if processes.is_main else None
         if processes.gather(file is not None)[0]:
             break
         if processes.is_main and attempt == 0:
@@ -113,7 +125,7 @@ def _locked(lock: Path, cache_dir: str, session: Session) -> Iterator[IO[str] | 
             file.close()
 
 
-def _try(lock: Path, cache_dir: str) -> IO[str] | None:
+def _try_lock(lock: Path, cache_dir: str) -> IO[str] | None:
     try:
         return take_lock(lock)
     except OSError as error:
@@ -123,9 +135,12 @@ def _try(lock: Path, cache_dir: str) -> IO[str] | None:
 
 
 def _key(source: Source, settings: QuantizedSettings, dtype: torch.dtype) -> str:
-    """By the architecture's name for a person, and a hash of all that gives the weights.
+    """Return the name of an entry: the name of the source and a hash of all inputs.
 
-    `dtype`: what tensors in full precision were rounded to on the way.
+    Args:
+        source: The dense source.
+        settings: Quantization settings by module.
+        dtype: The dtype in which dense tensors are read.
     """
     synthetic = source.kind == "synthetic"
     facts = {

@@ -1,4 +1,4 @@
-"""Running out of memory or of disk: what a user can do about it, in place of a traceback."""
+"""Errors of memory and disk space become messages that tell the user what to change."""
 
 import errno
 from collections.abc import Iterator
@@ -12,23 +12,23 @@ from hqqtrain.models import oom_advice
 
 @contextmanager
 def explained(config: RunConfig) -> Iterator[None]:
-    """Makes these a UserError; lets everything else pass."""
+    """Translate out-of-memory and disk-full errors into UserError; pass on all other errors.
+
+    Raises:
+        UserError: Memory or disk space ran out.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        # The CPU allocator of PyTorch raises a plain RuntimeError.
+        is_out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_out_of_memory and "DefaultCPUAllocator: can't allocate memory" not in str(error):
             raise
         raise UserError(f"{oom_advice(config)} ({error})") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UserError(
-            f"run.root={config.run.root}: the disk is full ({error}). Make room there; the same "
-            "command goes on."
+            f"run.root={config.run.root}: the disk is full ({error}). Free some space; the same "
+            "command resumes the run."
         ) from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """The CPU's allocator raises a plain RuntimeError."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -1,4 +1,8 @@
-"""A model on meta, sharded or not, becomes a real one: memory, weights, buffers, ties."""
+"""Turn a model on the meta device, sharded or not, into a real one.
+
+This is the place that knows both the model (its tensors by name, ties, buffers) and the loader,
+which knows only layers and tensors.
+"""
 
 from collections.abc import Callable
 
@@ -12,14 +16,18 @@ from hqqtrain.nn import HQQLinear
 
 
 def fill_model(
-    model: nn.Module, reader: Reader, processes: Processes, *, quantized: bool = False,
+    model: nn.Module,
+    reader: Reader,
+    processes: Processes,
+    *,
+    quantized: bool = False,
     offload: bool = False,
     on_rows: Callable[[str, str, int, torch.Tensor], object] = lambda *_: None,
     on_layer: Callable[[str], object] = lambda _: None,
-) -> Filled:  # fmt: skip
-    """Gives `model` memory on the processes' device and all that `reader` holds of it.
+) -> Filled:
+    """Allocate `model` on the device of `processes` and load its weights from `reader`. Collective.
 
-    Arguments as of `dist.fill` and `materialise`; adapters get memory, not values. Collective.
+    The arguments are those of `dist.fill` and `materialise`. Adapters get memory but no values.
     """
     materialise(model, processes.device, offload=offload)
     layers, dense = by_name(model)
@@ -32,7 +40,7 @@ def fill_model(
 
 
 def by_name(model: nn.Module) -> tuple[dict[str, HQQLinear], dict[str, torch.Tensor]]:
-    """(quantized linears, tensors in full precision) by their names in the checkpoint."""
+    """Return (quantized linears, full-precision tensors), each by its name in the checkpoint."""
     layers, dense = {}, {}
     for name, module, leaf, tensor in base_tensors(model):
         if is_packed(module, leaf):

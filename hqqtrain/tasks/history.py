@@ -1,6 +1,7 @@
-"""What earlier processes of a run have left in its directory, told alike to every rank.
+"""The state that earlier processes of a run have left in its directory.
 
-The first rank looks: other machines may see a folder some seconds late.
+Only the first rank reads it and broadcasts the answer: a shared file system may show a new file to
+other machines seconds later, and all ranks must take the same decision.
 """
 
 import logging
@@ -14,49 +15,58 @@ from hqqtrain.track import forget_run_id
 logger = logging.getLogger(__name__)
 
 _RESULTS = ("adapter", "nonfinite", "report", "summary.json")
-"""Of a run, that one which begins anew in its place would be taken to have made."""
+"""Results of the previous run, deleted when a run starts from scratch in the same directory."""
 
 
 class History:
-    """Of `directory`, which the first rank has locked. All methods are collective."""
+    """The previous processes of the run in `directory`, which the first rank has locked.
+
+    All methods are collective.
+    """
 
     def __init__(
         self, directory: RunDirectory, checkpoints: CheckpointStore, processes: Processes
     ) -> None:
         self._directory, self._checkpoints = directory, checkpoints
         self._processes = processes
-        self.begins_anew = processes.on_main(self._begins_anew)
-        """Whether `run.resume=never` holds."""
+        self.begins_anew = processes.on_main(self._starts_from_scratch)
+        """Whether `run.resume=never` applies to this process."""
 
-    def _begins_anew(self) -> bool:
-        """Not for a job that slurm has requeued after it had begun."""
+    def _starts_from_scratch(self) -> bool:
+        """Whether to ignore the previous run.
+
+        A job that slurm has requeued after it began resumes even with `run.resume=never`.
+        """
         job = os.environ.get("SLURM_JOB_ID")
         is_requeued = job is not None and self._directory.status().get("slurm_job") == job
         return self._directory.config.run.resume == "never" and not is_requeued
 
     def is_done(self) -> bool:
-        """Whether this run was finished before; says so."""
+        """Whether this run has finished before; logs it."""
         done = not self.begins_anew and self._processes.on_main(self._directory.done)
         if done:
             logger.info("%s is done already: see summary.json there.", self._directory.path)
         return done
 
     def was_finished(self) -> bool:
-        """Whether it is a finished run's, of this configuration or nearly so."""
+        """Whether the directory has a finished run whose configuration may be resumed as this one.
+
+        The number of steps, for example, may differ.
+        """
         return self._processes.on_main(self._directory.is_finished)
 
     def has_quantized(self) -> bool:
-        """Whether this run has quantized before, from the files that are there now."""
+        """Whether `quantized/` is complete and made from the present source files."""
         if self.begins_anew:
             return False
         return self._processes.on_main(lambda: self._directory.holds("quantized"))
 
     def forget(self) -> None:
-        """Deletes what a run that begins anew leaves behind of the one before."""
+        """Delete checkpoints, results and the W&B id of the previous run if `begins_anew`."""
         if self.begins_anew:
-            self._processes.on_main(self._forget)
+            self._processes.on_main(self._delete)
 
-    def _forget(self) -> None:
+    def _delete(self) -> None:
         if self._checkpoints.steps():
             logger.warning("run.resume=never: %s is deleted", self._checkpoints.root)
         self._checkpoints.clear()

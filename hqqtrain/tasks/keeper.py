@@ -1,4 +1,4 @@
-"""Checkpoints while a training goes on: when one is due, what it holds, and going back to one."""
+"""Checkpoints during training: when one is due, its content, and rolling back to one."""
 
 import logging
 import time
@@ -28,13 +28,14 @@ from hqqtrain.train.snapshot import Snapshot
 logger = logging.getLogger(__name__)
 
 _BYTES = 12
-"""Of a trained number and its two moments, at most."""
+"""Upper bound of checkpoint bytes per trainable parameter: fp32 value and two moments."""
 
 
 class Keeper:
-    """Saves what `trainer` is, and puts it back. Use as a context manager.
+    """Saves and restores the state of `trainer`. Use it as a context manager.
 
-    Only copying holds the training up; the first rank writes meanwhile. All methods are collective.
+    Training waits only while the state is copied; the first rank writes it in the background. All
+    methods are collective.
     """
 
     def __init__(self, trainer: Trainer, plan: Plan, built: Built, session: Session,
@@ -43,11 +44,11 @@ class Keeper:
         self._session, self._record, self._store = session, record, record.checkpoints
         self._snapshot = Snapshot(session.processes)
         self._background = Background("checkpoints")
-        self._saved: int | None = None
+        self._saved: int | None = None  # step of the last checkpoint
         self._texts = texts_of(trainer.sequences, held_out)
-        self._saves, self._seconds = 0, 0.0  # for which the training was held up
-        numbers = sum(map(count, trainer.trained.values()))
-        session.interrupt.expects(_BYTES * numbers)
+        self._saves, self._seconds = 0, 0.0  # the seconds are those that training has waited
+        parameters = sum(map(count, trainer.trained.values()))
+        session.interrupt.expects(_BYTES * parameters)
 
     def __enter__(self) -> "Keeper":
         return self
@@ -56,7 +57,10 @@ class Keeper:
         self._background.close()
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
-        """Goes on from `checkpoint`, whose adapter the model has already; None: from nothing."""
+        """Restore the trainer from `checkpoint`; the model has the adapter of it already.
+
+        Without a checkpoint, save one if a non-finite batch may require a rollback to step 0.
+        """
         if checkpoint:
             self._restore(checkpoint)
             self._saved = checkpoint.step
@@ -64,21 +68,26 @@ class Keeper:
             self.save()
 
     def after_step(self, eval_loss: float | None) -> None:
-        """Saves where it is due. Raises PreemptedError, when that is done, if one was asked for.
+        """Save a checkpoint if one is due after this step, then stop if the run was asked to.
 
-        `eval_loss`: where it was measured after this step.
+        Args:
+            eval_loss: The held-out loss, if it was measured after this step.
+
+        Raises:
+            PreemptedError: The run was asked to stop; the checkpoint is on disk.
+            UserError: The run was asked to stop, but the checkpoint could not be written.
         """
         config, step = self._session.config.ckpt, self._trainer.done.steps
-        due = self._trainer.is_over or (config.every is not None and step % config.every == 0)
-        best = config.keep_best > 0 and eval_loss is not None
-        if due or best or self._trainer.is_asked_to_stop:
+        is_due = self._trainer.is_over or (config.every is not None and step % config.every == 0)
+        may_be_best = config.keep_best > 0 and eval_loss is not None
+        if is_due or may_be_best or self._trainer.is_asked_to_stop:
             self.save(eval_loss)
         if self._trainer.is_asked_to_stop:
-            self._finish()
+            self._require_written()
             self._session.interrupt.stop(self._session.processes)
 
     def save(self, eval_loss: float | None = None) -> None:
-        """Copies the state, and lets the first rank write it while others go on."""
+        """Copy the state of all ranks; the first rank writes it while training continues."""
         began = time.perf_counter()
         self.end()
         self._snapshot.take(self._trainer.engine.pieces())
@@ -91,33 +100,43 @@ class Keeper:
         self._seconds += time.perf_counter() - began
 
     def end(self) -> None:
-        """The last checkpoint is on the disk, or an error said why it is not.
+        """Wait until the last checkpoint is on disk; log an error if it could not be written.
 
-        One that could not be written is no reason to end a training that goes well.
+        A failed write does not end the training.
         """
         with self._session.processes.together():
             if error := self._wait():
                 logger.error(
-                    "the checkpoint of step %s was not written (%s); the one before it stays, and "
-                    "the training goes on", self._saved, error,
-                )  # fmt: skip
+                    "the checkpoint of step %s was not written (%s); the previous one is kept and "
+                    "training continues",
+                    self._saved,
+                    error,
+                )
 
     def report(self) -> None:
-        """Says what checkpoints have cost."""
+        """Log how long training has waited for checkpoints."""
         share = 100 * self._seconds / max(self._trainer.done.seconds, 1e-9)
-        logger.info("%d checkpoints held the training up for %.2f s, %.2f %% of its time",
-                    self._saves, self._seconds, share)  # fmt: skip
+        logger.info(
+            "training waited %.2f s for %d checkpoints, %.2f %% of its time",
+            self._seconds,
+            self._saves,
+            share,
+        )
 
     def roll_back(self) -> None:
-        """Puts the newest checkpoint back: weights, optimizer, figures."""
-        self._finish()
+        """Restore adapter, optimizer and counters from the newest checkpoint.
+
+        Raises:
+            UserError: The last checkpoint could not be written.
+        """
+        self._require_written()
         checkpoint = open_newest(self._store, self._session)
-        assert checkpoint, "one is made before the first step"
+        assert checkpoint, "`resume` saves one before the first step"
         weights = load_adapter(checkpoint.folder).state
         for name, param in self._trainer.trained.items():
             write_full(param, weights[name])
         self._restore(checkpoint)
-        logger.warning("went back to the checkpoint of step %d", checkpoint.step)
+        logger.warning("rolled back to the checkpoint of step %d", checkpoint.step)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
@@ -145,7 +164,7 @@ class Keeper:
         }
 
     def _write(self, state: dict[str, Any]) -> None:
-        """On the thread."""
+        """Write a checkpoint and delete old ones. Runs on the background thread."""
         began = time.perf_counter()
         tensors = self._snapshot.tensors()
         adapter = {name: tensors[name] for name in self._trainer.trained}
@@ -161,17 +180,21 @@ class Keeper:
         except OSError as error:
             logger.warning("older checkpoints were not deleted: %s", error)
 
-    def _finish(self) -> None:
-        """Until the last checkpoint is there. Raises UserError where it is not."""
+    def _require_written(self) -> None:
+        """Wait until the last checkpoint is on disk.
+
+        Raises:
+            UserError: It could not be written.
+        """
         with self._session.processes.together():
             if error := self._wait():
                 raise UserError(
                     f"{self._store.root}: the checkpoint of step {self._saved} was not written "
-                    f"({error}), and the run cannot go on without it; make room there."
+                    f"({error}), and the run needs it to continue; free some space there."
                 ) from error
 
     def _wait(self) -> OSError | None:
-        """Until the last checkpoint is written; returns why it could not be."""
+        """Wait for the background write and return its error, if any."""
         try:
             self._background.wait()
         except OSError as error:

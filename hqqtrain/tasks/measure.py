@@ -1,4 +1,4 @@
-"""Measures a model before, while and after it is trained, always on the same held-out text."""
+"""Evaluate a model before, during and after its training, always on the same held-out set."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -13,51 +13,71 @@ from hqqtrain.train.session import Session
 
 
 class Scale:
-    """Holds what measuring needs: the text, and the full-precision model beside ours.
+    """Evaluator of a run: keeps the held-out set and the full-precision reference model.
 
-    Does nothing where there is no text (`eval.source=null`). There is no reference where
-    `eval.reference=off` or where only packed weights exist.
+    Without a held-out set (`eval.source=null`) its methods do nothing. The reference model is
+    absent if `eval.reference=off`, or if the source has packed weights only.
     """
 
-    def __init__(self, plan: Plan, built: Built, held_out: Sequences | None, session: Session,
-                 record: Record) -> None:  # fmt: skip
+    def __init__(
+        self,
+        plan: Plan,
+        built: Built,
+        held_out: Sequences | None,
+        session: Session,
+        record: Record,
+    ) -> None:
         self.built, self.held_out, self.session, self.record = built, held_out, session, record
         self.reference = None
         if held_out and session.config.eval.reference == "resident" and not plan.packed:
             self.reference, bytes_read = build_reference(plan, session)
             record.reference_read(bytes_read)
-        self.adapter_counts = plan.start is not None  # a fresh one changes nothing yet
+        self.adapter_counts = plan.start is not None
+        """Whether the adapter changes the output from the beginning; a fresh one does not."""
 
     def measure(self, part: str, *, adapted: bool) -> None:
-        """Measures and records `part` of the summary, `quantized` or `final`."""
+        """Evaluate the model and record it as `part` of the summary. Collective.
+
+        Args:
+            part: `quantized` or `final`.
+            adapted: Whether the adapter takes part.
+        """
         if not self.held_out:
             return
         model = self.built.model
-        as_it_is: AbstractContextManager = nullcontext()
+        adapter_state: AbstractContextManager = nullcontext()
         if self.adapter_counts and not adapted and isinstance(model, PeftModel):
-            as_it_is = model.disable_adapter()
-        with as_it_is:
-            self.record.evaluated(part, self._measured(self.held_out))
+            adapter_state = model.disable_adapter()
+        with adapter_state:
+            self.record.evaluated(part, self._evaluate(self.held_out))
 
     def measure_between(self) -> float | None:
-        """Measures while training goes on, for the curve; the loss, nats a token."""
+        """Evaluate during training; record and return the loss in nats per token. Collective."""
         if not self.held_out:
             return None
-        measured = self._measured(self.held_out)
+        measured = self._evaluate(self.held_out)
         self.record.evaluated_between(measured)
         return measured.loss
 
-    def _measured(self, held_out: Sequences) -> Measured:
-        """A wish to stop is heard between batches: PreemptedError, on all ranks."""
+    def _evaluate(self, held_out: Sequences) -> Measured:
+        """Evaluate the model.
+
+        Raises:
+            PreemptedError: The run was asked to stop; checked after every batch, raised on all
+                ranks.
+        """
         session = self.session
-        with self.record.bars.evaluating(held_out) as count, session.autocast():
+        with self.record.bars.evaluating(held_out) as advance, session.autocast():
 
             def on_batch(tokens: int) -> None:
-                count(tokens)
+                advance(tokens)
                 session.interrupt.check(session.processes)
 
             return evaluate(
-                self.built.model, held_out, self.session.processes,
-                batch_size=self.session.config.train.micro_batch_size,
-                reference=self.reference, on_batch=on_batch,
-            )  # fmt: skip
+                self.built.model,
+                held_out,
+                session.processes,
+                batch_size=session.config.train.micro_batch_size,
+                reference=self.reference,
+                on_batch=on_batch,
+            )

@@ -1,7 +1,7 @@
-"""What a run will train, planned on shapes alone: no weight is read and no file written.
+"""Plan the model of a run from shapes alone: no weight is read and no file is written.
 
-`make_plan` finds out everything that can be wrong with model, checkpoint, patterns and adapter
-before the work begins, and in seconds whatever the model's size.
+`make_plan` finds every fault of the model, the checkpoint, the patterns and the adapter before the
+work begins. It takes seconds for a model of any size.
 """
 
 import logging
@@ -14,7 +14,6 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from hqqtrain.ckpt import quantized_settings
-from hqqtrain.config import RunConfig
 from hqqtrain.dist import FLAT, check_flat
 from hqqtrain.models import (
     CheckpointReader,
@@ -43,39 +42,41 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Plan:
-    """A model on meta, its linears replaced and its adapters in place, and where it comes from.
-
-    `start`: the adapter to begin with: a checkpoint's, or from `adapter.init_from` or the run that
-    `model` names.
-    """
+    """The model of a run on the meta device, and the source of its weights."""
 
     source: Source
     hf_config: PretrainedConfig
     reader: CheckpointReader | SyntheticReader
+    """Reads the weights of `source`."""
     model: nn.Module
+    """Its linears are replaced by quantized ones, and its adapters are in place."""
     lora: LoraConfig | None
+    """Configuration of the adapters; None if the model has none."""
     start: Start | None
+    """The existing adapter that gives the initial values, if any; see `load_start`."""
 
     @property
     def packed(self) -> bool:
-        """Whether the source holds packed weights already."""
+        """Whether the source has packed weights, so that nothing is left to quantize."""
         return self.source.kind == "quantized"
 
     @property
     def layers(self) -> int:
-        """How many quantized linears the model has."""
+        """Number of quantized linears."""
         return sum(isinstance(module, HQQLinear) for module in self.model.modules())
 
 
 def make_plan(session: Session, *, adapt: bool, resumed: Path | None = None) -> Plan:
-    """Builds the model on meta and checks the checkpoint against it.
+    """Build the model on the meta device and check the checkpoint against it.
 
     Args:
-        adapt: a new adapter is trained; else only one that exists is put in place.
-        resumed: a checkpoint, whose adapter is the one to go on with.
+        session: Configuration, dtypes and device of the run.
+        adapt: Whether to add a new adapter for training. Otherwise the model gets an adapter only
+            if one exists already.
+        resumed: Folder of a training checkpoint whose adapter gives the initial values.
 
     Raises:
-        UserError: any fault of model, checkpoint, patterns or adapter.
+        UserError: The model, the checkpoint, a pattern or the adapter has a fault.
     """
     config = session.config
     source = resolve_source(config.model)
@@ -97,20 +98,27 @@ def make_plan(session: Session, *, adapt: bool, resumed: Path | None = None) -> 
     if adapt:
         lora = lora_config(config.adapter, model)
         check_start(start, lora)
-    _warn_of_length(config, hf_config)
+    longest = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    if longest and config.train.max_seq_len > longest:
+        logger.warning(
+            "train.max_seq_len=%d: the model was made for %d tokens at most",
+            config.train.max_seq_len,
+            longest,
+        )
     if lora is not None:
-        # low_cpu_mem_usage: the adapters are made on meta, too
+        # low_cpu_mem_usage makes PEFT create the adapters on the meta device, too.
         model = get_peft_model(base_model(model), lora, low_cpu_mem_usage=True)
         cast_adapters(model, DTYPES[config.adapter.dtype])
     else:
         model.requires_grad_(False)
-    if session.strategy in FLAT and config.task in ("finetune", "eval"):  # which mount it
+    # Only these tasks run the model; the others save it without `mount`.
+    if session.strategy in FLAT and config.task in ("finetune", "eval"):
         check_flat(model, session.storage, session.strategy)
     return Plan(source, hf_config, reader, model, lora, start)
 
 
 def _replace_linears(model: nn.Module, source: Source, session: Session) -> None:
-    """As the checkpoint was quantized, or as the configuration wants it."""
+    """Replace linears by quantized ones, as the packed checkpoint or `quant.*` says."""
     compute = session.config.quant.compute_dtype
     compute_dtype = session.dtype if compute == "auto" else DTYPES[compute]
     dtypes: dict[str, Any] = {"compute_dtype": compute_dtype, "storage_dtype": session.storage}
@@ -122,14 +130,7 @@ def _replace_linears(model: nn.Module, source: Source, session: Session) -> None
         if session.processes.is_main:
             logger.info(
                 "%d linears are quantized, %.1f %% of the weights; %d stay in full precision",
-                len(report.matched), 100 * report.share, len(report.skipped),
-            )  # fmt: skip
-
-
-def _warn_of_length(config: RunConfig, hf_config: PretrainedConfig) -> None:
-    longest = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
-    if longest and config.train.max_seq_len > longest:
-        logger.warning(
-            "train.max_seq_len=%d: the model was made for %d tokens at most",
-            config.train.max_seq_len, longest,
-        )  # fmt: skip
+                len(report.matched),
+                100 * report.share,
+                len(report.skipped),
+            )

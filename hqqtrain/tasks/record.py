@@ -1,7 +1,7 @@
-"""The record of a run: its directory, summary, metrics, terminal and report, in one place.
+"""Record of a run: one place for its directory, summary, metrics, console and report.
 
-Tasks tell it what happened; only the main rank writes. The directory is begun once the model
-is quantized, so that bad weights leave nothing behind.
+Tasks report events to it on every rank, and only the main rank writes. The run directory gets its
+first file once the model is loaded, so that bad weights leave nothing behind.
 """
 
 import logging
@@ -40,7 +40,10 @@ logger = logging.getLogger(__name__)
 
 
 class Record:
-    """Use as a context manager around the task: it ends the run's files whatever happens."""
+    """Recorder of a run. Use it as a context manager around the task.
+
+    On exit it writes the final files of the run, or the error that ended it.
+    """
 
     def __init__(self, session: Session, command: list[str]) -> None:
         self.session, self.config, self.command = session, session.config, command
@@ -57,11 +60,12 @@ class Record:
         self.summary = Summary(session)
         self.step_number = 0
         self.layer_errors: dict[str, float] = {}
-        self._begun = False
+        """Relative quantization error by layer, for the report."""
+        self._begun = False  # whether the run directory has files of this process
 
     def __enter__(self) -> "Record":
         processes = self.session.processes
-        processes.on_main(self._take)
+        processes.on_main(self._lock_directory)
         token = processes.on_main(self.directory.token)
         with processes.together():
             self.directory.check_shared(token)
@@ -79,10 +83,11 @@ class Record:
             if self.main:
                 self.directory.__exit__(kind, error, trace)
 
-    def _take(self) -> None:
-        self.directory.__enter__()
+    def _lock_directory(self) -> None:
+        self.directory.__enter__()  # returns the directory, which `on_main` would broadcast
 
     def _end_well(self) -> None:
+        """Write the final files on the main rank; record an error that occurs meanwhile."""
         parts = (self.console, self.summary, self.layer_errors)
         try:
             with explained(self.config):
@@ -95,11 +100,17 @@ class Record:
             raise
 
     def path(self, name: str) -> Path:
-        """Where `name` lies in the run's directory."""
+        """Return the path of `name` in the run directory."""
         return self.directory.path / name
 
     def quantized(self, plan: Plan, built: Built, found: Checkpoint | None = None) -> None:
-        """The model is there: begins the run's directory, or goes on as `found`. Collective."""
+        """Begin the run directory, now that the model is loaded. Collective.
+
+        Args:
+            plan: The plan of the model.
+            built: The loaded model.
+            found: The checkpoint that the run resumes from; the record continues as it was then.
+        """
         self.summary.quantized(plan, built)
         self.layer_errors = built.layer_errors
         if found:
@@ -123,7 +134,7 @@ class Record:
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the record, as JSON."""
+        """Return the part of the record that a checkpoint keeps, as JSON."""
         return {
             "summary": self.summary.state(),
             "layer_errors": self.layer_errors,
@@ -137,52 +148,63 @@ class Record:
         self.layer_errors = state["layer_errors"]
 
     def has_measured(self, part: str) -> bool:
-        """Whether `part` of the summary was measured, by this process or one before it."""
+        """Whether `part` of the summary was evaluated, by this process or an earlier one."""
         return part in self.summary.parts.get("eval", {})
 
     def nonfinite(self, step: Step, facts: dict[str, Any], tokens: list[list[int]]) -> None:
-        """A global batch, of sequences of `tokens`, gave what is not finite."""
+        """Save a global batch whose loss or gradient is not finite to `nonfinite/`.
+
+        Args:
+            step: The step, with its loss, gradient norm and sample numbers.
+            facts: Where the first non-finite value was found.
+            tokens: Token ids of every sequence of the batch.
+        """
         if not self.main:
             return
-        told = facts | {"batch": step.place, "step": step.number}
-        told |= {"loss": str(step.loss), "grad_norm": str(step.norm)}
-        told |= {"samples": step.samples, "tokens": tokens}
+        batch = facts | {"batch": step.place, "step": step.number}
+        batch |= {"loss": str(step.loss), "grad_norm": str(step.norm)}
+        batch |= {"samples": step.samples, "tokens": tokens}
         folder = self.path("nonfinite")
         try:
             folder.mkdir(exist_ok=True)
-            atomic_write_json(folder / f"batch-{step.place:08}.json", told)
+            atomic_write_json(folder / f"batch-{step.place:08}.json", batch)
         except OSError as error:
-            logger.error("%s: batch %d was not kept: %s", folder, step.place, error)
+            logger.error("%s: batch %d was not saved: %s", folder, step.place, error)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """An optimizer step was taken. Collective."""
+        """Log the metrics of an optimizer step. Collective."""
         self.step_number = step
         metrics = metrics | {"memory/peak_gib": self.session.peak_memory_gib()}
         self.trackers.log(metrics, step)
         self.bars.step(metrics)
 
     def trained(self, done: Trained, parameters: Sequence[Tensor]) -> None:
-        """The training is over. Collective."""
+        """Add the training to the summary. Collective.
+
+        Args:
+            done: Steps, tokens and time of the training.
+            parameters: The trained parameters of this rank, whole or sharded.
+        """
         self.summary.trained(done, sum(map(count, parameters)))
 
     def reference_read(self, bytes_read: int) -> None:
-        """The full-precision model was read."""
+        """Add the bytes read for the full-precision reference model to the summary."""
         self.summary.reference_read(bytes_read)
 
     def evaluated(self, part: str, measured: Measured) -> None:
-        """`part` of the summary, `quantized` or `final`, was measured."""
+        """Add an evaluation to the summary as `part`, `quantized` or `final`, and log it."""
         dataset = dataset_name(self.config.eval, self.config.data)
         self.summary.evaluated(dataset, part, measured)
         self.evaluated_between(measured)
 
     def evaluated_between(self, measured: Measured) -> None:
-        """A point of the evaluation's curve."""
+        """Log an evaluation during training, a point of the curve."""
         metrics = {"eval/loss": measured.loss, "eval/perplexity": measured.perplexity}
         if measured.kl is not None:
             metrics["eval/kl"] = measured.kl
         self.trackers.log(metrics, self.step_number)
 
     def figures(self) -> dict[str, float]:
-        """The perplexities so far, by the name of the model."""
+        """Return the perplexities so far, by "perplexity, <model>", for the model card."""
         rows = self.summary.rows()
         return {f"perplexity, {r.model}": r.perplexity for r in rows if r.perplexity is not None}

@@ -1,4 +1,4 @@
-"""Whether a run goes on from a checkpoint, and from which: the same on every rank."""
+"""Decide whether a run resumes, and from which checkpoint; the same on every rank."""
 
 import logging
 
@@ -13,31 +13,43 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(record: Record, session: Session) -> Checkpoint | None:
-    """What `run.resume` makes this run go on from; None: it begins anew. Collective.
+    """Return the checkpoint to resume from, or None if training starts at step 0. Collective.
 
-    Raises UserError where there is none though there must be, or none that is whole.
+    Raises:
+        UserError: `run.resume=must` and no checkpoint exists; all checkpoints are damaged; or the
+            directory has a finished run that has kept no checkpoint.
     """
     store, resume = record.checkpoints, session.config.run.resume
     if record.history.begins_anew:
         return None
     found = open_newest(store, session)
     if found is None and resume == "must":
-        raise UserError(f"run.resume=must: {store.root} holds no checkpoint; use auto to begin.")
+        raise UserError(f"run.resume=must: {store.root} has no checkpoint; use auto to start.")
     if found is None and record.history.was_finished():
         raise UserError(
-            f"{store.root.parent}: holds a finished run and no checkpoint to go on from with other "
+            f"{store.root.parent}: has a finished run, and no checkpoint to resume from with other "
             "settings; choose another run.name, or run.resume=never."
         )
-    if found is None or not found.step:  # before the first step there is nothing
+    if found is None or not found.step:  # a checkpoint of step 0 has nothing to restore
         return None
     if session.processes.is_main:
-        logger.info("going on from %s, made by %s on %d processes", found.folder,
-                    found.state["strategy"], found.state["world_size"])  # fmt: skip
+        logger.info(
+            "resuming from %s, saved by %s on %d processes",
+            found.folder,
+            found.state["strategy"],
+            found.state["world_size"],
+        )
     return found
 
 
 def open_newest(store: CheckpointStore, session: Session) -> Checkpoint | None:
-    """The newest checkpoint that is whole: the first rank chooses, every rank reads. Collective."""
+    """Load the newest undamaged checkpoint; None if the store is empty. Collective.
+
+    The first rank chooses it, and every rank reads it.
+
+    Raises:
+        UserError: All checkpoints are damaged, or a rank cannot read the chosen one.
+    """
     processes = session.processes
     with processes.together():
         mine = None
@@ -48,18 +60,16 @@ def open_newest(store: CheckpointStore, session: Session) -> Checkpoint | None:
     with processes.together():
         if step is None or mine:
             return mine
-        return _read(store, step)
-
-
-def _read(store: CheckpointStore, step: int) -> Checkpoint:
-    try:
-        return read_checkpoint(store.folder(step))
-    except DamagedError as error:
-        raise UserError(f"{error}, on this machine; all nodes need one shared folder.") from error
+        try:
+            return read_checkpoint(store.folder(step))
+        except DamagedError as error:
+            raise UserError(
+                f"{error}, on this machine; all nodes need one shared folder."
+            ) from error
 
 
 def texts_of(training: Sequences, held_out: Sequences | None) -> dict[str, str]:
-    """What tells one run's texts from another's, by the key that names them."""
+    """Return a digest of each dataset by the configuration key that names it."""
     return {
         "data.source": training.digest(),
         "eval.source": held_out.digest() if held_out else "",
@@ -69,14 +79,19 @@ def texts_of(training: Sequences, held_out: Sequences | None) -> dict[str, str]:
 def check_goes_on(
     found: Checkpoint | None, training: Sequences, held_out: Sequences | None, config: RunConfig
 ) -> None:
-    """Raises UserError where the run of `found` had other text, or is past the end of this one."""
+    """Check that training can resume from `found` with this data and this number of steps.
+
+    Raises:
+        UserError: The checkpoint was trained on other text, or has more steps than this run.
+    """
     if found is None:
         return
     for key, digest in texts_of(training, held_out).items():
         if found.state["texts"][key] != digest:
             raise UserError(
-                f"{found.folder}: was made with other text than {key} gives now: a file, or the "
-                "Python that brings it, has changed. Choose another run.name, or run.resume=never."
+                f"{found.folder}: was trained with other text than {key} gives now: a file, or the "
+                "Python that provides it, has changed. Choose another run.name, or "
+                "run.resume=never."
             )
     steps = total_steps(config, SampleOrder(len(training), config.train.seed))
     if found.step > steps:

@@ -1,4 +1,4 @@
-"""The final figures of a run: `summary.json`, schema 1, and the table at the end."""
+"""The final figures of a run: `summary.json` (schema 1) and the table on the console."""
 
 from collections import Counter
 from copy import deepcopy
@@ -22,7 +22,7 @@ _ROWS = {"full_precision": "full precision", "quantized": "quantized", "final": 
 
 
 class Summary:
-    """Filled part by part while the run goes on; parts a task does not run stay absent."""
+    """The summary, filled part by part during the run; parts that a task skips are absent."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -30,7 +30,10 @@ class Summary:
         self._rows = {part: ResultRow(name) for part, name in _ROWS.items()}
 
     def quantized(self, plan: Plan, built: Built) -> None:
-        """Facts of the packed model; errors are absent where it came packed. Collective."""
+        """Add the facts of the loaded model. Collective.
+
+        The relative error is absent if the weights were packed already.
+        """
         layers = [m for m in built.model.modules() if isinstance(m, HQQLinear)]
         weights = sum(m.out_features * m.in_features for m in layers)
         packed = sum(stored_bits(m.layout, m.spec.meta_dtype) for m in layers) // 8
@@ -49,23 +52,34 @@ class Summary:
         self._sizes(plan, built, packed, facts["bits_per_weight"])
 
     def evaluated(self, dataset: str, part: str, measured: Measured) -> None:
-        """Figures of `part`, `quantized` or `final`, and of full precision beside it."""
-        found = self.parts.setdefault("eval", {})
-        found |= {"dataset": masked(dataset), "tokens": measured.tokens}
+        """Add an evaluation, and that of the full-precision reference model if there is one.
+
+        Args:
+            dataset: Name of the held-out set.
+            part: `quantized` or `final`.
+            measured: The figures.
+        """
+        evaluation = self.parts.setdefault("eval", {})
+        evaluation |= {"dataset": masked(dataset), "tokens": measured.tokens}
         if measured.reference_perplexity is not None:
-            found["full_precision"] = {"perplexity": measured.reference_perplexity}
+            evaluation["full_precision"] = {"perplexity": measured.reference_perplexity}
             self._row("full_precision", perplexity=measured.reference_perplexity, kl=0.0)
-        found[part] = {"perplexity": measured.perplexity}
+        evaluation[part] = {"perplexity": measured.perplexity}
         if measured.kl is not None:
-            found[part]["kl"] = measured.kl
+            evaluation[part]["kl"] = measured.kl
         self._row(part, perplexity=measured.perplexity, kl=measured.kl)
 
     def reference_read(self, bytes_read: int) -> None:
-        """Weight bytes read for the full-precision model, which are counted apart."""
+        """Add the weight bytes read for the full-precision reference model, counted apart."""
         self.parts.setdefault("eval", {})["bytes_read"] = bytes_read
 
     def trained(self, done: Trained, trainable: int) -> None:
-        """Figures of the training; `trainable`: parameters over all ranks. Collective."""
+        """Add the figures of the training. Collective.
+
+        Args:
+            done: Steps, tokens, seconds and loss.
+            trainable: Number of trainable parameters over all ranks.
+        """
         self.parts["train"] = {
             "steps": done.steps,
             "tokens": done.tokens,
@@ -82,21 +96,21 @@ class Summary:
         )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """What `restore` takes: the parts so far and the lines of the table, as JSON."""
+        """Return the parts and the table rows so far, as JSON, for `restore`."""
         return {
             "parts": deepcopy(self.parts),
             "rows": {k: asdict(row) for k, row in self._rows.items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on with what an earlier process of this run has measured."""
+        """Restore the quantization, the evaluations and the table from a checkpoint."""
         for part in ("quantize", "eval"):
             if part in state["parts"]:
                 self.parts[part] = state["parts"][part]
         self._rows = {name: ResultRow(**row) for name, row in state["rows"].items()}
 
     def rows(self) -> list[ResultRow]:
-        """Lines of the final table: what was made or measured."""
+        """Return the rows of the final table that have a figure."""
         return [row for row in self._rows.values() if any(v is not None for v in astuple(row)[1:])]
 
     def _run(self) -> dict[str, Any]:
@@ -112,13 +126,20 @@ class Summary:
         }
 
     def _settings(self, built: Built) -> dict[str, Any]:
-        """The settings most layers have: quant.* or, of a packed checkpoint, its own."""
+        """Return the quantization settings that most layers have."""
         keys = ("nbits", "group_size", "axis", "solver")
-        found = [tuple(getattr(m, k) for k in keys) for m in built.settings.modules.values()]
-        return dict(zip(keys, Counter(found).most_common(1)[0][0], strict=True))
+        by_layer = [tuple(getattr(m, k) for k in keys) for m in built.settings.modules.values()]
+        return dict(zip(keys, Counter(by_layer).most_common(1)[0][0], strict=True))
 
     def _sizes(self, plan: Plan, built: Built, packed: int, bits: float) -> None:
-        """Bits of a quantized weight and GiB of the whole model, before and after."""
+        """Add bits per quantized weight and GiB of the whole model, before and after.
+
+        Args:
+            plan: The plan of the model.
+            built: The loaded model.
+            packed: Bytes of the packed weights, scales and zeros.
+            bits: Bits per quantized weight.
+        """
         dense = sum(
             tensor.numel() * tensor.element_size()
             for _, module, leaf, tensor in base_tensors(built.model)

@@ -74,7 +74,7 @@ def test_a_result_that_finds_no_room_says_so_and_the_same_command_goes_on(
     assert "status.json was not written" in told
     monkeypatch.undo()
     assert run_here(words) == 0
-    assert "going on from" in capsys.readouterr().err
+    assert "resuming from" in capsys.readouterr().err
 
 
 def _only_while_it_runs(self: RunDirectory, status: str, **more: Any) -> None:

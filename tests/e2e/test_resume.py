@@ -85,7 +85,7 @@ def test_stopped_by_a_signal_and_killed(alone: tuple, data: tuple, tmp_path: Pat
     assert status(killed)[0] == "running"
     ended = run(*words, root=root, processes=size)
     assert ended.code == 0, ended.output
-    assert "going on from" in ended.output
+    assert "resuming from" in ended.output
     assert "quantizing:" not in ended.output
     assert what_it_left(ended) == what_it_left(whole)
     assert ended.summary["quantize"] == whole.summary["quantize"] | {
@@ -165,7 +165,7 @@ def test_damaged_checkpoints_are_passed_over_or_refused(data: tuple, tmp_path: P
     more = run(*words, "train.max_steps=6", root=root)
     assert more.code == 0, more.output
     assert "step-00000004/optimizer.safetensors: is not what was written" in more.output
-    assert "going on from" in more.output
+    assert "resuming from" in more.output
     assert [row["train/global_step"] for row in more.metrics if "train/loss" in row][-4:] == [
         3, 4, 5, 6,
     ]  # fmt: skip

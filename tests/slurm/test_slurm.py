@@ -209,7 +209,7 @@ def test_a_node_that_dies_costs_no_run(cluster, tmp_path):
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), _output(tmp_path)
     assert ended["NodeList"] != node
     assert (_run_directory(tmp_path) / "summary.json").exists()
-    assert "going on from" in _output(tmp_path)
+    assert "resuming from" in _output(tmp_path)
     cluster.start_node(node)
 
 

@@ -1,4 +1,4 @@
-"""An adapter that does not fit is named by what asked for it."""
+"""Messages about an adapter that does not fit begin with the setting that selected it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ def _model(**linears: int) -> nn.Module:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """An adapter of `q`, 8 x 8, on the base sha256:ab."""
+    """Return an adapter of the 8 x 8 linear `q`, trained on the base sha256:ab."""
     (tmp_path / "adapter").mkdir()
     state = get_peft_model_state_dict(_model(q=8))
     write_adapter(tmp_path / "adapter", state, LORA, Base("owner/name", None, "sha256:ab"))
@@ -31,41 +31,44 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.fixture(params=["resumed", "init_from", "run"])
-def asked(request, folder):
-    """A start, and how messages about it begin."""
+def selected(request, folder):
+    """Return an adapter, selected in each of three ways, and how messages about it begin."""
     adapter = AdapterConfig(init_from=str(folder) if request.param == "init_from" else None)
     source = Source(
         "runs/a", folder.parent, "quantized", folder if request.param == "run" else None
     )
     resumed = folder if request.param == "resumed" else None
-    begin = {
-        "resumed": f"{folder}: the checkpoint that the run goes on from (another run.name",
+    prefixes = {
+        "resumed": f"{folder}: the checkpoint that the run resumes from (another run.name",
         "init_from": f"adapter.init_from={folder}: ",
         "run": f"{folder}: the adapter of model.name_or_path=runs/a: ",
     }
-    return load_start(RunConfig(adapter=adapter), source, resumed), begin[request.param]
+    return load_start(RunConfig(adapter=adapter), source, resumed), prefixes[request.param]
 
 
-def test_shape_and_scaling(asked):
-    start, begin = asked
+def test_other_shape_or_scaling_is_refused(selected):
+    start, prefix = selected
     check_start(start, LORA)
     with pytest.raises(UserError, match="was made with r=2, the recipe asks for 3") as error:
         check_start(start, LoraConfig(r=3, lora_alpha=4))
-    assert str(error.value).startswith(begin)
+    assert str(error.value).startswith(prefix)
 
 
 @pytest.mark.parametrize(
-    ("linears", "base", "what"),
-    [({"q": 8}, "sha256:cd", "but this base"), ({"q": 9}, "sha256:ab", "holds no")],
+    ("linears", "base", "message"),
+    [
+        ({"q": 8}, "sha256:cd", "but this base"),
+        ({"q": 9}, "sha256:ab", "has no base_model.model.q.lora"),
+    ],
 )
-def test_another_base_or_other_modules(asked, linears, base, what):
-    start, begin = asked
-    with pytest.raises(UserError, match=what) as error:
+def test_another_base_or_other_modules_are_refused(selected, linears, base, message):
+    start, prefix = selected
+    with pytest.raises(UserError, match=message) as error:
         fill_adapters(_model(**linears), start, base, RunConfig())
-    assert str(error.value).startswith(begin)
+    assert str(error.value).startswith(prefix)
 
 
-def test_a_checkpoint_comes_before_all_and_its_values_are_used(folder, tmp_path):
+def test_a_checkpoint_takes_precedence_and_its_values_are_used(folder, tmp_path):
     config = RunConfig(adapter=AdapterConfig(init_from=str(tmp_path / "absent")))
     source = Source("runs/a", tmp_path, "quantized", tmp_path / "absent")
     start, model = load_start(config, source, folder), _model(q=8)
@@ -75,7 +78,7 @@ def test_a_checkpoint_comes_before_all_and_its_values_are_used(folder, tmp_path)
     assert load_start(RunConfig(), Source("tiny", tmp_path, "dense"), None) is None
 
 
-def test_an_altered_checkpoint_is_no_start(folder):
+def test_an_altered_checkpoint_is_refused(folder):
     seal(folder)
     source, adapter = Source("tiny", folder.parent, "dense"), AdapterConfig(init_from=str(folder))
     load_start(RunConfig(adapter=adapter), source, None)
@@ -87,11 +90,9 @@ def test_an_altered_checkpoint_is_no_start(folder):
         load_start(RunConfig(adapter=adapter), source, None)
 
 
-def test_an_adapter_that_does_not_know_its_base_is_warned_of(folder):
+def test_an_adapter_without_a_recorded_base_causes_a_warning(folder):
     source, config = Source("tiny", folder.parent, "dense"), RunConfig()
     known = load_start(config, replace(source, adapter=folder), None)
     assert unknown_base(known, source) == ""
     stock = replace(known, adapter=replace(known.adapter, fingerprint=None))
-    assert "names owner/name; on another than model.name_or_path=tiny" in unknown_base(
-        stock, source
-    )
+    assert "names owner/name; if that is not model.name_or_path=tiny" in unknown_base(stock, source)

@@ -1,4 +1,4 @@
-"""Whether a run begins anew, and what it leaves of the one before."""
+"""Whether a run starts from scratch, and what it deletes of the previous run."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def _history(config: RunConfig) -> History:
 
 @pytest.fixture
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
-    """By job 7 of slurm."""
+    """Return a run directory that slurm job 7 has finished."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with RunDirectory(_config(tmp_path, "auto")) as directory:
         directory.begin(["hqqtrain"])
@@ -32,21 +32,21 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
 
 
 @pytest.mark.parametrize(
-    ("resume", "job", "anew"),
+    ("resume", "job", "from_scratch"),
     [("never", "8", True), ("never", None, True), ("never", "7", False), ("auto", "8", False)],
 )
-def test_never_is_over_once_this_very_job_has_begun(
-    finished, tmp_path, monkeypatch, resume: str, job: str | None, anew: bool
+def test_resume_never_does_not_apply_to_a_requeued_job(
+    finished, tmp_path, monkeypatch, resume: str, job: str | None, from_scratch: bool
 ):
-    """A job that was requeued before it had begun, has not."""
+    """Job 7 has begun before it was requeued; job 8 was requeued before it began."""
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     monkeypatch.setenv("SLURM_JOB_ID", job) if job else monkeypatch.delenv("SLURM_JOB_ID")
     history = _history(_config(tmp_path, resume))
-    assert history.begins_anew is anew
-    assert history.is_done() is not anew
+    assert history.begins_anew is from_scratch
+    assert history.is_done() is not from_scratch
 
 
-def test_nothing_is_left_that_would_be_taken_for_the_new_run(finished, tmp_path, monkeypatch):
+def test_results_of_the_previous_run_are_deleted(finished, tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID")
     folder = finished.path
     for name in ("adapter", "nonfinite", "report", "checkpoints/step-00000001", "quantized"):
