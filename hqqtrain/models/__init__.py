@@ -1,4 +1,4 @@
-"""Models: what a name means, the architecture on meta, reading weights, and what it all needs."""
+"""Models: resolve a name, build the architecture on meta, read weights, and estimate memory."""
 
 from hqqtrain.models.build import (
     build_meta,

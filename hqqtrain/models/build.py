@@ -1,6 +1,6 @@
-"""Models without weights: the architecture from its configuration, on the meta device.
+"""Build a model from its configuration on the meta device, without weights.
 
-Everything later (replacing linears, adapters, sharding) happens on shapes alone; no rank ever
+The later steps (replacing linears, adding adapters, sharding) need only shapes. So no rank ever
 holds a whole full-precision model.
 """
 
@@ -19,15 +19,23 @@ from hqqtrain.models.source import read_config_json, resolve_source, shipped_fol
 
 
 def load_config(model: ModelConfig) -> PretrainedConfig:
-    """The transformers configuration in the checkpoint's own config.json, freed of ours."""
+    """Load the transformers configuration of `model`, without its quantization_config.
+
+    Raises:
+        UserError: The model is missing, unreachable, or cannot be read by transformers.
+    """
     return config_of(resolve_source(model, weights=False).path)
 
 
 def config_of(folder: Path) -> PretrainedConfig:
-    """The transformers configuration of the model in `folder`, without quantization_config."""
+    """Load the transformers configuration of the model in `folder`, without quantization_config.
+
+    Raises:
+        UserError: config.json is missing, or transformers cannot read it.
+    """
     path, values = folder / "config.json", read_config_json(folder)
     if "model_type" not in values:
-        raise UserError(f"{path}: has no model_type; a transformers model is needed.")
+        raise UserError(f"{path}: has no model_type; give the folder of a transformers model.")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
@@ -37,15 +45,20 @@ def config_of(folder: Path) -> PretrainedConfig:
 
 
 def shipped_config(name_or_path: str) -> PretrainedConfig | None:
-    """The configuration of a well-known model, from this package: no network is needed."""
+    """Return the configuration of a well-known model that this package ships, or None."""
     folder = shipped_folder(name_or_path)
     return None if folder is None else config_of(folder)
 
 
 def build_meta(hf_config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The causal LM of `hf_config` on the meta device: shapes and dtypes, no memory.
+    """Build the causal LM of `hf_config` on the meta device: shapes and dtypes, no memory.
 
-    `dtype`: of its parameters; None: as the configuration says.
+    Args:
+        hf_config: Configuration of the model.
+        dtype: Dtype of the parameters; None: the one in the configuration.
+
+    Raises:
+        UserError: The installed transformers has no causal LM of this type.
     """
     try:
         with torch.device("meta"):
@@ -59,27 +72,25 @@ def build_meta(hf_config: PretrainedConfig, dtype: torch.dtype | None = None) ->
 
 
 def restore_buffers(model: nn.Module, device: torch.device | str) -> None:
-    """Put the buffers that no checkpoint holds (`inv_freq` ...) on `device`, freshly computed.
+    """Compute the buffers that no checkpoint contains (`inv_freq` ...) again, on `device`.
 
-    Meta tensors, and memory that `to_empty` left, hold nothing to move; the only source of
-    these values is the architecture's own constructor. So it is run again, with its parameters
-    on meta and its buffers real.
+    Meta tensors and the uninitialized memory of `to_empty` have no values to move. Only the
+    constructor of the architecture computes these values. So it runs again, with parameters on
+    meta and real buffers.
     """
     root = base_model(model)
     modules = {plain_name(name): module for name, module in root.named_modules()}
-    for name, twin in _with_real_buffers(root.config).named_modules():
-        for leaf in twin._non_persistent_buffers_set & twin._buffers.keys():
-            value = twin._buffers[leaf]
+    with init_empty_weights(include_buffers=False):
+        reference = AutoModelForCausalLM.from_config(root.config, trust_remote_code=False)
+    for name, module in reference.named_modules():
+        for leaf in module._non_persistent_buffers_set & module._buffers.keys():
+            value = module._buffers[leaf]
             modules[name]._buffers[leaf] = None if value is None else value.to(device)
 
 
-def _with_real_buffers(hf_config: PretrainedConfig) -> nn.Module:
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
-
-
 def _explain(path: Path, values: dict[str, Any], error: Exception) -> str:
+    """Return the message for a config.json that transformers refuses."""
     reason = " ".join(str(error).split("\n\n")[0].split())
     if "auto_map" in values:
-        reason = "the model brings code of its own, which is never run."
+        reason = "the model has code of its own, which is never run."
     return f"{path}: model_type={values['model_type']} cannot be read by transformers: {reason}"

@@ -1,5 +1,7 @@
-"""Whether a run fits: what surely does not is refused, with the keys that help; what may not is a
-warning.
+"""Compare the estimate of a run with the memory and disk that are free.
+
+A run that cannot fit is refused; one that may not fit gives a warning. Both name the keys that
+reduce the need.
 """
 
 from hqqtrain.config import RunConfig, UserError
@@ -7,8 +9,9 @@ from hqqtrain.models.estimate import GIB, SHARDING, Estimate
 from hqqtrain.models.memory import Available
 
 TIGHT = 0.9
-"""Above this share of what is free, the estimate is too coarse to promise a fit."""
+"""Above this fraction of the free memory, the estimate is too coarse to promise a fit."""
 
+# The parts whose size is exact.
 _CERTAIN = ("packed weights", "dense weights", "adapter and optimizer", "reference model")
 _HELP = {
     "packed weights": "lower quant.nbits={c.quant.nbits}, or more GPUs with "
@@ -28,19 +31,27 @@ _HELP = {
 
 def check_fits(estimate: Estimate, free: Available, config: RunConfig, *, local_ranks: int = 1,
                ) -> list[str]:  # fmt: skip
-    """Warnings where it is tight. Raises UserError where weights alone exceed what is free.
+    """Return warnings if memory or disk may not be enough.
 
-    `local_ranks`: ranks that share this machine's memory (and whose device is the host).
+    Args:
+        estimate: The estimate of the run.
+        free: Free memory of one rank's device and of the host, and free disk.
+        config: Configuration of the run, for the advice.
+        local_ranks: Ranks that share the host's memory.
+
+    Raises:
+        UserError: Weights and optimizer alone exceed the free memory, or the results exceed the
+            free disk.
     """
     on_host = free.device is None
-    room = free.host // local_ranks if free.device is None else free.device
+    room = free.host // local_ranks if free.device is None else free.device  # of one rank
     where = "this machine's memory" if on_host else "the GPU"
     certain = sum(estimate.device[part] for part in _CERTAIN)
     warnings = []
     if certain > room:
         raise UserError(
             f"model.name_or_path={config.model.name_or_path}: weights and optimizer need "
-            f"{certain / GIB:.1f} GiB a rank; {where} has {room / GIB:.1f} GiB free. "
+            f"{certain / GIB:.1f} GiB per rank; {where} has {room / GIB:.1f} GiB free. "
             f"{_advice(estimate.device, config)}"
         )
     if estimate.host * local_ranks > free.host:
@@ -59,14 +70,14 @@ def check_fits(estimate: Estimate, free: Available, config: RunConfig, *, local_
 
 
 def oom_advice(config: RunConfig) -> str:
-    """What to change after the memory ran out: keys with their values, what helps most first."""
+    """Return what to change after running out of memory: keys and values, most effective first."""
     train, advice = config.train, []
     if config.task == "finetune":
         if not train.checkpointing:
             advice.append("train.checkpointing=true (now false)")
         elif not config.parallel.offloads_activations:
-            wanted = "all" if config.parallel.offloads_parameters else "activations"
-            advice.append(f"parallel.offload={wanted} (now {config.parallel.offload})")
+            offload = "all" if config.parallel.offloads_parameters else "activations"
+            advice.append(f"parallel.offload={offload} (now {config.parallel.offload})")
         if train.micro_batch_size > 1:
             advice.append(f"a smaller train.micro_batch_size (now {train.micro_batch_size}); the "
                           "global batch and the result stay the same")  # fmt: skip
@@ -81,13 +92,13 @@ def oom_advice(config: RunConfig) -> str:
         advice.append("several GPUs with parallel.strategy=fsdp2")
     if not config.parallel.offloads_parameters:
         advice.append("parallel.strategy=fsdp2 with parallel.offload=all")
-    return "Out of memory. What helps, most first: " + "; ".join(advice) + "."
+    return "Out of memory. What helps, most effective first: " + "; ".join(advice) + "."
 
 
 def _check_disk(estimate: Estimate, free: Available, config: RunConfig) -> list[str]:
     need = sum(estimate.disk.values())
     text = (
-        f"run.root={config.run.root}: the results need {need / GIB:.3f} GiB of disk, "
+        f"run.root={config.run.root}: the results need {need / GIB:.3f} GiB of disk; "
         f"{free.disk / GIB:.3f} GiB are free. Choose another run.root, or quant.save=false."
     )
     if need > free.disk:
@@ -96,5 +107,6 @@ def _check_disk(estimate: Estimate, free: Available, config: RunConfig) -> list[
 
 
 def _advice(parts: dict[str, int], config: RunConfig) -> str:
+    """Return the advice for the three largest parts."""
     largest = sorted((p for p in parts if parts[p]), key=lambda p: -parts[p])[:3]
     return "What helps: " + "; ".join(_HELP[p].format(c=config) for p in largest) + "."

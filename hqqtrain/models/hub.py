@@ -1,4 +1,7 @@
-"""The hub, made safe for a job: no endless waiting, and failures a user can act on."""
+"""Download models from the Hugging Face hub, safely for a batch job.
+
+A request never waits forever, and every failure becomes a message that the user can act on.
+"""
 
 from pathlib import Path
 
@@ -19,8 +22,9 @@ from hqqtrain.config import UserError
 TIMEOUT = 10.0
 """Seconds without an answer after which the hub counts as unreachable."""
 
+# Configuration and tokenizer.
 _SMALL = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
-# Other layouts of the same weights that repositories keep beside the standard one.
+# Other formats of the same weights that repositories contain in addition to the standard one.
 _NEVER = ["*/*", "consolidated*", "*.fp16*"]
 _FAILURES = (
     HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
@@ -29,23 +33,32 @@ _FAILURES = (
 
 
 def snapshot(name: str, revision: str | None, *, weights: bool = True) -> Path:
-    """The folder of the hub's model `name`; what the local cache lacks is downloaded.
+    """Return the local folder of the hub's model `name`; download what the cache lacks.
 
-    `weights=False` fetches configuration and tokenizer only. Raises UserError for a name that
-    does not exist, a gated model, an unknown revision and a hub out of reach.
+    Args:
+        name: Name of the model on the hub.
+        revision: Branch, tag or commit; None: the default branch.
+        weights: Whether to download weights, not only configuration and tokenizer.
+
+    Raises:
+        UserError: The name or the revision does not exist, the model is gated, or the hub cannot
+            be reached and the cache does not contain the model.
     """
     try:
         _ask(name, revision)
         return _snapshot(name, revision, weights)
     except _FAILURES as error:
-        try:
+        try:  # the cache may have it
             return _snapshot(name, revision, weights, cached=True)
         except (LocalEntryNotFoundError, HFValidationError):
             raise UserError(_explain(name, revision, error)) from error
 
 
 def _ask(name: str, revision: str | None) -> None:
-    """Raises in time what `snapshot_download`, which sets no limit, may wait for forever."""
+    """Request the model's metadata, to fail within `TIMEOUT` seconds.
+
+    `snapshot_download` sets no time limit and may wait forever.
+    """
     get_session().timeout = TIMEOUT
     HfApi().repo_info(name, revision=revision, timeout=TIMEOUT)
 
@@ -60,6 +73,7 @@ def _snapshot(name: str, revision: str | None, weights: bool, *, cached: bool = 
 
 
 def _explain(name: str, revision: str | None, error: Exception) -> str:
+    """Return the message for a failure of the hub."""
     where = f"model.name_or_path={name}"
     if isinstance(error, HFValidationError):
         return f"{where}: neither a folder nor a hub name such as 'meta-llama/Meta-Llama-3-8B'."
@@ -72,12 +86,12 @@ def _explain(name: str, revision: str | None, error: Exception) -> str:
         return f"model.revision={revision}: the hub's {name} has no such branch, tag or commit."
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"{where}: neither a folder here nor a model on the hub that you may see. Check the "
+            f"{where}: neither a folder here nor a model on the hub that you can access. Check the "
             "name; for a private model, `hf auth login` (or set HF_TOKEN)."
         )
     reason = str(error.__cause__ or error).splitlines()[0]
     return (
-        f"{where}: no folder of that name is here, and the hub cannot be reached ({reason}). Give "
-        "a local folder, or download the model once where there is a network (`hf download "
-        f"{name}`) and share HF_HOME; offline machines set HF_HUB_OFFLINE=1."
+        f"{where}: no folder of that name exists, and the hub cannot be reached ({reason}). Give "
+        "a local folder, or download the model once on a machine with network access "
+        f"(`hf download {name}`) and share HF_HOME; on offline machines set HF_HUB_OFFLINE=1."
     )

@@ -1,4 +1,4 @@
-"""What this machine has: free memory of the device and the host, free space on disk."""
+"""Measure what is free on this machine: memory of device and host, and disk space."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Available:
-    """Free bytes. `device` is None where the model lives in the host's memory."""
+    """Free bytes. `device` is None if the model is in the host's memory."""
 
     host: int
     disk: int
@@ -20,38 +20,41 @@ class Available:
 
 
 def available(device: torch.device | str, folder: Path) -> Available:
-    """Free memory of `device` and the host, and free space where `folder` is or will be."""
+    """Return the free memory of `device` and host, and the free disk space for `folder`.
+
+    `folder` need not exist yet.
+    """
     device = torch.device(device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return Available(free_host_memory(), disk_usage(_existing(folder)).free, free)
+    parents = (folder.absolute(), *folder.absolute().parents)
+    existing = next(path for path in parents if path.exists())
+    return Available(free_host_memory(), disk_usage(existing).free, free)
 
 
 def free_host_memory() -> int:
-    """Bytes that can be allocated without swapping, within the limits of cgroups.
+    """Return the bytes that can be allocated without swapping, within the limits of cgroups.
 
-    psutil sees the machine; slurm and containers grant a part of it.
+    psutil reports the whole machine, but slurm and containers grant only a part of it.
     """
     return min([psutil.virtual_memory().available, *_cgroup_limits()])
 
 
 def _cgroup_limits() -> list[int]:
+    """Return the memory limits of this process's cgroup (version 2) and of its parents."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    own = next((line[3:] for line in lines if line.startswith("0::")), "/")
-    folder = _CGROUP / own.strip("/")
+    own_group = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    folder = _CGROUP / own_group.strip("/")
     groups = [folder, *(p for p in folder.parents if p.is_relative_to(_CGROUP))]
     return [limit for group in groups if (limit := _limit(group / "memory.max")) is not None]
 
 
 def _limit(path: Path) -> int | None:
+    """Return the limit in a memory.max file, or None if it says "max" or cannot be read."""
     try:
         text = path.read_text().strip()
     except OSError:
         return None
     return int(text) if text.isdigit() else None
-
-
-def _existing(folder: Path) -> Path:
-    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())

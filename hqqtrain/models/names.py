@@ -1,6 +1,7 @@
-"""Names: from a module as it is now (adapted, sharded, quantized) to its tensor on disk.
+"""Map modules (adapted, sharded, quantized) to the names of their tensors on disk.
 
-Wrappers put themselves into parameter names; a checkpoint knows nothing of them.
+Wrappers add parts to the fully qualified names (FQNs) of parameters; the names in a checkpoint do
+not contain these parts.
 """
 
 from collections.abc import Iterator
@@ -12,45 +13,52 @@ from transformers import PreTrainedModel
 
 from hqqtrain.nn import PACKED, HQQLinear
 
+# The parts of FQNs that PEFT, torch.compile, activation checkpointing and FSDP add.
 _WRAPPERS = {"base_layer", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside whatever wraps it (PEFT, DDP, torch.compile)."""
+    """Return the transformers model inside its wrappers (PEFT, DDP, torch.compile)."""
     return next(m for m in model.modules() if isinstance(m, PreTrainedModel))
 
 
 def plain_name(name: str) -> str:
-    """`name` of a module or parameter below the transformers model, without wrappers."""
+    """Return the FQN of a module or parameter within the transformers model, without wrappers."""
     name = name.removeprefix("base_model.model.")
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is that of an adapter, which no base checkpoint holds."""
+    """Whether a parameter belongs to an adapter, and so not to a base checkpoint."""
     return any(part.startswith("lora_") for part in name.split("."))
 
 
 def adapter_name(name: str) -> str:
-    """An adapter's parameter as PEFT saves it: without wrappers, nor the adapter's own name."""
+    """Return the name that PEFT saves an adapter's parameter under.
+
+    It contains neither wrappers nor the name of the adapter.
+    """
     return ".".join(p for p in name.split(".") if p not in _WRAPPERS and p != "default")
 
 
 def is_packed(module: nn.Module, leaf: str) -> TypeGuard[HQQLinear]:
-    """Whether attribute `leaf` of `module` is a part of a packed weight."""
+    """Whether attribute `leaf` of `module` is W_q, scale or zero of a packed weight."""
     return isinstance(module, HQQLinear) and leaf in PACKED
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Parameter name -> name of the parameter that it is tied to, as in the checkpoint."""
+    """Return parameter name -> name of the parameter that it is tied to, as in the checkpoint."""
     return dict(base_model(model).all_tied_weights_keys)
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
-    """(name on disk, module, attribute, tensor) of all that a checkpoint of `model` holds.
+    """Iterate over the parameters and persistent buffers of the base model.
 
-    Parameters and persistent buffers of the base: no adapters, and tied parameters once.
-    HQQLinear shows W_q, scale, zero (and bias), as in a quantized checkpoint.
+    These are the tensors of a checkpoint of `model`: without adapters, and with tied parameters
+    once. An HQQLinear has W_q, scale, zero (and bias), as in a quantized checkpoint.
+
+    Yields:
+        Name on disk, module, attribute of the module, and tensor.
     """
     root = base_model(model)
     tied = tied_names(root)
@@ -64,33 +72,29 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.
 
 
 def expected_shapes(model: nn.Module, *, packed: bool = False) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that filling `model` needs from a checkpoint.
+    """Return name -> shape of every tensor that loading `model` reads from a checkpoint.
 
-    Of a dense checkpoint: an HQQLinear stands for its `weight` [out_features, in_features].
-    `packed=True`, of a quantized one: its W_q (uint8 bytes), scale and zero.
+    In a dense checkpoint (`packed=False`) an HQQLinear corresponds to its `weight`
+    [out_features, in_features]; in a quantized one (`packed=True`) to W_q (uint8 bytes), scale and
+    zero.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module, leaf, tensor in base_tensors(model):
-        if is_packed(module, leaf):
-            name, shape = _packed(name, leaf, module) if packed else _dense(name, leaf, module)
-            shapes[name] = shape
-        else:
+        if not is_packed(module, leaf):
             shapes[name] = tuple(tensor.shape)
+            continue
+        layout = module.layout
+        if packed:
+            shapes[name] = (layout.units, layout.row_bytes if leaf == "W_q" else layout.groups)
+        else:
+            # W_q, scale and zero map to the same entry.
+            dense_name = f"{name.removesuffix(leaf)}weight"
+            shapes[dense_name] = (layout.out_features, layout.in_features)
     return shapes
 
 
-def _packed(name: str, leaf: str, module: HQQLinear) -> tuple[str, tuple[int, ...]]:
-    layout = module.layout
-    return name, (layout.units, layout.row_bytes if leaf == "W_q" else layout.groups)
-
-
-def _dense(name: str, leaf: str, module: HQQLinear) -> tuple[str, tuple[int, ...]]:
-    shape = (module.layout.out_features, module.layout.in_features)
-    return f"{name.removesuffix(leaf)}weight", shape
-
-
 def tie(model: nn.Module) -> None:
-    """Make tied parameters one again; a tied linear that was quantized has weights of its own."""
+    """Tie the parameters of `model` again, except those of linears that were quantized."""
     root = base_model(model)
     for target, source in tied_names(root).items():
         path, _, leaf = target.rpartition(".")

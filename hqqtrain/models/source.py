@@ -1,6 +1,6 @@
-"""What `model.name_or_path` and `model.source` mean: whose architecture, and which weights.
+"""Resolve `model.name_or_path` and `model.source` to an architecture and weights.
 
-Decided in one place, so that quantizing, training, measuring and exporting agree on it.
+This happens in one place, so that quantization, training, evaluation and export agree on it.
 """
 
 import json
@@ -17,11 +17,14 @@ _CONFIGS = Path(__file__).parent / "configs"
 
 @dataclass(frozen=True)
 class Source:
-    """A folder with config.json, tokenizer and safetensors, and what its tensors are.
+    """A folder with config.json, tokenizer and safetensors files, and the kind of its weights.
 
-    `kind`: `dense` weights, `quantized` by hqqtrain, or `synthetic`: then only config.json of the
-    folder matters. `adapter`: the adapter that the run trained, where `name` is a run's directory
-    and it has one.
+    Attributes:
+        name: The name that the user gave.
+        path: The folder.
+        kind: `dense` weights, weights `quantized` by hqqtrain, or `synthetic` weights, which need
+            only the folder's config.json.
+        adapter: The folder of the adapter, if `name` is a run's directory that has one.
     """
 
     name: str
@@ -31,15 +34,19 @@ class Source:
 
     @property
     def tokenizer(self) -> Path:
-        """The folder of the tokenizer: the bundled one where no text is meant to be understood."""
+        """The folder of the tokenizer; synthetic models use the bundled one."""
         return TINY_FOLDER if self.kind == "synthetic" else self.path
 
 
 def resolve_source(model: ModelConfig, *, weights: bool = True) -> Source:
-    """The folder that `model` names, downloaded from the hub where it is a hub name.
+    """Find the folder that `model` names, or download it from the hub.
 
-    `weights=False` is enough for the configuration and the tokenizer: it spares the download
-    of the weights. Raises UserError for what is missing, unreachable or in another format.
+    Args:
+        model: The group `model` of the configuration.
+        weights: Whether to download weights, not only configuration and tokenizer.
+
+    Raises:
+        UserError: The model is missing, unreachable or in another format.
     """
     name = model.name_or_path
     if model.source == "synthetic":
@@ -49,18 +56,18 @@ def resolve_source(model: ModelConfig, *, weights: bool = True) -> Source:
         _refuse_revision(model)
         return _from_folder(name, folder)
     if folder.exists():
-        raise UserError(f"model.name_or_path={name}: is a file; give the folder that holds it.")
+        raise UserError(f"model.name_or_path={name}: is a file; give the folder that contains it.")
     if _is_path(name):
         siblings = [p.name for p in folder.parent.glob("*/")] if folder.parent.is_dir() else []
         hint = did_you_mean(folder.name, siblings)
-        raise UserError(f"model.name_or_path={name}: there is no such folder.{hint}")
+        raise UserError(f"model.name_or_path={name}: no such folder.{hint}")
     return _from_folder(name, snapshot(name, model.revision, weights=weights))
 
 
 def shipped_folder(name: str) -> Path | None:
-    """The folder of this package that holds config.json of a well-known model.
+    """Return the folder of this package with the config.json of a well-known model, or None.
 
-    Found by the last part of the name, for repositories that mirror a model under its name.
+    Only the last part of the name counts, because other repositories mirror a model under its name.
     """
     if name == "tiny":
         return TINY_FOLDER
@@ -69,30 +76,35 @@ def shipped_folder(name: str) -> Path | None:
 
 
 def _synthetic(model: ModelConfig) -> Source:
-    """The architecture alone: from this package, so that no network is needed, or as otherwise."""
-    shipped = None if Path(model.name_or_path).is_dir() else shipped_folder(model.name_or_path)
-    if shipped is None:
-        shipped = resolve_source(replace(model, source="pretrained"), weights=False).path
+    """Resolve the architecture only; well-known models are shipped and need no network."""
+    folder = None if Path(model.name_or_path).is_dir() else shipped_folder(model.name_or_path)
+    if folder is None:
+        folder = resolve_source(replace(model, source="pretrained"), weights=False).path
     else:
         _refuse_revision(model)
-    return Source(model.name_or_path, shipped, "synthetic")
+    return Source(model.name_or_path, folder, "synthetic")
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
-    """config.json of `folder`; UserError where it is missing or broken."""
+    """Read config.json of `folder`.
+
+    Raises:
+        UserError: The file is missing or not a JSON object.
+    """
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder}: holds no config.json, so it is not a Hugging Face model.")
+        raise UserError(f"{folder}: contains no config.json, so it is not a Hugging Face model.")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}).") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path}: must hold a JSON object.")
+        raise UserError(f"{path}: must contain a JSON object.")
     return found
 
 
 def _from_folder(name: str, folder: Path) -> Source:
+    """Return the source in `folder`, which is a run's directory or a model's folder."""
     if (folder / "quantized" / "config.json").is_file():
         adapter = folder / "adapter"
         has_adapter = (adapter / "adapter_config.json").is_file()
@@ -100,12 +112,13 @@ def _from_folder(name: str, folder: Path) -> Source:
     if (folder / "status.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(
             f"model.name_or_path={name}: a run without quantized/; it is unfinished, or "
-            "had quant.save=false."
+            "was started with quant.save=false."
         )
     return Source(name, folder, _kind(name, read_config_json(folder)))
 
 
 def _kind(name: str, config: dict[str, Any]) -> Literal["dense", "quantized"]:
+    """Return the kind of the weights that config.json describes."""
     quantization = config.get("quantization_config")
     if not quantization:
         return "dense"
@@ -121,13 +134,13 @@ def _kind(name: str, config: dict[str, Any]) -> Literal["dense", "quantized"]:
 def _refuse_revision(model: ModelConfig) -> None:
     if model.revision is not None:
         raise UserError(
-            f"model.revision={model.revision}: model.name_or_path={model.name_or_path} is read "
-            "from a folder, which has no revisions; set model.revision=null."
+            f"model.revision={model.revision}: model.name_or_path={model.name_or_path} is "
+            "a folder or shipped with hqqtrain, and has no revisions; set model.revision=null."
         )
 
 
 def _is_path(name: str) -> bool:
-    """Whether `name` can only mean a folder: hub names are `name` or `owner/name`."""
+    """Whether `name` can only be a path: hub names are `name` or `owner/name`."""
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
         return True
     return "/" in name and Path(name).parent.is_dir()

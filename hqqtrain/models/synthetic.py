@@ -1,8 +1,8 @@
-"""Reproducible random weights of any architecture, made where they are needed.
+"""Reproducible random weights of any architecture, generated where they are needed.
 
-With them size and speed are shown, and sharding is tested, without a download. A number depends on
-seed, name, row and column alone, and is computed with integers: so any rows, on any device, have
-the bits that the whole tensor has.
+They allow measuring memory and speed, and testing sharding, without a download. A weight depends
+only on seed, tensor name, row and column, and is computed with integers. So any rows, generated on
+any device, have the same bits as within the whole tensor.
 """
 
 import hashlib
@@ -18,42 +18,61 @@ from hqqtrain.models.reader import CheckpointReader
 from hqqtrain.models.source import Source
 
 _CHUNK = {"cuda": 1 << 23, "cpu": 1 << 19}
-"""Numbers made at once: what they take meanwhile stays small, in a CPU's cache even."""
+"""Weights generated at a time by device type: bounds temporary memory, and fits a CPU's cache."""
 
 _BYTES_MEAN, _BYTES_DEVIATION = 8 * 127.5, (8 * (256**2 - 1) / 12) ** 0.5
-"""Of the sum of 8 uniform bytes, which is nearly normal and reaches 4.9 deviations."""
+"""Mean and standard deviation of the sum of 8 uniform bytes.
+
+The sum is nearly normal and reaches 4.9 standard deviations.
+"""
 
 
 def open_weights(
     source: Source, model: nn.Module, device: torch.device
 ) -> "CheckpointReader | SyntheticReader":
-    """What reads, or makes, the tensors of `model`, whose linears may be replaced already.
+    """Open the reader, or the generator, of the weights of `model`.
 
-    Raises UserError for a missing or foreign file, and for a synthetic model whose vocabulary is
-    smaller than that of the bundled tokenizer.
+    Args:
+        source: The source of the weights.
+        model: The model on meta; its linears may already be replaced.
+        device: The device that synthetic weights are generated on.
+
+    Raises:
+        UserError: A file is missing or not a safetensors file, or the vocabulary of a synthetic
+            model is smaller than that of the bundled tokenizer.
     """
     if source.kind != "synthetic":
         pinned = device.type == "cuda"
         return CheckpointReader(source.path, aliases=tied_names(model), pin_memory=pinned)
     config = base_model(model).config
-    text, known = config.get_text_config(), config_of(source.tokenizer).vocab_size
-    if text.vocab_size < known:
+    text_config, needed = config.get_text_config(), config_of(source.tokenizer).vocab_size
+    if text_config.vocab_size < needed:
         raise UserError(
-            f"model.source=synthetic: texts are cut by the bundled tokenizer, of {known} tokens, "
-            f"and {source.name} has only {text.vocab_size}; take a model with a larger vocabulary."
+            f"model.source=synthetic: the bundled tokenizer needs a vocabulary of {needed} tokens, "
+            f"{source.name} has only {text_config.vocab_size}; use a model with a larger one."
         )
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    deviation = getattr(text, "initializer_range", 0.02)
+    deviation = getattr(text_config, "initializer_range", 0.02)
     shapes = expected_shapes(model, packed=False)
     return SyntheticReader(shapes, dtype, device, deviation=deviation)
 
 
 class SyntheticReader:
-    """Stands where a `CheckpointReader` would. `bytes_read` counts what it made; it is made where
-    it is needed, so nothing is gained by making it `ahead`.
+    """A generator of random tensors with the interface of `CheckpointReader`.
 
-    shapes: of all tensors, by name. Matrices are nearly normal with `deviation`; of the vectors,
-    those named `*bias` are zeros and the others, the weights of norms, ones.
+    Matrices are nearly normal. Vectors named `*bias` are zeros; the other vectors, the weights of
+    norms, are ones.
+
+    Args:
+        shapes: Tensor name -> shape of all tensors.
+        dtype: Dtype of the tensors.
+        device: Device that the tensors are generated on.
+        deviation: Standard deviation of the matrices.
+        seed: Seed of the matrices.
+
+    Attributes:
+        bytes_read: Bytes generated so far.
+        ahead: Reads to prefetch: none, because generating in advance hides no latency.
     """
 
     def __init__(
@@ -67,7 +86,7 @@ class SyntheticReader:
 
     @property
     def names(self) -> list[str]:
-        """All tensors, sorted."""
+        """Names of all tensors, sorted."""
         return sorted(self._shapes)
 
     @property
@@ -86,51 +105,58 @@ class SyntheticReader:
         return self._dtype
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """As of a `CheckpointReader`; nothing can be amiss."""
+        """Check like `CheckpointReader.check`; a mismatch is a bug, not an error of the user."""
         assert all(self._shapes[name] == tuple(shape) for name, shape in expected.items())
         return []
 
     def read(self, name: str, rows: Sequence[slice] | None = None) -> Tensor:
-        """Tensor `name` on the device; of its rows only `rows`, one slice after the other."""
+        """Generate tensor `name`, or some of its rows, on the device.
+
+        Args:
+            name: Name of the tensor.
+            rows: Slices of dimension 0, which are concatenated; None: all rows.
+        """
         shape = self._shapes[name]
         wanted = [slice(0, shape[0])] if rows is None else rows
-        numbers = torch.cat([torch.arange(r.start, r.stop, device=self._device) for r in wanted])
-        out = torch.empty(len(numbers), *shape[1:], dtype=self._dtype, device=self._device)
+        row_ids = torch.cat([torch.arange(r.start, r.stop, device=self._device) for r in wanted])
+        out = torch.empty(len(row_ids), *shape[1:], dtype=self._dtype, device=self._device)
         if len(shape) == 1:
             out.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
-            self._fill(out.flatten(1), _key(self._seed, name), numbers)
+            # 31 bits that identify the tensor: every tensor gets numbers of its own.
+            digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
+            tensor_key = int.from_bytes(digest[:4], "little") >> 1
+            self._fill(out.flatten(1), tensor_key, row_ids)
         self.bytes_read += out.nbytes
         return out
 
-    def _fill(self, out: Tensor, key: int, rows: Tensor) -> None:
-        columns = _mixed(torch.arange(out.shape[1], device=out.device, dtype=torch.int32))
-        keys = _mixed(rows.to(torch.int32) ^ key)
+    def _fill(self, out: Tensor, tensor_key: int, row_ids: Tensor) -> None:
+        """Write the numbers of rows `row_ids` [n] into `out` [n, columns]."""
+        # One hash per column, and one per row of this tensor.
+        columns = _hash(torch.arange(out.shape[1], device=out.device, dtype=torch.int32))
+        row_keys = _hash(row_ids.to(torch.int32) ^ tensor_key)
         step = max(1, _CHUNK.get(out.device.type, _CHUNK["cpu"]) // out.shape[1])
-        for start in range(0, len(rows), step):
-            bits = _mixed(keys[start : start + step, None] + columns)
-            total = _sum_of_bytes(bits) + _sum_of_bytes(_mixed(bits + 0x3C6EF372))
-            numbers = total.to(torch.float32) - _BYTES_MEAN
-            out[start : start + step] = numbers * (self._deviation / _BYTES_DEVIATION)
+        for start in range(0, len(row_ids), step):
+            # Two hashes of (tensor, row, column) give 8 bytes; their sum is nearly normal, and it
+            # is an exact integer on every device. int32 arithmetic wraps around, as intended.
+            bits = _hash(row_keys[start : start + step, None] + columns)
+            total = _sum_of_bytes(bits) + _sum_of_bytes(_hash(bits + 0x3C6EF372))
+            centered = total.to(torch.float32) - _BYTES_MEAN
+            out[start : start + step] = centered * (self._deviation / _BYTES_DEVIATION)
 
 
-def _key(seed: int, name: str) -> int:
-    """31 bits of tensor `name`."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return int.from_bytes(digest[:4], "little") >> 1
+def _hash(x: Tensor) -> Tensor:
+    """Hash an int32 tensor in place; the mapping is a permutation of the 32-bit integers.
 
-
-def _mixed(x: Tensor) -> Tensor:
-    """A permutation of int32 without pattern; x is a tensor of ours, which is written over.
-
-    lowbias32 of Chris Wellons, hash-prospector.
+    The function is lowbias32 by Chris Wellons (hash-prospector).
     """
+    # torch shifts int32 arithmetically: the masks clear the copies of the sign bit.
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
         x = x.bitwise_xor_((x >> shift) & ((1 << (32 - shift)) - 1)).mul_(factor)
     return x.bitwise_xor_((x >> 16) & 0xFFFF)
 
 
 def _sum_of_bytes(x: Tensor) -> Tensor:
-    """Of int32, two bytes at a time."""
+    """Return the sum of the 4 bytes of every int32, adding two pairs of bytes at a time."""
     pairs = (x & 0x00FF00FF) + ((x >> 8) & 0x00FF00FF)
     return (pairs & 0xFFFF) + (pairs >> 16)

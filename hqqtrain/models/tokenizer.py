@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a model."""
+"""Load the tokenizer of a model."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from hqqtrain.config import UserError
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer whose files lie in `folder`, beside config.json; never runs their code.
+    """Load the tokenizer in `folder`, without running code from the folder.
 
     Raises:
-        UserError: there is none, or the installed libraries cannot read it.
+        UserError: The folder has no tokenizer, or the installed libraries cannot read it.
     """
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

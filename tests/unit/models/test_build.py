@@ -1,4 +1,4 @@
-"""A model built on meta and filled tensor by tensor is the one `from_pretrained` loads."""
+"""A model built on meta and loaded tensor by tensor equals that of `from_pretrained`."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 TOKENS = torch.arange(20).view(2, 10)
 
 
-def _filled(folder, dtype=None):
+def _load(folder, dtype=None):
     model = build_meta(config_of(folder), dtype)
     reader = CheckpointReader(folder, tied_names(model))
     assert reader.check(expected_shapes(model)) == []
@@ -34,9 +34,9 @@ def _filled(folder, dtype=None):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_filled_model_equals_from_pretrained(make_model, tmp_path, kind, tied):
+def test_loaded_model_equals_from_pretrained(make_model, tmp_path, kind, tied):
     make_model(kind, tie_word_embeddings=tied).save_pretrained(tmp_path)
-    model, reader = _filled(tmp_path)
+    model, reader = _load(tmp_path)
     truth = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(model(TOKENS).logits, truth(TOKENS).logits)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
@@ -46,19 +46,19 @@ def test_filled_model_equals_from_pretrained(make_model, tmp_path, kind, tied):
 
 def test_the_bundled_model_loads_and_predicts():
     source = resolve_source(ModelConfig())
-    model, _ = _filled(source.path, dtype=torch.float32)
+    model, _ = _load(source.path, dtype=torch.float32)
     truth = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
     assert torch.equal(model(TOKENS).logits, truth(TOKENS).logits)
 
 
 def test_parameters_take_the_dtype_and_buffers_keep_theirs(checkpoint):
-    model, reader = _filled(checkpoint, dtype=torch.bfloat16)
+    model, reader = _load(checkpoint, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert reader.bytes_read == reader.total_bytes
 
 
-def test_scaled_rope_buffers_are_computed_not_copied(make_model):
+def test_scaled_rope_buffers_are_computed_again(make_model):
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
     real = make_model(rope_parameters=rope)
@@ -69,7 +69,7 @@ def test_scaled_rope_buffers_are_computed_not_copied(make_model):
         assert torch.equal(model.get_buffer(name), buffer), name
 
 
-def test_to_empty_unties_and_tie_mends_it(make_model):
+def test_to_empty_unties_parameters_and_tie_ties_them_again(make_model):
     model = build_meta(make_model(tie_word_embeddings=True).config).to_empty(device="cpu")
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     tie(model)
@@ -86,7 +86,7 @@ def test_to_empty_unties_and_tie_mends_it(make_model):
         ("meta-llama/Llama-3.1-405B", 405.85),
     ],
 )
-def test_shipped_configurations_build_without_a_network(name, billions):
+def test_shipped_configurations_build_without_network_access(name, billions):
     model = build_meta(shipped_config(name))
     count = sum(p.numel() for p in model.parameters()) / 1e9
     assert count == pytest.approx(billions, rel=0.02)
@@ -97,5 +97,5 @@ def test_other_models_have_no_shipped_configuration():
     assert shipped_config("owner/another") is None
 
 
-def test_tiny_is_shipped_as_it_is_loaded():
+def test_the_shipped_configuration_of_tiny_is_the_loaded_one():
     assert shipped_config("tiny").to_dict() == load_config(ModelConfig()).to_dict()

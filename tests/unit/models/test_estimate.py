@@ -1,4 +1,4 @@
-"""The estimate is exact for weights, and its verdicts name keys."""
+"""The estimate is exact for weights, and its messages name the keys that help."""
 
 import pytest
 import torch
@@ -51,10 +51,10 @@ def test_weights_are_counted_to_the_byte():
     assert parts["reference model"] == 5770496 * 2
 
 
-def test_eight_billion_at_two_bits_needs_what_it_should():
+def test_memory_of_an_8b_model_at_two_bits():
     config = _config(eval=EvalConfig(reference="off"))
     needs = estimate(config, _meta("meta-llama/Meta-Llama-3-8B", config), dtype=torch.bfloat16)
-    # 6.98e9 weights in linears at 2.5 bits; embedding and head of 128256 x 4096 in bf16.
+    # 6.98e9 weights of linears at 2.5 bits; embedding and head of 128256 x 4096 in bf16.
     assert needs.device["packed weights"] == pytest.approx(6.98e9 * 2.5 / 8, rel=0.01)
     assert needs.device["dense weights"] == pytest.approx(2 * 128256 * 4096 * 2, rel=0.01)
     assert needs.device["reference model"] == 0
@@ -74,7 +74,7 @@ def test_sharding_divides_parameters_only():
     assert four["activations"] == one["activations"]
 
 
-def test_settings_that_save_memory_save_it():
+def test_settings_that_save_memory_lower_the_estimate():
     config = _config()
     model = _meta("tiny", config)
 
@@ -91,7 +91,9 @@ def test_settings_that_save_memory_save_it():
     assert parts()["adapter and optimizer"] < before["adapter and optimizer"]
     eight = parts()["adapter and optimizer"]
     config.adapter.dtype = "bf16"
-    assert parts()["adapter and optimizer"] == eight * 6 // 10  # 2 + 2 + 2 bytes, not 4 + 4 + 2
+    assert (
+        parts()["adapter and optimizer"] == eight * 6 // 10
+    )  # 2 + 2 + 2 bytes instead of 4 + 4 + 2
     whole = parts()["activations"]
     config.parallel.offload = "activations"
     offloaded = estimate(config, model, dtype=torch.bfloat16, on_gpu=True).device["activations"]
@@ -101,8 +103,8 @@ def test_settings_that_save_memory_save_it():
     assert [parts()[part] for part in unused] == [0, 0, 0, 0]
 
 
-def test_activations_are_of_the_size_that_autograd_saves(monkeypatch):
-    """The formula against the truth: all tensors saved for the backward pass, none recomputed."""
+def test_activations_match_what_autograd_saves(monkeypatch):
+    """The formula is near the size of all tensors saved for backward, without checkpointing."""
     config = _config()
     config.train.checkpointing, config.train.max_seq_len = False, 128
     model = build_meta(shipped_config("tiny")).to_empty(device="cpu").float()
@@ -113,20 +115,20 @@ def test_activations_are_of_the_size_that_autograd_saves(monkeypatch):
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         logits = model(torch.arange(128)[None], use_cache=False).logits
     assert logits.requires_grad
     parts = estimate(config, model, dtype=torch.float32).device
     assert 0.8 < parts["activations"] / sum(saved.values()) < 1.3
 
 
-def test_what_cannot_fit_is_refused_with_keys():
+def test_a_run_that_cannot_fit_is_refused_with_keys():
     config = _config()
     needs = estimate(config, _meta("meta-llama/Meta-Llama-3-70B", config), dtype=torch.bfloat16)
     assert check_fits(needs, PLENTY, config) == []
@@ -134,26 +136,26 @@ def test_what_cannot_fit_is_refused_with_keys():
         check_fits(needs, Available(host=1 << 50, disk=1 << 50, device=80 * GIB), config)
 
 
-def test_what_each_strategy_divides():
+def test_what_each_strategy_shards():
     config = _config()
     model = _meta("tiny", config)
 
-    def of(strategy: str) -> dict[str, int]:
+    def device_bytes(strategy: str) -> dict[str, int]:
         found = estimate(config, model, dtype=torch.float32, world_size=4, strategy=strategy)
         return found.device
 
-    whole = of("ddp")
+    whole = device_bytes("ddp")
     for strategy in ("fsdp2", "fsdp1", "zero3"):
-        assert of(strategy)["packed weights"] == whole["packed weights"] // 4
-    trained = {strategy: of(strategy)["adapter and optimizer"] for strategy in ("fsdp1", "zero3")}
+        assert device_bytes(strategy)["packed weights"] == whole["packed weights"] // 4
+    trained = {s: device_bytes(s)["adapter and optimizer"] for s in ("fsdp1", "zero3")}
     assert trained["fsdp1"] == whole["adapter and optimizer"] == trained["zero3"] * 4
 
 
-def test_what_zero3_holds_is_what_it_is_told_to():
+def test_zero3_limits_equal_those_passed_to_deepspeed():
     assert (ZERO3_LIVE, ZERO3_BUCKET) == (zero3.LIVE, zero3.BUCKET)
 
 
-def test_offloaded_parameters_are_the_hosts():
+def test_offloaded_parameters_count_as_host_memory():
     config = _config()
     model = _meta("tiny", config)
     before = estimate(config, model, dtype=torch.float32, on_gpu=True)
@@ -168,7 +170,7 @@ def test_offloaded_parameters_are_the_hosts():
         check_fits(after, free, config, local_ranks=8)
 
 
-def test_what_is_tight_is_a_warning():
+def test_a_run_that_may_not_fit_gives_a_warning():
     config = _config()
     needs = estimate(config, _meta("tiny", config), dtype=torch.float32)
     room = sum(needs.device.values())
@@ -220,13 +222,13 @@ def test_the_limit_of_a_cgroup_counts(tmp_path, monkeypatch):
     assert memory.free_host_memory() > 12345
 
 
-def test_what_is_there_already_needs_no_disk():
+def test_existing_results_need_no_disk():
     config = _config()
     model = _meta("tiny", config)
     parts = estimate(config, model, dtype=torch.bfloat16).disk
     adapter = parts["adapter/"]
     assert parts["quantized/"] > 0
-    assert parts["checkpoints/"] == 3 * 3 * adapter  # two that are kept and the next one
+    assert parts["checkpoints/"] == 3 * 3 * adapter  # two kept checkpoints and the next one
     resumed = estimate(
         config, model, dtype=torch.bfloat16, has_quantized=True, has_checkpoints=True
     ).disk

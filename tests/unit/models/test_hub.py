@@ -1,7 +1,7 @@
-"""The hub out of reach, silent, gated, or without the name: a message each, and no waiting.
+"""An unreachable, silent or gated hub, or an unknown name, gives a message without long waiting.
 
-The first tests talk to real sockets of this machine, through huggingface_hub unchanged; the
-replies of the hub itself are raised by a stand-in, as its client raises them.
+The first tests connect to real sockets of this machine through the unchanged huggingface_hub. The
+hub's own replies are raised by a fake client, as the real client raises them.
 """
 
 import socket
@@ -82,7 +82,7 @@ def _response(status: int) -> httpx.Response:
         (httpx.ReadTimeout("timed out"), r"cannot be reached \(timed out\)"),
     ],
 )
-def test_what_the_hub_says(monkeypatch, error, message):
+def test_replies_of_the_hub_become_messages(monkeypatch, error, message):
     def refuse(*_, local_files_only=False, **__):
         raise errors.LocalEntryNotFoundError("not cached") if local_files_only else error
 
@@ -92,7 +92,7 @@ def test_what_the_hub_says(monkeypatch, error, message):
         resolve_source(ModelConfig(name_or_path="owner/name", revision="v9"))
 
 
-def test_the_revision_and_only_the_needed_files_are_asked_for(monkeypatch, checkpoint):
+def test_the_revision_and_only_the_needed_files_are_requested(monkeypatch, checkpoint):
     asked = {}
 
     def download(name, **more):

@@ -1,4 +1,4 @@
-"""Names on disk are the same whatever wraps the model."""
+"""Names on disk do not depend on what wraps the model."""
 
 import pytest
 import torch
@@ -60,7 +60,9 @@ def test_a_packed_checkpoint_is_expected_in_bytes(checkpoint, storage):
     model = build_meta(config_of(checkpoint))
     quantize_model(model, QuantConfig(nbits=3, group_size=None), storage_dtype=storage)
     shapes = expected_shapes(model, packed=True)
-    name = "model.layers.1.mlp.down_proj"  # [32, 48]: planes of 16 bytes, for 2 bits and for 1
+    name = (
+        "model.layers.1.mlp.down_proj"  # [32, 48]: planes of 16 bytes, one for 2 bits and one for 1
+    )
     assert shapes[f"{name}.W_q"] == (32, 32)
     assert shapes[f"{name}.scale"] == shapes[f"{name}.zero"] == (32, 1)
     assert f"{name}.weight" not in shapes
@@ -76,7 +78,7 @@ def test_adapters_do_not_change_what_is_expected(checkpoint):
     assert base_model(nn.Sequential(model)) is model.get_base_model()
 
 
-def test_biases_are_expected_and_filled(make_model, tmp_path):
+def test_biases_are_expected_and_loaded(make_model, tmp_path):
     real = make_model("qwen2", tie_word_embeddings=True)
     real.save_pretrained(tmp_path)
     model = _meta(tmp_path)

@@ -1,4 +1,4 @@
-"""Slices equal what safetensors itself reads; damaged checkpoints are named and refused."""
+"""Slices equal what safetensors reads; damaged checkpoints are refused with the file's name."""
 
 import json
 import struct
@@ -41,7 +41,7 @@ def test_every_tensor_is_read_whole_and_counted_once(checkpoint):
     assert reader.bytes_read == reader.total_bytes == sum(t.nbytes for t in truth.values())
 
 
-def test_a_tensor_that_was_read_belongs_to_the_reader(checkpoint):
+def test_a_tensor_owns_its_memory(checkpoint):
     reader = CheckpointReader(checkpoint)
     before = reader.read(NAME).clone()
     reader.read(NAME).zero_()
@@ -126,7 +126,7 @@ def test_pickles_are_not_read(tmp_path):
 
 
 def test_a_folder_without_weights(tmp_path):
-    with pytest.raises(UserError, match="holds neither"):
+    with pytest.raises(UserError, match="contains neither"):
         CheckpointReader(tmp_path)
 
 
@@ -141,7 +141,7 @@ def test_a_shard_that_is_missing(tmp_path):
         CheckpointReader(tmp_path)
 
 
-def test_a_tensor_that_only_the_index_knows(tmp_path):
+def test_a_tensor_that_only_the_index_lists(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors")
     _write_index(tmp_path, {"a": "x.safetensors", "b": "x.safetensors"})
     with pytest.raises(UserError, match=r"x\.safetensors: b is missing"):
@@ -177,7 +177,7 @@ def test_check_finds_a_wrong_shape(checkpoint):
         reader.check({NAME: (64, 32)})
 
 
-def test_names_of_another_architecture_are_called_that(checkpoint):
+def test_names_of_another_architecture_are_refused(checkpoint):
     with pytest.raises(UserError, match="are not those of the architecture"):
         CheckpointReader(checkpoint).check(
             {"transformer.h.0.attn.weight": (1,), "wte.weight": (1,)}

@@ -1,4 +1,4 @@
-"""What docs/scaling.md predicts stays near what was measured, and obeys arithmetic."""
+"""The predictions of docs/scaling.md stay near the measurements and are consistent."""
 
 import importlib.util
 import sys

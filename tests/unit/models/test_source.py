@@ -1,4 +1,4 @@
-"""What a name means, and every way in which it can mean nothing."""
+"""Resolving names, and the message for every name that cannot be resolved."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_a_folder(checkpoint):
     assert _resolve(checkpoint) == source.Source(str(checkpoint), checkpoint, "dense")
 
 
-def test_a_run_brings_its_quantized_model_and_its_adapter(tmp_path):
+def test_a_run_has_a_quantized_model_and_an_adapter(tmp_path):
     folder = _quantized(tmp_path / "run" / "quantized")
     assert _resolve(tmp_path / "run").adapter is None
     (tmp_path / "run" / "adapter").mkdir()
@@ -42,7 +42,7 @@ def test_a_run_brings_its_quantized_model_and_its_adapter(tmp_path):
     assert found.adapter == tmp_path / "run" / "adapter"
 
 
-def test_quantized_named_alone_comes_without_the_adapter(tmp_path):
+def test_the_quantized_folder_alone_has_no_adapter(tmp_path):
     folder = _quantized(tmp_path / "run" / "quantized")
     found = _resolve(folder)
     assert (found.path, found.kind, found.adapter) == (folder, "quantized", None)
@@ -70,7 +70,7 @@ def test_a_file_is_not_a_folder(checkpoint):
 
 
 def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(UserError, match=r"holds no config\.json"):
+    with pytest.raises(UserError, match=r"contains no config\.json"):
         _resolve(tmp_path)
 
 
@@ -109,14 +109,14 @@ def test_a_revision_of_a_folder(checkpoint):
         ({"model_type": "llama", "hidden_size": 33}, "not a multiple of the number of attention"),
     ],
 )
-def test_configurations_that_are_no_model(tmp_path, values, message):
+def test_configurations_without_a_valid_model(tmp_path, values, message):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=message):
         config_of(tmp_path)
 
 
 def test_a_configuration_of_older_transformers(tmp_path):
-    """As Meta-Llama-3-8B has it on the hub."""
+    """The configuration is like that of Meta-Llama-3-8B on the hub."""
     values = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": None, "hidden_size": 128,
               "num_attention_heads": 4, "torch_dtype": "bfloat16"}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(values))

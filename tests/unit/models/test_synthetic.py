@@ -1,4 +1,4 @@
-"""Weights that are made up: the same bits however they are cut, and like those of a model."""
+"""Synthetic weights: the same bits for any slice, with the statistics of a real model."""
 
 import pytest
 import torch
@@ -43,25 +43,25 @@ def test_numbers_are_nearly_normal_and_independent():
     assert a.std().item() == pytest.approx(0.02, rel=0.01)
     assert 4 < a.abs().max().item() / 0.02 < 5
     assert ((a / 0.02) ** 4).mean().item() == pytest.approx(3 - 1.2 / 8, rel=0.02)
-    for other in (b, a.roll(1, 0), a.roll(1, 1), a.flip(0)):  # of 611,000: 1 sigma is 0.0013
+    for other in (b, a.roll(1, 0), a.roll(1, 1), a.flip(0)):  # 1 sigma of 611,000 numbers is 0.0013
         pair = torch.stack([a.flatten(), other.flatten()])
         assert abs(torch.corrcoef(pair)[0, 1].item()) < 0.006
     assert len(a.unique(dim=0)) == 611
     assert not torch.equal(a, reader(deviation=0.02, seed=1).read("a.weight"))
 
 
-def test_vectors_are_those_of_norms_and_biases():
+def test_vectors_are_ones_for_norms_and_zeros_for_biases():
     assert torch.equal(reader().read("norm.weight"), torch.ones(40))
     assert torch.equal(reader().read("a.bias"), torch.zeros(40))
 
 
 def test_golden_bits():
-    """As `reader(torch.bfloat16).read("thin.weight")[:1]` printed them on a CPU."""
+    """The golden bits are those of `reader(torch.bfloat16).read("thin.weight")[:1]` on a CPU."""
     found = reader(torch.bfloat16).read("thin.weight", [slice(0, 1)])[0]
     assert found.view(torch.int16).tolist() == GOLDEN
 
 
-def test_it_counts_what_it_made():
+def test_generated_bytes_are_counted():
     made = reader(torch.bfloat16)
     made.read("a.weight", [slice(0, 10)])
     assert made.bytes_read == 2 * 10 * 1000
@@ -76,7 +76,7 @@ def test_a_gpu_makes_the_same_bits():
     assert torch.equal(there.cpu(), reader(torch.bfloat16).read("a.weight"))
 
 
-def test_a_well_known_architecture_needs_no_network():
+def test_a_well_known_architecture_needs_no_network_access():
     model = ModelConfig(name_or_path="meta-llama/Llama-3.1-405B", source="synthetic")
     source = resolve_source(model)
     assert (source.kind, source.tokenizer) == ("synthetic", TINY_FOLDER)
@@ -85,11 +85,11 @@ def test_a_well_known_architecture_needs_no_network():
     assert weights.check(expected_shapes(meta, packed=False)) == []
     row = weights.read("model.layers.125.mlp.down_proj.weight", [slice(16383, 16384)])
     assert (row.shape, row.dtype) == ((1, 53248), torch.bfloat16)
-    # an embedding of more than 2^31 numbers
+    # An embedding of more than 2^31 elements.
     assert weights.read("model.embed_tokens.weight", [slice(128255, 128256)]).shape == (1, 16384)
 
 
-def test_a_folder_lends_its_architecture_and_not_its_weights():
+def test_a_folder_provides_only_its_architecture():
     source = resolve_source(ModelConfig(name_or_path=str(TINY_FOLDER), source="synthetic"))
     meta = build_meta(shipped_config("tiny"))
     made = open_weights(source, meta, CPU)
@@ -108,7 +108,7 @@ def test_a_vocabulary_below_the_tokenizers_is_refused():
         open_weights(source, build_meta(config), CPU)
 
 
-def test_a_revision_of_what_is_shipped_is_refused():
+def test_a_revision_of_a_shipped_model_is_refused():
     model = ModelConfig(name_or_path="tiny", source="synthetic", revision="main")
     with pytest.raises(UserError, match=r"model\.revision=main"):
         resolve_source(model)
