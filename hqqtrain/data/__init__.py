@@ -1,4 +1,4 @@
-"""Text to batches: sources, packing, a resumable order, and the held-out set."""
+"""Turn text into batches: sources, packing, a resumable sample order, and the held-out set."""
 
 from hqqtrain.data.evalset import evaluation_set
 from hqqtrain.data.order import SampleOrder

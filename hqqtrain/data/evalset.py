@@ -1,8 +1,9 @@
-"""The held-out text that a perplexity is measured on: small, and the same wherever it can be.
+"""Sample the held-out set that perplexity is measured on.
 
-A window starts with its text, and which ones are taken is decided by what they hold, not by
-where they lie: two Pythons' standard libraries differ in some modules, and the windows of all
-others are the same. So figures of two machines can be compared.
+The set is small, and as equal as possible on different machines. Windows start at the beginning of
+their text, and are sampled by a hash of their content instead of their position. The standard
+libraries of two Python versions differ in some modules, but all other modules give the same
+windows. So the perplexities of two machines can be compared.
 """
 
 import hashlib
@@ -25,39 +26,50 @@ def evaluation_set(
     tokenizer: "PreTrainedTokenizerBase",
     max_seq_len: int,
 ) -> Sequences | None:
-    """Windows of at most `max_seq_len` tokens, a sample of the held-out text; None without one.
+    """Sample windows of at most `max_seq_len` tokens from the held-out texts.
 
-    No window runs over the end of its text. Together they hold at most `eval.tokens` tokens, the
-    first of each included, which is not predicted. Raises UserError where the source is at fault.
+    No window crosses the end of its text. Together the windows have at most `eval.tokens` tokens,
+    which includes the first token of each window, although it is not predicted.
+
+    Returns:
+        The windows, or None if eval.source is null.
+
+    Raises:
+        UserError: The source cannot be read or contains no text.
     """
     if evaluation.source is None:
         return None
     length = min(max_seq_len, evaluation.tokens)
     texts = pack(held_out_texts(evaluation, data), tokenizer, max_seq_len=length)
-    pieces = windows(texts, length)
-    if not len(pieces):
+    candidates = windows(texts, length)
+    if not len(candidates):
         raise UserError(f"eval.source={evaluation.source}: no text in it has a token to predict.")
-    return sample(pieces, evaluation.tokens)
+    return sample(candidates, evaluation.tokens)
 
 
 def windows(texts: Sequences, length: int) -> Sequences:
-    """Every text, cut from its start into pieces of `length` tokens; single tokens are left out."""
+    """Cut every text from its start into windows of `length` tokens; drop windows of one token."""
     ends = np.append(texts.starts[1:], len(texts.stream))
+    # A window starts every `length` tokens of a text, and ends no later than the text does.
     begin = np.concatenate(
         [np.arange(s, e, length) for s, e in zip(texts.starts, ends, strict=True)]
     )
     end = np.minimum(begin + length, ends[np.searchsorted(texts.starts, begin, side="right") - 1])
-    useful = end - begin > 1
-    return replace(texts, begin=begin[useful], end=end[useful])
+    has_prediction = end - begin > 1
+    return replace(texts, begin=begin[has_prediction], end=end[has_prediction])
 
 
 def sample(pieces: Sequences, tokens: int) -> Sequences:
-    """The pieces with the lowest hashes that together hold at most `tokens`, in their order."""
+    """Select windows in ascending order of their hashes, up to `tokens` tokens in total.
+
+    The selected windows keep their original order.
+    """
     order = np.argsort([_digest(pieces, i) for i in range(len(pieces))], kind="stable")
-    held = np.cumsum((pieces.end - pieces.begin)[order])
-    return pieces.select(np.sort(order[held <= tokens]))
+    total = np.cumsum((pieces.end - pieces.begin)[order])
+    return pieces.select(np.sort(order[total <= tokens]))
 
 
 def _digest(pieces: Sequences, index: int) -> bytes:
+    """Return a hash of the tokens of one window."""
     tokens = pieces.stream[pieces.begin[index] : pieces.end[index]]
     return hashlib.sha256(tokens.astype("<i4").tobytes()).digest()[:8]

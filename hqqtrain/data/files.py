@@ -1,8 +1,8 @@
-"""Files of text on this machine: found, checked, and read through `datasets`.
+"""Find, check and read text files on this machine through `datasets`.
 
-`datasets` reports bad input in the words of its readers (an Arrow error about "row 2", a
-codec error without a file). So everything a user can get wrong is looked for by name: before
-reading where that is cheap, after a failure where it is not.
+`datasets` passes on the errors of its readers: an Arrow error about "row 2", or a codec error that
+names no file. So this module looks for every mistake that a user can make and names the file:
+before reading if the check is cheap, otherwise after a failure.
 """
 
 import glob
@@ -24,17 +24,25 @@ ENDINGS = {
     ".txt": "text", ".md": "text", ".py": "text", ".rst": "text", ".text": "text",
     ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet",
 }  # fmt: skip
-"""What `data.format=auto` makes of a file's ending."""
+"""The format of a file by its extension, for `data.format=auto`."""
 
+# The names of the formats' readers in `datasets`.
 _READERS = {"text": "text", "jsonl": "json", "parquet": "parquet"}
 
 
 def read_files(source: str, format: str, text_field: str, key: str) -> datasets.Dataset:
-    """The rows of a file, or of all files under a folder in sorted order.
+    """Read the rows of a file, or of all files below a folder in sorted order.
 
-    A text file is one row of one column, `text_field`. `key` is the config key that named
-    `source`. Raises UserError for a path that is missing, unreadable, empty or not what
-    `format` says.
+    A text file becomes one row with one column, `text_field`.
+
+    Args:
+        source: Path of the file or folder.
+        format: `auto`, `text`, `jsonl` or `parquet`.
+        text_field: Name of the column of texts.
+        key: The config key that contains `source`, for messages.
+
+    Raises:
+        UserError: The path is missing, unreadable, empty, or not of this format.
     """
     files, format = find_files(Path(source).expanduser(), format, key)
     for file in files:
@@ -43,48 +51,59 @@ def read_files(source: str, format: str, text_field: str, key: str) -> datasets.
     if not files:
         raise UserError(f"{key}={source}: no text in it; every file is empty.")
     options = {"sample_by": "document"} if format == "text" else {}
-    paths = {"train": [glob.escape(str(file)) for file in files]}  # a name is no pattern
+    paths = {"train": [glob.escape(str(file)) for file in files]}  # file names are not patterns
     try:
-        with _silenced():
+        with _silence_datasets():
             rows = datasets.load_dataset(
                 _READERS[format], data_files=paths, split="train", **options
             )
-        rows.data.validate(full=True)  # JSON with bad UTF-8 is found here, not half-way through
-    except Exception as error:  # readers raise what they like: Arrow, codec, pandas errors
-        fault = next(_faults(files, format), f"{source}: {_first_line(error)}")
-        raise UserError(f"{key}: cannot read {fault}") from error
-    renamed = format == "text" and text_field != "text"
-    return rows.rename_column("text", text_field) if renamed else rows
+        rows.data.validate(full=True)  # find invalid UTF-8 in JSON now, not during training
+    except Exception as error:  # readers raise errors of Arrow, codecs and pandas
+        reason = next(_file_errors(files, format), f"{source}: {_first_line(error)}")
+        raise UserError(f"{key}: cannot read {reason}") from error
+    must_rename = format == "text" and text_field != "text"
+    return rows.rename_column("text", text_field) if must_rename else rows
 
 
 def find_files(path: Path, format: str, key: str) -> tuple[list[Path], str]:
-    """(files, format): `path` itself or what lies under it, hidden files left out, sorted."""
+    """Return the files to read and their format.
+
+    The files are `path` itself, or all files below it in sorted order, without hidden ones.
+
+    Raises:
+        UserError: The path is missing, has no file of the format, or has files of several formats.
+    """
     if not path.exists():
         raise UserError(f"{key}={path}: no such file or folder.{nearest(path)}")
     if path.is_file():
         return [path], _format_of(path, key) if format == "auto" else format
-    found = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
-    wanted = {ending for ending, of in ENDINGS.items() if format in ("auto", of)}
+    found = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
+    wanted = {ending for ending, kind in ENDINGS.items() if format in ("auto", kind)}
     kept = [p for p in found if p.suffix.lower() in wanted]
     if not kept:
-        held = ", ".join(sorted({p.suffix or p.name for p in found})) or "nothing"
+        contents = ", ".join(sorted({p.suffix or p.name for p in found})) or "nothing"
         allowed = ", ".join(sorted(wanted))
-        raise UserError(f"{key}={path}: no file to read; it holds {held}; allowed are {allowed}.")
+        raise UserError(
+            f"{key}={path}: no file to read; the folder contains {contents}; allowed extensions "
+            f"are {allowed}."
+        )
     if len(kept) < len(found):
-        logger.warning("%s=%s: %d of %d files are read, the others have other endings.",
-                       key, path, len(kept), len(found))  # fmt: skip
-    return kept, _one_format(kept, path, key)
+        logger.warning(
+            "%s=%s: %d of %d files are read; the others have other extensions.",
+            key, path, len(kept), len(found),
+        )  # fmt: skip
+    return kept, _common_format(kept, path, key)
 
 
 def nearest(path: Path) -> str:
-    """` Did you mean ...?` with the name beside `path` that is most like it, or nothing."""
+    """Return ` Did you mean ...?` with the most similar name in the folder of `path`, or ''."""
     parent = path.parent
     return did_you_mean(path.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else ""
 
 
 @contextmanager
-def _silenced() -> Iterator[None]:
-    """No bars, and no log lines beside the one message that a fault becomes."""
+def _silence_datasets() -> Iterator[None]:
+    """Suppress progress bars and log lines of `datasets`: an error becomes one message of ours."""
     datasets.disable_progress_bars()
     before = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(logging.CRITICAL)
@@ -97,22 +116,24 @@ def _silenced() -> Iterator[None]:
 def _format_of(file: Path, key: str) -> str:
     if file.suffix.lower() not in ENDINGS:
         raise UserError(
-            f"{key}={file}: unknown ending '{file.suffix}'; allowed are {', '.join(ENDINGS)}; "
-            "or say what it is with data.format=text, jsonl or parquet."
+            f"{key}={file}: unknown extension '{file.suffix}'; allowed are {', '.join(ENDINGS)}; "
+            "or set data.format=text, jsonl or parquet."
         )
     return ENDINGS[file.suffix.lower()]
 
 
-def _one_format(files: list[Path], folder: Path, key: str) -> str:
+def _common_format(files: list[Path], folder: Path, key: str) -> str:
+    """Return the one format of all files."""
     formats = sorted({ENDINGS[file.suffix.lower()] for file in files})
     if len(formats) > 1:
         raise UserError(
-            f"{key}={folder}: holds files of {' and '.join(formats)}; choose with data.format."
+            f"{key}={folder}: contains files of {' and '.join(formats)}; choose one "
+            "with data.format."
         )
     return formats[0]
 
 
-def _hidden(path: Path, root: Path) -> bool:
+def _is_hidden(path: Path, root: Path) -> bool:
     return any(part.startswith((".", "__pycache__")) for part in path.relative_to(root).parts)
 
 
@@ -124,15 +145,15 @@ def _check_readable(file: Path, key: str) -> None:
         raise UserError(f"{key}: cannot read {file}: {error.strerror}.") from error
 
 
-def _faults(files: list[Path], format: str) -> Iterator[str]:
-    """Sentences about the files a reader stumbled over, each naming file and line or byte."""
-    check = {"text": _text_fault, "jsonl": _json_fault, "parquet": _parquet_fault}[format]
+def _file_errors(files: list[Path], format: str) -> Iterator[str]:
+    """Yield a message for every file that is not of `format`, with its line or byte."""
+    check = {"text": _text_error, "jsonl": _json_error, "parquet": _parquet_error}[format]
     for file in files:
-        if fault := check(file):
-            yield f"{file}{fault}"
+        if error := check(file):
+            yield f"{file}{error}"
 
 
-def _text_fault(file: Path) -> str:
+def _text_error(file: Path) -> str:
     try:
         file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -140,29 +161,29 @@ def _text_fault(file: Path) -> str:
     return ""
 
 
-def _parquet_fault(file: Path) -> str:
+def _parquet_error(file: Path) -> str:
     try:
         pyarrow.parquet.read_schema(file)
     except (pyarrow.ArrowException, OSError) as error:
-        return f": no parquet file: {_first_line(error)}"
+        return f": not a parquet file: {_first_line(error)}"
     return ""
 
 
-def _json_fault(file: Path) -> str:
+def _json_error(file: Path) -> str:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1 and line.lstrip().startswith(b"["):
-                return _json_line_fault(file.read_bytes(), list)  # one array, not JSON Lines
-            if line.strip() and (fault := _json_line_fault(line, dict)):
-                return f", line {number}{fault}"
+                return _json_line_error(file.read_bytes(), list)  # one array instead of JSON Lines
+            if line.strip() and (error := _json_line_error(line, dict)):
+                return f", line {number}{error}"
     return ""
 
 
-def _json_line_fault(text: bytes, kind: type) -> str:
+def _json_line_error(text: bytes, kind: type) -> str:
     try:
         value = json.loads(text)
-    except ValueError as error:  # bad JSON and bad UTF-8 alike
-        return f": no valid JSON: {error}."
+    except ValueError as error:  # invalid JSON or invalid UTF-8
+        return f": not valid JSON: {error}."
     if not isinstance(value, kind):
         return f': an object such as {{"text": ...}} is needed, not {text[:40].decode()!r}.'
     return ""

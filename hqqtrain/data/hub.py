@@ -1,8 +1,8 @@
-"""Data sets of the Hugging Face hub, with messages for everything a network can do.
+"""Load data sets of the Hugging Face hub, with a message for every network failure.
 
-Left alone, `datasets` retries an unreachable hub for half a minute and then names an internal
-error. One short question to the hub decides first: without an answer only the local cache is
-asked, and a message says so.
+On its own, `datasets` retries an unreachable hub for half a minute and then raises an internal
+error. So one short request to the hub comes first. If it gets no answer, only the local cache is
+used, and a message says so.
 """
 
 import logging
@@ -21,16 +21,21 @@ from hqqtrain.data.files import nearest
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 10.0
-"""Seconds that the hub has for its first answer."""
+"""Seconds that the hub has to answer the first request."""
 
 _HELD_OUT_SPLITS = ("validation", "test")
 
 
 def load_hub(source: str, key: str) -> datasets.DatasetDict:
-    """Every split of the data set `name`, or `name:configuration` where it has several.
+    """Load all splits of a data set.
 
-    Raises UserError where the hub does not answer and nothing is cached, and for a name or a
-    configuration that does not exist, or asks for access.
+    Args:
+        source: `name`, or `name:configuration` if the data set has several configurations.
+        key: The config key that contains `source`, for messages.
+
+    Raises:
+        UserError: The hub does not answer and the data set is not cached, the name or the
+            configuration does not exist, or the data set is gated.
     """
     name, _, configuration = source.partition(":")
     datasets.disable_progress_bars()
@@ -42,74 +47,85 @@ def load_hub(source: str, key: str) -> datasets.DatasetDict:
     except ConnectionError as error:
         raise UserError(_unreachable(source, key)) from error
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{key}={source}: {_advice(str(error))}") from error
+        message = " ".join(str(error).split())
+        if "Config name is missing" in message:
+            message += " Write it as name:configuration."
+        raise UserError(f"{key}={source}: {message}") from error
     return loaded
 
 
 def hub_split(splits: datasets.DatasetDict, split: str, source: str, key: str) -> datasets.Dataset:
-    """`train`, or for `held_out` the validation or test split; else the only split there is."""
+    """Return the split of the hub's data set for `split`, which is `train` or `held_out`.
+
+    `held_out` is the validation or the test split. A data set with a single split gives that one.
+
+    Raises:
+        UserError: The data set has several splits, but not the right one.
+    """
     wanted = ("train",) if split == "train" else _HELD_OUT_SPLITS
     for name in wanted:
         if name in splits:
             return splits[name]
     if len(splits) == 1:
         return next(iter(splits.values()))
-    raise UserError(f"{key}={source}: has no split {' or '.join(wanted)}, but {', '.join(splits)}.")
+    raise UserError(
+        f"{key}={source}: has no split {' or '.join(wanted)}; it has {', '.join(splits)}."
+    )
 
 
 def has_held_out(splits: datasets.DatasetDict) -> bool:
-    """True where the data set's authors set a validation or test split apart from train."""
+    """Whether the data set's authors provide a validation or test split besides train."""
     return "train" in splits and any(name in splits for name in _HELD_OUT_SPLITS)
 
 
 def _answers(name: str, key: str) -> bool:
-    """False where the hub is not to be reached; a UserError where it says no."""
+    """Return whether the hub can be reached.
+
+    Raises:
+        UserError: The hub answers that it has no such data set, or refuses access.
+    """
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=TIMEOUT)
     except HFValidationError as error:
-        raise UserError(f"{key}={name}: is no path and no hub name: {error}") from error
+        raise UserError(f"{key}={name}: neither a path nor a hub name: {error}") from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 0)
         if status in (401, 403, 404):
             raise UserError(_refused(name, key, status)) from error
         return False
-    except Exception as error:  # whatever the HTTP library of this hub version raises
-        logger.info("the hub does not answer (%s); looking in the local cache", error)
+    except Exception as error:  # the HTTP library depends on the version of huggingface_hub
+        logger.info("the hub does not answer (%s); using the local cache", error)
         return False
     return True
 
 
 @contextmanager
 def _offline(active: bool) -> Iterator[None]:
-    """Keeps `datasets` off the network, so that it reads its cache at once or fails at once."""
-    places: list[Any] = [datasets.config, huggingface_hub.constants]
-    before = [place.HF_HUB_OFFLINE for place in places]
-    for place in places:
-        place.HF_HUB_OFFLINE = active or place.HF_HUB_OFFLINE
+    """Put `datasets` into offline mode if `active`, so that it uses its cache or fails at once."""
+    modules: list[Any] = [datasets.config, huggingface_hub.constants]
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module in modules:
+        module.HF_HUB_OFFLINE = active or module.HF_HUB_OFFLINE
     try:
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = value
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def _refused(name: str, key: str, status: int) -> str:
+    """Return the message for a hub that answers with an error."""
     return (
-        f"{key}={name}: no file or folder of that name here, and the hub answers {status}: no such "
-        "data set, or one that asks for access; then request it on its page and set HF_TOKEN."
+        f"{key}={name}: no file or folder of that name exists, and the hub answers {status}: "
+        "the data set does not exist, or it is gated; in that case request access on its page "
+        "and set HF_TOKEN."
     )
 
 
 def _unreachable(source: str, key: str) -> str:
-    near = nearest(Path(source)) or did_you_mean(source, ["python_stdlib"])
+    """Return the message for a hub that does not answer."""
+    hint = nearest(Path(source)) or did_you_mean(source, ["python_stdlib"])
     return (
-        f"{key}={source}: no file or folder of that name here, the hub does not answer and its "
-        f"cache does not hold it; give a path, or python_stdlib, which needs no network.{near}"
+        f"{key}={source}: no file or folder of that name exists, the hub does not answer, and the "
+        f"data set is not cached; give a path, or python_stdlib, which needs no network.{hint}"
     )
-
-
-def _advice(message: str) -> str:
-    message = " ".join(message.split())
-    if "Config name is missing" in message:
-        return f"{message} Write it as name:configuration."
-    return message

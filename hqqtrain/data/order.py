@@ -1,7 +1,7 @@
-"""Which samples an optimizer step sees: a pure function of seed and step.
+"""The samples of an optimizer step, as a pure function of seed and step.
 
-Nothing is consumed and nothing needs saving: a resumed run asks for its next step, and one
-process or sixty-four share the same global batch.
+No iterator is consumed and no state needs saving. A resumed run asks for its next step, and any
+number of processes, one or sixty-four, shares the same global batch.
 """
 
 from functools import lru_cache
@@ -11,9 +11,10 @@ import numpy as np
 
 
 class SampleOrder:
-    """The order of `n` samples, shuffled anew for every epoch; epochs follow without a gap.
+    """The order of `n` samples, with a new shuffle for every epoch.
 
-    A batch may hold the end of one epoch and the start of the next.
+    Epochs follow each other without a gap: a batch may contain the end of one epoch and the start
+    of the next.
     """
 
     def __init__(self, n: int, seed: int) -> None:
@@ -21,24 +22,26 @@ class SampleOrder:
         self.n, self.seed = n, seed
 
     def indices(self, step: int, global_batch_size: int) -> list[int]:
-        """The samples of optimizer step `step`, counted from 0."""
+        """Return the samples of optimizer step `step`, which counts from 0."""
         first = step * global_batch_size
-        return [self._at(place) for place in range(first, first + global_batch_size)]
+        return [self._sample(position) for position in range(first, first + global_batch_size)]
 
     def epoch(self, steps: int, global_batch_size: int) -> float:
-        """Passes over the data after `steps` optimizer steps."""
+        """Return the number of passes over the data after `steps` optimizer steps."""
         return steps * global_batch_size / self.n
 
     def steps(self, epochs: float, global_batch_size: int) -> int:
-        """Optimizer steps that show `epochs` passes over the data at least, one step at least."""
+        """Return the smallest number of optimizer steps, at least 1, that cover `epochs` passes."""
         return max(1, ceil(epochs * self.n / global_batch_size))
 
-    def _at(self, place: int) -> int:
-        return int(_permutation(self.n, self.seed, place // self.n)[place % self.n])
+    def _sample(self, position: int) -> int:
+        """Return the sample at a position of the endless sequence of epochs."""
+        epoch, index = divmod(position, self.n)
+        return int(_permutation(self.n, self.seed, epoch)[index])
 
 
 @lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    # numpy promises RandomState's streams for good; those of its new Generator may change.
+    # numpy guarantees that streams of RandomState never change; those of Generator may.
     bits = np.random.MT19937(np.random.SeedSequence((seed, epoch)))
     return np.random.RandomState(bits).permutation(n)

@@ -1,14 +1,14 @@
-"""Texts to sequences of tokens, held as one flat array and cut without waste.
+"""Turn texts into sequences of tokens, stored as one flat array and packed without waste.
 
-Packed, all texts form one stream, each ended by EOS, that is cut every `max_seq_len` tokens:
-a long text runs over several sequences, short ones share one, and nothing is dropped (the last
-sequence is shorter; a single left-over token predicts nothing and goes). Unpacked, a text is a
-sequence of its own, truncated.
+With packing, all texts form one stream, each text ends with EOS, and the stream is cut every
+`max_seq_len` tokens. A long text spans several sequences, short texts share one, and no token is
+dropped, except a single last one: the last sequence may be shorter, but one token alone predicts
+nothing. Without packing, every text becomes one sequence and is truncated.
 
-Texts that share a sequence do not see each other: `position_ids` start again at 0 with each,
-from which transformers v5 builds the block-diagonal mask when it is given no attention mask
-and no cache, so **call the model with use_cache=False**. A sequence of one text only keeps the
-fast causal kernel. Padding is done the same way: each pad token is a text of its own.
+Texts that share a sequence do not attend to each other. `position_ids` restart at 0 with every
+text, and transformers v5 derives the block-diagonal mask from them, provided that it gets neither
+an attention mask nor a cache. So **call the model with use_cache=False**. A sequence of a single
+text keeps the fast causal kernel. Padding works the same way: each pad token is a text of its own.
 """
 
 import hashlib
@@ -29,18 +29,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-"""The label of a token that is not predicted."""
+"""The label of a token that is not predicted, which the loss ignores."""
 
 _BATCH = 256
-"""Texts that are tokenized at once."""
+"""Texts in one call of the tokenizer."""
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """A list of token sequences; the same at every world size.
+    """A list of token sequences, which does not depend on the world size.
 
-    `stream` int32 [T]: the tokens of all texts; `starts` int64: where each text begins in it,
-    ascending; `begin`, `end` int64 [n]: the piece of the stream that each sequence is.
+    Attributes:
+        stream: int32 [T], the tokens of all texts.
+        starts: int64 [texts], the position in the stream where each text starts, ascending.
+        begin: int64 [n], the position in the stream where each sequence begins.
+        end: int64 [n], the position after the last token of each sequence.
     """
 
     stream: np.ndarray
@@ -52,14 +55,15 @@ class Sequences:
         return len(self.begin)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """`input_ids`, `labels`, `position_ids`, int64 [length], as Hugging Face models take them.
+        """Return `input_ids`, `labels` and `position_ids`, int64 [length], for transformers.
 
-        Labels stand at the position of their token (the model shifts); the first token of every
-        text, and of the sequence, is `IGNORED`.
+        A label has the position of its own token, because the model shifts labels. The first token
+        of the sequence, and of every text, has the label `IGNORED`.
         """
         begin, end = int(self.begin[index]), int(self.end[index])
         tokens = self.stream[begin:end].astype(np.int64)
         positions = self._positions(begin, end)
+        # Position 0 is the first token of a text or of the sequence: nothing predicts it.
         labels = np.where(positions == 0, IGNORED, tokens)
         return {
             "input_ids": torch.from_numpy(tokens),
@@ -69,26 +73,32 @@ class Sequences:
 
     @cached_property
     def tokens(self) -> int:
-        """How many tokens are predicted, over all sequences."""
-        inner = np.searchsorted(self.starts, self.end) - np.searchsorted(
-            self.starts, self.begin, side="right"
-        )
-        return int((self.end - self.begin - 1 - inner).sum())
+        """Number of predicted tokens in all sequences."""
+        # A sequence does not predict its first token, nor the first tokens of texts that start
+        # inside it: begin < start < end.
+        texts_before_end = np.searchsorted(self.starts, self.end)
+        texts_up_to_begin = np.searchsorted(self.starts, self.begin, side="right")
+        inner_starts = texts_before_end - texts_up_to_begin
+        return int((self.end - self.begin - 1 - inner_starts).sum())
 
     def digest(self) -> str:
-        """sha256 of all tokens and of how they are cut."""
+        """Return the sha256 of all tokens and of the boundaries of texts and sequences."""
         parts = (self.stream, self.starts, self.begin, self.end)
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "Sequences":
-        """Only these sequences, over the same stream."""
+        """Return only the sequences at `indices`, which share the stream."""
         return replace(self, begin=self.begin[indices], end=self.end[indices])
 
     def _positions(self, begin: int, end: int) -> np.ndarray:
+        """Return the position of every token of a sequence within its text."""
+        # Texts that start inside the sequence. The one at `begin`, whole or continued, counts from
+        # `begin`.
         low, high = np.searchsorted(self.starts, (begin + 1, end))
         starts = np.concatenate([[begin], self.starts[low:high]])
-        where = np.arange(begin, end)
-        return where - starts[np.searchsorted(starts, where, side="right") - 1]
+        # Every token subtracts the last start at or before it.
+        places = np.arange(begin, end)
+        return places - starts[np.searchsorted(starts, places, side="right") - 1]
 
 
 def pack(
@@ -99,22 +109,29 @@ def pack(
     packing: bool = True,
     on_batch: Callable[[], object] = lambda: None,
 ) -> Sequences:
-    """Tokenizes `texts` and cuts them into sequences of at most `max_seq_len` tokens.
+    """Tokenize `texts` and cut them into sequences of at most `max_seq_len` tokens.
 
-    Blank texts are left out; `on_batch` is called now and then, and may raise. Raises UserError
-    where nothing is left.
+    Args:
+        texts: The texts; blank ones are skipped.
+        tokenizer: The tokenizer of the model.
+        max_seq_len: Largest number of tokens in a sequence.
+        packing: Whether texts share sequences; otherwise every text is truncated.
+        on_batch: Called before every batch of texts; it may raise to stop.
+
+    Raises:
+        UserError: No sequence has a token to predict.
     """
     stream, starts = tokenize(texts, tokenizer, on_batch)
-    limits = np.append(starts, len(stream))
     if packing:
         begin = np.arange(0, len(stream), max_seq_len)
         end = np.minimum(begin + max_seq_len, len(stream))
     else:
-        begin, end = starts, np.minimum(starts + max_seq_len, limits[1:])
-    useful = end - begin > 1
-    if not useful.any():
-        raise UserError("data.source: no text in it; its texts give no token to predict.")
-    return Sequences(stream, starts, begin[useful], end[useful])
+        next_starts = np.append(starts, len(stream))[1:]
+        begin, end = starts, np.minimum(starts + max_seq_len, next_starts)
+    has_prediction = end - begin > 1  # a single token predicts nothing
+    if not has_prediction.any():
+        raise UserError("data.source: no text in it; its texts have no token to predict.")
+    return Sequences(stream, starts, begin[has_prediction], end[has_prediction])
 
 
 def tokenize(
@@ -122,38 +139,43 @@ def tokenize(
     tokenizer: "PreTrainedTokenizerBase",
     on_batch: Callable[[], object] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(stream int32 [T], starts int64): every text that is not blank, with its special tokens.
+    """Tokenize every text that is not blank, with its special tokens.
 
-    Each ends in EOS, whether or not the tokenizer adds it.
+    Every text ends with EOS, whether or not the tokenizer adds it.
+
+    Returns:
+        The tokens of all texts, int32 [T], and the start of each text, int64 [texts].
     """
     eos = tokenizer.eos_token_id
     if eos is None:
         logger.warning("the tokenizer has no EOS token: texts are joined without one.")
-    pieces = [_ended(ids, eos) for ids in _encode(texts, tokenizer, on_batch)]
+    pieces = [_append_eos(ids, eos) for ids in _encode(texts, tokenizer, on_batch)]
     lengths = np.array([len(piece) for piece in pieces], np.int64)
     stream = np.concatenate([np.empty(0, np.int32), *pieces])
     return stream, np.cumsum(lengths) - lengths
 
 
 def collate(sequences: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """One batch, int64 [sequences, longest], padded on the right with what predicts nothing.
+    """Combine sequences into a batch, int64 [sequences, longest], padded on the right.
 
-    No attention mask: with right padding no token of a text sees one, and transformers finds
-    the texts of a sequence by their position_ids only where there is no mask.
+    The batch has no attention mask. Tokens of a text precede the padding and never attend to it,
+    and transformers detects the texts of a sequence from position_ids only without a mask.
     """
     rows = list(sequences)
-    fill = {"input_ids": 0, "labels": IGNORED, "position_ids": 0}
+    # Position 0 makes every pad token a text of its own.
+    padding = {"input_ids": 0, "labels": IGNORED, "position_ids": 0}
     return {
         name: torch.nn.utils.rnn.pad_sequence(
             [row[name] for row in rows], batch_first=True, padding_value=value
         )
-        for name, value in fill.items()
+        for name, value in padding.items()
     }
 
 
 def _encode(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", on_batch: Callable[[], object]
 ) -> Iterator[list[int]]:
+    """Yield the token ids of every text that is not blank."""
     for first in range(0, len(texts), _BATCH):
         on_batch()
         batch = [text for text in texts[first : first + _BATCH] if text and text.strip()]
@@ -161,6 +183,7 @@ def _encode(
             yield from tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _ended(ids: list[int], eos: int | None) -> np.ndarray:
+def _append_eos(ids: list[int], eos: int | None) -> np.ndarray:
+    """Return the ids as int32, ending with EOS if the tokenizer has one."""
     missing = eos is not None and (not ids or ids[-1] != eos)
     return np.array([*ids, eos] if missing else ids, np.int32)

@@ -1,9 +1,9 @@
-"""From `data.source` and `eval.source` to texts, and never the same text in both.
+"""Load the texts of `data.source` and `eval.source`, without any text in both.
 
-A figure measured on text that was trained on is worthless, so the split belongs to the
-source: the standard library is split by module name, a hub data set by its authors' own
-splits, and anything else that both keys name by the hash of each text. A path of one inside
-the other is refused.
+A perplexity on text that the model was trained on is worthless. So the split depends on the source.
+The standard library is split by module name, and a hub data set has the splits of its authors. Any
+other source that both keys name is split by the hash of each text. A path inside the other key's
+path is refused.
 """
 
 import hashlib
@@ -23,38 +23,57 @@ from hqqtrain.data.stdlib import stdlib_texts
 STDLIB = "python_stdlib"
 
 HASHED_SHARE = 20
-"""One text in this many is held out where eval.source is data.source and has no split."""
+"""One text in this many is held out if eval.source equals data.source and has no split."""
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
 def training_texts(data: DataConfig, evaluation: EvalConfig) -> Sequence[str]:
-    """The texts to train on: all of `data.source` but what `evaluation` measures on."""
+    """Load the texts to train on: those of `data.source` that are not held out for `evaluation`.
+
+    Raises:
+        UserError: The source cannot be read, contains no text, cannot be split, or overlaps with
+            eval.source.
+    """
     _refuse_overlap(data, evaluation)
     texts, is_split = load_texts(data, "train")
     return texts if is_split or evaluation.source != data.source else split_by_hash(texts, data)[0]
 
 
 def held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Sequence[str]:
-    """The texts to measure on: none of them is among `training_texts(data, evaluation)`."""
+    """Load the held-out texts, none of which is in `training_texts(data, evaluation)`.
+
+    Raises:
+        UserError: The source cannot be read, contains no text, cannot be split, or overlaps with
+            data.source.
+    """
     _refuse_overlap(data, evaluation)
     if evaluation.source == data.source:
         texts, is_split = load_texts(data, "held_out", key="eval.source")
         return texts if is_split else split_by_hash(texts, data)[1]
     assert evaluation.source is not None
-    known = Path(evaluation.source).suffix.lower() in ENDINGS
-    config = replace(data, source=evaluation.source, format="auto" if known else data.format)
+    # data.format describes data.source; a known extension of eval.source takes precedence.
+    is_known = Path(evaluation.source).suffix.lower() in ENDINGS
+    config = replace(data, source=evaluation.source, format="auto" if is_known else data.format)
     return load_texts(config, "held_out", key="eval.source")[0]
 
 
 def load_texts(
     data: DataConfig, split: str, *, key: str = "data.source"
 ) -> tuple[Sequence[str], bool]:
-    """(texts, whether the source itself keeps `split` apart from the other one).
+    """Load the texts of one split of `data.source`.
 
-    `split` is `train` or `held_out`; where the source knows no such split, all its texts.
-    The texts of a file or a data set stay on disk until they are read. Raises UserError, with
-    `key` as the name of the key that holds `data.source`.
+    Args:
+        data: The group `data` of the configuration.
+        split: `train` or `held_out`. A source without splits gives all its texts.
+        key: The config key that contains `data.source`, for messages.
+
+    Returns:
+        The texts, and whether the source itself separates the two splits. The texts of a file or
+        a data set are read from disk lazily.
+
+    Raises:
+        UserError: The source cannot be read or contains no text.
     """
     if data.source == STDLIB:
         return [text for _, text in stdlib_texts(split)], True
@@ -67,26 +86,30 @@ def load_texts(
 
 
 def split_by_hash(texts: Sequence[str], data: DataConfig) -> tuple[list[str], list[str]]:
-    """(train, held out): one text in `HASHED_SHARE` goes to the second, at least one.
+    """Split texts into those to train on and those to hold out, by the hash of each text.
 
-    The lowest hashes are held out; texts that are equal stay together.
+    One text in `HASHED_SHARE`, and at least one, is held out: those with the lowest hashes. Equal
+    texts stay together.
+
+    Raises:
+        UserError: No text is left to train on.
     """
     kept = [
         (hashlib.sha256(text.encode()).digest(), text) for text in texts if text and text.strip()
     ]
     ranked = sorted(digest for digest, _ in kept)
-    limit = ranked[(len(ranked) - 1) // HASHED_SHARE]
-    train = [text for digest, text in kept if digest > limit]
+    threshold = ranked[(len(ranked) - 1) // HASHED_SHARE]
+    train = [text for digest, text in kept if digest > threshold]
     if not train:
         raise UserError(
-            f"eval.source={data.source}: is data.source too, and its {len(kept)} text(s) cannot "
-            "be split into some to train on and others to measure on; give eval.source another."
+            f"eval.source={data.source}: equals data.source, and its {len(kept)} text(s) cannot "
+            "be split into a training and a held-out part; set eval.source to another source."
         )
-    return train, [text for digest, text in kept if digest <= limit]
+    return train, [text for digest, text in kept if digest <= threshold]
 
 
 def dataset_name(evaluation: EvalConfig, data: DataConfig) -> str:
-    """What a perplexity was measured on, for the summary: it changes with Python's version."""
+    """Return the name of the held-out set for the summary; the standard library has a version."""
     if evaluation.source == STDLIB:
         return f"python_stdlib {sys.version.split()[0]}, held-out modules"
     return (
@@ -97,6 +120,7 @@ def dataset_name(evaluation: EvalConfig, data: DataConfig) -> str:
 
 
 def _refuse_overlap(data: DataConfig, evaluation: EvalConfig) -> None:
+    """Raise UserError if the path of one source contains that of the other."""
     if evaluation.source in (None, data.source):
         return
     one, other = Path(data.source), Path(str(evaluation.source))
@@ -106,13 +130,13 @@ def _refuse_overlap(data: DataConfig, evaluation: EvalConfig) -> None:
     if one == other or one in other.parents or other in one.parents:
         raise UserError(
             f"eval.source={evaluation.source}: overlaps with data.source={data.source}, so "
-            "training would see what is measured; move it out, or name the same path in both: "
-            f"then one text in {HASHED_SHARE} is held out."
+            "the model would train on held-out text; move one of them, or set both keys to the "
+            f"same path: then one text in {HASHED_SHARE} is held out."
         )
 
 
 def _is_hub_name(source: str) -> bool:
-    """False for what exists here and for what only a path can be."""
+    """Whether `source` is a hub name: not an existing path, and nothing that can only be a path."""
     path = Path(source).expanduser()
     if path.exists() or path.suffix.lower() in ENDINGS or not _HUB_NAME.fullmatch(source):
         return False
@@ -120,7 +144,11 @@ def _is_hub_name(source: str) -> bool:
 
 
 def _column(rows: datasets.Dataset, field: str, source: str, key: str) -> Sequence[str]:
-    """The column of texts, read lazily; a UserError where it is not there or holds no text."""
+    """Return the column of texts, which is read lazily.
+
+    Raises:
+        UserError: The column does not exist or contains no text.
+    """
     columns = rows.column_names
     if field not in columns:
         raise UserError(
@@ -129,7 +157,9 @@ def _column(rows: datasets.Dataset, field: str, source: str, key: str) -> Sequen
         )
     feature = rows.features[field]
     if getattr(feature, "dtype", None) not in ("string", "large_string"):
-        raise UserError(f"data.text_field={field}: holds {feature}, not text, in {key}={source}.")
+        raise UserError(
+            f"data.text_field={field}: contains {feature}, not text, in {key}={source}."
+        )
     texts = rows[field]
     if not any(text and text.strip() for text in texts):
         raise UserError(f"{key}={source}: no text in it; every row of '{field}' is empty.")

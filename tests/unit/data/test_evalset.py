@@ -1,4 +1,4 @@
-"""The evaluation set: a sample of the whole text, no larger than asked, anchored by content."""
+"""The held-out set: a sample of the whole text, within its size limit, selected by content."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def tokenizer():
 
 
 @pytest.mark.parametrize(("tokens", "length"), [(8192, 512), (32768, 256), (100, 512)])
-def test_windows_are_a_sample_of_the_whole_and_few_enough(tokenizer, tokens, length):
+def test_windows_sample_the_whole_text_within_the_limit(tokenizer, tokens, length):
     chosen = data.evaluation_set(EvalConfig(tokens=tokens), DataConfig(), tokenizer, length)
     sizes = chosen.end - chosen.begin
     assert tokens - length <= int(sizes.sum()) <= tokens
@@ -49,18 +49,18 @@ def test_no_window_crosses_the_end_of_a_text(tokenizer):
         assert (chosen[i]["labels"][1:] != data.IGNORED).all()
 
 
-def test_a_small_text_is_measured_whole(tokenizer, tmp_path):
+def test_a_small_text_is_used_completely(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("x = 1\n" * 100)
     evaluation = EvalConfig(source=str(tmp_path / "a.txt"))
     chosen = data.evaluation_set(evaluation, DataConfig(), tokenizer, 64)
     assert int((chosen.end - chosen.begin).sum()) == len(chosen.stream)
 
 
-def test_no_source_no_set(tokenizer):
+def test_without_a_source_the_set_is_none(tokenizer):
     assert data.evaluation_set(EvalConfig(source=None), DataConfig(), tokenizer, 64) is None
 
 
-def test_the_name_says_what_was_measured():
+def test_the_name_describes_the_held_out_set():
     assert "held-out modules" in data.dataset_name(EvalConfig(), DataConfig())
     assert data.dataset_name(EvalConfig(source="a"), DataConfig(source="a")) == "a, held-out part"
     assert data.dataset_name(EvalConfig(source="a"), DataConfig()) == "a"

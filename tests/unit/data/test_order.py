@@ -1,4 +1,4 @@
-"""The order of samples: a pure function, every sample once an epoch, stable over releases."""
+"""The sample order: a pure function, every sample once per epoch, stable across releases."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +9,7 @@ sizes = st.integers(1, 40)
 
 
 @given(n=sizes, batch=sizes, seed=st.integers(0, 2**40))
-def test_every_epoch_shows_every_sample_once(n, batch, seed):
+def test_every_epoch_contains_every_sample_once(n, batch, seed):
     order = SampleOrder(n, seed)
     steps = order.steps(2, batch)
     seen = [i for step in range(steps) for i in order.indices(step, batch)]
@@ -32,5 +32,8 @@ def test_epochs_and_seeds_differ():
 
 
 def test_golden_order():
-    """Resuming under another numpy must not reorder: RandomState(MT19937(SeedSequence((7, 0))))."""
+    """Another numpy must give a resumed run the same order.
+
+    The golden order is that of RandomState(MT19937(SeedSequence((7, 0)))).
+    """
     assert SampleOrder(10, 7).indices(0, 10) == [4, 5, 9, 8, 1, 7, 6, 0, 2, 3]

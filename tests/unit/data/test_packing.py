@@ -1,4 +1,4 @@
-"""Packing: every token once, texts that do not see each other, the labels a model expects."""
+"""Packing: every token once, no attention between texts, and the labels that a model expects."""
 
 from itertools import chain, pairwise
 from pathlib import Path
@@ -38,7 +38,7 @@ def expected_stream(tokenizer) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("length", [2, 7, 16, 1000])
-def test_packed_sequences_hold_every_token_once(tokenizer, length):
+def test_packed_sequences_contain_every_token_once(tokenizer, length):
     sequences = data.pack(TEXTS, tokenizer, max_seq_len=length)
     tokens = torch.cat([sequences[i]["input_ids"] for i in range(len(sequences))]).tolist()
     whole = list(chain.from_iterable(expected_stream(tokenizer)))
@@ -67,7 +67,7 @@ def test_positions_restart_with_every_text_and_every_sequence(tokenizer):
     assert all(cut[i]["position_ids"][0] == 0 for i in range(len(cut)))
 
 
-def test_unpacked_is_one_truncated_text_a_sequence(tokenizer):
+def test_without_packing_a_sequence_is_one_truncated_text(tokenizer):
     sequences = data.pack(TEXTS, tokenizer, max_seq_len=12, packing=False)
     expected = [ids[:12] for ids in expected_stream(tokenizer)]
     assert [sequences[i]["input_ids"].tolist() for i in range(len(sequences))] == expected
@@ -79,7 +79,7 @@ def test_blank_texts_only_is_an_error(tokenizer):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_batch_gives_each_text_the_logits_it_has_alone(tokenizer, model, packing):
+def test_a_text_has_the_same_logits_in_a_batch_and_alone(tokenizer, model, packing):
     sequences = data.pack(TEXTS, tokenizer, max_seq_len=70, packing=packing)
     rows = [sequences[i] for i in range(len(sequences))]
     batch = data.collate(rows)
@@ -94,7 +94,7 @@ def test_a_batch_gives_each_text_the_logits_it_has_alone(tokenizer, model, packi
                 torch.testing.assert_close(together[index, begin:end], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_the_loss_of_a_batch_is_the_token_mean_over_texts(tokenizer, model):
+def test_the_loss_of_a_batch_is_the_mean_over_tokens(tokenizer, model):
     sequences = data.pack(TEXTS, tokenizer, max_seq_len=10_000)
     batch = data.collate([sequences[0]])
     total = 0.0
@@ -114,10 +114,10 @@ def test_select_keeps_the_sequences(tokenizer):
 
 
 def test_a_tokenizer_that_adds_its_own_eos_gets_no_second_one(tokenizer):
-    class Adding:
+    class AddsEos:
         eos_token_id = 0
 
         def __call__(self, texts, **options):
             return {"input_ids": [[5, 6, 0] for _ in texts]}
 
-    assert data.pack(["a", "b"], Adding(), max_seq_len=6)[0]["input_ids"].tolist() == [5, 6, 0] * 2
+    assert data.pack(["a", "b"], AddsEos(), max_seq_len=6)[0]["input_ids"].tolist() == [5, 6, 0] * 2

@@ -1,4 +1,4 @@
-"""Sources: each kind reads as it should, and each fault is one message naming key and file."""
+"""Sources: every kind is read correctly, and every error is one message with key and file."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def test_a_folder_is_read_recursively_sorted_without_hidden_files(tmp_path, capl
     assert "3 of 4 files" in caplog.text
 
 
-def test_a_name_is_no_pattern(tmp_path):
+def test_a_file_name_is_not_a_pattern(tmp_path):
     for name in ("a[1].txt", "a1.txt", "b*.txt", "b c?.txt"):
         (tmp_path / name).write_text(name)
     assert read(tmp_path / "a[1].txt") == ["a[1].txt"]
@@ -68,7 +68,7 @@ def test_json_lines_and_parquet(tmp_path):
     assert read(tmp_path, text_field="body", format="parquet") == expected
 
 
-def test_format_overrides_the_ending_of_a_file(tmp_path):
+def test_format_overrides_the_extension_of_a_file(tmp_path):
     (tmp_path / "dump.data").write_text('{"text": "x"}\n')
     assert read(tmp_path / "dump.data", format="jsonl") == ["x"]
     assert read(tmp_path / "dump.data", format="text") == ['{"text": "x"}\n']
@@ -99,7 +99,7 @@ def test_an_empty_file_is_an_error(tmp_path, name):
 
 
 def test_a_folder_without_files_and_blank_text_are_errors(tmp_path):
-    assert "no file to read; it holds nothing" in fault(tmp_path)
+    assert "no file to read; the folder contains nothing" in fault(tmp_path)
     (tmp_path / "a.txt").write_text(" \n\t\n")
     assert "no text in it" in fault(tmp_path)
     (tmp_path / "a.txt").unlink()
@@ -107,7 +107,7 @@ def test_a_folder_without_files_and_blank_text_are_errors(tmp_path):
     assert "no text in it" in fault(tmp_path)
 
 
-def test_an_unknown_ending_lists_the_known(tmp_path):
+def test_an_unknown_extension_lists_the_known_ones(tmp_path):
     (tmp_path / "a.docx").write_text("x")
     for path in (tmp_path / "a.docx", tmp_path):
         assert ".docx" in fault(path)
@@ -121,7 +121,7 @@ def test_mixed_formats_ask_for_a_choice(tmp_path):
     assert read(tmp_path, format="jsonl") == ["y"]
 
 
-def test_a_missing_column_names_those_there_are(tmp_path):
+def test_a_missing_column_lists_the_existing_ones(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "x", "answer": "y"}\n')
     message = fault(tmp_path / "a.jsonl")
     assert "data.text_field=text" in message
@@ -129,7 +129,7 @@ def test_a_missing_column_names_those_there_are(tmp_path):
     assert "answer" in message
 
 
-def test_a_column_that_is_no_text(tmp_path):
+def test_a_column_that_is_not_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": 1}\n{"text": 2}\n')
     assert "int64" in fault(tmp_path / "a.jsonl")
 
@@ -142,7 +142,7 @@ def test_a_bad_json_line_is_named(tmp_path, bad):
     assert "worse.jsonl, line 3" in message
 
 
-def test_a_file_that_is_not_what_its_ending_says(tmp_path):
+def test_a_file_that_does_not_match_its_extension(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but not really, far too short")
     assert "a.parquet" in fault(tmp_path / "a.parquet")
     (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
@@ -160,7 +160,7 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
     assert "a.txt: Permission denied" in fault(file)
 
 
-def test_an_unreachable_hub_is_told_at_once(monkeypatch):
+def test_an_unreachable_hub_is_reported_at_once(monkeypatch):
     def no_network(*_, **__):
         raise OSError("Name or service not known")
 
@@ -194,7 +194,7 @@ def hub_data(monkeypatch, **splits: list[str]):
     monkeypatch.setattr(hub.datasets, "load_dataset", lambda *_: loaded)
 
 
-def test_hub_splits_are_the_authors(monkeypatch):
+def test_hub_splits_are_those_of_the_authors(monkeypatch):
     hub_data(monkeypatch, train=["a", "b"], test=["c"], validation=["d"])
     both = DataConfig(source="org/name"), EvalConfig(source="org/name")
     assert list(data.training_texts(*both)) == ["a", "b"]
@@ -202,7 +202,7 @@ def test_hub_splits_are_the_authors(monkeypatch):
     assert list(data.held_out_texts(both[1], DataConfig())) == ["d"]
 
 
-def test_a_hub_set_of_one_split_is_split_by_hash(monkeypatch):
+def test_a_hub_data_set_with_one_split_is_split_by_hash(monkeypatch):
     hub_data(monkeypatch, train=[f"text {i}" for i in range(50)])
     both = DataConfig(source="org/name"), EvalConfig(source="org/name")
     train, held_out = data.training_texts(*both), data.held_out_texts(*reversed(both))
@@ -242,7 +242,7 @@ def test_sources_that_overlap_are_refused(tmp_path):
             data.held_out_texts(evaluation, data_config)
 
 
-def test_a_file_of_its_own_is_measured_whole(tmp_path):
+def test_a_separate_file_is_held_out_completely(tmp_path):
     (tmp_path / "v.jsonl").write_text('{"body": "x"}\n{"body": "y"}\n')
     evaluation = EvalConfig(source=str(tmp_path / "v.jsonl"))
     assert list(data.held_out_texts(evaluation, DataConfig(text_field="body"))) == ["x", "y"]
@@ -255,7 +255,7 @@ def test_the_standard_library_is_split_by_module_name():
     train, held_out = data.training_texts(*both), data.held_out_texts(*reversed(both))
     assert len(train) > 200
     assert len(held_out) > 10
-    longer = {text for text in train if len(text) > 100}  # packages' one-line comments are alike
+    longer = {text for text in train if len(text) > 100}  # one-line comments of packages are equal
     assert longer.isdisjoint(held_out)
     names = [name for name, _ in stdlib_modules()]
     assert names == sorted(set(names))
@@ -264,12 +264,15 @@ def test_the_standard_library_is_split_by_module_name():
 
 
 def test_the_split_rule_is_the_one_the_bundled_model_was_trained_under():
-    """Held out by sha256 of the name; a change would leak test text into the shipped weights."""
+    """A module is held out by the sha256 of its name.
+
+    Another rule would leak held-out text into the training of the bundled model.
+    """
     some = ["argparse", "ast", "functools", "heapq", "json.decoder", "os", "pathlib", "typing"]
     assert [name for name in some if is_held_out(name)] == ["ast", "functools", "pathlib", "typing"]
 
 
-def test_nothing_is_written_where_the_program_runs(tmp_path):
+def test_nothing_is_written_to_the_working_directory(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     code = (
         "from hqqtrain import data; from hqqtrain.config import *;"
