@@ -1,4 +1,4 @@
-"""Modules: the packed linear layer, its LoRA, and putting both into a model."""
+"""Modules: the packed linear layer, LoRA on it, and replacing the linears of a model."""
 
 from hqqtrain.nn.hqq_linear import PACKED, HQQLinear
 from hqqtrain.nn.lora import (

@@ -1,7 +1,7 @@
-"""`HQQLinear`: a linear layer whose weight is packed codes, and otherwise an ordinary module.
+"""`HQQLinear`: a linear layer with a packed weight that is otherwise an ordinary module.
 
-hqq keeps scale and zero in a dict and makes `.to` and `.half` do nothing; here they are frozen
-parameters beside W_q, so that every tool that moves, saves or shards modules handles them.
+hqq keeps scale and zero in a dict, and its `.to` and `.half` do nothing. Here W_q, scale and zero
+are frozen parameters, so every tool that moves, saves or shards modules handles them.
 """
 
 from collections.abc import Callable
@@ -13,19 +13,34 @@ from hqqtrain.quant import Quantized, QuantSpec, quantize
 from hqqtrain_kernels import ops
 
 PACKED = ("W_q", "scale", "zero")
-"""The parameters that together are the weight; dimension 0 of all three is the layout's units."""
+"""The parameters that form the packed weight; dimension 0 of each is the layout's units."""
 
 
 class HQQLinear(nn.Module):
-    """y = x W'^T + bias, with W' = (W_q - zero) * scale [out_features, in_features].
+    """A linear layer y = x W'^T + bias with W' = (W_q - zero) * scale [out_features, in_features].
 
-    W_q [units, bytes of a unit]: packed codes, uint8, or the same bits viewed as a float
-    `storage_dtype` (fewer columns). scale, zero [units, groups]: `spec.meta_dtype`, or after
-    `hold_as` such a view, too. bias [out_features] or None. All frozen; gradients reach the input
-    only, which is not saved.
+    All parameters are frozen. Gradients flow to the input only, and the input is not saved for
+    backward.
 
-    Moving works as for any module. Casting (`.half()`, `.to(torch.bfloat16)`) changes the dtype
-    the weight is dequantized to, `compute_dtype`, and the bias; never the packed parameters.
+    Moving works as for any module. Casting (`.half()`, `.to(torch.bfloat16)`) changes
+    `compute_dtype` and the bias, but never the packed parameters.
+
+    Args:
+        in_features: Size of an input.
+        out_features: Size of an output.
+        bias: Whether the layer has a bias.
+        spec: Settings of the quantization.
+        compute_dtype: Dtype that the weight is dequantized to.
+        storage_dtype: Dtype of W_q.
+        device: Device of the parameters.
+        name: Name of the layer, for error messages.
+
+    Attributes:
+        W_q: Packed codes [units, bytes of a unit], uint8, or the same bits viewed as a float
+            `storage_dtype` with fewer columns.
+        scale: [units, groups] in `spec.meta_dtype`, or a view of its bits after `hold_as`.
+        zero: Like `scale`.
+        bias: [out_features] in `compute_dtype`, or None.
     """
 
     def __init__(
@@ -53,10 +68,17 @@ class HQQLinear(nn.Module):
         cls, linear: nn.Linear, spec: QuantSpec, *, compute_dtype: torch.dtype | None = None,
         storage_dtype: torch.dtype = torch.uint8, name: str = "weight",
     ) -> "HQQLinear":  # fmt: skip
-        """Quantizes `linear`; on the meta device, makes an empty layer of its shape.
+        """Quantize `linear`; on the meta device, build an empty layer of the same shape.
+
+        Args:
+            linear: The layer to quantize; it is not modified.
+            spec: Settings of the quantization.
+            compute_dtype: Dtype that the weight is dequantized to; None: that of `linear`.
+            storage_dtype: Dtype of W_q.
+            name: Name of the layer, for error messages.
 
         Raises:
-            UserError: group_size does not divide, or the weight holds NaN or Inf.
+            UserError: group_size does not divide, or the weight contains NaN or infinity.
         """
         weight = linear.weight
         layer = cls(
@@ -71,29 +93,31 @@ class HQQLinear(nn.Module):
         return layer.train(linear.training)
 
     def load(self, quantized: Quantized) -> None:
-        """Copies the bits of a whole quantized weight."""
+        """Copy the bits of a whole quantized weight."""
         self.W_q.data.view(torch.uint8).copy_(quantized.W_q)
         self.scale.data.copy_(quantized.scale)
         self.zero.data.copy_(quantized.zero)
 
     def hold_as(self, storage: torch.dtype) -> None:
-        """W_q, scale and zero become views of one dtype, the same bits in fewer or more columns:
-        for engines that join them (FSDP1) or cut them flat (ZeRO-3)."""
+        """View W_q, scale and zero as one dtype: the same bits in fewer or more columns.
+
+        FSDP1 concatenates parameters and ZeRO-3 flattens them; both need a single dtype.
+        """
         for name in PACKED:
-            held = self._parameters[name]
-            assert held is not None
-            self._parameters[name] = nn.Parameter(held.detach().view(storage), requires_grad=False)
+            param = self._parameters[name]
+            assert param is not None
+            self._parameters[name] = nn.Parameter(param.detach().view(storage), requires_grad=False)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W' [out_features, in_features], in `compute_dtype` unless told otherwise."""
+        """Return W' [out_features, in_features] in `dtype`, by default `compute_dtype`."""
         return ops.dequantize(*self._packed(), self.layout, dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features], in the dtype of x, or autocast's."""
+        """Map x [..., in_features] to [..., out_features], in the dtype of x or of autocast."""
         return ops.linear(x, *self._packed(), self.bias, self.layout, self.compute_dtype)
 
     def _packed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """W_q as it is held, scale and zero as numbers."""
+        """Return W_q in its storage dtype, and scale and zero in `meta_dtype`."""
         meta = self.spec.meta_dtype
         if self.scale.dtype == meta:
             return self.W_q, self.scale, self.zero
@@ -107,6 +131,7 @@ class HQQLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HQQLinear":
+        """Move or cast the module, but never cast the packed parameters."""
         packed = {id(self._parameters[name]) for name in PACKED}
 
         def keep_bits(tensor: Tensor) -> Tensor:
@@ -115,7 +140,7 @@ class HQQLinear(nn.Module):
                 return tensor.to(changed.device)  # a cast would destroy the bits of a float view
             return changed
 
-        self.compute_dtype = fn(
-            torch.empty(0, dtype=self.compute_dtype, device=self.W_q.device)
-        ).dtype
+        # `fn` may cast to a dtype of its own choice: apply it to a tensor of compute_dtype.
+        probe = torch.empty(0, dtype=self.compute_dtype, device=self.W_q.device)
+        self.compute_dtype = fn(probe).dtype
         return super()._apply(keep_bits, recurse)

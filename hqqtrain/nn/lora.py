@@ -1,6 +1,7 @@
-"""LoRA on packed linears: PEFT's own layer, told how to stand on an `HQQLinear`.
+"""LoRA on packed linears, with PEFT's own LoRA layer on top of `HQQLinear`.
 
-The adapters, their names, scaling, dropout and files are PEFT's, so what is saved is stock.
+PEFT provides the adapters, their names, scaling, dropout and files, so a saved
+adapter is a standard PEFT adapter.
 """
 
 import hashlib
@@ -19,44 +20,48 @@ from hqqtrain.nn.patterns import matching
 
 
 class HQQLoraLinear(LoraLinear):
-    """PEFT's LoRA over an `HQQLinear`, which has no dense weight to merge into."""
+    """PEFT's LoRA layer on an `HQQLinear`, which has no dense weight to merge into."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises UserError: merged and packed again, the weight loses most of the training."""
+        """Refuse to merge: quantizing the merged weight again would lose most of the training.
+
+        Raises:
+            UserError: Always.
+        """
         raise UserError(
-            "an adapter cannot be merged into packed weights without losing what it learned; "
-            "use task=export, which merges it into the dequantized weights."
+            "an adapter cannot be merged into packed weights without losing most of its "
+            "training; use task=export, which merges it into the dequantized weights."
         )
 
 
 def lora_config(adapter: AdapterConfig, model: nn.Module) -> LoraConfig:
-    """PEFT's configuration of `adapter` for the packed linears of `model`.
+    """Build PEFT's configuration of `adapter` for the packed linears of `model`.
 
     Raises:
-        UserError: a glob of adapter.target_modules matches no packed linear.
+        UserError: A pattern of adapter.target_modules matches no packed linear.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, HQQLinear)]
     targets = matching("adapter.target_modules", adapter.target_modules, names)
     config = LoraConfig(
         r=adapter.r,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT divides it, as any number
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT only divides it, so a float works
         lora_dropout=adapter.dropout,
         use_rslora=adapter.kind == "rslora",
         init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
-        target_modules=_shortest(targets, model),
+        target_modules=_minimal_targets(targets, model),
         task_type="CAUSAL_LM",
     )
     return with_packed_linears(config)
 
 
 def with_packed_linears(config: LoraConfig) -> LoraConfig:
-    """`config`, taught to put its adapters on `HQQLinear`; that is not saved with it."""
+    """Register `HQQLoraLinear` for `HQQLinear` in `config`; the registration is not saved."""
     config._register_custom_module({HQQLinear: HQQLoraLinear})
     return config
 
 
 def cast_adapters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Gives the parameters of all adapters `dtype`, whatever that of the model."""
+    """Cast the parameters of all adapters to `dtype`, independently of the model's dtype."""
     for module in model.modules():
         if isinstance(module, HQQLoraLinear):
             module.lora_A.to(dtype)
@@ -65,21 +70,26 @@ def cast_adapters(model: nn.Module, dtype: torch.dtype) -> None:
 
 def init_adapters(model: nn.Module, seed: int, kind: str,
                   write: Callable[[nn.Parameter, Tensor], Any]) -> None:  # fmt: skip
-    """Gives every LoRA matrix its first values by its name, so that no sharding changes them.
+    """Initialize every LoRA matrix from the seed and its name, so that sharding changes nothing.
 
-    A [r, in]: PEFT's kaiming-uniform, or for `gaussian` normal of deviation 1 / r; B: zeros.
+    A [r, in_features] gets the Kaiming-uniform values of PEFT, or with `gaussian` normal values of
+    standard deviation 1 / r. B gets zeros.
 
     Args:
-        write: called with each parameter and its whole fp32 value, on the CPU.
+        model: The model with adapters.
+        seed: Seed of the values.
+        kind: `gaussian` or `default`, as in adapter.init.
+        write: Called with each parameter and its full fp32 value on the CPU.
     """
     for name, param in model.named_parameters():
         if ".lora_A." in name:
-            write(param, _first_values(param, f"{seed}:{name}", kind))
+            write(param, _initial_values(param, f"{seed}:{name}", kind))
         elif ".lora_B." in name:
             write(param, torch.zeros(param.shape))
 
 
-def _first_values(param: nn.Parameter, key: str, kind: str) -> Tensor:
+def _initial_values(param: nn.Parameter, key: str, kind: str) -> Tensor:
+    """Return the initial value of a LoRA matrix A; `key` seeds its random generator."""
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     values = torch.empty(param.shape)
@@ -88,8 +98,12 @@ def _first_values(param: nn.Parameter, key: str, kind: str) -> Tensor:
     return nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
 
 
-def _shortest(targets: Sequence[str], model: nn.Module) -> list[str]:
-    """Last parts of the names (`q_proj`), where they mean just these modules to PEFT."""
+def _minimal_targets(targets: Sequence[str], model: nn.Module) -> list[str]:
+    """Return the shortest target_modules with which PEFT selects exactly `targets`.
+
+    These are the last parts of the names (`q_proj`), unless PEFT would then select other modules,
+    too.
+    """
     leaves = {name.rpartition(".")[2] for name in targets}
-    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
-    return sorted(leaves) if meant == set(targets) else sorted(targets)
+    selected = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
+    return sorted(leaves) if selected == set(targets) else sorted(targets)

@@ -1,7 +1,7 @@
-"""Patterns that choose modules: a glob over the full name, or hqq's tag.
+"""Patterns that select modules: a glob over the full name, or hqq's tag.
 
-hqq calls `model.layers.3.self_attn.q_proj` by its tag, `self_attn.q_proj`: the name without
-"model", "layers" and numbers.
+hqq's tag of `model.layers.3.self_attn.q_proj` is `self_attn.q_proj`: the name without "model",
+"layers" and numbers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,21 +12,26 @@ from hqqtrain.config import UserError, did_you_mean
 
 
 def tag(name: str) -> str:
-    """hqq's tag of a module's full name."""
+    """Return hqq's tag of a module's full name."""
     dropped = ("model", "layers")
     return ".".join(p for p in name.split(".") if p not in dropped and not p.isdigit())
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether `pattern` chooses the module called `name`."""
+    """Whether `pattern` selects module `name`."""
     return fnmatchcase(name, pattern) or tag(name) == pattern
 
 
 def matching(key: str, patterns: Iterable[str], names: Iterable[str]) -> list[str]:
-    """The `names` that any of `patterns` chooses, in their order.
+    """Return the `names` that any of `patterns` selects, in their order.
+
+    Args:
+        key: The config key that contains the patterns, for messages.
+        patterns: Globs or tags.
+        names: Full names of modules.
 
     Raises:
-        UserError: a pattern, given under the config key `key`, chooses nothing.
+        UserError: A pattern selects nothing.
     """
     names = list(names)
     for pattern in patterns:
@@ -41,11 +46,14 @@ def matching(key: str, patterns: Iterable[str], names: Iterable[str]) -> list[st
 
 
 def settings_of(name: str, overrides: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
-    """(whether `name` is quantized at all, the settings of its own); later patterns win."""
-    chosen: dict[str, Any] = {}
+    """Return whether module `name` is quantized, and its own settings from `overrides`.
+
+    Later patterns take precedence. A pattern with the value None excludes the module.
+    """
+    own_settings: dict[str, Any] = {}
     quantized = True
     for pattern, settings in overrides.items():
         if matches(pattern, name):
             quantized = settings is not None
-            chosen |= settings or {}
-    return quantized, chosen
+            own_settings |= settings or {}
+    return quantized, own_settings

@@ -1,4 +1,7 @@
-"""Replaces `nn.Linear` by `HQQLinear` where a configuration says so, and says what it did."""
+"""Replace the `nn.Linear` modules that a configuration selects by `HQQLinear`.
+
+The result is reported, because a pattern that selects too little would otherwise go unnoticed.
+"""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -15,14 +18,21 @@ from hqqtrain.quant import QuantSpec, spec_from_config
 logger = logging.getLogger(__name__)
 
 MUCH_LEFT_OUT = 0.7
-"""Below this share of weights covered there is a warning; Qwen2-0.5B's embeddings leave 0.72."""
+"""Smallest quantized share of the weights without a warning.
+
+Qwen2-0.5B with its large embeddings has a share of 0.72.
+"""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `quantize_model` matched: names with their settings, and the share of weights.
+    """Result of `quantize_model`.
 
-    `covered` and `total` count weights; `total` is all parameters of the model, shared ones once.
+    Attributes:
+        matched: Name -> settings of every linear that was quantized.
+        skipped: Names of the other linears.
+        covered: Weights that were quantized.
+        total: Parameters of the model; tied ones count once.
     """
 
     matched: dict[str, QuantSpec]
@@ -32,7 +42,7 @@ class Report:
 
     @property
     def share(self) -> float:
-        """Share of all weights that are quantized."""
+        """Share of the model's parameters that were quantized."""
         return self.covered / self.total
 
 
@@ -40,16 +50,20 @@ def quantize_model(model: nn.Module, config: QuantConfig, *,
                    compute_dtype: torch.dtype | None = None,
                    storage_dtype: torch.dtype = torch.uint8,
                    on_layer: Callable[[str], object] = lambda _: None) -> Report:  # fmt: skip
-    """Replaces, in place, the linears of `model` that `config` chooses.
+    """Quantize the linears of `model` that `config` selects, and replace them in place.
 
-    On the meta device the new layers are empty, to be filled later.
+    On the meta device the new layers are empty; the caller loads their weights later.
 
     Args:
-        compute_dtype: dtype of dequantized weights; None: that of the linear's weight.
+        model: The model.
+        config: The group `quant` of the configuration.
+        compute_dtype: Dtype of dequantized weights; None: that of each linear's weight.
+        storage_dtype: Dtype of W_q.
+        on_layer: Called with the name of every replaced linear.
 
     Raises:
-        UserError: no `nn.Linear`, fused experts, a pattern that matches nothing, a group_size
-            that does not divide, or NaN or Inf in a weight.
+        UserError: The model has no `nn.Linear` or has fused experts, a pattern matches nothing, a
+            group_size does not divide, or a weight contains NaN or infinity.
     """
     specs, skipped = choose(model, config)
     total = sum(p.numel() for p in model.parameters())
@@ -59,38 +73,43 @@ def quantize_model(model: nn.Module, config: QuantConfig, *,
     report = Report(specs, skipped, covered, total)
     if report.share < MUCH_LEFT_OUT:
         logger.warning(
-            "only %.0f %% of the weights are quantized: %d of %d; what stays out keeps its full "
-            "size", 100 * report.share, covered, total,
+            "only %.0f %% of the weights are quantized: %d of %d; the others keep their full size",
+            100 * report.share, covered, total,
         )  # fmt: skip
     return report
 
 
 def choose(model: nn.Module, config: QuantConfig) -> tuple[dict[str, QuantSpec], list[str]]:
-    """(name -> settings of every linear to quantize, names of those left out).
+    """Select the linears to quantize.
+
+    Returns:
+        Name -> settings of every linear to quantize, and the names of the other linears.
 
     Raises:
-        UserError: as `quantize_model`, but for the weights.
+        UserError: As in `quantize_model`, except for weights with NaN or infinity.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     if not linears:
         raise UserError(f"{type(model).__name__}: has no nn.Linear, so nothing can be quantized.")
     _refuse_fused_experts(model, config)
-    # The default skips an output head; a model without one is no mistake of the user's.
-    wanted = [p for p in config.skip if p != "lm_head" or "lm_head" in linears]
-    skipped = set(matching("quant.skip", wanted, linears))
+    # quant.skip contains "lm_head" by default, so a model without an output head is no error.
+    skip = [p for p in config.skip if p != "lm_head" or "lm_head" in linears]
+    skipped = set(matching("quant.skip", skip, linears))
+    # Called for its check only: every override must match a linear.
     matching("quant.overrides", config.overrides, linears)
-    _refuse_vain_overrides(config, [name for name in linears if name not in skipped])
+    _refuse_unused_overrides(config, [name for name in linears if name not in skipped])
+    # Settings of each linear: those of `config`, with the overrides that match its name.
     specs = {}
     for name, linear in linears.items():
         quantized, own = settings_of(name, config.overrides)
         if name in skipped or not quantized:
             continue
         specs[name] = spec_from_config(config, own)
-        specs[name].layout(linear.out_features, linear.in_features, name)  # group_size divides
+        specs[name].layout(linear.out_features, linear.in_features, name)  # checks group_size
     if not specs:
         raise UserError(
-            f"{type(model).__name__}: has no nn.Linear to quantize but {', '.join(linears)}, left "
-            f"out by quant.skip={config.skip} and quant.overrides."
+            f"{type(model).__name__}: has no nn.Linear to quantize: quant.skip={config.skip} and "
+            f"quant.overrides exclude all of {', '.join(linears)}."
         )
     return specs, [name for name in linears if name not in specs]
 
@@ -99,11 +118,25 @@ def replace_linears(model: nn.Module, specs: Mapping[str, QuantSpec], *,
                     compute_dtype: torch.dtype | None = None,
                     storage_dtype: torch.dtype = torch.uint8,
                     on_layer: Callable[[str], object] = lambda _: None) -> int:  # fmt: skip
-    """Replaces the linears named in `specs`, in place; returns how many weights they hold."""
+    """Quantize the linears named in `specs`, and replace them in place.
+
+    Args:
+        model: The model.
+        specs: Name -> settings of the linears.
+        compute_dtype: Dtype of dequantized weights; None: that of each linear's weight.
+        storage_dtype: Dtype of W_q.
+        on_layer: Called with the name of every replaced linear.
+
+    Returns:
+        The number of weights in these linears.
+
+    Raises:
+        UserError: A weight contains NaN or infinity.
+    """
     covered = 0
     for name, spec in specs.items():
         path, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(path)
+        parent = model.get_submodule(path)  # the module whose attribute is replaced
         linear = getattr(parent, leaf)
         layer = HQQLinear.from_linear(
             linear, spec, compute_dtype=compute_dtype, storage_dtype=storage_dtype, name=name
@@ -114,24 +147,27 @@ def replace_linears(model: nn.Module, specs: Mapping[str, QuantSpec], *,
     return covered
 
 
-def _refuse_vain_overrides(config: QuantConfig, names: list[str]) -> None:
-    """Settings of layers that quant.skip leaves out would be ignored in silence."""
+def _refuse_unused_overrides(config: QuantConfig, names: list[str]) -> None:
+    """Raise UserError for overrides of layers that quant.skip excludes: they have no effect."""
     for pattern, settings in config.overrides.items():
         if settings is not None and not any(matches(pattern, name) for name in names):
             raise UserError(
-                f"quant.overrides={pattern}: all it matches is left out by quant.skip="
-                f"{config.skip}; take it out there, e.g. quant.skip=[]."
+                f"quant.overrides={pattern}: quant.skip={config.skip} excludes everything "
+                "that it matches; remove it from quant.skip, e.g. quant.skip=[]."
             )
 
 
 def _refuse_fused_experts(model: nn.Module, config: QuantConfig) -> None:
-    """transformers v5 fuses a layer's experts into 3-D parameters, which no linear holds."""
+    """Raise UserError for mixture-of-experts weights that are not excluded by quant.skip.
+
+    transformers v5 fuses the experts of a layer into 3-D parameters, which no `nn.Linear` contains.
+    """
     for name, param in model.named_parameters():
         module = name.rpartition(".")[0]
-        left_out = any(matches(pattern, module) for pattern in config.skip)
-        if param.dim() == 3 and "expert" in name and not left_out:
+        is_skipped = any(matches(pattern, module) for pattern in config.skip)
+        if param.dim() == 3 and "expert" in name and not is_skipped:
             raise UserError(
-                f"{name}: {list(param.shape)} holds fused mixture-of-experts weights, which "
-                "cannot be quantized yet; leave them in full precision with "
+                f"{name}: {list(param.shape)} are fused mixture-of-experts weights, which "
+                "cannot be quantized yet; keep them in full precision with "
                 f"quant.skip='[lm_head,\"*.experts\"]'."
             )

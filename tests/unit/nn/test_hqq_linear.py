@@ -1,4 +1,4 @@
-"""HQQLinear as an ordinary module, against nn.Linear on its own dequantized weight."""
+"""HQQLinear as an ordinary module, compared with nn.Linear on its dequantized weight."""
 
 import copy
 import io
@@ -25,7 +25,7 @@ def layer_of(spec: QuantSpec = SPEC, *, bias: bool = True, **options: object) ->
 
 
 def dense_of(layer: HQQLinear) -> nn.Linear:
-    """What the layer stands for, as a frozen nn.Linear."""
+    """Return a frozen nn.Linear with the dequantized weight of the layer."""
     dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     dense = dense.to(layer.compute_dtype)
     dense.weight.data.copy_(layer.dequantize())
@@ -55,7 +55,7 @@ def test_outputs_and_gradients_are_those_of_a_linear(nbits: int, axis: int) -> N
 
 @pytest.mark.parametrize("meta", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("storage", STORAGE)
-def test_held_as_one_dtype_it_is_the_same_layer(storage: torch.dtype, meta: torch.dtype) -> None:
+def test_viewed_as_one_dtype_it_is_the_same_layer(storage: torch.dtype, meta: torch.dtype) -> None:
     layer = layer_of(QuantSpec(2, 32, 1, "least_squares", meta))
     before, x = bits_of(layer), torch.randn(3, 64, requires_grad=True)
     expected = layer(x)
@@ -88,7 +88,7 @@ def test_casting_and_moving_never_touch_the_packed_bits(storage: torch.dtype) ->
     spec = QuantSpec(8, 64, 1, "rtn", torch.float32)
     layer = HQQLinear(64, 2048, True, spec, storage_dtype=storage)
     patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(2048, -1)
-    layer.W_q.data.view(torch.uint8).copy_(patterns.view(torch.uint8))  # every NaN among them
+    layer.W_q.data.view(torch.uint8).copy_(patterns.view(torch.uint8))  # includes every NaN
     layer.scale.data.fill_(1 / 3)
     layer.zero.data.fill_(128.3)
     before, model = bits_of(layer), nn.Sequential(layer)
@@ -127,7 +127,7 @@ def test_saved_and_loaded_by_torch() -> None:
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
-    again = torch.load(buffer, weights_only=False)  # our own bytes: that the module pickles
+    again = torch.load(buffer, weights_only=False)  # trusted bytes; checks that the module pickles
     assert bits_of(again) == bits_of(layer)
     assert (again.layout, again.spec, again.bias) == (layer.layout, layer.spec, None)
     with pytest.raises(RuntimeError, match="W_q"):
@@ -138,7 +138,7 @@ def test_saved_and_loaded_by_torch() -> None:
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("bias", [False, True])
-def test_built_on_meta_then_filled(axis: int, bias: bool) -> None:
+def test_built_on_meta_then_loaded(axis: int, bias: bool) -> None:
     spec = QuantSpec(3, None, axis, "least_squares", torch.bfloat16)
     real = layer_of(spec, bias=bias)
     with torch.device("meta"):
@@ -147,15 +147,15 @@ def test_built_on_meta_then_filled(axis: int, bias: bool) -> None:
     assert empty(torch.empty(2, 64, device="meta")).shape == (2, 96)
     shapes = {n: (p.shape, p.dtype) for n, p in real.named_parameters()}
     assert {n: (p.shape, p.dtype) for n, p in empty.named_parameters()} == shapes
-    filled = empty.to_empty(device="cpu")
-    filled.load_state_dict(real.state_dict())
+    loaded = empty.to_empty(device="cpu")
+    loaded.load_state_dict(real.state_dict())
     x = torch.randn(4, 64)
-    assert torch.equal(filled(x), real(x))
-    assert filled.compute_dtype == real.compute_dtype
+    assert torch.equal(loaded(x), real(x))
+    assert loaded.compute_dtype == real.compute_dtype
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float32])
-def test_compiles_whole_with_any_batch(storage: torch.dtype) -> None:
+def test_compiles_as_one_graph_with_any_batch(storage: torch.dtype) -> None:
     model = nn.Sequential(layer_of(storage_dtype=storage), nn.ReLU(), nn.Linear(96, 4))
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -180,7 +180,7 @@ def test_dtypes_under_autocast() -> None:
     assert x.grad.dtype == torch.float32
 
 
-def test_checkpointing_recomputes_it() -> None:
+def test_activation_checkpointing_recomputes_it() -> None:
     layer = layer_of()
     x = torch.randn(3, 64, requires_grad=True)
     y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
@@ -188,7 +188,7 @@ def test_checkpointing_recomputes_it() -> None:
     torch.testing.assert_close(got, torch.autograd.grad(layer(x).sum(), x)[0])
 
 
-def test_faults_name_the_layer() -> None:
+def test_errors_name_the_layer() -> None:
     with pytest.raises(UserError, match=r"group_size=48.*in_features=64 of model\.q"):
         HQQLinear(64, 96, False, QuantSpec(4, 48, 1, "rtn", torch.float32), name="model.q")
     linear = nn.Linear(64, 96)
@@ -197,6 +197,6 @@ def test_faults_name_the_layer() -> None:
         HQQLinear.from_linear(linear, SPEC, name="model.q")
 
 
-def test_repr_says_how_it_is_quantized() -> None:
+def test_repr_shows_the_quantization_settings() -> None:
     assert "nbits=2, group_size=32, axis=1" in repr(layer_of())
     assert not hasattr(layer_of(), "weight")

@@ -1,4 +1,4 @@
-"""Adapters are stock PEFT: trained on packed weights, read by PEFT on the dense model."""
+"""Adapters are standard PEFT: trained on packed weights, loaded by PEFT on the dense model."""
 
 import copy
 import warnings
@@ -40,7 +40,7 @@ def packed() -> nn.Module:
 
 
 def dense_of(packed: nn.Module) -> nn.Module:
-    """The plain Llama whose weights are the dequantized ones."""
+    """Return the dense Llama with the dequantized weights."""
     dense = AutoModelForCausalLM.from_config(LLAMA)
     state = {k: v for k, v in packed.state_dict().items() if k in dense.state_dict()}
     for name, module in packed.named_modules():
@@ -128,7 +128,7 @@ def test_gradients_are_those_on_the_dense_model(packed: nn.Module) -> None:
         (["model.layers.1.mlp.up_proj"], ["model.layers.1.mlp.up_proj"]),
     ],
 )
-def test_targets_are_named_shortly_where_that_is_unambiguous(
+def test_target_modules_are_short_names_if_unambiguous(
     packed: nn.Module, targets: list[str], expected: list[str]
 ) -> None:
     config = lora_config(AdapterConfig(target_modules=targets), packed)
@@ -172,7 +172,7 @@ def test_no_warnings_and_nothing_private_in_the_saved_config(
 
 
 def seeded(seed: int, kind: str, *, on_meta: bool) -> dict[str, torch.Tensor]:
-    """Every adapter parameter after `init_adapters`, by name."""
+    """Return every adapter parameter after `init_adapters`, by name."""
     with torch.device("meta" if on_meta else "cpu"):
         model = AutoModelForCausalLM.from_config(LLAMA)
         quantize_model(model, QuantConfig(group_size=16))
@@ -187,7 +187,7 @@ def seeded(seed: int, kind: str, *, on_meta: bool) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["default", "gaussian"])
-def test_seeded_by_name_alone(kind: str) -> None:
+def test_initial_values_depend_on_seed_and_name_only(kind: str) -> None:
     here, there, other = (
         seeded(7, kind, on_meta=False),
         seeded(7, kind, on_meta=True),
@@ -219,7 +219,7 @@ def test_the_distribution_is_that_of_peft() -> None:
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_adapters_of_16_bits(packed: nn.Module, autocast: bool) -> None:
-    """Adapters, gradients and moments are bf16, the packed weights as before; and it learns."""
+    """Adapters in bf16 train, and the packed weights keep their dtypes."""
     model = get_peft_model(packed, lora_config(AdapterConfig(r=4, alpha=8), packed))
     init_adapters(model, 0, "default", write=lambda param, value: param.data.copy_(value))
     before = {n: p.dtype for n, p in model.named_parameters() if not p.requires_grad}

@@ -1,4 +1,4 @@
-"""Which linears of a model are replaced, and every way of choosing none by mistake."""
+"""The selection of linears to replace, and every way to select none by mistake."""
 
 import logging
 
@@ -86,7 +86,7 @@ def test_null_and_skip_leave_in_full_precision() -> None:
         ({"skip": ["*"]}, r"no nn\.Linear to quantize"),
     ],
 )
-def test_patterns_that_cannot_be_meant(settings: dict, message: str) -> None:
+def test_patterns_that_select_nothing_are_refused(settings: dict, message: str) -> None:
     model = llama()
     with pytest.raises(UserError, match=message):
         quantize_model(model, QuantConfig(**settings))
@@ -110,7 +110,7 @@ def test_fused_experts_are_refused_by_name_or_skipped() -> None:
         quantize_model(model, QuantConfig())
 
 
-def test_a_large_rest_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_small_quantized_share_gives_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="hqqtrain"):
         quantize_model(llama(), QuantConfig())
         assert not caplog.records
