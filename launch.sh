@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv (once) and runs hqqtrain on whatever this machine has.
+# Sets up .venv once and runs hqqtrain on all GPUs of this machine, or on its CPU.
 #   ./launch.sh                             the default recipe, tiny_2bit
 #   ./launch.sh recipe=NAME key=value ...   any recipe, on all GPUs; --help lists recipes and keys
 #   ./launch.sh test [pytest arguments]     the test suite
@@ -11,35 +11,35 @@ venv="$here/.venv" python="$here/.venv/bin/python"
 
 die() { echo "launch.sh: $1" >&2; exit 1; }
 
-find_python() { # prints the first Python that will do
+find_python() { # prints the first suitable Python
   local candidates=(python3 python3.13 python3.12 python3.11) candidate
   [[ -z ${HQQTRAIN_PYTHON:-} ]] || candidates=("$HQQTRAIN_PYTHON")
   for candidate in "${candidates[@]}"; do
     if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
       2>/dev/null; then echo "$candidate"; return; fi
   done
-  die "needs Python 3.11 or newer with venv and pip; none of these will do: ${candidates[*]}.
-Install one, or name yours: HQQTRAIN_PYTHON=/path/to/python3 ./launch.sh"
+  die "needs Python 3.11 or newer with venv and pip; none of these is suitable: ${candidates[*]}.
+Install one, or choose one: HQQTRAIN_PYTHON=/path/to/python3 ./launch.sh"
 }
 
 install() { "$python" -m pip install -qq --disable-pip-version-check -c "$here/constraints.txt" "$@"; }
 
-install_all() { # install_all EXTRA: torch first, so that what is built later finds it
+install_all() { # install_all EXTRA: torch first, because packages that are built later need it
   local base
   if [[ ! -x $python ]]; then base="$(find_python)"; "$base" -m venv "$venv"; fi
   install "torch>=2.11,<2.14"
   install -e "$here$1"
   DS_BUILD_OPS=0 install --no-build-isolation deepspeed >"$venv/deepspeed.log" 2>&1 ||
-    echo "launch.sh: deepspeed does not build here; see .venv/deepspeed.log. Going on." >&2
+    echo "launch.sh: deepspeed cannot be built here, see .venv/deepspeed.log; continuing." >&2
 }
 
-is_ready() { # is_ready STAMP...: one of them is that of today's files
+is_ready() { # is_ready STAMP...: whether one of the stamps matches the current files
   local stamp
   for stamp in "$@"; do [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]] || return 0; done
   return 1
 }
 
-set_up() { # set_up run|test; one process at a time, also of several nodes on a shared disk
+set_up() { # set_up run|test; the lock also excludes other nodes that share the disk
   wanted="$here $(cat "$here/pyproject.toml" "$here/constraints.txt" | cksum)"
   local stamps=("$venv/.ready-test") extra="[test]"
   [[ $1 == test ]] || { stamps+=("$venv/.ready-run"); extra=""; }
@@ -48,7 +48,7 @@ set_up() { # set_up run|test; one process at a time, also of several nodes on a 
   exec 9>"$venv/.lock"
   if command -v flock >/dev/null; then flock 9; fi
   if ! is_ready "${stamps[@]}"; then
-    echo "launch.sh: setting up $venv, once; this takes some minutes." >&2
+    echo "launch.sh: setting up $venv once; this takes a few minutes." >&2
     install_all "$extra"
     echo "$wanted" >"$venv/.ready-$1"
   fi
@@ -63,7 +63,7 @@ run_tests() {
   mypy
   lint-imports
   shellcheck launch.sh .ci/run
-  # by file, whose runs its tests share, the long ones first; 3 at a time: they wait, half of it
+  # By file: tests of a file share runs. Long files first. 3 processes: tests wait half of the time.
   exec "$python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
 }
 
@@ -74,15 +74,15 @@ count_gpus() {
 
 has_flag() { local word; for word; do [[ $word != -* ]] || return 0; done; return 1; }
 
-launch() { # many processes; the exit code is the run's own, which launchers turn into 1
+launch() { # several processes; returns the run's own exit code, which accelerate turns into 1
   local checked cores pid code=0
   checked="$("$python" -m hqqtrain --check "$@")" || exit "$?"
-  [[ $checked != "sweep of "* && $checked != "job of slurm:"* ]] || exec "$python" -m hqqtrain "$@"
+  [[ $checked != "sweep of "* && $checked != "slurm job:"* ]] || exec "$python" -m hqqtrain "$@"
   ((nnodes == 1)) || [[ -n ${NODE_RANK:-} && -n ${MASTER_ADDR:-} ]] ||
     die "NNODES=$nnodes: set NODE_RANK (0 to $((nnodes - 1))) and MASTER_ADDR on every node."
   cores="$(getconf _NPROCESSORS_ONLN)" HQQTRAIN_EXIT_CODE="$(mktemp)"
   export HQQTRAIN_EXIT_CODE OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}"
-  # --multi_gpu is accelerate's launcher of many processes, on a CPU as well
+  # --multi_gpu selects accelerate's launcher for several processes, on a CPU as well
   "$python" -m accelerate.commands.launch --multi_gpu --num_machines "$nnodes" \
     --num_processes "$((nproc * nnodes))" --machine_rank "${NODE_RANK:-0}" \
     --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --mixed_precision no --dynamo_backend no \

@@ -1,4 +1,4 @@
-"""Slurm: what turns a command into a batch job, and a step's tasks into ranks of one run."""
+"""Slurm: turns a command into a batch job, and the tasks of a job step into ranks of one run."""
 
 from hqqtrain.launch.batch import Batch
 from hqqtrain.launch.ranks import adopt_ranks

@@ -1,8 +1,9 @@
-"""What the end of a run means for its job: requeued or ended, and with which exit code.
+"""Decides what happens to a Slurm job when its run ends: requeue it, or end it with an exit code.
 
-job.sh asks before and after every start. A job that is preempted is requeued, but not for ever: two
-starts in a row that got no further end it. What was seen is kept beside what the job prints, as a
-run that is stopped while it loads has no directory of its own yet.
+job.sh calls this module before and after every start. A preempted job is requeued, but not without
+limit: after two starts in a row that made no progress, the job ends. The record of a start is kept
+next to the job's output and not in the run directory, because a run that is stopped while it loads
+has no run directory yet.
 """
 
 import json
@@ -18,83 +19,111 @@ from hqqtrain.config.atomic import atomic_write
 from hqqtrain.config.codes import PREEMPTED, USER_ERROR
 
 FRUITLESS = 2
-"""Starts in a row that were preempted and got no further: so many end the job."""
-_NOTE = {"job": str, "fruitless": int, "before": dict, "exit_code": int | None, "time": float}
+"""The job ends after this many preempted starts in a row without progress."""
+_RECORD_TYPES = {
+    "job": str,
+    "fruitless": int,
+    "before": dict,
+    "exit_code": int | None,
+    "time": float,
+}
 
 
 def note_of(folder: Path) -> dict[str, Any]:
-    """What was noted of the last start of the run in `folder`; empty where nothing was.
+    """Return the record of the last start of the run in `folder`; empty if there is none.
 
-    `exit_code` is None until it has ended; `time` is in seconds since 1970.
+    Its keys are `job` (the Slurm job id), `fruitless` (preempted starts in a row without
+    progress), `before` (the progress before the start), `exit_code` (None until the start has
+    ended) and `time` (seconds since 1970).
     """
     try:
-        note = json.loads(_file(folder).read_text(encoding="utf-8"))
+        record = json.loads(_record_file(folder).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return note if _is_sound(note) else {}
+    is_valid = isinstance(record, dict) and all(
+        isinstance(record.get(key), type_) for key, type_ in _RECORD_TYPES.items()
+    )
+    return record if is_valid else {}
 
 
 def begin(folder: Path, job: str) -> None:
-    """`job` starts the run in `folder`, for the first time or again. OSError: cannot be noted."""
+    """Record that `job` starts the run in `folder`, for the first time or again.
+
+    Raises:
+        OSError: the record cannot be written.
+    """
     last = note_of(folder)
     fruitless = last["fruitless"] if last.get("job") == job else 0
-    _file(folder).parent.mkdir(parents=True, exist_ok=True)
-    _keep(folder, {"job": job, "fruitless": fruitless, "before": _seen(folder), "exit_code": None})
+    _record_file(folder).parent.mkdir(parents=True, exist_ok=True)
+    _write_record(folder, job, fruitless, _progress(folder), exit_code=None)
 
 
 def end(folder: Path, code: int, job: str) -> tuple[int, bool]:
-    """(exit code, whether `job` is to be requeued) after a start that srun says ended with `code`.
+    """Record the end of a start, and decide whether the job is requeued.
 
-    Raises OSError where it cannot be noted, and so would not be known the next time.
+    Args:
+        folder: the run directory, which may not exist yet.
+        code: the exit code of srun.
+        job: the id of the Slurm job.
+
+    Returns:
+        The exit code of the run, and whether `job` is to be requeued.
+
+    Raises:
+        OSError: the record cannot be written, so the next start would not know of this one.
     """
-    last, now = note_of(folder), _seen(folder)
+    last, after = note_of(folder), _progress(folder)
     before = last.get("before", {})
-    code = _own_code(code, before, now)
+    code = _run_exit_code(code, before, after)
     fruitless = last.get("fruitless", 0) + 1
-    if code != PREEMPTED or _got_further(before, now):
+    if code != PREEMPTED or _has_progressed(before, after):
         fruitless = 0
-    _keep(folder, {"job": job, "fruitless": fruitless, "before": before, "exit_code": code})
+    _write_record(folder, job, fruitless, before, exit_code=code)
     return code, code == PREEMPTED and fruitless < FRUITLESS
 
 
 def main(words: Sequence[str]) -> int:
-    """`begin FOLDER`, or `end FOLDER CODE`, which requeues the job; returns the exit code."""
-    folder, job = Path(words[1]), _job(os.environ)
+    """Run `begin FOLDER`, or `end FOLDER CODE`, which may requeue the job.
+
+    Returns:
+        The exit code of the batch script.
+    """
+    folder, job = Path(words[1]), _job_id(os.environ)
     try:
         if words[0] == "begin":
             begin(folder, job)
             return 0
-        code, again = end(folder, int(words[2]), job)
+        code, is_requeued = end(folder, int(words[2]), job)
     except OSError as error:
-        _say(f"run.root={folder.parent}: cannot be written to ({error}); not requeued.")
+        _print(f"run.root={folder.parent}: cannot be written to ({error}); not requeued.")
         return USER_ERROR if words[0] == "begin" else int(words[2])
-    if again:
-        _requeue(job)
+    if is_requeued:
+        _print("preempted; requeued, and will resume.")  # before scontrol: Slurm then kills us
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        if done.returncode:
+            _print(f"requeueing failed: {done.stderr.strip()}; repeat the command to resume.")
     elif code == PREEMPTED:
-        _say(
+        _print(
             f"preempted {FRUITLESS} times in a row, each time without a new checkpoint or a "
-            "finished quantized/: not requeued. It needs a longer launch.time, a smaller "
-            "ckpt.every, or a partition where it is not stopped; the same command goes on."
+            "finished quantized/: not requeued. Set a longer launch.time or a smaller ckpt.every, "
+            "or choose a partition without preemption; repeat the command to resume."
         )
     return code
 
 
-def _requeue(job: str) -> None:
-    _say("preempted; requeued, to go on where it was.")  # slurm ends us at once
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-    if done.returncode:
-        _say(f"not requeued after all: {done.stderr.strip()}; the same command goes on.")
+def _job_id(environ: Mapping[str, str]) -> str:
+    """Return the id by which scontrol knows this job.
 
-
-def _job(environ: Mapping[str, str]) -> str:
-    """The last task of an array has the array's own SLURM_JOB_ID, which stands for all of them."""
+    A task of an array is ARRAY_TASK: the SLURM_JOB_ID of its last task is the id of the whole
+    array, so requeueing that id would requeue every task.
+    """
     if array := environ.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{environ['SLURM_ARRAY_TASK_ID']}"
     return environ.get("SLURM_JOB_ID", "")
 
 
-def _seen(folder: Path) -> dict[str, Any]:
-    """How far the run has got, and what it says of itself."""
+def _progress(folder: Path) -> dict[str, Any]:
+    """Return the progress of the run: its last checkpoint, its quantized model, its status.json."""
     names = (path.name.removeprefix("step-") for path in folder.glob("checkpoints/step-*"))
     try:
         status = (folder / "status.json").read_text(encoding="utf-8")
@@ -107,36 +136,40 @@ def _seen(folder: Path) -> dict[str, Any]:
     }
 
 
-def _got_further(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether the next start has less to do."""
-    steps = now["step"] > before.get("step", -1)
-    return steps or (now["quantized"] and not before.get("quantized"))
+def _has_progressed(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether the start has left less work for the next one."""
+    has_new_checkpoint = after["step"] > before.get("step", -1)
+    return has_new_checkpoint or (after["quantized"] and not before.get("quantized"))
 
 
-def _own_code(code: int, before: Mapping[str, Any], now: Mapping[str, Any]) -> int:
-    """The run's own: ranks that srun had to end make its code larger than that."""
-    if code <= PREEMPTED or now["status"] == before.get("status"):
+def _run_exit_code(code: int, before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
+    """Return the run's own exit code, given the exit code of srun.
+
+    When srun has to kill ranks, its own code is larger, such as 137, and hides that of the run. The
+    latter is then read from status.json, provided that this start has written it.
+    """
+    if code <= PREEMPTED or after["status"] == before.get("status"):
         return code
     try:
-        said = json.loads(now["status"])["exit_code"]
+        own_code = json.loads(after["status"])["exit_code"]
     except (ValueError, TypeError, KeyError):
         return code
-    return said if isinstance(said, int) else code
+    return own_code if isinstance(own_code, int) else code
 
 
-def _file(folder: Path) -> Path:
+def _record_file(folder: Path) -> Path:
     return folder.parent / "slurm" / f"{folder.name}.json"
 
 
-def _keep(folder: Path, note: dict[str, Any]) -> None:
-    atomic_write(_file(folder), json.dumps({**note, "time": time.time()}, indent=2) + "\n")
+def _write_record(
+    folder: Path, job: str, fruitless: int, before: dict[str, Any], exit_code: int | None
+) -> None:
+    record = {"job": job, "fruitless": fruitless, "before": before, "exit_code": exit_code}
+    record["time"] = time.time()
+    atomic_write(_record_file(folder), json.dumps(record, indent=2) + "\n")
 
 
-def _is_sound(note: Any) -> bool:
-    return isinstance(note, dict) and all(isinstance(note.get(k), t) for k, t in _NOTE.items())
-
-
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stderr.write(f"hqqtrain: {text}\n")
     sys.stderr.flush()
 

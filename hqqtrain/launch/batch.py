@@ -1,7 +1,7 @@
-"""Renders batch files for slurm: what is asked for, then the command, then what its end means.
+"""Renders Slurm batch files: the requested resources, then the command, then the requeue logic.
 
-A batch file is complete: it can be read, kept, changed and submitted by hand. It ends in job.sh,
-which is the same for every run.
+A batch file is self-contained: a user can read, keep, edit and submit it by hand. It ends with the
+text of job.sh, which is the same for every run.
 """
 
 import re
@@ -12,25 +12,27 @@ from pathlib import Path
 
 from hqqtrain.config import LaunchConfig
 
-_END = Path(__file__).with_name("job.sh")
-_RESOURCES = re.compile(
+_JOB_SCRIPT = Path(__file__).with_name("job.sh")
+_RESOURCE_OPTIONS = re.compile(
     "gres.*|(gpu|cpu|mem|tres|ntasks|cores|sockets|threads)[s-].*|mem|ntasks|mincpus|nodes|nodelist"
     "|nodefile|exclusive|oversubscribe|overcommit|constraint|cluster-constraint|prefer|contiguous"
     "|switches|tmp|licenses|bb|bbf|distribution|extra-node-info|hint|core-spec|thread-spec"
     "|use-min-nodes|spread-job|array"
 )
-_SHORT_RESOURCES = frozenset(f"-{letter}" for letter in "BCFGLNOSacmnsw")
-_THREADS = 'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"'
+"""Names of sbatch options that request resources, without the leading dashes."""
+_SHORT_RESOURCE_OPTIONS = frozenset(f"-{letter}" for letter in "BCFGLNOSacmnsw")
+_SET_THREADS = 'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"'
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the batch files of one command have in common.
+    """Renders the batch files of one command.
 
     Args:
-        name: of the job.
-        folder: takes what the job prints.
-        command: how a user asked for it; a comment.
+        name: the name of the job.
+        folder: the folder for the job's output.
+        launch: the resources to request.
+        command: the command that the user typed; it becomes a comment of the file.
         python: the interpreter, at the same path on every node.
     """
 
@@ -41,56 +43,81 @@ class Batch:
     python: str
 
     def run(self, words: Sequence[str]) -> str:
-        """The batch file of one run, `words` being those of its command, without launch.*."""
-        head = self._head(f"A run of hqqtrain {self._where()}.", "%j", self._use("sbatch"))
-        return _text(*head, f"words=({shlex.join(words)})\n", _end())
+        """Return the batch file of one run; `words` are its overrides without `launch.*`."""
+        title = f"A run of hqqtrain {self._processes_text()}."
+        head = self._head(title, "%j", self._usage("sbatch"))
+        return _joined(*head, f"words=({shlex.join(words)})\n", _job_script())
 
     def sweep(self, runs: Sequence[Sequence[str]], words: Sequence[str]) -> str:
-        """The batch file of an array of such runs, `launch.jobs` of them at a time; `words` are
-        those of the sweep, without launch.*."""
-        title = f"A sweep of hqqtrain: {len(runs)} runs, each {self._where()}."
+        """Return the batch file of a job array, which runs `launch.jobs` tasks in parallel.
+
+        Args:
+            runs: the overrides of every run, without `launch.*`.
+            words: the arguments of the sweep's own command, without `launch.*`.
+        """
+        title = f"A sweep of hqqtrain: {len(runs)} runs, each {self._processes_text()}."
         array = f"--array=0-{len(runs) - 1}%{self.launch.jobs}"
         cases = [f"  {n}) words=({shlex.join(words)}) ;;" for n, words in enumerate(runs)]
         choice = ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "  *) exit 2 ;;", "esac\n"]
-        call = _one_line(shlex.join(words))
-        table = f"# Their table, at any time: python -m hqqtrain --table {call}"
-        head = self._head(title, "%A_%a", f"{self._use('sbatch')}\n{table}", array)
-        return _text(*head, *choice, _end())
+        arguments = _one_line(shlex.join(words))
+        table = f"# To print the table at any time: python -m hqqtrain --table {arguments}"
+        head = self._head(title, "%A_%a", f"{self._usage('sbatch')}\n{table}", array)
+        return _joined(*head, *choice, _job_script())
 
     def table(self, words: Sequence[str]) -> str:
-        """The batch file of what follows a sweep, on one core: its table."""
-        options = [option for option in self.launch.options if not _asks_for_resources(option)]
-        alone = replace(
-            self.launch, nodes=1, tasks_per_node=1, gpus_per_node=0, cpus_per_task=1,
+        """Return the batch file of the job that writes the sweep's table, on a single core."""
+        options = [option for option in self.launch.options if not _requests_resources(option)]
+        launch = replace(
+            self.launch,
+            nodes=1,
+            tasks_per_node=1,
+            gpus_per_node=0,
+            cpus_per_task=1,
             options=options,
-        )  # fmt: skip
-        job = replace(self, name=f"{self.name}-table", launch=alone)
-        use = self._use("sbatch --dependency=afterany:JOB") + ", JOB being that of the runs"
-        call = f'exec "$python" -m hqqtrain --table {shlex.join(words)}'
-        return _text(*job._head("The table of a sweep of hqqtrain.", "%j", use), call)
+        )
+        job = replace(self, name=f"{self.name}-table", launch=launch)
+        usage = self._usage("sbatch --dependency=afterany:JOB") + ", where JOB is the job array"
+        command = f'exec "$python" -m hqqtrain --table {shlex.join(words)}'
+        return _joined(*job._head("The table of a sweep of hqqtrain.", "%j", usage), command)
 
-    def _where(self) -> str:
+    def _processes_text(self) -> str:
+        """For example `on 2 nodes, with 8 processes on each`."""
         launch = self.launch
         nodes = f"{launch.nodes} nodes" if launch.nodes > 1 else "one node"
         return f"on {nodes}, with {launch.tasks} process{'es' if launch.tasks > 1 else ''} on each"
 
-    def _use(self, sbatch: str) -> str:
-        there = shlex.quote(str(self.folder))
-        return f"# To use it, in the folder that was typed in: mkdir -p {there} && {sbatch} FILE"
+    def _usage(self, sbatch: str) -> str:
+        folder = shlex.quote(str(self.folder))
+        return f"# To submit it from the folder of that command: mkdir -p {folder} && {sbatch} FILE"
 
-    def _head(self, title: str, number: str, use: str, *more: str) -> Iterator[str]:
+    def _head(self, title: str, job_pattern: str, usage: str, *options: str) -> Iterator[str]:
+        """Yield the lines up to the command: comments, sbatch options, and the environment.
+
+        Args:
+            title: the first comment of the file.
+            job_pattern: sbatch's pattern for the job id in the name of the output file.
+            usage: a comment that tells how the file is submitted.
+            options: further options of sbatch.
+        """
         yield "#!/usr/bin/env bash"
-        yield f"# {title} Made by"
+        yield f"# {title} Generated by"
         yield f"#   {_one_line(self.command)}"
-        yield use
-        output = str(self.folder / f"{self.name}-").replace("%", "%%") + f"{number}.out"
-        for option in (f"--job-name={self.name}", f"--output={output}", *self._asked_for(), *more):
+        yield usage
+        # sbatch expands %; a literal one is doubled.
+        output = str(self.folder / f"{self.name}-").replace("%", "%%") + f"{job_pattern}.out"
+        names = (f"--job-name={self.name}", f"--output={output}")
+        for option in (*names, *self._resource_options(), *options):
             yield f"#SBATCH {shlex.quote(option)}"
         yield from (f"#SBATCH {option}" for option in self.launch.options)
-        yield from ("set -e", *self.launch.setup, _THREADS, f"python={shlex.quote(self.python)}")
+        yield "set -e"
+        yield from self.launch.setup
+        yield from (_SET_THREADS, f"python={shlex.quote(self.python)}")
 
-    def _asked_for(self) -> Iterator[str]:
-        """The options of sbatch. USR1 goes to the ranks, not to the shell: no `B:`."""
+    def _resource_options(self) -> Iterator[str]:
+        """Yield the sbatch options for resources and for preemption.
+
+        `--signal` has no `B:` prefix, so that USR1 goes to the ranks and not to the shell.
+        """
         launch = self.launch
         yield f"--nodes={launch.nodes}"
         yield f"--ntasks-per-node={launch.tasks}"
@@ -106,20 +133,21 @@ class Batch:
         yield from (f"--signal=USR1@{launch.grace}", "--requeue", "--open-mode=append")
 
 
-def _asks_for_resources(option: str) -> bool:
-    """Whether sbatch's `option` asks for more than one core: those are the runs' own."""
+def _requests_resources(option: str) -> bool:
+    """Whether an sbatch option requests resources. The runs need them; the table does not."""
     name = re.split("[= ]", option)[0]
-    return bool(_RESOURCES.fullmatch(name.removeprefix("--"))) or name in _SHORT_RESOURCES
+    is_long = bool(_RESOURCE_OPTIONS.fullmatch(name.removeprefix("--")))
+    return is_long or name in _SHORT_RESOURCE_OPTIONS
 
 
 def _one_line(text: str) -> str:
-    """For a comment, out of which a word must not break."""
+    """Join the lines of `text`, so that it cannot break out of a comment."""
     return " ".join(text.splitlines())
 
 
-def _end() -> str:
-    return _END.read_text(encoding="utf-8").rstrip()
+def _job_script() -> str:
+    return _JOB_SCRIPT.read_text(encoding="utf-8").rstrip()
 
 
-def _text(*lines: str) -> str:
+def _joined(*lines: str) -> str:
     return "\n".join(lines) + "\n"

@@ -1,62 +1,63 @@
-"""`srun python -m hqqtrain`: the tasks of a slurm step are the ranks of one run.
+"""Makes the tasks of `srun python -m hqqtrain` the ranks of one run.
 
-The rest of the program asks for RANK and its like, as torchrun sets them; slurm has names of its
-own. SLURM_NTASKS and SLURM_PROCID will not do: a batch script and the shell of salloc have them
-too, and are one process. SLURM_STEP_NUM_TASKS is set by srun, in what it starts
-(slurm 22.05; in an interactive step it is 1).
+The rest of the program reads RANK, WORLD_SIZE and so on, as torchrun sets them; Slurm uses names of
+its own. SLURM_NTASKS and SLURM_PROCID cannot tell whether there are several processes, because a
+batch script and the shell of salloc have them too and are a single process. SLURM_STEP_NUM_TASKS
+can: srun sets it in the tasks that it starts (Slurm 22.05; in an interactive step it is 1).
 """
 
 import re
 from collections.abc import Mapping, MutableMapping
 
-_FIRST_PORT, _PORTS = 15_000, 14_000
-"""Below those that systems hand out themselves (from 32768), and below torchrun's 29500."""
+_FIRST_PORT, _NUM_PORTS = 15_000, 14_000
+"""The range lies below the ephemeral ports of Linux (from 32768) and below torchrun's 29500."""
 _PORTS_PER_JOB = 10
 
 
 def adopt_ranks(environ: MutableMapping[str, str]) -> None:
-    """Adds RANK, WORLD_SIZE, ... to `environ`, in a step of several tasks that srun started.
+    """Add RANK, WORLD_SIZE and so on to `environ` if srun has started several tasks.
 
-    Changes nothing where torchrun or accelerate, started by srun, have numbered the processes.
+    The environment stays as it is if srun has started torchrun or accelerate, because these have
+    numbered the processes already.
+
+    Args:
+        environ: the environment of this process, changed in place.
     """
-    several = int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    if not several or "RANK" in environ or "ACCELERATE_MIXED_PRECISION" in environ:
+    has_several_tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    if not has_several_tasks or "RANK" in environ or "ACCELERATE_MIXED_PRECISION" in environ:
         return
-    for name, value in _master(environ).items():
-        environ.setdefault(name, value)  # a batch script may have chosen them
+    for name, value in _rendezvous(environ).items():
+        environ.setdefault(name, value)  # a batch script may have set them
+    node_tasks = tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])
     ranks = {
         "RANK": environ["SLURM_PROCID"],
         "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": environ["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(_tasks_of_this_node(environ)),
+        "LOCAL_WORLD_SIZE": str(node_tasks[int(environ["SLURM_NODEID"])]),
     }
     environ.update(ranks)
 
 
 def first_host(hosts: str) -> str:
-    """The first of slurm's list of hosts: `gpu[03-05,9],login` -> `gpu03`."""
-    first = re.split(r",(?![^[]*])", hosts)[0]
+    """Return the first host of Slurm's host list: `gpu[03-05,9],login` -> `gpu03`."""
+    first = re.split(r",(?![^[]*])", hosts)[0]  # at commas outside of brackets
     return re.sub(r"\[([^],-]+)[^]]*]", r"\1", first)
 
 
 def tasks_per_node(counts: str) -> list[int]:
-    """Slurm's short form, node by node: `4(x2),1` -> [4, 4, 1]."""
+    """Expand Slurm's short form to the number of tasks of every node: `4(x2),1` -> [4, 4, 1]."""
     tasks: list[int] = []
     for part in counts.split(","):
-        number, _, times = part.partition("(x")
-        tasks += [int(number)] * int(times.rstrip(")") or 1)
+        count, _, repeats = part.partition("(x")
+        tasks += [int(count)] * int(repeats.rstrip(")") or 1)
     return tasks
 
 
-def _master(environ: Mapping[str, str]) -> dict[str, str]:
-    """Where ranks meet: rank 0's host, and a port that no other job or step on it has."""
+def _rendezvous(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the address where ranks meet: rank 0's host, and a port of this job and step."""
     step = int(environ["SLURM_STEP_ID"]) % _PORTS_PER_JOB
-    chosen = _PORTS_PER_JOB * int(environ["SLURM_JOB_ID"]) + step
+    offset = _PORTS_PER_JOB * int(environ["SLURM_JOB_ID"]) + step
     return {
         "MASTER_ADDR": first_host(environ["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": str(_FIRST_PORT + chosen % _PORTS),
+        "MASTER_PORT": str(_FIRST_PORT + offset % _NUM_PORTS),
     }
-
-
-def _tasks_of_this_node(environ: Mapping[str, str]) -> int:
-    return tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])[int(environ["SLURM_NODEID"])]

@@ -1,4 +1,4 @@
-"""What may not become a batch file, told before anything is written."""
+"""Refuses commands that must not become a batch file, before any file is written."""
 
 import re
 import shlex
@@ -9,51 +9,66 @@ from hqqtrain.config import LaunchConfig, RunConfig, UserError
 from hqqtrain.config.secrets import masked, masked_command
 
 _REFERENCE = re.compile(r"""\w*=("?)\$(?:\w+|\{\w+\}|\([^()]*\))\1(?=[\s;&|,'"\]]|$)""")
-"""A variable of the shell that is set from another, or from what a program prints."""
+"""Matches a shell assignment from another variable or from the output of a program."""
 
 
 def check_same_launch(configs: Sequence[RunConfig]) -> None:
-    """Raises UserError where the runs of a sweep ask slurm for different things."""
+    """Check that all runs of a sweep request the same resources from Slurm.
+
+    Raises:
+        UserError: a `launch.*` value differs between two runs.
+    """
     first = configs[0].launch
     for launch in (config.launch for config in configs):
         for name in (item.name for item in fields(LaunchConfig)):
-            one, another = getattr(first, name), getattr(launch, name)
-            if one != another:
+            expected, value = getattr(first, name), getattr(launch, name)
+            if value != expected:
                 raise UserError(
-                    f"launch.{name}={another}: the runs of a sweep are one job array, and another "
-                    f"has {one}; give them one value, or submit them one by one."
+                    f"launch.{name}={value}: the runs of a sweep are one job array, and another "
+                    f"run has {expected}; use one value, or submit the runs one by one."
                 )
 
 
 def refuse_secrets(words: Iterable[str], launch: LaunchConfig) -> None:
-    """A batch file is kept, shown and mailed. `export X=$X` and `X=$(cat file)` hold no secret.
+    """Refuse secrets in a batch file, because the file is kept, shown and mailed.
 
-    Raises UserError where `words` or what is to stand in the file as it is hold one.
+    `export X=$X` and `X=$(cat file)` are allowed, because they contain no secret.
+
+    Args:
+        words: the arguments of the command.
+        launch: `setup` and `options` are copied into the file verbatim.
+
+    Raises:
+        UserError: one of them contains a secret.
     """
     lines = [_REFERENCE.sub("", line) for line in (*launch.setup, *launch.options)]
-    held = [shown for line in lines if (shown := masked(line)) != line]
+    secrets = [shown for line in lines if (shown := masked(line)) != line]
     given = [*without_launch(words), *(_REFERENCE.sub("", w) for w in words if _is_launch(w))]
-    shown = masked_command(given)
-    held += [shlex.quote(now) for word, now in zip(given, shown, strict=True) if now != word]
-    if held:
+    pairs = zip(given, masked_command(given), strict=True)
+    secrets += [shlex.quote(shown) for word, shown in pairs if shown != word]
+    if secrets:
         raise UserError(
-            f"launch.backend=slurm: the batch file would hold a secret ({', '.join(held)}); "
-            "give it as a variable of the environment, which sbatch passes on, or let launch.setup "
-            "read a file: export NAME=$(cat FILE)."
+            f"launch.backend=slurm: the batch file would contain a secret ({', '.join(secrets)}); "
+            "put it in an environment variable, which sbatch passes on, or let launch.setup "
+            "read it from a file: export NAME=$(cat FILE)."
         )
 
 
 def refuse_backslash(root: str) -> None:
-    """Raises UserError for a `root` with one."""
+    """Refuse a backslash in `run.root`.
+
+    Raises:
+        UserError: `root` contains a backslash.
+    """
     if "\\" in root:
         raise UserError(
-            f"run.root={root}: sbatch takes a backslash in the name of an output for a sign of its "
-            "own, and would lose the job; choose another folder."
+            f"run.root={root}: sbatch gives a backslash in the name of an output file a special "
+            "meaning, and the job would be lost; choose another folder."
         )
 
 
 def without_launch(words: Iterable[str]) -> list[str]:
-    """Those that say what is run, not how it is started."""
+    """Return the arguments without `launch.*`: what is run, not how it is started."""
     return [word for word in words if not _is_launch(word)]
 
 

@@ -1,6 +1,6 @@
-"""Gives a run, or a sweep and the job that makes its table, to slurm.
+"""Submits a run, or a sweep and the job that writes its table, to Slurm.
 
-What is submitted is kept in `<run.root>/slurm/`, beside what the jobs print.
+The batch files are kept in `<run.root>/slurm/`, next to the output of the jobs.
 """
 
 import os
@@ -17,22 +17,35 @@ from hqqtrain.config.atomic import atomic_write
 from hqqtrain.launch.batch import Batch
 from hqqtrain.launch.refuse import refuse_backslash, refuse_secrets, without_launch
 
-_NOT_PASSED_ON = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
-                  "MASTER_PORT", "HQQTRAIN_EXIT_CODE")  # fmt: skip
-"""A job has ranks of its own. sbatch passes the rest of the environment on, unless told not to."""
+_NOT_PASSED_ON = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "HQQTRAIN_EXIT_CODE",
+)
+"""Variables hidden from sbatch, because a job has its own ranks; sbatch passes on all others."""
 
 
 def submit(words: Sequence[str], config: RunConfig) -> str:
-    """Submits one run; `words` are its command line. Returns what to tell the user: the job's id,
-    or with launch.dry_run the batch file itself.
+    """Submit one run.
+
+    Args:
+        words: its command-line overrides.
+        config: its configuration.
+
+    Returns:
+        The text to print: the id of the job, or with `launch.dry_run` the batch file itself.
 
     Raises:
-        UserError: there is no sbatch, it refuses the job, `run.root` cannot be written to, or
-            `words` hold a secret.
+        UserError: sbatch is missing or refuses the job, `run.root` cannot be written to, or
+            `words` contain a secret.
     """
     refuse_secrets(words, config.launch)
     batch = _batch(config.run_name(), words, config)
-    text = batch.run(_inner(words, config))
+    text = batch.run(_job_words(words, config))
     if config.launch.dry_run:
         return text.rstrip()
     job = _sbatch(_write(batch, batch.name, text))
@@ -42,68 +55,82 @@ def submit(words: Sequence[str], config: RunConfig) -> str:
 def submit_sweep(
     name: str, jobs: Sequence[tuple[Sequence[str], RunConfig]], words: Sequence[str]
 ) -> str:
-    """Submits the runs of a sweep as one array, and after it the job that makes their table.
+    """Submit the runs of a sweep as one job array, and a dependent job that writes their table.
 
     Args:
-        name: the sweep's.
-        jobs: the words and the configuration of every run; see `check_same_launch`.
-        words: the sweep's own command line, with its flags.
+        name: the name of the sweep.
+        jobs: the overrides and the configuration of every run. The caller must have checked them
+            with `check_same_launch`.
+        words: the arguments of the sweep's own command, flags included.
 
-    Returns and raises as `submit`.
+    Returns:
+        The text to print: the ids of the jobs, or with `launch.dry_run` the batch files.
+
+    Raises:
+        UserError: as for `submit`.
     """
-    every = dict.fromkeys([*words, *(word for job, _ in jobs for word in job)])
-    refuse_secrets(every, jobs[0][1].launch)
+    all_words = dict.fromkeys([*words, *(word for job, _ in jobs for word in job)])
+    refuse_secrets(all_words, jobs[0][1].launch)
     batch = _batch(name, words, jobs[0][1])
-    undone = dict.fromkeys(word for job in jobs for word in _taken_back(*job))
-    inner = [*without_launch(words), *undone]
-    array, table = batch.sweep([_inner(*job) for job in jobs], inner), batch.table(inner)
+    resets = dict.fromkeys(word for job in jobs for word in _launch_resets(*job))
+    sweep_words = [*without_launch(words), *resets]
+    array = batch.sweep([_job_words(*job) for job in jobs], sweep_words)
+    table = batch.table(sweep_words)
     if batch.launch.dry_run:
         return _two_files(batch, array, table)
     job = _sbatch(_write(batch, name, array))
     try:
-        last = _sbatch(_write(batch, f"{name}-table", table), f"--dependency=afterany:{job}")
+        table_job = _sbatch(_write(batch, f"{name}-table", table), f"--dependency=afterany:{job}")
     except UserError as error:
-        raise UserError(f"{error} The runs are submitted; scancel {job} would end them.") from None
-    return f"submitted jobs {job}_[0-{len(jobs) - 1}], then {last}; their output: {batch.folder}"
+        raise UserError(f"{error} The runs are submitted; scancel {job} cancels them.") from None
+    array_tasks = f"{job}_[0-{len(jobs) - 1}]"
+    return f"submitted jobs {array_tasks}, then {table_job}; their output: {batch.folder}"
 
 
 def _two_files(batch: Batch, array: str, table: str) -> str:
-    """Both, each with its name. As one file sbatch would refuse them: its first line is no `#!`."""
+    """Return both batch files, each below a comment with its name and its sbatch command.
+
+    sbatch refuses the text as a single file, because its first line does not begin with `#!`.
+    """
     first, second = (
-        shlex.quote(str(batch.folder / f"{batch.name}{end}.sbatch")) for end in ("", "-table")
+        shlex.quote(str(batch.folder / f"{batch.name}{suffix}.sbatch")) for suffix in ("", "-table")
     )
     return (
-        f"# Two files, to be submitted one by one. The first, the runs: sbatch {first}\n{array}\n"
+        f"# Two files; submit them one by one. The first file, the runs: sbatch {first}\n{array}\n"
         f"# The second file, their table: sbatch --dependency=afterany:JOB {second}\n"
-        f"# JOB is the number that sbatch has told of the first.\n{table}"
+        f"# JOB is the job id that sbatch printed for the first file.\n{table}"
     ).rstrip()
 
 
-def _inner(words: Sequence[str], config: RunConfig) -> list[str]:
-    """The words of the command inside of the job."""
-    return [*without_launch(words), *_taken_back(words, config)]
+def _job_words(words: Sequence[str], config: RunConfig) -> list[str]:
+    """Return the overrides of the command that runs inside the job."""
+    return [*without_launch(words), *_launch_resets(words, config)]
 
 
 def _batch(name: str, words: Sequence[str], config: RunConfig) -> Batch:
-    shown = [word for word in words if not word.startswith("launch.dry_run=")]
     refuse_backslash(config.run.root)
-    command = shlex.join(["python", "-m", "hqqtrain", *shown])
+    submitted = [word for word in words if not word.startswith("launch.dry_run=")]
+    command = shlex.join(["python", "-m", "hqqtrain", *submitted])
     folder = Path(config.run.root).expanduser() / "slurm"
     return Batch(name, folder, config.launch, command, sys.executable)
 
 
-def _taken_back(words: Sequence[str], config: RunConfig) -> list[str]:
-    """Words that undo what a recipe says of launch.*: else the job would submit a job."""
-    plain = LaunchConfig()
-    if config.launch == plain:
+def _launch_resets(words: Sequence[str], config: RunConfig) -> list[str]:
+    """Return overrides that reset `launch.*` to its defaults where the recipe sets it.
+
+    Without them the job would read launch.backend=slurm from the recipe and submit another job.
+    """
+    defaults = LaunchConfig()
+    if config.launch == defaults:
         return []
-    recipe = compose_raw(without_launch(words)).launch  # unchecked: nodes without a backend
-    names = [f.name for f in fields(plain) if getattr(recipe, f.name) != getattr(plain, f.name)]
-    return [f"launch.{name}={_text(getattr(plain, name))}" for name in names]
-
-
-def _text(value: object) -> str:
-    return "null" if value is None else str(value)
+    # Not validated, because a recipe may set launch.nodes without a backend.
+    recipe = compose_raw(without_launch(words)).launch
+    resets = []
+    for name in (field.name for field in fields(defaults)):
+        default = getattr(defaults, name)
+        if getattr(recipe, name) != default:
+            resets.append(f"launch.{name}={'null' if default is None else default}")
+    return resets
 
 
 def _write(batch: Batch, name: str, text: str) -> Path:
@@ -111,28 +138,33 @@ def _write(batch: Batch, name: str, text: str) -> Path:
         batch.folder.mkdir(parents=True, exist_ok=True)
         return atomic_write(batch.folder / f"{name}.sbatch", text)
     except OSError as error:
+        root = batch.folder.parent
         raise UserError(
-            f"run.root={batch.folder.parent}: cannot be written to ({error}); choose another."
+            f"run.root={root}: cannot be written to ({error}); choose another folder."
         ) from error
 
 
 def _sbatch(file: Path, *options: str) -> str:
-    """Submits `file` and returns the job's id."""
-    environ = {k: v for k, v in os.environ.items() if not _is_of_this_process(k)}
+    """Submit `file` and return the id of the job."""
+    environ = {k: v for k, v in os.environ.items() if not _is_hidden(k)}
     command = ["sbatch", "--parsable", *options, str(file)]
     try:
         done = subprocess.run(command, env=environ, capture_output=True, text=True)
     except FileNotFoundError:
         raise UserError(
             "launch.backend=slurm: there is no sbatch on this machine; submit from a login node, "
-            f"or see the batch file with launch.dry_run=true ({file})."
+            f"or print the batch file ({file}) with launch.dry_run=true."
         ) from None
     if done.returncode:
-        told = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise UserError(f"launch.backend=slurm: sbatch refuses {file}: {told}")
-    return done.stdout.strip().partition(";")[0]  # id;cluster
+        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise UserError(f"launch.backend=slurm: sbatch refuses {file}: {reason}")
+    return done.stdout.strip().partition(";")[0]  # sbatch prints ID or ID;CLUSTER
 
 
-def _is_of_this_process(name: str) -> bool:
-    """Within a job, slurm's variables are that job's, and a step's would number the new one's."""
+def _is_hidden(name: str) -> bool:
+    """Whether sbatch must not see the variable `name`.
+
+    When a job submits another job, Slurm's variables describe the old job, and those of a step
+    would number the ranks of the new one.
+    """
     return name in _NOT_PASSED_ON or (name.startswith("SLURM_") and name != "SLURM_CONF")

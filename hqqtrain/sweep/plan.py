@@ -34,7 +34,7 @@ class Plan:
         A sweep gets a title and a line per job. A single run on Slurm gets a title as well.
         """
         if not self.is_sweep:
-            return ("job of slurm:\n" if self.is_slurm else "") + str(self.jobs[0].folder)
+            return ("slurm job:\n" if self.is_slurm else "") + str(self.jobs[0].folder)
         title = f"sweep of {len(self.jobs)} jobs:"
         return "\n".join([title, *(f"{job.folder}  {job}" for job in self.jobs)])
 

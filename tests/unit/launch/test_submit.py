@@ -1,4 +1,4 @@
-"""Submission: what sbatch is called with, what is kept, and what users are told."""
+"""Submission: the arguments of sbatch, the files that are kept, and the messages to the user."""
 
 import json
 import os
@@ -21,7 +21,7 @@ print("70{{}};cluster".format(sum(1 for _ in open(os.environ["CALLS"]))))
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """(arguments, environment) of every call of an sbatch that is a stand-in."""
+    """Install a fake sbatch; return a function that lists (arguments, environment) per call."""
     program = tmp_path / "bin" / "sbatch"
     program.parent.mkdir()
     program.write_text(SBATCH.format(python=sys.executable))
@@ -32,16 +32,16 @@ def calls(tmp_path, monkeypatch):
     return lambda: [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
 
 
-def test_a_run_is_submitted_and_its_batch_file_kept(calls, capsys):
+def test_a_run_is_submitted_and_its_batch_file_is_kept(calls, capsys):
     assert main(["launch=slurm", "run.name=mine"]) == 0
-    said = capsys.readouterr().out
-    assert said == "submitted job 701: runs/mine; its output: runs/slurm\n"
+    message = capsys.readouterr().out
+    assert message == "submitted job 701: runs/mine; its output: runs/slurm\n"
     ((arguments, _),) = calls()
     assert arguments == ["--parsable", "runs/slurm/mine.sbatch"]
     assert os.listdir("runs/slurm") == ["mine.sbatch"]
 
 
-def test_a_job_gets_no_ranks_and_no_jobs_variables_of_where_it_is_submitted(calls, monkeypatch):
+def test_a_job_inherits_no_ranks_and_no_slurm_variables(calls, monkeypatch):
     for name in ("RANK", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID", "SLURM_CONF", "HF_HOME"):
         monkeypatch.setenv(name, "1")
     assert main(["launch=slurm"]) == 0
@@ -50,7 +50,7 @@ def test_a_job_gets_no_ranks_and_no_jobs_variables_of_where_it_is_submitted(call
     assert not {"RANK", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"} & environ.keys()
 
 
-def test_a_sweep_is_an_array_and_then_its_table(calls, capsys):
+def test_a_sweep_is_an_array_and_a_dependent_table_job(calls, capsys):
     assert main(["launch=slurm", "-m", "quant.nbits=2,3", "run.root=out"]) == 0
     assert capsys.readouterr().out.startswith("submitted jobs 701_[0-1], then 702;")
     (array, _), (table, _) = calls()
@@ -60,16 +60,16 @@ def test_a_sweep_is_an_array_and_then_its_table(calls, capsys):
     assert text.endswith("-m hqqtrain --table -m quant.nbits=2,3 run.root=out\n")
 
 
-def test_what_sbatch_says_is_passed_on(calls, capsys, monkeypatch):
+def test_the_error_of_sbatch_is_passed_on(calls, capsys, monkeypatch):
     monkeypatch.setenv("REFUSED", "mine.sbatch")
     assert main(["launch=slurm", "launch.partition=absent", "run.name=mine"]) == 2
     assert "invalid partition specified: absent" in capsys.readouterr().err
 
 
-def test_a_table_that_is_refused_leaves_the_runs_and_says_so(calls, capsys, monkeypatch):
+def test_a_refused_table_leaves_the_runs_and_says_so(calls, capsys, monkeypatch):
     monkeypatch.setenv("REFUSED", "-table.sbatch")
     assert main(["launch=slurm", "-m", "quant.nbits=2,3"]) == 2
-    assert "The runs are submitted; scancel 701 would end them." in capsys.readouterr().err
+    assert "The runs are submitted; scancel 701 cancels them." in capsys.readouterr().err
 
 
 TOKEN = "hf_" + "aB3" * 11
@@ -93,12 +93,12 @@ def test_no_secret_reaches_a_batch_file(calls, tmp_path, capsys, monkeypatch, wo
     (tmp_path / "far.yaml").write_text("launch: {setup: [export MY_PASSWORD=pw]}\n")
     (tmp_path / "swept.yaml").write_text("sweep: {data.source: 'a,https://me:pw@host/x'}\n")
     assert main(["launch=slurm", *words]) == 2
-    said = capsys.readouterr().err
-    assert "would hold a secret" in said
-    assert "***" in said
-    assert "export NAME=$(cat FILE)" in said
-    assert "pw" not in said
-    assert TOKEN not in said
+    message = capsys.readouterr().err
+    assert "would contain a secret" in message
+    assert "***" in message
+    assert "export NAME=$(cat FILE)" in message
+    assert "pw" not in message
+    assert TOKEN not in message
     assert not (tmp_path / "runs").exists()
 
 
@@ -108,7 +108,7 @@ def test_no_secret_reaches_a_batch_file(calls, tmp_path, capsys, monkeypatch, wo
      "export HF_TOKEN=$A;export B=$HF_TOKEN",
      "export HF_HUB_OFFLINE=1; cd /scratch/hf_checkpoints"],
 )  # fmt: skip
-def test_what_reads_a_secret_holds_none(calls, capsys, line):
+def test_a_reference_to_a_secret_is_allowed(calls, capsys, line):
     assert main(["launch=slurm", f"launch.setup=['{line}']"]) == 0
     (file,) = Path("runs/slurm").iterdir()
     assert f"\n{line}\n" in file.read_text()
@@ -116,12 +116,12 @@ def test_what_reads_a_secret_holds_none(calls, capsys, line):
 
 def test_a_backslash_that_would_lose_the_job_is_refused(calls, tmp_path, capsys):
     assert main(["launch=slurm", "run.root=a\\b"]) == 2
-    assert "run.root=a\\b: sbatch takes a backslash" in capsys.readouterr().err
+    assert "run.root=a\\b: sbatch gives a backslash" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["bin"]
 
 
 @pytest.mark.parametrize("key", ["run.root", "launch.partition", "launch.account"])
-def test_no_key_can_begin_a_line_of_its_own(calls, tmp_path, capsys, key):
+def test_no_value_can_start_a_new_line(calls, tmp_path, capsys, key):
     assert main(["launch=slurm", f"{key}='a\n#SBATCH --uid=0\ntouch broken'"]) == 2
     assert f"{key}='a\\n" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["bin"]
@@ -147,6 +147,6 @@ def test_several_ranks_do_not_submit(calls, capsys, monkeypatch):
     assert "one process" in capsys.readouterr().err
 
 
-def test_check_of_a_job_says_so(capsys):
+def test_check_of_a_slurm_job_says_so(capsys):
     assert main(["--check", "launch=slurm", "run.name=mine"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["job of slurm:", "runs/mine"]
+    assert capsys.readouterr().out.splitlines() == ["slurm job:", "runs/mine"]
