@@ -24,7 +24,9 @@ class SampleOrder:
     def indices(self, step: int, global_batch_size: int) -> list[int]:
         """Return the samples of optimizer step `step`, which counts from 0."""
         first = step * global_batch_size
-        return [self._sample(position) for position in range(first, first + global_batch_size)]
+        # Positions in the endless sequence of epochs, as (epoch, index within the epoch).
+        places = (divmod(position, self.n) for position in range(first, first + global_batch_size))
+        return [int(_permutation(self.n, self.seed, epoch)[index]) for epoch, index in places]
 
     def epoch(self, steps: int, global_batch_size: int) -> float:
         """Return the number of passes over the data after `steps` optimizer steps."""
@@ -33,11 +35,6 @@ class SampleOrder:
     def steps(self, epochs: float, global_batch_size: int) -> int:
         """Return the smallest number of optimizer steps, at least 1, that cover `epochs` passes."""
         return max(1, ceil(epochs * self.n / global_batch_size))
-
-    def _sample(self, position: int) -> int:
-        """Return the sample at a position of the endless sequence of epochs."""
-        epoch, index = divmod(position, self.n)
-        return int(_permutation(self.n, self.seed, epoch)[index])
 
 
 @lru_cache(maxsize=4)

@@ -149,9 +149,12 @@ def tokenize(
     eos = tokenizer.eos_token_id
     if eos is None:
         logger.warning("the tokenizer has no EOS token: texts are joined without one.")
-    pieces = [_append_eos(ids, eos) for ids in _encode(texts, tokenizer, on_batch)]
-    lengths = np.array([len(piece) for piece in pieces], np.int64)
-    stream = np.concatenate([np.empty(0, np.int32), *pieces])
+    encoded = []
+    for ids in _encode(texts, tokenizer, on_batch):
+        lacks_eos = eos is not None and (not ids or ids[-1] != eos)
+        encoded.append(np.array([*ids, eos] if lacks_eos else ids, np.int32))
+    lengths = np.array([len(ids) for ids in encoded], np.int64)
+    stream = np.concatenate([np.empty(0, np.int32), *encoded])  # also for no texts
     return stream, np.cumsum(lengths) - lengths
 
 
@@ -181,9 +184,3 @@ def _encode(
         batch = [text for text in texts[first : first + _BATCH] if text and text.strip()]
         if batch:
             yield from tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def _append_eos(ids: list[int], eos: int | None) -> np.ndarray:
-    """Return the ids as int32, ending with EOS if the tokenizer has one."""
-    missing = eos is not None and (not ids or ids[-1] != eos)
-    return np.array([*ids, eos] if missing else ids, np.int32)

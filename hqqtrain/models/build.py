@@ -1,7 +1,7 @@
 """Build a model from its configuration on the meta device, without weights.
 
 The later steps (replacing linears, adding adapters, sharding) need only shapes. So no rank ever
-holds a whole full-precision model.
+materializes a whole full-precision model.
 """
 
 from pathlib import Path

@@ -65,7 +65,11 @@ class CheckpointReader:
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors of the checkpoint."""
-        return sum(_nbytes(shape, kind) for _, shape, kind in self._entries.values())
+        sizes = (
+            torch.Size(shape).numel() * _DTYPES[kind].itemsize
+            for _, shape, kind in self._entries.values()
+        )
+        return sum(sizes)
 
     def __contains__(self, name: str) -> bool:
         return self._aliases.get(name, name) in self._entries
@@ -221,10 +225,3 @@ def _open(path: Path) -> Any:
             f"{path}: not a complete safetensors file, {path.stat().st_size} bytes ({error}). "
             "Download it again."
         ) from error
-
-
-def _nbytes(shape: tuple[int, ...], kind: str) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count * _DTYPES[kind].itemsize

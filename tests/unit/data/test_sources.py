@@ -29,7 +29,7 @@ def read(source: Path | str, **settings) -> list[str]:
     return list(data.training_texts(DataConfig(source=str(source), **settings), NO_EVAL))
 
 
-def fault(source: Path | str, **settings) -> str:
+def error_message(source: Path | str, **settings) -> str:
     with pytest.raises(UserError) as caught:
         read(source, **settings)
     return str(caught.value)
@@ -83,47 +83,47 @@ def test_a_changed_file_is_read_again(tmp_path):
 
 def test_a_missing_path_names_the_nearest(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}")
-    message = fault(tmp_path / "trian.jsonl")
+    message = error_message(tmp_path / "trian.jsonl")
     assert "data.source=" in message
     assert "trian.jsonl" in message
     assert "'train.jsonl'" in message
-    assert "no such file" in fault(tmp_path / "nowhere" / "x")
-    assert "no such file" in fault(f"{tmp_path}/org")
+    assert "no such file" in error_message(tmp_path / "nowhere" / "x")
+    assert "no such file" in error_message(f"{tmp_path}/org")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
 def test_an_empty_file_is_an_error(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
-    assert "no text in it" in fault(tmp_path / name)
-    assert "no text in it" in fault(tmp_path)
+    assert "no text in it" in error_message(tmp_path / name)
+    assert "no text in it" in error_message(tmp_path)
 
 
 def test_a_folder_without_files_and_blank_text_are_errors(tmp_path):
-    assert "no file to read; the folder contains nothing" in fault(tmp_path)
+    assert "no file to read; the folder contains nothing" in error_message(tmp_path)
     (tmp_path / "a.txt").write_text(" \n\t\n")
-    assert "no text in it" in fault(tmp_path)
+    assert "no text in it" in error_message(tmp_path)
     (tmp_path / "a.txt").unlink()
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": null}\n{"text": "  "}\n')
-    assert "no text in it" in fault(tmp_path)
+    assert "no text in it" in error_message(tmp_path)
 
 
 def test_an_unknown_extension_lists_the_known_ones(tmp_path):
     (tmp_path / "a.docx").write_text("x")
     for path in (tmp_path / "a.docx", tmp_path):
-        assert ".docx" in fault(path)
-        assert ".jsonl" in fault(path)
+        assert ".docx" in error_message(path)
+        assert ".jsonl" in error_message(path)
 
 
 def test_mixed_formats_ask_for_a_choice(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "a.jsonl").write_text('{"text": "y"}')
-    assert "data.format" in fault(tmp_path)
+    assert "data.format" in error_message(tmp_path)
     assert read(tmp_path, format="jsonl") == ["y"]
 
 
 def test_a_missing_column_lists_the_existing_ones(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "x", "answer": "y"}\n')
-    message = fault(tmp_path / "a.jsonl")
+    message = error_message(tmp_path / "a.jsonl")
     assert "data.text_field=text" in message
     assert "prompt" in message
     assert "answer" in message
@@ -131,25 +131,25 @@ def test_a_missing_column_lists_the_existing_ones(tmp_path):
 
 def test_a_column_that_is_not_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": 1}\n{"text": 2}\n')
-    assert "int64" in fault(tmp_path / "a.jsonl")
+    assert "int64" in error_message(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("bad", ['{"text": "x"', "nonsense", '"x"'])
 def test_a_bad_json_line_is_named(tmp_path, bad):
     (tmp_path / "good.jsonl").write_text('{"text": "x"}\n')
     (tmp_path / "worse.jsonl").write_text(f'{{"text": "x"}}\n\n{bad}\n{{"text": "z"}}\n')
-    message = fault(tmp_path)
+    message = error_message(tmp_path)
     assert "worse.jsonl, line 3" in message
 
 
 def test_a_file_that_does_not_match_its_extension(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but not really, far too short")
-    assert "a.parquet" in fault(tmp_path / "a.parquet")
+    assert "a.parquet" in error_message(tmp_path / "a.parquet")
     (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
-    assert "latin.txt" in fault(tmp_path / "latin.txt")
-    assert "UTF-8" in fault(tmp_path / "latin.txt")
+    assert "latin.txt" in error_message(tmp_path / "latin.txt")
+    assert "UTF-8" in error_message(tmp_path / "latin.txt")
     (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-    assert "bytes.jsonl, line 2" in fault(tmp_path / "bytes.jsonl")
+    assert "bytes.jsonl, line 2" in error_message(tmp_path / "bytes.jsonl")
 
 
 def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
     file.write_text("x")
     refused = PermissionError(13, "Permission denied")
     monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(refused))
-    assert "a.txt: Permission denied" in fault(file)
+    assert "a.txt: Permission denied" in error_message(file)
 
 
 def test_an_unreachable_hub_is_reported_at_once(monkeypatch):
@@ -165,11 +165,11 @@ def test_an_unreachable_hub_is_reported_at_once(monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(hub.huggingface_hub.HfApi, "dataset_info", no_network)
-    message = fault("someorg/some-data")
+    message = error_message("someorg/some-data")
     assert "someorg/some-data" in message
     assert "does not answer" in message
     assert not hub.huggingface_hub.constants.HF_HUB_OFFLINE
-    assert "'python_stdlib'" in fault("python_stdlb")
+    assert "'python_stdlib'" in error_message("python_stdlb")
 
 
 @pytest.mark.parametrize("status", [401, 404])
@@ -182,8 +182,8 @@ def test_a_hub_that_refuses(monkeypatch, status):
         raise Refusal
 
     monkeypatch.setattr(hub.huggingface_hub.HfApi, "dataset_info", refuse)
-    assert str(status) in fault("meta/gated")
-    assert "HF_TOKEN" in fault("meta/gated")
+    assert str(status) in error_message("meta/gated")
+    assert "HF_TOKEN" in error_message("meta/gated")
 
 
 def hub_data(monkeypatch, **splits: list[str]):
