@@ -1,4 +1,4 @@
-"""Every command of the README runs, on the bundled model and cut down to seconds."""
+"""Every command of the README runs, on the bundled model and reduced to seconds."""
 
 import os
 import shlex
@@ -19,23 +19,23 @@ QUICK = (
 
 
 def commands() -> list[str]:
-    """The lines of the README's bash blocks, in their order."""
+    """Return the lines of the README's bash blocks, in order."""
     blocks = (ROOT / "README.md").read_text().split("```bash\n")[1:]
     return [line for block in blocks for line in block.split("```")[0].splitlines() if line]
 
 
-def _cut_down(recipe: str) -> tuple[str, ...]:
-    """What makes a command quick; the large recipes get the bundled model and text as well."""
+def _reduce(recipe: str) -> tuple[str, ...]:
+    """Return arguments that make a command fast; large recipes also get the bundled model."""
     return QUICK if recipe else (*QUICK, *TINY)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a user would stand: what one command leaves is what a later one takes."""
+    """Return the working directory of all commands; later ones use the files of earlier ones."""
     return tmp_path_factory.mktemp("readme")
 
 
-def test_the_two_commands_stand_at_the_top():
+def test_the_first_block_has_the_two_commands_to_start_with():
     top = (ROOT / "README.md").read_text().split("```")[1]
     assert top.splitlines()[1:] == commands()[:2] == top.split("\n")[1:3]
 
@@ -49,7 +49,7 @@ def test_command(number: int, folder: Path):
     elif "--help" not in words:
         given = {word.partition("=")[0] for word in words}
         recipe = "recipe=tiny_2bit" if "recipe=tiny_2bit" in words else ""
-        words += [word for word in _cut_down(recipe) if word.partition("=")[0] not in given]
+        words += [word for word in _reduce(recipe) if word.partition("=")[0] not in given]
     if "recipe=sweep_bits" in words:
         words += ["quant.nbits=2", "quant.group_size=64"]  # one of its twelve jobs
     if "accelerate" in words:
@@ -64,8 +64,8 @@ def test_command(number: int, folder: Path):
     assert done.returncode == 0, done.stdout
 
 
-def test_the_tree_names_what_is_there():
-    tree = (ROOT / "README.md").read_text().split("## The house")[1].split("```")[1]
+def test_the_tree_of_the_readme_names_existing_files():
+    tree = (ROOT / "README.md").read_text().split("## Repository layout")[1].split("```")[1]
     for line in tree.splitlines():
         for word in line.strip().split("   ")[0].replace(",", " ").split():
             inside = ROOT / "hqqtrain" if line.startswith("  ") else ROOT
