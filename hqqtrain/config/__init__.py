@@ -1,4 +1,4 @@
-"""Configuration: plain dataclasses, checked, standard library only."""
+"""The configuration: plain dataclasses that check themselves, in the standard library only."""
 
 from hqqtrain.config.errors import PreemptedError, RankLostError, UserError, did_you_mean
 from hqqtrain.config.groups import (

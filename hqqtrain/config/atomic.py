@@ -1,7 +1,7 @@
-"""Files that a reader sees complete or not at all, whatever kills the process in between.
+"""Write files that a reader sees either complete or not at all, even if the writer is killed.
 
-Here, on the lowest floor and with the standard library alone, because every floor above writes
-some, and submitting a job may not take the seconds that importing torch does.
+This module is in the lowest layer and uses only the standard library: every layer above writes
+files, and submitting a job must not wait the seconds that importing torch takes.
 """
 
 import os
@@ -9,9 +9,10 @@ from pathlib import Path
 
 
 def atomic_write(path: Path, content: str | bytes) -> Path:
-    """Writes `content`, text as UTF-8, to `path`, and returns `path`.
+    """Write `content` to `path` atomically, text as UTF-8, and return `path`.
 
-    Written beside it, forced to the disk, renamed: readers see the old content or the new.
+    The content goes to a temporary file in the same folder, is flushed to disk, and is then
+    renamed, so readers see either the old content or the new one.
     """
     path = Path(path)
     temporary = partial_of(path)
@@ -23,12 +24,12 @@ def atomic_write(path: Path, content: str | bytes) -> Path:
 
 
 def partial_of(path: Path) -> Path:
-    """Where `path` is written before it takes its place."""
+    """Return the temporary name that `path` has while it is being written."""
     return path.with_name(f".{path.name}.partial")
 
 
 def sync(path: Path) -> None:
-    """Make a file's contents, or a folder's list of names, survive a crash of the machine."""
+    """Flush a file's contents, or a folder's list of names, to disk with `fsync`."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

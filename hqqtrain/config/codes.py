@@ -1,4 +1,5 @@
-"""Exit codes of `python -m hqqtrain` and `./launch.sh`: what schedulers and sweeps act upon."""
+"""Exit codes of `python -m hqqtrain` and `./launch.sh`, on which schedulers and sweeps rely."""
 
 DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 3
-"""PREEMPTED: it was asked to stop and has saved; the same command goes on."""
+"""PREEMPTED means that the run was asked to stop and has saved its state: run the same command
+again to resume."""

@@ -1,24 +1,28 @@
-"""Times as slurm writes them, and only those that nothing reads otherwise."""
+"""Durations in Slurm's notation, limited to the forms that YAML and Slurm read alike."""
 
 import re
 from collections.abc import Iterator
 
-_FORM = re.compile(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)")
+_DURATION = re.compile(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)")
 
 
 def seconds(text: str) -> int:
-    """`4:00:00` or `1-12:00:00` (days-hours:minutes:seconds) in seconds. It must have that form."""
-    found = _FORM.fullmatch(text)
-    assert found, text
-    days, hours, minutes, rest = (int(part or 0) for part in found.groups())
+    """Convert `4:00:00` or `1-12:00:00` (days-hours:minutes:seconds) to seconds.
+
+    The caller must have checked the form with `duration_fault`.
+    """
+    match = _DURATION.fullmatch(text)
+    assert match, text
+    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
 def duration_fault(where: str, text: str | None) -> Iterator[str]:
-    """One sentence where `text` is neither null nor such a time.
+    """Yield one message if `text` is neither null nor such a duration.
 
-    A bare number is refused: slurm takes it for minutes, and YAML makes it of an unquoted 4:00:00.
+    Bare numbers are refused: Slurm reads them as minutes, and YAML turns an unquoted 4:00:00 into
+    a number.
     """
-    if text is not None and not _FORM.fullmatch(text):
+    if text is not None and not _DURATION.fullmatch(text):
         allowed = "hours:minutes:seconds, such as 4:00:00, or days-hours:minutes:seconds"
-        yield f"{where}={text}: must be {allowed}; in a recipe in quotes."
+        yield f"{where}={text}: must be {allowed}; in a recipe, put it in quotes."

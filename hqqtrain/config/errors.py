@@ -1,23 +1,31 @@
-"""Exceptions that are shown as a message: what the user can fix, what befell another rank, and a
-wish to stop."""
+"""Exceptions that the command line shows as a message, without a traceback."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """A fault in the configuration or the data: names the key or file, the value, the fix."""
+    """An error in the user's configuration or data.
+
+    The message names the key or file, its value, what is allowed, and the fix. Exit code 2.
+    """
 
 
 class RankLostError(RuntimeError):
-    """Another rank has failed, or is gone: which one, and why where that is known. Exit code 1."""
+    """Another rank failed or disappeared.
+
+    The message says which rank and, if known, why. Exit code 1.
+    """
 
 
 class PreemptedError(RuntimeError):
-    """The run was asked to stop, and by whom. It is raised on all ranks; exit code 3."""
+    """The run was asked to stop.
+
+    The message says by whom. The error is raised on all ranks. Exit code 3.
+    """
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the closest of `known`, or an empty string."""
+    """Return ` Did you mean 'x'?` for the closest of `known`, or an empty string."""
     close = get_close_matches(word, list(known), n=1)
     return f" Did you mean '{close[0]}'?" if close else ""

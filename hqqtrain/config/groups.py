@@ -1,6 +1,7 @@
-"""The config groups, one dataclass each: every key a user can set, with its help line.
+"""The config groups that define a result, one dataclass each, with the help text of every key.
 
-Values that a later release will allow are simply not among the `choices` yet.
+`running.py` has the groups that do not change the result. Values that a later release will allow
+are not among the `choices` yet.
 """
 
 from collections.abc import Iterator
@@ -16,162 +17,219 @@ DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """Which model, and where its weights come from."""
+    """The model and the source of its weights."""
 
-    name_or_path: str = key("tiny", "hub name, local folder, a run's quantized/, or 'tiny'")
-    revision: str | None = key(None, "branch, tag or commit on the hub")
+    name_or_path: str = key(
+        "tiny", "hub name, local folder, a run's folder or its quantized/, or the bundled 'tiny'"
+    )
+    revision: str | None = key(None, "branch, tag or commit of a model on the hub")
     source: str = key(
-        "pretrained", "the weights; synthetic: random ones, made up on the way, of any size",
+        "pretrained",
+        "where weights come from; synthetic: random weights of the model's shapes, generated on "
+        "the fly, to try any model size without a download",
         choices=("pretrained", "synthetic"),
-    )  # fmt: skip
+    )
 
 
 @dataclass(kw_only=True, slots=True)
 class QuantConfig:
-    """How the weights of linear layers become codes."""
+    """How the weights of linear layers are quantized."""
 
-    nbits: int = key(4, "bits of a code", choices=NBITS)
-    group_size: int | None = key(64, "weights that share a scale; null: row or column", low=2)
-    axis: int = key(1, "1: groups run along a row, 0: down a column", choices=(0, 1))
-    solver: str = key("least_squares", "how scale and zero are found", choices=SOLVERS)
+    nbits: int = key(4, "bits per quantized weight", choices=NBITS)
+    group_size: int | None = key(
+        64, "weights that share a scale and a zero; null: a whole row or column", low=2
+    )
+    axis: int = key(1, "1: groups run along a row; 0: down a column", choices=(0, 1))
+    solver: str = key(
+        "least_squares",
+        "algorithm that fits scale and zero; rtn: round to nearest",
+        choices=SOLVERS,
+    )
     storage: str = key(
-        "auto", "dtype that W_q is held in; the bits are the same",
+        "auto",
+        "dtype as which the packed W_q is stored in memory; the bits are the same",
         choices=("auto", "uint8", "bf16", "fp16", "fp32"),
-    )  # fmt: skip
+    )
     compute_dtype: str = key("auto", "dtype of dequantized weights", choices=DTYPES)
     meta_dtype: str = key(
-        "auto", "dtype of scale and zero; auto: bf16, fp32 at 8 bits", choices=DTYPES
+        "auto", "dtype of scale and zero; auto: fp32 at 8 bits, otherwise bf16", choices=DTYPES
     )
     skip: list[str] = key(
-        help="globs or hqq tags of linears left in full precision", factory=lambda: ["lm_head"]
+        help="globs or hqq tags of the linear layers to leave in full precision",
+        factory=lambda: ["lm_head"],
     )
     overrides: dict[str, Any] = key(
-        help="glob or hqq tag -> other settings, or null: full precision", factory=dict
+        help="settings of single layers, glob or hqq tag -> {nbits: 4, ...}; null instead of "
+        "settings: full precision",
+        factory=dict,
     )
     backend: str = key(
         "auto",
-        "what quantizes and computes with packed weights; auto: Triton kernels where they run",
+        "implementation of quantization and of products with packed weights; auto: Triton kernels "
+        "where they run, otherwise PyTorch",
         choices=("auto", "triton", "torch"),
     )
-    save: bool = key(True, "write quantized/")
+    save: bool = key(True, "save the quantized model in quantized/")
     cache_dir: str | None = key(
         None,
-        "folder in which runs share quantized weights; null: none, in a sweep <run.root>/quantized",
+        "folder of quantized weights that runs share; null: no sharing, but a sweep uses "
+        "<run.root>/quantized",
     )
 
     def faults(self) -> Iterator[str]:
+        """Yield one message for every setting of `overrides` that is not allowed."""
         for pattern, settings in self.overrides.items():
             yield from _override_faults(f"quant.overrides[{pattern}]", settings)
 
 
 @dataclass(kw_only=True, slots=True)
 class AdapterConfig:
-    """What is trained on top of the frozen, quantized weights."""
+    """The adapter that is trained on top of the frozen, quantized weights."""
 
-    kind: str = key("lora", "adapter trained on the base", choices=("lora", "rslora", "none"))
-    r: int = key(16, "rank", low=1)
-    alpha: float = key(32.0, "scaling: alpha / r, with rslora alpha / sqrt(r)", low=0)
-    dropout: float = key(0.0, "dropout of the adapter's input", low=0)
+    kind: str = key("lora", "type of adapter", choices=("lora", "rslora", "none"))
+    r: int = key(16, "rank of the two LoRA matrices", low=1)
+    alpha: float = key(
+        32.0, "numerator of the scaling: alpha / r, with rslora alpha / sqrt(r)", low=0
+    )
+    dropout: float = key(0.0, "dropout probability on the adapter's input", low=0)
     dtype: str = key(
-        "fp32", "of adapters, their gradients and optimizer state; bf16 loses small updates",
+        "fp32",
+        "dtype of adapters, their gradients and optimizer state; bf16 loses small updates",
         choices=("fp32", "bf16"),
-    )  # fmt: skip
-    init: str = key("default", "PEFT's init_lora_weights", choices=("default", "gaussian"))
-    init_from: str | None = key(None, "folder of a PEFT adapter to start from or to measure")
+    )
+    init: str = key(
+        "default",
+        "initialization; default: PEFT's init_lora_weights=True, gaussian: its 'gaussian'",
+        choices=("default", "gaussian"),
+    )
+    init_from: str | None = key(
+        None, "folder of a PEFT adapter to train further, or with task=eval to measure"
+    )
     target_modules: list[str] = key(
-        help="globs of quantized linears that get an adapter", factory=lambda: ["*"]
+        help="globs of the quantized linear layers that get an adapter", factory=lambda: ["*"]
     )
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """The training loop; a setting means the same at any number of processes."""
+    """The training loop; every setting means the same at any number of processes."""
 
-    objective: str = key("sft", "sft: next-token loss", choices=("sft",))
-    max_steps: int | None = key(None, "optimizer steps; beats epochs", low=0)
-    epochs: float = key(1.0, "passes over the data", low=0)
-    global_batch_size: int = key(16, "sequences an optimizer step, over all ranks", low=1)
-    micro_batch_size: int = key(1, "sequences of one forward pass on one rank, at most", low=1)
-    max_seq_len: int = key(2048, "tokens of a sequence", low=2)
-    packing: bool = key(True, "fill sequences with several texts")
-    checkpointing: bool = key(True, "recompute activations in the backward pass")
-    precision: str = key("auto", "auto: bf16 on a GPU, fp32 on a CPU", choices=DTYPES)
-    max_grad_norm: float | None = key(1.0, "clip the gradient to this norm; null: never", low=0)
+    objective: str = key("sft", "training objective; sft: next-token loss", choices=("sft",))
+    max_steps: int | None = key(None, "optimizer steps; takes precedence over train.epochs", low=0)
+    epochs: float = key(1.0, "passes over the training data", low=0)
+    global_batch_size: int = key(16, "sequences per optimizer step, over all ranks", low=1)
+    micro_batch_size: int = key(1, "most sequences per forward pass of one rank", low=1)
+    max_seq_len: int = key(2048, "most tokens per sequence", low=2)
+    packing: bool = key(True, "fill each sequence with several texts")
+    checkpointing: bool = key(True, "recompute activations in the backward pass, to save memory")
+    precision: str = key(
+        "auto", "compute precision; auto: bf16 on a GPU, fp32 on a CPU", choices=DTYPES
+    )
+    max_grad_norm: float | None = key(
+        1.0, "largest gradient norm, above which gradients are clipped; null: no clipping", low=0
+    )
     on_nonfinite: str = key(
         "stop",
-        "a loss or gradient that is not finite; skip: leave the batch out, rollback: also go back "
-        "to the last checkpoint",
+        "reaction to a loss or gradient that is NaN or infinite; stop: end the run, skip: leave "
+        "the batch out, rollback: leave it out and return to the last checkpoint",
         choices=("stop", "skip", "rollback"),
-    )  # fmt: skip
-    seed: int = key(0, "of adapters and the order of samples", low=0)
+    )
+    seed: int = key(
+        0, "random seed of adapter initialization, dropout and the order of samples", low=0
+    )
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """The optimizer and its learning rate over time."""
+    """The optimizer and its learning rate schedule."""
 
     name: str = key(
-        "adamw", "8-bit and paged ones are bitsandbytes'",
+        "adamw",
+        "optimizer; the 8-bit and paged ones need bitsandbytes",
         choices=("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"),
-    )  # fmt: skip
+    )
     lr: float = key(1e-4, "peak learning rate", low=0)
     weight_decay: float = key(0.0, "decoupled weight decay", low=0)
-    schedule: str = key("cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
-    warmup_steps: int = key(0, "steps of linear warm-up", low=0)
+    schedule: str = key(
+        "cosine",
+        "learning rate schedule after the warm-up",
+        choices=("cosine", "linear", "constant"),
+    )
+    warmup_steps: int = key(0, "optimizer steps of linear warm-up", low=0)
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """The text that is trained on."""
+    """The training text."""
 
-    source: str = key("python_stdlib", "python_stdlib, a file or folder, or a hub name")
-    format: str = key(
-        "auto", "of files; auto: by ending", choices=("auto", "text", "jsonl", "parquet")
+    source: str = key(
+        "python_stdlib",
+        "python_stdlib, a file or folder, or the name of a data set on the hub (name:config)",
     )
-    text_field: str = key("text", "the column that holds the text")
+    format: str = key(
+        "auto",
+        "format of local files; auto: by file extension",
+        choices=("auto", "text", "jsonl", "parquet"),
+    )
+    text_field: str = key("text", "column or JSON field that contains the text")
 
 
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
-    """The held-out text, and what is measured on it."""
+    """The held-out text and the measurements on it."""
 
-    source: str | None = key("python_stdlib", "held-out text, as data.source; null: never")
-    every: int | None = key(None, "steps between evaluations; null: before and after", low=1)
-    tokens: int = key(65536, "at most so many tokens are measured", low=2)
+    source: str | None = key(
+        "python_stdlib", "held-out text, in the form of data.source; null: no evaluation"
+    )
+    every: int | None = key(
+        None,
+        "optimizer steps between evaluations; null: only before and after training",
+        low=1,
+    )
+    tokens: int = key(65536, "most tokens to measure on", low=2)
     reference: str = key(
-        "resident", "how the full-precision model is measured", choices=("off", "resident")
+        "resident",
+        "how the full-precision model is measured for comparison; off: not at all, resident: "
+        "loaded as a whole",
+        choices=("off", "resident"),
     )
 
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
-    """How the work is spread over processes, and between a GPU and its host."""
+    """How the work is distributed over processes, and between a GPU and its host."""
 
     strategy: str = key(
-        "auto", "auto: single for one process, else fsdp2",
+        "auto",
+        "parallelism strategy; auto: single for one process, otherwise fsdp2",
         choices=("auto", "single", "ddp", "fsdp2", "fsdp1", "zero3"),
-    )  # fmt: skip
-    hybrid: bool = key(False, "fsdp2: shard within a node, replicate between nodes")
+    )
+    hybrid: bool = key(False, "with fsdp2: shard within a node and replicate across nodes")
     offload: str = key(
         "none",
-        "to the host's memory: activations that checkpointing keeps, fsdp2's parameters, or all",
+        "tensors to offload to host memory; activations: those that train.checkpointing keeps, "
+        "parameters: those of fsdp2, all: both",
         choices=("none", "activations", "parameters", "all"),
     )
     check_every: int | None = key(
-        100, "steps between checks that ranks agree and frozen bits are as they were; null: never",
+        100,
+        "optimizer steps between checks that all ranks agree and the frozen weights are unchanged; "
+        "null: never",
         low=1,
-    )  # fmt: skip
+    )
 
     @property
     def offloads_activations(self) -> bool:
+        """Whether `offload` covers the inputs that activation checkpointing keeps."""
         return self.offload in ("activations", "all")
 
     @property
     def offloads_parameters(self) -> bool:
+        """Whether `offload` covers FSDP2's sharded parameters."""
         return self.offload in ("parameters", "all")
 
 
-_OVERRIDES = {"nbits": NBITS, "axis": (0, 1), "solver": SOLVERS}
+_OVERRIDE_CHOICES = {"nbits": NBITS, "axis": (0, 1), "solver": SOLVERS}
 
 
 def _override_faults(where: str, settings: Any) -> Iterator[str]:
@@ -184,8 +242,9 @@ def _override_faults(where: str, settings: Any) -> Iterator[str]:
         if name == "group_size":
             if value is not None and (type(value) is not int or value < 2):
                 yield f"{where}.{name}={value}: must be null or an integer of at least 2."
-        elif name not in _OVERRIDES:
-            known = ", ".join([*_OVERRIDES, "group_size"])
+        elif name not in _OVERRIDE_CHOICES:
+            known = ", ".join([*_OVERRIDE_CHOICES, "group_size"])
             yield f"{where}.{name}: unknown; allowed are {known}."
-        elif value not in _OVERRIDES[name] or isinstance(value, bool):
-            yield f"{where}.{name}={value}: allowed are {', '.join(map(str, _OVERRIDES[name]))}."
+        elif value not in _OVERRIDE_CHOICES[name] or isinstance(value, bool):
+            allowed = ", ".join(map(str, _OVERRIDE_CHOICES[name]))
+            yield f"{where}.{name}={value}: allowed are {allowed}."

@@ -1,7 +1,8 @@
-"""How a config key is declared: default, help line and what is allowed, in one place.
+"""Declare a config key in one place: its default, its help text and its allowed values.
 
-The help lines become `--help`, the limits become the checks. Standard library only: the
-command line composes and checks a configuration without importing torch.
+`--help` prints the help texts, and `RunConfig.check` enforces the limits. This module uses only
+the standard library, because the command line composes and checks a configuration without
+importing torch.
 """
 
 from collections.abc import Iterator
@@ -12,10 +13,14 @@ from typing import Any
 
 def key(default: Any = MISSING, help: str = "", *, choices: tuple = (), low: float | None = None,
         factory: Any = MISSING) -> Any:  # fmt: skip
-    """A dataclass field that knows its help line and its allowed values.
+    """Return a dataclass field that carries its help text and its allowed values.
 
-    `choices` lists the values allowed (None among them where None is); `low` is the smallest
-    number allowed. `factory` replaces `default` for lists and dicts.
+    Args:
+        default: The default value.
+        help: The text that `--help` shows.
+        choices: The allowed values, including None if null is allowed. Empty: any value.
+        low: The smallest allowed number.
+        factory: Makes the default of a list or dict, in place of `default`.
     """
     metadata = {"help": help, "choices": choices, "low": low}
     if factory is not MISSING:
@@ -24,18 +29,15 @@ def key(default: Any = MISSING, help: str = "", *, choices: tuple = (), low: flo
 
 
 def faults(group: str, config: Any) -> Iterator[str]:
-    """One sentence for every field of the dataclass `config` that holds what it must not."""
+    """Yield one message for every field of the dataclass `config` whose value is not allowed."""
     for item in fields(config):
         value = getattr(config, item.name)
         choices, low = item.metadata.get("choices"), item.metadata.get("low")
+        shown = f"{group}.{item.name}={'null' if value is None else value}"
         if choices and value not in choices:
             allowed = ", ".join("null" if c is None else str(c) for c in choices)
-            yield f"{group}.{item.name}={_show(value)}: allowed are {allowed}."
+            yield f"{shown}: allowed are {allowed}."
         elif isinstance(value, float) and not isfinite(value):
-            yield f"{group}.{item.name}={_show(value)}: must be finite."
+            yield f"{shown}: must be finite."
         elif low is not None and value is not None and value < low:
-            yield f"{group}.{item.name}={_show(value)}: must be at least {low}."
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else str(value)
+            yield f"{shown}: must be at least {low}."

@@ -1,4 +1,7 @@
-"""The config groups that say how a run runs. A result does not depend on them."""
+"""The config groups that control how and where a run executes.
+
+The result does not depend on them, so they do not change a run's name.
+"""
 
 import re
 from collections.abc import Iterator
@@ -12,17 +15,20 @@ TRACKERS = ("wandb", "tensorboard")
 
 @dataclass(kw_only=True, slots=True)
 class TrackConfig:
-    """Who hears of metrics while a run goes on."""
+    """The trackers that receive metrics during a run."""
 
     backends: list[str] = key(
-        help="beside metrics.jsonl: wandb, tensorboard", factory=lambda: ["wandb"]
+        help="trackers in addition to metrics.jsonl: wandb, tensorboard", factory=lambda: ["wandb"]
     )
     project: str = key("hqqtrain", "W&B project")
     entity: str | None = key(None, "W&B entity")
-    group: str | None = key(None, "W&B group; null: none, or the sweep that a run is part of")
-    artifacts: bool = key(False, "give W&B the adapter as an artifact")
+    group: str | None = key(
+        None, "W&B group; null: the name of the sweep, if the run is part of one"
+    )
+    artifacts: bool = key(False, "upload the adapter to W&B as an artifact")
 
     def faults(self) -> Iterator[str]:
+        """Yield one message for every value that is not allowed."""
         for name in self.backends:
             if name not in TRACKERS:
                 yield (
@@ -30,101 +36,128 @@ class TrackConfig:
                     "always written."
                 )
         if self.artifacts and "wandb" not in self.backends:
-            yield "track.artifacts=true: W&B keeps them; add wandb to track.backends, or use false."
+            yield (
+                "track.artifacts=true: only W&B stores artifacts; add wandb to track.backends, or "
+                "use false."
+            )
 
 
 @dataclass(kw_only=True, slots=True)
 class CkptConfig:
-    """The state of a training that a later process can go on from."""
+    """The checkpoints from which a later process can resume training."""
 
     every: int | None = key(
-        100, "steps between checkpoints; null: at the end, when preempted", low=1
+        100,
+        "optimizer steps between checkpoints; null: only at the end and on preemption",
+        low=1,
     )
-    keep_last: int = key(2, "checkpoints that are kept, the latest", low=1)
-    keep_best: int = key(0, "also those with the lowest eval/loss, made when measured", low=0)
+    keep_last: int = key(2, "number of latest checkpoints to keep", low=1)
+    keep_best: int = key(
+        0,
+        "number of checkpoints with the lowest eval/loss to keep as well; above 0, every "
+        "evaluation saves one",
+        low=0,
+    )
 
 
 @dataclass(kw_only=True, slots=True)
 class RunSection:
-    """Where a run writes, what it is called, and how it goes on."""
+    """The directory of a run, its name, and how it resumes."""
 
-    root: str = key("runs", "folder of all runs")
-    name: str | None = key(None, "null: the recipe and a hash of what defines the result")
+    root: str = key("runs", "folder that contains all runs")
+    name: str | None = key(
+        None,
+        "name of the run's directory; null: the recipe and a hash of the keys that define the "
+        "result",
+    )
     resume: str = key(
-        "auto", "from the last checkpoint; auto: where there is one, never: begin anew",
+        "auto",
+        "whether to resume from the last checkpoint; auto: if there is one, never: start from "
+        "scratch, must: fail if there is none",
         choices=("auto", "never", "must"),
-    )  # fmt: skip
+    )
     time_limit: str | None = key(
-        None, "H:MM:SS or D-HH:MM:SS after which a run saves and ends; null: slurm's, if any"
+        None,
+        "time after which the run saves and ends, as H:MM:SS or D-HH:MM:SS; null: Slurm's limit, "
+        "if any",
     )
 
     def faults(self) -> Iterator[str]:
+        """Yield one message for every value that is not allowed."""
         if self.name is not None and not re.fullmatch(r"\w[\w.+-]*", self.name):
-            yield f"run.name={self.name}: must be letters, digits and any of _ . + -, no folders."
+            yield f"run.name={self.name}: must consist of letters, digits and _ . + -; no folders."
         yield from _control_fault("run.root", self.root)
         yield from duration_fault("run.time_limit", self.time_limit)
 
 
 @dataclass(kw_only=True, slots=True)
 class LaunchConfig:
-    """What starts the processes; the keys below `jobs` are slurm's."""
+    """How the processes are started; the keys after `jobs` are for Slurm."""
 
     backend: str = key(
-        "local", "local: this machine, as started; slurm: a batch job", choices=("local", "slurm")
+        "local",
+        "where to run; local: the processes that were started here, slurm: submit a batch job",
+        choices=("local", "slurm"),
     )
-    jobs: int = key(1, "jobs of a sweep that run at a time", low=1)
-    nodes: int = key(1, "nodes of a job", low=1)
-    gpus_per_node: int = key(0, "GPUs of a node; 0: ask for none", low=0)
+    jobs: int = key(1, "jobs of a sweep that run at the same time", low=1)
+    nodes: int = key(1, "number of nodes", low=1)
+    gpus_per_node: int = key(0, "GPUs per node; 0: request none", low=0)
     tasks_per_node: int | None = key(
-        None, "processes of a node; null: one for each GPU, or one", low=1
+        None, "processes per node; null: one per GPU, or a single one without GPUs", low=1
     )
-    cpus_per_task: int | None = key(None, "cores of a process; null: as the cluster has it", low=1)
-    time: str | None = key(None, "H:MM:SS or D-HH:MM:SS; null: as the cluster has it")
-    grace: int = key(120, "seconds before the end at which a job is told to save", low=10)
-    partition: str | None = key(None, "slurm's partition; null: its default")
-    account: str | None = key(None, "slurm's account; null: its default")
-    options: list[str] = key(help="other options of sbatch, such as --qos=low", factory=list)
-    setup: list[str] = key(help="shell lines before it, such as module load cuda", factory=list)
-    dry_run: bool = key(False, "print the batch file instead of submitting it")
+    cpus_per_task: int | None = key(
+        None, "CPU cores per process; null: the cluster's default", low=1
+    )
+    time: str | None = key(
+        None, "time limit of the job, as H:MM:SS or D-HH:MM:SS; null: the cluster's default"
+    )
+    grace: int = key(
+        120, "seconds before the time limit at which Slurm signals the job to save and stop", low=10
+    )
+    partition: str | None = key(None, "Slurm partition; null: the cluster's default")
+    account: str | None = key(None, "Slurm account; null: the cluster's default")
+    options: list[str] = key(help="additional sbatch options, such as --qos=low", factory=list)
+    setup: list[str] = key(
+        help="shell commands to run before hqqtrain, such as module load cuda", factory=list
+    )
+    dry_run: bool = key(False, "print the batch script instead of submitting it")
 
     @property
     def tasks(self) -> int:
-        """Processes of a node."""
+        """Processes per node."""
         return self.tasks_per_node or self.gpus_per_node or 1
 
     def faults(self) -> Iterator[str]:
-        yield from self._ignored()
-        no_time = [*duration_fault("launch.time", self.time)]
-        yield from no_time
-        if self.time and not no_time and seconds(self.time) <= self.grace:
+        """Yield one message for every value that is not allowed."""
+        # These keys have no effect without Slurm. Nothing is ignored silently, so refuse them.
+        default = LaunchConfig(jobs=self.jobs)
+        for item in fields(self) if self.backend == default.backend else ():
+            if (value := getattr(self, item.name)) != getattr(default, item.name):
+                yield f"launch.{item.name}={value}: only applies to Slurm; add launch=slurm."
+        time_faults = [*duration_fault("launch.time", self.time)]
+        yield from time_faults
+        if self.time and not time_faults and seconds(self.time) <= self.grace:
             yield f"launch.grace={self.grace}: must be shorter than launch.time={self.time}."
         if self.gpus_per_node and self.tasks != self.gpus_per_node:
             yield (
-                f"launch.tasks_per_node={self.tasks}: one process for each of "
+                f"launch.tasks_per_node={self.tasks}: must be one process for each of "
                 f"launch.gpus_per_node={self.gpus_per_node}; leave it null."
             )
         for name in ("partition", "account"):
-            yield from _word_fault(f"launch.{name}", getattr(self, name))
+            yield from _empty_fault(f"launch.{name}", getattr(self, name))
         for option in self.options:
             yield from _control_fault("launch.options", option)
             if not re.fullmatch(r"--[a-z][\w-]*(=.*)?|-[A-Za-z]( .*)?", option, re.DOTALL):
                 yield f"launch.options=[{option}]: must be an option of sbatch, such as --qos=low."
 
-    def _ignored(self) -> Iterator[str]:
-        """Slurm's keys, set where the run is not given to slurm."""
-        plain = LaunchConfig(jobs=self.jobs)
-        for item in fields(self) if self.backend == plain.backend else ():
-            if (value := getattr(self, item.name)) != getattr(plain, item.name):
-                yield f"launch.{item.name}={value}: is for slurm; add launch=slurm."
 
-
-def _word_fault(where: str, text: str | None) -> Iterator[str]:
+def _empty_fault(where: str, text: str | None) -> Iterator[str]:
     if text is not None and not text.strip():
-        yield f"{where}={text}: is empty; name one, or use null for the cluster's default."
+        yield f"{where}={text}: must not be empty; use null for the cluster's default."
     yield from _control_fault(where, text or "")
 
 
 def _control_fault(where: str, text: str) -> Iterator[str]:
-    """In a batch file, a line break would begin a line of its own."""
+    """Refuse characters that would end a line of the batch script and start another."""
     if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", text):
-        yield f"{where}={text!r}: must not hold line breaks or other control characters."
+        yield f"{where}={text!r}: must not contain line breaks or other control characters."

@@ -1,7 +1,8 @@
-"""Keeps passwords out of files that are shared: run directories get copied and uploaded.
+"""Mask secrets in files and messages, because run directories get copied and uploaded.
 
-A secret is known by the name it stands under, by its form, or because the environment holds it
-under such a name. Rather a harmless word too many is masked than a key too few.
+A value is a secret if its key is named like one, if it has the form of a known kind of token, or
+if it is the value of an environment variable that is named like a secret. When in doubt, a
+harmless word is masked rather than a key shown.
 """
 
 import os
@@ -21,26 +22,31 @@ _FORMS = re.compile(
     r"|wandb_v1_\w{24,}|sk-(?=[\w-]*\d)[\w-]{20,}|glpat-[\w-]{20,}|xox[a-z]-(?=[\w-]*\d)[\w-]{10,}"
     r"|(?:AKIA|ASIA)[0-9A-Z]{16}(?!\w)|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"  # AWS; JSON web tokens
     r"|(?<=://)[^/\s]+(?=@)"  # user:password@host, token@host
-    r"|(?<![\w/])[\w.+-]+\\?:[^\s/:@]+(?=@[\w.-])"  # the same without https://; sweeps escape :
-    rf"|(?<=[?&;])(?i:[\w-]*(?:{_NAME}|key|sig|signature))=[^&;#\s'\"]+"  # of a URL
+    r"|(?<![\w/])[\w.+-]+\\?:[^\s/:@]+(?=@[\w.-])"  # the same without a scheme; sweeps escape :
+    rf"|(?<=[?&;])(?i:[\w-]*(?:{_NAME}|key|sig|signature))=[^&;#\s'\"]+"  # URL parameters
     r"|(?<=(?i:bearer) )\S+"
 )
-"""As they are made: lengths and cases, so that HF_HUB_OFFLINE and sk-learning stay words."""
+"""Known forms of tokens. Exact lengths and cases keep HF_HUB_OFFLINE and sk-learning unmasked."""
 _ASSIGNED = re.compile(
     rf"((?:{_NAME}|passwords|secrets|credentials)=)(\"[^\"]*\"|'[^']*'|[^\s\"'&;,]+)", re.IGNORECASE
 )
-"""`export MY_PASSWORD=...` and its like within text."""
+"""Assignments within text, such as `export MY_PASSWORD=...`."""
 _OLD_WANDB = re.compile(r"(?<![0-9A-Za-z])(?<!snapshots/)[0-9a-f]{40}(?![0-9A-Za-z])")
-# A commit has the form of an old W&B key, and is what makes a run reproducible.
+# A git commit has the form of an old W&B key but must be kept: it makes a run reproducible.
 _COMMITS = re.compile(r"(^|[._-])(revision|commit|identity)$", re.IGNORECASE)
-_PLACES = ("PWD", "OLDPWD")
-"""Of the shell; the folder may be gone."""
-_SHORTEST = 8
-"""Characters; a value of the environment that is shorter might be any word."""
+_DIRECTORY_VARIABLES = ("PWD", "OLDPWD")
+"""The shell's own variables that match `_NAMES` but name folders, which may no longer exist."""
+_MIN_LENGTH = 8
+"""Characters; a shorter value of an environment variable might be an ordinary word."""
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """A copy of `value` (JSON's types) without secrets; `name` is the key it stands under."""
+    """Return a copy of `value` with secrets replaced by `MASK`.
+
+    Args:
+        value: Any JSON value; a string may contain a secret anywhere.
+        name: The key of `value`. If it is named like a secret, all of `value` is masked.
+    """
     if _NAMES.search(name) and value and not isinstance(value, bool):
         return MASK
     if isinstance(value, Mapping):
@@ -51,7 +57,7 @@ def masked(value: Any, name: str = "") -> Any:
 
 
 def masked_command(words: list[str]) -> list[str]:
-    """A command line without secrets: `x.token=...`, `--api-key ...`, and known forms."""
+    """Return a command line with secrets masked: `x.token=...`, `--api-key ...` and known forms."""
     shown, previous = [], ""
     for word in words:
         name, equals, value = word.partition("=")
@@ -64,18 +70,18 @@ def masked_command(words: list[str]) -> list[str]:
 
 
 def _masked_text(text: str, name: str) -> str:
-    for secret in _of_the_environment():
+    for secret in _environment_secrets():
         text = text.replace(secret, MASK)
     text = _ASSIGNED.sub(rf"\1{MASK}", _FORMS.sub(MASK, text))
     return text if _COMMITS.search(name) else _OLD_WANDB.sub(MASK, text)
 
 
-def _of_the_environment() -> Iterator[str]:
+def _environment_secrets() -> Iterator[str]:
     for name, value in os.environ.items():
-        if _NAMES.search(name) and len(value) >= _SHORTEST and not _is_a_place(name, value):
+        if _NAMES.search(name) and len(value) >= _MIN_LENGTH and not _is_path(name, value):
             yield value
 
 
-def _is_a_place(name: str, value: str) -> bool:
-    """$PWD is no password, and the file that holds a secret is no secret: both name paths."""
-    return name in _PLACES or (os.path.isabs(value) and os.path.exists(value))
+def _is_path(name: str, value: str) -> bool:
+    """Whether the variable names a path, as $PWD and the name of a credentials file do."""
+    return name in _DIRECTORY_VARIABLES or (os.path.isabs(value) and os.path.exists(value))

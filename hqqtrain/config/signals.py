@@ -1,8 +1,8 @@
-"""SIGUSR1 and SIGTERM: heard from the first moment, acted upon where all ranks meet.
+"""Record SIGUSR1 and SIGTERM from process start; the ranks act on them together later.
 
-Importing torch takes seconds, in which a signal would else end the process without a word. A
-thread listens: Python's own handlers have to wait while the main thread is in a collective, which
-may be one that never ends.
+Importing torch takes seconds, during which an unhandled signal would end the process silently. A
+thread reads the signals, because Python runs signal handlers only in the main thread, which may
+be blocked in a collective that never ends.
 """
 
 import os
@@ -12,40 +12,41 @@ import time
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 TOGETHER = 2.0
-"""Seconds within which signals are one wish: a launcher passes on what slurm or a terminal has sent
-to all processes."""
+"""Seconds within which several signals count as one request: a launcher forwards a signal that
+Slurm or the terminal has also sent to every process."""
 
 
-class _Heard:
+class _FirstSignal:
     name = ""
-    at = 0.0
+    time = 0.0
 
 
 def listen() -> None:
-    """From now on a signal is kept for `received`; a later one ends the process at once.
+    """Record the first signal for `received`; a later one ends the process at once.
 
-    In the main thread.
+    The caller must be the main thread.
     """
-    _Heard.name = ""
-    ear, mouth = os.pipe()
-    os.set_blocking(mouth, False)
+    _FirstSignal.name = ""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
     for number in SIGNALS:
+        # Python writes to the wakeup descriptor only for signals that have a Python handler.
         signal.signal(number, lambda *_: None)
-    signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
-    threading.Thread(target=_hear, args=(ear,), name="signals", daemon=True).start()
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(read_end,), name="signals", daemon=True).start()
 
 
 def received() -> str:
-    """The name of the signal that came; empty where none did."""
-    return _Heard.name
+    """Return the name of the first signal, or an empty string if none has arrived."""
+    return _FirstSignal.name
 
 
-def _hear(ear: int) -> None:
-    while number := os.read(ear, 1):
+def _watch(read_end: int) -> None:
+    while number := os.read(read_end, 1):
         if number[0] not in SIGNALS:
             continue
         now = time.monotonic()
-        if not _Heard.name:
-            _Heard.name, _Heard.at = signal.Signals(number[0]).name, now
-        elif now - _Heard.at > TOGETHER:
+        if not _FirstSignal.name:
+            _FirstSignal.name, _FirstSignal.time = signal.Signals(number[0]).name, now
+        elif now - _FirstSignal.time > TOGETHER:
             os._exit(1)

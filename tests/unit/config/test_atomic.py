@@ -1,4 +1,4 @@
-"""A file is the old one or the new one, also where writing the new one fails."""
+"""Atomic writes leave either the old file or the new one, even when writing fails."""
 
 import os
 from pathlib import Path
@@ -16,13 +16,13 @@ def test_writes_text_and_bytes_as_they_are(content, tmp_path):
 
 
 @pytest.mark.parametrize("fails", ["fsync", "replace"])
-def test_a_failure_leaves_what_was_there(fails, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(fails, tmp_path, monkeypatch):
     file = atomic_write(tmp_path / "file", "old")
 
-    def full(*_) -> None:
+    def disk_full(*_) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((os, "fsync") if fails == "fsync" else (Path, "replace")), full)
+    monkeypatch.setattr(*((os, "fsync") if fails == "fsync" else (Path, "replace")), disk_full)
     with pytest.raises(OSError, match="No space"):
         atomic_write(file, "new")
     assert file.read_text() == "old"

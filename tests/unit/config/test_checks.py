@@ -1,4 +1,4 @@
-"""Every limit of the configuration, its message, and the names runs get."""
+"""The limits of every config key and the messages about them."""
 
 import pytest
 
@@ -6,6 +6,7 @@ from hqqtrain.config import LaunchConfig, QuantConfig, RunConfig, UserError, did
 
 
 def _refused(**groups) -> str:
+    """Return the message of `RunConfig.check` after setting the given keys of each group."""
     config = RunConfig()
     for group, values in groups.items():
         for name, value in values.items():
@@ -20,7 +21,7 @@ def test_the_defaults_are_sound():
 
 
 @pytest.mark.parametrize(
-    ("group", "name", "value", "said"),
+    ("group", "name", "value", "expected"),
     [
         ("quant", "nbits", 5, "quant.nbits=5: allowed are 8, 4, 3, 2, 1."),
         ("quant", "group_size", 1, "quant.group_size=1: must be at least 2."),
@@ -41,27 +42,27 @@ def test_the_defaults_are_sound():
         ),
     ],
 )
-def test_a_fault_names_key_value_and_what_is_allowed(group, name, value, said):
-    assert said in _refused(**{group: {name: value}})
+def test_an_error_names_key_value_and_what_is_allowed(group, name, value, expected):
+    assert expected in _refused(**{group: {name: value}})
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "expected"),
     [
-        ({"nodes": 2}, "launch.nodes=2: is for slurm; add launch=slurm."),
-        ({"dry_run": True}, "launch.dry_run=True: is for slurm; add launch=slurm."),
+        ({"nodes": 2}, "launch.nodes=2: only applies to Slurm; add launch=slurm."),
+        ({"dry_run": True}, "launch.dry_run=True: only applies to Slurm; add launch=slurm."),
         (
             {"backend": "slurm", "time": "0:02:00"},
             "launch.grace=120: must be shorter than launch.time=0:02:00.",
         ),
         (
             {"backend": "slurm", "gpus_per_node": 8, "tasks_per_node": 1},
-            "launch.tasks_per_node=1: one process for each of launch.gpus_per_node=8",
+            "launch.tasks_per_node=1: must be one process for each of launch.gpus_per_node=8",
         ),
     ],
 )
-def test_what_slurm_would_be_told_in_vain(values, said):
-    assert said in _refused(launch=values)
+def test_slurm_keys_without_effect_are_refused(values, expected):
+    assert expected in _refused(launch=values)
 
 
 @pytest.mark.parametrize(
@@ -69,35 +70,35 @@ def test_what_slurm_would_be_told_in_vain(values, said):
     [("run", "root"), ("launch", "partition"), ("launch", "account"), ("launch", "options")],
 )
 @pytest.mark.parametrize("broken", ["a\nb", "a\r", "\x00", "a\tb", "a\x85b", "a\u2028b"])
-def test_what_stands_in_a_line_of_a_batch_file_is_one_line(group, name, broken):
+def test_values_in_a_batch_script_must_be_a_single_line(group, name, broken):
     value = [f"--x={broken}"] if name == "options" else broken
     config = RunConfig(launch=LaunchConfig(backend="slurm"))
     setattr(getattr(config, group), name, value)
-    with pytest.raises(UserError, match=rf"^{group}\.{name}='.*': must not hold line breaks"):
+    with pytest.raises(UserError, match=rf"^{group}\.{name}='.*': must not contain line breaks"):
         config.check()
 
 
 @pytest.mark.parametrize("name", ["partition", "account"])
 @pytest.mark.parametrize("empty", ["", " "])
 def test_an_empty_name_is_refused(name, empty):
-    said = _refused(launch={"backend": "slurm", name: empty})
+    message = _refused(launch={"backend": "slurm", name: empty})
     assert (
-        said == f"launch.{name}={empty}: is empty; name one, or use null for the cluster's default."
+        message == f"launch.{name}={empty}: must not be empty; use null for the cluster's default."
     )
 
 
-def test_a_process_for_each_gpu_or_one():
+def test_default_is_one_process_per_gpu_or_a_single_one():
     assert LaunchConfig().tasks == 1
     assert LaunchConfig(gpus_per_node=8).tasks == 8
     assert LaunchConfig(tasks_per_node=2).tasks == 2
 
 
-def test_an_artifact_that_nobody_keeps_is_refused():
-    said = _refused(track={"artifacts": True, "backends": ["tensorboard"]})
-    assert said.startswith("track.artifacts=true: W&B keeps them; add wandb to track.backends")
+def test_artifacts_without_wandb_are_refused():
+    message = _refused(track={"artifacts": True, "backends": ["tensorboard"]})
+    assert message.startswith("track.artifacts=true: only W&B stores artifacts; add wandb to track")
 
 
-def test_all_faults_are_told_at_once():
+def test_all_errors_are_reported_at_once():
     message = _refused(quant={"nbits": 5, "axis": 7}, adapter={"r": 0})
     assert len(message.splitlines()) == 3
 
@@ -116,7 +117,7 @@ def test_ordinary_run_names_are_fine(name):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "expected"),
     [
         (3, "quant.overrides[*.q_proj]=3: must be null or settings"),
         ({"nbits": 5}, "quant.overrides[*.q_proj].nbits=5: allowed are 8, 4, 3, 2, 1."),
@@ -126,8 +127,8 @@ def test_ordinary_run_names_are_fine(name):
         ({"group_size": "64"}, "quant.overrides[*.q_proj].group_size=64: must be null or"),
     ],
 )
-def test_overrides_are_checked_like_the_keys_they_override(settings, said):
-    assert said in _refused(quant={"overrides": {"*.q_proj": settings}})
+def test_overrides_are_checked_like_the_keys_they_override(settings, expected):
+    assert expected in _refused(quant={"overrides": {"*.q_proj": settings}})
 
 
 @pytest.mark.parametrize("settings", [None, {}, {"nbits": 8, "group_size": None, "axis": 0}])
@@ -135,14 +136,14 @@ def test_sound_overrides_pass(settings):
     assert list(QuantConfig(overrides={"*.q_proj": settings}).faults()) == []
 
 
-def test_bf16_adapters_have_no_scaled_gradients():
+def test_bf16_adapters_with_fp16_loss_scaling_are_refused():
     config = RunConfig()
     config.adapter.dtype, config.train.precision = "bf16", "fp16"
     with pytest.raises(UserError, match=r"adapter\.dtype=bf16: .*train\.precision=fp16"):
         config.check()
 
 
-def test_only_what_is_kept_can_be_offloaded():
+def test_offloading_activations_needs_checkpointing():
     config = RunConfig()
     config.parallel.offload, config.train.checkpointing = "activations", False
     with pytest.raises(UserError, match=r"parallel\.offload=activations: .*checkpointing=true"):

@@ -1,4 +1,4 @@
-"""A run's name: the same for the same result, another for another."""
+"""Run names are equal exactly when the keys that define the result are equal."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 from hqqtrain.config import RunConfig
 
 
-def test_where_it_writes_and_who_listens_do_not_change_the_name():
+def test_root_and_trackers_do_not_change_the_name():
     config = RunConfig(recipe="tiny_2bit")
     config.run.root, config.track.backends, config.track.project = "/elsewhere", [], "other"
     assert config.run_name() == RunConfig(recipe="tiny_2bit").run_name()
@@ -25,7 +25,7 @@ def test_where_it_writes_and_who_listens_do_not_change_the_name():
         ("eval", "tokens", 1024),
     ],
 )
-def test_whatever_the_result_depends_on_changes_the_name(group, name, value):
+def test_every_key_that_defines_the_result_changes_the_name(group, name, value):
     config = RunConfig()
     setattr(getattr(config, group), name, value)
     assert config.run_name() != RunConfig().run_name()
@@ -47,7 +47,7 @@ def test_the_order_of_overrides_does_not_matter():
     assert one.identity() == other.identity()
 
 
-def test_another_process_gives_the_same_name():
+def test_the_name_is_the_same_in_another_process():
     program = "from hqqtrain.config import RunConfig; print(RunConfig().identity())"
     outputs = {
         subprocess.run(

@@ -1,4 +1,4 @@
-"""Secrets never reach a file; what makes a run reproducible stays."""
+"""Secrets are masked; values that make a run reproducible are kept."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_secrets_on_the_command_line_are_masked(words, shown):
     assert masked_command(words) == shown
 
 
-def test_the_rest_of_the_command_line_stays():
+def test_ordinary_words_of_the_command_line_are_kept():
     words = [
         "hqqtrain",
         "-m",
@@ -72,8 +72,8 @@ def test_the_rest_of_the_command_line_stays():
     assert masked_command(words) == words
 
 
-def test_our_own_advice_is_not_masked():
-    """Words that look a little like keys, in other cases or shorter."""
+def test_words_that_resemble_keys_are_not_masked():
+    """Our own messages contain words that resemble keys, in another case or shorter."""
     advice = (
         "set HF_HUB_OFFLINE=1 or HF_HUB_ENABLE_HF_TRANSFER, track.project=SK-something-of-mine, "
         "HF_ABCDEFGHIJKLMNOPQRSTUVWXYZABCDEFGHIJ, xoxo-kisses-and-hugs, eval.tokens=65536"
@@ -81,7 +81,7 @@ def test_our_own_advice_is_not_masked():
     assert masked(advice) == advice
 
 
-def test_configurations():
+def test_nested_configurations_are_masked():
     config = {"track": {"api_key": "x", "project": "p"}, "eval": {"tokens": 5, "token": ""},
               "model": {"revision": COMMIT, "list": [HF, 3, None]}}  # fmt: skip
     assert masked(config) == {"track": {"api_key": "***", "project": "p"},
@@ -89,12 +89,12 @@ def test_configurations():
                               "model": {"revision": COMMIT, "list": ["***", 3, None]}}  # fmt: skip
 
 
-def test_a_fingerprint_is_no_secret():
+def test_a_fingerprint_is_not_a_secret():
     fingerprint = "sha256:" + "0f" * 32
     assert masked(fingerprint) == fingerprint
 
 
-def test_a_secret_of_the_environment_is_known_wherever_it_stands(monkeypatch):
+def test_secrets_from_the_environment_are_masked_everywhere(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", COMMIT)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "no known/form at all")
     monkeypatch.setenv("MY_TOKEN", "short")
@@ -104,14 +104,14 @@ def test_a_secret_of_the_environment_is_known_wherever_it_stands(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["PWD", "OLDPWD"])
-def test_the_working_directory_is_no_password(name, monkeypatch):
+def test_the_working_directory_is_not_a_password(name, monkeypatch):
     monkeypatch.setenv(name, "/long/gone/folder")
     assert masked({"run": {"root": "/long/gone/folder/runs"}}) == {
         "run": {"root": "/long/gone/folder/runs"}
     }
 
 
-def test_the_file_that_holds_a_secret_is_none(tmp_path, monkeypatch):
+def test_the_path_of_a_secret_file_is_not_a_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
     monkeypatch.setenv("MY_SHELLS_PWD", str(tmp_path))
     monkeypatch.setenv("MYSQL_PWD", "/no-such-path")
@@ -120,7 +120,7 @@ def test_the_file_that_holds_a_secret_is_none(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [12345678, 1.5, ["a", "b"], {"user": "me", "key": "x"}])
-def test_under_a_secret_name_nothing_is_shown_whatever_its_type(value):
+def test_values_of_secret_keys_are_masked_whatever_their_type(value):
     assert masked({"x": {"password": value, "credentials": value}}) == {
         "x": {"password": "***", "credentials": "***"}
     }
