@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, W&B, TensorBoard, the terminal, the report."""
+"""Experiment tracking: metrics.jsonl, W&B, TensorBoard, the terminal, and the report."""
 
 from hqqtrain.track.base import LAYER_ERROR, Tracker
 from hqqtrain.track.console import Console, Progress, ResultRow, results_table, setup_logging

@@ -1,6 +1,6 @@
-"""What a tracker is: somewhere to send a run's metrics, and nothing a run depends on.
+"""The interface of a tracker, a destination for metrics that a run must not depend on.
 
-The methods may raise what they like; `Trackers` (fanout.py) sees to it that training does not.
+The methods may raise any exception; `Trackers` catches it, so that training continues.
 """
 
 from collections.abc import Mapping
@@ -11,46 +11,57 @@ LAYER_ERROR = "quant/relative_error/"
 """Prefix of the one metric that is logged per module."""
 
 STEP = "train/global_step"
+"""Name of the optimizer step in every logged row."""
 
 
 class Tracker(Protocol):
-    """Receives one run. Called on the main process only."""
+    """Records one run. Its methods are called on the main process only."""
 
     def start(self, config: Mapping[str, Any], step: int = 0) -> None:
-        """Opens the run, or goes on with the one that the run directory holds.
+        """Start the run, or resume the one in the run directory.
 
-        `step` is the optimizer step that the run goes on from, 0 for one that begins: what an
-        earlier process has told of later steps will be told again.
+        Args:
+            config: the resolved configuration.
+            step: the optimizer step that the run resumes from; 0 for a fresh run. Metrics of later
+                steps that an earlier process has logged will be logged again.
         """
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Metrics by the names of the contract, after optimizer step `step` (0: before any)."""
+        """Log metrics after optimizer step `step` (0: before training).
+
+        docs/tracking.md lists the names of the metrics.
+        """
 
     def summary(self, summary: Mapping[str, Any]) -> None:
-        """The final figures: what summary.json holds."""
+        """Log the final figures, which are the content of summary.json."""
 
     def images(self, paths: Mapping[str, Path]) -> None:
-        """The plots of the report, by name."""
+        """Log the plots of the report, given as name -> PNG file."""
 
     def artifact(self, path: Path) -> None:
-        """The folder of the trained adapter."""
+        """Upload the trained adapter in folder `path`."""
 
     def hint(self) -> str | None:
-        """How a person gets to see what was tracked; None where the file speaks for itself."""
+        """Return how a user can view the run; None if no explanation is needed."""
 
     def finish(self, exit_code: int) -> None:
-        """Closes the run; 0 means that it was done."""
+        """Close the run. Exit code 0 means that the run is done."""
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"eval": {"tokens": 1}} -> {"eval.tokens": 1}: dots, so that no metric is overwritten."""
-    found: dict[str, Any] = {}
+    """Flatten nested mappings: {"eval": {"tokens": 1}} -> {"eval.tokens": 1}.
+
+    Names are joined by dots. Metrics are joined by slashes, so no metric is overwritten.
+    """
+    flattened: dict[str, Any] = {}
     for name, value in values.items():
-        nested = isinstance(value, Mapping)
-        found |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return found
+        if isinstance(value, Mapping):
+            flattened |= flat(value, f"{prefix}{name}.")
+        else:
+            flattened[f"{prefix}{name}"] = value
+    return flattened
 
 
 def layer_errors(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Module -> relative error, of the metrics that are logged per module."""
+    """Return module name -> relative error, from the metrics that are logged per module."""
     return {n.removeprefix(LAYER_ERROR): v for n, v in metrics.items() if LAYER_ERROR in n}

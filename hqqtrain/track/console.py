@@ -1,7 +1,7 @@
-"""What a person at the terminal sees: bars while it works, one table at the end.
+"""Terminal output: progress bars while a run works, and one results table at the end.
 
-Bars only where standard error is a terminal; in a log file a plain line now and then says the
-same. Only the main process speaks.
+Bars are drawn only if standard error is a terminal. In a log file a plain line from time to time
+shows the same. Only the main process prints.
 """
 
 import logging
@@ -21,14 +21,14 @@ from tqdm import tqdm
 from hqqtrain.config.secrets import masked
 
 FIRST_SECONDS, LINE_SECONDS = 5.0, 60.0
-"""Where there is no terminal: when the first plain line may come, and how often one is written."""
+"""Without a terminal: seconds until the first plain line, and between two lines."""
 
 _YELLOW, _RED = 33, 31
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A line of the final table; None is shown as a dash."""
+    """A row of the results table; None is shown as a dash."""
 
     model: str
     perplexity: float | None = None
@@ -39,62 +39,77 @@ class ResultRow:
 
 
 class Progress:
-    """How far a piece of work is, from `initial` on. Use as a context manager."""
+    """The progress of a task, as a bar or as plain lines. Use as a context manager.
+
+    Args:
+        description: what is done, such as `training`.
+        total: the number of units; None if it is unknown.
+        unit: the name of a unit, such as `step`.
+        enabled: whether to print anything.
+        initial: the number of units that were done before.
+    """
 
     def __init__(
         self, description: str, total: int | None, unit: str, enabled: bool, initial: int = 0
     ) -> None:
         self.description, self.total, self.unit, self.initial = description, total, unit, initial
-        self._lines = enabled and not sys.stderr.isatty()
+        self._prints_lines = enabled and not sys.stderr.isatty()
         self._bar = tqdm(
-            total=total, desc=description, unit=unit, disable=not enabled or self._lines,
-            dynamic_ncols=True, file=sys.stderr, initial=initial,
-            colour="green" if _has_colour() else None,
-        )  # fmt: skip
+            total=total,
+            desc=description,
+            unit=unit,
+            disable=not enabled or self._prints_lines,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            initial=initial,
+            colour="green" if _has_color() else None,
+        )
         self._done, self._postfix = initial, ""
-        self._started = time.monotonic()
-        self._next_line = self._started + FIRST_SECONDS
+        self._start_time = time.monotonic()
+        self._next_line_time = self._start_time + FIRST_SECONDS
 
     def update(self, n: int = 1, **postfix: float | str) -> None:
-        """`n` more units are done; `postfix` says how it goes, such as loss=2.31."""
+        """Advance by `n` units, and show `postfix`, such as loss=2.31, after the progress."""
         self._done += n
         if postfix:
             self._postfix = ", ".join(f"{k}={_short(v)}" for k, v in postfix.items())
             self._bar.set_postfix_str(self._postfix, refresh=False)
         self._bar.update(n)
-        if self._lines and time.monotonic() >= self._next_line:
-            self._line()
-            self._next_line = time.monotonic() + LINE_SECONDS
+        if self._prints_lines and time.monotonic() >= self._next_line_time:
+            self._print_line()
+            self._next_line_time = time.monotonic() + LINE_SECONDS
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._bar.close()
-        if self._lines and self._done > self.initial:
-            self._line(last=True)
+        if self._prints_lines and self._done > self.initial:
+            self._print_line(is_last=True)
 
-    def _line(self, last: bool = False) -> None:
-        """`training: 12/100 steps (12%), 0.5 steps/s, ETA 02:56, loss=2.31`"""
-        seconds = time.monotonic() - self._started
+    def _print_line(self, is_last: bool = False) -> None:
+        """Print `training: 12/100 steps (12%), 0.5 steps/s, ETA 02:56, loss=2.31`."""
+        seconds = time.monotonic() - self._start_time
         rate = (self._done - self.initial) / seconds if seconds else 0.0
-        of = f"/{self.total}" if self.total else ""
-        share = f" ({self._done / self.total:.0%})" if self.total else ""
-        parts = [f"{self.description}: {self._done}{of} {self.unit}s{share}"]
+        total = f"/{self.total}" if self.total else ""
+        percent = f" ({self._done / self.total:.0%})" if self.total else ""
+        parts = [f"{self.description}: {self._done}{total} {self.unit}s{percent}"]
         parts += [f"{_short(rate)} {self.unit}s/s"] if rate else []
-        if last:
+        if is_last:
             parts.append(f"in {tqdm.format_interval(seconds)}")
         elif self.total and rate:
             parts.append(f"ETA {tqdm.format_interval((self.total - self._done) / rate)}")
-        print(", ".join([*parts, self._postfix] if self._postfix else parts),
-              file=sys.stderr, flush=True)  # fmt: skip
+        parts += [self._postfix] if self._postfix else []
+        print(", ".join(parts), file=sys.stderr, flush=True)
 
 
 class Console:
-    """The terminal of the main process; silent on the others."""
+    """The terminal output of a run: printed by the main process, silent on all other ranks."""
 
     def __init__(self, main: bool = True) -> None:
         self.main = main
@@ -102,64 +117,75 @@ class Console:
     def progress(
         self, description: str, total: int | None = None, unit: str = "it", initial: int = 0
     ) -> Progress:
-        """`initial` of `total` were done by an earlier process: no time of this one."""
+        """Return a progress bar.
+
+        Args:
+            description: what is done, such as `training`.
+            total: the number of units; None if it is unknown.
+            unit: the name of a unit, such as `step`.
+            initial: units done by an earlier process, which do not count for the rate.
+        """
         return Progress(description, total, unit, self.main, initial)
 
     def results(
         self, rows: Sequence[ResultRow], files: Iterable[Path] = (), hints: Iterable[str] = ()
     ) -> None:
-        """The final table, the files that were written and how to see more, on standard output."""
+        """Print the results table, the written files, and hints to standard output."""
         if self.main:
             print("\n" + results_table(rows) + "\n")
             print("\n".join([*(f"wrote {file}" for file in files), *hints]), flush=True)
 
 
 def results_table(rows: Sequence[ResultRow]) -> str:
-    """Plain text, one line per model."""
+    """Format the results as plain text, one line per model."""
     headers = ("model", "perplexity", "KL", "bits per weight", "GiB", "seconds")
     formats = ("", ".3f", ".4f", ".2f", ".3f", ".1f")
     return tabulate([astuple(row) for row in rows], headers, floatfmt=formats, missingval="-")
 
 
 def setup_logging(main: bool = True) -> None:
-    """Messages of hqqtrain from INFO up on standard error, above the bars; faults elsewhere.
+    """Send log messages to standard error, above the progress bars.
 
-    Ranks other than the main one repeat what it says, so only their errors are shown. Safe to
-    call twice.
+    On the main process hqqtrain logs from INFO on, and other libraries from WARNING on. The other
+    ranks would repeat the same messages, so they log errors only. Calling this again is safe.
     """
     logger = logging.getLogger("hqqtrain")
     logger.handlers = [_BarHandler()]
     logger.setLevel(logging.INFO if main else logging.ERROR)
     for name in ("transformers", "datasets", "accelerate", "peft", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.WARNING if main else logging.ERROR)
-    for category in (DeprecationWarning, FutureWarning):  # of libraries, to their authors
+    for category in (DeprecationWarning, FutureWarning):  # from libraries, meant for their authors
         warnings.simplefilter("ignore", category)
     if not main:
         warnings.simplefilter("ignore")
 
 
 class _BarHandler(logging.Handler):
-    """Writes a record, without secrets, and without tearing a bar apart."""
+    """Prints a record with secrets masked, without disturbing the progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(_level(record.levelno) + masked(self.format(record)), file=sys.stderr)
+            tqdm.write(_level_prefix(record.levelno) + masked(self.format(record)), file=sys.stderr)
         except Exception:
             self.handleError(record)
 
 
-def _level(level: int) -> str:
+def _level_prefix(level: int) -> str:
+    """Return `warning: ` and the like, colored on a terminal; empty for INFO and below."""
     if level <= logging.INFO:
         return ""
     word = f"{logging.getLevelName(level).lower()}: "
-    colour = _RED if level >= logging.ERROR else _YELLOW
-    return f"\033[{colour}m{word}\033[0m" if _has_colour() else word
+    color = _RED if level >= logging.ERROR else _YELLOW
+    return f"\033[{color}m{word}\033[0m" if _has_color() else word
 
 
-def _has_colour() -> bool:
-    """On a terminal that can, unless the user will not have it (https://no-color.org)."""
-    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return wanted and sys.stderr.isatty()
+def _has_color() -> bool:
+    """Whether standard error is a terminal with color, and the user allows color.
+
+    The user forbids it with the variable NO_COLOR (https://no-color.org).
+    """
+    is_allowed = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return is_allowed and sys.stderr.isatty()
 
 
 def _short(value: Any) -> str:

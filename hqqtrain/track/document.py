@@ -1,6 +1,7 @@
-"""The look of a page that can be mailed: one file, images inside it, nothing fetched.
+"""Building blocks of a self-contained HTML page, which can be mailed as a single file.
 
-Everything that is shown is escaped here or, where a part is already HTML, says so.
+Images are embedded and nothing is fetched. All text is escaped here; a parameter that expects HTML
+instead of text says so.
 """
 
 import base64
@@ -42,7 +43,7 @@ details summary { cursor: pointer; font-weight: 600; }
 
 
 def document(title: str, subtitle: str, body: Iterable[str]) -> str:
-    """The whole page; `title` and `subtitle` are text, `body` holds parts in HTML."""
+    """Return the whole page; `title` and `subtitle` are text, `body` consists of HTML."""
     head = f"<h1>{escape(title)}</h1><p>{escape(subtitle)}</p>"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -53,26 +54,26 @@ def document(title: str, subtitle: str, body: Iterable[str]) -> str:
 
 
 def images(files: Mapping[str, Path]) -> str:
-    """Heading -> PNG, beside each other where there is room."""
+    """Return sections with the PNG files (heading -> file), side by side if there is room."""
     return f'<div class="plots">{"".join(image(*item) for item in files.items())}</div>'
 
 
 def tiles(figures: Mapping[str, str]) -> str:
-    """Label -> number, shown large."""
+    """Return tiles with large numbers (label -> number)."""
     tile = '<div class="figure"><b>{}</b><span>{}</span></div>'
-    found = (tile.format(escape(value), escape(label)) for label, value in figures.items())
-    return f'<div class="figures">{"".join(found)}</div>'
+    filled = (tile.format(escape(value), escape(label)) for label, value in figures.items())
+    return f'<div class="figures">{"".join(filled)}</div>'
 
 
 def image(heading: str, path: Path) -> str:
-    """A section with the PNG at `path` inside it."""
+    """Return a section with the PNG file at `path` embedded."""
     data = base64.b64encode(path.read_bytes()).decode()
-    shown = f'<img alt="{escape(heading)}" src="data:image/png;base64,{data}">'
-    return f"<section><h2>{escape(heading)}</h2>{shown}</section>"
+    element = f'<img alt="{escape(heading)}" src="data:image/png;base64,{data}">'
+    return f"<section><h2>{escape(heading)}</h2>{element}</section>"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are text, escaped here; no line for headers that are all empty."""
+    """Return a table. Cells are text; the header row is omitted if all headers are empty."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in headers)
     lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
@@ -80,7 +81,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: Any) -> str:
-    """Digits a person reads: thousands separated, four significant ones for small numbers."""
+    """Format a number for people: thousands separators, and four significant digits of a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

@@ -1,7 +1,7 @@
-"""One call to every tracker, and no tracker may stop a run.
+"""Sends every call to all trackers, and keeps their failures away from the run.
 
-A metrics server that is down or a disk that is full costs the curve, never the training: a
-tracker that raises is named in one warning and left out from then on.
+A metrics server that is down or a full disk must never stop the training. A tracker that raises is
+reported in one warning and disabled for the rest of the run.
 """
 
 import logging
@@ -20,10 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 class Trackers:
-    """The trackers of one run, as one; itself a `Tracker` that never raises.
+    """A composite of a run's trackers that itself never raises.
 
-    `told`: step -> metrics that an earlier process of the run has told already. A run that goes
-    on measures some of them once more; they are not told twice.
+    Attributes:
+        live: the trackers that have not failed.
+        told: step -> names of the metrics that an earlier process of the run has logged. A resumed
+            run measures some of them again; they are not logged twice.
     """
 
     def __init__(self, trackers: Iterable[Tracker]) -> None:
@@ -31,43 +33,41 @@ class Trackers:
         self.told: Mapping[int, Container[str]] = {}
 
     def start(self, config: Mapping[str, Any], step: int = 0) -> None:
-        self._each(lambda tracker: tracker.start(config, step))
+        self._call_each(lambda tracker: tracker.start(config, step))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        told = self.told.get(step, ())
-        news = {name: value for name, value in metrics.items() if name not in told}
-        if news:
-            self._each(lambda tracker: tracker.log(news, step))
+        already_logged = self.told.get(step, ())
+        new = {name: value for name, value in metrics.items() if name not in already_logged}
+        if new:
+            self._call_each(lambda tracker: tracker.log(new, step))
 
     def summary(self, summary: Mapping[str, Any]) -> None:
-        self._each(lambda tracker: tracker.summary(summary))
+        self._call_each(lambda tracker: tracker.summary(summary))
 
     def images(self, paths: Mapping[str, Path]) -> None:
-        self._each(lambda tracker: tracker.images(paths))
+        self._call_each(lambda tracker: tracker.images(paths))
 
     def artifact(self, path: Path) -> None:
-        self._each(lambda tracker: tracker.artifact(path))
+        self._call_each(lambda tracker: tracker.artifact(path))
 
     def hints(self) -> list[str]:
-        """How a person gets to see what was tracked; ask before `finish`."""
-        found: list[str | None] = []
-        self._each(lambda tracker: found.append(tracker.hint()))
-        return [hint for hint in found if hint]
+        """Return how a user can view the run. Must be called before `finish`."""
+        hints: list[str | None] = []
+        self._call_each(lambda tracker: hints.append(tracker.hint()))
+        return [hint for hint in hints if hint]
 
     def finish(self, exit_code: int = 0) -> None:
-        self._each(lambda tracker: tracker.finish(exit_code))
+        self._call_each(lambda tracker: tracker.finish(exit_code))
         self.live = []
 
-    def _each(self, call: Callable[[Tracker], None]) -> None:
+    def _call_each(self, call: Callable[[Tracker], None]) -> None:
         for tracker in list(self.live):
             try:
                 call(tracker)
             except Exception as error:
                 self.live.remove(tracker)
                 name = type(tracker).__name__
-                logger.warning(
-                    "%s failed and is left out from now on: %s", name, masked(str(error))
-                )
+                logger.warning("%s failed and is disabled: %s", name, masked(str(error)))
 
 
 def open_trackers(
@@ -78,11 +78,17 @@ def open_trackers(
     *,
     main: bool = True,
 ) -> Trackers:
-    """Started trackers: metrics.jsonl always, and those of `track.backends`.
+    """Start the trackers of a run: metrics.jsonl always, and those of `track.backends`.
 
-    `run_config` is the resolved configuration, logged without secrets; `step` the optimizer
-    step that the run goes on from, 0 for one that begins. None at all where this is not the
-    `main` process.
+    Args:
+        config: the tracking configuration.
+        run_dir: the run directory.
+        run_config: the resolved configuration, which is logged with secrets masked.
+        step: the optimizer step that the run resumes from; 0 for a fresh run.
+        main: whether this is the main process. Other ranks get no trackers.
+
+    Returns:
+        The started trackers.
     """
     if not main:
         return Trackers([])
@@ -94,12 +100,15 @@ def open_trackers(
         chosen.append(WandbTracker(run_dir, config))
     trackers = Trackers(chosen)
     trackers.start(run_config, step)
-    trackers.told = _told(metrics, step)
+    trackers.told = _logged_metrics(metrics, step)
     return trackers
 
 
-def _told(metrics: Path, step: int) -> dict[int, set[str]]:
-    """What is told of the steps that a run which goes on from `step` may speak of once more."""
+def _logged_metrics(metrics: Path, step: int) -> dict[int, set[str]]:
+    """Return the logged metrics of the steps that a run resumed from `step` measures again.
+
+    These are step 0 and `step` itself.
+    """
     try:
         rows = read_metrics(metrics) if step else []
     except (OSError, ValueError):

@@ -1,6 +1,7 @@
-"""How every plot looks, of a run and of a sweep; matplotlib is imported when one is drawn.
+"""The common style of all plots of runs and of sweeps.
 
-Figures are made without pyplot: no global state, no display, safe in any thread.
+matplotlib is imported only when a plot is drawn. Figures are made without pyplot, so there is no
+global state and no display, and any thread may draw.
 """
 
 import io
@@ -18,7 +19,18 @@ MUTED, GRID = "#5b6b7f", "#e4e8ee"
 
 
 def new_figure(width: float, height: float, lines: int = 0, columns: int = 1, **shared: Any) -> Any:
-    """(figure, axes), or with `lines` (figure, array [lines, columns] of axes)."""
+    """Create a figure in the common style.
+
+    Args:
+        width: in inches.
+        height: in inches.
+        lines: rows of a grid of axes; 0 for a single plot.
+        columns: columns of the grid.
+        shared: passed on to `Figure.subplots`.
+
+    Returns:
+        (figure, axes), or with `lines` (figure, array of axes of shape [lines, columns]).
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -40,7 +52,7 @@ def _style(axes: "Axes") -> None:
 
 
 def save_figure(figure: "Figure", path: Path, dpi: int = 130) -> Path:
-    """Writes `figure` as PNG; the file is complete or absent."""
+    """Write `figure` to `path` as PNG, atomically, and return `path`."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=dpi)
     return atomic_write(path, image.getvalue())

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per logged step, there even when everything else fails."""
+"""metrics.jsonl: one JSON object per logged row, written even if all other trackers fail."""
 
 import json
 import logging
@@ -16,49 +16,49 @@ from hqqtrain.track.base import STEP
 logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 10.0
-"""How often lines are forced to the disk; in between a crash of the machine may lose some."""
+"""Seconds between two fsync calls. A crash of the machine may lose the lines since the last one."""
 
 
 class JsonlTracker:
-    """Appends to `path`; a resumed run goes on in the same file, after the step it resumes from.
+    """Appends rows to `path`; a resumed run appends after the step that it resumes from.
 
-    Every line has `train/global_step` and `time` (seconds since 1970); a number that is not
-    finite is null, for JSON knows no other. Lines that a full disk does not take are kept, and
-    written when there is room again.
+    Every row has `train/global_step` and `time` (seconds since 1970). A number that is not finite
+    becomes null, because JSON cannot represent it. Rows that do not fit on a full disk stay in
+    memory and are written when there is space again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: FileIO | None = None
-        self._waiting = b""
-        self._synced = 0.0
+        self._unwritten = b""
+        self._last_sync = 0.0
 
     def start(self, config: Mapping[str, Any], step: int = 0) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _cut(self.path, step)
+        _truncate(self.path, step)
         self._file = self.path.open("ab", buffering=0)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         row: dict[str, Any] = {STEP: step, "time": round(time.time(), 3)}
         row |= {name: _finite(value) for name, value in metrics.items()}
-        could = not self._waiting
-        self._waiting += (json.dumps(row) + "\n").encode()
+        is_writable = not self._unwritten
+        self._unwritten += (json.dumps(row) + "\n").encode()
         try:
             self._write()
         except OSError as error:
-            if could:
+            if is_writable:  # warn once, not at every row
                 logger.warning("%s: cannot be written for now: %s", self.path, error)
-        if time.monotonic() - self._synced > SYNC_SECONDS:
+        if time.monotonic() - self._last_sync > SYNC_SECONDS:
             self._sync()
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         self._sync()
 
     def images(self, paths: Mapping[str, Path]) -> None:
-        """Plots have files of their own."""
+        """Do nothing: plots are files of their own."""
 
     def artifact(self, path: Path) -> None:
-        """The adapter stays where it is."""
+        """Do nothing: the adapter stays in its folder."""
 
     def hint(self) -> str | None:
         return None
@@ -72,19 +72,19 @@ class JsonlTracker:
 
     def _write(self) -> None:
         assert self._file is not None
-        while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def _sync(self) -> None:
         if self._file is not None:
             os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
+            self._last_sync = time.monotonic()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl in order, those of a step merged into one.
+    """Read a metrics.jsonl: one row per step, in order; several rows of a step are merged.
 
-    A last line that a crash has cut off is left out.
+    An incomplete last line, which a crash leaves behind, is skipped.
     """
     rows: dict[int, dict[str, Any]] = {}
     with path.open(encoding="utf-8") as lines:
@@ -100,10 +100,10 @@ def _finite(value: float) -> float | int | None:
     return value if math.isfinite(value) else None
 
 
-def _cut(path: Path, step: int) -> None:
-    """Leaves the rows up to `step`, none of a run that begins: the others are written again.
+def _truncate(path: Path, step: int) -> None:
+    """Remove the rows after `step`, which the resumed run logs again; all rows if `step` is 0.
 
-    With them goes what is no row: the torn last line of a process that was killed.
+    Lines that are not rows are removed too, such as the incomplete last line of a killed process.
     """
     if not path.exists():
         return
@@ -115,7 +115,7 @@ def _cut(path: Path, step: int) -> None:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a whole row; infinity, which is after every step, of anything else."""
+    """Return the step of a complete row, and infinity for a line that is not one."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

@@ -1,4 +1,4 @@
-"""A limit for calls that know none: a process that hangs must not hold a run that is done."""
+"""A timeout for calls that have none: a process that hangs must not block a finished run."""
 
 import threading
 from collections.abc import Callable
@@ -7,20 +7,28 @@ import psutil
 
 
 def within(seconds: float, call: Callable[[], None], helpers: str) -> None:
-    """`call()` in a thread; what it raises is raised here.
+    """Run `call` in a thread, with a timeout. An exception of `call` is raised here.
 
-    Raises TimeoutError after `seconds`, and kills those processes under us whose name starts with
-    `helpers`: others that wait for them, as at the end of the program, wait no more.
+    After the timeout, child processes are killed if their names start with `helpers`. Otherwise
+    handlers at the end of the program would wait for them.
+
+    Args:
+        seconds: the timeout.
+        call: the function to run.
+        helpers: prefix of the names of child processes that `call` waits for.
+
+    Raises:
+        TimeoutError: `call` did not return within `seconds`.
     """
     failures: list[Exception] = []
 
-    def work() -> None:
+    def run() -> None:
         try:
             call()
         except Exception as error:
             failures.append(error)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():

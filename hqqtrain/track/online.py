@@ -1,4 +1,4 @@
-"""Whether a run can speak to W&B: a key, a network, and a server that answers, within seconds."""
+"""Finds out within seconds whether W&B is usable: a key, a network, and a server that answers."""
 
 import configparser
 import logging
@@ -14,18 +14,22 @@ from urllib.parse import urlsplit
 logger = logging.getLogger(__name__)
 
 REACH_SECONDS = 3.0
+"""Timeout of the request that tests whether the server answers."""
 
 
 def mode() -> Any:
-    """`online` or `offline`, or what the user has decided: WANDB_MODE, WANDB_DISABLED, `wandb
-    offline`. Says why a run is offline."""
+    """Return the mode for `wandb.init`, and log the reason if a run is kept offline.
+
+    The user's choice comes first: WANDB_DISABLED, WANDB_MODE, or the command `wandb offline`.
+    Otherwise the mode is `online` if there is a key and the server answers, else `offline`.
+    """
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):
         return "disabled"
     if chosen := os.environ.get("WANDB_MODE"):
         return chosen
     if (chosen := _settings().get("mode")) in ("offline", "disabled"):
         return chosen
-    host = urlsplit(server()).netloc  # with the port, as wandb keeps keys
+    host = urlsplit(server()).netloc  # with the port, as in the netrc entries of wandb
     if not _has_key(host):
         logger.info("wandb: no key for %s; the run is kept offline.", host)
         return "offline"
@@ -36,42 +40,46 @@ def mode() -> Any:
 
 
 def server() -> str:
-    """The URL of W&B, or of a server of one's own; `wandb login --host` keeps it in a file."""
+    """Return the URL of W&B or of a self-hosted server, which `wandb login --host` has saved."""
     chosen = os.environ.get("WANDB_BASE_URL") or _settings().get("base_url")
     return chosen or "https://api.wandb.ai"
 
 
 def reachable() -> bool:
-    """True where the server answers anything in time; a thread, for name lookup has no limit."""
+    """Whether the server gives any answer within `REACH_SECONDS`.
+
+    The request runs in a thread, because the lookup of a host name has no timeout.
+    """
     answers: list[bool] = []
 
-    def ask() -> None:
+    def request() -> None:
         try:
             urllib.request.urlopen(server(), timeout=REACH_SECONDS).close()
         except urllib.error.HTTPError:
-            pass  # an answer nonetheless
-        except Exception:  # whatever it is, nobody waits for it any more
+            pass  # an error page is an answer, too
+        except Exception:  # of any kind: the server cannot be reached
             return
         answers.append(True)
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=request, daemon=True)
     thread.start()
     thread.join(REACH_SECONDS)
     return bool(answers)
 
 
 def _settings() -> dict[str, str]:
-    """What wandb's settings files say: the user's, and over it that of the working directory."""
-    own = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    """Read wandb's settings files; the working directory's file overrides that of the user."""
+    user_dir = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
     files = configparser.ConfigParser(interpolation=None)
     try:
-        files.read([own / "settings", "wandb/settings", ".wandb/settings"], encoding="utf-8")
+        files.read([user_dir / "settings", "wandb/settings", ".wandb/settings"], encoding="utf-8")
     except (OSError, ValueError, configparser.Error):
-        return {}  # wandb says what is wrong with them
+        return {}  # wandb itself will report the error
     return dict(files["default"]) if files.has_section("default") else {}
 
 
 def _has_key(host: str) -> bool:
+    """Whether the environment or a netrc file has a W&B key for `host`."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     for file in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):

@@ -1,4 +1,4 @@
-"""report/index.html: one file that can be mailed, images inside it, nothing fetched."""
+"""report/index.html: a self-contained page with embedded images, which can be mailed."""
 
 from collections.abc import Mapping
 from html import escape
@@ -15,12 +15,20 @@ def page(
     plots: Mapping[str, Path],
     layer_errors: Mapping[str, float],
 ) -> str:
-    """The whole document. `figures`: label -> number, shown large; `plots`: heading -> PNG."""
+    """Return the page of a run's report.
+
+    Args:
+        title: the name of the run.
+        summary: the content of summary.json.
+        figures: label -> number, shown large at the top.
+        plots: heading -> PNG file.
+        layer_errors: module name -> relative error.
+    """
     wide = {name: path for name, path in plots.items() if path.stem == "layers"}
-    small = {name: path for name, path in plots.items() if name not in wide}
+    side_by_side = {name: path for name, path in plots.items() if name not in wide}
     body = [
         tiles(figures),
-        images(small),
+        images(side_by_side),
         *(image(*item) for item in wide.items()),
         f'<div class="tables">{"".join(_summary_tables(summary))}</div>',
         _layer_table(layer_errors),
@@ -49,6 +57,7 @@ def _summary_tables(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _rows(part: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return (name, value) of every number in a part of the summary, nested parts included."""
     rows: list[tuple[str, str]] = []
     for name, value in part.items():
         nested = isinstance(value, Mapping)

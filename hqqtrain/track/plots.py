@@ -1,4 +1,4 @@
-"""The plots of a run's report, as matplotlib figures; matplotlib is imported when one is drawn."""
+"""The plots of a run's report. matplotlib is imported only when a plot is drawn."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,13 +10,13 @@ from hqqtrain.track.figures import COLORS, GRID, MUTED, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_ERROR = "relative error   ||W - W'||² / ||W||²"
-_MOST_NAMES = 48
-"""So many module names are still readable below each other."""
+_ERROR_LABEL = "relative error   ||W - W'||² / ||W||²"
+_MAX_NAMES = 48
+"""More module names than this are not readable in one plot."""
 
 
 def loss_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
-    """Training loss over steps, with the held-out loss where it was measured; None without."""
+    """Plot the training loss, and the held-out loss if it was measured; None without training."""
     train, held_out = _series(rows, "train/loss"), _series(rows, "eval/loss")
     if not train:
         return None
@@ -26,13 +26,13 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
     axes.plot(*zip(*smooth, strict=True), color=COLORS["quantized"], label="training, smoothed")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color=COLORS["trained"], label="held-out")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.legend(frameon=False)
     return figure
 
 
 def perplexity_figure(perplexities: Mapping[str, float]) -> "Figure | None":
-    """One bar per model, its value on top; None where nothing was measured."""
+    """Plot one bar per model with its value on top; None if nothing was measured."""
     if not perplexities:
         return None
     figure, axes = new_figure(5.2, 4.2)
@@ -48,9 +48,10 @@ def perplexity_figure(perplexities: Mapping[str, float]) -> "Figure | None":
 
 
 def layer_figure(errors: Mapping[str, float]) -> "Figure | None":
-    """Relative error of every module: a panel per kind of module, a bar per layer.
+    """Plot the relative error of every module: a panel per kind of module, a bar per layer.
 
-    Models whose modules do not come in numbered layers get one bar per name, largest first.
+    A model without numbered layers gets one bar per module name, largest error first. None if
+    there are no errors.
     """
     if not errors:
         return None
@@ -62,12 +63,16 @@ def layer_figure(errors: Mapping[str, float]) -> "Figure | None":
 
 
 def by_kind(errors: Mapping[str, float]) -> dict[str, dict[int, float]]:
-    """`model.layers.3.mlp.up_proj` -> {"mlp.up_proj": {3: error}}; unnumbered names: layer 0."""
+    """Group errors by kind of module, then by layer.
+
+    `model.layers.3.mlp.up_proj` becomes {"mlp.up_proj": {3: error}}. A name without a number
+    belongs to layer 0.
+    """
     kinds: dict[str, dict[int, float]] = {}
     for name, error in errors.items():
-        found = re.search(r"\.(\d+)\.", name)
-        kind = name[found.end() :] if found else name
-        kinds.setdefault(kind, {})[int(found.group(1)) if found else 0] = error
+        match = re.search(r"\.(\d+)\.", name)
+        kind = name[match.end() :] if match else name
+        kinds.setdefault(kind, {})[int(match.group(1)) if match else 0] = error
     return kinds
 
 
@@ -87,34 +92,35 @@ def _panels(kinds: Mapping[str, Mapping[int, float]]) -> "Figure":
         axes.set_visible(False)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.06)
     figure.supxlabel("layer", fontsize=10)
-    figure.supylabel(_ERROR, fontsize=10)
+    figure.supylabel(_ERROR_LABEL, fontsize=10)
     return figure
 
 
 def _named_bars(errors: Mapping[str, float]) -> "Figure":
     ranked = sorted(errors.items(), key=lambda item: item[1], reverse=True)
-    shown = ranked[:_MOST_NAMES][::-1]
+    shown = ranked[:_MAX_NAMES][::-1]
     figure, axes = new_figure(10.0, 1.2 + 0.24 * len(shown))
-    axes.barh([_cut(n) for n, _ in shown], [e for _, e in shown], color=COLORS["quantized"])
+    axes.barh([_shortened(n) for n, _ in shown], [e for _, e in shown], color=COLORS["quantized"])
     axes.grid(axis="x", color=GRID)
     axes.grid(axis="y", visible=False)
     axes.margins(y=0.01)
     few = f", the {len(shown)} largest of {len(ranked)}" if len(shown) < len(ranked) else ""
-    axes.set_xlabel(_ERROR + few)
+    axes.set_xlabel(_ERROR_LABEL + few)
     return figure
 
 
 def _series(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    """Return (step, value) of a metric, for the rows that have it."""
     return [(r["train/global_step"], r[name]) for r in rows if r.get(name) is not None]
 
 
 def _smoothed(series: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
-    """Means over at most 60 neighbouring stretches of the series, at their middle."""
+    """Average a series over at most 60 consecutive windows of equal length."""
     width = -(-len(series) // 60)
-    chunks = groupby(enumerate(series), key=lambda item: item[0] // width)
-    points = [[point for _, point in chunk] for _, chunk in chunks]
-    return [tuple(sum(axis) / len(axis) for axis in zip(*p, strict=True)) for p in points]  # type: ignore[misc]
+    groups = groupby(enumerate(series), key=lambda item: item[0] // width)
+    windows = [[point for _, point in group] for _, group in groups]
+    return [tuple(sum(axis) / len(axis) for axis in zip(*w, strict=True)) for w in windows]  # type: ignore[misc]
 
 
-def _cut(name: str, most: int = 60) -> str:
-    return name if len(name) <= most else "…" + name[1 - most :]
+def _shortened(name: str, length: int = 60) -> str:
+    return name if len(name) <= length else "…" + name[1 - length :]

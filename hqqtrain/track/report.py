@@ -1,4 +1,4 @@
-"""report/: what a run did, for eyes: three plots and one self-contained page."""
+"""Writes report/: three plots and one self-contained page that show what a run did."""
 
 import math
 from collections.abc import Mapping
@@ -21,20 +21,27 @@ def write_report(
     summary: Mapping[str, Any],
     layer_errors: Mapping[str, float],
 ) -> dict[str, Path]:
-    """Writes `run_dir`/report/ and returns its files by name: the plots and `index`.
+    """Write `run_dir`/report/.
 
-    `summary` is schema 1 of summary.json; parts that a task did not run are left out of the
-    report as well. `layer_errors`: module name -> relative error.
+    Args:
+        run_dir: the run directory.
+        metrics_jsonl: the metrics of the run; the file may be missing.
+        summary: the content of summary.json, schema 1. The report omits parts that the task did
+            not run.
+        layer_errors: module name -> relative error.
+
+    Returns:
+        The written files by name: the plots and `index`.
     """
     folder = run_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     rows = read_metrics(metrics_jsonl) if metrics_jsonl.exists() else []
-    drawn = {
+    plots = {
         "loss": loss_figure(rows),
         "perplexity": perplexity_figure(perplexities(summary)),
         "layers": layer_figure(layer_errors),
     }
-    files = {n: save_figure(figure, folder / f"{n}.png") for n, figure in drawn.items() if figure}
+    files = {n: save_figure(figure, folder / f"{n}.png") for n, figure in plots.items() if figure}
     headings = {"loss": "Loss", "perplexity": "Perplexity", "layers": "Relative error by layer"}
     html = page(
         str(summary.get("run", {}).get("name") or run_dir.name), summary, key_figures(summary),
@@ -44,14 +51,17 @@ def write_report(
 
 
 def perplexities(summary: Mapping[str, Any]) -> dict[str, float]:
-    """{"full precision": .., "quantized": .., "trained": ..}, those measured and finite."""
+    """Return model -> perplexity, for the models with a finite one.
+
+    The models are `full precision`, `quantized` and `trained`.
+    """
     measured = summary.get("eval", {})
-    found = {name: measured.get(key, {}).get("perplexity") for key, name in _MODELS.items()}
-    return {name: value for name, value in found.items() if value and math.isfinite(value)}
+    values = {name: measured.get(key, {}).get("perplexity") for key, name in _MODELS.items()}
+    return {name: value for name, value in values.items() if value and math.isfinite(value)}
 
 
 def key_figures(summary: Mapping[str, Any]) -> dict[str, str]:
-    """The numbers at the top of the page, by label."""
+    """Return the numbers at the top of the page, by label."""
     found = perplexities(summary)
     figures = {f"perplexity, {name}": f"{value:.2f}" for name, value in found.items()}
     if len(found) == len(_MODELS) and found["quantized"] > found["full precision"]:

@@ -1,6 +1,6 @@
-"""The W&B id of a run, kept in its directory: a run that is requeued stays one run there.
+"""Keeps the W&B id of a run in its directory, so that a requeued run stays one run in W&B.
 
-A checkpoint keeps the id as well, for a directory that was copied without W&B's files.
+Checkpoints contain the id as well, for a run directory that was copied without W&B's files.
 """
 
 import re
@@ -10,7 +10,7 @@ from hqqtrain.config.atomic import atomic_write
 
 
 def run_id(run_dir: Path) -> str | None:
-    """The id that `run_dir` keeps; None where there is none yet, or none that W&B would take."""
+    """Return the W&B id of the run; None if there is none yet, or if W&B would refuse it."""
     try:
         found = _file(run_dir).read_text(encoding="utf-8", errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
@@ -19,14 +19,14 @@ def run_id(run_dir: Path) -> str | None:
 
 
 def keep_run_id(run_dir: Path, id: str) -> None:
-    """Makes `id` the one that `run_dir` goes on with."""
+    """Save `id` as the W&B id of the run."""
     file = _file(run_dir)
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(file, id)
 
 
 def forget_run_id(run_dir: Path) -> None:
-    """A run that begins anew is another one there: W&B drops steps that it has had."""
+    """Delete the id. A restarted run needs a new one, because W&B drops steps it already has."""
     _file(run_dir).unlink(missing_ok=True)
 
 

@@ -1,7 +1,7 @@
-"""TensorBoard: event files in the run's directory, in the tabs where its users look for things.
+"""The TensorBoard tracker, which writes event files to the run's directory.
 
-Metrics are scalars; errors of layers a histogram and a table, not hundreds of curves; the
-configuration and the final figures are text and, to compare runs by, hyperparameters.
+Metrics are scalars. Quantization errors are a histogram and a table, not hundreds of curves. The
+configuration and the final figures are text, and also hyperparameters, to compare runs by.
 """
 
 import importlib.util
@@ -20,11 +20,11 @@ from hqqtrain.track.base import LAYER_ERROR, STEP, flat, layer_errors
 logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 1
-"""How often events are written out; a killed process loses those since."""
+"""Seconds between two flushes; a killed process loses the events since the last one."""
 
 
 class TensorBoardTracker:
-    """Writes to `run_dir`/tensorboard; a resumed run hides what comes after its first step."""
+    """Writes to `run_dir`/tensorboard; a resumed run hides the old events of steps it repeats."""
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "tensorboard"
@@ -34,14 +34,18 @@ class TensorBoardTracker:
 
     def start(self, config: Mapping[str, Any], step: int = 0) -> None:
         if importlib.util.find_spec("tensorboard") is None:
-            logger.warning("track.backends=[tensorboard]: tensorboard is not installed; the run "
-                           "goes on without it. pip install tensorboard.")  # fmt: skip
+            logger.warning(
+                "track.backends=[tensorboard]: tensorboard is not installed; the run continues "
+                "without it. pip install tensorboard."
+            )
             return
         from torch.utils.tensorboard import SummaryWriter
 
         self._config, self._step = masked(config), step
-        again = step + 1 if step else 0  # the first step that is told again
-        self._writer = SummaryWriter(str(self.folder), purge_step=again, flush_secs=FLUSH_SECONDS)
+        purge_step = step + 1 if step else 0  # the first step that is logged again
+        self._writer = SummaryWriter(
+            str(self.folder), purge_step=purge_step, flush_secs=FLUSH_SECONDS
+        )
         code = yaml.safe_dump(self._config, sort_keys=False)
         self._text("config", indent(code, 4 * " "))
 
@@ -70,9 +74,10 @@ class TensorBoardTracker:
         figures = flat(summary)
         self._text("summary", _table(("figure", "value"), figures.items()))
         numbers = {
-            f"summary/{name}": float(value) for name, value in figures.items()
+            f"summary/{name}": float(value)
+            for name, value in figures.items()
             if isinstance(value, int | float) and name.split(".")[0] in _COMPARED
-        }  # fmt: skip
+        }
         for event in hparams(_settings(self._config), numbers):
             self._writer.file_writer.add_summary(event)
         for name, number in numbers.items():
@@ -90,7 +95,7 @@ class TensorBoardTracker:
             self._writer.add_image(f"report/{name}", pixels, self._step, dataformats="HWC")
 
     def artifact(self, path: Path) -> None:
-        """The adapter stays where it is."""
+        """Do nothing: the adapter stays in its folder."""
 
     def hint(self) -> str | None:
         return f"TensorBoard: tensorboard --logdir {self.folder}" if self._writer else None
@@ -105,16 +110,19 @@ class TensorBoardTracker:
 
 
 _COMPARED = ("quantize", "eval", "train")
-"""Parts of the summary whose numbers tell one run from another."""
+"""Parts of the summary whose numbers are used to compare runs."""
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result depends on, as numbers and text; torch takes truth values for numbers."""
+    """Return the settings that affect the result, as numbers and text.
+
+    Booleans become text, because torch would log them as numbers.
+    """
     kept = flat({group: keys for group, keys in config.items() if group not in NOT_THE_RESULT})
     return {n: v if type(v) in (int, float, str) else str(v) for n, v in kept.items()}
 
 
 def _table(head: Sequence[str], rows: Iterable[tuple[str, Any]]) -> str:
-    """A table in Markdown."""
+    """Format a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

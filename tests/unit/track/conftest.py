@@ -1,4 +1,4 @@
-"""W&B as a machine has it where nobody ever logged in."""
+"""An environment in which nobody has ever logged in to W&B."""
 
 import os
 

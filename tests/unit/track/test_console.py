@@ -1,4 +1,4 @@
-"""The console: bars or plain lines, silence on other ranks, one table."""
+"""The console: bars or plain lines, no output on other ranks, and one results table."""
 
 import io
 import logging
@@ -34,7 +34,7 @@ def logging_restored():
     logger.setLevel(level)
 
 
-def test_the_table_has_every_figure_and_a_dash_for_none():
+def test_the_table_shows_every_figure_and_a_dash_for_a_missing_one():
     lines = results_table(ROWS).splitlines()
     assert re.split(r"  +", lines[0].strip()) == HEADERS
     assert lines[2].split() == ["full", "precision", "7.615", "-", "16.00", "0.011", "-"]
@@ -60,13 +60,13 @@ def test_a_terminal_gets_a_bar_with_its_postfix(monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
-    """Seconds, in a list of one."""
+    """Replace the monotonic clock; the list contains its current time in seconds."""
     now = [1000.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_a_log_file_gets_a_line_soon_one_a_minute_and_one_at_the_end(capsys, clock):
+def test_a_log_file_gets_a_line_early_then_every_minute_and_at_the_end(capsys, clock):
     with Console().progress("training", total=300, unit="step") as bar:
         for _ in range(300):
             clock[0] += 1.0
@@ -80,14 +80,14 @@ def test_a_log_file_gets_a_line_soon_one_a_minute_and_one_at_the_end(capsys, clo
     assert lines[-1] == f"training: 300/300 steps (100%), 1 steps/s, in 05:00, {tail}"
 
 
-def test_the_first_slow_step_is_told_at_once(capsys, clock):
+def test_a_slow_first_step_is_printed_at_once(capsys, clock):
     bar = Console().progress("training", total=10, unit="step")
     clock[0] += 40.0
     bar.update()
     assert capsys.readouterr().err == "training: 1/10 steps (10%), 0.025 steps/s, ETA 06:00\n"
 
 
-def test_a_resumed_run_counts_its_own_time_only(capsys, clock, monkeypatch):
+def test_the_rate_of_a_resumed_run_counts_its_own_steps_only(capsys, clock, monkeypatch):
     bar = Console().progress("training", total=100, unit="step", initial=90)
     clock[0] += 10.0
     bar.update(5)
@@ -99,15 +99,15 @@ def test_a_resumed_run_counts_its_own_time_only(capsys, clock, monkeypatch):
     assert "90/100" in terminal.getvalue()
 
 
-def test_nothing_to_do_says_nothing(capsys):
+def test_nothing_to_do_prints_nothing(capsys):
     with Console().progress("training", total=8, unit="step", initial=8):
         pass
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("setting", "coloured"), [("", True), ("1", False)])
+@pytest.mark.parametrize(("setting", "is_colored"), [("", True), ("1", False)])
 @pytest.mark.usefixtures("logging_restored")
-def test_colour_is_for_terminals_whose_user_wants_it(monkeypatch, setting, coloured):
+def test_color_needs_a_terminal_and_no_no_color(monkeypatch, setting, is_colored):
     monkeypatch.setenv("NO_COLOR", setting)
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
@@ -116,12 +116,12 @@ def test_colour_is_for_terminals_whose_user_wants_it(monkeypatch, setting, colou
     with Console().progress("training", total=2, unit="step") as bar:
         bar.update()
     logging.getLogger("hqqtrain.x").warning("careful")
-    assert ("\033[33mwarning: \033[0mcareful" in terminal.getvalue()) is coloured
-    assert ("\033[3" in terminal.getvalue()) is coloured
+    assert ("\033[33mwarning: \033[0mcareful" in terminal.getvalue()) is is_colored
+    assert ("\033[3" in terminal.getvalue()) is is_colored
     assert "step/s" in terminal.getvalue()
 
 
-def test_a_pipe_never_sees_a_colour(capsys, monkeypatch):
+def test_a_pipe_never_gets_color(capsys, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "")
     with Console().progress("training", total=1, unit="step") as bar:
         bar.update()
@@ -129,7 +129,7 @@ def test_a_pipe_never_sees_a_colour(capsys, monkeypatch):
     assert "\033" not in "".join(capsys.readouterr())
 
 
-def test_other_ranks_and_an_error_inside_are_silent_and_clean(capsys):
+def test_other_ranks_are_silent_and_an_error_ends_the_line(capsys):
     with Console(main=False).progress("x", total=1) as bar:
         bar.update()
     assert capsys.readouterr().err == ""
@@ -146,7 +146,7 @@ def test_without_a_total(capsys):
 
 
 @pytest.mark.usefixtures("logging_restored")
-def test_logging_once_on_the_main_process_and_errors_only_elsewhere(capsys):
+def test_the_main_process_logs_once_and_other_ranks_log_errors_only(capsys):
     logger = logging.getLogger("hqqtrain.some.module")
     for _ in range(2):
         setup_logging()

@@ -1,4 +1,4 @@
-"""The report: real pictures, one page that fetches nothing, parts left out that were not run."""
+"""The report: real plots, one page that fetches nothing, and no parts that were not run."""
 
 from html.parser import HTMLParser
 from pathlib import Path
@@ -38,7 +38,7 @@ def metrics(path: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """Collects tags that must be closed, and everything a browser would fetch."""
+    """Collects the open tags, and everything that a browser would fetch."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_the_whole_report(tmp_path):
         assert words in page.words
 
 
-def test_parts_that_were_not_run_are_left_out(tmp_path):
+def test_parts_that_were_not_run_are_omitted(tmp_path):
     only = {"run": {"name": "x"}, "eval": {"final": {"perplexity": 3.0}}}
     files = write_report(tmp_path, tmp_path / "none.jsonl", only, {})
     assert set(files) == {"perplexity", "index"}
@@ -89,7 +89,7 @@ def test_key_figures():
 
 
 @pytest.mark.parametrize("layers", [6, 80, 140])
-def test_no_labels_of_a_layer_plot_overlap(layers):
+def test_labels_of_a_layer_plot_do_not_overlap(layers):
     figure = layer_figure(errors(layers))
     assert_no_overlap(figure)
     bars = sum(len(axes.patches) for axes in figure.axes)
@@ -118,19 +118,19 @@ def test_kinds_of_modules():
 
 
 def assert_no_overlap(figure) -> None:
-    """No two drawn tick labels, titles, axis labels or values of `figure` lie on each other."""
+    """Assert that no visible tick labels, titles, axis labels or values of `figure` overlap."""
     figure.draw_without_rendering()
     texts = [figure._supxlabel, figure._supylabel]
     for axes in (axes for axes in figure.axes if axes.get_visible()):
         texts += [axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
-        for axis, limits, at in (
+        for axis, limits, dim in (
             (axes.xaxis, axes.get_xlim(), 0),
             (axes.yaxis, axes.get_ylim(), 1),
         ):
             labels = [t for t in axis.get_majorticklabels() if t.get_visible()]
-            texts += [text for text in labels if limits[0] <= text.get_position()[at] <= limits[1]]
+            texts += [text for text in labels if limits[0] <= text.get_position()[dim] <= limits[1]]
     boxes = [(t.get_text(), t.get_window_extent().padded(-1)) for t in texts if t and t.get_text()]
     assert len(boxes) > 3
-    for index, (one, box) in enumerate(boxes):
-        for other, second in boxes[:index]:
-            assert not box.overlaps(second), (one, other)
+    for index, (first, box) in enumerate(boxes):
+        for second, second_box in boxes[:index]:
+            assert not box.overlaps(second_box), (first, second)

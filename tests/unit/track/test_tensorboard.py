@@ -1,4 +1,4 @@
-"""TensorBoard's own reader finds what the tracker wrote, and no step twice after a resume."""
+"""TensorBoard's own reader finds what the tracker wrote, and no step twice after resuming."""
 
 import importlib.util
 import logging
@@ -9,7 +9,7 @@ import pytest
 
 from hqqtrain.track import TensorBoardTracker, Trackers
 
-pytest.importorskip("tensorboard", reason="an optional tracker: absent on some machines")
+pytest.importorskip("tensorboard", reason="tensorboard is optional and not installed")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -47,7 +47,7 @@ def texts(found: EventAccumulator, tag: str) -> list[str]:
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> EventAccumulator:
+def complete_run(tmp_path: Path) -> EventAccumulator:
     from hqqtrain.track.plots import perplexity_figure
 
     figure = perplexity_figure({"quantized": 2.0})
@@ -63,36 +63,36 @@ def whole(tmp_path: Path) -> EventAccumulator:
     return read(tmp_path)
 
 
-def test_metrics_are_scalars_and_layers_are_not(whole: EventAccumulator):
-    losses = [(e.step, e.value) for e in whole.Scalars("train/loss")]
+def test_metrics_are_scalars_and_layer_errors_are_not(complete_run: EventAccumulator):
+    losses = [(e.step, e.value) for e in complete_run.Scalars("train/loss")]
     assert losses == [(n, pytest.approx(1.0 / n)) for n in (1, 2, 3)]
-    assert set(whole.Tags()["scalars"]) == {
+    assert set(complete_run.Tags()["scalars"]) == {
         "train/loss", "summary/quantize.bits_per_weight", "summary/eval.final.perplexity",
     }  # fmt: skip
-    (histogram,) = whole.Histograms("quant/relative_error")
+    (histogram,) = complete_run.Histograms("quant/relative_error")
     assert histogram.histogram_value.num == 3
     assert histogram.histogram_value.max == pytest.approx(0.3)
-    assert "| layers.1.up_proj | 0.2 |" in texts(whole, "quant/relative_errors")[0]
+    assert "| layers.1.up_proj | 0.2 |" in texts(complete_run, "quant/relative_errors")[0]
 
 
-def test_configuration_summary_and_plots_are_where_they_are_looked_for(whole: EventAccumulator):
-    (config,) = texts(whole, "config")
+def test_configuration_summary_and_plots_are_logged(complete_run: EventAccumulator):
+    (config,) = texts(complete_run, "config")
     assert "    quant:\n      nbits: 2\n" in config
     assert "planted-secret" not in config
-    assert "| eval.final.perplexity | 9.5 |" in texts(whole, "summary")[0]
-    (image,) = whole.Images("report/loss")
+    assert "| eval.final.perplexity | 9.5 |" in texts(complete_run, "summary")[0]
+    (image,) = complete_run.Images("report/loss")
     assert image.encoded_image_string.startswith(b"\x89PNG")
     assert (image.step, image.width > 100) == (3, True)
 
 
-def test_runs_can_be_compared_by_what_their_results_depend_on(whole: EventAccumulator):
-    data = whole.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+def test_hyperparameters_are_the_settings_that_affect_the_result(complete_run: EventAccumulator):
+    data = complete_run.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     chosen = HParamsPluginData.FromString(data).session_start_info.hparams
     assert chosen["quant.nbits"].number_value == 2
     assert chosen["train.packing"].string_value == "True"
     assert chosen["quant.skip"].string_value == "['lm_head']"
     assert not [name for name in chosen if name.startswith("track")]
-    data = whole.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    data = complete_run.SummaryMetadata("_hparams_/experiment").plugin_data.content
     metrics = HParamsPluginData.FromString(data).experiment.metric_infos
     assert {metric.name.tag for metric in metrics} == {
         "summary/quantize.bits_per_weight", "summary/eval.final.perplexity",
@@ -104,12 +104,12 @@ def test_a_resumed_run_draws_no_step_twice(tmp_path):
         tracker = start(tmp_path, step)
         train(tracker, first, last)
         tracker.finish(1)
-        time.sleep(1.0)  # the names of the files have seconds
+        time.sleep(1.0)  # the names of the files have a resolution of one second
     assert [event.step for event in read(tmp_path).Scalars("train/loss")] == [*range(1, 9)]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_costs_the_curve_and_not_the_run(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_disables_the_tracker_and_not_the_run(tmp_path, monkeypatch, caplog):
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
@@ -122,11 +122,11 @@ def test_a_full_disk_costs_the_curve_and_not_the_run(tmp_path, monkeypatch, capl
         trackers.log({"train/loss": 1.0}, step)
     assert time.monotonic() - began < 10
     assert trackers.live == []
-    assert "TensorBoardTracker failed and is left out" in caplog.text
+    assert "TensorBoardTracker failed and is disabled" in caplog.text
     assert "no space left" in caplog.text
 
 
-def test_no_package_is_a_warning(tmp_path, monkeypatch, caplog):
+def test_a_missing_package_is_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     tracker = start(tmp_path)
     train(tracker, 1, 2)

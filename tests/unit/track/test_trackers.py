@@ -1,4 +1,4 @@
-"""Trackers may fail, training may not; metrics.jsonl survives kills; no secret leaves."""
+"""A failing tracker never fails the training, metrics.jsonl survives kills, secrets are masked."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ ROOT = Path(hqqtrain.__file__).parents[1]
 
 
 class Failing:
-    """A tracker that raises in one method, and counts every call."""
+    """A tracker that raises in one method, and records every call."""
 
     def __init__(self, where: str) -> None:
         self.where, self.calls = where, []
@@ -48,12 +48,12 @@ def run_all(trackers: Trackers) -> None:
     trackers.finish(0)
 
 
-def test_a_full_disk_costs_no_row_once_there_is_room_again(tmp_path, caplog):
+def test_no_row_is_lost_once_a_full_disk_has_space_again(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     trackers = Trackers([JsonlTracker(path)])
     trackers.start({})
     trackers.log({"train/loss": 1.0}, 1)
-    with no_room(path.stat().st_size + 20):  # for half a row
+    with no_room(path.stat().st_size + 20):  # space for half a row
         for step in (2, 3):
             trackers.log({"train/loss": 1.0 / step}, step)
     assert len(read_metrics(path)) == 1
@@ -66,7 +66,7 @@ def test_a_full_disk_costs_no_row_once_there_is_room_again(tmp_path, caplog):
 @pytest.mark.parametrize(
     "where", ["start", "log", "summary", "images", "artifact", "hint", "finish"]
 )
-def test_a_failing_tracker_warns_once_and_is_left_out(tmp_path, caplog, where):
+def test_a_failing_tracker_warns_once_and_is_disabled(tmp_path, caplog, where):
     failing = Failing(where)
     run_all(Trackers([failing, JsonlTracker(tmp_path / "metrics.jsonl")]))
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
@@ -75,7 +75,7 @@ def test_a_failing_tracker_warns_once_and_is_left_out(tmp_path, caplog, where):
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
-def test_what_stops_a_program_is_not_swallowed():
+def test_keyboard_interrupt_is_not_swallowed():
     class Interrupted:
         def log(self, *_):
             raise KeyboardInterrupt
@@ -90,7 +90,7 @@ def test_only_the_main_process_tracks(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_metrics_jsonl_is_written_whatever_the_backends(tmp_path):
+def test_metrics_jsonl_is_written_with_any_backends(tmp_path):
     trackers = open_trackers(TrackConfig(backends=[]), tmp_path / "run", {})
     run_all(trackers)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -123,7 +123,7 @@ def rows(path: Path) -> list[tuple[int, float]]:
     return [(line["train/global_step"], line["train/loss"]) for line in lines]
 
 
-def test_a_resumed_run_cuts_what_it_tells_again(tmp_path):
+def test_a_resumed_run_removes_the_rows_it_logs_again(tmp_path):
     path = tmp_path / "m.jsonl"
     tracker = jsonl(path)
     for step in (0, 1, 2, 3, 4):
@@ -140,14 +140,14 @@ def test_a_resumed_run_cuts_what_it_tells_again(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["m.jsonl"]
 
 
-def test_a_run_that_begins_again_begins_its_file_anew(tmp_path):
+def test_a_restarted_run_starts_a_new_file(tmp_path):
     path = tmp_path / "m.jsonl"
     jsonl(path).log({"train/loss": 1.0}, 1)
     jsonl(path).log({"train/loss": 2.0}, 1)
     assert rows(path) == [(1, 2.0)]
 
 
-def test_what_is_no_row_does_not_survive_a_resume(tmp_path):
+def test_lines_that_are_not_rows_do_not_survive_a_resume(tmp_path):
     path = tmp_path / "m.jsonl"
     row = b'{"train/global_step": 1, "train/loss": 1.0}\n'
     path.write_bytes(row + b"\0\0\0\n" + b"[1]\n" + b'{"time": 1}\n' + row[:-1])
@@ -155,7 +155,7 @@ def test_what_is_no_row_does_not_survive_a_resume(tmp_path):
     assert path.read_bytes() == row
 
 
-def test_what_a_run_has_told_of_a_step_it_does_not_tell_again(tmp_path):
+def test_metrics_of_a_step_are_not_logged_twice(tmp_path):
     config = TrackConfig(backends=[])
     first = open_trackers(config, tmp_path, {})
     first.log({"quant/relative_error/a": 0.5}, 0)
@@ -171,9 +171,9 @@ def test_what_a_run_has_told_of_a_step_it_does_not_tell_again(tmp_path):
     third = open_trackers(config, tmp_path, {}, step=2)
     third.log({"eval/loss": 2.5, "eval/kl": 0.5}, 2)
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    told = [(line["train/global_step"], *sorted(line.keys() - {"train/global_step", "time"}))
-            for line in lines]  # fmt: skip
-    assert told == [
+    logged = [(line["train/global_step"], *sorted(line.keys() - {"train/global_step", "time"}))
+              for line in lines]  # fmt: skip
+    assert logged == [
         (0, "quant/relative_error/a"), (0, "eval/loss"), (1, "train/loss"), (2, "train/loss"),
         (2, "eval/kl", "eval/loss"),
     ]  # fmt: skip
@@ -195,7 +195,7 @@ def test_a_killed_process_has_written_every_row(tmp_path):
     assert len(read_metrics(tmp_path / "m.jsonl")) == 100
 
 
-def test_secrets_are_masked_by_key_and_by_form():
+def test_secrets_are_masked_by_key_and_by_pattern():
     config = {
         "hub_token": "abc", "api_key": "abc", "WANDB_API_KEY": "abc", "db": {"password": "abc"},
         "name": "hf_ABCDEFGHIJKLMNOPQRSTUVWXYZABCD", "list": ["https://user:pass@host/x", "fine"],

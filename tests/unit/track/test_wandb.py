@@ -1,4 +1,4 @@
-"""W&B for real, offline: what its file holds, without a key, a network, a package, or a future."""
+"""The real wandb package, offline: the content of its files, kills, resumes, and the mode."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ import hqqtrain
 from hqqtrain.config import TrackConfig
 from hqqtrain.track import WandbTracker, keep_run_id, online, run_id
 
-pytest.importorskip("wandb", reason="an optional tracker: absent on some machines")
+pytest.importorskip("wandb", reason="wandb is optional and not installed")
 from unit.track.wandb_file import history, records, records_of, updates, wandb_files
 from unit.track.wandb_server import Server
 
@@ -33,7 +33,7 @@ def start(run_dir: Path, step: int = 0, **track) -> WandbTracker:
     return tracker
 
 
-def test_an_offline_run_holds_config_metrics_table_summary_and_plots(tmp_path, capfd):
+def test_an_offline_run_has_config_metrics_table_summary_and_plots(tmp_path, capfd):
     run_dir = tmp_path / "tiny_2bit-abc"
     run_dir.mkdir()
     image = picture(tmp_path)
@@ -84,7 +84,7 @@ def loss_of(step: int) -> dict[str, float]:
     return {"train/loss": 1.0 / step}
 
 
-def test_offline_a_resumed_run_is_a_second_file_of_the_same_id(tmp_path):
+def test_a_resumed_offline_run_is_a_second_file_with_the_same_id(tmp_path):
     folder = tmp_path / "run"
     run_in_two_processes(folder)
     first, second = wandb_files(folder)
@@ -95,13 +95,13 @@ def test_offline_a_resumed_run_is_a_second_file_of_the_same_id(tmp_path):
 
 
 def run_in_two_processes(folder: Path) -> None:
-    """Steps 1 to 3, of which the last comes after the checkpoint; then 3 and 4."""
+    """Log steps 1 to 3, then resume from a checkpoint of step 2 and log steps 3 and 4."""
     for step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         tracker = start(folder, step)
         for number in steps:
             tracker.log(loss_of(number), number)
         tracker.finish(0)
-        time.sleep(1.0)  # the names of the files have seconds
+        time.sleep(1.0)  # the names of the files have a resolution of one second
 
 
 def test_wandb_sync_makes_one_run_of_both_files(tmp_path):
@@ -118,11 +118,11 @@ def test_wandb_sync_makes_one_run_of_both_files(tmp_path):
             env=os.environ | environment, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        told = [(row["train/global_step"], row["train/loss"]) for row in server.rows()]
-        assert sorted(set(told)) == [(n, pytest.approx(1.0 / n)) for n in (1, 2, 3, 4)]
+        received = [(row["train/global_step"], row["train/loss"]) for row in server.rows()]
+        assert sorted(set(received)) == [(n, pytest.approx(1.0 / n)) for n in (1, 2, 3, 4)]
 
 
-def test_group_and_kind_of_work_are_those_of_the_configuration(tmp_path):
+def test_group_and_job_type_come_from_the_configuration(tmp_path):
     tracker = WandbTracker(tmp_path, TrackConfig(project="p", group="sweep-7"))
     tracker.start({"task": "quantize"})
     tracker.finish(0)
@@ -130,24 +130,24 @@ def test_group_and_kind_of_work_are_those_of_the_configuration(tmp_path):
     assert (run.run_group, run.job_type) == ("sweep-7", "quantize")
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_the_adapter_is_an_artifact_where_it_is_asked_for(tmp_path, asked):
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_the_adapter_is_an_artifact_if_enabled(tmp_path, is_enabled):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
-    tracker = start(tmp_path / "a+b", artifacts=asked)
+    tracker = start(tmp_path / "a+b", artifacts=is_enabled)
     tracker.artifact(adapter)
     tracker.finish(0)
     (file,) = wandb_files(tmp_path / "a+b")
     found = [r.artifact for r in records_of(file) if r.WhichOneof("record_type") == "artifact"]
-    assert [(a.name, a.type) for a in found] == ([("a-b-adapter", "model")] if asked else [])
+    assert [(a.name, a.type) for a in found] == ([("a-b-adapter", "model")] if is_enabled else [])
     for artifact in found:
         paths = {entry.path: entry.local_path for entry in artifact.manifest.contents}
         assert paths == {file.name: str(file) for file in adapter.iterdir()}
 
 
-def test_an_id_is_kept_whole_and_one_from_elsewhere_is_taken_over(tmp_path):
+def test_a_saved_id_is_used_and_a_damaged_one_is_ignored(tmp_path):
     assert run_id(tmp_path) is None
     keep_run_id(tmp_path, "abc123")
     assert run_id(tmp_path) == "abc123"
@@ -191,7 +191,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 45.0) -> None:
         time.sleep(0.1)
 
 
-def test_no_package_is_a_warning(tmp_path, monkeypatch, caplog):
+def test_a_missing_package_is_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     tracker = start(tmp_path)
     tracker.log({"train/loss": 1.0}, 1)
@@ -202,7 +202,7 @@ def test_no_package_is_a_warning(tmp_path, monkeypatch, caplog):
     assert not (tmp_path / "wandb").exists()
 
 
-def test_mode_follows_key_network_and_the_users_word(monkeypatch, tmp_path):
+def test_mode_depends_on_key_network_and_the_users_choice(monkeypatch, tmp_path):
     monkeypatch.setattr(online, "reachable", lambda: True)
     assert online.mode() == "offline"
     (tmp_path / "no-netrc").write_text("machine api.wandb.ai login user password key\n")
@@ -219,27 +219,25 @@ def test_mode_follows_key_network_and_the_users_word(monkeypatch, tmp_path):
     assert online.mode() == "disabled"
 
 
-def _say_in_settings(folder: Path, *lines: str) -> None:
+def _write_settings(folder: Path, *lines: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings").write_text("\n".join(["[default]", *lines, ""]))
 
 
-def test_the_server_of_wandb_login_is_the_one_that_is_used(monkeypatch, tmp_path, caplog):
-    """`wandb login --host` leaves it in the user's settings, and the key in netrc."""
+def test_the_server_of_wandb_login_is_used(monkeypatch, tmp_path, caplog):
+    """`wandb login --host` saves the server in the user's settings, and the key in netrc."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(online, "reachable", lambda: True)
     (tmp_path / "no-netrc").write_text("machine wandb.mine:80 login user password key\n")
     with caplog.at_level("INFO"):
         assert online.mode() == "offline"
     assert "no key for api.wandb.ai" in caplog.text
-    _say_in_settings(
-        tmp_path / "home" / ".config" / "wandb", "base_url = https://wandb.mine:80/50%"
-    )
+    _write_settings(tmp_path / "home" / ".config" / "wandb", "base_url = https://wandb.mine:80/50%")
     assert (online.server(), online.mode()) == ("https://wandb.mine:80/50%", "online")
-    _say_in_settings(tmp_path / "elsewhere", "base_url = https://other")
+    _write_settings(tmp_path / "elsewhere", "base_url = https://other")
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "elsewhere"))
     assert online.server() == "https://other"
-    _say_in_settings(tmp_path / "wandb", "base_url = https://wandb.mine:80", "mode = offline")
+    _write_settings(tmp_path / "wandb", "base_url = https://wandb.mine:80", "mode = offline")
     assert (online.server(), online.mode()) == ("https://wandb.mine:80", "offline")
     (tmp_path / "elsewhere" / "settings").write_text("no section")
     assert online.server() == "https://api.wandb.ai"
@@ -252,7 +250,7 @@ def test_wandb_finds_the_same_server_in_its_settings(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "mine"))
-    _say_in_settings(tmp_path / "mine", "base_url = https://wandb.mine")
+    _write_settings(tmp_path / "mine", "base_url = https://wandb.mine")
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()
     try:

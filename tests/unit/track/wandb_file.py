@@ -1,4 +1,4 @@
-"""Reads what wandb has written: the records of .wandb files, as `wandb sync` would send them."""
+"""Reads the records of .wandb files, as `wandb sync` would send them."""
 
 import json
 import struct
@@ -9,44 +9,46 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 
 def wandb_files(run_dir: Path) -> list[Path]:
-    """The .wandb files under `run_dir`, oldest first."""
+    """List the .wandb files under `run_dir`, oldest first."""
     return sorted(run_dir.glob("wandb/*run-*/*.wandb"))
 
 
 def records(run_dir: Path) -> list[Record]:
-    """Every record of the one .wandb file under `run_dir`."""
+    """Read every record of the only .wandb file under `run_dir`."""
     (file,) = wandb_files(run_dir)
     return records_of(file)
 
 
 def records_of(file: Path) -> list[Record]:
-    """Every record of a .wandb file."""
+    """Read every record of a .wandb file."""
     return [Record.FromString(data) for data in leveldb_log(file.read_bytes())]
 
 
 def leveldb_log(content: bytes) -> Iterator[bytes]:
-    """The format of .wandb: LevelDB's log, blocks of 32 KiB, after a header of 7 bytes.
+    """Yield the records of a .wandb file: LevelDB's log format after a header of 7 bytes.
 
-    A chunk has a CRC (4), a length (2) and a type (1: whole, 2: first, 3: middle, 4: last).
+    The log has blocks of 32 KiB. A record is split into chunks, and the header of a chunk has a CRC
+    (4 bytes), a length (2 bytes) and a type (1 byte; 1: whole record, 2: first, 3: middle, 4: last
+    chunk).
     """
     assert content[:4] == b":W&B"
-    at, pieces = 7, b""
-    while at + 7 <= len(content):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
+    offset, record = 7, b""
+    while offset + 7 <= len(content):
+        if 32768 - offset % 32768 < 7:  # no chunk header fits: the block ends in padding
+            offset += 32768 - offset % 32768
             continue
-        _, length, kind = struct.unpack("<IHB", content[at : at + 7])
-        if kind == 0 or at + 7 + length > len(content):
-            return  # a killed writer's last chunk
-        pieces += content[at + 7 : at + 7 + length]
-        at += 7 + length
+        _, length, kind = struct.unpack("<IHB", content[offset : offset + 7])
+        if kind == 0 or offset + 7 + length > len(content):
+            return  # the incomplete last chunk of a killed writer
+        record += content[offset + 7 : offset + 7 + length]
+        offset += 7 + length
         if kind in (1, 4):
-            yield pieces
-            pieces = b""
+            yield record
+            record = b""
 
 
 def history(found: list[Record]) -> list[dict]:
-    """The logged rows; what has a dict for a value (a table, an image) gives its `_type`."""
+    """Return the logged rows; a value that is a dict (a table, an image) becomes its `_type`."""
     rows = []
     for record in found:
         if record.WhichOneof("record_type") == "history":
@@ -58,7 +60,7 @@ def history(found: list[Record]) -> list[dict]:
 
 
 def updates(found: list[Record], kind: str) -> dict:
-    """The config or the summary as it was last written, nested keys joined by dots."""
+    """Return the last state of the config or the summary, with nested keys joined by dots."""
     merged = {}
     for record in found:
         name = record.WhichOneof("record_type")

@@ -1,6 +1,6 @@
-"""A W&B server of a few lines: enough of GraphQL and of the file stream that a run believes it.
+"""A fake W&B server with just enough of GraphQL and of the file stream for a run.
 
-It keeps the history by line number, as the real one does: who sends line 0 again overwrites it.
+It stores the history by line number, as the real server does: sending line 0 again overwrites it.
 """
 
 import gzip
@@ -14,7 +14,7 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 
 
 class Server:
-    """Use as a context manager; `history` is what it was sent, by line."""
+    """Use as a context manager; `history` maps a line number to the received row."""
 
     def __init__(self) -> None:
         self.history: dict[int, dict[str, Any]] = {}
@@ -31,15 +31,15 @@ class Server:
         self.die()
 
     def environment(self) -> dict[str, str]:
-        """What makes wandb speak to it."""
+        """Return the variables that make wandb use this server."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY}
 
     def rows(self) -> list[dict[str, Any]]:
-        """The history, in order."""
+        """Return the received rows, in order."""
         return [self.history[number] for number in sorted(self.history)]
 
     def die(self) -> None:
-        """From now on connections are refused."""
+        """Stop the server; later connections are refused."""
         self._http.shutdown()
         self._http.server_close()
 
@@ -97,7 +97,7 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
             self._send({})
 
         def log_message(self, *_: object) -> None:
-            """Silence."""
+            """Print nothing."""
 
         def _send(self, value: dict[str, Any]) -> None:
             content = json.dumps(value).encode()
