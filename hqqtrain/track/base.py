@@ -27,10 +27,7 @@ class Tracker(Protocol):
         """
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics after optimizer step `step` (0: before training).
-
-        docs/tracking.md lists the names of the metrics.
-        """
+        """Log metrics by name, e.g. `train/loss`, after optimizer step `step` (0: before any)."""
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """Log the final figures, which are the content of summary.json."""

@@ -1,7 +1,7 @@
-"""A real slurm on this machine: munged, slurmctld and two slurmd, started and stopped by tests.
+"""A real Slurm cluster on this machine: munged, slurmctld and two slurmd, run by the tests.
 
-At the end every process of it is found and ended, jobs included. Nothing of the system is used or
-changed, but for the packages' programs.
+At the end every process of the cluster is found and killed, jobs included. Nothing of the system is
+used or changed except for the programs of the packages.
 """
 
 import os
@@ -19,15 +19,15 @@ from e2e.runs import free_port
 NODES = ("127.0.0.1", "127.0.0.2")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 _UNITS = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd"}
-"""Programs that the system may start by itself, and as what."""
+"""Program -> systemd unit, for the programs that a package may start as a service."""
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
 def why_not() -> str:
-    """Installs slurm where that is possible; why there is none, or nothing."""
+    """Install Slurm if possible; return why there is none, or an empty string."""
     if os.geteuid() != 0:
-        return "a slurm of one's own needs root"
+        return "a private Slurm cluster needs root"
     if _missing() and shutil.which("apt-get"):
         _install()
     return f"no {', '.join(_missing())} here, and apt-get cannot install it" if _missing() else ""
@@ -38,7 +38,7 @@ def _missing() -> list[str]:
 
 
 def _install() -> None:
-    """Debian's packages. What comes with them stays off; what was there before is left alone."""
+    """Install Debian's packages. New services are disabled; existing ones are left alone."""
     packages = ["install", "-y", "--no-install-recommends", "slurm-wlm"]
     packages += ["munge"] if "munged" in _missing() else []
     new = [unit for program, unit in _UNITS.items() if program in _missing()]
@@ -54,11 +54,11 @@ def _quietly(*command: str) -> None:
     try:
         subprocess.run(command, env=env, capture_output=True, timeout=300)
     except (OSError, subprocess.TimeoutExpired):
-        return  # what is missing after it is told
+        return  # the caller checks again what is missing
 
 
 class Cluster:
-    """Use as a context manager; `folder` takes its files."""
+    """A cluster whose files are in `folder`. Use as a context manager."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.config = folder, folder / "slurm.conf"
@@ -87,16 +87,16 @@ class Cluster:
         _kill(self._processes())
 
     def start_node(self, node: str) -> None:
-        """Starts a node's slurmd and waits until it takes jobs."""
+        """Start a node's slurmd and wait until the node accepts jobs."""
         self._start("slurmd", "-D", "-N", node, node=node)
         self.until(lambda: self.run("sinfo", "-h", "-n", node, "-o", "%T").startswith("idle"))
 
     def kill_node(self, node: str) -> None:
-        """Ends everything that runs on a node at once, as pulling its plug would."""
+        """Kill everything that runs on a node at once, like a power failure."""
         _kill(self._processes(node))
 
     def run(self, *command: str, cwd: Path | None = None, **environ: str) -> str:
-        """What a command of a user prints. It must succeed."""
+        """Run a command as a user and return its output. The command must succeed."""
         done = subprocess.run(
             command, cwd=cwd or self.folder, env={**self.environ, **environ}, timeout=120,
             capture_output=True, text=True,
@@ -105,18 +105,19 @@ class Cluster:
         return done.stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What slurm says of a job: JobState, Restarts, ExitCode, NodeList, ..."""
-        told = self.run("scontrol", "--oneliner", "show", "job", job)
-        return dict(re.findall(r"(\S+?)=(\S*)", told))
+        """Return Slurm's record of a job: JobState, Restarts, ExitCode, NodeList, ..."""
+        output = self.run("scontrol", "--oneliner", "show", "job", job)
+        return dict(re.findall(r"(\S+?)=(\S*)", output))
 
     def ended(self, job: str, seconds: float = 90) -> dict[str, str]:
-        """The same, once it has ended for good."""
+        """Wait until a job has ended for good, and return its record."""
         self.until(lambda: self.job(job)["JobState"] in ENDED, seconds)
         return self.job(job)
 
-    def until(self, happens: Callable[[], object], seconds: float = 30) -> None:
+    def until(self, condition: Callable[[], object], seconds: float = 30) -> None:
+        """Wait until `condition()` is true, for at most `seconds`."""
         deadline = time.monotonic() + seconds
-        while not happens():
+        while not condition():
             assert time.monotonic() < deadline, f"not within {seconds} s\n{self.logs()}"
             time.sleep(0.2)
 
@@ -131,7 +132,7 @@ class Cluster:
         files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log",
                  "seed-file": "seed"}  # fmt: skip
         options = [f"--{name}={self.folder}/munge.{end}" for name, end in files.items()]
-        # A scratch folder may lie in one that everybody may write to.
+        # --force: the parent of the temporary folder may be writable by everybody.
         self._start("munged", "--foreground", "--force", *options, node="")
         self.until((self.folder / "munge.socket").exists)
 
@@ -143,15 +144,18 @@ class Cluster:
             )  # fmt: skip
 
     def _processes(self, node: str = "") -> list[psutil.Process]:
-        """All that run here, of one node or of any. Slurm's own wipe their environment, and are
-        known by where they work."""
-        spool, marks = self._spool(node), {"SLURM_CONF": str(self.config)}
-        marks |= {"SLURMD_NODENAME": node} if node else {}
+        """List the processes of one node, or of the whole cluster.
+
+        Jobs are recognized by their environment. Slurm's daemons clear theirs, and are recognized
+        by their working directory.
+        """
+        spool, variables = self._spool(node), {"SLURM_CONF": str(self.config)}
+        variables |= {"SLURMD_NODENAME": node} if node else {}
         found = []
         for process in psutil.process_iter():
             try:
-                here = Path(process.cwd()).is_relative_to(spool)
-                if here or marks.items() <= process.environ().items():
+                is_daemon = Path(process.cwd()).is_relative_to(spool)
+                if is_daemon or variables.items() <= process.environ().items():
                     found.append(process)
             except psutil.Error:
                 continue
@@ -162,7 +166,7 @@ class Cluster:
 
 
 def _kill(processes: list[psutil.Process]) -> None:
-    """Slurm's own first, so that nothing is left to tell of the end of the others."""
+    """Kill Slurm's daemons first, so that none can report the end of the other processes."""
     processes.sort(key=lambda process: not process.name().startswith("slurm"))
     for process in processes:
         try:

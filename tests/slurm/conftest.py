@@ -1,4 +1,4 @@
-"""One cluster for all tests that need a real slurm."""
+"""One cluster for all tests that need a real Slurm."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from slurm.cluster import Cluster, why_not
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Skips, with the reason, where there is no slurm and none can be installed."""
+    """Start a cluster; skip the test, with the reason, if Slurm cannot be installed."""
     if reason := why_not():
         pytest.skip(reason)
     with Cluster(tmp_path_factory.mktemp("slurm")) as started:

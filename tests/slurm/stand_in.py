@@ -1,9 +1,12 @@
-"""Stands in for hqqtrain's task: what a batch file makes of its end is what is tested.
+"""A fake of hqqtrain's tasks, to test how a batch file reacts to the end of a run.
 
-Found by Python as sitecustomize.py. `train.seed` chooses how it ends: 1 preempted by a signal, and
-done when it goes on; 2 the user's fault, found before it has a directory; 4 preempted every time,
-with nothing saved; 5 the same, before it has a directory; 6 preempted three times, of which the
-first and the last have saved; all others done.
+Python loads it as sitecustomize.py. `train.seed` chooses how the run ends:
+1: preempted by a signal, and done after resuming.
+2: a user error, before the run has a directory.
+4: preempted every time, with nothing saved.
+5: the same, before the run has a directory.
+6: preempted three times, with a checkpoint at the first and the last time.
+Any other seed: done.
 """
 
 import json

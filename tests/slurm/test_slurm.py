@@ -1,4 +1,4 @@
-"""launch=slurm and srun against a real slurm: two slurmd on this machine."""
+"""launch=slurm and srun with a real Slurm: two slurmd on this machine."""
 
 import csv
 import json
@@ -18,12 +18,12 @@ RANKS = (
     "print(*[os.environ.get(name, '-') for name in names])"
 )
 SLOW = 200
-"""Seconds that a start of the program may take, and a short run, on a busy machine."""
+"""Timeout in seconds for the start of the program and a short run, on a busy machine."""
 
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> dict[str, str]:
-    """An environment in which the task is a stand-in."""
+    """Return an environment in which the fake tasks of stand_in.py replace the real ones."""
     (tmp_path / "stand_in").mkdir()
     source = Path(__file__).with_name("stand_in.py")
     shutil.copy(source, tmp_path / "stand_in" / "sitecustomize.py")
@@ -32,7 +32,7 @@ def stand_in(tmp_path: Path) -> dict[str, str]:
 
 
 def _submit(cluster: Cluster, folder: Path, *words: str, **environ: str) -> str:
-    """`python -m hqqtrain launch=slurm *words` in `folder`; the job's id."""
+    """Run `python -m hqqtrain launch=slurm *words` in `folder`, and return the id of the job."""
     (job,) = _submit_all(cluster, folder, *words, **environ)
     return job
 
@@ -40,12 +40,12 @@ def _submit(cluster: Cluster, folder: Path, *words: str, **environ: str) -> str:
 def _submit_all(cluster: Cluster, folder: Path, *words: str, **environ: str) -> list[str]:
     command = [sys.executable, "-m", "hqqtrain", "launch=slurm", *words]
     environ = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **environ}
-    said = cluster.run(*command, cwd=folder, **environ)
-    return re.findall(r"(?:submitted jobs? |then )(\d+)", said)
+    output = cluster.run(*command, cwd=folder, **environ)
+    return re.findall(r"(?:submitted jobs? |then )(\d+)", output)
 
 
 def _run_directory(folder: Path) -> Path:
-    """The only one, beside that of batch files."""
+    """Return the only run directory; `slurm` has the batch files."""
     (found,) = (path for path in (folder / "runs").iterdir() if path.name != "slurm")
     return found
 
@@ -55,13 +55,13 @@ def _output(folder: Path) -> str:
 
 
 def _steps(folder: Path) -> list[int]:
-    """The steps that metrics.jsonl tells of, so far."""
+    """Return the steps in metrics.jsonl so far."""
     files = (folder / "runs").glob("*/metrics.jsonl")
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return [line["train/global_step"] for line in lines if "train/loss" in line]
 
 
-def test_where_there_can_be_no_slurm_it_is_told_why(monkeypatch):
+def test_the_reason_is_given_if_slurm_cannot_run(monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     assert "root" in why_not()
     monkeypatch.setattr("os.geteuid", lambda: 0)
@@ -77,8 +77,8 @@ def test_where_there_can_be_no_slurm_it_is_told_why(monkeypatch):
         (("munged", "slurmctld", "slurmd"), []),
     ],
 )
-def test_what_the_system_had_before_stays_as_it_is(monkeypatch, there, off):
-    """With stand-ins for the programs, one of which is always missing, and for apt-get."""
+def test_existing_services_are_left_alone(monkeypatch, there, off):
+    """With fakes for the programs, one of which is always missing, and for apt-get."""
     called: list[tuple[str, ...]] = []
     known = {*there, "apt-get"}
     monkeypatch.setattr("os.geteuid", lambda: 0)
@@ -90,8 +90,8 @@ def test_what_the_system_had_before_stays_as_it_is(monkeypatch, there, off):
 
 
 def test_tasks_of_srun_are_ranks(cluster):
-    told = cluster.run("srun", "-N2", "--ntasks-per-node=2", sys.executable, "-c", RANKS)
-    ranks = sorted(line.split() for line in told.splitlines())
+    output = cluster.run("srun", "-N2", "--ntasks-per-node=2", sys.executable, "-c", RANKS)
+    ranks = sorted(line.split() for line in output.splitlines())
     assert [rank[:4] for rank in ranks] == [
         ["0", "4", "0", "2"], ["1", "4", "1", "2"], ["2", "4", "0", "2"], ["3", "4", "1", "2"],
     ]  # fmt: skip
@@ -99,15 +99,14 @@ def test_tasks_of_srun_are_ranks(cluster):
     assert len({rank[5] for rank in ranks}) == 1
 
 
-def test_two_jobs_meet_at_different_ports(cluster):
-    told = [cluster.run("srun", "-n2", sys.executable, "-c", RANKS) for _ in range(2)]
-    assert len({line.split()[5] for line in "\n".join(told).splitlines()}) == 2
+def test_two_jobs_use_different_ports(cluster):
+    outputs = [cluster.run("srun", "-n2", sys.executable, "-c", RANKS) for _ in range(2)]
+    assert len({line.split()[5] for line in "\n".join(outputs).splitlines()}) == 2
 
 
 @pytest.mark.parametrize("command", [["salloc", "-n2"], ["srun", "-n1"]])
 def test_a_shell_of_salloc_and_one_task_are_one_process(cluster, command):
-    told = cluster.run(*command, sys.executable, "-c", RANKS)
-    assert told == "- - - - - -"
+    assert cluster.run(*command, sys.executable, "-c", RANKS) == "- - - - - -"
 
 
 def test_a_batch_script_is_one_process(cluster, tmp_path):
@@ -118,11 +117,11 @@ def test_a_batch_script_is_one_process(cluster, tmp_path):
 
 
 def test_ranks_of_another_launcher_are_left_alone(cluster):
-    told = cluster.run("srun", "-n2", "env", "RANK=5", sys.executable, "-c", RANKS)
-    assert told.splitlines() == ["5 - - - - -"] * 2
+    output = cluster.run("srun", "-n2", "env", "RANK=5", sys.executable, "-c", RANKS)
+    assert output.splitlines() == ["5 - - - - -"] * 2
 
 
-def test_a_job_that_was_told_to_save_is_requeued_and_goes_on(cluster, tmp_path, stand_in):
+def test_a_job_that_receives_usr1_is_requeued_and_resumes(cluster, tmp_path, stand_in):
     job = _submit(cluster, tmp_path, "launch.nodes=2", "train.seed=1", **stand_in)
     cluster.until(lambda: len([*tmp_path.glob("runs/*/starts-*")]) == 2)
     cluster.run("scancel", "--signal=USR1", job)
@@ -133,7 +132,7 @@ def test_a_job_that_was_told_to_save_is_requeued_and_goes_on(cluster, tmp_path, 
     assert "preempted; requeued" in _output(tmp_path)
 
 
-def test_a_job_of_higher_priority_comes_first(cluster, tmp_path, stand_in):
+def test_a_job_of_higher_priority_preempts_another(cluster, tmp_path, stand_in):
     """Slurm sends SIGTERM and waits for the partition's GraceTime."""
     words = ("launch.nodes=2", "launch.tasks_per_node=2", "train.seed=1")
     job = _submit(cluster, tmp_path, *words, **stand_in)
@@ -145,20 +144,20 @@ def test_a_job_of_higher_priority_comes_first(cluster, tmp_path, stand_in):
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1")
 
 
-def test_a_fault_ends_the_job_with_its_code(cluster, tmp_path, stand_in):
+def test_an_error_ends_the_job_with_its_exit_code(cluster, tmp_path, stand_in):
     ended = cluster.ended(_submit(cluster, tmp_path, "train.seed=2", **stand_in))
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
 
 
 @pytest.mark.parametrize("seed", [4, 5])
-def test_a_job_that_never_gets_to_save_is_not_requeued_for_ever(cluster, tmp_path, stand_in, seed):
-    """Once with and once without a directory to tell of it in."""
+def test_a_job_that_never_saves_is_not_requeued_without_limit(cluster, tmp_path, stand_in, seed):
+    """Once with and once without a run directory."""
     ended = cluster.ended(_submit(cluster, tmp_path, f"train.seed={seed}", **stand_in))
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "1")
-    assert "not requeued. It needs a longer launch.time" in _output(tmp_path)
+    assert "not requeued. Set a longer launch.time" in _output(tmp_path)
 
 
-def test_a_job_that_saves_now_and_then_goes_on(cluster, tmp_path, stand_in):
+def test_a_job_that_saves_every_other_time_resumes(cluster, tmp_path, stand_in):
     ended = cluster.ended(_submit(cluster, tmp_path, "train.seed=6", **stand_in))
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "3")
 
@@ -179,13 +178,13 @@ def test_the_two_files_of_a_sweep_are_not_submitted_as_one(cluster, tmp_path):
         cluster.run("sbatch", "both.sbatch", cwd=tmp_path)
 
 
-def test_what_sbatch_refuses_is_one_message(cluster, tmp_path):
+def test_a_job_that_sbatch_refuses_is_one_message(cluster, tmp_path):
     with pytest.raises(AssertionError, match=r"sbatch refuses .*invalid partition"):
         _submit(cluster, tmp_path, "launch.partition=absent")
 
 
 def test_a_preempted_run_is_one_run(cluster, tmp_path):
-    """Two ranks on two nodes, told by USR1 as slurm does before a time limit."""
+    """Two ranks on two nodes get USR1, which Slurm sends before a time limit."""
     words = (*QUICK, "train.max_steps=24", "track.backends=[wandb]", "launch.nodes=2")
     job = _submit(cluster, tmp_path, *words)
     cluster.until(lambda: len(_steps(tmp_path)) >= 2, SLOW)
@@ -194,7 +193,7 @@ def test_a_preempted_run_is_one_run(cluster, tmp_path):
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), _output(tmp_path)
     run = _run_directory(tmp_path)
     assert json.loads((run / "summary.json").read_text())["run"]["world_size"] == 2
-    assert _steps(tmp_path) == list(range(1, 25)), "no step twice, none left out"
+    assert _steps(tmp_path) == list(range(1, 25)), "every step exactly once"
     offline = [path.name for path in (run / "wandb").glob("offline-run-*")]
     assert len(offline) == 2, "one for each start"
     assert {name.rpartition("-")[2] for name in offline} == {(run / "wandb/run_id").read_text()}
@@ -225,8 +224,8 @@ def test_the_table_waits_for_the_requeued_task_of_an_array(cluster, tmp_path, st
     assert cluster.ended(table)["JobState"] == "COMPLETED"
 
 
-def test_the_table_tells_of_tasks_that_failed_or_gave_up(cluster, tmp_path, stand_in):
-    """Also of those that left no directory."""
+def test_the_table_shows_tasks_that_failed_or_were_preempted(cluster, tmp_path, stand_in):
+    """Also tasks that left no run directory."""
     words = ("-m", "train.seed=0,2,5", "launch.jobs=3")
     _, table = _submit_all(cluster, tmp_path, *words, **stand_in)
     assert cluster.ended(table)["JobState"] == "COMPLETED", _output(tmp_path)
@@ -236,7 +235,7 @@ def test_the_table_tells_of_tasks_that_failed_or_gave_up(cluster, tmp_path, stan
     assert states == {"0": "done", "2": "failed", "5": "preempted"}
 
 
-def test_a_sweep_is_an_array_and_ends_in_its_table(cluster, tmp_path):
+def test_a_sweep_is_an_array_and_ends_with_its_table(cluster, tmp_path):
     words = (*QUICK, "task=quantize", "-m", "quant.nbits=2,3", "launch.jobs=2")
     array, table = _submit_all(cluster, tmp_path, *words)
     for job in (f"{array}_0", f"{array}_1", table):

@@ -1,4 +1,4 @@
-"""What the jobs of a sweep share, what distinguishes them, and how the sweep is named."""
+"""The settings that jobs of a sweep share, the labels that distinguish them, and their names."""
 
 from pathlib import Path
 
