@@ -1,4 +1,4 @@
-"""`python -m hqqtrain`: the same as the console script."""
+"""Run `python -m hqqtrain`, which is the same as the console script `hqqtrain`."""
 
 import sys
 

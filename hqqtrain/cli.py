@@ -1,7 +1,7 @@
-"""The command line: composes, checks and hands over to the task; the meaning of exit codes.
+"""The command line: compose and check the configuration, run the task, return the exit code.
 
-Nothing here imports torch before the configuration is known to be sound: a mistyped key is
-reported in a moment, and by one rank only.
+torch is only imported once the configuration has passed its checks, so a mistyped key is reported
+at once, and by one rank only.
 """
 
 import os
@@ -24,6 +24,7 @@ from hqqtrain.sweep import Sweep, run_all, show_table
 from hqqtrain.sweep.plan import Plan, make_plan
 
 EXIT_CODE_FILE = "HQQTRAIN_EXIT_CODE"
+"""Environment variable by which launch.sh names the file for the exit code."""
 _FLAGS = {
     "-h": "--help", "--help": "--help", "--check": "--check", "--cfg": "--cfg",
     "--version": "--version", "-m": "--multirun", "--multirun": "--multirun", "--table": "--table",
@@ -31,23 +32,24 @@ _FLAGS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line and returns its exit code: 0, 1, 2 or 3, see `--help`."""
+    """Run one command line and return its exit code: 0, 1, 2 or 3, as `--help` explains."""
     adopt_ranks(os.environ)
-    code = _guarded(sys.argv[1:] if argv is None else argv)
-    _tell_launcher(code)
+    code = _run_with_exit_code(sys.argv[1:] if argv is None else argv)
+    _write_exit_code(code)
     return code
 
 
-def _guarded(words: list[str]) -> int:
+def _run_with_exit_code(words: list[str]) -> int:
+    """Run the command line and turn every foreseen exception into a message and an exit code."""
     try:
         return _dispatch(words)
     except UserError as error:
-        if _rank() == 0:  # what one rank finds is raised on all
+        if _rank() == 0:  # every rank raises the same error
             print(f"hqqtrain: {masked(str(error))}", file=sys.stderr)
         return USER_ERROR
     except PreemptedError as error:
         if _rank() == 0:
-            print(f"hqqtrain: {error}; the same command goes on.", file=sys.stderr)
+            print(f"hqqtrain: {error}; run the same command again to resume.", file=sys.stderr)
         return PREEMPTED
     except RankLostError as error:
         print(f"hqqtrain: {error}", file=sys.stderr)
@@ -55,7 +57,7 @@ def _guarded(words: list[str]) -> int:
     except KeyboardInterrupt:
         print("hqqtrain: interrupted.", file=sys.stderr)
         return FAILED
-    except BrokenPipeError:  # `--help | head`: whoever read us has seen enough
+    except BrokenPipeError:  # `--help | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
 
@@ -63,40 +65,40 @@ def _guarded(words: list[str]) -> int:
 def _dispatch(words: list[str]) -> int:
     flags, overrides = _split(words)
     if not words or "--help" in flags:
-        return _say(usage())
+        return _print(usage())
     if "--version" in flags:
-        return _say(f"hqqtrain {__version__}")
-    plan = _plan(overrides, "--multirun" in flags)
+        return _print(f"hqqtrain {__version__}")
+    plan = _make_plan(overrides, "--multirun" in flags)
     if "--cfg" in flags:
-        return _say(plan.as_recipes())
+        return _print(plan.as_recipes())
     if "--check" in flags:
-        return _say(plan.directories())
+        return _print(plan.directories())
     if "--table" in flags:
-        return _table(plan)
+        return _show_table(plan)
     if plan.is_sweep or plan.is_slurm:
         _refuse_ranks()
     if plan.is_slurm:
         check_same_launch([job.config for job in plan.jobs])
-        return _say(_submit(plan, words))
+        return _print(_submit(plan, words))
     if plan.is_sweep:
         return run_all(plan.jobs)
-    signals.listen()  # importing takes seconds
+    signals.listen()  # before the import of torch, which takes seconds
     from hqqtrain.tasks.run import run
 
     return run(plan.jobs[0].config, ["python", "-m", "hqqtrain", *words])
 
 
-def _plan(overrides: list[str], multirun: bool) -> Plan:
+def _make_plan(overrides: list[str], multirun: bool) -> Plan:
     try:
         return make_plan(overrides, multirun)
     except UserError:
-        if _rank() != 0:  # rank 0 says the same
+        if _rank() != 0:  # rank 0 prints the same error
             raise SystemExit(USER_ERROR) from None
         raise
 
 
 def _split(words: list[str]) -> tuple[set[str], list[str]]:
-    """The flags, by their long names, and the overrides, which all hold a `=`."""
+    """Return the flags by their long names, and the overrides, which all contain a `=`."""
     flags, overrides = set(), []
     for word in words:
         if word.startswith("-"):
@@ -111,18 +113,19 @@ def _split(words: list[str]) -> tuple[set[str], list[str]]:
     return flags, overrides
 
 
-def _table(plan: Plan) -> int:
+def _show_table(plan: Plan) -> int:
     if not plan.is_sweep:
-        raise UserError("--table: needs the words of a sweep, as in --table -m quant.nbits=2,3.")
+        raise UserError("--table: needs the keys of a sweep, as in --table -m quant.nbits=2,3.")
     return show_table(plan.jobs)
 
 
 def _refuse_ranks() -> None:
+    """Refuse several ranks: each of them would start the sweep or submit the batch job."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "a sweep, or launch=slurm, is one process that starts others: use ./launch.sh, which "
-            "launches each on all GPUs, or python -m hqqtrain; not torchrun, accelerate launch or "
-            "srun."
+            "a sweep or launch=slurm runs as one process, which starts the jobs: use ./launch.sh, "
+            "which runs each job on all GPUs, or python -m hqqtrain; not torchrun, accelerate "
+            "launch or srun."
         )
 
 
@@ -133,23 +136,24 @@ def _submit(plan: Plan, words: list[str]) -> str:
     return submit_sweep(sweep.name, [(job.command, job.config) for job in sweep.jobs], words)
 
 
-def _tell_launcher(code: int) -> None:
-    """Lets launch.sh return our code: torchrun and accelerate turn every failure into 1.
+def _write_exit_code(code: int) -> None:
+    """Write the exit code for launch.sh, because torchrun and accelerate turn every failure into 1.
 
-    Any rank may be the one that found the fault; its peers then only see a lost connection. The
-    first that ends makes the launcher end the others, so the file is never empty on the way.
+    Any rank may be the one that knows the code; its peers may only see a lost connection and return
+    `FAILED`, which is therefore not written. The launcher ends all ranks as soon as the first one
+    exits, so the file is not truncated: it must not be empty at any moment.
     """
     file = os.environ.get(EXIT_CODE_FILE)
     if file and code not in (DONE, FAILED):
-        told = os.open(file, os.O_WRONLY | os.O_CREAT, 0o600)
-        os.write(told, str(code).encode())
-        os.close(told)
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT, 0o600)
+        os.write(handle, str(code).encode())
+        os.close(handle)
 
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _say(text: str) -> int:
+def _print(text: str) -> int:
     print(text, flush=True)
     return DONE

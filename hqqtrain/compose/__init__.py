@@ -1,6 +1,7 @@
-"""From the words of a command line to a checked RunConfig: the only code that knows Hydra.
+"""Turn the arguments of a command line into a checked RunConfig.
 
-Everything below receives plain dataclasses; everything a user got wrong becomes a UserError.
+This is the only package that uses Hydra. Other packages receive plain dataclasses, and every
+mistake of the user becomes a UserError.
 """
 
 from hqqtrain.compose.compose import compose

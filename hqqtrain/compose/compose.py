@@ -1,4 +1,4 @@
-"""Composes `recipe=x key=value ...` into a RunConfig and refuses, with reasons, what it cannot."""
+"""Compose `recipe=x key=value ...` into a RunConfig, or explain what is wrong with it."""
 
 from dataclasses import fields
 from functools import cache
@@ -22,9 +22,13 @@ _OPTION_GROUPS = (GROUP, "model", "launch")
 
 
 def compose(overrides: list[str]) -> RunConfig:
-    """The checked configuration that the words `key=value` of a command line stand for.
+    """Compose and check the configuration that a command line describes.
 
-    Raises UserError, naming key or file, for everything that is wrong with them.
+    Args:
+        overrides: The `key=value` arguments of the command line.
+
+    Raises:
+        UserError: for every invalid argument or recipe; the message names the key or file.
     """
     composed = compose_raw(overrides)
     config = RunConfig(**{item.name: getattr(composed, item.name) for item in fields(RunConfig)})
@@ -33,27 +37,40 @@ def compose(overrides: list[str]) -> RunConfig:
 
 
 def compose_raw(overrides: list[str]) -> schema.Composed:
-    """As `compose`, not yet checked against limits, and with the recipe's sweep."""
+    """Compose a configuration like `compose`, with the recipe's sweep, but without `check`.
+
+    Raises:
+        UserError: an argument or recipe cannot be read, names an unknown key or has a wrong type.
+    """
     parsed = parse(overrides)
     for override in parsed:
         if override.is_sweep_override():
-            raise UserError(f"{override.input_line}: several values; a sweep needs -m before it.")
-        _check(override)
-    _register()
+            raise UserError(
+                f"{override.input_line}: must be one value; a sweep needs -m before it."
+            )
+        _check_override(override)
+    _register_plugins()
     try:
         with initialize_config_module("hqqtrain.conf", version_base="1.3"):
-            composed = OmegaConf.to_object(hydra_compose("config", _spelled(parsed)))
+            composed = OmegaConf.to_object(hydra_compose("config", _hydra_arguments(parsed)))
     except MissingConfigException as error:
         raise missing_config(error) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_sentence(error)) from None
+        # Nobody foresaw this error. Show its text and cause, but still as a message.
+        cause = f" {error.__cause__}" if error.__cause__ else ""
+        raise UserError(" ".join(f"{error}{cause}".split())) from None
     assert isinstance(composed, schema.Composed)
+    # Hydra knows the recipe as a config group, not as a value: fill in its name.
     composed.recipe = next((str(o.value()) for o in parsed if o.key_or_group == GROUP), None)
     return composed
 
 
 def parse(overrides: list[str]) -> list[Override]:
-    """Hydra's reading of `key=value`; of a key given twice, the last counts."""
+    """Parse `key=value` arguments with Hydra's grammar. The last value of a repeated key wins.
+
+    Raises:
+        UserError: an argument does not follow the grammar.
+    """
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
@@ -63,20 +80,23 @@ def parse(overrides: list[str]) -> list[Override]:
 
 
 @cache
-def _register() -> None:
+def _register_plugins() -> None:
     schema.register()
     Plugins.instance().register(RecipeSource)
     Plugins.instance().register(RecipeSearchPath)
 
 
-def _check(override: Override) -> None:
+def _check_override(override: Override) -> None:
+    """Refuse what Hydra would accept, or would refuse with a message that is hard to read."""
     key, value = override.key_or_group, override.value()
     if fault := schema.key_fault(key):
         raise UserError(fault)
     if override.is_delete():
-        raise UserError(f"{override.input_line}: keys cannot be removed; set it, as in {key}=...")
+        raise UserError(
+            f"{override.input_line}: keys cannot be removed; set a value instead, as in {key}=..."
+        )
     if key.split(".")[0] == "sweep":
-        raise UserError(f"{override.input_line}: for recipes; here use -m key=value,value.")
+        raise UserError(f"{override.input_line}: only allowed in recipes; use -m key=value,value.")
     if key == GROUP:
         if str(value) not in recipe_files():
             raise unknown_recipe(str(value))
@@ -84,18 +104,17 @@ def _check(override: Override) -> None:
         check_type(key, value)
 
 
-def _spelled(overrides: list[Override]) -> list[str]:
-    """Values of dict-valued keys need Hydra's `++`: its struct mode closes dicts of any keys."""
-    dicts = {key for key, hint in schema.known_keys() if getattr(hint, "__origin__", None) is dict}
+def _hydra_arguments(overrides: list[Override]) -> list[str]:
+    """Return `overrides` as Hydra wants them: keys of dict-valued fields need the prefix `++`.
+
+    Hydra composes in struct mode, which refuses new keys even in a dict that allows any key.
+    """
+    dict_keys = {
+        key for key, hint in schema.known_keys() if getattr(hint, "__origin__", None) is dict
+    }
     lines = []
     for override in overrides:
         line = str(override.input_line).lstrip("+")
-        opened = any(override.key_or_group.startswith(key) for key in dicts)
-        lines.append(f"++{line}" if opened else line)
+        in_dict = any(override.key_or_group.startswith(key) for key in dict_keys)
+        lines.append(f"++{line}" if in_dict else line)
     return lines
-
-
-def _sentence(error: Exception) -> str:
-    """The text of an error nobody foresaw, with its cause: still a message, not a traceback."""
-    cause = f" {error.__cause__}" if error.__cause__ else ""
-    return " ".join(f"{error}{cause}".split())

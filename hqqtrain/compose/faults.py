@@ -1,4 +1,4 @@
-"""Turns what Hydra, OmegaConf and YAML say into messages that name key, value and remedy."""
+"""Turn errors of Hydra, OmegaConf and YAML into messages that name the key, value and fix."""
 
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -12,43 +12,43 @@ from hqqtrain.compose.recipes import VARIABLE, recipe_files
 from hqqtrain.compose.schema import Composed, known_keys
 from hqqtrain.config import UserError, did_you_mean
 
-_WORDS = {
-    int: "an integer", float: "a number", bool: "true or false", str: "a text",
+_TYPE_NAMES = {
+    int: "an integer", float: "a number", bool: "true or false", str: "a string",
     list: "a list", dict: "a mapping", NoneType: "null",
 }  # fmt: skip
 
 
 def unknown_recipe(name: str) -> UserError:
-    """For a `recipe=` that no folder has."""
+    """Return the error for a `recipe=` that no recipe folder contains."""
     known = sorted(recipe_files())
     return UserError(
         f"recipe={name}: no such recipe.{did_you_mean(name, known)} Recipes: {', '.join(known)}. "
-        f"Your own go into ./recipes/{name}.yaml or a folder named in {VARIABLE}."
+        f"To add your own, create ./recipes/{name}.yaml or set {VARIABLE} to its folder."
     )
 
 
 def missing_config(error: MissingConfigException) -> UserError:
-    """For an option group's choice, or a recipe another one builds on, that does not exist."""
+    """Return the error for an option, or a recipe in a `defaults` list, that does not exist."""
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
     if group == "recipe":
         return unknown_recipe(name)
     options = list(error.options or ())
     return UserError(
         f"{group}={name}: no such option.{did_you_mean(name, options)} Allowed are "
-        f"{', '.join(options)}, or set the keys of {group} one by one, as in --help."
+        f"{', '.join(options)}, or set the single keys of {group} that --help lists."
     )
 
 
 def unreadable(error: OverrideParseException) -> UserError:
-    """For a word that Hydra's grammar does not take: how it would have to be typed."""
+    """Return the error for an argument that Hydra cannot parse, with an example in quotes."""
     return UserError(
         f"{error.override}: must be key=value; text with special characters needs quotes, as in "
-        f"{_typed(error.override)}. {error.message.splitlines()[0]}."
+        f"{_quoted(error.override)}. {error.message.splitlines()[0]}."
     )
 
 
-def _typed(word: str) -> str:
-    """`word` with its value in quotes, for a shell; an example where that has quotes already."""
+def _quoted(word: str) -> str:
+    """Return `word` with its value quoted for a shell, or an example if quoting it is hard."""
     key, equals, value = word.lstrip("+~").partition("=")
     plain = bool(equals and value) and not set(value) & set("'\"[]{}\\$`!")
     if get_origin(dict(known_keys()).get(key)) is list:
@@ -58,7 +58,16 @@ def _typed(word: str) -> str:
 
 
 def check_type(key: str, value: Any, where: str = "") -> None:
-    """Raises UserError if `key` cannot hold `value`; `where` is said before the key."""
+    """Check that `value` has the type of `key`.
+
+    Args:
+        key: A dotted key of the schema.
+        value: The value to check.
+        where: A prefix of the message, such as the name of a file.
+
+    Raises:
+        UserError: `value` has another type.
+    """
     try:
         OmegaConf.update(OmegaConf.structured(Composed), key, value, merge=True)
     except OmegaConfBaseException as error:
@@ -66,20 +75,22 @@ def check_type(key: str, value: Any, where: str = "") -> None:
 
 
 def _wrong_value(key: str, value: Any, where: str, error: OmegaConfBaseException) -> UserError:
+    # The error may be about a key inside `value`: look up that key's own value.
     given = OmegaConf.create({})
     OmegaConf.update(given, key, value)
     full_key = error.full_key or key
-    shown = _show(OmegaConf.select(given, full_key, throw_on_missing=False))
+    found = OmegaConf.select(given, full_key, throw_on_missing=False)
+    shown = "null" if found is None else str(found)
     if expected := _expected(full_key):
         return UserError(f"{where}{full_key}={shown}: must be {expected}.")
     return UserError(f"{where}{full_key}={shown}: {str(error).splitlines()[0]}.")
 
 
 def expected_type(key: str) -> str:
-    """In words, what a key that is no group holds: `an integer or null`."""
+    """Describe the type of a key that is not a group, such as `an integer or null`."""
     hint = dict(known_keys(Composed))[key]
     members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    return " or ".join(_WORDS.get(get_origin(m) or m, str(m)) for m in members)
+    return " or ".join(_TYPE_NAMES.get(get_origin(m) or m, str(m)) for m in members)
 
 
 def _expected(key: str) -> str:
@@ -90,12 +101,8 @@ def _expected(key: str) -> str:
 
 
 def broken_yaml(error: YAMLError, file: Any) -> UserError:
-    """For a recipe that is no YAML: the file, the line and what the parser stumbled over."""
+    """Return the error for a recipe that is not YAML, with the file, line and column."""
     if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
         return UserError(f"{file}: not valid YAML: {error}")
     line, column = error.problem_mark.line + 1, error.problem_mark.column + 1
     return UserError(f"{file}:{line}:{column}: not valid YAML: {error.problem}.")
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else str(value)

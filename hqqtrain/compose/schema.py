@@ -1,6 +1,6 @@
-"""What a composed configuration may hold: RunConfig's keys and, in recipes, a sweep.
+"""The keys that a composed configuration may have: RunConfig's and, in recipes, `sweep`.
 
-The dataclasses are the schema; nothing here repeats them.
+The dataclasses are the schema; this module does not repeat any key.
 """
 
 from collections.abc import Iterator
@@ -15,18 +15,18 @@ from hqqtrain.config import RunConfig
 
 @dataclass(kw_only=True, slots=True)
 class Composed(RunConfig):
-    """RunConfig while it is being composed: a recipe may also say what to sweep over."""
+    """A RunConfig during composition, when a recipe may also have a `sweep`."""
 
     sweep: dict[str, str] = field(default_factory=dict)
 
 
 def register() -> None:
-    """Makes the schema known to Hydra under the name that conf/config.yaml starts from."""
+    """Register the schema with Hydra under the name that conf/config.yaml refers to."""
     ConfigStore.instance().store(name="run_schema", node=Composed, provider="hqqtrain")
 
 
 def known_keys(schema: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, type) of every key that can hold a value."""
+    """Yield (dotted key, type) of every key that has a value of its own, not of groups."""
     for name, hint in get_type_hints(schema).items():
         if is_dataclass(hint):
             yield from known_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
@@ -35,7 +35,7 @@ def known_keys(schema: type = RunConfig, prefix: str = "") -> Iterator[tuple[str
 
 
 def key_fault(dotted: str) -> str | None:
-    """One sentence if there is no key `dotted`, with the nearest ones; None if there is."""
+    """Return None if the key `dotted` exists, otherwise a message that suggests similar keys."""
     schema: Any = Composed
     parts = dotted.split(".")
     for depth, part in enumerate(parts):
@@ -50,14 +50,14 @@ def key_fault(dotted: str) -> str | None:
 
 def _unknown(dotted: str, group: str, siblings: list[str]) -> str:
     if not siblings:
-        return f"{dotted}: unknown key; {group} is a single value and holds no keys."
+        return f"{dotted}: unknown key; {group} is a single value and has no keys."
     of = f"Keys of {group}" if group else "Groups and keys"
     allowed = [name for name in siblings if group or name not in ("recipe", "sweep")]
     return f"{dotted}: unknown key.{_nearest(dotted, group, siblings)} {of}: {', '.join(allowed)}."
 
 
 def _nearest(dotted: str, group: str, siblings: list[str]) -> str:
-    """A suggestion: near in the same group, else of the same name elsewhere, else near at all."""
+    """Suggest a similar key of the group, a key of the same name elsewhere, or any similar key."""
     last = dotted.rpartition(".")[2]
     near = [f"{group}.{name}" for name in get_close_matches(last, siblings, n=1) if group]
     keys = [key for key, _ in known_keys()]

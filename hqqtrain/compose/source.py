@@ -1,7 +1,7 @@
-"""Shows recipe folders to Hydra: DIR/x.yaml becomes the option `recipe=x` at the top level.
+"""Hydra plugins that make DIR/x.yaml of a recipe folder the option `recipe=x`.
 
-Hydra would want DIR/recipe/x.yaml, and a `# @package _global_` line in each file. Each file is
-checked by itself as it is read, so that a fault is reported with the file it stands in.
+By itself Hydra would require DIR/recipe/x.yaml and a `# @package _global_` line in each file. Each
+file is also checked when it is read, so that an error names the file that contains it.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ GROUP = "recipe"
 
 
 class RecipeSource(ConfigSource):
-    """One folder of recipes. The methods are those Hydra asks of a ConfigSource."""
+    """One folder of recipes, with the methods that Hydra requires of a ConfigSource."""
 
     @staticmethod
     def scheme() -> str:
@@ -63,7 +63,7 @@ class RecipeSource(ConfigSource):
 
 
 class RecipeSearchPath(SearchPathPlugin):
-    """Puts every recipe folder on Hydra's search path, a user's own before the built-in."""
+    """Adds every recipe folder to Hydra's search path, the user's before the built-in one."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for provider, folder in recipe_dirs():
@@ -71,9 +71,11 @@ class RecipeSearchPath(SearchPathPlugin):
 
 
 def read_recipe(file: Path) -> DictConfig:
-    """The content of a recipe, every key and type checked against the schema.
+    """Read a recipe and check every key and type in it against the schema.
 
-    Raises UserError naming the file, with the line where it is no YAML at all.
+    Raises:
+        UserError: the file is unreadable, not YAML, or has an unknown key or a wrong type. The
+            message names the file, and the line if it is not YAML.
     """
     try:
         content = OmegaConf.load(file)
@@ -83,28 +85,27 @@ def read_recipe(file: Path) -> DictConfig:
         raise UserError(f"{file}: cannot be read as text: {error}") from None
     if not isinstance(content, DictConfig):
         raise UserError(f"{file}: must be a mapping of keys, such as `quant: {{nbits: 2}}`.")
-    _check(content, file)
+    _check_content(content, file)
     return content
 
 
-def _check(content: DictConfig, file: Path) -> None:
-    settings = {k: v for k, v in _plain(content).items() if k != "defaults"}
-    if found := [fault for key in _dotted(settings) if (fault := key_fault(key))]:
+def _check_content(content: DictConfig, file: Path) -> None:
+    plain = OmegaConf.to_container(content, resolve=False)
+    assert isinstance(plain, dict)
+    settings = {str(key): value for key, value in plain.items() if key != "defaults"}
+    if found := [fault for key in _dotted_keys(settings) if (fault := key_fault(key))]:
         raise UserError("\n".join(f"{file}: {fault}" for fault in found))
     if GROUP in settings:
-        raise UserError(f"{file}: recipe: is the file's name; to build on another, use defaults.")
+        raise UserError(
+            f"{file}: recipe: not allowed here, the file's name is the recipe's; to extend another "
+            "recipe, use defaults."
+        )
     for key, value in settings.items():
         check_type(key, value, f"{file}: ")
 
 
-def _plain(content: DictConfig) -> dict[str, Any]:
-    container = OmegaConf.to_container(content, resolve=False)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
-def _dotted(settings: dict[str, Any]) -> list[str]:
-    """`{quant: {nbits: 2}, task: eval}` -> `quant.nbits`, `task`."""
+def _dotted_keys(settings: dict[str, Any]) -> list[str]:
+    """Return the dotted keys: `{quant: {nbits: 2}, task: eval}` -> `quant.nbits`, `task`."""
     found = []
     for name, value in settings.items():
         keys = [f"{name}.{k}" for k in value] if isinstance(value, dict) else []

@@ -1,8 +1,8 @@
-"""One command, many runs: every combination of the values that keys are given.
+"""Expand a sweep into the command lines of its jobs, one for every combination of values.
 
-`-m quant.nbits=2,3` asks for it on the command line, `sweep: {quant.nbits: '2,3'}` in a recipe;
-a recipe's key that the command line sets is swept no more. So the words of one job, which set
-all of them, are an ordinary command.
+A sweep is requested by `-m quant.nbits=2,3` on the command line or by `sweep: {quant.nbits: '2,3'}`
+in a recipe. A key that the command line sets is not swept, even if the recipe sweeps it. The
+command line of a job sets all swept keys, so it is an ordinary command of a single run.
 """
 
 from itertools import product
@@ -14,9 +14,15 @@ from hqqtrain.config import UserError
 
 
 def jobs(overrides: list[str], multirun: bool) -> list[list[str]]:
-    """The command lines of all jobs; `[overrides]` where there is nothing to sweep over.
+    """Return the command lines of all jobs, or `[overrides]` if there is nothing to sweep.
 
-    `multirun` allows several values in `overrides`, as Hydra's basic sweeper does.
+    Args:
+        overrides: The `key=value` arguments of the command line.
+        multirun: Whether `overrides` may contain several values per key, as for Hydra's basic
+            sweeper.
+
+    Raises:
+        UserError: an argument or the recipe is invalid, or a sweep is not over a list or range.
     """
     lines = _combinations(parse(overrides)) if multirun else [overrides]
     return [job for line in lines for job in _recipe_jobs(line)]
@@ -37,5 +43,7 @@ def _values(override: Override) -> list[str]:
     if not override.is_sweep_override():
         return [str(override.input_line)]
     if not isinstance(override.value(), ChoiceSweep | RangeSweep):
-        raise UserError(f"{override.input_line}: sweep over a list, 2,3,4, or a range(1,4).")
+        raise UserError(
+            f"{override.input_line}: a sweep needs a list such as 2,3,4 or a range(1,4)."
+        )
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]

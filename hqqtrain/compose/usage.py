@@ -1,10 +1,10 @@
-"""The text of `--help`: written from the dataclasses and the recipes, so that it stays true."""
+"""The text of `--help`, generated from the dataclasses and the recipes so that it stays true."""
 
 from dataclasses import MISSING, Field, fields, is_dataclass
 from textwrap import wrap
 from typing import Any
 
-from hqqtrain import __doc__ as what_it_is
+from hqqtrain import __doc__ as package_summary
 from hqqtrain import __version__
 from hqqtrain.compose.faults import expected_type
 from hqqtrain.compose.recipes import VARIABLE, description, recipe_files
@@ -12,13 +12,14 @@ from hqqtrain.config import RunConfig
 from hqqtrain.config.run import TASKS
 
 _WIDTH, _INDENT, _COLUMN = 100, 2, 32
+"""Characters per line, before the left column, and of the left column."""
 
 _COMMANDS = {
-    "recipe=NAME key=value ...": "run a recipe; keys on the command line beat the recipe's",
-    "-m key=value,value ...": "sweep: one run for every combination, each a process of its own",
-    "--check ...": "only check the configuration and print where the run would write",
-    "--table ...": "only write and print the table and the plots of a sweep, as far as it is",
-    "--cfg ...": "only print the whole configuration, as YAML that can be a recipe",
+    "recipe=NAME key=value ...": "run a recipe; keys on the command line override the recipe's",
+    "-m key=value,value ...": "sweep: one run for every combination, each in its own process",
+    "--check ...": "check the configuration and print the run's directory, without running",
+    "--table ...": "write and print the table of a sweep, and its plots, from the results so far",
+    "--cfg ...": "print the whole configuration as YAML, usable as a recipe, without running",
     "--version": "print the version",
 }
 _EXAMPLES = (
@@ -30,20 +31,20 @@ _EXAMPLES = (
     "python -m hqqtrain recipe=llama70b_2bit launch=slurm launch.nodes=2 launch.gpus_per_node=8",
 )
 _EXIT_CODES = {
-    "0": "done, also when the run had been done before",
-    "2": "the configuration or the data; nothing was overwritten",
-    "3": "preempted, state saved",
-    "1": "anything else",
+    "0": "done, or the run had already finished",
+    "2": "error in the configuration or the data; nothing was overwritten",
+    "3": "preempted, state saved; run the same command again to resume",
+    "1": "any other failure",
 }
 
 
 def usage() -> str:
-    """Everything `--help` prints."""
+    """Return the whole text that `--help` prints."""
     recipes = {name: description(file) for name, file in sorted(recipe_files().items())}
-    where = f"in ./recipes, in the folders of {VARIABLE}, built in"
+    where = f"from ./recipes, the folders in {VARIABLE} and the built-in ones"
     return "\n\n".join(
         [
-            _paragraph(f"{what_it_is} Version {__version__}."),
+            "\n".join(wrap(f"{package_summary} Version {__version__}.", _WIDTH)),
             _table("Usage: python -m hqqtrain ..., or hqqtrain ...", _COMMANDS),
             "\n".join(["Examples", *(f"  {line}" for line in _EXAMPLES)]),
             _table("Tasks: task=...", TASKS),
@@ -55,7 +56,7 @@ def usage() -> str:
 
 
 def _keys() -> str:
-    title = "Keys, with their defaults; lists as [a,b], none as null, text with spaces in quotes"
+    title = "Keys and defaults; write lists as [a,b], no value as null, text with spaces in quotes"
     groups = [item for item in fields(RunConfig) if is_dataclass(item.default_factory)]
     return "\n".join([title, *(_group(item.name, item.default_factory) for item in groups)])
 
@@ -89,13 +90,10 @@ def _table(title: str, rows: dict[str, str]) -> str:
 
 
 def _row(left: str, right: str) -> str:
-    room = _WIDTH - _INDENT - _COLUMN
-    first, *rest = wrap(right, room) or [""]
+    first, *rest = wrap(right, _WIDTH - _INDENT - _COLUMN) or [""]
     gap = " " * (_INDENT + _COLUMN)
-    fits = len(left) < _COLUMN
-    head = f"{'':{_INDENT}}{left:<{_COLUMN}}{first}" if fits else f"  {left}\n{gap}{first}"
+    if len(left) < _COLUMN:
+        head = f"{'':{_INDENT}}{left:<{_COLUMN}}{first}"
+    else:  # too long for its column: the right column starts on the next line
+        head = f"{'':{_INDENT}}{left}\n{gap}{first}"
     return "\n".join([head.rstrip(), *(gap + line for line in rest)])
-
-
-def _paragraph(text: str) -> str:
-    return "\n".join(wrap(text, _WIDTH))

@@ -1,1 +1,1 @@
-"""Option groups, in YAML. A package, so that Hydra finds them wherever hqqtrain is installed."""
+"""Option groups in YAML, as a package so that Hydra finds them wherever hqqtrain is installed."""

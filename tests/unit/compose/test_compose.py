@@ -1,4 +1,4 @@
-"""Composing: precedence, types, and a message for everything that can be typed wrong."""
+"""Composition: precedence, types, and a clear message for every mistake on a command line."""
 
 import shlex
 
@@ -16,35 +16,35 @@ def _message(*overrides: str) -> str:
     return str(caught.value)
 
 
-def test_nothing_gives_the_defaults_of_the_dataclasses():
+def test_no_overrides_give_the_defaults_of_the_dataclasses():
     assert compose([]) == RunConfig()
 
 
-def test_it_is_a_plain_dataclass_all_the_way():
+def test_all_values_are_plain_types():
     config = compose(["recipe=tiny_2bit", "quant.skip=[lm_head,a]"])
     assert type(config) is RunConfig
     assert type(config.quant.skip) is list
     assert type(config.optim.lr) is float
 
 
-def test_the_command_line_beats_the_recipe_and_the_recipe_the_defaults():
+def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults():
     assert RunConfig().quant.nbits == 4
     assert compose(["recipe=tiny_2bit"]).quant.nbits == 2
     assert compose(["recipe=tiny_2bit", "quant.nbits=3"]).quant.nbits == 3
     assert compose(["quant.nbits=3", "recipe=tiny_2bit"]).quant.nbits == 3
 
 
-def test_of_a_key_given_twice_the_last_counts():
+def test_the_last_value_of_a_repeated_key_wins():
     assert compose(["quant.nbits=3", "quant.nbits=8"]).quant.nbits == 8
 
 
-def test_an_option_group_beats_the_recipe_and_a_key_the_group():
+def test_an_option_group_overrides_the_recipe_and_a_key_the_group():
     assert compose(["recipe=tiny_2bit", "model=llama8b"]).model.name_or_path.endswith("8B")
     config = compose(["model=llama8b", "model.name_or_path=mine"])
     assert config.model.name_or_path == "mine"
 
 
-def test_recipe_is_remembered_and_null_is_none():
+def test_the_config_names_its_recipe_and_null_means_none():
     assert compose(["recipe=tiny_2bit"]).recipe == "tiny_2bit"
     assert compose(["recipe=null"]).recipe is None
 
@@ -58,7 +58,7 @@ def test_recipe_is_remembered_and_null_is_none():
         ("+quant.overrides.q_proj={nbits:4}", {"q_proj": {"nbits": 4}}),
     ],
 )
-def test_overrides_of_layers_on_the_command_line(override, value):
+def test_layer_overrides_on_the_command_line(override, value):
     assert compose([override]).quant.overrides == value
 
 
@@ -69,7 +69,7 @@ def test_values_with_special_characters():
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected"),
     [
         ("quant.nbit=2", "quant.nbit: unknown key. Did you mean 'quant.nbits'? Keys of quant: nb"),
         ("qant.nbits=2", "qant.nbits: unknown key. Did you mean 'quant.nbits'?"),
@@ -97,7 +97,7 @@ def test_values_with_special_characters():
         ("recipe=tiny_2bits", "recipe=tiny_2bits: no such recipe. Did you mean 'tiny_2bit'?"),
         ("recipe=../tiny_2bit", "recipe=../tiny_2bit: no such recipe."),
         ("recipe=[tiny_2bit]", "no such recipe."),
-        ("quant.nbits=2,3", "quant.nbits=2,3: several values; a sweep needs -m before it."),
+        ("quant.nbits=2,3", "quant.nbits=2,3: must be one value; a sweep needs -m before it."),
         ("~quant.nbits", "~quant.nbits: keys cannot be removed"),
         ("sweep={quant.nbits:'2,3'}", "-m key=value,value"),
         ("quant.nbits", "quant.nbits: must be key=value"),
@@ -106,9 +106,9 @@ def test_values_with_special_characters():
         ("data.source=???", "data.source"),
     ],
 )
-def test_what_is_typed_wrong_gets_one_message(override, said):
+def test_every_mistake_gets_one_message(override, expected):
     message = _message(override)
-    assert said in message
+    assert expected in message
     assert "Traceback" not in message
 
 
@@ -119,13 +119,13 @@ def test_every_key_with_a_letter_missing_is_refused_and_suggested():
             assert f"Did you mean '{key}'?" in _message(f"{key[:-1]}=1"), key
 
 
-def test_a_failed_composition_does_not_spoil_the_next():
+def test_a_failed_composition_does_not_affect_the_next():
     _message("quant.nbit=2")
     _message("model=llama9b")
     assert compose(["quant.nbits=2"]).quant.nbits == 2
 
 
-def test_times_are_those_of_slurm_that_yaml_does_not_change():
+def test_durations_are_limited_to_forms_that_slurm_and_yaml_read_alike():
     config = compose(["launch=slurm", "launch.time=4:00:00", "run.time_limit=1-12:00:00"])
     assert (config.launch.backend, config.launch.time) == ("slurm", "4:00:00")
     assert seconds(config.run.time_limit or "") == 36 * 3600
@@ -134,7 +134,7 @@ def test_times_are_those_of_slurm_that_yaml_does_not_change():
 
 
 @pytest.mark.parametrize("options", ["['--qos=low']", "['-x n1','--exclusive']"])
-def test_options_of_sbatch(options: str):
+def test_sbatch_options(options: str):
     assert compose(["launch=slurm", f"launch.options={options}"]).launch.options
     assert "must be an option of sbatch" in _message("launch.options=['rm -rf x']")
 
@@ -148,7 +148,7 @@ def test_options_of_sbatch(options: str):
         ("run.root=it's", """"run.root='my (1).txt'\""""),
     ],
 )
-def test_a_word_that_cannot_be_read_is_told_how_to_type_it(word, typed):
+def test_a_message_shows_how_to_quote_an_argument(word, typed):
     with pytest.raises(UserError) as caught:
         compose([word])
     assert f"{word}: must be key=value; text with special characters" in str(caught.value)

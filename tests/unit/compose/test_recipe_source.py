@@ -1,4 +1,4 @@
-"""Recipes of one's own: where they are found, what they may build on, and faults in them."""
+"""The user's own recipes: where they are found, what they may extend, and errors in them."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from hqqtrain.config import UserError
 
 @pytest.fixture
 def recipes(tmp_path, monkeypatch) -> Path:
-    """./recipes of an otherwise empty working directory."""
+    """Return ./recipes of an otherwise empty working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(VARIABLE, raising=False)
     folder = tmp_path / "recipes"
@@ -32,7 +32,7 @@ def _message(*overrides: str) -> str:
     return str(caught.value)
 
 
-def test_a_recipe_of_the_working_directory(recipes):
+def test_a_recipe_in_the_working_directory(recipes):
     _write(recipes, "mine", "# Mine.\nquant: {nbits: 3}\n")
     config = compose(["recipe=mine"])
     assert (config.recipe, config.quant.nbits, config.quant.group_size) == ("mine", 3, 64)
@@ -40,13 +40,13 @@ def test_a_recipe_of_the_working_directory(recipes):
     assert description(recipe_files()["mine"]) == "Mine."
 
 
-def test_it_may_build_on_a_built_in_one(recipes):
+def test_a_recipe_may_extend_a_built_in_one(recipes):
     _write(recipes, "mine", "defaults: [tiny_2bit, _self_]\nadapter: {r: 4}\n")
     config = compose(["recipe=mine"])
     assert (config.quant.nbits, config.adapter.r, config.train.max_seq_len) == (2, 4, 256)
 
 
-def test_the_variable_beats_the_working_directory_which_beats_the_built_in(recipes, monkeypatch):
+def test_the_variable_precedes_the_working_directory_and_that_the_built_in(recipes, monkeypatch):
     _write(recipes, "tiny_2bit", "quant: {nbits: 3}\n")
     assert compose(["recipe=tiny_2bit"]).quant.nbits == 3
     listed = recipes.parent / "listed"
@@ -55,18 +55,18 @@ def test_the_variable_beats_the_working_directory_which_beats_the_built_in(recip
     assert compose(["recipe=tiny_2bit"]).quant.nbits == 8
 
 
-def test_the_built_in_ones_are_found_from_anywhere(tmp_path, monkeypatch):
+def test_built_in_recipes_are_found_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert {"tiny_2bit", "llama8b_4bit", "llama8b_2bit", "llama70b_2bit"} <= recipe_files().keys()
 
 
-def test_a_broken_recipe_hurts_only_its_own_run(recipes):
+def test_a_broken_recipe_only_affects_its_own_runs(recipes):
     _write(recipes, "broken", "quant: [unclosed\n")
     assert compose(["recipe=tiny_2bit"]).quant.nbits == 2
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("quant:\n  nbits: 2\n bad: 1\n", "mine.yaml:3:2: not valid YAML:"),
         ("quant: {nbits: 2\n", "mine.yaml:2:1: not valid YAML:"),
@@ -76,7 +76,7 @@ def test_a_broken_recipe_hurts_only_its_own_run(recipes):
         ("nbits: 2\n", "mine.yaml: nbits: unknown key. Did you mean 'quant.nbits'?"),
         ("quant: {nbits: two}\n", "mine.yaml: quant.nbits=two: must be an integer."),
         ("quant: 3\n", "mine.yaml: quant=3: must be a mapping of keys"),
-        ("recipe: other\n", "mine.yaml: recipe: is the file's name"),
+        ("recipe: other\n", "mine.yaml: recipe: not allowed here"),
         ("- quant\n", "mine.yaml: must be a mapping of keys"),
         ("just words\n", "mine.yaml: just words: unknown key."),
         ("hydra: {mode: MULTIRUN}\n", "mine.yaml: hydra.mode: unknown key."),
@@ -86,22 +86,22 @@ def test_a_broken_recipe_hurts_only_its_own_run(recipes):
         ("quant: {nbits: 7}\n", "quant.nbits=7: allowed are 8, 4, 3, 2, 1."),
     ],
 )
-def test_a_fault_in_a_recipe_names_the_file(recipes, text, said):
+def test_an_error_in_a_recipe_names_the_file(recipes, text, expected):
     _write(recipes, "mine", text)
-    assert said in _message("recipe=mine")
+    assert expected in _message("recipe=mine")
 
 
-def test_every_unknown_key_is_named_at_once(recipes):
+def test_all_unknown_keys_are_reported_at_once(recipes):
     _write(recipes, "mine", "quant: {nbit: 2, axs: 1}\ntrain: {step: 3}\n")
     assert len(_message("recipe=mine").splitlines()) == 3
 
 
-def test_bytes_that_are_no_text(recipes):
+def test_bytes_that_are_not_text(recipes):
     (recipes / "mine.yaml").write_bytes(b"quant: {nbits: \xff\xfe}\n")
     assert "mine.yaml" in _message("recipe=mine")
 
 
-def test_an_empty_recipe_is_the_defaults(recipes):
+def test_an_empty_recipe_gives_the_defaults(recipes):
     _write(recipes, "mine", "")
     assert compose(["recipe=mine"]).identity() == compose([]).identity()
 

@@ -1,4 +1,4 @@
-"""Expanding a sweep into the command lines of its jobs."""
+"""Expansion of a sweep into the command lines of its jobs."""
 
 import pytest
 
@@ -6,13 +6,13 @@ from hqqtrain.compose import compose, jobs
 from hqqtrain.config import UserError
 
 
-def test_nothing_to_sweep_is_the_command_itself():
+def test_a_command_without_sweep_is_returned_unchanged():
     words = ["recipe=tiny_2bit", "quant.nbits=3"]
     assert jobs(words, multirun=False) == [words]
     assert jobs(words, multirun=True) == [words]
 
 
-def test_every_combination_in_order():
+def test_all_combinations_come_in_order():
     assert jobs(["quant.nbits=2,3", "task=eval", "quant.group_size=32,null"], multirun=True) == [
         ["quant.nbits=2", "task=eval", "quant.group_size=32"],
         ["quant.nbits=2", "task=eval", "quant.group_size=null"],
@@ -29,7 +29,7 @@ def test_ranges_and_lists_as_values():
     assert [compose(job).quant.skip for job in words] == [["lm_head"], ["lm_head", "*.o_proj"]]
 
 
-def test_recipes_can_be_swept_and_bring_their_own_sweeps():
+def test_a_sweep_over_recipes_includes_the_sweeps_of_the_recipes():
     found = jobs(["recipe=tiny_2bit,sweep_bits"], multirun=True)
     assert found[0] == ["recipe=tiny_2bit"]
     assert found[1:] == [
@@ -39,23 +39,23 @@ def test_recipes_can_be_swept_and_bring_their_own_sweeps():
     ]
 
 
-def test_a_key_given_on_the_command_line_is_swept_no_more():
+def test_a_key_on_the_command_line_is_not_swept():
     assert jobs(["recipe=sweep_bits", "quant.nbits=3"], multirun=False) == [
         ["recipe=sweep_bits", "quant.nbits=3", f"quant.group_size={size}"] for size in (32, 64, 128)
     ]
 
 
-def test_the_jobs_of_a_sweep_get_a_name_each():
+def test_each_job_of_a_sweep_has_its_own_name():
     names = {compose(job).run_name() for job in jobs(["recipe=sweep_bits"], multirun=False)}
     assert len(names) == 12
 
 
-def test_several_values_without_asking_for_a_sweep():
+def test_several_values_without_multirun_are_refused():
     with pytest.raises(UserError, match="a sweep needs -m"):
         jobs(["quant.nbits=2,3"], multirun=False)
 
 
 @pytest.mark.parametrize("words", ["quant.nbits=glob(*)", "optim.lr=interval(0,1)"])
-def test_what_has_no_list_of_values_is_refused(words):
-    with pytest.raises(UserError, match="sweep over a list"):
+def test_sweeps_without_a_list_of_values_are_refused(words):
+    with pytest.raises(UserError, match="a sweep needs a list"):
         jobs([words], multirun=True)

@@ -1,4 +1,4 @@
-"""`--help` says everything there is, and nothing that is not."""
+"""`--help` lists every key, task and recipe."""
 
 from hqqtrain.compose import recipe_files
 from hqqtrain.compose.recipes import description
@@ -7,7 +7,7 @@ from hqqtrain.compose.usage import usage
 from hqqtrain.config.run import TASKS
 
 
-def test_every_key_task_and_recipe_is_there_with_its_help():
+def test_every_key_task_and_recipe_is_listed_with_its_help():
     text = " ".join(usage().split())
     for key, _ in known_keys():
         if "." in key:
@@ -21,9 +21,9 @@ def test_every_key_task_and_recipe_is_there_with_its_help():
 
 def test_defaults_choices_and_types_are_shown():
     text = " ".join(usage().split())
-    assert "quant.nbits=4 bits of a code (8 | 4 | 3 | 2 | 1)" in text
+    assert "quant.nbits=4 bits per quantized weight (8 | 4 | 3 | 2 | 1)" in text
     assert "quant.skip=[lm_head]" in text
-    assert "train.max_steps=null optimizer steps; beats epochs (an integer or null)" in text
+    assert "train.max_steps=null optimizer steps; takes precedence over train.epochs (an" in text
 
 
 def test_it_fits_a_terminal():
