@@ -1,4 +1,4 @@
-"""Kernels run for real where there is a GPU, and in Triton's interpreter where there is none."""
+"""Settings of all tests: Triton kernels run in the interpreter on a machine without a GPU."""
 
 import os
 import signal
@@ -6,14 +6,16 @@ import signal
 import torch
 
 if not torch.cuda.is_available():
-    # Before anything imports triton: its own functions are decorated when it is imported.
+    # Triton reads this when its functions are decorated, so it is set before the first import.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure() -> None:
-    """A script's background processes ignore these, and so would all that the tests start."""
-    for number, usual in (
-        (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)
-    ):  # fmt: skip
+    """Restore signals that a shell makes background processes ignore.
+
+    Child processes inherit ignored signals, so the tests that send signals would hang.
+    """
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    for number, default in defaults.items():
         if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, usual)
+            signal.signal(number, default)

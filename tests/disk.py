@@ -1,4 +1,4 @@
-"""A disk that is full, for real: the system refuses what would make a file too large."""
+"""Simulate a full disk with a file size limit: the kernel itself refuses the write."""
 
 import resource
 from collections.abc import Iterator
@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_room(size: int) -> Iterator[None]:
-    """No file of this process grows beyond `size` bytes: writing raises OSError, EFBIG."""
-    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    """Limit every file that this process writes to `size` bytes; more raises OSError (EFBIG)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

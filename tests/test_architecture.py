@@ -1,4 +1,4 @@
-"""The shape of the house: what no linter checks."""
+"""Rules for the source tree that no linter checks."""
 
 import ast
 import re
@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 300
+"""Lines of a file."""
 MAY_PRINT = (
     "hqqtrain/cli.py",
     "hqqtrain/sweep/report.py",
@@ -30,12 +31,12 @@ def _name(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
 
-def test_there_is_a_house():
+def test_modules_are_found():
     assert len(MODULES) > 40
 
 
 @pytest.mark.parametrize("folder", ["kernels", "recipes", "tests", "scripts"])
-def test_folders_that_would_shadow_others_packages_are_no_packages(folder):
+def test_folders_that_would_shadow_other_packages_are_not_packages(folder):
     """`kernels/__init__.py` would hide Hugging Face's `kernels` from transformers."""
     assert (ROOT / folder).is_dir()
     assert not (ROOT / folder / "__init__.py").exists()
@@ -51,7 +52,7 @@ def test_files_are_short(file):
 
 
 @pytest.mark.parametrize("file", EVERY_MODULE, ids=_name)
-def test_every_module_says_why_it_exists(file):
+def test_every_module_has_a_docstring(file):
     assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
 
 
@@ -64,11 +65,11 @@ def test_only_the_command_line_and_the_console_print(file):
     assert lines == []
 
 
-def test_recipes_hold_recipes_only():
+def test_the_recipe_folder_has_only_recipes():
     assert {file.suffix for file in (ROOT / "recipes").iterdir()} == {".yaml"}
 
 
-def test_the_launcher_is_short_and_can_be_run():
+def test_the_launcher_is_short_and_executable():
     launcher = ROOT / "launch.sh"
     assert launcher.stat().st_mode & 0o111
     assert len(launcher.read_text(encoding="utf-8").splitlines()) <= 105
@@ -76,6 +77,7 @@ def test_the_launcher_is_short_and_can_be_run():
 
 
 def _tracked_text() -> list[Path]:
+    """List the text files of the repository, or the Python files outside a git checkout."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -88,12 +90,14 @@ def _tracked_text() -> list[Path]:
 
 
 def test_no_path_of_a_machine_and_no_package_index_is_written_down():
-    """What works here must work elsewhere: nothing may lean on one machine's folders."""
-    leaning = re.compile(r"/root/|/home/\w|/opt/\w+/|(extra-)?index-" + r"url|find-" + r"links")
+    """The project must not depend on folders or settings of one machine."""
+    machine_specific = re.compile(
+        r"/root/|/home/\w|/opt/\w+/|(extra-)?index-" + r"url|find-" + r"links"
+    )
     found = [
         f"{file}:{number}"
         for file in _tracked_text()
         for number, line in enumerate(file.read_text("utf-8", "replace").splitlines(), 1)
-        if leaning.search(line) and file != Path(__file__)
+        if machine_specific.search(line) and file != Path(__file__)
     ]
     assert found == []

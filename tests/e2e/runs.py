@@ -1,9 +1,9 @@
-"""Runs the command line as a user would, in processes of its own, and reads what it left."""
+"""Run the command line as a user would, in separate processes, and read the files it leaves."""
 
 import argparse
+import ast
 import contextlib
 import functools
-import inspect
 import json
 import logging
 import multiprocessing
@@ -29,38 +29,49 @@ from hqqtrain.config.signals import SIGNALS
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 TIMEOUT = 400
 
+TEXT, HELD_OUT = argparse.__file__, typing.__file__
 QUICK = (
     "recipe=tiny_2bit", "train.max_steps=4", "train.global_batch_size=4", "train.max_seq_len=64",
-    "eval.tokens=1024", "track.backends=[]",
+    "eval.tokens=1024", "track.backends=[]", f"data.source={TEXT}", f"eval.source={HELD_OUT}",
 )  # fmt: skip
-"""The default recipe, cut down to seconds."""
+"""The default recipe, reduced to a few seconds.
+
+Two modules replace the standard library, which takes every rank 5 seconds to tokenize.
+"""
 
 
 def small_data(folder: Path) -> tuple[str, ...]:
-    """Words that train on one file and measure on another: the whole library takes seconds."""
-    words = []
-    for key, module in (("data", argparse), ("eval", typing)):
-        file = folder / f"{key}.txt"
-        file.write_text(inspect.getsource(module))
-        words.append(f"{key}.source={file}")
-    return tuple(words)
+    """Return arguments to train and evaluate on small files in `folder`, which a test may change.
+
+    The training file has a text per function of a module, so that texts differ in length.
+    """
+    source = Path(TEXT).read_text()
+    lines = source.splitlines()
+    texts = [
+        "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    data, held_out = folder / "data.jsonl", folder / "eval.txt"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    held_out.write_text(Path(HELD_OUT).read_text())
+    return f"data.source={data}", f"eval.source={held_out}"
 
 
 @dataclass(frozen=True)
 class Finished:
-    """`code`: the first that was not 0, of whatever rank; `codes`: each rank's own.
-
-    -9 is one of a rank that was killed, as those are which do not end by themselves.
-    """
+    """The exit codes, the output and the files of a command that has ended."""
 
     code: int
+    """The first exit code that is not 0, of any rank; 0 if there is none."""
     output: str
     root: Path
     codes: tuple[int, ...]
+    """Exit codes by rank. A rank that did not end by itself was killed and has -9."""
 
     @property
     def directory(self) -> Path:
-        """The run's directory; there must be exactly one."""
+        """Return the run directory; `root` must have exactly one."""
         (found,) = self.root.iterdir()
         return found
 
@@ -79,14 +90,28 @@ class Finished:
         return [line["train/grad_norm"] for line in self.metrics if "train/grad_norm" in line]
 
 
-def run(*words: str, root: Path, processes: int = 1, per_node: int | None = None,
-        meanwhile: Callable[[list[int]], None] = lambda pids: None,
-        grace: float = 5, limit: float = TIMEOUT) -> Finished:  # fmt: skip
-    """`python -m hqqtrain *words run.root=root`, or as many ranks of it as `processes` says.
+def run(
+    *words: str,
+    root: Path,
+    processes: int = 1,
+    per_node: int | None = None,
+    meanwhile: Callable[[list[int]], None] = lambda pids: None,
+    grace: float = 5,
+    limit: float = TIMEOUT,
+) -> Finished:
+    """Run `python -m hqqtrain *words run.root=root`, on one or several ranks.
 
-    A rank is a process of its own, forked from one that has imported what every run imports:
-    that takes 5 of the 6 seconds that a short run has. `meanwhile` is given their ids. Ranks are
-    killed that go on for `grace` seconds after another has failed, or `limit` after `meanwhile`.
+    Each rank is a process, forked from a server that has imported what every run imports: imports
+    take 5 of the 6 seconds of a short run.
+
+    Args:
+        words: Arguments of the command line.
+        root: `run.root`; its parent gets the output of every rank.
+        processes: Number of ranks.
+        per_node: Ranks per node, if several nodes are to be simulated.
+        meanwhile: Called with the process ids of the ranks once all have started.
+        grace: Seconds after the failure of one rank until the others are killed.
+        limit: Seconds after the return of `meanwhile` until all ranks are killed.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     outputs = [root.parent / f"output-{rank}.txt" for rank in range(processes)]
@@ -104,7 +129,7 @@ def run(*words: str, root: Path, processes: int = 1, per_node: int | None = None
 
 
 def run_here(words: Sequence[str]) -> int:
-    """The same in this process, where it can be patched; its exit code."""
+    """Run the command line in this process, where tests can patch it; return the exit code."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     logger = logging.getLogger("hqqtrain")
     handlers, level = logger.handlers, logger.level
@@ -117,7 +142,7 @@ def run_here(words: Sequence[str]) -> int:
 
 
 def stand_in(package: Path, source: str) -> dict[str, str]:
-    """An environment in which `source` is hqqtrain.tasks.run: no torch, no work."""
+    """Return an environment in which `source` replaces hqqtrain.tasks.run, so torch is not used."""
     package.mkdir()
     (package / "sitecustomize.py").write_text(
         "import sys, types\n"
@@ -130,7 +155,7 @@ def stand_in(package: Path, source: str) -> dict[str, str]:
 
 
 def launch(*words: str, root: Path, launcher: Sequence[str] = (sys.executable,)) -> Finished:
-    """The same by a real command line: `launcher -m hqqtrain *words run.root=root`."""
+    """Run `launcher -m hqqtrain *words run.root=root` as a real command line."""
     root.parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [*launcher, "-m", "hqqtrain", *words, f"run.root={root}"],
@@ -148,7 +173,7 @@ def _context() -> Any:
 
 
 def _ranks(rank: int, size: int, port: int, per_node: int | None) -> dict[str, str]:
-    """What torchrun tells its processes; of several nodes where they are told to be."""
+    """Return the environment variables that torchrun sets, on one node or on several."""
     local = per_node or size
     numbers = {"RANK": rank, "LOCAL_RANK": rank % local}
     numbers |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": local}
@@ -157,7 +182,7 @@ def _ranks(rank: int, size: int, port: int, per_node: int | None) -> dict[str, s
 
 
 def _main(words: list[str], folder: Path, env: dict[str, str], output: Path) -> None:
-    """In the new process: what `python -m hqqtrain` does."""
+    """Do what `python -m hqqtrain` does, in the new process of a rank."""
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -168,7 +193,7 @@ def _main(words: list[str], folder: Path, env: dict[str, str], output: Path) -> 
 
 
 def _join(workers: list[Any], grace: float, limit: float) -> int:
-    """The first exit code that is not 0, after which the others are ended, as launchers do."""
+    """Return the first exit code that is not 0 and end the other ranks, as launchers do."""
     left, deadline = list(workers), time.monotonic() + limit
     while left:
         connection.wait([w.sentinel for w in left], max(0, deadline - time.monotonic()))
@@ -183,14 +208,14 @@ def _join(workers: list[Any], grace: float, limit: float) -> int:
 def _end(workers: list[Any], grace: float) -> None:
     deadline = time.monotonic() + grace
     for worker in workers:
-        # a fault that all ranks know of ends them all
+        # If all ranks have the same error, they end by themselves within the grace period.
         worker.join(max(0.1, deadline - time.monotonic()))
         worker.kill()
         worker.join()
 
 
 def free_port() -> int:
-    """Below those that the system gives to connections, which are taken again at once."""
+    """Return a free port below the range from which the system takes ports of connections."""
     while True:
         port = random.SystemRandom().randrange(16_000, 32_000)
         with socket.socket() as server, contextlib.suppress(OSError):

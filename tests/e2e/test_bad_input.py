@@ -1,4 +1,4 @@
-"""Bad input: one message that names the culprit, exit code 2, and nothing written."""
+"""Bad input: one message that names the cause, exit code 2, and no file is written."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def _poison(
 
 
 def _without_linear(folder: Path) -> list[str]:
-    """GPT-2 computes with Conv1D everywhere but in its head, which the default skips."""
+    """Write a GPT-2: its only nn.Linear is the head, which is not quantized by default."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_embd=32, n_layer=1, n_head=2))
@@ -107,13 +107,13 @@ CASES: dict[str, tuple[list[str] | Callable[[Path], list[str]], list[str]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_message_exit_2_and_nothing_written(case: str, tmp_path: Path):
-    made, named = CASES[case]
-    words = made(tmp_path) if callable(made) else made
+    given, expected = CASES[case]
+    words = given(tmp_path) if callable(given) else given
     done = run(*QUICK, *words, root=tmp_path / "runs")
     assert done.code == 2, done.output
     assert "Traceback" not in done.output
     _, message = done.output.split("hqqtrain: ")
-    for word in named:
+    for word in expected:
         assert word in message
     assert not (tmp_path / "runs").exists()
 
@@ -131,7 +131,7 @@ def test_a_directory_of_another_configuration_is_left_alone(tmp_path: Path):
     assert json.loads((first.directory / "status.json").read_text())["status"] == "done"
 
 
-def test_a_root_that_is_no_folder(tmp_path: Path):
+def test_a_root_that_is_a_file(tmp_path: Path):
     (tmp_path / "file").write_text("")
     done = run(*QUICK, root=tmp_path / "file")
     assert done.code == 2, done.output
@@ -139,7 +139,7 @@ def test_a_root_that_is_no_folder(tmp_path: Path):
     assert "Traceback" not in done.output
 
 
-def test_a_finished_run_of_files_that_changed_is_not_called_done(tmp_path: Path):
+def test_a_finished_run_is_not_done_once_its_source_has_changed(tmp_path: Path):
     words = (*QUICK, "task=quantize", f"model.name_or_path={_copy(tmp_path)}")
     first = run(*words, root=tmp_path / "runs")
     assert first.code == 0, first.output

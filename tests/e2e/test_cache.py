@@ -1,4 +1,4 @@
-"""`quant.cache_dir`: made once, by one or many ranks, and by one of two runs that start at once."""
+"""`quant.cache_dir`: an entry is made once, on any number of ranks, even by simultaneous runs."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     return root / "cache", first
 
 
-def test_the_second_run_reads_what_the_first_has_made(made, tmp_path: Path):
+def test_the_second_run_reads_the_entry_of_the_first(made, tmp_path: Path):
     cache, first = made
     (entry,) = entries(cache)
     assert "is made now" in first.output
@@ -41,11 +41,13 @@ def test_the_second_run_reads_what_the_first_has_made(made, tmp_path: Path):
     assert ours["fingerprint"] == theirs["fingerprint"]
     assert ours["relative_error"] == theirs["relative_error"]
     assert ours["bytes_read"] < theirs["bytes_read"] / 2
-    assert again.directory.name == first.directory.name, "no part of what defines the result"
+    assert again.directory.name == first.directory.name, (
+        "the cache is not part of the identity of a run"
+    )
 
 
 @pytest.mark.parametrize("other", ["quant.nbits=3", "quant.solver=rtn", "quant.skip=[]"])
-def test_other_settings_are_another_entry(made, tmp_path: Path, other: str):
+def test_other_settings_use_another_entry(made, tmp_path: Path, other: str):
     cache, first = made
     copied = shutil.copytree(cache, tmp_path / "cache")
     done = run(*QUANTIZE, other, f"quant.cache_dir={copied}", root=tmp_path / "runs")
@@ -54,7 +56,7 @@ def test_other_settings_are_another_entry(made, tmp_path: Path, other: str):
     assert done.summary["quantize"]["fingerprint"] != first.summary["quantize"]["fingerprint"]
 
 
-def test_another_source_of_the_same_name_is_another_entry(made, tmp_path: Path):
+def test_another_source_of_the_same_name_uses_another_entry(made, tmp_path: Path):
     model = tmp_path / "tiny"
     shutil.copytree(Path(models.__file__).parent / "tiny", model)
     tensors = load_file(model / "model.safetensors")
@@ -67,8 +69,8 @@ def test_another_source_of_the_same_name_is_another_entry(made, tmp_path: Path):
     assert len(entries(tmp_path / "cache")) == 2
 
 
-def test_an_altered_source_that_is_packed_is_refused(made, tmp_path: Path):
-    """By its manifest: a norm is no part of the fingerprint."""
+def test_an_altered_packed_source_is_refused(made, tmp_path: Path):
+    """Only the manifest notices it, because a norm is not part of the fingerprint."""
     (entry,) = entries(made[0])
     packed = shutil.copytree(entry, tmp_path / "packed")
     (file,) = packed.glob("*.safetensors")
@@ -94,7 +96,7 @@ def test_an_altered_entry_is_refused(made, tmp_path: Path):
     assert str(entry) in done.output
 
 
-def test_a_run_that_waits_for_another_hears_a_signal(made, tmp_path: Path):
+def test_a_signal_stops_a_run_that_waits_for_another(made, tmp_path: Path):
     (entry,) = entries(made[0])
     root, cache = tmp_path / "runs", tmp_path / "cache"
 
@@ -112,7 +114,7 @@ def test_a_run_that_waits_for_another_hears_a_signal(made, tmp_path: Path):
     assert "rank 1: SIGTERM was received" in done.output
 
 
-def test_two_runs_at_once_make_it_once(tmp_path: Path):
+def test_two_simultaneous_runs_make_an_entry_once(tmp_path: Path):
     words = (*QUANTIZE, f"quant.cache_dir={tmp_path / 'cache'}")
     done: list[Finished] = []
 
@@ -132,7 +134,7 @@ def test_two_runs_at_once_make_it_once(tmp_path: Path):
     assert done[0].summary["quantize"]["fingerprint"] == done[1].summary["quantize"]["fingerprint"]
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path):
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("")
     done = run(*QUANTIZE, f"quant.cache_dir={tmp_path / 'file' / 'x'}", root=tmp_path / "runs")
     assert done.code == 2

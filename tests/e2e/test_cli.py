@@ -1,4 +1,4 @@
-"""The command line from outside: what it prints, how fast, its exit codes, and its sweeps."""
+"""The command line as a user sees it: output, speed, exit codes and sweeps."""
 
 import os
 import subprocess
@@ -38,28 +38,28 @@ def _hqqtrain(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess
 
 @pytest.fixture
 def fake_task(tmp_path) -> dict[str, str]:
-    """An environment in which the task is a stand-in: the command line is what is tested."""
+    """Return an environment in which the task is a stub, to test the command line alone."""
     return stand_in(tmp_path / "fake", FAKE_TASK)
 
 
-def _nothing_left(folder: Path) -> bool:
+def _is_empty(folder: Path) -> bool:
     return list(folder.iterdir()) == []
 
 
-def test_no_arguments_is_help(tmp_path):
+def test_no_arguments_print_the_help(tmp_path):
     plain, asked = _hqqtrain(cwd=tmp_path), _hqqtrain("--help", cwd=tmp_path)
     assert plain.returncode == asked.returncode == 0
     assert plain.stdout == asked.stdout
     assert "recipe=tiny_2bit" in plain.stdout
-    assert _nothing_left(tmp_path)
+    assert _is_empty(tmp_path)
 
 
-def test_check_prints_the_run_directory_and_makes_nothing(tmp_path):
+def test_check_prints_the_run_directory_and_writes_nothing(tmp_path):
     done = _hqqtrain("--check", "recipe=tiny_2bit", "run.root=there", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith("there/tiny_2bit-")
     assert len(done.stdout.splitlines()) == 1
-    assert _nothing_left(tmp_path)
+    assert _is_empty(tmp_path)
 
 
 def test_check_of_a_sweep_lists_its_jobs(tmp_path):
@@ -87,7 +87,7 @@ def test_version(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["quant.nbit=2"], "hqqtrain: quant.nbit: unknown key. Did you mean 'quant.nbits'?"),
         (["recipe=tiny"], "hqqtrain: recipe=tiny: no such recipe. Did you mean 'tiny_2bit'?"),
@@ -97,19 +97,19 @@ def test_version(tmp_path):
         (["quant.nbits=2,3"], "a sweep needs -m"),
         (["run.resume=https://me:pw@host"], "hqqtrain: run.resume=https://***@host: allowed are"),
         (["-m", "quant.nbits=2,7"], "hqqtrain: quant.nbits=7: allowed are"),
-        (["-m", "quant.nbits=2,3", "run.name=x"], "hqqtrain: run.name=x: the jobs of a sweep"),
+        (["-m", "quant.nbits=2,3", "run.name=x"], "hqqtrain: run.name=x: every job of a sweep"),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, words, said):
+def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, words, message):
     done = _hqqtrain(*words, cwd=tmp_path)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
-    assert _nothing_left(tmp_path)
+    assert _is_empty(tmp_path)
 
 
-def test_only_the_first_rank_tells(tmp_path):
+def test_only_the_first_rank_prints_an_error(tmp_path):
     assert _hqqtrain("quant.nbits=5", cwd=tmp_path, RANK="0").stderr
     other = _hqqtrain("quant.nbits=5", cwd=tmp_path, RANK="1")
     assert (other.returncode, other.stderr) == (2, "")
@@ -132,11 +132,11 @@ def test_composing_imports_no_torch_and_no_hydra_folder_appears(tmp_path):
             [sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-    assert _nothing_left(tmp_path)
+    assert _is_empty(tmp_path)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--check", "recipe=tiny_2bit"], ["--cfg"]])
-def test_asking_is_quick(tmp_path, words):
+def test_options_that_only_print_are_fast(tmp_path, words):
     def seconds() -> float:
         began = time.monotonic()
         assert _hqqtrain(*words, cwd=tmp_path).returncode == 0
@@ -152,7 +152,7 @@ def test_a_reader_that_stops_early_is_no_error(tmp_path):
     assert done.stderr == ""
 
 
-def test_the_task_gets_the_config_and_the_command_and_gives_the_exit_code(tmp_path, fake_task):
+def test_the_task_receives_config_and_command_and_returns_the_exit_code(tmp_path, fake_task):
     for nbits, code in ((2, 0), (1, 1), (8, 3), (3, 2)):
         done = _hqqtrain(f"quant.nbits={nbits}", "run.root=out", cwd=tmp_path, **fake_task)
         assert done.returncode == code
@@ -161,28 +161,28 @@ def test_the_task_gets_the_config_and_the_command_and_gives_the_exit_code(tmp_pa
     assert "Traceback" not in done.stderr
 
 
-def test_the_launcher_learns_every_code_but_0_and_1(tmp_path, fake_task):
-    for nbits, told in ((2, ""), (1, ""), (8, "3"), (3, "2")):
+def test_the_launcher_receives_exit_codes_2_and_3(tmp_path, fake_task):
+    for nbits, reported in ((2, ""), (1, ""), (8, "3"), (3, "2")):
         file = tmp_path / "code"
         file.write_text("")
         words = (f"quant.nbits={nbits}", "run.root=out")
         _hqqtrain(*words, cwd=tmp_path, HQQTRAIN_EXIT_CODE=str(file), **fake_task)
-        assert file.read_text() == told
+        assert file.read_text() == reported
 
 
-def test_a_sweep_runs_each_job_in_a_process_and_goes_on_after_a_failure(tmp_path, fake_task):
+def test_a_sweep_runs_each_job_in_a_process_and_continues_after_a_failure(tmp_path, fake_task):
     done = _hqqtrain("-m", "quant.nbits=1,2,4", "run.root=out", cwd=tmp_path, **fake_task)
     assert done.returncode == 1
     lines = done.stdout.splitlines()
     assert len({line.split()[1] for line in lines if line.startswith("job ")}) == 3
     assert any("sweep 1/3: quant.nbits=1: failed with exit code 1" in x for x in lines)
-    good = "sweep 2/3: quant.nbits=2: done: 2.50 bits per weight, perplexity 9.250 final"
-    assert any(good in line for line in lines)
+    success = "sweep 2/3: quant.nbits=2: done: 2.50 bits per weight, perplexity 9.250 final"
+    assert any(success in line for line in lines)
     assert done.stderr.startswith("hqqtrain: failed: quant.nbits=1; see out/finetune-")
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_sweep_recipe_needs_no_flag_and_all_done_is_0(tmp_path, fake_task):
+def test_a_sweep_recipe_needs_no_flag_and_returns_0(tmp_path, fake_task):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "mine.yaml").write_text("sweep: {quant.group_size: '32,64'}\n")
     done = _hqqtrain("recipe=mine", "quant.nbits=2", "run.root=out", cwd=tmp_path, **fake_task)

@@ -1,11 +1,11 @@
-"""What a run leaves can be taken elsewhere: dense weights, and a stock adapter on top of them."""
+"""Exports work without hqqtrain: dense weights, and the adapter on top of them in stock PEFT."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from e2e.runs import QUICK, run
+from e2e.runs import HELD_OUT, QUICK, TEXT, run
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,13 +14,13 @@ from hqqtrain.data import evaluation_set
 from hqqtrain.dist import Processes
 from hqqtrain.train.evaluation import evaluate
 
-# A rate at which four steps leave traces that a comparison cannot miss.
+# With this learning rate, four steps change the model enough for a comparison.
 TRAINED = (*QUICK, "optim.lr=0.01", "optim.warmup_steps=0", "train.precision=fp32")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run, its export with the adapter merged in, and the export of its base alone."""
+    """Return a run, its export with the adapter merged in, and the export of its base alone."""
     root = tmp_path_factory.mktemp("export")
     trained = run(*TRAINED, root=root / "trained" / "runs")
     assert trained.code == 0, trained.output
@@ -40,7 +40,7 @@ def _logits(model: torch.nn.Module, folder: Path) -> torch.Tensor:
         return model.eval()(tokens["input_ids"]).logits
 
 
-def test_stock_peft_on_the_exported_base_is_the_merged_export(folders: dict[str, Path]):
+def test_stock_peft_on_the_exported_base_equals_the_merged_export(folders: dict[str, Path]):
     base = AutoModelForCausalLM.from_pretrained(folders["base"])
     merged = AutoModelForCausalLM.from_pretrained(folders["merged"])
     plain = _logits(base, folders["base"])
@@ -50,18 +50,19 @@ def test_stock_peft_on_the_exported_base_is_the_merged_export(folders: dict[str,
     assert (plain - expected).abs().max() > 0.1
 
 
-def test_the_merged_export_measures_as_the_trained_model_did(folders: dict[str, Path]):
-    """The run measured packed weights and live adapters; this is a dense model of anyone's."""
+def test_the_merged_export_has_the_perplexity_of_the_trained_model(folders: dict[str, Path]):
+    """The run evaluated packed weights with separate adapters; this is a plain dense model."""
     merged = AutoModelForCausalLM.from_pretrained(folders["merged"])
     tokenizer = AutoTokenizer.from_pretrained(folders["merged"])
-    held_out = evaluation_set(EvalConfig(tokens=1024), DataConfig(), tokenizer, 64)
+    config = EvalConfig(source=HELD_OUT, tokens=1024)
+    held_out = evaluation_set(config, DataConfig(source=TEXT), tokenizer, 64)
     alone = Processes(0, 1, torch.device("cpu"))
     measured = evaluate(merged, held_out, alone, batch_size=8)
     summary = json.loads((folders["run"] / "summary.json").read_text())
     assert measured.perplexity == pytest.approx(summary["eval"]["final"]["perplexity"], rel=1e-4)
 
 
-def test_the_export_is_the_bundled_model_but_for_the_error(folders: dict[str, Path]):
+def test_the_export_keeps_dtype_and_tied_embeddings(folders: dict[str, Path]):
     merged = AutoModelForCausalLM.from_pretrained(folders["merged"])
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert getattr(merged.config, "quantization_config", None) is None

@@ -1,4 +1,4 @@
-"""A disk that takes no checkpoint: the training goes on, a run that must stop says so."""
+"""A full disk: training continues without a checkpoint, and a run that must stop reports it."""
 
 import errno
 import os
@@ -31,27 +31,27 @@ def full_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     monkeypatch.setattr("hqqtrain.tasks.keeper.write_checkpoint", write)
 
 
-def test_the_training_goes_on(words: list[str], tmp_path: Path, monkeypatch, capsys):
+def test_training_continues(words: list[str], tmp_path: Path, monkeypatch, capsys):
     full_at(monkeypatch, 4)
     assert run_here(words) == 0
-    told = capsys.readouterr().err
-    assert "checkpoint of step 4 was not written ([Errno 28] No space left on device)" in told
+    errors = capsys.readouterr().err
+    assert "checkpoint of step 4 was not written ([Errno 28] No space left on device)" in errors
     kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [read_checkpoint(folder).step for folder in kept] == [2, 6]
 
 
-def test_a_run_that_must_stop_does_not_say_it_has_saved(
+def test_a_run_that_must_stop_reports_that_nothing_was_saved(
     words: list[str], tmp_path: Path, monkeypatch, capsys
 ):
     full_at(monkeypatch, 3)
     step = Trainer._step
 
-    def asked(self: Trainer, place: int, rate: float) -> Any:
+    def signaled(self: Trainer, place: int, rate: float) -> Any:
         if place == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
         return step(self, place, rate)
 
-    monkeypatch.setattr(Trainer, "_step", asked)
+    monkeypatch.setattr(Trainer, "_step", signaled)
     assert run_here(words) == 2
     assert "the checkpoint of step 3 was not written" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
@@ -59,7 +59,7 @@ def test_a_run_that_must_stop_does_not_say_it_has_saved(
     assert run_here(words) == 0
 
 
-def test_a_result_that_finds_no_room_says_so_and_the_same_command_goes_on(
+def test_a_result_without_disk_space_is_reported_and_the_same_command_resumes(
     words: list[str], tmp_path: Path, monkeypatch, capsys
 ):
     def without_room(*rest: Any, **more: Any) -> None:
@@ -69,9 +69,9 @@ def test_a_result_that_finds_no_room_says_so_and_the_same_command_goes_on(
     monkeypatch.setattr("hqqtrain.tasks.save.save_adapter", without_room)
     monkeypatch.setattr(RunDirectory, "write_status", _only_while_it_runs)
     assert run_here(words) == 2
-    told = capsys.readouterr().err
-    assert f"run.root={tmp_path}: the disk is full" in told
-    assert "status.json was not written" in told
+    errors = capsys.readouterr().err
+    assert f"run.root={tmp_path}: the disk is full" in errors
+    assert "status.json was not written" in errors
     monkeypatch.undo()
     assert run_here(words) == 0
     assert "resuming from" in capsys.readouterr().err

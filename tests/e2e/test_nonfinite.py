@@ -1,4 +1,4 @@
-"""A batch that is not finite: the layer is named, the batch kept, the policy followed."""
+"""A non-finite batch: its layer is named, it is saved, and `train.on_nonfinite` is followed."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def words(tmp_path: Path) -> tuple[str, ...]:
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """Global batches in which LAYER gives NaN, in one place of its output."""
+    """Return a set of global batches in which one element of the output of LAYER is NaN."""
     places: set[int] = set()
     step = Trainer._step
 
@@ -61,21 +61,22 @@ def losses(root: Path) -> list[float]:
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
-def test_stop_names_the_layer_and_keeps_the_batch(
+def test_stop_names_the_layer_and_saves_the_batch(
     tmp_path: Path, words: tuple, poison: set[int], capsys
 ):
     poison.add(4)
     assert run_here([*words]) == 2
-    told = capsys.readouterr().err
+    errors = capsys.readouterr().err
     assert (
-        f"global batch 4 gives loss nan, gradient norm nan; first in the output of {LAYER}" in told
+        f"global batch 4 gives loss nan, gradient norm nan; first in the output of {LAYER}"
+        in errors
     )
     (file,) = (tmp_path / "run" / "nonfinite").iterdir()
     facts = json.loads(file.read_text())
     assert (facts["batch"], facts["step"], facts["layer"]) == (4, 5, LAYER)
     assert len(facts["samples"]) == len(facts["tokens"]) == 4
     assert {len(row) for row in facts["tokens"]} == {64}
-    assert state(tmp_path)["steps"] == 3  # what it can go on from is sound
+    assert state(tmp_path)["steps"] == 3  # the checkpoint to resume from is finite
     poison.clear()
     assert run_here([*words]) == 0
     assert len(losses(tmp_path)) == 8
@@ -89,7 +90,9 @@ def test_skip_leaves_the_batch_out(tmp_path: Path, words: tuple, poison: set[int
     assert len(list((tmp_path / "run" / "nonfinite").iterdir())) == 2
 
 
-def test_rollback_also_goes_back(tmp_path: Path, words: tuple, poison: set[int]):
+def test_rollback_skips_the_steps_since_the_checkpoint(
+    tmp_path: Path, words: tuple, poison: set[int]
+):
     poison.add(5)
     assert run_here([*words, "train.on_nonfinite=rollback"]) == 0
     assert (state(tmp_path)["steps"], state(tmp_path)["skipped"]) == (8, 3)  # batches 3, 4 and 5
@@ -99,22 +102,27 @@ def test_rollback_also_goes_back(tmp_path: Path, words: tuple, poison: set[int])
     assert losses(skipped) == losses(tmp_path)
 
 
-def test_a_batch_is_kept_with_the_step_that_it_was(tmp_path: Path, words: tuple, poison: set[int]):
-    poison |= {4, 5}  # the first with a checkpoint behind it at step 3, the second right after it
+def test_a_batch_is_saved_with_the_number_of_its_step(
+    tmp_path: Path, words: tuple, poison: set[int]
+):
+    poison |= {
+        4,
+        5,
+    }  # the first is one step after the checkpoint of step 3, the second directly after it
     assert run_here([*words, "train.on_nonfinite=rollback"]) == 0
     kept = sorted((tmp_path / "run" / "nonfinite").iterdir())
     facts = [json.loads(file.read_text()) for file in kept]
     assert [(f["batch"], f["step"]) for f in facts] == [(4, 5), (5, 4)]
 
 
-def test_so_many_in_a_row_always_stop(words: tuple, poison: set[int], capsys):
+def test_too_many_in_a_row_stop_the_run(words: tuple, poison: set[int], capsys):
     poison |= set(range(2, 2 + LIMIT))
     assert run_here([*words, "train.on_nonfinite=skip"]) == 2
     assert f"{LIMIT} times" in capsys.readouterr().err
 
 
-def test_going_back_for_ever_ends(words: tuple, poison: set[int], capsys):
-    """Each time the second step after the checkpoint: steps in between are taken."""
+def test_repeated_rollbacks_stop_the_run(words: tuple, poison: set[int], capsys):
+    """Each rollback is followed by one good step, so the batches are not in a row."""
     poison |= set(range(4, 60, 2))
     assert run_here([*words, "train.on_nonfinite=rollback"]) == 2
     assert f"{LIMIT} times" in capsys.readouterr().err
@@ -129,30 +137,30 @@ def test_rollback_with_an_8_bit_optimizer(tmp_path: Path, words: tuple, poison: 
     assert len(losses(tmp_path)) == 8
 
 
-@pytest.mark.parametrize("spoiling", [torch.inf, torch.nan])
+@pytest.mark.parametrize("factor", [torch.inf, torch.nan])
 def test_a_gradient_alone_is_traced_to_a_parameter(
-    words: tuple, monkeypatch, capsys, spoiling: float
+    words: tuple, monkeypatch, capsys, factor: float
 ):
     step = Trainer._step
 
-    def spoilt(self: Trainer, place: int, rate: float) -> Any:
+    def poisoned(self: Trainer, place: int, rate: float) -> Any:
         name = next(n for n in self.trained if "layers.2.self_attn.v_proj.lora_B" in n)
-        hook = self.trained[name].register_hook(lambda g: g * spoiling) if place == 1 else None
+        hook = self.trained[name].register_hook(lambda g: g * factor) if place == 1 else None
         try:
             return step(self, place, rate)
         finally:
             if hook:
                 hook.remove()
 
-    monkeypatch.setattr(Trainer, "_step", spoilt)
+    monkeypatch.setattr(Trainer, "_step", poisoned)
     assert run_here([*words]) == 2
-    told = capsys.readouterr().err
+    errors = capsys.readouterr().err
     assert (
-        "first in the gradient of base_model.model.model.layers.2.self_attn.v_proj.lora_B" in told
+        "first in the gradient of base_model.model.model.layers.2.self_attn.v_proj.lora_B" in errors
     )
 
 
-SPOILT = """
+POISONED_RUN = """
 import sys
 from hqqtrain.cli import main
 from hqqtrain.train.loop import Trainer
@@ -165,21 +173,21 @@ def hook(_, __, output):
         output.register_hook(lambda g: g * float("nan"))
     return output
 
-def spoilt(self, place, rate):
+def poisoned(self, place, rate):
     name = "layers.2.self_attn.v_proj.lora_B.default"
     module = next(m for n, m in self.bare_model.named_modules() if n.endswith(name))
     module.register_forward_hook(hook)
     return step(self, place, rate)
 
-Trainer._step = spoilt
+Trainer._step = poisoned
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_gradient_that_deepspeed_keeps_to_itself_is_traced_too(tmp_path: Path, words: tuple):
+def test_a_gradient_inside_deepspeed_is_traced_to_a_parameter(tmp_path: Path, words: tuple):
     pytest.importorskip("deepspeed")
-    script = tmp_path / "spoilt.py"
-    script.write_text(SPOILT)
+    script = tmp_path / "poisoned.py"
+    script.write_text(POISONED_RUN)
     env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     env |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), *words, "parallel.strategy=zero3"]

@@ -1,4 +1,4 @@
-"""One process and two: one run directory, one fingerprint, one loss curve, the same files."""
+"""Several processes give the run directory, fingerprint, losses and files of one process."""
 
 import shutil
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e.runs import QUICK, Finished, free_port, launch, run
+from e2e.runs import QUICK, Finished, free_port, launch, run, small_data
 from safetensors.torch import load_file, save_file
 
 from hqqtrain import models
@@ -15,29 +15,35 @@ EXACT = (
     *QUICK, "train.precision=fp32", "adapter.dropout=0", "optim.warmup_steps=0",
     "train.micro_batch_size=1", "train.packing=false",
 )  # fmt: skip
-"""Accumulates gradients, over sequences of unequal length."""
+"""Gradient accumulation over sequences of unequal length."""
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    done = run(*EXACT, root=tmp_path_factory.mktemp("alone") / "runs")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    return (*EXACT, *small_data(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="module")
+def alone(exact: tuple, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Return the run of a single process."""
+    done = run(*exact, root=tmp_path_factory.mktemp("alone") / "runs")
     assert done.code == 0, done.output
     return done
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp1", "zero3"])
-def test_two_processes_walk_the_path_of_one(alone: Finished, tmp_path: Path, strategy: str):
-    words = (*EXACT, f"parallel.strategy={strategy}", "train.checkpointing=true")
+def test_two_processes_train_like_one(alone: Finished, exact: tuple, tmp_path: Path, strategy: str):
+    words = (*exact, f"parallel.strategy={strategy}", "train.checkpointing=true")
     two = run(*words, root=tmp_path / "runs", processes=2)
     assert two.code == 0, two.output
     facts, quantize = two.summary["run"], two.summary["quantize"]
     assert (facts["strategy"], facts["world_size"]) == (strategy, 2)
     assert quantize["fingerprint"] == alone.summary["quantize"]["fingerprint"]
-    # Each weight was read once in all, by one rank or the other.
+    # Each weight is read once in total, by one rank or the other.
     assert quantize["bytes_read"] == alone.summary["quantize"]["bytes_read"]
     assert len(alone.losses()) == 4
     assert two.losses() == pytest.approx(alone.losses(), abs=1e-4)
-    # Adam would hide a gradient that is scaled wrongly.
+    # The losses alone would not show a gradient that is scaled wrongly, because of Adam.
     assert two.norms() == pytest.approx(alone.norms(), rel=1e-3)
     for part in ("full_precision", "quantized", "final"):
         expected = alone.summary["eval"][part]["perplexity"]
@@ -46,10 +52,10 @@ def test_two_processes_walk_the_path_of_one(alone: Finished, tmp_path: Path, str
 
 
 def _check_same_files(ours: Path, theirs: Path) -> None:
-    """The same packed bits, and adapters that differ by rounding.
+    """Check for equal packed bits, and for adapters that differ by rounding only.
 
-    Adam moves a weight by the learning rate, 2e-3, also where its gradient is rounding alone: one
-    of the 933,888 was found that far off, 9e-5 of the adapter's norm.
+    Adam moves a weight by the learning rate, 2e-3, even if its gradient is only rounding error: one
+    of the 933,888 weights was found to differ by that much, which is 9e-5 of the adapter's norm.
     """
     left, right = _tensors(ours / "quantized"), _tensors(theirs / "quantized")
     assert left.keys() == right.keys()
@@ -59,7 +65,7 @@ def _check_same_files(ours: Path, theirs: Path) -> None:
     assert {k: v.shape for k, v in left.items()} == {k: v.shape for k, v in right.items()}
     found, wanted = (torch.cat([x[name].flatten() for name in left]) for x in (left, right))
     assert (found - wanted).norm() < 2e-4 * wanted.norm()
-    assert (found - wanted).abs().max() < 4 * 2e-3  # as far as four steps go
+    assert (found - wanted).abs().max() < 4 * 2e-3  # the largest possible change in four steps
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -76,8 +82,8 @@ def test_any_sharding_gives_the_same_bits(tmp_path: Path, group_size: str, axis:
     assert one.summary["quantize"]["fingerprint"] == three.summary["quantize"]["fingerprint"]
 
 
-def test_sharded_within_nodes_and_replicated_between(alone: Finished, tmp_path: Path):
-    words = (*EXACT, "parallel.strategy=fsdp2", "parallel.hybrid=true")
+def test_sharded_within_nodes_and_replicated_between(alone: Finished, exact: tuple, tmp_path: Path):
+    words = (*exact, "parallel.strategy=fsdp2", "parallel.hybrid=true")
     four = run(*words, root=tmp_path / "runs", processes=4, per_node=2)
     assert four.code == 0, four.output
     assert "sharded over 2 ranks, replicas: 2" in four.output
@@ -88,22 +94,24 @@ def test_sharded_within_nodes_and_replicated_between(alone: Finished, tmp_path: 
     _check_same_files(four.directory, alone.directory)
 
 
-@pytest.mark.parametrize(("words", "per_node", "said"), [
+@pytest.mark.parametrize(("words", "per_node", "message"), [
     (("parallel.strategy=ddp",), 2, "needs parallel.strategy=fsdp2, not ddp"),
     ((), 3, "4 ranks are not whole nodes of 3"),
 ])  # fmt: skip
-def test_what_cannot_be_hybrid(words: tuple, per_node: int, said: str, tmp_path: Path):
-    asked = (*QUICK, "parallel.hybrid=true", *words)
-    done = run(*asked, root=tmp_path / "runs", processes=4, per_node=per_node)
+def test_hybrid_sharding_that_is_impossible_is_refused(
+    words: tuple, per_node: int, message: str, tmp_path: Path
+):
+    hybrid = (*QUICK, "parallel.hybrid=true", *words)
+    done = run(*hybrid, root=tmp_path / "runs", processes=4, per_node=per_node)
     assert done.code == 2
-    assert done.output.count(said) == 1
+    assert done.output.count(message) == 1
 
 
-def test_quantized_by_two_trained_by_three_and_by_one(tmp_path: Path):
-    words = (*EXACT, "task=quantize", "parallel.strategy=fsdp2")
+def test_quantized_by_two_trained_by_three_and_by_one(exact: tuple, tmp_path: Path):
+    words = (*exact, "task=quantize", "parallel.strategy=fsdp2")
     two = run(*words, root=tmp_path / "two", processes=2)
     assert two.code == 0, two.output
-    again = (*EXACT, f"model.name_or_path={two.directory}", "train.global_batch_size=6")
+    again = (*exact, f"model.name_or_path={two.directory}", "train.global_batch_size=6")
     done = [run(*again, root=tmp_path / str(n), processes=n) for n in (1, 3)]
     assert [each.code for each in done] == [0, 0], done[0].output + done[1].output
     packed = sum(f.stat().st_size for f in (two.directory / "quantized").glob("*.safetensors"))
@@ -114,7 +122,7 @@ def test_quantized_by_two_trained_by_three_and_by_one(tmp_path: Path):
     assert done[1].losses() == pytest.approx(done[0].losses(), abs=1e-4)
 
 
-def test_a_fault_that_one_rank_finds_is_one_message(tmp_path: Path):
+def test_an_error_that_one_rank_finds_is_one_message(tmp_path: Path):
     model = tmp_path / "model"
     shutil.copytree(Path(models.__file__).parent / "tiny", model)
     tensors = load_file(model / "model.safetensors")
@@ -128,8 +136,8 @@ def test_a_fault_that_one_rank_finds_is_one_message(tmp_path: Path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_float_storage_is_the_same_bits_when_sharded(alone: Finished, tmp_path: Path):
-    words = (*EXACT, "task=quantize", "quant.storage=bf16", "parallel.strategy=fsdp2")
+def test_float_storage_keeps_the_bits_when_sharded(alone: Finished, exact: tuple, tmp_path: Path):
+    words = (*exact, "task=quantize", "quant.storage=bf16", "parallel.strategy=fsdp2")
     two = run(*words, root=tmp_path / "runs", processes=2)
     assert two.code == 0, two.output
     assert two.summary["quantize"]["fingerprint"] == alone.summary["quantize"]["fingerprint"]
@@ -138,7 +146,7 @@ def test_float_storage_is_the_same_bits_when_sharded(alone: Finished, tmp_path: 
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_accelerate_launch_gives_both_processes_on_a_cpu(tmp_path: Path):
+def test_accelerate_launch_starts_two_processes_on_a_cpu(tmp_path: Path):
     accelerate = shutil.which("accelerate", path=str(Path(sys.executable).parent))
     port = ["--num_machines", "1", "--main_process_port", str(free_port())]
     launcher = [str(accelerate), "launch", "--num_processes", "2", *port, "--mixed_precision", "no"]
@@ -147,7 +155,7 @@ def test_accelerate_launch_gives_both_processes_on_a_cpu(tmp_path: Path):
     assert two.summary["run"]["world_size"] == 2
 
 
-def test_weights_that_are_made_up_are_the_same_on_any_number_of_ranks(tmp_path: Path):
+def test_synthetic_weights_do_not_depend_on_the_number_of_ranks(tmp_path: Path):
     words = (*QUICK, "task=quantize", "model.source=synthetic")
     one = run(*words, root=tmp_path / "one")
     three = run(*words, "parallel.strategy=fsdp2", root=tmp_path / "three", processes=3)

@@ -1,4 +1,4 @@
-"""Every shipped recipe composes, is sound, says what it is and builds its model, offline."""
+"""Every shipped recipe composes, is valid, has a description and builds its model, offline."""
 
 import pytest
 import torch
@@ -24,13 +24,13 @@ def _configs() -> list:
     ]
 
 
-def test_the_recipes_that_are_promised_are_there():
-    promised = {"tiny_2bit", "llama8b_4bit", "llama8b_2bit", "llama70b_2bit", "sweep_bits"}
-    assert promised <= recipe_files().keys()
+def test_the_documented_recipes_exist():
+    documented = {"tiny_2bit", "llama8b_4bit", "llama8b_2bit", "llama70b_2bit", "sweep_bits"}
+    assert documented <= recipe_files().keys()
 
 
 @pytest.mark.parametrize("name", sorted(recipe_files()))
-def test_a_recipe_starts_with_a_line_that_says_what_it_is(name):
+def test_a_recipe_starts_with_a_description(name):
     text = description(recipe_files()[name])
     assert text.endswith(".")
     assert 20 < len(text) < 95
@@ -49,7 +49,7 @@ def test_a_recipe_builds_its_quantized_model_on_meta(config: RunConfig):
     assert all(p.device == torch.device("meta") for p in model.parameters())
 
 
-def test_the_names_say_what_the_recipes_do():
+def test_the_names_of_recipes_agree_with_nbits():
     for name in recipe_files():
         if name.endswith("bit"):
             assert compose([f"recipe={name}"]).quant.nbits == int(name[-4])

@@ -1,4 +1,4 @@
-"""A run that was stopped, killed, or given other ranks ends as one that was left alone."""
+"""A run that is stopped, killed, or resumed on other ranks ends like an uninterrupted one."""
 
 import json
 import os
@@ -20,12 +20,12 @@ WORDS = (
 
 
 def when(root: Path, steps: int, number: int, *ranks: int) -> Callable[[list[int]], None]:
-    """Sends a signal to `ranks` once so many steps are in metrics.jsonl."""
+    """Return a function that signals `ranks` once metrics.jsonl has `steps` steps."""
 
     def send(pids: list[int]) -> None:
         file, end = root / "run" / "metrics.jsonl", time.monotonic() + 120
         while not file.exists() or file.read_text().count("train/loss") < steps:
-            assert time.monotonic() < end, "it never came so far"
+            assert time.monotonic() < end, "the run did not reach this step"
             time.sleep(0.005)
         for rank in ranks:
             os.kill(pids[rank], number)
@@ -33,8 +33,8 @@ def when(root: Path, steps: int, number: int, *ranks: int) -> Callable[[list[int
     return send
 
 
-def what_it_left(done: Finished) -> dict:
-    """All that must not depend on how often it was stopped."""
+def results(done: Finished) -> dict:
+    """Return all results that must not depend on interruptions."""
     folder = done.directory
     files = [folder / "adapter" / "adapter_model.safetensors"]
     files += sorted((folder / "checkpoints" / "step-00000024").glob("*.safetensors"))
@@ -47,7 +47,7 @@ def what_it_left(done: Finished) -> dict:
 
 
 def bits(file: Path) -> dict[str, bytes]:
-    """Of every tensor; safetensors writes a file's metadata in any order."""
+    """Return the bytes of every tensor; the order of metadata in the file is not fixed."""
     return {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
 
 
@@ -78,7 +78,7 @@ def test_stopped_by_a_signal_and_killed(alone: tuple, data: tuple, tmp_path: Pat
     stopped = run(*words, root=root, processes=size, meanwhile=when(root, 6, signal.SIGUSR1, last))
     assert stopped.code == 3, stopped.output
     assert status(stopped) == ("preempted", 3)
-    assert "the same command goes on." in stopped.output
+    assert "run the same command again to resume." in stopped.output
     killed = run(*words, root=root, processes=size,
                  meanwhile=when(root, 14, signal.SIGKILL, *range(size)))  # fmt: skip
     assert killed.code == -signal.SIGKILL
@@ -87,14 +87,14 @@ def test_stopped_by_a_signal_and_killed(alone: tuple, data: tuple, tmp_path: Pat
     assert ended.code == 0, ended.output
     assert "resuming from" in ended.output
     assert "quantizing:" not in ended.output
-    assert what_it_left(ended) == what_it_left(whole)
+    assert results(ended) == results(whole)
     assert ended.summary["quantize"] == whole.summary["quantize"] | {
         key: ended.summary["quantize"][key] for key in ("seconds", "peak_memory_gib")
     }
     assert ended.summary["train"]["steps"] == 24
 
 
-def test_a_time_limit_saves_in_time(data: tuple, tmp_path: Path):
+def test_a_checkpoint_is_saved_before_the_time_limit(data: tuple, tmp_path: Path):
     words = (*QUICK, *data, "run.name=run", "train.max_steps=100000", "eval.source=null")
     done = run(*words, "run.time_limit=0:00:25", root=tmp_path / "runs")
     assert done.code == 3, done.output
@@ -110,7 +110,7 @@ ELASTIC = (
 )  # fmt: skip
 
 
-def test_two_ranks_then_one_three_and_two(data: tuple, tmp_path: Path):
+def test_a_run_resumes_on_two_one_three_and_two_ranks(data: tuple, tmp_path: Path):
     whole = run(*ELASTIC, *data, "train.max_steps=8", root=tmp_path / "whole" / "runs")
     assert whole.code == 0, whole.output
     for steps, size in ((2, 2), (4, 1), (6, 3), (8, 2)):
@@ -123,25 +123,25 @@ def test_two_ranks_then_one_three_and_two(data: tuple, tmp_path: Path):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "zero3"])
-def test_every_strategy_goes_on(data: tuple, tmp_path: Path, strategy: str):
-    """From a checkpoint of FSDP2 and one of its own, and one process from that."""
+def test_every_strategy_resumes(data: tuple, tmp_path: Path, strategy: str):
+    """Resume from FSDP2, then from the strategy itself; then a single process resumes from it."""
     if strategy == "zero3":
         pytest.importorskip("deepspeed")
     words = [*ELASTIC, *data, "train.global_batch_size=4", "train.checkpointing=true"]
     whole = run(*words, "train.max_steps=8", root=tmp_path / "whole" / "runs")
     assert whole.code == 0, whole.output
-    for steps, way in ((2, "fsdp2"), (4, strategy), (6, strategy), (8, "single")):
-        here = (*words, f"train.max_steps={steps}", f"parallel.strategy={way}")
-        size = 1 if way == "single" else 2
+    for steps, used in ((2, "fsdp2"), (4, strategy), (6, strategy), (8, "single")):
+        here = (*words, f"train.max_steps={steps}", f"parallel.strategy={used}")
+        size = 1 if used == "single" else 2
         done = run(*here, root=tmp_path / "changing" / "runs", processes=size)
         assert done.code == 0, done.output
     assert done.losses() == pytest.approx(whole.losses(), abs=1e-4)
 
 
-def test_what_may_not_go_on_is_refused(alone: tuple, data: tuple, tmp_path: Path):
+def test_resuming_with_other_settings_is_refused(alone: tuple, data: tuple, tmp_path: Path):
     size, whole = alone
     if size > 1:
-        pytest.skip("refused before ranks do anything: tried on one")
+        pytest.skip("refused before ranks communicate, so one rank is enough")
     root = whole.root
     changed = run(*WORDS, *data, "optim.lr=1e-5", root=root)
     assert changed.code == 2
@@ -155,7 +155,7 @@ def test_what_may_not_go_on_is_refused(alone: tuple, data: tuple, tmp_path: Path
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
 
 
-def test_damaged_checkpoints_are_passed_over_or_refused(data: tuple, tmp_path: Path):
+def test_damaged_checkpoints_are_skipped_or_refused(data: tuple, tmp_path: Path):
     words = (*ELASTIC, *data, "train.global_batch_size=4", "ckpt.every=2")
     root = tmp_path / "runs"
     first = run(*words, "train.max_steps=4", root=root)
@@ -174,12 +174,12 @@ def test_damaged_checkpoints_are_passed_over_or_refused(data: tuple, tmp_path: P
     none = run(*words, "train.max_steps=8", root=root)
     assert none.code == 2
     assert "no checkpoint can be used" in none.output
-    anew = run(*words, "train.max_steps=2", "run.resume=never", root=root)
-    assert anew.code == 0, anew.output
-    assert "is deleted" in anew.output
+    fresh = run(*words, "train.max_steps=2", "run.resume=never", root=root)
+    assert fresh.code == 0, fresh.output
+    assert "is deleted" in fresh.output
 
 
-def test_never_begins_anew_also_what_is_done(data: tuple, tmp_path: Path):
+def test_resume_never_repeats_a_finished_run(data: tuple, tmp_path: Path):
     words = (*ELASTIC, *data, "train.global_batch_size=4", "train.max_steps=2")
     root = tmp_path / "runs"
     first = run(*words, "train.seed=1234567890123", root=root)
@@ -190,7 +190,7 @@ def test_never_begins_anew_also_what_is_done(data: tuple, tmp_path: Path):
     assert again.losses() == first.losses()
 
 
-def test_other_held_out_text_is_noticed(data: tuple, tmp_path: Path):
+def test_other_held_out_text_is_refused(data: tuple, tmp_path: Path):
     words = (*QUICK, *data, "run.name=run", "train.max_steps=40", "ckpt.every=2")
     root = tmp_path / "runs"
     stopped = run(*words, root=root, meanwhile=when(root, 2, signal.SIGTERM, 0))
@@ -206,7 +206,9 @@ def test_other_held_out_text_is_noticed(data: tuple, tmp_path: Path):
     assert "other text than eval.source gives now" in other.output
 
 
-def test_a_checkpoint_is_an_adapter_to_start_from(alone: tuple, data: tuple, tmp_path: Path):
+def test_training_starts_from_the_adapter_of_a_checkpoint(
+    alone: tuple, data: tuple, tmp_path: Path
+):
     _, whole = alone
     folder = whole.directory / "checkpoints" / "step-00000024"
     started = run(*QUICK, *data, f"adapter.init_from={folder}", "train.max_steps=1",

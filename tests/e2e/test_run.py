@@ -1,4 +1,4 @@
-"""The main job on the bundled model, through the command line: what it leaves, and its figures."""
+"""Fine-tuning of the bundled model on the command line: the files it leaves, and its figures."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from e2e.runs import Finished, launch, run
 from safetensors.torch import load_file, save_file
 
 RECIPE = ("recipe=tiny_2bit", "train.max_steps=40", "eval.tokens=8192")
-"""The recipe as it is, but for fewer steps and tokens: half a minute on one core."""
+"""The default recipe with fewer steps and tokens: half a minute on one core."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_summary_is_schema_1(finished: Finished):
     assert summary["quantize"]["bytes_read"] == summary["quantize"]["source_bytes"]
 
 
-def test_loading_is_told_rank_by_rank(finished: Finished):
+def test_loading_statistics_are_reported_by_rank(finished: Finished):
     (rank,) = json.loads((finished.directory / "loading.json").read_text())["ranks"]
     assert rank["rank"] == 0
     assert rank["bytes_read"] == finished.summary["quantize"]["bytes_read"]
@@ -52,7 +52,7 @@ def test_loading_is_told_rank_by_rank(finished: Finished):
     assert "GB/s; reading took" in finished.output
 
 
-def test_training_wins_back_most_of_the_perplexity(finished: Finished):
+def test_training_recovers_most_of_the_perplexity(finished: Finished):
     measured = finished.summary["eval"]
     full, quantized, final = (
         measured[k]["perplexity"] for k in ("full_precision", "quantized", "final")
@@ -62,7 +62,7 @@ def test_training_wins_back_most_of_the_perplexity(finished: Finished):
     assert measured["final"]["kl"] < measured["quantized"]["kl"] / 2
 
 
-def test_it_leaves_what_the_contract_says(finished: Finished):
+def test_the_run_directory_has_all_documented_files(finished: Finished):
     names = {path.name for path in finished.directory.iterdir()}
     assert {
         "config.yaml", "summary.json", "metrics.jsonl", "status.json", "quantized", "adapter",
@@ -84,7 +84,7 @@ def test_it_leaves_what_the_contract_says(finished: Finished):
     assert "perplexity" in finished.output
 
 
-def test_the_same_command_says_that_it_is_done(finished: Finished):
+def test_the_same_command_reports_that_the_run_is_done(finished: Finished):
     before = (finished.directory / "summary.json").stat().st_mtime_ns
     again = run(*RECIPE, root=finished.root)
     assert again.code == 0
@@ -92,7 +92,7 @@ def test_the_same_command_says_that_it_is_done(finished: Finished):
     assert (finished.directory / "summary.json").stat().st_mtime_ns == before
 
 
-def test_another_setting_is_another_run(finished: Finished, tmp_path: Path):
+def test_other_settings_use_another_run_directory(finished: Finished, tmp_path: Path):
     other = run(*RECIPE, "task=quantize", "quant.nbits=3", root=tmp_path / "runs")
     assert other.code == 0, other.output
     assert other.directory.name != finished.directory.name
@@ -101,7 +101,7 @@ def test_another_setting_is_another_run(finished: Finished, tmp_path: Path):
     assert "train" not in other.summary
 
 
-def test_eval_of_a_finished_run_measures_the_same(finished: Finished, tmp_path: Path):
+def test_eval_of_a_finished_run_gives_the_same_figures(finished: Finished, tmp_path: Path):
     words = ("task=eval", f"model.name_or_path={finished.directory}", "eval.tokens=8192")
     done = run(*words, "train.max_seq_len=256", "train.micro_batch_size=8", "track.backends=[]",
                root=tmp_path / "runs")  # fmt: skip
@@ -134,7 +134,7 @@ def test_adapter_files_are_stock_peft(finished: Finished):
     )
 
 
-def test_training_goes_on_from_an_adapter(finished: Finished, tmp_path: Path):
+def test_training_starts_from_an_adapter(finished: Finished, tmp_path: Path):
     start = f"adapter.init_from={finished.directory / 'adapter'}"
     words = (*RECIPE, "train.max_steps=1", "eval.source=null", "track.backends=[]", start)
     done = run(*words, root=tmp_path / "runs")

@@ -1,4 +1,4 @@
-"""Secrets never reach a file: a real run with some in its environment and its command line."""
+"""Secrets never reach a file: a real run with secrets in its environment and command line."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-def test_the_run_is_done_with_all_trackers(finished: Finished):
+def test_the_run_finishes_with_all_trackers(finished: Finished):
     assert finished.code == 0, finished.output
     names = files(finished.directory)
     assert any(name.startswith("tensorboard/events.") for name in names)
@@ -46,15 +46,15 @@ def test_the_run_is_done_with_all_trackers(finished: Finished):
 
 
 @pytest.mark.parametrize("secret", SECRETS.values(), ids=SECRETS)
-def test_no_file_and_no_line_holds_a_secret(finished: Finished, secret: str):
+def test_no_file_and_no_output_contains_a_secret(finished: Finished, secret: str):
     assert secret not in finished.output
     contents = files(finished.root.parent)
     assert [name for name, content in contents.items() if secret.encode() in content] == []
-    (file,) = wandb_files(finished.directory)  # its blocks may cut a word in two
+    (file,) = wandb_files(finished.directory)  # a block boundary may split a secret in the raw file
     assert not any(secret in str(record) for record in records_of(file))
 
 
-def test_what_is_no_secret_is_kept(finished: Finished):
+def test_other_values_are_kept(finished: Finished):
     (file,) = wandb_files(finished.directory)
     words = {word for record in records_of(file) for word in record.environment.args}
     assert {"recipe=tiny_2bit", "track.entity=***", f"run.root={finished.root}"} <= words
@@ -62,11 +62,11 @@ def test_what_is_no_secret_is_kept(finished: Finished):
     assert (config["track"]["entity"], config["track"]["artifacts"]) == ("***", True)
 
 
-def test_the_last_lines_name_the_files_and_how_to_see_more(finished: Finished):
-    told = finished.output.splitlines()
-    assert any(line.startswith("training: 2/2 steps (100%), ") for line in told)
+def test_the_last_lines_name_the_files_and_the_tracker_commands(finished: Finished):
+    lines = finished.output.splitlines()
+    assert any(line.startswith("training: 2/2 steps (100%), ") for line in lines)
     folder = finished.directory
     for name in ("quantized", "adapter", "summary.json", "metrics.jsonl", "report/index.html"):
-        assert f"wrote {folder / name}" in told
-    assert f"TensorBoard: tensorboard --logdir {folder / 'tensorboard'}" in told
-    assert f"W&B: WANDB_RESUME=allow wandb sync {folder}/wandb/offline-run-*" in told
+        assert f"wrote {folder / name}" in lines
+    assert f"TensorBoard: tensorboard --logdir {folder / 'tensorboard'}" in lines
+    assert f"W&B: WANDB_RESUME=allow wandb sync {folder}/wandb/offline-run-*" in lines

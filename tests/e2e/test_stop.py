@@ -1,4 +1,4 @@
-"""A signal to one of two ranks, at whatever moment: both end by themselves, and with 3."""
+"""A signal to one of two ranks, at any time: both end by themselves, with exit code 3."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from e2e.runs import QUICK, run, small_data
 
 WORDS = (*QUICK, "run.name=run", "train.micro_batch_size=2", "eval.tokens=4096")
 LIMIT = 40
-"""Seconds from the signal to the end; who waits for a rank that never comes, waits for longer."""
+"""Seconds from the signal to the end; a rank that waits for a lost one would take longer."""
 
 
 def _quantizing(root: Path) -> bool:
@@ -22,7 +22,7 @@ def _training(root: Path) -> bool:
     return _steps(root) >= 2
 
 
-def _measuring_the_end(root: Path) -> bool:
+def _evaluating_at_the_end(root: Path) -> bool:
     return _steps(root) == 4
 
 
@@ -35,7 +35,7 @@ def _signal_at(moment: Callable[[Path], bool], root: Path, rank: int) -> Callabl
     def send(pids: list[int]) -> None:
         end = time.monotonic() + 120
         while not moment(root):
-            assert time.monotonic() < end, "it never came so far"
+            assert time.monotonic() < end, "the run did not reach this point"
             time.sleep(0.002)
         os.kill(pids[rank], signal.SIGUSR1)
 
@@ -43,12 +43,12 @@ def _signal_at(moment: Callable[[Path], bool], root: Path, rank: int) -> Callabl
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("moment", [_quantizing, _training, _measuring_the_end])
+@pytest.mark.parametrize("moment", [_quantizing, _training, _evaluating_at_the_end])
 def test_all_ranks_end_by_themselves(moment, rank: int, tmp_path: Path):
     root = tmp_path / "runs"
     done = run(*WORDS, *small_data(tmp_path), root=root, processes=2, grace=LIMIT, limit=LIMIT,
                meanwhile=_signal_at(moment, root, rank))  # fmt: skip
     assert done.codes == (3, 3), done.output
     assert (root / "run").exists() == (moment is not _quantizing)
-    assert _steps(root) == {_quantizing: 0, _measuring_the_end: 4}.get(moment, _steps(root))
+    assert _steps(root) == {_quantizing: 0, _evaluating_at_the_end: 4}.get(moment, _steps(root))
     assert not (root / "run" / "summary.json").exists()

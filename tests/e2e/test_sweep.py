@@ -1,4 +1,4 @@
-"""Sweeps as a user starts them: several jobs at a time, failures, signals, and going on after."""
+"""Sweeps as a user starts them: parallel jobs, failures, signals, and resuming."""
 
 import csv
 import os
@@ -28,10 +28,10 @@ def _meet(root):
     return 0
 
 def _wait_for_a_signal(folder):
-    heard = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    signal.pthread_sigmask(signal.SIG_BLOCK, heard)
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     (folder / "ready").touch()
-    first, second = signal.sigwait(heard), signal.sigtimedwait(heard, 0.3)
+    first, second = signal.sigwait(signals), signal.sigtimedwait(signals, 0.3)
     (folder / "signal").write_text("twice" if second else str(int(first)))
     return 3
 
@@ -41,7 +41,7 @@ def run(config, command):
     code = {8: 1}.get(config.quant.nbits, 0)
     if config.train.seed == 1:
         code = _meet(folder.parent)
-    if config.train.seed == 3:  # as a program that knows no signals, after Ctrl-C
+    if config.train.seed == 3:  # a program without signal handlers, which Ctrl-C interrupts
         (folder / "ready").touch()
         time.sleep(60)
     if config.train.seed == 2:
@@ -55,12 +55,12 @@ def run(config, command):
 
 @pytest.fixture
 def fake(tmp_path) -> dict[str, str]:
-    """An environment in which the task is a stand-in: the sweep is what is tested."""
+    """Return an environment in which the task is a stub, to test the sweep alone."""
     return {**stand_in(tmp_path / "fake", FAKE_TASK), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def start(*words: str, cwd: Path, **env: str) -> subprocess.Popen:
-    """A sweep, in a process group of its own."""
+    """Start a sweep in a new process group."""
     return subprocess.Popen(
         [sys.executable, "-m", "hqqtrain", *words], cwd=cwd, env={**os.environ, **env}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0,
@@ -86,7 +86,7 @@ def results(root: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def test_output_of_several_goes_to_a_log_of_each(tmp_path, fake):
+def test_each_of_several_parallel_jobs_writes_its_own_log(tmp_path, fake):
     words = ("-m", "quant.nbits=8,2,4", "run.root=out", "launch.jobs=2")
     code, output, errors = finish(start(*words, cwd=tmp_path, **fake | {"OMP_NUM_THREADS": "3"}))
     assert code == 1
@@ -95,7 +95,9 @@ def test_output_of_several_goes_to_a_log_of_each(tmp_path, fake):
     assert len(logs) == 3
     for given, log in logs:
         text = (tmp_path / log).read_text()
-        assert given in ("quant.nbits=8", "quant.nbits=2", "quant.nbits=4"), "what tells it apart"
+        assert given in ("quant.nbits=8", "quant.nbits=2", "quant.nbits=4"), (
+            "the value that identifies the job"
+        )
         command = text.splitlines()[0]
         assert command.startswith("$ python -m hqqtrain ")
         assert {given, "run.root=out", "quant.cache_dir=out/quantized"} <= {*shlex.split(command)}
@@ -105,14 +107,14 @@ def test_output_of_several_goes_to_a_log_of_each(tmp_path, fake):
     assert [row["status"] for row in results(tmp_path / "out")] == ["failed", "done", "done"]
 
 
-def test_two_really_run_at_a_time(tmp_path, fake):
-    """Each waits until it sees the other."""
+def test_two_jobs_run_at_the_same_time(tmp_path, fake):
+    """Each job waits until it sees the other."""
     words = ("-m", "quant.nbits=2,4", "train.seed=1", "run.root=out", "launch.jobs=2")
     assert finish(start(*words, cwd=tmp_path, **fake))[0] == 0
 
 
 @pytest.mark.parametrize(("jobs", "name"), [(2, "TERM"), (2, "USR1"), (2, "INT"), (1, "TERM")])
-def test_a_signal_reaches_every_job_once_and_no_other_is_started(tmp_path, fake, jobs, name):
+def test_a_signal_reaches_every_job_once_and_no_other_job_starts(tmp_path, fake, jobs, name):
     words = ("-m", "quant.nbits=2,3,4", "train.seed=2", "run.root=out", f"launch.jobs={jobs}")
     process = start(*words, cwd=tmp_path, **fake)
     wait_until(lambda: len(list(tmp_path.glob("out/*/ready"))) == jobs, process)
@@ -127,7 +129,7 @@ def test_a_signal_reaches_every_job_once_and_no_other_is_started(tmp_path, fake,
     assert [row["status"] for row in results(tmp_path / "out")] == states
 
 
-def test_a_job_that_ctrl_c_interrupts_has_not_failed(tmp_path, fake):
+def test_a_job_that_ctrl_c_interrupts_is_preempted(tmp_path, fake):
     process = start("-m", "quant.nbits=2,3", "train.seed=3", "run.root=out", cwd=tmp_path, **fake)
     wait_until(lambda: len(list(tmp_path.glob("out/*/ready"))) == 1, process)
     os.killpg(process.pid, signal.SIGINT)
@@ -137,8 +139,8 @@ def test_a_job_that_ctrl_c_interrupts_has_not_failed(tmp_path, fake):
     assert [row["status"] for row in results(tmp_path / "out")] == ["preempted", "pending"]
 
 
-def test_a_table_that_cannot_be_written_at_the_end_is_a_fault(tmp_path, fake):
-    """In the middle it is a warning: no job is left undone for it."""
+def test_a_table_that_cannot_be_written_is_an_error_at_the_end(tmp_path, fake):
+    """Earlier it is only a warning, so that all jobs run."""
     words = ("-m", "quant.nbits=2,4", "run.root=out")
     assert finish(start("--table", *words, cwd=tmp_path, **fake))[0] == 0
     (file,) = tmp_path.glob("out/*/results.csv")
@@ -146,7 +148,7 @@ def test_a_table_that_cannot_be_written_at_the_end_is_a_fault(tmp_path, fake):
     file.mkdir()
     code, output, errors = finish(start(*words, cwd=tmp_path, **fake))
     assert (code, output.count("threads")) == (2, 2)
-    assert "bits per" in output, "what can be shown is"
+    assert "bits per" in output, "the table is still printed"
     assert "results.csv" not in output
     *warnings, last = errors.splitlines()
     assert all("was not written" in line for line in warnings)
@@ -156,7 +158,7 @@ def test_a_table_that_cannot_be_written_at_the_end_is_a_fault(tmp_path, fake):
     assert "the table was not written" in errors
 
 
-def test_the_same_run_twice_is_run_once(tmp_path, fake):
+def test_equal_runs_of_a_sweep_run_once(tmp_path, fake):
     words = ("-m", "quant.nbits=2", "track.project=a,b", "run.root=out")
     code, output, _ = finish(start(*words, cwd=tmp_path, **fake))
     assert code == 0
@@ -164,7 +166,7 @@ def test_the_same_run_twice_is_run_once(tmp_path, fake):
     assert len(results(tmp_path / "out")) == 1
 
 
-def test_the_table_alone(tmp_path, fake):
+def test_table_prints_the_table_without_running_jobs(tmp_path, fake):
     words = ("-m", "quant.nbits=2,4", "run.root=out")
     code, output, _ = finish(start("--table", *words, cwd=tmp_path, **fake))
     assert (code, output.count("pending")) == (0, 2)
@@ -173,16 +175,16 @@ def test_the_table_alone(tmp_path, fake):
     assert (code, output.count("pending"), output.count("done")) == (0, 0, 2)
     code, _, errors = finish(start("--table", "quant.nbits=2", cwd=tmp_path, **fake))
     assert code == 2
-    assert "needs the words of a sweep" in errors
+    assert "needs the keys of a sweep" in errors
 
 
-def test_jobs_that_outlive_their_sweep_are_waited_for(tmp_path, fake):
+def test_a_sweep_waits_for_jobs_of_a_killed_sweep(tmp_path, fake):
     words = ("-m", "quant.nbits=2,3", "train.seed=2", "run.root=out")
     process = start(*words, cwd=tmp_path, **fake)
     wait_until(lambda: len(list(tmp_path.glob("out/*/ready"))) == 1, process)
     (orphan,) = psutil.Process(process.pid).children()
     process.kill()
-    process.wait()  # its pipes are the orphan's as well
+    process.wait()  # not `communicate`: the orphan has the pipes open, too
     again = start(*words, cwd=tmp_path, **fake)
     assert again.stdout is not None
     assert again.stdout.readline().startswith("sweep: waiting: jobs of an earlier attempt")
@@ -193,22 +195,22 @@ def test_jobs_that_outlive_their_sweep_are_waited_for(tmp_path, fake):
 
 
 @pytest.mark.parametrize(
-    ("env", "said"),
+    ("env", "message"),
     [({"CUDA_VISIBLE_DEVICES": "0"}, "launch.jobs=2: a job needs a GPU"), ({}, "run.root=there")],
 )
-def test_what_cannot_be_is_one_message(tmp_path, fake, env, said):
+def test_an_impossible_sweep_is_one_message(tmp_path, fake, env, message):
     (tmp_path / "there").write_text("")
     words = ("-m", "quant.nbits=2,4", "launch.jobs=2", "run.root=there")
     code, output, errors = finish(start(*words, cwd=tmp_path, **fake | env))
     assert (code, output, len(errors.splitlines())) == (2, "", 1)
-    assert said in errors
+    assert message in errors
 
 
 TEXT = "def add(a, b):\n    return a + b\n" * 400
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to the sweep and to its jobs, which have groups of their own."""
+    """Kill the sweep and its jobs, which have process groups of their own."""
     jobs = psutil.Process(process.pid).children(recursive=True)
     for each in (process, *jobs):
         each.kill()
@@ -216,8 +218,8 @@ def kill_all(process: subprocess.Popen) -> None:
     psutil.wait_procs(jobs)
 
 
-def test_killed_it_goes_on_and_weights_are_made_once(tmp_path):
-    """Real runs, two at a time: one fails at first, one is done, one is killed in training."""
+def test_a_killed_sweep_resumes_and_quantizes_once(tmp_path):
+    """Real runs, two at a time: one fails at first, one finishes, one is killed in training."""
     root = tmp_path / "runs"
     gone, there, other, held_out = (tmp_path / f"{name}.txt" for name in "abcd")
     for file in (there, other, held_out):
@@ -247,7 +249,7 @@ def test_killed_it_goes_on_and_weights_are_made_once(tmp_path):
     assert len([p for p in (root / "quantized").iterdir() if p.is_dir()]) == 1
     logs = [f.read_text() for f in root.glob("sweep-*/logs/*.log")]
     assert sum(log.count("is made now") for log in logs) == 1
-    # The last two, and the killed one if it had not written its own quantized/ yet.
+    # The last two jobs use the entry, and so does the killed one if it had no quantized/ yet.
     assert sum(log.count("is there") for log in logs) in (2, 3)
     (page,) = root.glob("sweep-*/index.html")
     assert "3 jobs: 3 done" in page.read_text()

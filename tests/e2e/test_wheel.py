@@ -1,4 +1,4 @@
-"""The wheel: what is in it, what it puts where, and that it works far from the checkout."""
+"""The wheel: its files, where it installs them, and that it works outside the checkout."""
 
 import os
 import site
@@ -29,7 +29,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """A fresh environment with only the wheel; its dependencies are this environment's."""
+    """Return a fresh environment with only the wheel, without its dependencies."""
     venv = tmp_path_factory.mktemp("fresh") / "venv"
     _run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=venv.parent)
     python = venv / "bin" / "python"
@@ -43,7 +43,7 @@ def _site_packages(venv: Path) -> Path:
     return found
 
 
-def test_it_holds_everything_a_run_needs(wheel):
+def test_it_has_all_files_of_a_run(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = [
         *(f"hqqtrain/recipes/{file.name}" for file in (ROOT / "recipes").glob("*.yaml")),

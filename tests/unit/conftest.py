@@ -1,4 +1,4 @@
-"""Small random checkpoints, written by transformers itself."""
+"""Small random models, and checkpoints that transformers itself has written."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +20,12 @@ SIZES = {
 
 @pytest.fixture
 def make_model() -> Callable[..., PreTrainedModel]:
-    """A random causal LM: `llama`, or `qwen2`, whose attention has biases."""
+    """Return a factory of random causal LMs: `llama`, or `qwen2`, whose attention has biases."""
 
-    def make(kind: str = "llama", **changes) -> PreTrainedModel:
+    def make(kind: str = "llama", **options) -> PreTrainedModel:
         torch.manual_seed(0)
         classes = {"llama": LlamaConfig, "qwen2": Qwen2Config}
-        model = AutoModelForCausalLM.from_config(classes[kind](**SIZES | changes))
+        model = AutoModelForCausalLM.from_config(classes[kind](**SIZES | options))
         for name, param in model.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(param)
@@ -36,6 +36,6 @@ def make_model() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture
 def checkpoint(make_model, tmp_path) -> Path:
-    """An untied random Llama in one model.safetensors."""
+    """Return the folder of a random Llama with untied embeddings in one model.safetensors."""
     make_model(tie_word_embeddings=False).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
