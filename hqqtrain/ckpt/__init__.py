@@ -1,4 +1,4 @@
-"""What a run leaves on disk: complete or absent, and recognisable by its fingerprint."""
+"""The files of a run: written completely or not at all, and identified by a fingerprint."""
 
 from hqqtrain.ckpt.adapter import Adapter, Base, load_adapter, save_adapter
 from hqqtrain.ckpt.atomic import atomic_directory, atomic_write_json

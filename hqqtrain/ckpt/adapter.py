@@ -1,15 +1,14 @@
-"""Adapters as stock PEFT files, which know the base they were trained on.
+"""Read and write adapters as stock PEFT files that record the base they were trained on.
 
-An adapter repairs the errors of one quantized base; on another it is noise. PEFT warns about
-unknown keys in adapter_config.json, so the base's fingerprint lies in the metadata of
-adapter_model.safetensors, where stock tools ignore it.
+An adapter corrects the errors of one quantized base; on any other base it is noise. PEFT warns
+about unknown keys in adapter_config.json, so the base's fingerprint is stored in the metadata of
+adapter_model.safetensors, which stock tools ignore.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -30,10 +29,14 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter: its configuration, its tensors by PEFT's names, its base.
+    """A LoRA adapter with the fingerprint of its base.
 
-    `state`: `base_model.model.<module>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r].
-    `fingerprint`: of the quantized base it was trained on; None where no one wrote it down.
+    Attributes:
+        config: PEFT's configuration.
+        state: The tensors by PEFT's names: `base_model.model.<module>.lora_A.weight` [r, in] and
+            `.lora_B.weight` [out, r].
+        fingerprint: The fingerprint of the quantized base that the adapter was trained on. None
+            if the file does not record it, as in adapters of other tools.
     """
 
     config: LoraConfig
@@ -42,13 +45,13 @@ class Adapter:
 
     @property
     def modules(self) -> list[str]:
-        """Names of the adapted linears, as in the base's checkpoint."""
+        """Sorted names of the adapted linear layers, as in the base's checkpoint."""
         ending = ".lora_A.weight"
         found = (k.removesuffix(ending) for k in self.state if k.endswith(ending))
         return sorted(name.removeprefix(_PREFIX) for name in found)
 
     def scaling(self, module: str) -> float:
-        """What PEFT multiplies B A with: alpha / r, or alpha / sqrt(r) with rslora."""
+        """Return PEFT's factor of B A for a module: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         config = self.config
         ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
         r = ranks.get(get_pattern_key(list(ranks), module), config.r)
@@ -56,22 +59,30 @@ class Adapter:
         return alpha / (math.sqrt(r) if config.use_rslora else r)
 
     def delta(self, module: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """scaling * B A in fp32, [out_features, in_features]: what merging adds to the weight."""
+        """Return what merging adds to a weight: scaling * B A, fp32 [out_features, in_features]."""
         A, B = (self.state[f"{_PREFIX}{module}.lora_{x}.weight"].to(device).float() for x in "AB")
         return self.scaling(module) * (B @ A)
 
     def check_base(self, fingerprint: str, where: str) -> None:
-        """Raises UserError where the adapter was trained on another base than `fingerprint`."""
+        """Check that the adapter was trained on the base with this fingerprint, if that is known.
+
+        Args:
+            fingerprint: The fingerprint of the base to use.
+            where: The name of the adapter in the message.
+
+        Raises:
+            UserError: the adapter was trained on another base.
+        """
         if self.fingerprint not in (None, fingerprint):
             raise UserError(
                 f"{where}: trained on the quantized base {self.fingerprint}, but this base is "
-                f"{fingerprint}. Use the quantized/ that was saved with it, or train again."
+                f"{fingerprint}. Use the quantized/ that was saved with it, or train a new adapter."
             )
 
 
 @dataclass(frozen=True)
 class Base:
-    """What an adapter was trained on: the model's name and revision, the quantized fingerprint."""
+    """The base of an adapter: the model's name and revision, the fingerprint of its packed rows."""
 
     name: str
     revision: str | None
@@ -80,9 +91,13 @@ class Base:
 
 def save_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, folder: Path, *,
                  card: AdapterCard) -> None:  # fmt: skip
-    """Write a stock PEFT adapter with a README.md, complete or not at all.
+    """Write a stock PEFT adapter with a README.md, completely or not at all.
 
-    `state`: full tensors by PEFT's names, as `peft.get_peft_model_state_dict` gives them.
+    Args:
+        state: The full tensors by PEFT's names, as `peft.get_peft_model_state_dict` returns them.
+        config: PEFT's configuration.
+        folder: The folder to create or replace.
+        card: The facts for the README.md.
     """
     with atomic_directory(folder) as partial:
         write_adapter(partial, state, config, Base(card.base, card.revision, card.fingerprint))
@@ -92,32 +107,30 @@ def save_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, folder: 
 def write_adapter(
     folder: Path, state: Mapping[str, torch.Tensor], config: LoraConfig, base: Base
 ) -> None:
-    """Write the two files of a stock PEFT adapter into `folder`, which is there."""
+    """Write the two files of a stock PEFT adapter into the existing `folder`."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     save_tensors(tensors, folder / WEIGHTS, **{_FINGERPRINT: base.fingerprint})
-    atomic_write_json(folder / CONFIG, _config_json(config, base))
+    # PEFT holds some lists as sets: sort them, so that equal adapters are equal files.
+    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    about = {"base_model_name_or_path": base.name, "revision": base.revision}
+    atomic_write_json(folder / CONFIG, values | about | {"inference_mode": True})
 
 
 def load_adapter(folder: Path) -> Adapter:
     """Read a PEFT LoRA adapter from a folder.
 
-    Raises UserError for what is missing or damaged, and for adapters that are more than
-    LoRA's two matrices a linear (DoRA, biases, whole modules), which cannot be merged here.
+    Raises:
+        UserError: a file is missing or damaged, or the adapter contains more than the two LoRA
+            matrices per linear layer (DoRA, biases, whole modules), which cannot be merged here.
     """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise UserError(f"{folder}: holds no {name}; give the folder of a PEFT adapter.")
+            raise UserError(f"{folder}: contains no {name}; give the folder of a PEFT adapter.")
     config = _read_config(folder)
     state, metadata = _read_state(folder / WEIGHTS)
     _check_state(folder / WEIGHTS, state)
     return Adapter(config, state, metadata.get(_FINGERPRINT))
-
-
-def _config_json(config: LoraConfig, base: Base) -> dict[str, Any]:
-    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    about = {"base_model_name_or_path": base.name, "revision": base.revision}
-    return values | about | {"inference_mode": True}
 
 
 def _read_config(folder: Path) -> LoraConfig:
@@ -126,9 +139,11 @@ def _read_config(folder: Path) -> LoraConfig:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / CONFIG}: not a PEFT configuration ({error}).") from error
     if not isinstance(config, LoraConfig):
-        raise UserError(f"{folder / CONFIG}: peft_type={config.peft_type}; only LORA is read.")
+        raise UserError(f"{folder / CONFIG}: peft_type={config.peft_type}: must be LORA.")
     if config.layer_replication:
-        raise UserError(f"{folder / CONFIG}: layer_replication changes the base; not supported.")
+        raise UserError(
+            f"{folder / CONFIG}: layer_replication is not supported, as it changes the base."
+        )
     return config
 
 
@@ -142,10 +157,11 @@ def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def _check_state(path: Path, state: dict[str, torch.Tensor]) -> None:
+    # Every name must end in one of the two, and its counterpart must be there as well.
     pair = {".lora_A.weight": ".lora_B.weight", ".lora_B.weight": ".lora_A.weight"}
     for name in state:
         ending = name[-len(".lora_A.weight") :]
         if ending not in pair or name.removesuffix(ending) + pair[ending] not in state:
             raise UserError(f"{path}: {name} is not one of a pair of LoRA matrices.")
     if not state:
-        raise UserError(f"{path}: holds no tensors.")
+        raise UserError(f"{path}: contains no tensors.")

@@ -1,4 +1,4 @@
-"""Folders that are complete or absent, and JSON files, whatever kills the process in between."""
+"""Write folders and JSON files completely or not at all, even if the process is killed."""
 
 import json
 import math
@@ -13,10 +13,10 @@ from hqqtrain.config.atomic import atomic_write, partial_of, sync
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` to write into; on success it takes the place of `path`.
+    """Yield a temporary folder next to `path` that replaces `path` on success.
 
-    On an exception it is removed and `path` is left as it was. What an earlier process that
-    was killed has left behind is removed first, so only one process may write to `path`.
+    On an exception the temporary folder is removed and `path` stays as it was. Leftovers of an
+    earlier, killed process are removed first, so only one process may write to `path` at a time.
     """
     path = Path(path)
     temporary, old = partial_of(path), path.with_name(f".{path.name}.old")
@@ -27,7 +27,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _sync_tree(temporary)
-        if path.exists():
+        if path.exists():  # a folder that is not empty cannot be replaced by a single rename
             path.rename(old)
         temporary.rename(path)
     except BaseException:
@@ -39,13 +39,17 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
-    """Write `value` as readable JSON. Raises ValueError for NaN and Inf, which JSON lacks."""
+    """Write `value` as indented JSON.
+
+    Raises:
+        ValueError: `value` contains NaN or infinity, which JSON does not have.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     atomic_write(path, text + "\n")
 
 
 def without_nonfinite(value: Any) -> Any:
-    """A copy of `value` (JSON's types) in which numbers that JSON lacks are None."""
+    """Return a copy of a JSON value in which NaN and infinity are None."""
     if isinstance(value, dict):
         return {k: without_nonfinite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -54,14 +58,14 @@ def without_nonfinite(value: Any) -> Any:
 
 
 def _recover(path: Path, old: Path) -> None:
-    """Between the two renames of a swap nothing stands at `path`: put the old folder back."""
+    """Restore the old folder after a process was killed between the two renames of a swap."""
     if old.exists() and not path.exists():
         old.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_tree(folder: Path) -> None:
-    """Forces all to disk, readable as the umask has it: safetensors makes files private."""
+    """Flush a folder to disk and apply the umask to its files, which safetensors makes private."""
     mode = folder.stat().st_mode & 0o666  # the umask itself can only be read by changing it
     for path in folder.rglob("*"):
         if path.is_file():

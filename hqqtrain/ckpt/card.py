@@ -1,4 +1,4 @@
-"""The README.md of an adapter: what it belongs to and how to load it."""
+"""The model card (README.md) of an adapter: its base, and how to load it."""
 
 import json
 from dataclasses import dataclass
@@ -7,9 +7,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class AdapterCard:
-    """Facts about an adapter: its base, how that was quantized, what the training won.
+    """Facts about an adapter: its base, the quantization of the base, and the results.
 
-    `base`: hub name or folder of the full-precision model; `figures`: name -> value, as shown.
+    Attributes:
+        base: The hub name or folder of the full-precision model.
+        fingerprint: The fingerprint of the quantized base.
+        group_size: Weights that share a scale; None: a whole row or column.
+        figures: Name -> value of the results, as the card shows them.
     """
 
     base: str
@@ -24,7 +28,7 @@ class AdapterCard:
 
 
 def card_text(card: AdapterCard) -> str:
-    """Markdown with the front matter that the hub reads."""
+    """Return the model card as Markdown, with the front matter that the hub reads."""
     group = "a whole row or column" if card.group_size is None else f"groups of {card.group_size}"
     return f"""---
 library_name: peft
@@ -60,7 +64,7 @@ model = PeftModel.from_pretrained(model, "<this folder>")
 
 
 def _base_line(card: AdapterCard) -> str:
-    """The hub accepts its own names here, not folders or the bundled model."""
+    """Return the front matter's `base_model`, if it is a hub name; the hub accepts nothing else."""
     is_hub_name = card.base.count("/") == 1 and not Path(card.base).expanduser().exists()
     return f"base_model: {json.dumps(card.base)}\n" if is_hub_name else ""
 

@@ -1,11 +1,11 @@
-"""A checkpoint: all that a training is after a step, but for the frozen base.
+"""The format of a checkpoint: the whole training state after a step, without the frozen base.
 
-The same files whatever the strategy and the number of ranks: full tensors by PEFT's names. It is a
-PEFT adapter, too, which other tools load and `adapter.init_from` takes.
+The files are the same for every strategy and world size: full tensors by PEFT's names. A checkpoint
+is also a PEFT adapter, which other tools can load and `adapter.init_from` accepts.
 
     adapter_config.json  adapter_model.safetensors   stock PEFT
     optimizer.safetensors                            `<PEFT's name>/exp_avg` and so on
-    state.json                                       step, place in the data, figures so far
+    state.json                                       step, position in the data, results so far
     manifest.json                                    sizes and checksums of these
 """
 
@@ -31,32 +31,39 @@ OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that was found whole, and its state.json."""
+    """A checkpoint folder whose checksums were verified, and its state.json."""
 
     folder: Path
     state: dict[str, Any]
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken."""
+        """Number of optimizer steps taken."""
         return self.state["step"]
 
     def optimizer(self) -> dict[str, Tensor]:
-        """`<PEFT's name>/<key>` -> the optimizer's tensors. Raises UserError where it was altered
-        since it was found whole."""
+        """Load the optimizer's tensors by `<PEFT's name>/<key>`.
+
+        Raises:
+            UserError: the file was changed after its checksum was verified.
+        """
         path = self.folder / OPTIMIZER
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: was altered just now ({error}); run it again.") from error
+            raise UserError(f"{path}: was changed during the run ({error}); run again.") from error
 
 
 def write_checkpoint(
     folder: Path, adapter: Mapping[str, Tensor], optimizer: Mapping[str, Tensor],
     config: LoraConfig, base: Base, state: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """Writes `folder`, complete or not at all. Raises OSError where the disk does not take it."""
+    """Write a checkpoint completely or not at all.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
     with atomic_directory(folder) as partial:
         write_adapter(partial, adapter, config, base)
         save_tensors(optimizer, partial / OPTIMIZER)
@@ -65,9 +72,10 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads every byte of `folder` before any is used.
+    """Verify every byte of a checkpoint and read its state.json.
 
-    Raises DamagedError where something is missing or altered, or of a format unknown here.
+    Raises:
+        DamagedError: a file is missing or changed, or this version does not know the format.
     """
     check_sealed(folder)
     try:

@@ -1,8 +1,8 @@
-"""Exporting to other tools: dense weights, dequantized, with the adapter merged in.
+"""Export dense weights for other tools: dequantized, with the adapter merged.
 
-The adapter was trained on the errors of the quantized weights, so it is merged into
-dequantize(W_q), in fp32, and rounded once; never into the original weights. Tensors pass
-through one at a time: the whole model is never in memory.
+The adapter was trained on the errors of the quantized weights. It is therefore merged into
+dequantize(W_q) in fp32 and rounded once, never into the original weights. Tensors are streamed one
+at a time, so the whole model is never in memory.
 """
 
 import copy
@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from hqqtrain.ckpt.adapter import Adapter
 from hqqtrain.ckpt.atomic import atomic_write_json
-from hqqtrain.ckpt.quantized import ModuleSettings, QuantizedSettings, config_json, copy_companions
+from hqqtrain.ckpt.quantized import QuantizedSettings, config_json, copy_companions
 from hqqtrain.ckpt.shards import MAX_SHARD_BYTES, directory_of_all, write_shards
 from hqqtrain.config import UserError
 from hqqtrain.dist import ALONE, Processes
@@ -29,13 +29,24 @@ Tensors = Iterable[tuple[str, torch.Tensor]]
 def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapter | None = None,
                   *, dtype: torch.dtype, device: torch.device | str = "cpu",
                   ) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
-    """Turn a stream of a quantized model's tensors into that of its dense equivalent.
+    """Convert a stream of a quantized model's tensors to the stream of its dense equivalent.
 
-    `tensors`: as `model_tensors` or `reader_tensors` give them. Every float becomes `dtype`.
-    Raises UserError where `adapter` belongs to another base or to modules that are not there.
+    Args:
+        tensors: The stream that `model_tensors` or `reader_tensors` yield.
+        settings: The settings of the quantized model.
+        adapter: The adapter to merge.
+        dtype: The dtype of every floating-point tensor that is yielded.
+        device: The device on which to dequantize and merge.
+
+    Yields:
+        (name, tensor), with Hugging Face's names.
+
+    Raises:
+        UserError: `adapter` belongs to another base or to modules that the model does not have.
     """
     adapted = set(adapter.modules) if adapter else set()
     _check_adapter(adapter, settings)
+    # Collect the W_q, scale and zero of a layer until all three have arrived.
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors:
         module, _, leaf = name.rpartition(".")
@@ -45,7 +56,8 @@ def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapte
         parts = waiting.setdefault(module, {})
         parts[leaf] = tensor.to(device)
         if len(parts) == len(PACKED):
-            weight = _dense(waiting.pop(module), settings.modules[module])
+            quantized = Quantized(**waiting.pop(module))
+            weight = dequantize(quantized, settings.modules[module].layout, torch.float32)
             if adapter and module in adapted:
                 weight += adapter.delta(module, device)
             yield f"{module}.weight", weight.to(dtype)
@@ -55,16 +67,29 @@ def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapte
 def export_dense(tensors: Tensors, folder: Path, *, hf_config: PretrainedConfig, source: Path,
                  dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES,
                  processes: Processes = ALONE) -> int:  # fmt: skip
-    """Write the checkpoint that `AutoModelForCausalLM.from_pretrained` loads; returns its bytes.
+    """Write a checkpoint for `AutoModelForCausalLM.from_pretrained`, completely or not at all.
 
-    `tensors`: as `dense_tensors` gives them, all floats in `dtype`, on all of `processes` alike.
-    `source`: the folder that tokenizer and generation settings are copied from. Complete or not
-    at all.
+    Args:
+        tensors: The stream that `dense_tensors` yields, the same on every rank.
+        folder: The folder to create or replace.
+        hf_config: The configuration of the model.
+        source: The folder from which to copy the tokenizer and generation settings.
+        dtype: The dtype of the floating-point tensors in `tensors`.
+        max_shard_bytes: The largest size of a file.
+        processes: The ranks that write together.
+
+    Returns:
+        The bytes of all tensors.
     """
     written: set[str] = set()
+
+    def recorded() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            written.add(name)
+            yield name, tensor
+
     with directory_of_all(folder, processes) as partial:
-        stream = _noting(tensors, written)
-        done = write_shards(stream, partial, max_bytes=max_shard_bytes, processes=processes)
+        done = write_shards(recorded(), partial, max_bytes=max_shard_bytes, processes=processes)
         if processes.is_main:
             values = config_json(_export_config(hf_config, dtype, written))
             atomic_write_json(partial / "config.json", values)
@@ -72,31 +97,24 @@ def export_dense(tensors: Tensors, folder: Path, *, hf_config: PretrainedConfig,
     return done.bytes
 
 
-def _dense(parts: dict[str, torch.Tensor], settings: ModuleSettings) -> torch.Tensor:
-    return dequantize(Quantized(**parts), settings.layout, torch.float32)
-
-
 def _check_adapter(adapter: Adapter | None, settings: QuantizedSettings) -> None:
     if adapter is None:
         return
     adapter.check_base(settings.fingerprint, "adapter")
-    strangers = sorted(set(adapter.modules) - settings.modules.keys())
-    if strangers:
+    unknown = sorted(set(adapter.modules) - settings.modules.keys())
+    if unknown:
         raise UserError(
-            f"adapter: adapts {strangers[0]}, which is no quantized linear of this base; it "
-            "belongs to another model."
+            f"adapter: adapts {unknown[0]}, which is not a quantized linear layer of this base; "
+            "use an adapter of this model."
         )
-
-
-def _noting(tensors: Tensors, names: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in tensors:
-        names.add(name)
-        yield name, tensor
 
 
 def _export_config(hf_config: PretrainedConfig, dtype: torch.dtype, written: set[str],
                    ) -> PretrainedConfig:  # fmt: skip
-    """A tied parameter that has weights of its own by now (a quantized lm_head) is untied."""
+    """Return the exported model's configuration.
+
+    Tying is disabled if a tied parameter has its own weights by now, as a quantized lm_head does.
+    """
     config = copy.deepcopy(hf_config)
     config.dtype = dtype
     if written & tied_names(build_meta(hf_config)).keys():

@@ -1,13 +1,15 @@
-"""A name for the bits of a quantized model that every sharding computes alike.
+"""A hash of the bits of a quantized model that is the same for every sharding.
 
-Ranks hold different rows, in another order at every world size. So each row is hashed on its
-own, keyed by its place, and the hashes are added: addition knows no order. Nothing is gathered
-but 128 bits a rank. What they leave out (the settings that give the bits their meaning) is hashed
-with them at the end, by sha256. A sum of hashes tells apart models, not adversaries.
+Ranks hold different rows, and process them in a different order at every world size. Each row is
+therefore hashed separately, with its position as key, and the hashes are added, because a sum does
+not depend on the order. Ranks exchange only 128 bits each. At the end, sha256 hashes the sums
+together with the settings that give the bits their meaning. Sums of hashes distinguish models, but
+do not protect against adversaries.
 
-A row's hash is a multilinear one (Lemire and Kaser, "Strongly universal string hashing is fast",
-2014) of its words, in integers that wrap around: where the rows are, a GPU included, at the speed
-of memory. sha256 of every row took a minute of Python for 70 billion weights.
+The hash of a row is a multilinear hash of its words (Lemire and Kaser, "Strongly universal string
+hashing is fast", 2014) in wrapping integer arithmetic. It runs on the device that holds the rows, a
+GPU included, at memory bandwidth. sha256 of every row took a minute of Python for 70 billion
+weights.
 """
 
 import functools
@@ -24,30 +26,35 @@ from hqqtrain_kernels.layout import LAYOUT_VERSION
 from hqqtrain_kernels.reference import as_bytes
 
 _LANES = 2
-"""Hashes of 64 bits, independent of each other."""
+"""Number of independent 64-bit hashes."""
 
 _CHUNK = {"cpu": 1 << 18}
-"""Words hashed at a time, what a CPU's cache holds: 1.5 GB/s on one core, and 0.8 with a quarter or
-four times as many."""
+"""Words hashed at a time, by device type. On a CPU they fit in the cache: 1.5 GB/s on one core, but
+0.8 GB/s with a quarter or four times as many."""
 _DEFAULT_CHUNK = 1 << 23
 
 
 class Fingerprint:
-    """Sums keyed hashes of rows, where these are. `total` is what ranks exchange and `merge`."""
+    """Sums keyed hashes of rows on their own device; ranks exchange `total` and `merge` it."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(_LANES, dtype=torch.int64)
 
     @property
     def total(self) -> list[int]:
-        """The sums of the lanes, each of 64 bits with its sign. Waits for the device."""
+        """The sums of the lanes as signed 64-bit integers. Synchronizes with the device."""
         return self._sums.tolist()
 
     def update(self, module: str, tensor_name: str, first_row: int, rows: Tensor) -> None:
-        """Add `rows` [n, ...], rows first_row ... of tensor `module`.`tensor_name`.
+        """Add rows of one tensor. Does not synchronize with a GPU.
 
-        W_q counts as its bytes, whatever dtype it is viewed as; scale and zero as stored. Each
-        row of a model must be added exactly once over all ranks. Not waited for on a GPU.
+        The caller must add each row of the model exactly once over all ranks.
+
+        Args:
+            module: The name of the module.
+            tensor_name: `W_q`, `scale` or `zero`.
+            first_row: The index of the first of `rows` in the whole tensor.
+            rows: [n, ...]. W_q is hashed as bytes, whatever its storage dtype; others as stored.
         """
         if rows.shape[0] == 0:
             return
@@ -57,25 +64,27 @@ class Fingerprint:
         key = _key(f"{module}.{tensor_name}")
         self._sums = self._sums.to(words.device)
         for start in range(0, words.shape[0], step):
-            part = words[start : start + step].to(torch.int64)
-            place = torch.arange(len(part), device=words.device) + (first_row + start)
-            place = _mixed(place + key)
+            chunk = words[start : start + step].to(torch.int64)
+            # The key of a row: the hash of its tensor's name plus its index in the whole tensor.
+            row_keys = torch.arange(len(chunk), device=words.device) + (first_row + start)
+            row_keys = _mix(row_keys + key)
             for lane in range(_LANES):
-                self._sums[lane] += _mixed((part * multipliers[lane]).sum(1) ^ place).sum()
+                # Multilinear hash of the words, combined with the key. All sums wrap around.
+                self._sums[lane] += _mix((chunk * multipliers[lane]).sum(1) ^ row_keys).sum()
 
     def merge(self, total: Sequence[int]) -> None:
         """Add another rank's `total`."""
         self._sums += torch.tensor(total, dtype=torch.int64, device=self._sums.device)
 
     def hexdigest(self, settings: Mapping[str, Mapping[str, Any]]) -> str:
-        """`sha256:...` of all rows, the layout version, and `settings` by module (JSON values)."""
+        """Return `sha256:...` of all rows, the layout version and `settings` by module (JSON)."""
         meaning = json.dumps([LAYOUT_VERSION, settings], sort_keys=True)
         sums = b"".join(lane.to_bytes(8, "little", signed=True) for lane in self.total)
         return f"sha256:{hashlib.sha256(sums + meaning.encode()).hexdigest()}"
 
 
 def _words(rows: Tensor, tensor_name: str) -> Tensor:
-    """Of W_q 4 bytes each, whose rows are whole tiles of 16; of others each number's bits."""
+    """View rows as integers: 4 bytes of W_q, whose rows are whole tiles of 16, or each number."""
     rows = rows.contiguous()
     if tensor_name == "W_q":
         return as_bytes(rows).view(torch.int32)
@@ -83,24 +92,24 @@ def _words(rows: Tensor, tensor_name: str) -> Tensor:
 
 
 def _key(name: str) -> int:
-    """63 bits."""
+    """Return a 63-bit hash of a tensor's name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
 
 
 @functools.lru_cache(maxsize=64)
 def _multipliers(count: int, device: torch.device) -> Tensor:
-    """Odd, so that no change of a single word is lost: int64 [lanes, count]."""
+    """Return int64 [lanes, count]. Odd numbers, so that a change of a single word is never lost."""
     numbers = torch.arange(_LANES * count, dtype=torch.int64).view(_LANES, count)
-    return (_mixed(_mixed(numbers + 1)) | 1).to(device)
+    return (_mix(_mix(numbers + 1)) | 1).to(device)
 
 
-def _mixed(x: Tensor) -> Tensor:
-    """Another int64 for each, one to one (how splitmix64 ends; Steele, Lea, Flood 2014)."""
-    x = (x ^ _right(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _right(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _right(x, 31)
+def _mix(x: Tensor) -> Tensor:
+    """Permute int64 values with the finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
+    x = (x ^ _logical_shift_right(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _logical_shift_right(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _logical_shift_right(x, 31)
 
 
-def _right(x: Tensor, by: int) -> Tensor:
-    """Shifted as if it had no sign."""
+def _logical_shift_right(x: Tensor, by: int) -> Tensor:
+    """Shift right as if the int64 were unsigned."""
     return (x >> by) & ((1 << (64 - by)) - 1)

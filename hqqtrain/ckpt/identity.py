@@ -1,4 +1,4 @@
-"""Whether a run directory is this configuration's, and in what they differ where it is not."""
+"""Compare a configuration with the one of an existing run directory."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -14,26 +14,33 @@ _DEFINING = RunConfig.__dataclass_fields__.keys() - set(NOT_THE_RESULT)
 
 
 def refuse_another(folder: Path, config: RunConfig) -> None:
-    """Raises UserError, with the difference, where config.yaml of `folder` is another run's."""
+    """Check that config.yaml of `folder` has the same result-defining keys as `config`.
+
+    Keys in `MAY_CHANGE` may differ.
+
+    Raises:
+        UserError: the configuration is another, or the file is damaged. The message lists the keys
+            that differ.
+    """
     path = folder / "config.yaml"
-    there, here = read_yaml(path), masked(asdict(config))
-    if "identity" not in there:  # it stands behind the configuration
+    saved, current = read_yaml(path), masked(asdict(config))
+    if "identity" not in saved:  # it is written after the configuration
         raise _damaged(path, "it is incomplete")
-    if there.get("identity") == config.identity():
+    if saved.get("identity") == config.identity():
         return
-    old, new = _flat(there), _flat(here)
+    old, new = _flatten(saved), _flatten(current)
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if keys and all(k in MAY_CHANGE for k in keys):
         return
-    shown = "; ".join(f"{k}={_text(new, k)} (there {_text(old, k)})" for k in keys)
+    shown = "; ".join(f"{k}={_text(new, k)} (saved: {_text(old, k)})" for k in keys)
     raise UserError(
-        f"{folder}: holds a run of another configuration: {shown or 'of another version'}. Choose "
-        "another run.name, or null, which gives each configuration a directory of its own."
+        f"{folder}: contains a run of another configuration: {shown or 'of another version'}. "
+        "Choose another run.name, or null, which gives each configuration a directory of its own."
     )
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """`group.key` -> value of all that defines the result."""
+def _flatten(values: dict[str, Any]) -> dict[str, Any]:
+    """Return `group.key` -> value of all keys that define the result."""
     flat: dict[str, Any] = {}
     for group, value in values.items():
         if group in _DEFINING:
@@ -49,7 +56,11 @@ def _text(flat: dict[str, Any], name: str) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML or JSON object; empty where there is no file. Raises UserError for anything else."""
+    """Read a YAML or JSON object; return an empty one if the file does not exist.
+
+    Raises:
+        UserError: the file cannot be read or contains anything else.
+    """
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -57,12 +68,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise _damaged(path, " ".join(str(error).split())) from error
     if not isinstance(found, dict):
-        raise _damaged(path, "it holds no keys")
+        raise _damaged(path, "it contains no keys")
     return found
 
 
 def _damaged(path: Path, why: str) -> UserError:
     return UserError(
-        f"{path}: cannot be read ({why}). Choose another run.name, or bring the file back as the "
-        "run wrote it."
+        f"{path}: cannot be read ({why}). Choose another run.name, or restore the file as the run "
+        "wrote it."
     )

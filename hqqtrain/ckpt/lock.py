@@ -1,4 +1,4 @@
-"""A file that one process holds, and that tells other machines whether they share its disk."""
+"""A lock file that one process holds, and by which other machines verify a shared file system."""
 
 import fcntl
 import os
@@ -12,20 +12,20 @@ from hqqtrain.config import UserError
 from hqqtrain.config.atomic import sync
 
 SEEN_WITHIN = 15.0
-"""Seconds: NFS may keep what it knows of a folder for some."""
+"""Seconds to wait for another machine's file: NFS clients cache folders for some seconds."""
 
 
 def take_lock(path: Path) -> IO[str] | None:
-    """Holds `path` until the result is closed; None while another process has it.
+    """Lock `path` until the returned file is closed; return None if another process holds it.
 
-    flock: the kernel frees it when the process dies, however it dies. A new token is written into
-    the file, see `check_seen`.
+    The lock is an `flock`, which the kernel releases whenever the process dies. A new random token
+    is written into the file for `check_seen`.
     """
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = path.open("a")
-        except FileNotFoundError:  # another process has just removed the folder it had made
+        except FileNotFoundError:  # another process has just removed its empty run directory
             continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,7 +42,7 @@ def take_lock(path: Path) -> IO[str] | None:
 
 
 def token_of(path: Path) -> str:
-    """What the last process to take the lock has written there; empty without one."""
+    """Return the token of the last process that took the lock, or an empty string."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError:
@@ -50,19 +50,28 @@ def token_of(path: Path) -> str:
 
 
 def check_seen(path: Path, token: str, key: str) -> None:
-    """Raises UserError, naming `key`, where this machine does not see `token` in `path`."""
+    """Check that this machine sees `token` in `path`, that is, shares the file system.
+
+    Args:
+        path: The lock file.
+        token: The token that rank 0 has written.
+        key: The config key and value to name in the message.
+
+    Raises:
+        UserError: the token does not appear within `SEEN_WITHIN` seconds.
+    """
     end = time.monotonic() + SEEN_WITHIN
     while token_of(path) != token:
         if time.monotonic() > end:
             raise UserError(
-                f"{key}: {socket.gethostname()} does not see there what the first rank wrote into "
+                f"{key}: {socket.gethostname()} does not see the file that rank 0 wrote to "
                 f"{path.parent}. All nodes need one shared folder."
             )
         time.sleep(0.1)
 
 
 def _is_current(file: IO[str], path: Path) -> bool:
-    """Whether `path` still is the locked file: its last owner may just have removed it."""
+    """Whether `path` is still the locked file; its last owner may just have removed it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

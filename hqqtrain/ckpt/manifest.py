@@ -1,6 +1,6 @@
-"""A folder that knows its own contents: one altered or missing byte is noticed before it is used.
+"""Checksums of a folder, so that a changed or missing byte is found before the files are used.
 
-Disks and copies do lose bytes, and most lost bytes of a checkpoint would load without a complaint.
+Disks and copies do lose bytes, and most damaged checkpoints would load without an error.
 """
 
 import hashlib
@@ -17,20 +17,22 @@ from hqqtrain.config.atomic import sync
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 20
 _THREADS = 4
-"""Files that are read at a time: one thread hashes some 2 GB/s, disks give more."""
+"""Files to read at a time: one thread hashes about 2 GB/s, and disks deliver more."""
 
 Facts = dict[str, Any]
-"""Of a file: `bytes`, its size, and `sha256`."""
+"""The size (`bytes`) and checksum (`sha256`) of a file."""
 
 
 class DamagedError(Exception):
-    """A file is missing, or not what it was when it was written: which one."""
+    """A file is missing or was changed after it was written. The message names the file."""
 
 
 def seal(folder: Path, known: Mapping[str, Facts] = MappingProxyType({})) -> None:
-    """Writes the sizes and sha256 of all files of `folder` into its manifest.json.
+    """Write the sizes and sha256 of all files of `folder` into its manifest.json.
 
-    `known`: those of files that need not be read again, by name, as `facts_of` gives them.
+    Args:
+        folder: The folder to seal.
+        known: File name -> `facts_of` that file, for files that need not be read again.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     path = folder / MANIFEST
@@ -40,29 +42,38 @@ def seal(folder: Path, known: Mapping[str, Facts] = MappingProxyType({})) -> Non
 
 
 def check_sealed(folder: Path, rank: int = 0, ranks: int = 1) -> None:
-    """Reads every byte, of several `ranks` each its share of the files.
+    """Verify a sealed folder: the sizes of all files, and the checksums of this rank's share.
 
-    Raises DamagedError unless all files, as far as sizes go, and those of the share in every byte,
-    are as `seal` has found them.
+    Args:
+        folder: The sealed folder.
+        rank: This rank, which reads every `ranks`-th file.
+        ranks: The number of ranks that share the work.
+
+    Raises:
+        DamagedError: a file is missing or differs from what `seal` found.
     """
     files = sorted(_manifest(folder).items())
     for name, facts in files:
         _check_size(folder / name, facts)
     mine = files[rank::ranks]
     with ThreadPoolExecutor(_THREADS, "checking") as pool:
-        found = list(pool.map(facts_of, [folder / name for name, _ in mine]))
-    for (name, facts), there in zip(mine, found, strict=True):
-        if there != facts:
+        actual = list(pool.map(facts_of, [folder / name for name, _ in mine]))
+    for (name, expected), facts in zip(mine, actual, strict=True):
+        if facts != expected:
             raise DamagedError(f"{folder / name}: is not what was written (its checksum differs)")
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether `folder` has a manifest; what an older version wrote may have none."""
+    """Whether `folder` has a manifest. Folders of older versions may have none."""
     return (folder / MANIFEST).is_file()
 
 
 def facts_of(path: Path) -> Facts:
-    """{"bytes": size, "sha256": of the contents}. Raises DamagedError where it cannot be read."""
+    """Return the size and sha256 of a file.
+
+    Raises:
+        DamagedError: the file cannot be read.
+    """
     digest, size = hashlib.sha256(), 0
     with _readable(path), path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -94,7 +105,7 @@ def _manifest(folder: Path) -> dict[str, Facts]:
         with _readable(path):
             text = path.read_bytes().decode()
         files = json.loads(text)["files"]
-        intact = text == _text(files)  # which holds a checksum of itself
+        intact = text == _text(files)  # the text includes its own checksum
     except (ValueError, KeyError, TypeError):
         intact = False
     if not intact:

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions of everything, and the revision of the source code."""
+"""The provenance of a result: package versions, source revision and digests of input files."""
 
 import hashlib
 import platform
@@ -9,6 +9,7 @@ from pathlib import Path
 from hqqtrain.config import RunConfig
 
 MADE_FROM = "made_from.json"
+"""File next to a quantized model that records the digest of its source, see `made_from`."""
 
 _PACKAGES = (
     "hqqtrain", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors",
@@ -17,7 +18,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Name -> version of Python and of every package that shapes a result, where installed."""
+    """Return name -> version of Python and of every installed package that affects results."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -28,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Commit of the checkout this code runs from, `-dirty` where it was edited; else None."""
+    """Return the git commit of this checkout, with `-dirty` if edited; None outside a checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
@@ -41,9 +42,9 @@ def git_revision() -> str | None:
 
 
 def input_stamps(config: RunConfig) -> dict[str, str]:
-    """Key -> digest of the sizes and times of the local files that the key names.
+    """Return config key -> `stamp` of the local files that the key names.
 
-    A run's identity knows their path only; this tells when something else lies there.
+    A run's identity only contains their paths; these digests reveal that the files have changed.
     """
     keys = {
         "model.name_or_path": config.model.name_or_path,
@@ -56,14 +57,17 @@ def input_stamps(config: RunConfig) -> dict[str, str]:
 
 
 def made_from(config: RunConfig) -> dict[str, str | None]:
-    """What a quantized model lies beside, in MADE_FROM, to be known again by: its source's digest;
-    none for what is not a local folder, which its name tells."""
+    """Return the digest of the local source model, to detect later that the source has changed.
+
+    The digest is stored in `MADE_FROM` next to the quantized model. It is None for models of the
+    hub, which their name and revision identify.
+    """
     key = "model.name_or_path"
     return {key: input_stamps(config).get(key)}
 
 
 def stamp(path: Path) -> str:
-    """sha256, in hex, of the names, sizes and times of a file, or of all files of a folder."""
+    """Return the sha256, in hex, of the names, sizes and times of a file or a folder's files."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     facts = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()

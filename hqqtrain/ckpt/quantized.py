@@ -1,8 +1,9 @@
-"""`quantized/`: the packed model as a folder that says how to read itself.
+"""`quantized/`: the packed model as a self-describing folder.
 
-Tensors have their Hugging Face names + `.W_q .scale .zero`, beside everything that stayed in
-full precision; W_q is stored as bytes however it was held. `config.json` carries the settings
-of every layer, so the folder can be read, in slices, by any number of ranks.
+A packed weight is stored under its Hugging Face module name + `.W_q .scale .zero`, next to all
+tensors that stayed in full precision. W_q is stored as bytes, whatever its storage dtype in memory.
+`config.json` contains the settings of every layer, so any number of ranks can read the folder in
+slices.
 """
 
 import shutil
@@ -31,20 +32,24 @@ from hqqtrain_kernels.layout import LAYOUT_VERSION, Layout
 from hqqtrain_kernels.reference import as_bytes
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_META_DTYPES = {_name(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
+_META_DTYPES = {_dtype_name(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 _COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.model", "chat_template.*", "generation_config.json",
 )  # fmt: skip
+"""Files to copy from the source model: tokenizer, chat template and generation settings."""
 
 
 @dataclass(frozen=True)
 class ModuleSettings:
-    """How one linear is quantized, in JSON's types; `group_size` None: a whole row or column."""
+    """How one linear layer is quantized, in JSON types.
+
+    `group_size` None means that a whole row or column shares a scale.
+    """
 
     nbits: int
     group_size: int | None
@@ -56,49 +61,58 @@ class ModuleSettings:
 
     @classmethod
     def of(cls, module: HQQLinear) -> "ModuleSettings":
+        """Return the settings of a quantized layer."""
         spec, layout = module.spec, module.layout
-        dtype = _name(spec.meta_dtype)
+        dtype = _dtype_name(spec.meta_dtype)
         shape = (layout.out_features, layout.in_features)
         return cls(spec.nbits, spec.group_size, spec.axis, spec.solver, dtype, *shape)
 
     @property
     def spec(self) -> QuantSpec:
-        """Raises KeyError for an unknown `meta_dtype`."""
+        """The settings as a `QuantSpec`.
+
+        Raises:
+            KeyError: `meta_dtype` is unknown.
+        """
         settings = (self.nbits, self.group_size, self.axis, self.solver)
         return QuantSpec(*settings, _META_DTYPES[self.meta_dtype])
 
     @property
     def layout(self) -> Layout:
+        """The layout of the packed weight."""
         return self.spec.layout(self.out_features, self.in_features)
 
 
 @dataclass(frozen=True)
 class QuantizedSettings:
-    """What config.json of a quantized model says beyond the architecture."""
+    """The part of a quantized model's config.json that describes its quantization."""
 
     modules: dict[str, ModuleSettings]
     fingerprint: str
 
     @classmethod
     def of(cls, model: nn.Module, fingerprint: str = "") -> "QuantizedSettings":
-        """The settings of every HQQLinear in `model`, by its name in the checkpoint."""
+        """Collect the settings of every HQQLinear in `model`, by its name in the checkpoint."""
         named = base_model(model).named_modules()
         linears = {plain_name(n): m for n, m in named if isinstance(m, HQQLinear)}
         return cls({n: ModuleSettings.of(m) for n, m in linears.items()}, fingerprint)
 
     def by_module(self) -> dict[str, dict[str, Any]]:
-        """The settings as JSON values: what `Fingerprint.hexdigest` takes."""
+        """Return the settings as JSON values, as `Fingerprint.hexdigest` expects them."""
         return {name: asdict(settings) for name, settings in self.modules.items()}
 
     def quantization_config(self) -> dict[str, Any]:
+        """Return the `quantization_config` entry of config.json."""
         head = {"quant_method": "hqqtrain", "layout_version": LAYOUT_VERSION}
         return head | {"fingerprint": self.fingerprint, "modules": self.by_module()}
 
 
 def quantized_settings(folder: Path) -> QuantizedSettings:
-    """The settings in config.json of a quantized folder.
+    """Read the settings from config.json of a quantized folder.
 
-    Raises UserError where it is not ours, was written by a newer layout, or is damaged.
+    Raises:
+        UserError: the folder is not quantized by hqqtrain, has another layout version, or is
+            damaged.
     """
     found = read_config_json(folder).get("quantization_config") or {}
     path = folder / "config.json"
@@ -112,7 +126,7 @@ def quantized_settings(folder: Path) -> QuantizedSettings:
     try:
         modules = {name: ModuleSettings(**values) for name, values in found["modules"].items()}
         for settings in modules.values():
-            _ = settings.layout
+            _ = settings.layout  # raises if the settings contradict each other
         return QuantizedSettings(modules, found["fingerprint"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: quantization_config is damaged ({error}).") from error
@@ -121,9 +135,13 @@ def quantized_settings(folder: Path) -> QuantizedSettings:
 def model_tensors(model: nn.Module, *,
                   gather: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
                   ) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
-    """(name, tensor) of a quantized model as it is saved; W_q as uint8, tied tensors once.
+    """Yield (name, tensor) of a quantized model in the saved form.
 
-    `gather` makes a whole tensor of a shard; it is called in the same order on every rank.
+    W_q is yielded as uint8, and tied tensors only once.
+
+    Args:
+        model: The quantized model, with or without an adapter.
+        gather: Makes a full tensor of a shard. It is called in the same order on every rank.
     """
     for name, module, leaf, tensor in base_tensors(model):
         whole = gather(tensor.detach())
@@ -132,7 +150,7 @@ def model_tensors(model: nn.Module, *,
 
 
 def reader_tensors(reader: CheckpointReader) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of everything in a checkpoint, by name, one at a time."""
+    """Yield (name, tensor) of everything in a checkpoint, sorted by name, one at a time."""
     for name in reader.names:
         yield name, reader.read(name)
 
@@ -141,12 +159,21 @@ def save_quantized(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
                    hf_config: PretrainedConfig, settings: QuantizedSettings, source: Path,
                    max_shard_bytes: int = MAX_SHARD_BYTES, processes: Processes = ALONE,
                    beside: Mapping[str, Any] = MappingProxyType({})) -> int:  # fmt: skip
-    """Write `folder`, complete or not at all; returns the bytes of all tensors.
+    """Write a quantized model completely or not at all, with a manifest for `check_quantized`.
 
-    `tensors`: as `model_tensors` yields them, on all of `processes` alike. Tokenizer and
-    generation settings are copied from `source`, the folder that the model was read from.
-    `beside`: JSON files to write there, by name. A manifest.json says what `check_quantized` is to
-    find.
+    Args:
+        tensors: The stream that `model_tensors` yields, the same on every rank.
+        folder: The folder to create or replace.
+        hf_config: The configuration of the model.
+        settings: The settings of the quantized layers.
+        source: The folder of the source model, from which to copy the tokenizer and generation
+            settings.
+        max_shard_bytes: The largest size of a file.
+        processes: The ranks that write together.
+        beside: Additional JSON files to write into the folder, by name.
+
+    Returns:
+        The bytes of all tensors.
     """
     with directory_of_all(folder, processes) as partial:
         done = write_shards(
@@ -163,25 +190,30 @@ def save_quantized(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
 
 
 def check_quantized(folder: Path, processes: Processes, way_out: str | None = None) -> None:
-    """Reads all that `save_quantized` has written, each rank a share of the files. Collective.
+    """Verify the checksums of a quantized folder, each rank a share of the files. Collective.
 
-    The fingerprint covers packed rows alone: a norm that lost a byte would go unnoticed. A folder
-    without a manifest, as an older version wrote it, is taken as it is.
+    The fingerprint only covers packed rows, so it would miss a changed byte of a norm. A folder
+    without a manifest, as older versions wrote it, is accepted unchecked.
 
-    Raises UserError on every rank where a file is not what was written. `way_out`: what helps;
-    by default to delete the folder.
+    Args:
+        folder: The quantized folder.
+        processes: The ranks that share the work.
+        way_out: The advice in the message; by default to delete the folder.
+
+    Raises:
+        UserError: a file is not what was written. Raised on every rank.
     """
     with processes.together():
         if is_sealed(folder):
             try:
                 check_sealed(folder, processes.rank, processes.size)
             except DamagedError as error:
-                anew = f"Delete {folder} and run again: it is then quantized anew."
-                raise UserError(f"{error}. {way_out or anew}") from error
+                advice = way_out or f"Delete {folder} and run again to quantize again."
+                raise UserError(f"{error}. {advice}") from error
 
 
 def config_json(hf_config: PretrainedConfig) -> dict[str, Any]:
-    """What config.json of a dense model of this configuration holds, with `architectures`."""
+    """Return the config.json of a dense model of this configuration, with `architectures`."""
     found = hf_config.to_diff_dict()
     if not found.get("architectures"):
         found["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config.model_type]]
@@ -189,7 +221,7 @@ def config_json(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer and generation files; links (of the hub's cache) become files."""
+    """Copy tokenizer and generation files; links into the hub's cache become regular files."""
     for pattern in _COMPANIONS:
         for path in sorted(source.glob(pattern)):
             if path.is_file():

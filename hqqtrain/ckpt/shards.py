@@ -1,7 +1,7 @@
-"""Writing a stream of tensors as a Hugging Face checkpoint: shards of bounded size, an index.
+"""Write a stream of tensors as a Hugging Face checkpoint: shards of bounded size with an index.
 
-The stream may be longer than memory: a rank holds a shard, and one that is on its way to the disk.
-Which tensors share a file does not depend on how many ranks write.
+The stream may exceed memory: a rank holds at most one shard, plus one that is being written. The
+assignment of tensors to files does not depend on the number of ranks.
 """
 
 import concurrent.futures as futures
@@ -23,7 +23,7 @@ MAX_SHARD_BYTES = 2_000_000_000
 
 
 class Written(NamedTuple):
-    """The bytes of all tensors; the facts of the files they are in, if these were hashed."""
+    """The bytes of all tensors, and the sizes and checksums of the files if these were hashed."""
 
     bytes: int
     facts: dict[str, Facts]
@@ -31,9 +31,10 @@ class Written(NamedTuple):
 
 @contextmanager
 def directory_of_all(path: Path, processes: Processes) -> Iterator[Path]:
-    """`atomic_directory` for all ranks: the first makes it, and puts it in place when all are done.
+    """Share an `atomic_directory` among all ranks. Collective.
 
-    Where one rank fails, nothing is left of it, and all raise. Collective.
+    Rank 0 creates the folder and renames it when all ranks are done. If one rank fails, the folder
+    is removed and all ranks raise.
     """
     with ExitStack() as stack:
         with processes.together():
@@ -48,19 +49,28 @@ def directory_of_all(path: Path, processes: Processes) -> Iterator[Path]:
 def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
                  max_bytes: int = MAX_SHARD_BYTES, processes: Processes = ALONE,
                  hashed: bool = False) -> Written:  # fmt: skip
-    """Write `tensors` (name, tensor) into `folder`; `hashed`: for a manifest.
+    """Write a stream of tensors into `folder`. Collective.
 
-    One file is named model.safetensors; several get transformers' numbered names and an index.
-    A tensor larger than `max_bytes` has a shard of its own. Every rank gives the same stream, and
-    writes each `processes.size`-th shard. Collective; a rank that cannot write goes on to the end
-    of the stream, which may be one of gathers.
+    A single file is named model.safetensors; several get transformers' numbered names and an index.
+    A rank whose writes fail still consumes the stream to its end, because the stream may consist of
+    collective gathers. Its error is raised on all ranks afterwards.
+
+    Args:
+        tensors: (name, tensor), the same stream on every rank.
+        folder: The existing folder to write into.
+        max_bytes: The largest size of a shard. A larger tensor gets its own shard.
+        processes: The ranks; each writes every `processes.size`-th shard.
+        hashed: Whether to compute checksums for a manifest.
+
+    Returns:
+        The bytes of all tensors, and file name -> size and checksum if `hashed`.
     """
     weight_map: dict[str, int] = {}
     with processes.together(), _Writer(folder, processes, hashed) as writer:
         size = total = number = 0
         for name, tensor in tensors:
             if name in weight_map:
-                raise ValueError(f"tensor {name} comes twice")
+                raise ValueError(f"tensor {name} occurs twice")
             if size and size + tensor.nbytes > max_bytes:
                 writer.save(number)
                 number, size = number + 1, 0
@@ -69,15 +79,16 @@ def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
             size, total = size + tensor.nbytes, total + tensor.nbytes
         writer.save(number)
         writer.finish()
-    names = _names(number + 1)
+    # The final names contain the number of shards, which is known only now.
+    names = _shard_names(number + 1)
     if processes.is_main:
-        _name_shards(folder, weight_map, names, total)
+        _rename_shards(folder, weight_map, names, total)
     facts = [item for rank in processes.gather(writer.facts) for item in rank.items()]
     return Written(total, {names[number]: found for number, found in facts})
 
 
 class _Writer:
-    """Writes this rank's shards on a thread of its own, one after the other."""
+    """Writes this rank's shards on a background thread, one after the other."""
 
     def __init__(self, folder: Path, processes: Processes, hashed: bool) -> None:
         self._folder, self._processes, self._hashed = folder, processes, hashed
@@ -93,12 +104,15 @@ class _Writer:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def add(self, name: str, tensor: torch.Tensor, number: int) -> None:
-        """A tensor of shard `number`, which other ranks only look at."""
+        """Add a tensor to shard `number`, if this rank writes that shard."""
         if self._is_mine(number) and not self._has_failed():
             self._shard[name] = _owned(tensor)
 
     def save(self, number: int) -> None:
-        """Shard `number` is complete. Waits for the one before it, so that they do not pile up."""
+        """Start to write the complete shard `number`, after waiting for the previous one.
+
+        Waiting bounds the memory to one shard in work and one being written.
+        """
         if self._is_mine(number):
             futures.wait(self._saving)
         if self._is_mine(number) and not self._has_failed():
@@ -106,15 +120,17 @@ class _Writer:
             self._shard = {}
 
     def finish(self) -> None:
-        """Raises what saving has raised."""
+        """Wait for all writes and raise their errors."""
         for saving in self._saving:
             saving.result()
 
     def _write(self, shard: dict[str, torch.Tensor], number: int) -> None:
-        """Hashed here, the file comes from memory, and the next shard is gathered meanwhile."""
-        _save(shard, self._folder, number)
+        path = _temporary_path(self._folder, number)
+        save_tensors(shard, path)
+        sync(path)  # only the machine that has written a file can flush it
         if self._hashed:
-            self.facts[number] = facts_of(_path(self._folder, number))
+            # Here the file is still in the page cache, and the next shard is gathered meanwhile.
+            self.facts[number] = facts_of(path)
 
     def _has_failed(self) -> bool:
         return any(saving.done() and saving.exception() for saving in self._saving)
@@ -124,32 +140,26 @@ class _Writer:
 
 
 def _owned(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU and contiguous, in memory of its own: safetensors refuses shared storage."""
+    """Return a contiguous CPU tensor with its own storage; safetensors refuses shared storage."""
     tensor = tensor.detach().cpu().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone()
 
 
-def _path(folder: Path, number: int) -> Path:
-    """Of a shard, until it is known how many there are."""
+def _temporary_path(folder: Path, number: int) -> Path:
+    """Return the path of a shard until the number of shards is known."""
     return folder / f"shard-{number}"
 
 
-def _save(shard: dict[str, torch.Tensor], folder: Path, number: int) -> None:
-    path = _path(folder, number)
-    save_tensors(shard, path)
-    sync(path)  # only this machine can
-
-
-def _names(count: int) -> list[str]:
-    """transformers' names of `count` shards; they carry the number, known only at the end."""
+def _shard_names(count: int) -> list[str]:
+    """Return the file names that transformers gives to `count` shards."""
     several = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     return several if count > 1 else [SINGLE]
 
 
-def _name_shards(folder: Path, weight_map: dict[str, int], names: list[str], total: int) -> None:
+def _rename_shards(folder: Path, weight_map: dict[str, int], names: list[str], total: int) -> None:
     for number, name in enumerate(names):
-        _path(folder, number).rename(folder / name)
+        _temporary_path(folder, number).rename(folder / name)
     if len(names) > 1:
         index = {name: names[number] for name, number in sorted(weight_map.items())}
         atomic_write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})

@@ -1,4 +1,4 @@
-"""`checkpoints/` of a run: which there are, which is the newest that is whole, which can go."""
+"""The checkpoints of a run: find the newest intact one, and delete those that are not kept."""
 
 import json
 import logging
@@ -17,34 +17,38 @@ _PREFIX = "step-"
 
 @dataclass
 class CheckpointStore:
-    """The folder `root`, of which `keep_last` and the `keep_best` with the lowest loss stay."""
+    """The folder `root` of checkpoints.
+
+    `prune` keeps the `keep_last` newest and the `keep_best` with the lowest `eval/loss`.
+    """
 
     root: Path
     keep_last: int
     keep_best: int = 0
 
     def folder(self, step: int) -> Path:
-        """Where the checkpoint after `step` optimizer steps lies."""
+        """Return the folder of the checkpoint after `step` optimizer steps."""
         return self.root / f"{_PREFIX}{step:08}"
 
     def steps(self) -> list[int]:
-        """The steps of all checkpoints, whole or not, ascending."""
+        """Return the steps of all checkpoints, damaged ones included, in ascending order."""
         numbers = (path.name.removeprefix(_PREFIX) for path in self.root.glob(f"{_PREFIX}*"))
         return sorted(int(number) for number in numbers if number.isdigit())
 
     def newest(self) -> Checkpoint | None:
-        """The newest one that is whole; None where there is none at all.
+        """Return the newest intact checkpoint, or None if there are no checkpoints.
 
-        Newer ones, which are damaged, are set aside under another name: they do not count among
-        those that are kept. Raises UserError where all are damaged: to begin anew would be a
-        surprise.
+        Newer checkpoints, which are damaged, are renamed so that `prune` does not count them.
+
+        Raises:
+            UserError: all checkpoints are damaged. Starting from scratch would be a surprise.
         """
         faults: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 found = read_checkpoint(self.folder(step))
             except DamagedError as error:
-                logger.warning("%s; the checkpoint before it is tried", error)
+                logger.warning("%s; trying the previous checkpoint", error)
                 faults[step] = str(error)
                 continue
             for damaged in faults:
@@ -52,28 +56,31 @@ class CheckpointStore:
             return found
         if not faults:
             return None
-        told = "; ".join(faults.values())
         raise UserError(
-            f"{self.root}: no checkpoint can be used: {told}. Take one from a backup, or begin "
-            "anew with run.resume=never."
+            f"{self.root}: no checkpoint can be used: {'; '.join(faults.values())}. Restore one "
+            "from a backup, or start from scratch with run.resume=never."
         )
 
     def tidy(self) -> None:
-        """Deletes what killed processes have left half written or half deleted."""
-        for path in (*self.root.glob(f".{_PREFIX}*"), _going(self.root)):
+        """Delete the partial folders that killed processes have left."""
+        for path in (*self.root.glob(f".{_PREFIX}*"), _deletion_path(self.root)):
             shutil.rmtree(path, ignore_errors=True)
 
     def prune(self) -> None:
-        """Deletes what is not to be kept. A name goes first, so that none is seen half deleted."""
+        """Delete all checkpoints except those to keep.
+
+        A folder is renamed before it is deleted, so that nobody sees a partial checkpoint.
+        """
         steps = self.steps()
         losses = {step: loss for step in steps if (loss := self._loss(step)) is not None}
+        # Of equal losses the later step counts as better.
         best = sorted(losses, key=lambda step: (losses[step], -step))[: self.keep_best]
         for step in steps[: -self.keep_last]:
             if step not in best:
                 _delete(self.folder(step))
 
     def _loss(self, step: int) -> float | None:
-        """`eval/loss` of a checkpoint, if it was measured there."""
+        """Return the `eval/loss` of a checkpoint, or None if it was not measured there."""
         try:
             state = json.loads((self.folder(step) / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -81,17 +88,18 @@ class CheckpointStore:
         return state.get("eval_loss")
 
     def clear(self) -> None:
-        """Deletes all of them."""
+        """Delete all checkpoints."""
         _delete(self.root)
 
 
 def _delete(folder: Path) -> None:
     if folder.exists():
-        _replace(folder, _going(folder))
-        shutil.rmtree(_going(folder))
+        _replace(folder, _deletion_path(folder))
+        shutil.rmtree(_deletion_path(folder))
 
 
-def _going(folder: Path) -> Path:
+def _deletion_path(folder: Path) -> Path:
+    """Return the name that a folder has while it is being deleted."""
     return folder.with_name(f".{folder.name}.going")
 
 

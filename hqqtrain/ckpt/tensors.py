@@ -1,4 +1,4 @@
-"""Writing a safetensors file whose disk is full: an error that says so."""
+"""Write safetensors files with errors that say why the disk refused."""
 
 import errno
 import re
@@ -11,10 +11,14 @@ from torch import Tensor
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
-    """`save_file`, with "format" in the metadata. Raises OSError where the disk does not take it:
-    safetensors hides the system's in an error of its own."""
+    """Write a safetensors file with `format: pt` and `metadata` in its header.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
     try:
         save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
     except SafetensorError as error:
+        # safetensors wraps the system's error in its own: recover the number from the text.
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error

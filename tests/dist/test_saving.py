@@ -68,14 +68,14 @@ def test_every_rank_raises_for_a_corrupt_byte_that_one_finds(number, tmp_path):
 
 def one_disk_is_full(rank: int, processes: Processes, folder: Path) -> None:
     if rank == 1:
-        saved = shards._save
+        save_tensors = shards.save_tensors
 
-        def save(shard: dict[str, torch.Tensor], folder: Path, number: int) -> None:
-            if number == 3:
+        def failing(tensors: dict[str, torch.Tensor], path: Path) -> None:
+            if path.name == "shard-3":
                 raise OSError("no space left on device")
-            saved(shard, folder, number)
+            save_tensors(tensors, path)
 
-        shards._save = save
+        shards.save_tensors = failing
     write(folder, processes)
 
 
@@ -99,7 +99,7 @@ def test_a_folder_that_is_not_shared_is_detected(tmp_path, monkeypatch):
     here, there = (RunConfig(run=RunSection(root=str(tmp_path / n), name="a")) for n in "xy")
     with RunDirectory(here) as first:
         RunDirectory(here).check_shared(first.token())
-        with pytest.raises(UserError, match=r"run\.root=.*does not see there"):
+        with pytest.raises(UserError, match=r"run\.root=.*does not see the file that rank 0 wrote"):
             RunDirectory(there).check_shared(first.token())
         with RunDirectory(there), pytest.raises(UserError, match="one shared folder"):
             RunDirectory(there).check_shared(first.token())

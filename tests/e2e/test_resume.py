@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from safetensors.torch import load_file
 from hqqtrain.track import read_metrics
 
 WORDS = (
-    *QUICK, "run.name=run", "train.max_steps=24", "train.precision=fp32", "ckpt.every=4",
-    "adapter.dropout=0.1", "train.micro_batch_size=1", "eval.tokens=256", "eval.every=10",
+    *QUICK, "run.name=run", "train.max_steps=12", "train.precision=fp32", "ckpt.every=2",
+    "adapter.dropout=0.1", "train.micro_batch_size=1", "eval.tokens=256", "eval.every=5",
 )  # fmt: skip
 
 
@@ -37,7 +38,7 @@ def results(done: Finished) -> dict:
     """Return all results that must not depend on interruptions."""
     folder = done.directory
     files = [folder / "adapter" / "adapter_model.safetensors"]
-    files += sorted((folder / "checkpoints" / "step-00000024").glob("*.safetensors"))
+    files += sorted((folder / "checkpoints" / "step-00000012").glob("*.safetensors"))
     rows = read_metrics(folder / "metrics.jsonl")
     names = ("train/loss", "train/grad_norm", "train/learning_rate", "eval/loss")
     curves = {name: [(r["train/global_step"], r[name]) for r in rows if name in r]
@@ -75,12 +76,12 @@ def test_stopped_by_a_signal_and_killed(alone: tuple, data: tuple, tmp_path: Pat
     size, whole = alone
     words = (*WORDS, *data)
     root, last = tmp_path / "runs", size - 1
-    stopped = run(*words, root=root, processes=size, meanwhile=when(root, 6, signal.SIGUSR1, last))
+    stopped = run(*words, root=root, processes=size, meanwhile=when(root, 3, signal.SIGUSR1, last))
     assert stopped.code == 3, stopped.output
     assert status(stopped) == ("preempted", 3)
     assert "run the same command again to resume." in stopped.output
     killed = run(*words, root=root, processes=size,
-                 meanwhile=when(root, 14, signal.SIGKILL, *range(size)))  # fmt: skip
+                 meanwhile=when(root, 7, signal.SIGKILL, *range(size)))  # fmt: skip
     assert killed.code == -signal.SIGKILL
     assert status(killed)[0] == "running"
     ended = run(*words, root=root, processes=size)
@@ -91,7 +92,7 @@ def test_stopped_by_a_signal_and_killed(alone: tuple, data: tuple, tmp_path: Pat
     assert ended.summary["quantize"] == whole.summary["quantize"] | {
         key: ended.summary["quantize"][key] for key in ("seconds", "peak_memory_gib")
     }
-    assert ended.summary["train"]["steps"] == 24
+    assert ended.summary["train"]["steps"] == 12
 
 
 def test_a_checkpoint_is_saved_before_the_time_limit(data: tuple, tmp_path: Path):
@@ -105,15 +106,15 @@ def test_a_checkpoint_is_saved_before_the_time_limit(data: tuple, tmp_path: Path
 
 
 ELASTIC = (
-    *QUICK, "run.name=run", "train.precision=fp32", "train.global_batch_size=12",
+    *QUICK, "run.name=run", "train.precision=fp32", "train.global_batch_size=6",
     "optim.schedule=constant", "eval.source=null", "train.packing=false",
 )  # fmt: skip
 
 
 def test_a_run_resumes_on_two_one_three_and_two_ranks(data: tuple, tmp_path: Path):
-    whole = run(*ELASTIC, *data, "train.max_steps=8", root=tmp_path / "whole" / "runs")
+    whole = run(*ELASTIC, *data, "train.max_steps=4", root=tmp_path / "whole" / "runs")
     assert whole.code == 0, whole.output
-    for steps, size in ((2, 2), (4, 1), (6, 3), (8, 2)):
+    for steps, size in ((1, 2), (2, 1), (3, 3), (4, 2)):
         words = (*ELASTIC, *data, f"train.max_steps={steps}")
         done = run(*words, root=tmp_path / "changing" / "runs", processes=size)
         assert done.code == 0, done.output
@@ -122,19 +123,31 @@ def test_a_run_resumes_on_two_one_three_and_two_ranks(data: tuple, tmp_path: Pat
     assert done.summary["train"]["tokens"] == whole.summary["train"]["tokens"]
 
 
+@pytest.fixture(scope="module")
+def two_runs(data: tuple, tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple, Finished, Path]:
+    """Return arguments, a run of one process, and the root of a run that FSDP2 has begun."""
+    folder = tmp_path_factory.mktemp("strategies")
+    words = (*ELASTIC, *data, "train.global_batch_size=4", "train.checkpointing=true")
+    whole = run(*words, "train.max_steps=4", root=folder / "whole" / "runs")
+    assert whole.code == 0, whole.output
+    first = (*words, "train.max_steps=1", "parallel.strategy=fsdp2")
+    begun = run(*first, root=folder / "begun" / "runs", processes=2)
+    assert begun.code == 0, begun.output
+    return words, whole, begun.root
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "zero3"])
-def test_every_strategy_resumes(data: tuple, tmp_path: Path, strategy: str):
+def test_every_strategy_resumes(two_runs: tuple, tmp_path: Path, strategy: str):
     """Resume from FSDP2, then from the strategy itself; then a single process resumes from it."""
     if strategy == "zero3":
         pytest.importorskip("deepspeed")
-    words = [*ELASTIC, *data, "train.global_batch_size=4", "train.checkpointing=true"]
-    whole = run(*words, "train.max_steps=8", root=tmp_path / "whole" / "runs")
-    assert whole.code == 0, whole.output
-    for steps, used in ((2, "fsdp2"), (4, strategy), (6, strategy), (8, "single")):
+    words, whole, begun = two_runs
+    root = shutil.copytree(begun, tmp_path / "runs")
+    for steps, used in ((2, strategy), (3, strategy), (4, "single")):
         here = (*words, f"train.max_steps={steps}", f"parallel.strategy={used}")
-        size = 1 if used == "single" else 2
-        done = run(*here, root=tmp_path / "changing" / "runs", processes=size)
+        done = run(*here, root=root, processes=1 if used == "single" else 2)
         assert done.code == 0, done.output
+        assert "resuming from" in done.output
     assert done.losses() == pytest.approx(whole.losses(), abs=1e-4)
 
 
@@ -145,10 +158,10 @@ def test_resuming_with_other_settings_is_refused(alone: tuple, data: tuple, tmp_
     root = whole.root
     changed = run(*WORDS, *data, "optim.lr=1e-5", root=root)
     assert changed.code == 2
-    assert "optim.lr=1e-05 (there 0.002)" in changed.output
-    fewer = run(*WORDS, *data, "train.max_steps=12", root=root)
+    assert "optim.lr=1e-05 (saved: 0.002)" in changed.output
+    fewer = run(*WORDS, *data, "train.max_steps=6", root=root)
     assert fewer.code == 2
-    assert "has 24 steps, and train.max_steps or epochs ask for 12" in fewer.output
+    assert "has 12 steps, and train.max_steps or epochs ask for 6" in fewer.output
     must = run(*WORDS, *data, "run.resume=must", root=tmp_path / "runs")
     assert must.code == 2
     assert "run.resume=must" in must.output
@@ -210,7 +223,7 @@ def test_training_starts_from_the_adapter_of_a_checkpoint(
     alone: tuple, data: tuple, tmp_path: Path
 ):
     _, whole = alone
-    folder = whole.directory / "checkpoints" / "step-00000024"
+    folder = whole.directory / "checkpoints" / "step-00000012"
     started = run(*QUICK, *data, f"adapter.init_from={folder}", "train.max_steps=1",
                   f"model.name_or_path={whole.directory}", root=tmp_path / "runs")  # fmt: skip
     assert started.code == 0, started.output

@@ -1,4 +1,4 @@
-"""Small random models: quantized, with adapters, and the checkpoints they were made from."""
+"""Fixtures: small random models, quantized and with adapters, and their source checkpoints."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from hqqtrain.nn import lora_config, quantize_model
 
 @dataclass
 class Trained:
-    """A quantized random model with a LoRA adapter whose B is not zero."""
+    """A quantized random model with a LoRA adapter whose B is nonzero."""
 
     source: Path
     model: torch.nn.Module
@@ -37,7 +37,7 @@ class Trained:
 
 @pytest.fixture
 def train(make_model, tmp_path) -> Callable[..., Trained]:
-    """Makes a `Trained`, its dense source saved with a tokenizer."""
+    """Return a function that makes a `Trained` and saves its dense source with a tokenizer."""
 
     def make(kind: str = "llama", *, tied: bool = False, adapter: AdapterConfig | None = None,
              storage: torch.dtype = torch.uint8, **quant) -> Trained:  # fmt: skip
@@ -61,7 +61,7 @@ def train(make_model, tmp_path) -> Callable[..., Trained]:
 
 
 def fingerprint_of(model: torch.nn.Module, settings: QuantizedSettings) -> str:
-    """As filling computes it: every packed row once."""
+    """Compute the fingerprint as loading does: every packed row once."""
     found = Fingerprint()
     for name, tensor in model_tensors(model):
         module, _, leaf = name.rpartition(".")

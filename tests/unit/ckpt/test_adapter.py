@@ -1,4 +1,4 @@
-"""Adapters are stock PEFT files: stock PEFT reads them, without a warning."""
+"""Adapters are stock PEFT files, which PEFT reads without a warning."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def test_stock_peft_on_the_dequantized_base_gives_the_same_logits(train, tmp_pat
         assert (stock(TOKENS).logits - trained.model(TOKENS).logits).abs().max() > 0.01
 
 
-def test_what_is_saved_is_what_is_loaded(train, tmp_path):
+def test_adapters_round_trip(train, tmp_path):
     trained = train()
     folder = _save(trained, tmp_path / "adapter", revision="v1")
     assert set(os.listdir(folder)) == {
@@ -65,7 +65,7 @@ def test_what_is_saved_is_what_is_loaded(train, tmp_path):
     assert found.modules == sorted(trained.settings.modules)
 
 
-def test_the_same_adapter_is_the_same_text(train, tmp_path):
+def test_equal_adapters_are_equal_files(train, tmp_path):
     trained = train()
     one, two = _save(trained, tmp_path / "one"), _save(trained, tmp_path / "two")
     for name in ("adapter_config.json", "README.md"):
@@ -87,7 +87,7 @@ def test_the_card_names_base_bits_and_fingerprint(train, tmp_path):
 
 
 @pytest.mark.parametrize("base", ["tiny", "/models/llama"])
-def test_the_hub_is_told_hub_names_only(train, tmp_path, base):
+def test_only_hub_names_enter_the_front_matter(train, tmp_path, base):
     folder = _save(train(), tmp_path / "a", base=base)
     assert "base_model:" not in (folder / "README.md").read_text()
 
@@ -100,7 +100,7 @@ def test_another_base_is_refused(train):
 
 
 def _stock(folder, model, **config):
-    """An adapter that PEFT itself made, on a dense model, with B not zero."""
+    """Save an adapter made by PEFT itself on a dense model, with nonzero B."""
     targets = {"target_modules": ["q_proj", "down_proj"]}
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **targets | config))
     for name, param in model.named_parameters():
@@ -119,7 +119,7 @@ def _stock(folder, model, **config):
         {"r": 4, "rank_pattern": {"layers.1.mlp.down_proj": 2}},
     ],
 )
-def test_deltas_are_pefts(make_model, tmp_path, config):
+def test_deltas_equal_those_of_peft(make_model, tmp_path, config):
     model = _stock(tmp_path / "a", make_model(), **config)
     adapter = load_adapter(tmp_path / "a")
     assert adapter.fingerprint is None
@@ -165,12 +165,12 @@ def test_damaged_adapters_are_refused(train, tmp_path):
     with pytest.raises(UserError, match="not a complete safetensors file"):
         load_adapter(folder)
     weights.unlink()
-    with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors"):
+    with pytest.raises(UserError, match=r"contains no adapter_model\.safetensors"):
         load_adapter(folder)
-    with pytest.raises(UserError, match=r"holds no adapter_config\.json"):
+    with pytest.raises(UserError, match=r"contains no adapter_config\.json"):
         load_adapter(tmp_path / "nothing")
 
 
-def test_peft_reads_our_state_names(train):
+def test_our_state_names_are_those_of_peft(train):
     trained = train()
     assert trained.adapter.state.keys() == get_peft_model_state_dict(trained.model).keys()

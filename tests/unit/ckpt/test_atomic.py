@@ -1,4 +1,4 @@
-"""Complete or absent, also when the process dies in between."""
+"""Folders and files are complete or absent, even if the process is killed."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 from hqqtrain.ckpt import atomic_directory, atomic_write_json
 
 
-def test_a_folder_appears_whole(tmp_path):
+def test_a_folder_appears_complete(tmp_path):
     target = tmp_path / "deep" / "ünïcode"
     with atomic_directory(target) as partial:
         (partial / "inner").mkdir()
@@ -19,7 +19,7 @@ def test_a_folder_appears_whole(tmp_path):
     assert os.listdir(target.parent) == [target.name]
 
 
-def test_files_are_as_readable_as_the_umask_has_it_and_it_is_never_changed(tmp_path, monkeypatch):
+def test_files_follow_the_umask_which_is_never_changed(tmp_path, monkeypatch):
     before = os.umask(0o027)
     try:
         with monkeypatch.context() as patch, atomic_directory(tmp_path / "out") as partial:
@@ -27,14 +27,14 @@ def test_files_are_as_readable_as_the_umask_has_it_and_it_is_never_changed(tmp_p
             for name in ("file", "inner/private"):
                 (partial / name).write_text("x")
                 (partial / name).chmod(0o600)
-            patch.delattr(os, "umask")  # another thread's files would be made with it
+            patch.delattr(os, "umask")  # changing it would affect the files of other threads
     finally:
         os.umask(before)
     for name in ("file", "inner/private"):
         assert (tmp_path / "out" / name).stat().st_mode & 0o777 == 0o640
 
 
-def test_a_failure_leaves_nothing(tmp_path):
+def test_a_failure_removes_the_new_folder(tmp_path):
     def fail():
         with atomic_directory(tmp_path / "out") as partial:
             (partial / "file").write_text("x")
@@ -63,7 +63,7 @@ def test_a_folder_is_replaced_not_mixed(tmp_path):
     assert os.listdir(tmp_path / "out") == ["two"]
 
 
-def test_a_killed_process_leaves_nothing_at_the_place(tmp_path):
+def test_a_killed_process_leaves_no_target(tmp_path):
     target = tmp_path / "out"
     if (child := os.fork()) == 0:
         with atomic_directory(target) as partial:
@@ -76,8 +76,8 @@ def test_a_killed_process_leaves_nothing_at_the_place(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_swap_that_was_cut_short_is_undone(tmp_path):
-    """Killed between the two renames: the old folder is aside, nothing stands at its place."""
+def test_an_interrupted_swap_is_undone(tmp_path):
+    """A process was killed between the two renames: only the renamed old folder exists."""
     (tmp_path / ".out.old").mkdir()
     (tmp_path / ".out.old" / "old").write_text("old")
     with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out"):
@@ -86,7 +86,7 @@ def test_a_swap_that_was_cut_short_is_undone(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_files(tmp_path):
+def test_json_round_trips(tmp_path):
     path = tmp_path / "状態.json"
     atomic_write_json(path, {"name": "ü", "value": 0.1})
     assert json.loads(path.read_text(encoding="utf-8")) == {"name": "ü", "value": 0.1}
@@ -94,7 +94,7 @@ def test_files(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_json_that_is_none_is_not_written(tmp_path, value):
+def test_values_that_json_lacks_are_refused(tmp_path, value):
     with pytest.raises(ValueError, match="not JSON compliant"):
         atomic_write_json(tmp_path / "a.json", value)
     assert os.listdir(tmp_path) == []

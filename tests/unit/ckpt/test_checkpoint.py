@@ -1,4 +1,4 @@
-"""Checkpoints: what is written comes back; what was altered does not."""
+"""Checkpoints are read back exactly, and damaged ones are refused."""
 
 import json
 import random
@@ -39,7 +39,7 @@ def store(tmp_path: Path) -> CheckpointStore:
     return CheckpointStore(tmp_path / "checkpoints", keep_last=2)
 
 
-def test_it_comes_back_and_is_a_peft_adapter(store: CheckpointStore):
+def test_a_checkpoint_round_trips_and_is_a_peft_adapter(store: CheckpointStore):
     folder = save(store, 7, eval_loss=float("nan"))
     found = read_checkpoint(folder)
     assert (found.step, found.state["eval_loss"]) == (7, None)
@@ -50,7 +50,7 @@ def test_it_comes_back_and_is_a_peft_adapter(store: CheckpointStore):
     assert not list(store.root.glob(".*"))
 
 
-def test_any_byte_altered_or_missing_is_noticed(store: CheckpointStore, tmp_path: Path):
+def test_every_changed_or_missing_byte_is_detected(store: CheckpointStore, tmp_path: Path):
     folder = save(store, 3)
     chance, cases = random.Random(0), 0
     for file in sorted(folder.iterdir()):
@@ -72,7 +72,7 @@ def test_any_byte_altered_or_missing_is_noticed(store: CheckpointStore, tmp_path
     assert read_checkpoint(folder).step == 3
 
 
-def test_the_one_before_a_damaged_one_is_used(store: CheckpointStore, caplog):
+def test_the_checkpoint_before_a_damaged_one_is_used(store: CheckpointStore, caplog):
     save(store, 10)
     (save(store, 20) / "optimizer.safetensors").write_bytes(b"")
     found = store.newest()
@@ -86,7 +86,7 @@ def test_the_one_before_a_damaged_one_is_used(store: CheckpointStore, caplog):
         store.newest()
 
 
-def test_damaged_ones_take_no_place_of_those_that_are_kept(store: CheckpointStore):
+def test_damaged_checkpoints_do_not_count_as_kept(store: CheckpointStore):
     save(store, 10)
     for step in (20, 30):
         (save(store, step) / "state.json").write_text("{}")
@@ -98,7 +98,7 @@ def test_damaged_ones_take_no_place_of_those_that_are_kept(store: CheckpointStor
     assert len(list(store.root.glob("damaged-step-*"))) == 2
 
 
-def test_what_a_killed_process_left_is_no_checkpoint(store: CheckpointStore):
+def test_partial_folders_are_not_checkpoints(store: CheckpointStore):
     assert store.newest() is None
     folder = save(store, 10)
     shutil.copytree(folder, store.root / ".step-00000020.partial")
@@ -110,7 +110,7 @@ def test_what_a_killed_process_left_is_no_checkpoint(store: CheckpointStore):
     assert not list(store.root.glob(".*"))
 
 
-def test_another_format_is_not_guessed_at(store: CheckpointStore, monkeypatch):
+def test_an_unknown_format_is_refused(store: CheckpointStore, monkeypatch):
     monkeypatch.setattr("hqqtrain.ckpt.checkpoint.FORMAT", 99)
     folder = save(store, 1)
     monkeypatch.undo()
@@ -118,7 +118,7 @@ def test_another_format_is_not_guessed_at(store: CheckpointStore, monkeypatch):
         read_checkpoint(folder)
 
 
-def test_the_last_and_the_best_stay(store: CheckpointStore):
+def test_prune_keeps_the_last_and_the_best(store: CheckpointStore):
     store.keep_best = 2
     losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: None, 5: 2.0, 6: 3.0, 7: None}
     for step, loss in losses.items():
@@ -134,7 +134,7 @@ def test_the_last_and_the_best_stay(store: CheckpointStore):
 
 
 @pytest.mark.parametrize("room", [0, 300, 1200])
-def test_a_full_disk_leaves_the_one_before(store: CheckpointStore, room: int):
+def test_a_full_disk_leaves_the_previous_checkpoint(store: CheckpointStore, room: int):
     save(store, 10)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))

@@ -1,4 +1,4 @@
-"""The exported checkpoint is an ordinary model that computes what base and adapter compute."""
+"""The exported checkpoint is an ordinary model with the outputs of base and adapter."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def _export(trained, folder, *, tensors=None, adapter=True, dtype=torch.float32,
         ("llama", True, {"skip": []}, AdapterConfig(target_modules=["*"])),
     ],
 )
-def test_the_same_logits(train, tmp_path, kind, tied, quant, adapter):
+def test_exported_models_compute_the_same_logits(train, tmp_path, kind, tied, quant, adapter):
     trained = train(kind, tied=tied, adapter=adapter, **quant)
     dense = _export(trained, tmp_path / "dense")
     torch.testing.assert_close(dense(TOKENS).logits, trained.model(TOKENS).logits)
@@ -62,15 +62,15 @@ def test_the_same_logits(train, tmp_path, kind, tied, quant, adapter):
     assert config["tie_word_embeddings"] == (tied and "skip" not in quant)
 
 
-def test_without_an_adapter_it_is_the_base(train, tmp_path):
+def test_export_without_an_adapter_is_the_base(train, tmp_path):
     trained = train()
     dense = _export(trained, tmp_path / "dense", adapter=None)
     with trained.model.disable_adapter():
         torch.testing.assert_close(dense(TOKENS).logits, trained.model(TOKENS).logits)
 
 
-def test_from_files_alone(train, tmp_path):
-    """quantized/ and adapter/ are enough; no model is built."""
+def test_export_from_files(train, tmp_path):
+    """The files of quantized/ and adapter/ suffice; no model is built."""
     trained = train()
     folder = trained.save(tmp_path / "quantized", max_shard_bytes=4096)
     card = AdapterCard("x", trained.settings.fingerprint, 2, 16, 1, "hqq", 4.0)
@@ -86,7 +86,7 @@ def test_from_files_alone(train, tmp_path):
 
 
 def test_merging_rounds_once(train, tmp_path):
-    """In bf16: fp32 sum of dequantized weight and delta, then the cast."""
+    """A bf16 export sums the dequantized weight and the delta in fp32 and casts once."""
     trained = train()
     dense = _export(trained, tmp_path / "dense", dtype=torch.bfloat16)
     assert {p.dtype for p in dense.parameters()} == {torch.bfloat16}
@@ -97,16 +97,16 @@ def test_merging_rounds_once(train, tmp_path):
     assert json.loads((tmp_path / "dense" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_one_tensor_at_a_time(train):
-    """The stream never runs ahead of what it yields."""
+def test_tensors_are_streamed(train):
+    """At most the three tensors of a layer are read ahead of each yielded weight."""
     trained, taken = train(), []
 
-    def watched():
+    def recorded():
         for name, tensor in model_tensors(trained.model):
             taken.append(name)
             yield name, tensor
 
-    stream = dense_tensors(watched(), trained.settings, dtype=torch.float32)
+    stream = dense_tensors(recorded(), trained.settings, dtype=torch.float32)
     for count, _ in enumerate(stream, 1):
         assert len(taken) <= 3 * count
 
@@ -123,5 +123,7 @@ def test_an_adapter_of_another_model_is_refused(train, tmp_path):
     trained = train()
     state = {k.replace("layers.1", "layers.9"): v for k, v in trained.adapter.state.items()}
     stranger = Adapter(trained.adapter.config, state)
-    with pytest.raises(UserError, match=r"model\.layers\.9\..*no quantized linear of this base"):
+    with pytest.raises(
+        UserError, match=r"model\.layers\.9\..*not a quantized linear layer of this base"
+    ):
         _export(trained, tmp_path / "dense", adapter=stranger)

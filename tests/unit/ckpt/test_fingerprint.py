@@ -1,4 +1,4 @@
-"""The same at any sharding; another for any change that matters."""
+"""Fingerprints do not depend on the sharding, and change with every bit and setting."""
 
 from hashlib import sha256
 
@@ -27,7 +27,7 @@ def _whole(tensors, settings=SETTINGS) -> str:
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
-def test_any_number_of_ranks_in_any_order(world):
+def test_the_number_and_order_of_ranks_do_not_matter(world):
     tensors = _tensors()
     total = Fingerprint()
     for rank in reversed(range(world)):
@@ -40,19 +40,19 @@ def test_any_number_of_ranks_in_any_order(world):
     assert total.hexdigest(SETTINGS) == _whole(tensors)
 
 
-def test_the_storage_dtype_is_no_part_of_it():
+def test_the_storage_dtype_does_not_matter():
     tensors = _tensors()
     viewed = {k: v.view(torch.float16) if k[1] == "W_q" else v for k, v in tensors.items()}
     assert _whole(viewed) == _whole(tensors)
 
 
-def test_strided_tensors_count_by_value():
+def test_strides_do_not_matter():
     tensors = _tensors()
     strided = {k: v.t().contiguous().t() for k, v in tensors.items()}
     assert _whole(strided) == _whole(tensors)
 
 
-def test_every_change_shows():
+def test_every_change_gives_another_fingerprint():
     tensors, seen = _tensors(), set()
     seen.add(_whole(tensors))
     for key, tensor in tensors.items():
@@ -67,7 +67,7 @@ def test_every_change_shows():
     assert len(seen) == 1 + 5 * len(tensors) + 1
 
 
-def test_settings_have_no_order():
+def test_the_order_of_settings_does_not_matter():
     tensors = _tensors()
     assert _whole(tensors, dict(reversed(SETTINGS.items()))) == _whole(tensors)
 
@@ -76,7 +76,7 @@ MASK = 2**64 - 1
 
 
 def _mixed(x: int) -> int:
-    """splitmix64's finish, as published."""
+    """The finalizer of splitmix64 as published."""
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
     x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
     return x ^ x >> 31
@@ -94,8 +94,8 @@ def _hashed(name: str, first: int, rows: list[list[int]]) -> list[int]:
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("W_q", torch.int32), ("scale", torch.int16)])
-def test_it_is_the_same_for_ever(name, dtype):
-    """Adapters carry it: a change of the algorithm would orphan them all. Here it is, spelt out."""
+def test_the_algorithm_never_changes(name, dtype):
+    """Compare with an independent implementation: a change would orphan all saved adapters."""
     limits = torch.iinfo(dtype)
     words = torch.randint(limits.min, limits.max, (300, 12), dtype=dtype)
     found = Fingerprint()
@@ -106,12 +106,12 @@ def test_it_is_the_same_for_ever(name, dtype):
     assert found.hexdigest({}) == f"sha256:{final.hexdigest()}"
 
 
-def test_chunks_do_not_show(monkeypatch):
+def test_the_chunk_size_does_not_matter(monkeypatch):
     whole = _whole(_tensors())
     monkeypatch.setitem(fingerprint._CHUNK, "cpu", 20)
     assert _whole(_tensors()) == whole
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_finds_the_same():
+def test_a_gpu_computes_the_same_fingerprint():
     assert _whole({k: v.cuda() for k, v in _tensors().items()}) == _whole(_tensors())

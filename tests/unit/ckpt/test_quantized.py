@@ -1,4 +1,4 @@
-"""`quantized/` reloads bit for bit, whatever dtype the bits were held in."""
+"""`quantized/` reloads bit for bit, whatever the storage dtype."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from hqqtrain.tasks.filling import fill_model
 
 
 def _reload(folder, storage=torch.uint8):
-    """A model from the folder alone."""
+    """Load a model from the folder alone."""
     settings = quantized_settings(folder)
     model = build_meta(config_of(folder))
     replace_linears(model, {n: m.spec for n, m in settings.modules.items()}, storage_dtype=storage)
@@ -68,7 +68,7 @@ def test_it_reloads_bit_for_bit(train, tmp_path, quant, tied, storage):
         assert torch.equal(again(tokens).logits, trained.model(tokens).logits)
 
 
-def test_what_the_folder_holds(train, tmp_path):
+def test_contents_of_the_folder(train, tmp_path):
     trained = train()
     (trained.source / "chat_template.jinja").write_text("{{ x }}")
     folder = trained.save(tmp_path / "quantized")
@@ -85,7 +85,7 @@ def test_what_the_folder_holds(train, tmp_path):
     assert load_tokenizer(folder).vocab_size == 4096
 
 
-def test_shards_hold_the_same(train, tmp_path):
+def test_sharding_does_not_change_the_tensors(train, tmp_path):
     trained = train()
     one = CheckpointReader(trained.save(tmp_path / "one"))
     many = CheckpointReader(trained.save(tmp_path / "many", max_shard_bytes=4096))
@@ -119,26 +119,28 @@ def _flip(file: Path, at: int) -> None:
     file.write_bytes(content)
 
 
-def _in_a_norm(file: Path) -> None:
-    """A byte of what is not packed, which no fingerprint covers."""
+def _flip_in_norm(file: Path) -> None:
+    """Flip a bit of a full-precision tensor, which no fingerprint covers."""
     header = int.from_bytes(file.read_bytes()[:8], "little")
     listed = json.loads(file.read_bytes()[8 : 8 + header])
     _flip(file, 8 + header + listed["model.norm.weight"]["data_offsets"][0] + 1)
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
-        (_in_a_norm, "its checksum differs"),
+        (_flip_in_norm, "its checksum differs"),
         (lambda file: os.truncate(file, file.stat().st_size - 1), "bytes instead of"),
         (Path.unlink, "cannot be read"),
     ],
 )
-def test_damage_is_found_and_named(train, tmp_path, damage, said):
+def test_damage_is_found_and_named(train, tmp_path, damage, message):
     folder = train().save(tmp_path / "quantized")
     check_quantized(folder, ALONE)
     damage(folder / "model.safetensors")
-    with pytest.raises(UserError, match=rf"model\.safetensors: .*{said}.*Delete {folder} and run"):
+    with pytest.raises(
+        UserError, match=rf"model\.safetensors: .*{message}.*Delete {folder} and run"
+    ):
         check_quantized(folder, ALONE)
 
 
@@ -154,20 +156,20 @@ def test_every_file_is_covered(train, tmp_path):
     check_quantized(folder, ALONE)
 
 
-def test_a_folder_of_before_has_no_manifest(train, tmp_path):
+def test_a_folder_without_a_manifest_is_accepted(train, tmp_path):
     folder = train().save(tmp_path / "quantized")
     (folder / "manifest.json").unlink()
     check_quantized(folder, ALONE)
 
 
-def test_what_is_known_is_not_read_again(tmp_path):
+def test_known_checksums_are_not_computed_again(tmp_path):
     (tmp_path / "file").write_text("x")
     seal(tmp_path, known={"file": {"bytes": 1, "sha256": "of the writer"}})
     with pytest.raises(DamagedError, match=r"file: .*its checksum differs"):
         check_sealed(tmp_path)
 
 
-def test_gather_sees_every_tensor_once(train):
+def test_gather_is_called_once_per_tensor(train):
     trained, seen = train(), []
     names = [name for name, _ in model_tensors(trained.model, gather=lambda t: seen.append(t) or t)]
     assert len(seen) == len(names) == len(set(names))

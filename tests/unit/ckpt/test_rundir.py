@@ -1,4 +1,4 @@
-"""A run directory has one configuration and, at a time, one process."""
+"""A run directory belongs to one configuration and is locked by one process at a time."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def _finish(config) -> RunDirectory:
     return run
 
 
-def test_what_it_writes(tmp_path):
+def test_begin_writes_config_and_status(tmp_path):
     config = _config(tmp_path)
     with RunDirectory(config) as run:
         run.begin(["hqqtrain", "recipe=x", "hub.token=secret"])
@@ -39,7 +39,7 @@ def test_what_it_writes(tmp_path):
     assert "git_revision" in found
 
 
-def test_done_means_status_and_summary(tmp_path):
+def test_done_requires_status_and_summary(tmp_path):
     config = _config(tmp_path)
     assert not RunDirectory(config).done()
     run = _finish(config)
@@ -57,7 +57,7 @@ def test_other_states_are_not_done(tmp_path, status):
     assert run.status()["cause"] == "it broke"
 
 
-def test_the_same_configuration_may_come_back(tmp_path):
+def test_the_same_configuration_may_begin_again(tmp_path):
     _finish(_config(tmp_path))
     with RunDirectory(_config(tmp_path)) as run:
         run.begin([])
@@ -71,13 +71,13 @@ def test_another_configuration_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(UserError) as error, RunDirectory(other):
         pass
     text = str(error.value)
-    assert "quant.nbits=3 (there 4)" in text
-    assert "quant.group_size=null (there 64)" in text
+    assert "quant.nbits=3 (saved: 4)" in text
+    assert "quant.group_size=null (saved: 64)" in text
     assert "quant.axis" not in text
     assert {p.name: p.stat().st_mtime_ns for p in run.path.iterdir()} == before
 
 
-def test_what_does_not_define_the_result_may_differ(tmp_path):
+def test_keys_that_do_not_define_the_result_may_differ(tmp_path):
     _finish(_config(tmp_path))
     other = _config(tmp_path, recipe="another")
     other.track.backends = []
@@ -94,7 +94,7 @@ def test_a_damaged_file_is_named(name, bad, tmp_path):
     assert (run.path / name).read_bytes() == bad
 
 
-def test_half_a_config_is_damaged_not_another(tmp_path):
+def test_a_truncated_config_is_reported_as_damaged(tmp_path):
     run = _finish(_config(tmp_path))
     text = (run.path / "config.yaml").read_text()
     (run.path / "config.yaml").write_text(text[: text.index("\noptim:") + 1])
@@ -111,8 +111,10 @@ def test_an_identity_that_differs_is_another_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("writes", [0, 1, 2])
-def test_a_kill_while_it_begins_leaves_no_run_that_looks_done(writes, tmp_path, monkeypatch):
-    """A finished run is extended; the process dies after so many of the files are written."""
+def test_a_kill_while_a_finished_run_is_extended_leaves_no_done_status(
+    writes, tmp_path, monkeypatch
+):
+    """Extend a finished run, and kill the process after it has written `writes` files."""
     _finish(_config(tmp_path))
     longer = _config(tmp_path, train=TrainConfig(max_steps=99))
     if (child := os.fork()) == 0:
@@ -145,16 +147,16 @@ def test_a_kill_while_a_new_run_begins_does_not_block_the_next(tmp_path, monkeyp
         assert run.status()["status"] == "running"
 
 
-def test_files_of_others_are_left_alone(tmp_path):
+def test_a_directory_with_other_files_is_refused(tmp_path):
     run = RunDirectory(_config(tmp_path))
     run.path.mkdir(parents=True)
     (run.path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="holds files, but no run"), run:
+    with pytest.raises(UserError, match="contains files, but no run"), run:
         pass
     assert os.listdir(run.path) == ["thesis.tex"]
 
 
-def test_a_file_in_the_way(tmp_path):
+def test_a_file_at_the_path_is_refused(tmp_path):
     run = RunDirectory(_config(tmp_path))
     run.path.parent.mkdir()
     run.path.write_text("x")
@@ -162,13 +164,13 @@ def test_a_file_in_the_way(tmp_path):
         pass
 
 
-def test_nothing_begun_leaves_nothing(tmp_path):
+def test_a_directory_without_a_run_is_removed(tmp_path):
     with pytest.raises(RuntimeError), RunDirectory(_config(tmp_path)):
         raise RuntimeError
     assert os.listdir(tmp_path) == []
 
 
-def test_folders_that_were_there_stay(tmp_path):
+def test_folders_that_existed_before_are_kept(tmp_path):
     (tmp_path / "runs").mkdir()
     with RunDirectory(_config(tmp_path)):
         pass
@@ -178,13 +180,13 @@ def test_folders_that_were_there_stay(tmp_path):
 
 def test_a_directory_in_use_is_locked_until_its_process_dies(tmp_path):
     config = _config(tmp_path)
-    ready, tell = os.pipe()
+    read_end, write_end = os.pipe()
     if (child := os.fork()) == 0:
         with RunDirectory(config) as run:
             run.begin([])
-            os.write(tell, b"x")
+            os.write(write_end, b"x")
             signal.pause()
-    os.read(ready, 1)
+    os.read(read_end, 1)
     run = RunDirectory(config)
     before = (run.path / "status.json").read_text()
     with pytest.raises(UserError, match="in use by another process"), run:
@@ -197,7 +199,7 @@ def test_a_directory_in_use_is_locked_until_its_process_dies(tmp_path):
         run.write_status("failed", exit_code=1)
 
 
-def test_figures_that_are_not_finite_become_null(tmp_path):
+def test_nonfinite_values_become_null_in_the_summary(tmp_path):
     with RunDirectory(_config(tmp_path)) as run:
         run.begin([])
         run.write_summary({"eval": {"perplexity": float("inf"), "kl": [float("nan"), 1.5]}})
@@ -205,8 +207,8 @@ def test_figures_that_are_not_finite_become_null(tmp_path):
     assert found == {"eval": {"perplexity": None, "kl": [None, 1.5]}}
 
 
-def test_quantized_weights_are_known_by_what_they_were_made_from(tmp_path):
-    """config.yaml is rewritten by a new beginning, which may be killed before they are."""
+def test_quantized_weights_are_recognized_by_their_source(tmp_path):
+    """config.yaml does not suffice: a new run rewrites it, but may be killed before quantizing."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "model.safetensors").write_text("old")
