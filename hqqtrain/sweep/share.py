@@ -50,7 +50,7 @@ def _gpu_shares(
     if each == 0:
         raise UserError(
             f"launch.jobs={at_a_time}: every job needs its own GPU, and {len(gpus)} are visible; "
-            f"use launch.jobs={len(gpus)} or less."
+            f"use launch.jobs={len(gpus)} or fewer."
         )
     if int(environ.get("NPROC") or 1) > each:
         raise UserError(

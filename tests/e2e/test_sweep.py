@@ -196,7 +196,10 @@ def test_a_sweep_waits_for_jobs_of_a_killed_sweep(tmp_path, fake):
 
 @pytest.mark.parametrize(
     ("env", "message"),
-    [({"CUDA_VISIBLE_DEVICES": "0"}, "launch.jobs=2: a job needs a GPU"), ({}, "run.root=there")],
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0"}, "launch.jobs=2: every job needs its own GPU"),
+        ({}, "run.root=there"),
+    ],
 )
 def test_an_impossible_sweep_is_one_message(tmp_path, fake, env, message):
     (tmp_path / "there").write_text("")
