@@ -1,10 +1,10 @@
-"""Measures the solvers on the bundled model: the README's table of perplexities, by one command.
+"""Compare the solvers on the bundled model, and print the README's table of perplexities.
 
     python scripts/compare_solvers.py
 
-Weight error alone does not rank solvers: what decides is perplexity on the held-out modules of
-the standard library, axis 1, groups of 64, everything in fp32. `hqq 0.2.8` is the installed
-library itself; `rtn`, `hqq` and `least_squares` are the solvers of this project.
+The weight error alone does not rank solvers, so this script measures the perplexity on the held-out
+modules of the standard library, with axis 1, groups of 64 and everything in fp32. `hqq 0.2.8` is
+the installed library itself; `rtn`, `hqq` and `least_squares` are the solvers of this project.
 """
 
 import argparse
@@ -30,11 +30,11 @@ MODEL = Path(hqqtrain.__file__).parent / "models" / "tiny"
 NBITS, GROUP_SIZE, SEQUENCE = (8, 4, 3, 2, 1), 64, 512
 
 Approximation = Callable[[Tensor, int], Tensor]
-"""(weight, nbits) -> what is left of it after quantizing, fp32."""
+"""(weight, nbits) -> the weight after quantizing and dequantizing, fp32."""
 
 
 def by_library(W: Tensor, nbits: int) -> Tensor:
-    """What the installed hqq makes of W, in fp32 on the CPU."""
+    """Quantize and dequantize W with the installed hqq, in fp32 on the CPU."""
     W_q, meta = Quantizer.quantize(
         W, nbits=nbits, group_size=GROUP_SIZE, axis=1, round_zero=nbits == 4, device="cpu",
         compute_dtype=torch.float32, bitpack=False,
@@ -43,7 +43,7 @@ def by_library(W: Tensor, nbits: int) -> Tensor:
 
 
 def by_solver(name: str) -> Approximation:
-    """One of our solvers, with scale and zero in fp32 as hqq keeps them."""
+    """Return the approximation by one of our solvers, with scale and zero in fp32 as in hqq."""
 
     def approximate(W: Tensor, nbits: int) -> Tensor:
         spec = QuantSpec(nbits, GROUP_SIZE, 1, name, torch.float32)
@@ -61,7 +61,10 @@ SOLVERS: dict[str, Approximation] = {
 
 
 def quantized(model: nn.Module, approximate: Approximation, nbits: int) -> tuple[nn.Module, float]:
-    """A copy of `model` with all its linears but the head approximated; their relative error."""
+    """Return a copy of `model` with every linear but the head approximated, and their error.
+
+    The error is the relative error over all of these weights together.
+    """
     model, errors, norms = copy.deepcopy(model), 0.0, 0.0
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
@@ -73,11 +76,11 @@ def quantized(model: nn.Module, approximate: Approximation, nbits: int) -> tuple
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Print the perplexities and the relative errors of all solvers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=65536, help="of held-out text")
+    parser.add_argument("--tokens", type=int, default=65536, help="tokens of held-out text")
     parser.add_argument("--nbits", type=int, nargs="+", default=NBITS, choices=NBITS)
     options = parser.parse_args()
 
@@ -85,18 +88,18 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     text = evaluation_set(EvalConfig(tokens=options.tokens), DataConfig(), tokenizer, SEQUENCE)
-    alone = Processes(0, 1, torch.device("cpu"))
+    processes = Processes(0, 1, torch.device("cpu"))
 
     def perplexity(model: nn.Module) -> float:
-        return evaluate(model, text, alone, batch_size=8).perplexity
+        return evaluate(model, text, processes, batch_size=8).perplexity
 
     full, perplexities, errors = perplexity(model), [], []
     for name, approximate in SOLVERS.items():
-        made = [quantized(model, approximate, nbits) for nbits in options.nbits]
-        perplexities.append([name, *(perplexity(changed) for changed, _ in made)])
-        errors.append([name, *(error for _, error in made)])
+        results = [quantized(model, approximate, nbits) for nbits in options.nbits]
+        perplexities.append([name, *(perplexity(approximated) for approximated, _ in results)])
+        errors.append([name, *(error for _, error in results)])
     bits = [f"{nbits}-bit" for nbits in options.nbits]
-    print(f"Perplexity; in full precision {full:.3f}\n")
+    print(f"Perplexity (full precision: {full:.3f})\n")
     print(tabulate(perplexities, ["solver", *bits], tablefmt="github", floatfmt=",.5g"))
     print("\nRelative weight error, ||W - W'||^2 / ||W||^2\n")
     print(tabulate(errors, ["solver", *bits], tablefmt="github", floatfmt=".3g"))

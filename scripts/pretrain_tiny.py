@@ -2,11 +2,11 @@
 
     python scripts/pretrain_tiny.py --out hqqtrain/models/tiny --steps 8000
 
-Why a model of our own: the default recipe must run without a network, and its perplexity
-must react to quantization as a large model's does. So the model is trained long (more than
-100 tokens per parameter), because an undertrained one quantizes too easily. What the recipe
-measures on, the held-out standard-library modules, never enters training, nor does any
-package's copy of them: see `clean_corpus`.
+The default recipe needs a model of our own because it must run without a network, and because
+quantization must affect its perplexity as it affects that of a large model. An undertrained model
+quantizes too easily, so this one is trained for long (more than 100 tokens per parameter). The
+recipe evaluates on the held-out modules of the standard library. Neither they nor copies of them in
+installed packages are trained on: see `clean_corpus`.
 """
 
 import argparse
@@ -29,11 +29,14 @@ from hqqtrain.data.stdlib import is_held_out, stdlib_texts
 
 EOS, VOCABULARY, SEQUENCE = "<|endoftext|>", 4096, 512
 WINDOW = 5
-"""A file that shares this many consecutive lines with a held-out module is left out."""
+"""A file that shares this many consecutive lines with a held-out module is excluded."""
 
 
 def tiny_config() -> LlamaConfig:
-    """5.8 M parameters: grouped-query attention, tied embeddings, widths divisible by 128."""
+    """Return the configuration of the model.
+
+    It has 5.8 M parameters, grouped-query attention, tied embeddings and widths divisible by 128.
+    """
     return LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
         num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
@@ -43,14 +46,14 @@ def tiny_config() -> LlamaConfig:
 
 
 def windows(text: str) -> Iterator[int]:
-    """Hashes of every run of WINDOW consecutive non-blank lines, white space stripped."""
+    """Yield a hash of every WINDOW consecutive non-blank lines, with white space stripped."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     for start in range(len(lines) - WINDOW + 1):
         yield hash(tuple(lines[start : start + WINDOW]))
 
 
 def package_sources(limit: int) -> Iterator[tuple[str, str]]:
-    """(dotted name, text) of installed packages' sources, at most `limit` characters a file."""
+    """Yield (dotted name, text) of the source files of installed packages below `limit` bytes."""
     for root in map(Path, {*site.getsitepackages(), *map(str, Path("/").glob("usr/lib/python3"))}):
         for path in sorted(root.rglob("*.py")):
             if 200 < path.stat().st_size < limit:
@@ -59,7 +62,10 @@ def package_sources(limit: int) -> Iterator[tuple[str, str]]:
 
 
 def clean_corpus(sources: Iterable[tuple[str, str]]) -> list[str]:
-    """Texts that are no copy, by name or by content, of a held-out module; no duplicates."""
+    """Return the texts without duplicates, and without copies of held-out modules.
+
+    A copy has the name of a held-out module or shares WINDOW consecutive lines with one.
+    """
     held_out = {w for _, text in stdlib_texts("held_out") for w in windows(text)}
     seen: set[int] = set()
     kept = []
@@ -75,7 +81,10 @@ def clean_corpus(sources: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE with runs of spaces as in code; `<|endoftext|>` is token 0."""
+    """Train a byte-level BPE tokenizer that can merge runs of spaces, as code has them.
+
+    `<|endoftext|>` is token 0.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -89,13 +98,13 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """All texts as one uint16 stream, `<|endoftext|>` after each."""
+    """Return all texts as one uint16 stream of tokens, with `<|endoftext|>` after each text."""
     encodings = tokenizer.encode_batch_fast(texts)
     return np.concatenate([np.array([*e.ids, 0], np.uint16) for e in encodings])
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 2 %, cosine to a hundredth of the peak."""
+    """Return the rate at `step`: linear warm-up over 2 %, then cosine to a hundredth of `peak`."""
     warmup = max(1, steps // 50)
     progress = max(0, step - warmup) / max(1, steps - warmup)
     decay = 0.01 + 0.495 * (1 + math.cos(math.pi * progress))
@@ -103,7 +112,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def batches(stream: np.ndarray, size: int, seed: int) -> Iterator[torch.Tensor]:
-    """int64 [size, SEQUENCE + 1], random windows, on the GPU."""
+    """Yield random windows of the stream, int64 [size, SEQUENCE + 1] on the GPU, without end."""
     tokens = torch.from_numpy(stream.astype(np.int16)).cuda()  # 4096 < 2^15
     generator = torch.Generator("cuda").manual_seed(seed)
     offsets = torch.arange(SEQUENCE + 1, device="cuda")
@@ -114,7 +123,7 @@ def batches(stream: np.ndarray, size: int, seed: int) -> Iterator[torch.Tensor]:
 
 
 def optimizer_for(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW, weight decay on matrices only."""
+    """Return AdamW with weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -122,14 +131,20 @@ def optimizer_for(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 def loss_of(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    """Mean next-token loss, nats."""
+    """Return the mean next-token loss in nats, for a batch [n, SEQUENCE + 1]."""
     with torch.autocast("cuda", torch.bfloat16):
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
 
 def train(model: LlamaForCausalLM, stream: np.ndarray, args: argparse.Namespace) -> int:
-    """Runs `args.steps` steps, or to `args.minutes`, whose share of time drives the schedule."""
+    """Train for `args.steps` steps, or for `args.minutes` minutes if that is not 0.
+
+    The learning rate follows the share of steps, or of the time, that has passed.
+
+    Returns:
+        The number of tokens trained on.
+    """
     step_loss = torch.compile(loss_of, dynamic=False)
     optimizer = optimizer_for(model, args.lr)
     began, progress, step = time.time(), 0.0, 0
@@ -142,7 +157,7 @@ def train(model: LlamaForCausalLM, stream: np.ndarray, args: argparse.Namespace)
         optimizer.step()
         optimizer.zero_grad()
         if step == 20:
-            began = time.time()  # compiled by now
+            began = time.time()  # do not count the compilation
         if step % 500 == 0:
             print(f"step {step} loss {loss.item():.4f} {time.time() - began:.0f} s", flush=True)
         progress = (time.time() - began) / 60 / args.minutes if args.minutes else step / args.steps
@@ -153,7 +168,7 @@ def train(model: LlamaForCausalLM, stream: np.ndarray, args: argparse.Namespace)
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, tokenizer: Tokenizer) -> float:
-    """Mean next-token loss over all held-out modules, nats."""
+    """Return the mean next-token loss over all held-out modules, in nats."""
     stream = encode(tokenizer, [text for _, text in stdlib_texts("held_out")])
     rows = len(stream) // (SEQUENCE + 1)
     data = torch.from_numpy(stream[: rows * (SEQUENCE + 1)].astype(np.int64)).view(rows, -1).cuda()
@@ -161,7 +176,7 @@ def held_out_loss(model: LlamaForCausalLM, tokenizer: Tokenizer) -> float:
 
 
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
-    """config.json, tokenizer files and one bf16 safetensors file, tied embedding once."""
+    """Save config.json, the tokenizer and one bf16 safetensors file without the tied head."""
     out.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(out)
     PreTrainedTokenizerFast(
@@ -173,15 +188,24 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
 
 
 def main() -> None:
-    """Trains, measures and saves."""
+    """Build the corpus, train the tokenizer and the model, evaluate and save them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--minutes", type=float, default=0, help="train for a time instead")
+    parser.add_argument(
+        "--minutes", type=float, default=0, help="train for this long instead of --steps"
+    )
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--file-limit", type=int, default=400_000, help="longest file, bytes")
-    parser.add_argument("--corpus", type=float, default=300, help="millions of characters")
+    parser.add_argument(
+        "--file-limit", type=int, default=400_000, help="upper limit of a file, in bytes"
+    )
+    parser.add_argument(
+        "--corpus",
+        type=float,
+        default=300,
+        help="millions of characters of package sources, at most",
+    )
     parser.add_argument("--stdlib-repeats", type=int, default=4)
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -1,10 +1,10 @@
-"""Predicts memory, traffic and time of FSDP2 training with HQQ, and writes docs/scaling.md.
+"""Predict memory, traffic and time of FSDP2 training with HQQ, and write docs/scaling.md.
 
     python scripts/scaling.py --write
 
-No machine of this project has more than two GPUs. What follows is arithmetic over shapes, with two
-numbers fitted to one measurement (`FITTED_TO`); the other measurements say how far to trust it.
-Memory is `hqqtrain.models.estimate`, the estimate that every run prints.
+This project has never used more than two GPUs at once. The prediction is arithmetic on shapes, with
+one factor (`EFFICIENCY`) fitted to one measurement (`FITTED_TO`). The other measurements show how
+far to trust it. The memory is `hqqtrain.models.estimate`, the estimate that every run prints.
 """
 
 import argparse
@@ -31,8 +31,14 @@ PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU: matrix products (FLOP/s) and a copy (bytes/s), both measured by kernels/bench; what
-    one sends and receives within a node and between nodes, bytes/s, of the data sheets, times 0.7.
+    """Speed of a GPU and of its links.
+
+    Attributes:
+        name: Name of the GPU.
+        products: Matrix products in FLOP/s, measured by kernels/bench.
+        copy: Bytes per second of a copy, measured by kernels/bench.
+        within: Bytes per second that a GPU sends and receives within a node: 0.7 of the data sheet.
+        between: The same between nodes.
     """
 
     name: str
@@ -42,7 +48,7 @@ class Card:
     between: float = 0.7 * 50e9
 
     def link(self, gpus: int) -> float:
-        """Of an all-gather over so many: the slowest hop."""
+        """Return the bytes per second of an all-gather over `gpus` GPUs: its slowest hop."""
         return self.within if gpus <= GPUS_OF_A_NODE else self.between
 
 
@@ -52,7 +58,10 @@ H200 = Card("H200", 780e12, 4.2e12)
 
 @dataclass(frozen=True)
 class Measured:
-    """A step of one sequence of TOKENS tokens a GPU: kernels/bench/results/*-large-models.csv."""
+    """A measured step with one sequence of TOKENS tokens per GPU.
+
+    The values are from kernels/bench/results/*-large-models.csv.
+    """
 
     model: str
     nbits: int
@@ -71,14 +80,21 @@ OTHERS = (
 )
 
 EFFICIENCY = 0.66
-"""Of the products of whole layers, beside those of the benchmark. Fitted."""
+"""Speed of the products in whole layers, relative to those of the benchmark. Fitted."""
 UNPACKING = 0.94
-"""Of a copy's speed, when weights are dequantized: kernels/bench."""
+"""Speed of dequantizing, relative to a copy. Measured by kernels/bench."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one rank: GiB at most, GiB received in a step, seconds of its own work and of the wire."""
+    """Cost of a step on one rank.
+
+    Attributes:
+        gib: Peak memory in GiB.
+        received_gib: GiB received in a step.
+        work: Seconds of computation.
+        wire: Seconds of communication.
+    """
 
     gib: float
     received_gib: float
@@ -87,17 +103,22 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """Gathers run ahead while a layer is computed, so the longer of the two is what counts."""
+        """Seconds of a step: all-gathers are prefetched, so the longer of work and wire counts."""
         return max(self.work, self.wire)
 
 
 def predict(name: str, nbits: int, group_size: int, card: Card, gpus: int) -> Prediction:
-    """A step of TOKENS tokens a rank: LoRA r=16 in bf16 on all linears, 8-bit AdamW's memory,
-    checkpointed layers whose inputs are offloaded; the base sharded over all `gpus`.
+    """Predict a step of TOKENS tokens per rank, with the base sharded over all `gpus`.
 
-    Work: forward, recomputed forward and gradient (flops_per_token has the first and the last),
-    and each weight dequantized as often. Wire: the packed layers gathered twice, forward and
-    backward, embeddings and head once, and the adapters' gradients summed up.
+    The adapter is LoRA with r=16 in bf16 on all linears. The memory is that of 8-bit AdamW and of
+    activation checkpointing with offloaded layer inputs.
+
+    Args:
+        name: A model whose config.json is in the package.
+        nbits: Bits of a code.
+        group_size: Weights that share a scale and a zero.
+        card: The GPU.
+        gpus: Number of GPUs, one per rank; one GPU is strategy `single`, otherwise `fsdp2`.
     """
     config, model = _model(name, nbits, group_size)
     strategy = "fsdp2" if gpus > 1 else "single"
@@ -107,8 +128,12 @@ def predict(name: str, nbits: int, group_size: int, card: Card, gpus: int) -> Pr
     weights = sum(m.out_features * m.in_features
                   for m in model.modules() if isinstance(m, HQQLinear))  # fmt: skip
     packed, trained = sizes["packed weights"], sizes["adapter and optimizer"] / 3
+    # A rank receives the shares of all others. Packed layers are gathered twice, in forward and
+    # backward, and embeddings and head once. Summing the adapters' gradients moves them twice.
     others = (gpus - 1) / gpus
     received = others * (2 * packed + sizes["dense weights"] + 2 * trained)
+    # A step computes forward, recomputed forward and gradient; flops_per_token has the first and
+    # the last. Each of the three dequantizes every weight: it reads the packed one and writes bf16.
     products = 1.5 * flops_per_token(model) * TOKENS / (card.products * EFFICIENCY)
     unpacking = 3 * (2 * weights + packed) / (card.copy * UNPACKING)
     return Prediction(sum(needs.values()) / GIB, received / GIB, products + unpacking,
@@ -117,6 +142,7 @@ def predict(name: str, nbits: int, group_size: int, card: Card, gpus: int) -> Pr
 
 @functools.cache
 def _model(name: str, nbits: int, group_size: int) -> tuple[RunConfig, nn.Module]:
+    """Return the configuration and the quantized model with adapters, on meta."""
     config = RunConfig()
     config.quant.nbits, config.quant.group_size = nbits, group_size
     config.adapter.r, config.adapter.dtype = 16, "bf16"
@@ -135,9 +161,18 @@ def _model(name: str, nbits: int, group_size: int) -> tuple[RunConfig, nn.Module
 
 
 def page() -> str:
-    """docs/scaling.md."""
+    """Return the text of docs/scaling.md."""
     checks = [_checked(each) for each in (FITTED_TO, *OTHERS)]
-    head = ("model", "nbits", "GPUs", "GiB a GPU", "GiB received", "work, s", "wire, s", "tokens/s")
+    head = (
+        "model",
+        "nbits",
+        "GPUs",
+        "GiB per GPU",
+        "GiB received",
+        "work, s",
+        "wire, s",
+        "tokens/s",
+    )
     return TEXT.format(
         checks=tabulate(checks, CHECKED, tablefmt="github"),
         table=tabulate(list(_rows()), head, tablefmt="github", disable_numparse=True),
@@ -145,6 +180,7 @@ def page() -> str:
 
 
 def _checked(each: Measured) -> tuple:
+    """Return a row that compares a measurement with its prediction."""
     found = predict(each.model, each.nbits, each.group_size, each.card, each.gpus)
     gpus = f"{each.gpus} x {each.card.name}"
     return (
@@ -155,6 +191,7 @@ def _checked(each: Measured) -> tuple:
 
 
 def _rows() -> Iterator[tuple]:
+    """Yield a row of predictions for every model, number of bits and number of GPUs."""
     for name in ("Meta-Llama-3-8B", "Meta-Llama-3-70B", "Llama-3.1-405B"):
         for nbits in (4, 2, 1):
             for gpus in (1, 8, 64, 1024):
@@ -165,36 +202,42 @@ def _rows() -> Iterator[tuple]:
                        f"{found.work:.2f}", f"{found.wire:.2f}", f"{rate:,.0f}")  # fmt: skip
 
 
-CHECKED = ("model, 2 bits", "GPUs", "s a step", "predicted", "", "GiB", "predicted", "", "")
-TEXT = """# How it scales: a prediction
+CHECKED = (
+    "model, 2 bits", "GPUs", "s per step", "predicted", "error", "GiB", "predicted", "error", "",
+)  # fmt: skip
+TEXT = """# Scaling: a prediction
 
-Written by `python scripts/scaling.py --write`; the script is the model, and says what it assumes.
-FSDP2 over H100s, 8 to a node (NVLink within, 400 Gbit/s a GPU between), one sequence of 2,048
-tokens a GPU and step, groups of 64, LoRA r=16 in bf16 on all linear layers, 8-bit AdamW,
-checkpointed layers with their inputs offloaded. **Nothing was measured on more than two GPUs.**
+`python scripts/scaling.py --write` writes this page. The script is the model, and its docstrings
+state the assumptions: FSDP2 on H100s, 8 per node (NVLink within a node, 400 Gbit/s per GPU between
+nodes), one sequence of 2,048 tokens per GPU and step, groups of 64, LoRA with r=16 in bf16 on all
+linear layers, 8-bit AdamW, and activation checkpointing with offloaded layer inputs. **Nothing was
+measured on more than two GPUs.**
 
-## Checked against what was measured
+## Comparison with measurements
 
 {checks}
 
-The efficiency of products (0.66) is fitted to the first row; the others are predictions. Their
-distance is how far to trust the rest. Between two GPUs of a node the wire hides behind the work;
-between nodes it is not checked by anything.
+The efficiency of matrix products (0.66) is fitted to the first row; the other rows are predictions.
+Their errors show how far to trust the table below. Between two GPUs of a node, communication is
+hidden behind computation. No measurement checks the communication between nodes.
 
-## Predicted
+## Predictions
+
+"Work" is computation and "wire" is communication, in seconds per step.
 
 {table}
 
-What to read from it: gathering packed weights instead of bf16 ones saves a factor of 3.6 (4 bits)
-to 11 (1 bit) of what linear layers put on the wire. Between nodes it is still what a small batch
-waits for, at 4 bits above all. Larger batches a GPU hide it: work grows with tokens, the wire does
-not. Sharding within a node and replicating between nodes (parallel.hybrid=true, not in the table)
-leaves nothing but adapters' gradients to the slow links, for the memory of 8 GPUs.
+Gathering packed weights instead of bf16 weights reduces the communication of the linear layers by a
+factor of 3.6 (4 bits) to 11 (1 bit). Between nodes, a small batch still waits for this
+communication, most of all at 4 bits. A larger batch per GPU hides it, because computation grows
+with the number of tokens and communication does not. With sharding within a node and replication
+between nodes (`parallel.hsdp=true`, not in the table), only the gradients of the adapters use the
+slow links, at the price that the base is sharded over 8 GPUs only.
 """
 
 
 def main() -> None:
-    """Prints the page, or writes it."""
+    """Print the page, or write it to docs/scaling.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     if parser.parse_args().write:
