@@ -6,14 +6,20 @@ explains them and are passed to the kernels, so that the two implementations can
 
 import functools
 import logging
-from dataclasses import astuple
 
 import torch
 from torch import Tensor
 
 from hqqtrain.quant import least_squares, solvers
 from hqqtrain.quant.spec import QuantSpec
-from hqqtrain_kernels import Layout, select
+from hqqtrain_kernels import Layout, backend
+from hqqtrain_kernels.solver_params import (
+    SUPPORTED_SOLVERS,
+    HQQParams,
+    LeastSquaresParams,
+    RTNParams,
+    SolverParams,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +27,12 @@ LARGEST_GROUP = 1 << 15
 """Largest group_size that fits into the registers of one program."""
 
 
-def runs(device: torch.device, layout: Layout) -> bool:
-    """Whether the kernel, not torch, quantizes a weight on `device`."""
-    if not select.runs_triton(device):
+def is_supported(device: torch.device, layout: Layout, solver: str) -> bool:
+    """Whether the kernel of `solver`, not torch, quantizes a weight on `device`."""
+    if not backend.use_triton(device):
+        return False
+    if solver not in SUPPORTED_SOLVERS:
+        _warn_no_kernel(solver)
         return False
     if layout.group_size > LARGEST_GROUP:
         _warn_group_too_long(layout.group_size)
@@ -41,6 +50,16 @@ def _warn_group_too_long(group_size: int) -> None:
     )  # fmt: skip
 
 
+@functools.cache
+def _warn_no_kernel(solver: str) -> None:
+    """Warn once for every solver: `functools.cache` drops repetitions."""
+    logger.warning(
+        "solver %s has no kernel (%s have one); torch runs it, which is slower",
+        solver,
+        ", ".join(SUPPORTED_SOLVERS),
+    )
+
+
 def quantize(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantize W with the kernel of its solver.
 
@@ -50,20 +69,41 @@ def quantize(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tensor
     """
     from hqqtrain_kernels import quantize_triton  # triton is absent on a Mac
 
-    constants = _solver_constants(spec.solver, spec.nbits, layout.group_size)
-    method = quantize_triton.Method(spec.solver, constants)
-    return quantize_triton.quantize(W, layout, method, spec.meta_dtype)
+    return quantize_triton.quantize(
+        W=W,
+        layout=layout,
+        solver=spec.solver,
+        params=_solver_params(spec.solver, spec.nbits, layout.group_size),
+        meta_dtype=spec.meta_dtype,
+    )
 
 
 @functools.cache
-def _solver_constants(solver: str, nbits: int, group_size: int) -> tuple:
-    """Return the constants of `solver` in the order that its kernel unpacks them."""
+def _solver_params(solver: str, nbits: int, group_size: int) -> SolverParams:
+    """Return the constants of `solver` for its kernel.
+
+    Raises:
+        ValueError: The solver has no kernel.
+    """
+    if solver == "rtn":
+        return RTNParams()
     if solver == "hqq":
-        return (
-            solvers.HQQ_ROUNDS, solvers.HQQ_BETA, solvers.HQQ_P, solvers.HQQ_NUDGES,
-            solvers.HQQ_BITS, solvers.HQQ_SHRUNK_BITS,
-        )  # fmt: skip
+        return HQQParams(
+            rounds=solvers.HQQ_ROUNDS,
+            beta=solvers.HQQ_BETA,
+            p=solvers.HQQ_P,
+            nudges=solvers.HQQ_NUDGES,
+            bits=solvers.HQQ_BITS,
+            shrunk_bits=solvers.HQQ_SHRUNK_BITS,
+        )
     if solver == "least_squares":
-        bits = least_squares.fraction_bits(nbits, group_size)
-        return (*astuple(least_squares.search(nbits)), bits)
-    return ()
+        search = least_squares.search(nbits)
+        return LeastSquaresParams(
+            about_middle=search.about_middle,
+            about_mean=search.about_mean,
+            rounds=search.rounds,
+            last_rounds=search.last_rounds,
+            stride=search.stride,
+            bits=least_squares.fraction_bits(nbits, group_size),
+        )
+    raise ValueError(f"solver={solver}: it has no kernel")

@@ -76,7 +76,7 @@ def enqueue(W: Tensor, spec: QuantSpec, *, name: str = "weight") -> tuple[Quanti
         UserError: group_size does not divide.
     """
     layout = spec.layout(W.shape[0], W.shape[1], name)
-    solve = fused.quantize if fused.runs(W.device, layout) else _in_chunks
+    solve = fused.quantize if fused.is_supported(W.device, layout, spec.solver) else _in_chunks
     *quantized, not_finite = solve(W, layout, spec)
     return Quantized(*quantized), not_finite
 

@@ -15,7 +15,7 @@ from hqqtrain.config import RunConfig, UserError
 from hqqtrain.dist import Processes, choose_replicas, choose_storage, choose_strategy, settle
 from hqqtrain.train.interrupt import Interrupt
 from hqqtrain.train.optimizer import check_optimizer
-from hqqtrain_kernels import select
+from hqqtrain_kernels import backend as kernel_backend
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Session:
 
 def _choose_backend(backend: str, processes: Processes) -> None:
     try:
-        chosen = select.use(backend)
+        chosen = kernel_backend.set_backend(backend)
     except ValueError as fault:
         raise UserError(f"quant.{fault}") from None
     if processes.is_main:

@@ -22,7 +22,7 @@ import goals
 import linear
 import overhead
 import quantize
-from hqqtrain_kernels import select
+from hqqtrain_kernels import backend
 from record import Row, facts, line, write
 from sizes import Sizes, full, smoke
 from timing import Limits, limits
@@ -43,7 +43,8 @@ def main() -> None:
     torch.manual_seed(0)
     sizes = smoke() if options.smoke else full()
     shared, found = facts(sizes.device), limits(sizes.device, sizes.product)
-    print(f"{shared['gpu']}, {shared['versions']}, {shared['date']}; {select.use(options.backend)}")
+    chosen = backend.set_backend(options.backend)
+    print(f"{shared['gpu']}, {shared['versions']}, {shared['date']}; {chosen}")
     print(f"copy {found.bandwidth / 1e12:.3f} TB/s, product {found.operations / 1e12:.1f} TFLOP/s")
     rows: list[Row] = []
     for part in options.parts or PARTS:
@@ -60,7 +61,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", default=[])
     parser.add_argument("--csv", type=Path, help="the file to write")
     parser.add_argument("--smoke", action="store_true", help="toy sizes")
-    parser.add_argument("--backend", choices=select.BACKENDS, default="auto", help="of ours")
+    parser.add_argument("--backend", choices=backend.BACKENDS, default="auto", help="of ours")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Packed low-bit weights: their layout in memory and the operators that compute with them."""
+"""Packed low-bit weights: their layout in memory, and the operators that compute with them."""
 
 from hqqtrain_kernels.layout import LAYOUT_VERSION, Layout
 from hqqtrain_kernels.ops import dequantize, linear

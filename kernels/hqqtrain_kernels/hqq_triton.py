@@ -1,119 +1,165 @@
-"""hqq's solver on a tile of groups: `hqqtrain.quant.solvers.hqq` explains it."""
+"""hqq's solver on a tile of groups. `hqqtrain.quant.solvers.hqq` explains the algorithm."""
 
 import triton
 import triton.language as tl
 
 from hqqtrain_kernels.solve_triton import (
     MAGIC_BITS,
+    code_fractions,
     code_index,
     encode,
-    in_fixed_point,
-    load,
-    nearest,
-    over_codes,
+    group_sum,
+    load_weights,
+    mask_padding,
+    nearest_codes,
+    per_group,
     reciprocal,
-    shares,
-    spread_out,
-    within,
+    to_fixed_point,
 )
 
 
 @triton.jit
 def hqq(
-    W, inside, low, high, unit, tile, LAST: tl.constexpr, g: tl.constexpr, R: tl.constexpr,
-    T: tl.constexpr, E: tl.constexpr, AXIS: tl.constexpr, NUMBERS: tl.constexpr,
-    NBITS: tl.constexpr, TOP: tl.constexpr,
-):  # fmt: skip
-    """Scale (in units) and zero [G] of a tile W in units; `tile` says where to read it again.
+    W,
+    mask,
+    low,
+    high,
+    unit,
+    W_ptr,
+    origin,
+    exists,
+    stride,
+    PARAMS: tl.constexpr,
+    SHRINKS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    E: tl.constexpr,
+    AXIS: tl.constexpr,
+    NBITS: tl.constexpr,
+    MAX_CODE: tl.constexpr,
+):
+    """Fit the zero of every group of a tile.
 
-    And which groups are not done, unless this is the LAST launch: those with residuals so large
-    that they shrink, which takes 40 registers more.
+    Args:
+        W: The tile, in units.
+        mask: Which elements of the tile are codes, or None if all are.
+        low: Minimum of each group, [G], in units.
+        high: Maximum of each group, [G], in units.
+        unit: [G].
+        W_ptr: Where to load the tile again; so are origin, exists, stride: see `load_weights`.
+        origin: [G].
+        exists: [G].
+        stride: Distance of the weights of a group.
+        PARAMS: `HQQParams`.
+        SHRINKS: Whether to compute hqq's shrinkage, which takes 40 more registers.
+        GROUP_SIZE: Weights of a group.
+        R, T, E: Shape of the tile, with G.
+        AXIS: Axis of the groups.
+        NBITS: Bits of a code.
+        MAX_CODE: The largest code.
+
+    Returns:
+        scale: [G], in units.
+        zero: [G].
+        deferred: [G], whether the residuals of a group are so large that they shrink. Unless
+            SHRINKS, such a group is not done.
     """
-    ROUNDS: tl.constexpr = NUMBERS[0]
-    BETA: tl.constexpr = NUMBERS[1]
-    P: tl.constexpr = NUMBERS[2]
-    NUDGES: tl.constexpr = NUMBERS[3]
-    BITS: tl.constexpr = NUMBERS[4]
-    SHRUNK_BITS: tl.constexpr = NUMBERS[5]
+    ROUNDS: tl.constexpr = PARAMS.rounds
+    BETA: tl.constexpr = PARAMS.beta
+    P: tl.constexpr = PARAMS.p
+    NUDGES: tl.constexpr = PARAMS.nudges
+    BITS: tl.constexpr = PARAMS.bits
+    SHRUNK_BITS: tl.constexpr = PARAMS.shrunk_bits
+    # The scale spans the group's range, except that 1 / scale is capped as in hqq.
     width = tl.maximum(high - low, 2.0**-30)
-    inverse = tl.div_rn(1.0, width) * TOP  # as torch divides a number by a tensor
-    capped = tl.minimum(inverse, unit * 2e4)
-    inverse = tl.where(width * unit <= 1e-4, inverse, capped)
-    first = -low * inverse
-    scale = tl.div_rn(1.0, inverse)
-    _, _, _, mean, _ = in_fixed_point(W, inside, low, high, g, BITS)
-    mean = mean * inverse
-    peak = high * inverse
-    inverse_again = tl.div_rn(1.0, scale)
+    inverse_scale = tl.div_rn(1.0, width) * MAX_CODE  # as torch divides a number by a tensor
+    capped = tl.minimum(inverse_scale, unit * 2e4)
+    inverse_scale = tl.where(width * unit <= 1e-4, inverse_scale, capped)
+    initial_zero = -low * inverse_scale
+    scale = tl.div_rn(1.0, inverse_scale)
+    _, _, _, mean, _ = to_fixed_point(W, mask, low, high, GROUP_SIZE, BITS)
+    mean = mean * inverse_scale
+    peak = high * inverse_scale
+    encode_inverse = tl.div_rn(1.0, scale)
+    # A residual (of the weight itself) below the threshold shrinks to exactly 0.
     THRESHOLD: tl.constexpr = BETA ** (-1 / (2 - P))
-    rest = tl.zeros(first.shape, tl.int1)
-    best = first
-    least = tl.full(first.shape, float("inf"), tl.float64)
+    deferred = tl.zeros(initial_zero.shape, tl.int1)
+    best_zero = initial_zero
+    least_error = tl.full(initial_zero.shape, float("inf"), tl.float64)
+    # `nearest_codes` adds OFFSET to every code, so a group's sum contains GROUP_OFFSET, as int32.
     OFFSET: tl.constexpr = MAGIC_BITS - (NBITS << 23)
-    ALL_OFFSETS: tl.constexpr = (g * OFFSET + 0x80000000) % 0x100000000 - 0x80000000
-    share = shares(W, inverse, NBITS)
+    GROUP_OFFSET: tl.constexpr = (GROUP_SIZE * OFFSET + 0x80000000) % 0x100000000 - 0x80000000
+    fractions = code_fractions(W, inverse_scale, NBITS)
     TRIES: tl.constexpr = len(NUDGES) if NBITS == 1 else 1
     for i in tl.static_range(TRIES):
-        zero = first
+        zero = initial_zero
         if NBITS == 4:
-            zero = _whole(first)
-        left = ROUNDS
-        _, clips = _status(zero, zero, NUDGES[i], peak, TOP)
-        while left > 0:
+            zero = _round_half_even(initial_zero)
+        rounds_left = ROUNDS
+        _, clips = _any_moved_or_clips(zero, zero, NUDGES[i], peak, MAX_CODE)
+        while rounds_left > 0:
             previous = zero
-            shrinks = tl.maximum(tl.abs(zero - first), 0.5) * 1.01 * (scale * unit) > THRESHOLD
-            rest = rest | shrinks
+            distance = tl.maximum(tl.abs(zero - initial_zero), 0.5) * 1.01
+            shrinks = distance * (scale * unit) > THRESHOLD
+            deferred = deferred | shrinks
+            # The new zero is the mean of code - W / scale over the group.
             if clips:
-                n = _sum_codes(share, zero + NUDGES[i], inside, NBITS, True)
+                n = _sum_codes(fractions, zero + NUDGES[i], mask, NBITS, True)
             else:
-                n = _sum_codes(share, zero + NUDGES[i], inside, NBITS, False)
-            zero = (n - ALL_OFFSETS).to(tl.float32) * (1 / g) - mean
-            if LAST and tl.max(shrinks.to(tl.int32), 0) > 0:
+                n = _sum_codes(fractions, zero + NUDGES[i], mask, NBITS, False)
+            zero = (n - GROUP_OFFSET).to(tl.float32) * (1 / GROUP_SIZE) - mean
+            if SHRINKS and tl.max(shrinks.to(tl.int32), 0) > 0:
                 shrunk = _sum_shrunk(
-                    tile, previous, NUDGES[i], inverse, unit, g, R, T, E, AXIS, NBITS, BETA, P,
-                    SHRUNK_BITS, THRESHOLD,
+                    W_ptr, origin, exists, stride, previous, NUDGES[i], inverse_scale, unit,
+                    GROUP_SIZE, R, T, E, AXIS, NBITS, BETA, P, SHRUNK_BITS, THRESHOLD,
                 )  # fmt: skip
-                zero = zero + shrunk.to(tl.float32) * (2.0**-SHRUNK_BITS / g)
+                zero = zero + shrunk.to(tl.float32) * (2.0**-SHRUNK_BITS / GROUP_SIZE)
             if NBITS == 1:
-                error = (encode(W, inverse_again, zero, NBITS) - OFFSET).to(tl.float32)
-                error = (error - spread_out(zero)) * spread_out(scale) - W
-                error = over_codes(within((error * error).to(tl.float64), inside))
-                best = tl.where(error < least * (1 - 1e-12), zero, best)
-                least = tl.minimum(error, least)
-            moved, clips = _status(zero, previous, NUDGES[i], peak, TOP)
-            left = tl.where(moved, left - 1, 0)
+                # A later round can be worse: keep the best, by a margin above rounding errors.
+                error = (encode(W, encode_inverse, zero, NBITS) - OFFSET).to(tl.float32)
+                error = (error - per_group(zero)) * per_group(scale) - W
+                error = group_sum(mask_padding((error * error).to(tl.float64), mask))
+                best_zero = tl.where(error < least_error * (1 - 1e-12), zero, best_zero)
+                least_error = tl.minimum(error, least_error)
+            moved, clips = _any_moved_or_clips(zero, previous, NUDGES[i], peak, MAX_CODE)
+            rounds_left = tl.where(moved, rounds_left - 1, 0)
         if NBITS > 1:
-            best = zero
-    return scale, best, rest
+            best_zero = zero
+    return scale, best_zero, deferred
 
 
 @triton.jit
-def _sum_codes(share, zero, inside, NBITS: tl.constexpr, CLIPS: tl.constexpr):
-    """Of every group. Once with CLIPS and once without, as whole branches, and with a barrier in
-    one: without it the compiler computes both sums in every round, and chooses then (on sm_90 303
-    instead of 190 instructions for 64 weights)."""
+def _sum_codes(fractions, zero, mask, NBITS: tl.constexpr, CLIPS: tl.constexpr):
+    """Sum the nearest codes, with their offset, over every group.
+
+    The caller has a branch that CLIPS and one that does not, as a whole, and the barrier is in one
+    of them. Without it the compiler computes both sums in every round, and selects afterwards (on
+    sm_90 303 instructions for 64 weights instead of 190).
+    """
     if CLIPS:
         tl.debug_barrier()
-    return over_codes(within(nearest(share, zero, NBITS, CLIPS), inside))
+    return group_sum(mask_padding(nearest_codes(fractions, zero, NBITS, CLIPS), mask))
 
 
 @triton.jit
-def _status(zero, previous, nudge, peak, TOP: tl.constexpr):
-    """Of any group of the tile: has its zero moved, will a code be clipped?
+def _any_moved_or_clips(zero, previous, nudge, peak, MAX_CODE: tl.constexpr):
+    """Whether the zero of any group of the tile moved, and whether any code will be clipped.
 
-    One reduction over the warp answers both questions. The second exactly, because the peak's
-    share has the same roundings. A margin would be met often: zeros of 4 bits begin as whole
-    numbers, up to half a code from where the peak fits, and then hardly move.
+    One reduction over the warp answers both questions. The answer to the second is exact, because
+    the peak has the same roundings as every weight. With a margin it would often be yes: zeros of 4
+    bits begin as whole numbers, up to half a code from where the peak fits, and then hardly move.
     """
     moved = (zero != previous).to(tl.int32)
-    clips = (peak + (zero + nudge) >= TOP + 0.5).to(tl.int32)
-    counts = tl.sum(moved + (clips << 16), 0)  # of at most 512 groups each
+    clips = (peak + (zero + nudge) >= MAX_CODE + 0.5).to(tl.int32)
+    # Two counts of at most 512 groups each, in the halves of one number.
+    counts = tl.sum(moved + (clips << 16), 0)
     return (counts & 0xFFFF) > 0, (counts >> 16) > 0
 
 
 @triton.jit
-def _whole(x):
-    """Rounded half to even, whatever its size."""
+def _round_half_even(x):
+    """Round to whole numbers, half to even, whatever the magnitude of x."""
     size = tl.abs(x)
     size = tl.where(size < 8388608.0, (size + 8388608.0) - 8388608.0, size)
     return tl.where(x < 0, -size, size)
@@ -121,25 +167,43 @@ def _whole(x):
 
 @triton.jit
 def _sum_shrunk(
-    tile, zero, nudge, inverse, unit, g: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
-    E: tl.constexpr, AXIS: tl.constexpr, NBITS: tl.constexpr, BETA: tl.constexpr,
-    P: tl.constexpr, BITS: tl.constexpr, THRESHOLD: tl.constexpr,
-):  # fmt: skip
-    """What hqq's shrinkage leaves of a group's residuals, summed in fixed point [G].
+    W_ptr,
+    origin,
+    exists,
+    stride,
+    zero,
+    nudge,
+    inverse_scale,
+    unit,
+    GROUP_SIZE: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    E: tl.constexpr,
+    AXIS: tl.constexpr,
+    NBITS: tl.constexpr,
+    BETA: tl.constexpr,
+    P: tl.constexpr,
+    BITS: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+):
+    """Sum each group's residuals after hqq's shrinkage, in fixed point with BITS bits: [G] int64.
 
-    The tile is read again in R parts: at once, the powers would take more registers than there are.
+    The tile is loaded again in R parts: at once, the powers would take more registers than exist.
     """
     total = tl.zeros(zero.shape, tl.int64)
     for r in range(R):
         k = code_index(r, R, T, E)
-        W = load(tile, k, g, AXIS, "evict_first") * spread_out(reciprocal(unit))
-        codes = encode(W, inverse, zero + nudge, NBITS) - (MAGIC_BITS - (NBITS << 23))
-        away = tl.div_rn(codes.to(tl.float32) - spread_out(zero), spread_out(inverse))
-        residual = W - away
-        size = tl.where(k < g, tl.abs(residual) * spread_out(unit), 0.0)
+        W = load_weights(W_ptr, origin, exists, stride, k, GROUP_SIZE, AXIS, "evict_first")
+        W = W * per_group(reciprocal(unit))
+        codes = encode(W, inverse_scale, zero + nudge, NBITS) - (MAGIC_BITS - (NBITS << 23))
+        decoded = tl.div_rn(codes.to(tl.float32) - per_group(zero), per_group(inverse_scale))
+        residual = W - decoded
+        size = tl.where(k < GROUP_SIZE, tl.abs(residual) * per_group(unit), 0.0)
+        # Below the threshold all results are 0: skip the powers.
         if tl.max(tl.max(tl.max(tl.max(size, 3), 2), 1), 0) > THRESHOLD * 0.999:
             power = tl.exp2(tl.log2(size.to(tl.float64)) * (P - 1)).to(tl.float32)
             shrunk = tl.maximum(size - power * (1 / BETA), 0.0)
-            shrunk = tl.div_rn(tl.where(residual < 0, -shrunk, shrunk), spread_out(unit))
-            total += over_codes(_whole(shrunk * spread_out(inverse) * 2.0**BITS).to(tl.int64))
+            shrunk = tl.div_rn(tl.where(residual < 0, -shrunk, shrunk), per_group(unit))
+            fixed = _round_half_even(shrunk * per_group(inverse_scale) * 2.0**BITS)
+            total += group_sum(fixed.to(tl.int64))
     return total

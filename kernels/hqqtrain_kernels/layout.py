@@ -1,9 +1,9 @@
-"""Where every code of a quantized weight lies: the one definition that all packages share.
+"""The packed layout: the one definition, shared by all packages, of where every code is stored.
 
-A weight [out_features, in_features] is cut into `units` of whole groups, dimension 0 of W_q,
-scale and zero alike, and every unit is packed on its own. So a slice of units of the packed
-tensors is the packed slice of the weight: sharding, streaming and saving need nothing else.
-hqq's own layout pairs distant rows in one byte and cannot be sliced.
+A weight [out_features, in_features] is cut into `units` of whole groups. Units are dimension 0 of
+W_q, scale and zero alike, and every unit is packed independently. A slice of units of the packed
+tensors is therefore the packed slice of the weight: sharding, streaming and saving need no other
+rule. hqq's own layout pairs distant rows in one byte and cannot be sliced.
 """
 
 from dataclasses import dataclass, replace
@@ -18,12 +18,14 @@ TILE_BYTES = 16
 class Layout:
     """How one weight [out_features, in_features] is cut into groups and packed.
 
-    axis 1: a group is `group_size` neighbours of a row; a unit is a row.
-    axis 0: a group runs down a column, as in hqq, through the rows r, r + out/g, r + 2 out/g ...;
-    a unit is that class r of rows, stored [in_features, group_size], a column's codes adjacent.
+    * axis 1: a group is `group_size` adjacent weights of a row. A unit is a row.
+    * axis 0: a group runs down a column, as in hqq, through the rows r, r + out/g, r + 2 out/g ...
+      of its class r. A unit is one such class of rows, stored as [in_features, group_size]: the
+      codes of a column are adjacent.
 
-    Raises ValueError for what cannot be cut: sizes below one, a `group_size` that does not
-    divide the axis it runs along, another `nbits` or `axis`.
+    Raises:
+        ValueError: A size is below one, `group_size` does not divide the axis that the groups run
+            along, or `nbits` or `axis` is not supported.
     """
 
     out_features: int
@@ -50,12 +52,12 @@ class Layout:
 
     @cached_property
     def row_codes(self) -> int:
-        """Codes of one unit."""
+        """Codes in one unit."""
         return self.in_features * (1 if self.axis == 1 else self.group_size)
 
     @cached_property
     def groups(self) -> int:
-        """Groups of one unit: dimension 1 of scale and zero."""
+        """Groups in one unit: dimension 1 of scale and zero."""
         return self.row_codes // self.group_size
 
     @cached_property
@@ -64,23 +66,26 @@ class Layout:
         return packed_bytes(self.row_codes, self.nbits)
 
     def rows_of(self, start: int, stop: int) -> list[slice]:
-        """The rows of the weight that units `start` to `stop` hold, as slices in their order."""
+        """Return the weight's rows in units `start` to `stop`, as slices in storage order."""
         if self.axis == 1:
             return [slice(start, stop)]
         firsts = range(0, self.out_features, self.units)
         return [slice(first + start, first + stop) for first in firsts]
 
     def slice(self, start: int, stop: int) -> "Layout":
-        """The layout of units `start` to `stop` alone, a weight of just `rows_of` them."""
+        """Return the layout of the weight that consists of units `start` to `stop` alone."""
         rows = (stop - start) * (self.out_features // self.units)
         return replace(self, out_features=rows)
 
 
-def planes(nbits: int) -> tuple[int, ...]:
-    """The bit widths that a code is stored in: 3 bits are the low two and, apart, the top one."""
+def plane_widths(nbits: int) -> tuple[int, ...]:
+    """Return the bit widths of the planes that store a code, low bits first.
+
+    3-bit codes are split: their low two bits form one plane, their high bit another.
+    """
     return (2, 1) if nbits == 3 else (nbits,)
 
 
 def packed_bytes(codes: int, nbits: int) -> int:
-    """Bytes of `codes` packed codes, every plane padded to whole 16-byte tiles."""
-    return sum(-(-codes * width // (8 * TILE_BYTES)) * TILE_BYTES for width in planes(nbits))
+    """Return the bytes of `codes` packed codes, every plane padded to whole 16-byte tiles."""
+    return sum(-(-codes * width // (8 * TILE_BYTES)) * TILE_BYTES for width in plane_widths(nbits))

@@ -1,4 +1,4 @@
-"""The least-squares solver on a tile of groups: `hqqtrain.quant.least_squares` explains it."""
+"""The least-squares solver on a tile of groups. `hqqtrain.quant.least_squares` explains it."""
 
 import triton
 import triton.language as tl
@@ -6,123 +6,184 @@ import triton.language as tl
 from hqqtrain_kernels.solve_triton import (
     MAGIC,
     MAGIC_BITS,
-    clamped,
-    in_fixed_point,
-    largest,
-    over_codes,
-    spread_out,
-    stored,
-    within,
+    as_stored,
+    clamp,
+    group_max,
+    group_sum,
+    mask_padding,
+    per_group,
+    to_fixed_point,
 )
 
 SHIFT = tl.constexpr(1 << 15)
-"""Added to the magic number: see `_sums`."""
+"""Added to the magic number, so that `_code_sums` can undo what it adds to the sums."""
 UNDO = tl.constexpr(pow(2 * (0x4B400000 + (1 << 15)) >> 16, -1, 1 << 16))
+"""The inverse, modulo 2**16, of what `_code_sums` multiplies the sum of codes by."""
 
 
 @triton.jit
 def least_squares(
-    W, inside, low, high, unit, g: tl.constexpr, NUMBERS: tl.constexpr, TOP: tl.constexpr,
-    LEAST: tl.constexpr, LARGEST: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """Scale (in units) and zero [G] of a tile W in units.
+    W,
+    mask,
+    low,
+    high,
+    unit,
+    PARAMS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    MAX_CODE: tl.constexpr,
+    META_MIN: tl.constexpr,
+    META_MAX: tl.constexpr,
+    META_DTYPE: tl.constexpr,
+):
+    """Fit scale and zero of every group of a tile.
 
-    One loop for all starts and for the last descent keeps the code small: unrolled, its 18 rounds
-    would not fit the instruction cache.
+    One loop serves all starting points and the last descent, to keep the code small: unrolled, its
+    18 rounds would not fit into the instruction cache.
+
+    Args:
+        W: The tile, in units.
+        mask: Which elements of the tile are codes, or None if all are.
+        low: Minimum of each group, [G], in units.
+        high: Maximum of each group, [G], in units.
+        unit: [G].
+        PARAMS: `LeastSquaresParams`.
+        GROUP_SIZE: Weights of a group.
+        MAX_CODE: The largest code.
+        META_MIN: Smallest scale that META_DTYPE stores.
+        META_MAX: Largest number of META_DTYPE.
+        META_DTYPE: Storage dtype of scale and zero.
+
+    Returns:
+        The scale, in units, and the zero: both [G].
     """
-    SHARES: tl.constexpr = NUMBERS[0]
-    SHARES_ABOUT_MEAN: tl.constexpr = NUMBERS[1]
-    ROUNDS: tl.constexpr = NUMBERS[2]
-    LAST_ROUNDS: tl.constexpr = NUMBERS[3]
-    STRIDE: tl.constexpr = NUMBERS[4]
-    BITS: tl.constexpr = NUMBERS[5]
-    x, bits, total, mean, step = in_fixed_point(W, inside, low, high, g, BITS)
+    ABOUT_MIDDLE: tl.constexpr = PARAMS.about_middle
+    ABOUT_MEAN: tl.constexpr = PARAMS.about_mean
+    ROUNDS: tl.constexpr = PARAMS.rounds
+    LAST_ROUNDS: tl.constexpr = PARAMS.last_rounds
+    STRIDE: tl.constexpr = PARAMS.stride
+    BITS: tl.constexpr = PARAMS.bits
+    # Integers x, centered on their rounded mean; v is x as fp32. v_sum is not 0, because the
+    # center is rounded.
+    x, bits, total, mean, step = to_fixed_point(W, mask, low, high, GROUP_SIZE, BITS)
     total = total.to(tl.int32)
-    centre = (total.to(tl.float32) * (1 / g) + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
-    rest = total - g * centre
-    x = within(x - spread_out(centre + bits), inside)
+    center = (total.to(tl.float32) * (1 / GROUP_SIZE) + MAGIC).to(tl.int32, bitcast=True)
+    center = center - MAGIC_BITS
+    v_sum = total - GROUP_SIZE * center
+    x = mask_padding(x - per_group(center + bits), mask)
     v = x.to(tl.float32)
-    bottom, top = -centre.to(tl.float32), largest(v)
+    bottom, top = -center.to(tl.float32), group_max(v)
     width = tl.maximum(top - bottom, 1.0)
     middle = bottom + width * 0.5
     reach = tl.maximum(tl.maximum(top, -bottom), 1.0) * 2
 
-    best_gain = tl.full(rest.shape, float("-inf"), tl.float32)
-    best_slope = tl.full(rest.shape, 1.0, tl.float32)
-    best_offset, best_zero = best_slope, best_slope
-    STARTS: tl.constexpr = len(SHARES) + len(SHARES_ABOUT_MEAN)
+    # A line maps v to its place among the codes: v * slope + offset is 0 at the lowest code and 1
+    # at the highest. Every group keeps the line that removes most of its squared error.
+    best_gain = tl.full(v_sum.shape, float("-inf"), tl.float32)
+    best_slope = tl.full(v_sum.shape, 1.0, tl.float32)
+    best_offset, best_mean_code = best_slope, best_slope
+    STARTS: tl.constexpr = len(ABOUT_MIDDLE) + len(ABOUT_MEAN)
     for start in range(STARTS + 1):
+        # 1. Select the starting line. The last pass continues from the best line so far.
         slope, offset = best_slope, best_offset
-        for i in tl.static_range(len(SHARES)):
-            steep = tl.div_rn(1.0, width * SHARES[i])
-            slope = tl.where(start == i, steep, slope)
-            offset = tl.where(start == i, 0.5 - middle * steep, offset)
-        for i in tl.static_range(len(SHARES_ABOUT_MEAN)):
-            steep = tl.div_rn(1.0, reach * SHARES_ABOUT_MEAN[i])
-            slope = tl.where(start == len(SHARES) + i, steep, slope)
-            offset = tl.where(start == len(SHARES) + i, 0.5, offset)
-        variance, covariance, fitted, level, zero = _fit(v, x, inside, slope, offset, rest, g, TOP)
+        for i in tl.static_range(len(ABOUT_MIDDLE)):
+            start_slope = tl.div_rn(1.0, width * ABOUT_MIDDLE[i])
+            slope = tl.where(start == i, start_slope, slope)
+            offset = tl.where(start == i, 0.5 - middle * start_slope, offset)
+        for i in tl.static_range(len(ABOUT_MEAN)):
+            start_slope = tl.div_rn(1.0, reach * ABOUT_MEAN[i])
+            slope = tl.where(start == len(ABOUT_MIDDLE) + i, start_slope, slope)
+            offset = tl.where(start == len(ABOUT_MIDDLE) + i, 0.5, offset)
+        # 2. Descend: round to codes, regress on the codes, and step STRIDE times as far as the
+        #    regression proposes. A slope that would turn negative takes the regression's own value.
+        variance, covariance, fitted_slope, fitted_offset, mean_code = _fit(
+            v, x, mask, slope, offset, v_sum, GROUP_SIZE, MAX_CODE
+        )
         rounds = tl.where(start == STARTS, LAST_ROUNDS, ROUNDS)
         for _ in range(1, rounds):
-            moved = slope + STRIDE * (fitted - slope)
-            slope = tl.where(moved > 0, moved, fitted)
-            offset = offset + STRIDE * (level - offset)
-            variance, covariance, fitted, level, zero = _fit(
-                v, x, inside, slope, offset, rest, g, TOP
+            moved = slope + STRIDE * (fitted_slope - slope)
+            slope = tl.where(moved > 0, moved, fitted_slope)
+            offset = offset + STRIDE * (fitted_offset - offset)
+            variance, covariance, fitted_slope, fitted_offset, mean_code = _fit(
+                v, x, mask, slope, offset, v_sum, GROUP_SIZE, MAX_CODE
             )
-        fits = (covariance > 0) & (variance > 0)
-        gain = tl.where(fits, covariance * tl.div_rn(covariance, variance), 0.0)
-        wins = gain > best_gain
-        best_gain = tl.where(wins, gain, best_gain)
-        best_slope = tl.where(wins, fitted, best_slope)
-        best_offset = tl.where(wins, level, best_offset)
-        best_zero = tl.where(wins, zero, best_zero)
-    scale = tl.div_rn(step, best_slope * TOP)
-    scale, _ = stored(scale, best_zero - tl.div_rn(mean, scale), unit, LEAST, LARGEST, dtype)
+        # 3. Keep the last fit, a plain regression, in the groups where it is best.
+        is_valid = (covariance > 0) & (variance > 0)
+        gain = tl.where(is_valid, covariance * tl.div_rn(covariance, variance), 0.0)
+        is_better = gain > best_gain
+        best_gain = tl.where(is_better, gain, best_gain)
+        best_slope = tl.where(is_better, fitted_slope, best_slope)
+        best_offset = tl.where(is_better, fitted_offset, best_offset)
+        best_mean_code = tl.where(is_better, mean_code, best_mean_code)
+    # (mean_code - zero) * scale is the mean of the group. Round the scale to its storage dtype
+    # first, so that the zero compensates for the rounding.
+    scale = tl.div_rn(step, best_slope * MAX_CODE)
+    zero = best_mean_code - tl.div_rn(mean, scale)
+    scale, _ = as_stored(scale, zero, unit, META_MIN, META_MAX, META_DTYPE)
     scale = tl.div_rn(scale, unit)
-    return scale, best_zero - tl.div_rn(mean, scale)
+    return scale, best_mean_code - tl.div_rn(mean, scale)
 
 
 @triton.jit
-def _fit(v, x, inside, slope, offset, rest, g: tl.constexpr, TOP: tl.constexpr):
-    """The regression on the nearest codes, all [G]: variance and covariance (times g), slope,
-    offset, mean code."""
-    place = clamped(tl.fma(v, spread_out(slope), spread_out(offset)), 0.0, 1.0)
-    codes = tl.fma(place, TOP * 1.0, MAGIC + SHIFT).to(tl.int32, bitcast=True)
-    n, squares, products = _sums(within(codes, inside), x, inside, rest, g, TOP)
-    if TOP * g < 46341:  # whose square is 2**31
-        variance = (squares * g - n * n).to(tl.float32)
+def _fit(
+    v, x, mask, slope, offset, v_sum, GROUP_SIZE: tl.constexpr, MAX_CODE: tl.constexpr
+):  # fmt: skip
+    """Round the weights to codes, and regress the weights on these codes.
+
+    Returns:
+        variance: Variance of the codes, times the square of the group size.
+        covariance: Covariance of codes and weights, times the same.
+        slope, offset: The regression's line. The slope is the old one where no line fits.
+        mean_code: Mean of the codes.
+
+        All are fp32 [G].
+    """
+    # Nearest codes: the place is rounded to fp32 once, then a magic number rounds the code.
+    place = clamp(tl.fma(v, per_group(slope), per_group(offset)), 0.0, 1.0)
+    codes = tl.fma(place, MAX_CODE * 1.0, MAGIC + SHIFT).to(tl.int32, bitcast=True)
+    codes = mask_padding(codes, mask)
+    code_sum, squares, products = _code_sums(codes, x, mask, v_sum, GROUP_SIZE, MAX_CODE)
+    # Exact integers, rounded to fp32 at the end. They fit 32 bits if the sum of the codes, at most
+    # MAX_CODE * GROUP_SIZE, has a square below 2**31.
+    if MAX_CODE * GROUP_SIZE < 46341:
+        variance = (squares * GROUP_SIZE - code_sum * code_sum).to(tl.float32)
     else:
-        variance = (squares.to(tl.int64) * g - n.to(tl.int64) * n).to(tl.float32)
-    covariance = products.to(tl.float32) * g - (n * rest).to(tl.float32)
-    fits = (covariance > 0) & (variance > 0)
-    fitted = tl.where(fits, tl.div_rn(variance, covariance) * (1 / TOP), slope)
-    mean_code = n.to(tl.float32) * (1 / g)
-    level = mean_code * (1 / TOP) - (rest.to(tl.float32) * (1 / g)) * fitted
-    return variance, covariance, fitted, level, mean_code
+        square = code_sum.to(tl.int64) * code_sum
+        variance = (squares.to(tl.int64) * GROUP_SIZE - square).to(tl.float32)
+    covariance = products.to(tl.float32) * GROUP_SIZE - (code_sum * v_sum).to(tl.float32)
+    # If all codes are equal or fall with the weights, no line fits: keep the slope.
+    is_valid = (covariance > 0) & (variance > 0)
+    slope = tl.where(is_valid, tl.div_rn(variance, covariance) * (1 / MAX_CODE), slope)
+    mean_code = code_sum.to(tl.float32) * (1 / GROUP_SIZE)
+    v_mean = v_sum.to(tl.float32) * (1 / GROUP_SIZE)
+    return variance, covariance, slope, mean_code * (1 / MAX_CODE) - v_mean * slope, mean_code
 
 
 @triton.jit
-def _sums(codes, x, inside, rest, g: tl.constexpr, TOP: tl.constexpr):
-    """Over each group: of codes, of their squares, of codes times x.
+def _code_sums(codes, x, mask, v_sum, GROUP_SIZE: tl.constexpr, MAX_CODE: tl.constexpr):
+    """Sum over each group: the codes, their squares, and codes times x. All are integers [G].
 
-    The codes q come as c = q + C, C the bits of the magic number. Modulo 2**32, where integers
-    live, the sum of c * c is that of q * q, below 2**16, plus that of q times 2 C, a multiple of
-    2**16 that can be undone: two sums for one instruction a weight, where five are all there are.
+    The codes q come as c = q + C, where C are the bits of the magic number plus SHIFT. Modulo
+    2**32, where int32 lives, the sum of c * c is
+
+        sum(q * q) + 2 C sum(q) + GROUP_SIZE C * C.
+
+    The first term is below 2**16. The second is a multiple of 2**16, and the factor 2 C / 2**16 is
+    odd, so it has an inverse modulo 2**16: UNDO. One sum thus yields two, for one instruction a
+    weight, where five are all there are.
     """
     C: tl.constexpr = MAGIC_BITS + SHIFT
-    if TOP * TOP * g < 65536:
-        ALL: tl.constexpr = (g * C * C + 0x80000000) % 0x100000000 - 0x80000000
-        both = over_codes(codes * codes) - ALL
+    if MAX_CODE * MAX_CODE * GROUP_SIZE < 65536:
+        C_SQUARES: tl.constexpr = (GROUP_SIZE * C * C + 0x80000000) % 0x100000000 - 0x80000000
+        both = group_sum(codes * codes) - C_SQUARES
         squares = both & 0xFFFF
-        n = (((both >> 16) & 0xFFFF) * UNDO) & 0xFFFF
-        products = over_codes(codes * x) - rest * C
+        code_sum = (((both >> 16) & 0xFFFF) * UNDO) & 0xFFFF
+        products = group_sum(codes * x) - v_sum * C
     else:
-        codes = within(codes - C, inside)
-        n = over_codes(codes)
-        squares = over_codes(codes * codes)
+        codes = mask_padding(codes - C, mask)
+        code_sum = group_sum(codes)
+        squares = group_sum(codes * codes)
         products = codes * x
-        if g > 256:
+        if GROUP_SIZE > 256:
             products = products.to(tl.int64)
-        products = over_codes(products)
-    return n, squares, products
+        products = group_sum(products)
+    return code_sum, squares, products

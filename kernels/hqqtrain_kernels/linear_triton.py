@@ -1,9 +1,10 @@
-"""A linear layer on the packed weight, for few rows of x: which kernel, and whether one at all.
+"""A linear layer on the packed weight, for few rows of x: whether a fused kernel runs, and which.
 
 Generation is bound by reading the weight, so it is read packed, once, and never written. For up to
 16 rows of x, at 4 bits and less, codes are multiplied as integers, exact in bf16 and fp16, and
-scale and zero meet the fp32 sum of a group: y = sum_g s_g (q_g . x_g - z_g sum(x_g)). No weight is
-rounded; an infinite x makes its whole row NaN. Otherwise weights are rounded, to the dtype of x.
+scale and zero are applied to the fp32 sum of a group: y = sum_g s_g (q_g . x_g - z_g sum(x_g)). No
+weight is rounded. An infinite x makes its whole row of y NaN. In all other cases weights are
+rounded to the dtype of x.
 """
 
 import functools
@@ -12,49 +13,74 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hqqtrain_kernels import skinny_triton, table, vector_triton, wide_triton
+from hqqtrain_kernels import heuristics
+from hqqtrain_kernels.gemv_triton import gemv
+from hqqtrain_kernels.heuristics import GemvConfig, KernelConfig, SkinnyGemmConfig, WideGemmConfig
 from hqqtrain_kernels.layout import Layout
+from hqqtrain_kernels.skinny_gemm_triton import skinny_gemm
+from hqqtrain_kernels.wide_gemm_triton import wide_gemm
 
-KERNELS: dict[type, Callable[..., Tensor]] = {
-    table.Vector: vector_triton.launch,
-    table.Skinny: skinny_triton.launch,
-    table.Wide: wide_triton.launch,
+KERNELS: dict[type[KernelConfig], Callable[..., Tensor]] = {
+    GemvConfig: gemv,
+    SkinnyGemmConfig: skinny_gemm,
+    WideGemmConfig: wide_gemm,
 }
-"""One row of x; up to 16; up to 128, and all at 8 bits."""
+"""For one row of x; for up to 16; for up to 128, and for all at 8 bits."""
 
 
 def linear(
     x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, layout: Layout
 ) -> Tensor | None:
-    """x [..., in_features] times the dequantized weight transposed, plus bias, in the dtype of x.
+    """Compute x W^T + bias with a fused kernel, if one is faster than dequantizing.
 
-    W_q, scale, zero: as for `dequantize_triton`. None where `table` would rather dequantize, for an
-    x of another dtype than bf16 and fp16, and for what does not fit together, which dequantizing
-    and multiplying refuse with words.
+    Args:
+        x: [..., in_features], bf16 or fp16.
+        W_q: As for `dequantize_triton.dequantize`; so are scale and zero.
+        scale: [units, groups].
+        zero: [units, groups].
+        bias: [out_features], or None.
+        layout: How the weight is packed.
+
+    Returns:
+        y [..., out_features] in the dtype of x. None if `heuristics` prefers to dequantize, if x
+        has another dtype, or if the arguments do not fit together: dequantizing and multiplying
+        then raises an error that says what is wrong.
     """
     M = x.numel() // layout.in_features
-    known = x.dtype in (torch.bfloat16, torch.float16)
-    settings = table.choose(_capability(x.device), layout, M) if known else None
-    if settings is None or not _fit(x, W_q, scale, zero, bias, layout):
+    if x.dtype not in (torch.bfloat16, torch.float16):
         return None
-    y = launch(x, W_q, scale, zero, bias, layout, settings)
+    config = heuristics.select_kernel(_capability(x.device), layout, M)
+    if config is None or not _fit(x, W_q, scale, zero, bias, layout):
+        return None
+    y = launch(
+        x=x, W_q=W_q, scale=scale, zero=zero, bias=bias, layout=layout, config=config
+    )  # fmt: skip
     return y if x.dim() == 2 else y.view(*x.shape[:-1], layout.out_features)
 
 
 def launch(
-    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, layout: Layout,
-    settings: table.Settings,
-) -> Tensor:  # fmt: skip
-    """`linear` as `settings` say: [M, out_features]."""
+    x: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    config: KernelConfig,
+) -> Tensor:
+    """Compute y [M, out_features] with the kernel that `config` is for."""
     rows = x if x.dim() == 2 else x.reshape(-1, layout.in_features)
     if rows.stride(1) != 1 or rows.stride(0) >= 1 << 31:
         rows = rows.contiguous()
-    return KERNELS[type(settings)](rows, W_q, scale, zero, bias, layout, settings)
+    kernel = KERNELS[type(config)]
+    return kernel(
+        x=rows, W_q=W_q, scale=scale, zero=zero, bias=bias, layout=layout, config=config
+    )  # fmt: skip
 
 
 def _fit(
     x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, layout: Layout
 ) -> bool:
+    """Whether shapes, devices and strides are those that the kernels assume."""
     meta_shape = (layout.units, layout.groups)
     return (
         x.shape[-1] == layout.in_features
@@ -63,13 +89,15 @@ def _fit(
         and W_q.nbytes == layout.units * layout.row_bytes
         and scale.shape == meta_shape
         and zero.shape == meta_shape
-        and W_q.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()
+        and W_q.is_contiguous()
+        and scale.is_contiguous()
+        and zero.is_contiguous()
         and (bias is None or (bias.shape == (layout.out_features,) and bias.is_contiguous()))
-    )  # fmt: skip
+    )
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Of the interpreter too: that of the GPU that `table` was measured on."""
+    """Return the compute capability; the interpreter has that of the GPU the heuristics are for."""
     return _capability_of(device.index) if device.type == "cuda" else (9, 0)
 
 

@@ -1,4 +1,4 @@
-"""Codes to packed rows, as `reference.pack` lays them out, at the end of a kernel."""
+"""Codes to packed rows, in the layout of `reference.pack`, at the end of a kernel."""
 
 import triton
 import triton.language as tl
@@ -6,41 +6,62 @@ import triton.language as tl
 
 @triton.jit
 def store_packed(
-    codes, row, place, chunks, CODES: tl.constexpr, NBITS: tl.constexpr, TILES: tl.constexpr
+    codes,
+    row_ptr,
+    cell,
+    chunks,
+    CELL_CODES: tl.constexpr,
+    NBITS: tl.constexpr,
+    PLANE_TILES: tl.constexpr,
 ):
-    """Packs chunks of codes [chunks, 8], from cell `place` of a unit on, or of every cell [cells]
-    where it belongs.
+    """Pack codes and store them in a unit.
 
-    A cell has CODES codes; `row`: the halfwords of the unit, which has `chunks` chunks. The plane
-    of the high bits of 3 begins TILES tiles later.
+    Args:
+        codes: int32 [chunks of the program, 8], the codes of whole cells. A cell is as many groups
+            as fill whole tiles.
+        row_ptr: The halfwords of the unit.
+        cell: Number of the program's first cell in the unit, or a block with the number of each of
+            its cells.
+        chunks: Chunks of 8 codes in the unit. Tiles beyond them are not stored.
+        CELL_CODES: Codes of a cell.
+        NBITS: Bits of a code.
+        PLANE_TILES: Tiles of the low plane, after which the high plane of 3-bit codes begins.
     """
+    # Halvings: log2 of the chunks that share a tile, 16 / width.
     if NBITS == 3:
-        _store_plane(codes & 3, row, place, chunks, CODES, 2, 3)
-        _store_plane(codes >> 2, row + TILES * 8, place, chunks, CODES, 1, 4)
+        _store_plane(codes & 3, row_ptr, cell, chunks, CELL_CODES, 2, 3)
+        _store_plane(codes >> 2, row_ptr + PLANE_TILES * 8, cell, chunks, CELL_CODES, 1, 4)
     else:
         HALVINGS: tl.constexpr = 1 if NBITS == 8 else 2 if NBITS == 4 else 5 - NBITS
-        _store_plane(codes, row, place, chunks, CODES, NBITS, HALVINGS)
+        _store_plane(codes, row_ptr, cell, chunks, CELL_CODES, NBITS, HALVINGS)
 
 
 @triton.jit
 def _store_plane(
-    codes, row, place, chunks, CODES: tl.constexpr, WIDTH: tl.constexpr, HALVINGS: tl.constexpr
+    codes,
+    row_ptr,
+    cell,
+    chunks,
+    CELL_CODES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HALVINGS: tl.constexpr,
 ):
-    """Of WIDTH bits, into tiles of 8 halfwords.
+    """Pack codes of WIDTH bits into tiles of 8 halfwords, and store the tiles.
 
-    By halves: Triton 3.6 gets a sum wrong that runs over lanes which are not neighbours, as those
-    of a tile are where threads share a group; over two of them it is right.
+    Chunk i of a tile goes into bit field i of the tile's halfwords. Two neighbors are combined at a
+    time: Triton 3.6 computes a wrong sum over lanes that are not adjacent, as the lanes of a tile
+    are where threads share a group. Over two lanes it is right.
     """
     for i in tl.static_range(HALVINGS):
         pairs = tl.reshape(codes, codes.shape[0] // 2, 2, 8)
         codes = tl.sum(pairs << (tl.arange(0, 2)[None, :, None] * (WIDTH << i)), 1)
     COUNT: tl.constexpr = codes.shape[0]
-    TILES: tl.constexpr = CODES * WIDTH // 128
-    if place.type.is_block():
-        tile = tl.reshape(place[:, None] * TILES + tl.arange(0, TILES)[None, :], (COUNT,))
+    CELL_TILES: tl.constexpr = CELL_CODES * WIDTH // 128
+    if cell.type.is_block():
+        tile = tl.reshape(cell[:, None] * CELL_TILES + tl.arange(0, CELL_TILES)[None, :], (COUNT,))
     else:
-        tile = place * TILES + tl.arange(0, COUNT)
+        tile = cell * CELL_TILES + tl.arange(0, COUNT)
     tile = tile.to(tl.int64)
     at = tile[:, None] * 8 + tl.arange(0, 8)[None, :]
-    inside = tile < (chunks + (1 << HALVINGS) - 1) >> HALVINGS
-    tl.store(row + at, codes.to(tl.int16), inside[:, None])
+    mask = tile < (chunks + (1 << HALVINGS) - 1) >> HALVINGS
+    tl.store(row_ptr + at, codes.to(tl.int16), mask[:, None])

@@ -1,106 +1,135 @@
-"""The solvers as device functions: a tile of groups in registers, from weights to codes.
+"""Device functions that the solvers share: a tile of groups in registers, from weights to codes.
 
-They compute what `hqqtrain.quant` computes in torch, in the same order of rounded operations, and
-sums of integers where it has sums: so the codes are the same. A tile is [R, G, T, E]: code
-k = E (t R + r) + e of each of G groups. Triton's layouts then give a thread the whole of a group
-(T = 1), or T threads each a part, and sums stay
-in registers. As a tile [G, group_size] eight threads would share a group, and each repeat what is
-done once for it.
+They compute what `hqqtrain.quant` computes in PyTorch, in the same order of rounded operations, and
+with sums of integers where it has sums of integers. The codes are therefore the same.
 
-Kernels that use them must be compiled with enable_fp_fusion=False.
+A tile is a block [R, G, T, E] of G groups: element [r, n, t, e] is code k = E (t R + r) + e of the
+group n. Triton's layouts then give a thread the whole of a group (T = 1), or each of T threads a
+part of it, and sums stay in registers. As a block [G, group_size], eight threads would share a
+group, and each of them would repeat what is done once for the group. Values of groups are blocks
+[G].
+
+"In units" means divided by the group's `unit`, a power of two near its largest magnitude, as in
+`hqqtrain.quant.grid.Grid`.
+
+Kernels that use these functions must be compiled with enable_fp_fusion=False: the roundings of
+separate multiplications and additions are part of the result.
 """
 
 import triton
 import triton.language as tl
 
 MAGIC = tl.constexpr(12582912.0)
-"""1.5 * 2**23: added to a small number it leaves it rounded, half to even, in its low bits."""
+"""1.5 * 2**23. A small number added to it ends up, rounded half to even, in the low bits."""
 MAGIC_BITS = tl.constexpr(0x4B400000)
-TWICE_MAGIC_BITS = tl.constexpr(0x96800000 - (1 << 32))
-"""As int32, which wraps; the square of MAGIC_BITS is a multiple of 2**32."""
+"""The bits of MAGIC as fp32."""
 
 
 @triton.jit
 def code_index(r, R: tl.constexpr, T: tl.constexpr, E: tl.constexpr):
-    """[r, 1, T, E]: which code of its group a place in the tile is."""
+    """Return the number of the code in its group for places r of a tile: [r, 1, T, E]."""
     t = tl.arange(0, T)[None, None, :, None]
     return (t * R + r) * E + tl.arange(0, E)[None, None, None, :]
 
 
 @triton.jit
-def load(tile, k, g: tl.constexpr, AXIS: tl.constexpr, EVICTION: tl.constexpr):
-    """Codes k of the groups of a tile, fp32: along a row (axis 1) or down a column; 0 outside.
+def load_weights(
+    W_ptr,
+    origin,
+    exists,
+    stride,
+    k,
+    GROUP_SIZE: tl.constexpr,
+    AXIS: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    """Load the weights of a tile as fp32.
 
-    tile: W, where in it the groups begin [G], which there are [G], and how far apart the codes of
-    a group are (axis 0).
+    Args:
+        W_ptr: W.
+        origin: Where each group begins in W, [G] int64.
+        exists: Whether the group exists, [G].
+        stride: Distance between the weights of a group, for axis 0. For axis 1 it is 1.
+        k: Numbers of the codes to load, from `code_index`.
+        GROUP_SIZE: Weights of a group.
+        AXIS: Axis that the groups run along: 1 along a row, 0 down a column.
+        EVICTION: Eviction policy of the load.
+
+    Returns:
+        A tile, 0 outside of the groups.
     """
-    W, origin, exists, stride = tile
     if AXIS == 1:
-        # Not true of the groups, and used for nothing but the order in which dimensions are dealt
-        # out to threads: first within 16 bytes, then over groups, so that R is left to registers.
-        at = tl.max_contiguous(spread_out(origin) + k, (1, 2, 1, 8))
+        # The hint is not true of groups. It only orders the dimensions that are distributed over
+        # threads: first within 16 bytes, then over groups, so that R is left to the registers.
+        at = tl.max_contiguous(per_group(origin) + k, (1, 2, 1, 8))
     else:
-        # Over groups first. And understated: a thread is to load one column of a row, not several,
-        # which are other groups.
-        at = tl.max_contiguous(spread_out(origin) + k.to(tl.int64) * stride, (1, 2, 1, 1))
+        # Over groups first. The hint is understated on purpose: a thread should load one column of
+        # a row, not several, which are other groups.
+        at = tl.max_contiguous(per_group(origin) + k.to(tl.int64) * stride, (1, 2, 1, 1))
         at = tl.multiple_of(at, (1, 1, 1, 1))
-    mask = spread_out(exists) & (k < g)
-    return tl.load(W + at, mask, 0.0, eviction_policy=EVICTION).to(tl.float32)
+    mask = per_group(exists) & (k < GROUP_SIZE)
+    return tl.load(W_ptr + at, mask, 0.0, eviction_policy=EVICTION).to(tl.float32)
 
 
 @triton.jit
-def over_codes(x):
-    """[R, G, T, E] -> [G]: the sum over each group."""
+def group_sum(x):
+    """Sum a tile over each group: [R, G, T, E] -> [G]."""
     return tl.sum(tl.sum(tl.sum(x, 3), 0), 1)
 
 
 @triton.jit
-def largest(x):
-    """[R, G, T, E] -> [G]; NaN where there is one."""
-    return tl.reduce(tl.reduce(tl.reduce(x, 3, _larger), 0, _larger), 1, _larger)
+def group_max(x):
+    """Return the maximum of each group, [R, G, T, E] -> [G], or NaN if it has one."""
+    return tl.reduce(tl.reduce(tl.reduce(x, 3, _nan_max), 0, _nan_max), 1, _nan_max)
 
 
 @triton.jit
-def least(x):
-    return tl.reduce(tl.reduce(tl.reduce(x, 3, _lesser), 0, _lesser), 1, _lesser)
+def group_min(x):
+    """Return the minimum of each group, [R, G, T, E] -> [G], or NaN if it has one."""
+    return tl.reduce(tl.reduce(tl.reduce(x, 3, _nan_min), 0, _nan_min), 1, _nan_min)
 
 
 @triton.jit
-def _larger(a, b):
+def _nan_max(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _lesser(a, b):
+def _nan_min(a, b):
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def spread_out(x):
-    """[G] -> [1, G, 1, 1]."""
+def per_group(x):
+    """Make values of groups broadcast over a tile: [G] -> [1, G, 1, 1]."""
     return x[None, :, None, None]
 
 
 @triton.jit
-def clamped(x, low, high):
+def clamp(x, low, high):
+    """Return x clamped to [low, high]."""
     return tl.minimum(tl.maximum(x, low), high)
 
 
 @triton.jit
 def power_of_two(x):
-    bits = x.to(tl.int32, bitcast=True) & 0x7F800000
-    return clamped(bits.to(tl.float32, bitcast=True), 2.0**-126, 2.0**126)
+    """Return the power of two at or below every x >= 0, clamped to [2**-126, 2**126]."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7F800000  # the exponent alone
+    return clamp(bits.to(tl.float32, bitcast=True), 2.0**-126, 2.0**126)
 
 
 @triton.jit
 def reciprocal(power):
-    """1 / power of a `power_of_two`: exact, and without the branches of a division."""
+    """Return 1 / power for results of `power_of_two`: exact, without the branches of a division."""
     return ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def rounded_to(x, dtype: tl.constexpr):
-    """fp32 that `dtype` holds exactly. Triton's interpreter truncates to bf16, so by hand."""
+def round_to(x, dtype: tl.constexpr):
+    """Round fp32 to the nearest number of `dtype`, and return it as fp32.
+
+    bf16 is rounded by hand, because Triton's interpreter truncates.
+    """
     if dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
@@ -111,37 +140,51 @@ def rounded_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def stored(scale, zero, unit, LEAST: tl.constexpr, LARGEST: tl.constexpr, dtype: tl.constexpr):
-    """Scale (of the weight itself) and zero as they will be read back: `Grid.store`."""
-    scale = scale * unit
-    if dtype == tl.float16:  # the others hold any zero
-        excess = tl.maximum(tl.abs(zero) * (1 / LARGEST), 1.0)
-        scale, zero = scale * excess, tl.div_rn(zero, excess)
-    scale, zero = clamped(scale, LEAST, LARGEST), clamped(zero, -LARGEST, LARGEST)
-    return rounded_to(scale, dtype), rounded_to(zero, dtype)
+def as_stored(
+    scale,
+    zero,
+    unit,
+    META_MIN: tl.constexpr,
+    META_MAX: tl.constexpr,
+    META_DTYPE: tl.constexpr,
+):
+    """Return scale and zero [G] as they will be read back, like `Grid.store`.
 
-
-@triton.jit
-def encode(W, inverse, zero, NBITS: tl.constexpr):
-    """The nearest codes, int32, as `nearest` leaves them; W in units, inverse of the scale in
-    units: `Grid.encode`."""
-    return nearest(shares(W, inverse, NBITS), zero, NBITS, True)
-
-
-@triton.jit
-def shares(W, inverse, NBITS: tl.constexpr):
-    """W over the scale, divided by 2**NBITS, which is exact."""
-    return W * spread_out(inverse * 2.0**-NBITS)
-
-
-@triton.jit
-def nearest(share, zero, NBITS: tl.constexpr, CLIPS: tl.constexpr):
-    """The codes nearest to `shares`, plus MAGIC_BITS - (NBITS << 23), whose low 22 bits are zero.
-
-    The addition clamps to 0 and 1 for nothing (FADD.SAT). That leaves the code after the last,
-    which is met only if a group CLIPS.
+    `scale` is given in units; the scale returned is that of the weight itself.
     """
-    place = clamped(share + spread_out(zero * 2.0**-NBITS), 0.0, 1.0)
+    scale = scale * unit
+    if tl.float16 == META_DTYPE:  # the other dtypes represent any zero
+        # Move the factor by which the zero exceeds fp16 to the scale.
+        excess = tl.maximum(tl.abs(zero) * (1 / META_MAX), 1.0)
+        scale, zero = scale * excess, tl.div_rn(zero, excess)
+    scale, zero = clamp(scale, META_MIN, META_MAX), clamp(zero, -META_MAX, META_MAX)
+    return round_to(scale, META_DTYPE), round_to(zero, META_DTYPE)
+
+
+@triton.jit
+def encode(W, inverse_scale, zero, NBITS: tl.constexpr):
+    """Return the nearest codes of a tile, as `nearest_codes` leaves them; like `Grid.encode`.
+
+    W and the inverse of the scale are in units.
+    """
+    return nearest_codes(code_fractions(W, inverse_scale, NBITS), zero, NBITS, True)
+
+
+@triton.jit
+def code_fractions(W, inverse_scale, NBITS: tl.constexpr):
+    """Return W / scale / 2**NBITS, the place of a weight among the codes; the division is exact."""
+    return W * per_group(inverse_scale * 2.0**-NBITS)
+
+
+@triton.jit
+def nearest_codes(fractions, zero, NBITS: tl.constexpr, CLIPS: tl.constexpr):
+    """Return the nearest codes, int32, plus MAGIC_BITS - (NBITS << 23).
+
+    The low 22 bits of that offset are zero. The additions of `zero` and of a magic number round to
+    the nearest code. The first also clamps to [0, 1], which costs nothing (FADD.SAT). That leaves
+    the number after the last code, which occurs only if a group CLIPS.
+    """
+    place = clamp(fractions + per_group(zero * 2.0**-NBITS), 0.0, 1.0)
     codes = (place + 1.5 * 2.0 ** (23 - NBITS)).to(tl.int32, bitcast=True)
     if CLIPS:
         codes = tl.minimum(codes, (1 << NBITS) - 1 + MAGIC_BITS - (NBITS << 23))
@@ -149,27 +192,34 @@ def nearest(share, zero, NBITS: tl.constexpr, CLIPS: tl.constexpr):
 
 
 @triton.jit
-def within(x, inside):
-    """x, and 0 where a padded group has no codes; `inside` is None where none is padded."""
-    if inside is not None:
-        x = tl.where(inside, x, 0)
+def mask_padding(x, mask):
+    """Return x, with 0 where a padded group has no codes. `mask` is None if no group is padded."""
+    if mask is not None:
+        x = tl.where(mask, x, 0)
     return x
 
 
 @triton.jit
-def in_fixed_point(W, inside, low, high, g: tl.constexpr, BITS: tl.constexpr):
-    """`FixedPoint.of`: W = low + x * step. x int32, with `bits` [G] on, 0 outside the group; the
-    sum of x without them; its mean in units; step: [G].
+def to_fixed_point(W, mask, low, high, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr):
+    """Round a tile to fixed point, W = low + x * step, like `FixedPoint.of`.
 
-    The magic number comes in steps, and with it the rounding: so x needs no multiplication.
+    The magic number is a multiple of the step, and adding it rounds to steps: x needs no
+    multiplication.
+
+    Returns:
+        x: A tile of int32, each integer plus `bits`; 0 outside of the groups.
+        bits: [G], the bits of the magic number.
+        total: [G], the sum of x without `bits`.
+        mean: [G], the mean of the weights, in units.
+        step: [G], a power of two.
     """
     step = power_of_two(tl.maximum(high - low, 2.0**-30)) * (2.0**-BITS)
     magic = step * MAGIC
     bits = magic.to(tl.int32, bitcast=True)
-    x = (W - spread_out(low)) + spread_out(magic)
-    x = within(x.to(tl.int32, bitcast=True), inside)
-    if g * 2 ** (BITS + 1) < 1 << 31:
-        total = over_codes(x) - bits * g  # modulo 2**32
+    x = (W - per_group(low)) + per_group(magic)
+    x = mask_padding(x.to(tl.int32, bitcast=True), mask)
+    if GROUP_SIZE * 2 ** (BITS + 1) < 1 << 31:
+        total = group_sum(x) - bits * GROUP_SIZE  # modulo 2**32: the total fits, its parts need not
     else:
-        total = over_codes(x.to(tl.int64)) - bits.to(tl.int64) * g
-    return x, bits, total, low + (total.to(tl.float32) * (1 / g)) * step, step
+        total = group_sum(x.to(tl.int64)) - bits.to(tl.int64) * GROUP_SIZE
+    return x, bits, total, low + (total.to(tl.float32) * (1 / GROUP_SIZE)) * step, step

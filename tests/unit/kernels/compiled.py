@@ -1,13 +1,15 @@
-"""Compiles kernels for GPUs that are not here, exactly as a launch there would.
+"""Compiles kernels for GPUs that this machine does not have, exactly as a launch there would.
 
     TRITON_INTERPRET=0 python compiled.py 90 [case ...]
 
-A driver of ours stands in for Triton's CUDA driver: it names the GPU, reads off the machine code
-what it would otherwise load (cuobjdump comes with Triton), and launches nothing. So launchers run
-as they are, on CPU tensors whose memory is never touched, and every kernel is specialised, cut to
-warps and checked for shared memory as on the GPU. Prints one JSON object per compiled kernel.
+A driver of ours replaces Triton's CUDA driver. It names the GPU, reads from the machine code what a
+GPU would otherwise report when it loads a kernel (cuobjdump comes with Triton), and launches
+nothing. The launchers run unchanged, on CPU tensors whose memory is never accessed, and every
+kernel is specialized, distributed over warps and checked for shared memory as on the GPU. The
+script prints one JSON object per compiled kernel.
 
-Spilled registers lie on the stack of a thread, and our kernels have no other use for a stack.
+Spilled registers are placed on the stack of a thread, and our kernels use the stack for nothing
+else.
 """
 
 import json
@@ -29,16 +31,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from hqqtrain.quant import QuantSpec, quantize
-from hqqtrain_kernels import Layout, dequantize_triton, linear_triton, select, table
+from hqqtrain_kernels import Layout, backend, dequantize_triton, heuristics, linear_triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
-"""Bytes that one program may have, by compute capability."""
+"""Bytes of shared memory that one program may use, by compute capability."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel needs, for one case on one GPU."""
+    """The resources of one kernel, for one case on one GPU."""
 
     case: str
     kernel: str
@@ -72,8 +74,8 @@ class Driver:
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
         registers, stack = _resources(binary)
         self.loaded.append(Compiled(self.case, name, self.capability, registers, stack, shared))
-        module, function, most_threads = len(self.loaded), len(self.loaded), 1024
-        return module, function, registers, stack, most_threads
+        module, function, max_threads = len(self.loaded), len(self.loaded), 1024
+        return module, function, registers, stack, max_threads
 
     def unload_module(self, module: int) -> None:
         pass
@@ -86,21 +88,23 @@ class Driver:
 
 
 def _resources(binary: bytes) -> tuple[int, int]:
-    """Registers, and bytes of stack and local memory, of a thread."""
+    """Return the registers, and the bytes of stack and local memory, of a thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        told = subprocess.run(
+        output = subprocess.run(
             [TOOLS / "cuobjdump", "-res-usage", file.name],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told.stdout)}
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", output)}
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
 @triton.jit
 def spills(x, size: tl.constexpr):
-    """More live values than a thread of `maxnreg` registers holds."""
+    """A kernel with more live values than a thread of `maxnreg` registers holds."""
     i = tl.arange(0, size)
     value = tl.load(x + i)
     tl.store(x + i, value * tl.sum(value, 0))
@@ -111,7 +115,7 @@ def _spilling() -> None:
 
 
 def _packed(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """W_q, scale and zero of a weight; memory that nobody touches costs nothing."""
+    """Return W_q, scale and zero of a weight. Memory that is never accessed costs nothing."""
     meta = torch.empty(2, layout.units, layout.groups, dtype=torch.bfloat16)
     return torch.empty(layout.units, layout.row_bytes, dtype=torch.uint8), *meta
 
@@ -123,8 +127,8 @@ def _dequantize(layout: Layout, dtype: torch.dtype = torch.bfloat16) -> None:
 
 def _linear(layout: Layout, M: int) -> None:
     x = torch.empty(M, layout.in_features, dtype=torch.bfloat16)
-    fused = linear_triton.linear(x, *_packed(layout), None, layout)
-    assert fused is not None, f"{layout}, M={M}: no kernel of our own"
+    y = linear_triton.linear(x, *_packed(layout), None, layout)
+    assert y is not None, f"{layout}, M={M}: no kernel of our own"
 
 
 def _quantize(layout: Layout, solver: str, meta_dtype: torch.dtype = torch.bfloat16) -> None:
@@ -136,7 +140,7 @@ Case = tuple[str, Callable[[], None]]
 
 
 def _cases(thorough: bool) -> Iterator[Case]:
-    """Name and launch. Every kernel either way; thoroughly, most of their forms."""
+    """Yield name and launch of every case: every kernel, or if `thorough` most of its versions."""
     yield "spills", _spilling
     for nbits in (4, 3, 8, 2, 1) if thorough else (4, 3):
         for axis in (1, 0):
@@ -145,50 +149,57 @@ def _cases(thorough: bool) -> Iterator[Case]:
     for nbits, solver in ((4, "least_squares"), (4, "hqq"), (3, "rtn")):
         layout = Layout(4096, 256, nbits, 64, 1)
         yield f"quantize {solver} {layout}", partial(_quantize, layout, solver)
-    for nbits, choice in _choices(thorough):
-        for g in (64, 128) if thorough and choice.most <= 16 else (64,):
-            layout = Layout(max(choice.least, table.LEAST), 8192, nbits, g, 1)
-            yield f"linear M={choice.most} {layout}", partial(_linear, layout, choice.most)
+    for nbits, heuristic in _heuristics(thorough):
+        M = heuristic.max_m
+        for g in (64, 128) if thorough and M <= 16 else (64,):
+            rows = max(heuristic.min_out_features, heuristics.MIN_OUT_FEATURES_32)
+            layout = Layout(rows, 8192, nbits, g, 1)
+            yield f"linear M={M} {layout}", partial(_linear, layout, M)
     layout = Layout(384, 384, 3, 12, 1)
     yield f"dequantize {layout}", partial(_dequantize, layout)
     if thorough:
         yield from _odd_cases()
 
 
-def _choices(thorough: bool) -> Iterator[tuple[int, table.Choice]]:
-    """The table's choices for 8 to 2 bits; 1 bit shares its own with 3."""
-    for nbits, choices in table._BY_BITS.items():
-        for choice in choices:
-            few = choice.most in (1, 16)
+def _heuristics(thorough: bool) -> Iterator[tuple[int, heuristics.Heuristic]]:
+    """Yield nbits and heuristic for 8 to 2 bits; 1 bit has the same heuristics as 3."""
+    for nbits, for_nbits in heuristics.HEURISTICS.items():
+        for heuristic in for_nbits:
+            few = heuristic.max_m in (1, 16)
             if (few or nbits > 1) if thorough else (few and nbits > 2):
-                yield nbits, choice
+                yield nbits, heuristic
 
 
 def _odd_cases() -> Iterator[Case]:
-    """Other groups, other dtypes, other widths."""
+    """Yield cases with unusual groups, dtypes and widths."""
     for g, axis in ((8, 1), (16, 0), (12, 0), (256, 1)):
         layout = Layout(g * 32, g * 32, 3, g, axis)
         for dtype in (torch.float32, torch.float16):
             yield f"dequantize {dtype} {layout}", partial(_dequantize, layout, dtype)
     for solver, nbits, g, axis in (
-        ("hqq", 2, 64, 1), ("hqq", 1, 32, 1), ("hqq", 8, 64, 0), ("least_squares", 8, 8, 0),
-        ("least_squares", 3, 24, 1), ("least_squares", 2, 128, 0), ("least_squares", 1, 8192, 1),
-    ):  # fmt: skip
+        ("hqq", 2, 64, 1),
+        ("hqq", 1, 32, 1),
+        ("hqq", 8, 64, 0),
+        ("least_squares", 8, 8, 0),
+        ("least_squares", 3, 24, 1),
+        ("least_squares", 2, 128, 0),
+        ("least_squares", 1, 8192, 1),
+    ):
         layout = Layout(g * 8 if axis == 0 else 64, g, nbits, g, axis)
         yield f"quantize {solver} {layout}", partial(_quantize, layout, solver, torch.float32)
 
 
 def main(capability: int, wanted: list[str]) -> None:
-    """Compiles the cases named, or all, and prints what they need."""
-    stand_in = Driver(capability)
-    driver.set_active(stand_in)
-    select.runs_triton = lambda device: True
+    """Compile the cases whose name contains one of `wanted`, or all, and print their resources."""
+    fake_driver = Driver(capability)
+    driver.set_active(fake_driver)
+    backend.use_triton = lambda device: True
     for name, launch in _cases(thorough=capability == 90):
         if not wanted or any(word in name for word in wanted):
-            stand_in.case, before = name, stand_in.launches
+            fake_driver.case, before = name, fake_driver.launches
             launch()
-            assert stand_in.launches > before, f"{name}: no kernel was launched"
-    for compiled in stand_in.loaded:
+            assert fake_driver.launches > before, f"{name}: no kernel was launched"
+    for compiled in fake_driver.loaded:
         sys.stdout.write(json.dumps(asdict(compiled)) + "\n")
 
 

@@ -1,11 +1,11 @@
-"""Everything through Triton, whatever the device: see tests/conftest.py."""
+"""Fixtures that make Triton kernels compute on any device: see also tests/conftest.py."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from hqqtrain_kernels import select, table
+from hqqtrain_kernels import backend, heuristics
 
 
 @pytest.fixture(autouse=True)
@@ -20,15 +20,15 @@ def device() -> torch.device:
 
 @pytest.fixture
 def triton_backend() -> Iterator[None]:
-    select.use("triton")
+    backend.set_backend("triton")
     yield
-    select.use("auto")
+    backend.set_backend("auto")
 
 
 @pytest.fixture
 def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets `table` choose for layers that the interpreter can do."""
-    monkeypatch.setattr(table, "LEAST", 1)
-    table.choose.cache_clear()
+    """Let `heuristics` select kernels for layers small enough for the interpreter."""
+    monkeypatch.setattr(heuristics, "MIN_OUT_FEATURES_32", 1)
+    heuristics.select_kernel.cache_clear()
     yield
-    table.choose.cache_clear()
+    heuristics.select_kernel.cache_clear()

@@ -1,4 +1,4 @@
-"""The benchmark runs: every part of it, at toy sizes, by the command that is used for real ones."""
+"""Every part of the benchmark runs, with toy sizes, by the command that measures real ones."""
 
 import csv
 import os
@@ -29,6 +29,8 @@ def test_one_command_measures_ours_and_the_peers_and_writes_a_csv(tmp_path: Path
     # A provider that could not be measured has a row that says why.
     assert all(row["ms"] or row["note"] for row in rows)
     assert all(row["gpu"] and "torch=" in row["versions"] and row["date"] for row in rows)
-    told = done.stdout
-    assert all(f"| {what}" in told for what in ("quantize 70B", "dequantize", "forward", "Python"))
-    assert "missed, " in told.splitlines()[-1]
+    output = done.stdout
+    assert all(
+        f"| {what}" in output for what in ("quantize 70B", "dequantize", "forward", "Python")
+    )
+    assert "missed, " in output.splitlines()[-1]

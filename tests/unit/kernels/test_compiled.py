@@ -1,4 +1,4 @@
-"""No kernel spills registers, on any GPU that we have in mind, whether there is one here or not."""
+"""No kernel spills registers, on any GPU that we support, whether or not this machine has one."""
 
 import ast
 import json
@@ -18,12 +18,14 @@ SPILLS = "spills"
 
 
 def compile_for(capability: int, folder: Path) -> list[dict]:
-    """What `compiled.py` says; a process of its own, because Triton's interpreter is on in ours."""
+    """Run `compiled.py`, in its own process, because Triton's interpreter is enabled in ours."""
     env = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, PROGRAM, str(capability)],
-        capture_output=True, text=True, env={**os.environ, **env},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -37,7 +39,7 @@ def complaints(compiled: list[dict]) -> list[str]:
 
 
 def launched_kernels() -> set[str]:
-    """The functions under @triton.jit that none of the others names."""
+    """Return the @triton.jit functions that no other @triton.jit function calls."""
     jitted = [
         node
         for file in KERNELS.glob("*_triton.py")
@@ -53,12 +55,12 @@ def _is_jit(decorator: ast.expr) -> bool:
 
 
 def knows(capability: int) -> bool:
-    """Whether an assembler that comes with Triton has heard of this GPU."""
+    """Whether an assembler that comes with Triton supports this GPU."""
     import triton
 
     tools = (Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*")
-    told = (subprocess.run([tool, "--help"], capture_output=True, text=True) for tool in tools)
-    return any(f"sm_{capability}" in one.stdout for one in told)
+    helps = (subprocess.run([tool, "--help"], capture_output=True, text=True) for tool in tools)
+    return any(f"sm_{capability}" in one.stdout for one in helps)
 
 
 @pytest.mark.parametrize("capability", [90, 80, 86, 100])
@@ -69,6 +71,6 @@ def test_no_kernel_spills(capability: int, tmp_path: Path) -> None:
     ours = [one for one in compiled if one["case"] != SPILLS]
     assert complaints(ours) == []
     assert {one["kernel"] for one in ours} == launched_kernels()
-    # A kernel made to spill goes along, so that the check is seen to work.
+    # One kernel is made to spill, which proves that the check works.
     (found,) = complaints([one for one in compiled if one["case"] == SPILLS])
     assert found.startswith(f"spills: spills spills {compiled[0]['stack']} bytes on sm_")

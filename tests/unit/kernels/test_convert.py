@@ -1,4 +1,4 @@
-"""Converters, against the installed hqq: what it packs and unpacks, and what it makes of it."""
+"""The converters, compared with how the installed hqq packs, unpacks and dequantizes."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def random_codes(layout: Layout) -> Tensor:
 
 
 @pytest.mark.parametrize(("nbits", "axis", "out", "columns", "g"), CASES)
-def test_ours_means_what_hqq_means_and_goes_back_bit_for_bit(
+def test_converted_weights_are_equal_and_convert_back_bit_for_bit(
     device: torch.device, nbits: int, axis: int, out: int, columns: int, g: int
 ) -> None:
     layout = Layout(out, columns, nbits, g, axis)
@@ -98,7 +98,7 @@ def test_every_code_survives_both_ways(data: st.DataObject) -> None:
     assert torch.equal(ours[2], meta + 1)
 
 
-def test_says_what_was_expected() -> None:
+def test_errors_say_what_was_expected() -> None:
     layout = Layout(16, 64, 4, 32, 1)
     W_q, meta = by_hqq(4, 1, (16, 64), 32)
     ours = from_hqq(W_q, meta["scale"], meta["zero"], layout)

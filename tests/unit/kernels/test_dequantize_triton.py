@@ -27,7 +27,7 @@ def check(parts: tuple[Tensor, ...], layout: Layout, out: Tensor) -> None:
 
 
 def assert_same(got: Tensor, expected: Tensor) -> None:
-    # The interpreter cuts bf16 off where a GPU rounds it to the nearest.
+    # The interpreter truncates to bf16, where a GPU rounds to nearest.
     allowed = 1 if got.dtype == torch.bfloat16 and not GPU else 0
     integer = torch.int32 if got.dtype == torch.float32 else torch.int16
     got, expected = (t.contiguous().view(integer).long() for t in (got, expected))
@@ -35,7 +35,7 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
 
 
 def surrounded(layout: Layout, dtype: torch.dtype, around: int) -> tuple[Tensor, Tensor]:
-    """A poisoned buffer, and the part of it that the weight is to fill."""
+    """Return a poisoned buffer, and the part of it that the weight will fill."""
     rows, columns = layout.out_features, layout.in_features
     buffer = torch.full((rows + 2, columns + 2 * around), POISON, dtype=dtype, device=DEVICE)
     return buffer, buffer[1:-1, around : around + columns]
@@ -51,7 +51,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     return Layout(g * draw(st.integers(1, 3)), draw(st.integers(1, 150)), nbits, g, 0)
 
 
-@settings(deadline=None, max_examples=25 if GPU else 70)  # a GPU's kernels are compiled first
+@settings(deadline=None, max_examples=25 if GPU else 70)  # for a GPU, kernels are compiled first
 @given(
     layout=layouts(), meta=st.sampled_from(FLOATS), dtype=st.sampled_from(FLOATS),
     view=st.sampled_from((torch.uint8, *FLOATS)), around=st.sampled_from((0, 3, 8, 16)),
@@ -109,13 +109,15 @@ def test_a_slice_of_units_is_those_rows(axis: int) -> None:
         assert_same(out, torch.cat([whole[rows] for rows in layout.rows_of(start, stop)]))
 
 
-@pytest.mark.parametrize("dtype", FLOATS if GPU else FLOATS[1:])  # no denormal bf16 in there
+@pytest.mark.parametrize(
+    "dtype", FLOATS if GPU else FLOATS[1:]
+)  # the interpreter has no denormal bf16
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("nbits", NBITS)
 def test_every_code_with_scales_and_zeros_of_every_size(
     nbits: int, axis: int, dtype: torch.dtype
 ) -> None:
-    """From results that only denormals hold to infinite ones, and zeros around every code."""
+    """Results from denormal to infinite, and zeros around every code."""
     layout = Layout(24, 128, nbits, 8, axis)
     W_q, scale, zero = packed(layout, torch.float32)
     scale.view(-1)[:] = torch.logspace(-44, 36, scale.numel()).to(DEVICE)
@@ -128,7 +130,7 @@ def test_every_code_with_scales_and_zeros_of_every_size(
     "wrong",
     ["rows", "bytes", "scale", "zero", "out", "transposed", "integers", "double", "gaps"],
 )
-def test_refuses_what_it_would_read_or_write_amiss(wrong: str) -> None:
+def test_refuses_arguments_that_do_not_fit(wrong: str) -> None:
     layout = Layout(32, 64, 4, 32, 1)
     W_q, scale, zero = packed(layout)
     out = torch.empty(32, 64, device=DEVICE)

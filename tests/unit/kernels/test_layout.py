@@ -1,4 +1,4 @@
-"""The packed format, against a packer that follows its definition bit by bit."""
+"""The packed format, compared with a packer that follows its definition bit by bit."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def _seed() -> None:
 
 
 def naive_pack(codes: list[int], width: int) -> bytes:
-    """One plane: field i of halfword h of a 16-byte tile is code 8 * i + h of the tile."""
+    """Pack one plane: field i of halfword h of a 16-byte tile is code 8 * i + h of the tile."""
     per_tile = 128 // width
     packed = b""
     for start in range(0, len(codes), per_tile):
@@ -79,7 +79,7 @@ def test_a_slice_of_packed_units_is_the_packed_slice(nbits: int, axis: int) -> N
 
 
 def as_units(W: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """[units, row_codes], by picking rows r, r + units, ... of every class as hqq groups them."""
+    """Return [units, row_codes], with rows r, r + units, ... of every class as hqq groups them."""
     if layout.axis == 1:
         return W
     classes = [W[r :: layout.units].T.flatten() for r in range(layout.units)]
@@ -104,7 +104,7 @@ def test_groups_of_axis_0_are_those_of_hqq() -> None:
         {"axis": 0, "group_size": 100},
     ],
 )
-def test_refuses_what_cannot_be_cut(wrong: dict[str, int]) -> None:
+def test_refuses_an_impossible_layout(wrong: dict[str, int]) -> None:
     sizes = {"out_features": 128, "in_features": 64, "nbits": 4, "group_size": 32, "axis": 1}
     with pytest.raises(ValueError, match=str(wrong[list(wrong)[-1]])):
         Layout(**(sizes | wrong))

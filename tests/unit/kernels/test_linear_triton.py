@@ -1,6 +1,6 @@
-"""The kernel for few rows of x against fp64: in the interpreter, or for real on a GPU.
+"""The kernels for few rows of x compared with fp64: in the interpreter, or on a GPU.
 
-No further from the truth than a linear layer on the weight dequantized to the dtype of x.
+Their error is at most that of a linear layer on the weight dequantized to the dtype of x.
 """
 
 from dataclasses import replace
@@ -14,28 +14,37 @@ from torch import Tensor
 from torch.nn import functional as F
 from unit.kernels.weights import DEVICE, GPU, packed
 
-from hqqtrain_kernels import Layout, reference, table
-from hqqtrain_kernels.table import Settings, Skinny, Vector, Wide
+from hqqtrain_kernels import Layout, heuristics, reference
+from hqqtrain_kernels.heuristics import GemvConfig, KernelConfig, SkinnyGemmConfig, WideGemmConfig
 
 pytest.importorskip("triton", reason="Triton is not installed here")
-from hqqtrain_kernels import linear_triton, skinny_triton, vector_triton
+from hqqtrain_kernels import gemv_triton, linear_triton, skinny_gemm_triton
 
 DTYPES = (torch.bfloat16, torch.float16)
 EPSILON = {torch.bfloat16: 1e-4 if GPU else 2.0**-7, torch.float16: 1e-4}
-"""Of the result's norm: a tenth of rounding it to fp16. The interpreter cuts bf16 off instead of
-rounding, products too: off by a digit."""
+"""Tolerance as a share of the result's norm: a tenth of the error of rounding it to fp16.
 
-WAYS: dict[str, Settings] = {
-    "vector": Vector(stretch=512, programs=4),
-    "skinny": Skinny(rows=32, batch=8, span=128, parts=4, programs=2, stages=3),
-    "wide": Wide(rows=64, batch=16, span=128, parts=1, warps=4, stages=3),
-    "wide, parts": Wide(rows=32, batch=4, span=128, parts=2, warps=2, stages=3),
+The interpreter truncates to bf16 instead of rounding, products too: it is off by a digit.
+"""
+
+CONFIGS: dict[str, KernelConfig] = {
+    "gemv": GemvConfig(block_k=512, programs_per_sm=4),
+    "skinny": SkinnyGemmConfig(
+        block_n=32, block_m=8, block_k=128, k_slices=4, programs_per_sm=2, num_stages=3
+    ),
+    "wide": WideGemmConfig(
+        block_n=64, block_m=16, block_k=128, k_slices=1, num_warps=4, num_stages=3
+    ),
+    "wide, slices": WideGemmConfig(
+        block_n=32, block_m=4, block_k=128, k_slices=2, num_warps=2, num_stages=3
+    ),
 }
 
 
-def assert_as_good(y: Tensor, x: Tensor, parts: tuple[Tensor, ...], layout: Layout,
-                   bias: Tensor | None) -> None:  # fmt: skip
-    """As a linear layer in the dtype of x; both against fp64."""
+def assert_as_good(
+    y: Tensor, x: Tensor, parts: tuple[Tensor, ...], layout: Layout, bias: Tensor | None
+) -> None:
+    """Check that y is as close to fp64 as a linear layer in the dtype of x."""
     W = reference.dequantize(*parts, layout, torch.float32)
     bias64 = None if bias is None else bias.double()
     truth = F.linear(x.double(), W.double(), bias64)
@@ -47,96 +56,105 @@ def assert_as_good(y: Tensor, x: Tensor, parts: tuple[Tensor, ...], layout: Layo
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("nbits", [8, 4, 3, 2, 1])
-def test_as_good_as_a_linear_layer(nbits: int, way: str, dtype: torch.dtype) -> None:
-    M, K = (1, 1024) if way == "vector" else (5, 320)  # 320: half a step at the end
+def test_as_good_as_a_linear_layer(nbits: int, name: str, dtype: torch.dtype) -> None:
+    M, K = (1, 1024) if name == "gemv" else (5, 320)  # 320: half a step at the end
     layout = Layout(72, K, nbits, 64, 1)  # ragged: 8 rows of 16, 32, 64
-    if not can(WAYS[way], layout):
-        pytest.skip("`table` does not ask for it")
+    if not can_run(CONFIGS[name], layout):
+        pytest.skip("`heuristics` never selects it")
     parts = packed(layout)
     x = torch.randn(M, K, device=DEVICE).to(dtype)
     bias = torch.randn(72, device=DEVICE).to(dtype)
-    y = linear_triton.launch(x, *parts, bias, layout, WAYS[way])
+    y = linear_triton.launch(x, *parts, bias, layout, CONFIGS[name])
     assert_as_good(y, x, parts, layout, bias)
 
 
-def can(settings: Settings, layout: Layout) -> bool:
-    """bf16 has 7 bits for integers above 128, and the planes of 3 bits have tiles of two sizes."""
-    taken = {Vector: (4, 2, 1), Skinny: (4, 3, 2, 1), Wide: (8, 4, 3, 2, 1)}
-    return layout.nbits in taken[type(settings)] and settings.takes(layout)
+def can_run(config: KernelConfig, layout: Layout) -> bool:
+    """Whether the kernel supports the layout.
+
+    bf16 has 7 bits for integers above 128, and the two planes of 3 bits have different tiles.
+    """
+    supported = {
+        GemvConfig: (4, 2, 1),
+        SkinnyGemmConfig: (4, 3, 2, 1),
+        WideGemmConfig: (8, 4, 3, 2, 1),
+    }
+    return layout.nbits in supported[type(config)] and config.supports(layout)
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Layout, Settings, torch.dtype, int]:
-    settings = WAYS[draw(st.sampled_from(sorted(WAYS)))]
+def cases(draw: st.DrawFn) -> tuple[Layout, KernelConfig, torch.dtype, int]:
+    config = CONFIGS[draw(st.sampled_from(sorted(CONFIGS)))]
     M = draw(st.integers(1, 20))
     g = draw(st.sampled_from((32, 64, 128, 512)))
     K = g * draw(st.integers(1, max(1, 640 // g)))
-    match settings:
-        case Vector():
+    match config:
+        case GemvConfig():
             M, K = 1, 512 * draw(st.integers(1, 2))
-        case Skinny():
-            settings = replace(settings, batch=16 if M > 8 else 8, span=draw(SPANS))
+        case SkinnyGemmConfig():
+            config = replace(config, block_m=16 if M > 8 else 8, block_k=draw(BLOCK_KS))
             M = min(M, 16)
-        case Wide():
-            settings = replace(settings, span=draw(SPANS))
+        case WideGemmConfig():
+            config = replace(config, block_k=draw(BLOCK_KS))
     layout = Layout(draw(st.integers(32, 90)), K, draw(st.sampled_from((4, 3, 2, 1))), g, 1)
-    assume(can(settings, layout))
-    return layout, settings, draw(st.sampled_from(DTYPES)), M
+    assume(can_run(config, layout))
+    return layout, config, draw(st.sampled_from(DTYPES)), M
 
 
-SPANS = st.sampled_from((128, 256))
+BLOCK_KS = st.sampled_from((128, 256))
 
 
 @effort(max_examples=200 if GPU else 40, deadline=None, derandomize=True)
 @given(cases(), st.sampled_from((torch.bfloat16, torch.float16, torch.float32)), st.integers(0, 9))
 def test_any_shape(
-    case: tuple[Layout, Settings, torch.dtype, int], meta_dtype: torch.dtype, more: int
+    case: tuple[Layout, KernelConfig, torch.dtype, int], meta_dtype: torch.dtype, more: int
 ) -> None:
-    layout, settings, dtype, M = case
+    layout, config, dtype, M = case
     parts = packed(layout, meta_dtype)
     x = torch.randn(M, layout.in_features + more, device=DEVICE).to(dtype)[:, more:]
-    assert_as_good(linear_triton.launch(x, *parts, None, layout, settings), x, parts, layout, None)
+    assert_as_good(linear_triton.launch(x, *parts, None, layout, config), x, parts, layout, None)
 
 
-@pytest.mark.parametrize("way", ["vector", "skinny"])
-def test_whole_numbers_come_out_exactly(way: str) -> None:
-    """Products of codes are added, never rounded: fp32 holds all these sums."""
+@pytest.mark.parametrize("name", ["gemv", "skinny"])
+def test_whole_numbers_come_out_exactly(name: str) -> None:
+    """Products of codes are added without rounding: fp32 represents all these sums."""
     layout = Layout(40, 512, 4, 128, 1)
     W_q = packed(layout)[0]
     scale = torch.ones(40, 4, device=DEVICE)
     zero = torch.randint(0, 16, (40, 4), device=DEVICE).float()
-    x = torch.randint(-3, 4, (1 if way == "vector" else 5, 512), device=DEVICE).half()
+    x = torch.randint(-3, 4, (1 if name == "gemv" else 5, 512), device=DEVICE).half()
     W = reference.dequantize(W_q, scale, zero, layout, torch.float32)
-    y = linear_triton.launch(x, W_q, scale, zero, None, layout, WAYS[way])
+    y = linear_triton.launch(x, W_q, scale, zero, None, layout, CONFIGS[name])
     assert torch.equal(y, (x.double() @ W.double().T).half())
 
 
-@pytest.mark.parametrize("neighbours", [1, 2])
-@pytest.mark.parametrize("way", ["vector", "skinny"])
+@pytest.mark.parametrize("adjacent", [1, 2])
+@pytest.mark.parametrize("name", ["gemv", "skinny"])
 def test_right_in_any_order_of_codes(
-    way: str, neighbours: int, monkeypatch: pytest.MonkeyPatch
+    name: str, adjacent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton 3.6 and 3.9 are fast with different ones."""
-    module = {"vector": vector_triton, "skinny": skinny_triton}[way]
-    monkeypatch.setattr(module, "NEIGHBOURS", neighbours)
-    monkeypatch.setattr(module, "_variant", module._variant.__wrapped__)  # remembers the other
+    """Triton 3.6 and 3.9 are fast with different orders."""
+    module = {"gemv": gemv_triton, "skinny": skinny_gemm_triton}[name]
+    monkeypatch.setattr(module, "ADJACENT_PAIRS", adjacent)
+    monkeypatch.setattr(module, "_kernel_for", module._kernel_for.__wrapped__)  # without its cache
     for nbits in (4, 2, 1):
         layout = Layout(40, 512, nbits, 64, 1)
         parts = packed(layout)
         x = torch.randn(1, 512, device=DEVICE).bfloat16()
-        y = linear_triton.launch(x, *parts, None, layout, WAYS[way])
+        y = linear_triton.launch(x, *parts, None, layout, CONFIGS[name])
         assert_as_good(y, x, parts, layout, None)
 
 
-@pytest.mark.parametrize("way", ["vector", "skinny"])
-def test_the_same_bits_from_any_number_of_programs(way: str) -> None:
+@pytest.mark.parametrize("name", ["gemv", "skinny"])
+def test_the_same_bits_from_any_number_of_programs(name: str) -> None:
     layout = Layout(96, 1024, 2, 64, 1)
     parts = packed(layout)
     x = torch.randn(1, 1024, device=DEVICE).half()
     first, *others = (
-        linear_triton.launch(x, *parts, None, layout, replace(WAYS[way], programs=programs))
+        linear_triton.launch(
+            x, *parts, None, layout, replace(CONFIGS[name], programs_per_sm=programs)
+        )
         for programs in (1, 2, 9)
     )
     for other in others:
@@ -177,37 +195,17 @@ def test_x_of_any_shape_and_stride(shape: str) -> None:
     assert_as_good(y, x, parts, layout, None)
 
 
-def chosen(layout: Layout, M: int, capability: tuple[int, int] = (9, 0)) -> Settings | None:
-    return table.choose(capability, layout, M)
-
-
-def test_the_table_leaves_the_rest_to_cublas() -> None:
-    layout = Layout(28672, 8192, 4, 64, 1)
-    assert chosen(layout, 128) is not None
-    assert chosen(layout, 0) is chosen(layout, 129) is None
-    assert chosen(layout, 17, (8, 0)) is None
-    for N, M in ((8191, 65), (4096, 17), (2048, 1)):
-        assert chosen(replace(layout, out_features=N), M) is None
-    assert chosen(replace(layout, axis=0), 1) is None
-    assert isinstance(chosen(layout, 1), Vector)
-    assert isinstance(chosen(Layout(28672, 8192 + 64, 4, 64, 1), 1), Skinny)
-    assert isinstance(chosen(Layout(28672, 8192, 3, 64, 1), 1), Skinny)
-    assert isinstance(chosen(Layout(28672, 8192, 8, 64, 1), 1), Wide)
-    for group_size in (8, 16, 512 + 64):
-        assert chosen(Layout(28672, group_size * 32, 4, group_size, 1), 1) is None
-
-
 @pytest.mark.parametrize("nbits", [8, 4, 3, 2, 1])
-def test_what_the_table_chooses_can_be_cut(nbits: int) -> None:
+def test_every_selected_configuration_runs(nbits: int) -> None:
     found = {
-        chosen(Layout(N, 8192, nbits, g, 1), M)
+        heuristics.select_kernel((9, 0), Layout(N, 8192, nbits, g, 1), M)
         for N in (4096, 28672) for g in (32, 64, 128, 8192) for M in (1, 2, 4, 8, 16, 32, 64, 128)
     }  # fmt: skip
-    for settings in found - {None}:
+    for config in found - {None}:
         layout = Layout(40, 1024, nbits, 64, 1)
-        x = torch.randn(min(3, getattr(settings, "batch", 1)), 1024, device=DEVICE).half()
+        x = torch.randn(min(3, getattr(config, "block_m", 1)), 1024, device=DEVICE).half()
         parts = packed(layout)
-        y = linear_triton.launch(x, *parts, None, layout, settings)
+        y = linear_triton.launch(x, *parts, None, layout, config)
         assert_as_good(y, x, parts, layout, None)
 
 

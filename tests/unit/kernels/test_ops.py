@@ -1,4 +1,4 @@
-"""The operators against nn.Linear on the dequantized weight: values, gradients, compiling."""
+"""The operators compared with F.linear on the dequantized weight: values, gradients, compiling."""
 
 import shutil
 from collections.abc import Callable
@@ -192,7 +192,7 @@ def test_autocast_behaves_as_with_a_linear() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = kernels.linear(x, *parts, bias, layout), F.linear(x, W, bias)
         bare = torch.ops.hqqtrain.linear(x, *parts, None, *operator_arguments(layout))
-    assert bare.dtype == torch.float32  # the operator alone says x.dtype, and keeps its word
+    assert bare.dtype == torch.float32  # the operator itself returns the dtype of x
     assert ours.dtype == theirs.dtype == torch.bfloat16
     assert torch.equal(ours, theirs)
     got, expected = (torch.autograd.grad(y.float().sum(), (x, bias)) for y in (ours, theirs))

@@ -1,4 +1,4 @@
-"""The operators when kernels compute: in the interpreter on a CPU, or for real on a GPU."""
+"""The operators with Triton kernels: in the interpreter on a CPU, or on a GPU."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from unit.kernels.weights import DEVICE, GPU, packed
 
 import hqqtrain_kernels as kernels
-from hqqtrain_kernels import Layout, product, reference
+from hqqtrain_kernels import Layout, matmul, reference
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 from hqqtrain_kernels import linear_triton
@@ -21,10 +21,10 @@ DTYPE = torch.bfloat16 if GPU else torch.float16  # the interpreter does not rou
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 FUSED = Layout(40, 128, 4, 64, 1)
-"""Few rows of x meet it packed."""
+"""Few rows of x are multiplied with its packed weight."""
 
 DENSE = Layout(40, 128, 3, 8, 0)
-"""Always dequantized."""
+"""Its weight is always dequantized."""
 
 
 def dense(parts: tuple[Tensor, ...], layout: Layout) -> Tensor:
@@ -36,7 +36,7 @@ def operator_arguments(layout: Layout) -> tuple[int, ...]:
 
 
 def assert_near(got: Tensor, expected: Tensor, dtype: torch.dtype = DTYPE) -> None:
-    """As rounding the weight and the result to `dtype` may leave it."""
+    """Check up to the error of rounding the weight and the result to `dtype`."""
     error = (got.double() - expected).norm()
     assert error <= 2 * torch.finfo(dtype).eps * expected.norm()
 
@@ -212,7 +212,7 @@ def test_cuda_graphs(rows: int) -> None:
 @needs_gpu
 @pytest.mark.parametrize("layout", [FUSED, DENSE], ids=["fused", "dense"])
 def test_runs_on_the_current_stream(layout: Layout) -> None:
-    """On another, it would read x before it is there: the side stream sleeps first."""
+    """On another stream it would read x before x is written: the side stream sleeps first."""
     parts = packed(layout)
     x = torch.zeros(4, 128, device=DEVICE, dtype=DTYPE)
     later = torch.randn_like(x)
@@ -239,7 +239,7 @@ def test_a_device_that_is_not_the_current_one(layout: Layout) -> None:
     assert torch.equal(y.to(DEVICE), expected)
 
 
-def test_the_operator_alone_keeps_the_dtype_of_x() -> None:
+def test_the_operator_itself_keeps_the_dtype_of_x() -> None:
     parts = packed(DENSE)
     x = torch.randn(2, 128, device=DEVICE)
     with torch.autocast(DEVICE.type, DTYPE):
@@ -247,18 +247,23 @@ def test_the_operator_alone_keeps_the_dtype_of_x() -> None:
     assert y.dtype == torch.float32
 
 
-def test_kernels_were_really_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this file compares with must not be what computes."""
-    fused, asked = linear_triton.launch, []
-    monkeypatch.setattr(linear_triton, "launch", lambda *a: asked.append(a) or fused(*a))
-    monkeypatch.setattr(product.reference, "dequantize", None)
+def test_the_kernels_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference, with which these tests compare, must not be what computes."""
+    launch, launched = linear_triton.launch, []
+
+    def record(layout: Layout, **kwargs: object) -> Tensor:
+        launched.append(layout)
+        return launch(layout=layout, **kwargs)
+
+    monkeypatch.setattr(linear_triton, "launch", record)
+    monkeypatch.setattr(matmul.reference, "dequantize", None)
     for layout in (FUSED, DENSE):
         x = torch.randn(2, 128, device=DEVICE, dtype=DTYPE)
         kernels.linear(x, *packed(layout), None, layout)
-    assert [layout for *_, layout, _ in asked] == [FUSED]
+    assert launched == [FUSED]
 
 
-def test_what_does_not_fit_together_is_refused() -> None:
+def test_arguments_that_do_not_fit_together_are_refused() -> None:
     W_q, scale, zero = packed(FUSED)
     x = torch.randn(2, 128, device=DEVICE, dtype=DTYPE)
 

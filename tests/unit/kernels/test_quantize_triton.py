@@ -1,8 +1,8 @@
-"""The fused quantizer against the torch reference: the same bits.
+"""The fused quantizer gives the same bits as the reference in PyTorch.
 
-On a GPU all of them. Triton's interpreter has no fused multiply-add, so that there a weight
-midway between two codes may fall the other way, and its group end elsewhere: such groups are
-counted, and few.
+On a GPU all bits are equal. Triton's interpreter has no fused multiply-add, so a weight midway
+between two codes may be rounded the other way, and its group may get another result. The tests
+count such groups, and allow few.
 """
 
 from collections.abc import Iterator
@@ -16,13 +16,14 @@ from torch import Tensor
 import hqqtrain_kernels as kernels
 from hqqtrain.config import UserError
 from hqqtrain.quant import Quantized, QuantSpec, dequantize, quantize
-from hqqtrain_kernels import select
+from hqqtrain_kernels import Layout, backend
+from hqqtrain_kernels.solver_params import SUPPORTED_SOLVERS, HQQParams, RTNParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FEW = 0.0 if DEVICE.type == "cuda" else 0.02
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-# The interpreter is numpy, which warns of what the kernels divide by before they look.
+# The interpreter is NumPy, which warns of divisions whose results the kernels then discard.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 CASES = [
@@ -38,16 +39,16 @@ CASES = [
 @pytest.fixture(autouse=True)
 def _back_to_auto() -> Iterator[None]:
     yield
-    select.use("auto")
+    backend.set_backend("auto")
 
 
-def by(backend: str, W: Tensor, spec: QuantSpec) -> Quantized:
-    select.use(backend)
+def by(name: str, W: Tensor, spec: QuantSpec) -> Quantized:
+    backend.set_backend(name)
     return quantize(W, spec)
 
 
 def groups_that_differ(W: Tensor, spec: QuantSpec) -> float:
-    """The share of groups with another code, scale or zero."""
+    """Return the share of groups that differ in a code, the scale or the zero."""
     layout = spec.layout(*W.shape)
     ours, theirs = by("triton", W, spec), by("torch", W, spec)
 
@@ -77,12 +78,14 @@ def test_same_bits_as_the_reference(solver, nbits, group_size, axis, meta_dtype,
 
 
 @pytest.mark.parametrize("nbits", [4, 2, 1])
-def test_large_weights_take_the_branch_of_the_shrinkage(nbits: int) -> None:
+def test_large_weights_take_the_shrinkage_branch(nbits: int) -> None:
     torch.manual_seed(0)
     W = torch.randn(4, 128, device=DEVICE)
     spec = QuantSpec(nbits, 64, 1, "hqq", FP32)
     assert groups_that_differ(W, spec) <= FEW
-    assert by("torch", W, spec).zero.ne(by("torch", W / 1024, spec).zero).any()  # it is alive
+    assert (
+        by("torch", W, spec).zero.ne(by("torch", W / 1024, spec).zero).any()
+    )  # the branch has an effect
 
 
 @pytest.mark.parametrize(
@@ -94,19 +97,21 @@ def test_large_weights_take_the_branch_of_the_shrinkage(nbits: int) -> None:
         (2, 24, 1, (9, 96)), (1, 128, 1, (5, 512)), (2, 256, 1, (5, 512)),
     ],
 )  # fmt: skip
-def test_some_large_groups_are_done_by_themselves(nbits, group_size, axis, shape) -> None:
-    """Ragged rows, cells of several groups, groups that threads share: their neighbours stay."""
+def test_some_large_groups_are_deferred_to_the_second_launch(
+    nbits, group_size, axis, shape
+) -> None:
+    """Ragged rows, cells of several groups, groups that threads share. Neighbors do not change."""
     torch.manual_seed(0)
     W = torch.randn(shape, device=DEVICE) * 0.002
     W = torch.where(torch.rand(shape, device=DEVICE) < 0.2 / group_size, W * 2000, W).to(BF16)
     spec = QuantSpec(nbits, group_size, axis, "hqq", BF16)
-    select.use("triton")
+    backend.set_backend("triton")
     assert groups_that_differ(W, spec) <= FEW
 
 
 @st.composite
 def weights(draw: st.DrawFn) -> tuple[Tensor, QuantSpec]:
-    """Any shape, scale, tail and dtype; constant groups and weights on the grid among them."""
+    """Draw any shape, scale, tail and dtype, also constant groups and weights on the grid."""
     g = draw(st.sampled_from([1, 3, 8, 16, 32, 64]))
     axis, nbits = draw(st.sampled_from([0, 1])), draw(st.sampled_from([8, 4, 3, 2, 1]))
     long, other = g * draw(st.integers(1, 3)), draw(st.integers(1, 9))
@@ -115,7 +120,7 @@ def weights(draw: st.DrawFn) -> tuple[Tensor, QuantSpec]:
     W = W ** draw(st.sampled_from([1, 3])) + draw(st.sampled_from([0.0, 1.0]))
     if draw(st.booleans()):
         W[:, 0] = W[0, 0]
-    W = W if axis == 0 else W.t()  # not contiguous, too
+    W = W if axis == 0 else W.t()  # also not contiguous
     W = W.to(draw(st.sampled_from([BF16, FP32])))
     solver = draw(st.sampled_from(["rtn", "hqq", "least_squares"]))
     return W.to(DEVICE), QuantSpec(
@@ -125,12 +130,14 @@ def weights(draw: st.DrawFn) -> tuple[Tensor, QuantSpec]:
 
 @given(weights())
 @settings(max_examples=12 if DEVICE.type == "cpu" else 20, deadline=None, derandomize=True)
-def test_any_weight_errs_no_more_than_the_reference(case: tuple[Tensor, QuantSpec]) -> None:
+def test_the_error_of_any_weight_is_at_most_that_of_the_reference(
+    case: tuple[Tensor, QuantSpec],
+) -> None:
     W, spec = case
     layout, W64 = spec.layout(*W.shape), W.double()
 
-    def error(backend: str) -> float:
-        return (dequantize(by(backend, W, spec), layout, FP32).double() - W64).square().sum().item()
+    def error(name: str) -> float:
+        return (dequantize(by(name, W, spec), layout, FP32).double() - W64).square().sum().item()
 
     if DEVICE.type == "cuda":
         assert groups_that_differ(W, spec) == 0
@@ -141,16 +148,16 @@ def test_any_weight_errs_no_more_than_the_reference(case: tuple[Tensor, QuantSpe
 @pytest.mark.parametrize(
     ("axis", "solver"), [(1, "rtn"), (0, "rtn"), (1, "least_squares"), (1, "hqq")]
 )
-def test_what_is_not_finite_is_reported_with_its_row(bad: float, axis: int, solver: str) -> None:
+def test_a_row_that_is_not_finite_is_reported(bad: float, axis: int, solver: str) -> None:
     W = torch.randn(64, 32, device=DEVICE)
     W[37, 5] = bad
-    select.use("triton")
+    backend.set_backend("triton")
     with pytest.raises(UserError, match=r"q_proj: row 37 holds"):
         quantize(W, QuantSpec(4, 32, axis, solver, BF16), name="q_proj")
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_rows_apart_in_memory(axis: int) -> None:
+def test_rows_with_a_stride(axis: int) -> None:
     whole = torch.randn(16, 96, device=DEVICE).to(BF16)
     spec = QuantSpec(4, 8, axis, "rtn", BF16)
     for W in (whole[:, 16:80], whole[::2], whole.t()[:16]):
@@ -168,3 +175,15 @@ def test_more_than_2_to_the_31_weights(axis: int) -> None:
         expected = by("torch", rows, spec)
         assert torch.equal(q.W_q[units], expected.W_q)
         assert torch.equal(q.scale[units], expected.scale)
+
+
+def test_a_solver_without_a_kernel_is_refused() -> None:
+    """It must not be computed as if it were another solver."""
+    from hqqtrain_kernels import quantize_triton
+
+    W, layout = torch.randn(4, 64, device=DEVICE), Layout(4, 64, 4, 64, 1)
+    assert set(SUPPORTED_SOLVERS) == {"rtn", "hqq", "least_squares"}
+    with pytest.raises(ValueError, match=r"solver=newton: it has no kernel.*least_squares"):
+        quantize_triton.quantize(W, layout, "newton", RTNParams(), BF16)
+    with pytest.raises(ValueError, match=f"solver=hqq takes {HQQParams.__name__}"):
+        quantize_triton.quantize(W, layout, "hqq", RTNParams(), BF16)

@@ -1,4 +1,4 @@
-"""Packed weights to try kernels on."""
+"""Packed weights to test kernels with."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
 def packed(layout: Layout, meta_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
-    """W_q, scale and zero. Any bytes are codes, also those of the padding."""
+    """Return random W_q, scale and zero. Any bytes are codes, also those of the padding."""
     size, meta = (layout.units, layout.row_bytes), (layout.units, layout.groups)
     W_q = torch.randint(0, 256, size, dtype=torch.uint8, device=DEVICE)
     scale = torch.rand(meta, device=DEVICE) * 0.1 + 0.01

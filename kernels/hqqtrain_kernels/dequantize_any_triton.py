@@ -1,0 +1,57 @@
+"""The dequantizing kernel for any group size, also for groups that are not whole chunks of 8 codes.
+
+Chunks do not align with groups here, so every weight looks up its own code, scale and zero.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["units", "out_stride"])
+def dequantize_any_kernel(
+    W_q_ptr,
+    scale_ptr,
+    zero_ptr,
+    out_ptr,
+    units,
+    out_stride,
+    IN_FEATURES: tl.constexpr,
+    NBITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    HIGH_PLANE: tl.constexpr,
+    STRIDE_DIVISOR: tl.constexpr,
+    AXIS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Groups that cut chunks: every weight looks up its own code, scale and zero."""
+    blocks: tl.constexpr = (IN_FEATURES + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    row = tl.program_id(0) // blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None].to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    mask = (row < units * (1 if AXIS == 1 else GROUP_SIZE)) & (column < IN_FEATURES)
+    unit, code = row, column
+    if AXIS == 0:
+        unit, code = row % units, column.to(tl.int64) * GROUP_SIZE + row // units
+    unit_ptr = W_q_ptr.to(tl.pointer_type(tl.uint8)) + unit * ROW_BYTES
+    if NBITS == 3:
+        W = _load_code(unit_ptr, code, mask, 2) + 4 * _load_code(
+            unit_ptr + HIGH_PLANE, code, mask, 1
+        )
+    else:
+        W = _load_code(unit_ptr, code, mask, NBITS)
+    group = unit * (IN_FEATURES if AXIS == 0 else IN_FEATURES // GROUP_SIZE) + code // GROUP_SIZE
+    W = W.to(tl.float32) - tl.load(zero_ptr + group, mask).to(tl.float32)
+    W *= tl.load(scale_ptr + group, mask).to(tl.float32)
+    row_ptr = out_ptr + row * out_stride * STRIDE_DIVISOR
+    tl.store(row_ptr + column, W.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _load_code(plane_ptr, code, mask, WIDTH: tl.constexpr):
+    """Load codes by their number in the unit, as int32."""
+    chunk = code // 8
+    halfword = chunk // (16 // WIDTH) * 8 + code % 8
+    ptr = plane_ptr.to(tl.pointer_type(tl.uint16)) + halfword
+    found = tl.load(ptr, mask, other=0).to(tl.int32)
+    return (found >> (chunk % (16 // WIDTH) * WIDTH).to(tl.int32)) & ((1 << WIDTH) - 1)

@@ -1,0 +1,63 @@
+"""The solvers that the fused quantizer implements, and the numbers each of them takes.
+
+This module imports neither torch nor triton, so that callers can ask for a solver's support on any
+machine. The kernels contain no solver's constants: the caller passes them, and they are defined
+once, beside the PyTorch code of the same solver.
+"""
+
+from typing import NamedTuple
+
+
+class RTNParams(NamedTuple):
+    """Round to nearest takes no numbers."""
+
+
+class HQQParams(NamedTuple):
+    """Numbers of hqq's solver.
+
+    Attributes:
+        rounds: Most rounds of a group.
+        beta: hqq's beta, the weight of the quadratic penalty.
+        p: hqq's p, the exponent of the norm of the residuals.
+        nudges: Offsets of the zero that the 1-bit solver tries, to round ties either way.
+        bits: Fixed-point bits for the mean of a group.
+        shrunk_bits: Fixed-point bits for the mean of its shrunk residuals.
+    """
+
+    rounds: int
+    beta: float
+    p: float
+    nudges: tuple[float, ...]
+    bits: int
+    shrunk_bits: int
+
+
+class LeastSquaresParams(NamedTuple):
+    """Numbers of the least-squares solver.
+
+    Attributes:
+        about_middle: Initial ranges about the middle of a group's range, as fractions of it.
+        about_mean: Initial ranges about the group's mean, as fractions of twice the largest
+            distance from the mean.
+        rounds: Rounds from every starting point.
+        last_rounds: Further rounds from the best fit of all starting points.
+        stride: Over-relaxation factor of a round.
+        bits: Fixed-point bits that resolve a group's range.
+    """
+
+    about_middle: tuple[float, ...]
+    about_mean: tuple[float, ...]
+    rounds: int
+    last_rounds: int
+    stride: float
+    bits: int
+
+
+SolverParams = RTNParams | HQQParams | LeastSquaresParams
+
+SUPPORTED_SOLVERS: dict[str, type[SolverParams]] = {
+    "rtn": RTNParams,
+    "hqq": HQQParams,
+    "least_squares": LeastSquaresParams,
+}
+"""The type of the parameters of every solver that has a kernel."""

@@ -1,0 +1,195 @@
+"""The linear kernel for 17 to 128 rows of x, and for 8 bits: weights are dequantized on the fly.
+
+Program (i, j) computes y^T [BLOCK_N, BLOCK_M] of one block of outputs and one block of rows of x,
+and walks along K. It rounds a weight as `dequantize` does and multiplies it as any dense weight:
+with this many rows of x, that costs less than scaling the sums of every group.
+
+The weight is the first operand, y^T = W x^T, because only the first operand of the tensor cores may
+come from registers. The warps of a program are arranged along its rows of the weight. Or they are
+sliced along K: each of K_SLICES slices takes another stretch of all the rows, and their sums are
+added at the end, which keeps warps busy where outputs are few.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hqqtrain_kernels.heuristics import WideGemmConfig
+from hqqtrain_kernels.launcher_triton import INTERPRETED, MAX_REGISTERS, CachedKernel
+from hqqtrain_kernels.layout import Layout
+from hqqtrain_kernels.loads_triton import dot, load_scales, load_words, load_x
+from hqqtrain_kernels.split_k_triton import TRITON_DTYPES
+from hqqtrain_kernels.unpack_triton import codes_to_fp32, take
+
+
+def wide_gemm(
+    x: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    config: WideGemmConfig,
+) -> Tensor:
+    """Compute y [M, N] from x [M, K], whose rows have adjacent elements."""
+    (M, K), N = x.shape, layout.out_features
+    stride = x.stride(0)
+    stride_divisor = 8 if stride % 8 == 0 else 1
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    kernel = _kernel_for(layout, config, x.dtype, stride_divisor)
+    kernel.launch(
+        grid=(-(-N // config.block_n), -(-M // config.block_m), 1),
+        tensors={
+            "x_ptr": x,
+            "W_q_ptr": W_q,
+            "scale_ptr": scale,
+            "zero_ptr": zero,
+            "bias_ptr": bias,
+            "y_ptr": y,
+        },
+        integers={"M": M, "N": N, "K": K, "x_stride": stride // stride_divisor},
+    )
+    return y
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel_for(
+    layout: Layout, config: WideGemmConfig, dtype: torch.dtype, stride_divisor: int
+) -> CachedKernel:
+    """Return the kernel for a layout; layouts with equal constants share it."""
+    k_per_step = config.block_k * config.k_slices
+    return _cached_kernel(
+        num_warps=config.num_warps,
+        NBITS=layout.nbits,
+        GROUP_SIZE=layout.group_size,
+        X_STRIDE_DIVISOR=stride_divisor,
+        GROUPS_DIVISOR=math.gcd(layout.groups, 8),
+        BLOCK_N=config.block_n,
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        K_SLICES=config.k_slices,
+        GROUP_K=min(layout.group_size, config.block_k),
+        CHUNK_K=min(layout.group_size, 64),
+        EVEN_K=layout.in_features % k_per_step == 0,
+        DTYPE=TRITON_DTYPES[dtype],
+        UPCAST=INTERPRETED,
+        NUM_STAGES=config.num_stages,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_kernel(num_warps: int, **constants: Any) -> CachedKernel:
+    return CachedKernel(
+        _wide_gemm_kernel,
+        constants,
+        num_warps=num_warps,
+        num_stages=constants["NUM_STAGES"],
+        maxnreg=MAX_REGISTERS,
+    )
+
+
+@triton.jit(do_not_specialize=["M", "N", "K", "x_stride"])
+def _wide_gemm_kernel(
+    x_ptr,
+    W_q_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    x_stride,
+    NBITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    X_STRIDE_DIVISOR: tl.constexpr,
+    GROUPS_DIVISOR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    K_SLICES: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    CHUNK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DTYPE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Compute one block of y. GROUP_K codes of a slice share a scale; CHUNK_K go into one product.
+
+    `skinny_gemm_triton` explains the divisors.
+    """
+    CHUNKS: tl.constexpr = GROUP_K // CHUNK_K
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Rows past the end read the last row; their results are not stored.
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    # A row of W_q: words of the low plane (for 3 bits the 2-bit plane), then of the high plane.
+    low_words = tl.cdiv(K * (2 if NBITS == 3 else NBITS), 128) * 4
+    high_words = tl.cdiv(K, 128) * 4 if NBITS == 3 else 0
+    W_q_ptr = W_q_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + row * (low_words + high_words)
+    groups = K // GROUP_SIZE // GROUPS_DIVISOR * GROUPS_DIVISOR
+    scale_ptr += row * groups
+    zero_ptr += row * groups
+    x_stride *= X_STRIDE_DIVISOR
+    acc = _zeros(BLOCK_N, BLOCK_M, K_SLICES)
+    for step in tl.range(0, tl.cdiv(K, K_SLICES * BLOCK_K), num_stages=NUM_STAGES):
+        # 1. Load and unpack this step's codes as fp32, [K_SLICES * BLOCK_N, BLOCK_K].
+        if NBITS == 3:
+            low = load_words(W_q_ptr, step, low_words, 2, BLOCK_K, K_SLICES, EVEN_K)
+            W = codes_to_fp32(low, 2)
+            high_ptr = W_q_ptr + low_words
+            high = load_words(high_ptr, step, high_words, 1, BLOCK_K, K_SLICES, EVEN_K)
+            W += 4.0 * codes_to_fp32(high, 1)
+        else:
+            words = load_words(W_q_ptr, step, low_words, NBITS, BLOCK_K, K_SLICES, EVEN_K)
+            W = codes_to_fp32(words, NBITS)
+        W = tl.reshape(W, (K_SLICES * BLOCK_N, BLOCK_K // CHUNK_K, CHUNK_K))
+        # 2. Load the scales and zeros of this step's groups.
+        scale = load_scales(scale_ptr, step, groups, GROUP_SIZE, BLOCK_K, K_SLICES, EVEN_K)
+        zero = load_scales(zero_ptr, step, groups, GROUP_SIZE, BLOCK_K, K_SLICES, EVEN_K)
+        # 3. Chunk by chunk, dequantize in fp32, round to the dtype of x, and multiply.
+        for j in tl.static_range(BLOCK_K // CHUNK_K):
+            a = _split_slices(take(W, j), K_SLICES)
+            a -= _split_slices(take(zero, j // CHUNKS), K_SLICES).to(tl.float32)
+            a *= _split_slices(take(scale, j // CHUNKS), K_SLICES).to(tl.float32)
+            b = load_x(x_ptr, x_stride, m, M, K, step, j, CHUNK_K, BLOCK_K, K_SLICES, EVEN_K)
+            acc = dot(a.to(DTYPE), b, acc, UPCAST)
+    _store(y_ptr, bias_ptr, acc, n, N, m, M, K_SLICES, DTYPE)
+
+
+@triton.jit
+def _store(y_ptr, bias_ptr, acc, n, N, m, M, K_SLICES: tl.constexpr, DTYPE: tl.constexpr):
+    """Add the slices and the bias, and store y [M, N] transposed from acc."""
+    if K_SLICES > 1:
+        acc = tl.sum(acc, 0)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    mask = (n < N)[:, None] & (m < M)[None, :]
+    tl.store(y_ptr + m.to(tl.int64)[None, :] * N + n[:, None], acc.to(DTYPE), mask=mask)
+
+
+@triton.jit
+def _zeros(BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, K_SLICES: tl.constexpr):
+    """Return fp32 zeros: [K_SLICES, BLOCK_N, BLOCK_M], or 2-D for a single slice."""
+    if K_SLICES > 1:
+        zeros = tl.zeros((K_SLICES, BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        zeros = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    return zeros
+
+
+@triton.jit
+def _split_slices(t, K_SLICES: tl.constexpr):
+    """Reshape [K_SLICES * rows, columns] to [K_SLICES, rows, columns].
+
+    A single slice stays 2-D, as wgmma needs it.
+    """
+    if K_SLICES > 1:
+        t = tl.reshape(t, (K_SLICES, t.shape[0] // K_SLICES, t.shape[1]))
+    return t
