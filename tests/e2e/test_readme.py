@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from e2e.runs import free_port
+from e2e.runs import HELD_OUT, TEXT, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-TINY = ("model.name_or_path=tiny", "data.source=python_stdlib", "eval.source=python_stdlib")
 QUICK = (
     "train.max_steps=1", "train.global_batch_size=2", "train.max_seq_len=64", "eval.tokens=256",
-    "optim.warmup_steps=0", "track.backends=[]",
+    "optim.warmup_steps=0", "track.backends=[]", f"data.source={TEXT}", f"eval.source={HELD_OUT}",
 )  # fmt: skip
 
 
@@ -22,11 +21,6 @@ def commands() -> list[str]:
     """Return the lines of the README's bash blocks, in order."""
     blocks = (ROOT / "README.md").read_text().split("```bash\n")[1:]
     return [line for block in blocks for line in block.split("```")[0].splitlines() if line]
-
-
-def _reduce(recipe: str) -> tuple[str, ...]:
-    """Return arguments that make a command fast; large recipes also get the bundled model."""
-    return QUICK if recipe else (*QUICK, *TINY)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +42,9 @@ def test_command(number: int, folder: Path):
         words.append("--version")
     elif "--help" not in words:
         given = {word.partition("=")[0] for word in words}
-        recipe = "recipe=tiny_2bit" if "recipe=tiny_2bit" in words else ""
-        words += [word for word in _reduce(recipe) if word.partition("=")[0] not in given]
+        words += [word for word in QUICK if word.partition("=")[0] not in given]
+        if not {"recipe=tiny_2bit", "model.name_or_path"} & {*words, *given}:
+            words.append("model.name_or_path=tiny")  # the command names a large model or none
     if "recipe=sweep_bits" in words:
         words += ["quant.nbits=2", "quant.group_size=64"]  # one of its twelve jobs
     if "accelerate" in words:
