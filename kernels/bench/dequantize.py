@@ -1,4 +1,4 @@
-"""Dequantizing whole weights, against a device copy that moves as many bytes."""
+"""Dequantization of whole weights, compared with a device copy that moves as many bytes."""
 
 import collections
 import itertools
@@ -19,7 +19,7 @@ NBITS = (8, 4, 3, 2, 1)
 
 
 def rows(sizes: Sizes, limits: Limits) -> Iterator[Row]:
-    """Every width and output size along axis 1; axis 0, and hqq's own, for the largest."""
+    """Measure every nbits and output size on axis 1; axis 0 and hqq's own for the largest."""
     for shape in sizes.outputs:
         W = torch.randn(shape, device=sizes.device).mul_(0.02).to(torch.bfloat16)
         for nbits in NBITS:
@@ -51,7 +51,7 @@ def _measure(sizes: Sizes, W: Tensor, nbits: int, axis: int) -> Iterator[Row]:
 
 
 def _copy(size: int, copies: int, device: torch.device) -> Call:
-    """Reads `size` bytes and writes as many."""
+    """Return a call that reads `size` bytes and writes as many."""
     pairs = torch.randint(0, 256, (copies, 2, size), dtype=torch.uint8, device=device)
     following = itertools.cycle(pairs)
 
@@ -63,15 +63,18 @@ def _copy(size: int, copies: int, device: torch.device) -> Call:
 
 
 def _ours(parts: tuple[Tensor, ...], layout: kernels.Layout, copies: int) -> Call:
-    """The public operator; results stay alive until as many others are there, or the allocator
-    would hand out again what is still in the cache."""
+    """Return a call of the public operator.
+
+    Results stay alive until `copies` newer ones exist. Otherwise the allocator would reuse memory
+    that is still in the cache.
+    """
     following = itertools.cycle([tuple(part.clone() for part in parts) for _ in range(copies)])
     results: collections.deque[Tensor] = collections.deque(maxlen=copies)
     return lambda: results.append(kernels.dequantize(*next(following), layout, torch.bfloat16))
 
 
 def _theirs(W: Tensor, nbits: int, axis: int) -> Call:
-    """hqq's own; once called, so that a fault shows here."""
+    """Return a call of hqq's own, called once here so that an error shows."""
     from hqq.core.quantize import Quantizer
 
     W_q, meta = Quantizer.quantize(

@@ -1,4 +1,4 @@
-"""What the kernels are to reach on an H200, and whether the rows of a run say that they do."""
+"""The goals of the kernels on an H200, and whether the rows of a run reach them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Rows = Sequence[Row]
 
 @dataclass(frozen=True)
 class Goal:
-    """One line of the table. `figure` is None where its part was not run or a row is missing."""
+    """One line of the table. `figure` is None if its part was not run, or a row is missing."""
 
     what: str
     goal: str
@@ -27,7 +27,7 @@ class Goal:
 
 
 def table(rows: Rows, sizes: Sizes) -> list[Goal]:
-    """Every goal, in the order of the parts."""
+    """Return every goal, in the order of the parts."""
     parts = (_speeds, _axes, _memory, _dequantize, _training, _small, _python)
     return [goal for part in parts for goal in part(rows, sizes)]
 

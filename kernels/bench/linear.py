@@ -1,4 +1,4 @@
-"""One linear layer, forward and backward to the input, beside cuBLAS and the peers."""
+"""One linear layer, forward and backward to the input, compared with cuBLAS and the peers."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -23,12 +23,12 @@ PROVIDERS: dict[str, Callable[[Tensor, int], Layer]] = {
 }
 FORWARD, BOTH = "forward", "forward+backward"
 INFERENCE_ONLY = ("ours, dequantize + cuBLAS", "gemlite")
-MOST_OF_GEMLITE = 128
-"""Rows of input: each size takes gemlite some 7 s of tuning, and by 128 it has lost."""
+GEMLITE_MAX_ROWS = 128
+"""Most rows of input for gemlite: it tunes each size for some 7 s, and is slower from 128 on."""
 
 
 def rows(sizes: Sizes, limits: Limits) -> Iterator[Row]:
-    """Every batch size, forward and with backward, at 4 and 2 bits."""
+    """Measure every batch size, forward and with backward, at 4 and 2 bits."""
     W = torch.randn(sizes.weight, device=sizes.device).mul_(0.02).to(torch.bfloat16)
     for nbits in (4, 2):
         copies = copies_beyond_cache(W.numel() * nbits // 8, sizes.device)
@@ -42,7 +42,7 @@ def rows(sizes: Sizes, limits: Limits) -> Iterator[Row]:
 
 
 def _make(W: Tensor, nbits: int, copies: int) -> tuple[dict[str, list[Layer]], dict[str, str]]:
-    """The layers of every provider that has any, and what ails the others."""
+    """Make the layers of every provider, and return the errors of those that fail."""
     layers, faults = {}, {}
     for provider, make in PROVIDERS.items():
         made, fault = attempt(lambda make=make: [make(W, nbits) for _ in range(copies)])
@@ -77,7 +77,7 @@ def _measure(
 
 
 def _leaves_out(provider: str, what: str, M: int) -> bool:
-    if provider == "gemlite" and M > MOST_OF_GEMLITE:
+    if provider == "gemlite" and M > GEMLITE_MAX_ROWS:
         return True
     return what == BOTH and provider in INFERENCE_ONLY
 
@@ -98,7 +98,10 @@ def _both(layers: list[Layer], x: Tensor, grad: Tensor) -> Call:
 
 
 def _least(sizes: Sizes, limits: Limits, nbits: int, M: int, what: str) -> float:
-    """The limit in ms: packed weight, input and output moved once, or the product's operations."""
+    """Return the least possible time in ms.
+
+    The limit is set by moving packed weight, input and output once, or by the product's operations.
+    """
     N, K = sizes.weight
     moved = N * K * nbits / 8 + 4 * N * K / GROUP_SIZE + 2 * M * (N + K)
     return (1 if what == FORWARD else 2) * limits.ms(moved, 2 * M * N * K)

@@ -1,7 +1,8 @@
-"""What a call costs in Python: a layer so small that the GPU is never waited for.
+"""The Python overhead of a call, measured on a layer so small that nothing waits for the GPU.
 
-Wall time of calls that nobody synchronizes with, less that of `F.linear` on the same shapes. Both
-ways are measured: M=1, where a fused kernel may run, and M=512, where the weight is dequantized.
+It is the wall time of calls without synchronization, less that of `F.linear` on the same shapes.
+Two sizes are measured: M=1, where a fused kernel may run, and M=512, where the weight is
+dequantized.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ PEERS = {"bitsandbytes nf4": peers.bitsandbytes_nf4, "hqq": peers.hqq_pytorch}
 
 
 def rows(sizes: Sizes, limits: Limits) -> Iterator[Row]:
-    """Without autograd, forward with it, and with the backward as well."""
+    """Measure without autograd, forward with autograd, and forward and backward."""
     W = torch.randn(sizes.tiny, device=sizes.device, dtype=torch.bfloat16)
     layers = _ours(W)
     for name, make in PEERS.items():
@@ -52,13 +53,13 @@ def _measure(sizes: Sizes, layers: dict[str, Layer], M: int, what: str) -> Itera
 
 
 def _called(call: Call) -> Call:
-    """Once, so that a fault shows."""
+    """Call once, so that an error shows, and return the call."""
     call()
     return call
 
 
 def _ours(W: Tensor) -> dict[str, Layer]:
-    """The operator beside `F.linear`, and the modules around them."""
+    """Return the operator and `F.linear`, and the modules around them."""
     dense, layer = peers.cublas(W, NBITS), peers.ours(W, NBITS)
     weight, parts = dense.weight, (layer.W_q, layer.scale, layer.zero)
     return {

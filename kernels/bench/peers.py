@@ -1,7 +1,7 @@
-"""The linear layers that ours is measured against, each made from the same dense weight.
+"""The linear layers that ours is compared with, each made from the same dense weight.
 
-A maker imports its library itself and may raise: what is missing or fails becomes a row that
-says so.
+Every function imports its library itself and may raise. A library that is missing or fails becomes
+a row that says so.
 """
 
 from collections.abc import Callable
@@ -19,26 +19,26 @@ GROUP_SIZE = 64
 
 
 def cublas(W: Tensor, nbits: int) -> Layer:
-    """The dense layer: the baseline."""
+    """Return the dense layer, the baseline."""
     layer = _dense(W)
     layer.weight.data = W.clone()
     return layer
 
 
 def ours(W: Tensor, nbits: int) -> Layer:
-    """Our layer as it is used. The solver does not matter for speed, so the quickest."""
+    """Return our layer as models use it. The solver does not affect speed: take the fastest."""
     return _quantized(W, nbits)
 
 
 def ours_dequantized(W: Tensor, nbits: int) -> Layer:
-    """Our weight dequantized whole, and the library's product: what a fused kernel must beat."""
+    """Dequantize our weight and multiply with cuBLAS, which a fused kernel must beat."""
     layer = _quantized(W, nbits)
     parts = layer.W_q, layer.scale, layer.zero, layer.layout
     return lambda x: F.linear(x, kernels.dequantize(*parts, x.dtype))
 
 
 def bitsandbytes_nf4(W: Tensor, nbits: int) -> Layer:
-    """NF4: 4 bits only."""
+    """Return bitsandbytes' NF4 layer, which has 4 bits only."""
     import bitsandbytes as bnb
 
     if nbits != 4:
@@ -51,7 +51,7 @@ def bitsandbytes_nf4(W: Tensor, nbits: int) -> Layer:
 
 
 def hqq_pytorch(W: Tensor, nbits: int) -> Layer:
-    """hqq with its default backend, the one that it trains with."""
+    """Return hqq's layer with its default backend, the one it trains with."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQBackend
     from hqq.core.quantize import HQQLinear as TheirLinear
 
@@ -63,7 +63,7 @@ def hqq_pytorch(W: Tensor, nbits: int) -> Layer:
 
 
 def gemlite(W: Tensor, nbits: int) -> Layer:
-    """gemlite's kernels on hqq's weight, which tune themselves; for inference, so no backward."""
+    """Return gemlite's layer on hqq's weight. It autotunes, and has no backward."""
     from gemlite.helper import A16Wn
 
     return A16Wn(device=str(W.device)).from_hqqlinear(hqq_pytorch(W, nbits))

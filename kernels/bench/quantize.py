@@ -1,4 +1,4 @@
-"""Quantizing Llama-70B's largest weight, beside hqq's own quantizer, and the memory it takes."""
+"""Speed and memory of quantizing Llama-70B's largest weight, compared with hqq's quantizer."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,19 +11,19 @@ from sizes import Sizes
 from timing import Call, Limits, medians
 
 LLAMA_70B = 68.45e9
-"""Weights in its linear layers, to which a time is scaled."""
+"""Weights in the linear layers of Llama-70B: times are scaled to this number."""
 GROUP_SIZE = 64
 SOLVERS = ("hqq", "least_squares", "rtn")
 BASELINE, MEMORY = "hqq", "peak memory"
 
 
 def normal(shape: tuple[int, int], device: torch.device) -> Tensor:
-    """As weights mostly are: standard deviation 0.02."""
+    """Return a weight with a common distribution: Gaussian, standard deviation 0.02."""
     return torch.randn(shape, device=device).mul_(0.02).to(torch.bfloat16)
 
 
 def heavy_tailed(shape: tuple[int, int], device: torch.device) -> Tensor:
-    """Student's t with 3 degrees of freedom, scaled to the same standard deviation."""
+    """Return Student's t with 3 degrees of freedom, scaled to the same standard deviation."""
     chi_square = sum(torch.randn(shape, device=device).square_() for _ in range(3))
     t = torch.randn(shape, device=device).div_((chi_square / 3).sqrt_())
     return t.mul_(0.02 / 3**0.5).to(torch.bfloat16)
@@ -35,7 +35,7 @@ WEIGHTS: dict[str, Callable[[tuple[int, int], torch.device], Tensor]] = {
 
 
 def rows(sizes: Sizes, limits: Limits) -> Iterator[Row]:
-    """Speed for both kinds of weights, then memory."""
+    """Measure speed for both kinds of weights, then memory."""
     for kind, make in WEIGHTS.items():
         W = make(sizes.weight, sizes.device)
         for nbits in (4, 2):
@@ -73,7 +73,7 @@ def _spec(nbits: int, axis: int, solver: str) -> QuantSpec:
 
 
 def _ours(W: Tensor, spec: QuantSpec) -> Call:
-    """As models are quantized: whether the weight was finite is asked some weights later."""
+    """Quantize as for a model, where a later check asks whether the weight was finite."""
     return lambda: enqueue(W, spec)
 
 
@@ -82,7 +82,7 @@ def _error(W: Tensor, spec: QuantSpec) -> float:
 
 
 def _theirs(W: Tensor, nbits: int, axis: int) -> tuple[Call, float]:
-    """hqq's own quantizer, and its error; once called, so that a fault shows here."""
+    """Return hqq's own quantizer and its error, called once so that an exception shows here."""
     from hqq.core.quantize import Quantizer
 
     def call() -> tuple[Tensor, dict]:
@@ -95,7 +95,7 @@ def _theirs(W: Tensor, nbits: int, axis: int) -> tuple[Call, float]:
 
 
 def _memory(sizes: Sizes, W: Tensor, nbits: int) -> Iterator[Row]:
-    """The peak while quantizing, as a multiple of weight and result, which must be there."""
+    """Measure the peak while quantizing, as a multiple of weight and result together."""
     for solver in SOLVERS:
         spec, name = _spec(nbits, 1, solver), f"ours, {solver}"
         ratio, note = _peak(W, lambda spec=spec: _stored(quantize(W, spec)))
@@ -108,7 +108,7 @@ def _memory(sizes: Sizes, W: Tensor, nbits: int) -> Iterator[Row]:
 
 
 def _peak(W: Tensor, run: Callable[[], int]) -> tuple[float | None, str]:
-    """`run` quantizes W and says how many bytes the result has."""
+    """Return the peak memory of `run`, which quantizes W and returns the bytes of the result."""
     if W.device.type != "cuda":
         return None, "memory is measured on a GPU only"
     torch.cuda.empty_cache()

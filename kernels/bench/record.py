@@ -1,4 +1,4 @@
-"""What a benchmark leaves: one row per measurement, in a CSV file that says where and when."""
+"""The results of a benchmark: a CSV file with a row per measurement, the GPU and the date."""
 
 import csv
 import datetime
@@ -19,10 +19,13 @@ PACKAGES = ("torch", "triton", "hqq", "bitsandbytes", "gemlite")
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. A provider that fails has a row too: no figures, and a note that says why.
+    """One measurement. A provider that fails has a row without figures and a note that says why.
 
-    ms: the median time of a call. ratio: over that of `baseline`, in the same run. share: of the
-    limit that memory bandwidth or the matrix units set, as measured in the same run.
+    Attributes:
+        ms: Median time of a call.
+        ratio: That time divided by the time of `baseline` in the same run.
+        share: Share of the limit that memory bandwidth or the matrix units set, as measured in the
+            same run.
     """
 
     part: str
@@ -40,7 +43,7 @@ class Row:
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    """GPU, versions and date: the columns that every row of a run shares."""
+    """Return GPU, versions and date, the columns with equal values in all rows of a run."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none (CPU)"
     others = (f"{name}={_version(name)}" for name in PACKAGES)
     versions = " ".join([f"hqqtrain={hqqtrain.__version__}", *others])
@@ -49,7 +52,7 @@ def facts(device: torch.device) -> dict[str, str]:
 
 
 def write(file: Path, rows: Iterable[Row], shared: dict[str, str]) -> None:
-    """The CSV file of one run."""
+    """Write the CSV file of one run."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, [*shared, *(field.name for field in fields(Row))])
@@ -59,7 +62,7 @@ def write(file: Path, rows: Iterable[Row], shared: dict[str, str]) -> None:
 
 
 def line(row: Row) -> str:
-    """A row for a terminal."""
+    """Format a row for a terminal."""
     bits = "" if row.nbits is None else f"{row.nbits}-bit axis {row.axis}"
     figures = [
         "" if row.ms is None else f"{row.ms:9.4f} ms",
@@ -71,7 +74,7 @@ def line(row: Row) -> str:
 
 
 def attempt(make: Callable[[], T]) -> tuple[T | None, str]:
-    """What `make` makes, or None and what ails it: a peer that fails is told, never passed over."""
+    """Return the result of `make`, or None and the error: a peer that fails is always reported."""
     try:
         return make(), ""
     except Exception as error:

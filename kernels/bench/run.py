@@ -1,11 +1,11 @@
-"""Measures our kernels and the peers in one run, and says which goals are reached.
+"""Measure our kernels and the peers in one run, and report which goals are reached.
 
     python kernels/bench/run.py                          everything: about 3 minutes on an H100
     python kernels/bench/run.py linear --csv FILE.csv    one part
     python kernels/bench/run.py --smoke                  toy sizes on a CPU: does it run?
 
-The peers are hqq, bitsandbytes, gemlite and, behind `F.linear`, cuBLAS; install those that are to
-be compared with. Times of one run may be compared with each other, those of two runs may not.
+The peers are hqq, bitsandbytes, gemlite and, behind `F.linear`, cuBLAS. Install those to compare
+with. Times of one run may be compared with each other, times of two runs may not.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PARTS: dict[str, Callable[[Sizes, Limits], Iterator[Row]]] = {
 
 
 def main() -> None:
-    """Runs the parts asked for, printing as it goes, and writes the CSV file."""
+    """Run the requested parts, print every row at once, and write the CSV file."""
     options = _options()
     if not (options.smoke or torch.cuda.is_available()):
         raise SystemExit("run.py: no GPU here. --smoke runs toy sizes on a CPU.")
@@ -61,7 +61,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", default=[])
     parser.add_argument("--csv", type=Path, help="the file to write")
     parser.add_argument("--smoke", action="store_true", help="toy sizes")
-    parser.add_argument("--backend", choices=backend.BACKENDS, default="auto", help="of ours")
+    parser.add_argument(
+        "--backend", choices=backend.BACKENDS, default="auto", help="backend of our kernels"
+    )
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""How large the benchmark is: Llama-70B's largest layer on a GPU, or a smoke test's toys."""
+"""Sizes of the benchmark: Llama-70B's largest layer on a GPU, or toy sizes for a smoke test."""
 
 from dataclasses import dataclass
 
@@ -7,32 +7,39 @@ import torch
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured, where, and how often."""
+    """Device, shapes and number of rounds.
+
+    Attributes:
+        device: Where to measure.
+        weight: out_features and in_features of the layer.
+        outputs: Shapes of the weights that are dequantized.
+        batches: Rows of the linear layer's input.
+        tiny: Shape of a layer that costs the GPU next to nothing, to measure Python.
+        product: Size of the square matrix product that measures the machine's limit.
+        rounds: Rounds of every measurement.
+    """
 
     device: torch.device
     weight: tuple[int, int]
-    """out_features and in_features of the layer."""
     outputs: tuple[tuple[int, int], ...]
-    """What is dequantized."""
     batches: tuple[int, ...]
-    """Rows of the linear layer's input."""
     tiny: tuple[int, int]
-    """A layer that costs the GPU nothing, to measure Python."""
     product: int
     rounds: int
 
     @property
     def shape(self) -> str:
+        """The shape of the layer's weight, as a row shows it."""
         return "x".join(map(str, self.weight))
 
 
 def full() -> Sizes:
-    """Outputs of 32, 128 and 448 MiB in bf16."""
+    """Return the sizes for a GPU. Outputs are 32, 128 and 448 MiB in bf16."""
     device, weight = torch.device("cuda", torch.cuda.current_device()), (28672, 8192)
     outputs = ((2048, 8192), (8192, 8192), weight)
     return Sizes(device, weight, outputs, (1, 16, 128, 2048, 8192), (256, 256), 8192, 7)
 
 
 def smoke() -> Sizes:
-    """Everything runs once, in seconds, on a CPU; the figures mean nothing."""
+    """Return sizes with which everything runs once on a CPU, in seconds. Figures mean nothing."""
     return Sizes(torch.device("cpu"), (128, 256), ((128, 256),), (1, 16), (64, 64), 256, 1)

@@ -1,9 +1,9 @@
-"""Time, so measured that the providers of one run can be compared.
+"""Timing that makes the providers of one run comparable.
 
-They take turns, round after round, so that a GPU that grows warm slows all of them alike; a
-round is a batch of calls, and what is kept is the median over rounds. On a GPU a batch is queued
-behind a sleep, so that its calls follow each other without a gap: GPU time, as if Python cost
-nothing. (What Python costs is measured apart, by `host_medians`.) Nobody finds its data in the L2
+Providers take turns, round after round, so that a GPU that heats up slows all of them alike. A
+round is a batch of calls, and the result is the median over the rounds. On a GPU a batch is queued
+behind a sleep, so that its calls follow each other without a gap: this measures GPU time, as if
+Python cost nothing. (`host_medians` measures the cost of Python.) No call finds its data in the L2
 cache: callers rotate copies (`copies_beyond_cache`), as the layers of a model do.
 """
 
@@ -16,28 +16,33 @@ import torch
 
 Call = Callable[[], object]
 
-BATCH_SECONDS, MOST_CALLS = 0.015, 200
+BATCH_SECONDS, MAX_CALLS = 0.015, 200
+"""Duration and most calls of a batch."""
 SLOW_SECONDS = 1.5
-"""What one provider's rounds may take together."""
+"""Upper bound of the time of all rounds of one provider."""
 LONGEST_SLEEP, CLOCK_HZ = 0.05, 2e9
 HOST_CALLS = 50
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do, measured: bytes per second of a copy, read and written bytes both
-    counted, and operations per second of a bf16 matrix product."""
+    """The measured limits of the machine.
+
+    Attributes:
+        bandwidth: Bytes per second of a copy, which counts both the bytes read and those written.
+        operations: Operations per second of a bf16 matrix product.
+    """
 
     bandwidth: float
     operations: float
 
     def ms(self, moved: float, operations: float = 0) -> float:
-        """The least time for bytes moved and operations done."""
+        """Return the least time for moving so many bytes and doing so many operations."""
         return 1e3 * max(moved / self.bandwidth, operations / self.operations)
 
 
 def limits(device: torch.device, size: int) -> Limits:
-    """By a copy of size^2 fp32 numbers, and a bf16 matrix product of that size."""
+    """Measure the limits by a copy of size^2 fp32 numbers, and a bf16 product of that size."""
     source = torch.randn(size, size, device=device)
     target = torch.empty_like(source)
     a, b = (source.to(torch.bfloat16), torch.randn_like(source).to(torch.bfloat16))
@@ -47,7 +52,7 @@ def limits(device: torch.device, size: int) -> Limits:
 
 
 def medians(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, float]:
-    """Milliseconds per call of each of `calls`, which take turns."""
+    """Return the milliseconds per call of each of `calls`, which take turns."""
     batches = {name: _Batch(call, device) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
@@ -58,7 +63,7 @@ def medians(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dic
 
 
 class _Batch:
-    """Calls enough to be timed together, after two that compile and allocate and do not count."""
+    """A batch of calls, long enough to time; two untimed calls before it compile and allocate."""
 
     def __init__(self, call: Call, device: torch.device) -> None:
         self.call, self.on_gpu = call, device.type == "cuda"
@@ -69,7 +74,7 @@ class _Batch:
         self.host_seconds = time.perf_counter() - began
         self._wait()
         seconds = time.perf_counter() - began
-        self.count = min(MOST_CALLS, max(1, int(BATCH_SECONDS / seconds)))
+        self.count = min(MAX_CALLS, max(1, int(BATCH_SECONDS / seconds)))
         self.most_rounds = max(1, int(SLOW_SECONDS / (self.count * seconds)))
 
     def seconds_per_call(self) -> float:
@@ -99,9 +104,9 @@ class _Batch:
 
 
 def host_medians(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, float]:
-    """Wall time in ms of calls that nobody waits for: the median over rounds, taken in turns.
+    """Return the wall time in ms per call without synchronization, the median over rounds.
 
-    Of a layer so small that the GPU is always ahead, this is what Python and the launch cost.
+    For a layer so small that the GPU is always ahead, this is the cost of Python and the launch.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -117,7 +122,7 @@ def host_medians(calls: Mapping[str, Call], device: torch.device, rounds: int) -
 
 
 def copies_beyond_cache(size: int, device: torch.device) -> int:
-    """How many copies of `size` bytes to rotate so that the L2 cache has forgotten the first."""
+    """Return how many copies of `size` bytes to rotate to evict the first from the L2 cache."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size

@@ -46,15 +46,17 @@ def hqq(
         mask: Which elements of the tile are codes, or None if all are.
         low: Minimum of each group, [G], in units.
         high: Maximum of each group, [G], in units.
-        unit: [G].
-        W_ptr: Where to load the tile again; so are origin, exists, stride: see `load_weights`.
-        origin: [G].
-        exists: [G].
-        stride: Distance of the weights of a group.
+        unit: Unit of each group, [G].
+        W_ptr: The weight, from which the tile is loaded again: see `load_weights`.
+        origin: Where each group begins in W_ptr, [G].
+        exists: Whether the group exists, [G].
+        stride: Distance between the weights of a group, for axis 0.
         PARAMS: `HQQParams`.
         SHRINKS: Whether to compute hqq's shrinkage, which takes 40 more registers.
         GROUP_SIZE: Weights of a group.
-        R, T, E: Shape of the tile, with G.
+        R: Places of a thread along the tile's first dimension: see `solve_triton`.
+        T: Threads that share a group.
+        E: Adjacent codes of a thread.
         AXIS: Axis of the groups.
         NBITS: Bits of a code.
         MAX_CODE: The largest code.

@@ -45,7 +45,7 @@ def least_squares(
         mask: Which elements of the tile are codes, or None if all are.
         low: Minimum of each group, [G], in units.
         high: Maximum of each group, [G], in units.
-        unit: [G].
+        unit: Unit of each group, [G].
         PARAMS: `LeastSquaresParams`.
         GROUP_SIZE: Weights of a group.
         MAX_CODE: The largest code.

@@ -57,28 +57,33 @@ def quantize_tile(
 
     Args:
         W_ptr: The weight.
-        codes_ptr: Packed codes if PACKS, else codes as bytes; `scale_ptr`, `zero_ptr` [units,
-            groups].
-        scale_ptr: Also tells META_DTYPE, the dtype of scale and zero.
-        zero_ptr: See codes_ptr.
+        codes_ptr: Packed codes if PACKS, otherwise codes as bytes.
+        scale_ptr: [units, groups]. Its dtype is META_DTYPE, the dtype of scale and zero.
+        zero_ptr: [units, groups].
         not_finite_ptr: Set to 1 if a group holds NaN or infinity.
         unit_index: Number of the unit, int64.
         group: Numbers [G] of the groups in the unit. Those from `groups` on do not exist.
         cell: Where packed codes are stored: see `store_packed`.
         groups: Groups of a unit.
-        row_stride: Distance of the rows of W, int64.
-        units: Units of the weight. For axis 0, rows of a group are this many rows apart.
+        row_stride: Distance between the rows of W, int64.
+        units: Units of the weight. For axis 0, the weights of a group are this many rows apart.
         units_again: The same number.
         SHRINKS: Whether hqq's shrinkage is computed. Without it, groups that need it are deferred.
-        AXIS, NBITS, GROUP_SIZE: Of the layout.
+        AXIS: Axis of the groups.
+        NBITS: Bits of a code.
+        GROUP_SIZE: Weights of a group.
         CELL_GROUPS: Groups that fill whole tiles of packed codes.
         PLANE_TILES: Tiles of the low plane of a unit.
-        UNIT_LENGTH: Halfwords of a unit if PACKS, else its codes.
+        UNIT_LENGTH: Halfwords of a unit if PACKS, otherwise its codes.
         PACKS: Whether the kernel packs the codes.
-        SOLVER, PARAMS: Name of the solver, and its parameters from `solver_params`.
+        SOLVER: Name of the solver.
+        PARAMS: Its parameters, of a type in `solver_params`.
         META_MIN: Smallest scale that is stored.
         META_MAX: Largest number of META_DTYPE.
-        R, G, T, E: Shape of the tile.
+        R: Places of a thread along the tile's first dimension.
+        G: Groups of the tile.
+        T: Threads that share a group.
+        E: Adjacent codes of a thread.
     """
     MAX_CODE: tl.constexpr = 2**NBITS - 1
     # 1. Load the groups, and divide each by its unit, a power of two: exact, and neither huge nor

@@ -112,5 +112,7 @@ def test_errors_say_what_was_expected() -> None:
         to_hqq(ours[0][:, :16], *ours[1:], layout)
     with pytest.raises(ValueError, match=r"scale is \[2, 16\] .* expected \[16, 2\]"):
         to_hqq(ours[0], ours[1].t(), ours[2], layout)
-    with pytest.raises(ValueError, match=r"4-bit codes 2 rows to one, and cannot pack 3 rows"):
+    with pytest.raises(
+        ValueError, match=r"packs 2 rows of 4-bit codes into one, and cannot pack 3 rows"
+    ):
         to_hqq(*ours, Layout(3, 32, 4, 32, 1))
