@@ -221,8 +221,8 @@ def _load_operands(
     x_sums = tl.zeros((16, NUM_GROUPS), tl.float32)
     scaled_sums = x_sums
     k = _code_order(NBITS, ADJACENT_PAIRS)
-    # Codes of fields that share a shift are left where they lie, as code * 2**(NBITS * place):
-    # x is divided by that power of two.
+    # Codes of fields that share a shift are not shifted down individually: the operand is
+    # code * 2**(NBITS * place), and x is divided by that power of two.
     place = k // 8 % (16 // NBITS) % FIELDS_PER_SHIFT
     power = ((127 - place * NBITS) << 23).to(tl.float32, bitcast=True)
     ones = tl.full((16, QUAD), 1.0, x_ptr.dtype.element_ty)

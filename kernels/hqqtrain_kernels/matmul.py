@@ -68,7 +68,7 @@ def _layout(units: int, in_features: int, nbits: int, group_size: int, axis: int
 
 
 def out_features(units: int, group_size: int, axis: int) -> int:
-    """Return the rows of a weight of `units` units: one per unit on axis 1, else a group's size."""
+    """Return the rows of a weight: one per unit on axis 1, group_size per unit on axis 0."""
     return units * (1 if axis == 1 else group_size)
 
 

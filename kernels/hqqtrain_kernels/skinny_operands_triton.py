@@ -98,7 +98,8 @@ def load_operands(
 def _divide_by_place(b, k, NBITS: tl.constexpr, FIELDS_PER_SHIFT: tl.constexpr):
     """Divide x, from its element k on, by the power of two that its code is multiplied by.
 
-    Codes of fields that share a shift are left where they lie: code * 2**(NBITS * place).
+    Codes of fields that share a shift are not shifted down individually: the operand is
+    code * 2**(NBITS * place).
     """
     if FIELDS_PER_SHIFT > 1:
         field = (k + tl.arange(0, b.shape[1])) // 8 % (16 // NBITS)

@@ -2,7 +2,7 @@
 
 This module imports neither torch nor triton, so that callers can ask for a solver's support on any
 machine. The kernels contain no solver's constants: the caller passes them, and they are defined
-once, beside the PyTorch code of the same solver.
+once, next to the PyTorch code of the same solver.
 """
 
 from typing import NamedTuple

@@ -36,7 +36,7 @@ def operand_format(dtype: torch.dtype, nbits: int) -> dict[str, Any]:
       down to bit 0.
     * bf16: integers above 128 have their low 7 bits in the mantissa. Those hold the codes of
       FIELDS_PER_SHIFT adjacent fields, one after the other, so that one shift serves them all.
-      3-bit codes, whose planes lie apart, get one field.
+      3-bit codes, which are stored in two planes, get one field.
     """
     if dtype == torch.float16:
         return {"FIELDS_PER_SHIFT": 1, "CODE_OFFSET": 0.0, "CODE_UNIT": 2.0**-24}
