@@ -126,7 +126,7 @@ def test_a_directory_of_another_configuration_is_left_alone(tmp_path: Path):
     other = run(*words, "quant.nbits=4", root=tmp_path / "runs")
     assert other.code == 2
     assert "quant.nbits=4" in other.output
-    assert "there 2" in other.output
+    assert "saved: 2" in other.output
     assert {p: p.stat().st_mtime_ns for p in first.directory.rglob("*") if p.is_file()} == before
     assert json.loads((first.directory / "status.json").read_text())["status"] == "done"
 

@@ -12,7 +12,7 @@ from runs import stand_in
 
 FAKE_TASK = """
 import os, pathlib, sys
-def run(config, command):
+def run_task(config, command):
     folder = pathlib.Path(config.run.root) / config.run_name()
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(

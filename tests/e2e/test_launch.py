@@ -35,7 +35,7 @@ import os, signal, sys, time, types
 
 CODE_FILE = os.environ.get("HQQTRAIN_EXIT_CODE", "")
 
-def run(config, command):
+def run_task(config, command):
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM] * (config.train.seed == 3))
     sys.stdout.write(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\\n")
     sys.stdout.flush()

@@ -35,7 +35,7 @@ def _wait_for_a_signal(folder):
     (folder / "signal").write_text("twice" if second else str(int(first)))
     return 3
 
-def run(config, command):
+def run_task(config, command):
     folder = pathlib.Path(config.run.root) / config.run_name()
     folder.mkdir(parents=True, exist_ok=True)
     code = {8: 1}.get(config.quant.nbits, 0)

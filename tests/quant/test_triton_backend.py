@@ -11,7 +11,7 @@ from hqqtrain.quant.quantize import dequantize_weight, quantize_weight
 from hqqtrain.quant.solvers.registry import SOLVERS, Solver
 from hqqtrain.quant.spec import QuantSpec
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _round_to_nearest(W, grid):
@@ -31,11 +31,11 @@ def torch_only(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_solver_without_a_kernel_runs_in_torch(torch_only: str, caplog):
-    W, spec = torch.randn(64, 64), QuantSpec(8, 64, 1, torch_only, torch.float32)
+    W, spec = torch.randn(64, 64, device=DEVICE), QuantSpec(8, 64, 1, torch_only, torch.float32)
     layout = spec.layout(64, 64)
-    assert triton_backend.is_supported(CPU, layout, "rtn")
+    assert triton_backend.is_supported(DEVICE, layout, "rtn")
     with caplog.at_level(logging.WARNING):
-        assert not triton_backend.is_supported(CPU, layout, torch_only)
+        assert not triton_backend.is_supported(DEVICE, layout, torch_only)
         for _ in range(2):
             back = dequantize_weight(quantize_weight(W, spec), layout, torch.float32)
     torch.testing.assert_close(back, W, atol=0.02, rtol=0)
@@ -49,4 +49,4 @@ def test_a_solver_without_a_kernel_runs_in_torch(torch_only: str, caplog):
 def test_a_long_group_runs_in_torch(torch_only: str):
     length = 2 * triton_backend.LARGEST_GROUP
     layout = QuantSpec(8, None, 1, "rtn", torch.float32).layout(1, length)
-    assert not triton_backend.is_supported(CPU, layout, "rtn")
+    assert not triton_backend.is_supported(DEVICE, layout, "rtn")

@@ -20,7 +20,7 @@ from pathlib import Path
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
-def run(config, command):
+def run_task(config, command):
     folder = Path(config.run.root) / config.run_name()
     seed, status = config.train.seed, folder / "status.json"
     if seed in (2, 5):
