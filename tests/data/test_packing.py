@@ -83,7 +83,9 @@ def test_tokens_that_are_no_targets_have_no_label(tokenizer):
     for i in range(len(plain)):
         before, after = plain[i], masked[i]
         even = before["input_ids"] % 2 == 0
-        assert torch.equal(after["labels"], before["labels"].where(even, torch.tensor(-100)))
+        assert torch.equal(
+            after["labels"], before["labels"].where(even, torch.tensor(IGNORE_INDEX))
+        )
         assert torch.equal(after["position_ids"], before["position_ids"])
     counted = sum(int((masked[i]["labels"] != IGNORE_INDEX).sum()) for i in range(len(masked)))
     assert masked.tokens == counted < plain.tokens

@@ -13,6 +13,7 @@ from hqqtrain.distributed.local import full_tensor
 from hqqtrain.train.optimizer import build_optimizer
 
 pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.ranks
 
 
 def make_model() -> nn.Sequential:

@@ -19,6 +19,8 @@ from hqqtrain.distributed.local import copy_from_full, local_tensor
 from hqqtrain.train.optimizer import build_optimizer
 from hqqtrain.train.optimizer_state import OptimizerState
 
+pytestmark = pytest.mark.ranks
+
 ROWS = (130, 3, 1, 64)
 """Rows of the weights. Ranks share them unevenly, and some ranks get none of a weight."""
 

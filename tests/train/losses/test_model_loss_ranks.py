@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import CPU, on_ranks
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -12,6 +12,8 @@ from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.train.losses import model_loss as module
 from hqqtrain.train.losses.model_loss import ModelLoss
 from hqqtrain.train.losses.next_token import NextTokenLoss
+
+pytestmark = pytest.mark.ranks
 
 LENGTHS = (40, 6, 21)
 
@@ -43,18 +45,30 @@ def ragged(rank: int, comm: Communicator, strategy: str) -> None:
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    whole = DistributedDataParallel(model) if strategy == "ddp" else model
+    whole: torch.nn.Module = model
+    if strategy == "fsdp1":  # as the strategy does it: frozen layers sharded, the rest under DDP
+        layers = model.model.layers.requires_grad_(False)
+        for number, layer in enumerate(layers):
+            layers[number] = FullyShardedDataParallel(layer, use_orig_params=True, device_id=CPU)
+        outside = [p for p in model.parameters() if p.requires_grad]
+        whole = FullyShardedDataParallel(
+            model, ignored_states=outside, use_orig_params=True, device_id=CPU
+        )
+    if strategy in ("ddp", "fsdp1"):
+        whole = DistributedDataParallel(whole, init_sync=False, broadcast_buffers=False)
     found = ModelLoss(whole, NextTokenLoss(), comm, max_tokens=max(LENGTHS))
     assert found.is_chunked
     loss, _ = found(make_batch(rank))
     loss.backward()
     torch.testing.assert_close(loss, expected[rank].detach())
     for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+        if not ours.requires_grad:
+            continue
         grad = ours.grad.full_tensor() if strategy == "fsdp2" else ours.grad
         torch.testing.assert_close(grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp", "fsdp1"])
 def test_ranks_with_batches_of_different_lengths(strategy):
     assert on_ranks(ragged, 3, strategy) == [""] * 3
 
