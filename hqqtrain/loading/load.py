@@ -7,7 +7,6 @@ one of them quantizes them and broadcasts the result, so the source is still rea
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.heartbeat import Heartbeat
 from hqqtrain.distributed.local import local_rows, local_tensor, materialize, replica_group
+from hqqtrain.loading.finite_check import DeferredFiniteCheck
 from hqqtrain.loading.prefetch import Prefetcher, RowRange
 from hqqtrain.loading.stats import LoadStats, MemoryTracker
 from hqqtrain.models.build import restore_buffers
@@ -27,49 +27,8 @@ from hqqtrain.quant.error import error_ratio, squared_error
 from hqqtrain.quant.quantize import (
     QuantizedWeight,
     dequantize_weight,
-    not_finite_error,
     quantize_async,
 )
-
-MAX_PENDING_CHECKS = 2
-"""Number of results that stay pending. By then the GPU has computed the oldest one."""
-
-
-class DeferredFiniteCheck:
-    """Collects the finite checks of pieces and reads their results later.
-
-    Args:
-        reader: Reads a piece again to name the row that is not finite.
-    """
-
-    def __init__(self, reader: WeightSource) -> None:
-        self._reader = reader
-        self._pending: deque[tuple[RowRange, Tensor]] = deque()
-
-    def add(self, piece: RowRange, not_finite: Tensor) -> None:
-        """Record the result of a check, and read the results that are old enough.
-
-        Args:
-            piece: The rows that were checked.
-            not_finite: Tensor of one element, on any device, true if the piece has NaN or Inf.
-
-        Raises:
-            UserError: See `check`.
-        """
-        self._pending.append((piece, not_finite))
-        self.check(MAX_PENDING_CHECKS)
-
-    def check(self, leave: int = 0) -> None:
-        """Read all pending results but the last `leave`.
-
-        Raises:
-            UserError: A piece has NaN or Inf; the message names the tensor and the row.
-        """
-        while len(self._pending) > leave:
-            piece, not_finite = self._pending.popleft()
-            if not_finite:
-                raise not_finite_error(self._reader.read(*piece), piece.name, piece.rows)
-
 
 DENSE_CHUNK_NUMEL = 1 << 25
 """Elements of an unquantized tensor that are read at a time; the largest tensors have 2**31."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.loading.load import DeferredFiniteCheck
+from hqqtrain.loading.finite_check import DeferredFiniteCheck
 from hqqtrain.loading.prefetch import Prefetcher, RowRange
 
 CPU = torch.device("cpu")
