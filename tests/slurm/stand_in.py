@@ -49,6 +49,6 @@ def run_task(config, command):
 if os.environ.get("SLURM_JOB_ID"):
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     tasks = types.ModuleType("hqqtrain.tasks.run")
-    tasks.run = run
+    tasks.run_task = run_task
     sys.modules["hqqtrain.tasks"] = types.ModuleType("hqqtrain.tasks")
     sys.modules["hqqtrain.tasks.run"] = tasks
