@@ -39,7 +39,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class CheckpointContents:
-    """What a checkpoint has in addition to the state of the trainer.
+    """The parts of a checkpoint besides the state of the trainer.
 
     Attributes:
         lora: Configuration of the trained adapter, for `adapter_config.json`.

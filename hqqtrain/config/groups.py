@@ -207,7 +207,7 @@ class EvalConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
-    """What task=export writes."""
+    """The format that task=export writes."""
 
     format: str = key(
         "dense",

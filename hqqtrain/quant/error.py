@@ -1,4 +1,4 @@
-"""What quantization costs and saves: the relative error of a weight, and its stored size."""
+"""The cost and the gain of quantization: the relative error of a weight, and its stored size."""
 
 import torch
 from torch import Tensor

@@ -97,7 +97,7 @@ class QuantizeFigures(Part):
 
 @dataclass(frozen=True)
 class ModelFigures(Part):
-    """What was measured of one model; `kl` is in nats, against the full-precision model."""
+    """The figures of one model; `kl` is in nats, against the full-precision model."""
 
     perplexity: float | None = None
     kl: float | None = None

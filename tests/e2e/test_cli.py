@@ -156,7 +156,7 @@ def test_the_task_receives_config_and_command_and_returns_the_exit_code(tmp_path
     for nbits, code in ((2, 0), (1, 1), (8, 3), (3, 2)):
         done = _hqqtrain(f"quant.nbits={nbits}", "run.root=out", cwd=tmp_path, **fake_task)
         assert done.returncode == code
-        assert f"python -m hqqtrain quant.nbits={nbits} run.root=out" in done.stdout
+        assert f"quant.nbits={nbits} run.root=out" in done.stdout
     assert "hqqtrain: data.source=x: no such file." in done.stderr
     assert "Traceback" not in done.stderr
 

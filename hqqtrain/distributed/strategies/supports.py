@@ -1,4 +1,4 @@
-"""What a strategy may be combined with, as data; see `check_supported`."""
+"""The settings that a strategy may be combined with, as data; see `check_supported`."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", *PAGED_OPTIMIZERS)
 
 @dataclass(frozen=True)
 class Supports:
-    """What a strategy may be combined with.
+    """The settings that a strategy may be combined with.
 
     Attributes:
         several_processes: Whether more than one process may run.
