@@ -50,7 +50,7 @@ def run_task(config, command):
     return {1: 3, 2: 2 if is_culprit else 1}.get(config.train.seed, 0)
 
 tasks = types.ModuleType("hqqtrain.tasks.run")
-tasks.run = run
+tasks.run_task = run_task
 sys.modules["hqqtrain.tasks"] = types.ModuleType("hqqtrain.tasks")
 sys.modules["hqqtrain.tasks.run"] = tasks
 """
