@@ -33,11 +33,11 @@ class ConsistencyChecker:
 
     Args:
         model: Ready to train. Creating a `ConsistencyChecker` is a collective.
-        processes: All ranks of the run.
+        comm: All ranks of the run.
 
     Raises:
-        DivergedError: Ranks that must hold the same data differ already. That is every rank for a
-            parameter that is not sharded.
+        ReplicaMismatchError: Ranks that must hold the same data differ already. A parameter that
+            is not sharded must be the same on every rank.
     """
 
     def __init__(self, model: nn.Module, comm: Communicator) -> None:
@@ -60,7 +60,7 @@ class ConsistencyChecker:
         """Compare with the first checksums and over ranks. Collective.
 
         Raises:
-            DivergedError: On every rank; the message names the ranks and the tensors.
+            ReplicaMismatchError: On every rank; the message names the ranks and the tensors.
         """
         start = time.perf_counter()
         sums, rank = self._sums(), self._comm.rank

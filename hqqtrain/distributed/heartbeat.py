@@ -32,7 +32,7 @@ RemoteError = UserError | PreemptedError | RankLostError
 """Errors that `Heartbeat` raises for another rank."""
 
 _STORE_HOST = -1
-"""Key of `Watch._lost` for the process that hosts the store."""
+"""Key of `Heartbeat._lost` for the process that hosts the store."""
 
 
 class Heartbeat:
@@ -125,7 +125,7 @@ class Heartbeat:
                 self._end_is_reported = bool(state.get("ended"))
                 self._read_states()
         except RuntimeError as error:
-            # The store raises when its host is gone, or does not answer within LOST_AFTER.
+            # The store raises when its host is gone, or does not answer within LOST_AFTER_SECONDS.
             self._lost[_STORE_HOST] = f"the process that hosts the store is gone ({error})."
 
     def _read_states(self) -> None:

@@ -2,7 +2,7 @@
 
 FSDP2 shards dimension 0 as `torch.chunk` does. W_q, scale and zero share that dimension (whole
 output rows, or row classes), so a rank's rows of all three describe the same weights. FSDP1 and
-ZeRO-3 shard flat memory instead, but receive a model that is already loaded (`spread.py`).
+ZeRO-3 shard flat memory instead, but receive a model that is already loaded (`row_sharding.py`).
 """
 
 from typing import Any, NamedTuple

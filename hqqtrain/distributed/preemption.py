@@ -33,7 +33,7 @@ class PreemptionHandler:
     """Decides whether this rank must stop. Only rank 0 watches slurm's time limit.
 
     Args:
-        config: `run.time_limit` replaces slurm's limit.
+        config: Its `time_limit` replaces that of slurm.
     """
 
     def __init__(self, config: RunDirConfig) -> None:

@@ -13,7 +13,6 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from hqqtrain.common.env import get_local_world_size
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.accelerate_env import reconcile_accelerate_config
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.preemption import PreemptionHandler
@@ -37,7 +36,6 @@ class Runtime:
     """Runtime of one process, created once, after the configuration was checked.
 
     Attributes:
-        config: The run's configuration.
         comm: All ranks of the run.
         accelerator: Gradient scaling and autocast of `precision`.
         strategy: How the model is sharded or replicated.
@@ -46,7 +44,6 @@ class Runtime:
         preemption: Knows whether this rank was asked to stop.
     """
 
-    config: RunConfig
     comm: Communicator
     accelerator: Accelerator
     strategy: Strategy
@@ -55,9 +52,7 @@ class Runtime:
     preemption: PreemptionHandler
 
     @classmethod
-    def start(
-        cls, settings: RuntimeSettings, preemption: PreemptionHandler, config: RunConfig
-    ) -> "Runtime":
+    def start(cls, settings: RuntimeSettings, preemption: PreemptionHandler) -> "Runtime":
         """Join the process group, if any, and resolve the settings that are `auto`. Collective.
 
         Args:
@@ -90,7 +85,7 @@ class Runtime:
             on_gpu and parallel.offloads_parameters,
         )
         offloads_activations = on_gpu and parallel.offloads_activations
-        return cls(config, comm, accelerator, strategy, precision, offloads_activations, preemption)
+        return cls(comm, accelerator, strategy, precision, offloads_activations, preemption)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -71,10 +71,10 @@ def load_weights(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], r
         layers: Quantized linears by checkpoint name, materialized, in the same order on all ranks.
         dense: Tensors that stay in full precision, likewise.
         reader: Source of the rows.
-        processes: All ranks of the run.
+        comm: All ranks of the run.
         quantized: The checkpoint already has W_q, scale and zero, so nothing is quantized.
-        on_rows: Called with (module, tensor name, first row, rows) for the packed weights that
-            this rank has quantized or read. Over all ranks, each row is reported once.
+        on_packed_rows: Called with (module, tensor name, first row, rows) for the packed weights
+            that this rank has quantized or read. Over all ranks, each row is reported once.
         on_layer: Called with the layer's name after every quantized layer.
 
     Returns:
@@ -191,7 +191,7 @@ def _dense_pieces(dense: Mapping[str, Tensor]) -> Iterator[RowRange]:
 
 
 def _dense_rows(target: Tensor) -> Iterator[slice]:
-    """Yield this rank's rows in chunks of about `DENSE_NUMBERS` elements."""
+    """Yield this rank's rows in chunks of about `DENSE_CHUNK_NUMEL` elements."""
     rows, row_size = local_rows(target), max(1, target.shape[1:].numel())
     step = max(1, DENSE_CHUNK_NUMEL // row_size)
     for start in range(rows.start, rows.stop, step):
@@ -233,7 +233,7 @@ def load_model(
 ) -> LoadResult:
     """Allocate `model` on the device of `comm` and load its weights from `reader`. Collective.
 
-    The arguments are those of `dist.fill` and `materialize`. Adapters get memory but no values.
+    The arguments are those of `load_weights` and `materialize`. Adapters get memory but no values.
     """
     materialize(model, comm.device, offload=offload)
     layers, dense = tensors_by_name(model)

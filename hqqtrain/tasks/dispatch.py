@@ -40,7 +40,7 @@ def run_selected_task(config: RunConfig, arguments: list[str]) -> int:
         config.parallel, config.quant, config.adapter, config.train, config.optim,
         trains=config.task == "finetune",
     )  # fmt: skip
-    runtime = Runtime.start(settings, PreemptionHandler(config.run), config)
+    runtime = Runtime.start(settings, PreemptionHandler(config.run))
     try:
         with RunRecorder(config, runtime, ["python", "-m", "hqqtrain", *arguments]) as recorder:
             if not recorder.history.is_done():

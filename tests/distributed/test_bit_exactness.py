@@ -15,6 +15,8 @@ from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.distributed.strategies.fsdp2 import FSDP2
 from hqqtrain.distributed.strategies.registry import STRATEGIES
 
+pytestmark = pytest.mark.ranks
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STORAGES = [torch.bfloat16, torch.float16, torch.float32, torch.uint8]
 NO_BYTES = ["fsdp1"] + ["fsdp2"] * (Version(torch.__version__) < Version("2.12"))

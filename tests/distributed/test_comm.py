@@ -6,6 +6,8 @@ from ranks import on_ranks
 from hqqtrain.common.errors import PreemptedError, UserError
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 
+pytestmark = pytest.mark.ranks
+
 
 def _result_of_rank0(rank: int, comm: Communicator) -> None:
     assert comm.run_on_rank0(lambda: {"rank": rank}) == {"rank": 0}

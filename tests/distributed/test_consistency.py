@@ -15,6 +15,8 @@ from hqqtrain.distributed.consistency import ConsistencyChecker, ReplicaMismatch
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.quant.spec import QuantSpec
 
+pytestmark = pytest.mark.ranks
+
 
 def make_model() -> nn.Sequential:
     """Build a packed layer, viewed as bf16 with NaN patterns among its codes, and a trained one."""

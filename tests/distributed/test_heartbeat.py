@@ -12,6 +12,8 @@ from hqqtrain.distributed import heartbeat
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.heartbeat import Heartbeat
 
+pytestmark = pytest.mark.ranks
+
 
 def work(comm: Communicator, seconds: float, fault: Exception | None = None) -> None:
     """Work for some seconds in small steps, then raise `fault`, if any."""

@@ -21,6 +21,8 @@ from hqqtrain.models.fqn import expected_shapes
 from hqqtrain.models.weights.synthetic import SyntheticReader
 from hqqtrain.nn.replace import quantize_model
 
+pytestmark = pytest.mark.ranks
+
 CASES = [
     (nbits, group_size, axis)
     for nbits in (8, 4, 3, 2, 1) for group_size, axis in ((16, 1), (32, 0), (None, 1), (None, 0))

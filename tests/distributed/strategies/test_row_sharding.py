@@ -23,6 +23,8 @@ from hqqtrain.models.weights.synthetic import SyntheticReader
 from hqqtrain.nn.lora import init_adapters, lora_config
 from hqqtrain.nn.replace import quantize_model
 
+pytestmark = pytest.mark.ranks
+
 FLAT = ["fsdp1", *["zero3"] * (importlib.util.find_spec("deepspeed") is not None)]
 
 

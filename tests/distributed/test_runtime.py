@@ -1,0 +1,51 @@
+"""A single process resolves what is `auto`, and refuses what does not fit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import (
+    AdapterConfig,
+    OptimConfig,
+    ParallelConfig,
+    QuantConfig,
+    TrainConfig,
+)
+from hqqtrain.config.infra import RunDirConfig
+from hqqtrain.distributed.preemption import PreemptionHandler
+from hqqtrain.distributed.runtime import Runtime
+from hqqtrain.distributed.strategies.check import RuntimeSettings
+
+SETTINGS = RuntimeSettings(
+    ParallelConfig(), QuantConfig(), AdapterConfig(), TrainConfig(), OptimConfig(), trains=True
+)
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def _start(**changed: object) -> Runtime:
+    return Runtime.start(replace(SETTINGS, **changed), PreemptionHandler(RunDirConfig()))
+
+
+def test_everything_that_is_auto_is_resolved():
+    runtime = _start(parallel=ParallelConfig(offload="all", strategy="fsdp2"))
+    assert runtime.strategy.name == "fsdp2"
+    assert (runtime.precision, runtime.dtype) == ("fp32", torch.float32)
+    assert not runtime.offloads_activations, "on a CPU they are in host memory anyway"
+    assert not runtime.offloads_parameters
+    assert _start().strategy.name == "single"
+
+
+def test_fp16_needs_a_gpu():
+    with pytest.raises(UserError, match=r"train\.precision=fp16: needs a GPU; use fp32 or bf16"):
+        _start(train=TrainConfig(precision="fp16"))
+
+
+def test_contradictions_with_the_strategy_are_reported():
+    with pytest.raises(UserError, match=r"parallel\.hsdp=true: needs parallel\.strategy=fsdp2"):
+        _start(parallel=ParallelConfig(hsdp=True))
