@@ -71,7 +71,7 @@ class CheckpointStore:
         """
         steps = self.steps()
         losses = {step: loss for step in steps if (loss := self._loss(step)) is not None}
-        # Of equal losses the later step counts as better.
+        # With equal losses, the later step counts as better.
         best = sorted(losses, key=lambda step: (losses[step], -step))[: self.keep_best]
         for step in steps[: -self.keep_last]:
             if step not in best:

@@ -101,7 +101,8 @@ def test_each_of_several_parallel_jobs_writes_its_own_log(tmp_path, fake):
         command = text.splitlines()[0]
         assert command.startswith("$ python -m hqqtrain ")
         assert {given, "run.root=out", "quant.cache_dir=out/quantized"} <= {*shlex.split(command)}
-        assert command.partition("$ ")[2] in text.partition("threads 3 ")[2]
+        arguments = command.removeprefix("$ python -m hqqtrain ")
+        assert arguments in text.partition("threads 3 ")[2]
     (failed,) = errors.splitlines()
     assert failed == f"hqqtrain: failed: {logs[0][0]}; see {logs[0][1]}"
     assert [row["status"] for row in results(tmp_path / "out")] == ["failed", "done", "done"]

@@ -56,7 +56,7 @@ def test_it_has_all_files_of_a_run(wheel):
             for folder in (ROOT / "hqqtrain/models/configs").iterdir()
         ),
         "hqqtrain/conf/config.yaml",
-        "hqqtrain/launch/job.sh",
+        "hqqtrain/launch/slurm/job.sh",
         "hqqtrain/conf/model/llama70b.yaml",
         "hqqtrain_kernels/__init__.py",
     ]
