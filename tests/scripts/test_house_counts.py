@@ -50,7 +50,7 @@ def tree(tmp_path: Path) -> Path:
         "hqqtrain/__init__.py": "",
         "hqqtrain/cli.py": "def main(config: RunConfig): pass\n",
         "hqqtrain/tasks/run.py": "def run(config: config.RunConfig): pass\n",
-        "hqqtrain/train/trainer.py": LOOP,
+        "hqqtrain/train/loop.py": LOOP,
         "hqqtrain/distributed/strategies/ddp.py": "if x == 'ddp':\n    pass\n",
         "kernels/hqqtrain_kernels/wide_triton.py": "def wide():\n" + "    x = 1\n" * 70,
         "tests/unit/test_loop.py": "",
@@ -100,7 +100,7 @@ def test_walk_leaves_out_what_imports_call(tree):
     package = tree / "hqqtrain"
     (package / "cli.py").write_text(
         "from hqqtrain.keys import key\nimport sys\nNAME = key()\n"
-        "def main():\n    from hqqtrain.tasks.run import run_task\n    run_task(sys.argv[1:])\n"
+        "def main():\n    from hqqtrain.tasks.run import run\n    run(sys.argv[1:])\n"
     )
     (package / "keys.py").write_text("def key():\n    return 1\n")
     (package / "tasks" / "run.py").write_text("def run(words):\n    assert words == ['a=b']\n")
