@@ -13,7 +13,8 @@ from cluster import NODES, Cluster, why_not
 from runs import QUICK
 
 RANKS = (
-    "import os, hqqtrain.launch; hqqtrain.launch.adopt_ranks(os.environ);"
+    "import os; from hqqtrain.launch.slurm.ranks import set_rank_env_from_slurm;"
+    "set_rank_env_from_slurm(os.environ);"
     "names = 'RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT'.split();"
     "print(*[os.environ.get(name, '-') for name in names])"
 )
