@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from hqqtrain.data.loader import Batch, collate_batch
 from hqqtrain.data.packing import IGNORE_INDEX, TokenSequences
 from hqqtrain.distributed.comm import Communicator
-from hqqtrain.models.causal_lm import next_token_outputs
-from hqqtrain.models.logits import MAX_EVALUATION_TOKENS
+from hqqtrain.models.causal_lm import MAX_EVALUATION_TOKENS, next_token_outputs
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from hqqtrain.distributed.strategies.base import Strategy
+from hqqtrain.models.causal_lm import MAX_EVALUATION_TOKENS, MAX_TRAINING_LOGITS
+from hqqtrain.models.families.structure import find_decoder_layers, text_config
 from hqqtrain.models.fqn import base_model, expected_shapes, is_adapter
-from hqqtrain.models.logits import MAX_EVALUATION_TOKENS, MAX_TRAINING_LOGITS
 from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS, HQQLinear
 
 GIB = 2**30
@@ -153,6 +154,8 @@ class _Sizes:
     def of(cls, model: nn.Module, dtype: torch.dtype) -> "_Sizes":
         """Count the parameters of `model`; `dtype` is that of dense parameters."""
         packed = dense = adapter = root = 0
+        layers = find_decoder_layers(model)
+        in_layers = set() if layers is None else set(layers.parameters())
         for name, param in model.named_parameters():
             if is_adapter(name):
                 adapter += param.numel()
@@ -160,8 +163,7 @@ class _Sizes:
                 packed += param.numel() * param.element_size()
             else:
                 dense += param.numel() * dtype.itemsize
-                is_in_layer = any(part.isdigit() for part in name.split("."))
-                if not is_in_layer:
+                if param not in in_layers:
                     root += param.numel() * dtype.itemsize
         shapes = expected_shapes(model).values()
         source = sum(torch.Size(shape).numel() for shape in shapes)
@@ -188,7 +190,7 @@ def _activations(workload: Workload, model: nn.Module, dtype: torch.dtype) -> in
     activation checkpointing, only one layer is there in full; the others keep the residual stream
     before them, unless it is offloaded.
     """
-    hf = base_model(model).config.get_text_config()
+    hf = text_config(model)
     layers, hidden, tokens = hf.num_hidden_layers, hf.hidden_size, workload.tokens
     linears = [m.layout for m in base_model(model).modules() if isinstance(m, HQQLinear)]
     widths = sum(layout.in_features + layout.out_features for layout in linears)  # of all layers
@@ -206,7 +208,7 @@ def _logits(workload: Workload, model: nn.Module, dtype: torch.dtype, *, in_chun
     `in_chunks`: the logits and their gradient in `dtype`, and in fp32 a copy, its softmax and its
     gradient. Evaluation keeps the logits of two models, and four fp32 tensors of a chunk of tokens.
     """
-    vocab_size = base_model(model).config.get_text_config().vocab_size
+    vocab_size = text_config(model).vocab_size
     tokens = workload.tokens
     chunk = min(tokens, MAX_EVALUATION_TOKENS)
     evaluation = vocab_size * (2 * tokens * dtype.itemsize + 4 * 4 * chunk)

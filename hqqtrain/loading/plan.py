@@ -24,6 +24,7 @@ from hqqtrain.loading.initial_adapter import (
     unknown_base_warning,
 )
 from hqqtrain.models.build import build_meta, load_hf_config
+from hqqtrain.models.families.structure import text_config
 from hqqtrain.models.fqn import base_model, expected_shapes
 from hqqtrain.models.source import ModelSource, resolve_source
 from hqqtrain.models.weights.safetensors import SafetensorsReader
@@ -116,7 +117,7 @@ def plan_model(
     if settings.adapts:
         lora = lora_config(settings.adapter, model)
         check_initial_adapter(start, lora)
-    longest = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(text_config(model), "max_position_embeddings", None)
     if longest and settings.max_seq_len > longest:
         logger.warning(
             "train.max_seq_len=%d: the model was made for %d tokens at most",

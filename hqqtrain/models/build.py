@@ -14,18 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import ModelConfig
 from hqqtrain.models.fqn import base_model, strip_wrappers
-from hqqtrain.models.source import read_config_json, resolve_source, shipped_folder
-
-
-def load_model_config(model: ModelConfig) -> PretrainedConfig:
-    """Load the transformers configuration of `model`, without its quantization_config.
-
-    Raises:
-        UserError: The model is missing, unreachable, or cannot be read by transformers.
-    """
-    return load_hf_config(resolve_source(model, weights=False).path)
+from hqqtrain.models.source import read_config_json
 
 
 def load_hf_config(folder: Path) -> PretrainedConfig:
@@ -43,12 +33,6 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
         raise UserError(_explain(path, values, error)) from error
     config.__dict__.pop("quantization_config", None)
     return config
-
-
-def shipped_config(name_or_path: str) -> PretrainedConfig | None:
-    """Return the configuration of a well-known model that this package ships, or None."""
-    folder = shipped_folder(name_or_path)
-    return None if folder is None else load_hf_config(folder)
 
 
 def build_meta(hf_config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -1,11 +1,19 @@
 """Call a causal language model and align its outputs with the tokens that they predict.
 
-Training and evaluation share this, so that both measure the same loss.
+Training and evaluation share this, so that both measure the same loss. With a vocabulary of
+128,256, 2,048 tokens have 1 GiB of logits in fp32. So both compute their losses in chunks, whose
+sizes are here because the memory estimate counts one chunk, too.
 """
 
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+
+MAX_TRAINING_LOGITS = 1 << 24
+"""Largest number of logits of one chunk of the training loss, about 200 MB with their gradients."""
+
+MAX_EVALUATION_TOKENS = 2048
+"""Largest number of tokens whose logits the evaluation converts to fp32 at a time."""
 
 
 def next_token_outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

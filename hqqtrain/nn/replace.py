@@ -96,7 +96,8 @@ def select_linears(model: nn.Module, config: QuantConfig) -> tuple[dict[str, Qua
     _refuse_fused_experts(model, config)
     # quant.skip contains "lm_head" by default, so a model without an output head is no error.
     skip = [p for p in config.skip if p != "lm_head" or "lm_head" in linears]
-    skipped = set(matching_modules("quant.skip", skip, linears))
+    experts = [name.rpartition(".")[0] for name in fused_experts(model)]
+    skipped = set(matching_modules("quant.skip", skip, [*linears, *experts]))
     # Called for its check only: every override must match a linear.
     matching_modules("quant.overrides", config.overrides, linears)
     _refuse_unused_overrides(config, [name for name in linears if name not in skipped])
@@ -159,17 +160,27 @@ def _refuse_unused_overrides(config: QuantConfig, names: list[str]) -> None:
             )
 
 
-def _refuse_fused_experts(model: nn.Module, config: QuantConfig) -> None:
-    """Raise UserError for mixture-of-experts weights that are not excluded by quant.skip.
+def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return name -> parameter [experts, ...] of fused mixture-of-experts weights.
 
     transformers v5 fuses the experts of a layer into 3-D parameters, which no `nn.Linear` contains.
+    Either their name or the class of their module says what they are.
     """
-    for name, param in model.named_parameters():
+    found = {}
+    for path, module in model.named_modules():
+        for leaf, param in module.named_parameters(prefix=path, recurse=False):
+            if param.dim() == 3 and "expert" in f"{leaf} {type(module).__name__}".lower():
+                found[leaf] = param
+    return found
+
+
+def _refuse_fused_experts(model: nn.Module, config: QuantConfig) -> None:
+    """Raise UserError for mixture-of-experts weights that are not excluded by quant.skip."""
+    for name, param in fused_experts(model).items():
         module = name.rpartition(".")[0]
-        is_skipped = any(matches_pattern(pattern, module) for pattern in config.skip)
-        if param.dim() == 3 and "expert" in name and not is_skipped:
+        if not any(matches_pattern(pattern, module) for pattern in config.skip):
             raise UserError(
                 f"{name}: {list(param.shape)} are fused mixture-of-experts weights, which "
                 "cannot be quantized yet; keep them in full precision with "
-                f"quant.skip='[lm_head,\"*.experts\"]'."
+                f"quant.skip='[lm_head,\"*.{module.rpartition('.')[2]}\"]'."
             )

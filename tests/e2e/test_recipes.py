@@ -7,7 +7,8 @@ from hqqtrain.compose.compose import compose_config
 from hqqtrain.compose.expand import expand_jobs
 from hqqtrain.compose.recipes import recipe_description, recipe_files
 from hqqtrain.config.run import RunConfig
-from hqqtrain.models.build import build_meta, shipped_config
+from hqqtrain.models.build import build_meta, load_hf_config
+from hqqtrain.models.source import shipped_folder
 from hqqtrain.nn.replace import quantize_model
 
 EXPECTED_BILLIONS = {
@@ -39,8 +40,9 @@ def test_a_recipe_starts_with_a_description(name):
 
 @pytest.mark.parametrize("config", _configs())
 def test_a_recipe_builds_its_quantized_model_on_meta(config: RunConfig):
-    hf_config = shipped_config(config.model.name_or_path)
-    assert hf_config is not None, "ship its config.json in hqqtrain/models/configs"
+    folder = shipped_folder(config.model.name_or_path)
+    assert folder is not None, "ship its config.json in hqqtrain/models/configs"
+    hf_config = load_hf_config(folder)
     model = build_meta(hf_config)
     low, high = EXPECTED_BILLIONS[config.model.name_or_path]
     assert low < model.num_parameters() / 1e9 < high

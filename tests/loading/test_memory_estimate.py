@@ -14,7 +14,8 @@ from hqqtrain.distributed.strategies.single import SingleProcess
 from hqqtrain.loading import memory_check
 from hqqtrain.loading.memory_check import AvailableMemory, available_memory, check_fits, oom_advice
 from hqqtrain.loading.memory_estimate import MemoryEstimate, estimate_memory
-from hqqtrain.models.build import build_meta, shipped_config
+from hqqtrain.models.build import build_meta, load_hf_config
+from hqqtrain.models.source import shipped_folder
 from hqqtrain.nn.lora import lora_config
 from hqqtrain.nn.replace import quantize_model
 from hqqtrain.tasks.resources import workload_of
@@ -24,7 +25,7 @@ PLENTY = AvailableMemory(host=1 << 50, disk=1 << 50)
 
 
 def _meta(name, config):
-    model = build_meta(shipped_config(name))
+    model = build_meta(load_hf_config(shipped_folder(name)))
     quantize_model(model, config.quant)
     return get_peft_model(model, lora_config(config.adapter, model), low_cpu_mem_usage=True)
 
@@ -84,6 +85,18 @@ def test_sharding_divides_parameters_only():
     assert four["activations"] == one["activations"]
 
 
+def test_a_vision_tower_is_outside_of_the_decoder_layers():
+    """FSDP2 gathers all parameters outside of decoder layers, also those of numbered modules."""
+    config = _config()
+    model = _meta("tiny", config)
+    before = _estimate(config, model, dtype=torch.float32, world_size=4, strategy="fsdp2")
+    tower = torch.nn.ModuleList([torch.nn.Conv1d(4, 4, 1, bias=False, device="meta")])
+    model.get_base_model().vision_tower = tower
+    after = _estimate(config, model, dtype=torch.float32, world_size=4, strategy="fsdp2")
+    gathered = after.device["working memory"] - before.device["working memory"]
+    assert gathered == 16 * 4 * 3 // 4 + 16 * 4  # the other ranks' shards, and the all-gather
+
+
 def test_settings_that_save_memory_lower_the_estimate():
     config = _config()
     model = _meta("tiny", config)
@@ -122,7 +135,7 @@ def test_activations_match_what_autograd_saves(monkeypatch):
     """The formula is near the size of all tensors saved for backward, without checkpointing."""
     config = _config()
     config.train.activation_checkpointing, config.train.max_seq_len = False, 128
-    model = build_meta(shipped_config("tiny")).to_empty(device="cpu").float()
+    model = build_meta(load_hf_config(shipped_folder("tiny"))).to_empty(device="cpu").float()
     for param in model.parameters():
         torch.nn.init.normal_(param, std=0.02)
     quantize_model(model, config.quant)

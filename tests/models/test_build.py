@@ -10,12 +10,10 @@ from hqqtrain.loading.load import load_model
 from hqqtrain.models.build import (
     build_meta,
     load_hf_config,
-    load_model_config,
     restore_buffers,
-    shipped_config,
 )
 from hqqtrain.models.fqn import expected_shapes, retie_weights, tied_names
-from hqqtrain.models.source import resolve_source
+from hqqtrain.models.source import resolve_source, shipped_folder
 from hqqtrain.models.weights.safetensors import SafetensorsReader
 
 ALONE = Communicator(0, 1, torch.device("cpu"))
@@ -85,15 +83,16 @@ def test_to_empty_unties_parameters_and_tie_ties_them_again(make_model):
     ],
 )
 def test_shipped_configurations_build_without_network_access(name, billions):
-    model = build_meta(shipped_config(name))
+    model = build_meta(load_hf_config(shipped_folder(name)))
     count = sum(p.numel() for p in model.parameters()) / 1e9
     assert count == pytest.approx(billions, rel=0.02)
     assert all(p.is_meta for p in model.parameters())
 
 
 def test_other_models_have_no_shipped_configuration():
-    assert shipped_config("owner/another") is None
+    assert shipped_folder("owner/another") is None
 
 
-def test_the_shipped_configuration_of_tiny_is_the_loaded_one():
-    assert shipped_config("tiny").to_dict() == load_model_config(ModelConfig()).to_dict()
+@pytest.mark.parametrize("source", ["pretrained", "synthetic"])
+def test_the_shipped_configuration_of_tiny_is_the_loaded_one(source):
+    assert resolve_source(ModelConfig(source=source)).path == shipped_folder("tiny")

@@ -8,7 +8,7 @@ import torch
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.models import source
-from hqqtrain.models.build import load_hf_config, load_model_config
+from hqqtrain.models.build import load_hf_config
 from hqqtrain.models.source import TINY_FOLDER, resolve_source
 
 
@@ -27,7 +27,7 @@ def test_tiny_is_the_packaged_model():
     found = _resolve("tiny")
     assert (found.path, found.kind, found.adapter) == (TINY_FOLDER, "dense", None)
     assert (found.path / "model.safetensors").is_file()
-    assert load_model_config(ModelConfig()).hidden_size == 256
+    assert load_hf_config(found.path).hidden_size == 256
 
 
 def test_a_folder(checkpoint):

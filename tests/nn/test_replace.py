@@ -5,12 +5,12 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, JetMoeConfig, LlamaConfig, MixtralConfig
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import QuantConfig
 from hqqtrain.nn.hqq_linear import HQQLinear
-from hqqtrain.nn.replace import quantize_model
+from hqqtrain.nn.replace import fused_experts, quantize_model
 from hqqtrain.quant.error import relative_error
 from hqqtrain.quant.spec import QuantSpec
 
@@ -106,11 +106,41 @@ def test_a_model_without_linears() -> None:
         quantize_model(nn.Sequential(nn.Conv1d(2, 2, 1)), QuantConfig())
 
 
-def test_fused_experts_are_refused_by_name_or_skipped() -> None:
+def mixtral() -> nn.Module:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_local_experts=4))
+        return AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_local_experts=4))
+
+
+def test_fused_experts_are_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"model\.layers\.0\.\S*experts\.\S*: \[4, "):
+        quantize_model(mixtral(), QuantConfig())
+
+
+def test_the_advice_for_fused_experts_keeps_them_in_full_precision() -> None:
+    model = mixtral()
+    with pytest.raises(UserError, match=r"quant\.skip='\[lm_head,\"\*\.experts\"\]'"):
         quantize_model(model, QuantConfig())
+    report = quantize_model(model, QuantConfig(skip=["lm_head", "*.experts"]))
+    assert list(packed(model)) == list(report.matched)
+    assert len(report.matched) == 8
+    assert report.skipped == ["lm_head"]
+    assert model.model.layers[0].mlp.experts.down_proj.shape == (4, 64, 128)
+
+
+def test_a_pattern_for_experts_needs_experts() -> None:
+    with pytest.raises(UserError, match=r"quant\.skip=\*\.experts: matches no linear layer"):
+        quantize_model(llama(), QuantConfig(skip=["*.experts"]))
+
+
+def test_fused_experts_are_recognized_by_their_class() -> None:
+    """The parameters of JetMoE's MLPs have no telling names; those of Mamba's Conv1d are 3-D."""
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    config = JetMoeConfig(**sizes, num_key_value_heads=2, kv_channels=8, num_local_experts=4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert "model.layers.0.mlp.input_linear.weight" in fused_experts(model)
+    assert fused_experts(nn.ModuleDict({"experts_of_none": nn.Linear(2, 2)})) == {}
+    assert fused_experts(nn.Sequential(nn.Conv1d(2, 2, 3))) == {}
 
 
 def test_a_small_quantized_share_gives_a_warning(caplog: pytest.LogCaptureFixture) -> None:

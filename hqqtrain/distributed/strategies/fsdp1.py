@@ -5,6 +5,8 @@ gather thousands of small adapters one by one. Embeddings and head stay whole, t
 unsharded from the first step on, so this takes no more memory.
 """
 
+import logging
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -18,9 +20,11 @@ from hqqtrain.distributed.strategies.base import (
 )
 from hqqtrain.distributed.strategies.row_sharding import FlatStrategy, unshard, view_packed_as
 from hqqtrain.distributed.strategies.supports import Supports
-from hqqtrain.models.families.structure import decoder_layers
+from hqqtrain.models.families.structure import decoder_layers, describe_decoder_layers
 from hqqtrain.models.fqn import base_model
 from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS
+
+logger = logging.getLogger(__name__)
 
 
 class FSDP1(FlatStrategy):
@@ -78,6 +82,7 @@ class FSDP1(FlatStrategy):
 
     def _wrap_layers(self, base: nn.Module) -> nn.Module:
         layers = decoder_layers(base)
+        logger.info("fsdp1: decoder layers: %s", describe_decoder_layers(base))
         for number, layer in enumerate(layers):
             unshard(layer)
             view_packed_as(layer, self.storage_dtype)

@@ -13,7 +13,7 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.conflicts import Conflict
 from hqqtrain.distributed.strategies.base import Strategy, ensure_process_group, probe_layer
 from hqqtrain.distributed.strategies.supports import BITSANDBYTES_OPTIMIZERS, Supports
-from hqqtrain.models.families.structure import decoder_layers
+from hqqtrain.models.families.structure import decoder_layers, describe_decoder_layers
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +61,13 @@ class FSDP2(Strategy):
         """
         ensure_process_group(self.comm.size)
         mesh = self._mesh()
-        layers = decoder_layers(model)
+        layers, description = decoder_layers(model), describe_decoder_layers(model)
         policy = CPUOffloadPolicy() if self.offloads_parameters else OffloadPolicy()
         for part in (*layers, model):
             fully_shard(part, mesh=mesh, offload_policy=policy)
         logger.info(
-            "fsdp2: %d decoder layers sharded over %d ranks, replicas: %d",
-            len(layers),
+            "fsdp2: decoder layers: %s, sharded over %d ranks, replicas: %d",
+            description,
             self.comm.size // self.replicas,
             self.replicas,
         )

@@ -18,7 +18,9 @@ from hqqtrain.config.conflicts import Conflict
 from hqqtrain.distributed.strategies.base import ensure_process_group, probe_layer
 from hqqtrain.distributed.strategies.row_sharding import FlatStrategy, unshard, view_packed_as
 from hqqtrain.distributed.strategies.supports import BITSANDBYTES_OPTIMIZERS, Supports
-from hqqtrain.models.families.structure import decoder_layers
+from hqqtrain.models.families.structure import decoder_layers, describe_decoder_layers
+
+logger = logging.getLogger(__name__)
 
 MAX_LIVE_NUMEL, REDUCE_BUCKET_NUMEL = 1 << 28, 1 << 24
 """Elements of parameters that may be gathered at a time, and elements of gradients per reduction.
@@ -78,6 +80,7 @@ class ZeRO3(FlatStrategy):
             model: Sharded by rows and loaded; changed in place.
         """
         device = self.comm.device
+        logger.info("zero3: decoder layers: %s", describe_decoder_layers(model))
         # Layer by layer: gather from row shards, view as floats, shard flat, free the full layer.
         for layer in decoder_layers(model):
             unshard(layer)

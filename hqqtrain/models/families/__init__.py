@@ -1,1 +1,1 @@
-"""How architectures are built: decoder layers, head and projections of a model."""
+"""Architectures: where the parts of a model are, and what they are called in each family."""

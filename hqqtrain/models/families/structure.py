@@ -1,20 +1,94 @@
-"""Where the parts of an architecture are: its stack of decoder layers."""
+"""Where the parts of a causal language model are: text backbone, decoder layers, embeddings, head.
+
+Whoever shards, counts or calls one of these parts asks here instead of guessing. The model may be
+on the meta device, wrapped (PEFT, DDP, FSDP), and have quantized linears. No family needs an entry
+for these answers: they follow from what every transformers model says about itself.
+"""
+
+from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.models.fqn import base_model, strip_wrappers
+
+
+def text_config(model: nn.Module) -> PretrainedConfig:
+    """Return the configuration of the language model: a part of that of a vision-language model."""
+    return base_model(model).config.get_text_config(decoder=True)
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the module that embeds the tokens; None if the model does not say which it is."""
+    root = _root(model)
+    try:
+        return root.get_input_embeddings() if isinstance(root, PreTrainedModel) else None
+    except NotImplementedError:
+        return None
+
+
+def output_head(model: nn.Module) -> Any:
+    """Return the module that computes the logits; None if the model has none."""
+    return base_model(model).get_output_embeddings()
+
+
+def text_backbone(model: nn.Module) -> nn.Module:
+    """Return the module with the input embeddings and the decoder layers.
+
+    It is the smallest module around the embeddings that contains a list of modules, so the vision
+    tower of a vision-language model is outside. A model without known embeddings is returned whole.
+    """
+    root, embeddings = _root(model), input_embeddings(model)
+    path = next((name for name, module in root.named_modules() if module is embeddings), "")
+    while path:
+        path = path.rpartition(".")[0]
+        if _module_lists(root.get_submodule(path)):
+            break
+    return root.get_submodule(path)
+
+
+def find_decoder_layers(model: nn.Module) -> nn.ModuleList | None:
+    """Return the stack of decoder layers; None if the model has none.
+
+    It is the list in the text backbone that has `num_hidden_layers` modules, or else the longest
+    one, and the first of several.
+    """
+    config = text_config(model) if isinstance(_root(model), PreTrainedModel) else None
+    depth = getattr(config, "num_hidden_layers", None)
+    lists = _module_lists(text_backbone(model))
+    return max(lists, key=lambda layers: (len(layers) == depth, len(layers)), default=None)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the longest `nn.ModuleList` of `model`, named `layers` or `h` in most architectures.
+    """Return the stack of decoder layers, to shard it.
 
     Raises:
-        UserError: The model has no `nn.ModuleList`.
+        UserError: The model has none.
     """
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    if not stacks:
+    layers = find_decoder_layers(model)
+    if layers is None:
         raise UserError(
             f"{type(model).__name__}: has no list of decoder layers to shard; use "
             "parallel.strategy=ddp."
         )
-    return max(stacks, key=len)
+    return layers
+
+
+def describe_decoder_layers(model: nn.Module) -> str:
+    """Return number, class and name of the decoder layers, for the log.
+
+    An example is `28 x LlamaDecoderLayer at model.layers`.
+    """
+    layers = decoder_layers(model)
+    name = next(name for name, module in _root(model).named_modules() if module is layers)
+    return f"{len(layers)} x {type(layers[0]).__name__} at {strip_wrappers(name)}"
+
+
+def _root(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside its wrappers, or `model` if there is none."""
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+
+
+def _module_lists(module: nn.Module) -> list[nn.ModuleList]:
+    return [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.models.build import load_hf_config
+from hqqtrain.models.families.structure import text_config
 from hqqtrain.models.fqn import base_model, expected_shapes, tied_names
 from hqqtrain.models.source import ModelSource
 from hqqtrain.models.weights.safetensors import SafetensorsReader
@@ -44,15 +45,15 @@ def open_weight_source(
     if source.kind != "synthetic":
         pinned = device.type == "cuda"
         return SafetensorsReader(source.path, aliases=tied_names(model), pin_memory=pinned)
-    config = base_model(model).config
-    text_config, needed = config.get_text_config(), load_hf_config(source.tokenizer).vocab_size
-    if text_config.vocab_size < needed:
+    config, text = base_model(model).config, text_config(model)
+    needed = load_hf_config(source.tokenizer).vocab_size
+    if text.vocab_size < needed:
         raise UserError(
             f"model.source=synthetic: the bundled tokenizer needs a vocabulary of {needed} tokens, "
-            f"{source.name} has only {text_config.vocab_size}; use a model with a larger one."
+            f"{source.name} has only {text.vocab_size}; use a model with a larger one."
         )
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    deviation = getattr(text_config, "initializer_range", 0.02)
+    deviation = getattr(text, "initializer_range", 0.02)
     shapes = expected_shapes(model, packed=False)
     return SyntheticReader(shapes, dtype, device, deviation=deviation)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hqqtrain.models.causal_lm import next_token_outputs
+from hqqtrain.models.families.structure import output_head
 from hqqtrain.models.fqn import base_model
 
 PROBE_TOKENS = 8
@@ -56,11 +57,6 @@ def returns_head_output(model: nn.Module, device: torch.device) -> bool:
         found = model(input_ids=tokens, use_cache=False).logits
     expected = replacement.output
     return expected is not None and torch.equal(found.float(), expected.float())
-
-
-def output_head(model: nn.Module) -> Any:
-    """Return the module that computes the logits; None if the model has none."""
-    return base_model(model).get_output_embeddings()
 
 
 class _HeadReplacement(nn.Module):

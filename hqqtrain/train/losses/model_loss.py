@@ -8,14 +8,13 @@ from torch import Tensor, nn
 
 from hqqtrain.data.loader import Batch
 from hqqtrain.distributed.comm import Communicator
-from hqqtrain.models.causal_lm import next_token_outputs
+from hqqtrain.models.causal_lm import MAX_TRAINING_LOGITS, next_token_outputs
+from hqqtrain.models.families.structure import output_head
 from hqqtrain.models.fqn import base_model
-from hqqtrain.models.logits import MAX_TRAINING_LOGITS
 from hqqtrain.train.losses.base import Loss
 from hqqtrain.train.losses.chunked import ChunkedLoss
 from hqqtrain.train.losses.hidden_states import (
     next_token_hidden_states,
-    output_head,
     returns_head_output,
 )
 

@@ -5,7 +5,7 @@ import torch
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import ModelConfig
-from hqqtrain.models.build import build_meta, shipped_config
+from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.fqn import expected_shapes
 from hqqtrain.models.source import TINY_FOLDER, resolve_source
 from hqqtrain.models.weights.safetensors import SafetensorsReader
@@ -76,7 +76,7 @@ def test_a_well_known_architecture_needs_no_network_access():
     model = ModelConfig(name_or_path="meta-llama/Llama-3.1-405B", source="synthetic")
     source = resolve_source(model)
     assert (source.kind, source.tokenizer) == ("synthetic", TINY_FOLDER)
-    meta = build_meta(shipped_config(source.name))
+    meta = build_meta(load_hf_config(source.path))
     weights = open_weight_source(source, meta, CPU)
     assert weights.check(expected_shapes(meta, packed=False)) == []
     row = weights.read("model.layers.125.mlp.down_proj.weight", [slice(16383, 16384)])
@@ -87,7 +87,7 @@ def test_a_well_known_architecture_needs_no_network_access():
 
 def test_a_folder_provides_only_its_architecture():
     source = resolve_source(ModelConfig(name_or_path=str(TINY_FOLDER), source="synthetic"))
-    meta = build_meta(shipped_config("tiny"))
+    meta = build_meta(load_hf_config(TINY_FOLDER))
     made = open_weight_source(source, meta, CPU)
     real = SafetensorsReader(TINY_FOLDER)
     assert isinstance(made, SyntheticReader)
@@ -97,7 +97,7 @@ def test_a_folder_provides_only_its_architecture():
 
 
 def test_a_vocabulary_below_the_tokenizers_is_refused():
-    config = shipped_config("tiny")
+    config = load_hf_config(TINY_FOLDER)
     config.vocab_size = 100
     source = resolve_source(ModelConfig(source="synthetic"))
     with pytest.raises(UserError, match=r"model.source=synthetic: .* only 100"):
