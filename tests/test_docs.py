@@ -1,0 +1,145 @@
+"""The pages name only files, modules, keys, recipes and symbols that exist."""
+
+import re
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from hqqtrain.config.run import RunConfig
+from hqqtrain.nn.hqq_linear import HQQLinear
+from hqqtrain.quant.spec import QuantSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURE, GLOSSARY = ROOT / "docs" / "architecture.md", ROOT / "docs" / "glossary.md"
+EARLIER_LAYOUT = ("0011-tasks-above-train.md", "0012-two-towers.md")
+"""Decisions that name the modules of an earlier layout."""
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES += [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in EARLIER_LAYOUT]
+GROUPS = {name: group for name, group in asdict(RunConfig()).items() if isinstance(group, dict)}
+
+PATH = re.compile(
+    r"(?<![\w/.<>*])((?:\.ci|hqqtrain|kernels|docs|tests|scripts|recipes)/[\w./*-]*[\w*/])"
+)
+MODULE = re.compile(r"(?<![\w/.])(hqqtrain(?:_kernels)?(?:\.\w+)+)")
+FILE = re.compile(r"(?<![\w/.<>*-])([\w./-]+\.(?:py|sh|sbatch))\b")
+MUST_NOT_EXIST = ("kernels/__init__.py", "__init__.py", "hqqtrain/recipes")
+"""Names of a file that would hide another package, and of a folder that only the wheel has."""
+KEY = re.compile(rf"(?<![\w/.<-])({'|'.join(GROUPS)})\.(\w+)(?!\w)(?!\.(?:py|md|\d))")
+NOT_KEYS = re.compile(r"(?:model|data|run|launch)\.(?:safetensors|layers|py|sh|md)")
+RECIPE = re.compile(r"recipe=(\w+)")
+
+
+def _name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def _text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+@cache
+def _files() -> tuple[Path, ...]:
+    folders = ("hqqtrain", "kernels", "scripts", "tests", "recipes", "docs", ".ci")
+    found = (path for folder in folders for path in (ROOT / folder).rglob("*"))
+    return tuple(path for path in found if "__pycache__" not in path.parts)
+
+
+@cache
+def _words_of_the_code() -> frozenset[str]:
+    """Return every word of the Python files of the product, as written and split at `_`."""
+    sources = (p for p in _files() if p.suffix == ".py" and p.parts[len(ROOT.parts)] != "tests")
+    return frozenset(re.findall(r"\w+", " ".join(map(_text, sources))))
+
+
+def missing_paths(text: str) -> list[str]:
+    """Return the paths in `text` that do not exist; NAME stands for any name."""
+    files = [f"/{_name(path)}" for path in (*_files(), ROOT / "launch.sh")]
+    folders = [path for path in PATH.findall(text) if not any(ROOT.glob(path.rstrip("/")))]
+    short = [
+        name
+        for name in FILE.findall(text)
+        if not any(f.endswith(f"/{name.removeprefix('./')}") for f in files)
+    ]
+    missing = sorted({*folders, *short} - set(MUST_NOT_EXIST))
+    return [path for path in missing if "NAME" not in path]
+
+
+def missing_modules(text: str) -> list[str]:
+    """Return the dotted names in `text` that are neither a module nor an attribute of one."""
+    return [name for name in MODULE.findall(text) if not _is_module_or_attribute(name)]
+
+
+def _is_module_or_attribute(name: str) -> bool:
+    top, *parts = name.split(".")
+    place = ROOT / ("kernels/hqqtrain_kernels" if top == "hqqtrain_kernels" else "hqqtrain")
+    while parts and (place / parts[0]).is_dir():
+        place /= parts.pop(0)
+    if parts:
+        place = place / f"{parts.pop(0)}.py"
+    return place.exists() and all(re.search(rf"\b{part}\b", _text(place)) for part in parts)
+
+
+def missing_keys(text: str) -> list[str]:
+    """Return the keys in `text` that the configuration does not have."""
+    text = NOT_KEYS.sub("", text)
+    return [f"{group}.{key}" for group, key in KEY.findall(text) if key not in GROUPS[group]]
+
+
+def missing_recipes(text: str) -> list[str]:
+    names = {path.stem for path in (ROOT / "recipes").glob("*.yaml")} | {"NAME"}
+    return [name for name in RECIPE.findall(text) if name not in names]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_a_page_names_only_what_exists(page):
+    text = _text(page)
+    found = missing_paths(text), missing_modules(text), missing_keys(text), missing_recipes(text)
+    assert found == ([], [], [], [])
+
+
+def test_names_that_do_not_exist_are_found():
+    assert missing_paths("`hqqtrain/nowhere.py`, docs/*.md, tests/quant/") == [
+        "hqqtrain/nowhere.py"
+    ]
+    assert missing_paths("see `no_such_file.py` and `launch.sh`") == ["no_such_file.py"]
+    assert missing_modules("hqqtrain.quant.spec.QuantSpec, hqqtrain.quant.spec.Gone") == [
+        "hqqtrain.quant.spec.Gone"
+    ]
+    assert missing_keys("quant.nbits=2 quant.bits=2, model.safetensors") == ["quant.bits"]
+    assert missing_recipes("recipe=tiny_2bit recipe=tiny_9bit") == ["tiny_9bit"]
+
+
+def test_symbols_of_the_architecture_exist():
+    """A renamed class or function must be renamed in the page, too."""
+    prose = re.sub(r"```.*?```", "", _text(ARCHITECTURE), flags=re.DOTALL)
+    spans = re.findall(r"`([A-Za-z_][\w.]*)`", prose)
+    names = (part for span in spans if not KEY.search(span) for part in span.split("."))
+    foreign = {"NAME", "pyproject", "toml"}
+    assert sorted(set(names) - _words_of_the_code() - foreign) == []
+
+
+def test_the_shapes_of_the_example_are_those_of_the_code():
+    spec = QuantSpec(4, 64, 1, "least_squares", torch.bfloat16)
+    layer = HQQLinear(4096, 4096, False, spec, compute_dtype=torch.bfloat16, device="meta")
+    text = _text(ARCHITECTURE)
+    assert (
+        f"`W_q` U8 {list(layer.W_q.shape)}, `scale` and `zero` BF16 {list(layer.scale.shape)}"
+        in (text)
+    )
+    packed = layer.W_q.nbytes + layer.scale.nbytes + layer.zero.nbytes
+    assert f"{packed // 2:,} bytes: {packed * 8 / 4096**2} bits per weight" in text
+    layer.hold_as(torch.bfloat16)
+    assert f"{list(layer.W_q.shape)} of it" in text.replace("\n", " ")
+
+
+def test_words_of_the_glossary_are_used():
+    """A word that has left the code leaves the glossary."""
+    sources = (path for path in _files() if path.suffix == ".py" and path.name != "test_docs.py")
+    code = re.sub(r"[\s_]+", " ", " ".join(map(_text, sources))).lower()
+    words = [word for line in re.findall(r"^\| \*\*(.*?)\*\*", _text(GLOSSARY), re.MULTILINE)
+             for word in line.lower().split(", ")]  # fmt: skip
+    assert len(words) > 20
+    assert [word for word in words if re.sub(r" \(.*\)", "", word) not in code] == []
