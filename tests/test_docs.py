@@ -58,11 +58,8 @@ def missing_paths(text: str) -> list[str]:
     """Return the paths in `text` that do not exist; NAME stands for any name."""
     files = [f"/{_name(path)}" for path in (*_files(), ROOT / "launch.sh")]
     folders = [path for path in PATH.findall(text) if not any(ROOT.glob(path.rstrip("/")))]
-    short = [
-        name
-        for name in FILE.findall(text)
-        if not any(f.endswith(f"/{name.removeprefix('./')}") for f in files)
-    ]
+    names = (name.removeprefix("./") for name in FILE.findall(text))
+    short = [name for name in names if not any(file.endswith(f"/{name}") for file in files)]
     missing = sorted({*folders, *short} - set(MUST_NOT_EXIST))
     return [path for path in missing if "NAME" not in path]
 
@@ -125,10 +122,8 @@ def test_the_shapes_of_the_example_are_those_of_the_code():
     spec = QuantSpec(4, 64, 1, "least_squares", torch.bfloat16)
     layer = HQQLinear(4096, 4096, False, spec, compute_dtype=torch.bfloat16, device="meta")
     text = _text(ARCHITECTURE)
-    assert (
-        f"`W_q` U8 {list(layer.W_q.shape)}, `scale` and `zero` BF16 {list(layer.scale.shape)}"
-        in (text)
-    )
+    saved = f"`W_q` U8 {list(layer.W_q.shape)}, `scale` and `zero` BF16 {list(layer.scale.shape)}"
+    assert saved in text
     packed = layer.W_q.nbytes + layer.scale.nbytes + layer.zero.nbytes
     assert f"{packed // 2:,} bytes: {packed * 8 / 4096**2} bits per weight" in text
     layer.hold_as(torch.bfloat16)
