@@ -151,7 +151,7 @@ def _replace_linears(
         if runtime.comm.is_main:
             logger.info(
                 "%d linears are quantized, %.1f %% of the weights; %d stay in full precision",
-                len(report.matched),
+                len(report.quantized),
                 100 * report.share,
                 len(report.skipped),
             )

@@ -39,7 +39,7 @@ class HQQLinear(nn.Module):
     Attributes:
         W_q: Packed codes [units, bytes of a unit], uint8, or the same bits viewed as a float
             `storage_dtype` with fewer columns.
-        scale: [units, groups] in `spec.meta_dtype`, or a view of its bits after `hold_as`.
+        scale: [units, groups] in `spec.meta_dtype`, or a view of its bits after `view_packed_as`.
         zero: Like `scale`.
         bias: [out_features] in `compute_dtype`, or None.
     """
@@ -99,7 +99,7 @@ class HQQLinear(nn.Module):
         self.scale.data.copy_(quantized.scale)
         self.zero.data.copy_(quantized.zero)
 
-    def hold_as(self, storage: torch.dtype) -> None:
+    def view_packed_as(self, storage: torch.dtype) -> None:
         """View W_q, scale and zero as one dtype: the same bits in fewer or more columns.
 
         FSDP1 concatenates parameters and ZeRO-3 flattens them; both need a single dtype.

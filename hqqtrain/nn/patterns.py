@@ -45,7 +45,7 @@ def matching_modules(key: str, patterns: Iterable[str], names: Iterable[str]) ->
     return [name for name in names if any(matches_pattern(p, name) for p in patterns)]
 
 
-def settings_of(name: str, overrides: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
+def resolve_overrides(name: str, overrides: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
     """Return whether module `name` is quantized, and its own settings from `overrides`.
 
     Later patterns take precedence. A pattern with the value None excludes the module.

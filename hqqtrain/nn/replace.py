@@ -13,12 +13,12 @@ from torch import nn
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import QuantConfig
 from hqqtrain.nn.hqq_linear import HQQLinear
-from hqqtrain.nn.patterns import matches_pattern, matching_modules, settings_of
+from hqqtrain.nn.patterns import matches_pattern, matching_modules, resolve_overrides
 from hqqtrain.quant.spec import QuantSpec, spec_from_config
 
 logger = logging.getLogger(__name__)
 
-MUCH_LEFT_OUT = 0.7
+MIN_QUANTIZED_SHARE = 0.7
 """Smallest quantized share of the weights without a warning.
 
 Qwen2-0.5B with its large embeddings has a share of 0.72.
@@ -30,21 +30,21 @@ class QuantizationReport:
     """Result of `quantize_model`.
 
     Attributes:
-        matched: Name -> settings of every linear that was quantized.
+        quantized: Name -> settings of every linear that was quantized.
         skipped: Names of the other linears.
-        covered: Weights that were quantized.
-        total: Parameters of the model; tied ones count once.
+        quantized_weights: Weights that were quantized.
+        parameters: Parameters of the model; tied ones count once.
     """
 
-    matched: dict[str, QuantSpec]
+    quantized: dict[str, QuantSpec]
     skipped: list[str]
-    covered: int
-    total: int
+    quantized_weights: int
+    parameters: int
 
     @property
     def share(self) -> float:
         """Share of the model's parameters that were quantized."""
-        return self.covered / self.total
+        return self.quantized_weights / self.parameters
 
 
 def quantize_model(model: nn.Module, config: QuantConfig, *,
@@ -73,7 +73,7 @@ def quantize_model(model: nn.Module, config: QuantConfig, *,
         model, specs, compute_dtype=compute_dtype, storage_dtype=storage_dtype, on_layer=on_layer
     )
     report = QuantizationReport(specs, skipped, covered, total)
-    if report.share < MUCH_LEFT_OUT:
+    if report.share < MIN_QUANTIZED_SHARE:
         logger.warning(
             "only %.0f %% of the weights are quantized: %d of %d; the others keep their full size",
             100 * report.share, covered, total,
@@ -104,7 +104,7 @@ def select_linears(model: nn.Module, config: QuantConfig) -> tuple[dict[str, Qua
     # Settings of each linear: those of `config`, with the overrides that match its name.
     specs = {}
     for name, linear in linears.items():
-        quantized, own = settings_of(name, config.overrides)
+        quantized, own = resolve_overrides(name, config.overrides)
         if name in skipped or not quantized:
             continue
         specs[name] = spec_from_config(config, own)

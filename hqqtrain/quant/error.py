@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hqqtrain_kernels import Layout
 
-CHUNK_ROWS_OF = 1 << 22
+CHUNK_WEIGHTS = 1 << 22
 """Weights that are converted to fp64 at a time, in whole rows."""
 
 
@@ -14,7 +14,7 @@ def squared_error(W: Tensor, approximation: Tensor) -> Tensor:
 
     Both are sums, so callers can add them up over slices and ranks.
     """
-    rows = max(1, CHUNK_ROWS_OF // max(1, W.shape[1]))
+    rows = max(1, CHUNK_WEIGHTS // max(1, W.shape[1]))
     sums = torch.zeros(2, dtype=torch.float64, device=W.device)
     for a, b in zip(W.split(rows), approximation.split(rows), strict=True):
         a = a.double()

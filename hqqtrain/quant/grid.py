@@ -30,11 +30,11 @@ class QuantGrid:
     meta_dtype: torch.dtype
 
     @property
-    def top(self) -> int:
+    def max_code(self) -> int:
         """The largest code."""
         return (1 << self.nbits) - 1
 
-    def store(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    def to_meta_dtype(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         """Convert scale and zero [n] to their storage dtype.
 
         `scale` is in units; the stored scale is that of the weight itself. If the dtype cannot
@@ -50,14 +50,14 @@ class QuantGrid:
         zero = (zero / excess).clamp(limits.min, limits.max)
         return scale.to(self.meta_dtype), zero.to(self.meta_dtype)
 
-    def stored(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    def as_stored(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         """Return scale (in units) and zero [n] in fp32 as rounded by storage."""
-        scale, zero = self.store(scale, zero)
+        scale, zero = self.to_meta_dtype(scale, zero)
         return scale.float() / self.unit, zero.float()
 
     def encode(self, W: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the nearest codes of W [g, n], as floats."""
-        return (W * (1 / scale)).add_(zero).round_().clamp_(0, self.top)
+        return (W * (1 / scale)).add_(zero).round_().clamp_(0, self.max_code)
 
     def error(self, W: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the squared error of every group [n], fp64, in squared units."""
@@ -100,7 +100,7 @@ class FixedPoint:
     step: Tensor
 
     @classmethod
-    def of(cls, W: Tensor, bits: int) -> "FixedPoint":
+    def from_float(cls, W: Tensor, bits: int) -> "FixedPoint":
         """Round W [g, n] (fp32, in units) to fixed point."""
         low, width = group_ranges(W)
         step = power_of_two(width) * 2.0**-bits  # a power of two: multiplying by 1 / step is exact

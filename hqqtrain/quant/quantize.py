@@ -18,10 +18,10 @@ from hqqtrain.quant.solvers.registry import SOLVERS
 from hqqtrain.quant.spec import QuantSpec
 from hqqtrain_kernels import Layout
 
-CHUNK = {"cpu": 1 << 18}
+CHUNK_WEIGHTS = {"cpu": 1 << 18}
 """Weights solved at a time by device type: on a CPU, as many as fit into its cache."""
 
-DEFAULT_CHUNK = 1 << 23
+DEFAULT_CHUNK_WEIGHTS = 1 << 23
 """Weights solved at a time on other devices: 32 MiB of fp32."""
 
 
@@ -106,7 +106,7 @@ def _in_chunks(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tens
     codes = torch.empty(n, g, dtype=torch.uint8, device=W.device)
     meta = torch.empty(2, n, dtype=spec.meta_dtype, device=W.device)
     not_finite = torch.zeros(1, dtype=torch.bool, device=W.device)
-    groups_per_chunk = max(1, CHUNK.get(W.device.type, DEFAULT_CHUNK) // g)
+    groups_per_chunk = max(1, CHUNK_WEIGHTS.get(W.device.type, DEFAULT_CHUNK_WEIGHTS) // g)
     for start in range(0, n, groups_per_chunk):
         part = slice(start, min(start + groups_per_chunk, n))
         chunk = columns[:, part].to(torch.float32).contiguous()
@@ -129,14 +129,14 @@ def _solve(W: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
     grid = QuantGrid(spec.nbits, unit, spec.meta_dtype)
     constant = W.amin(0) == W.amax(0)
     W = W / unit
-    scale, zero = grid.stored(*SOLVERS[spec.solver].solve(W, grid))
+    scale, zero = grid.as_stored(*SOLVERS[spec.solver].solve(W, grid))
     # Constant groups: scale 1 in units, with the rounding of the storage dtype.
-    one, _ = grid.stored(torch.ones_like(scale), zero)
+    one, _ = grid.as_stored(torch.ones_like(scale), zero)
     scale = torch.where(constant, one, scale)
     zero = torch.where(constant, -W[0] / one, zero)
     # Encode with scale and zero as rounded by storage.
-    codes = grid.encode(W, *grid.stored(scale, zero)).masked_fill_(constant, 0)
-    return codes.t().to(torch.uint8), *grid.store(scale, zero)
+    codes = grid.encode(W, *grid.as_stored(scale, zero)).masked_fill_(constant, 0)
+    return codes.t().to(torch.uint8), *grid.to_meta_dtype(scale, zero)
 
 
 def not_finite_error(W: Tensor, name: str, rows: Sequence[slice] | None) -> UserError:

@@ -31,7 +31,7 @@ from hqqtrain_kernels.solver_params import (
 
 logger = logging.getLogger(__name__)
 
-LARGEST_GROUP = 1 << 15
+MAX_GROUP_SIZE = 1 << 15
 """Largest group_size that fits into the registers of one program."""
 
 
@@ -42,7 +42,7 @@ def is_supported(device: torch.device, layout: Layout, solver: str) -> bool:
     if not SOLVERS[solver].has_kernel:
         _warn_no_kernel(solver)
         return False
-    if layout.group_size > LARGEST_GROUP:
+    if layout.group_size > MAX_GROUP_SIZE:
         _warn_group_too_long(layout.group_size)
         return False
     return True
@@ -54,7 +54,7 @@ def _warn_group_too_long(group_size: int) -> None:
     logger.warning(
         "groups of %d weights are too long for the kernel (at most %d); torch quantizes them, "
         "which is slower and gives the same bits",
-        group_size, LARGEST_GROUP,
+        group_size, MAX_GROUP_SIZE,
     )  # fmt: skip
 
 
@@ -109,11 +109,11 @@ def _solver_params(solver: str, nbits: int, group_size: int) -> SolverParams:
     if solver == "least_squares":
         search = least_squares.search_config(nbits)
         return LeastSquaresParams(
-            about_middle=search.about_middle,
-            about_mean=search.about_mean,
+            ranges_about_middle=search.ranges_about_middle,
+            ranges_about_mean=search.ranges_about_mean,
             rounds=search.rounds,
             last_rounds=search.last_rounds,
-            stride=search.stride,
+            relaxation=search.relaxation,
             bits=least_squares.fraction_bits(nbits, group_size),
         )
     raise ValueError(f"solver={solver}: it has no kernel")

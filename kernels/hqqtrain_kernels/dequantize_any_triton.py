@@ -25,21 +25,24 @@ def dequantize_any_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Groups that cut chunks: every weight looks up its own code, scale and zero."""
+    """Dequantize a block [BLOCK_ROWS, BLOCK_COLUMNS] of the weight, of any group size."""
+    # 1. Program -> rows and columns of its block. Addresses are int64: a weight may be large.
     blocks: tl.constexpr = (IN_FEATURES + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     row = tl.program_id(0) // blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None].to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
     mask = (row < units * (1 if AXIS == 1 else GROUP_SIZE)) & (column < IN_FEATURES)
+    # 2. Weight -> its unit, and the number of its code there. On axis 0 the rows of a group are
+    #    `units` apart, and the codes of a column are adjacent.
     unit, code = row, column
     if AXIS == 0:
         unit, code = row % units, column.to(tl.int64) * GROUP_SIZE + row // units
+    # 3. Load every code with its scale and zero. (code - zero) * scale rounds as the reference does.
     unit_ptr = W_q_ptr.to(tl.pointer_type(tl.uint8)) + unit * ROW_BYTES
     if NBITS == 3:
-        W = _load_code(unit_ptr, code, mask, 2) + 4 * _load_code(
-            unit_ptr + HIGH_PLANE, code, mask, 1
-        )
+        W = _load_code(plane_ptr=unit_ptr, code=code, mask=mask, WIDTH=2)
+        W += 4 * _load_code(plane_ptr=unit_ptr + HIGH_PLANE, code=code, mask=mask, WIDTH=1)
     else:
-        W = _load_code(unit_ptr, code, mask, NBITS)
+        W = _load_code(plane_ptr=unit_ptr, code=code, mask=mask, WIDTH=NBITS)
     group = unit * (IN_FEATURES if AXIS == 0 else IN_FEATURES // GROUP_SIZE) + code // GROUP_SIZE
     W = W.to(tl.float32) - tl.load(zero_ptr + group, mask).to(tl.float32)
     W *= tl.load(scale_ptr + group, mask).to(tl.float32)
@@ -50,6 +53,7 @@ def dequantize_any_kernel(
 @triton.jit
 def _load_code(plane_ptr, code, mask, WIDTH: tl.constexpr):
     """Load codes by their number in the unit, as int32."""
+    # Field (chunk % fields of a halfword) of a halfword holds the code: see `reference`.
     chunk = code // 8
     halfword = chunk // (16 // WIDTH) * 8 + code % 8
     ptr = plane_ptr.to(tl.pointer_type(tl.uint16)) + halfword

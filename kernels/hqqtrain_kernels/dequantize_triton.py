@@ -153,9 +153,15 @@ def _dequantize_rows_kernel(
     group = row * (IN_FEATURES // GROUP_SIZE) + (first + chunk) // (GROUP_SIZE // 8)
     unit_ptr = W_q_ptr.to(tl.pointer_type(tl.uint8)) + row * ROW_BYTES
     W = _dequantize_chunks(
-        unit_ptr, unit_ptr + HIGH_PLANE, first, chunk, mask, scale_ptr + group, zero_ptr + group,
-        NBITS,
-    )  # fmt: skip
+        low_ptr=unit_ptr,
+        high_ptr=unit_ptr + HIGH_PLANE,
+        first=first,
+        chunk=chunk,
+        mask=mask,
+        scale_ptr=scale_ptr + group,
+        zero_ptr=zero_ptr + group,
+        NBITS=NBITS,
+    )
     out_ptr += row * out_stride * STRIDE_DIVISOR + first * 8
     at = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
     tl.store(out_ptr + at, W.to(out_ptr.dtype.element_ty), mask[:, None])
@@ -196,9 +202,15 @@ def _dequantize_columns_kernel(
     group = unit * IN_FEATURES + first + column
     unit_ptr = W_q_ptr.to(tl.pointer_type(tl.uint8)) + unit * ROW_BYTES
     W = _dequantize_chunks(
-        unit_ptr, unit_ptr + HIGH_PLANE, first.to(tl.int64) * (GROUP_SIZE // 8),
-        column * (GROUP_SIZE // 8) + chunk, mask, scale_ptr + group, zero_ptr + group, NBITS,
-    )  # fmt: skip
+        low_ptr=unit_ptr,
+        high_ptr=unit_ptr + HIGH_PLANE,
+        first=first.to(tl.int64) * (GROUP_SIZE // 8),
+        chunk=column * (GROUP_SIZE // 8) + chunk,
+        mask=mask,
+        scale_ptr=scale_ptr + group,
+        zero_ptr=zero_ptr + group,
+        NBITS=NBITS,
+    )
     # Transpose, and store rows of BLOCK_COLUMNS weights.
     W = tl.reshape(W.to(out_ptr.dtype.element_ty), BLOCK_COLUMNS, BLOCK_CHUNKS * 8).T
     row = depth * 8 + tl.arange(0, BLOCK_CHUNKS * 8)
@@ -230,17 +242,17 @@ def _dequantize_chunks(
     # `_fields` returns 2**23 + code * 2**shift, and 2**-shift. One fused multiply-add, exact,
     # leaves the code. For 3 bits a second one adds 4 times the high bit.
     if NBITS == 3:
-        tiles = _load_tiles(low_ptr + first * 2, chunk, mask, 2)
-        high_tiles = _load_tiles(high_ptr + first, chunk, mask, 1)
-        even, odd, unshift = _fields(tiles, chunk, 2)
-        high_even, high_odd, high_unshift = _fields(high_tiles, chunk, 1)
+        tiles = _load_tiles(plane_ptr=low_ptr + first * 2, chunk=chunk, mask=mask, WIDTH=2)
+        high_tiles = _load_tiles(plane_ptr=high_ptr + first, chunk=chunk, mask=mask, WIDTH=1)
+        even, odd, unshift = _fields(tiles=tiles, chunk=chunk, WIDTH=2)
+        high_even, high_odd, high_unshift = _fields(tiles=high_tiles, chunk=chunk, WIDTH=1)
         high_unshift *= 4
         offset = -8388608.0 * (unshift + high_unshift)
         even = tl.fma(even, unshift, tl.fma(high_even, high_unshift, offset))
         odd = tl.fma(odd, unshift, tl.fma(high_odd, high_unshift, offset))
     else:
-        tiles = _load_tiles(low_ptr + first * NBITS, chunk, mask, NBITS)
-        even, odd, unshift = _fields(tiles, chunk, NBITS)
+        tiles = _load_tiles(plane_ptr=low_ptr + first * NBITS, chunk=chunk, mask=mask, WIDTH=NBITS)
+        even, odd, unshift = _fields(tiles=tiles, chunk=chunk, WIDTH=NBITS)
         even = tl.fma(even, unshift, -8388608.0 * unshift)
         odd = tl.fma(odd, unshift, -8388608.0 * unshift)
     zero, scale = zero.to(tl.float32)[:, None], scale.to(tl.float32)[:, None]

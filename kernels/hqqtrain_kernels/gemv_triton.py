@@ -127,7 +127,7 @@ def _gemv_kernel(
     end = tl.minimum(first + steps_per_program, tl.cdiv(N, 16))
     # The first rows are on their way while x is prepared, and each step loads the next one's rows.
     n = tl.minimum(first * 16, N - 16).to(tl.int64)
-    words = _load_quads(W_q_ptr + n * row_words, row_words, QUADS)
+    words = _load_quads(ptr=W_q_ptr + n * row_words, row_words=row_words, QUADS=QUADS)
     x_quads, x_sums, offsets = _load_operands(
         x_ptr=x_ptr + split * BLOCK_K,
         NBITS=NBITS,
@@ -143,16 +143,24 @@ def _gemv_kernel(
     for step in tl.range(first, end, num_stages=1):
         n = tl.minimum(step * 16, N - 16).to(tl.int64)
         next_n = tl.minimum((step + 1) * 16, N - 16).to(tl.int64)
-        next_words = _load_quads(W_q_ptr + next_n * row_words, row_words, QUADS)
-        scale = _load_scales(scale_ptr + n * groups + group, groups, NUM_GROUPS)
-        zero = _load_scales(zero_ptr + n * groups + group, groups, NUM_GROUPS)
+        next_words = _load_quads(ptr=W_q_ptr + next_n * row_words, row_words=row_words, QUADS=QUADS)
+        scale = _load_scales(
+            ptr=scale_ptr + n * groups + group, groups=groups, NUM_GROUPS=NUM_GROUPS
+        )
+        zero = _load_scales(ptr=zero_ptr + n * groups + group, groups=groups, NUM_GROUPS=NUM_GROUPS)
         # p [16 rows, NUM_GROUPS]: column g adds up (CODE_OFFSET + code) * x over group g alone.
         p = tl.zeros((16, NUM_GROUPS), tl.float32)
         for i in tl.static_range(QUADS):
-            pairs = codes_to_pairs(words[i], NBITS, 0, FIELDS_PER_SHIFT, ADJACENT_PAIRS)
+            pairs = codes_to_pairs(
+                words[i],
+                WIDTH=NBITS,
+                FIRST_BIT=0,
+                FIELDS_PER_SHIFT=FIELDS_PER_SHIFT,
+                ADJACENT_PAIRS=ADJACENT_PAIRS,
+            )
             if tl.bfloat16 == DTYPE:
                 pairs |= opaque_constant(0x43004300, 16)  # the exponent of 128, in both halfwords
-            p = dot(pairs_to_halves(pairs, DTYPE), x_quads[i], p, UPCAST)
+            p = dot(pairs_to_halves(pairs, DTYPE), x_quads[i], acc=p, UPCAST=UPCAST)
         # scale * (sum(code * x) - zero * sum(x)), CODE_UNIT divided out along with the scale.
         p = (p - offsets - (zero * CODE_UNIT) * x_sums) * (scale * (1 / CODE_UNIT))
         tl.store(partial_ptr + n, tl.sum(p, 1))
@@ -229,11 +237,11 @@ def _load_operands(
     for i in tl.static_range(QUADS):
         in_group = (i * QUAD + k)[:, None] // CODES_PER_GROUP == tl.arange(0, NUM_GROUPS)[None, :]
         b = tl.where(in_group, tl.load(x_ptr + (i * QUAD + k))[:, None], 0.0)
-        x_sums = dot(ones, b, x_sums, UPCAST)
+        x_sums = dot(ones, b, acc=x_sums, UPCAST=UPCAST)
         if FIELDS_PER_SHIFT > 1:
             b = (b.to(tl.float32) * power[:, None]).to(b.dtype)
         if CODE_OFFSET > 0:
-            scaled_sums = dot(ones, b, scaled_sums, UPCAST)
+            scaled_sums = dot(ones, b, acc=scaled_sums, UPCAST=UPCAST)
         x_quads += (b,)
     # All 16 rows of the sums are equal: the maximum is any of them.
     return x_quads, tl.max(x_sums, 0)[None, :], tl.max(scaled_sums, 0)[None, :] * CODE_OFFSET

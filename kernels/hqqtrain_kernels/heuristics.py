@@ -207,7 +207,7 @@ HEURISTICS = {8: _8_BIT, 4: _4_BIT, 3: _3_BIT, 2: _2_BIT, 1: _1_BIT}
 MAX_M = {(9, 0): 128}
 """Most rows of x that a fused kernel gets, by compute capability, where this was measured."""
 
-MAX_M_ELSEWHERE = 16
+DEFAULT_MAX_M = 16
 """The same limit for every other compute capability."""
 
 
@@ -220,7 +220,7 @@ def select_kernel(capability: tuple[int, int], layout: Layout, M: int) -> Kernel
     """
     if layout.axis == 0 or layout.out_features < MIN_OUT_FEATURES_32:
         return None
-    if not 1 <= M <= MAX_M.get(capability, MAX_M_ELSEWHERE):
+    if not 1 <= M <= MAX_M.get(capability, DEFAULT_MAX_M):
         return None
     for heuristic in HEURISTICS[layout.nbits]:
         applies = heuristic.max_m >= M and layout.out_features >= heuristic.min_out_features

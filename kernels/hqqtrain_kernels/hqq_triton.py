@@ -29,15 +29,8 @@ def hqq(
     origin,
     exists,
     stride,
-    PARAMS: tl.constexpr,
     SHRINKS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    R: tl.constexpr,
-    T: tl.constexpr,
-    E: tl.constexpr,
-    AXIS: tl.constexpr,
-    NBITS: tl.constexpr,
-    MAX_CODE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Fit the zero of every group of a tile.
 
@@ -51,15 +44,8 @@ def hqq(
         origin: Where each group begins in W_ptr, [G].
         exists: Whether the group exists, [G].
         stride: Distance between the weights of a group, for axis 0.
-        PARAMS: `HQQParams`.
         SHRINKS: Whether to compute hqq's shrinkage, which takes 40 more registers.
-        GROUP_SIZE: Weights of a group.
-        R: Places of a thread along the tile's first dimension: see `solve_triton`.
-        T: Threads that share a group.
-        E: Adjacent codes of a thread.
-        AXIS: Axis of the groups.
-        NBITS: Bits of a code.
-        MAX_CODE: The largest code.
+        TILE: `tile_triton.TileConfig`. Its params are `HQQParams`.
 
     Returns:
         scale: [G], in units.
@@ -67,6 +53,10 @@ def hqq(
         deferred: [G], whether the residuals of a group are so large that they shrink. Unless
             SHRINKS, such a group is not done.
     """
+    PARAMS: tl.constexpr = TILE.params
+    GROUP_SIZE: tl.constexpr = TILE.group_size
+    NBITS: tl.constexpr = TILE.nbits
+    MAX_CODE: tl.constexpr = 2**NBITS - 1
     ROUNDS: tl.constexpr = PARAMS.rounds
     BETA: tl.constexpr = PARAMS.beta
     P: tl.constexpr = PARAMS.p
@@ -80,7 +70,9 @@ def hqq(
     inverse_scale = tl.where(width * unit <= 1e-4, inverse_scale, capped)
     initial_zero = -low * inverse_scale
     scale = tl.div_rn(1.0, inverse_scale)
-    _, _, _, mean, _ = to_fixed_point(W, mask, low, high, GROUP_SIZE, BITS)
+    _, _, _, mean, _ = to_fixed_point(
+        W=W, mask=mask, low=low, high=high, GROUP_SIZE=GROUP_SIZE, BITS=BITS
+    )
     mean = mean * inverse_scale
     peak = high * inverse_scale
     encode_inverse = tl.div_rn(1.0, scale)
@@ -99,7 +91,9 @@ def hqq(
         if NBITS == 4:
             zero = _round_half_even(initial_zero)
         rounds_left = ROUNDS
-        _, clips = _any_moved_or_clips(zero, zero, NUDGES[i], peak, MAX_CODE)
+        _, clips = _any_moved_or_clips(
+            zero=zero, previous=zero, nudge=NUDGES[i], peak=peak, MAX_CODE=MAX_CODE
+        )
         while rounds_left > 0:
             previous = zero
             distance = tl.maximum(tl.abs(zero - initial_zero), 0.5) * 1.01
@@ -107,24 +101,40 @@ def hqq(
             deferred = deferred | shrinks
             # The new zero is the mean of code - W / scale over the group.
             if clips:
-                n = _sum_codes(fractions, zero + NUDGES[i], mask, NBITS, True)
+                n = _sum_codes(
+                    fractions=fractions, zero=zero + NUDGES[i], mask=mask, NBITS=NBITS, CLIPS=True
+                )
             else:
-                n = _sum_codes(fractions, zero + NUDGES[i], mask, NBITS, False)
+                n = _sum_codes(
+                    fractions=fractions, zero=zero + NUDGES[i], mask=mask, NBITS=NBITS, CLIPS=False
+                )
             zero = (n - GROUP_OFFSET).to(tl.float32) * (1 / GROUP_SIZE) - mean
             if SHRINKS and tl.max(shrinks.to(tl.int32), 0) > 0:
                 shrunk = _sum_shrunk(
-                    W_ptr, origin, exists, stride, previous, NUDGES[i], inverse_scale, unit,
-                    GROUP_SIZE, R, T, E, AXIS, NBITS, BETA, P, SHRUNK_BITS, THRESHOLD,
-                )  # fmt: skip
+                    W_ptr=W_ptr,
+                    origin=origin,
+                    exists=exists,
+                    stride=stride,
+                    zero=previous,
+                    nudge=NUDGES[i],
+                    inverse_scale=inverse_scale,
+                    unit=unit,
+                    THRESHOLD=THRESHOLD,
+                    TILE=TILE,
+                )
                 zero = zero + shrunk.to(tl.float32) * (2.0**-SHRUNK_BITS / GROUP_SIZE)
             if NBITS == 1:
                 # A later round can be worse: keep the best, by a margin above rounding errors.
-                error = (encode(W, encode_inverse, zero, NBITS) - OFFSET).to(tl.float32)
+                error = (
+                    encode(W, inverse_scale=encode_inverse, zero=zero, NBITS=NBITS) - OFFSET
+                ).to(tl.float32)
                 error = (error - per_group(zero)) * per_group(scale) - W
                 error = group_sum(mask_padding((error * error).to(tl.float64), mask))
                 best_zero = tl.where(error < least_error * (1 - 1e-12), zero, best_zero)
                 least_error = tl.minimum(error, least_error)
-            moved, clips = _any_moved_or_clips(zero, previous, NUDGES[i], peak, MAX_CODE)
+            moved, clips = _any_moved_or_clips(
+                zero=zero, previous=previous, nudge=NUDGES[i], peak=peak, MAX_CODE=MAX_CODE
+            )
             rounds_left = tl.where(moved, rounds_left - 1, 0)
         if NBITS > 1:
             best_zero = zero
@@ -141,7 +151,9 @@ def _sum_codes(fractions, zero, mask, NBITS: tl.constexpr, CLIPS: tl.constexpr):
     """
     if CLIPS:
         tl.debug_barrier()
-    return group_sum(mask_padding(nearest_codes(fractions, zero, NBITS, CLIPS), mask))
+    return group_sum(
+        mask_padding(nearest_codes(fractions, zero=zero, NBITS=NBITS, CLIPS=CLIPS), mask)
+    )
 
 
 @triton.jit
@@ -177,27 +189,35 @@ def _sum_shrunk(
     nudge,
     inverse_scale,
     unit,
-    GROUP_SIZE: tl.constexpr,
-    R: tl.constexpr,
-    T: tl.constexpr,
-    E: tl.constexpr,
-    AXIS: tl.constexpr,
-    NBITS: tl.constexpr,
-    BETA: tl.constexpr,
-    P: tl.constexpr,
-    BITS: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Sum each group's residuals after hqq's shrinkage, in fixed point with BITS bits: [G] int64.
+    """Sum each group's residuals after hqq's shrinkage, in fixed point: [G] int64.
 
     The tile is loaded again in R parts: at once, the powers would take more registers than exist.
     """
+    GROUP_SIZE: tl.constexpr = TILE.group_size
+    NBITS: tl.constexpr = TILE.nbits
+    BETA: tl.constexpr = TILE.params.beta
+    P: tl.constexpr = TILE.params.p
+    BITS: tl.constexpr = TILE.params.shrunk_bits
+    R: tl.constexpr = TILE.R
     total = tl.zeros(zero.shape, tl.int64)
     for r in range(R):
-        k = code_index(r, R, T, E)
-        W = load_weights(W_ptr, origin, exists, stride, k, GROUP_SIZE, AXIS, "evict_first")
+        k = code_index(r, R, TILE.T, TILE.E)
+        W = load_weights(
+            W_ptr=W_ptr,
+            origin=origin,
+            exists=exists,
+            stride=stride,
+            k=k,
+            EVICTION="evict_first",
+            TILE=TILE,
+        )
         W = W * per_group(reciprocal(unit))
-        codes = encode(W, inverse_scale, zero + nudge, NBITS) - (MAGIC_BITS - (NBITS << 23))
+        codes = encode(W, inverse_scale=inverse_scale, zero=zero + nudge, NBITS=NBITS) - (
+            MAGIC_BITS - (NBITS << 23)
+        )
         decoded = tl.div_rn(codes.to(tl.float32) - per_group(zero), per_group(inverse_scale))
         residual = W - decoded
         size = tl.where(k < GROUP_SIZE, tl.abs(residual) * per_group(unit), 0.0)

@@ -36,11 +36,14 @@ class CachedKernel:
         kernel: A `@triton.jit` function. Its parameters are tensors (or None), then integers below
             2**31, then constexprs.
         constants: Its constexprs by name, in the order of its parameters.
-        options: Triton's compile options: `num_warps`, `num_stages`, `maxnreg` ...
+        options: Triton's compile options: `num_warps`, `num_stages`, `maxnreg` ... A product and
+            a sum may be fused to one rounding unless `enable_fp_fusion` is False. That is the
+            default of Triton 3.6 to 3.9, but 3.10 turns it around, and results depend on it.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], **options: int | bool) -> None:
-        self._kernel, self._constants, self._options = kernel, constants, options
+        self._kernel, self._constants = kernel, constants
+        self._options = {"enable_fp_fusion": True, **options}
         self._constant_values = tuple(constants.values())
         self._compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 

@@ -28,12 +28,8 @@ def least_squares(
     low,
     high,
     unit,
-    PARAMS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    MAX_CODE: tl.constexpr,
-    META_MIN: tl.constexpr,
-    META_MAX: tl.constexpr,
     META_DTYPE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Fit scale and zero of every group of a tile.
 
@@ -46,25 +42,26 @@ def least_squares(
         low: Minimum of each group, [G], in units.
         high: Maximum of each group, [G], in units.
         unit: Unit of each group, [G].
-        PARAMS: `LeastSquaresParams`.
-        GROUP_SIZE: Weights of a group.
-        MAX_CODE: The largest code.
-        META_MIN: Smallest scale that META_DTYPE stores.
-        META_MAX: Largest number of META_DTYPE.
         META_DTYPE: Storage dtype of scale and zero.
+        TILE: `tile_triton.TileConfig`. Its params are `LeastSquaresParams`.
 
     Returns:
         The scale, in units, and the zero: both [G].
     """
-    ABOUT_MIDDLE: tl.constexpr = PARAMS.about_middle
-    ABOUT_MEAN: tl.constexpr = PARAMS.about_mean
+    PARAMS: tl.constexpr = TILE.params
+    GROUP_SIZE: tl.constexpr = TILE.group_size
+    MAX_CODE: tl.constexpr = 2**TILE.nbits - 1
+    ABOUT_MIDDLE: tl.constexpr = PARAMS.ranges_about_middle
+    ABOUT_MEAN: tl.constexpr = PARAMS.ranges_about_mean
     ROUNDS: tl.constexpr = PARAMS.rounds
     LAST_ROUNDS: tl.constexpr = PARAMS.last_rounds
-    STRIDE: tl.constexpr = PARAMS.stride
+    RELAXATION: tl.constexpr = PARAMS.relaxation
     BITS: tl.constexpr = PARAMS.bits
     # Integers x, centered on their rounded mean; v is x as fp32. v_sum is not 0, because the
     # center is rounded.
-    x, bits, total, mean, step = to_fixed_point(W, mask, low, high, GROUP_SIZE, BITS)
+    x, bits, total, mean, step = to_fixed_point(
+        W=W, mask=mask, low=low, high=high, GROUP_SIZE=GROUP_SIZE, BITS=BITS
+    )
     total = total.to(tl.int32)
     center = (total.to(tl.float32) * (1 / GROUP_SIZE) + MAGIC).to(tl.int32, bitcast=True)
     center = center - MAGIC_BITS
@@ -93,18 +90,32 @@ def least_squares(
             start_slope = tl.div_rn(1.0, reach * ABOUT_MEAN[i])
             slope = tl.where(start == len(ABOUT_MIDDLE) + i, start_slope, slope)
             offset = tl.where(start == len(ABOUT_MIDDLE) + i, 0.5, offset)
-        # 2. Descend: round to codes, regress on the codes, and step STRIDE times as far as the
+        # 2. Descend: round to codes, regress on the codes, and step RELAXATION times as far as the
         #    regression proposes. A slope that would turn negative takes the regression's own value.
         variance, covariance, fitted_slope, fitted_offset, mean_code = _fit(
-            v, x, mask, slope, offset, v_sum, GROUP_SIZE, MAX_CODE
+            v=v,
+            x=x,
+            mask=mask,
+            slope=slope,
+            offset=offset,
+            v_sum=v_sum,
+            GROUP_SIZE=GROUP_SIZE,
+            MAX_CODE=MAX_CODE,
         )
         rounds = tl.where(start == STARTS, LAST_ROUNDS, ROUNDS)
         for _ in range(1, rounds):
-            moved = slope + STRIDE * (fitted_slope - slope)
+            moved = slope + RELAXATION * (fitted_slope - slope)
             slope = tl.where(moved > 0, moved, fitted_slope)
-            offset = offset + STRIDE * (fitted_offset - offset)
+            offset = offset + RELAXATION * (fitted_offset - offset)
             variance, covariance, fitted_slope, fitted_offset, mean_code = _fit(
-                v, x, mask, slope, offset, v_sum, GROUP_SIZE, MAX_CODE
+                v=v,
+                x=x,
+                mask=mask,
+                slope=slope,
+                offset=offset,
+                v_sum=v_sum,
+                GROUP_SIZE=GROUP_SIZE,
+                MAX_CODE=MAX_CODE,
             )
         # 3. Keep the last fit, a plain regression, in the groups where it is best.
         is_valid = (covariance > 0) & (variance > 0)
@@ -118,15 +129,13 @@ def least_squares(
     # first, so that the zero compensates for the rounding.
     scale = tl.div_rn(step, best_slope * MAX_CODE)
     zero = best_mean_code - tl.div_rn(mean, scale)
-    scale, _ = as_stored(scale, zero, unit, META_MIN, META_MAX, META_DTYPE)
+    scale, _ = as_stored(scale=scale, zero=zero, unit=unit, META_DTYPE=META_DTYPE, TILE=TILE)
     scale = tl.div_rn(scale, unit)
     return scale, best_mean_code - tl.div_rn(mean, scale)
 
 
 @triton.jit
-def _fit(
-    v, x, mask, slope, offset, v_sum, GROUP_SIZE: tl.constexpr, MAX_CODE: tl.constexpr
-):  # fmt: skip
+def _fit(v, x, mask, slope, offset, v_sum, GROUP_SIZE: tl.constexpr, MAX_CODE: tl.constexpr):
     """Round the weights to codes, and regress the weights on these codes.
 
     Returns:
@@ -141,7 +150,9 @@ def _fit(
     place = clamp(tl.fma(v, per_group(slope), per_group(offset)), 0.0, 1.0)
     codes = tl.fma(place, MAX_CODE * 1.0, MAGIC + SHIFT).to(tl.int32, bitcast=True)
     codes = mask_padding(codes, mask)
-    code_sum, squares, products = _code_sums(codes, x, mask, v_sum, GROUP_SIZE, MAX_CODE)
+    code_sum, squares, products = _code_sums(
+        codes=codes, x=x, mask=mask, v_sum=v_sum, GROUP_SIZE=GROUP_SIZE, MAX_CODE=MAX_CODE
+    )
     # Exact integers, rounded to fp32 at the end. They fit 32 bits if the sum of the codes, at most
     # MAX_CODE * GROUP_SIZE, has a square below 2**31.
     if MAX_CODE * GROUP_SIZE < 46341:

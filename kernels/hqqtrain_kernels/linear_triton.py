@@ -52,9 +52,7 @@ def linear(
     config = heuristics.select_kernel(_capability(x.device), layout, M)
     if config is None or not _fit(x, W_q, scale, zero, bias, layout):
         return None
-    y = launch(
-        x=x, W_q=W_q, scale=scale, zero=zero, bias=bias, layout=layout, config=config
-    )  # fmt: skip
+    y = launch(x=x, W_q=W_q, scale=scale, zero=zero, bias=bias, layout=layout, config=config)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], layout.out_features)
 
 
@@ -72,9 +70,7 @@ def launch(
     if rows.stride(1) != 1 or rows.stride(0) >= 1 << 31:
         rows = rows.contiguous()
     kernel = KERNELS[type(config)]
-    return kernel(
-        x=rows, W_q=W_q, scale=scale, zero=zero, bias=bias, layout=layout, config=config
-    )  # fmt: skip
+    return kernel(x=rows, W_q=W_q, scale=scale, zero=zero, bias=bias, layout=layout, config=config)
 
 
 def _fit(

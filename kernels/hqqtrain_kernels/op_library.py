@@ -1,6 +1,7 @@
 """The schemas of the `hqqtrain::` operators, their implementations, and their fake versions.
 
-PyTorch calls the implementations by position, in the order of the schema. The fake versions compute
+PyTorch calls the implementations by position, in the order of the schema. The last arguments, from
+in_features to dtype, are the fields of `WeightParams` in their order. The fake versions compute
 the shape and dtype of a result without its data, for torch.compile and FakeTensorMode. `ops.py`
 adds the autograd formula of `hqqtrain::linear`, and is what callers use.
 """
@@ -25,62 +26,32 @@ dequantize_into_op = torch.ops.hqqtrain.dequantize_into.default
 linear_op = torch.ops.hqqtrain.linear.default
 
 
-def _dequantize_into_impl(
-    W_q: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    in_features: int,
-    nbits: int,
-    group_size: int,
-    axis: int,
-    out: Tensor,
-) -> None:
-    params = WeightParams(in_features, nbits, group_size, axis, compute_dtype=out.dtype)
+def packed_weight(W_q: Tensor, scale: Tensor, zero: Tensor, *params: Any) -> PackedWeight:
+    """Return the weight of an operator's arguments, whose last are the fields of `WeightParams`."""
+    return PackedWeight(W_q, scale, zero, WeightParams(*params))
+
+
+def _dequantize_into_impl(W_q: Tensor, scale: Tensor, zero: Tensor, *layout_and_out: Any) -> None:
+    *layout, out = layout_and_out
+    params = WeightParams(*layout, compute_dtype=out.dtype)
     matmul.dequantize_into(PackedWeight(W_q, scale, zero, params), out)
 
 
-def _dequantize_impl(
-    W_q: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    in_features: int,
-    nbits: int,
-    group_size: int,
-    axis: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    params = WeightParams(in_features, nbits, group_size, axis, compute_dtype=dtype)
-    return matmul.dequantize(PackedWeight(W_q, scale, zero, params), dtype)
+def _dequantize_impl(W_q: Tensor, scale: Tensor, zero: Tensor, *params: Any) -> Tensor:
+    weight = packed_weight(W_q, scale, zero, *params)
+    return matmul.dequantize(weight, weight.params.compute_dtype)
 
 
 def _linear_impl(
-    x: Tensor,
-    W_q: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    nbits: int,
-    group_size: int,
-    axis: int,
-    dtype: torch.dtype,
+    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *params: Any
 ) -> Tensor:
-    params = WeightParams(in_features, nbits, group_size, axis, compute_dtype=dtype)
-    return matmul.forward(x, PackedWeight(W_q, scale, zero, params), bias)
+    return matmul.forward(x, packed_weight(W_q, scale, zero, *params), bias)
 
 
-def _dequantize_fake(
-    W_q: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    in_features: int,
-    nbits: int,
-    group_size: int,
-    axis: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    out_features = matmul.out_features(W_q.shape[0], group_size, axis)
-    return scale.new_empty((out_features, in_features), dtype=dtype)
+def _dequantize_fake(W_q: Tensor, scale: Tensor, zero: Tensor, *params: Any) -> Tensor:
+    weight = packed_weight(W_q, scale, zero, *params)
+    shape = (_out_features(weight), weight.params.in_features)
+    return scale.new_empty(shape, dtype=weight.params.compute_dtype)
 
 
 def _dequantize_into_fake(*args: Any) -> None:
@@ -88,18 +59,15 @@ def _dequantize_into_fake(*args: Any) -> None:
 
 
 def _linear_fake(
-    x: Tensor,
-    W_q: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    nbits: int,
-    group_size: int,
-    axis: int,
-    dtype: torch.dtype,
+    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *params: Any
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], matmul.out_features(W_q.shape[0], group_size, axis)))
+    weight = packed_weight(W_q, scale, zero, *params)
+    return x.new_empty((*x.shape[:-1], _out_features(weight)))
+
+
+def _out_features(weight: PackedWeight) -> int:
+    params = weight.params
+    return matmul.out_features(weight.W_q.shape[0], params.group_size, params.axis)
 
 
 for _name, _impl, _fake in (

@@ -22,7 +22,13 @@ from torch import Tensor
 from hqqtrain_kernels import matmul
 from hqqtrain_kernels.layout import Layout
 from hqqtrain_kernels.matmul import PackedWeight, WeightParams
-from hqqtrain_kernels.op_library import LIBRARY, dequantize_into_op, dequantize_op, linear_op
+from hqqtrain_kernels.op_library import (
+    LIBRARY,
+    dequantize_into_op,
+    dequantize_op,
+    linear_op,
+    packed_weight,
+)
 
 
 def dequantize(
@@ -52,35 +58,26 @@ def dequantize(
         ValueError: `out` has another shape or dtype or its elements are not adjacent, or neither
             `dtype` nor `out` is given.
     """
+    weight = {
+        "W_q": W_q,
+        "scale": scale,
+        "zero": zero,
+        "in_features": layout.in_features,
+        "nbits": layout.nbits,
+        "group_size": layout.group_size,
+        "axis": layout.axis,
+    }
     if out is None:
         if dtype is None:
             raise ValueError("dtype=None: pass a dtype, or an `out` tensor")
-        return dequantize_op(
-            W_q=W_q,
-            scale=scale,
-            zero=zero,
-            in_features=layout.in_features,
-            nbits=layout.nbits,
-            group_size=layout.group_size,
-            axis=layout.axis,
-            dtype=dtype,
-        )
+        return dequantize_op(**weight, dtype=dtype)
     shape = (layout.out_features, layout.in_features)
     if out.shape != shape or out.stride(1) != 1 or out.dtype != (dtype or out.dtype):
         raise ValueError(
             f"out={tuple(out.shape)} {out.dtype}, strides {out.stride()}: needed is {shape} of "
             f"{dtype or out.dtype} with stride 1 along a row"
         )
-    dequantize_into_op(
-        W_q=W_q,
-        scale=scale,
-        zero=zero,
-        in_features=layout.in_features,
-        nbits=layout.nbits,
-        group_size=layout.group_size,
-        axis=layout.axis,
-        out=out,
-    )
+    dequantize_into_op(**weight, out=out)
     return out
 
 
@@ -231,19 +228,9 @@ def _call_op(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
 
 
 def _linear_autograd(
-    x: Tensor,
-    W_q: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    nbits: int,
-    group_size: int,
-    axis: int,
-    dtype: torch.dtype,
+    x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *params: Any
 ) -> Tensor:
-    params = WeightParams(in_features, nbits, group_size, axis, compute_dtype=dtype)
-    weight = PackedWeight(W_q, scale, zero, params)
+    weight = packed_weight(W_q, scale, zero, *params)
     if _needs_grad(x, scale, zero, bias):
         return PackedLinearFunction.apply(x, bias, weight)
     with torch._C._AutoDispatchBelowAutograd():

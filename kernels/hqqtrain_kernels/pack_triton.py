@@ -29,11 +29,35 @@ def store_packed(
     """
     # Halvings: log2 of the chunks that share a tile, 16 / width.
     if NBITS == 3:
-        _store_plane(codes & 3, row_ptr, cell, chunks, CELL_CODES, 2, 3)
-        _store_plane(codes >> 2, row_ptr + PLANE_TILES * 8, cell, chunks, CELL_CODES, 1, 4)
+        _store_plane(
+            codes=codes & 3,
+            row_ptr=row_ptr,
+            cell=cell,
+            chunks=chunks,
+            CELL_CODES=CELL_CODES,
+            WIDTH=2,
+            HALVINGS=3,
+        )
+        _store_plane(
+            codes=codes >> 2,
+            row_ptr=row_ptr + PLANE_TILES * 8,
+            cell=cell,
+            chunks=chunks,
+            CELL_CODES=CELL_CODES,
+            WIDTH=1,
+            HALVINGS=4,
+        )
     else:
         HALVINGS: tl.constexpr = 1 if NBITS == 8 else 2 if NBITS == 4 else 5 - NBITS
-        _store_plane(codes, row_ptr, cell, chunks, CELL_CODES, NBITS, HALVINGS)
+        _store_plane(
+            codes=codes,
+            row_ptr=row_ptr,
+            cell=cell,
+            chunks=chunks,
+            CELL_CODES=CELL_CODES,
+            WIDTH=NBITS,
+            HALVINGS=HALVINGS,
+        )
 
 
 @triton.jit

@@ -17,9 +17,7 @@ The first launch leaves few groups to it, and none of most weights.
 """
 
 
-@triton.jit(
-    do_not_specialize=["programs_per_unit", "groups", "row_stride", "units", "units_again"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["programs_per_unit", "groups", "row_stride", "units", "units_again"])
 def quantize_kernel(
     W_ptr,
     codes_ptr,
@@ -32,27 +30,15 @@ def quantize_kernel(
     units,
     units_again,
     STRIDE_DIVISOR: tl.constexpr,
-    AXIS: tl.constexpr,
-    NBITS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    CELL_GROUPS: tl.constexpr,
-    PLANE_TILES: tl.constexpr,
-    UNIT_LENGTH: tl.constexpr,
-    PACKS: tl.constexpr,
-    SOLVER: tl.constexpr,
-    PARAMS: tl.constexpr,
-    META_MIN: tl.constexpr,
-    META_MAX: tl.constexpr,
-    R: tl.constexpr,
-    G: tl.constexpr,
-    T: tl.constexpr,
-    E: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Quantize G adjacent groups. `quantize_tile` explains the arguments.
 
     row_stride is passed divided by STRIDE_DIVISOR and multiplied here: this way the compiler sees
     how far the rows of W are aligned, though integers are not specialized.
     """
+    G: tl.constexpr = TILE.G
+    CELL_GROUPS: tl.constexpr = TILE.cell_groups
     unit_index = (tl.program_id(0) // programs_per_unit).to(tl.int64)
     first = (tl.program_id(0) % programs_per_unit) * G
     quantize_tile(
@@ -69,27 +55,11 @@ def quantize_kernel(
         units=units,
         units_again=units_again,
         SHRINKS=False,
-        AXIS=AXIS,
-        NBITS=NBITS,
-        GROUP_SIZE=GROUP_SIZE,
-        CELL_GROUPS=CELL_GROUPS,
-        PLANE_TILES=PLANE_TILES,
-        UNIT_LENGTH=UNIT_LENGTH,
-        PACKS=PACKS,
-        SOLVER=SOLVER,
-        PARAMS=PARAMS,
-        META_MIN=META_MIN,
-        META_MAX=META_MAX,
-        R=R,
-        G=G,
-        T=T,
-        E=E,
+        TILE=TILE,
     )
 
 
-@triton.jit(
-    do_not_specialize=["programs_per_unit", "groups", "row_stride", "units", "units_again"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["programs_per_unit", "groups", "row_stride", "units", "units_again"])
 def quantize_deferred_kernel(
     W_ptr,
     codes_ptr,
@@ -102,35 +72,34 @@ def quantize_deferred_kernel(
     units,
     units_again,
     STRIDE_DIVISOR: tl.constexpr,
-    AXIS: tl.constexpr,
-    NBITS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    CELL_GROUPS: tl.constexpr,
-    PLANE_TILES: tl.constexpr,
-    UNIT_LENGTH: tl.constexpr,
-    PACKS: tl.constexpr,
-    SOLVER: tl.constexpr,
-    PARAMS: tl.constexpr,
-    META_MIN: tl.constexpr,
-    META_MAX: tl.constexpr,
-    R: tl.constexpr,
-    G: tl.constexpr,
-    T: tl.constexpr,
-    E: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Quantize the groups that `quantize_kernel` deferred, of SEARCHED_TILES * G, G at a time.
 
     Whole cells are quantized again, the finished groups in them too. A cell fills whole tiles of
     packed codes, so it can be stored without the others.
     """
+    G: tl.constexpr = TILE.G
+    CELL_GROUPS: tl.constexpr = TILE.cell_groups
     unit_index = (tl.program_id(0) // programs_per_unit).to(tl.int64)
     first_cell = (tl.program_id(0) % programs_per_unit) * (SEARCHED_TILES * G // CELL_GROUPS)
     unit_scale_ptr = scale_ptr + unit_index * groups
     cell = tl.zeros((G // CELL_GROUPS,), tl.int32)
     # Mostly one look at all scales is enough: nothing is left.
-    left = _any_deferred(unit_scale_ptr, first_cell * CELL_GROUPS, groups, SEARCHED_TILES * G)
+    left = _any_deferred(
+        unit_scale_ptr=unit_scale_ptr,
+        first=first_cell * CELL_GROUPS,
+        groups=groups,
+        COUNT=SEARCHED_TILES * G,
+    )
     if left > 0:
-        cell, left = _find_deferred(unit_scale_ptr, first_cell, groups, G, CELL_GROUPS)
+        cell, left = _find_deferred(
+            unit_scale_ptr=unit_scale_ptr,
+            first_cell=first_cell,
+            groups=groups,
+            G=G,
+            CELL_GROUPS=CELL_GROUPS,
+        )
     while left > 0:
         # A zero that the compiler cannot see. Without it, all addresses would be computed before
         # the loop and kept in registers.
@@ -150,24 +119,16 @@ def quantize_deferred_kernel(
             units=units + nothing,
             units_again=units_again + nothing,
             SHRINKS=True,
-            AXIS=AXIS,
-            NBITS=NBITS,
-            GROUP_SIZE=GROUP_SIZE,
-            CELL_GROUPS=CELL_GROUPS,
-            PLANE_TILES=PLANE_TILES,
-            UNIT_LENGTH=UNIT_LENGTH,
-            PACKS=PACKS,
-            SOLVER=SOLVER,
-            PARAMS=PARAMS,
-            META_MIN=META_MIN,
-            META_MAX=META_MAX,
-            R=R,
-            G=G,
-            T=T,
-            E=E,
+            TILE=TILE,
         )
         tl.debug_barrier()  # the scales that were just stored are loaded next
-        cell, left = _find_deferred(unit_scale_ptr, first_cell, groups, G, CELL_GROUPS)
+        cell, left = _find_deferred(
+            unit_scale_ptr=unit_scale_ptr,
+            first_cell=first_cell,
+            groups=groups,
+            G=G,
+            CELL_GROUPS=CELL_GROUPS,
+        )
 
 
 @triton.jit

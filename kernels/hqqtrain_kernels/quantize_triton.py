@@ -24,6 +24,7 @@ from hqqtrain_kernels.quantize_kernels_triton import (
 )
 from hqqtrain_kernels.reference import pack
 from hqqtrain_kernels.solver_params import SUPPORTED_SOLVERS, SolverParams
+from hqqtrain_kernels.tile_triton import TileConfig
 
 
 class QuantizedTensors(NamedTuple):
@@ -142,44 +143,63 @@ def _plan(
     units, groups, packs = layout.units, layout.groups, _packs(layout)
     if packs and contiguous and layout.nbits != 3 and _is_seamless(layout):
         units, groups = 1, units * groups
-    limits = torch.finfo(meta_dtype)
-    constants = {
-        "STRIDE_DIVISOR": stride_divisor,
-        "AXIS": layout.axis,
-        "NBITS": layout.nbits,
-        "GROUP_SIZE": layout.group_size,
-        "CELL_GROUPS": _cell_groups(layout) if packs else 1,
-        "PLANE_TILES": packed_bytes(layout.row_codes, plane_widths(layout.nbits)[0]) // 16,
-        "UNIT_LENGTH": layout.row_bytes // 2 if packs else layout.row_codes,
-        "PACKS": packs,
-        "SOLVER": solver,
-        "PARAMS": params,
-        # The smallest scale: the smallest subnormal of the dtype, but no subnormal of fp32.
-        "META_MIN": max(limits.smallest_normal * limits.eps, 2.0**-126),
-        "META_MAX": limits.max,
-    }
-    kernels = [quantize_kernel]
-    if solver == "hqq":
-        kernels.append(quantize_deferred_kernel)
-    launches = tuple(_launch(kernel, constants, layout, groups) for kernel in kernels)
+    launches = tuple(
+        _launch(
+            layout=layout,
+            solver=solver,
+            params=params,
+            meta_dtype=meta_dtype,
+            stride_divisor=stride_divisor,
+            groups=groups,
+            deferred=deferred,
+        )
+        for deferred in ((False, True) if solver == "hqq" else (False,))
+    )
     unit_bytes = layout.row_bytes if packs else layout.row_codes
     return _Plan(launches=launches, units=units, groups=groups, unit_bytes=unit_bytes)
 
 
-def _launch(kernel: Any, constants: dict[str, Any], layout: Layout, groups: int) -> _Launch:
-    deferred, solver = kernel is quantize_deferred_kernel, constants["SOLVER"]
+def _launch(
+    layout: Layout,
+    solver: str,
+    params: SolverParams,
+    meta_dtype: torch.dtype,
+    stride_divisor: int,
+    groups: int,
+    deferred: bool,
+) -> _Launch:
+    """Return the first launch, or hqq's second one for the groups that the first has deferred."""
+    packs, limits = _packs(layout), torch.finfo(meta_dtype)
     tiling = _tiling(layout, solver, deferred)
+    tile = TileConfig(
+        axis=layout.axis,
+        nbits=layout.nbits,
+        group_size=layout.group_size,
+        cell_groups=_cell_groups(layout) if packs else 1,
+        plane_tiles=packed_bytes(layout.row_codes, plane_widths(layout.nbits)[0]) // 16,
+        unit_length=layout.row_bytes // 2 if packs else layout.row_codes,
+        packs=packs,
+        solver=solver,
+        params=params,
+        # The smallest scale: the smallest subnormal of the dtype, but no subnormal of fp32.
+        meta_min=max(limits.smallest_normal * limits.eps, 2.0**-126),
+        meta_max=limits.max,
+        R=tiling.R,
+        G=tiling.G,
+        T=tiling.T,
+        E=tiling.E,
+    )
     options: dict[str, Any] = {
         "num_warps": tiling.num_warps,
         "num_stages": 1,
         "enable_fp_fusion": False,
     }
-    if tiling.num_warps <= 8 and (solver == "hqq" or not constants["PACKS"]):
+    if tiling.num_warps <= 8 and (solver == "hqq" or not packs):
         options["maxnreg"] = MAX_REGISTERS  # least squares would take 254 of them (2 bits)
-    shape = {"R": tiling.R, "G": tiling.G, "T": tiling.T, "E": tiling.E}
+    kernel = quantize_deferred_kernel if deferred else quantize_kernel
     groups_per_program = tiling.G * (SEARCHED_TILES.value if deferred else 1)
     return _Launch(
-        kernel=CachedKernel(kernel, constants | shape, **options),
+        kernel=CachedKernel(kernel, {"STRIDE_DIVISOR": stride_divisor, "TILE": tile}, **options),
         programs_per_unit=triton.cdiv(groups, groups_per_program),
     )
 

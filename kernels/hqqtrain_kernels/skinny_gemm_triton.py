@@ -227,7 +227,7 @@ def _skinny_gemm_kernel(
                 p -= offsets[g]
             for j in tl.static_range(g * CHUNKS, (g + 1) * CHUNKS):
                 a = tl.reshape(take(codes, j), (K_SLICES, BLOCK_N, CHUNK_K))
-                p = dot(a, x_chunks[j], p, UPCAST)
+                p = dot(a, x_chunks[j], acc=p, UPCAST=UPCAST)
             # scale * (sum(code * x) - zero * sum(x)), CODE_UNIT divided out along with the scale.
             acc += (p - (group_zero * CODE_UNIT) * x_sums[g]) * (group_scale * (1 / CODE_UNIT))
         y = sum_slices(acc, K_SLICES)

@@ -28,17 +28,45 @@ def load_codes(
     """Load the codes of one split of rows as 16-bit floats: [K_SLICES * rows, BLOCK_K]."""
     WIDTH: tl.constexpr = 2 if NBITS == 3 else NBITS
     ROWS: tl.constexpr = K_SLICES * row_ptrs.shape[0]
-    low = load_words(row_ptrs, split, low_words, WIDTH, BLOCK_K, K_SLICES, EVEN_K)
+    low = load_words(
+        row_ptrs=row_ptrs,
+        step=split,
+        end=low_words,
+        WIDTH=WIDTH,
+        BLOCK_K=BLOCK_K,
+        K_SLICES=K_SLICES,
+        EVEN_K=EVEN_K,
+    )
     low = tl.reshape(low, (ROWS, BLOCK_K * WIDTH // 128, 4))
-    pairs = codes_to_pairs(low, WIDTH, 0, FIELDS_PER_SHIFT, ADJACENT_PAIRS)
+    pairs = codes_to_pairs(
+        low,
+        WIDTH=WIDTH,
+        FIRST_BIT=0,
+        FIELDS_PER_SHIFT=FIELDS_PER_SHIFT,
+        ADJACENT_PAIRS=ADJACENT_PAIRS,
+    )
     if tl.bfloat16 == DTYPE:
         pairs |= opaque_constant(0x43004300, ROWS)  # the exponent of 128, in both halfwords
     if NBITS == 3:
         # The high bit of a code goes to bit 2, above the two low ones.
         high_ptrs, high_words = row_ptrs + low_words, tl.cdiv(K, 128) * 4
-        high = load_words(high_ptrs, split, high_words, 1, BLOCK_K, K_SLICES, EVEN_K)
+        high = load_words(
+            row_ptrs=high_ptrs,
+            step=split,
+            end=high_words,
+            WIDTH=1,
+            BLOCK_K=BLOCK_K,
+            K_SLICES=K_SLICES,
+            EVEN_K=EVEN_K,
+        )
         high = tl.reshape(high, (ROWS, BLOCK_K // 128, 4))
-        pairs |= codes_to_pairs(high, 1, 2, FIELDS_PER_SHIFT, ADJACENT_PAIRS)
+        pairs |= codes_to_pairs(
+            high,
+            WIDTH=1,
+            FIRST_BIT=2,
+            FIELDS_PER_SHIFT=FIELDS_PER_SHIFT,
+            ADJACENT_PAIRS=ADJACENT_PAIRS,
+        )
     return pairs_to_halves(pairs, DTYPE)
 
 
@@ -82,12 +110,22 @@ def load_operands(
         scaled_sum = x_sum
         for j in tl.static_range(g * (GROUP_K // CHUNK_K), (g + 1) * (GROUP_K // CHUNK_K)):
             b = load_x(
-                x_ptr, x_stride, m, M, K, split, j, CHUNK_K, BLOCK_K, K_SLICES, EVEN_K
-            )  # fmt: skip
-            x_sum = dot(ones, b, x_sum, UPCAST)
-            b = _divide_by_place(b, j * CHUNK_K, NBITS, FIELDS_PER_SHIFT)
+                x_ptr=x_ptr,
+                x_stride=x_stride,
+                m=m,
+                M=M,
+                K=K,
+                step=split,
+                chunk=j,
+                CHUNK_K=CHUNK_K,
+                BLOCK_K=BLOCK_K,
+                K_SLICES=K_SLICES,
+                EVEN_K=EVEN_K,
+            )
+            x_sum = dot(ones, b, acc=x_sum, UPCAST=UPCAST)
+            b = _divide_by_place(b=b, k=j * CHUNK_K, NBITS=NBITS, FIELDS_PER_SHIFT=FIELDS_PER_SHIFT)
             if CODE_OFFSET > 0:
-                scaled_sum = dot(ones, b, scaled_sum, UPCAST)
+                scaled_sum = dot(ones, b, acc=scaled_sum, UPCAST=UPCAST)
             x_chunks += (_reorder(b, ADJACENT_PAIRS),)
         x_sums += (tl.max(x_sum, 1)[:, None, :],)
         offsets += ((tl.max(scaled_sum, 1) * CODE_OFFSET)[:, None, :],)

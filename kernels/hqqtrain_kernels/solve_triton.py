@@ -39,9 +39,8 @@ def load_weights(
     exists,
     stride,
     k,
-    GROUP_SIZE: tl.constexpr,
-    AXIS: tl.constexpr,
     EVICTION: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Load the weights of a tile as fp32.
 
@@ -51,14 +50,14 @@ def load_weights(
         exists: Whether the group exists, [G].
         stride: Distance between the weights of a group, for axis 0. For axis 1 it is 1.
         k: Numbers of the codes to load, from `code_index`.
-        GROUP_SIZE: Weights of a group.
-        AXIS: Axis that the groups run along: 1 along a row, 0 down a column.
         EVICTION: Eviction policy of the load.
+        TILE: `tile_triton.TileConfig`. Its axis is the one that the groups run along: 1 along a
+            row, 0 down a column.
 
     Returns:
         A tile, 0 outside of the groups.
     """
-    if AXIS == 1:
+    if TILE.axis == 1:
         # The hint is not true of groups. It only orders the dimensions that are distributed over
         # threads: first within 16 bytes, then over groups, so that R is left to the registers.
         at = tl.max_contiguous(per_group(origin) + k, (1, 2, 1, 8))
@@ -67,7 +66,7 @@ def load_weights(
         # a row, not several, which are other groups.
         at = tl.max_contiguous(per_group(origin) + k.to(tl.int64) * stride, (1, 2, 1, 1))
         at = tl.multiple_of(at, (1, 1, 1, 1))
-    mask = per_group(exists) & (k < GROUP_SIZE)
+    mask = per_group(exists) & (k < TILE.group_size)
     return tl.load(W_ptr + at, mask, 0.0, eviction_policy=EVICTION).to(tl.float32)
 
 
@@ -144,14 +143,15 @@ def as_stored(
     scale,
     zero,
     unit,
-    META_MIN: tl.constexpr,
-    META_MAX: tl.constexpr,
     META_DTYPE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Return scale and zero [G] as they will be read back, like `Grid.store`.
+    """Return scale and zero [G] as they will be read back, like `QuantGrid.as_stored`.
 
     `scale` is given in units; the scale returned is that of the weight itself.
     """
+    META_MIN: tl.constexpr = TILE.meta_min
+    META_MAX: tl.constexpr = TILE.meta_max
     scale = scale * unit
     if tl.float16 == META_DTYPE:  # the other dtypes represent any zero
         # Move the factor by which the zero exceeds fp16 to the scale.
@@ -163,11 +163,13 @@ def as_stored(
 
 @triton.jit
 def encode(W, inverse_scale, zero, NBITS: tl.constexpr):
-    """Return the nearest codes of a tile, as `nearest_codes` leaves them; like `Grid.encode`.
+    """Return the nearest codes of a tile, as `nearest_codes` leaves them; like `QuantGrid.encode`.
 
     W and the inverse of the scale are in units.
     """
-    return nearest_codes(code_fractions(W, inverse_scale, NBITS), zero, NBITS, True)
+    return nearest_codes(
+        code_fractions(W, inverse_scale, NBITS), zero=zero, NBITS=NBITS, CLIPS=True
+    )
 
 
 @triton.jit
@@ -201,7 +203,7 @@ def mask_padding(x, mask):
 
 @triton.jit
 def to_fixed_point(W, mask, low, high, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr):
-    """Round a tile to fixed point, W = low + x * step, like `FixedPoint.of`.
+    """Round a tile to fixed point, W = low + x * step, like `FixedPoint.from_float`.
 
     The magic number is a multiple of the step, and adding it rounds to steps: x needs no
     multiplication.

@@ -36,20 +36,20 @@ class LeastSquaresParams(NamedTuple):
     """Numbers of the least-squares solver.
 
     Attributes:
-        about_middle: Initial ranges about the middle of a group's range, as fractions of it.
-        about_mean: Initial ranges about the group's mean, as fractions of twice the largest
+        ranges_about_middle: Initial ranges about the middle of a group's range, as fractions of it.
+        ranges_about_mean: Initial ranges about the group's mean, as fractions of twice the largest
             distance from the mean.
         rounds: Rounds from every starting point.
         last_rounds: Further rounds from the best fit of all starting points.
-        stride: Over-relaxation factor of a round.
+        relaxation: Over-relaxation factor of a round.
         bits: Fixed-point bits that resolve a group's range.
     """
 
-    about_middle: tuple[float, ...]
-    about_mean: tuple[float, ...]
+    ranges_about_middle: tuple[float, ...]
+    ranges_about_mean: tuple[float, ...]
     rounds: int
     last_rounds: int
-    stride: float
+    relaxation: float
     bits: int
 
 

@@ -1,5 +1,7 @@
 """A tile of groups on its way through the fused quantizer: from weights to packed codes."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -17,9 +19,48 @@ from hqqtrain_kernels.solve_triton import (
     power_of_two,
     reciprocal,
 )
+from hqqtrain_kernels.solver_params import SolverParams
 
 DEFERRED = tl.constexpr(-1.0)
 """Stored in place of a scale: the group is left to the second launch."""
+
+
+class TileConfig(NamedTuple):
+    """The constants of a quantizing kernel, as one constexpr.
+
+    Attributes:
+        axis: Axis of the groups.
+        nbits: Bits of a code.
+        group_size: Weights of a group.
+        cell_groups: Groups that fill whole tiles of packed codes.
+        plane_tiles: Tiles of the low plane of a unit.
+        unit_length: Halfwords of a unit if `packs`, otherwise its codes.
+        packs: Whether the kernel packs the codes.
+        solver: Name of the solver.
+        params: Its parameters, of a type in `solver_params`.
+        meta_min: Smallest scale that is stored.
+        meta_max: Largest number of the dtype of scale and zero.
+        R: Places of a thread along the tile's first dimension: see `solve_triton`.
+        G: Groups of the tile.
+        T: Threads that share a group.
+        E: Adjacent codes of a thread.
+    """
+
+    axis: int
+    nbits: int
+    group_size: int
+    cell_groups: int
+    plane_tiles: int
+    unit_length: int
+    packs: bool
+    solver: str
+    params: SolverParams
+    meta_min: float
+    meta_max: float
+    R: int
+    G: int
+    T: int
+    E: int
 
 
 @triton.jit
@@ -37,27 +78,13 @@ def quantize_tile(
     units,
     units_again,
     SHRINKS: tl.constexpr,
-    AXIS: tl.constexpr,
-    NBITS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    CELL_GROUPS: tl.constexpr,
-    PLANE_TILES: tl.constexpr,
-    UNIT_LENGTH: tl.constexpr,
-    PACKS: tl.constexpr,
-    SOLVER: tl.constexpr,
-    PARAMS: tl.constexpr,
-    META_MIN: tl.constexpr,
-    META_MAX: tl.constexpr,
-    R: tl.constexpr,
-    G: tl.constexpr,
-    T: tl.constexpr,
-    E: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Quantize G groups of a unit. `solve_triton` explains the tile [R, G, T, E].
 
     Args:
         W_ptr: The weight.
-        codes_ptr: Packed codes if PACKS, otherwise codes as bytes.
+        codes_ptr: Packed codes if `TILE.packs`, otherwise codes as bytes.
         scale_ptr: [units, groups]. Its dtype is META_DTYPE, the dtype of scale and zero.
         zero_ptr: [units, groups].
         not_finite_ptr: Set to 1 if a group holds NaN or infinity.
@@ -69,33 +96,36 @@ def quantize_tile(
         units: Units of the weight. For axis 0, the weights of a group are this many rows apart.
         units_again: The same number.
         SHRINKS: Whether hqq's shrinkage is computed. Without it, groups that need it are deferred.
-        AXIS: Axis of the groups.
-        NBITS: Bits of a code.
-        GROUP_SIZE: Weights of a group.
-        CELL_GROUPS: Groups that fill whole tiles of packed codes.
-        PLANE_TILES: Tiles of the low plane of a unit.
-        UNIT_LENGTH: Halfwords of a unit if PACKS, otherwise its codes.
-        PACKS: Whether the kernel packs the codes.
-        SOLVER: Name of the solver.
-        PARAMS: Its parameters, of a type in `solver_params`.
-        META_MIN: Smallest scale that is stored.
-        META_MAX: Largest number of META_DTYPE.
-        R: Places of a thread along the tile's first dimension.
-        G: Groups of the tile.
-        T: Threads that share a group.
-        E: Adjacent codes of a thread.
+        TILE: The constants, a `TileConfig`.
     """
+    NBITS: tl.constexpr = TILE.nbits
+    GROUP_SIZE: tl.constexpr = TILE.group_size
+    UNIT_LENGTH: tl.constexpr = TILE.unit_length
+    SOLVER: tl.constexpr = TILE.solver
+    META_DTYPE: tl.constexpr = scale_ptr.dtype.element_ty
     MAX_CODE: tl.constexpr = 2**NBITS - 1
+    R: tl.constexpr = TILE.R
+    G: tl.constexpr = TILE.G
+    T: tl.constexpr = TILE.T
+    E: tl.constexpr = TILE.E
     # 1. Load the groups, and divide each by its unit, a power of two: exact, and neither huge nor
     #    tiny weights overflow or underflow from here on.
-    origin = unit_index * row_stride + group.to(tl.int64) * (GROUP_SIZE if AXIS == 1 else 1)
+    origin = unit_index * row_stride + group.to(tl.int64) * (GROUP_SIZE if TILE.axis == 1 else 1)
     exists = group < groups
     stride = units * row_stride
     k = code_index(tl.arange(0, R)[:, None, None, None], R, T, E)
     mask = None
     if GROUP_SIZE != R * T * E:
         mask = k < GROUP_SIZE
-    W = load_weights(W_ptr, origin, exists, stride, k, GROUP_SIZE, AXIS, "evict_last")
+    W = load_weights(
+        W_ptr=W_ptr,
+        origin=origin,
+        exists=exists,
+        stride=stride,
+        k=k,
+        EVICTION="evict_last",
+        TILE=TILE,
+    )
     high, low = W, W
     if mask is not None:
         high, low = tl.where(mask, W, float("-inf")), tl.where(mask, W, float("inf"))
@@ -107,7 +137,6 @@ def quantize_tile(
     unit = tl.where(size == 0, 1.0, power_of_two(size))
     inverse_unit = reciprocal(unit)
     W, high, low = W * per_group(inverse_unit), high * inverse_unit, low * inverse_unit
-    META_DTYPE: tl.constexpr = scale_ptr.dtype.element_ty
 
     # 2. Solve for scale (in units) and zero.
     deferred = None
@@ -116,12 +145,21 @@ def quantize_tile(
         zero = tl.div_rn(-low, scale)
     elif SOLVER == "hqq":
         scale, zero, deferred = hqq(
-            W, mask, low, high, unit, W_ptr, origin, exists, stride, PARAMS, SHRINKS, GROUP_SIZE,
-            R, T, E, AXIS, NBITS, MAX_CODE,
-        )  # fmt: skip
+            W=W,
+            mask=mask,
+            low=low,
+            high=high,
+            unit=unit,
+            W_ptr=W_ptr,
+            origin=origin,
+            exists=exists,
+            stride=stride,
+            SHRINKS=SHRINKS,
+            TILE=TILE,
+        )
     elif SOLVER == "least_squares":
         scale, zero = least_squares(
-            W, mask, low, high, unit, PARAMS, GROUP_SIZE, MAX_CODE, META_MIN, META_MAX, META_DTYPE
+            W=W, mask=mask, low=low, high=high, unit=unit, META_DTYPE=META_DTYPE, TILE=TILE
         )
     else:
         tl.static_assert(False, "this solver has no kernel: see solver_params.SUPPORTED_SOLVERS")
@@ -129,15 +167,15 @@ def quantize_tile(
     # 3. Round scale and zero as they will be stored; codes must be nearest with those. A constant
     #    group c is stored as (0 - zero) * scale with scale a power of two: exactly, where the dtype
     #    of zero holds c.
-    scale, zero = as_stored(scale, zero, unit, META_MIN, META_MAX, META_DTYPE)
+    scale, zero = as_stored(scale=scale, zero=zero, unit=unit, META_DTYPE=META_DTYPE, TILE=TILE)
     one = tl.full(zero.shape, 1.0, tl.float32)
-    whole, _ = as_stored(one, zero, unit, META_MIN, META_MAX, META_DTYPE)
+    whole, _ = as_stored(scale=one, zero=zero, unit=unit, META_DTYPE=META_DTYPE, TILE=TILE)
     constant = high == low
     scale = tl.where(constant, whole, scale)
     zero = tl.where(constant, -tl.div_rn(low, tl.div_rn(whole, unit)), zero)
     scale, zero = as_stored(
-        tl.div_rn(scale, unit), zero, unit, META_MIN, META_MAX, META_DTYPE
-    )  # fmt: skip
+        scale=tl.div_rn(scale, unit), zero=zero, unit=unit, META_DTYPE=META_DTYPE, TILE=TILE
+    )
     inverse_scale = tl.where(constant, 0.0, tl.div_rn(1.0, tl.div_rn(scale, unit)))
 
     # 4. Encode.
@@ -146,9 +184,17 @@ def quantize_tile(
         # the solver. So would its addresses: that is why `units` comes under two names, between
         # which the compiler sees no connection.
         stride = units_again * row_stride
-        W = load_weights(W_ptr, origin, exists, stride, k, GROUP_SIZE, AXIS, "evict_first")
+        W = load_weights(
+            W_ptr=W_ptr,
+            origin=origin,
+            exists=exists,
+            stride=stride,
+            k=k,
+            EVICTION="evict_first",
+            TILE=TILE,
+        )
         W = W * per_group(inverse_unit)
-    codes = encode(W, inverse_scale, tl.where(constant, 0.0, zero), NBITS)
+    codes = encode(W, inverse_scale=inverse_scale, zero=tl.where(constant, 0.0, zero), NBITS=NBITS)
 
     # 5. Store.
     if deferred is not None and not SHRINKS:
@@ -156,12 +202,20 @@ def quantize_tile(
     meta = unit_index * groups + group
     tl.store(scale_ptr + meta, scale.to(META_DTYPE), exists)
     tl.store(zero_ptr + meta, zero.to(META_DTYPE), exists)
-    if PACKS:
+    if TILE.packs:
         # Chunks of 8 codes in the order of the unit: group, t, r, e.
         codes = tl.reshape(tl.permute(codes, 1, 2, 0, 3), G * T * R * E // 8, 8)
         row_ptr = codes_ptr.to(tl.pointer_type(tl.int16)) + unit_index * UNIT_LENGTH
         chunks = groups * (GROUP_SIZE // 8)
-        store_packed(codes, row_ptr, cell, chunks, CELL_GROUPS * GROUP_SIZE, NBITS, PLANE_TILES)
+        store_packed(
+            codes=codes,
+            row_ptr=row_ptr,
+            cell=cell,
+            chunks=chunks,
+            CELL_CODES=TILE.cell_groups * GROUP_SIZE,
+            NBITS=NBITS,
+            PLANE_TILES=TILE.plane_tiles,
+        )
     else:
         at = per_group(unit_index * UNIT_LENGTH + group.to(tl.int64) * GROUP_SIZE) + k
         tl.store(codes_ptr + at, codes.to(tl.uint8), per_group(exists) & (k < GROUP_SIZE))

@@ -137,30 +137,84 @@ def _wide_gemm_kernel(
     scale_ptr += row * groups
     zero_ptr += row * groups
     x_stride *= X_STRIDE_DIVISOR
-    acc = _zeros(BLOCK_N, BLOCK_M, K_SLICES)
+    acc = _zeros(BLOCK_N=BLOCK_N, BLOCK_M=BLOCK_M, K_SLICES=K_SLICES)
     for step in tl.range(0, tl.cdiv(K, K_SLICES * BLOCK_K), num_stages=NUM_STAGES):
         # 1. Load and unpack this step's codes as fp32, [K_SLICES * BLOCK_N, BLOCK_K].
         if NBITS == 3:
-            low = load_words(W_q_ptr, step, low_words, 2, BLOCK_K, K_SLICES, EVEN_K)
+            low = load_words(
+                row_ptrs=W_q_ptr,
+                step=step,
+                end=low_words,
+                WIDTH=2,
+                BLOCK_K=BLOCK_K,
+                K_SLICES=K_SLICES,
+                EVEN_K=EVEN_K,
+            )
             W = codes_to_fp32(low, 2)
             high_ptr = W_q_ptr + low_words
-            high = load_words(high_ptr, step, high_words, 1, BLOCK_K, K_SLICES, EVEN_K)
+            high = load_words(
+                row_ptrs=high_ptr,
+                step=step,
+                end=high_words,
+                WIDTH=1,
+                BLOCK_K=BLOCK_K,
+                K_SLICES=K_SLICES,
+                EVEN_K=EVEN_K,
+            )
             W += 4.0 * codes_to_fp32(high, 1)
         else:
-            words = load_words(W_q_ptr, step, low_words, NBITS, BLOCK_K, K_SLICES, EVEN_K)
+            words = load_words(
+                row_ptrs=W_q_ptr,
+                step=step,
+                end=low_words,
+                WIDTH=NBITS,
+                BLOCK_K=BLOCK_K,
+                K_SLICES=K_SLICES,
+                EVEN_K=EVEN_K,
+            )
             W = codes_to_fp32(words, NBITS)
         W = tl.reshape(W, (K_SLICES * BLOCK_N, BLOCK_K // CHUNK_K, CHUNK_K))
         # 2. Load the scales and zeros of this step's groups.
-        scale = load_scales(scale_ptr, step, groups, GROUP_SIZE, BLOCK_K, K_SLICES, EVEN_K)
-        zero = load_scales(zero_ptr, step, groups, GROUP_SIZE, BLOCK_K, K_SLICES, EVEN_K)
+        scale = load_scales(
+            row_ptrs=scale_ptr,
+            step=step,
+            groups=groups,
+            GROUP_SIZE=GROUP_SIZE,
+            BLOCK_K=BLOCK_K,
+            K_SLICES=K_SLICES,
+            EVEN_K=EVEN_K,
+        )
+        zero = load_scales(
+            row_ptrs=zero_ptr,
+            step=step,
+            groups=groups,
+            GROUP_SIZE=GROUP_SIZE,
+            BLOCK_K=BLOCK_K,
+            K_SLICES=K_SLICES,
+            EVEN_K=EVEN_K,
+        )
         # 3. Chunk by chunk, dequantize in fp32, round to the dtype of x, and multiply.
         for j in tl.static_range(BLOCK_K // CHUNK_K):
             a = _split_slices(take(W, j), K_SLICES)
             a -= _split_slices(take(zero, j // CHUNKS), K_SLICES).to(tl.float32)
             a *= _split_slices(take(scale, j // CHUNKS), K_SLICES).to(tl.float32)
-            b = load_x(x_ptr, x_stride, m, M, K, step, j, CHUNK_K, BLOCK_K, K_SLICES, EVEN_K)
-            acc = dot(a.to(DTYPE), b, acc, UPCAST)
-    _store(y_ptr, bias_ptr, acc, n, N, m, M, K_SLICES, DTYPE)
+            b = load_x(
+                x_ptr=x_ptr,
+                x_stride=x_stride,
+                m=m,
+                M=M,
+                K=K,
+                step=step,
+                chunk=j,
+                CHUNK_K=CHUNK_K,
+                BLOCK_K=BLOCK_K,
+                K_SLICES=K_SLICES,
+                EVEN_K=EVEN_K,
+            )
+            acc = dot(a.to(DTYPE), b, acc=acc, UPCAST=UPCAST)
+    _store(
+        y_ptr=y_ptr, bias_ptr=bias_ptr, acc=acc, n=n, N=N, m=m, M=M, K_SLICES=K_SLICES, DTYPE=DTYPE
+    )
 
 
 @triton.jit

@@ -61,7 +61,7 @@ def test_viewed_as_one_dtype_it_is_the_same_layer(storage: torch.dtype, meta: to
     before, x = bits_of(layer), torch.randn(3, 64, requires_grad=True)
     expected = layer(x)
     (gradient,) = torch.autograd.grad(expected.sum(), x)
-    layer.hold_as(storage)
+    layer.view_packed_as(storage)
     assert {getattr(layer, name).dtype for name in PACKED_PARAMETERS} == {storage}
     assert bits_of(layer) == before
     found = layer(x)

@@ -35,12 +35,12 @@ def test_replaces_all_but_the_head_and_reports_it() -> None:
     dense = {n: m.weight.clone() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     report = quantize_model(model, QuantConfig(nbits=8, group_size=16))
     layers = packed(model)
-    assert list(report.matched) == list(layers)
+    assert list(report.quantized) == list(layers)
     assert len(layers) == 14
     assert report.skipped == ["lm_head"]
-    assert report.covered == sum(m.in_features * m.out_features for m in layers.values())
-    assert report.total == total
-    assert report.share == report.covered / total
+    assert report.quantized_weights == sum(m.in_features * m.out_features for m in layers.values())
+    assert report.parameters == total
+    assert report.share == report.quantized_weights / total
     for name, layer in layers.items():
         assert relative_error(dense[name], layer.dequantize()) < 1e-4
     assert model(ids).logits.isfinite().all()
@@ -50,7 +50,7 @@ def test_on_meta_it_only_builds() -> None:
     with torch.device("meta"):
         model = llama()
     report = quantize_model(model, QuantConfig(nbits=2))
-    assert len(report.matched) == 14
+    assert len(report.quantized) == 14
     assert all(p.is_meta for p in model.parameters())
 
 
@@ -58,11 +58,11 @@ def test_on_meta_it_only_builds() -> None:
 def test_overrides_by_glob_and_by_tag(pattern: str) -> None:
     overrides = {"*.mlp.*": {"nbits": 3}, pattern: {"nbits": 8, "group_size": None}}
     report = quantize_model(llama(), QuantConfig(nbits=2, overrides=overrides))
-    assert report.matched["model.layers.1.self_attn.q_proj"] == QuantSpec(
+    assert report.quantized["model.layers.1.self_attn.q_proj"] == QuantSpec(
         8, None, 1, "least_squares", torch.float32
     )
-    assert report.matched["model.layers.1.mlp.up_proj"].nbits == 3
-    assert report.matched["model.layers.1.self_attn.k_proj"].nbits == 2
+    assert report.quantized["model.layers.1.mlp.up_proj"].nbits == 3
+    assert report.quantized["model.layers.1.self_attn.k_proj"].nbits == 2
 
 
 def test_null_and_skip_leave_in_full_precision() -> None:

@@ -199,7 +199,7 @@ def test_same_bits_for_any_slice_and_chunk_size(
         assert same_bits(part, QuantizedWeight(*cut))
     module = sys.modules[quantize_weight.__module__]
     for chunk in (1, 500, 1 << 30):
-        monkeypatch.setitem(module.CHUNK, "cpu", chunk)
+        monkeypatch.setitem(module.CHUNK_WEIGHTS, "cpu", chunk)
         assert same_bits(quantize_weight(W, spec), whole)
 
 

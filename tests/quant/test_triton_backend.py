@@ -17,7 +17,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def _round_to_nearest(W, grid):
     """Fit the codes to the group's range, as `rtn` does, without a kernel."""
     low, width = group_ranges(W)
-    scale = width / grid.top
+    scale = width / grid.max_code
     return scale, -low / scale
 
 
@@ -47,6 +47,6 @@ def test_a_solver_without_a_kernel_runs_in_torch(torch_only: str, caplog):
 
 
 def test_a_long_group_runs_in_torch(torch_only: str):
-    length = 2 * triton_backend.LARGEST_GROUP
+    length = 2 * triton_backend.MAX_GROUP_SIZE
     layout = QuantSpec(8, None, 1, "rtn", torch.float32).layout(1, length)
     assert not triton_backend.is_supported(DEVICE, layout, "rtn")

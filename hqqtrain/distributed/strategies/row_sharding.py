@@ -76,10 +76,10 @@ def unshard(module: nn.Module) -> None:
 
 
 def view_packed_as(module: nn.Module, storage: torch.dtype) -> None:
-    """View all packed weights of `module` as `storage`, see `HQQLinear.hold_as`."""
+    """View all packed weights of `module` as `storage`, see `HQQLinear.view_packed_as`."""
     for part in module.modules():
         if isinstance(part, HQQLinear):
-            part.hold_as(storage)
+            part.view_packed_as(storage)
 
 
 def _replace(module: nn.Module, convert: Callable[[nn.Parameter], Tensor]) -> None:

@@ -58,10 +58,10 @@ def _hqq_zeros(
     models it as sparse noise, and the zero is refitted to what remains of the weights.
     """
     zero = initial_zero.round() if grid.nbits == 4 else initial_zero
-    mean, scaled = FixedPoint.of(W, HQQ_BITS).mean() * inverse_scale, W * inverse_scale
+    mean, scaled = FixedPoint.from_float(W, HQQ_BITS).mean() * inverse_scale, W * inverse_scale
     for _ in range(HQQ_ROUNDS):
         previous = zero
-        codes = (scaled + (zero + nudge)).round_().clamp_(0, grid.top)
+        codes = (scaled + (zero + nudge)).round_().clamp_(0, grid.max_code)
         # The mean over a group of codes - W / scale. Sums of codes are exact in any order.
         zero = codes.sum(0, dtype=torch.float64).float() * (1 / len(W)) - mean
         if _can_shrink(initial_zero, previous, inverse_scale, grid):
@@ -76,8 +76,8 @@ def _hqq_zeros(
 
 
 def _hqq_inverse_scale(width: Tensor, grid: QuantGrid) -> Tensor:
-    """Return top / range, capped at 2e4 as in hqq, unless the range is at most 1e-4."""
-    inverse_scale = grid.top / width
+    """Return max_code / range, capped at 2e4 as in hqq, unless the range is at most 1e-4."""
+    inverse_scale = grid.max_code / width
     capped = torch.minimum(inverse_scale, 2e4 * grid.unit)
     return torch.where(width * grid.unit <= 1e-4, inverse_scale, capped)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hqqtrain.quant.grid import FixedPoint, QuantGrid
 
-LEAST_BITS, MOST_BITS = 14, 20
+MIN_FRACTION_BITS, MAX_FRACTION_BITS = 14, 20
 """Bounds of the fixed-point bits that resolve a group's range; 14 are enough for 256 levels."""
 
 
@@ -20,36 +20,37 @@ LEAST_BITS, MOST_BITS = 14, 20
 class SearchConfig:
     """Starting points and step size of the least-squares search.
 
-    Few codes change in a round, so the plain regression converges slowly. 20 rounds with a stride
-    of 2 reach the error that 60 rounds with a stride of 1 reach (bundled model at 2 bits: 0.103 for
-    both).
+    Few codes change in a round, so the plain regression converges slowly. 20 rounds that are
+    over-relaxed by a factor of 2 reach the error that 60 plain rounds reach (bundled model at
+    2 bits: 0.103 for both).
 
     Attributes:
-        about_middle: Initial ranges, centered on the middle of the group's range, as fractions of
-            that range.
-        about_mean: Initial ranges, centered on the group's mean, as fractions of twice the largest
-            distance from the mean.
+        ranges_about_middle: Initial ranges, centered on the middle of the group's range, as
+            fractions of that range.
+        ranges_about_mean: Initial ranges, centered on the group's mean, as fractions of twice the
+            largest distance from the mean.
         rounds: Rounds from every starting point.
         last_rounds: Further rounds from the best fit of all starting points.
-        stride: Over-relaxation factor: the step of a round as a multiple of the step that the
+        relaxation: Over-relaxation factor: the step of a round as a multiple of the step that the
             regression proposes.
     """
 
-    about_middle: tuple[float, ...] = (0.95, 0.8, 0.65)
-    about_mean: tuple[float, ...] = (0.75, 0.5)
+    ranges_about_middle: tuple[float, ...] = (0.95, 0.8, 0.65)
+    ranges_about_mean: tuple[float, ...] = (0.75, 0.5)
     rounds: int = 3
     last_rounds: int = 5
-    stride: float = 2.0
+    relaxation: float = 2.0
 
 
 SEARCHES = {
-    8: SearchConfig(about_middle=(1.0, 0.998, 0.99, 0.97, 0.9), about_mean=()),  # nothing to clip
-    1: SearchConfig(about_middle=(0.9, 0.7), rounds=4, last_rounds=4, stride=1.5),
+    # At 8 bits hardly anything is gained by clipping: the ranges are close to the full one.
+    8: SearchConfig(ranges_about_middle=(1.0, 0.998, 0.99, 0.97, 0.9), ranges_about_mean=()),
+    1: SearchConfig(ranges_about_middle=(0.9, 0.7), rounds=4, last_rounds=4, relaxation=1.5),
 }
 """Searches by nbits, where another one than the default is best.
 
 They were chosen by the perplexity of the bundled model (`scripts/compare_solvers.py`). The weight
-error hardly distinguishes the candidates: at 2 bits, strides from 1.25 to 2.5 give errors within
+error hardly distinguishes the candidates: at 2 bits, relaxation factors from 1.25 to 2.5 give errors within
 0.5 % of each other, and perplexities from 52 to 75.
 """
 
@@ -73,17 +74,17 @@ def least_squares(W: Tensor, grid: QuantGrid) -> tuple[Tensor, Tensor]:
     Returns:
         The scale [n], in units of the grid, and the zero [n].
     """
-    fixed = FixedPoint.of(W, fraction_bits(grid.nbits, len(W)))
+    fixed = FixedPoint.from_float(W, fraction_bits(grid.nbits, len(W)))
     settings = search_config(grid.nbits)
-    best = _BestFit(fixed.x, grid.top, settings.stride)
+    best = _BestFit(fixed.x, grid.max_code, settings.relaxation)
     for slope, offset in _starting_lines(best, settings):
         best.descend(slope, offset, settings.rounds)
     best.descend(best.slope, best.offset, settings.last_rounds)
     # (mean_code - zero) * scale is the mean of the group: the regression passes through the means.
     mean, mean_code = fixed.mean(), best.mean_code
-    scale = fixed.step / (best.slope * grid.top)
+    scale = fixed.step / (best.slope * grid.max_code)
     # Round the scale to its storage dtype first, so that the zero compensates for the rounding.
-    scale, _ = grid.stored(scale, mean_code - mean / scale)
+    scale, _ = grid.as_stored(scale, mean_code - mean / scale)
     return scale, mean_code - mean / scale
 
 
@@ -91,10 +92,10 @@ def fraction_bits(nbits: int, group_size: int) -> int:
     """Return the fixed-point bits for groups of `group_size` weights.
 
     Sums of codes times weights then fit into 32 bits, unless that would leave fewer than
-    `LEAST_BITS`.
+    `MIN_FRACTION_BITS`.
     """
     room = 30 - nbits - (group_size - 1).bit_length()
-    return min(max(room, LEAST_BITS), MOST_BITS)
+    return min(max(room, MIN_FRACTION_BITS), MAX_FRACTION_BITS)
 
 
 class _BestFit:
@@ -105,8 +106,8 @@ class _BestFit:
     float64; they are exact, so the order of summation cannot change them.
     """
 
-    def __init__(self, x: Tensor, top: int, stride: float) -> None:
-        self.top, self.g, self.stride = top, len(x), stride
+    def __init__(self, x: Tensor, max_code: int, relaxation: float) -> None:
+        self.max_code, self.g, self.relaxation = max_code, len(x), relaxation
         # Center the integers on their rounded mean: products stay small, and v stays an integer.
         total = x.sum(0)
         center = (total.float() * (1 / self.g)).round().double()
@@ -121,12 +122,12 @@ class _BestFit:
         """Improve a line by `rounds` fits, and keep the last fit in the groups where it is best."""
         fit = self._fit(slope, offset)
         for _ in range(1, rounds):
-            # Over-relax: step `stride` times as far as the regression proposes. A slope that
+            # Over-relax: step `relaxation` times as far as the regression proposes. A slope that
             # would turn negative takes the regression's own value instead.
             _, fitted_slope, fitted_offset, _ = fit
-            moved = slope + self.stride * (fitted_slope - slope)
+            moved = slope + self.relaxation * (fitted_slope - slope)
             slope = torch.where(moved > 0, moved, fitted_slope)
-            offset = offset + self.stride * (fitted_offset - offset)
+            offset = offset + self.relaxation * (fitted_offset - offset)
             fit = self._fit(slope, offset)
         # The last fit is a plain regression, without over-relaxation. Select per group.
         is_better = fit[0] > self.gain
@@ -144,7 +145,7 @@ class _BestFit:
         """
         # Nearest codes. The place is rounded to fp32 once, as the fused kernel does.
         place = (self.v * slope.double()).add_(offset.double()).float().clamp_(0, 1)
-        codes = place.double().mul_(self.top).round_()
+        codes = place.double().mul_(self.max_code).round_()
         # g^2 times the variance of the codes and their covariance with v: exact integer sums, which
         # are rounded to fp32 only at the end.
         code_sum = codes.sum(0)
@@ -153,9 +154,9 @@ class _BestFit:
         # v = mean + (code - mean_code) * covariance / variance. Inverted, it gives the next line.
         # If all codes are equal or fall with the weights, no line fits: keep the slope, gain 0.
         is_valid = (covariance > 0) & (variance > 0)
-        slope = torch.where(is_valid, variance / covariance * (1 / self.top), slope)
+        slope = torch.where(is_valid, variance / covariance * (1 / self.max_code), slope)
         mean_code = code_sum.float() * (1 / self.g)
-        offset = mean_code * (1 / self.top) - self.v_mean * slope
+        offset = mean_code * (1 / self.max_code) - self.v_mean * slope
         gain = torch.where(is_valid, covariance * (covariance / variance), 0)
         return gain, slope, offset, mean_code
 
@@ -165,11 +166,11 @@ def _starting_lines(fit: _BestFit, settings: SearchConfig) -> Iterator[tuple[Ten
     # Narrowed ranges about the middle of the group's range.
     width = (fit.high - fit.low).clamp_min(1)
     middle = fit.low + width * 0.5
-    for fraction in settings.about_middle:
+    for fraction in settings.ranges_about_middle:
         slope = 1 / (width * fraction)
         yield slope, 0.5 - middle * slope
     # Symmetric ranges about the mean, which is v = 0.
     reach = torch.maximum(fit.high, -fit.low).clamp_min(1) * 2
-    for fraction in settings.about_mean:
+    for fraction in settings.ranges_about_mean:
         slope = 1 / (reach * fraction)
         yield slope, torch.full_like(slope, 0.5)
