@@ -6,23 +6,22 @@
 
 Reads hqqtrain/ and kernels/hqqtrain_kernels/ of a tree with `ast` and imports nothing of them. A
 function's length excludes its decorators; methods and nested functions count as functions too.
-`--walk` runs a tiny finetune and lists the files whose functions it calls, in order.
+`--walk` runs a tiny finetune, and lists the files that it calls and those that it passes through on
+the way from the command line to the kernels (`house_walk.py`).
 """
 
 import argparse
 import ast
 import io
 import math
-import os
 import re
-import subprocess
 import sys
-import tempfile
 import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from house_walk import walk_finetune
 from tabulate import tabulate
 
 PACKAGES = ("hqqtrain", "kernels/hqqtrain_kernels")
@@ -37,6 +36,24 @@ OUTSIDE_ENGINE = frozenset(
 CLUMP = "Run,Runtime,ModelPlan,LoadedModel,RunnableModel,RunRecorder"
 BAD_OPENINGS = re.compile(r"(Of|What|Else|Whose)\b")
 FOR_TOOLS = re.compile(r"# *(fmt|noqa|type|mypy)\b")
+TESTED_BY = {
+    "kernels/hqqtrain_kernels/dequantize_any_triton": "test_dequantize_triton",
+    "kernels/hqqtrain_kernels/gemv_triton": "test_linear_triton",
+    "kernels/hqqtrain_kernels/hqq_triton": "test_quantize_triton",
+    "kernels/hqqtrain_kernels/least_squares_triton": "test_quantize_triton",
+    "kernels/hqqtrain_kernels/loads_triton": "test_linear_triton",
+    "kernels/hqqtrain_kernels/quantize_kernels_triton": "test_quantize_triton",
+    "kernels/hqqtrain_kernels/skinny_gemm_triton": "test_linear_triton",
+    "kernels/hqqtrain_kernels/skinny_operands_triton": "test_linear_triton",
+    "kernels/hqqtrain_kernels/solver_params": "test_quantize_triton",
+    "kernels/hqqtrain_kernels/tile_triton": "test_quantize_triton",
+    "kernels/hqqtrain_kernels/wide_gemm_triton": "test_linear_triton",
+}
+"""Modules without a test of their name, and the test that runs all of their lines.
+
+Each holds a kernel, or device functions inlined into one, and only the function that the test is
+named after launches it. The three linear kernels get the same cases, so they share a test.
+"""
 LONG_FILE, LONG_FUNCTION, SHORT_FUNCTION = 300, 60, 5
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -85,16 +102,20 @@ def main() -> int:
     parser.add_argument("--walk", action="store_true", help="also list the files of a finetune")
     options = parser.parse_args()
     modules = read_tree(options.tree)
-    tested = {path.stem for path in options.tree.glob("tests/**/test_*.py")}
+    tested = tested_stems(options.tree)
     places = find_places(modules, frozenset(options.clump.split(",")), tested)
     rows = [*sizes(modules), *names(modules)]
     rows += [[what, str(len(found))] for what, found in places.items()]
     if options.walk:
-        called = walk_finetune(options.tree.resolve())
+        files = walk_finetune(options.tree.resolve())
+        called, chain = files["called"], files["chain"]
         packages = {str(Path(path).parent) for path in called}
-        rows.append(["files that a finetune calls, folders of these"])
-        rows[-1].append(f"{len(called)}, {len(packages)}")
+        rows += [
+            ["files that a finetune calls, folders of these", f"{len(called)}, {len(packages)}"],
+            ["files that a finetune passes through from cli to the kernels", str(len(chain))],
+        ]
         places["files that a finetune calls, in order"] = called
+        places["files that a finetune passes through, on the stack of a training step"] = chain
     print(tabulate(rows, headers=["count", "value"], disable_numparse=True))
     for what, found in places.items():
         if found and (options.details or what.startswith("files that a finetune")):
@@ -106,6 +127,22 @@ def read_tree(tree: Path) -> list[Module]:
     """Read every Python file of PACKAGES, sorted by path."""
     paths = sorted(path for package in PACKAGES for path in (tree / package).rglob("*.py"))
     return [Module(str(path.relative_to(tree)), path.read_text("utf-8")) for path in paths]
+
+
+def tested_stems(tree: Path) -> set[str]:
+    """Return the names of the modules that have a test of their name, or one in `TESTED_BY`.
+
+    Raises:
+        FileNotFoundError: `TESTED_BY` names a test that does not exist.
+    """
+    tests = {path.stem for path in tree.glob("tests/**/test_*.py")}
+    stems = {test.removeprefix("test_") for test in tests}
+    for module, test in TESTED_BY.items():
+        if (tree / f"{module}.py").exists():  # another tree may not have it
+            if test not in tests:
+                raise FileNotFoundError(f"TESTED_BY: {module} names {test}, which does not exist")
+            stems.add(Path(module).name)
+    return stems
 
 
 def sizes(modules: Sequence[Module]) -> list[list[str]]:
@@ -175,7 +212,7 @@ def find_places(
         prose += [module.at(n) for n, text in docstrings(module.tree) if BAD_OPENINGS.match(text)]
         if not STRATEGY_HOMES.fullmatch(module.path):
             strategies += [module.at(node) for node in strategy_tests(module.tree)]
-        if not stem.startswith("__") and f"test_{stem}" not in tested:
+        if not stem.startswith("__") and stem not in tested:
             untested.append(module.path)
         if len(module.lines) > LONG_FILE:
             files.append(f"{module.path} {len(module.lines)}")
@@ -256,33 +293,6 @@ def spread(numbers: Sequence[int]) -> str:
 def share(part: int, whole: int, digits: int = 0) -> str:
     """Return such as `55 % (110 of 200)`."""
     return f"{100 * part / whole:.{digits}f} % ({part} of {whole})" if whole else "-"
-
-
-def walk(tree: Path, words: Sequence[str], folder: Path) -> list[str]:
-    """Run `python -m hqqtrain WORDS` in `folder`; return the files with calls, in order.
-
-    Raises:
-        subprocess.CalledProcessError: The command failed; its output has been printed.
-    """
-    out = folder / "called.txt"
-    script = Path(__file__).resolve().with_name("house_walk.py")
-    line = [sys.executable, str(script), str(tree), str(out), *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    env["PYTHONPATH"] = os.pathsep.join([str(tree), str(tree / "kernels")])
-    done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True)
-    if done.returncode:
-        print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
-    done.check_returncode()
-    return out.read_text().splitlines()
-
-
-def walk_finetune(tree: Path) -> list[str]:
-    """Walk through a finetune of three steps on a model of two layers."""
-    from compare_trees_cases import BASE, translate, usage_of, write_inputs
-
-    with tempfile.TemporaryDirectory(prefix="house-counts-") as folder:
-        write_inputs(Path(folder), tree)
-        return walk(tree, translate(BASE, usage_of(tree)), Path(folder))
 
 
 if __name__ == "__main__":

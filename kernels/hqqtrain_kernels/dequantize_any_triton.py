@@ -36,7 +36,7 @@ def dequantize_any_kernel(
     unit, code = row, column
     if AXIS == 0:
         unit, code = row % units, column.to(tl.int64) * GROUP_SIZE + row // units
-    # 3. Load every code with its scale and zero. (code - zero) * scale rounds as the reference does.
+    # 3. Load every code with its scale and zero, and round (code - zero) * scale once.
     unit_ptr = W_q_ptr.to(tl.pointer_type(tl.uint8)) + unit * ROW_BYTES
     if NBITS == 3:
         W = _load_code(plane_ptr=unit_ptr, code=code, mask=mask, WIDTH=2)

@@ -47,8 +47,8 @@ def test_a_recipe_builds_its_quantized_model_on_meta(config: RunConfig):
     low, high = EXPECTED_BILLIONS[config.model.name_or_path]
     assert low < model.num_parameters() / 1e9 < high
     report = quantize_model(model, config.quant)
-    assert {spec.nbits for spec in report.matched.values()} == {config.quant.nbits}
-    assert len(report.matched) == 7 * hf_config.num_hidden_layers
+    assert {spec.nbits for spec in report.quantized.values()} == {config.quant.nbits}
+    assert len(report.quantized) == 7 * hf_config.num_hidden_layers
     assert all(p.device == torch.device("meta") for p in model.parameters())
 
 

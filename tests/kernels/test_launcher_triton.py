@@ -1,5 +1,7 @@
 """Launches by name: later launches pass values by position, so the order must be the kernel's."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from kernel_weights import DEVICE
@@ -31,3 +33,21 @@ def test_another_order_than_the_kernels_is_refused() -> None:
     x, y = torch.zeros(2, 16, device=DEVICE)
     with pytest.raises(AssertionError, match="y_ptr"):
         kernel.launch(grid=(1, 1, 1), tensors={"y_ptr": y, "x_ptr": x}, integers={"n": 1})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({}, True), ({"enable_fp_fusion": False}, False)]
+)
+def test_fp_fusion_does_not_depend_on_the_version_of_triton(options: dict, expected: bool) -> None:
+    """Triton 3.10 turns its default around, and with it bits of results."""
+    given = []
+
+    class Kernel:
+        arg_names = ["x_ptr"]
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda **arguments: given.append(arguments)
+
+    kernel = CachedKernel(Kernel(), {}, **options)
+    kernel.launch(grid=(1, 1, 1), tensors={"x_ptr": torch.zeros(1)}, integers={})
+    assert given[0]["enable_fp_fusion"] is expected

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import hqqtrain_kernels as kernels
-from hqqtrain_kernels import Layout, reference
+from hqqtrain_kernels import Layout
 
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 
@@ -77,29 +77,6 @@ def test_refuses_a_buffer_of_another_shape() -> None:
             kernels.dequantize(*parts, LAYOUTS[2], torch.float32, out=wrong)
     with pytest.raises(ValueError, match="dtype=None"):
         kernels.dequantize(*parts, LAYOUTS[2])
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_dequantizing_in_chunks_changes_nothing(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = Layout(48, 64, 3, 16, axis)
-    parts = packed(layout)
-    whole = kernels.dequantize(*parts, layout, torch.float32)
-    monkeypatch.setattr(reference, "CHUNK_CODES", layout.row_codes * 2 + 1)
-    assert torch.equal(kernels.dequantize(*parts, layout, torch.float32), whole)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS[::3] + AWKWARD[:2], ids=str)
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_opcheck(layout: Layout, with_bias: bool) -> None:
-    parts = packed(layout)
-    x = torch.randn(2, 3, layout.in_features, requires_grad=True)
-    bias = torch.randn(layout.out_features, requires_grad=True) if with_bias else None
-    arguments = operator_arguments(layout)
-    torch.library.opcheck(torch.ops.hqqtrain.linear.default, (x, *parts, bias, *arguments))
-    torch.library.opcheck(torch.ops.hqqtrain.dequantize.default, (*parts, *arguments))
-    out = torch.empty(layout.out_features, layout.in_features)
-    into = torch.ops.hqqtrain.dequantize_into.default
-    torch.library.opcheck(into, (*parts, *arguments[:-1], out))
 
 
 def shapes_of_x(k: int) -> list[Callable[[], Tensor]]:

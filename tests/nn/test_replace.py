@@ -98,7 +98,7 @@ def test_patterns_that_select_nothing_are_refused(settings: dict, message: str) 
 
 def test_the_default_skip_may_match_nothing() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
-    assert list(quantize_model(model, QuantConfig()).matched) == ["0"]
+    assert list(quantize_model(model, QuantConfig()).quantized) == ["0"]
 
 
 def test_a_model_without_linears() -> None:

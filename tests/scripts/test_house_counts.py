@@ -65,7 +65,7 @@ def tree(tmp_path: Path) -> Path:
 
 def test_places(tree):
     modules = house_counts.read_tree(tree)
-    tested = {"test_loop", "test_ddp", "test_wide_triton"}
+    tested = {"loop", "ddp", "wide_triton"}
     found = house_counts.find_places(modules, frozenset({"Plan", "Built"}), tested)
     assert found == {what: [f"hqqtrain/{at}" for at in places] for what, places in PLACES.items()}
 
@@ -96,13 +96,17 @@ def test_table(tree):
     assert "\nmodules without a test_<module>.py:\n  hqqtrain/cli.py\n" in output
 
 
-def test_walk_leaves_out_what_imports_call(tree):
-    package = tree / "hqqtrain"
-    (package / "cli.py").write_text(
-        "from hqqtrain.keys import key\nimport sys\nNAME = key()\n"
-        "def main():\n    from hqqtrain.tasks.run import run\n    run(sys.argv[1:])\n"
-    )
-    (package / "keys.py").write_text("def key():\n    return 1\n")
-    (package / "tasks" / "run.py").write_text("def run(words):\n    assert words == ['a=b']\n")
-    (package / "__main__.py").write_text("from hqqtrain.cli import main\nmain()\n")
-    assert house_counts.walk(tree, ["a=b"], tree) == ["hqqtrain/cli.py", "hqqtrain/tasks/run.py"]
+def test_a_module_may_be_tested_by_another_test(tree, monkeypatch):
+    assert house_counts.tested_stems(tree) == {"loop", "ddp", "wide_triton"}
+    monkeypatch.setattr(house_counts, "TESTED_BY", {"hqqtrain/cli": "test_loop"})
+    assert "cli" in house_counts.tested_stems(tree)
+    monkeypatch.setattr(house_counts, "TESTED_BY", {"hqqtrain/cli": "test_gone"})
+    with pytest.raises(FileNotFoundError, match="hqqtrain/cli names test_gone"):
+        house_counts.tested_stems(tree)
+
+
+def test_the_tests_of_this_tree_that_test_other_modules_exist():
+    root = SCRIPT.parents[1]
+    for module, test in house_counts.TESTED_BY.items():
+        assert (root / f"{module}.py").exists(), module
+        assert list(root.glob(f"tests/**/{test}.py")), test

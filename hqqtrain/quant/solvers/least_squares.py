@@ -50,8 +50,8 @@ SEARCHES = {
 """Searches by nbits, where another one than the default is best.
 
 They were chosen by the perplexity of the bundled model (`scripts/compare_solvers.py`). The weight
-error hardly distinguishes the candidates: at 2 bits, relaxation factors from 1.25 to 2.5 give errors within
-0.5 % of each other, and perplexities from 52 to 75.
+error hardly distinguishes the candidates: at 2 bits, relaxation factors from 1.25 to 2.5 give
+errors within 0.5 % of each other, and perplexities from 52 to 75.
 """
 
 
