@@ -43,7 +43,8 @@ def test_fp_fusion_does_not_depend_on_the_version_of_triton(options: dict, expec
     given = []
 
     class Kernel:
-        arg_names = ["x_ptr"]
+        def __init__(self) -> None:
+            self.arg_names = ["x_ptr"]
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda **arguments: given.append(arguments)
