@@ -33,8 +33,7 @@ def packed_weight(W_q: Tensor, scale: Tensor, zero: Tensor, *params: Any) -> Pac
 
 def _dequantize_into_impl(W_q: Tensor, scale: Tensor, zero: Tensor, *layout_and_out: Any) -> None:
     *layout, out = layout_and_out
-    params = WeightParams(*layout, compute_dtype=out.dtype)
-    matmul.dequantize_into(PackedWeight(W_q, scale, zero, params), out)
+    matmul.dequantize_into(packed_weight(W_q, scale, zero, *layout, out.dtype), out)
 
 
 def _dequantize_impl(W_q: Tensor, scale: Tensor, zero: Tensor, *params: Any) -> Tensor:
