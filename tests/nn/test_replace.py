@@ -121,8 +121,8 @@ def test_the_advice_for_fused_experts_keeps_them_in_full_precision() -> None:
     with pytest.raises(UserError, match=r"quant\.skip='\[lm_head,\"\*\.experts\"\]'"):
         quantize_model(model, QuantConfig())
     report = quantize_model(model, QuantConfig(skip=["lm_head", "*.experts"]))
-    assert list(packed(model)) == list(report.matched)
-    assert len(report.matched) == 8
+    assert list(packed(model)) == list(report.quantized)
+    assert len(report.quantized) == 8
     assert report.skipped == ["lm_head"]
     assert model.model.layers[0].mlp.experts.down_proj.shape == (4, 64, 128)
 
