@@ -126,7 +126,7 @@ def test_the_shapes_of_the_example_are_those_of_the_code():
     assert saved in text
     packed = layer.W_q.nbytes + layer.scale.nbytes + layer.zero.nbytes
     assert f"{packed // 2:,} bytes: {packed * 8 / 4096**2} bits per weight" in text
-    layer.hold_as(torch.bfloat16)
+    layer.view_packed_as(torch.bfloat16)
     assert f"{list(layer.W_q.shape)} of it" in text.replace("\n", " ")
 
 
