@@ -48,7 +48,7 @@ class ConsistencyChecker:
                 module.reshard()
         named = dict(model.named_parameters())
         self._comm = comm
-        self._parameters = named
+        self._params = named
         self._frozen = [name for name, p in named.items() if not p.requires_grad]
         self._parts = {name: _shared_part(p) for name, p in named.items()}
         self.compares = any(part is not None for part in self._parts.values())
@@ -82,8 +82,8 @@ class ConsistencyChecker:
         )  # fmt: skip
 
     def _sums(self) -> dict[str, int]:
-        sums = torch.stack([_checksum(local_tensor(p)) for p in self._parameters.values()])
-        return dict(zip(self._parameters, sums.tolist(), strict=True))
+        sums = torch.stack([_checksum(local_tensor(p)) for p in self._params.values()])
+        return dict(zip(self._params, sums.tolist(), strict=True))
 
     def _replica_mismatches(self, sums: dict[str, int]) -> list[str]:
         """Return a message for every tensor of this rank that its replicas contradict.

@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 from hqqtrain.common.errors import PreemptedError, RankLostError, UserError
+from hqqtrain.compat import default_store
 from hqqtrain.distributed.comm import Communicator, deserialize_error, serialize_error
 
 HEARTBEAT_SECONDS = 0.5
@@ -60,7 +60,7 @@ class Heartbeat:
     def __enter__(self) -> "Heartbeat":
         if self._others:
             # A connection of its own, because the thread uses it while torch may use the first.
-            default: Any = _get_default_store()
+            default: Any = default_store()
             self._store = dist.PrefixStore(self._comm.unique_key("heartbeat"), default.clone())
             self._store.set_timeout(timedelta(seconds=LOST_AFTER_SECONDS))
             # After the barrier the keys of all ranks exist, so `_read_states` never blocks on one.

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
 from torch.distributed.tensor import DTensor
 
+from hqqtrain.compat import is_fsdp1_flattened, zero3_shape, zero3_shard
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.strategies import zero3
 
@@ -58,20 +58,20 @@ def local_rows(param: Tensor) -> slice:
 
 def local_tensor(param: Tensor) -> Tensor:
     """Return the part of `param` on this rank, sharing its memory."""
-    if zero3.is_partitioned(param):
-        return param.ds_tensor  # type: ignore[attr-defined]
+    if (shard := zero3_shard(param)) is not None:
+        return shard
     param = param.detach()
     return param.to_local() if isinstance(param, DTensor) else param
 
 
 def is_sharded(param: Tensor) -> bool:
     """Whether this rank holds only a part of `param`, under any strategy."""
-    return isinstance(param, DTensor) or zero3.is_partitioned(param) or _is_fsdp_flattened(param)
+    return isinstance(param, DTensor) or zero3.is_partitioned(param) or is_fsdp1_flattened(param)
 
 
 def global_numel(param: Tensor) -> int:
     """Number of elements of the full parameter."""
-    return param.ds_numel if zero3.is_partitioned(param) else param.numel()  # type: ignore[attr-defined]
+    return (zero3_shape(param) if zero3.is_partitioned(param) else param.shape).numel()
 
 
 def copy_from_full(param: Tensor, full: Tensor) -> None:
@@ -86,7 +86,7 @@ def full_tensor(param: Tensor) -> Tensor:
     """
     if zero3.is_partitioned(param):
         return zero3.gather_parameter(param)
-    assert not _is_fsdp_flattened(param)
+    assert not is_fsdp1_flattened(param)
     param = param.detach()
     if not isinstance(param, DTensor):
         return param
@@ -105,22 +105,14 @@ def materialize(model: nn.Module, device: torch.device, *, offload: bool = False
         device: Device of the buffers, and of the parameters without `offload`.
         offload: Allocate the parameters on the host.
     """
-    made: dict[Tensor, Any] = {}
+    made: dict[Tensor, Tensor] = {}
     for module in model.modules():
-        registry: dict[str, Any]
-        for registry in (module._parameters, module._buffers):
-            on_host = offload and registry is module._parameters
-            for name, tensor in registry.items():
-                if tensor is None or not tensor.is_meta:
-                    continue
-                if tensor not in made:
-                    target = torch.device("cpu") if on_host else device
-                    made[tensor] = _empty_like(tensor, target)
-                registry[name] = made[tensor]
-
-
-def _empty_like(tensor: Tensor, device: torch.device) -> Tensor:
-    memory = torch.empty_like(tensor, device=device)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(memory, requires_grad=tensor.requires_grad)
-    return memory
+        own: dict[str, Any] = {"recurse": False, "remove_duplicate": False}
+        for name, tensor in (*module.named_parameters(**own), *module.named_buffers(**own)):
+            if not tensor.is_meta:
+                continue
+            if tensor not in made:
+                is_param = isinstance(tensor, nn.Parameter)
+                memory = torch.empty_like(tensor, device="cpu" if offload and is_param else device)
+                made[tensor] = nn.Parameter(memory, tensor.requires_grad) if is_param else memory
+            setattr(module, name, made[tensor])

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.compat import non_persistent_buffers
 from hqqtrain.models.fqn import base_model, strip_wrappers
 from hqqtrain.models.source import read_config_json
 
@@ -68,9 +69,8 @@ def restore_buffers(model: nn.Module, device: torch.device | str) -> None:
     with init_empty_weights(include_buffers=False):
         reference = AutoModelForCausalLM.from_config(root.config, trust_remote_code=False)
     for name, module in reference.named_modules():
-        for leaf in module._non_persistent_buffers_set & module._buffers.keys():
-            value = module._buffers[leaf]
-            modules[name]._buffers[leaf] = None if value is None else value.to(device)
+        for leaf, value in non_persistent_buffers(module).items():
+            setattr(modules[name], leaf, value.to(device))
 
 
 def _explain(path: Path, values: dict[str, Any], error: Exception) -> str:

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hqqtrain.compat import WRAPPER_NAMES, persistent_buffers
 from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS, HQQLinear
 
 # The parts of FQNs that PEFT, torch.compile, activation checkpointing and FSDP add.
-_WRAPPERS = {"base_layer", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_WRAPPERS = {"base_layer", *WRAPPER_NAMES}
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -63,11 +64,10 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.
     root = base_model(model)
     tied = tied_names(root)
     for path, module in root.named_modules():
-        persistent = module._buffers.keys() - module._non_persistent_buffers_set
-        buffers = {k: module._buffers[k] for k in sorted(persistent)}
-        for leaf, tensor in {**module._parameters, **buffers}.items():
+        params = module.named_parameters(recurse=False, remove_duplicate=False)
+        for leaf, tensor in (*params, *sorted(persistent_buffers(module).items())):
             name = f"{path}.{leaf}" if path else leaf
-            if tensor is not None and not is_adapter(name) and strip_wrappers(name) not in tied:
+            if not is_adapter(name) and strip_wrappers(name) not in tied:
                 yield strip_wrappers(name), module, leaf, tensor
 
 
@@ -99,5 +99,5 @@ def retie_weights(model: nn.Module) -> None:
     for target, source in tied_names(root).items():
         path, _, leaf = target.rpartition(".")
         module = root.get_submodule(path)
-        if leaf in module._parameters:
-            module._parameters[leaf] = root.get_parameter(source)
+        if isinstance(getattr(module, leaf, None), nn.Parameter):
+            setattr(module, leaf, root.get_parameter(source))

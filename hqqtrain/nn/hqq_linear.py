@@ -105,9 +105,8 @@ class HQQLinear(nn.Module):
         FSDP1 concatenates parameters and ZeRO-3 flattens them; both need a single dtype.
         """
         for name in PACKED_PARAMETERS:
-            param = self._parameters[name]
-            assert param is not None
-            self._parameters[name] = nn.Parameter(param.detach().view(storage), requires_grad=False)
+            bits = self.get_parameter(name).detach().view(storage)
+            setattr(self, name, nn.Parameter(bits, requires_grad=False))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return W' [out_features, in_features] in `dtype`, by default `compute_dtype`."""
@@ -133,7 +132,7 @@ class HQQLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HQQLinear":
         """Move or cast the module, but never cast the packed parameters."""
-        packed = {id(self._parameters[name]) for name in PACKED_PARAMETERS}
+        packed = {id(getattr(self, name)) for name in PACKED_PARAMETERS}
 
         def keep_bits(tensor: Tensor) -> Tensor:
             changed = fn(tensor)

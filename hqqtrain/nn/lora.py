@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.compat import register_lora_layer
 from hqqtrain.config.groups import AdapterConfig
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.patterns import matching_modules
@@ -57,7 +58,7 @@ def lora_config(adapter: AdapterConfig, model: nn.Module) -> LoraConfig:
 
 def register_hqq_linear(config: LoraConfig) -> LoraConfig:
     """Register `HQQLoraLinear` for `HQQLinear` in `config`; the registration is not saved."""
-    config._register_custom_module({HQQLinear: HQQLoraLinear})
+    register_lora_layer(config, HQQLinear, HQQLoraLinear)
     return config
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from hqqtrain.compat import replace_checkpoint_function
 from hqqtrain.models.fqn import base_model
 
 MIN_OFFLOAD_NUMEL = 1 << 18
@@ -40,10 +41,8 @@ def apply_activation_checkpointing(model: nn.Module, *, offload: bool, frees: bo
         base.gradient_checkpointing_enable(options)
     if not offload:
         return
-    layers = [m for m in base.modules() if hasattr(m, "_gradient_checkpointing_func")]
-    assert layers, "this version of transformers keeps the checkpoint function elsewhere"
-    for layer in layers:
-        setattr(layer, "_gradient_checkpointing_func", partial(_offloaded, options))  # noqa: B010
+    replaced = replace_checkpoint_function(base, partial(_offloaded, options))
+    assert replaced, "this version of transformers keeps the checkpoint function elsewhere"
 
 
 def _offloaded(options: dict[str, Any], function: Any, *inputs: Any) -> Any:

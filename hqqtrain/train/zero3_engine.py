@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hqqtrain.compat import zero3_shape
 from hqqtrain.config.groups import OptimConfig
 from hqqtrain.distributed.gather import LocalShard, local_shard_of
 from hqqtrain.distributed.strategies import zero3
@@ -84,8 +85,8 @@ class ZeRO3Engine:
         shards = {}
         for name, param in self._trainables.items():
             for key, part in zero3.local_training_state(self.model, param).items():
-                shape = param.ds_shape  # type: ignore[attr-defined]
-                shards[f"{name}/{key}" if key else name] = local_shard_of(param, part, shape)
+                shard = local_shard_of(param, part, zero3_shape(param))
+                shards[f"{name}/{key}" if key else name] = shard
         return shards
 
     @property

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hqqtrain_kernels import backend, reference
+from hqqtrain_kernels import backend, compat, reference
 from hqqtrain_kernels.layout import Layout
 
 
@@ -94,7 +94,7 @@ def forward(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         )
         if y is not None:
             return y
-    if x.is_meta or not torch._C._is_any_autocast_enabled():
+    if x.is_meta or not compat.is_any_autocast_enabled():
         return F.linear(x, _dequantize_for(x, weight), bias)
     # Autocast is still enabled below the operator and would change the dtype of the result.
     with torch.autocast(x.device.type, enabled=False):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqqtrain_kernels import matmul
+from hqqtrain_kernels import compat, matmul
 from hqqtrain_kernels.layout import Layout
 from hqqtrain_kernels.matmul import PackedWeight, WeightParams
 from hqqtrain_kernels.op_library import (
@@ -112,7 +112,7 @@ def linear(
     Raises:
         NotImplementedError: scale or zero requires a gradient.
     """
-    if torch._C._is_any_autocast_enabled():
+    if compat.is_any_autocast_enabled():
         x = _autocast(x)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
@@ -149,7 +149,7 @@ class PackedLinearFunction(torch.autograd.Function):
             ctx.params = weight.params
         if _can_skip_dispatcher(x):
             return matmul.forward(x, weight, bias)
-        with torch._C._AutoDispatchBelowAutograd():
+        with compat.BelowAutograd():
             return _call_op(x, weight, bias)
 
     @staticmethod
@@ -193,14 +193,14 @@ def _can_skip_dispatcher(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
+        and compat.dispatch_mode_count() == 0
+        and compat.get_tracing_state() is None
+        and not compat.are_functorch_transforms_active()
     )
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+    return torch.is_grad_enabled() and compat.any_requires_grad(*tensors)
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ def _linear_autograd(
     weight = packed_weight(W_q, scale, zero, *params)
     if _needs_grad(x, scale, zero, bias):
         return PackedLinearFunction.apply(x, bias, weight)
-    with torch._C._AutoDispatchBelowAutograd():
+    with compat.BelowAutograd():
         return _call_op(x, weight, bias)
 
 

@@ -86,12 +86,10 @@ def _replace(module: nn.Module, convert: Callable[[nn.Parameter], Tensor]) -> No
     """Replace each parameter by `convert(parameter)`, called once for tied parameters."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
-        for leaf, param in part._parameters.items():
-            if param is None:
-                continue
+        for leaf, param in list(part.named_parameters(recurse=False, remove_duplicate=False)):
             if param not in made:
                 tensor = convert(param)
                 if not isinstance(tensor, nn.Parameter):
                     tensor = nn.Parameter(tensor, requires_grad=param.requires_grad)
                 made[param] = tensor
-            part._parameters[leaf] = made[param]
+            setattr(part, leaf, made[param])

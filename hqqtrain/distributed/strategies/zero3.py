@@ -14,6 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hqqtrain.compat import (
+    disable_deepspeed_shared_memory,
+    zero3_flat_parameters,
+    zero3_inner_optimizer,
+    zero3_shard,
+)
 from hqqtrain.config.conflicts import Conflict
 from hqqtrain.distributed.strategies.base import ensure_process_group, probe_layer
 from hqqtrain.distributed.strategies.row_sharding import FlatStrategy, unshard, view_packed_as
@@ -148,7 +154,7 @@ def partition_parameters(module: nn.Module, device: torch.device) -> None:
 
 def is_partitioned(param: Tensor) -> bool:
     """Whether ZeRO-3 has sharded `param`."""
-    return hasattr(param, "ds_tensor")
+    return zero3_shard(param) is not None
 
 
 def local_training_state(engine: Any, param: Tensor) -> dict[str, Tensor]:
@@ -180,12 +186,12 @@ def load_moments(engine: Any, step: int, saved: Mapping[Tensor, Mapping[str, Ten
     """
     from deepspeed import utils
 
-    zero = engine.optimizer
     # DeepSpeed steps on flat fp32 groups of this rank's shards. Before the first step they have no
     # state, so create it, with the step count that bias correction needs.
-    for flat in zero.fp32_partitioned_groups_flat:
+    state = zero3_inner_optimizer(engine).state
+    for flat in zero3_flat_parameters(engine):
         moments = {key: torch.zeros_like(flat) for key in MOMENTS}
-        zero.optimizer.state[flat] = {"step": torch.tensor(float(step)), **moments}
+        state[flat] = {"step": torch.tensor(float(step)), **moments}
     # Then write each parameter's shard into its place in the group.
     rank = torch.distributed.get_rank()
     for param, tensors in saved.items():
@@ -198,12 +204,15 @@ def load_moments(engine: Any, step: int, saved: Mapping[Tensor, Mapping[str, Ten
 
 def shard_numel(param: Tensor) -> int:
     """Number of elements of `param` on each rank, padding included."""
-    return param.ds_tensor.numel()  # type: ignore[attr-defined]
+    shard = zero3_shard(param)
+    assert shard is not None
+    return shard.numel()
 
 
 def optimizer_step_count(engine: Any) -> int:
     """Number of steps the optimizer of `engine` has taken."""
-    return max((int(s["step"]) for s in engine.optimizer.optimizer.state.values()), default=0)
+    states = zero3_inner_optimizer(engine).state.values()
+    return max((int(state["step"]) for state in states), default=0)
 
 
 def gather_parameter(param: Tensor) -> Tensor:
@@ -238,7 +247,6 @@ def _deepspeed(device: torch.device) -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # By default DeepSpeed compiles its own all-reduce for processes of one CPU: not needed here.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    disable_deepspeed_shared_memory(deepspeed)
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed

@@ -1,0 +1,130 @@
+"""The private parts of other libraries that hqqtrain needs, each under a public name.
+
+Any release of PyTorch, PEFT, transformers or DeepSpeed may change them without notice. Here they
+are one file, and `tests/test_compat.py` uses each of them with the installed library. Only PyTorch
+is imported; callers pass the objects of the other libraries.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
+
+# PyTorch
+
+default_store = _get_default_store
+"""Return the store of the default process group, which heartbeats are exchanged in.
+
+PyTorch has no public way to get the store that a launcher has made.
+"""
+
+is_fsdp1_flattened = _is_fsdp_flattened
+"""Whether FSDP1 has flattened a parameter, so that it is a view into a shard of its layer.
+
+FSDP1 marks such parameters with an attribute that only this function reads.
+"""
+
+WRAPPER_NAMES = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""Parts of fully qualified names that torch.compile, activation checkpointing and FSDP1 add.
+
+PyTorch removes them from the names in its own state dicts, but has no public list of them.
+"""
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of `module` itself that a checkpoint contains, by name.
+
+    `nn.Module` has no public way to tell them from the others without building a state dict, in
+    which other libraries' hooks rename and add entries.
+    """
+    skipped = module._non_persistent_buffers_set
+    return {name: buffer for name, buffer in _buffers(module) if name not in skipped}
+
+
+def non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of `module` itself that no checkpoint contains, by name."""
+    chosen = module._non_persistent_buffers_set
+    return {name: buffer for name, buffer in _buffers(module) if name in chosen}
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(module.named_buffers(recurse=False, remove_duplicate=False))
+
+
+# PEFT
+
+
+def register_lora_layer(config: Any, base: type[nn.Module], lora: type[nn.Module]) -> None:
+    """Let PEFT put a `lora` layer on every `base` layer; the registration is not saved.
+
+    PEFT documents the method, with its underscore, as the way to support other linear layers.
+
+    Args:
+        config: PEFT's `LoraConfig`, changed in place.
+        base: Class of the layers that get an adapter.
+        lora: Class of PEFT's layer around them.
+    """
+    config._register_custom_module({base: lora})
+
+
+# transformers
+
+_CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
+
+
+def replace_checkpoint_function(model: nn.Module, function: Callable[..., Any]) -> int:
+    """Let checkpointed layers call `function(forward, *inputs)` in place of torch's `checkpoint`.
+
+    transformers chooses the function itself; its public settings are `checkpoint`'s arguments.
+
+    Args:
+        model: A transformers model after `gradient_checkpointing_enable`.
+        function: Runs `forward` on `inputs` and returns its output.
+
+    Returns:
+        The number of modules that now call `function`.
+    """
+    layers = [module for module in model.modules() if hasattr(module, _CHECKPOINT_FUNCTION)]
+    for layer in layers:
+        setattr(layer, _CHECKPOINT_FUNCTION, function)
+    return len(layers)
+
+
+# DeepSpeed's ZeRO-3
+
+
+def zero3_shard(param: Tensor) -> Tensor | None:
+    """Return this rank's flat shard of `param`, padding included; None if it is not sharded.
+
+    DeepSpeed's public functions return fp32 copies of trained parameters only.
+    """
+    return getattr(param, "ds_tensor", None)
+
+
+def zero3_shape(param: Any) -> torch.Size:
+    """Return the full shape of a parameter that ZeRO-3 has sharded; its own shape is empty."""
+    return param.ds_shape
+
+
+def zero3_flat_parameters(engine: Any) -> list[Tensor]:
+    """Return the flat fp32 tensors that the inner optimizer of a DeepSpeed engine steps on.
+
+    Optimizer state is loaded for them. DeepSpeed's public way reads its own checkpoints only.
+    """
+    return engine.optimizer.fp32_partitioned_groups_flat
+
+
+def zero3_inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that the engine was given, which steps on the flat tensors."""
+    return engine.optimizer.optimizer
+
+
+def disable_deepspeed_shared_memory(deepspeed: Any) -> None:
+    """Keep DeepSpeed from compiling its own all-reduce for processes of one CPU.
+
+    It is not needed here, needs a C++ compiler, and no setting turns it off at run time.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
