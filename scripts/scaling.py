@@ -21,7 +21,7 @@ from torch import nn
 from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.distributed.strategies.fsdp2 import FSDP2
-from hqqtrain.distributed.strategies.single import SingleProcess
+from hqqtrain.distributed.strategies.unsharded import SingleProcess
 from hqqtrain.loading.memory_estimate import estimate_memory
 from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.fqn import base_model

@@ -65,6 +65,64 @@ def test_only_the_command_line_and_the_console_print(file):
     assert lines == []
 
 
+PRIVATE_OF_MODULES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+"""Attributes of `nn.Module`, which our modules would reach through `self`, too."""
+BY_NAME = {"getattr", "setattr", "hasattr", "delattr"}
+MAY_BE_USED = {"_exit", "_normalize_file_name"}
+"""`os._exit` is public. Plugins inherit the second from Hydra's `ConfigSource`."""
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name.strip("_").isidentifier()
+
+
+def _own_private_names(trees: list[ast.Module]) -> set[str]:
+    """Return the private functions, methods and attributes that our own code defines."""
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    methods = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    of_self = [node for node in attributes if ast.unparse(node.value) == "self"]
+    assigned = {node.attr for node in of_self if isinstance(node.ctx, ast.Store)}
+    fields = {ast.unparse(node.target) for node in nodes if isinstance(node, ast.AnnAssign)}
+    return (methods | assigned | fields) - PRIVATE_OF_MODULES
+
+
+def _foreign_private_names(tree: ast.Module, own: set[str]) -> list[str]:
+    """Return "line: name" of private attributes, modules and imports that are not our own."""
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute) and node.attr not in own | MAY_BE_USED:
+            names = [node.attr]
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            names = ".".join([module, *(alias.name for alias in node.names)]).split(".")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME:
+            names = [str(getattr(node.args[1], "value", ""))]
+        found += [(node.lineno, name) for name in names if _is_private(name)]
+    return [f"{line}: {name}" for line, name in sorted(found)]
+
+
+PRODUCT = _files("*.py", "hqqtrain", "kernels/hqqtrain_kernels")
+OWN = _own_private_names([ast.parse(file.read_text("utf-8")) for file in PRODUCT])
+
+
+@pytest.mark.parametrize("file", PRODUCT, ids=_name)
+def test_only_compat_uses_private_parts_of_other_libraries(file):
+    if file.name == "compat.py":
+        return
+    found = _foreign_private_names(ast.parse(file.read_text("utf-8")), OWN)
+    assert found == [], "put it into compat.py, under a public name and with a test"
+
+
+@pytest.mark.parametrize("code", [
+    "from torch.distributed.fsdp._common_utils import x", "import torch._C", "torch._C.f()",
+    "from torch.distributed import _get", "self._buffers", "getattr(module, '_hf_hook')",
+])  # fmt: skip
+def test_private_parts_are_found(code):
+    assert _foreign_private_names(ast.parse(code), OWN)
+
+
 def test_the_recipe_folder_has_only_recipes():
     assert {file.suffix for file in (ROOT / "recipes").iterdir()} == {".yaml"}
 

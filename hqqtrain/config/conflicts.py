@@ -26,6 +26,12 @@ class Conflict:
     reason: str
 
 
+BF16_ADAPTERS_IN_FP16 = Conflict(
+    {"adapter.dtype": ("bf16",), "train.precision": ("fp16",)},
+    "the loss scaling of train.precision=fp16 cannot unscale bf16 gradients; use "
+    "train.precision=bf16 or adapter.dtype=fp32.",
+)
+
 CONFIG_CONFLICTS = (
     Conflict(
         {"adapter.kind": ("none",), "task": ("finetune",)},
@@ -59,11 +65,7 @@ CONFIG_CONFLICTS = (
         "the optimizer state is in host memory, where optim.name={optim.name} has nothing to page; "
         "use adamw.",
     ),
-    Conflict(
-        {"adapter.dtype": ("bf16",), "train.precision": ("fp16",)},
-        "the loss scaling of train.precision=fp16 cannot unscale bf16 gradients; use "
-        "train.precision=bf16 or adapter.dtype=fp32.",
-    ),
+    BF16_ADAPTERS_IN_FP16,
 )
 """The combinations that the configuration alone decides."""
 

@@ -10,7 +10,7 @@ from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.distributed.strategies.fsdp2 import FSDP2
 from hqqtrain.distributed.strategies.registry import STRATEGIES
-from hqqtrain.distributed.strategies.single import SingleProcess
+from hqqtrain.distributed.strategies.unsharded import SingleProcess
 from hqqtrain.loading import memory_check
 from hqqtrain.loading.memory_check import AvailableMemory, available_memory, check_fits, oom_advice
 from hqqtrain.loading.memory_estimate import MemoryEstimate, estimate_memory

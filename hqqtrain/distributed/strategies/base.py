@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hqqtrain.config.conflicts import PAGED_OPTIMIZERS, Conflict
 from hqqtrain.distributed.comm import Communicator
-from hqqtrain.distributed.strategies.supports import Supports
 
 STORAGE_DTYPES = {
     "uint8": torch.uint8,
@@ -21,6 +21,29 @@ STORAGE_DTYPES = {
     "fp32": torch.float32,
 }
 """Dtypes of `quant.storage_dtype`."""
+
+BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", *PAGED_OPTIMIZERS)
+"""The values of `optim.name` that bitsandbytes implements."""
+
+
+@dataclass(frozen=True)
+class Supports:
+    """The settings that a strategy may be combined with, as data; see `check_supported`.
+
+    Attributes:
+        several_processes: Whether more than one process may run.
+        parameter_offload: Whether `parallel.offload=parameters` works.
+        hsdp: Whether `parallel.hsdp` works.
+        package: Python package that the strategy needs, which is also the name of our extra for
+            `pip install`; empty for none.
+        conflicts: Values of other keys that the strategy does not support.
+    """
+
+    several_processes: bool = True
+    parameter_offload: bool = False
+    hsdp: bool = False
+    package: str = ""
+    conflicts: tuple[Conflict, ...] = ()
 
 
 @dataclass(eq=False)

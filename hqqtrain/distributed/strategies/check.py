@@ -5,7 +5,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.conflicts import PAGED_OPTIMIZERS, Conflict, conflict_errors
+from hqqtrain.config.conflicts import (
+    BF16_ADAPTERS_IN_FP16,
+    PAGED_OPTIMIZERS,
+    Conflict,
+    conflict_errors,
+)
 from hqqtrain.config.groups import (
     AdapterConfig,
     OptimConfig,
@@ -13,17 +18,17 @@ from hqqtrain.config.groups import (
     QuantConfig,
     TrainConfig,
 )
-from hqqtrain.distributed.strategies.base import Strategy
+from hqqtrain.distributed.strategies.base import BITSANDBYTES_OPTIMIZERS, Strategy, Supports
 from hqqtrain.distributed.strategies.registry import STRATEGIES
-from hqqtrain.distributed.strategies.supports import BITSANDBYTES_OPTIMIZERS, Supports
 
 MACHINE_CONFLICTS = (
     Conflict(
         {"optim.name": PAGED_OPTIMIZERS, "device": ("cpu",)},
         "paged optimizers need a CUDA GPU; use adamw or adamw_8bit.",
     ),
+    BF16_ADAPTERS_IN_FP16,  # again, because accelerate's configuration may decide the precision
 )
-"""Combinations that no strategy supports on the machine."""
+"""Combinations that no strategy supports, once what depends on the machine is resolved."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.conflicts import Conflict
 from hqqtrain.distributed.strategies.base import (
+    Supports,
     ensure_process_group,
     probe_layer,
     storage_dtype_name,
 )
 from hqqtrain.distributed.strategies.row_sharding import FlatStrategy, unshard, view_packed_as
-from hqqtrain.distributed.strategies.supports import Supports
 from hqqtrain.models.families.structure import decoder_layers, describe_decoder_layers
 from hqqtrain.models.fqn import base_model
 from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS

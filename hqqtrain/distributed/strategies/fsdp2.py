@@ -11,8 +11,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.conflicts import Conflict
-from hqqtrain.distributed.strategies.base import Strategy, ensure_process_group, probe_layer
-from hqqtrain.distributed.strategies.supports import BITSANDBYTES_OPTIMIZERS, Supports
+from hqqtrain.distributed.strategies.base import (
+    BITSANDBYTES_OPTIMIZERS,
+    Strategy,
+    Supports,
+    ensure_process_group,
+    probe_layer,
+)
 from hqqtrain.models.families.structure import decoder_layers, describe_decoder_layers
 
 logger = logging.getLogger(__name__)

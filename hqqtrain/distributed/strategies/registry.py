@@ -4,10 +4,9 @@ import logging
 
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.strategies.base import Strategy
-from hqqtrain.distributed.strategies.ddp import DDP
 from hqqtrain.distributed.strategies.fsdp1 import FSDP1
 from hqqtrain.distributed.strategies.fsdp2 import FSDP2
-from hqqtrain.distributed.strategies.single import SingleProcess
+from hqqtrain.distributed.strategies.unsharded import DDP, SingleProcess
 from hqqtrain.distributed.strategies.zero3 import ZeRO3
 
 logger = logging.getLogger(__name__)

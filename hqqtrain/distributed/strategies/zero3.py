@@ -21,9 +21,13 @@ from hqqtrain.compat import (
     zero3_shard,
 )
 from hqqtrain.config.conflicts import Conflict
-from hqqtrain.distributed.strategies.base import ensure_process_group, probe_layer
+from hqqtrain.distributed.strategies.base import (
+    BITSANDBYTES_OPTIMIZERS,
+    Supports,
+    ensure_process_group,
+    probe_layer,
+)
 from hqqtrain.distributed.strategies.row_sharding import FlatStrategy, unshard, view_packed_as
-from hqqtrain.distributed.strategies.supports import BITSANDBYTES_OPTIMIZERS, Supports
 from hqqtrain.models.families.structure import decoder_layers, describe_decoder_layers
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,198 @@
+"""Each private part of another library still does what hqqtrain needs it for.
+
+A failure here means that a new release changed it: the message names what to look at. Mend
+`hqqtrain/compat.py` so that it works with all releases in the range of pyproject.toml, or narrow
+the range. An ImportError names an alias that is gone: see its entry in `ADVICE`.
+"""
+
+import ast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from ranks import CPU
+from torch import nn
+from torch.distributed import HashStore, destroy_process_group, init_process_group
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hqqtrain import compat
+from hqqtrain.distributed.strategies import zero3
+
+_ZERO3 = "needed to save and load training state by name; deepspeed.utils.safe_get_* are public"
+ADVICE = {
+    "default_store": "needed for heartbeats; pass a store of our own to init_process_group",
+    "is_fsdp1_flattened": "needed to know sharded parameters; look at FSDP.state_dict_type",
+    "WRAPPER_NAMES": "needed for names on disk; look at torch's get_model_state_dict",
+    "persistent_buffers": "needed to name the tensors of a checkpoint; compare with state_dict()",
+    "non_persistent_buffers": "needed to compute inv_freq again; compare with state_dict()",
+    "register_lora_layer": "needed for LoRA on HQQLinear; look at PEFT's page on custom models",
+    "replace_checkpoint_function": "needed to offload activations; look at "
+    "gradient_checkpointing_enable, which chooses the function",
+    "zero3_shard": _ZERO3,
+    "zero3_shape": _ZERO3,
+    "zero3_flat_parameters": _ZERO3,
+    "zero3_inner_optimizer": _ZERO3,
+    "disable_deepspeed_shared_memory": "needed where no compiler is; look at deepspeed.comm",
+}
+
+
+@contextmanager
+def advised(name: str) -> Iterator[None]:
+    """Add the advice for `name` to an error in the context."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"hqqtrain.compat.{name}: {ADVICE[name]}")
+        raise
+
+
+@pytest.fixture
+def one_rank() -> Iterator[HashStore]:
+    store = HashStore()
+    init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield store
+    destroy_process_group()
+
+
+def test_everything_has_advice():
+    tree = ast.parse(Path(compat.__file__).read_text("utf-8"))
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    aliases = {ast.unparse(node.targets[0]) for node in tree.body if isinstance(node, ast.Assign)}
+    assert {name for name in functions | aliases if not name.startswith("_")} == ADVICE.keys()
+
+
+def test_the_default_store_is_shared_and_can_be_cloned(one_rank: HashStore):
+    with advised("default_store"):
+        compat.default_store().clone().set("key", "value")
+        assert compat.default_store().get("key") == b"value"
+
+
+def test_fsdp1_marks_what_it_flattens(one_rank: HashStore):
+    plain, wrapped = nn.Linear(3, 2), nn.Linear(3, 2)
+    wrapped = FullyShardedDataParallel(wrapped, use_orig_params=True, device_id=CPU)
+    with advised("is_fsdp1_flattened"):
+        assert not any(map(compat.is_fsdp1_flattened, plain.parameters()))
+        assert all(map(compat.is_fsdp1_flattened, wrapped.parameters()))
+
+
+def test_wrappers_add_known_parts_to_names(one_rank: HashStore):
+    compiled = torch.compile(nn.Linear(3, 2))
+    checkpointed = checkpoint_wrapper(nn.Linear(3, 2))
+    flat = FullyShardedDataParallel(nn.Linear(3, 2), use_orig_params=True, device_id=CPU)
+    with advised("WRAPPER_NAMES"):
+        # checkpoint_wrapper hides its part from named_parameters, but not from named_modules.
+        names = {n for m in (compiled, checkpointed, flat) for n, _ in m.named_modules() if n}
+        assert names == compat.WRAPPER_NAMES
+
+
+def test_buffers_are_split_as_in_a_state_dict():
+    module = nn.BatchNorm1d(3)
+    module.register_buffer("angles", torch.ones(2), persistent=False)
+    module.register_buffer("absent", None, persistent=False)
+    with advised("persistent_buffers"):
+        kept = compat.persistent_buffers(module)
+        assert kept.keys() == module.state_dict().keys() - {"weight", "bias"}
+        assert kept["running_mean"] is module.running_mean
+    with advised("non_persistent_buffers"):
+        assert compat.non_persistent_buffers(nn.Sequential(module)) == {}
+        ((name, buffer),) = compat.non_persistent_buffers(module).items()
+        assert name == "angles"
+        assert buffer is module.angles
+
+
+class Scaled(nn.Module):
+    """A layer that PEFT does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 4
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+class ScaledLora(peft.tuners.lora.layer.Linear):
+    """PEFT's layer around it."""
+
+
+def test_peft_wraps_a_layer_that_it_does_not_know(tmp_path: Path):
+    config = peft.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    with advised("register_lora_layer"):
+        compat.register_lora_layer(config, Scaled, ScaledLora)
+        model = peft.get_peft_model(nn.Sequential(Scaled()), config)
+        assert type(model.base_model.model[0]) is ScaledLora
+        model.save_pretrained(tmp_path)
+        assert "ScaledLora" not in (tmp_path / "adapter_config.json").read_text()
+
+
+def test_every_decoder_layer_calls_the_checkpoint_function():
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2
+    )
+    model, calls = LlamaForCausalLM(config).train(), []
+
+    def function(forward: Any, *inputs: torch.Tensor, **more: Any) -> Any:
+        calls.append(inputs[0].shape)
+        return forward(*inputs, **more)
+
+    with advised("replace_checkpoint_function"):
+        assert compat.replace_checkpoint_function(model, function) == 0
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert compat.replace_checkpoint_function(model, function) >= 3
+        model(input_ids=torch.arange(5)[None], use_cache=False)
+        assert calls == [(1, 5, 8)] * 3
+
+
+def test_moving_a_module_calls_the_apply_of_each_part():
+    """`HQQLinear` overrides `nn.Module._apply` to keep packed bits from being cast."""
+    calls = []
+
+    class Recording(nn.Linear):
+        def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+            calls.append(fn(torch.zeros(1)).dtype)
+            return super()._apply(fn, recurse)
+
+    part = Recording(2, 2)
+    assert nn.Sequential(part).to(torch.bfloat16).half()[0] is part
+    assert calls == [torch.bfloat16, torch.float16], (
+        "nn.Module.to no longer calls _apply of its parts: HQQLinear must protect packed bits in "
+        "another way; look at torch.__future__ and nn.Module.to"
+    )
+
+
+def test_deepspeed(one_rank: HashStore, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    deepspeed = zero3._deepspeed(CPU)
+    with advised("disable_deepspeed_shared_memory"):
+        assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+    module = nn.Linear(5, 3)
+    weight = module.weight.detach().clone()
+    zero3.partition_parameters(module, CPU)
+    with advised("zero3_shard"):
+        assert compat.zero3_shard(weight) is None
+        shard = compat.zero3_shard(module.weight)
+        assert shard is not None
+        assert torch.equal(shard.flatten(), weight.flatten())
+    with advised("zero3_shape"):
+        assert module.weight.shape != weight.shape
+        assert compat.zero3_shape(module.weight) == weight.shape
+    optimizer = torch.optim.AdamW(module.parameters())
+    engine = deepspeed.initialize(model=module, optimizer=optimizer, config=zero3._config())[0]
+    with advised("zero3_inner_optimizer"):
+        assert compat.zero3_inner_optimizer(engine) is optimizer
+    with advised("zero3_flat_parameters"):
+        (flat,) = compat.zero3_flat_parameters(engine)
+        assert (flat.dtype, flat.numel()) == (torch.float32, 5 * 3 + 3)
+        engine.backward(engine(torch.ones(2, 5)).sum())
+        engine.step()
+        assert list(optimizer.state) == [flat]
+        assert optimizer.state[flat].keys() >= {"step", *zero3.MOMENTS}
