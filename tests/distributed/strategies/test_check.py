@@ -47,6 +47,8 @@ def test_the_defaults_suit_every_strategy(strategy, precision):
      r"^train\.precision=fp16: parallel\.strategy=zero3 .*use bf16, or fsdp2\.$"),
     ("zero3", TrainConfig(on_nonfinite="skip"), "bf16", "cuda",
      r"^train\.on_nonfinite=skip: .*under parallel\.strategy=zero3 use stop, or fsdp2\.$"),
+    ("fsdp2", AdapterConfig(dtype="bf16"), "fp16", "cuda",
+     r"^adapter\.dtype=bf16: .*unscale bf16.*train\.precision=bf16 or adapter\.dtype=fp32\.$"),
     ("zero3", AdapterConfig(dtype="bf16"), "bf16", "cuda",
      r"^adapter\.dtype=bf16: .*under parallel\.strategy=zero3; use fp32, or fsdp2\.$"),
     ("ddp", ParallelConfig(offload="all"), "bf16", "cuda",
@@ -88,7 +90,7 @@ def test_all_contradictions_are_reported_at_once(monkeypatch):
     )
     with pytest.raises(UserError) as error:
         _check("zero3", settings, precision="fp16")
-    assert len(str(error.value).splitlines()) == 6
+    assert len(str(error.value).splitlines()) == 7
 
 
 def test_a_task_that_does_not_train_needs_no_optimizer():
