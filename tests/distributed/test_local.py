@@ -3,13 +3,13 @@
 import pytest
 import torch
 from fake_group import fake_rank
-from ranks import CPU, on_ranks
+from ranks import CPU
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
+from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.distributed.local import (
     copy_from_full,
     full_tensor,
@@ -64,15 +64,6 @@ def test_replicas():
         assert (size, rank) == (2, 1)
         assert torch.distributed.get_process_group_ranks(group) == [0, 2]
         assert local_rows(linear.weight) == slice(0, 5)
-
-
-def gathers_rows(rank: int, comm: Communicator) -> None:
-    assert torch.equal(full_tensor(_sharded(FULL, comm.size)), FULL)
-
-
-@pytest.mark.ranks
-def test_the_full_tensor_is_gathered_from_uneven_rows():
-    assert on_ranks(gathers_rows, 3) == ["", "", ""]
 
 
 def _meta_model() -> nn.Module:

@@ -29,7 +29,7 @@ def _one_rank() -> Iterator[None]:
 def _model() -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=33, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        vocab_size=33, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
