@@ -49,8 +49,8 @@ def _files() -> tuple[Path, ...]:
 
 @cache
 def _words_of_the_code() -> frozenset[str]:
-    """Return every word of the Python files of the product, as written and split at `_`."""
-    sources = (p for p in _files() if p.suffix == ".py" and p.parts[len(ROOT.parts)] != "tests")
+    """Return every word of the Python files, except for this one."""
+    sources = (p for p in _files() if p.suffix == ".py" and p != Path(__file__))
     return frozenset(re.findall(r"\w+", " ".join(map(_text, sources))))
 
 
@@ -132,7 +132,7 @@ def test_the_shapes_of_the_example_are_those_of_the_code():
 
 def test_words_of_the_glossary_are_used():
     """A word that has left the code leaves the glossary."""
-    sources = (path for path in _files() if path.suffix == ".py" and path.name != "test_docs.py")
+    sources = (path for path in _files() if path.suffix == ".py" and path != Path(__file__))
     code = re.sub(r"[\s_]+", " ", " ".join(map(_text, sources))).lower()
     words = [word for line in re.findall(r"^\| \*\*(.*?)\*\*", _text(GLOSSARY), re.MULTILINE)
              for word in line.lower().split(", ")]  # fmt: skip
