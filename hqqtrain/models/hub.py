@@ -5,12 +5,12 @@ A request never waits forever, and every failure becomes a message that the user
 
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi, get_session, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -28,9 +28,9 @@ _SMALL = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 # Other formats of the same weights that repositories contain in addition to the standard one.
 _NEVER = ["*/*", "consolidated*", "*.fp16*"]
 
+# HTTPError is httpx's or httpx2's, whichever the installed huggingface_hub uses.
 _FAILURES = (
-    HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
-    httpx.HTTPError,
+    HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError,
 )  # fmt: skip
 
 

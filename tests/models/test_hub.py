@@ -4,11 +4,11 @@ The first tests connect to real sockets of this machine through the unchanged hu
 hub's own replies are raised by a fake client, as the real client raises them.
 """
 
+import importlib
 import socket
 import time
 from pathlib import Path
 
-import httpx
 import pytest
 from huggingface_hub import close_session, constants, errors
 
@@ -16,6 +16,9 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.models import hub
 from hqqtrain.models.source import resolve_source
+
+httpx = importlib.import_module(errors.HTTPError.__module__.partition(".")[0])
+"""The HTTP library of huggingface_hub: httpx, or since its version 2 httpx2."""
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +70,7 @@ def test_a_name_the_hub_cannot_have():
         resolve_source(ModelConfig(name_or_path="what is this?"))
 
 
-def _response(status: int) -> httpx.Response:
+def _response(status: int):
     return httpx.Response(status, request=httpx.Request("GET", "https://hub/api"))
 
 
