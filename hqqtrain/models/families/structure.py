@@ -36,10 +36,14 @@ def output_head(model: nn.Module) -> Any:
 def text_backbone(model: nn.Module) -> nn.Module:
     """Return the module with the input embeddings and the decoder layers.
 
-    It is the smallest module around the embeddings that contains a list of modules, so the vision
-    tower of a vision-language model is outside. A model without known embeddings is returned whole.
+    The vision tower of a vision-language model is outside. transformers' own `get_decoder` is right
+    for most models, but some return their head or themselves. Then the backbone is the smallest
+    module around the embeddings that contains a list of modules, or the whole model.
     """
     root, embeddings = _root(model), input_embeddings(model)
+    decoder = root.get_decoder() if isinstance(root, PreTrainedModel) else root
+    if decoder is not root and _module_lists(decoder):
+        return decoder
     path = next((name for name, module in root.named_modules() if module is embeddings), "")
     while path:
         path = path.rpartition(".")[0]

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BltConfig,
     CLIPVisionConfig,
     Gemma3Config,
     LlamaConfig,
@@ -127,7 +128,13 @@ def test_transformers_get_decoder_is_not_the_backbone_of_modernbert():
     )  # fmt: skip
     model = on_meta(config)
     assert isinstance(model.get_decoder(), nn.Linear)
+    assert text_backbone(model) is model.model
     assert decoder_layers(model) is model.model.layers
+
+
+def test_byte_latent_transformers_have_most_layers_outside_of_the_part_with_the_embeddings():
+    model = on_meta(BltConfig())
+    assert find_decoder_layers(model) is model.model.global_transformer.layers
 
 
 class MadeUp(nn.Module):
