@@ -92,6 +92,7 @@ def init_adapters(model: nn.Module, seed: int, kind: str,
 
 def _initial_values(param: nn.Parameter, key: str, kind: str) -> Tensor:
     """Return the initial value of a LoRA matrix A; `key` seeds its random generator."""
+    # A matrix has a generator of its own: its values depend on no other matrix and on no rank.
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     values = torch.empty(param.shape)

@@ -82,7 +82,7 @@ def quantize_async(
     solve = (
         triton_backend.quantize_with_triton
         if triton_backend.is_supported(W.device, layout, spec.solver)
-        else _in_chunks
+        else _quantize_in_chunks
     )
     *quantized, not_finite = solve(W, layout, spec)
     return QuantizedWeight(*quantized), not_finite
@@ -93,7 +93,9 @@ def dequantize_weight(q: QuantizedWeight, layout: Layout, dtype: torch.dtype) ->
     return kernels.dequantize(q.W_q, q.scale, q.zero, layout, dtype)
 
 
-def _in_chunks(W: Tensor, layout: Layout, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantize_in_chunks(
+    W: Tensor, layout: Layout, spec: QuantSpec
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantize W with torch.
 
     Returns:
@@ -129,12 +131,12 @@ def _solve(W: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
     grid = QuantGrid(spec.nbits, unit, spec.meta_dtype)
     constant = W.amin(0) == W.amax(0)
     W = W / unit
+    # The codes must be nearest with scale and zero as they are stored, so round these first.
     scale, zero = grid.as_stored(*SOLVERS[spec.solver].solve(W, grid))
     # Constant groups: scale 1 in units, with the rounding of the storage dtype.
     one, _ = grid.as_stored(torch.ones_like(scale), zero)
     scale = torch.where(constant, one, scale)
     zero = torch.where(constant, -W[0] / one, zero)
-    # Encode with scale and zero as rounded by storage.
     codes = grid.encode(W, *grid.as_stored(scale, zero)).masked_fill_(constant, 0)
     return codes.t().to(torch.uint8), *grid.to_meta_dtype(scale, zero)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from hqqtrain_kernels.layout import Layout
 from hqqtrain_kernels.reference import CHUNK_CODES, pack, unpack
 
-PACKINGS = {
+HQQ_PACKINGS = {
     8: (torch.uint8, 1),  # 8bit_u8
     4: (torch.uint8, 2),  # 4bit_u8
     3: (torch.int32, 10),  # 3bit_32
@@ -50,7 +50,7 @@ def from_hqq(
         ValueError: A shape or dtype differs, or hqq cannot pack this number of rows.
     """
     rows, columns, meta = _matrix_shapes(layout)
-    dtype, fields = PACKINGS[layout.nbits]
+    dtype, fields = HQQ_PACKINGS[layout.nbits]
     if W_q.dtype != dtype and W_q.is_floating_point():
         W_q = W_q.view(dtype)
     _check("W_q", W_q, (math.ceil(rows / fields), columns), dtype)
@@ -83,7 +83,7 @@ def to_hqq(
         ValueError: A shape or dtype differs, or hqq cannot pack this number of rows.
     """
     rows, columns, meta = _matrix_shapes(layout)
-    dtype, fields = PACKINGS[layout.nbits]
+    dtype, fields = HQQ_PACKINGS[layout.nbits]
     if W_q.is_floating_point():
         W_q = W_q.view(torch.uint8)
     _check("W_q", W_q, (layout.units, layout.row_bytes), torch.uint8)
@@ -100,7 +100,7 @@ def _matrix_shapes(layout: Layout) -> tuple[int, int, tuple[int, int]]:
     """Return rows and columns of hqq's matrix of codes, and the shape of its scale and zero."""
     groups, g = layout.units * layout.groups, layout.group_size
     rows, columns = (groups, g) if layout.axis == 1 else (g, groups)
-    fields = PACKINGS[layout.nbits][1]
+    fields = HQQ_PACKINGS[layout.nbits][1]
     if layout.nbits != 3 and rows % fields:
         raise ValueError(
             f"{layout}: hqq packs {fields} rows of {layout.nbits}-bit codes into one, and cannot "
@@ -163,7 +163,8 @@ def _field_slices(step: int, nbits: int, rows: slice) -> Iterator[tuple[int, sli
     Each item is the shift of the field, the rows of packed integers, and the positions within
     `rows` of the codes they hold. `step` is the number of rows of packed integers.
     """
-    fields = PACKINGS[nbits][1]
+    fields = HQQ_PACKINGS[nbits][1]
+    # Field f holds the rows f * step to (f + 1) * step: visit the fields that `rows` reaches into.
     for field in range(rows.start // step, (rows.stop - 1) // step + 1):
         first = field * step
         start, stop = max(rows.start, first), min(rows.stop, first + step)

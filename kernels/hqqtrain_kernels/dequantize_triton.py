@@ -146,6 +146,7 @@ def _dequantize_rows_kernel(
 ):
     """Axis 1, groups of whole chunks: a program writes up to BLOCK_CHUNKS chunks of a row."""
     blocks: tl.constexpr = (IN_FEATURES // 8 + BLOCK_CHUNKS - 1) // BLOCK_CHUNKS
+    # Program -> (row, first chunk). A row is a unit, so its number is that of its packed bytes too.
     row = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * BLOCK_CHUNKS
     chunk = tl.arange(0, BLOCK_CHUNKS)
@@ -162,6 +163,7 @@ def _dequantize_rows_kernel(
         zero_ptr=zero_ptr + group,
         NBITS=NBITS,
     )
+    # Each thread stores its chunks whole: 16 bytes of bf16, adjacent to those of its neighbors.
     out_ptr += row * out_stride * STRIDE_DIVISOR + first * 8
     at = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
     tl.store(out_ptr + at, W.to(out_ptr.dtype.element_ty), mask[:, None])

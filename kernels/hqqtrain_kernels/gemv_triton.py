@@ -256,8 +256,10 @@ def _code_order(NBITS: tl.constexpr, ADJACENT_PAIRS: tl.constexpr):
     """
     TILE: tl.constexpr = 128 // NBITS  # codes of a tile
     i = tl.arange(0, 4 * TILE)
+    # Take the number of an operand apart, from its slowest dimension to its fastest.
     word = i // TILE
     tile = i // (2 * ADJACENT_PAIRS) % 4
     fields = i // (8 * ADJACENT_PAIRS) % (16 // NBITS // ADJACENT_PAIRS) * ADJACENT_PAIRS
     field = fields + i // 2 % ADJACENT_PAIRS
+    # Field i of word w of a tile holds the codes 8 i + 2 w and 8 i + 2 w + 1: see `unpack_triton`.
     return tile * TILE + 8 * field + 2 * word + i % 2

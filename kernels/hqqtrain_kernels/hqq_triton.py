@@ -87,6 +87,7 @@ def hqq(
     fractions = code_fractions(W, inverse_scale, NBITS)
     TRIES: tl.constexpr = len(NUDGES) if NBITS == 1 else 1
     for i in tl.static_range(TRIES):
+        # hqq begins with a whole zero at 4 bits.
         zero = initial_zero
         if NBITS == 4:
             zero = _round_half_even(initial_zero)
@@ -99,6 +100,7 @@ def hqq(
             distance = tl.maximum(tl.abs(zero - initial_zero), 0.5) * 1.01
             shrinks = distance * (scale * unit) > THRESHOLD
             deferred = deferred | shrinks
+            # Clamping costs an instruction a weight: only if the tile has a code beyond the last.
             # The new zero is the mean of code - W / scale over the group.
             if clips:
                 n = _sum_codes(
@@ -135,6 +137,7 @@ def hqq(
             moved, clips = _any_moved_or_clips(
                 zero=zero, previous=previous, nudge=NUDGES[i], peak=peak, MAX_CODE=MAX_CODE
             )
+            # Once no zero of the tile moves, further rounds would not move it either.
             rounds_left = tl.where(moved, rounds_left - 1, 0)
         if NBITS > 1:
             best_zero = zero
@@ -203,6 +206,7 @@ def _sum_shrunk(
     BITS: tl.constexpr = TILE.params.shrunk_bits
     R: tl.constexpr = TILE.R
     total = tl.zeros(zero.shape, tl.int64)
+    # W and `decoded` are in units; the threshold and the power are those of the weight itself.
     for r in range(R):
         k = code_index(r, R, TILE.T, TILE.E)
         W = load_weights(
@@ -223,6 +227,7 @@ def _sum_shrunk(
         size = tl.where(k < GROUP_SIZE, tl.abs(residual) * per_group(unit), 0.0)
         # Below the threshold all results are 0: skip the powers.
         if tl.max(tl.max(tl.max(tl.max(size, 3), 2), 1), 0) > THRESHOLD * 0.999:
+            # sign(x) * max(|x| - |x|**(p-1) / beta, 0), the power in fp64 as in PyTorch.
             power = tl.exp2(tl.log2(size.to(tl.float64)) * (P - 1)).to(tl.float32)
             shrunk = tl.maximum(size - power * (1 / BETA), 0.0)
             shrunk = tl.div_rn(tl.where(residual < 0, -shrunk, shrunk), per_group(unit))

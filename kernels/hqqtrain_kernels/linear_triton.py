@@ -50,7 +50,7 @@ def linear(
     if x.dtype not in (torch.bfloat16, torch.float16):
         return None
     config = heuristics.select_kernel(_capability(x.device), layout, M)
-    if config is None or not _fit(x, W_q, scale, zero, bias, layout):
+    if config is None or not _arguments_match(x, W_q, scale, zero, bias, layout):
         return None
     y = launch(x=x, W_q=W_q, scale=scale, zero=zero, bias=bias, layout=layout, config=config)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], layout.out_features)
@@ -73,7 +73,7 @@ def launch(
     return kernel(x=rows, W_q=W_q, scale=scale, zero=zero, bias=bias, layout=layout, config=config)
 
 
-def _fit(
+def _arguments_match(
     x: Tensor, W_q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, layout: Layout
 ) -> bool:
     """Whether shapes, devices and strides are those that the kernels assume."""

@@ -119,6 +119,7 @@ def load_x(
         [K_SLICES, CHUNK_K, BLOCK_M]; a single slice is [CHUNK_K, BLOCK_M]. That is a genuine 2-D
         block, not a view of a 3-D one, from which wgmma could not read.
     """
+    # Offsets of rows and of k, in the order of the result: slices, then k, then rows.
     row = m.to(tl.int64) * x_stride
     k = step * (K_SLICES * BLOCK_K) + chunk * CHUNK_K + tl.arange(0, CHUNK_K)
     if K_SLICES > 1:

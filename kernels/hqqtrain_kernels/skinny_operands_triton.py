@@ -37,7 +37,7 @@ def load_codes(
         K_SLICES=K_SLICES,
         EVEN_K=EVEN_K,
     )
-    low = tl.reshape(low, (ROWS, BLOCK_K * WIDTH // 128, 4))
+    low = tl.reshape(low, (ROWS, BLOCK_K * WIDTH // 128, 4))  # tiles of 4 words
     pairs = codes_to_pairs(
         low,
         WIDTH=WIDTH,
@@ -168,6 +168,8 @@ def sum_slices(acc, K_SLICES: tl.constexpr):
     """
     rows: tl.constexpr = acc.shape[1]
     batch: tl.constexpr = acc.shape[2]
+    # The slices become the last dimension, which `tl.split` halves: level by level, two neighbors
+    # are added.
     t = tl.permute(acc, (1, 2, 0))
     for level in tl.static_range(5):
         if K_SLICES >> level > 1:

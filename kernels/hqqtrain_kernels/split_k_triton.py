@@ -90,10 +90,12 @@ def _reduce_split_k_kernel(
     m = tl.arange(0, BLOCK_M)
     n_mask = (n < N)[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    # In the order of the splits; unrolled, so that 8 loads are on their way at once.
     for _ in tl.range(0, num_splits, loop_unroll_factor=8):
         acc += tl.load(partial_ptr + n[:, None] * BLOCK_M + m[None, :], mask=n_mask, other=0.0)
         partial_ptr += N * BLOCK_M
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    # The sums are y^T: store them transposed, without the rows that pad x to BLOCK_M.
     y_ptr += m.to(tl.int64)[None, :] * N + n[:, None]
     tl.store(y_ptr, acc.to(DTYPE), mask=n_mask & (m < M)[None, :])
