@@ -10,8 +10,16 @@ import sys
 from hqqtrain import __version__
 from hqqtrain.common import signals
 from hqqtrain.common.env import get_rank, get_world_size
-from hqqtrain.common.errors import PreemptedError, RankLostError, UserError, did_you_mean
-from hqqtrain.common.exit_codes import DONE, FAILED, PREEMPTED, USER_ERROR
+from hqqtrain.common.errors import (
+    DONE,
+    FAILED,
+    PREEMPTED,
+    USER_ERROR,
+    PreemptedError,
+    RankLostError,
+    UserError,
+    did_you_mean,
+)
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.compose.command import Command, plan_command
 from hqqtrain.compose.help import help_text
@@ -19,7 +27,7 @@ from hqqtrain.compose.recipes import recipe_files
 from hqqtrain.launch.slurm.ranks import set_rank_env_from_slurm
 from hqqtrain.launch.slurm.submit import submit_job, submit_sweep
 from hqqtrain.launch.slurm.validate import check_same_launch
-from hqqtrain.launch.sweep.runner import run_all, show_table
+from hqqtrain.launch.sweep.runner import run_sweep, show_sweep_table
 from hqqtrain.launch.sweep.sweep import Sweep
 
 EXIT_CODE_FILE = "HQQTRAIN_EXIT_CODE"
@@ -71,7 +79,7 @@ def _dispatch(words: list[str]) -> int:
     if "--cfg" in flags:
         return _print(plan.as_recipes())
     if "--check" in flags:
-        return _print(plan.directories())
+        return _print(plan.describe_directories())
     if "--table" in flags:
         return _show_table(plan)
     if plan.is_sweep or plan.is_slurm:
@@ -80,7 +88,7 @@ def _dispatch(words: list[str]) -> int:
         check_same_launch([job.config for job in plan.jobs])
         return _print(_submit(plan, words))
     if plan.is_sweep:
-        return run_all(plan.jobs)
+        return run_sweep(plan.jobs)
     signals.listen_for_signals()  # before the import of torch, which takes seconds
     from hqqtrain.tasks.run import run_task
 
@@ -115,7 +123,7 @@ def _split(words: list[str]) -> tuple[set[str], list[str]]:
 def _show_table(plan: Command) -> int:
     if not plan.is_sweep:
         raise UserError("--table: needs the keys of a sweep, as in --table -m quant.nbits=2,3.")
-    return show_table(plan.jobs)
+    return show_sweep_table(plan.jobs)
 
 
 def _refuse_ranks() -> None:
@@ -131,8 +139,8 @@ def _refuse_ranks() -> None:
 def _submit(plan: Command, words: list[str]) -> str:
     if not plan.is_sweep:
         return submit_job(words, plan.jobs[0].config)
-    sweep = Sweep.of(plan.jobs)
-    return submit_sweep(sweep.name, [(job.command, job.config) for job in sweep.jobs], words)
+    sweep = Sweep.from_jobs(plan.jobs)
+    return submit_sweep(sweep.name, [(job.arguments, job.config) for job in sweep.jobs], words)
 
 
 def _write_exit_code(code: int) -> None:

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 import hqqtrain
 from hqqtrain.config.groups import DataConfig, EvalConfig
-from hqqtrain.data.eval_set import evaluation_set
+from hqqtrain.data.eval_set import load_eval_set
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.evaluation.perplexity import evaluate_perplexity
 from hqqtrain.quant.error import error_ratio, squared_error
@@ -89,7 +89,7 @@ def main() -> None:
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    text = evaluation_set(EvalConfig(tokens=options.tokens), DataConfig(), tokenizer, SEQUENCE)
+    text = load_eval_set(EvalConfig(tokens=options.tokens), DataConfig(), tokenizer, SEQUENCE)
     processes = Communicator(0, 1, torch.device("cpu"))
 
     def perplexity(model: nn.Module) -> float:

@@ -12,8 +12,8 @@ from hqqtrain.checkpoint.format import Checkpoint, write_checkpoint
 from hqqtrain.checkpoint.resume import load_latest
 from hqqtrain.checkpoint.snapshot import StateSnapshot
 from hqqtrain.checkpoint.store import CheckpointStore
-from hqqtrain.common.background import BackgroundWriter
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.threads import BackgroundWriter
 from hqqtrain.config.infra import CheckpointConfig
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.local import global_numel

@@ -1,27 +1,35 @@
-"""Exceptions that the command line shows as a message, without a traceback."""
+"""Exceptions that the command line shows as a message, without a traceback, and exit codes."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 3
+"""Exit codes of `python -m hqqtrain` and `./launch.sh`, on which schedulers and sweeps rely.
+
+PREEMPTED means that the run was asked to stop and has saved its state: run the same command again
+to resume.
+"""
 
 
 class UserError(ValueError):
     """An error in the user's configuration or data.
 
-    The message names the key or file, its value, what is allowed, and the fix. Exit code 2.
+    The message names the key or file, its value, what is allowed, and the fix.
+    Exit code USER_ERROR.
     """
 
 
 class RankLostError(RuntimeError):
     """Another rank failed or disappeared.
 
-    The message says which rank and, if known, why. Exit code 1.
+    The message says which rank and, if known, why. Exit code FAILED.
     """
 
 
 class PreemptedError(RuntimeError):
     """The run was asked to stop.
 
-    The message says by whom. The error is raised on all ranks. Exit code 3.
+    The message says by whom. The error is raised on all ranks. Exit code PREEMPTED.
     """
 
 

@@ -11,11 +11,11 @@ from typing import IO
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import fsync_path
 
-SEEN_WITHIN = 15.0
+VISIBILITY_TIMEOUT = 15.0
 """Seconds to wait for another machine's file: NFS clients cache folders for some seconds."""
 
 
-def take_lock(path: Path) -> IO[str] | None:
+def try_lock(path: Path) -> IO[str] | None:
     """Lock `path` until the returned file is closed; return None if another process holds it.
 
     The lock is an `flock`, which the kernel releases whenever the process dies. A new random token
@@ -41,11 +41,11 @@ def take_lock(path: Path) -> IO[str] | None:
         file.close()
 
 
-def lock_token(path: Path) -> str:
+def read_lock_token(path: Path) -> str:
     """Return the token of the last process that took the lock, or an empty string."""
     try:
         return path.read_text(encoding="utf-8")
-    except OSError:
+    except (OSError, ValueError):  # ValueError: bytes that are no text, so no token of ours
         return ""
 
 
@@ -58,10 +58,10 @@ def check_shared_lock(path: Path, token: str, key: str) -> None:
         key: The config key and value to name in the message.
 
     Raises:
-        UserError: the token does not appear within `SEEN_WITHIN` seconds.
+        UserError: the token does not appear within `VISIBILITY_TIMEOUT` seconds.
     """
-    end = time.monotonic() + SEEN_WITHIN
-    while lock_token(path) != token:
+    end = time.monotonic() + VISIBILITY_TIMEOUT
+    while read_lock_token(path) != token:
         if time.monotonic() > end:
             raise UserError(
                 f"{key}: {socket.gethostname()} does not see the file that rank 0 wrote to "

@@ -30,7 +30,7 @@ class Command:
         """
         return "---\n".join(_as_recipe(job.config) for job in self.jobs).rstrip()
 
-    def directories(self) -> str:
+    def describe_directories(self) -> str:
         """Return the directory that the run would write to.
 
         A sweep gets a title and a line per job. A single run on Slurm gets a title as well.

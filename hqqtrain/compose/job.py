@@ -15,10 +15,10 @@ from hqqtrain.rundir.schema import Status, Summary, read_status, read_summary
 class Job:
     """One combination of a sweep: its command-line overrides and the configuration they compose."""
 
-    words: list[str]
+    overrides: list[str]
     config: RunConfig
-    shared: tuple[str, ...] = ()
-    """Overrides that the sweep adds, see `Sweep.of`."""
+    shared_overrides: tuple[str, ...] = ()
+    """Overrides that the sweep adds, see `Sweep.from_jobs`."""
 
     @property
     def name(self) -> str:
@@ -30,18 +30,18 @@ class Job:
         return Path(self.config.run.root).expanduser() / self.name
 
     @property
-    def command(self) -> list[str]:
+    def arguments(self) -> list[str]:
         """All arguments of `python -m hqqtrain` for this job.
 
         `launch.max_parallel_jobs` is left out, because it belongs to the sweep and not to a
         single run.
         """
-        own = [word for word in self.words if not word.startswith("launch.max_parallel_jobs=")]
-        return [*own, *self.shared]
+        own = [o for o in self.overrides if not o.startswith("launch.max_parallel_jobs=")]
+        return [*own, *self.shared_overrides]
 
     def __str__(self) -> str:
         """The overrides as the user wrote them, with secrets masked."""
-        return shlex.join(mask_command(self.words))
+        return shlex.join(mask_command(self.overrides))
 
     @property
     def layout(self) -> RunLayout:
@@ -56,7 +56,7 @@ class Job:
         """Return the final figures; empty where there are none yet."""
         return read_summary(self.layout.summary_json)
 
-    def figures(self) -> str:
+    def format_figures(self) -> str:
         """Format the key figures that are known so far; an empty string if none is.
 
         For example `: 2.50 bits per weight, perplexity 9.100 quantized, perplexity 6.320 final`.
@@ -79,4 +79,4 @@ class Job:
             return False
         directory = RunDirectory(self.config)
         directory.check()
-        return directory.done()
+        return directory.is_finished_as_configured()

@@ -80,10 +80,10 @@ class QuantConfig:
         "<run.root>/quantized",
     )
 
-    def faults(self) -> Iterator[str]:
+    def errors(self) -> Iterator[str]:
         """Yield one message for every setting of `overrides` that is not allowed."""
         for pattern, settings in self.overrides.items():
-            yield from _override_faults(f"quant.overrides[{pattern}]", settings)
+            yield from _override_errors(f"quant.overrides[{pattern}]", settings)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -255,7 +255,7 @@ class ParallelConfig:
 _OVERRIDE_CHOICES = {"nbits": NBITS, "axis": (0, 1), "solver": SOLVERS}
 
 
-def _override_faults(where: str, settings: Any) -> Iterator[str]:
+def _override_errors(where: str, settings: Any) -> Iterator[str]:
     if settings is None:
         return
     if not isinstance(settings, dict):

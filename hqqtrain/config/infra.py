@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from hqqtrain.common.durations import duration_error, parse_seconds
 from hqqtrain.config.field import key
 
 TRACKERS = ("wandb", "tensorboard")
+
+_DURATION = re.compile(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)")
+"""Slurm's notation, limited to the forms that YAML and Slurm read alike."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,7 +29,7 @@ class TrackConfig:
     )
     artifacts: bool = key(False, "upload the adapter to W&B as an artifact")
 
-    def faults(self) -> Iterator[str]:
+    def errors(self) -> Iterator[str]:
         """Yield one message for every value that is not allowed."""
         for name in self.backends:
             if name not in TRACKERS:
@@ -82,17 +84,17 @@ class RunDirConfig:
         "if any",
     )
 
-    def faults(self) -> Iterator[str]:
+    def errors(self) -> Iterator[str]:
         """Yield one message for every value that is not allowed."""
         if self.name is not None and not re.fullmatch(r"\w[\w.+-]*", self.name):
             yield f"run.name={self.name}: must consist of letters, digits and _ . + -; no folders."
-        yield from _control_fault("run.root", self.root)
-        yield from duration_error("run.time_limit", self.time_limit)
+        yield from _control_character_errors("run.root", self.root)
+        yield from duration_errors("run.time_limit", self.time_limit)
 
 
 @dataclass(kw_only=True, slots=True)
 class LaunchConfig:
-    """How the processes are started; the keys after `jobs` are for Slurm."""
+    """How the processes are started; the keys after `max_parallel_jobs` are for Slurm."""
 
     backend: str = key(
         "local",
@@ -123,41 +125,63 @@ class LaunchConfig:
     dry_run: bool = key(False, "print the batch script instead of submitting it")
 
     @property
-    def tasks(self) -> int:
+    def processes_per_node(self) -> int:
         """Processes per node."""
         return self.tasks_per_node or self.gpus_per_node or 1
 
-    def faults(self) -> Iterator[str]:
+    def errors(self) -> Iterator[str]:
         """Yield one message for every value that is not allowed."""
         # These keys have no effect without Slurm. Nothing is ignored silently, so refuse them.
         default = LaunchConfig(max_parallel_jobs=self.max_parallel_jobs)
         for item in fields(self) if self.backend == default.backend else ():
             if (value := getattr(self, item.name)) != getattr(default, item.name):
                 yield f"launch.{item.name}={value}: only applies to Slurm; add launch=slurm."
-        time_faults = [*duration_error("launch.time", self.time)]
-        yield from time_faults
-        if self.time and not time_faults and parse_seconds(self.time) <= self.grace:
+        time_errors = [*duration_errors("launch.time", self.time)]
+        yield from time_errors
+        if self.time and not time_errors and parse_seconds(self.time) <= self.grace:
             yield f"launch.grace={self.grace}: must be shorter than launch.time={self.time}."
-        if self.gpus_per_node and self.tasks != self.gpus_per_node:
+        if self.gpus_per_node and self.processes_per_node != self.gpus_per_node:
             yield (
-                f"launch.tasks_per_node={self.tasks}: must be one process for each of "
+                f"launch.tasks_per_node={self.processes_per_node}: must be one process for each of "
                 f"launch.gpus_per_node={self.gpus_per_node}; leave it null."
             )
         for name in ("partition", "account"):
-            yield from _empty_fault(f"launch.{name}", getattr(self, name))
+            yield from _empty_value_errors(f"launch.{name}", getattr(self, name))
         for option in self.options:
-            yield from _control_fault("launch.options", option)
+            yield from _control_character_errors("launch.options", option)
             if not re.fullmatch(r"--[a-z][\w-]*(=.*)?|-[A-Za-z]( .*)?", option, re.DOTALL):
                 yield f"launch.options=[{option}]: must be an option of sbatch, such as --qos=low."
 
 
-def _empty_fault(where: str, text: str | None) -> Iterator[str]:
+def parse_seconds(text: str) -> int:
+    """Convert `4:00:00` or `1-12:00:00` (days-hours:minutes:seconds) to seconds.
+
+    The caller must have checked the form with `duration_errors`.
+    """
+    match = _DURATION.fullmatch(text)
+    assert match, text
+    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def duration_errors(where: str, text: str | None) -> Iterator[str]:
+    """Yield one message if `text` is neither null nor such a duration.
+
+    Bare numbers are refused: Slurm reads them as minutes, and YAML turns an unquoted 4:00:00 into
+    a number.
+    """
+    if text is not None and not _DURATION.fullmatch(text):
+        allowed = "hours:minutes:seconds, such as 4:00:00, or days-hours:minutes:seconds"
+        yield f"{where}={text}: must be {allowed}; in a recipe, put it in quotes."
+
+
+def _empty_value_errors(where: str, text: str | None) -> Iterator[str]:
     if text is not None and not text.strip():
         yield f"{where}={text}: must not be empty; use null for the cluster's default."
-    yield from _control_fault(where, text or "")
+    yield from _control_character_errors(where, text or "")
 
 
-def _control_fault(where: str, text: str) -> Iterator[str]:
+def _control_character_errors(where: str, text: str) -> Iterator[str]:
     """Refuse characters that would end a line of the batch script and start another."""
     if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", text):
         yield f"{where}={text!r}: must not contain line breaks or other control characters."

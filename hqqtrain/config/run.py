@@ -31,10 +31,10 @@ TASKS = {
     "with export.format=packed the quantized base",
 }
 
-NOT_THE_RESULT = ("run", "track", "ckpt", "launch", "recipe")
+NON_RESULT_GROUPS = ("run", "track", "ckpt", "launch", "recipe")
 """Groups that the result does not depend on; they do not enter a run's name."""
 
-_KEYS_NOT_THE_RESULT = {"quant": ("cache_dir",)}
+_NON_RESULT_KEYS = {"quant": ("cache_dir",)}
 """Single keys of other groups that the result does not depend on."""
 
 ADDED_GROUPS: dict[str, dict[str, Any]] = {"export": asdict(ExportConfig())}
@@ -43,7 +43,7 @@ ADDED_GROUPS: dict[str, dict[str, Any]] = {"export": asdict(ExportConfig())}
 A group with its defaults does not enter the identity, so earlier runs keep theirs.
 """
 
-MAY_CHANGE = frozenset([
+CHANGEABLE_ON_RESUME = frozenset([
     "train.max_steps", "train.epochs", "train.micro_batch_size", "train.activation_checkpointing",
     "train.on_nonfinite", "eval.every", "quant.backend", "quant.cache_dir", "quant.save",
     "parallel.strategy", "parallel.hsdp", "parallel.offload", "parallel.consistency_check_every",
@@ -86,7 +86,7 @@ class RunConfig:
             if hasattr(group, "__dataclass_fields__"):
                 renamed = list(renamed_value_errors(item.name, group))
                 found += renamed or field_errors(item.name, group)
-                found += group.faults() if hasattr(group, "faults") else ()
+                found += group.errors() if hasattr(group, "errors") else ()
         found += self._contradictions()
         if found:
             raise UserError("\n".join(found))
@@ -114,10 +114,10 @@ class RunConfig:
     def identity(self) -> str:
         """Return the sha256, in hex, of all keys that define the result."""
         values = with_old_names(asdict(self))
-        keys = {k: v for k, v in values.items() if k not in NOT_THE_RESULT}
+        keys = {k: v for k, v in values.items() if k not in NON_RESULT_GROUPS}
         for group, defaults in ADDED_GROUPS.items():
             if keys[group] == defaults:
                 del keys[group]
-        for group, names in _KEYS_NOT_THE_RESULT.items():
+        for group, names in _NON_RESULT_KEYS.items():
             keys[group] = {k: v for k, v in keys[group].items() if k not in names}
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()

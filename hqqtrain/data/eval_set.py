@@ -15,13 +15,13 @@ import numpy as np
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.data.packing import TokenSequences, pack_texts
-from hqqtrain.data.sources import held_out_texts
+from hqqtrain.data.sources import load_held_out_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def evaluation_set(
+def load_eval_set(
     evaluation: EvalConfig,
     data: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
@@ -41,7 +41,7 @@ def evaluation_set(
     if evaluation.source is None:
         return None
     length = min(max_seq_len, evaluation.tokens)
-    texts = pack_texts(held_out_texts(evaluation, data), tokenizer, max_seq_len=length)
+    texts = pack_texts(load_held_out_texts(evaluation, data), tokenizer, max_seq_len=length)
     candidates = cut_windows(texts, length)
     if not len(candidates):
         raise UserError(f"eval.source={evaluation.source}: no text in it has a token to predict.")

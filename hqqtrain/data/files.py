@@ -74,7 +74,7 @@ def find_files(path: Path, format: str, key: str) -> tuple[list[Path], str]:
         UserError: The path is missing, has no file of the format, or has files of several formats.
     """
     if not path.exists():
-        raise UserError(f"{key}={path}: no such file or folder.{nearest_names(path)}")
+        raise UserError(f"{key}={path}: no such file or folder.{suggest_similar_name(path)}")
     if path.is_file():
         return [path], _format_of(path, key) if format == "auto" else format
     found = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
@@ -95,7 +95,7 @@ def find_files(path: Path, format: str, key: str) -> tuple[list[Path], str]:
     return kept, _common_format(kept, path, key)
 
 
-def nearest_names(path: Path) -> str:
+def suggest_similar_name(path: Path) -> str:
     """Return ` Did you mean ...?` with the most similar name in the folder of `path`, or ''."""
     parent = path.parent
     return did_you_mean(path.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else ""

@@ -16,7 +16,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from hqqtrain.common.errors import UserError, did_you_mean
-from hqqtrain.data.files import nearest_names
+from hqqtrain.data.files import suggest_similar_name
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ TIMEOUT = 10.0
 _HELD_OUT_SPLITS = ("validation", "test")
 
 
-def load_hub(source: str, key: str) -> datasets.DatasetDict:
+def load_hub_dataset(source: str, key: str) -> datasets.DatasetDict:
     """Load all splits of a data set.
 
     Args:
@@ -54,7 +54,9 @@ def load_hub(source: str, key: str) -> datasets.DatasetDict:
     return loaded
 
 
-def hub_split(splits: datasets.DatasetDict, split: str, source: str, key: str) -> datasets.Dataset:
+def select_hub_split(
+    splits: datasets.DatasetDict, split: str, source: str, key: str
+) -> datasets.Dataset:
     """Return the split of the hub's data set for `split`, which is `train` or `held_out`.
 
     `held_out` is the validation or the test split. A data set with a single split gives that one.
@@ -124,7 +126,7 @@ def _refused(name: str, key: str, status: int) -> str:
 
 def _unreachable(source: str, key: str) -> str:
     """Return the message for a hub that does not answer."""
-    hint = nearest_names(Path(source)) or did_you_mean(source, ["python_stdlib"])
+    hint = suggest_similar_name(Path(source)) or did_you_mean(source, ["python_stdlib"])
     return (
         f"{key}={source}: no file or folder of that name exists, the hub does not answer, and the "
         f"data set is not cached; give a path, or python_stdlib, which needs no network.{hint}"

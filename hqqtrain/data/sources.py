@@ -18,7 +18,7 @@ import datasets
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.data.files import ENDINGS, read_files
-from hqqtrain.data.hub import has_held_out, hub_split, load_hub
+from hqqtrain.data.hub import has_held_out, load_hub_dataset, select_hub_split
 from hqqtrain.data.stdlib import stdlib_texts
 
 STDLIB = "python_stdlib"
@@ -29,7 +29,7 @@ HASHED_SHARE = 20
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
-def training_texts(data: DataConfig, evaluation: EvalConfig) -> Sequence[str]:
+def load_training_texts(data: DataConfig, evaluation: EvalConfig) -> Sequence[str]:
     """Load the texts to train on: those of `data.source` that are not held out for `evaluation`.
 
     Raises:
@@ -41,8 +41,8 @@ def training_texts(data: DataConfig, evaluation: EvalConfig) -> Sequence[str]:
     return texts if is_split or evaluation.source != data.source else split_by_hash(texts, data)[0]
 
 
-def held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Sequence[str]:
-    """Load the held-out texts, none of which is in `training_texts(data, evaluation)`.
+def load_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Sequence[str]:
+    """Load the held-out texts, none of which is in `load_training_texts(data, evaluation)`.
 
     Raises:
         UserError: The source cannot be read, contains no text, cannot be split, or overlaps with
@@ -81,8 +81,8 @@ def load_texts(
     if not _is_hub_name(data.source):
         rows = read_files(data.source, data.format, data.text_field, key)
         return _column(rows, data.text_field, data.source, key), False
-    splits = load_hub(data.source, key)
-    rows = hub_split(splits, split, data.source, key)
+    splits = load_hub_dataset(data.source, key)
+    rows = select_hub_split(splits, split, data.source, key)
     return _column(rows, data.text_field, data.source, key), has_held_out(splits)
 
 

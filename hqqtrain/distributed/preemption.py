@@ -14,10 +14,9 @@ from typing import NoReturn
 import psutil
 
 from hqqtrain.common import signals
-from hqqtrain.common.durations import parse_seconds
 from hqqtrain.common.env import get_rank, get_slurm_job_id
 from hqqtrain.common.errors import PreemptedError
-from hqqtrain.config.infra import RunDirConfig
+from hqqtrain.config.infra import RunDirConfig, parse_seconds
 from hqqtrain.distributed.comm import Communicator
 
 logger = logging.getLogger(__name__)

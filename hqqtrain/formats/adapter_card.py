@@ -27,7 +27,7 @@ class AdapterCard:
     figures: dict[str, float] | None = None
 
 
-def card_text(card: AdapterCard) -> str:
+def render_card(card: AdapterCard) -> str:
     """Return the model card as Markdown, with the front matter that the hub reads."""
     group = "a whole row or column" if card.group_size is None else f"groups of {card.group_size}"
     return f"""---

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_write_json
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
-from hqqtrain.formats.packed import QuantizedSettings, copy_companions, quantized_config_json
+from hqqtrain.formats.packed import QuantizedSettings, copy_companion_files, dense_config_json
 from hqqtrain.formats.peft import Adapter
 from hqqtrain.formats.writer import MAX_SHARD_BYTES, collective_atomic_directory, write_shards
 from hqqtrain.models.build import build_meta
@@ -32,7 +32,7 @@ def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapte
     """Convert a stream of a quantized model's tensors to the stream of its dense equivalent.
 
     Args:
-        tensors: The stream that `model_tensors` or `reader_tensors` yield.
+        tensors: The stream that `model_tensors` yields.
         settings: The settings of the quantized model.
         adapter: The adapter to merge.
         dtype: The dtype of every floating-point tensor that is yielded.
@@ -76,7 +76,7 @@ def export_dense(tensors: Tensors, folder: Path, *, hf_config: PretrainedConfig,
         source: The folder from which to copy the tokenizer and generation settings.
         dtype: The dtype of the floating-point tensors in `tensors`.
         max_shard_bytes: The largest size of a file.
-        processes: The ranks that write together.
+        comm: The ranks that write together.
 
     Returns:
         The bytes of all tensors.
@@ -91,9 +91,9 @@ def export_dense(tensors: Tensors, folder: Path, *, hf_config: PretrainedConfig,
     with collective_atomic_directory(folder, comm) as partial:
         done = write_shards(recorded(), partial, max_bytes=max_shard_bytes, comm=comm)
         if comm.is_main:
-            values = quantized_config_json(_export_config(hf_config, dtype, written))
+            values = dense_config_json(_export_config(hf_config, dtype, written))
             atomic_write_json(partial / "config.json", values)
-            copy_companions(source, partial)
+            copy_companion_files(source, partial)
     return done.bytes
 
 

@@ -21,7 +21,7 @@ _BLOCK = 1 << 20
 _THREADS = 4
 """Files to read at a time: one thread hashes about 2 GB/s, and disks deliver more."""
 
-FileFacts = dict[str, Any]
+FileDigest = dict[str, Any]
 """The size (`bytes`) and checksum (`sha256`) of a file."""
 
 
@@ -29,7 +29,7 @@ class DamagedError(Exception):
     """A file is missing or was changed after it was written. The message names the file."""
 
 
-def seal(folder: Path, known: Mapping[str, FileFacts] = MappingProxyType({})) -> None:
+def seal(folder: Path, known: Mapping[str, FileDigest] = MappingProxyType({})) -> None:
     """Write the sizes and sha256 of all files of `folder` into its manifest.json.
 
     Args:
@@ -43,13 +43,13 @@ def seal(folder: Path, known: Mapping[str, FileFacts] = MappingProxyType({})) ->
     fsync_path(path)
 
 
-def check_sealed(folder: Path, rank: int = 0, ranks: int = 1) -> None:
+def check_sealed(folder: Path, rank: int = 0, world_size: int = 1) -> None:
     """Verify a sealed folder: the sizes of all files, and the checksums of this rank's share.
 
     Args:
         folder: The sealed folder.
         rank: This rank, which reads every `ranks`-th file.
-        ranks: The number of ranks that share the work.
+        world_size: The number of ranks that share the work.
 
     Raises:
         DamagedError: a file is missing or differs from what `seal` found.
@@ -57,7 +57,7 @@ def check_sealed(folder: Path, rank: int = 0, ranks: int = 1) -> None:
     files = sorted(_manifest(folder).items())
     for name, facts in files:
         _check_size(folder / name, facts)
-    mine = files[rank::ranks]
+    mine = files[rank::world_size]
     with ThreadPoolExecutor(_THREADS, "checking") as pool:
         actual = list(pool.map(file_digest, [folder / name for name, _ in mine]))
     for (name, expected), facts in zip(mine, actual, strict=True):
@@ -70,7 +70,7 @@ def is_sealed(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def file_digest(path: Path) -> FileFacts:
+def file_digest(path: Path) -> FileDigest:
     """Return the size and sha256 of a file.
 
     Raises:
@@ -84,7 +84,7 @@ def file_digest(path: Path) -> FileFacts:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _check_size(path: Path, facts: FileFacts) -> None:
+def _check_size(path: Path, facts: FileDigest) -> None:
     with _readable(path):
         size = path.stat().st_size
     if size != facts["bytes"]:
@@ -101,7 +101,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise DamagedError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _manifest(folder: Path) -> dict[str, FileFacts]:
+def _manifest(folder: Path) -> dict[str, FileDigest]:
     path = folder / MANIFEST
     try:
         with _readable(path):
@@ -115,7 +115,7 @@ def _manifest(folder: Path) -> dict[str, FileFacts]:
     return files
 
 
-def _text(files: Mapping[str, FileFacts]) -> str:
+def _text(files: Mapping[str, FileDigest]) -> str:
     listed = json.dumps(files, indent=2, sort_keys=True)
     digest = hashlib.sha256(listed.encode()).hexdigest()
     return json.dumps({"sha256": digest, "files": files}, indent=2, sort_keys=True) + "\n"

@@ -25,7 +25,6 @@ from hqqtrain.formats.manifest import DamagedError, check_sealed, is_sealed, sea
 from hqqtrain.formats.writer import MAX_SHARD_BYTES, collective_atomic_directory, write_shards
 from hqqtrain.models.fqn import base_model, base_tensors, strip_wrappers
 from hqqtrain.models.source import read_config_json
-from hqqtrain.models.weights.safetensors import SafetensorsReader
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.quant.spec import QuantSpec
 from hqqtrain_kernels.layout import LAYOUT_VERSION, Layout
@@ -61,7 +60,7 @@ class ModuleSettings:
     in_features: int
 
     @classmethod
-    def of(cls, module: HQQLinear) -> "ModuleSettings":
+    def from_module(cls, module: HQQLinear) -> "ModuleSettings":
         """Return the settings of a quantized layer."""
         spec, layout = module.spec, module.layout
         dtype = _dtype_name(spec.meta_dtype)
@@ -92,11 +91,11 @@ class QuantizedSettings:
     fingerprint: str
 
     @classmethod
-    def of(cls, model: nn.Module, fingerprint: str = "") -> "QuantizedSettings":
+    def from_model(cls, model: nn.Module, fingerprint: str = "") -> "QuantizedSettings":
         """Collect the settings of every HQQLinear in `model`, by its name in the checkpoint."""
         named = base_model(model).named_modules()
         linears = {strip_wrappers(n): m for n, m in named if isinstance(m, HQQLinear)}
-        return cls({n: ModuleSettings.of(m) for n, m in linears.items()}, fingerprint)
+        return cls({n: ModuleSettings.from_module(m) for n, m in linears.items()}, fingerprint)
 
     def by_module(self) -> dict[str, dict[str, Any]]:
         """Return the settings as JSON values, as `Fingerprint.hexdigest` expects them."""
@@ -150,7 +149,7 @@ def model_tensors(model: nn.Module, *,
         yield name, as_bytes(whole) if packed else whole
 
 
-def in_source_dtype(
+def cast_to_source_dtype(
     tensors: Iterable[tuple[str, torch.Tensor]],
     source_dtype: Callable[[str], torch.dtype | None],
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -165,16 +164,10 @@ def in_source_dtype(
         yield name, tensor if dtype is None else tensor.to(dtype)
 
 
-def reader_tensors(reader: SafetensorsReader) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of everything in a checkpoint, sorted by name, one at a time."""
-    for name in reader.names:
-        yield name, reader.read(name)
-
-
 def save_quantized(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
                    hf_config: PretrainedConfig, settings: QuantizedSettings, source: Path,
                    max_shard_bytes: int = MAX_SHARD_BYTES, comm: Communicator = SINGLE_PROCESS,
-                   beside: Mapping[str, Any] = MappingProxyType({})) -> int:  # fmt: skip
+                   extra_json: Mapping[str, Any] = MappingProxyType({})) -> int:  # fmt: skip
     """Write a quantized model completely or not at all, with a manifest for `check_quantized`.
 
     Args:
@@ -185,8 +178,8 @@ def save_quantized(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
         source: The folder of the source model, from which to copy the tokenizer and generation
             settings.
         max_shard_bytes: The largest size of a file.
-        processes: The ranks that write together.
-        beside: Additional JSON files to write into the folder, by name.
+        comm: The ranks that write together.
+        extra_json: Additional JSON files to write into the folder, by name.
 
     Returns:
         The bytes of all tensors.
@@ -195,15 +188,15 @@ def save_quantized(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
         done = write_shards(tensors, partial, max_bytes=max_shard_bytes, comm=comm, hashed=True)
         if comm.is_main:
             extra = {"quantization_config": settings.quantization_config()}
-            atomic_write_json(partial / "config.json", quantized_config_json(hf_config) | extra)
-            for name, value in beside.items():
+            atomic_write_json(partial / "config.json", dense_config_json(hf_config) | extra)
+            for name, value in extra_json.items():
                 atomic_write_json(partial / name, value)
-            copy_companions(source, partial)
-            seal(partial, known=done.facts)
+            copy_companion_files(source, partial)
+            seal(partial, known=done.digests)
     return done.bytes
 
 
-def check_quantized(folder: Path, comm: Communicator, way_out: str | None = None) -> None:
+def check_quantized(folder: Path, comm: Communicator, advice: str | None = None) -> None:
     """Verify the checksums of a quantized folder, each rank a share of the files. Collective.
 
     The fingerprint only covers packed rows, so it would miss a changed byte of a norm. A folder
@@ -211,8 +204,8 @@ def check_quantized(folder: Path, comm: Communicator, way_out: str | None = None
 
     Args:
         folder: The quantized folder.
-        processes: The ranks that share the work.
-        way_out: The advice in the message; by default to delete the folder.
+        comm: The ranks that share the work.
+        advice: The advice in the message; by default to delete the folder.
 
     Raises:
         UserError: a file is not what was written. Raised on every rank.
@@ -222,11 +215,11 @@ def check_quantized(folder: Path, comm: Communicator, way_out: str | None = None
             try:
                 check_sealed(folder, comm.rank, comm.size)
             except DamagedError as error:
-                advice = way_out or f"Delete {folder} and run again to quantize again."
+                advice = advice or f"Delete {folder} and run again to quantize again."
                 raise UserError(f"{error}. {advice}") from error
 
 
-def quantized_config_json(hf_config: PretrainedConfig) -> dict[str, Any]:
+def dense_config_json(hf_config: PretrainedConfig) -> dict[str, Any]:
     """Return the config.json of a dense model of this configuration, with `architectures`."""
     found = hf_config.to_diff_dict()
     if not found.get("architectures"):
@@ -234,7 +227,7 @@ def quantized_config_json(hf_config: PretrainedConfig) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k != "quantization_config"}
 
 
-def copy_companions(source: Path, folder: Path) -> None:
+def copy_companion_files(source: Path, folder: Path) -> None:
     """Copy tokenizer and generation files; links into the hub's cache become regular files."""
     for pattern in _COMPANIONS:
         for path in sorted(source.glob(pattern)):

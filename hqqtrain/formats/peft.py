@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_directory, atomic_write, atomic_write_json
-from hqqtrain.formats.adapter_card import AdapterCard, card_text
+from hqqtrain.formats.adapter_card import AdapterCard, render_card
 from hqqtrain.formats.writer import save_tensors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -105,7 +105,7 @@ def save_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, folder: 
         write_adapter(
             partial, state, config, BaseModelRef(card.base, card.revision, card.fingerprint)
         )
-        atomic_write(partial / "README.md", card_text(card))
+        atomic_write(partial / "README.md", render_card(card))
 
 
 def write_adapter(

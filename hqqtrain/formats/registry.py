@@ -18,7 +18,7 @@ from hqqtrain.distributed.local import full_tensor
 from hqqtrain.formats.dense import dense_tensors, export_dense
 from hqqtrain.formats.packed import (
     QuantizedSettings,
-    in_source_dtype,
+    cast_to_source_dtype,
     model_tensors,
     save_quantized,
 )
@@ -103,7 +103,7 @@ def write_dense(export: ModelExport, folder: Path) -> int:
 def write_packed(export: ModelExport, folder: Path) -> int:
     """Write the packed base, in the form of a run's `quantized/`. Collective."""
     return save_quantized(
-        in_source_dtype(model_tensors(export.model, gather=full_tensor), export.source_dtype),
+        cast_to_source_dtype(model_tensors(export.model, gather=full_tensor), export.source_dtype),
         folder,
         hf_config=export.hf_config,
         settings=export.settings,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hqqtrain.common.files import atomic_directory, atomic_write_json, fsync_path, temporary_path
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
-from hqqtrain.formats.manifest import FileFacts, file_digest
+from hqqtrain.formats.manifest import FileDigest, file_digest
 from hqqtrain.models.weights.safetensors import INDEX, SINGLE
 
 MAX_SHARD_BYTES = 2_000_000_000
@@ -29,7 +29,7 @@ class WriteResult(NamedTuple):
     """The bytes of all tensors, and the sizes and checksums of the files if these were hashed."""
 
     bytes: int
-    facts: dict[str, FileFacts]
+    digests: dict[str, FileDigest]
 
 
 @contextmanager
@@ -62,14 +62,14 @@ def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
         tensors: (name, tensor), the same stream on every rank.
         folder: The existing folder to write into.
         max_bytes: The largest size of a shard. A larger tensor gets its own shard.
-        processes: The ranks; each writes every `processes.size`-th shard.
+        comm: The ranks; each writes every `comm.size`-th shard.
         hashed: Whether to compute checksums for a manifest.
 
     Returns:
         The bytes of all tensors, and file name -> size and checksum if `hashed`.
     """
     weight_map: dict[str, int] = {}
-    with comm.raise_on_all_ranks(), _Writer(folder, comm, hashed) as writer:
+    with comm.raise_on_all_ranks(), _ShardWriter(folder, comm, hashed) as writer:
         size = total = number = 0
         for name, tensor in tensors:
             if name in weight_map:
@@ -86,21 +86,21 @@ def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
     names = _shard_names(number + 1)
     if comm.is_main:
         _rename_shards(folder, weight_map, names, total)
-    facts = [item for rank in comm.gather(writer.facts) for item in rank.items()]
-    return WriteResult(total, {names[number]: found for number, found in facts})
+    digests = [item for rank in comm.gather(writer.digests) for item in rank.items()]
+    return WriteResult(total, {names[number]: found for number, found in digests})
 
 
-class _Writer:
+class _ShardWriter:
     """Writes this rank's shards on a background thread, one after the other."""
 
     def __init__(self, folder: Path, comm: Communicator, hashed: bool) -> None:
         self._folder, self._comm, self._hashed = folder, comm, hashed
-        self.facts: dict[int, FileFacts] = {}
+        self.digests: dict[int, FileDigest] = {}
         self._shard: dict[str, torch.Tensor] = {}
         self._saving: list[futures.Future[None]] = []
         self._pool = futures.ThreadPoolExecutor(1, "writing")
 
-    def __enter__(self) -> "_Writer":
+    def __enter__(self) -> "_ShardWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,7 +133,7 @@ class _Writer:
         fsync_path(path)  # only the machine that has written a file can flush it
         if self._hashed:
             # Here the file is still in the page cache, and the next shard is gathered meanwhile.
-            self.facts[number] = file_digest(path)
+            self.digests[number] = file_digest(path)
 
     def _has_failed(self) -> bool:
         return any(saving.done() and saving.exception() for saving in self._saving)

@@ -25,7 +25,7 @@ from hqqtrain.distributed.strategies.base import Strategy
 from hqqtrain.formats.fingerprint import Fingerprint
 from hqqtrain.formats.packed import (
     QuantizedSettings,
-    in_source_dtype,
+    cast_to_source_dtype,
     model_tensors,
     quantized_settings,
     save_quantized,
@@ -73,7 +73,9 @@ class LoadedModel:
         """Loading time of the slowest rank."""
         return max(report.seconds for report in self.loading)
 
-    def save_packed(self, folder: Path, comm: Communicator, *, beside: Mapping[str, Any]) -> None:
+    def save_packed(
+        self, folder: Path, comm: Communicator, *, extra_json: Mapping[str, Any]
+    ) -> None:
         """Write the packed weights and their quantization errors. Collective.
 
         Every rank writes a part of the files, and the folder appears complete or not at all.
@@ -81,18 +83,18 @@ class LoadedModel:
         Args:
             folder: A folder like `quantized/` of a run.
             comm: All ranks of the run.
-            beside: Further JSON files, name to content.
+            extra_json: Further JSON files, name to content.
         """
         errors = {"layers": self.layer_errors, "all": self.relative_error}
         tensors = model_tensors(self.model, gather=full_tensor)
         save_quantized(
-            in_source_dtype(tensors, self.plan.source_dtype),
+            cast_to_source_dtype(tensors, self.plan.source_dtype),
             folder,
             hf_config=self.plan.hf_config,
             settings=self.settings,
             source=self.plan.source.tokenizer,
             comm=comm,
-            beside={QUANTIZATION_ERRORS: errors, **beside},
+            extra_json={QUANTIZATION_ERRORS: errors, **extra_json},
         )
 
 
@@ -227,7 +229,7 @@ def _add_fingerprint(
     total = Fingerprint()
     for part in comm.gather(fingerprint.total):
         total.merge(part)
-    settings = QuantizedSettings.of(model)
+    settings = QuantizedSettings.from_model(model)
     settings = replace(settings, fingerprint=total.hexdigest(settings.by_module()))
     if source.kind == "quantized":
         written = quantized_settings(source.path).fingerprint

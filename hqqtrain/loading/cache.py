@@ -20,7 +20,7 @@ import torch
 
 from hqqtrain import __version__
 from hqqtrain.common.errors import UserError
-from hqqtrain.common.filelock import check_shared_lock, lock_token, take_lock
+from hqqtrain.common.filelock import check_shared_lock, read_lock_token, try_lock
 from hqqtrain.common.files import stat_digest
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.preemption import PreemptionHandler
@@ -67,13 +67,13 @@ def cache_entry(
         UserError: The nodes do not share the folder, or it cannot be written to.
         PreemptedError: The run was asked to stop while it waited for another run.
     """
-    key = _key(plan.source, QuantizedSettings.of(plan.model), dtype)
+    key = _key(plan.source, QuantizedSettings.from_model(plan.model), dtype)
     folder = Path(cache_dir).expanduser() / key
     lock = folder.with_name(f".{folder.name}.lock")
     with _locked(lock, cache_dir, comm, preemption) as file:
         # The first rank decides, and its token in the lock file proves that all ranks see the
         # same folder.
-        state = (lock_token(lock), (folder / "config.json").is_file())
+        state = (read_lock_token(lock), (folder / "config.json").is_file())
         token, is_made = comm.gather(state)[0]
         with comm.raise_on_all_ranks():
             check_shared_lock(lock, token, f"quant.cache_dir={cache_dir}")
@@ -114,7 +114,7 @@ def _locked(
 
 def _try_lock(lock: Path, cache_dir: str) -> IO[str] | None:
     try:
-        return take_lock(lock)
+        return try_lock(lock)
     except OSError as error:
         raise UserError(
             f"quant.cache_dir={cache_dir}: cannot be written to ({error}); choose another."

@@ -42,7 +42,7 @@ details summary { cursor: pointer; font-weight: 600; }
 """
 
 
-def html_document(title: str, subtitle: str, body: Iterable[str]) -> str:
+def render_page(title: str, subtitle: str, body: Iterable[str]) -> str:
     """Return the whole page; `title` and `subtitle` are text, `body` consists of HTML."""
     head = f"<h1>{escape(title)}</h1><p>{escape(subtitle)}</p>"
     return (
@@ -53,26 +53,26 @@ def html_document(title: str, subtitle: str, body: Iterable[str]) -> str:
     )
 
 
-def html_images(files: Mapping[str, Path]) -> str:
+def render_images(files: Mapping[str, Path]) -> str:
     """Return sections with the PNG files (heading -> file), side by side if there is room."""
-    return f'<div class="plots">{"".join(html_image(*item) for item in files.items())}</div>'
+    return f'<div class="plots">{"".join(render_image(*item) for item in files.items())}</div>'
 
 
-def html_tiles(figures: Mapping[str, str]) -> str:
+def render_tiles(figures: Mapping[str, str]) -> str:
     """Return tiles with large numbers (label -> number)."""
     tile = '<div class="figure"><b>{}</b><span>{}</span></div>'
     filled = (tile.format(escape(value), escape(label)) for label, value in figures.items())
     return f'<div class="figures">{"".join(filled)}</div>'
 
 
-def html_image(heading: str, path: Path) -> str:
+def render_image(heading: str, path: Path) -> str:
     """Return a section with the PNG file at `path` embedded."""
     data = base64.b64encode(path.read_bytes()).decode()
     element = f'<img alt="{escape(heading)}" src="data:image/png;base64,{data}">'
     return f"<section><h2>{escape(heading)}</h2>{element}</section>"
 
 
-def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def render_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table. Cells are text; the header row is omitted if all headers are empty."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in headers)
     lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)

@@ -16,7 +16,7 @@ _MAX_NAMES = 48
 """More module names than this are not readable in one plot."""
 
 
-def loss_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
+def plot_loss(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
     """Plot the training loss, and the held-out loss if it was measured; None without training."""
     train, held_out = _series(rows, "train/loss"), _series(rows, "eval/loss")
     if not train:
@@ -32,7 +32,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
     return figure
 
 
-def perplexity_figure(perplexities: Mapping[str, float]) -> "Figure | None":
+def plot_perplexities(perplexities: Mapping[str, float]) -> "Figure | None":
     """Plot one bar per model with its value on top; None if nothing was measured."""
     if not perplexities:
         return None
@@ -48,7 +48,7 @@ def perplexity_figure(perplexities: Mapping[str, float]) -> "Figure | None":
     return figure
 
 
-def layer_figure(errors: Mapping[str, float]) -> "Figure | None":
+def plot_layer_errors(errors: Mapping[str, float]) -> "Figure | None":
     """Plot the relative error of every module: a panel per kind of module, a bar per layer.
 
     A model without numbered layers gets one bar per module name, largest error first. None if

@@ -9,13 +9,13 @@ from typing import Any
 from hqqtrain.common.files import atomic_write
 from hqqtrain.report.html import (
     format_number,
-    html_document,
-    html_image,
-    html_images,
-    html_table,
-    html_tiles,
+    render_image,
+    render_images,
+    render_page,
+    render_table,
+    render_tiles,
 )
-from hqqtrain.report.plots import layer_figure, loss_figure, perplexity_figure
+from hqqtrain.report.plots import plot_layer_errors, plot_loss, plot_perplexities
 from hqqtrain.report.style import save_figure
 from hqqtrain.rundir.layout import RunLayout
 from hqqtrain.rundir.schema import MODEL_NAMES
@@ -44,13 +44,13 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     rows = read_metrics(metrics_jsonl) if metrics_jsonl.exists() else []
     plots = {
-        "loss": loss_figure(rows),
-        "perplexity": perplexity_figure(measured_perplexities(summary)),
-        "layers": layer_figure(layer_errors),
+        "loss": plot_loss(rows),
+        "perplexity": plot_perplexities(measured_perplexities(summary)),
+        "layers": plot_layer_errors(layer_errors),
     }
     files = {n: save_figure(figure, folder / f"{n}.png") for n, figure in plots.items() if figure}
     headings = {"loss": "Loss", "perplexity": "Perplexity", "layers": "Relative error by layer"}
-    html = report_html(
+    html = render_report(
         str(summary.get("run", {}).get("name") or run_dir.name), summary, key_figures(summary),
         {headings[name]: path for name, path in files.items()}, layer_errors,
     )  # fmt: skip
@@ -80,7 +80,7 @@ def key_figures(summary: Mapping[str, Any]) -> dict[str, str]:
     return figures
 
 
-def report_html(
+def render_report(
     title: str,
     summary: Mapping[str, Any],
     figures: Mapping[str, str],
@@ -99,13 +99,13 @@ def report_html(
     wide = {name: path for name, path in plots.items() if path.stem == "layers"}
     side_by_side = {name: path for name, path in plots.items() if name not in wide}
     body = [
-        html_tiles(figures),
-        html_images(side_by_side),
-        *(html_image(*item) for item in wide.items()),
+        render_tiles(figures),
+        render_images(side_by_side),
+        *(render_image(*item) for item in wide.items()),
         f'<div class="tables">{"".join(_summary_tables(summary))}</div>',
         _layer_table(layer_errors),
     ]
-    return html_document(title, _subtitle(summary), body)
+    return render_page(title, _subtitle(summary), body)
 
 
 def _subtitle(summary: Mapping[str, Any]) -> str:
@@ -123,7 +123,7 @@ def _subtitle(summary: Mapping[str, Any]) -> str:
 def _summary_tables(summary: Mapping[str, Any]) -> list[str]:
     parts = {name: part for name, part in summary.items() if isinstance(part, Mapping)}
     return [
-        f"<section><h2>{escape(name)}</h2>{html_table(('', ''), _rows(part))}</section>"
+        f"<section><h2>{escape(name)}</h2>{render_table(('', ''), _rows(part))}</section>"
         for name, part in parts.items()
     ]
 
@@ -143,6 +143,6 @@ def _layer_table(errors: Mapping[str, float]) -> str:
     if not errors:
         return ""
     rows = [(name, f"{error:.5f}") for name, error in errors.items()]
-    rendered = html_table(("module", "relative error"), rows)
+    rendered = render_table(("module", "relative error"), rows)
     heading = f"<summary>Relative error of {len(rows)} modules</summary>"
     return f"<section><details>{heading}{rendered}</details></section>"

@@ -14,19 +14,20 @@ import yaml
 
 from hqqtrain.common.env import get_slurm_job_id
 from hqqtrain.common.errors import UserError
-from hqqtrain.common.filelock import check_shared_lock, lock_token, take_lock
+from hqqtrain.common.filelock import check_shared_lock, read_lock_token, try_lock
 from hqqtrain.common.files import atomic_write, atomic_write_json, without_nonfinite
 from hqqtrain.common.secrets import mask_command, mask_secrets
 from hqqtrain.config.run import RunConfig
-from hqqtrain.rundir.identity import check_same_config, read_yaml
-from hqqtrain.rundir.layout import RunLayout
-from hqqtrain.rundir.provenance import (
+from hqqtrain.rundir.identity import (
     MADE_FROM,
+    check_same_config,
     git_revision,
     input_digests,
     package_versions,
+    read_yaml,
     source_digest,
 )
+from hqqtrain.rundir.layout import RunLayout
 from hqqtrain.rundir.schema import STATES, Status
 
 
@@ -42,7 +43,7 @@ class RunDirectory:
         self.layout = RunLayout(Path(config.run.root).expanduser() / config.run_name())
         self.path = self.layout.folder
         self._lock: IO[str] | None = None
-        self._made: list[Path] = []
+        self._new_folders: list[Path] = []
 
     def check(self) -> None:
         """Check that the directory is free or belongs to this configuration. Writes nothing.
@@ -59,15 +60,15 @@ class RunDirectory:
             raise UserError(f"{self.path}: contains files, but no run; choose another run.name.")
         self.status()
 
-    def token(self) -> str:
+    def lock_token(self) -> str:
         """Return the lock's token, by which `check_shared` recognizes the directory."""
-        return lock_token(self.layout.lock)
+        return read_lock_token(self.layout.lock)
 
     def check_shared(self, token: str) -> None:
         """Check that this machine sees the directory that rank 0 has locked.
 
         Args:
-            token: The `token` on rank 0.
+            token: The `lock_token` on rank 0.
 
         Raises:
             UserError: this machine does not see it; the nodes do not share `run.root`.
@@ -83,15 +84,15 @@ class RunDirectory:
         return Status.from_json(read_yaml(self.layout.status_json))
 
     def is_finished(self) -> bool:
-        """Whether a run has finished here, whatever its values of the keys in `MAY_CHANGE`."""
+        """Whether a run has finished here; the keys in `CHANGEABLE_ON_RESUME` may differ."""
         is_done = self.status().status == "done"
         return is_done and (self.layout.summary_json).is_file()
 
-    def done(self) -> bool:
+    def is_finished_as_configured(self) -> bool:
         """Whether this run has finished with exactly this configuration.
 
-        A run that finished with other values of keys in `MAY_CHANGE`, such as fewer steps, does not
-        count.
+        A run that finished with other values of keys in `CHANGEABLE_ON_RESUME`, such as fewer
+        steps, does not count.
 
         Raises:
             UserError: the run has finished, but its input files have changed since.
@@ -107,7 +108,7 @@ class RunDirectory:
             )
         return True
 
-    def holds(self, name: str) -> bool:
+    def matches_source(self, name: str) -> bool:
         """Whether the subfolder `name` contains a model that was made from the current source."""
         return read_yaml(self.path / name / MADE_FROM) == source_digest(self.config)
 
@@ -119,9 +120,9 @@ class RunDirectory:
         """
         self.check()
         # Remember which folders are new, to remove them again if no run begins.
-        self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        self._new_folders = [p for p in (self.path, *self.path.parents) if not p.exists()]
         try:
-            self._lock = take_lock(self.layout.lock)
+            self._lock = try_lock(self.layout.lock)
         except OSError as error:
             raise UserError(
                 f"run.root={self.config.run.root}: cannot be written to ({error}); choose another."
@@ -187,7 +188,7 @@ class RunDirectory:
         assert self._lock is not None
         if not (self.layout.config_yaml).exists():
             (self.layout.lock).unlink(missing_ok=True)
-            for folder in self._made:
+            for folder in self._new_folders:
                 _remove_if_empty(folder)
         self._lock.close()
         self._lock = None

@@ -18,14 +18,14 @@ MODEL_NAMES = {"full_precision": "full precision", "quantized": "quantized", "fi
 GLOBAL_STEP = "train/global_step"
 """The metric that counts optimizer steps."""
 
-LAYER_ERROR = "quant/relative_error/"
+LAYER_ERROR_PREFIX = "quant/relative_error/"
 """Prefix of the one metric that is logged for each module."""
 
 STATES = ("running", "done", "preempted", "failed")
 
 
 @dataclass(frozen=True)
-class Part:
+class JsonObject:
     """A JSON object with known keys; a key whose value is None is left out of the file."""
 
     def to_json(self) -> dict[str, Any]:
@@ -34,7 +34,7 @@ class Part:
         for item in fields(self):
             value = getattr(self, item.name)
             if value is not None or item.metadata.get("null"):
-                found[item.name] = value.to_json() if isinstance(value, Part) else value
+                found[item.name] = value.to_json() if isinstance(value, JsonObject) else value
         return found
 
     @classmethod
@@ -49,7 +49,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Status(Part):
+class Status(JsonObject):
     """status.json. `status` is one of STATES; `time` is ISO 8601."""
 
     status: str | None = None
@@ -61,7 +61,7 @@ class Status(Part):
 
 
 @dataclass(frozen=True)
-class RunFacts(Part):
+class RunFacts(JsonObject):
     """The `run` part of summary.json."""
 
     name: str | None = None
@@ -74,7 +74,7 @@ class RunFacts(Part):
 
 
 @dataclass(frozen=True)
-class QuantizeFigures(Part):
+class QuantizeFigures(JsonObject):
     """The `quantize` part: settings that most layers have, and figures over all of them.
 
     `bits_per_weight` counts codes, scales and zeros; `bytes_read` is summed over ranks;
@@ -96,7 +96,7 @@ class QuantizeFigures(Part):
 
 
 @dataclass(frozen=True)
-class ModelFigures(Part):
+class ModelFigures(JsonObject):
     """The figures of one model; `kl` is in nats, against the full-precision model."""
 
     perplexity: float | None = None
@@ -104,7 +104,7 @@ class ModelFigures(Part):
 
 
 @dataclass(frozen=True)
-class EvalFigures(Part):
+class EvalFigures(JsonObject):
     """The `eval` part. `bytes_read`: weight bytes read for the full-precision reference."""
 
     bytes_read: int | None = None
@@ -116,7 +116,7 @@ class EvalFigures(Part):
 
 
 @dataclass(frozen=True)
-class TrainFigures(Part):
+class TrainFigures(JsonObject):
     """The `train` part; `loss` is the last step's, null before the first step."""
 
     steps: int | None = None
@@ -129,7 +129,7 @@ class TrainFigures(Part):
 
 
 @dataclass(frozen=True)
-class Summary(Part):
+class Summary(JsonObject):
     """summary.json; a part that the task did not run is None."""
 
     schema: int | None = SCHEMA

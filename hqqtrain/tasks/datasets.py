@@ -4,9 +4,9 @@ from pathlib import Path
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.run import RunConfig
-from hqqtrain.data.eval_set import evaluation_set
+from hqqtrain.data.eval_set import load_eval_set
 from hqqtrain.data.packing import TokenSequences, pack_texts
-from hqqtrain.data.sources import training_texts
+from hqqtrain.data.sources import load_training_texts
 from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.tasks.context import Run
 
@@ -19,7 +19,7 @@ def load_training_data(run: Run, tokenizer: Path) -> TokenSequences:
     """
     config = run.config
     return pack_texts(
-        training_texts(config.data, config.eval),
+        load_training_texts(config.data, config.eval),
         load_tokenizer(tokenizer),
         max_seq_len=config.train.max_seq_len,
         packing=config.train.packing,
@@ -29,7 +29,7 @@ def load_training_data(run: Run, tokenizer: Path) -> TokenSequences:
 
 def load_held_out_data(config: RunConfig, tokenizer: Path) -> TokenSequences | None:
     """Tokenize the first `eval.tokens` tokens of `eval.source`; None if that is null."""
-    return evaluation_set(
+    return load_eval_set(
         config.eval, config.data, load_tokenizer(tokenizer), config.train.max_seq_len
     )
 

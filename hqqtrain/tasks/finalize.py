@@ -3,8 +3,7 @@
 import logging
 from collections.abc import Mapping
 
-from hqqtrain.common.errors import PreemptedError, UserError
-from hqqtrain.common.exit_codes import DONE, FAILED, PREEMPTED, USER_ERROR
+from hqqtrain.common.errors import DONE, FAILED, PREEMPTED, USER_ERROR, PreemptedError, UserError
 from hqqtrain.report.run_report import write_report
 from hqqtrain.rundir.directory import RunDirectory
 from hqqtrain.tasks.summary import RunSummary
@@ -29,10 +28,10 @@ def finalize_success(
 ) -> None:
     """Finish a successful run: write summary.json, report/ and status.json, and print the table."""
     directory.write_summary(summary.figures.to_json())
-    trackers.summary(summary.figures.to_json())
+    trackers.log_summary(summary.figures.to_json())
     _write_report(directory, trackers, summary, layer_errors)
     if directory.layout.adapter.exists():
-        trackers.artifact(directory.layout.adapter)
+        trackers.log_artifact(directory.layout.adapter)
     hints = trackers.hints()
     trackers.finish(DONE)
     directory.write_status("done", exit_code=DONE)
@@ -68,6 +67,6 @@ def _write_report(
         files = write_report(
             layout.folder, layout.metrics_jsonl, summary.figures.to_json(), layer_errors
         )
-        trackers.images({n: p for n, p in files.items() if p.suffix == ".png"})
+        trackers.log_images({n: p for n, p in files.items() if p.suffix == ".png"})
     except Exception as error:
         logger.warning("report/ was not written: %r", error)

@@ -14,7 +14,7 @@ from hqqtrain.distributed.consistency import ConsistencyChecker
 from hqqtrain.formats.peft import BaseModelRef
 from hqqtrain.loading.build import RunnableModel, wrap_for_execution
 from hqqtrain.loading.plan import plan_model
-from hqqtrain.rundir.provenance import package_versions
+from hqqtrain.rundir.identity import package_versions
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import check_same_text, load_held_out_data, load_training_data
 from hqqtrain.tasks.evaluation import RecordedEvaluation

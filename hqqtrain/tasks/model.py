@@ -10,7 +10,7 @@ from hqqtrain.formats.packed import check_quantized
 from hqqtrain.loading.build import LoadedModel, build_model
 from hqqtrain.loading.cache import cache_entry
 from hqqtrain.loading.plan import ModelPlan, PlanSettings
-from hqqtrain.rundir.provenance import MADE_FROM, source_digest
+from hqqtrain.rundir.identity import MADE_FROM, source_digest
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.resources import check_resources, workload_of
 
@@ -81,7 +81,7 @@ def load_or_quantize(run: Run, plan: ModelPlan, found: Checkpoint | None = None)
             )
 
     def save(loaded: LoadedModel, folder: Path) -> None:
-        loaded.save_packed(folder, comm, beside={MADE_FROM: source_digest(config)})
+        loaded.save_packed(folder, comm, extra_json={MADE_FROM: source_digest(config)})
 
     has_own = recorder.history.has_quantized()
     if has_own:

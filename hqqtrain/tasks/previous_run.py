@@ -11,7 +11,7 @@ from hqqtrain.checkpoint.store import CheckpointStore
 from hqqtrain.common.env import get_slurm_job_id
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.rundir.directory import RunDirectory
-from hqqtrain.tracking.wandb_run_id import forget_run_id
+from hqqtrain.tracking.wandb import delete_run_id
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,9 @@ class PreviousRun:
 
     def is_done(self) -> bool:
         """Whether this run has finished before; logs it."""
-        done = not self.starts_over and self._comm.run_on_rank0(self._directory.done)
+        done = not self.starts_over and self._comm.run_on_rank0(
+            self._directory.is_finished_as_configured
+        )
         if done:
             logger.info("%s is done already: see summary.json there.", self._directory.path)
         return done
@@ -57,7 +59,7 @@ class PreviousRun:
         """Whether `quantized/` is complete and made from the present source files."""
         if self.starts_over:
             return False
-        return self._comm.run_on_rank0(lambda: self._directory.holds("quantized"))
+        return self._comm.run_on_rank0(lambda: self._directory.matches_source("quantized"))
 
     def forget(self) -> None:
         """Delete checkpoints, results and the W&B id of the previous run if `starts_over`."""
@@ -71,4 +73,4 @@ class PreviousRun:
         layout = self._directory.layout
         for path in (layout.adapter, layout.nonfinite, layout.report, layout.summary_json):
             path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
-        forget_run_id(self._directory.path)
+        delete_run_id(self._directory.path)

@@ -22,7 +22,7 @@ from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.evaluation.perplexity import EvalResult
 from hqqtrain.loading.build import LoadedModel
 from hqqtrain.rundir.directory import RunDirectory
-from hqqtrain.rundir.schema import LAYER_ERROR
+from hqqtrain.rundir.schema import LAYER_ERROR_PREFIX
 from hqqtrain.tasks.finalize import finalize_failure, finalize_success
 from hqqtrain.tasks.previous_run import PreviousRun
 from hqqtrain.tasks.progress import ProgressBars
@@ -30,7 +30,7 @@ from hqqtrain.tasks.resources import translate_resource_errors, workload_of
 from hqqtrain.tasks.summary import RunSummary
 from hqqtrain.tracking.composite import CompositeTracker, open_trackers
 from hqqtrain.tracking.console import Console, setup_logging
-from hqqtrain.tracking.wandb_run_id import keep_run_id, run_id
+from hqqtrain.tracking.wandb import read_run_id, save_run_id
 from hqqtrain.train.state import StepResult, TrainState
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class RunRecorder:
     def __enter__(self) -> "RunRecorder":
         comm = self.runtime.comm
         comm.run_on_rank0(self._lock_directory)
-        token = comm.run_on_rank0(self.directory.token)
+        token = comm.run_on_rank0(self.directory.lock_token)
         with comm.raise_on_all_ranks():
             self.directory.check_shared(token)
         self._history = PreviousRun(self.directory, self.checkpoints, comm)
@@ -116,7 +116,7 @@ class RunRecorder:
             self.step_number = found.step
         self.runtime.comm.run_on_rank0(lambda: self._begin(loaded, found))
         self._begun = True
-        errors = {f"{LAYER_ERROR}{name}": error for name, error in self.layer_errors.items()}
+        errors = {f"{LAYER_ERROR_PREFIX}{name}": error for name, error in self.layer_errors.items()}
         if not found:
             self.trackers.log(errors, 0)
 
@@ -126,8 +126,8 @@ class RunRecorder:
         self.directory.begin(self.command)
         self.directory.write_loading([report.facts() for report in loaded.loading])
         kept = found and found.state["record"]["wandb_run_id"]
-        if kept and not run_id(self.directory.path):
-            keep_run_id(self.directory.path, kept)
+        if kept and not read_run_id(self.directory.path):
+            save_run_id(self.directory.path, kept)
         self.trackers = open_trackers(
             self.config.track, self.directory.path, asdict(self.config), self.step_number
         )
@@ -137,7 +137,7 @@ class RunRecorder:
         return {
             "summary": self.summary.state(),
             "layer_errors": self.layer_errors,
-            "wandb_run_id": run_id(self.directory.path),
+            "wandb_run_id": read_run_id(self.directory.path),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

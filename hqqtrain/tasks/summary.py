@@ -12,7 +12,7 @@ from hqqtrain.loading.build import LoadedModel
 from hqqtrain.models.fqn import base_tensors, is_packed
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.quant.error import storage_bits
-from hqqtrain.rundir.provenance import package_versions
+from hqqtrain.rundir.identity import package_versions
 from hqqtrain.rundir.schema import (
     MODEL_NAMES,
     EvalFigures,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from hqqtrain.rundir.schema import LAYER_ERROR
+from hqqtrain.rundir.schema import LAYER_ERROR_PREFIX
 
 
 class Tracker(Protocol):
@@ -25,13 +25,13 @@ class Tracker(Protocol):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log metrics by name, e.g. `train/loss`, after optimizer step `step` (0: before any)."""
 
-    def summary(self, summary: Mapping[str, Any]) -> None:
+    def log_summary(self, summary: Mapping[str, Any]) -> None:
         """Log the final figures, which are the content of summary.json."""
 
-    def images(self, paths: Mapping[str, Path]) -> None:
+    def log_images(self, paths: Mapping[str, Path]) -> None:
         """Log the plots of the report, given as name -> PNG file."""
 
-    def artifact(self, path: Path) -> None:
+    def log_artifact(self, path: Path) -> None:
         """Upload the trained adapter in folder `path`."""
 
     def hint(self) -> str | None:
@@ -57,4 +57,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def layer_errors(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return module name -> relative error, from the metrics that are logged per module."""
-    return {n.removeprefix(LAYER_ERROR): v for n, v in metrics.items() if LAYER_ERROR in n}
+    return {
+        n.removeprefix(LAYER_ERROR_PREFIX): v for n, v in metrics.items() if LAYER_ERROR_PREFIX in n
+    }

@@ -25,32 +25,32 @@ class CompositeTracker:
     """A composite of a run's trackers that itself never raises.
 
     Attributes:
-        live: the trackers that have not failed.
-        told: step -> names of the metrics that an earlier process of the run has logged. A resumed
-            run measures some of them again; they are not logged twice.
+        active: the trackers that have not failed.
+        already_logged: step -> names of the metrics that an earlier process of the run has logged.
+            A resumed run measures some of them again; they are not logged twice.
     """
 
     def __init__(self, trackers: Iterable[Tracker]) -> None:
-        self.live = list(trackers)
-        self.told: Mapping[int, Container[str]] = {}
+        self.active = list(trackers)
+        self.already_logged: Mapping[int, Container[str]] = {}
 
     def start(self, config: Mapping[str, Any], step: int = 0) -> None:
         self._call_each(lambda tracker: tracker.start(config, step))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        already_logged = self.told.get(step, ())
+        already_logged = self.already_logged.get(step, ())
         new = {name: value for name, value in metrics.items() if name not in already_logged}
         if new:
             self._call_each(lambda tracker: tracker.log(new, step))
 
-    def summary(self, summary: Mapping[str, Any]) -> None:
-        self._call_each(lambda tracker: tracker.summary(summary))
+    def log_summary(self, summary: Mapping[str, Any]) -> None:
+        self._call_each(lambda tracker: tracker.log_summary(summary))
 
-    def images(self, paths: Mapping[str, Path]) -> None:
-        self._call_each(lambda tracker: tracker.images(paths))
+    def log_images(self, paths: Mapping[str, Path]) -> None:
+        self._call_each(lambda tracker: tracker.log_images(paths))
 
-    def artifact(self, path: Path) -> None:
-        self._call_each(lambda tracker: tracker.artifact(path))
+    def log_artifact(self, path: Path) -> None:
+        self._call_each(lambda tracker: tracker.log_artifact(path))
 
     def hints(self) -> list[str]:
         """Return how a user can view the run. Must be called before `finish`."""
@@ -60,14 +60,14 @@ class CompositeTracker:
 
     def finish(self, exit_code: int = 0) -> None:
         self._call_each(lambda tracker: tracker.finish(exit_code))
-        self.live = []
+        self.active = []
 
     def _call_each(self, call: Callable[[Tracker], None]) -> None:
-        for tracker in list(self.live):
+        for tracker in list(self.active):
             try:
                 call(tracker)
             except Exception as error:
-                self.live.remove(tracker)
+                self.active.remove(tracker)
                 name = type(tracker).__name__
                 logger.warning("%s failed and is disabled: %s", name, mask_secrets(str(error)))
 
@@ -78,7 +78,7 @@ def open_trackers(
     run_config: Mapping[str, Any],
     step: int = 0,
     *,
-    main: bool = True,
+    is_main: bool = True,
 ) -> CompositeTracker:
     """Start the trackers of a run: metrics.jsonl always, and those of `track.backends`.
 
@@ -87,12 +87,12 @@ def open_trackers(
         run_dir: the run directory.
         run_config: the resolved configuration, which is logged with secrets masked.
         step: the optimizer step that the run resumes from; 0 for a fresh run.
-        main: whether this is the main process. Other ranks get no trackers.
+        is_main: whether this is the main process. Other ranks get no trackers.
 
     Returns:
         The started trackers.
     """
-    if not main:
+    if not is_main:
         return CompositeTracker([])
     metrics = RunLayout(run_dir).metrics_jsonl
     chosen: list[Tracker] = [JsonlTracker(metrics)]
@@ -102,7 +102,7 @@ def open_trackers(
         chosen.append(WandbTracker(run_dir, config))
     trackers = CompositeTracker(chosen)
     trackers.start(run_config, step)
-    trackers.told = _logged_metrics(metrics, step)
+    trackers.already_logged = _logged_metrics(metrics, step)
     return trackers
 
 

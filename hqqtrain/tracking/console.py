@@ -111,8 +111,8 @@ class ProgressBar:
 class Console:
     """The terminal output of a run: printed by the main process, silent on all other ranks."""
 
-    def __init__(self, main: bool = True) -> None:
-        self.main = main
+    def __init__(self, is_main: bool = True) -> None:
+        self.is_main = is_main
 
     def progress(
         self, description: str, total: int | None = None, unit: str = "it", initial: int = 0
@@ -125,13 +125,13 @@ class Console:
             unit: the name of a unit, such as `step`.
             initial: units done by an earlier process, which do not count for the rate.
         """
-        return ProgressBar(description, total, unit, self.main, initial)
+        return ProgressBar(description, total, unit, self.is_main, initial)
 
     def results(
         self, rows: Sequence[ResultRow], files: Iterable[Path] = (), hints: Iterable[str] = ()
     ) -> None:
         """Print the results table, the written files, and hints to standard output."""
-        if self.main:
+        if self.is_main:
             print("\n" + results_table(rows) + "\n")
             print("\n".join([*(f"wrote {file}" for file in files), *hints]), flush=True)
 
@@ -143,7 +143,7 @@ def results_table(rows: Sequence[ResultRow]) -> str:
     return tabulate([astuple(row) for row in rows], headers, floatfmt=formats, missingval="-")
 
 
-def setup_logging(main: bool = True) -> None:
+def setup_logging(is_main: bool = True) -> None:
     """Send log messages to standard error, above the progress bars.
 
     On the main process hqqtrain logs from INFO on, and other libraries from WARNING on. The other
@@ -151,12 +151,12 @@ def setup_logging(main: bool = True) -> None:
     """
     logger = logging.getLogger("hqqtrain")
     logger.handlers = [_BarHandler()]
-    logger.setLevel(logging.INFO if main else logging.ERROR)
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
     for name in ("transformers", "datasets", "accelerate", "peft", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.WARNING if main else logging.ERROR)
+        logging.getLogger(name).setLevel(logging.WARNING if is_main else logging.ERROR)
     for category in (DeprecationWarning, FutureWarning):  # from libraries, meant for their authors
         warnings.simplefilter("ignore", category)
-    if not main:
+    if not is_main:
         warnings.simplefilter("ignore")
 
 

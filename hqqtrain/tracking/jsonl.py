@@ -51,13 +51,13 @@ class JsonlTracker:
         if time.monotonic() - self._last_sync > SYNC_SECONDS:
             self._sync()
 
-    def summary(self, summary: Mapping[str, Any]) -> None:
+    def log_summary(self, summary: Mapping[str, Any]) -> None:
         self._sync()
 
-    def images(self, paths: Mapping[str, Path]) -> None:
+    def log_images(self, paths: Mapping[str, Path]) -> None:
         """Do nothing: plots are files of their own."""
 
-    def artifact(self, path: Path) -> None:
+    def log_artifact(self, path: Path) -> None:
         """Do nothing: the adapter stays in its folder."""
 
     def hint(self) -> str | None:

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from hqqtrain.common.secrets import mask_secrets
-from hqqtrain.config.run import NOT_THE_RESULT
+from hqqtrain.config.run import NON_RESULT_GROUPS
 from hqqtrain.rundir.layout import RunLayout
-from hqqtrain.rundir.schema import GLOBAL_STEP, LAYER_ERROR
+from hqqtrain.rundir.schema import GLOBAL_STEP, LAYER_ERROR_PREFIX
 from hqqtrain.tracking.base import flatten, layer_errors
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class TensorBoardTracker:
             return
         self._step = step
         for name, value in metrics.items():
-            if LAYER_ERROR not in name and name != GLOBAL_STEP:
+            if LAYER_ERROR_PREFIX not in name and name != GLOBAL_STEP:
                 self._writer.add_scalar(name, float(value), step)
         if layers := layer_errors(metrics):
             import numpy
@@ -68,7 +68,7 @@ class TensorBoardTracker:
                 "quant/relative_errors", _table(("module", "relative error"), layers.items())
             )
 
-    def summary(self, summary: Mapping[str, Any]) -> None:
+    def log_summary(self, summary: Mapping[str, Any]) -> None:
         if self._writer is None:
             return
         from torch.utils.tensorboard.summary import hparams
@@ -85,7 +85,7 @@ class TensorBoardTracker:
         for name, number in numbers.items():
             self._writer.add_scalar(name, number, self._step)
 
-    def images(self, paths: Mapping[str, Path]) -> None:
+    def log_images(self, paths: Mapping[str, Path]) -> None:
         if self._writer is None:
             return
         import numpy
@@ -96,7 +96,7 @@ class TensorBoardTracker:
                 pixels = numpy.asarray(image.convert("RGB"))
             self._writer.add_image(f"report/{name}", pixels, self._step, dataformats="HWC")
 
-    def artifact(self, path: Path) -> None:
+    def log_artifact(self, path: Path) -> None:
         """Do nothing: the adapter stays in its folder."""
 
     def hint(self) -> str | None:
@@ -120,7 +120,9 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Booleans become text, because torch would log them as numbers.
     """
-    kept = flatten({group: keys for group, keys in config.items() if group not in NOT_THE_RESULT})
+    kept = flatten(
+        {group: keys for group, keys in config.items() if group not in NON_RESULT_GROUPS}
+    )
     return {n: v if type(v) in (int, float, str) else str(v) for n, v in kept.items()}
 
 

@@ -18,15 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hqqtrain.common.files import atomic_write
 from hqqtrain.common.secrets import mask_command, mask_secrets
-from hqqtrain.common.timeout import call_with_timeout
+from hqqtrain.common.threads import call_with_timeout
 from hqqtrain.config.infra import TrackConfig
 from hqqtrain.rundir.layout import RunLayout
-from hqqtrain.rundir.schema import GLOBAL_STEP, LAYER_ERROR
+from hqqtrain.rundir.schema import GLOBAL_STEP, LAYER_ERROR_PREFIX
 from hqqtrain.tracking.base import flatten, layer_errors
 from hqqtrain.tracking.jsonl import read_metrics
-from hqqtrain.tracking.wandb_mode import is_server_reachable, wandb_mode, wandb_server
-from hqqtrain.tracking.wandb_run_id import keep_run_id, run_id
+from hqqtrain.tracking.wandb_mode import choose_wandb_mode, is_server_reachable, wandb_server
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +55,19 @@ class WandbTracker:
                 "pip install wandb, or set track.backends=[]."
             )
             return
-        if run_id(self.run_dir) is None:
-            keep_run_id(self.run_dir, secrets.token_hex(4))
+        if read_run_id(self.run_dir) is None:
+            save_run_id(self.run_dir, secrets.token_hex(4))
         self._run = self._open(mask_secrets(config))
         self._run.define_metric(GLOBAL_STEP)
         self._run.define_metric("*", step_metric=GLOBAL_STEP)
-        self._run.define_metric(LAYER_ERROR + "*", step_metric=GLOBAL_STEP, hidden=True)
+        self._run.define_metric(LAYER_ERROR_PREFIX + "*", step_metric=GLOBAL_STEP, hidden=True)
         where = (
-            self._run.url if self._online else f"{self._mode}, in {RunLayout(self.run_dir).wandb}"
+            self._run.url
+            if self._is_online
+            else f"{self._mode}, in {RunLayout(self.run_dir).wandb}"
         )
         logger.info("wandb: %s", where)
-        if step and self._online:
+        if step and self._is_online:
             self._send_missing_rows()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -81,22 +83,22 @@ class WandbTracker:
             row["quant/relative_errors"] = wandb.Table(columns=columns, data=rows)
         self._run.log(row, step=step)
 
-    def summary(self, summary: Mapping[str, Any]) -> None:
+    def log_summary(self, summary: Mapping[str, Any]) -> None:
         if self._run is not None:
             self._run.summary.update(flatten(summary))
 
-    def images(self, paths: Mapping[str, Path]) -> None:
+    def log_images(self, paths: Mapping[str, Path]) -> None:
         if self._run is not None and paths:
             import wandb
 
             self._run.log({f"report/{n}": wandb.Image(str(path)) for n, path in paths.items()})
 
-    def artifact(self, path: Path) -> None:
+    def log_artifact(self, path: Path) -> None:
         """Upload the adapter if `track.artifacts` is set. A failed upload is only a warning."""
         if self._run is None or not self.config.artifacts:
             return
         try:
-            if self._online and not is_server_reachable():
+            if self._is_online and not is_server_reachable():
                 raise TimeoutError(f"{wandb_server()} does not answer")
             self._upload(path)
         except Exception as error:
@@ -105,7 +107,7 @@ class WandbTracker:
     def hint(self) -> str | None:
         if self._run is None or self._mode == "disabled":
             return None
-        if self._online:
+        if self._is_online:
             return f"W&B: {self._run.url}"
         # Without WANDB_RESUME, syncing the second file of a resumed run overwrites the first rows.
         return f"W&B: WANDB_RESUME=allow wandb sync {self.run_dir}/wandb/offline-run-*"
@@ -119,7 +121,7 @@ class WandbTracker:
             run.finish(exit_code=exit_code)
             _stop_service(exit_code)  # the last rows may be missing in the file before
 
-        call_with_timeout(FINISH_SECONDS + SLACK_SECONDS, end, helpers="wandb-")
+        call_with_timeout(FINISH_SECONDS + SLACK_SECONDS, end, child_prefix="wandb-")
 
     def _send_missing_rows(self) -> None:
         """Send the rows of earlier processes again; `log` skips those that the server has.
@@ -142,11 +144,11 @@ class WandbTracker:
         for file in sorted(path.iterdir()):
             artifact.add_file(str(file), policy="immutable")  # the files never change: no copy
         logged = self._run.log_artifact(artifact)
-        if self._online:
+        if self._is_online:
             logged.wait(timeout=int(UPLOAD_SECONDS))
 
     @property
-    def _online(self) -> bool:
+    def _is_online(self) -> bool:
         """Whether the run is sent to a server and has a URL."""
         return self._mode not in ("offline", "dryrun", "disabled")
 
@@ -154,11 +156,11 @@ class WandbTracker:
         """Start the W&B run; keep it offline if the server fails."""
         # Disable wandb's crash reports: without a network, a program waits for them.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        self._mode = wandb_mode()
+        self._mode = choose_wandb_mode()
         try:
             return self._init(config)
         except Exception as error:
-            if not self._online:
+            if not self._is_online:
                 raise
             logger.warning("wandb: %s; the run is kept offline.", mask_secrets(str(error)))
             self._mode = "offline"
@@ -175,13 +177,42 @@ class WandbTracker:
                 **mask_secrets(names),
                 job_type=config.get("task"),
                 name=self.run_dir.name,
-                id=run_id(self.run_dir),
+                id=read_run_id(self.run_dir),
                 dir=str(self.run_dir),
                 config=config,
                 mode=self._mode,
-                resume="allow" if self._online else None,
+                resume="allow" if self._is_online else None,
                 settings=_settings(wandb),
             )
+
+
+def read_run_id(run_dir: Path) -> str | None:
+    """Return the W&B id of the run; None if there is none yet, or if W&B would refuse it.
+
+    The id is kept in the run directory, so that a requeued run stays one run in W&B. Checkpoints
+    contain it as well, for a run directory that was copied without W&B's files.
+    """
+    try:
+        found = _run_id_file(run_dir).read_text(encoding="utf-8", errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found if re.fullmatch(r"[\w-]{1,128}", found, re.ASCII) else None
+
+
+def save_run_id(run_dir: Path, id: str) -> None:
+    """Save `id` as the W&B id of the run."""
+    file = _run_id_file(run_dir)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, id)
+
+
+def delete_run_id(run_dir: Path) -> None:
+    """Delete the id. A restarted run needs a new one, because W&B drops steps it already has."""
+    _run_id_file(run_dir).unlink(missing_ok=True)
+
+
+def _run_id_file(run_dir: Path) -> Path:
+    return RunLayout(run_dir).wandb / "run_id"
 
 
 def _settings(wandb: Any) -> Any:

@@ -17,7 +17,7 @@ REACH_SECONDS = 3.0
 """Timeout of the request that tests whether the server answers."""
 
 
-def wandb_mode() -> Any:
+def choose_wandb_mode() -> Any:
     """Return the mode for `wandb.init`, and log the reason if a run is kept offline.
 
     The user's choice comes first: WANDB_DISABLED, WANDB_MODE, or the command `wandb offline`.

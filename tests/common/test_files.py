@@ -3,10 +3,17 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
-from hqqtrain.common.files import atomic_directory, atomic_write_json
+from hqqtrain.common.files import (
+    atomic_directory,
+    atomic_write,
+    atomic_write_json,
+    stat_digest,
+    without_nonfinite,
+)
 
 
 def test_a_folder_appears_complete(tmp_path):
@@ -98,3 +105,50 @@ def test_values_that_json_lacks_are_refused(tmp_path, value):
     with pytest.raises(ValueError, match="not JSON compliant"):
         atomic_write_json(tmp_path / "a.json", value)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", ["", "naïve\nlines\r\n", b"\x00\xff"])
+def test_writes_text_and_bytes_as_they_are(content, tmp_path):
+    file = atomic_write(tmp_path / "file", content)
+    assert file.read_bytes() == (content.encode() if isinstance(content, str) else content)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file(fails, tmp_path, monkeypatch):
+    file = atomic_write(tmp_path / "file", "old")
+
+    def disk_full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((os, "fsync") if fails == "fsync" else (Path, "replace")), disk_full)
+    with pytest.raises(OSError, match="No space"):
+        atomic_write(file, "new")
+    assert file.read_text() == "old"
+    monkeypatch.undo()
+    assert atomic_write(file, "new").read_text() == "new"
+
+
+def test_nonfinite_numbers_become_null_at_any_depth():
+    nan, inf = float("nan"), float("inf")
+    value = {"a": nan, "b": [1.5, -inf, {"c": inf}], "d": (nan,), "e": "nan", "f": None, "g": True}
+    assert without_nonfinite(value) == {
+        "a": None, "b": [1.5, None, {"c": None}], "d": [None], "e": "nan", "f": None, "g": True,
+    }  # fmt: skip
+
+
+def test_a_digest_changes_with_names_sizes_and_times(tmp_path):
+    (tmp_path / "a").write_text("1")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b").write_text("22")
+    seen = [stat_digest(tmp_path)]
+    assert stat_digest(tmp_path) == seen[0]
+    os.utime(tmp_path / "a", (1, 1))
+    seen.append(stat_digest(tmp_path))
+    (tmp_path / "sub" / "b").rename(tmp_path / "sub" / "c")
+    seen.append(stat_digest(tmp_path))
+    (tmp_path / "sub" / "c").write_text("333")
+    seen.append(stat_digest(tmp_path))
+    (tmp_path / "sub" / "c").unlink()
+    seen += [stat_digest(tmp_path), stat_digest(tmp_path / "a")]
+    assert len(set(seen)) == len(seen)

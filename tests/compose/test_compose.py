@@ -4,10 +4,10 @@ import shlex
 
 import pytest
 
-from hqqtrain.common.durations import parse_seconds
 from hqqtrain.common.errors import UserError
 from hqqtrain.compose.compose import compose_config
 from hqqtrain.compose.schema import known_keys
+from hqqtrain.config.infra import parse_seconds
 from hqqtrain.config.run import RunConfig
 
 

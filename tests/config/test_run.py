@@ -1,10 +1,11 @@
-"""The limits of every config key and the messages about them."""
+"""The check of a whole configuration, and the run name that it gives."""
+
+import subprocess
+import sys
 
 import pytest
 
-from hqqtrain.common.errors import UserError, did_you_mean
-from hqqtrain.config.groups import QuantConfig
-from hqqtrain.config.infra import LaunchConfig
+from hqqtrain.common.errors import UserError
 from hqqtrain.config.run import RunConfig
 
 
@@ -49,94 +50,9 @@ def test_an_error_names_key_value_and_what_is_allowed(group, name, value, expect
     assert expected in _refused(**{group: {name: value}})
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"nodes": 2}, "launch.nodes=2: only applies to Slurm; add launch=slurm."),
-        ({"dry_run": True}, "launch.dry_run=True: only applies to Slurm; add launch=slurm."),
-        (
-            {"backend": "slurm", "time": "0:02:00"},
-            "launch.grace=120: must be shorter than launch.time=0:02:00.",
-        ),
-        (
-            {"backend": "slurm", "gpus_per_node": 8, "tasks_per_node": 1},
-            "launch.tasks_per_node=1: must be one process for each of launch.gpus_per_node=8",
-        ),
-    ],
-)
-def test_slurm_keys_without_effect_are_refused(values, expected):
-    assert expected in _refused(launch=values)
-
-
-@pytest.mark.parametrize(
-    ("group", "name"),
-    [("run", "root"), ("launch", "partition"), ("launch", "account"), ("launch", "options")],
-)
-@pytest.mark.parametrize("broken", ["a\nb", "a\r", "\x00", "a\tb", "a\x85b", "a\u2028b"])
-def test_values_in_a_batch_script_must_be_a_single_line(group, name, broken):
-    value = [f"--x={broken}"] if name == "options" else broken
-    config = RunConfig(launch=LaunchConfig(backend="slurm"))
-    setattr(getattr(config, group), name, value)
-    with pytest.raises(UserError, match=rf"^{group}\.{name}='.*': must not contain line breaks"):
-        config.check()
-
-
-@pytest.mark.parametrize("name", ["partition", "account"])
-@pytest.mark.parametrize("empty", ["", " "])
-def test_an_empty_name_is_refused(name, empty):
-    message = _refused(launch={"backend": "slurm", name: empty})
-    assert (
-        message == f"launch.{name}={empty}: must not be empty; use null for the cluster's default."
-    )
-
-
-def test_default_is_one_process_per_gpu_or_a_single_one():
-    assert LaunchConfig().tasks == 1
-    assert LaunchConfig(gpus_per_node=8).tasks == 8
-    assert LaunchConfig(tasks_per_node=2).tasks == 2
-
-
-def test_artifacts_without_wandb_are_refused():
-    message = _refused(track={"artifacts": True, "backends": ["tensorboard"]})
-    assert message.startswith("track.artifacts=true: only W&B stores artifacts; add wandb to track")
-
-
 def test_all_errors_are_reported_at_once():
     message = _refused(quant={"nbits": 5, "axis": 7}, adapter={"r": 0})
     assert len(message.splitlines()) == 3
-
-
-@pytest.mark.parametrize("name", ["../elsewhere", "a/b", "", ".", "..", "-x", "a b", "a\n"])
-def test_a_run_name_cannot_leave_the_root(name):
-    assert "run.name=" in _refused(run={"name": name})
-
-
-@pytest.mark.parametrize("name", ["mine", "a.b-c_d+e", "2bit"])
-def test_ordinary_run_names_are_fine(name):
-    config = RunConfig()
-    config.run.name = name
-    config.check()
-    assert config.run_name() == name
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        (3, "quant.overrides[*.q_proj]=3: must be null or settings"),
-        ({"nbits": 5}, "quant.overrides[*.q_proj].nbits=5: allowed are 8, 4, 3, 2, 1."),
-        ({"nbits": True}, "quant.overrides[*.q_proj].nbits=True"),
-        ({"bits": 4}, "quant.overrides[*.q_proj].bits: unknown; allowed are nbits, axis"),
-        ({"group_size": 1}, "quant.overrides[*.q_proj].group_size=1: must be null or an integer"),
-        ({"group_size": "64"}, "quant.overrides[*.q_proj].group_size=64: must be null or"),
-    ],
-)
-def test_overrides_are_checked_like_the_keys_they_override(settings, expected):
-    assert expected in _refused(quant={"overrides": {"*.q_proj": settings}})
-
-
-@pytest.mark.parametrize("settings", [None, {}, {"nbits": 8, "group_size": None, "axis": 0}])
-def test_sound_overrides_pass(settings):
-    assert list(QuantConfig(overrides={"*.q_proj": settings}).faults()) == []
 
 
 def test_bf16_adapters_with_fp16_loss_scaling_are_refused():
@@ -160,6 +76,55 @@ def test_eval_needs_a_text():
         config.check()
 
 
-def test_did_you_mean_is_silent_when_nothing_is_near():
-    assert did_you_mean("nbit", ["nbits", "axis"]) == " Did you mean 'nbits'?"
-    assert did_you_mean("zzz", ["nbits", "axis"]) == ""
+def test_root_and_trackers_do_not_change_the_name():
+    config = RunConfig(recipe="tiny_2bit")
+    config.run.root, config.track.backends, config.track.project = "/elsewhere", [], "other"
+    assert config.run_name() == RunConfig(recipe="tiny_2bit").run_name()
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("quant", "nbits", 3),
+        ("quant", "overrides", {"*.q_proj": None}),
+        ("train", "seed", 1),
+        ("optim", "lr", 3e-4),
+        ("model", "revision", "main"),
+        ("eval", "tokens", 1024),
+    ],
+)
+def test_every_key_that_defines_the_result_changes_the_name(group, name, value):
+    config = RunConfig()
+    setattr(getattr(config, group), name, value)
+    assert config.run_name() != RunConfig().run_name()
+
+
+def test_task_changes_the_name():
+    assert RunConfig(task="eval").run_name() != RunConfig().run_name()
+
+
+def test_the_name_is_recipe_or_task_and_a_short_hash():
+    assert RunConfig(recipe="mine").run_name() == f"mine-{RunConfig().identity()[:8]}"
+    assert RunConfig(task="quantize").run_name().startswith("quantize-")
+
+
+def test_the_order_of_overrides_does_not_matter():
+    one, other = RunConfig(), RunConfig()
+    one.quant.overrides = {"a": None, "b": {"nbits": 8, "axis": 0}}
+    other.quant.overrides = {"b": {"axis": 0, "nbits": 8}, "a": None}
+    assert one.identity() == other.identity()
+
+
+def test_the_name_is_the_same_in_another_process():
+    program = "from hqqtrain.config.run import RunConfig; print(RunConfig().identity())"
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert outputs == {RunConfig().identity()}

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 import hqqtrain
 from hqqtrain.config.groups import DataConfig, EvalConfig
-from hqqtrain.data.eval_set import evaluation_set
+from hqqtrain.data.eval_set import load_eval_set
 from hqqtrain.data.packing import IGNORE_INDEX
 from hqqtrain.data.sources import dataset_name
 
@@ -22,7 +22,7 @@ def tokenizer():
 
 @pytest.mark.parametrize(("tokens", "length"), [(8192, 512), (32768, 256), (100, 512)])
 def test_windows_sample_the_whole_text_within_the_limit(tokenizer, tokens, length):
-    chosen = evaluation_set(EvalConfig(tokens=tokens), DataConfig(), tokenizer, length)
+    chosen = load_eval_set(EvalConfig(tokens=tokens), DataConfig(), tokenizer, length)
     sizes = chosen.end - chosen.begin
     assert tokens - length <= int(sizes.sum()) <= tokens
     assert sizes.max() <= length
@@ -37,7 +37,7 @@ def test_a_change_in_one_text_moves_no_window_of_another(tokenizer, tmp_path):
         file = tmp_path / "a.jsonl"
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         evaluation = EvalConfig(source=str(file), tokens=4096)
-        pieces = evaluation_set(evaluation, DataConfig(), tokenizer, 64)
+        pieces = load_eval_set(evaluation, DataConfig(), tokenizer, 64)
         return {pieces[i]["input_ids"].numpy().tobytes() for i in range(len(pieces))}
 
     before = chosen(texts)
@@ -46,7 +46,7 @@ def test_a_change_in_one_text_moves_no_window_of_another(tokenizer, tmp_path):
 
 
 def test_no_window_crosses_the_end_of_a_text(tokenizer):
-    chosen = evaluation_set(EvalConfig(tokens=16384), DataConfig(), tokenizer, 256)
+    chosen = load_eval_set(EvalConfig(tokens=16384), DataConfig(), tokenizer, 256)
     for i in range(len(chosen)):
         assert (chosen[i]["labels"][1:] != IGNORE_INDEX).all()
 
@@ -54,12 +54,12 @@ def test_no_window_crosses_the_end_of_a_text(tokenizer):
 def test_a_small_text_is_used_completely(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("x = 1\n" * 100)
     evaluation = EvalConfig(source=str(tmp_path / "a.txt"))
-    chosen = evaluation_set(evaluation, DataConfig(), tokenizer, 64)
+    chosen = load_eval_set(evaluation, DataConfig(), tokenizer, 64)
     assert int((chosen.end - chosen.begin).sum()) == len(chosen.stream)
 
 
 def test_without_a_source_the_set_is_none(tokenizer):
-    assert evaluation_set(EvalConfig(source=None), DataConfig(), tokenizer, 64) is None
+    assert load_eval_set(EvalConfig(source=None), DataConfig(), tokenizer, 64) is None
 
 
 def test_the_name_describes_the_held_out_set():

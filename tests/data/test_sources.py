@@ -14,7 +14,7 @@ import pytest
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.data import hub, sources
-from hqqtrain.data.sources import held_out_texts, training_texts
+from hqqtrain.data.sources import load_held_out_texts, load_training_texts
 from hqqtrain.data.stdlib import is_held_out, stdlib_modules
 
 NO_EVAL = EvalConfig(source=None)
@@ -27,7 +27,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def read(source: Path | str, **settings) -> list[str]:
-    return list(training_texts(DataConfig(source=str(source), **settings), NO_EVAL))
+    return list(load_training_texts(DataConfig(source=str(source), **settings), NO_EVAL))
 
 
 def error_message(source: Path | str, **settings) -> str:
@@ -198,18 +198,18 @@ def hub_data(monkeypatch, **splits: list[str]):
 def test_hub_splits_are_those_of_the_authors(monkeypatch):
     hub_data(monkeypatch, train=["a", "b"], test=["c"], validation=["d"])
     both = DataConfig(source="org/name"), EvalConfig(source="org/name")
-    assert list(training_texts(*both)) == ["a", "b"]
-    assert list(held_out_texts(*reversed(both))) == ["d"]
-    assert list(held_out_texts(both[1], DataConfig())) == ["d"]
+    assert list(load_training_texts(*both)) == ["a", "b"]
+    assert list(load_held_out_texts(*reversed(both))) == ["d"]
+    assert list(load_held_out_texts(both[1], DataConfig())) == ["d"]
 
 
 def test_a_hub_data_set_with_one_split_is_split_by_hash(monkeypatch):
     hub_data(monkeypatch, train=[f"text {i}" for i in range(50)])
     both = DataConfig(source="org/name"), EvalConfig(source="org/name")
-    train, held_out = training_texts(*both), held_out_texts(*reversed(both))
+    train, held_out = load_training_texts(*both), load_held_out_texts(*reversed(both))
     assert len(train) + len(held_out) == 50
     assert not set(train) & set(held_out)
-    assert len(training_texts(DataConfig(source="org/name"), STDLIB_EVAL)) == 50
+    assert len(load_training_texts(DataConfig(source="org/name"), STDLIB_EVAL)) == 50
 
 
 def test_one_file_for_both_is_split_and_equal_texts_stay_together(tmp_path):
@@ -217,7 +217,7 @@ def test_one_file_for_both_is_split_and_equal_texts_stay_together(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = str(tmp_path / "a.jsonl")
     both = DataConfig(source=source), EvalConfig(source=source)
-    train, held_out = training_texts(*both), held_out_texts(*reversed(both))
+    train, held_out = load_training_texts(*both), load_held_out_texts(*reversed(both))
     assert sorted([*train, *held_out]) == sorted(row["text"] for row in rows)
     assert not set(train) & set(held_out)
     assert len(held_out) == 6
@@ -229,7 +229,7 @@ def test_one_text_for_both_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("all there is")
     source = str(tmp_path / "a.txt")
     with pytest.raises(UserError, match="cannot be split"):
-        training_texts(DataConfig(source=source), EvalConfig(source=source))
+        load_training_texts(DataConfig(source=source), EvalConfig(source=source))
 
 
 def test_sources_that_overlap_are_refused(tmp_path):
@@ -238,22 +238,22 @@ def test_sources_that_overlap_are_refused(tmp_path):
     for where in (tmp_path / "valid.txt", tmp_path / ".." / tmp_path.name):
         evaluation = EvalConfig(source=str(where))
         with pytest.raises(UserError, match="overlaps"):
-            training_texts(data_config, evaluation)
+            load_training_texts(data_config, evaluation)
         with pytest.raises(UserError, match="overlaps"):
-            held_out_texts(evaluation, data_config)
+            load_held_out_texts(evaluation, data_config)
 
 
 def test_a_separate_file_is_held_out_completely(tmp_path):
     (tmp_path / "v.jsonl").write_text('{"body": "x"}\n{"body": "y"}\n')
     evaluation = EvalConfig(source=str(tmp_path / "v.jsonl"))
-    assert list(held_out_texts(evaluation, DataConfig(text_field="body"))) == ["x", "y"]
+    assert list(load_held_out_texts(evaluation, DataConfig(text_field="body"))) == ["x", "y"]
     with pytest.raises(UserError, match=r"eval\.source=.*v\.txt"):
-        held_out_texts(EvalConfig(source=str(tmp_path / "v.txt")), DataConfig())
+        load_held_out_texts(EvalConfig(source=str(tmp_path / "v.txt")), DataConfig())
 
 
 def test_the_standard_library_is_split_by_module_name():
     both = DataConfig(), EvalConfig()
-    train, held_out = training_texts(*both), held_out_texts(*reversed(both))
+    train, held_out = load_training_texts(*both), load_held_out_texts(*reversed(both))
     assert len(train) > 200
     assert len(held_out) > 10
     longer = {text for text in train if len(text) > 100}  # one-line comments of packages are equal
@@ -276,9 +276,9 @@ def test_the_split_rule_is_the_one_the_bundled_model_was_trained_under():
 def test_nothing_is_written_to_the_working_directory(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     code = (
-        "from hqqtrain.data.sources import training_texts;"
+        "from hqqtrain.data.sources import load_training_texts;"
         "from hqqtrain.config.groups import DataConfig, EvalConfig;"
-        "print(list(training_texts(DataConfig(source='a.txt'), EvalConfig())))"
+        "print(list(load_training_texts(DataConfig(source='a.txt'), EvalConfig())))"
     )
     root = Path(sources.__file__).parents[2]
     done = subprocess.run(

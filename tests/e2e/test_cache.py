@@ -13,7 +13,7 @@ from runs import QUICK, Finished, run
 from safetensors.torch import load_file, save_file
 
 from hqqtrain import models
-from hqqtrain.common.filelock import take_lock
+from hqqtrain.common.filelock import try_lock
 
 QUANTIZE = (*QUICK, "task=quantize")
 
@@ -107,7 +107,7 @@ def test_a_signal_stops_a_run_that_waits_for_another(made, tmp_path: Path):
             time.sleep(0.01)
         os.kill(pids[1], signal.SIGTERM)
 
-    with take_lock(cache / f".{entry.name}.lock"):
+    with try_lock(cache / f".{entry.name}.lock"):
         done = run(*QUANTIZE, f"quant.cache_dir={cache}", root=root, processes=2, grace=20,
                    limit=20, meanwhile=signal_while_it_waits)  # fmt: skip
     assert done.codes == (3, 3), done.output

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hqqtrain.config.groups import DataConfig, EvalConfig
-from hqqtrain.data.eval_set import evaluation_set
+from hqqtrain.data.eval_set import load_eval_set
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.evaluation.perplexity import evaluate_perplexity
 
@@ -56,7 +56,7 @@ def test_the_merged_export_has_the_perplexity_of_the_trained_model(folders: dict
     merged = AutoModelForCausalLM.from_pretrained(folders["merged"])
     tokenizer = AutoTokenizer.from_pretrained(folders["merged"])
     config = EvalConfig(source=HELD_OUT, tokens=1024)
-    held_out = evaluation_set(config, DataConfig(source=TEXT), tokenizer, 64)
+    held_out = load_eval_set(config, DataConfig(source=TEXT), tokenizer, 64)
     alone = Communicator(0, 1, torch.device("cpu"))
     measured = evaluate_perplexity(merged, held_out, alone, batch_size=8)
     summary = json.loads((folders["run"] / "summary.json").read_text())

@@ -12,7 +12,7 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import AdapterConfig
 from hqqtrain.formats.adapter_card import AdapterCard
 from hqqtrain.formats.dense import dense_tensors, export_dense
-from hqqtrain.formats.packed import model_tensors, quantized_settings, reader_tensors
+from hqqtrain.formats.packed import model_tensors, quantized_settings
 from hqqtrain.formats.peft import Adapter, load_adapter, save_adapter
 from hqqtrain.models.weights.safetensors import SafetensorsReader
 
@@ -70,7 +70,8 @@ def test_export_from_files(train, tmp_path):
     card = AdapterCard("x", trained.settings.fingerprint, 2, 16, 1, "hqq", 4.0)
     save_adapter(trained.adapter.state, trained.adapter.config, tmp_path / "adapter", card=card)
     from_files = replace(trained, settings=quantized_settings(folder), source=folder)
-    tensors, adapter = reader_tensors(SafetensorsReader(folder)), load_adapter(tmp_path / "adapter")
+    reader, adapter = SafetensorsReader(folder), load_adapter(tmp_path / "adapter")
+    tensors = ((name, reader.read(name)) for name in reader.names)
     dense = _export(
         from_files, tmp_path / "dense", adapter=adapter, tensors=tensors, max_shard_bytes=10_000
     )

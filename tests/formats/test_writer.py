@@ -25,7 +25,7 @@ def write(folder: Path, comm: Communicator) -> int:
     with collective_atomic_directory(folder, comm) as partial:
         done = write_shards(TENSORS.items(), partial, max_bytes=400, comm=comm, hashed=True)
         if comm.is_main:
-            seal(partial, known=done.facts)
+            seal(partial, known=done.digests)
     return done.bytes
 
 
@@ -97,11 +97,11 @@ def test_a_failed_write_keeps_the_previous_files(tmp_path):
 
 
 def test_a_folder_that_is_not_shared_is_detected(tmp_path, monkeypatch):
-    monkeypatch.setattr("hqqtrain.common.filelock.SEEN_WITHIN", 0.3)
+    monkeypatch.setattr("hqqtrain.common.filelock.VISIBILITY_TIMEOUT", 0.3)
     here, there = (RunConfig(run=RunDirConfig(root=str(tmp_path / n), name="a")) for n in "xy")
     with RunDirectory(here) as first:
-        RunDirectory(here).check_shared(first.token())
+        RunDirectory(here).check_shared(first.lock_token())
         with pytest.raises(UserError, match=r"run\.root=.*does not see the file that rank 0 wrote"):
-            RunDirectory(there).check_shared(first.token())
+            RunDirectory(there).check_shared(first.lock_token())
         with RunDirectory(there), pytest.raises(UserError, match="one shared folder"):
-            RunDirectory(there).check_shared(first.token())
+            RunDirectory(there).check_shared(first.lock_token())

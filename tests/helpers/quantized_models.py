@@ -55,7 +55,7 @@ def train(make_model, tmp_path) -> Callable[..., Trained]:
         for name, param in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(param, std=0.2)
-        settings = QuantizedSettings.of(model)
+        settings = QuantizedSettings.from_model(model)
         settings = replace(settings, fingerprint=fingerprint_of(model, settings))
         state = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
         return Trained(source, model.eval(), settings, Adapter(config, state, settings.fingerprint))

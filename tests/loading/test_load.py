@@ -54,7 +54,7 @@ def quantized(case: tuple, comm: Communicator, strategy: str) -> tuple[str, int,
     total = Fingerprint()
     for part in comm.gather(found.total):
         total.merge(part)
-    settings = QuantizedSettings.of(model).by_module()
+    settings = QuantizedSettings.from_model(model).by_module()
     return total.hexdigest(settings), reader.bytes_read, reader.total_bytes
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from hqqtrain.report.plots import group_by_kind, layer_figure, loss_figure, perplexity_figure
+from hqqtrain.report.plots import group_by_kind, plot_layer_errors, plot_loss, plot_perplexities
 from hqqtrain.report.run_report import key_figures, measured_perplexities, write_report
 from hqqtrain.tracking.jsonl import JsonlTracker
 
@@ -90,7 +90,7 @@ def test_key_figures():
 
 @pytest.mark.parametrize("layers", [6, 80, 140])
 def test_labels_of_a_layer_plot_do_not_overlap(layers):
-    figure = layer_figure(errors(layers))
+    figure = plot_layer_errors(errors(layers))
     assert_no_overlap(figure)
     bars = sum(len(axes.patches) for axes in figure.axes)
     assert bars == layers * len(KINDS)
@@ -98,18 +98,18 @@ def test_labels_of_a_layer_plot_do_not_overlap(layers):
 
 def test_names_without_layers_are_listed_largest_first():
     named = {f"block_{chr(97 + i // 26)}{chr(97 + i % 26)}.proj": i / 60 for i in range(60)}
-    figure = layer_figure(named)
+    figure = plot_layer_errors(named)
     assert_no_overlap(figure)
     assert "48 largest of 60" in figure.axes[0].get_xlabel()
     assert figure.axes[0].get_yticklabels()[-1].get_text() == "block_ch.proj"
 
 
 def test_other_figures_do_not_overlap_either():
-    assert_no_overlap(perplexity_figure({"full precision": 8.0, "quantized": 9e5, "trained": 9.0}))
+    assert_no_overlap(plot_perplexities({"full precision": 8.0, "quantized": 9e5, "trained": 9.0}))
     rows = [{"train/global_step": s, "train/loss": 3.0 - s / 1e5} for s in range(100_000)]
-    assert_no_overlap(loss_figure(rows))
-    assert loss_figure([{"train/global_step": 1, "eval/loss": 2.0}]) is None
-    assert loss_figure([{"train/global_step": 1, "train/loss": 2.0}]) is not None
+    assert_no_overlap(plot_loss(rows))
+    assert plot_loss([{"train/global_step": 1, "eval/loss": 2.0}]) is None
+    assert plot_loss([{"train/global_step": 1, "train/loss": 2.0}]) is not None
 
 
 def test_kinds_of_modules():

@@ -15,7 +15,7 @@ from hqqtrain.config.infra import RunDirConfig
 from hqqtrain.config.renamed import with_old_names
 from hqqtrain.config.run import RunConfig
 from hqqtrain.rundir.directory import RunDirectory
-from hqqtrain.rundir.provenance import MADE_FROM, source_digest
+from hqqtrain.rundir.identity import MADE_FROM, source_digest
 
 
 def _config(tmp_path, name="a", **more) -> RunConfig:
@@ -46,11 +46,11 @@ def test_begin_writes_config_and_status(tmp_path):
 
 def test_done_requires_status_and_summary(tmp_path):
     config = _config(tmp_path)
-    assert not RunDirectory(config).done()
+    assert not RunDirectory(config).is_finished_as_configured()
     run = _finish(config)
-    assert run.done()
+    assert run.is_finished_as_configured()
     (run.path / "summary.json").unlink()
-    assert not run.done()
+    assert not run.is_finished_as_configured()
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "preempted"])
@@ -58,7 +58,7 @@ def test_other_states_are_not_done(tmp_path, status):
     run = _finish(_config(tmp_path))
     with run:
         run.write_status(status, exit_code=1, cause="it broke")
-    assert not run.done()
+    assert not run.is_finished_as_configured()
     assert run.status().cause == "it broke"
 
 
@@ -134,7 +134,7 @@ def test_a_kill_while_a_finished_run_is_extended_leaves_no_done_status(
         with RunDirectory(longer) as run:
             run.begin([])
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert not RunDirectory(longer).done()
+    assert not RunDirectory(longer).is_finished_as_configured()
     with RunDirectory(longer) as run:
         run.begin([])
 
@@ -197,7 +197,7 @@ def test_a_directory_in_use_is_locked_until_its_process_dies(tmp_path):
     with pytest.raises(UserError, match="in use by another process"), run:
         pass
     assert (run.path / "status.json").read_text() == before
-    assert not run.done()
+    assert not run.is_finished_as_configured()
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     with RunDirectory(config) as run:
@@ -219,14 +219,14 @@ def test_quantized_weights_are_recognized_by_their_source(tmp_path):
     (model / "model.safetensors").write_text("old")
     config = _config(tmp_path, model=ModelConfig(name_or_path=str(model)))
     run = _finish(config)
-    assert not run.holds("quantized")
+    assert not run.matches_source("quantized")
     (run.path / "quantized").mkdir()
     (run.path / "quantized" / MADE_FROM).write_text(json.dumps(source_digest(config)))
-    assert run.holds("quantized")
+    assert run.matches_source("quantized")
     (model / "model.safetensors").write_text("another")
     with run:
         run.begin(["hqqtrain"])
-        assert not run.holds("quantized")
+        assert not run.matches_source("quantized")
 
 
 def test_a_directory_of_an_earlier_release_is_read_with_todays_names(tmp_path):

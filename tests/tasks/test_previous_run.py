@@ -10,7 +10,7 @@ from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.rundir.directory import RunDirectory
 from hqqtrain.tasks.previous_run import PreviousRun
-from hqqtrain.tracking.wandb_run_id import keep_run_id, run_id
+from hqqtrain.tracking.wandb import read_run_id, save_run_id
 
 
 def _config(root: Path, resume: str) -> RunConfig:
@@ -56,12 +56,12 @@ def test_results_of_the_previous_run_are_deleted(finished, tmp_path, monkeypatch
     for name in ("adapter", "nonfinite", "report", "checkpoints/step-00000001", "quantized"):
         (folder / name).mkdir(parents=True)
         (folder / name / "file").write_text("x")
-    keep_run_id(folder, "abc")
+    save_run_id(folder, "abc")
     _history(_config(tmp_path, "auto")).forget()
-    assert run_id(folder) == "abc"
+    assert read_run_id(folder) == "abc"
     history = _history(_config(tmp_path, "never"))
     history.forget()
-    assert run_id(folder) is None
+    assert read_run_id(folder) is None
     left = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     assert left == {"config.yaml", "status.json", "quantized", "wandb"}
     assert not history.has_quantized()

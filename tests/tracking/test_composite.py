@@ -42,9 +42,9 @@ def run_all(trackers: CompositeTracker) -> None:
     trackers.start({})
     trackers.log({"train/loss": 1.0}, 1)
     trackers.log({"train/loss": 1.0}, 2)
-    trackers.summary({})
-    trackers.images({})
-    trackers.artifact(Path("adapter"))
+    trackers.log_summary({})
+    trackers.log_images({})
+    trackers.log_artifact(Path("adapter"))
     trackers.hints()
     trackers.finish(0)
 
@@ -65,7 +65,7 @@ def test_no_row_is_lost_once_a_full_disk_has_space_again(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "where", ["start", "log", "summary", "images", "artifact", "hint", "finish"]
+    "where", ["start", "log", "log_summary", "log_images", "log_artifact", "hint", "finish"]
 )
 def test_a_failing_tracker_warns_once_and_is_disabled(tmp_path, caplog, where):
     failing = Failing(where)
@@ -86,7 +86,7 @@ def test_keyboard_interrupt_is_not_swallowed():
 
 
 def test_only_the_main_process_tracks(tmp_path):
-    trackers = open_trackers(TrackConfig(), tmp_path / "run", {}, main=False)
+    trackers = open_trackers(TrackConfig(), tmp_path / "run", {}, is_main=False)
     run_all(trackers)
     assert not (tmp_path / "run").exists()
 

@@ -43,7 +43,7 @@ def test_the_table_shows_every_figure_and_a_dash_for_a_missing_one():
 
 
 def test_results_go_to_standard_output_of_the_main_process_only(capsys):
-    Console(main=False).results(ROWS, [Path("a")])
+    Console(is_main=False).results(ROWS, [Path("a")])
     assert capsys.readouterr() == ("", "")
     Console().results(ROWS, [Path("runs/x/adapter")], ["W&B: there"])
     assert capsys.readouterr().out.endswith("\nwrote runs/x/adapter\nW&B: there\n")
@@ -131,7 +131,7 @@ def test_a_pipe_never_gets_color(capsys, monkeypatch):
 
 
 def test_other_ranks_are_silent_and_an_error_ends_the_line(capsys):
-    with Console(main=False).progress("x", total=1) as bar:
+    with Console(is_main=False).progress("x", total=1) as bar:
         bar.update()
     assert capsys.readouterr().err == ""
     bar = Console().progress("x", total=3)
@@ -154,7 +154,7 @@ def test_the_main_process_logs_once_and_other_ranks_log_errors_only(capsys):
     logger.info("hello %d", 1)
     logger.warning("careful with %s", "https://me:pw@host")
     assert capsys.readouterr().err == "hello 1\nwarning: careful with https://***@host\n"
-    setup_logging(main=False)
+    setup_logging(is_main=False)
     logger.warning("careful")
     logger.error("broken")
     assert capsys.readouterr().err == "error: broken\n"

@@ -49,16 +49,16 @@ def texts(found: EventAccumulator, tag: str) -> list[str]:
 
 @pytest.fixture
 def complete_run(tmp_path: Path) -> EventAccumulator:
-    from hqqtrain.report.plots import perplexity_figure
+    from hqqtrain.report.plots import plot_perplexities
 
-    figure = perplexity_figure({"quantized": 2.0})
+    figure = plot_perplexities({"quantized": 2.0})
     assert figure is not None
     figure.savefig(tmp_path / "loss.png")
     tracker = start(tmp_path)
     tracker.log(LAYERS, 0)
     train(tracker, 1, 3)
-    tracker.images({"loss": tmp_path / "loss.png"})
-    tracker.summary(SUMMARY)
+    tracker.log_images({"loss": tmp_path / "loss.png"})
+    tracker.log_summary(SUMMARY)
     assert tracker.hint() == f"TensorBoard: tensorboard --logdir {tmp_path / 'tensorboard'}"
     tracker.finish(0)
     return read(tmp_path)
@@ -122,7 +122,7 @@ def test_a_full_disk_disables_the_tracker_and_not_the_run(tmp_path, monkeypatch,
     for step in range(1, 200):
         trackers.log({"train/loss": 1.0}, step)
     assert time.monotonic() - began < 10
-    assert trackers.live == []
+    assert trackers.active == []
     assert "TensorBoardTracker failed and is disabled" in caplog.text
     assert "no space left" in caplog.text
 
@@ -131,8 +131,8 @@ def test_a_missing_package_is_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     tracker = start(tmp_path)
     train(tracker, 1, 2)
-    tracker.summary(SUMMARY)
-    tracker.images({})
+    tracker.log_summary(SUMMARY)
+    tracker.log_images({})
     assert tracker.hint() is None
     tracker.finish(0)
     assert [r.levelno for r in caplog.records] == [logging.WARNING]

@@ -15,8 +15,7 @@ import pytest
 import hqqtrain
 from hqqtrain.config.infra import TrackConfig
 from hqqtrain.tracking import wandb_mode
-from hqqtrain.tracking.wandb import WandbTracker
-from hqqtrain.tracking.wandb_run_id import keep_run_id, run_id
+from hqqtrain.tracking.wandb import WandbTracker, read_run_id, save_run_id
 
 pytest.importorskip("wandb", reason="wandb is optional and not installed")
 from wandb_file import history, records, records_of, updates, wandb_files
@@ -44,8 +43,8 @@ def test_an_offline_run_has_config_metrics_table_summary_and_plots(tmp_path, cap
     for step in (1, 2, 3):
         tracker.log({"train/loss": 3.0 / step, "train/learning_rate": 1e-3}, step)
     tracker.log({"eval/perplexity": 9.5}, 3)
-    tracker.images({"loss": image})
-    tracker.summary(SUMMARY)
+    tracker.log_images({"loss": image})
+    tracker.log_summary(SUMMARY)
     tracker.finish(0)
 
     found = records(run_dir)
@@ -69,9 +68,9 @@ def test_an_offline_run_has_config_metrics_table_summary_and_plots(tmp_path, cap
 
 
 def picture(folder: Path) -> Path:
-    from hqqtrain.report.plots import perplexity_figure
+    from hqqtrain.report.plots import plot_perplexities
 
-    figure = perplexity_figure({"quantized": 2.0})
+    figure = plot_perplexities({"quantized": 2.0})
     assert figure is not None
     figure.savefig(folder / "loss.png")
     return folder / "loss.png"
@@ -91,7 +90,7 @@ def test_a_resumed_offline_run_is_a_second_file_with_the_same_id(tmp_path):
     run_in_two_processes(folder)
     first, second = wandb_files(folder)
     assert first.parent != second.parent
-    assert {run_of(first).run_id, run_of(second).run_id} == {run_id(folder)}
+    assert {run_of(first).run_id, run_of(second).run_id} == {read_run_id(folder)}
     steps = [[row["train/global_step"] for row in history(records_of(f))] for f in (first, second)]
     assert steps == [[1, 2, 3], [3, 4]]
 
@@ -139,7 +138,7 @@ def test_the_adapter_is_an_artifact_if_enabled(tmp_path, is_enabled):
     (adapter / "adapter_config.json").write_text("{}")
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
     tracker = start(tmp_path / "a+b", artifacts=is_enabled)
-    tracker.artifact(adapter)
+    tracker.log_artifact(adapter)
     tracker.finish(0)
     (file,) = wandb_files(tmp_path / "a+b")
     found = [r.artifact for r in records_of(file) if r.WhichOneof("record_type") == "artifact"]
@@ -150,15 +149,15 @@ def test_the_adapter_is_an_artifact_if_enabled(tmp_path, is_enabled):
 
 
 def test_a_saved_id_is_used_and_a_damaged_one_is_ignored(tmp_path):
-    assert run_id(tmp_path) is None
-    keep_run_id(tmp_path, "abc123")
-    assert run_id(tmp_path) == "abc123"
+    assert read_run_id(tmp_path) is None
+    save_run_id(tmp_path, "abc123")
+    assert read_run_id(tmp_path) == "abc123"
     tracker = start(tmp_path)
     tracker.finish(0)
     assert run_of(*wandb_files(tmp_path)).run_id == "abc123"
     for damaged in ("", "not an id", "\0\0\0"):
         (tmp_path / "wandb" / "run_id").write_text(damaged)
-        assert run_id(tmp_path) is None
+        assert read_run_id(tmp_path) is None
 
 
 def test_a_killed_process_leaves_a_readable_file_and_no_process(tmp_path):
@@ -197,8 +196,8 @@ def test_a_missing_package_is_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     tracker = start(tmp_path)
     tracker.log({"train/loss": 1.0}, 1)
-    tracker.summary(SUMMARY)
-    tracker.images({})
+    tracker.log_summary(SUMMARY)
+    tracker.log_images({})
     tracker.finish(0)
     assert "wandb is not installed" in caplog.text
     assert not (tmp_path / "wandb").exists()
@@ -206,19 +205,19 @@ def test_a_missing_package_is_a_warning(tmp_path, monkeypatch, caplog):
 
 def test_mode_depends_on_key_network_and_the_users_choice(monkeypatch, tmp_path):
     monkeypatch.setattr(wandb_mode, "is_server_reachable", lambda: True)
-    assert wandb_mode.wandb_mode() == "offline"
+    assert wandb_mode.choose_wandb_mode() == "offline"
     (tmp_path / "no-netrc").write_text("machine api.wandb.ai login user password key\n")
-    assert wandb_mode.wandb_mode() == "online"
+    assert wandb_mode.choose_wandb_mode() == "online"
     (tmp_path / "no-netrc").write_text("broken netrc file\n")
-    assert wandb_mode.wandb_mode() == "offline"
+    assert wandb_mode.choose_wandb_mode() == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert wandb_mode.wandb_mode() == "online"
+    assert wandb_mode.choose_wandb_mode() == "online"
     monkeypatch.setattr(wandb_mode, "is_server_reachable", lambda: False)
-    assert wandb_mode.wandb_mode() == "offline"
+    assert wandb_mode.choose_wandb_mode() == "offline"
     monkeypatch.setenv("WANDB_MODE", "online")
-    assert wandb_mode.wandb_mode() == "online"
+    assert wandb_mode.choose_wandb_mode() == "online"
     monkeypatch.setenv("WANDB_DISABLED", "true")
-    assert wandb_mode.wandb_mode() == "disabled"
+    assert wandb_mode.choose_wandb_mode() == "disabled"
 
 
 def _write_settings(folder: Path, *lines: str) -> None:
@@ -232,10 +231,10 @@ def test_the_server_of_wandb_login_is_used(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(wandb_mode, "is_server_reachable", lambda: True)
     (tmp_path / "no-netrc").write_text("machine wandb.mine:80 login user password key\n")
     with caplog.at_level("INFO"):
-        assert wandb_mode.wandb_mode() == "offline"
+        assert wandb_mode.choose_wandb_mode() == "offline"
     assert "no key for api.wandb.ai" in caplog.text
     _write_settings(tmp_path / "home" / ".config" / "wandb", "base_url = https://wandb.mine:80/50%")
-    assert (wandb_mode.wandb_server(), wandb_mode.wandb_mode()) == (
+    assert (wandb_mode.wandb_server(), wandb_mode.choose_wandb_mode()) == (
         "https://wandb.mine:80/50%",
         "online",
     )
@@ -243,14 +242,14 @@ def test_the_server_of_wandb_login_is_used(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "elsewhere"))
     assert wandb_mode.wandb_server() == "https://other"
     _write_settings(tmp_path / "wandb", "base_url = https://wandb.mine:80", "mode = offline")
-    assert (wandb_mode.wandb_server(), wandb_mode.wandb_mode()) == (
+    assert (wandb_mode.wandb_server(), wandb_mode.choose_wandb_mode()) == (
         "https://wandb.mine:80",
         "offline",
     )
     (tmp_path / "elsewhere" / "settings").write_text("no section")
     assert wandb_mode.wandb_server() == "https://api.wandb.ai"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.mine:80")
-    assert wandb_mode.wandb_mode() == "online"
+    assert wandb_mode.choose_wandb_mode() == "online"
 
 
 def test_wandb_finds_the_same_server_in_its_settings(monkeypatch, tmp_path):

@@ -109,7 +109,7 @@ def test_a_server_that_dies_during_a_run_costs_seconds_and_no_row(monkeypatch, t
         for step in range(2, 300):
             trackers.log({"train/loss": 1.0}, step)
         assert time.monotonic() - began < 5
-        trackers.artifact(adapter)
+        trackers.log_artifact(adapter)
         assert "the adapter was not uploaded" in caplog.text
         trackers.finish(0)
         assert time.monotonic() - began < 15
@@ -175,7 +175,7 @@ def test_a_hanging_wandb_process_does_not_block_a_finished_run(tmp_path):
 def test_a_server_that_never_answers_costs_seconds(monkeypatch, silent):
     use_server(monkeypatch, silent)
     began = time.monotonic()
-    assert wandb_mode.wandb_mode() == "offline"
+    assert wandb_mode.choose_wandb_mode() == "offline"
     assert time.monotonic() - began < wandb_mode.REACH_SECONDS + 1
 
 
@@ -213,7 +213,7 @@ def test_an_abandoned_thread_prints_nothing(monkeypatch, capfd):
 def test_a_key_and_a_server_that_answers_mean_online(monkeypatch, caplog):
     with Server() as server, caplog.at_level(logging.WARNING):
         use_server(monkeypatch, server.url)
-        assert wandb_mode.wandb_mode() == "online"
+        assert wandb_mode.choose_wandb_mode() == "online"
         server.die()
-        assert wandb_mode.wandb_mode() == "offline"
+        assert wandb_mode.choose_wandb_mode() == "offline"
     assert f"{server.url} does not answer" in caplog.text

@@ -45,13 +45,13 @@ class BatchScript:
     command: str
     python: str
 
-    def run(self, words: Sequence[str]) -> str:
+    def render_run(self, words: Sequence[str]) -> str:
         """Return the batch file of one run; `words` are its overrides without `launch.*`."""
         title = f"A run of hqqtrain {self._processes_text()}."
         head = self._head(title, "%j", self._usage("sbatch"))
         return _joined(*head, f"words=({shlex.join(words)})\n", _job_script())
 
-    def sweep(self, runs: Sequence[Sequence[str]], words: Sequence[str]) -> str:
+    def render_sweep(self, runs: Sequence[Sequence[str]], words: Sequence[str]) -> str:
         """Return the batch file of a job array, with `launch.max_parallel_jobs` tasks in parallel.
 
         Args:
@@ -67,7 +67,7 @@ class BatchScript:
         head = self._head(title, "%A_%a", f"{self._usage('sbatch')}\n{table}", array)
         return _joined(*head, *choice, _job_script())
 
-    def table(self, words: Sequence[str]) -> str:
+    def render_table(self, words: Sequence[str]) -> str:
         """Return the batch file of the job that writes the sweep's table, on a single core."""
         options = [option for option in self.launch.options if not _requests_resources(option)]
         launch = replace(
@@ -85,9 +85,9 @@ class BatchScript:
 
     def _processes_text(self) -> str:
         """For example `on 2 nodes, with 8 processes on each`."""
-        launch = self.launch
-        nodes = f"{launch.nodes} nodes" if launch.nodes > 1 else "one node"
-        return f"on {nodes}, with {launch.tasks} process{'es' if launch.tasks > 1 else ''} on each"
+        nodes, processes = self.launch.nodes, self.launch.processes_per_node
+        where = f"{nodes} nodes" if nodes > 1 else "one node"
+        return f"on {where}, with {processes} process{'es' if processes > 1 else ''} on each"
 
     def _usage(self, sbatch: str) -> str:
         folder = shlex.quote(str(self.folder))
@@ -123,7 +123,7 @@ class BatchScript:
         """
         launch = self.launch
         yield f"--nodes={launch.nodes}"
-        yield f"--ntasks-per-node={launch.tasks}"
+        yield f"--ntasks-per-node={launch.processes_per_node}"
         for option, value in {
             "gpus-per-node": launch.gpus_per_node or None,
             "cpus-per-task": launch.cpus_per_task,

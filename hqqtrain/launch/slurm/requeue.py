@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hqqtrain.common.env import get_slurm_job_id
-from hqqtrain.common.exit_codes import PREEMPTED, USER_ERROR
+from hqqtrain.common.errors import PREEMPTED, USER_ERROR
 from hqqtrain.common.files import atomic_write
 from hqqtrain.rundir.layout import RunLayout, checkpoint_steps
 

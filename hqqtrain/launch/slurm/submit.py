@@ -47,7 +47,7 @@ def submit_job(words: Sequence[str], config: RunConfig) -> str:
     """
     refuse_secrets(words, config.launch)
     batch = _batch(config.run_name(), words, config)
-    text = batch.run(_job_words(words, config))
+    text = batch.render_run(_job_words(words, config))
     if config.launch.dry_run:
         return text.rstrip()
     job = _sbatch(_write(batch, batch.name, text))
@@ -76,8 +76,8 @@ def submit_sweep(
     batch = _batch(name, words, jobs[0][1])
     resets = dict.fromkeys(word for job in jobs for word in _launch_resets(*job))
     sweep_words = [*without_launch(words), *resets]
-    array = batch.sweep([_job_words(*job) for job in jobs], sweep_words)
-    table = batch.table(sweep_words)
+    array = batch.render_sweep([_job_words(*job) for job in jobs], sweep_words)
+    table = batch.render_table(sweep_words)
     if batch.launch.dry_run:
         return _two_files(batch, array, table)
     job = _sbatch(_write(batch, name, array))

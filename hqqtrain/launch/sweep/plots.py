@@ -64,7 +64,7 @@ def pareto_front(points: Sequence[CostPoint]) -> list[CostPoint]:
     return front
 
 
-def cost_figure(rows: Sequence[TableRow], axis: CostAxis) -> "Figure | None":
+def plot_cost(rows: Sequence[TableRow], axis: CostAxis) -> "Figure | None":
     """Plot perplexity against the cost of `axis`; None if no job has both figures."""
     quantized = _points(rows, axis.quantized, "perplexity_quantized")
     trained = _points(rows, axis.final, "perplexity_final")
@@ -125,11 +125,11 @@ def _scale(axes: Any, points: Sequence[CostPoint]) -> None:
 
 
 def _label(row: TableRow) -> str:
-    text = " · ".join(row.swept.values())
+    text = " · ".join(row.swept_values.values())
     return text if len(text) <= _MAX_LABEL_LENGTH else text[: _MAX_LABEL_LENGTH - 1] + "…"
 
 
 def _title(rows: Sequence[TableRow]) -> str:
     """Explain the labels of the points: the names of the swept keys, without their groups."""
-    keys = " · ".join(key.rpartition(".")[2] for key in rows[0].swept)
+    keys = " · ".join(key.rpartition(".")[2] for key in rows[0].swept_values)
     return f"labels: {keys}" if keys else ""

@@ -21,10 +21,10 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 class ProcessPool:
     """Running processes, each known by a key. Use as a context manager, in the main thread."""
 
-    def __init__(self, inherited: Sequence[int] = ()) -> None:
-        self.inherited = inherited
+    def __init__(self, inherited_fds: Sequence[int] = ()) -> None:
+        self.inherited_fds = inherited_fds
         """File descriptors that the processes inherit."""
-        self.signal: int | None = None
+        self.received_signal: int | None = None
         """The last signal that was received and forwarded."""
         self._running: dict[int, tuple[subprocess.Popen, Any]] = {}
         self._previous_handlers: dict[int, Any] = {}
@@ -68,11 +68,11 @@ class ProcessPool:
                 stdout=output,
                 stderr=subprocess.STDOUT if log else None,
                 process_group=0,
-                pass_fds=self.inherited,
+                pass_fds=self.inherited_fds,
             )
         self._running[process.pid] = (process, key)
-        if self.signal:  # a signal arrived while the process was being started
-            self._send(process.pid, self.signal)
+        if self.received_signal:  # a signal arrived while the process was being started
+            self._send(process.pid, self.received_signal)
 
     def wait(self) -> tuple[Any, int]:
         """Wait until a process ends.
@@ -90,7 +90,7 @@ class ProcessPool:
                 return key, process.returncode
 
     def _forward(self, number: int, *_: object) -> None:
-        self.signal = number
+        self.received_signal = number
         for pid in list(self._running):
             self._send(pid, number)
 

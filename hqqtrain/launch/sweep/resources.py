@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from hqqtrain.common.errors import UserError
 
 
-def partition_devices(at_a_time: int, environ: Mapping[str, str]) -> list[dict[str, str]]:
+def partition_devices(num_jobs: int, environ: Mapping[str, str]) -> list[dict[str, str]]:
     """Return the environment variables that give each parallel job its share of the machine.
 
     Args:
-        at_a_time: how many jobs run in parallel.
+        num_jobs: how many jobs run in parallel.
         environ: the environment of the sweep. Variables that the user has set are kept.
 
     Returns:
@@ -21,14 +21,14 @@ def partition_devices(at_a_time: int, environ: Mapping[str, str]) -> list[dict[s
         UserError: there are fewer GPUs than jobs, or the user's variables ask for more than the
             share of one job.
     """
-    if at_a_time == 1:
+    if num_jobs == 1:
         return [{}]
-    _refuse_nodes(at_a_time, environ)
+    _refuse_nodes(num_jobs, environ)
     gpus = visible_gpus(environ)
-    shares = _gpu_shares(gpus, at_a_time, environ) if gpus else [{} for _ in range(at_a_time)]
+    shares = _gpu_shares(gpus, num_jobs, environ) if gpus else [{} for _ in range(num_jobs)]
     if "OMP_NUM_THREADS" not in environ:
-        processes = int(environ.get("NPROC") or max(1, len(gpus) // at_a_time))
-        threads = max(1, _count_cores() // (at_a_time * processes))
+        processes = int(environ.get("NPROC") or max(1, len(gpus) // num_jobs))
+        threads = max(1, _count_cores() // (num_jobs * processes))
         shares = [share | {"OMP_NUM_THREADS": str(threads)} for share in shares]
     return shares
 
@@ -43,26 +43,27 @@ def visible_gpus(environ: Mapping[str, str]) -> list[str]:
     return [name for name in names if name[:1].isdigit() or name[:1] in ("G", "M")]
 
 
-def _gpu_shares(
-    gpus: list[str], at_a_time: int, environ: Mapping[str, str]
-) -> list[dict[str, str]]:
-    each = len(gpus) // at_a_time
-    if each == 0:
+def _gpu_shares(gpus: list[str], num_jobs: int, environ: Mapping[str, str]) -> list[dict[str, str]]:
+    gpus_per_job = len(gpus) // num_jobs
+    if gpus_per_job == 0:
         raise UserError(
-            f"launch.max_parallel_jobs={at_a_time}: every job needs its own GPU, and {len(gpus)} "
+            f"launch.max_parallel_jobs={num_jobs}: every job needs its own GPU, and {len(gpus)} "
             f"are visible; use launch.max_parallel_jobs={len(gpus)} or fewer."
         )
-    if int(environ.get("NPROC") or 1) > each:
+    if int(environ.get("NPROC") or 1) > gpus_per_job:
         raise UserError(
-            f"NPROC={environ['NPROC']}: with launch.max_parallel_jobs={at_a_time} a job has {each} "
-            f"of {len(gpus)} GPUs and runs one process per GPU; unset NPROC, or lower "
-            "launch.max_parallel_jobs."
+            f"NPROC={environ['NPROC']}: with launch.max_parallel_jobs={num_jobs} a job has "
+            f"{gpus_per_job} of {len(gpus)} GPUs and runs one process per GPU; unset NPROC, or "
+            "lower launch.max_parallel_jobs."
         )
-    parts = [gpus[start : start + each] for start in range(0, each * at_a_time, each)]
+    parts = [
+        gpus[start : start + gpus_per_job]
+        for start in range(0, gpus_per_job * num_jobs, gpus_per_job)
+    ]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
 
 
-def _refuse_nodes(at_a_time: int, environ: Mapping[str, str]) -> None:
+def _refuse_nodes(num_jobs: int, environ: Mapping[str, str]) -> None:
     """Refuse parallel jobs on several nodes or with a fixed port.
 
     Nodes may start the jobs in a different order, so that ranks of different jobs would join one
@@ -71,7 +72,7 @@ def _refuse_nodes(at_a_time: int, environ: Mapping[str, str]) -> None:
     for name in ("NNODES", "MASTER_PORT"):
         if environ.get(name, "") not in ("", "0", "1"):
             raise UserError(
-                f"launch.max_parallel_jobs={at_a_time}: with {name}={environ[name]} jobs cannot "
+                f"launch.max_parallel_jobs={num_jobs}: with {name}={environ[name]} jobs cannot "
                 f"run in parallel; use launch.max_parallel_jobs=1, or unset {name}."
             )
 

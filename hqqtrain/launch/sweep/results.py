@@ -12,7 +12,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from hqqtrain.common.exit_codes import DONE, PREEMPTED
+from hqqtrain.common.errors import DONE, PREEMPTED
 from hqqtrain.common.files import atomic_write
 from hqqtrain.compose.job import Job
 from hqqtrain.launch.slurm.requeue import read_attempt
@@ -106,22 +106,22 @@ A job that reads quantized weights from the cache has their loading time as `qua
 class TableRow:
     """One job: its values of the swept keys and, if it is done, its figures."""
 
-    swept: dict[str, str]
+    swept_values: dict[str, str]
     figures: dict[str, float | None]
     status: str
     folder: str
 
 
-def table_rows(sweep: Sweep, outcomes: JobResults | None = None) -> list[TableRow]:
+def collect_rows(sweep: Sweep, results: JobResults | None = None) -> list[TableRow]:
     """Return one row per job, whatever its state.
 
-    `outcomes` defaults to the saved ones; a caller with unsaved outcomes passes them.
+    `results` defaults to the saved ones; a caller with unsaved results passes them.
     """
-    outcomes, rows = outcomes or JobResults(sweep), []
+    results, rows = results or JobResults(sweep), []
     for job in sweep.jobs:
-        state = outcomes.state(job)
+        state = results.state(job)
         found = summary_figures(job.summary() if state == "done" else Summary())
-        rows.append(TableRow(sweep.values(job), found, state, str(job.folder)))
+        rows.append(TableRow(sweep.swept_values(job), found, state, str(job.folder)))
     return rows
 
 
@@ -144,35 +144,35 @@ def summary_figures(summary: Summary) -> dict[str, float | None]:
     return {name: _finite(found[name]) for name in COLUMNS}
 
 
-def csv_text(rows: Sequence[TableRow]) -> str:
+def format_csv(rows: Sequence[TableRow]) -> str:
     """Return the table as CSV, with unrounded figures and an empty cell for a missing one."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*rows[0].swept, *COLUMNS, "status", "folder"])
+    writer.writerow([*rows[0].swept_values, *COLUMNS, "status", "folder"])
     for row in rows:
-        writer.writerow([*row.swept.values(), *row.figures.values(), row.status, row.folder])
+        writer.writerow([*row.swept_values.values(), *row.figures.values(), row.status, row.folder])
     return text.getvalue()
 
 
-def table_cells(rows: Sequence[TableRow]) -> tuple[list[str], list[list[str]]]:
+def format_cells(rows: Sequence[TableRow]) -> tuple[list[str], list[list[str]]]:
     """Return (headings, rows of cells) for people: rounded, with a dash for a missing figure."""
     headings = [heading for heading, _ in COLUMNS.values()]
     lines = [
         [
-            *row.swept.values(),
+            *row.swept_values.values(),
             *(_formatted(row.figures[name], spec) for name, (_, spec) in COLUMNS.items()),
             row.status,
             row.folder,
         ]
         for row in rows
     ]
-    swept = [key.replace(".", ".\n") for key in rows[0].swept]
+    swept = [key.replace(".", ".\n") for key in rows[0].swept_values]
     return [*swept, *headings, "status", "folder"], lines
 
 
-def text_table(rows: Sequence[TableRow]) -> str:
+def format_table(rows: Sequence[TableRow]) -> str:
     """Return the table as plain text, one line per job."""
-    headings, lines = table_cells(rows)
+    headings, lines = format_cells(rows)
     align = ["right"] * (len(headings) - 2) + ["left", "left"]
     short = [[*line[:-1], Path(line[-1]).name] for line in lines]  # the name of the folder only
     return tabulate([headings, [], *short], tablefmt="plain", colalign=align, disable_numparse=True)

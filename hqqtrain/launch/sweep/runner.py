@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from hqqtrain.common.errors import UserError
-from hqqtrain.common.exit_codes import DONE, FAILED, PREEMPTED, USER_ERROR
+from hqqtrain.common.errors import DONE, FAILED, PREEMPTED, USER_ERROR, UserError
 from hqqtrain.common.secrets import mask_command
 from hqqtrain.compose.job import Job
 from hqqtrain.launch.sweep.pool import ProcessPool
-from hqqtrain.launch.sweep.report import make_folder, print_table, write_files
+from hqqtrain.launch.sweep.report import create_sweep_folder, print_sweep_table, write_sweep_report
 from hqqtrain.launch.sweep.resources import partition_devices
 from hqqtrain.launch.sweep.results import JobResults
 from hqqtrain.launch.sweep.sweep import Sweep
@@ -28,7 +27,7 @@ LAUNCHER = "HQQTRAIN_LAUNCHER"
 """launch.sh sets it to its own path, so that every job starts through it and uses all its GPUs."""
 
 
-def run_all(planned: Sequence[Job]) -> int:
+def run_sweep(jobs: Sequence[Job]) -> int:
     """Run every job that is not done yet, then print the table and the jobs that failed.
 
     Returns:
@@ -38,25 +37,25 @@ def run_all(planned: Sequence[Job]) -> int:
     Raises:
         UserError: the machine has too few GPUs, or the sweep's folder cannot be created.
     """
-    sweep = Sweep.of(planned)
-    shares = partition_devices(sweep.at_a_time, os.environ)
-    make_folder(sweep)
-    for job in sweep.same:
+    sweep = Sweep.from_jobs(jobs)
+    device_envs = partition_devices(sweep.num_parallel_jobs, os.environ)
+    create_sweep_folder(sweep)
+    for job in sweep.duplicates:
         _print(f"sweep: {sweep.label(job)}: the same run as another of these jobs; skipped")
     waiting = f"sweep: waiting: jobs of an earlier attempt still run in {sweep.folder}"
     with hold_lock(sweep, lambda: _print(waiting)) as lock:
-        return _Runner(sweep, shares, lock).run()
+        return _Runner(sweep, device_envs, lock).run()
 
 
-def show_table(planned: Sequence[Job]) -> int:
+def show_sweep_table(jobs: Sequence[Job]) -> int:
     """Write and print the table and the plots from the jobs' results so far.
 
     Raises:
         UserError: the sweep's folder or its files cannot be written.
     """
-    sweep = Sweep.of(planned)
-    make_folder(sweep)
-    print_table(sweep)
+    sweep = Sweep.from_jobs(jobs)
+    create_sweep_folder(sweep)
+    print_sweep_table(sweep)
     return DONE
 
 
@@ -66,7 +65,7 @@ class _Task:
 
     job: Job
     title: str
-    share: dict[str, str] = field(default_factory=dict)
+    device_env: dict[str, str] = field(default_factory=dict)
     """The environment variables that give the job its part of the machine."""
     started: float = 0.0
     """Start time on the monotonic clock, in seconds."""
@@ -77,14 +76,14 @@ class _Runner:
 
     Args:
         sweep: the jobs.
-        shares: one set of environment variables for each job that runs in parallel.
+        device_envs: one set of environment variables for each job that runs in parallel.
         lock: the file descriptor that the jobs inherit, see `hold_lock`.
     """
 
-    def __init__(self, sweep: Sweep, shares: list[dict[str, str]], lock: int) -> None:
-        self.sweep, self.free_shares, self.lock = sweep, shares, lock
-        self.is_sequential = len(shares) == 1
-        self.outcomes = JobResults(sweep)
+    def __init__(self, sweep: Sweep, device_envs: list[dict[str, str]], lock: int) -> None:
+        self.sweep, self.free_device_envs, self.lock = sweep, device_envs, lock
+        self.is_sequential = len(device_envs) == 1
+        self.results = JobResults(sweep)
         self.failed: list[Job] = []
         self.preempted = False
         self.queue: list[_Task] = []
@@ -96,14 +95,14 @@ class _Runner:
             self._queue_unless_done(_Task(job, title))
         with ProcessPool([self.lock]) as pool:
             while self._may_start(pool) or len(pool):
-                while self._may_start(pool) and self.free_shares:
+                while self._may_start(pool) and self.free_device_envs:
                     self._start(pool, self.queue.pop(0))
                 # The pool is empty if a signal arrived before the first job was started.
                 if len(pool):
-                    self._on_end(*pool.wait(), pool.signal)
+                    self._on_end(*pool.wait(), pool.received_signal)
         table_code = self._write_final_table()
         for job in self.failed:
-            place = job.folder if self.is_sequential else self.sweep.log(job)
+            place = job.folder if self.is_sequential else self.sweep.log_file(job)
             where = place if place.exists() else "above"
             print(f"hqqtrain: failed: {self.sweep.label(job)}; see {where}", file=sys.stderr)
         return self._exit_code() or table_code
@@ -114,28 +113,28 @@ class _Runner:
             if not task.job.is_done():
                 self.queue.append(task)
                 return
-            _print(f"{task.title}: done before{task.job.figures()}")
+            _print(f"{task.title}: done before{task.job.format_figures()}")
             self._record(task.job, DONE)
         except UserError as error:
             print(f"hqqtrain: {error}", file=sys.stderr, flush=True)
             self._record(task.job, USER_ERROR)
 
     def _may_start(self, pool: ProcessPool) -> bool:
-        return bool(self.queue) and not self.preempted and pool.signal is None
+        return bool(self.queue) and not self.preempted and pool.received_signal is None
 
     def _start(self, pool: ProcessPool, task: _Task) -> None:
-        task.share, task.started = self.free_shares.pop(), time.monotonic()
+        task.device_env, task.started = self.free_device_envs.pop(), time.monotonic()
         if self.is_sequential:
             log = None
             _print(task.title)
         else:
-            log = self.sweep.log(task.job)
+            log = self.sweep.log_file(task.job)
             with log.open("a") as file:
-                file.write(f"$ python -m hqqtrain {shlex.join(mask_command(task.job.command))}\n")
+                file.write(f"$ python -m hqqtrain {shlex.join(mask_command(task.job.arguments))}\n")
             _print(f"{task.title}: started, see {log}")
         launcher = os.environ.get(LAUNCHER)
         program = [launcher] if launcher else [sys.executable, "-m", "hqqtrain"]
-        pool.start(task, [*program, *task.job.command], {**os.environ, **task.share}, log)
+        pool.start(task, [*program, *task.job.arguments], {**os.environ, **task.device_env}, log)
 
     def _on_end(self, task: _Task, code: int, forwarded: int | None) -> None:
         """Record how a job ended, and write the sweep's files.
@@ -146,19 +145,19 @@ class _Runner:
             forwarded: the signal that was forwarded to it, if any. A job that the signal killed
                 counts as preempted, not as failed.
         """
-        self.free_shares.append(task.share)
+        self.free_device_envs.append(task.device_env)
         if forwarded is not None and code in _exit_codes_of_signal(forwarded):
             code = PREEMPTED
         if code == DONE:
-            result = f"done{task.job.figures()}"
+            result = f"done{task.job.format_figures()}"
         else:
             result = "preempted" if code == PREEMPTED else f"failed with exit code {code}"
         _print(f"{task.title}: {result} ({time.monotonic() - task.started:.0f} s)")
         self._record(task.job, code)
         # A table that cannot be written is no reason to stop: the other jobs still run.
         try:
-            self.outcomes.save()
-            write_files(self.sweep, self.outcomes)
+            self.results.save()
+            write_sweep_report(self.sweep, self.results)
         except Exception as error:
             print(f"warning: {self.sweep.folder} was not written: {error!r}", file=sys.stderr)
 
@@ -166,13 +165,13 @@ class _Runner:
         self.preempted |= code == PREEMPTED
         if code not in (DONE, PREEMPTED):
             self.failed.append(job)
-        self.outcomes.record(job, code)
+        self.results.record(job, code)
 
     def _write_final_table(self) -> int:
         """Print and write the table for the last time, and return 2 if that fails, else 0."""
         try:
-            print_table(self.sweep, self.outcomes)
-            self.outcomes.save()
+            print_sweep_table(self.sweep, self.results)
+            self.results.save()
         except (UserError, OSError) as error:
             print(f"hqqtrain: {error}", file=sys.stderr, flush=True)
             return USER_ERROR

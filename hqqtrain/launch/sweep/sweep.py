@@ -18,54 +18,56 @@ class Sweep:
 
     name: str
     jobs: list[Job]
-    same: list[Job]
+    duplicates: list[Job]
     """Duplicates: jobs with the run directory of an earlier job, which runs in their place."""
 
     @classmethod
-    def of(cls, planned: Sequence[Job]) -> "Sweep":
+    def from_jobs(cls, planned: Sequence[Job]) -> "Sweep":
         """Build a sweep from its planned jobs.
 
-        Duplicate jobs are moved to `same`. The name of the sweep is derived from the jobs. Every
-        job gets overrides for a shared `quant.cache_dir`, so that weights of one setting are
-        quantized only once, and for a shared `track.group`. An override is omitted if the user or
-        the recipe has set its key.
+        A job with the run directory of an earlier one is moved to `duplicates`. The name of the
+        sweep is derived from the jobs. Every job gets overrides for a shared `quant.cache_dir`, so
+        that weights of one setting are quantized only once, and for a shared `track.group`. An
+        override is omitted if the user or the recipe has set its key.
         """
         unique: dict[Path, Job] = {}
         for job in planned:
             unique.setdefault(job.folder, job)
-        same = [job for job in planned if unique[job.folder] is not job]
+        duplicates = [job for job in planned if unique[job.folder] is not job]
         jobs = list(unique.values())
         name = _name(jobs)
-        return cls(name, [replace(job, shared=_shared(job, name)) for job in jobs], same)
+        return cls(
+            name, [replace(job, shared_overrides=_shared(job, name)) for job in jobs], duplicates
+        )
 
     @property
     def folder(self) -> Path:
         return Path(self.jobs[0].config.run.root).expanduser() / self.name
 
     @property
-    def at_a_time(self) -> int:
-        """How many jobs run in parallel."""
+    def num_parallel_jobs(self) -> int:
+        """Number of jobs that run in parallel."""
         return min(self.jobs[0].config.launch.max_parallel_jobs, len(self.jobs))
 
-    def log(self, job: Job) -> Path:
+    def log_file(self, job: Job) -> Path:
         """The log file of `job`, used when several jobs run in parallel."""
         return self.folder / "logs" / f"{job.name}.log"
 
     @cached_property
-    def swept(self) -> list[str]:
+    def swept_keys(self) -> list[str]:
         """The configuration keys whose values differ between the jobs."""
         return _differing(self.jobs)
 
-    def values(self, job: Job) -> dict[str, str]:
+    def swept_values(self, job: Job) -> dict[str, str]:
         """Return the values of the swept keys for `job`, with secrets masked."""
-        return _masked_values(job, self.swept)
+        return _masked_values(job, self.swept_keys)
 
     def label(self, job: Job) -> str:
         """Return the overrides that distinguish `job` from all others, duplicates included.
 
         For example `quant.nbits=2 optim.lr=0.1`. A sweep of one job returns the job's name.
         """
-        values = _masked_values(job, _differing([*self.jobs, *self.same]))
+        values = _masked_values(job, _differing([*self.jobs, *self.duplicates]))
         return shlex.join(f"{key}={value}" for key, value in values.items()) or job.name
 
 
@@ -109,7 +111,7 @@ def _unescaped(value: str) -> str:
 
 def _by_key(job: Job) -> dict[str, str]:
     """Return key -> value of the job's overrides; the last one wins if a key occurs twice."""
-    parts = (word.partition("=") for word in job.words)
+    parts = (word.partition("=") for word in job.overrides)
     return {key.lstrip("+"): value for key, _, value in parts}
 
 

@@ -51,7 +51,7 @@ def test_every_launch_key_becomes_an_sbatch_option():
     text = _batch(
         nodes=2, gpus_per_node=4, cpus_per_task=6, time="4:00:00", partition="big", account="us",
         grace=300, options=["--qos=low", "-C fast"],
-    ).run([])  # fmt: skip
+    ).render_run([])  # fmt: skip
     assert _options(text) == [
         "--job-name=name", "--output=my runs 5%%/slurm/name-%j.out", "--nodes=2",
         "--ntasks-per-node=4", "--gpus-per-node=4", "--cpus-per-task=6", "--time=4:00:00",
@@ -61,17 +61,17 @@ def test_every_launch_key_becomes_an_sbatch_option():
 
 
 def test_a_key_that_is_null_gives_no_option():
-    assert _options(_batch().run([]))[2:] == [
+    assert _options(_batch().render_run([]))[2:] == [
         "--nodes=1", "--ntasks-per-node=1", "--signal=USR1@120", "--requeue", "--open-mode=append",
     ]  # fmt: skip
 
 
 def test_an_array_limits_parallel_tasks_and_its_table_is_one_process():
     batch = _batch(nodes=2, gpus_per_node=4, max_parallel_jobs=3, time="4:00:00")
-    array = _options(batch.sweep([["a=1"], ["a=2"]], []))
+    array = _options(batch.render_sweep([["a=1"], ["a=2"]], []))
     assert array[-1] == "--array=0-1%3"
     assert array[1].endswith("name-%A_%a.out")
-    table = batch.table(["-m", "a=1,2"])
+    table = batch.render_table(["-m", "a=1,2"])
     assert {"--job-name=name-table", "--nodes=1", "--ntasks-per-node=1"} <= {*_options(table)}
     assert "gpus" not in table
     assert table.endswith('exec "$python" -m hqqtrain --table -m a=1,2\n')
@@ -90,7 +90,7 @@ OTHERS = [
 
 
 def test_the_table_requests_none_of_the_runs_resources():
-    text = _batch(options=[*RESOURCES, *OTHERS], gpus_per_node=8).table([])
+    text = _batch(options=[*RESOURCES, *OTHERS], gpus_per_node=8).render_table([])
     asked = [line.removeprefix("#SBATCH ") for line in text.splitlines() if "#SBATCH" in line]
     assert asked[-len(OTHERS) :] == OTHERS
     assert not {*RESOURCES} & {*asked}
@@ -99,7 +99,7 @@ def test_the_table_requests_none_of_the_runs_resources():
 @pytest.mark.parametrize("kind", ["run", "sweep", "table"])
 def test_batch_files_are_valid_shell(kind):
     words = [[WORDS, ["h=1"]], WORDS] if kind == "sweep" else [WORDS]
-    text = getattr(_batch(setup=["export A=1"]), kind)(*words)
+    text = getattr(_batch(setup=["export A=1"]), f"render_{kind}")(*words)
     _check(text)
     head = text.partition("\nset -e\n")[0].splitlines()
     assert all(line.startswith("#") for line in head)
@@ -115,7 +115,7 @@ def test_arguments_survive(tmp_path, number, expected):
         file.chmod(0o755)
     environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(number)}
     environ |= {"SLURM_CPUS_PER_TASK": "6"}
-    text = _batch().sweep([["h=1"], WORDS], WORDS)
+    text = _batch().render_sweep([["h=1"], WORDS], WORDS)
     subprocess.run(["bash"], input=text, text=True, env=environ, cwd=tmp_path, check=True)
     received = (tmp_path / "srun.txt").read_text().split("\0")[:-1]
     start = ["--kill-on-bad-exit=1", "--cpus-per-task=6", "py thon", "-m", "hqqtrain"]

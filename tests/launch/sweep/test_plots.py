@@ -6,7 +6,7 @@ import matplotlib.image
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hqqtrain.launch.sweep.plots import AXES, CostPoint, cost_figure, pareto_front
+from hqqtrain.launch.sweep.plots import AXES, CostPoint, pareto_front, plot_cost
 from hqqtrain.launch.sweep.results import COLUMNS, TableRow
 
 POINTS = st.lists(st.builds(CostPoint, st.integers(0, 6), st.integers(0, 6)), max_size=12)
@@ -45,13 +45,13 @@ def test_jobs_without_both_figures_are_left_out():
         row(perplexity_quantized=1.0),
         row(),
     ]
-    figure = cost_figure(rows, AXES["bits"])
+    figure = plot_cost(rows, AXES["bits"])
     assert figure is not None
     quantized, trained, front = figure.axes[0].get_lines()
     assert quantized.get_xydata().tolist() == [[2.5, 30.0]]
     assert trained.get_xydata().tolist() == front.get_xydata().tolist() == [[2.5, 12.0]]
-    assert cost_figure(rows, AXES["seconds"]) is None
-    assert cost_figure([row()], AXES["bits"]) is None
+    assert plot_cost(rows, AXES["seconds"]) is None
+    assert plot_cost([row()], AXES["bits"]) is None
 
 
 def test_seconds_and_memory_are_those_of_the_model_that_was_measured():
@@ -60,10 +60,10 @@ def test_seconds_and_memory_are_those_of_the_model_that_was_measured():
         perplexity_quantized=30.0, perplexity_final=12.0,
     )  # fmt: skip
     only = row(quantize_seconds=1.5, peak_memory_gib=1.0, perplexity_quantized=29.0)
-    seconds = cost_figure([trained, only], AXES["seconds"]).axes[0].get_lines()
+    seconds = plot_cost([trained, only], AXES["seconds"]).axes[0].get_lines()
     assert seconds[0].get_xydata().tolist() == [[1.0, 30.0], [1.5, 29.0]]
     assert seconds[1].get_xydata().tolist() == [[61.0, 12.0]]
-    memory = cost_figure([trained, only], AXES["memory"]).axes[0].get_lines()
+    memory = plot_cost([trained, only], AXES["memory"]).axes[0].get_lines()
     assert memory[0].get_xydata().tolist() == [[1.0, 29.0]]
     assert memory[1].get_xydata().tolist() == [[2.0, 12.0]]
 
@@ -74,7 +74,7 @@ def test_full_precision_is_one_line_for_one_model():
             perplexity_full_precision=9.1975)
         for n in (1, 2, 4)
     ]  # fmt: skip
-    axes = cost_figure(rows, AXES["bits"]).axes[0]
+    axes = plot_cost(rows, AXES["bits"]).axes[0]
     assert sum(line.get_linestyle() == "--" for line in axes.get_lines()) == 1
     assert axes.get_yscale() == "log"
     assert axes.get_legend().get_title().get_text() == "labels: nbits"
@@ -82,9 +82,7 @@ def test_full_precision_is_one_line_for_one_model():
 
 def test_labels_are_not_parsed_as_math_and_are_truncated():
     hostile = r"$\frac{$" + "x" * 200
-    figure = cost_figure(
-        [row(hostile, bits_per_weight=2.5, perplexity_quantized=30.0)], AXES["bits"]
-    )
+    figure = plot_cost([row(hostile, bits_per_weight=2.5, perplexity_quantized=30.0)], AXES["bits"])
     assert len(figure.axes[0].texts[0].get_text()) == 28
     image = io.BytesIO()
     figure.savefig(image, format="png")

@@ -41,7 +41,7 @@ def test_a_signal_is_forwarded_to_all_running_processes(tmp_path, name):
         while not all((tmp_path / key).read_text() == "ready\n" for key in "ab"):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.Signals[name])
-        assert pool.signal == signal.Signals[name]
+        assert pool.received_signal == signal.Signals[name]
         assert sorted(pool.wait() for _ in range(2)) == [("a", 7), ("b", 7)]
 
 

@@ -13,15 +13,15 @@ from hqqtrain.compose.job import Job
 from hqqtrain.config.infra import RunDirConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.launch.slurm.requeue import begin_attempt, end_attempt
-from hqqtrain.launch.sweep.report import make_folder, write_files
+from hqqtrain.launch.sweep.report import create_sweep_folder, write_sweep_report
 from hqqtrain.launch.sweep.results import (
     COLUMNS,
     JobResults,
+    collect_rows,
+    format_table,
     summary_figures,
-    table_rows,
-    text_table,
 )
-from hqqtrain.launch.sweep.runner import show_table
+from hqqtrain.launch.sweep.runner import show_sweep_table
 from hqqtrain.launch.sweep.sweep import Sweep
 from hqqtrain.rundir.schema import Summary, TrainFigures
 
@@ -41,8 +41,8 @@ def sweep_of(root: Path, *values: str) -> Sweep:
         config = RunConfig(run=RunDirConfig(root=str(root), name=f"job{number}"))
         config.train.seed = number
         planned.append(Job([f"data.source={value}", f"run.root={root}"], config))
-    sweep = Sweep.of(planned)
-    make_folder(sweep)
+    sweep = Sweep.from_jobs(planned)
+    create_sweep_folder(sweep)
     return sweep
 
 
@@ -84,14 +84,14 @@ def test_the_newest_record_decides_the_state_of_a_job(tmp_path):
     outcomes.save()
     leave(later, "done", SUMMARY)  # run by hand, after the sweep
     os.utime(later.folder / "status.json", (2e9, 2e9))
-    assert [row.status for row in table_rows(sweep)] == [
+    assert [row.status for row in collect_rows(sweep)] == [
         "pending", "unfinished", "done", "failed", "preempted", "done",
     ]  # fmt: skip
-    assert table_rows(sweep)[2].figures["bits_per_weight"] == 2.5
+    assert collect_rows(sweep)[2].figures["bits_per_weight"] == 2.5
     outcomes.record(done, 2)
     outcomes.save()  # as for a job whose inputs have changed since
-    assert table_rows(sweep)[2].status == "failed"
-    assert table_rows(sweep)[2].figures["bits_per_weight"] is None
+    assert collect_rows(sweep)[2].status == "failed"
+    assert collect_rows(sweep)[2].figures["bits_per_weight"] is None
     assert new.folder.exists() is False
 
 
@@ -116,7 +116,7 @@ def test_records_of_a_batch_file_count_too(tmp_path):
     leave(again, "running")
     os.utime(again.folder / "status.json", (2e9, 2e9))
     record_in_batch_job(gone, 0)
-    assert [row.status for row in table_rows(sweep)] == [
+    assert [row.status for row in collect_rows(sweep)] == [
         "failed", "preempted", "unfinished", "done", "done", "unfinished", "pending",
     ]  # fmt: skip
 
@@ -130,7 +130,7 @@ def test_a_job_is_done_only_if_its_own_status_says_so(tmp_path):
     leave(sweep.jobs[2], "done")
     outcomes.save()
     os.utime(sweep.jobs[1].folder / "status.json", (1e9, 1e9))
-    assert [row.status for row in table_rows(sweep)] == ["pending", "unfinished", "done"]
+    assert [row.status for row in collect_rows(sweep)] == ["pending", "unfinished", "done"]
 
 
 @pytest.mark.parametrize(
@@ -140,14 +140,14 @@ def test_an_invalid_record_is_ignored(tmp_path, broken):
     sweep = sweep_of(tmp_path, "a", "b")
     (sweep.folder / "jobs.json").write_text(f'{{"job0": {broken}}}')
     leave(sweep.jobs[1], ["done"])
-    assert [row.status for row in table_rows(sweep)] == ["pending", "pending"]
+    assert [row.status for row in collect_rows(sweep)] == ["pending", "pending"]
 
 
 def test_a_table_that_cannot_be_written_raises_one_message(tmp_path):
     sweep = sweep_of(tmp_path, "a", "b")
     (sweep.folder / "index.html").mkdir()
     with pytest.raises(UserError, match=r"the table was not written .*index\.html"):
-        show_table(sweep.jobs)
+        show_sweep_table(sweep.jobs)
 
 
 def test_no_file_of_a_sweep_holds_a_swept_secret(tmp_path, capsys):
@@ -155,7 +155,7 @@ def test_no_file_of_a_sweep_holds_a_swept_secret(tmp_path, capsys):
     sweep = sweep_of(tmp_path, token, f"https://me:{token}@host/x")
     for job in sweep.jobs:
         leave(job, "done", SUMMARY)
-    assert show_table(sweep.jobs) == 0
+    assert show_sweep_table(sweep.jobs) == 0
     assert "***" in (sweep.folder / "results.csv").read_text()
     files = [file for file in sweep.folder.rglob("*") if file.is_file()]
     assert [file for file in files if token.encode() in file.read_bytes()] == []
@@ -165,14 +165,14 @@ def test_no_file_of_a_sweep_holds_a_swept_secret(tmp_path, capsys):
 def test_only_files_of_this_call_are_listed(tmp_path, capsys):
     sweep = sweep_of(tmp_path, "a", "b")
     (sweep.folder / "bits.png").write_text("from an earlier table")
-    assert show_table(sweep.jobs) == 0
+    assert show_sweep_table(sweep.jobs) == 0
     assert "bits.png" not in capsys.readouterr().out
 
 
 def test_the_csv_contains_the_results_of_the_jobs(tmp_path):
     sweep = sweep_of(tmp_path, "a", HOSTILE)
     leave(sweep.jobs[0], "done", SUMMARY)
-    write_files(sweep)
+    write_sweep_report(sweep)
     good, other = read_csv(sweep)
     assert list(good) == ["data.source", *COLUMNS, "status", "folder"]
     assert good["data.source"] == "a"
@@ -203,7 +203,7 @@ def test_the_page_fetches_and_runs_nothing(tmp_path):
     sweep = sweep_of(tmp_path, "a", HOSTILE)
     for job in sweep.jobs:
         leave(job, "done", SUMMARY)
-    write_files(sweep)
+    write_sweep_report(sweep)
     page = Page((sweep.folder / "index.html").read_text(encoding="utf-8"))
     assert "script" not in page.tags
     assert HOSTILE.strip() in page.words
@@ -217,7 +217,7 @@ def test_a_sweep_without_finished_jobs_still_has_a_table(tmp_path, capsys):
     outcomes = JobResults(sweep)
     outcomes.record(sweep.jobs[0], 1)
     outcomes.save()
-    assert show_table(sweep.jobs) == 0
+    assert show_sweep_table(sweep.jobs) == 0
     shown = capsys.readouterr().out
     assert "failed" in shown
     assert "pending" in shown
@@ -230,7 +230,7 @@ def test_a_sweep_without_finished_jobs_still_has_a_table(tmp_path, capsys):
 def test_the_printed_table_is_rounded(tmp_path):
     sweep = sweep_of(tmp_path, "a", "b")
     leave(sweep.jobs[0], "done", SUMMARY)
-    good = text_table(table_rows(sweep)).splitlines()[-2].split()
+    good = format_table(collect_rows(sweep)).splitlines()[-2].split()
     assert good == [
         "a", "2.50", "0.1000", "8.000", "1,234.500", "-", "0.6000", "0.2500", "0.5", "60.0",
         "2.000", "1,200", "done", "job0",
@@ -242,4 +242,4 @@ def test_an_unreadable_summary_gives_no_figures(tmp_path, broken):
     sweep = sweep_of(tmp_path, "a", "b")
     leave(sweep.jobs[0], "done")
     (sweep.jobs[0].folder / "summary.json").write_text(broken)
-    assert set(table_rows(sweep)[0].figures.values()) == {None}
+    assert set(collect_rows(sweep)[0].figures.values()) == {None}

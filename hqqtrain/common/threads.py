@@ -1,0 +1,64 @@
+"""Calls on a thread of their own: with a timeout, or in the background while training continues."""
+
+import concurrent.futures as futures
+import threading
+from collections.abc import Callable
+
+import psutil
+
+
+def call_with_timeout(seconds: float, call: Callable[[], None], child_prefix: str) -> None:
+    """Run `call` in a thread, with a timeout. An exception of `call` is raised here.
+
+    After the timeout, child processes whose names start with `child_prefix` are killed. Otherwise
+    handlers at the end of the program would wait for them.
+
+    Args:
+        seconds: the timeout.
+        call: the function to run.
+        child_prefix: prefix of the names of child processes that `call` waits for.
+
+    Raises:
+        TimeoutError: `call` did not return within `seconds`.
+    """
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        for child in psutil.Process().children(recursive=True):
+            if child.name().startswith(child_prefix):
+                child.kill()
+        raise TimeoutError(f"{child_prefix} did not end within {seconds:.0f} s")
+    if failures:
+        raise failures[0]
+
+
+class BackgroundWriter:
+    """Runs one job at a time on its own thread; `wait` raises the error of a failed job."""
+
+    def __init__(self, name: str) -> None:
+        self._pool = futures.ThreadPoolExecutor(1, name)
+        self._job: futures.Future[None] | None = None
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Start `job`. The caller must have waited for the previous one."""
+        assert self._job is None
+        self._job = self._pool.submit(job)
+
+    def wait(self) -> None:
+        """Wait for the current job, if there is one, and raise its error."""
+        job, self._job = self._job, None
+        if job:
+            job.result()
+
+    def close(self) -> None:
+        """Stop the thread after its current job."""
+        self._pool.shutdown(wait=True)

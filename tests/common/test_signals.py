@@ -1,0 +1,79 @@
+"""The first signal is recorded; a repetition soon after it is the same request, a later one kills.
+
+Every test uses a process of its own, because listening replaces the handlers of the process.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from hqqtrain.common import signals
+
+
+def _in_child(work: Callable[[], int]) -> int:
+    """Return the exit code of `work` in a forked process that listens for signals."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            signals.listen_for_signals()
+            code = work()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    deadline = time.monotonic() + 5
+    while not signals.received_signal() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def test_nothing_is_recorded_without_a_signal():
+    assert _in_child(lambda: 7 if signals.received_signal() == "" else 8) == 7
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_a_signal_is_recorded_by_name_and_the_process_continues(name):
+    def work() -> int:
+        _send(signal.Signals[name])
+        return 7 if signals.received_signal() == name else 8
+
+    assert _in_child(work) == 7
+
+
+def test_a_second_signal_soon_after_is_the_same_request():
+    def work() -> int:
+        _send(signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        return 7 if signals.received_signal() == "SIGUSR1" else 8
+
+    assert _in_child(work) == 7
+
+
+def test_a_later_signal_ends_the_process_at_once(monkeypatch):
+    monkeypatch.setattr(signals, "SAME_SIGNAL_SECONDS", 0.0)
+
+    def work() -> int:
+        _send(signal.SIGUSR1)
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        return 7
+
+    assert _in_child(work) == 1
+
+
+def test_other_signals_with_a_handler_are_not_recorded():
+    def work() -> int:
+        signal.signal(signal.SIGUSR2, lambda *_: None)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(0.05)
+        return 7 if signals.received_signal() == "" else 8
+
+    assert _in_child(work) == 7
