@@ -100,5 +100,5 @@ def test_a_damaged_token_is_not_the_token(tmp_path, monkeypatch, content):
 
 def test_a_folder_that_cannot_be_written_raises(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="Not a directory|File exists"):
+    with pytest.raises(OSError, match=r"Not a directory|File exists"):
         try_lock(tmp_path / "file" / ".lock")

@@ -90,12 +90,6 @@ def test_the_card_names_base_bits_and_fingerprint(train, tmp_path):
         assert part in text
 
 
-@pytest.mark.parametrize("base", ["tiny", "/models/llama"])
-def test_only_hub_names_enter_the_front_matter(train, tmp_path, base):
-    folder = _save(train(), tmp_path / "a", base=base)
-    assert "base_model:" not in (folder / "README.md").read_text()
-
-
 def test_another_base_is_refused(train):
     adapter = train().adapter
     adapter.check_base(adapter.fingerprint, "adapter")

@@ -2,16 +2,9 @@
 
 import json
 import logging
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from disk import no_room
 
 import hqqtrain
@@ -98,64 +91,6 @@ def test_metrics_jsonl_is_written_with_any_backends(tmp_path):
     assert [(row["train/global_step"], row["train/loss"]) for row in rows] == [(1, 1.0), (2, 1.0)]
 
 
-def jsonl(path: Path, step: int = 0) -> JsonlTracker:
-    tracker = JsonlTracker(path)
-    tracker.start({}, step)
-    return tracker
-
-
-def test_every_line_is_strict_json_with_step_and_time(tmp_path):
-    tracker = jsonl(tmp_path / "m.jsonl")
-    values = {"a": float("nan"), "b": float("inf"), "c": torch.tensor(2.5), "d": np.float32(0.5)}
-    tracker.log(values, 7)
-    tracker.finish(0)
-    (line,) = (tmp_path / "m.jsonl").read_text().splitlines()
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(constant)
-
-    row = json.loads(line, parse_constant=refuse)
-    assert abs(row.pop("time") - time.time()) < 60
-    assert row == {"train/global_step": 7, "a": None, "b": None, "c": 2.5, "d": 0.5}
-
-
-def rows(path: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [(line["train/global_step"], line["train/loss"]) for line in lines]
-
-
-def test_a_resumed_run_removes_the_rows_it_logs_again(tmp_path):
-    path = tmp_path / "m.jsonl"
-    tracker = jsonl(path)
-    for step in (0, 1, 2, 3, 4):
-        tracker.log({"train/loss": step / 8}, step)
-    tracker.finish(0)
-    with path.open("a") as file:
-        file.write('{"train/global_step": 5, "train/lo')
-    assert [row["train/global_step"] for row in read_metrics(path)] == [0, 1, 2, 3, 4]
-    tracker = jsonl(path, step=2)
-    assert rows(path) == [(0, 0.0), (1, 0.125), (2, 0.25)]
-    tracker.log({"train/loss": 9.0}, 3)
-    tracker.finish(0)
-    assert rows(path) == [(0, 0.0), (1, 0.125), (2, 0.25), (3, 9.0)]
-    assert [file.name for file in tmp_path.iterdir()] == ["m.jsonl"]
-
-
-def test_a_restarted_run_starts_a_new_file(tmp_path):
-    path = tmp_path / "m.jsonl"
-    jsonl(path).log({"train/loss": 1.0}, 1)
-    jsonl(path).log({"train/loss": 2.0}, 1)
-    assert rows(path) == [(1, 2.0)]
-
-
-def test_lines_that_are_not_rows_do_not_survive_a_resume(tmp_path):
-    path = tmp_path / "m.jsonl"
-    row = b'{"train/global_step": 1, "train/loss": 1.0}\n'
-    path.write_bytes(row + b"\0\0\0\n" + b"[1]\n" + b'{"time": 1}\n' + row[:-1])
-    jsonl(path, step=3)
-    assert path.read_bytes() == row
-
-
 def test_metrics_of_a_step_are_not_logged_twice(tmp_path):
     config = TrackConfig(backends=[])
     first = open_trackers(config, tmp_path, {})
@@ -181,19 +116,6 @@ def test_metrics_of_a_step_are_not_logged_twice(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl")[2].items() >= {
         ("train/loss", 0.5), ("eval/loss", 2.5), ("eval/kl", 0.5)
     }  # fmt: skip
-
-
-def test_a_killed_process_has_written_every_row(tmp_path):
-    code = (
-        "import os; from pathlib import Path; from hqqtrain.tracking.jsonl import JsonlTracker\n"
-        f"t = JsonlTracker(Path({str(tmp_path)!r}) / 'm.jsonl'); t.start({{}})\n"
-        "for i in range(100): t.log({'train/loss': float(i)}, i)\n"
-        "os.kill(os.getpid(), 9)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60)
-    assert done.returncode == -signal.SIGKILL
-    assert len(read_metrics(tmp_path / "m.jsonl")) == 100
 
 
 def test_secrets_are_masked_by_key_and_by_pattern():

@@ -1,0 +1,56 @@
+"""The model card of an adapter: valid front matter, and the facts that its reader needs."""
+
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from hqqtrain.formats.adapter_card import AdapterCard, render_card
+
+CARD = AdapterCard("owner/name", "sha256:abc", 2, 64, 1, "least_squares", 2.504)
+
+
+def _front_matter(card: AdapterCard) -> dict:
+    _, front, _ = render_card(card).split("---\n", 2)
+    return yaml.safe_load(front)
+
+
+def test_the_card_names_base_quantization_and_fingerprint():
+    text = " ".join(render_card(CARD).split())
+    assert "`owner/name`, quantized to 2 bits (groups of 64, axis 1, solver `least_squares`" in text
+    assert "2.50 bits per weight" in text
+    assert "whose fingerprint is sha256:abc" in text
+    assert "at revision" not in text
+    assert "| figure |" not in text
+
+
+def test_optional_facts_appear_where_they_are_known():
+    card = replace(CARD, revision="v1", group_size=None, figures={"perplexity, trained": 6.32104})
+    text = render_card(card)
+    assert "`owner/name` at revision `v1`" in text
+    assert "(a whole row or column, axis 1" in text
+    assert "| perplexity, trained | 6.321 |" in text
+
+
+def test_the_front_matter_is_what_the_hub_reads():
+    assert _front_matter(CARD) == {
+        "library_name": "peft", "base_model": "owner/name", "tags": ["lora", "hqq", "hqqtrain"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("base", ["tiny", "/models/llama", "a/b/c", ""])
+def test_only_hub_names_enter_the_front_matter(base):
+    assert "base_model" not in _front_matter(replace(CARD, base=base))
+
+
+def test_an_existing_folder_is_no_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert "base_model" not in _front_matter(CARD)
+
+
+@pytest.mark.parametrize("base", ['a"b/c: d', "a/b # c", "a/{b}", "a/'b'", "ü/b"])
+def test_a_hostile_name_stays_one_string(base):
+    found = _front_matter(replace(CARD, base=base))
+    assert found["base_model"] == base
+    assert found["library_name"] == "peft"

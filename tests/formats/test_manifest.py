@@ -1,0 +1,123 @@
+"""A sealed folder: every changed, missing or unreadable byte is found and its file is named."""
+
+import hashlib
+import json
+import os
+
+import pytest
+
+from hqqtrain.formats import manifest
+from hqqtrain.formats.manifest import (
+    MANIFEST,
+    DamagedError,
+    check_sealed,
+    file_digest,
+    is_sealed,
+    seal,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in "abcde":
+        (tmp_path / name).write_bytes(name.encode() * 100)
+    (tmp_path / "empty").touch()
+    (tmp_path / "inner").mkdir()
+    seal(tmp_path)
+    return tmp_path
+
+
+def test_the_manifest_has_size_and_sha256_of_every_file(folder):
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    assert sorted(files) == ["a", "b", "c", "d", "e", "empty"]
+    assert files["a"] == {"bytes": 100, "sha256": hashlib.sha256(b"a" * 100).hexdigest()}
+    assert files["empty"] == {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    assert is_sealed(folder)
+    check_sealed(folder)
+
+
+def test_a_folder_without_a_manifest_is_not_sealed(tmp_path):
+    assert not is_sealed(tmp_path)
+    with pytest.raises(DamagedError, match=MANIFEST):
+        check_sealed(tmp_path)
+
+
+def test_a_file_larger_than_a_block_is_hashed_completely(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "_BLOCK", 7)
+    (tmp_path / "a").write_bytes(bytes(range(100)))
+    digest = hashlib.sha256(bytes(range(100))).hexdigest()
+    assert file_digest(tmp_path / "a") == {"bytes": 100, "sha256": digest}
+
+
+def test_known_digests_are_not_computed_again(tmp_path):
+    (tmp_path / "file").write_text("x")
+    seal(tmp_path, known={"file": {"bytes": 1, "sha256": "of the writer"}})
+    with pytest.raises(DamagedError, match=r"file: .*its checksum differs"):
+        check_sealed(tmp_path)
+
+
+def test_every_changed_byte_is_found(folder):
+    for name in ("a", "b", MANIFEST):
+        whole = (folder / name).read_bytes()
+        for at in (0, len(whole) // 2, len(whole) - 1):
+            changed = bytearray(whole)
+            changed[at] ^= 1
+            (folder / name).write_bytes(changed)
+            with pytest.raises(DamagedError, match=f"{name}: is not what was written"):
+                check_sealed(folder)
+        (folder / name).write_bytes(whole)
+    check_sealed(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: os.truncate(path, 99), r"a: .*\(99 bytes instead of 100\)"),
+        (lambda path: os.truncate(path, 0), r"a: .*\(0 bytes instead of 100\)"),
+        (lambda path: path.unlink(), r"a: cannot be read \(No such file"),
+        (lambda path: (path.unlink(), path.mkdir()), r"a: "),
+    ],
+)
+def test_damage_is_named(folder, damage, message):
+    damage(folder / "a")
+    with pytest.raises(DamagedError, match=message):
+        check_sealed(folder)
+
+
+def test_a_file_that_was_added_later_is_no_damage(folder):
+    (folder / "later").write_text("x")
+    check_sealed(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "{}", '{"files": []}', '{"files": {"a": 1}}', "\xff", "1e999"]
+)
+def test_a_damaged_manifest_is_damage(folder, text):
+    (folder / MANIFEST).write_bytes(text.encode("latin-1"))
+    with pytest.raises(DamagedError, match=rf"{MANIFEST}: is not what was written"):
+        check_sealed(folder)
+
+
+def test_a_manifest_that_was_edited_is_damage(folder):
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text.replace('"bytes": 100', '"bytes": 101', 1))
+    with pytest.raises(DamagedError, match=MANIFEST):
+        check_sealed(folder)
+
+
+def test_ranks_check_every_file_exactly_once_between_them(folder, monkeypatch):
+    seen: list[str] = []
+    original = manifest.file_digest
+    monkeypatch.setattr(
+        manifest, "file_digest", lambda path: seen.append(path.name) or original(path)
+    )
+    for rank in range(4):
+        check_sealed(folder, rank, 4)
+    assert sorted(seen) == ["a", "b", "c", "d", "e", "empty"]
+
+
+def test_every_rank_finds_a_wrong_size(folder):
+    os.truncate(folder / "e", 1)
+    for rank in range(3):
+        with pytest.raises(DamagedError, match="e: "):
+            check_sealed(folder, rank, 3)
