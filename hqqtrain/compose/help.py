@@ -59,12 +59,12 @@ def help_text() -> str:
 def _keys() -> str:
     title = "Keys and defaults; write lists as [a,b], no value as null, text with spaces in quotes"
     groups = [item for item in fields(RunConfig) if is_dataclass(item.default_factory)]
-    return "\n".join([title, *(_group(item.name, item.default_factory) for item in groups)])
-
-
-def _group(name: str, schema: Any) -> str:
-    rows = {f"{name}.{item.name}={_default(item)}": _help(name, item) for item in fields(schema)}
-    return f"\n{_table(f'{name}: {schema.__doc__}', rows)}"
+    lines = [title]
+    for group in groups:
+        name, schema = group.name, group.default_factory
+        rows = {f"{name}.{key.name}={_default(key)}": _help(name, key) for key in fields(schema)}
+        lines.append(f"\n{_table(f'{name}: {schema.__doc__}', rows)}")
+    return "\n".join(lines)
 
 
 def _help(group: str, item: Field) -> str:

@@ -1,6 +1,6 @@
 """The config groups that define a result, one dataclass each, with the help text of every key.
 
-`running.py` has the groups that do not change the result. Values that a later release will allow
+`infra.py` has the groups that do not change the result. Values that a later release will allow
 are not among the `choices` yet.
 """
 

@@ -55,7 +55,7 @@ CHANGEABLE_ON_RESUME = frozenset([
 class RunConfig:
     """The whole configuration of one command.
 
-    `groups.py` and `running.py` declare the keys of each group.
+    `groups.py` and `infra.py` declare the keys of each group.
     """
 
     recipe: str | None = key(None, "recipe file, without .yaml")

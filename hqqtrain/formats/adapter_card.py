@@ -30,9 +30,17 @@ class AdapterCard:
 def render_card(card: AdapterCard) -> str:
     """Return the model card as Markdown, with the front matter that the hub reads."""
     group = "a whole row or column" if card.group_size is None else f"groups of {card.group_size}"
+    revision = f" at revision `{card.revision}`" if card.revision else ""
+    # The hub accepts nothing but a hub name as `base_model`.
+    is_hub_name = card.base.count("/") == 1 and not Path(card.base).expanduser().exists()
+    base_line = f"base_model: {json.dumps(card.base)}\n" if is_hub_name else ""
+    table = ""
+    if card.figures:
+        rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in card.figures.items())
+        table = f"| figure | value |\n| --- | --- |\n{rows}\n\n"
     return f"""---
 library_name: peft
-{_base_line(card)}tags:
+{base_line}tags:
 - lora
 - hqq
 - hqqtrain
@@ -40,13 +48,13 @@ library_name: peft
 
 # LoRA adapter for a {card.nbits}-bit HQQ base
 
-Trained by hqqtrain on `{card.base}`{_revision(card)}, quantized to {card.nbits} bits
+Trained by hqqtrain on `{card.base}`{revision}, quantized to {card.nbits} bits
 ({group}, axis {card.axis}, solver `{card.solver}`; {card.bits_per_weight:.2f} bits per weight,
 scales and zeros counted). It repairs the error of exactly that base, whose fingerprint is
 
     {card.fingerprint}
 
-{_figures(card)}## How to load it
+{table}## How to load it
 
 On the packed base, in the run's directory: `python -m hqqtrain task=eval
 model.name_or_path=<run directory>`.
@@ -61,20 +69,3 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(model, "<this folder>")
 ```
 """
-
-
-def _base_line(card: AdapterCard) -> str:
-    """Return the front matter's `base_model`, if it is a hub name; the hub accepts nothing else."""
-    is_hub_name = card.base.count("/") == 1 and not Path(card.base).expanduser().exists()
-    return f"base_model: {json.dumps(card.base)}\n" if is_hub_name else ""
-
-
-def _revision(card: AdapterCard) -> str:
-    return f" at revision `{card.revision}`" if card.revision else ""
-
-
-def _figures(card: AdapterCard) -> str:
-    if not card.figures:
-        return ""
-    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in card.figures.items())
-    return f"| figure | value |\n| --- | --- |\n{rows}\n\n"

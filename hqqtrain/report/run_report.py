@@ -98,11 +98,16 @@ def render_report(
     """
     wide = {name: path for name, path in plots.items() if path.stem == "layers"}
     side_by_side = {name: path for name, path in plots.items() if name not in wide}
+    parts = {name: part for name, part in summary.items() if isinstance(part, Mapping)}
+    tables = "".join(
+        f"<section><h2>{escape(name)}</h2>{render_table(('', ''), _rows(part))}</section>"
+        for name, part in parts.items()
+    )
     body = [
         render_tiles(figures),
         render_images(side_by_side),
         *(render_image(*item) for item in wide.items()),
-        f'<div class="tables">{"".join(_summary_tables(summary))}</div>',
+        f'<div class="tables">{tables}</div>',
         _layer_table(layer_errors),
     ]
     return render_page(title, _subtitle(summary), body)
@@ -118,14 +123,6 @@ def _subtitle(summary: Mapping[str, Any]) -> str:
         f"measured on {evaluation['dataset']}" if evaluation.get("dataset") else "",
     ]
     return " · ".join(filter(None, parts))
-
-
-def _summary_tables(summary: Mapping[str, Any]) -> list[str]:
-    parts = {name: part for name, part in summary.items() if isinstance(part, Mapping)}
-    return [
-        f"<section><h2>{escape(name)}</h2>{render_table(('', ''), _rows(part))}</section>"
-        for name, part in parts.items()
-    ]
 
 
 def _rows(part: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

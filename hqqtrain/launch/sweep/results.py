@@ -160,7 +160,10 @@ def format_cells(rows: Sequence[TableRow]) -> tuple[list[str], list[list[str]]]:
     lines = [
         [
             *row.swept_values.values(),
-            *(_formatted(row.figures[name], spec) for name, (_, spec) in COLUMNS.items()),
+            *(
+                "-" if (value := row.figures[name]) is None else format(value, spec)
+                for name, (_, spec) in COLUMNS.items()
+            ),
             row.status,
             row.folder,
         ]
@@ -176,10 +179,6 @@ def format_table(rows: Sequence[TableRow]) -> str:
     align = ["right"] * (len(headings) - 2) + ["left", "left"]
     short = [[*line[:-1], Path(line[-1]).name] for line in lines]  # the name of the folder only
     return tabulate([headings, [], *short], tablefmt="plain", colalign=align, disable_numparse=True)
-
-
-def _formatted(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
 
 
 def _finite(value: Any) -> float | None:
