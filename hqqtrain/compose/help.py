@@ -2,7 +2,7 @@
 
 from dataclasses import MISSING, Field, fields, is_dataclass
 from textwrap import wrap
-from typing import Any
+from typing import Any, cast
 
 from hqqtrain import __doc__ as package_summary
 from hqqtrain import __version__
@@ -61,7 +61,7 @@ def _keys() -> str:
     groups = [item for item in fields(RunConfig) if is_dataclass(item.default_factory)]
     lines = [title]
     for group in groups:
-        name, schema = group.name, group.default_factory
+        name, schema = group.name, cast(Any, group.default_factory)
         rows = {f"{name}.{key.name}={_default(key)}": _help(name, key) for key in fields(schema)}
         lines.append(f"\n{_table(f'{name}: {schema.__doc__}', rows)}")
     return "\n".join(lines)
