@@ -1,14 +1,15 @@
 """The pages name only files, modules, keys, recipes and symbols that exist."""
 
 import re
-from dataclasses import asdict
+import shlex
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from hqqtrain.config.run import RunConfig
+from hqqtrain.config.run import TASKS, RunConfig
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.quant.spec import QuantSpec
 
@@ -29,6 +30,7 @@ MUST_NOT_EXIST = ("kernels/__init__.py", "__init__.py", "hqqtrain/recipes")
 """Names of a file that would hide another package, and of a folder that only the wheel has."""
 KEY = re.compile(rf"(?<![\w/.<-])({'|'.join(GROUPS)})\.(\w+)(?!\w)(?!\.(?:py|md|\d))")
 NOT_KEYS = re.compile(r"(?:model|data|run|launch)\.(?:safetensors|layers|py|sh|md)")
+COMMAND = re.compile(r"(?:-m hqqtrain|\./launch\.sh) ((?:-m )?\w+=[^`#]*)")
 RECIPE = re.compile(r"recipe=(\w+)")
 
 
@@ -95,6 +97,52 @@ def test_a_page_names_only_what_exists(page):
     text = _text(page)
     found = missing_paths(text), missing_modules(text), missing_keys(text), missing_recipes(text)
     assert found == ([], [], [], [])
+
+
+def _commands(page: Path) -> list[str]:
+    """Return the arguments of every command of a page that has no placeholder."""
+    text = _text(page).replace("\\\n", " ")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    spans = [*"".join(blocks).splitlines(), *re.findall(r"`([^`]+)`", prose)]
+    found = [" ".join(match[1].split()) for span in spans if (match := COMMAND.search(span))]
+    return [line for line in found if not re.search(r"NAME|FOLDER| \.\.\.", line)]
+
+
+COMMANDS = sorted({command for page in PAGES for command in _commands(page)})
+
+
+def test_commands_are_found():
+    assert len(COMMANDS) > 12
+
+
+def _refused(command: str) -> list[str]:
+    """Return the words of a command that set no key, or a value that the key does not allow."""
+    config, refused = RunConfig(), []
+    for word in shlex.split(command.removeprefix("-m ")):
+        name, _, value = word.partition("=")
+        if name in ("launch", "model"):  # names a file in hqqtrain/conf
+            continue
+        group, _, key = name.partition(".")
+        known: dict = {"recipe": (), "task": TASKS}
+        if key:
+            known = {f.name: f.metadata["choices"] for f in fields(getattr(config, group))}
+        choices = known.get(key or group)  # (): any value
+        if choices is None or (choices and not set(value.split(",")) <= set(map(str, choices))):
+            refused.append(word)
+    return refused
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_sets_allowed_values(command):
+    """Composing all of them with Hydra would take half a minute."""
+    assert _refused(command) == []
+
+
+def test_a_refused_word_is_found():
+    assert _refused("-m quant.nbits=2,5 quant.nbits=2 quant.bits=2 task=quantize tusk=eval") == [
+        "quant.nbits=2,5", "quant.bits=2", "tusk=eval",
+    ]  # fmt: skip
 
 
 def test_names_that_do_not_exist_are_found():
