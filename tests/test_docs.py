@@ -166,6 +166,18 @@ def test_symbols_of_the_architecture_exist():
     assert sorted(set(names) - _words_of_the_code() - foreign) == []
 
 
+def test_methods_of_the_architecture_are_in_the_file_of_their_class():
+    files = {}
+    for path in _files():
+        if path.suffix == ".py" and path.parts[len(ROOT.parts)] != "tests":
+            text = _text(path)
+            files |= dict.fromkeys(re.findall(r"^class (\w+)", text, re.MULTILINE), text)
+    pairs = re.findall(r"`(\w+)\.(\w+)`", _text(ARCHITECTURE))
+    checked = [(owner, name) for owner, name in pairs if owner in files]
+    assert len(checked) > 20
+    assert [pair for pair in checked if not re.search(rf"\b{pair[1]}\b", files[pair[0]])] == []
+
+
 def test_the_shapes_of_the_example_are_those_of_the_code():
     spec = QuantSpec(4, 64, 1, "least_squares", torch.bfloat16)
     layer = HQQLinear(4096, 4096, False, spec, compute_dtype=torch.bfloat16, device="meta")
