@@ -46,10 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _run_with_exit_code(words: list[str]) -> int:
+def _run_with_exit_code(arguments: list[str]) -> int:
     """Run the command line and turn every foreseen exception into a message and an exit code."""
     try:
-        return _dispatch(words)
+        return _dispatch(arguments)
     except UserError as error:
         if get_rank() == 0:  # every rank raises the same error
             print(f"hqqtrain: {mask_secrets(str(error))}", file=sys.stderr)
@@ -69,33 +69,33 @@ def _run_with_exit_code(words: list[str]) -> int:
         return DONE
 
 
-def _dispatch(words: list[str]) -> int:
-    flags, overrides = _split(words)
-    if not words or "--help" in flags:
+def _dispatch(arguments: list[str]) -> int:
+    flags, overrides = _split(arguments)
+    if not arguments or "--help" in flags:
         return _print(help_text())
     if "--version" in flags:
         return _print(f"hqqtrain {__version__}")
-    plan = _make_plan(overrides, "--multirun" in flags)
+    command = _plan_or_exit(overrides, "--multirun" in flags)
     if "--cfg" in flags:
-        return _print(plan.as_recipes())
+        return _print(command.as_recipes())
     if "--check" in flags:
-        return _print(plan.describe_directories())
+        return _print(command.describe_directories())
     if "--table" in flags:
-        return _show_table(plan)
-    if plan.is_sweep or plan.is_slurm:
+        return _show_table(command)
+    if command.is_sweep or command.is_slurm:
         _refuse_ranks()
-    if plan.is_slurm:
-        check_same_launch([job.config for job in plan.jobs])
-        return _print(_submit(plan, words))
-    if plan.is_sweep:
-        return run_sweep(plan.jobs)
+    if command.is_slurm:
+        check_same_launch([job.config for job in command.jobs])
+        return _print(_submit(command, arguments))
+    if command.is_sweep:
+        return run_sweep(command.jobs)
     signals.listen_for_signals()  # before the import of torch, which takes seconds
     from hqqtrain.tasks.run import run_task
 
-    return run_task(plan.jobs[0].config, words)
+    return run_task(command.jobs[0].config, arguments)
 
 
-def _make_plan(overrides: list[str], multirun: bool) -> Command:
+def _plan_or_exit(overrides: list[str], multirun: bool) -> Command:
     try:
         return plan_command(overrides, multirun)
     except UserError:
@@ -104,26 +104,30 @@ def _make_plan(overrides: list[str], multirun: bool) -> Command:
         raise
 
 
-def _split(words: list[str]) -> tuple[set[str], list[str]]:
+def _split(arguments: list[str]) -> tuple[set[str], list[str]]:
     """Return the flags by their long names, and the overrides, which all contain a `=`."""
     flags, overrides = set(), []
-    for word in words:
-        if word.startswith("-"):
-            if word not in _FLAGS:
-                raise UserError(f"{word}: unknown option.{did_you_mean(word, _FLAGS)} See --help.")
-            flags.add(_FLAGS[word])
-        elif "=" not in word and not word.startswith("~"):
-            known = did_you_mean(f"recipe={word}", (f"recipe={name}" for name in recipe_files()))
-            raise UserError(f"{word}: must be key=value.{known} See --help.")
+    for argument in arguments:
+        if argument.startswith("-"):
+            if argument not in _FLAGS:
+                raise UserError(
+                    f"{argument}: unknown option.{did_you_mean(argument, _FLAGS)} See --help."
+                )
+            flags.add(_FLAGS[argument])
+        elif "=" not in argument and not argument.startswith("~"):
+            known = did_you_mean(
+                f"recipe={argument}", (f"recipe={name}" for name in recipe_files())
+            )
+            raise UserError(f"{argument}: must be key=value.{known} See --help.")
         else:
-            overrides.append(word)
+            overrides.append(argument)
     return flags, overrides
 
 
-def _show_table(plan: Command) -> int:
-    if not plan.is_sweep:
+def _show_table(command: Command) -> int:
+    if not command.is_sweep:
         raise UserError("--table: needs the keys of a sweep, as in --table -m quant.nbits=2,3.")
-    return show_sweep_table(plan.jobs)
+    return show_sweep_table(command.jobs)
 
 
 def _refuse_ranks() -> None:
@@ -136,11 +140,11 @@ def _refuse_ranks() -> None:
         )
 
 
-def _submit(plan: Command, words: list[str]) -> str:
-    if not plan.is_sweep:
-        return submit_job(words, plan.jobs[0].config)
-    sweep = Sweep.from_jobs(plan.jobs)
-    return submit_sweep(sweep.name, [(job.arguments, job.config) for job in sweep.jobs], words)
+def _submit(command: Command, arguments: list[str]) -> str:
+    if not command.is_sweep:
+        return submit_job(arguments, command.jobs[0].config)
+    sweep = Sweep.from_jobs(command.jobs)
+    return submit_sweep(sweep.name, [(job.arguments, job.config) for job in sweep.jobs], arguments)
 
 
 def _write_exit_code(code: int) -> None:

@@ -45,29 +45,29 @@ class BatchScript:
     command: str
     python: str
 
-    def render_run(self, words: Sequence[str]) -> str:
-        """Return the batch file of one run; `words` are its overrides without `launch.*`."""
+    def render_run(self, overrides: Sequence[str]) -> str:
+        """Return the batch file of one run, given its overrides without `launch.*`."""
         title = f"A run of hqqtrain {self._processes_text()}."
         head = self._head(title, "%j", self._usage("sbatch"))
-        return _joined(*head, f"words=({shlex.join(words)})\n", _job_script())
+        return _joined(*head, f"words=({shlex.join(overrides)})\n", _job_script())
 
-    def render_sweep(self, runs: Sequence[Sequence[str]], words: Sequence[str]) -> str:
+    def render_sweep(self, runs: Sequence[Sequence[str]], arguments: Sequence[str]) -> str:
         """Return the batch file of a job array, with `launch.max_parallel_jobs` tasks in parallel.
 
         Args:
             runs: the overrides of every run, without `launch.*`.
-            words: the arguments of the sweep's own command, without `launch.*`.
+            arguments: those of the sweep's own command, without `launch.*`.
         """
         title = f"A sweep of hqqtrain: {len(runs)} runs, each {self._processes_text()}."
         array = f"--array=0-{len(runs) - 1}%{self.launch.max_parallel_jobs}"
-        cases = [f"  {n}) words=({shlex.join(words)}) ;;" for n, words in enumerate(runs)]
+        cases = [f"  {n}) words=({shlex.join(run)}) ;;" for n, run in enumerate(runs)]
         choice = ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "  *) exit 2 ;;", "esac\n"]
-        arguments = _one_line(shlex.join(words))
-        table = f"# To print the table at any time: python -m hqqtrain --table {arguments}"
+        shown = _one_line(shlex.join(arguments))
+        table = f"# To print the table at any time: python -m hqqtrain --table {shown}"
         head = self._head(title, "%A_%a", f"{self._usage('sbatch')}\n{table}", array)
         return _joined(*head, *choice, _job_script())
 
-    def render_table(self, words: Sequence[str]) -> str:
+    def render_table(self, arguments: Sequence[str]) -> str:
         """Return the batch file of the job that writes the sweep's table, on a single core."""
         options = [option for option in self.launch.options if not _requests_resources(option)]
         launch = replace(
@@ -80,7 +80,7 @@ class BatchScript:
         )
         job = replace(self, name=f"{self.name}-table", launch=launch)
         usage = self._usage("sbatch --dependency=afterany:JOB") + ", where JOB is the job array"
-        command = f'exec "$python" -m hqqtrain --table {shlex.join(words)}'
+        command = f'exec "$python" -m hqqtrain --table {shlex.join(arguments)}'
         return _joined(*job._head("The table of a sweep of hqqtrain.", "%j", usage), command)
 
     def _processes_text(self) -> str:

@@ -84,21 +84,21 @@ def end_attempt(folder: Path, code: int, job: str) -> tuple[int, bool]:
     return code, code == PREEMPTED and fruitless < MAX_ATTEMPTS_WITHOUT_PROGRESS
 
 
-def main(words: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run `begin FOLDER`, or `end FOLDER CODE`, which may requeue the job.
 
     Returns:
         The exit code of the batch script.
     """
-    folder, job = Path(words[1]), get_slurm_job_id() or ""
+    folder, job = Path(arguments[1]), get_slurm_job_id() or ""
     try:
-        if words[0] == "begin":
+        if arguments[0] == "begin":
             begin_attempt(folder, job)
             return 0
-        code, is_requeued = end_attempt(folder, int(words[2]), job)
+        code, is_requeued = end_attempt(folder, int(arguments[2]), job)
     except OSError as error:
         _print(f"run.root={folder.parent}: cannot be written to ({error}); not requeued.")
-        return USER_ERROR if words[0] == "begin" else int(words[2])
+        return USER_ERROR if arguments[0] == "begin" else int(arguments[2])
     if is_requeued:
         _print("preempted; requeued, and will resume.")  # before scontrol: Slurm then kills us
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)

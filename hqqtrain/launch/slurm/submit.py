@@ -31,11 +31,11 @@ _NOT_PASSED_ON = (
 """Variables hidden from sbatch, because a job has its own ranks; sbatch passes on all others."""
 
 
-def submit_job(words: Sequence[str], config: RunConfig) -> str:
+def submit_job(arguments: Sequence[str], config: RunConfig) -> str:
     """Submit one run.
 
     Args:
-        words: its command-line overrides.
+        arguments: the arguments of its command line.
         config: its configuration.
 
     Returns:
@@ -43,11 +43,11 @@ def submit_job(words: Sequence[str], config: RunConfig) -> str:
 
     Raises:
         UserError: sbatch is missing or refuses the job, `run.root` cannot be written to, or
-            `words` contain a secret.
+            `arguments` contain a secret.
     """
-    refuse_secrets(words, config.launch)
-    batch = _batch(config.run_name(), words, config)
-    text = batch.render_run(_job_words(words, config))
+    refuse_secrets(arguments, config.launch)
+    batch = _batch(config.run_name(), arguments, config)
+    text = batch.render_run(_job_overrides(arguments, config))
     if config.launch.dry_run:
         return text.rstrip()
     job = _sbatch(_write(batch, batch.name, text))
@@ -55,7 +55,7 @@ def submit_job(words: Sequence[str], config: RunConfig) -> str:
 
 
 def submit_sweep(
-    name: str, jobs: Sequence[tuple[Sequence[str], RunConfig]], words: Sequence[str]
+    name: str, jobs: Sequence[tuple[Sequence[str], RunConfig]], arguments: Sequence[str]
 ) -> str:
     """Submit the runs of a sweep as one job array, and a dependent job that writes their table.
 
@@ -63,7 +63,7 @@ def submit_sweep(
         name: the name of the sweep.
         jobs: the overrides and the configuration of every run. The caller must have checked them
             with `check_same_launch`.
-        words: the arguments of the sweep's own command, flags included.
+        arguments: the arguments of the sweep's own command, flags included.
 
     Returns:
         The text to print: the ids of the jobs, or with `launch.dry_run` the batch files.
@@ -71,13 +71,13 @@ def submit_sweep(
     Raises:
         UserError: as for `submit_job`.
     """
-    all_words = dict.fromkeys([*words, *(word for job, _ in jobs for word in job)])
-    refuse_secrets(all_words, jobs[0][1].launch)
-    batch = _batch(name, words, jobs[0][1])
-    resets = dict.fromkeys(word for job in jobs for word in _launch_resets(*job))
-    sweep_words = [*without_launch(words), *resets]
-    array = batch.render_sweep([_job_words(*job) for job in jobs], sweep_words)
-    table = batch.render_table(sweep_words)
+    all_arguments = dict.fromkeys([*arguments, *(argument for job, _ in jobs for argument in job)])
+    refuse_secrets(all_arguments, jobs[0][1].launch)
+    batch = _batch(name, arguments, jobs[0][1])
+    resets = dict.fromkeys(argument for job in jobs for argument in _launch_resets(*job))
+    sweep_arguments = [*without_launch(arguments), *resets]
+    array = batch.render_sweep([_job_overrides(*job) for job in jobs], sweep_arguments)
+    table = batch.render_table(sweep_arguments)
     if batch.launch.dry_run:
         return _two_files(batch, array, table)
     job = _sbatch(_write(batch, name, array))
@@ -104,20 +104,20 @@ def _two_files(batch: BatchScript, array: str, table: str) -> str:
     ).rstrip()
 
 
-def _job_words(words: Sequence[str], config: RunConfig) -> list[str]:
+def _job_overrides(arguments: Sequence[str], config: RunConfig) -> list[str]:
     """Return the overrides of the command that runs inside the job."""
-    return [*without_launch(words), *_launch_resets(words, config)]
+    return [*without_launch(arguments), *_launch_resets(arguments, config)]
 
 
-def _batch(name: str, words: Sequence[str], config: RunConfig) -> BatchScript:
+def _batch(name: str, arguments: Sequence[str], config: RunConfig) -> BatchScript:
     refuse_backslash(config.run.root)
-    submitted = [word for word in words if not word.startswith("launch.dry_run=")]
+    submitted = [argument for argument in arguments if not argument.startswith("launch.dry_run=")]
     command = shlex.join(["python", "-m", "hqqtrain", *submitted])
     folder = Path(config.run.root).expanduser() / "slurm"
     return BatchScript(name, folder, config.launch, command, sys.executable)
 
 
-def _launch_resets(words: Sequence[str], config: RunConfig) -> list[str]:
+def _launch_resets(arguments: Sequence[str], config: RunConfig) -> list[str]:
     """Return overrides that reset `launch.*` to its defaults where the recipe sets it.
 
     Without them the job would read launch.backend=slurm from the recipe and submit another job.
@@ -126,7 +126,7 @@ def _launch_resets(words: Sequence[str], config: RunConfig) -> list[str]:
     if config.launch == defaults:
         return []
     # Not validated, because a recipe may set launch.nodes without a backend.
-    recipe = compose_unchecked(without_launch(words)).launch
+    recipe = compose_unchecked(without_launch(arguments)).launch
     resets = []
     for name in (field.name for field in fields(defaults)):
         default = getattr(defaults, name)

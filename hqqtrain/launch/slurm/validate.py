@@ -31,13 +31,13 @@ def check_same_launch(configs: Sequence[RunConfig]) -> None:
                 )
 
 
-def refuse_secrets(words: Iterable[str], launch: LaunchConfig) -> None:
+def refuse_secrets(arguments: Iterable[str], launch: LaunchConfig) -> None:
     """Refuse secrets in a batch file, because the file is kept, shown and mailed.
 
     `export X=$X` and `X=$(cat file)` are allowed, because they contain no secret.
 
     Args:
-        words: the arguments of the command.
+        arguments: the arguments of the command.
         launch: `setup` and `options` are copied into the file verbatim.
 
     Raises:
@@ -45,9 +45,12 @@ def refuse_secrets(words: Iterable[str], launch: LaunchConfig) -> None:
     """
     lines = [_REFERENCE.sub("", line) for line in (*launch.setup, *launch.options)]
     secrets = [shown for line in lines if (shown := mask_secrets(line)) != line]
-    given = [*without_launch(words), *(_REFERENCE.sub("", w) for w in words if _is_launch(w))]
+    given = [
+        *without_launch(arguments),
+        *(_REFERENCE.sub("", w) for w in arguments if _is_launch(w)),
+    ]
     pairs = zip(given, mask_command(given), strict=True)
-    secrets += [shlex.quote(shown) for word, shown in pairs if shown != word]
+    secrets += [shlex.quote(shown) for argument, shown in pairs if shown != argument]
     if secrets:
         raise UserError(
             f"launch.backend=slurm: the batch file would contain a secret ({', '.join(secrets)}); "
@@ -69,10 +72,10 @@ def refuse_backslash(root: str) -> None:
         )
 
 
-def without_launch(words: Iterable[str]) -> list[str]:
+def without_launch(arguments: Iterable[str]) -> list[str]:
     """Return the arguments without `launch.*`: what is run, not how it is started."""
-    return [word for word in words if not _is_launch(word)]
+    return [argument for argument in arguments if not _is_launch(argument)]
 
 
-def _is_launch(word: str) -> bool:
-    return re.split("[.=]", word.lstrip("+"))[0] == "launch"
+def _is_launch(argument: str) -> bool:
+    return re.split("[.=]", argument.lstrip("+"))[0] == "launch"
