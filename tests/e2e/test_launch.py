@@ -130,7 +130,7 @@ def test_the_first_start_installs_torch_first_and_everything_with_constraints(ch
     done = checkout.launch()
     assert done.returncode == 0
     assert _pip(checkout.calls) == [
-        "torch>=2.11,<2.14",
+        "torch>=2.11,<2.16",
         f"-e {checkout.folder}",
         "--no-build-isolation deepspeed",
     ]
