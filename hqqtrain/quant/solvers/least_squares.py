@@ -107,14 +107,14 @@ class _BestFit:
     """
 
     def __init__(self, x: Tensor, max_code: int, relaxation: float) -> None:
-        self.max_code, self.g, self.relaxation = max_code, len(x), relaxation
+        self.max_code, self.group_size, self.relaxation = max_code, len(x), relaxation
         # Center the integers on their rounded mean: products stay small, and v stays an integer.
         total = x.sum(0)
-        center = (total.float() * (1 / self.g)).round().double()
+        center = (total.float() * (1 / self.group_size)).round().double()
         self.v = x - center
-        self.v_sum = total - self.g * center  # not 0, because the center is rounded
+        self.v_sum = total - self.group_size * center  # not 0, because the center is rounded
         self.high, self.low = (x.amax(0) - center).float(), -center.float()
-        self.v_mean = self.v_sum.float() * (1 / self.g)
+        self.v_mean = self.v_sum.float() * (1 / self.group_size)
         self.gain = torch.full_like(self.low, -torch.inf)
         self.slope = self.offset = self.mean_code = torch.ones_like(self.low)
 
@@ -149,13 +149,14 @@ class _BestFit:
         # g^2 times the variance of the codes and their covariance with v: exact integer sums, which
         # are rounded to fp32 only at the end.
         code_sum = codes.sum(0)
-        variance = (self.g * (codes * codes).sum(0) - code_sum * code_sum).float()
-        covariance = (codes * self.v).sum(0).float() * self.g - (code_sum * self.v_sum).float()
+        variance = (self.group_size * (codes * codes).sum(0) - code_sum * code_sum).float()
+        products = (codes * self.v).sum(0).float()
+        covariance = products * self.group_size - (code_sum * self.v_sum).float()
         # v = mean + (code - mean_code) * covariance / variance. Inverted, it gives the next line.
         # If all codes are equal or fall with the weights, no line fits: keep the slope, gain 0.
         is_valid = (covariance > 0) & (variance > 0)
         slope = torch.where(is_valid, variance / covariance * (1 / self.max_code), slope)
-        mean_code = code_sum.float() * (1 / self.g)
+        mean_code = code_sum.float() * (1 / self.group_size)
         offset = mean_code * (1 / self.max_code) - self.v_mean * slope
         gain = torch.where(is_valid, covariance * (covariance / variance), 0)
         return gain, slope, offset, mean_code
