@@ -38,6 +38,7 @@ class Workload:
         offloads_activations: Whether activations are offloaded from a GPU to the host.
         evaluates: Whether a held-out text is evaluated.
         has_reference: Whether the full-precision model is in memory, too.
+        export_format: The value of `export.format`.
         new_checkpoints: Checkpoints that the run's directory will grow by, at most.
         run_root: The value of `run.root`.
     """
@@ -57,6 +58,7 @@ class Workload:
     offloads_activations: bool
     evaluates: bool
     has_reference: bool
+    export_format: str
     new_checkpoints: int
     run_root: str
 
@@ -234,12 +236,14 @@ def _working(workload: Workload, sizes: _Sizes, shards: int, dtype: torch.dtype)
 def _disk(workload: Workload, sizes: _Sizes, dtype: torch.dtype) -> dict[str, int]:
     """Return the bytes that the run's directory will grow by.
 
-    A checkpoint contains the adapter and its two moments.
+    A checkpoint contains the adapter and its two moments. A packed export is a second quantized/.
     """
+    packed, dense = sizes.packed + sizes.dense, sizes.source * dtype.itemsize
+    export = packed if workload.export_format == "packed" else dense
     adapter = workload.adapter_itemsize * sizes.adapter if workload.trains else 0
     return {
-        "quantized/": sizes.packed + sizes.dense if workload.saves_quantized else 0,
+        "quantized/": packed if workload.saves_quantized else 0,
         "adapter/": adapter,
         "checkpoints/": workload.new_checkpoints * 3 * adapter,
-        "export": sizes.source * dtype.itemsize if workload.task == "export" else 0,
+        "export": export if workload.task == "export" else 0,
     }

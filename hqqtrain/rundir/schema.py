@@ -97,9 +97,12 @@ class QuantizeFigures(JsonObject):
 
 @dataclass(frozen=True)
 class ModelFigures(JsonObject):
-    """The figures of one model; `kl` is in nats, against the full-precision model."""
+    """The figures of one model; `kl` is in nats, against the full-precision model.
 
-    perplexity: float | None = None
+    `perplexity` is null if it is not finite, as JSON has no infinity.
+    """
+
+    perplexity: float | None = field(default=None, metadata={"null": True})
     kl: float | None = None
 
 

@@ -55,6 +55,7 @@ def workload_of(
         offloads_activations=offloads_activations,
         evaluates=evaluates,
         has_reference=evaluates and config.eval.reference == "resident",
+        export_format=config.export.format,
         new_checkpoints=1 if has_checkpoints else kept + 1,
         run_root=config.run.root,
     )

@@ -15,7 +15,7 @@ class StepResult:
         tokens: Tokens that the loss predicts, over all ranks.
         loss: Mean over these tokens, in nats.
         learning_rate: Learning rate of the step.
-        peak_memory_gib: Largest peak memory of any rank so far.
+        peak_memory_gib: Largest peak memory of any rank so far, this optimizer step included.
         grad_norm: Gradient norm over all ranks, before clipping.
         seconds: Duration of the step on this rank.
         was_taken: Whether the optimizer has stepped.

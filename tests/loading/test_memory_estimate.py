@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import AdapterConfig, EvalConfig, QuantConfig
+from hqqtrain.config.groups import AdapterConfig, EvalConfig, ExportConfig, QuantConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.distributed.strategies.fsdp2 import FSDP2
@@ -275,3 +275,16 @@ def test_existing_results_need_no_disk():
         "checkpoints/": 3 * adapter,
         "export": 0,
     }
+
+
+def test_an_export_needs_the_disk_of_its_format():
+    """The dense model has all weights in the run's dtype; the packed one is like quantized/."""
+    model = _meta("tiny", _config())
+
+    def export_bytes(format: str) -> int:
+        config = _config(task="export", export=ExportConfig(format=format))
+        return _estimate(config, model, dtype=torch.bfloat16).disk["export"]
+
+    quantized = _estimate(_config(), model, dtype=torch.bfloat16).disk["quantized/"]
+    assert export_bytes("packed") == quantized
+    assert export_bytes("dense") == 5770496 * 2 > quantized
