@@ -30,7 +30,7 @@ from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.lora import cast_adapters, lora_config
 from hqqtrain.nn.replace import quantize_model
 from hqqtrain.tasks.resources import workload_of
-from hqqtrain.train.mfu import flops_per_token
+from hqqtrain.train.metrics import flops_per_token
 
 GIB, TOKENS = 2**30, 2048
 GPUS_OF_A_NODE = 8

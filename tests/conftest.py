@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
     # Triton reads this when its functions are decorated, so it is set before the first import.
     os.environ["TRITON_INTERPRET"] = "1"
 
-pytest_plugins = ["random_models", "quantized_models"]
+pytest_plugins = ["random_models", "quantized_models", "tiny_runs"]
 
 
 def pytest_configure() -> None:

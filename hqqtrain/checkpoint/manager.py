@@ -130,7 +130,7 @@ class CheckpointManager:
     def save(self, eval_loss: float | None = None) -> None:
         """Copy the state of all ranks; the first rank writes it while training continues."""
         began = time.perf_counter()
-        self.wait()
+        self.wait_for_write()
         state = self._trainer.state_dict()
         self._snapshot.take(state.pop("tensors"))
         state |= {name: part.state_dict() for name, part in self._contents.parts.items()}
@@ -143,7 +143,7 @@ class CheckpointManager:
         self._saves += 1
         self._seconds += time.perf_counter() - began
 
-    def wait(self) -> None:
+    def wait_for_write(self) -> None:
         """Wait until the last checkpoint is on disk; log an error if it could not be written.
 
         A failed write does not end the training.
@@ -157,7 +157,7 @@ class CheckpointManager:
                     error,
                 )
 
-    def report(self) -> None:
+    def log_waiting_time(self) -> None:
         """Log how long training has waited for checkpoints."""
         share = 100 * self._seconds / max(self._trainer.state.seconds, 1e-9)
         logger.info(

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 def find_checkpoint(
     store: CheckpointStore, comm: Communicator, *, must_exist: bool,
-    was_finished: Callable[[], bool],
+    has_finished_run: Callable[[], bool],
 ) -> Checkpoint | None:  # fmt: skip
     """Return the checkpoint to resume from, or None if training starts at step 0. Collective.
 
@@ -23,7 +23,7 @@ def find_checkpoint(
         store: The checkpoints of the run.
         comm: All ranks of the run.
         must_exist: Whether the user requires a checkpoint (`run.resume=must`).
-        was_finished: Whether the directory has a finished run. A collective, called only if the
+        has_finished_run: Whether the directory has a finished run. A collective, called only if the
             store is empty.
 
     Raises:
@@ -33,7 +33,7 @@ def find_checkpoint(
     found = load_latest(store, comm)
     if found is None and must_exist:
         raise UserError(f"run.resume=must: {store.root} has no checkpoint; use auto to start.")
-    if found is None and was_finished():
+    if found is None and has_finished_run():
         raise UserError(
             f"{store.root.parent}: has a finished run, and no checkpoint to resume from with other "
             "settings; choose another run.name, or run.resume=never."
@@ -61,8 +61,8 @@ def load_latest(store: CheckpointStore, comm: Communicator) -> Checkpoint | None
     with comm.raise_on_all_ranks():
         mine = None
         if comm.is_main:
-            store.tidy()
-            mine = store.newest()
+            store.delete_partial()
+            mine = store.newest_intact()
     step = comm.gather(mine and mine.step)[0]
     with comm.raise_on_all_ranks():
         if step is None or mine:

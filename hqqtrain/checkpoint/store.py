@@ -33,7 +33,7 @@ class CheckpointStore:
         """Return the steps of all checkpoints, damaged ones included, in ascending order."""
         return checkpoint_steps(self.root)
 
-    def newest(self) -> Checkpoint | None:
+    def newest_intact(self) -> Checkpoint | None:
         """Return the newest intact checkpoint, or None if there are no checkpoints.
 
         Newer checkpoints, which are damaged, are renamed so that `prune` does not count them.
@@ -59,7 +59,7 @@ class CheckpointStore:
             "from a backup, or start from scratch with run.resume=never."
         )
 
-    def tidy(self) -> None:
+    def delete_partial(self) -> None:
         """Delete the partial folders that killed processes have left."""
         for path in (*self.root.glob(".step-*"), _deletion_path(self.root)):
             shutil.rmtree(path, ignore_errors=True)
@@ -85,7 +85,7 @@ class CheckpointStore:
             return None
         return state.get("eval_loss")
 
-    def clear(self) -> None:
+    def delete_all(self) -> None:
         """Delete all checkpoints."""
         _delete(self.root)
 

@@ -29,7 +29,7 @@ class DataLoader(Protocol):
     def batches(self, batch_index: int) -> Iterator[Batch]:
         """Yield this rank's micro-batches of a global batch, on the rank's device."""
 
-    def tokens(self, batch_index: int) -> int:
+    def target_token_count(self, batch_index: int) -> int:
         """Return the number of tokens of a global batch that the loss predicts, on all ranks."""
 
     def epoch(self, batch_index: int) -> float:
@@ -86,8 +86,8 @@ class PackedLoader:
             batch = collate_batch(self._sequences[i] for i in own[start : start + size])
             yield {k: v.to(self._device, non_blocking=True) for k, v in batch.items()}
 
-    def tokens(self, batch_index: int) -> int:
-        return self._sequences.select(self._sample_indices(batch_index)).tokens
+    def target_token_count(self, batch_index: int) -> int:
+        return self._sequences.select(self._sample_indices(batch_index)).target_token_count
 
     def epoch(self, batch_index: int) -> float:
         return self._order.epoch(batch_index, self._global_batch_size)

@@ -74,7 +74,7 @@ class TokenSequences:
         }
 
     @cached_property
-    def tokens(self) -> int:
+    def target_token_count(self) -> int:
         """Number of predicted tokens in all sequences."""
         bounds = zip(self.begin.tolist(), self.end.tolist(), strict=True)
         return sum(int(np.count_nonzero(self.targets[begin + 1 : end])) for begin, end in bounds)

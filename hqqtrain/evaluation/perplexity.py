@@ -48,7 +48,7 @@ def evaluate_perplexity(
     Args:
         model: Causal language model, sharded or not.
         sequences: The tokenized held-out set, the same on all ranks.
-        processes: All ranks of the run.
+        comm: All ranks of the run.
         batch_size: Sequences per batch and rank.
         reference: The full-precision model; adds its perplexity and KL(reference || model).
         on_batch: Called with the number of predicted tokens after every batch of this rank.
@@ -65,13 +65,14 @@ def evaluate_perplexity(
         on_batch(int(part[3]))
     model.train(was_training)
     loss, reference_loss, kl, tokens = comm.sum(sums)
+    perplexity = _perplexity(loss / tokens)
     if reference is None:
-        return EvalResult(_exp(loss / tokens), int(tokens))
-    return EvalResult(_exp(loss / tokens), int(tokens), kl / tokens, _exp(reference_loss / tokens))
+        return EvalResult(perplexity, int(tokens))
+    return EvalResult(perplexity, int(tokens), kl / tokens, _perplexity(reference_loss / tokens))
 
 
-def _exp(loss: float) -> float:
-    """Return exp(loss), inf where a float would overflow."""
+def _perplexity(loss: float) -> float:
+    """Return exp(loss), or infinity if a float would overflow."""
     return math.exp(loss) if loss < 700 else math.inf
 
 

@@ -37,10 +37,10 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A folder of packed weights, complete (`is_made`) or to be written by this run."""
+    """A folder of packed weights, complete or to be written by this run."""
 
     folder: Path
-    is_made: bool
+    is_complete: bool
 
 
 @contextmanager
@@ -74,15 +74,16 @@ def cache_entry(
         # The first rank decides, and its token in the lock file proves that all ranks see the
         # same folder.
         state = (read_lock_token(lock), (folder / "config.json").is_file())
-        token, is_made = comm.gather(state)[0]
+        token, is_complete = comm.gather(state)[0]
         with comm.raise_on_all_ranks():
             check_shared_lock(lock, token, f"quant.cache_dir={cache_dir}")
         # A complete entry is only read, so runs may use it at the same time.
-        if file and is_made:
+        if file and is_complete:
             file.close()
         if comm.is_main:
-            logger.info("quant.cache_dir: %s %s", folder, "is there" if is_made else "is made now")
-        yield CacheEntry(folder, is_made)
+            state_now = "is there" if is_complete else "is made now"
+            logger.info("quant.cache_dir: %s %s", folder, state_now)
+        yield CacheEntry(folder, is_complete)
 
 
 @contextmanager

@@ -22,8 +22,8 @@ class InitialAdapter:
 
     folder: Path
     adapter: Adapter
-    where: str
-    """The beginning of messages about it: the folder, and the setting that selected it."""
+    origin: str
+    """The folder and the setting that selected it, with which messages begin."""
 
 
 def load_initial_adapter(
@@ -42,26 +42,26 @@ def load_initial_adapter(
         return None
     folder = Path(folder).expanduser()
     if resumed:
-        where = (
+        origin = (
             f"{folder}: the checkpoint that the run resumes from (another run.name starts from "
             "scratch)"
         )
     elif config.init_from:
-        where = f"adapter.init_from={folder}"
+        origin = f"adapter.init_from={folder}"
     else:
-        where = f"{folder}: the adapter of model.name_or_path={source.name}"
+        origin = f"{folder}: the adapter of model.name_or_path={source.name}"
     if not resumed:  # the manifest of `resumed` was checked when the checkpoint was read
-        _check_manifest(folder, where)
-    return InitialAdapter(folder, load_adapter(folder), where)
+        _check_manifest(folder, origin)
+    return InitialAdapter(folder, load_adapter(folder), origin)
 
 
-def _check_manifest(folder: Path, where: str) -> None:
+def _check_manifest(folder: Path, origin: str) -> None:
     """Refuse a sealed folder whose files were altered: training would start from it silently."""
     try:
         if is_sealed(folder):
             check_sealed(folder)
     except DamagedError as error:
-        raise UserError(f"{where}: {error}. Use another checkpoint of that run.") from error
+        raise UserError(f"{origin}: {error}. Use another checkpoint of that run.") from error
 
 
 def unknown_base_warning(start: InitialAdapter, source: ModelSource) -> str:
@@ -70,7 +70,7 @@ def unknown_base_warning(start: InitialAdapter, source: ModelSource) -> str:
         return ""  # `initialize_adapters` compares it with the fingerprint of the base
     named = start.adapter.config.base_model_name_or_path or "no model"
     return (
-        f"{start.where}: does not record the quantized base it was trained on, and names {named}; "
+        f"{start.origin}: does not record the quantized base it was trained on, and names {named}; "
         f"if that is not model.name_or_path={source.name}, the adapter adds noise."
     )
 
@@ -87,7 +87,7 @@ def check_initial_adapter(start: InitialAdapter | None, lora: LoraConfig) -> Non
         saved, wanted = getattr(start.adapter.config, key), getattr(lora, key)
         if saved != wanted:
             raise UserError(
-                f"{start.where}: was made with {key}={saved}, the recipe "
+                f"{start.origin}: was made with {key}={saved}, the recipe "
                 f"asks for {wanted}. Make adapter.r, adapter.alpha and adapter.kind agree."
             )
 
@@ -114,16 +114,16 @@ def initialize_adapters(
     init_adapters(model, seed, config.init, write=copy_from_full)
     if start is None:
         return
-    start.adapter.check_base(fingerprint, start.where)
+    start.adapter.check_base(fingerprint, start.origin)
     unused = dict(start.adapter.state)
     for name, param in model.named_parameters():
         if is_adapter(name):
             saved = unused.pop(peft_key(name), None)
             if saved is None or saved.shape != param.shape:
                 raise UserError(
-                    f"{start.where}: has no {name} of shape {list(param.shape)}; it was trained "
+                    f"{start.origin}: has no {name} of shape {list(param.shape)}; it was trained "
                     "with other adapter.target_modules."
                 )
             copy_from_full(param, saved)
     if unused:
-        raise UserError(f"{start.where}: {next(iter(unused))} does not exist in this model.")
+        raise UserError(f"{start.origin}: {next(iter(unused))} does not exist in this model.")

@@ -41,22 +41,22 @@ ERROR_CHUNK_NUMEL = 1 << 24
 class LoadResult:
     """Result of loading, for this rank's rows.
 
-    `squared` maps every layer to [||W - W'||^2, ||W||^2], fp64 on the device. The values of all
-    ranks add up to those of the whole layer.
+    `squared_errors` maps every layer to [||W - W'||^2, ||W||^2], fp64 on the device. The values of
+    all ranks add up to those of the whole layer.
     """
 
-    squared: dict[str, Tensor]
-    report: LoadStats
+    squared_errors: dict[str, Tensor]
+    stats: LoadStats
 
     def relative_errors(self, comm: Communicator) -> tuple[dict[str, float], float]:
         """Return ||W - W'||^2 / ||W||^2 of every layer, and of all layers together. Collective."""
-        if not self.squared:
+        if not self.squared_errors:
             return {}, 0.0
-        sums = comm.sum(torch.cat(list(self.squared.values())).tolist())
+        sums = comm.sum(torch.cat(list(self.squared_errors.values())).tolist())
         errors, norms = sums[::2], sums[1::2]
         by_layer = {
             name: error_ratio(error, norm)
-            for name, error, norm in zip(self.squared, errors, norms, strict=True)
+            for name, error, norm in zip(self.squared_errors, errors, norms, strict=True)
         }
         return by_layer, error_ratio(sum(errors), sum(norms))
 
@@ -90,17 +90,17 @@ def load_weights(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], r
     my_dense = {n: t for i, (n, t) in enumerate(dense.items()) if _is_mine(t, i, comm)}
     pieces = [*_layer_pieces(mine, quantized), *_dense_pieces(my_dense)]
     with (
-        Heartbeat(comm) as watch,
-        Prefetcher(reader, pieces, comm.device, memory.look) as arriving,
+        Heartbeat(comm) as heartbeat,
+        Prefetcher(reader, pieces, comm.device, memory.sample) as arriving,
     ):
-        work = _Work(arriving, DeferredFiniteCheck(reader), comm.device, on_packed_rows)
+        work = _RowLoader(arriving, DeferredFiniteCheck(reader), comm.device, on_packed_rows)
         for name, layer in layers.items():
-            work.layer(name, layer if name in mine else None, quantized)
+            work.load_layer(name, layer if name in mine else None, quantized)
             on_layer(name)
-            watch.check()
+            heartbeat.check()
         for name, target in my_dense.items():
-            work.dense(name, target)
-            watch.check()
+            work.load_dense(name, target)
+            heartbeat.check()
         work.finite.check()
     # Replicas receive their rows from the rank that has made them.
     for number, layer in enumerate(layers.values()):
@@ -109,27 +109,27 @@ def load_weights(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], r
     for number, target in enumerate(dense.values()):
         _broadcast_to_replicas(target, number, comm)
     seconds = time.perf_counter() - start
-    report = memory.report(comm.rank, reader.bytes_read, arriving.seconds, seconds)
-    return LoadResult(work.squared, report)
+    stats = memory.stats(comm.rank, reader.bytes_read, arriving.seconds, seconds)
+    return LoadResult(work.squared_errors, stats)
 
 
 @dataclass
-class _Work:
-    """Processes the pieces in the order in which they arrive."""
+class _RowLoader:
+    """Quantizes or copies the rows of this rank, in the order in which they arrive."""
 
     arriving: Prefetcher
     finite: DeferredFiniteCheck
     device: torch.device
     on_packed_rows: Callable[[str, str, int, Tensor], object]
-    squared: dict[str, Tensor] = field(default_factory=dict)
+    squared_errors: dict[str, Tensor] = field(default_factory=dict)
 
-    def layer(self, name: str, layer: HQQLinear | None, quantized: bool) -> None:
+    def load_layer(self, name: str, layer: HQQLinear | None, quantized: bool) -> None:
         """Quantize or copy the rows of one layer.
 
         `layer` is None if another rank makes it; then only the error entry is created, because
         errors are summed over ranks by position.
         """
-        self.squared[name] = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.squared_errors[name] = torch.zeros(2, dtype=torch.float64, device=self.device)
         if layer is None or not _has_rows(layer.W_q):
             return
         if quantized:
@@ -142,7 +142,7 @@ class _Work:
             target.copy_(part.view(torch.uint8), non_blocking=True)
             self.on_packed_rows(name, leaf, local_rows(layer.W_q).start, part)
 
-    def dense(self, name: str, target: Tensor) -> None:
+    def load_dense(self, name: str, target: Tensor) -> None:
         """Copy a tensor that stays in full precision."""
         first, target_rows = local_rows(target).start, local_tensor(target)
         for rows in _dense_rows(target):
@@ -155,7 +155,7 @@ class _Work:
         weight = next(self.arriving)
         packed, not_finite = quantize_async(weight, layer.spec, name=piece.name)
         self.finite.add(piece, not_finite)
-        self.squared[name] += _squared_error(weight, packed, layer)
+        self.squared_errors[name] += _squared_error(weight, packed, layer)
         return {leaf: getattr(packed, leaf) for leaf in PACKED_PARAMETERS}
 
 

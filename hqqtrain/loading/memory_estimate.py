@@ -1,7 +1,7 @@
 """Estimate the memory and disk of a run from shapes alone, before any weight is read.
 
-Weights, gradients and optimizer state are exact; activations follow the formula in `_activations`.
-`memory_check` compares the estimate with what is available.
+Weights, gradients and optimizer state are exact; activations follow the formula in
+`_activation_bytes`. `memory_check` compares the estimate with what is available.
 """
 
 from dataclasses import dataclass, field
@@ -112,7 +112,7 @@ def estimate_memory(
     sizes = _Sizes.of(model, dtype)
     world_size = strategy.comm.size if world_size is None else world_size
     shards = strategy.parameter_shards(world_size)
-    adapters = _trainable(workload, sizes) // strategy.adapter_shards(world_size)
+    adapters = _adapter_bytes(workload, sizes) // strategy.adapter_shards(world_size)
     reference = sizes.source * dtype.itemsize // shards
     parameters = {
         "packed weights": sizes.packed // shards,
@@ -128,11 +128,11 @@ def estimate_memory(
     if strategy.offloads_parameters:
         host, parameters = sum(parameters.values()), dict.fromkeys(parameters, 0)
     device = parameters | {
-        "activations": _activations(workload, model, dtype) if workload.trains else 0,
-        "logits": _logits(workload, model, dtype, in_chunks=strategy.may_call_head_alone),
-        "working memory": _working(workload, sizes, shards, dtype) + gathered,
+        "activations": _activation_bytes(workload, model, dtype) if workload.trains else 0,
+        "logits": _logit_bytes(workload, model, dtype, in_chunks=strategy.may_call_head_alone),
+        "working memory": _working_bytes(workload, sizes, shards, dtype) + gathered,
     }
-    return MemoryEstimate(device, _disk(workload, sizes, dtype), host)
+    return MemoryEstimate(device, _disk_bytes(workload, sizes, dtype), host)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class _Sizes:
         return cls(packed, dense, adapter, root, source, largest)
 
 
-def _trainable(workload: Workload, sizes: _Sizes) -> int:
+def _adapter_bytes(workload: Workload, sizes: _Sizes) -> int:
     """Return the bytes of adapters, their gradients and AdamW's two moments.
 
     torch keeps the moments in the adapters' dtype, bitsandbytes in 8 or 32 bits.
@@ -184,7 +184,7 @@ def _trainable(workload: Workload, sizes: _Sizes) -> int:
     return sizes.adapter * (2 * itemsize + moments)
 
 
-def _activations(workload: Workload, model: nn.Module, dtype: torch.dtype) -> int:
+def _activation_bytes(workload: Workload, model: nn.Module, dtype: torch.dtype) -> int:
     """Return the bytes that autograd saves for a micro-batch.
 
     A decoder layer saves, per token, the input and the output of each of its linears (the operands
@@ -203,7 +203,9 @@ def _activations(workload: Workload, model: nn.Module, dtype: torch.dtype) -> in
     return kept * tokens * hidden * dtype.itemsize + layer
 
 
-def _logits(workload: Workload, model: nn.Module, dtype: torch.dtype, *, in_chunks: bool) -> int:
+def _logit_bytes(
+    workload: Workload, model: nn.Module, dtype: torch.dtype, *, in_chunks: bool
+) -> int:
     """Return the bytes of logits, and of what the loss derives from them.
 
     Training computes at most `MAX_TRAINING_LOGITS` logits at a time, or all of them without
@@ -221,7 +223,7 @@ def _logits(workload: Workload, model: nn.Module, dtype: torch.dtype, *, in_chun
     return max(evaluation if workload.evaluates else 0, training if workload.trains else 0)
 
 
-def _working(workload: Workload, sizes: _Sizes, shards: int, dtype: torch.dtype) -> int:
+def _working_bytes(workload: Workload, sizes: _Sizes, shards: int, dtype: torch.dtype) -> int:
     """Return the bytes to quantize a rank's part of the largest linear, or to compute with it.
 
     These do not happen at the same time, so the larger one counts. Quantizing weights that are
@@ -233,7 +235,7 @@ def _working(workload: Workload, sizes: _Sizes, shards: int, dtype: torch.dtype)
     return max(quantizing, 2 * dtype.itemsize * sizes.largest)
 
 
-def _disk(workload: Workload, sizes: _Sizes, dtype: torch.dtype) -> dict[str, int]:
+def _disk_bytes(workload: Workload, sizes: _Sizes, dtype: torch.dtype) -> dict[str, int]:
     """Return the bytes that the run's directory will grow by.
 
     A checkpoint contains the adapter and its two moments. A packed export is a second quantized/.

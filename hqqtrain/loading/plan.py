@@ -48,11 +48,11 @@ class ModelPlan:
     """Its linears are replaced by quantized ones, and its adapters are in place."""
     lora: LoraConfig | None
     """Configuration of the adapters; None if the model has none."""
-    start: InitialAdapter | None
+    initial_adapter: InitialAdapter | None
     """The existing adapter that gives the initial values, if any; see `load_initial_adapter`."""
 
     @property
-    def packed(self) -> bool:
+    def is_packed(self) -> bool:
         """Whether the source has packed weights, so that nothing is left to quantize."""
         return self.source.kind == "quantized"
 
@@ -61,7 +61,7 @@ class ModelPlan:
         return self.reader.dtype(name) if name in self.reader else None
 
     @property
-    def layers(self) -> int:
+    def layer_count(self) -> int:
         """Number of quantized linears."""
         return sum(isinstance(module, HQQLinear) for module in self.model.modules())
 

@@ -29,7 +29,7 @@ class LoadStats:
         """Source bytes in units of 10^9 per second, over the whole loading time."""
         return self.bytes_read / 1e9 / self.seconds if self.seconds else 0.0
 
-    def facts(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, float]:
         """Return all fields and the throughput as JSON values."""
         return asdict(self) | {"gb_per_second": self.gb_per_second}
 
@@ -49,16 +49,16 @@ class MemoryTracker:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._process, self._peak = device, psutil.Process(), 0
-        self.look()
+        self.sample()
 
-    def look(self) -> None:
+    def sample(self) -> None:
         """Sample the host's RSS and keep its maximum; PyTorch already tracks the GPU peak."""
         info = self._process.memory_info()
         self._peak = max(self._peak, info.rss - getattr(info, "shared", 0))
 
-    def report(self, rank: int, bytes_read: int, read_seconds: float, seconds: float) -> LoadStats:
+    def stats(self, rank: int, bytes_read: int, read_seconds: float, seconds: float) -> LoadStats:
         """Return the statistics of this rank, with the peaks so far."""
-        self.look()
+        self.sample()
         on_gpu = self._device.type == "cuda"
         device = torch.cuda.max_memory_allocated(self._device) if on_gpu else 0
         return LoadStats(rank, bytes_read, read_seconds, seconds, self._peak / GIB, device / GIB)

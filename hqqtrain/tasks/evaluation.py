@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 from hqqtrain.data.packing import TokenSequences
 from hqqtrain.evaluation.evaluator import Evaluator
-from hqqtrain.loading.build import RunnableModel, build_reference
+from hqqtrain.loading.model_builder import RunnableModel, build_reference
 from hqqtrain.tasks.context import Run
 
 
@@ -27,11 +27,11 @@ class RecordedEvaluation:
         if not held_out:
             return
         config, runtime, reference = run.config, run.runtime, None
-        if config.eval.reference == "resident" and not runnable.plan.packed:
+        if config.eval.reference == "resident" and not runnable.plan.is_packed:
             reference, bytes_read = build_reference(
                 runnable.plan, runtime.strategy, runtime.dtype, runtime.preemption
             )
-            run.recorder.reference_read(bytes_read)
+            run.recorder.record_reference_bytes(bytes_read)
         self._evaluator = Evaluator(
             held_out,
             runtime.comm,
@@ -39,10 +39,10 @@ class RecordedEvaluation:
             config.train.micro_batch_size,
             reference,
             runtime.autocast,
-            run.recorder.bars.evaluating,
+            run.recorder.progress_bars.show_evaluating,
         )
 
-    def measure(self, part: str, *, adapted: bool) -> None:
+    def evaluate_as(self, part: str, *, adapted: bool) -> None:
         """Evaluate the model and record it as `part` of the summary. Collective.
 
         Args:
@@ -52,12 +52,12 @@ class RecordedEvaluation:
         if self._evaluator is None:
             return
         with nullcontext() if adapted else self._runnable.without_adapter():
-            self._recorder.evaluated(part, self._evaluator.evaluate(self._runnable.model))
+            self._recorder.record_evaluation(part, self._evaluator.evaluate(self._runnable.model))
 
-    def measure_between(self) -> float | None:
+    def evaluate_during_training(self) -> float | None:
         """Evaluate during training; record and return the loss in nats per token. Collective."""
         if self._evaluator is None:
             return None
         measured = self._evaluator.evaluate(self._runnable.model)
-        self._recorder.evaluated_between(measured)
+        self._recorder.log_evaluation(measured)
         return measured.loss

@@ -1,13 +1,12 @@
 """The tasks that train nothing: quantize, eval and export."""
 
-from hqqtrain.formats.registry import FORMATS
-from hqqtrain.loading.build import wrap_for_execution
+from hqqtrain.formats.registry import FORMATS, ModelExport
+from hqqtrain.loading.model_builder import wrap_for_execution
 from hqqtrain.loading.plan import plan_model
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import check_same_text, load_held_out_data
 from hqqtrain.tasks.evaluation import RecordedEvaluation
 from hqqtrain.tasks.model import check_fits_run, load_or_quantize, plan_settings
-from hqqtrain.tasks.save import model_export
 
 
 def quantize(run: Run) -> None:
@@ -27,9 +26,9 @@ def evaluate(run: Run) -> None:
     check_same_text(run, held_out)
     runnable = wrap_for_execution(load_or_quantize(run, plan), run.runtime.strategy)
     evaluation = RecordedEvaluation(run, runnable, held_out)
-    evaluation.measure("quantized", adapted=False)
-    if plan.start is not None:
-        evaluation.measure("final", adapted=True)
+    evaluation.evaluate_as("quantized", adapted=False)
+    if plan.initial_adapter:
+        evaluation.evaluate_as("final", adapted=True)
 
 
 def export(run: Run) -> None:
@@ -37,7 +36,19 @@ def export(run: Run) -> None:
     export_format = FORMATS[run.config.export.format]
     with run.runtime.comm.raise_on_all_ranks():
         plan = plan_model(plan_settings(run.config), run.runtime)
-        export_format.check_adapter(plan.start.folder if plan.start else None)
+        adapter = plan.initial_adapter
+        export_format.check_adapter(adapter.folder if adapter else None)
         check_fits_run(run, plan.model)
     loaded = load_or_quantize(run, plan)
-    export_format.write(model_export(loaded, run.runtime), run.layout.export)
+    model = ModelExport(
+        model=loaded.model,
+        settings=loaded.settings,
+        hf_config=plan.hf_config,
+        tokenizer=plan.source.tokenizer,
+        source_dtype=plan.source_dtype,
+        adapter=adapter.adapter if adapter else None,
+        dtype=run.runtime.dtype,
+        device=run.runtime.device,
+        comm=run.runtime.comm,
+    )
+    export_format.write(model, run.layout.export)

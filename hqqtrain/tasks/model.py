@@ -7,8 +7,8 @@ from torch import nn
 from hqqtrain.checkpoint.format import Checkpoint
 from hqqtrain.config.run import RunConfig
 from hqqtrain.formats.packed import check_quantized
-from hqqtrain.loading.build import LoadedModel, build_model
 from hqqtrain.loading.cache import cache_entry
+from hqqtrain.loading.model_builder import LoadedModel, build_model
 from hqqtrain.loading.plan import ModelPlan, PlanSettings
 from hqqtrain.rundir.identity import MADE_FROM, source_digest
 from hqqtrain.tasks.context import Run
@@ -67,10 +67,10 @@ def load_or_quantize(run: Run, plan: ModelPlan, found: Checkpoint | None = None)
         # Verify the checksums of packed weights before anything is read from them.
         if packed:
             check_quantized(packed, comm)
-        elif plan.packed:
+        elif plan.is_packed:
             check_quantized(plan.source.path, comm, "Copy it again, or quantize again.")
-        is_packed = plan.packed or packed is not None
-        with recorder.bars.quantizing(plan.layers, loads=is_packed) as on_layer:
+        is_packed = plan.is_packed or packed is not None
+        with recorder.progress_bars.show_quantizing(plan.layer_count, loads=is_packed) as on_layer:
             return build_model(
                 plan,
                 runtime.strategy,
@@ -86,17 +86,17 @@ def load_or_quantize(run: Run, plan: ModelPlan, found: Checkpoint | None = None)
     has_own = recorder.history.has_quantized()
     if has_own:
         loaded = load(run.layout.quantized)
-    elif plan.packed or quant.cache_dir is None:
+    elif plan.is_packed or quant.cache_dir is None:
         loaded = load()
     else:
         # While this block runs, an entry that does not exist yet is locked.
         preemption = runtime.preemption
         with cache_entry(plan, quant.cache_dir, runtime.dtype, comm, preemption) as entry:
-            loaded = load(entry.folder if entry.is_made else None)
-            if not entry.is_made:
+            loaded = load(entry.folder if entry.is_complete else None)
+            if not entry.is_complete:
                 save(loaded, entry.folder)
     # From here on the run directory exists: bad weights have raised above and leave nothing behind.
-    recorder.quantized(loaded, found)
+    recorder.begin_run(loaded, found)
     # Give the run directory its own copy, so that the run can resume and be used without the cache.
     if quant.save and config.task in ("finetune", "quantize") and not has_own:
         save(loaded, run.layout.quantized)

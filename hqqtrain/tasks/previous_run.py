@@ -48,7 +48,7 @@ class PreviousRun:
             logger.info("%s is done already: see summary.json there.", self._directory.path)
         return done
 
-    def was_finished(self) -> bool:
+    def has_finished_run(self) -> bool:
         """Whether the directory has a finished run whose configuration may be resumed as this one.
 
         The number of steps, for example, may differ.
@@ -61,15 +61,15 @@ class PreviousRun:
             return False
         return self._comm.run_on_rank0(lambda: self._directory.matches_source("quantized"))
 
-    def forget(self) -> None:
+    def delete_results(self) -> None:
         """Delete checkpoints, results and the W&B id of the previous run if `starts_over`."""
         if self.starts_over:
-            self._comm.run_on_rank0(self._delete)
+            self._comm.run_on_rank0(self._delete_results)
 
-    def _delete(self) -> None:
+    def _delete_results(self) -> None:
         if self._checkpoints.steps():
             logger.warning("run.resume=never: %s is deleted", self._checkpoints.root)
-        self._checkpoints.clear()
+        self._checkpoints.delete_all()
         layout = self._directory.layout
         for path in (layout.adapter, layout.nonfinite, layout.report, layout.summary_json):
             path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)

@@ -16,7 +16,7 @@ class ProgressBars:
         self._training: ProgressBar | None = None
 
     @contextmanager
-    def quantizing(self, layers: int, *, loads: bool) -> Iterator[Callable[[str], None]]:
+    def show_quantizing(self, layers: int, *, loads: bool) -> Iterator[Callable[[str], None]]:
         """Show a bar over the quantized layers, `layers` in number.
 
         With `loads`, the bar says that the layers are loaded, because they are packed already.
@@ -35,24 +35,24 @@ class ProgressBars:
             yield on_layer
 
     @contextmanager
-    def training(self, steps: int, done: int = 0) -> Iterator[None]:
+    def show_training(self, steps: int, done: int = 0) -> Iterator[None]:
         """Show a bar over the optimizer steps, of which an earlier process took `done`."""
         with self._console.progress("training", steps, "step", done) as self._training:
             yield
 
-    def step(self, metrics: dict[str, float]) -> None:
+    def advance_training(self, metrics: dict[str, float]) -> None:
         """Advance the training bar by one step and show its metrics."""
         if self._training:
             rate = metrics["train/tokens_per_second"]
             self._training.update(1, loss=metrics["train/loss"], **{"tokens/s": rate})
 
     @contextmanager
-    def evaluating(self, held_out: TokenSequences) -> Iterator[Callable[[int], None]]:
+    def show_evaluating(self, held_out: TokenSequences) -> Iterator[Callable[[int], None]]:
         """Show a bar over this rank's share of the held-out tokens.
 
         Yields:
             A function to call with the number of tokens of each batch.
         """
-        share = -(-held_out.tokens // self._runtime.comm.size)
+        share = -(-held_out.target_token_count // self._runtime.comm.size)
         with self._console.progress("evaluating", share, "token") as bar:
             yield bar.update

@@ -20,7 +20,7 @@ from hqqtrain.data.sources import dataset_name
 from hqqtrain.distributed.local import global_numel
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.evaluation.perplexity import EvalResult
-from hqqtrain.loading.build import LoadedModel
+from hqqtrain.loading.model_builder import LoadedModel
 from hqqtrain.rundir.directory import RunDirectory
 from hqqtrain.rundir.schema import LAYER_ERROR_PREFIX
 from hqqtrain.tasks.finalize import finalize_failure, finalize_success
@@ -44,14 +44,14 @@ class RunRecorder:
 
     def __init__(self, config: RunConfig, runtime: Runtime, command: list[str]) -> None:
         self.config, self.runtime, self.command = config, runtime, command
-        self.main = runtime.comm.is_main
-        setup_logging(self.main)
+        self.is_main = runtime.comm.is_main
+        setup_logging(self.is_main)
         self.directory = RunDirectory(self.config)
         self.checkpoints = CheckpointStore(
             self.directory.layout.checkpoints, config.ckpt.keep_last, config.ckpt.keep_best
         )
-        self.console = Console(self.main)
-        self.bars = ProgressBars(self.console, runtime)
+        self.console = Console(self.is_main)
+        self.progress_bars = ProgressBars(self.console, runtime)
         self.trackers = CompositeTracker([])
         self.summary = RunSummary(config, runtime)
         self.step_number = 0
@@ -78,12 +78,12 @@ class RunRecorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:  # fmt: skip
         try:
-            if error and self._begun and self.main:
+            if error and self._begun and self.is_main:
                 finalize_failure(self.directory, self.trackers, error)
             elif self._begun and not error:
                 self._end_well()
         finally:
-            if self.main:
+            if self.is_main:
                 self.directory.__exit__(kind, error, trace)
 
     def _lock_directory(self) -> None:
@@ -98,33 +98,33 @@ class RunRecorder:
                     lambda: finalize_success(self.directory, self.trackers, *parts)
                 )
         except Exception as error:
-            if self.main:
+            if self.is_main:
                 finalize_failure(self.directory, self.trackers, error)
             raise
 
-    def quantized(self, loaded: LoadedModel, found: Checkpoint | None = None) -> None:
+    def begin_run(self, loaded: LoadedModel, found: Checkpoint | None = None) -> None:
         """Begin the run directory, now that the model is loaded. Collective.
 
         Args:
             loaded: The loaded model.
             found: The checkpoint that the run resumes from; the record continues as it was then.
         """
-        self.summary.quantized(loaded)
+        self.summary.add_quantization(loaded)
         self.layer_errors = loaded.layer_errors
         if found:
             self.load_state_dict(found.state["record"])
             self.step_number = found.step
-        self.runtime.comm.run_on_rank0(lambda: self._begin(loaded, found))
+        self.runtime.comm.run_on_rank0(lambda: self._write_first_files(loaded, found))
         self._begun = True
         errors = {f"{LAYER_ERROR_PREFIX}{name}": error for name, error in self.layer_errors.items()}
         if not found:
             self.trackers.log(errors, 0)
 
-    def _begin(self, loaded: LoadedModel, found: Checkpoint | None) -> None:
-        for report in loaded.loading:
-            logger.info("%s", report)
+    def _write_first_files(self, loaded: LoadedModel, found: Checkpoint | None) -> None:
+        for stats in loaded.load_stats:
+            logger.info("%s", stats)
         self.directory.begin(self.command)
-        self.directory.write_loading([report.facts() for report in loaded.loading])
+        self.directory.write_loading([stats.to_json() for stats in loaded.load_stats])
         kept = found and found.state["record"]["wandb_run_id"]
         if kept and not read_run_id(self.directory.path):
             save_run_id(self.directory.path, kept)
@@ -135,28 +135,28 @@ class RunRecorder:
     def state_dict(self) -> dict[str, Any]:
         """Return the part of the record that a checkpoint keeps, as JSON."""
         return {
-            "summary": self.summary.state(),
+            "summary": self.summary.state_dict(),
             "layer_errors": self.layer_errors,
             "wandb_run_id": read_run_id(self.directory.path),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the result of `state_dict`, before the run directory is begun."""
-        self.summary.restore(state["summary"])
+        self.summary.load_state_dict(state["summary"])
         self.layer_errors = state["layer_errors"]
 
     def has_evaluated(self, part: str) -> bool:
         """Whether `part` of the summary was evaluated, by this process or an earlier one."""
         return part in self.summary.figures.models()
 
-    def nonfinite(self, step: StepResult, facts: dict[str, Any]) -> None:
+    def save_nonfinite_batch(self, step: StepResult, facts: dict[str, Any]) -> None:
         """Save a global batch whose loss or gradient is not finite to `nonfinite/`.
 
         Args:
             step: The step, with its loss and gradient norm.
             facts: Where the first non-finite value was found, and the text of the batch, as JSON.
         """
-        if not self.main:
+        if not self.is_main:
             return
         batch: dict[str, Any] = {"batch": step.batch_index, "step": step.number}
         batch |= {"loss": str(step.loss), "grad_norm": str(step.grad_norm), **facts}
@@ -167,39 +167,39 @@ class RunRecorder:
         except OSError as error:
             logger.error("%s: batch %d was not saved: %s", folder, step.batch_index, error)
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
+    def log_step(self, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of an optimizer step."""
         self.step_number = step
         self.trackers.log(metrics, step)
-        self.bars.step(metrics)
+        self.progress_bars.advance_training(metrics)
 
-    def trained(self, done: TrainState, parameters: Sequence[Tensor]) -> None:
+    def record_training(self, done: TrainState, parameters: Sequence[Tensor]) -> None:
         """Add the training to the summary. Collective.
 
         Args:
             done: Steps, tokens and time of the training.
             parameters: The trained parameters of this rank, whole or sharded.
         """
-        self.summary.trained(done, sum(map(global_numel, parameters)))
+        self.summary.add_training(done, sum(map(global_numel, parameters)))
 
-    def reference_read(self, bytes_read: int) -> None:
+    def record_reference_bytes(self, bytes_read: int) -> None:
         """Add the bytes read for the full-precision reference model to the summary."""
-        self.summary.reference_read(bytes_read)
+        self.summary.add_reference_bytes(bytes_read)
 
-    def evaluated(self, part: str, measured: EvalResult) -> None:
+    def record_evaluation(self, part: str, measured: EvalResult) -> None:
         """Add an evaluation to the summary as `part`, `quantized` or `final`, and log it."""
         dataset = dataset_name(self.config.eval, self.config.data)
-        self.summary.evaluated(dataset, part, measured)
-        self.evaluated_between(measured)
+        self.summary.add_evaluation(dataset, part, measured)
+        self.log_evaluation(measured)
 
-    def evaluated_between(self, measured: EvalResult) -> None:
-        """Log an evaluation during training, a point of the curve."""
+    def log_evaluation(self, measured: EvalResult) -> None:
+        """Log an evaluation as a point of the curves `eval/...`."""
         metrics = {"eval/loss": measured.loss, "eval/perplexity": measured.perplexity}
         if measured.kl is not None:
             metrics["eval/kl"] = measured.kl
         self.trackers.log(metrics, self.step_number)
 
-    def figures(self) -> dict[str, float]:
+    def perplexities(self) -> dict[str, float]:
         """Return the perplexities so far, by "perplexity, <model>", for the model card."""
-        rows = self.summary.rows()
+        rows = self.summary.table_rows()
         return {f"perplexity, {r.model}": r.perplexity for r in rows if r.perplexity is not None}

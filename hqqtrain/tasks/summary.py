@@ -8,7 +8,7 @@ from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.evaluation.perplexity import EvalResult
-from hqqtrain.loading.build import LoadedModel
+from hqqtrain.loading.model_builder import LoadedModel
 from hqqtrain.models.fqn import base_tensors, is_packed
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.quant.error import storage_bits
@@ -50,7 +50,7 @@ class RunSummary:
         )
         self._rows = {key: ResultRow(name) for key, name in MODEL_NAMES.items()}
 
-    def quantized(self, loaded: LoadedModel) -> None:
+    def add_quantization(self, loaded: LoadedModel) -> None:
         """Add the facts of the loaded model. Collective.
 
         The relative error is absent if the weights were packed already.
@@ -71,9 +71,9 @@ class RunSummary:
             relative_error=loaded.relative_error,
         )
         self.figures = replace(self.figures, quantize=figures)
-        self._sizes(loaded, packed, bits_per_weight)
+        self._add_sizes(loaded, packed, bits_per_weight)
 
-    def evaluated(self, dataset: str, part: str, measured: EvalResult) -> None:
+    def add_evaluation(self, dataset: str, part: str, measured: EvalResult) -> None:
         """Add an evaluation, and that of the full-precision reference model if there is one.
 
         Args:
@@ -91,16 +91,16 @@ class RunSummary:
         if measured.reference_perplexity is not None:
             reference = ModelFigures(measured.reference_perplexity)
             figures = replace(figures, full_precision=reference)
-            self._row("full_precision", perplexity=measured.reference_perplexity, kl=0.0)
+            self._set_row("full_precision", perplexity=measured.reference_perplexity, kl=0.0)
         self.figures = replace(self.figures, eval=figures)
-        self._row(part, perplexity=measured.perplexity, kl=measured.kl)
+        self._set_row(part, perplexity=measured.perplexity, kl=measured.kl)
 
-    def reference_read(self, bytes_read: int) -> None:
+    def add_reference_bytes(self, bytes_read: int) -> None:
         """Add the weight bytes read for the full-precision reference model, counted apart."""
         figures = replace(self.figures.eval or EvalFigures(), bytes_read=bytes_read)
         self.figures = replace(self.figures, eval=figures)
 
-    def trained(self, done: TrainState, trainable: int) -> None:
+    def add_training(self, done: TrainState, trainable: int) -> None:
         """Add the figures of the training. Collective.
 
         Args:
@@ -118,19 +118,19 @@ class RunSummary:
         )
         self.figures = replace(self.figures, train=figures)
         base = self._rows["quantized"]
-        self._row(
+        self._set_row(
             "final", seconds=done.seconds, bits_per_weight=base.bits_per_weight,
             gib=(base.gib or 0) + 4 * trainable / GIB,
         )  # fmt: skip
 
-    def state(self) -> dict[str, Any]:
-        """Return the parts and the table rows so far, as JSON, for `restore`."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the parts and the table rows so far, as JSON."""
         return {
             "parts": self.figures.to_json(),
             "rows": {k: asdict(row) for k, row in self._rows.items()},
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the quantization, the evaluations and the table from a checkpoint."""
         saved = Summary.from_json(state["parts"])
         self.figures = replace(
@@ -140,11 +140,11 @@ class RunSummary:
         )
         self._rows = {name: ResultRow(**row) for name, row in state["rows"].items()}
 
-    def rows(self) -> list[ResultRow]:
+    def table_rows(self) -> list[ResultRow]:
         """Return the rows of the final table that have a figure."""
         return [row for row in self._rows.values() if any(v is not None for v in astuple(row)[1:])]
 
-    def _sizes(self, loaded: LoadedModel, packed: int, bits: float) -> None:
+    def _add_sizes(self, loaded: LoadedModel, packed: int, bits: float) -> None:
         """Add bits per quantized weight and GiB of the whole model, before and after.
 
         Args:
@@ -158,15 +158,16 @@ class RunSummary:
             for _, module, leaf, tensor in base_tensors(loaded.model)
             if not is_packed(module, leaf)
         )
-        if not plan.packed:
+        if not plan.is_packed:
             name = next(iter(loaded.settings.modules))
             source_bits = 8 * plan.reader.dtype(f"{name}.weight").itemsize
             gib = plan.reader.total_bytes / GIB
-            self._row("full_precision", bits_per_weight=source_bits, gib=gib)
-        seconds = None if plan.packed else loaded.seconds
-        self._row("quantized", bits_per_weight=bits, gib=(dense + packed) / GIB, seconds=seconds)
+            self._set_row("full_precision", bits_per_weight=source_bits, gib=gib)
+        seconds = None if plan.is_packed else loaded.seconds
+        gib = (dense + packed) / GIB
+        self._set_row("quantized", bits_per_weight=bits, gib=gib, seconds=seconds)
 
-    def _row(self, part: str, **values: Any) -> None:
+    def _set_row(self, part: str, **values: Any) -> None:
         self._rows[part] = replace(self._rows[part], **values)
 
 

@@ -1,6 +1,19 @@
-"""The metrics of an optimizer step, by the names that trackers show."""
+"""The metrics of an optimizer step, by the names that trackers show.
 
+One of them is model FLOPs utilization (MFU): the share of the GPU's peak matrix rate that training
+uses.
+"""
+
+from torch import nn
+
+from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.train.state import StepResult
+
+PEAK_FLOPS = {
+    "H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12,
+    "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+"""Dense bf16 FLOP/s, from the data sheets, by a part of the device's name."""
 
 
 def step_metrics(
@@ -26,3 +39,40 @@ def step_metrics(
     if mfu_per_token_rate:
         metrics["train/mfu"] = tokens_per_second * mfu_per_token_rate
     return metrics | {"memory/peak_gib": step.peak_memory_gib}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return the peak FLOP/s of one device; None if unknown, as for a CPU."""
+    return next((rate for part, rate in PEAK_FLOPS.items() if part in device_name), None)
+
+
+def flops_per_token(model: nn.Module) -> int:
+    """Return the FLOPs to train one token, counting linear layers and no recomputation.
+
+    A frozen layer takes 2 FLOPs per weight in the forward pass and 2 for the gradient of its input.
+    A trained layer takes 2 more. The matrix products of attention are not counted; they matter for
+    long sequences only.
+    """
+    total = 0
+    for module in model.modules():
+        if isinstance(module, HQQLinear):
+            total += 4 * module.out_features * module.in_features
+        elif isinstance(module, nn.Linear):
+            trained = module.weight.requires_grad
+            total += (6 if trained else 4) * module.out_features * module.in_features
+    return total
+
+
+def mfu_per_token_rate(model: nn.Module, device_name: str, world_size: int) -> float | None:
+    """Return the MFU of training at one token per second; multiply by the real rate.
+
+    Args:
+        model: Quantized or not, with its adapters.
+        device_name: As `torch.cuda.get_device_name` returns it.
+        world_size: Number of devices.
+
+    Returns:
+        A share of the peak of all devices; None if the peak is unknown.
+    """
+    peak = peak_flops(device_name)
+    return flops_per_token(model) / (peak * world_size) if peak else None

@@ -23,7 +23,7 @@ from hqqtrain.distributed.runtime import peak_memory_bytes
 from hqqtrain.train.engine import Engine
 from hqqtrain.train.losses.model_loss import ModelLoss
 from hqqtrain.train.nonfinite import NonFiniteGuard
-from hqqtrain.train.schedule import LearningRateSchedule
+from hqqtrain.train.optimizer import LearningRateSchedule
 from hqqtrain.train.state import StepResult, TrainState
 
 
@@ -78,7 +78,7 @@ class Trainer:
         started, batch_index = time.perf_counter(), self.state.next_batch_index
         seed_dropout(self.seed, batch_index, self.comm.rank)
         batches = list(self.loader.batches(batch_index))
-        loss_sum = self._accumulate_gradients(batches, self.loader.tokens(batch_index))
+        loss_sum = self._accumulate_gradients(batches, self.loader.target_token_count(batch_index))
         result = self._reduce(loss_sum, batch_index)
         result.grad_norm = self.engine.grad_norm(result.learning_rate)
         result.was_taken = self.guard.allows_step(result)
@@ -113,7 +113,7 @@ class Trainer:
         values[0] = loss_sum  # on the device, so that only `sum` waits for it
         loss, stop_requests = self.comm.sum(values)
         self.stop_requested = stop_requests > 0
-        tokens = self.loader.tokens(batch_index)
+        tokens = self.loader.target_token_count(batch_index)
         return StepResult(
             self.state.steps + 1, batch_index, tokens, loss / max(1, tokens),
             self.schedule.learning_rate(self.state.steps),

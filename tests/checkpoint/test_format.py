@@ -73,7 +73,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(store: CheckpointStore, room
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in store.root.iterdir()] == ["step-00000010"]
-    found = store.newest()
+    found = store.newest_intact()
     assert found is not None
     assert found.step == 10
 

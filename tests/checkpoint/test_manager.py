@@ -52,7 +52,7 @@ def train(manager: CheckpointManager, trainer: Trainer) -> list[float]:
     for step in trainer.run(manager.roll_back):
         losses.append(step.loss)
         manager.after_step(None, stop_requested=trainer.stop_requested)
-    manager.wait()
+    manager.wait_for_write()
     return losses
 
 
@@ -71,7 +71,7 @@ def test_a_resumed_training_repeats_the_uninterrupted_one(store: CheckpointStore
         manager.resume(None)
         losses = train(manager, whole)
     assert store.steps() == [4, 6]
-    checkpoint = store.newest()
+    checkpoint = store.newest_intact()
     assert checkpoint is not None
     assert json.loads((checkpoint.folder / "state.json").read_text()).keys() == {
         "format", "step", "trained", "updates", "scaler", "record", "world_size", "eval_loss",
@@ -79,7 +79,7 @@ def test_a_resumed_training_repeats_the_uninterrupted_one(store: CheckpointStore
     }  # fmt: skip
     assert checkpoint.state["record"] == {"calls": 3}
     (store.folder(6) / "state.json").unlink()  # so that the one before it is resumed
-    found, resumed = store.newest(), make_trainer()
+    found, resumed = store.newest_intact(), make_trainer()
     assert found is not None
     with torch.no_grad():  # the model gets its parameters when it is loaded
         for name, tensor in found.parameters().items():
@@ -99,7 +99,7 @@ def test_checkpoints_that_may_be_the_best_are_saved_and_kept(store: CheckpointSt
         for step in trainer.run(manager.roll_back):
             measured = {1: 3.0, 3: 2.0, 5: 4.0}.get(step.number)
             manager.after_step(measured, stop_requested=False)
-        manager.wait()
+        manager.wait_for_write()
     assert store.steps() == [3, 5, 6]
 
 

@@ -21,7 +21,7 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 
 def find(store: CheckpointStore, **options: Any) -> Checkpoint | None:
-    options = {"must_exist": False, "was_finished": lambda: False} | options
+    options = {"must_exist": False, "has_finished_run": lambda: False} | options
     return find_checkpoint(store, SINGLE_PROCESS, **options)
 
 
@@ -34,13 +34,13 @@ def test_an_empty_store_is_refused_where_a_checkpoint_is_expected(store: Checkpo
     with pytest.raises(UserError, match=r"run\.resume=must: .* has no checkpoint"):
         find(store, must_exist=True)
     with pytest.raises(UserError, match="has a finished run, and no checkpoint"):
-        find(store, was_finished=lambda: True)
+        find(store, has_finished_run=lambda: True)
 
 
 def test_the_newest_checkpoint_is_found(store: CheckpointStore):
     save_checkpoint(store, 3, **FACTS)
     save_checkpoint(store, 7, **FACTS)
-    found = find(store, must_exist=True, was_finished=lambda: True)
+    found = find(store, must_exist=True, has_finished_run=lambda: True)
     assert found is not None
     assert found.step == 7
 
@@ -60,7 +60,7 @@ def test_partial_folders_are_deleted(store: CheckpointStore):
 def test_other_text_and_fewer_steps_are_refused(store: CheckpointStore):
     digests = {"data.source": "1", "eval.source": "2"}
     save_checkpoint(store, 5, **FACTS, texts=digests)
-    found = store.newest()
+    found = store.newest_intact()
     check_resumable(found, digests, total_steps=5)
     check_resumable(None, {}, total_steps=0)
     with pytest.raises(UserError, match=r"other text than eval\.source gives now"):

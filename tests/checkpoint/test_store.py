@@ -18,7 +18,7 @@ def store(tmp_path: Path) -> CheckpointStore:
 def test_the_checkpoint_before_a_damaged_one_is_used(store: CheckpointStore, caplog):
     save_checkpoint(store, 10)
     (save_checkpoint(store, 20) / "optimizer.safetensors").write_bytes(b"")
-    found = store.newest()
+    found = store.newest_intact()
     assert found is not None
     assert found.step == 10
     assert "step-00000020" in caplog.text
@@ -26,14 +26,14 @@ def test_the_checkpoint_before_a_damaged_one_is_used(store: CheckpointStore, cap
     for step in (10, 20):
         (store.folder(step) / "state.json").unlink()
     with pytest.raises(UserError, match=r"no checkpoint can be used: .*20.*10.*run\.resume=never"):
-        store.newest()
+        store.newest_intact()
 
 
 def test_damaged_checkpoints_do_not_count_as_kept(store: CheckpointStore):
     save_checkpoint(store, 10)
     for step in (20, 30):
         (save_checkpoint(store, step) / "state.json").write_text("{}")
-    assert store.newest().step == 10  # type: ignore[union-attr]
+    assert store.newest_intact().step == 10  # type: ignore[union-attr]
     assert store.steps() == [10]
     save_checkpoint(store, 15)
     store.prune()
@@ -42,14 +42,14 @@ def test_damaged_checkpoints_do_not_count_as_kept(store: CheckpointStore):
 
 
 def test_partial_folders_are_not_checkpoints(store: CheckpointStore):
-    assert store.newest() is None
+    assert store.newest_intact() is None
     folder = save_checkpoint(store, 10)
     shutil.copytree(folder, store.root / ".step-00000020.partial")
     shutil.copytree(folder, store.root / ".step-00000005.going")
     assert store.steps() == [10]
     save_checkpoint(store, 20)
     assert store.steps() == [10, 20]
-    store.tidy()
+    store.delete_partial()
     assert not list(store.root.glob(".*"))
 
 
@@ -63,6 +63,6 @@ def test_prune_keeps_the_last_and_the_best(store: CheckpointStore):
     store.keep_best, store.keep_last = 0, 1
     store.prune()
     assert store.steps() == [7]
-    store.clear()
-    assert store.newest() is None
+    store.delete_all()
+    assert store.newest_intact() is None
     assert not store.root.exists()

@@ -35,7 +35,7 @@ def test_ranks_share_the_global_batch(world_size: int):
             found += [int(row[0]) for batch in batches for row in batch["input_ids"]]
             targets += sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
         assert sorted(found) == sorted(make_loader().describe(index)["samples"])
-        assert targets == make_loader().tokens(index)
+        assert targets == make_loader().target_token_count(index)
 
 
 def test_a_batch_is_padded_and_can_be_described():

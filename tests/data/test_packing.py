@@ -55,7 +55,7 @@ def test_packed_sequences_contain_every_token_once(tokenizer, length):
 def test_tokens_counts_the_labels_and_labels_are_the_inputs(tokenizer, length, packing):
     sequences = pack_texts(TEXTS, tokenizer, max_seq_len=length, packing=packing)
     labels = [row["labels"] for row in (sequences[i] for i in range(len(sequences)))]
-    assert sequences.tokens == sum(int((row != IGNORE_INDEX).sum()) for row in labels)
+    assert sequences.target_token_count == sum(int((row != IGNORE_INDEX).sum()) for row in labels)
     for row in (sequences[i] for i in range(len(sequences))):
         predicted = row["labels"] != IGNORE_INDEX
         assert torch.equal(row["labels"][predicted], row["input_ids"][predicted])
@@ -88,7 +88,7 @@ def test_tokens_that_are_no_targets_have_no_label(tokenizer):
         )
         assert torch.equal(after["position_ids"], before["position_ids"])
     counted = sum(int((masked[i]["labels"] != IGNORE_INDEX).sum()) for i in range(len(masked)))
-    assert masked.tokens == counted < plain.tokens
+    assert masked.target_token_count == counted < plain.target_token_count
 
 
 def test_the_digest_of_plain_text_does_not_depend_on_targets(tokenizer):
@@ -131,7 +131,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_tokens(tokenizer, model):
         for ids in map(torch.tensor, expected_stream(tokenizer)):
             total += float(model(ids[None], labels=ids[None]).loss) * (len(ids) - 1)
         loss = float(model(**batch, use_cache=False).loss)
-    assert loss == pytest.approx(total / sequences.tokens, rel=1e-5)
+    assert loss == pytest.approx(total / sequences.target_token_count, rel=1e-5)
 
 
 def test_select_keeps_the_sequences(tokenizer):
@@ -139,7 +139,7 @@ def test_select_keeps_the_sequences(tokenizer):
     some = sequences.select(np.array([2, 0]))
     assert len(some) == 2
     assert torch.equal(some[0]["input_ids"], sequences[2]["input_ids"])
-    assert some.tokens == sum(int((sequences[i]["labels"] >= 0).sum()) for i in (0, 2))
+    assert some.target_token_count == sum(int((sequences[i]["labels"] >= 0).sum()) for i in (0, 2))
 
 
 def test_a_tokenizer_that_adds_its_own_eos_gets_no_second_one(tokenizer):

@@ -68,7 +68,7 @@ def test_a_result_without_disk_space_is_reported_and_the_same_command_resumes(
         with no_room(4096):
             save_adapter(*rest, **more)
 
-    monkeypatch.setattr("hqqtrain.tasks.save.save_adapter", without_room)
+    monkeypatch.setattr("hqqtrain.tasks.finetune.save_adapter", without_room)
     monkeypatch.setattr(RunDirectory, "write_status", _only_while_it_runs)
     assert run_here(words) == 2
     errors = capsys.readouterr().err

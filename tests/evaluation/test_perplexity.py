@@ -80,7 +80,7 @@ def test_only_targets_are_measured(make_model, sequences: TokenSequences):
     some = replace(sequences, targets=sequences.targets & (sequences.stream % 2 == 0))
     found = evaluate(model, some, 2)
     expected = F.nll_loss(log_probabilities(model, some), labels(some))
-    assert 0 < found.tokens == some.tokens < sequences.tokens
+    assert 0 < found.tokens == some.target_token_count < sequences.target_token_count
     assert found.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
 
 

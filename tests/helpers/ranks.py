@@ -38,7 +38,7 @@ def on_ranks(
     Rank `lost` does not answer and is killed in the end; it is not in the result.
     """
     context, port = multiprocessing.get_context("forkserver"), free_port()
-    context.set_forkserver_preload(["torch.distributed.fsdp", "hqqtrain.loading.build"])
+    context.set_forkserver_preload(["torch.distributed.fsdp", "hqqtrain.loading.model_builder"])
     answers = context.Queue()
     workers = [
         context.Process(

@@ -20,9 +20,8 @@ from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.train.losses.model_loss import ModelLoss
 from hqqtrain.train.losses.next_token import NextTokenLoss
 from hqqtrain.train.nonfinite import NonFiniteGuard
-from hqqtrain.train.schedule import LearningRateSchedule
+from hqqtrain.train.optimizer import LearningRateSchedule, trainable_parameters
 from hqqtrain.train.torch_engine import TorchEngine
-from hqqtrain.train.trainables import trainable_parameters
 from hqqtrain.train.trainer import Trainer
 
 STEPS = 6

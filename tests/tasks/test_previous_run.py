@@ -57,12 +57,12 @@ def test_results_of_the_previous_run_are_deleted(finished, tmp_path, monkeypatch
         (folder / name).mkdir(parents=True)
         (folder / name / "file").write_text("x")
     save_run_id(folder, "abc")
-    _history(_config(tmp_path, "auto")).forget()
+    _history(_config(tmp_path, "auto")).delete_results()
     assert read_run_id(folder) == "abc"
     history = _history(_config(tmp_path, "never"))
-    history.forget()
+    history.delete_results()
     assert read_run_id(folder) is None
     left = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     assert left == {"config.yaml", "status.json", "quantized", "wandb"}
     assert not history.has_quantized()
-    assert not _history(_config(tmp_path, "auto")).was_finished()
+    assert not _history(_config(tmp_path, "auto")).has_finished_run()

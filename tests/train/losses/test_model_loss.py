@@ -1,7 +1,7 @@
 """The chunked loss equals the whole loss; a model that changes its logits is detected."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from transformers import (
 from hqqtrain.data.packing import IGNORE_INDEX
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.train.losses import model_loss as module
-from hqqtrain.train.losses.model_loss import ModelLoss
+from hqqtrain.train.losses.model_loss import ChunkedLoss, ModelLoss
 from hqqtrain.train.losses.next_token import NextTokenLoss
 
 SIZES = {
@@ -127,3 +127,33 @@ def test_the_head_is_restored(widths: list[int]) -> None:
     assert model.get_output_embeddings() is head
     assert list(dict(model.named_children())) == names
     assert model(**batch()).logits.shape == (2, 20, 96)
+
+
+class DistanceLoss:
+    """A loss with a target of its own, which notes the size of each call."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(
+        self, hidden: torch.Tensor, head: torch.nn.Module, batch: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.sizes.append(len(hidden))
+        loss = (head(hidden) - batch["teacher"]).square().sum()
+        return loss, (batch["labels"] >= 0).sum()
+
+
+def test_chunks_of_any_loss_and_its_gradient():
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(8, 5), torch.randn(10, 8, requires_grad=True)
+    batch = {"labels": torch.arange(10) - 3, "teacher": torch.randn(10, 5)}
+    whole, count = DistanceLoss()(hidden, head, batch)
+    loss = DistanceLoss()
+    found, found_count = ChunkedLoss(loss, 4)(hidden, head, batch)
+    assert loss.sizes == [4, 4, 2]
+    torch.testing.assert_close(found, whole)
+    assert int(found_count) == int(count) == 7
+    ours = torch.autograd.grad(found, [hidden, head.weight])
+    for mine, theirs in zip(ours, torch.autograd.grad(whole, [hidden, head.weight]), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert loss.sizes[3:] == [2, 4, 4]  # computed again in the backward pass

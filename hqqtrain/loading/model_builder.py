@@ -53,7 +53,7 @@ class LoadedModel:
         layer_errors: Relative quantization error by layer. Empty if the weights were packed already
             and their folder does not record it.
         relative_error: Relative error over all layers; None in the same case.
-        loading: Loading statistics by rank.
+        load_stats: Loading statistics by rank.
     """
 
     plan: ModelPlan
@@ -61,17 +61,17 @@ class LoadedModel:
     settings: QuantizedSettings
     layer_errors: dict[str, float]
     relative_error: float | None
-    loading: list[LoadStats]
+    load_stats: list[LoadStats]
 
     @property
     def bytes_read(self) -> int:
         """Bytes of weights that all ranks together have read."""
-        return sum(report.bytes_read for report in self.loading)
+        return sum(stats.bytes_read for stats in self.load_stats)
 
     @property
     def seconds(self) -> float:
         """Loading time of the slowest rank."""
-        return max(report.seconds for report in self.loading)
+        return max(stats.seconds for stats in self.load_stats)
 
     def save_packed(
         self, folder: Path, comm: Communicator, *, extra_json: Mapping[str, Any]
@@ -117,7 +117,7 @@ class RunnableModel:
 
         A fresh adapter does not change the output, so it stays enabled.
         """
-        if self.plan.start is not None and isinstance(self.model, PeftModel):
+        if self.plan.initial_adapter is not None and isinstance(self.model, PeftModel):
             return self.model.disable_adapter()
         return nullcontext()
 
@@ -167,12 +167,12 @@ def build_model(
     )
     settings = _add_fingerprint(model, source, fingerprint, comm)
     if plan.lora is not None:
-        initialize_adapters(model, plan.start, settings.fingerprint, adapter, seed)
-    errors, total = read_errors(packed) if is_packed else filled.relative_errors(comm)
-    return LoadedModel(plan, model, settings, errors, total, comm.gather(filled.report))
+        initialize_adapters(model, plan.initial_adapter, settings.fingerprint, adapter, seed)
+    errors, total = read_quantization_errors(packed) if is_packed else filled.relative_errors(comm)
+    return LoadedModel(plan, model, settings, errors, total, comm.gather(filled.stats))
 
 
-def read_errors(folder: Path | None) -> tuple[dict[str, float], float | None]:
+def read_quantization_errors(folder: Path | None) -> tuple[dict[str, float], float | None]:
     """Return the relative errors (by layer, over all layers) that `folder` records.
 
     Return ({}, None) if it does not record them.

@@ -1,0 +1,135 @@
+"""The training of a task: connects the trainer with checkpoints, evaluation and the recorder.
+
+The trainer writes no file and logs no metric, so that it can be tested and reused by itself. This
+module decides what happens before the first step and after each one.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from hqqtrain.checkpoint.format import Checkpoint
+from hqqtrain.checkpoint.manager import CheckpointManager
+from hqqtrain.common.errors import PreemptedError
+from hqqtrain.data.loader import DataLoader
+from hqqtrain.distributed.consistency import ConsistencyChecker
+from hqqtrain.tasks.context import Run
+from hqqtrain.tasks.evaluation import RecordedEvaluation
+from hqqtrain.train.activation_checkpointing import apply_activation_checkpointing
+from hqqtrain.train.engine_builder import build_engine
+from hqqtrain.train.losses.model_loss import ModelLoss
+from hqqtrain.train.losses.registry import LOSSES
+from hqqtrain.train.metrics import mfu_per_token_rate, step_metrics
+from hqqtrain.train.nonfinite import NonFiniteGuard
+from hqqtrain.train.optimizer import LearningRateSchedule, trainable_parameters
+from hqqtrain.train.state import StepResult
+from hqqtrain.train.trainer import Trainer
+
+
+def build_trainer(run: Run, model: nn.Module, loader: DataLoader) -> Trainer:
+    """Build the trainer of the adapters in `model`, which can be called. Collective."""
+    config, runtime, comm = run.config, run.runtime, run.runtime.comm
+    train, strategy = config.train, runtime.strategy
+    trainables = trainable_parameters(model)
+    if train.activation_checkpointing:
+        apply_activation_checkpointing(
+            model, offload=runtime.offloads_activations, frees=strategy.frees_parameters
+        )
+    engine = build_engine(model, trainables, runtime, config.optim, train.max_grad_norm)
+    loss = ModelLoss(
+        engine.model, LOSSES[train.objective](), comm,
+        max_tokens=train.micro_batch_size * train.max_seq_len,
+        may_call_head_alone=strategy.may_call_head_alone, autocast=runtime.autocast,
+    )  # fmt: skip
+
+    def record_refusal(step: StepResult, facts: dict[str, Any]) -> None:
+        run.recorder.save_nonfinite_batch(step, facts | loader.describe(step.batch_index))
+
+    guard = NonFiniteGuard(
+        train.on_nonfinite, comm, record_refusal, autocast=runtime.autocast, lr=config.optim.lr,
+        scales_gradients=runtime.accelerator.scaler is not None,
+    )  # fmt: skip
+    schedule = LearningRateSchedule(config.optim, loader.total_steps)
+    return Trainer(
+        engine, trainables, loader, loss, schedule, guard, comm, runtime.preemption, train.seed
+    )
+
+
+class AdapterTraining:
+    """The training of a run's adapters, from its first step or from a checkpoint to its last.
+
+    Args:
+        run: Settings of the training, and the recorder.
+        model: The model, as the strategy has wrapped it.
+        trainer: Trains the adapters of `model`.
+        evaluation: Measures the model between steps.
+        checkpoints: Saves and restores the state of `trainer`.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        model: nn.Module,
+        trainer: Trainer,
+        evaluation: RecordedEvaluation,
+        checkpoints: CheckpointManager,
+    ) -> None:
+        self._run, self._model, self._trainer = run, model, trainer
+        self._evaluation, self._checkpoints = evaluation, checkpoints
+        self._mfu_per_token_rate = mfu_per_token_rate(
+            model, run.runtime.device_name, run.runtime.comm.size
+        )
+
+    def train(self, found: Checkpoint | None = None) -> None:
+        """Train to the last step, from step 0 or from `found`. Collective.
+
+        Raises:
+            PreemptedError: The run was asked to stop; a checkpoint has its state.
+            UserError: A loss or gradient is not finite, and `train.on_nonfinite` says to stop, or
+                has already skipped too many batches.
+        """
+        trainer, checkpoints = self._trainer, self._checkpoints
+        checkpoints.resume(found)
+        self._make_up_evaluation(found)
+        every = self._run.config.parallel.consistency_check_every
+        checker = ConsistencyChecker(self._model, self._run.runtime.comm) if every else None
+        with self._run.recorder.progress_bars.show_training(
+            trainer.loader.total_steps, trainer.state.steps
+        ):
+            for step in trainer.run(checkpoints.roll_back):
+                if checker and every and (step.number % every == 0 or trainer.is_over):
+                    checker.check()
+                self._log_step(step)
+                eval_loss, must_stop = self._evaluate_if_due()
+                checkpoints.after_step(eval_loss, stop_requested=must_stop)
+        if checker and checker.checks:
+            checker.report(trainer.state.seconds)
+        checkpoints.wait_for_write()
+        checkpoints.log_waiting_time()
+
+    def _make_up_evaluation(self, found: Checkpoint | None) -> None:
+        """Evaluate now if a preempted process saved `found` without the evaluation that was due."""
+        if found is None or found.state["eval_loss"] is not None or not self._is_evaluation_due():
+            return
+        loss = self._evaluation.evaluate_during_training()
+        if loss is not None and self._run.config.ckpt.keep_best:
+            self._checkpoints.save(loss)
+
+    def _log_step(self, step: StepResult) -> None:
+        epoch = self._trainer.loader.epoch(self._trainer.state.next_batch_index)
+        metrics = step_metrics(step, epoch=epoch, mfu_per_token_rate=self._mfu_per_token_rate)
+        self._run.recorder.log_step(step.number, metrics)
+
+    def _evaluate_if_due(self) -> tuple[float | None, bool]:
+        """Return the held-out loss after this step, or None if none is due, and whether to stop."""
+        if not self._is_evaluation_due():
+            return None, self._trainer.stop_requested
+        try:
+            return self._evaluation.evaluate_during_training(), False
+        except PreemptedError:  # raised on all ranks; the caller saves a checkpoint and then stops
+            return None, True
+
+    def _is_evaluation_due(self) -> bool:
+        every, trainer = self._run.config.eval.every, self._trainer
+        ends = trainer.is_over or trainer.stop_requested
+        return every is not None and trainer.state.steps % every == 0 and not ends
