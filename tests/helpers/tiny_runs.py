@@ -52,7 +52,7 @@ def tiny_model(tmp_path: Path) -> Path:
 def make_config(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """Return a function that makes the configuration of a run of two steps.
 
-    Its keyword arguments are the task, and keys of groups: `make_config("eval", ckpt={"every": 1})`.
+    It takes the task, and keys of groups as in `make_config("eval", ckpt={"every": 1})`.
     """
     for name in ("train", "held_out"):
         lines = [f"def {name}_{number}(x): return x + {number}" for number in range(20)]

@@ -4,15 +4,11 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import AdapterConfig, EvalConfig, ExportConfig, QuantConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS
-from hqqtrain.distributed.strategies.fsdp2 import FSDP2
 from hqqtrain.distributed.strategies.registry import STRATEGIES
-from hqqtrain.distributed.strategies.unsharded import SingleProcess
-from hqqtrain.loading import memory_check
-from hqqtrain.loading.memory_check import AvailableMemory, available_memory, check_fits, oom_advice
+from hqqtrain.loading.memory_check import AvailableMemory
 from hqqtrain.loading.memory_estimate import MemoryEstimate, estimate_memory
 from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.source import shipped_folder
@@ -156,16 +152,6 @@ def test_activations_match_what_autograd_saves(monkeypatch):
     assert 0.8 < parts["activations"] / sum(saved.values()) < 1.3
 
 
-def test_a_run_that_cannot_fit_is_refused_with_keys():
-    config = _config()
-    needs = _estimate(config, _meta("meta-llama/Meta-Llama-3-70B", config), dtype=torch.bfloat16)
-    assert check_fits(needs, PLENTY, workload_of(config)) == []
-    with pytest.raises(UserError, match=r"weights and optimizer need .* GiB.*eval\.reference=off"):
-        check_fits(
-            needs, AvailableMemory(host=1 << 50, disk=1 << 50, device=80 * GIB), workload_of(config)
-        )
-
-
 def test_what_each_strategy_shards():
     config = _config()
     model = _meta("tiny", config)
@@ -179,84 +165,6 @@ def test_what_each_strategy_shards():
         assert device_bytes(strategy)["packed weights"] == whole["packed weights"] // 4
     trained = {s: device_bytes(s)["adapter and optimizer"] for s in ("fsdp1", "zero3")}
     assert trained["fsdp1"] == whole["adapter and optimizer"] == trained["zero3"] * 4
-
-
-def test_offloaded_parameters_count_as_host_memory():
-    config = _config()
-    model = _meta("tiny", config)
-    config.parallel.offload = "parameters"
-    before, after = (
-        estimate_memory(
-            workload_of(config),
-            model,
-            FSDP2(SINGLE_PROCESS, offloads_parameters=offloads),
-            dtype=torch.float32,
-        )
-        for offloads in (False, True)
-    )
-    moved = ("packed weights", "dense weights", "adapter and optimizer", "reference model")
-    assert before.host == 0
-    assert after.host == sum(before.device[part] for part in moved)
-    assert [after.device[part] for part in moved] == [0, 0, 0, 0]
-    free = AvailableMemory(host=after.host * 7, disk=1 << 50, device=1 << 50)
-    with pytest.raises(UserError, match=r"parallel\.offload=parameters: 8 ranks would keep"):
-        check_fits(after, free, workload_of(config), local_ranks=8)
-
-
-def test_a_run_that_may_not_fit_gives_a_warning():
-    config = _config()
-    needs = _estimate(config, _meta("tiny", config), dtype=torch.float32)
-    room = sum(needs.device.values())
-    [warning] = check_fits(needs, AvailableMemory(host=room, disk=1 << 50), workload_of(config))
-    assert "may not be enough" in warning
-    assert "train." in warning
-
-
-def test_ranks_share_the_memory_of_a_machine():
-    config = _config()
-    needs = _estimate(config, _meta("tiny", config), dtype=torch.float32)
-    free = AvailableMemory(host=4 * sum(needs.device.values()), disk=1 << 50)
-    assert check_fits(needs, free, workload_of(config)) == []
-    assert check_fits(needs, free, workload_of(config), local_ranks=4) != []
-
-
-def test_a_full_disk():
-    config = _config()
-    needs = _estimate(config, _meta("tiny", config), dtype=torch.float32)
-    with pytest.raises(UserError, match=r"run\.root=runs: .*GiB of disk.*quant\.save=false"):
-        check_fits(needs, AvailableMemory(host=1 << 50, disk=1000), workload_of(config))
-    [warning] = check_fits(
-        needs, AvailableMemory(1 << 50, sum(needs.disk.values())), workload_of(config)
-    )
-    assert "disk" in warning
-
-
-def test_out_of_memory_advice_names_what_can_still_be_lowered():
-    config = _config()
-    config.train.micro_batch_size = 4
-    text = oom_advice(workload_of(config), SingleProcess(SINGLE_PROCESS))
-    assert "train.micro_batch_size (now 4)" in text
-    assert "eval.reference=off" in text
-    assert "train.activation_checkpointing" not in text
-    config.train.activation_checkpointing = False
-    assert "train.activation_checkpointing=true" in oom_advice(
-        workload_of(config), SingleProcess(SINGLE_PROCESS)
-    )
-
-
-def test_this_machine_has_memory_and_disk(tmp_path):
-    found = available_memory("cpu", tmp_path / "not" / "there" / "yet")
-    assert found.device is None
-    assert found.host > 0
-    assert found.disk > 0
-
-
-def test_the_limit_of_a_cgroup_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory_check, "_CGROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("12345\n")
-    assert memory_check.free_host_memory() == 12345
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory_check.free_host_memory() > 12345
 
 
 def test_existing_results_need_no_disk():

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.loading.finite_check import DeferredFiniteCheck
 from hqqtrain.loading.prefetch import Prefetcher, RowRange
 
 CPU = torch.device("cpu")
@@ -89,33 +88,3 @@ def test_a_gpu_waits_for_its_copy(ahead):
         sums = [(piece - number).abs().sum() for number, piece in enumerate(arriving)]
     assert torch.stack(sums).sum().item() == 0
     assert {total.device for total in sums} == {device}
-
-
-class Damaged(Source):
-    """Source whose tensor `b` has a NaN in row 4."""
-
-    def read(self, name: str, rows: list[slice] | None = None) -> torch.Tensor:
-        W = torch.ones(6, 3)
-        if name == "b":
-            W[4, 1] = torch.nan
-        return torch.cat([W[r] for r in rows]) if rows else W
-
-
-def test_a_value_that_is_not_finite_is_named_later():
-    source = Damaged(0)
-    finite = DeferredFiniteCheck(source)
-    rows = [slice(0, 2), slice(3, 6)]
-    said = r"b: row 4 holds nan; 1 of 5 rows"
-    with pytest.raises(UserError, match=said) as fault:  # noqa: PT012 (the test is in which turn it raises)
-        for number, name in enumerate("abacad"):
-            bad = ~torch.cat([source.read(name)[r] for r in rows]).isfinite().all()
-            finite.add(RowRange(name, rows), bad)
-            assert number < 4, "at most two results may be pending"
-    assert "damaged" in str(fault.value)
-
-
-def test_check_reads_all_pending_results():
-    finite = DeferredFiniteCheck(Damaged(0))
-    finite.add(RowRange("b", None), torch.tensor([1], dtype=torch.int32))
-    with pytest.raises(UserError, match="b: row 4"):
-        finite.check()

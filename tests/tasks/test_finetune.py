@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from hqqtrain.common.errors import PreemptedError
 from hqqtrain.distributed.preemption import PreemptionHandler
+from hqqtrain.tasks.evaluation import RecordedEvaluation
 from hqqtrain.tasks.finetune import finetune
 
 
@@ -43,22 +44,29 @@ def test_what_a_finetune_leaves(make_config, start_run):
     assert set(state["texts"]) == {"data.source", "eval.source"}
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(make_config, start_run, monkeypatch, tmp_path):
-    with start_run(make_config(run={"name": "whole"})) as run:
-        finetune(run)
-        whole = run.layout.folder
-    monkeypatch.setattr(PreemptionHandler, "stop_reason", "SIGUSR1 was received")
-    with pytest.raises(PreemptedError), start_run(make_config()) as run:
-        monkeypatch.setattr("hqqtrain.tasks.evaluation.RecordedEvaluation.evaluate_as",
-                            lambda *_, **__: None)  # fmt: skip
-        finetune(run)
-    monkeypatch.undo()
-    monkeypatch.setattr("hqqtrain.tasks.finalize.write_report", lambda *_: {})
-    folder = tmp_path / "runs" / "run"
+@pytest.fixture
+def run_finetune(make_config, start_run):
+    """Return a function that runs `finetune` in the run directory `name` and returns its path."""
+
+    def run_in(name: str) -> Path:
+        with start_run(make_config(run={"name": name})) as run:
+            finetune(run)
+        return run.layout.folder
+
+    return run_in
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(run_finetune, monkeypatch, tmp_path):
+    whole, folder = run_finetune("whole"), tmp_path / "runs" / "stopped"
+    with monkeypatch.context() as patch:
+        # The request arrives in the first step: an evaluation before it would stop at once.
+        patch.setattr(RecordedEvaluation, "evaluate_as", lambda *_, **__: None)
+        patch.setattr(PreemptionHandler, "stop_reason", "SIGUSR1 was received")
+        with pytest.raises(PreemptedError):
+            run_finetune("stopped")
     assert len(_losses(folder)) == 1
     assert not (folder / "adapter").exists()
-    with start_run(make_config()) as run:
-        finetune(run)
+    run_finetune("stopped")
     assert _losses(folder) == _losses(whole)
     ours, theirs = _adapter(folder), _adapter(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

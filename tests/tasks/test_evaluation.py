@@ -1,0 +1,49 @@
+"""The evaluation of a run: with and without the adapter, and each result in the record."""
+
+import pytest
+import torch
+
+from hqqtrain.evaluation.perplexity import evaluate_perplexity
+from hqqtrain.loading.model_builder import RunnableModel, wrap_for_execution
+from hqqtrain.loading.plan import plan_model
+from hqqtrain.tasks.context import Run
+from hqqtrain.tasks.datasets import load_held_out_data
+from hqqtrain.tasks.evaluation import RecordedEvaluation
+from hqqtrain.tasks.model import load_or_quantize, plan_settings
+
+
+def _runnable(run: Run) -> RunnableModel:
+    plan = plan_model(plan_settings(run.config), run.runtime)
+    return wrap_for_execution(load_or_quantize(run, plan), run.runtime.strategy)
+
+
+@pytest.mark.parametrize("reference", ["resident", "off"])
+def test_both_parts_are_recorded(make_config, start_run, reference: str):
+    with start_run(make_config(eval={"reference": reference})) as run:
+        runnable = _runnable(run)
+        held_out = load_held_out_data(run.config, runnable.plan.source.tokenizer)
+        evaluation = RecordedEvaluation(run, runnable, held_out)
+        evaluation.evaluate_as("quantized", adapted=False)
+        for name, param in runnable.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(param)
+        evaluation.evaluate_as("final", adapted=True)
+        loss = evaluation.evaluate_during_training()
+        found = run.recorder.summary.figures.eval
+        expected = evaluate_perplexity(runnable.model, held_out, run.runtime.comm, batch_size=1)
+    assert found.final.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
+    assert loss == pytest.approx(expected.loss, rel=1e-5)
+    assert found.final.perplexity != pytest.approx(found.quantized.perplexity, rel=1e-3)
+    if reference == "off":
+        assert (found.full_precision, found.final.kl, found.bytes_read) == (None, None, None)
+    else:
+        assert found.final.kl > found.quantized.kl > 0
+        assert found.bytes_read == runnable.plan.reader.total_bytes
+
+
+def test_without_a_held_out_set_nothing_is_measured(make_config, start_run):
+    with start_run(make_config(eval={"source": None})) as run:
+        evaluation = RecordedEvaluation(run, _runnable(run), None)
+        evaluation.evaluate_as("quantized", adapted=False)
+        assert evaluation.evaluate_during_training() is None
+        assert run.recorder.summary.figures.eval is None
