@@ -56,8 +56,8 @@ def test_a_success(begun: RunDirectory, summary: RunSummary, monkeypatch, capsys
     assert _read(begun.layout.summary_json) == summary.figures.to_json()
     assert _read(begun.layout.status_json)["status"] == "done"
     assert tracker.calls == [
-        ("summary", summary.figures.to_json()), ("images", {"loss": plot}),
-        ("artifact", begun.layout.adapter), ("hint",), ("finish", 0),
+        ("log_summary", summary.figures.to_json()), ("log_images", {"loss": plot}),
+        ("log_artifact", begun.layout.adapter), ("hint",), ("finish", 0),
     ]  # fmt: skip
     assert f"wrote {begun.layout.summary_json}" in capsys.readouterr().out
 
@@ -70,7 +70,7 @@ def test_a_plot_that_cannot_be_drawn_does_not_fail_the_run(
 
     monkeypatch.setattr("hqqtrain.tasks.finalize.write_report", fail)
     with caplog.at_level(logging.WARNING):
-        finalize_success(begun, CompositeTracker([]), Console(main=False), summary, {})
+        finalize_success(begun, CompositeTracker([]), Console(False), summary, {})
     assert "report/ was not written: RuntimeError('no font')" in caplog.text
     assert _read(begun.layout.status_json)["status"] == "done"
 
