@@ -6,9 +6,10 @@ from pathlib import Path
 
 from hqqtrain.common.secrets import mask_command
 from hqqtrain.config.run import RunConfig
+from hqqtrain.rundir import schema
 from hqqtrain.rundir.directory import RunDirectory
 from hqqtrain.rundir.layout import RunLayout
-from hqqtrain.rundir.schema import Status, Summary, read_status, read_summary
+from hqqtrain.rundir.schema import Status, Summary
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,23 @@ class Job:
         """The paths of the run directory."""
         return RunLayout(self.folder)
 
-    def status(self) -> Status:
+    def read_status(self) -> Status:
         """Return what status.json says; empty where there is none."""
-        return read_status(self.layout.status_json)
+        return schema.read_status(self.layout.status_json)
 
-    def summary(self) -> Summary:
+    def read_summary(self) -> Summary:
         """Return the final figures; empty where there are none yet."""
-        return read_summary(self.layout.summary_json)
+        return schema.read_summary(self.layout.summary_json)
 
     def format_figures(self) -> str:
         """Format the key figures that are known so far; an empty string if none is.
 
         For example `: 2.50 bits per weight, perplexity 9.100 quantized, perplexity 6.320 final`.
         """
-        summary = self.summary()
+        summary = self.read_summary()
         bits = summary.quantize and summary.quantize.bits_per_weight
         parts = [] if bits is None else [f"{bits:.2f} bits per weight"]
-        for name, figures in summary.models().items():
+        for name, figures in summary.measured_models().items():
             if figures.perplexity is not None:
                 parts.append(f"perplexity {figures.perplexity:.3f} {name.replace('_', ' ')}")
         return f": {', '.join(parts)}" if parts else ""
@@ -75,7 +76,7 @@ class Job:
         Raises:
             UserError: the inputs of the finished run have changed since.
         """
-        if self.status().status != "done":
+        if self.read_status().status != "done":
             return False
         directory = RunDirectory(self.config)
         directory.check()

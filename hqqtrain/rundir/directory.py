@@ -58,7 +58,7 @@ class RunDirectory:
             check_same_config(self.path, self.config)
         elif self.path.is_dir() and _has_files(self.path):
             raise UserError(f"{self.path}: contains files, but no run; choose another run.name.")
-        self.status()
+        self.read_status()
 
     def lock_token(self) -> str:
         """Return the lock's token, by which `check_shared` recognizes the directory."""
@@ -75,7 +75,7 @@ class RunDirectory:
         """
         check_shared_lock(self.layout.lock, token, f"run.root={self.config.run.root}")
 
-    def status(self) -> Status:
+    def read_status(self) -> Status:
         """Read status.json; return an empty `Status` if it does not exist.
 
         Raises:
@@ -85,7 +85,7 @@ class RunDirectory:
 
     def is_finished(self) -> bool:
         """Whether a run has finished here; the keys in `CHANGEABLE_ON_RESUME` may differ."""
-        is_done = self.status().status == "done"
+        is_done = self.read_status().status == "done"
         return is_done and (self.layout.summary_json).is_file()
 
     def is_finished_as_configured(self) -> bool:
@@ -155,7 +155,7 @@ class RunDirectory:
             "versions": package_versions(),
         }
         text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-        if self.status().status:
+        if self.read_status().status:
             # A kill between the two files must not leave the new identity with an old `done`.
             self.write_status("running")
         atomic_write(self.layout.config_yaml, text)

@@ -1,4 +1,4 @@
-"""What a run was made from: its configuration, its input files, and the software versions.
+"""The origin of a run: its configuration, its input files, and the software versions.
 
 A run directory records them, so that a later command can tell whether it means the same run.
 """

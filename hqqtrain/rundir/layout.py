@@ -100,7 +100,7 @@ class RunLayout:
         """Whether `adapter/` is there; it is complete or absent."""
         return (self.adapter / "adapter_config.json").is_file()
 
-    def results(self) -> list[Path]:
+    def existing_results(self) -> list[Path]:
         """Return the paths that a person looks for after a run, those that exist."""
         paths = [self.quantized, self.adapter, self.export, self.checkpoints]
         paths += [self.summary_json, self.metrics_jsonl, self.report_html]

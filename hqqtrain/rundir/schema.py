@@ -141,7 +141,7 @@ class Summary(JsonObject):
     eval: EvalFigures | None = field(default=None, metadata={"part": EvalFigures})
     train: TrainFigures | None = field(default=None, metadata={"part": TrainFigures})
 
-    def models(self) -> dict[str, ModelFigures]:
+    def measured_models(self) -> dict[str, ModelFigures]:
         """Return the models that were measured, by their key in MODEL_NAMES, in its order."""
         found = {key: getattr(self.eval, key, None) for key in MODEL_NAMES}
         return {key: figures for key, figures in found.items() if figures is not None}

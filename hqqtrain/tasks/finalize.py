@@ -35,7 +35,7 @@ def finalize_success(
     hints = trackers.hints()
     trackers.finish(DONE)
     directory.write_status("done", exit_code=DONE)
-    console.results(summary.table_rows(), directory.layout.results(), hints)
+    console.print_results(summary.table_rows(), directory.layout.existing_results(), hints)
 
 
 def finalize_failure(

@@ -36,7 +36,7 @@ class PreviousRun:
         A job that slurm has requeued after it began resumes even with `run.resume=never`.
         """
         job = get_slurm_job_id()
-        is_requeued = job is not None and self._directory.status().slurm_job == job
+        is_requeued = job is not None and self._directory.read_status().slurm_job == job
         return self._directory.config.run.resume == "never" and not is_requeued
 
     def is_done(self) -> bool:

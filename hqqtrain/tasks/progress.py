@@ -26,7 +26,7 @@ class ProgressBars:
             this rank has received a signal.
         """
         verb = "loading" if loads else "quantizing"
-        with self._console.progress(verb, layers, "layer") as bar:
+        with self._console.progress_bar(verb, layers, "layer") as bar:
 
             def on_layer(name: str) -> None:
                 bar.update(1, layer=name)
@@ -37,7 +37,7 @@ class ProgressBars:
     @contextmanager
     def show_training(self, steps: int, done: int = 0) -> Iterator[None]:
         """Show a bar over the optimizer steps, of which an earlier process took `done`."""
-        with self._console.progress("training", steps, "step", done) as self._training:
+        with self._console.progress_bar("training", steps, "step", done) as self._training:
             yield
 
     def advance_training(self, metrics: dict[str, float]) -> None:
@@ -54,5 +54,5 @@ class ProgressBars:
             A function to call with the number of tokens of each batch.
         """
         share = -(-held_out.target_token_count // self._runtime.comm.size)
-        with self._console.progress("evaluating", share, "token") as bar:
+        with self._console.progress_bar("evaluating", share, "token") as bar:
             yield bar.update

@@ -147,7 +147,7 @@ class RunRecorder:
 
     def has_evaluated(self, part: str) -> bool:
         """Whether `part` of the summary was evaluated, by this process or an earlier one."""
-        return part in self.summary.figures.models()
+        return part in self.summary.figures.measured_models()
 
     def save_nonfinite_batch(self, step: StepResult, facts: dict[str, Any]) -> None:
         """Save a global batch whose loss or gradient is not finite to `nonfinite/`.

@@ -114,7 +114,7 @@ class Console:
     def __init__(self, is_main: bool = True) -> None:
         self.is_main = is_main
 
-    def progress(
+    def progress_bar(
         self, description: str, total: int | None = None, unit: str = "it", initial: int = 0
     ) -> ProgressBar:
         """Return a progress bar.
@@ -127,7 +127,7 @@ class Console:
         """
         return ProgressBar(description, total, unit, self.is_main, initial)
 
-    def results(
+    def print_results(
         self, rows: Sequence[ResultRow], files: Iterable[Path] = (), hints: Iterable[str] = ()
     ) -> None:
         """Print the results table, the written files, and hints to standard output."""

@@ -52,7 +52,7 @@ def test_a_job_is_shown_quoted_and_without_secrets():
 
 def test_a_job_that_has_not_run_has_no_results(tmp_path):
     job = _job(tmp_path)
-    assert (job.status(), job.summary()) == (Status(), Summary(schema=None))
+    assert (job.read_status(), job.read_summary()) == (Status(), Summary(schema=None))
     assert job.format_figures() == ""
     assert not job.is_done()
     assert not job.folder.exists()

@@ -34,8 +34,8 @@ def test_begin_writes_config_and_status(tmp_path):
     config = _config(tmp_path)
     with RunDirectory(config) as run:
         run.begin(["hqqtrain", "recipe=x", "hub.token=secret"])
-        assert run.status().status == "running"
-        assert run.status().exit_code is None
+        assert run.read_status().status == "running"
+        assert run.read_status().exit_code is None
     found = yaml.safe_load((run.path / "config.yaml").read_text())
     assert {k: found[k] for k in asdict(config)} == asdict(config)
     assert found["identity"] == config.identity()
@@ -59,14 +59,14 @@ def test_other_states_are_not_done(tmp_path, status):
     with run:
         run.write_status(status, exit_code=1, cause="it broke")
     assert not run.is_finished_as_configured()
-    assert run.status().cause == "it broke"
+    assert run.read_status().cause == "it broke"
 
 
 def test_the_same_configuration_may_begin_again(tmp_path):
     _finish(_config(tmp_path))
     with RunDirectory(_config(tmp_path)) as run:
         run.begin([])
-        assert run.status().status == "running"
+        assert run.read_status().status == "running"
 
 
 def test_another_configuration_is_refused_and_nothing_is_written(tmp_path):
@@ -149,7 +149,7 @@ def test_a_kill_while_a_new_run_begins_does_not_block_the_next(tmp_path, monkeyp
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     with RunDirectory(_config(tmp_path)) as run:
         run.begin([])
-        assert run.status().status == "running"
+        assert run.read_status().status == "running"
 
 
 def test_a_directory_with_other_files_is_refused(tmp_path):

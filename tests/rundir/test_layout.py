@@ -13,10 +13,10 @@ def test_all_paths_are_below_the_folder_and_differ(tmp_path):
 
 def test_results_are_those_that_exist(tmp_path):
     layout = RunLayout(tmp_path)
-    assert layout.results() == []
+    assert layout.existing_results() == []
     layout.adapter.mkdir()
     layout.summary_json.write_text("{}")
-    assert layout.results() == [layout.adapter, layout.summary_json]
+    assert layout.existing_results() == [layout.adapter, layout.summary_json]
 
 
 def test_a_model_is_there_when_its_configuration_is(tmp_path):

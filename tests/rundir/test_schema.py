@@ -41,8 +41,8 @@ def test_null_is_written_where_it_means_something():
 
 def test_models_have_the_order_of_the_table():
     figures = EvalFigures(final=ModelFigures(2.0), full_precision=ModelFigures(1.0))
-    assert list(Summary(eval=figures).models()) == ["full_precision", "final"]
-    assert Summary().models() == {}
+    assert list(Summary(eval=figures).measured_models()) == ["full_precision", "final"]
+    assert Summary().measured_models() == {}
 
 
 def test_a_file_of_another_release_gives_the_known_figures(tmp_path):
@@ -57,4 +57,4 @@ def test_no_file_and_damaged_files_give_nothing(tmp_path, text):
     assert read_json(file) == {}
     assert read_status(file) == Status()
     file.write_text(text)
-    assert read_summary(file).models() == {}
+    assert read_summary(file).measured_models() == {}

@@ -29,7 +29,7 @@ class _Console:
     def __init__(self) -> None:
         self.bars: list[_Bar] = []
 
-    def progress(self, *settings: object) -> _Bar:
+    def progress_bar(self, *settings: object) -> _Bar:
         self.bars.append(_Bar(*settings))
         return self.bars[-1]
 

@@ -115,4 +115,4 @@ def test_a_perplexity_that_is_not_finite_stays_null(
             found = without_nonfinite(summary.figures.to_json())
             atomic_write_json(tmp_path / "summary.json", found)  # refuses NaN and infinity
             assert found["eval"]["quantized"] == {"perplexity": None}
-            assert "quantized" in summary.figures.models()
+            assert "quantized" in summary.figures.measured_models()

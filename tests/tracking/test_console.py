@@ -43,16 +43,16 @@ def test_the_table_shows_every_figure_and_a_dash_for_a_missing_one():
 
 
 def test_results_go_to_standard_output_of_the_main_process_only(capsys):
-    Console(is_main=False).results(ROWS, [Path("a")])
+    Console(is_main=False).print_results(ROWS, [Path("a")])
     assert capsys.readouterr() == ("", "")
-    Console().results(ROWS, [Path("runs/x/adapter")], ["W&B: there"])
+    Console().print_results(ROWS, [Path("runs/x/adapter")], ["W&B: there"])
     assert capsys.readouterr().out.endswith("\nwrote runs/x/adapter\nW&B: there\n")
 
 
 def test_a_terminal_gets_a_bar_with_its_postfix(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with Console().progress("training", total=2, unit="step") as bar:
+    with Console().progress_bar("training", total=2, unit="step") as bar:
         bar.update(loss=2.3456789)
         bar.update(loss=1.5, rate="fast")
     assert "training: 100%" in terminal.getvalue()
@@ -68,7 +68,7 @@ def clock(monkeypatch) -> list[float]:
 
 
 def test_a_log_file_gets_a_line_early_then_every_minute_and_at_the_end(capsys, clock):
-    with Console().progress("training", total=300, unit="step") as bar:
+    with Console().progress_bar("training", total=300, unit="step") as bar:
         for _ in range(300):
             clock[0] += 1.0
             bar.update(loss=2.5, tokens_per_second=12345.6)
@@ -82,26 +82,26 @@ def test_a_log_file_gets_a_line_early_then_every_minute_and_at_the_end(capsys, c
 
 
 def test_a_slow_first_step_is_printed_at_once(capsys, clock):
-    bar = Console().progress("training", total=10, unit="step")
+    bar = Console().progress_bar("training", total=10, unit="step")
     clock[0] += 40.0
     bar.update()
     assert capsys.readouterr().err == "training: 1/10 steps (10%), 0.025 steps/s, ETA 06:00\n"
 
 
 def test_the_rate_of_a_resumed_run_counts_its_own_steps_only(capsys, clock, monkeypatch):
-    bar = Console().progress("training", total=100, unit="step", initial=90)
+    bar = Console().progress_bar("training", total=100, unit="step", initial=90)
     clock[0] += 10.0
     bar.update(5)
     assert capsys.readouterr().err == "training: 95/100 steps (95%), 0.5 steps/s, ETA 00:10\n"
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with Console().progress("training", total=100, unit="step", initial=90) as bar:
+    with Console().progress_bar("training", total=100, unit="step", initial=90) as bar:
         pass
     assert "90/100" in terminal.getvalue()
 
 
 def test_nothing_to_do_prints_nothing(capsys):
-    with Console().progress("training", total=8, unit="step", initial=8):
+    with Console().progress_bar("training", total=8, unit="step", initial=8):
         pass
     assert capsys.readouterr().err == ""
 
@@ -114,7 +114,7 @@ def test_color_needs_a_terminal_and_no_no_color(monkeypatch, setting, is_colored
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     setup_logging()
-    with Console().progress("training", total=2, unit="step") as bar:
+    with Console().progress_bar("training", total=2, unit="step") as bar:
         bar.update()
     logging.getLogger("hqqtrain.x").warning("careful")
     assert ("\033[33mwarning: \033[0mcareful" in terminal.getvalue()) is is_colored
@@ -124,24 +124,24 @@ def test_color_needs_a_terminal_and_no_no_color(monkeypatch, setting, is_colored
 
 def test_a_pipe_never_gets_color(capsys, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "")
-    with Console().progress("training", total=1, unit="step") as bar:
+    with Console().progress_bar("training", total=1, unit="step") as bar:
         bar.update()
-    Console().results(ROWS, [Path("a")])
+    Console().print_results(ROWS, [Path("a")])
     assert "\033" not in "".join(capsys.readouterr())
 
 
 def test_other_ranks_are_silent_and_an_error_ends_the_line(capsys):
-    with Console(is_main=False).progress("x", total=1) as bar:
+    with Console(is_main=False).progress_bar("x", total=1) as bar:
         bar.update()
     assert capsys.readouterr().err == ""
-    bar = Console().progress("x", total=3)
+    bar = Console().progress_bar("x", total=3)
     with pytest.raises(ZeroDivisionError), bar:
         fail_after_one(bar)
     assert "x: 1/3 its (33%)" in capsys.readouterr().err
 
 
 def test_without_a_total(capsys):
-    with Console().progress("reading", unit="row") as bar:
+    with Console().progress_bar("reading", unit="row") as bar:
         bar.update(5)
     assert capsys.readouterr().err.startswith("reading: 5 rows, ")
 

@@ -55,7 +55,7 @@ class JobResults:
         job keeps, and the run's status.json, because a job may also run outside of the sweep. A job
         counts as done only if its own status.json says so.
         """
-        status = job.status().status
+        status = job.read_status().status
         by_status = _STATE_BY_STATUS.get(status, status) if isinstance(status, str) else "pending"
         records = [r for r in (self._records.get(job.name), read_attempt(job.folder)) if r]
         newest = max(records, key=lambda record: record["time"], default=None)
@@ -120,7 +120,7 @@ def collect_rows(sweep: Sweep, results: JobResults | None = None) -> list[TableR
     results, rows = results or JobResults(sweep), []
     for job in sweep.jobs:
         state = results.state(job)
-        found = summary_figures(job.summary() if state == "done" else Summary())
+        found = summary_figures(job.read_summary() if state == "done" else Summary())
         rows.append(TableRow(sweep.swept_values(job), found, state, str(job.folder)))
     return rows
 
@@ -137,7 +137,7 @@ def summary_figures(summary: Summary) -> dict[str, float | None]:
         "peak_memory_gib": max(peaks, default=None),
         "tokens_per_second": train.tokens_per_second,
     }
-    models = summary.models()
+    models = summary.measured_models()
     for key in MODEL_NAMES:
         figures = models.get(key, ModelFigures())
         found |= {f"perplexity_{key}": figures.perplexity, f"kl_{key}": figures.kl}
