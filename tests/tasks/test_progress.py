@@ -10,7 +10,7 @@ from hqqtrain.tasks.progress import ProgressBars
 
 
 class _Bar:
-    """Notes its updates, as the context manager that `Console.progress` returns."""
+    """Notes its updates, as the context manager that `Console.progress_bar` returns."""
 
     def __init__(self, *settings: object) -> None:
         self.settings, self.updates = settings, []
