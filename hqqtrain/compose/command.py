@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 import yaml
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.compose.compose import compose_config
 from hqqtrain.compose.expand import expand_jobs
 from hqqtrain.compose.job import Job
 from hqqtrain.config.run import RunConfig
@@ -54,10 +53,10 @@ def plan_command(overrides: list[str], multirun: bool) -> Command:
     Raises:
         UserError: an override is invalid, or two different jobs would share a run directory.
     """
-    lines = expand_jobs(overrides, multirun)
-    planned = [Job(line, compose_config(line)) for line in lines]
+    expanded = expand_jobs(overrides, multirun)
+    planned = [Job(words, composed.checked()) for words, composed in expanded]
     _refuse_shared_folders(planned)
-    is_sweep = multirun or lines != [overrides]
+    is_sweep = multirun or [job.words for job in planned] != [overrides]
     if not is_sweep:
         _refuse_jobs(overrides)
     return Command(planned, is_sweep)

@@ -1,6 +1,5 @@
 """Compose `recipe=x key=value ...` into a RunConfig, or explain what is wrong with it."""
 
-from dataclasses import fields
 from functools import cache
 
 from hydra import compose as hydra_compose
@@ -36,10 +35,7 @@ def compose_config(overrides: list[str]) -> RunConfig:
     Raises:
         UserError: for every invalid argument or recipe; the message names the key or file.
     """
-    composed = compose_unchecked(overrides)
-    config = RunConfig(**{item.name: getattr(composed, item.name) for item in fields(RunConfig)})
-    config.check()
-    return config
+    return compose_unchecked(overrides).checked()
 
 
 def compose_unchecked(overrides: list[str]) -> schema.ComposedConfig:

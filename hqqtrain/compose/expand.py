@@ -11,10 +11,11 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.compose.compose import compose_unchecked, parse_overrides
+from hqqtrain.compose.schema import ComposedConfig
 
 
-def expand_jobs(overrides: list[str], multirun: bool) -> list[list[str]]:
-    """Return the command lines of all jobs, or `[overrides]` if there is nothing to sweep.
+def expand_jobs(overrides: list[str], multirun: bool) -> list[tuple[list[str], ComposedConfig]]:
+    """Return the command line of every job and what it composes to; a single run is one job.
 
     Args:
         overrides: The `key=value` arguments of the command line.
@@ -28,11 +29,14 @@ def expand_jobs(overrides: list[str], multirun: bool) -> list[list[str]]:
     return [job for line in lines for job in _recipe_jobs(line)]
 
 
-def _recipe_jobs(line: list[str]) -> list[list[str]]:
-    sweep = compose_unchecked(line).sweep
+def _recipe_jobs(line: list[str]) -> list[tuple[list[str], ComposedConfig]]:
+    composed = compose_unchecked(line)
     given = {override.key_or_group for override in parse_overrides(line)}
-    swept = [f"{key}={values}" for key, values in sweep.items() if key not in given]
-    return [line + job for job in _combinations(parse_overrides(swept))] if swept else [line]
+    swept = [f"{key}={values}" for key, values in composed.sweep.items() if key not in given]
+    if not swept:
+        return [(line, composed)]
+    jobs = [line + job for job in _combinations(parse_overrides(swept))]
+    return [(job, compose_unchecked(job)) for job in jobs]
 
 
 def _combinations(overrides: list[Override]) -> list[list[str]]:

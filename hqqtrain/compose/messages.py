@@ -1,10 +1,12 @@
 """Turn errors of Hydra, OmegaConf and YAML into messages that name the key, value and fix."""
 
+import copy
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
@@ -69,9 +71,15 @@ def check_type(key: str, value: Any, where: str = "") -> None:
         UserError: `value` has another type.
     """
     try:
-        OmegaConf.update(OmegaConf.structured(ComposedConfig), key, value, merge=True)
+        OmegaConf.update(copy.deepcopy(_typed_defaults()), key, value, merge=True)
     except OmegaConfBaseException as error:
         raise _wrong_value(key, value, where, error) from None
+
+
+@cache
+def _typed_defaults() -> DictConfig:
+    """Return the defaults of all keys with their types; never change them, a copy is cheap."""
+    return OmegaConf.structured(ComposedConfig)
 
 
 def _wrong_value(key: str, value: Any, where: str, error: OmegaConfBaseException) -> UserError:

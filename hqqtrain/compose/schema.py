@@ -4,7 +4,7 @@ The dataclasses are the schema; this module does not repeat any key.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, get_origin, get_type_hints
 
@@ -19,6 +19,16 @@ class ComposedConfig(RunConfig):
     """A RunConfig during composition, when a recipe may also have a `sweep`."""
 
     sweep: dict[str, str] = field(default_factory=dict)
+
+    def checked(self) -> RunConfig:
+        """Return the configuration of one run, without `sweep`.
+
+        Raises:
+            UserError: with one line for every error, see `RunConfig.check`.
+        """
+        config = RunConfig(**{item.name: getattr(self, item.name) for item in fields(RunConfig)})
+        config.check()
+        return config
 
 
 def register_schema() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.compose.compose import compose_config
+from hqqtrain.compose.messages import check_type
 from hqqtrain.compose.schema import known_keys
 from hqqtrain.config.infra import parse_seconds
 from hqqtrain.config.run import RunConfig
@@ -124,6 +125,12 @@ def test_a_failed_composition_does_not_affect_the_next():
     _message("quant.nbit=2")
     _message("model=llama9b")
     assert compose_config(["quant.nbits=2"]).quant.nbits == 2
+
+
+def test_the_check_of_an_argument_does_not_affect_the_next():
+    check_type("quant.overrides.q_proj", 3)
+    check_type("quant.overrides.q_proj.nbits", 4)  # would fail below the number 3
+    assert compose_config([]).quant.overrides == {}
 
 
 def test_durations_are_limited_to_forms_that_slurm_and_yaml_read_alike():

@@ -3,20 +3,43 @@
 import pytest
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.compose.compose import compose_config
+from hqqtrain.compose import compose
 from hqqtrain.compose.expand import expand_jobs
+
+
+def expand(words: list[str], multirun: bool) -> list[list[str]]:
+    return [line for line, _ in expand_jobs(words, multirun)]
+
+
+def test_each_command_line_is_composed_once(monkeypatch):
+    composed = []
+
+    def counted(*arguments):
+        composed.append(arguments)
+        return hydra_compose(*arguments)
+
+    hydra_compose = compose.hydra_compose
+    monkeypatch.setattr(compose, "hydra_compose", counted)
+    for words, multirun, jobs in ((["recipe=tiny_2bit"], False, 1), (["quant.nbits=2,3"], True, 2)):
+        composed.clear()
+        assert len(expand_jobs(words, multirun)) == jobs == len(composed)
+
+
+def test_jobs_come_with_what_they_compose_to():
+    jobs = expand_jobs(["recipe=sweep_bits", "quant.group_size=32"], multirun=False)
+    assert [composed.quant.nbits for _, composed in jobs] == [4, 3, 2, 1]
+    for words, composed in jobs:
+        assert composed.checked() == compose.compose_config(words)
 
 
 def test_a_command_without_sweep_is_returned_unchanged():
     words = ["recipe=tiny_2bit", "quant.nbits=3"]
-    assert expand_jobs(words, multirun=False) == [words]
-    assert expand_jobs(words, multirun=True) == [words]
+    assert expand(words, multirun=False) == [words]
+    assert expand(words, multirun=True) == [words]
 
 
 def test_all_combinations_come_in_order():
-    assert expand_jobs(
-        ["quant.nbits=2,3", "task=eval", "quant.group_size=32,null"], multirun=True
-    ) == [
+    assert expand(["quant.nbits=2,3", "task=eval", "quant.group_size=32,null"], multirun=True) == [
         ["quant.nbits=2", "task=eval", "quant.group_size=32"],
         ["quant.nbits=2", "task=eval", "quant.group_size=null"],
         ["quant.nbits=3", "task=eval", "quant.group_size=32"],
@@ -25,18 +48,18 @@ def test_all_combinations_come_in_order():
 
 
 def test_ranges_and_lists_as_values():
-    assert expand_jobs(["quant.nbits=range(1,4)"], multirun=True) == [
+    assert expand(["quant.nbits=range(1,4)"], multirun=True) == [
         [f"quant.nbits={n}"] for n in (1, 2, 3)
     ]
-    words = expand_jobs(["quant.skip=[lm_head],[lm_head,'*.o_proj']"], multirun=True)
-    assert [compose_config(job).quant.skip for job in words] == [
+    jobs = expand_jobs(["quant.skip=[lm_head],[lm_head,'*.o_proj']"], multirun=True)
+    assert [composed.quant.skip for _, composed in jobs] == [
         ["lm_head"],
         ["lm_head", "*.o_proj"],
     ]
 
 
 def test_a_sweep_over_recipes_includes_the_sweeps_of_the_recipes():
-    found = expand_jobs(["recipe=tiny_2bit,sweep_bits"], multirun=True)
+    found = expand(["recipe=tiny_2bit,sweep_bits"], multirun=True)
     assert found[0] == ["recipe=tiny_2bit"]
     assert found[1:] == [
         ["recipe=sweep_bits", f"quant.nbits={nbits}", f"quant.group_size={size}"]
@@ -46,24 +69,24 @@ def test_a_sweep_over_recipes_includes_the_sweeps_of_the_recipes():
 
 
 def test_a_key_on_the_command_line_is_not_swept():
-    assert expand_jobs(["recipe=sweep_bits", "quant.nbits=3"], multirun=False) == [
+    assert expand(["recipe=sweep_bits", "quant.nbits=3"], multirun=False) == [
         ["recipe=sweep_bits", "quant.nbits=3", f"quant.group_size={size}"] for size in (32, 64, 128)
     ]
 
 
 def test_each_job_of_a_sweep_has_its_own_name():
     names = {
-        compose_config(job).run_name() for job in expand_jobs(["recipe=sweep_bits"], multirun=False)
+        composed.run_name() for _, composed in expand_jobs(["recipe=sweep_bits"], multirun=False)
     }
     assert len(names) == 12
 
 
 def test_several_values_without_multirun_are_refused():
     with pytest.raises(UserError, match="a sweep needs -m"):
-        expand_jobs(["quant.nbits=2,3"], multirun=False)
+        expand(["quant.nbits=2,3"], multirun=False)
 
 
 @pytest.mark.parametrize("words", ["quant.nbits=glob(*)", "optim.lr=interval(0,1)"])
 def test_sweeps_without_a_list_of_values_are_refused(words):
     with pytest.raises(UserError, match="a sweep needs a list"):
-        expand_jobs([words], multirun=True)
+        expand([words], multirun=True)

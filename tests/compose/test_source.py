@@ -109,7 +109,8 @@ def test_an_empty_recipe_gives_the_defaults(recipes):
 
 def test_a_recipe_that_sweeps(recipes):
     _write(recipes, "mine", "sweep:\n  quant.nbits: 2,3\n  train.seed: range(0,2)\n")
-    assert expand_jobs(["recipe=mine"], multirun=False) == [
+    jobs = expand_jobs(["recipe=mine"], multirun=False)
+    assert [words for words, _ in jobs] == [
         ["recipe=mine", f"quant.nbits={nbits}", f"train.seed={seed}"]
         for nbits in (2, 3)
         for seed in (0, 1)
@@ -119,4 +120,4 @@ def test_a_recipe_that_sweeps(recipes):
 def test_a_sweep_over_a_key_that_does_not_exist(recipes):
     _write(recipes, "mine", "sweep:\n  quant.nbit: 2,3\n")
     with pytest.raises(UserError, match=r"quant\.nbit: unknown key"):
-        [compose_config(job) for job in expand_jobs(["recipe=mine"], multirun=False)]
+        [composed.checked() for _, composed in expand_jobs(["recipe=mine"], multirun=False)]

@@ -20,9 +20,9 @@ EXPECTED_BILLIONS = {
 
 def _configs() -> list:
     return [
-        pytest.param(compose_config(words), id=" ".join(words))
+        pytest.param(composed.checked(), id=" ".join(words))
         for name in sorted(recipe_files())
-        for words in expand_jobs([f"recipe={name}"], multirun=False)
+        for words, composed in expand_jobs([f"recipe={name}"], multirun=False)
     ]
 
 

@@ -13,7 +13,8 @@ from hqqtrain.launch.sweep.sweep import Sweep
 
 
 def plan(*words: str, multirun: bool = True) -> list[Job]:
-    return [Job(line, compose_config(line)) for line in expand_jobs(list(words), multirun)]
+    expanded = expand_jobs(list(words), multirun)
+    return [Job(line, composed.checked()) for line, composed in expanded]
 
 
 def test_jobs_share_quantized_weights_and_a_group():
