@@ -2,14 +2,21 @@
 
 import os
 import signal
+from pathlib import Path
 
+import pytest
 import torch
 
-if not torch.cuda.is_available():
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
     # Triton reads this when its functions are decorated, so it is set before the first import.
     os.environ["TRITON_INTERPRET"] = "1"
 
 pytest_plugins = ["random_models", "quantized_models", "tiny_runs"]
+
+MARKED_FOLDERS = ("e2e", "slurm")
+LONG_FIRST = ("slurm/", "e2e/test_resume.py", "kernels/test_compiled.py", "e2e/")
+"""Beginnings of paths. A process runs whole files, so a long file must not be among the last."""
 
 
 def pytest_configure() -> None:
@@ -21,3 +28,25 @@ def pytest_configure() -> None:
     for number, default in defaults.items():
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, default)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by folder before `-m` selects, skip what needs a GPU, and put long files first."""
+    for item in items:
+        folder = _path(item).partition("/")[0]
+        if folder in MARKED_FOLDERS:
+            item.add_marker(folder)
+        if not HAS_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    items.sort(key=_place)
+
+
+def _path(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).as_posix()
+
+
+def _place(item: pytest.Item) -> int:
+    """Return the index of the first entry of LONG_FIRST that matches; other files come last."""
+    matches = (i for i, start in enumerate(LONG_FIRST) if _path(item).startswith(start))
+    return next(matches, len(LONG_FIRST))

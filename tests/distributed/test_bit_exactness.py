@@ -60,7 +60,7 @@ def test_a_rewritten_pattern_stops_all_ranks():
         assert "choose another quant.storage_dtype" in answer
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.gpu
 def test_nccl_preserves_bits():
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
     torch.distributed.init_process_group(

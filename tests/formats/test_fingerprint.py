@@ -113,6 +113,6 @@ def test_the_chunk_size_does_not_matter(monkeypatch):
     assert _whole(_tensors()) == whole
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_computes_the_same_fingerprint():
     assert _whole({k: v.cuda() for k, v in _tensors().items()}) == _whole(_tensors())

@@ -1,11 +1,11 @@
 """Run a function on several real processes that communicate over gloo."""
 
-import multiprocessing
 import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from forkserver import fork_context
 from runs import free_port
 
 from hqqtrain.common.errors import RankLostError, UserError
@@ -37,8 +37,7 @@ def on_ranks(
 
     Rank `lost` does not answer and is killed in the end; it is not in the result.
     """
-    context, port = multiprocessing.get_context("forkserver"), free_port()
-    context.set_forkserver_preload(["torch.distributed.fsdp", "hqqtrain.loading.model_builder"])
+    context, port = fork_context(), free_port()
     answers = context.Queue()
     workers = [
         context.Process(

@@ -3,10 +3,8 @@
 import argparse
 import ast
 import contextlib
-import functools
 import json
 import logging
-import multiprocessing
 import os
 import random
 import signal
@@ -22,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forkserver import fork_context
 
 from hqqtrain.cli import main
 from hqqtrain.common.signals import SIGNALS
-from hqqtrain.tasks.run import OPENMP_SPIN_COUNT
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 TIMEOUT = 400
@@ -121,7 +119,7 @@ def run(
         output.write_text("")
         env = ENVIRONMENT | (_ranks(rank, processes, port, per_node) if processes > 1 else {})
         arguments = ([*words, f"run.root={root}"], root.parent, env, output)
-        workers.append(_context().Process(target=_main, args=arguments))
+        workers.append(fork_context().Process(target=_main, args=arguments))
         workers[-1].start()
     meanwhile([worker.pid for worker in workers])
     code = _join(workers, grace, limit)
@@ -164,14 +162,6 @@ def launch(*words: str, root: Path, launcher: Sequence[str] = (sys.executable,))
         cwd=root.parent, env={**os.environ, **ENVIRONMENT},
     )  # fmt: skip
     return Finished(done.returncode, done.stdout, root, (done.returncode,))
-
-
-@functools.cache
-def _context() -> Any:
-    os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)  # as `run_task` does
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hqqtrain.tasks.dispatch"])
-    return context
 
 
 def _ranks(rank: int, size: int, port: int, per_node: int | None) -> dict[str, str]:

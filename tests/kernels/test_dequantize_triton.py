@@ -149,6 +149,7 @@ def test_refuses_arguments_that_do_not_fit(wrong: str) -> None:
         dequantize(*given[:3], layout, given[3])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
 def test_runs_where_the_weight_is() -> None:
     layout = Layout(64, 128, 4, 64, 1)
@@ -156,6 +157,7 @@ def test_runs_where_the_weight_is() -> None:
     check(parts, layout, torch.empty(64, 128, dtype=torch.bfloat16, device="cuda:1"))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="the interpreter has no streams")
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_captured_graph_writes_again(axis: int) -> None:
@@ -174,6 +176,7 @@ def test_a_captured_graph_writes_again(axis: int) -> None:
 FREE = torch.cuda.mem_get_info()[0] if GPU else 0
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(FREE < 20 << 30, reason="needs 20 GB of GPU memory")
 @pytest.mark.parametrize(("axis", "g"), [(1, 64), (0, 64), (1, 4), (0, 4)])
 def test_more_than_2_to_the_31_elements_and_bytes(axis: int, g: int) -> None:

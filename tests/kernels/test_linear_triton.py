@@ -218,6 +218,7 @@ def test_no_kernel_for_fp32_or_no_rows() -> None:
     assert linear_triton.linear(empty, *parts, None, layout) is None
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU: the interpreter takes minutes")
 @pytest.mark.parametrize("N", [28672, 8192])
 @pytest.mark.parametrize("nbits", [8, 4, 3, 2, 1])
@@ -231,6 +232,7 @@ def test_as_good_at_full_size(nbits: int, N: int) -> None:
             assert_as_good(y, x, parts, layout, None)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU's memory")
 def test_beyond_two_to_the_31st_weight() -> None:
     layout = Layout((1 << 31) // 32768 + 64, 32768, 2, 64, 1)

@@ -18,7 +18,6 @@ from hqqtrain_kernels import linear_triton
 pytestmark = pytest.mark.usefixtures("triton_backend", "small_layers_too")
 
 DTYPE = torch.bfloat16 if GPU else torch.float16  # the interpreter does not round bf16
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 FUSED = Layout(40, 128, 4, 64, 1)
 """Few rows of x are multiplied with its packed weight."""
@@ -146,7 +145,7 @@ def count_graphs(backend: str, graphs: list) -> Callable:
     return compiler
 
 
-INDUCTOR = pytest.param("inductor", marks=needs_gpu)  # on a CPU in test_ops.py
+INDUCTOR = pytest.param("inductor", marks=pytest.mark.gpu)  # on a CPU in test_ops.py
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
@@ -184,7 +183,7 @@ def test_dequantizing_into_a_part_compiles() -> None:
     torch.testing.assert_close(sums, buffer.sum(1))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 8, 200])
 def test_cuda_graphs(rows: int) -> None:
     parts = packed(FUSED)
@@ -209,7 +208,7 @@ def test_cuda_graphs(rows: int) -> None:
         assert torch.equal(got, expected)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", [FUSED, DENSE], ids=["fused", "dense"])
 def test_runs_on_the_current_stream(layout: Layout) -> None:
     """On another stream it would read x before x is written: the side stream sleeps first."""
@@ -227,6 +226,7 @@ def test_runs_on_the_current_stream(layout: Layout) -> None:
     assert torch.equal(y, expected)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("layout", [FUSED, DENSE], ids=["fused", "dense"])
 def test_a_device_that_is_not_the_current_one(layout: Layout) -> None:

@@ -170,6 +170,7 @@ def test_rows_with_a_stride(axis: int) -> None:
         assert groups_that_differ(W, spec) == 0
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU with 20 GiB: 2**32 weights")
 @pytest.mark.parametrize("axis", [0, 1])
 def test_more_than_2_to_the_31_weights(axis: int) -> None:

@@ -80,7 +80,7 @@ class Pinned(Source):
         return torch.full((1 << 22,), float(name), pin_memory=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 def test_a_gpu_waits_for_its_copy(ahead):
     device = torch.device("cuda:0")

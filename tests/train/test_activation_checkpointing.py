@@ -46,7 +46,7 @@ def test_checkpointed_layers(offload: bool, monkeypatch: pytest.MonkeyPatch) -> 
     assert layers == ([(2, 20, 32)] * 2 if offload else [])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_offloaded_inputs_leave_the_gpu() -> None:
     config = LlamaConfig(**SIZES | {"hidden_size": 512, "num_hidden_layers": 8})
     peaks = {}

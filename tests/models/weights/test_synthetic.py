@@ -66,7 +66,7 @@ def test_generated_bytes_are_counted():
     assert "other" not in made
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_makes_the_same_bits():
     there = SyntheticReader(SHAPES, torch.bfloat16, torch.device("cuda")).read("a.weight")
     assert torch.equal(there.cpu(), reader(torch.bfloat16).read("a.weight"))

@@ -1,0 +1,27 @@
+"""The process from which tests fork the ranks of a run, after it has imported what ranks need.
+
+Python's multiprocessing has one fork server for each process, and its first user decides what it
+imports. So all tests that start ranks use the context of this module.
+"""
+
+import functools
+import multiprocessing
+import os
+from multiprocessing.context import ForkServerContext
+
+from hqqtrain.tasks.run import OPENMP_SPIN_COUNT
+
+PRELOADED = [
+    "hqqtrain.tasks.dispatch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama",
+    "matplotlib.backends.backend_agg", "matplotlib.figure", "pytest", "wandb",
+]  # fmt: skip
+"""Modules that neither start a thread nor read RANK: a fork would copy what they have read."""
+
+
+@functools.cache
+def fork_context() -> ForkServerContext:
+    """Return the context whose processes are forked from the server; the first one starts it."""
+    os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)  # as `run_task` does
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
