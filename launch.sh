@@ -63,8 +63,7 @@ run_tests() {
   mypy
   lint-imports
   shellcheck launch.sh .ci/run
-  # By file: tests of a file share runs. tests/conftest.py puts long files first. 3 processes: tests
-  # wait half of the time.
+  # By file: tests of a file share runs. tests/conftest.py orders them. 3: tests wait half of the time.
   exec "$python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
 }
 
