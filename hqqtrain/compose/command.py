@@ -56,7 +56,7 @@ def plan_command(overrides: list[str], multirun: bool) -> Command:
     expanded = expand_jobs(overrides, multirun)
     planned = [Job(words, composed.checked()) for words, composed in expanded]
     _refuse_shared_folders(planned)
-    is_sweep = multirun or [job.words for job in planned] != [overrides]
+    is_sweep = multirun or [words for words, _ in expanded] != [overrides]
     if not is_sweep:
         _refuse_jobs(overrides)
     return Command(planned, is_sweep)

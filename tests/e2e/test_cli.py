@@ -142,7 +142,7 @@ def test_options_that_only_print_are_fast(tmp_path, words):
         assert _hqqtrain(*words, cwd=tmp_path).returncode == 0
         return time.monotonic() - began
 
-    assert min(seconds() for _ in range(3)) < 1.5
+    assert any(seconds() < 1.5 for _ in range(3))  # on a busy machine one of three
 
 
 def test_a_reader_that_stops_early_is_no_error(tmp_path):
