@@ -1,4 +1,4 @@
-"""What the optimizer of a recipe trains, the optimizer itself, and its learning rate at each step.
+"""The parameters that are trained, their optimizer, and its learning rate at each step.
 
 The optimizer steps on `trainable_parameters`, which are also what a checkpoint and `adapter/` have.
 """
