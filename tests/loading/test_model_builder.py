@@ -65,7 +65,7 @@ def test_weights_and_errors(run: Run, tiny_model: Path):
 
 def test_packed_weights_come_back_to_the_bit(run: Run, tmp_path: Path):
     loaded, folder = _build(run), tmp_path / "packed"
-    loaded.save_packed(folder, run.runtime.comm, beside={"made_from.json": {"a": 1}})
+    loaded.save_packed(folder, run.runtime.comm, extra_json={"made_from.json": {"a": 1}})
     assert json.loads((folder / "made_from.json").read_text()) == {"a": 1}
     again = _build(run, packed=folder)
     for (name, ours), theirs in zip(
@@ -80,7 +80,7 @@ def test_packed_weights_come_back_to_the_bit(run: Run, tmp_path: Path):
 
 
 def test_altered_packed_weights_are_refused_by_their_fingerprint(run: Run, tmp_path: Path):
-    _build(run).save_packed(tmp_path / "packed", run.runtime.comm, beside={})
+    _build(run).save_packed(tmp_path / "packed", run.runtime.comm, extra_json={})
     (file,) = (tmp_path / "packed").glob("*.safetensors")
     tensors = load_file(file)
     tensors["model.layers.0.mlp.up_proj.W_q"][0, 0] ^= 1
