@@ -15,7 +15,8 @@ class StepResult:
         tokens: Tokens that the loss predicts, over all ranks.
         loss: Mean over these tokens, in nats.
         learning_rate: Learning rate of the step.
-        peak_memory_gib: Largest peak memory of any rank so far, this optimizer step included.
+        peak_memory_gib: Largest peak memory of any rank up to the backward pass of this step. The
+            optimizer allocates its state in the first step, so this counts from the second on.
         grad_norm: Gradient norm over all ranks, before clipping.
         seconds: Duration of the step on this rank.
         was_taken: Whether the optimizer has stepped.

@@ -85,7 +85,6 @@ class Trainer:
         if result.was_taken:
             self.engine.step(result.learning_rate)
             result.seconds = time.perf_counter() - started
-            result.peak_memory_gib = self._peak_memory_gib()
             self.preemption.record_step_seconds(result.seconds)
             self.state.add(result)
         else:
@@ -107,27 +106,22 @@ class Trainer:
         return loss_sum
 
     def _reduce(self, loss_sum: Tensor, batch_index: int) -> StepResult:
-        """Combine the losses and the requests to stop of all ranks, in one all-reduce."""
-        local = [0.0, bool(self.preemption.stop_reason)]
+        """Combine the ranks' losses, requests to stop and peak memory, in one all-reduce.
+
+        Only sums are reduced, so each rank has a slot of its own for its peak memory. A second
+        collective just for a metric would cost a synchronization at every step.
+        """
+        local: list[float] = [0.0, bool(self.preemption.stop_reason)] + [0] * self.comm.size
+        local[2 + self.comm.rank] = peak_memory_bytes(self.comm.device)
         values = torch.tensor(local, dtype=torch.float64, device=self.comm.device)
         values[0] = loss_sum  # on the device, so that only `sum` waits for it
-        loss, stop_requests = self.comm.sum(values)
+        loss, stop_requests, *peaks = self.comm.sum(values)
         self.stop_requested = stop_requests > 0
         tokens = self.loader.target_token_count(batch_index)
         return StepResult(
             self.state.steps + 1, batch_index, tokens, loss / max(1, tokens),
-            self.schedule.learning_rate(self.state.steps),
+            self.schedule.learning_rate(self.state.steps), max(peaks) / 2**30,
         )  # fmt: skip
-
-    def _peak_memory_gib(self) -> float:
-        """Return the largest peak memory of any rank so far. Collective.
-
-        Only sums are reduced, so each rank has a slot of its own. At every step, one all-reduce is
-        cheaper than to gather Python objects.
-        """
-        peaks = [0.0] * self.comm.size
-        peaks[self.comm.rank] = peak_memory_bytes(self.comm.device)
-        return max(self.comm.sum(peaks)) / 2**30
 
     def state_dict(self) -> dict[str, Any]:
         """Return all state as JSON values, and this rank's shards of tensors as `tensors`."""
