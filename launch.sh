@@ -27,7 +27,7 @@ install() { "$python" -m pip install -qq --disable-pip-version-check -c "$here/c
 install_all() { # install_all EXTRA: torch first, because packages that are built later need it
   local base
   if [[ ! -x $python ]]; then base="$(find_python)"; "$base" -m venv "$venv"; fi
-  install "torch>=2.11,<2.16"
+  install "torch>=2.11,<2.15"
   install -e "$here$1"
   DS_BUILD_OPS=0 install --no-build-isolation deepspeed >"$venv/deepspeed.log" 2>&1 ||
     echo "launch.sh: deepspeed cannot be built here, see .venv/deepspeed.log; continuing." >&2
