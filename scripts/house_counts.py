@@ -28,11 +28,11 @@ PACKAGES = ("hqqtrain", "kernels/hqqtrain_kernels")
 STRATEGIES = frozenset({"single", "ddp", "fsdp2", "fsdp1", "zero3"})
 STRATEGY_HOMES = re.compile(r"hqqtrain/(distributed/strategies/.*|dist/strategy\.py)")
 """Files that may compare the names of strategies: the old tree has one, the new one a package."""
-OUTSIDE_ENGINE = frozenset(
+OUTSIDE_BACK_END = frozenset(
     {"cli", "__main__", "compose", "conf", "launch", "sweep", "track", "tracking", "report"}
     | {"rundir", "config", "common"}
 )
-"""Packages of the front, configuration and utilities; the rest of hqqtrain is the engine."""
+"""Packages of the front end and shared packages; the rest of hqqtrain is the back end."""
 CLUMP = "Run,Runtime,ModelPlan,LoadedModel,RunnableModel,RunRecorder"
 BAD_OPENINGS = re.compile(r"(Of|What|Else|Whose)\b")
 FOR_TOOLS = re.compile(r"# *(fmt|noqa|type|mypy)\b")
@@ -198,15 +198,15 @@ def find_places(
         "docstrings that begin with Of, What, Else or Whose": [],
         "strategy names compared outside the strategies": [],
         "functions with two or more parameters of the clump": [],
-        "functions that take a RunConfig: engine below tasks": [],
+        "functions that take a RunConfig: back end below tasks": [],
         "functions that take a RunConfig: tasks": [],
-        "functions that take a RunConfig: front, config and common": [],
+        "functions that take a RunConfig: front end, config and common": [],
         "modules without a test_<module>.py": [],
         f"files over {LONG_FILE} lines": [],
         f"functions over {LONG_FUNCTION} lines outside *_triton.py": [],
     }
-    prose, strategies, clumps, below, tasks, front, untested, files, functions = found.values()
-    takers = {"tasks": tasks, **dict.fromkeys(OUTSIDE_ENGINE, front)}
+    prose, strategies, clumps, below, tasks, front_end, untested, files, functions = found.values()
+    takers = {"tasks": tasks, **dict.fromkeys(OUTSIDE_BACK_END, front_end)}
     for module in modules:
         stem = Path(module.path).stem
         prose += [module.at(n) for n, text in docstrings(module.tree) if BAD_OPENINGS.match(text)]

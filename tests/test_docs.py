@@ -15,7 +15,7 @@ from hqqtrain.quant.spec import QuantSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE, GLOSSARY = ROOT / "docs" / "architecture.md", ROOT / "docs" / "glossary.md"
-EARLIER_LAYOUT = ("0011-tasks-above-train.md", "0012-two-towers.md")
+EARLIER_LAYOUT = ("0011-tasks-above-train.md", "0012-front-end-and-back-end.md")
 """Decisions that name the modules of an earlier layout."""
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES += [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in EARLIER_LAYOUT]

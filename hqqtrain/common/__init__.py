@@ -1,1 +1,1 @@
-"""Ground floor: errors, files, locks, secrets and signals, with the standard library alone."""
+"""Errors, files, locks, secrets and signals, which the front end and the back end share."""

@@ -18,7 +18,7 @@ SIZES = {
     "vocab_size": 96, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": HEADS,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-MORE = {
+EXTRA_SIZES = {
     "intermediate_size": INNER, "num_key_value_heads": KEYS, "head_dim": HIDDEN // HEADS,
     "max_position_embeddings": 64, "num_local_experts": 4, "num_experts": 4,
     "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "n_inner": INNER,
@@ -27,13 +27,13 @@ MORE = {
 VISION_LANGUAGE = {"qwen2_vl_text"}
 """Families whose text models are only a part of a model; see `test_structure`."""
 MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe"}
-LAYERS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
+DECODER_LAYER_PATHS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
 
 
 def tiny(kind: str, **options: object) -> nn.Module:
     """Return a model of two layers on meta; each family takes the sizes that it knows."""
     known = AutoConfig.for_model(kind).to_dict()
-    sizes = SIZES | {k: v for k, v in MORE.items() if k in known} | options
+    sizes = SIZES | {k: v for k, v in EXTRA_SIZES.items() if k in known} | options
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
 
@@ -52,7 +52,7 @@ def test_a_family_of_the_table(kind):
     model = tiny(kind)
     assert text_config(model).model_type == kind
     layers = decoder_layers(model)
-    assert layers is model.get_submodule(LAYERS.get(kind, "model.layers"))
+    assert layers is model.get_submodule(DECODER_LAYER_PATHS.get(kind, "model.layers"))
     assert output_head(model).weight.shape == (96, HIDDEN)
     layer = layers[1]
     names = layer_names(model, layer)
