@@ -31,7 +31,8 @@ def _signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     signals.listen_for_signals()
     yield
-    signals.listen_for_signals()
+    signals.listen_for_signals()  # forgets the signal of this test
+    signal.set_wakeup_fd(-1)  # so that signals of later tests are not recorded
     for number, handler in before.items():
         signal.signal(number, handler)
 

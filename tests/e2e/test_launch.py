@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,11 +127,18 @@ def _pip(calls: list[str]) -> list[str]:
     return [call.split("constraints.txt ")[1] for call in calls if call.startswith("-m pip")]
 
 
+def _torch_requirement() -> str:
+    """Return the range of torch in pyproject.toml, which launch.sh repeats."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (found,) = (line for line in project["dependencies"] if line.startswith("torch>"))
+    return found
+
+
 def test_the_first_start_installs_torch_first_and_everything_with_constraints(checkout):
     done = checkout.launch()
     assert done.returncode == 0
     assert _pip(checkout.calls) == [
-        "torch>=2.11,<2.16",
+        _torch_requirement(),
         f"-e {checkout.folder}",
         "--no-build-isolation deepspeed",
     ]

@@ -19,7 +19,7 @@ def test_loading_reports_the_same_error_as_relative_error():
     W, approximation = torch.randn(8, 16), torch.randn(8, 16)
     zeros = torch.zeros(2, 2)
     squared = {"a": squared_error(W, approximation), "b": squared_error(zeros, zeros)}
-    stats = MemoryTracker(torch.device("cpu")).report(0, 0, 0.0, 1.0)
+    stats = MemoryTracker(torch.device("cpu")).stats(0, 0, 0.0, 1.0)
     by_layer, total = LoadResult(squared, stats).relative_errors(SINGLE_PROCESS)
     expected = relative_error(W, approximation)
     assert by_layer == {"a": pytest.approx(expected), "b": 0}
