@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LONGEST = 300
-"""Lines of a file."""
+MAX_LINES = 300
+"""Largest number of lines of a file."""
 MAY_PRINT = (
     "hqqtrain/cli.py",
     "hqqtrain/launch/sweep/report.py",
@@ -19,8 +19,8 @@ MAY_PRINT = (
 
 
 def _files(pattern: str, *folders: str) -> list[Path]:
-    found = (file for folder in folders for file in (ROOT / folder).rglob(pattern))
-    return sorted(file for file in found if "__pycache__" not in file.parts)
+    files = (file for folder in folders for file in (ROOT / folder).rglob(pattern))
+    return sorted(file for file in files if "__pycache__" not in file.parts)
 
 
 MODULES = _files("*.py", "hqqtrain", "kernels", "scripts")
@@ -48,7 +48,7 @@ def test_no_test_folder_is_a_package():
 
 @pytest.mark.parametrize("file", MODULES, ids=_name)
 def test_files_are_short(file):
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= LONGEST
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
 
 
 @pytest.mark.parametrize("file", EVERY_MODULE, ids=_name)
@@ -60,15 +60,17 @@ def test_every_module_has_a_docstring(file):
 def test_only_the_command_line_and_the_console_print(file):
     if _name(file) in MAY_PRINT or file.parent in (ROOT / "scripts", ROOT / "kernels" / "bench"):
         return
-    calls = (n for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.Call))
-    lines = [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
-    assert lines == []
+    nodes = ast.walk(ast.parse(file.read_text("utf-8")))
+    calls = (node for node in nodes if isinstance(node, ast.Call))
+    print_lines = [call.lineno for call in calls if ast.unparse(call.func) == "print"]
+    assert print_lines == []
 
 
 PRIVATE_OF_MODULES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 """Attributes of `nn.Module`, which our modules would reach through `self`, too."""
-BY_NAME = {"getattr", "setattr", "hasattr", "delattr"}
-MAY_BE_USED = {"_exit", "_normalize_file_name"}
+ATTRIBUTE_FUNCTIONS = {"getattr", "setattr", "hasattr", "delattr"}
+"""Functions that take the name of an attribute as their second argument."""
+ALLOWED_NAMES = {"_exit", "_normalize_file_name"}
 """`os._exit` is public. Plugins inherit the second from Hydra's `ConfigSource`."""
 
 
@@ -89,30 +91,30 @@ def _own_private_names(trees: list[ast.Module]) -> set[str]:
 
 def _foreign_private_names(tree: ast.Module, own: set[str]) -> list[str]:
     """Return "line: name" of private attributes, modules and imports that are not our own."""
-    found: list[tuple[int, str]] = []
+    private_names: list[tuple[int, str]] = []
     for node in ast.walk(tree):
         names: list[str] = []
-        if isinstance(node, ast.Attribute) and node.attr not in own | MAY_BE_USED:
+        if isinstance(node, ast.Attribute) and node.attr not in own | ALLOWED_NAMES:
             names = [node.attr]
         elif isinstance(node, ast.ImportFrom | ast.Import):
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
             names = ".".join([module, *(alias.name for alias in node.names)]).split(".")
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME:
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ATTRIBUTE_FUNCTIONS:
             names = [str(getattr(node.args[1], "value", ""))]
-        found += [(node.lineno, name) for name in names if _is_private(name)]
-    return [f"{line}: {name}" for line, name in sorted(found)]
+        private_names += [(node.lineno, name) for name in names if _is_private(name)]
+    return [f"{line}: {name}" for line, name in sorted(private_names)]
 
 
 PRODUCT = _files("*.py", "hqqtrain", "kernels/hqqtrain_kernels")
-OWN = _own_private_names([ast.parse(file.read_text("utf-8")) for file in PRODUCT])
+OWN_PRIVATE_NAMES = _own_private_names([ast.parse(file.read_text("utf-8")) for file in PRODUCT])
 
 
 @pytest.mark.parametrize("file", PRODUCT, ids=_name)
 def test_only_compat_uses_private_parts_of_other_libraries(file):
     if file.name == "compat.py":
         return
-    found = _foreign_private_names(ast.parse(file.read_text("utf-8")), OWN)
-    assert found == [], "put it into compat.py, under a public name and with a test"
+    names = _foreign_private_names(ast.parse(file.read_text("utf-8")), OWN_PRIVATE_NAMES)
+    assert names == [], "put these into compat.py, under public names and with tests"
 
 
 @pytest.mark.parametrize("code", [
@@ -120,7 +122,7 @@ def test_only_compat_uses_private_parts_of_other_libraries(file):
     "from torch.distributed import _get", "self._buffers", "getattr(module, '_hf_hook')",
 ])  # fmt: skip
 def test_private_parts_are_found(code):
-    assert _foreign_private_names(ast.parse(code), OWN)
+    assert _foreign_private_names(ast.parse(code), OWN_PRIVATE_NAMES)
 
 
 def test_the_recipe_folder_has_only_recipes():
@@ -135,14 +137,15 @@ def test_the_launcher_is_short_and_executable():
 
 
 def _tracked_text() -> list[Path]:
-    """List the text files of the repository, or the Python files outside a git checkout."""
-    listed = subprocess.run(
+    """List the text files that git tracks or would add; without git, the Python files."""
+    git_ls_files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    names = listed.stdout.splitlines() if listed.returncode == 0 else map(_name, EVERY_MODULE)
+    has_git = git_ls_files.returncode == 0
+    names = git_ls_files.stdout.splitlines() if has_git else map(_name, EVERY_MODULE)
     files = [ROOT / name for name in names if not name.endswith((".safetensors", "tokenizer.json"))]
     return [file for file in files if file.is_file()]
 
@@ -152,10 +155,10 @@ def test_no_path_of_a_machine_and_no_package_index_is_written_down():
     machine_specific = re.compile(
         r"/root/|/home/\w|/opt/\w+/|(extra-)?index-" + r"url|find-" + r"links"
     )
-    found = [
+    violations = [
         f"{file}:{number}"
         for file in _tracked_text()
         for number, line in enumerate(file.read_text("utf-8", "replace").splitlines(), 1)
         if machine_specific.search(line) and file != Path(__file__)
     ]
-    assert found == []
+    assert violations == []

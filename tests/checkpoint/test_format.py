@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import NAMES, save_checkpoint
+from checkpoints import ADAPTER_NAMES, save_checkpoint
 
 from hqqtrain.checkpoint.format import read_checkpoint
 from hqqtrain.checkpoint.store import CheckpointStore
@@ -25,10 +25,10 @@ def test_a_checkpoint_round_trips_and_is_a_peft_adapter(store: CheckpointStore):
     found = read_checkpoint(folder)
     assert (found.step, found.state["eval_loss"]) == (7, None)
     torch.manual_seed(7)
-    assert torch.equal(load_adapter(folder).state[NAMES[0]], torch.randn(4, 16))
+    assert torch.equal(load_adapter(folder).state[ADAPTER_NAMES[0]], torch.randn(4, 16))
     assert load_adapter(folder).fingerprint == "sha256:00"
-    assert set(found.optimizer()) == {f"{n}/{k}" for n in NAMES for k in ("m", "v")}
-    assert found.parameters().keys() == set(NAMES)
+    assert set(found.optimizer()) == {f"{n}/{k}" for n in ADAPTER_NAMES for k in ("m", "v")}
+    assert found.parameters().keys() == set(ADAPTER_NAMES)
     assert not list(store.root.glob(".*"))
 
 

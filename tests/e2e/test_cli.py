@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import stand_in
+from runs import fake_task_module
 
 FAKE_TASK = """
 import os, pathlib, sys
@@ -39,7 +39,7 @@ def _hqqtrain(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess
 @pytest.fixture
 def fake_task(tmp_path) -> dict[str, str]:
     """Return an environment in which the task is a stub, to test the command line alone."""
-    return stand_in(tmp_path / "fake", FAKE_TASK)
+    return fake_task_module(tmp_path / "fake", FAKE_TASK)
 
 
 def _is_empty(folder: Path) -> bool:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disk import no_room
-from runs import QUICK, run_here, small_data
+from disk import limit_file_size
+from runs import QUICK, run_in_this_process, small_data
 
 from hqqtrain.checkpoint.format import read_checkpoint, write_checkpoint
 from hqqtrain.formats.peft import save_adapter
@@ -35,7 +35,7 @@ def full_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
 
 def test_training_continues(words: list[str], tmp_path: Path, monkeypatch, capsys):
     full_at(monkeypatch, 4)
-    assert run_here(words) == 0
+    assert run_in_this_process(words) == 0
     errors = capsys.readouterr().err
     assert "checkpoint of step 4 was not written ([Errno 28] No space left on device)" in errors
     kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
@@ -54,28 +54,28 @@ def test_a_run_that_must_stop_reports_that_nothing_was_saved(
         return step(self)
 
     monkeypatch.setattr(Trainer, "step", signaled)
-    assert run_here(words) == 2
+    assert run_in_this_process(words) == 2
     assert "the checkpoint of step 3 was not written" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     monkeypatch.undo()
-    assert run_here(words) == 0
+    assert run_in_this_process(words) == 0
 
 
 def test_a_result_without_disk_space_is_reported_and_the_same_command_resumes(
     words: list[str], tmp_path: Path, monkeypatch, capsys
 ):
     def without_room(*rest: Any, **more: Any) -> None:
-        with no_room(4096):
+        with limit_file_size(4096):
             save_adapter(*rest, **more)
 
     monkeypatch.setattr("hqqtrain.tasks.finetune.save_adapter", without_room)
     monkeypatch.setattr(RunDirectory, "write_status", _only_while_it_runs)
-    assert run_here(words) == 2
+    assert run_in_this_process(words) == 2
     errors = capsys.readouterr().err
     assert f"run.root={tmp_path}: the disk is full" in errors
     assert "status.json was not written" in errors
     monkeypatch.undo()
-    assert run_here(words) == 0
+    assert run_in_this_process(words) == 0
     assert "resuming from" in capsys.readouterr().err
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import QUICK, TIMEOUT, free_port, run_here, small_data
+from runs import QUICK, TIMEOUT, free_port, run_in_this_process, small_data
 
 from hqqtrain.tracking.jsonl import read_metrics
 from hqqtrain.train.nonfinite import MAX_REFUSED_IN_A_ROW
@@ -67,7 +67,7 @@ def test_stop_names_the_layer_and_saves_the_batch(
     tmp_path: Path, words: tuple, poison: set[int], capsys
 ):
     poison.add(4)
-    assert run_here([*words]) == 2
+    assert run_in_this_process([*words]) == 2
     errors = capsys.readouterr().err
     assert (
         f"global batch 4 gives loss nan, gradient norm nan; first in the output of {LAYER}"
@@ -80,13 +80,13 @@ def test_stop_names_the_layer_and_saves_the_batch(
     assert {len(row) for row in facts["tokens"]} == {64}
     assert state(tmp_path)["steps"] == 3  # the checkpoint to resume from is finite
     poison.clear()
-    assert run_here([*words]) == 0
+    assert run_in_this_process([*words]) == 0
     assert len(losses(tmp_path)) == 8
 
 
 def test_skip_leaves_the_batch_out(tmp_path: Path, words: tuple, poison: set[int]):
     poison |= {2, 5}
-    assert run_here([*words, "train.on_nonfinite=skip"]) == 0
+    assert run_in_this_process([*words, "train.on_nonfinite=skip"]) == 0
     assert len(losses(tmp_path)) == 8
     assert (state(tmp_path)["steps"], state(tmp_path)["skipped"]) == (8, 2)
     assert len(list((tmp_path / "run" / "nonfinite").iterdir())) == 2
@@ -96,11 +96,11 @@ def test_rollback_skips_the_steps_since_the_checkpoint(
     tmp_path: Path, words: tuple, poison: set[int]
 ):
     poison.add(5)
-    assert run_here([*words, "train.on_nonfinite=rollback"]) == 0
+    assert run_in_this_process([*words, "train.on_nonfinite=rollback"]) == 0
     assert (state(tmp_path)["steps"], state(tmp_path)["skipped"]) == (8, 3)  # batches 3, 4 and 5
     skipped = tmp_path / "skipped"
     poison |= {3, 4}
-    assert run_here([*words, "train.on_nonfinite=skip", f"run.root={skipped}"]) == 0
+    assert run_in_this_process([*words, "train.on_nonfinite=skip", f"run.root={skipped}"]) == 0
     assert losses(skipped) == losses(tmp_path)
 
 
@@ -111,7 +111,7 @@ def test_a_batch_is_saved_with_the_number_of_its_step(
         4,
         5,
     }  # the first is one step after the checkpoint of step 3, the second directly after it
-    assert run_here([*words, "train.on_nonfinite=rollback"]) == 0
+    assert run_in_this_process([*words, "train.on_nonfinite=rollback"]) == 0
     kept = sorted((tmp_path / "run" / "nonfinite").iterdir())
     facts = [json.loads(file.read_text()) for file in kept]
     assert [(f["batch"], f["step"]) for f in facts] == [(4, 5), (5, 4)]
@@ -119,14 +119,14 @@ def test_a_batch_is_saved_with_the_number_of_its_step(
 
 def test_too_many_in_a_row_stop_the_run(words: tuple, poison: set[int], capsys):
     poison |= set(range(2, 2 + MAX_REFUSED_IN_A_ROW))
-    assert run_here([*words, "train.on_nonfinite=skip"]) == 2
+    assert run_in_this_process([*words, "train.on_nonfinite=skip"]) == 2
     assert f"{MAX_REFUSED_IN_A_ROW} times" in capsys.readouterr().err
 
 
 def test_repeated_rollbacks_stop_the_run(words: tuple, poison: set[int], capsys):
     """Each rollback is followed by one good step, so the batches are not in a row."""
     poison |= set(range(4, 60, 2))
-    assert run_here([*words, "train.on_nonfinite=rollback"]) == 2
+    assert run_in_this_process([*words, "train.on_nonfinite=rollback"]) == 2
     assert f"{MAX_REFUSED_IN_A_ROW} times" in capsys.readouterr().err
 
 
@@ -134,8 +134,8 @@ def test_rollback_with_an_8_bit_optimizer(tmp_path: Path, words: tuple, poison: 
     pytest.importorskip("bitsandbytes")
     eight = (*words, "train.on_nonfinite=rollback", "optim.name=adamw_8bit")
     poison |= {1, 5}
-    assert run_here([*eight, "train.max_steps=6"]) == 0
-    assert run_here([*eight, "train.max_steps=8"]) == 0
+    assert run_in_this_process([*eight, "train.max_steps=6"]) == 0
+    assert run_in_this_process([*eight, "train.max_steps=8"]) == 0
     assert len(losses(tmp_path)) == 8
 
 
@@ -157,7 +157,7 @@ def test_a_gradient_alone_is_traced_to_a_parameter(
                 hook.remove()
 
     monkeypatch.setattr(Trainer, "step", poisoned)
-    assert run_here([*words]) == 2
+    assert run_in_this_process([*words]) == 2
     errors = capsys.readouterr().err
     assert (
         "first in the gradient of base_model.model.model.layers.2.self_attn.v_proj.lora_B" in errors

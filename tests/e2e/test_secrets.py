@@ -7,7 +7,7 @@ import yaml
 from runs import QUICK, Finished, launch
 
 pytest.importorskip("wandb", reason="an optional tracker: absent on some machines")
-from wandb_file import records_of, wandb_files
+from wandb_file import read_records, wandb_files
 
 WORDS = [word for word in QUICK if not word.startswith(("track.", "train.max_steps"))]
 SECRETS = {
@@ -51,12 +51,12 @@ def test_no_file_and_no_output_contains_a_secret(finished: Finished, secret: str
     contents = files(finished.root.parent)
     assert [name for name, content in contents.items() if secret.encode() in content] == []
     (file,) = wandb_files(finished.directory)  # a block boundary may split a secret in the raw file
-    assert not any(secret in str(record) for record in records_of(file))
+    assert not any(secret in str(record) for record in read_records(file))
 
 
 def test_other_values_are_kept(finished: Finished):
     (file,) = wandb_files(finished.directory)
-    words = {word for record in records_of(file) for word in record.environment.args}
+    words = {word for record in read_records(file) for word in record.environment.args}
     assert {"recipe=tiny_2bit", "track.entity=***", f"run.root={finished.root}"} <= words
     config = yaml.safe_load((finished.directory / "config.yaml").read_text())
     assert (config["track"]["entity"], config["track"]["artifacts"]) == ("***", True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import QUICK, TIMEOUT, stand_in
+from runs import QUICK, TIMEOUT, fake_task_module
 
 FAKE_TASK = """
 import json, os, pathlib, signal, time
@@ -56,7 +56,7 @@ def run_task(config, command):
 @pytest.fixture
 def fake(tmp_path) -> dict[str, str]:
     """Return an environment in which the task is a stub, to test the sweep alone."""
-    return {**stand_in(tmp_path / "fake", FAKE_TASK), "CUDA_VISIBLE_DEVICES": ""}
+    return {**fake_task_module(tmp_path / "fake", FAKE_TASK), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def start(*words: str, cwd: Path, **env: str) -> subprocess.Popen:

@@ -47,8 +47,10 @@ def _export(trained, folder, *, tensors=None, adapter=True, dtype=torch.float32,
         ("llama", True, {"skip": []}, AdapterConfig(target_modules=["*"])),
     ],
 )
-def test_exported_models_compute_the_same_logits(train, tmp_path, kind, tied, quant, adapter):
-    trained = train(kind, tied=tied, adapter=adapter, **quant)
+def test_exported_models_compute_the_same_logits(
+    make_trained, tmp_path, kind, tied, quant, adapter
+):
+    trained = make_trained(kind, tied=tied, adapter=adapter, **quant)
     dense = _export(trained, tmp_path / "dense")
     torch.testing.assert_close(dense(TOKENS).logits, trained.model(TOKENS).logits)
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
@@ -56,16 +58,16 @@ def test_exported_models_compute_the_same_logits(train, tmp_path, kind, tied, qu
     assert config["tie_word_embeddings"] == (tied and "skip" not in quant)
 
 
-def test_export_without_an_adapter_is_the_base(train, tmp_path):
-    trained = train()
+def test_export_without_an_adapter_is_the_base(make_trained, tmp_path):
+    trained = make_trained()
     dense = _export(trained, tmp_path / "dense", adapter=None)
     with trained.model.disable_adapter():
         torch.testing.assert_close(dense(TOKENS).logits, trained.model(TOKENS).logits)
 
 
-def test_export_from_files(train, tmp_path):
+def test_export_from_files(make_trained, tmp_path):
     """The files of quantized/ and adapter/ suffice; no model is built."""
-    trained = train()
+    trained = make_trained()
     folder = trained.save(tmp_path / "quantized", max_shard_bytes=4096)
     card = AdapterCard("x", trained.settings.fingerprint, 2, 16, 1, "hqq", 4.0)
     save_adapter(trained.adapter.state, trained.adapter.config, tmp_path / "adapter", card=card)
@@ -80,9 +82,9 @@ def test_export_from_files(train, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "dense").vocab_size == 4096
 
 
-def test_merging_rounds_once(train, tmp_path):
+def test_merging_rounds_once(make_trained, tmp_path):
     """A bf16 export sums the dequantized weight and the delta in fp32 and casts once."""
-    trained = train()
+    trained = make_trained()
     dense = _export(trained, tmp_path / "dense", dtype=torch.bfloat16)
     assert {p.dtype for p in dense.parameters()} == {torch.bfloat16}
     name = "model.layers.1.mlp.down_proj"
@@ -92,9 +94,9 @@ def test_merging_rounds_once(train, tmp_path):
     assert json.loads((tmp_path / "dense" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_tensors_are_streamed(train):
+def test_tensors_are_streamed(make_trained):
     """At most the three tensors of a layer are read ahead of each yielded weight."""
-    trained, taken = train(), []
+    trained, taken = make_trained(), []
 
     def recorded():
         for name, tensor in model_tensors(trained.model):
@@ -106,16 +108,16 @@ def test_tensors_are_streamed(train):
         assert len(taken) <= 3 * count
 
 
-def test_another_base_is_refused_before_anything_is_written(train, tmp_path):
-    trained = train()
+def test_another_base_is_refused_before_anything_is_written(make_trained, tmp_path):
+    trained = make_trained()
     stranger = Adapter(trained.adapter.config, trained.adapter.state, "sha256:other")
     with pytest.raises(UserError, match="trained on the quantized base sha256:other"):
         _export(trained, tmp_path / "dense", adapter=stranger)
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_an_adapter_of_another_model_is_refused(train, tmp_path):
-    trained = train()
+def test_an_adapter_of_another_model_is_refused(make_trained, tmp_path):
+    trained = make_trained()
     state = {k.replace("layers.1", "layers.9"): v for k, v in trained.adapter.state.items()}
     stranger = Adapter(trained.adapter.config, state)
     with pytest.raises(

@@ -48,8 +48,8 @@ def _reload(folder, storage=torch.uint8):
     ],
 )
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
-def test_it_reloads_bit_for_bit(train, tmp_path, quant, tied, storage):
-    trained = train("qwen2", tied=tied, storage=storage, **quant)
+def test_it_reloads_bit_for_bit(make_trained, tmp_path, quant, tied, storage):
+    trained = make_trained("qwen2", tied=tied, storage=storage, **quant)
     folder = trained.save(tmp_path / "quantized")
     assert quantized_settings(folder) == trained.settings
     again = _reload(folder, torch.float16)
@@ -63,8 +63,8 @@ def test_it_reloads_bit_for_bit(train, tmp_path, quant, tied, storage):
         assert torch.equal(again(tokens).logits, trained.model(tokens).logits)
 
 
-def test_contents_of_the_folder(train, tmp_path):
-    trained = train()
+def test_contents_of_the_folder(make_trained, tmp_path):
+    trained = make_trained()
     (trained.source / "chat_template.jinja").write_text("{{ x }}")
     folder = trained.save(tmp_path / "quantized")
     files = {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json",
@@ -80,8 +80,8 @@ def test_contents_of_the_folder(train, tmp_path):
     assert load_tokenizer(folder).vocab_size == 4096
 
 
-def test_sharding_does_not_change_the_tensors(train, tmp_path):
-    trained = train()
+def test_sharding_does_not_change_the_tensors(make_trained, tmp_path):
+    trained = make_trained()
     one = SafetensorsReader(trained.save(tmp_path / "one"))
     many = SafetensorsReader(trained.save(tmp_path / "many", max_shard_bytes=4096))
     sizes = [p.stat().st_size for p in (tmp_path / "many").glob("*.safetensors")]
@@ -93,8 +93,8 @@ def test_sharding_does_not_change_the_tensors(train, tmp_path):
     assert not (tmp_path / "one" / "model.safetensors.index.json").exists()
 
 
-def test_a_failure_while_writing_leaves_nothing(train, tmp_path):
-    trained = train()
+def test_a_failure_while_writing_leaves_nothing(make_trained, tmp_path):
+    trained = make_trained()
 
     def failing():
         yield from list(model_tensors(trained.model))[:5]
@@ -129,8 +129,8 @@ def _flip_in_norm(file: Path) -> None:
         (Path.unlink, "cannot be read"),
     ],
 )
-def test_damage_is_found_and_named(train, tmp_path, damage, message):
-    folder = train().save(tmp_path / "quantized")
+def test_damage_is_found_and_named(make_trained, tmp_path, damage, message):
+    folder = make_trained().save(tmp_path / "quantized")
     check_quantized(folder, SINGLE_PROCESS)
     damage(folder / "model.safetensors")
     with pytest.raises(
@@ -139,8 +139,8 @@ def test_damage_is_found_and_named(train, tmp_path, damage, message):
         check_quantized(folder, SINGLE_PROCESS)
 
 
-def test_every_file_is_covered(train, tmp_path):
-    folder = train().save(
+def test_every_file_is_covered(make_trained, tmp_path):
+    folder = make_trained().save(
         tmp_path / "quantized", max_shard_bytes=4096, extra_json={"errors.json": [1]}
     )
     assert len(list(folder.iterdir())) > 10
@@ -153,8 +153,8 @@ def test_every_file_is_covered(train, tmp_path):
     check_quantized(folder, SINGLE_PROCESS)
 
 
-def test_a_folder_without_a_manifest_is_accepted(train, tmp_path):
-    folder = train().save(tmp_path / "quantized")
+def test_a_folder_without_a_manifest_is_accepted(make_trained, tmp_path):
+    folder = make_trained().save(tmp_path / "quantized")
     (folder / "manifest.json").unlink()
     check_quantized(folder, SINGLE_PROCESS)
 
@@ -166,8 +166,8 @@ def test_known_checksums_are_not_computed_again(tmp_path):
         check_sealed(tmp_path)
 
 
-def test_gather_is_called_once_per_tensor(train):
-    trained, seen = train(), []
+def test_gather_is_called_once_per_tensor(make_trained):
+    trained, seen = make_trained(), []
     names = [name for name, _ in model_tensors(trained.model, gather=lambda t: seen.append(t) or t)]
     assert len(seen) == len(names) == len(set(names))
 
@@ -185,8 +185,8 @@ def test_gather_is_called_once_per_tensor(train):
         (lambda q: next(iter(q["modules"].values())).update(extra=7), "damaged"),
     ],
 )
-def test_damaged_settings_are_refused(train, tmp_path, change, message):
-    folder = train().save(tmp_path / "quantized")
+def test_damaged_settings_are_refused(make_trained, tmp_path, change, message):
+    folder = make_trained().save(tmp_path / "quantized")
     config = json.loads((folder / "config.json").read_text())
     change(config["quantization_config"])
     (folder / "config.json").write_text(json.dumps(config))
@@ -194,13 +194,13 @@ def test_damaged_settings_are_refused(train, tmp_path, change, message):
         quantized_settings(folder)
 
 
-def test_settings_survive_json(train):
-    settings = train(axis=0, group_size=None, nbits=8).settings
+def test_settings_survive_json(make_trained):
+    settings = make_trained(axis=0, group_size=None, nbits=8).settings
     found = json.loads(json.dumps(settings.quantization_config()))
     assert {
         n: type(settings.modules[n])(**v) for n, v in found["modules"].items()
     } == settings.modules
     assert (
-        QuantizedSettings.from_model(train(axis=0, group_size=None, nbits=8).model).modules
+        QuantizedSettings.from_model(make_trained(axis=0, group_size=None, nbits=8).model).modules
         == settings.modules
     )

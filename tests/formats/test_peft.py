@@ -35,8 +35,8 @@ def _save(trained, folder, **more):
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora"])
-def test_stock_peft_on_the_dequantized_base_gives_the_same_logits(train, tmp_path, kind):
-    trained = train("qwen2", adapter=AdapterConfig(kind=kind, r=4, alpha=8, dropout=0.1))
+def test_stock_peft_on_the_dequantized_base_gives_the_same_logits(make_trained, tmp_path, kind):
+    trained = make_trained("qwen2", adapter=AdapterConfig(kind=kind, r=4, alpha=8, dropout=0.1))
     folder = _save(trained, tmp_path / "adapter")
     tensors = dense_tensors(model_tensors(trained.model), trained.settings, dtype=torch.float32)
     export_dense(tensors, tmp_path / "dense", hf_config=trained.hf_config, source=trained.source,
@@ -51,8 +51,8 @@ def test_stock_peft_on_the_dequantized_base_gives_the_same_logits(train, tmp_pat
         assert (stock(TOKENS).logits - trained.model(TOKENS).logits).abs().max() > 0.01
 
 
-def test_adapters_round_trip(train, tmp_path):
-    trained = train()
+def test_adapters_round_trip(make_trained, tmp_path):
+    trained = make_trained()
     folder = _save(trained, tmp_path / "adapter", revision="v1")
     assert set(os.listdir(folder)) == {
         "adapter_config.json",
@@ -69,15 +69,15 @@ def test_adapters_round_trip(train, tmp_path):
     assert found.modules == sorted(trained.settings.modules)
 
 
-def test_equal_adapters_are_equal_files(train, tmp_path):
-    trained = train()
+def test_equal_adapters_are_equal_files(make_trained, tmp_path):
+    trained = make_trained()
     one, two = _save(trained, tmp_path / "one"), _save(trained, tmp_path / "two")
     for name in ("adapter_config.json", "README.md"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
 
 
-def test_the_card_names_base_bits_and_fingerprint(train, tmp_path):
-    folder = _save(train(), tmp_path / "a", figures={"perplexity, trained": 9.5})
+def test_the_card_names_base_bits_and_fingerprint(make_trained, tmp_path):
+    folder = _save(make_trained(), tmp_path / "a", figures={"perplexity, trained": 9.5})
     text = (folder / "README.md").read_text()
     for part in (
         'base_model: "owner/name"',
@@ -90,8 +90,8 @@ def test_the_card_names_base_bits_and_fingerprint(train, tmp_path):
         assert part in text
 
 
-def test_another_base_is_refused(train):
-    adapter = train().adapter
+def test_another_base_is_refused(make_trained):
+    adapter = make_trained().adapter
     adapter.check_base(adapter.fingerprint, "adapter")
     with pytest.raises(UserError, match=r"runs/a/adapter: trained on the quantized base sha256:"):
         adapter.check_base("sha256:00", "runs/a/adapter")
@@ -128,9 +128,9 @@ def test_deltas_equal_those_of_peft(make_model, tmp_path, config):
         torch.testing.assert_close(adapter.delta(name), layers[name].get_delta_weight("default"))
 
 
-def test_scaling(train):
-    assert train(adapter=AdapterConfig(r=4, alpha=6)).adapter.scaling("x") == 1.5
-    rslora = train(adapter=AdapterConfig(kind="rslora", r=2, alpha=6)).adapter
+def test_scaling(make_trained):
+    assert make_trained(adapter=AdapterConfig(r=4, alpha=6)).adapter.scaling("x") == 1.5
+    rslora = make_trained(adapter=AdapterConfig(kind="rslora", r=2, alpha=6)).adapter
     assert rslora.scaling("x") == pytest.approx(6 / math.sqrt(2))
 
 
@@ -143,8 +143,8 @@ def test_more_than_lora_is_refused(make_model, tmp_path, config):
         load_adapter(tmp_path / "a")
 
 
-def test_damaged_adapters_are_refused(train, tmp_path):
-    folder = _save(train(), tmp_path / "a")
+def test_damaged_adapters_are_refused(make_trained, tmp_path):
+    folder = _save(make_trained(), tmp_path / "a")
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     whole, values = load_file(weights), json.loads(config.read_text())
 
@@ -169,6 +169,6 @@ def test_damaged_adapters_are_refused(train, tmp_path):
         load_adapter(tmp_path / "nothing")
 
 
-def test_our_state_names_are_those_of_peft(train):
-    trained = train()
+def test_our_state_names_are_those_of_peft(make_trained):
+    trained = make_trained()
     assert trained.adapter.state.keys() == get_peft_model_state_dict(trained.model).keys()

@@ -28,15 +28,15 @@ def test_the_configuration_allows_the_registered_formats():
     assert all(name == export_format.name for name, export_format in FORMATS.items())
 
 
-def test_dense_merges_the_adapter(train, tmp_path):
-    trained = train()
+def test_dense_merges_the_adapter(make_trained, tmp_path):
+    trained = make_trained()
     FORMATS["dense"].write(_model_export(trained), tmp_path / "export")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto").eval()
     torch.testing.assert_close(dense(TOKENS).logits, trained.model(TOKENS).logits)
 
 
-def test_packed_is_the_quantized_folder(train, tmp_path):
-    trained = train()
+def test_packed_is_the_quantized_folder(make_trained, tmp_path):
+    trained = make_trained()
     FORMATS["packed"].write(_model_export(trained), tmp_path / "export")
     assert quantized_settings(tmp_path / "export") == trained.settings
     written = load_file(tmp_path / "export" / "model.safetensors")
@@ -45,9 +45,9 @@ def test_packed_is_the_quantized_folder(train, tmp_path):
     assert all(torch.equal(written[name], tensor) for name, tensor in truth.items())
 
 
-def test_packed_keeps_the_dtype_of_the_source(train, tmp_path):
+def test_packed_keeps_the_dtype_of_the_source(make_trained, tmp_path):
     dtypes = {"model.norm.weight": torch.bfloat16}
-    export = _model_export(train(), source_dtype=dtypes.get)
+    export = _model_export(make_trained(), source_dtype=dtypes.get)
     FORMATS["packed"].write(export, tmp_path / "export")
     written = load_file(tmp_path / "export" / "model.safetensors")
     assert written["model.norm.weight"].dtype == torch.bfloat16

@@ -1,7 +1,7 @@
 """A real Slurm cluster on this machine: munged, slurmctld and two slurmd, run by the tests.
 
-At the end every process of the cluster is found and killed, jobs included. Nothing of the system is
-used or changed except for the programs of the packages.
+At the end every process of the cluster is killed, including its jobs. The tests change nothing else
+in the system, except that they install the packages of Slurm.
 """
 
 import os
@@ -17,44 +17,47 @@ import psutil
 from runs import free_port
 
 NODES = ("127.0.0.1", "127.0.0.2")
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 _UNITS = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd"}
 """Program -> systemd unit, for the programs that a package may start as a service."""
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
-def why_not() -> str:
-    """Install Slurm if possible; return why there is none, or an empty string."""
+def why_unavailable() -> str:
+    """Install Slurm if it is missing; return why it is not available, or an empty string."""
     if os.geteuid() != 0:
         return "a private Slurm cluster needs root"
-    if _missing() and shutil.which("apt-get"):
+    if _missing_programs() and shutil.which("apt-get"):
         _install()
-    return f"no {', '.join(_missing())} here, and apt-get cannot install it" if _missing() else ""
+    missing = _missing_programs()
+    return f"no {', '.join(missing)} here, and apt-get cannot install it" if missing else ""
 
 
-def _missing() -> list[str]:
+def _missing_programs() -> list[str]:
     return [name for name in _PROGRAMS if not shutil.which(name, path=_PATH)]
 
 
 def _install() -> None:
     """Install Debian's packages. New services are disabled; existing ones are left alone."""
-    packages = ["install", "-y", "--no-install-recommends", "slurm-wlm"]
-    packages += ["munge"] if "munged" in _missing() else []
-    new = [unit for program, unit in _UNITS.items() if program in _missing()]
-    for words in (packages, ["update"], packages):
-        if _missing():
-            _quietly("apt-get", "-o", "Acquire::http::Timeout=20", *words)
-    if new:
-        _quietly("systemctl", "disable", "--now", *new)
+    missing = _missing_programs()
+    install = ["install", "-y", "--no-install-recommends", "slurm-wlm"]
+    install += ["munge"] if "munged" in missing else []
+    new_units = [unit for program, unit in _UNITS.items() if program in missing]
+    # The first attempt uses the package lists that are present; only if it fails, update them.
+    for arguments in (install, ["update"], install):
+        if _missing_programs():
+            _run_quietly("apt-get", "-o", "Acquire::http::Timeout=20", *arguments)
+    if new_units:
+        _run_quietly("systemctl", "disable", "--now", *new_units)
 
 
-def _quietly(*command: str) -> None:
+def _run_quietly(*command: str) -> None:
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     try:
         subprocess.run(command, env=env, capture_output=True, timeout=300)
     except (OSError, subprocess.TimeoutExpired):
-        return  # the caller checks again what is missing
+        return  # the caller checks again which programs are missing
 
 
 class Cluster:
@@ -62,14 +65,18 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.config = folder, folder / "slurm.conf"
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
-        self.environ = {**clean, "PATH": _PATH, "SLURM_CONF": str(self.config)}
+        outside_slurm = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM", "SBATCH"))
+        }
+        self.environ = {**outside_slurm, "PATH": _PATH, "SLURM_CONF": str(self.config)}
 
     def __enter__(self) -> "Cluster":
         text = Path(__file__).with_name("slurm.conf").read_text()
         ports = {f"@PORT{n}@": free_port() for n in ("", 1, 2)}
-        for word, value in {"@DIR@": self.folder, **ports}.items():
-            text = text.replace(word, str(value))
+        for placeholder, value in {"@DIR@": self.folder, **ports}.items():
+            text = text.replace(placeholder, str(value))
         self.config.write_text(text)
         for folder in (self.folder / "state", *map(self._spool, NODES)):
             folder.mkdir(parents=True)
@@ -89,7 +96,7 @@ class Cluster:
     def start_node(self, node: str) -> None:
         """Start a node's slurmd and wait until the node accepts jobs."""
         self._start("slurmd", "-D", "-N", node, node=node)
-        self.until(lambda: self.run("sinfo", "-h", "-n", node, "-o", "%T").startswith("idle"))
+        self.wait_until(lambda: self.run("sinfo", "-h", "-n", node, "-o", "%T").startswith("idle"))
 
     def kill_node(self, node: str) -> None:
         """Kill everything that runs on a node at once, like a power failure."""
@@ -97,28 +104,28 @@ class Cluster:
 
     def run(self, *command: str, cwd: Path | None = None, **environ: str) -> str:
         """Run a command as a user and return its output. The command must succeed."""
-        done = subprocess.run(
+        completed = subprocess.run(
             command, cwd=cwd or self.folder, env={**self.environ, **environ}, timeout=120,
             capture_output=True, text=True,
         )  # fmt: skip
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-        return done.stdout.strip()
+        assert completed.returncode == 0, f"{command}: {completed.stdout}{completed.stderr}"
+        return completed.stdout.strip()
 
-    def job(self, job: str) -> dict[str, str]:
+    def job_record(self, job_id: str) -> dict[str, str]:
         """Return Slurm's record of a job: JobState, Restarts, ExitCode, NodeList, ..."""
-        output = self.run("scontrol", "--oneliner", "show", "job", job)
+        output = self.run("scontrol", "--oneliner", "show", "job", job_id)
         return dict(re.findall(r"(\S+?)=(\S*)", output))
 
-    def ended(self, job: str, seconds: float = 90) -> dict[str, str]:
-        """Wait until a job has ended for good, and return its record."""
-        self.until(lambda: self.job(job)["JobState"] in ENDED, seconds)
-        return self.job(job)
+    def wait_for_job(self, job_id: str, seconds: float = 90) -> dict[str, str]:
+        """Wait until a job has ended and is not requeued, and return its record."""
+        self.wait_until(lambda: self.job_record(job_id)["JobState"] in FINAL_STATES, seconds)
+        return self.job_record(job_id)
 
-    def until(self, condition: Callable[[], object], seconds: float = 30) -> None:
+    def wait_until(self, condition: Callable[[], object], seconds: float = 30) -> None:
         """Wait until `condition()` is true, for at most `seconds`."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"not within {seconds} s\n{self.logs()}"
+            assert time.monotonic() < deadline, f"not true within {seconds} s\n{self.logs()}"
             time.sleep(0.2)
 
     def logs(self) -> str:
@@ -131,10 +138,10 @@ class Cluster:
         key.write_bytes(secrets.token_bytes(128))
         files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log",
                  "seed-file": "seed"}  # fmt: skip
-        options = [f"--{name}={self.folder}/munge.{end}" for name, end in files.items()]
+        options = [f"--{name}={self.folder}/munge.{suffix}" for name, suffix in files.items()]
         # --force: the parent of the temporary folder may be writable by everybody.
         self._start("munged", "--foreground", "--force", *options, node="")
-        self.until((self.folder / "munge.socket").exists)
+        self.wait_until((self.folder / "munge.socket").exists)
 
     def _start(self, *command: str, node: str) -> None:
         with (self.folder / "daemons.log").open("a") as log:
@@ -151,15 +158,15 @@ class Cluster:
         """
         spool, variables = self._spool(node), {"SLURM_CONF": str(self.config)}
         variables |= {"SLURMD_NODENAME": node} if node else {}
-        found = []
+        processes = []
         for process in psutil.process_iter():
             try:
                 is_daemon = Path(process.cwd()).is_relative_to(spool)
                 if is_daemon or variables.items() <= process.environ().items():
-                    found.append(process)
-            except psutil.Error:
+                    processes.append(process)
+            except psutil.Error:  # the process has ended, or belongs to another user
                 continue
-        return found
+        return processes
 
     def _spool(self, node: str) -> Path:
         return self.folder / "spool" / node

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def no_room(size: int) -> Iterator[None]:
-    """Limit every file that this process writes to `size` bytes; more raises OSError (EFBIG)."""
+def limit_file_size(size: int) -> Iterator[None]:
+    """Limit every file that this process writes to `size` bytes; a longer write raises OSError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -12,7 +12,7 @@ from hqqtrain.distributed.comm import Communicator
 
 @contextmanager
 def fake_rank(rank: int, size: int) -> Iterator[Communicator]:
-    """Make this process rank `rank` of `size` for what depends on rank and size only."""
+    """Make this process rank `rank` of `size`, for code that depends on these two numbers only."""
     init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     yield Communicator(rank, size, CPU)
     destroy_process_group()

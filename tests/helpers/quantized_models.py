@@ -19,8 +19,8 @@ from hqqtrain.nn.replace import quantize_model
 
 
 @dataclass
-class Trained:
-    """A quantized random model with a LoRA adapter whose B is nonzero."""
+class TrainedModel:
+    """A quantized random model, whose LoRA adapter has a nonzero B as after training."""
 
     source: Path
     model: torch.nn.Module
@@ -33,17 +33,19 @@ class Trained:
 
     def save(self, folder: Path, **more) -> Path:
         tensors = model_tensors(self.model)
-        facts = {"hf_config": self.hf_config, "settings": self.settings, "source": self.source}
-        save_quantized(tensors, folder, **facts, **more)
+        save_quantized(
+            tensors, folder, hf_config=self.hf_config, settings=self.settings, source=self.source,
+            **more,
+        )  # fmt: skip
         return folder
 
 
 @pytest.fixture
-def train(make_model, tmp_path) -> Callable[..., Trained]:
-    """Return a function that makes a `Trained` and saves its dense source with a tokenizer."""
+def make_trained(make_model, tmp_path) -> Callable[..., TrainedModel]:
+    """Return a function that makes a `TrainedModel` and saves its dense source and a tokenizer."""
 
     def make(kind: str = "llama", *, tied: bool = False, adapter: AdapterConfig | None = None,
-             storage: torch.dtype = torch.uint8, **quant) -> Trained:  # fmt: skip
+             storage: torch.dtype = torch.uint8, **quant) -> TrainedModel:  # fmt: skip
         model, source = make_model(kind, tie_word_embeddings=tied), tmp_path / "source"
         model.save_pretrained(source)
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -58,16 +60,18 @@ def train(make_model, tmp_path) -> Callable[..., Trained]:
         settings = QuantizedSettings.from_model(model)
         settings = replace(settings, fingerprint=fingerprint_of(model, settings))
         state = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
-        return Trained(source, model.eval(), settings, Adapter(config, state, settings.fingerprint))
+        return TrainedModel(
+            source, model.eval(), settings, Adapter(config, state, settings.fingerprint)
+        )
 
     return make
 
 
 def fingerprint_of(model: torch.nn.Module, settings: QuantizedSettings) -> str:
     """Compute the fingerprint as loading does: every packed row once."""
-    found = Fingerprint()
+    fingerprint = Fingerprint()
     for name, tensor in model_tensors(model):
         module, _, leaf = name.rpartition(".")
         if module in settings.modules and leaf != "bias":
-            found.update(module, leaf, 0, tensor)
-    return found.hexdigest(settings.by_module())
+            fingerprint.update(module, leaf, 0, tensor)
+    return fingerprint.hexdigest(settings.by_module())

@@ -16,41 +16,42 @@ CPU = torch.device("cpu")
 
 
 def _run(
-    rank: int, size: int, port: int, answers: Any, case: Callable[..., None], *arguments: Any
+    rank: int, size: int, port: int, messages: Any, case: Callable[..., None], *arguments: Any
 ) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
     try:
         case(rank, Communicator(rank, size, CPU), *arguments)
-        answers.put((rank, ""))
+        messages.put((rank, ""))
     except (ReplicaMismatchError, RankLostError, UserError) as error:
-        answers.put((rank, str(error)))
+        messages.put((rank, str(error)))
     except Exception as error:
-        answers.put((rank, f"{type(error).__name__}: {error}"))
+        messages.put((rank, f"{type(error).__name__}: {error}"))
     torch.distributed.destroy_process_group()
 
 
 def on_ranks(
     case: Callable[..., None], size: int, *arguments: Any, lost: int | None = None
 ) -> list[str]:
-    """Run `case` on `size` ranks and return the error message of each; empty if none.
+    """Run `case(rank, comm, *arguments)` on `size` ranks and return the error message of each.
 
-    Rank `lost` does not answer and is killed in the end; it is not in the result.
+    The message of a rank without an error is empty. Rank `lost` sends no message and is killed at
+    the end; it is not in the result.
     """
     context, port = fork_context(), free_port()
-    answers = context.Queue()
+    messages = context.Queue()
     workers = [
         context.Process(
-            target=_run, args=(rank, size, port, answers, case, *arguments), daemon=True
+            target=_run, args=(rank, size, port, messages, case, *arguments), daemon=True
         )
         for rank in range(size)
     ]
     for worker in workers:
         worker.start()
     ranks = [rank for rank in range(size) if rank != lost]
-    by_rank = dict(answers.get(timeout=120) for _ in ranks)
+    message_of_rank = dict(messages.get(timeout=120) for _ in ranks)
     for rank in ranks:
         workers[rank].join(30)
     if lost is not None:
         workers[lost].kill()
-    return [by_rank[rank] for rank in ranks]
+    return [message_of_rank[rank] for rank in ranks]

@@ -27,6 +27,9 @@ from hqqtrain.common.signals import SIGNALS
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 TIMEOUT = 400
+"""Seconds until a command is killed."""
+TIMEOUT_CODE = 124
+"""Exit code of a command that was killed after the timeout, as `timeout` of coreutils returns."""
 
 TEXT, HELD_OUT = argparse.__file__, typing.__file__
 QUICK = (
@@ -62,7 +65,7 @@ class Finished:
     """The exit codes, the output and the files of a command that has ended."""
 
     code: int
-    """The first exit code that is not 0, of any rank; 0 if there is none."""
+    """The first exit code of any rank that is not 0; 0 if all ranks exited with 0."""
     output: str
     root: Path
     codes: tuple[int, ...]
@@ -71,8 +74,8 @@ class Finished:
     @property
     def directory(self) -> Path:
         """Return the run directory; `root` must have exactly one."""
-        (found,) = self.root.iterdir()
-        return found
+        (directory,) = self.root.iterdir()
+        return directory
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -80,13 +83,14 @@ class Finished:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(x) for x in (self.directory / "metrics.jsonl").read_text().splitlines()]
+        lines = (self.directory / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
 
     def losses(self) -> list[float]:
-        return [line["train/loss"] for line in self.metrics if "train/loss" in line]
+        return [row["train/loss"] for row in self.metrics if "train/loss" in row]
 
     def norms(self) -> list[float]:
-        return [line["train/grad_norm"] for line in self.metrics if "train/grad_norm" in line]
+        return [row["train/grad_norm"] for row in self.metrics if "train/grad_norm" in row]
 
 
 def run(
@@ -100,8 +104,8 @@ def run(
 ) -> Finished:
     """Run `python -m hqqtrain *words run.root=root`, on one or several ranks.
 
-    Each rank is a process, forked from a server that has imported what every run imports: imports
-    take 5 of the 6 seconds of a short run.
+    Each rank is a process that is forked from a server. The server has imported the modules of
+    every run, because imports take 5 of the 6 seconds of a short run.
 
     Args:
         words: Arguments of the command line.
@@ -117,7 +121,9 @@ def run(
     port, workers = free_port(), []
     for rank, output in enumerate(outputs):
         output.write_text("")
-        env = ENVIRONMENT | (_ranks(rank, processes, port, per_node) if processes > 1 else {})
+        env = ENVIRONMENT | (
+            _rank_environment(rank, processes, port, per_node) if processes > 1 else {}
+        )
         arguments = ([*words, f"run.root={root}"], root.parent, env, output)
         workers.append(fork_context().Process(target=_main, args=arguments))
         workers[-1].start()
@@ -127,21 +133,21 @@ def run(
     return Finished(code, output, root, tuple(worker.exitcode for worker in workers))
 
 
-def run_here(words: Sequence[str]) -> int:
+def run_in_this_process(words: Sequence[str]) -> int:
     """Run the command line in this process, where tests can patch it; return the exit code."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal_handlers = {number: signal.getsignal(number) for number in SIGNALS}
     logger = logging.getLogger("hqqtrain")
     handlers, level = logger.handlers, logger.level
     try:
         return main(list(words))
     finally:
         logger.handlers, logger.level = handlers, level
-        for number, handler in before.items():
+        for number, handler in signal_handlers.items():
             signal.signal(number, handler)
 
 
-def stand_in(package: Path, source: str) -> dict[str, str]:
-    """Return an environment in which `source` replaces hqqtrain.tasks.run, so torch is not used."""
+def fake_task_module(package: Path, source: str) -> dict[str, str]:
+    """Return an environment in which `source` replaces hqqtrain.tasks.run, which imports torch."""
     package.mkdir()
     (package / "sitecustomize.py").write_text(
         "import sys, types\n"
@@ -156,25 +162,26 @@ def stand_in(package: Path, source: str) -> dict[str, str]:
 def launch(*words: str, root: Path, launcher: Sequence[str] = (sys.executable,)) -> Finished:
     """Run `launcher -m hqqtrain *words run.root=root` as a real command line."""
     root.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
+    completed = subprocess.run(
         [*launcher, "-m", "hqqtrain", *words, f"run.root={root}"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT,
         cwd=root.parent, env={**os.environ, **ENVIRONMENT},
     )  # fmt: skip
-    return Finished(done.returncode, done.stdout, root, (done.returncode,))
+    code = completed.returncode
+    return Finished(code, completed.stdout, root, (code,))
 
 
-def _ranks(rank: int, size: int, port: int, per_node: int | None) -> dict[str, str]:
+def _rank_environment(rank: int, size: int, port: int, per_node: int | None) -> dict[str, str]:
     """Return the environment variables that torchrun sets, on one node or on several."""
-    local = per_node or size
-    numbers = {"RANK": rank, "LOCAL_RANK": rank % local}
-    numbers |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": local}
+    local_size = per_node or size
+    numbers = {"RANK": rank, "LOCAL_RANK": rank % local_size}
+    numbers |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": local_size}
     numbers |= {"MASTER_PORT": port}
     return {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in numbers.items()}}
 
 
 def _main(words: list[str], folder: Path, env: dict[str, str], output: Path) -> None:
-    """Do what `python -m hqqtrain` does, in the new process of a rank."""
+    """Do the same as `python -m hqqtrain`, in the new process of a rank."""
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -186,14 +193,14 @@ def _main(words: list[str], folder: Path, env: dict[str, str], output: Path) -> 
 
 def _join(workers: list[Any], grace: float, limit: float) -> int:
     """Return the first exit code that is not 0 and end the other ranks, as launchers do."""
-    left, deadline = list(workers), time.monotonic() + limit
-    while left:
-        connection.wait([w.sentinel for w in left], max(0, deadline - time.monotonic()))
-        code = next((worker.exitcode for worker in left if worker.exitcode), 0)
+    running, deadline = list(workers), time.monotonic() + limit
+    while running:
+        connection.wait([w.sentinel for w in running], max(0, deadline - time.monotonic()))
+        code = next((worker.exitcode for worker in running if worker.exitcode), 0)
         if code or time.monotonic() > deadline:
-            _end(left, grace if code else 0)
-            return code or 124
-        left = [worker for worker in left if worker.exitcode is None]
+            _end(running, grace if code else 0)
+            return code or TIMEOUT_CODE
+        running = [worker for worker in running if worker.exitcode is None]
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Small sweeps of made-up jobs, and the files that their runs leave."""
+"""Small sweeps of invented jobs, and the files that their runs write."""
 
 import json
 from pathlib import Path
@@ -16,22 +16,23 @@ SUMMARY = {
              "final": {"perplexity": None, "kl": 0.25}},
     "train": {"seconds": 60.0, "peak_memory_gib": 2.0, "tokens_per_second": 1200.4},
 }  # fmt: skip
-HOSTILE = "<script>alert('$x_1$')</script>,\"&\n"
+HOSTILE_TEXT = "<script>alert('$x_1$')</script>,\"&\n"
 
 
-def sweep_of(root: Path, *values: str) -> Sweep:
-    planned = []
+def make_sweep(root: Path, *values: str) -> Sweep:
+    """Make a sweep whose jobs differ in `data.source`; its folder exists, its jobs have not run."""
+    jobs = []
     for number, value in enumerate(values):
         config = RunConfig(run=RunDirConfig(root=str(root), name=f"job{number}"))
         config.train.seed = number
-        planned.append(Job([f"data.source={value}", f"run.root={root}"], config))
-    sweep = Sweep.from_jobs(planned)
+        jobs.append(Job([f"data.source={value}", f"run.root={root}"], config))
+    sweep = Sweep.from_jobs(jobs)
     create_sweep_folder(sweep)
     return sweep
 
 
-def leave(job: Job, status: object, summary: dict | None = None) -> None:
-    """Write the files that a run of `job` leaves behind."""
+def write_run_files(job: Job, status: object, summary: dict | None = None) -> None:
+    """Write the files that a run of `job` would write."""
     job.folder.mkdir(exist_ok=True)
     (job.folder / "status.json").write_text(json.dumps({"status": status}))
     if summary is not None:

@@ -1,4 +1,4 @@
-"""Reads the records of .wandb files, as `wandb sync` would send them."""
+"""Read the records of .wandb files, as `wandb sync` would send them."""
 
 import json
 import struct
@@ -13,13 +13,13 @@ def wandb_files(run_dir: Path) -> list[Path]:
     return sorted(run_dir.glob("wandb/*run-*/*.wandb"))
 
 
-def records(run_dir: Path) -> list[Record]:
+def read_run_records(run_dir: Path) -> list[Record]:
     """Read every record of the only .wandb file under `run_dir`."""
     (file,) = wandb_files(run_dir)
-    return records_of(file)
+    return read_records(file)
 
 
-def records_of(file: Path) -> list[Record]:
+def read_records(file: Path) -> list[Record]:
     """Read every record of a .wandb file."""
     return [Record.FromString(data) for data in leveldb_log(file.read_bytes())]
 
@@ -37,37 +37,38 @@ def leveldb_log(content: bytes) -> Iterator[bytes]:
         if 32768 - offset % 32768 < 7:  # no chunk header fits: the block ends in padding
             offset += 32768 - offset % 32768
             continue
-        _, length, kind = struct.unpack("<IHB", content[offset : offset + 7])
-        if kind == 0 or offset + 7 + length > len(content):
+        _, length, chunk_type = struct.unpack("<IHB", content[offset : offset + 7])
+        if chunk_type == 0 or offset + 7 + length > len(content):
             return  # the incomplete last chunk of a killed writer
         record += content[offset + 7 : offset + 7 + length]
         offset += 7 + length
-        if kind in (1, 4):
+        if chunk_type in (1, 4):
             yield record
             record = b""
 
 
-def history(found: list[Record]) -> list[dict]:
+def history_rows(records: list[Record]) -> list[dict]:
     """Return the logged rows; a value that is a dict (a table, an image) becomes its `_type`."""
     rows = []
-    for record in found:
+    for record in records:
         if record.WhichOneof("record_type") == "history":
             items = [(item.nested_key or [item.key], item) for item in record.history.item]
             plain = {key[0]: json.loads(item.value_json) for key, item in items if len(key) == 1}
-            kinds = {k[0]: json.loads(i.value_json) for k, i in items if k[1:] == ["_type"]}
-            rows.append(plain | kinds)
+            types = {k[0]: json.loads(i.value_json) for k, i in items if k[1:] == ["_type"]}
+            rows.append(plain | types)
     return rows
 
 
-def updates(found: list[Record], kind: str) -> dict:
-    """Return the last state of the config or the summary, with nested keys joined by dots."""
+def merged_updates(records: list[Record], field: str) -> dict:
+    """Return the last state of `field`, "config" or "summary"; dots join nested keys."""
     merged = {}
-    for record in found:
-        name = record.WhichOneof("record_type")
-        part = getattr(record, kind) if name == kind else None
-        if name == "run":
-            part = getattr(record.run, kind)
-        for item in part.update if part is not None else []:
+    for record in records:
+        record_type = record.WhichOneof("record_type")
+        if record_type == "run":  # the first record has a config and a summary, too
+            updates = getattr(record.run, field).update
+        else:
+            updates = getattr(record, field).update if record_type == field else []
+        for item in updates:
             key = item.key or ".".join(item.nested_key)
             merged[key] = json.loads(item.value_json)
     return merged

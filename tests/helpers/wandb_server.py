@@ -13,7 +13,7 @@ from typing import Any
 KEY = "0123456789abcdef" * 2 + "01234567"
 
 
-class Server:
+class FakeWandbServer:
     """Use as a context manager; `history` maps a line number to the received row."""
 
     def __init__(self) -> None:
@@ -23,12 +23,12 @@ class Server:
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_port}"
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> "FakeWandbServer":
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.die()
+        self.stop()
 
     def environment(self) -> dict[str, str]:
         """Return the variables that make wandb use this server."""
@@ -38,19 +38,20 @@ class Server:
         """Return the received rows, in order."""
         return [self.history[number] for number in sorted(self.history)]
 
-    def die(self) -> None:
+    def stop(self) -> None:
         """Stop the server; later connections are refused."""
         self._http.shutdown()
         self._http.server_close()
 
-    def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def respond(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Store the rows of a request to the file stream, or answer a GraphQL operation."""
         if path.endswith("/file_stream"):
-            sent = body.get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
-            for number, line in enumerate(sent["content"], sent["offset"]):
+            part = body.get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
+            for number, line in enumerate(part["content"], part["offset"]):
                 self.history[number] = json.loads(line)
             return {}
-        found = re.search(r"(?:query|mutation)\s+(\w+)", body.get("query", ""))
-        self.requests.append(found[1] if found else path)
+        operation = re.search(r"(?:query|mutation)\s+(\w+)", body.get("query", ""))
+        self.requests.append(operation[1] if operation else path)
         return {"data": self._data(self.requests[-1], body.get("variables") or {})}
 
     def _data(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +81,7 @@ class Server:
                 return {}
 
 
-def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
+def _handler(server: FakeWandbServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self._send({})
@@ -90,7 +91,7 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
             is_json = "json" in self.headers.get("Content-Type", "")
-            self._send(server.answer(self.path, json.loads(body) if is_json else {}))
+            self._send(server.respond(self.path, json.loads(body) if is_json else {}))
 
         def do_PUT(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import NODES, Cluster, why_not
+from cluster import NODES, Cluster, why_unavailable
 from runs import QUICK
 
 RANKS = (
@@ -64,10 +64,10 @@ def _steps(folder: Path) -> list[int]:
 
 def test_the_reason_is_given_if_slurm_cannot_run(monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    assert "root" in why_not()
+    assert "root" in why_unavailable()
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
-    assert "no munged, slurmctld" in why_not()
+    assert "no munged, slurmctld" in why_unavailable()
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,8 @@ def test_existing_services_are_left_alone(monkeypatch, there, off):
     known = {*there, "apt-get"}
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr("shutil.which", lambda name, **_: name if name in known else None)
-    monkeypatch.setattr("cluster._quietly", lambda *words: called.append(words))
-    assert "no " in why_not()
+    monkeypatch.setattr("cluster._run_quietly", lambda *words: called.append(words))
+    assert "no " in why_unavailable()
     assert [list(words[3:]) for words in called if words[0] == "systemctl"] == [off] * bool(off)
     assert any("slurm-wlm" in words for words in called)
 
@@ -124,9 +124,9 @@ def test_ranks_of_another_launcher_are_left_alone(cluster):
 
 def test_a_job_that_receives_usr1_is_requeued_and_resumes(cluster, tmp_path, stand_in):
     job = _submit(cluster, tmp_path, "launch.nodes=2", "train.seed=1", **stand_in)
-    cluster.until(lambda: len([*tmp_path.glob("runs/*/starts-*")]) == 2)
+    cluster.wait_until(lambda: len([*tmp_path.glob("runs/*/starts-*")]) == 2)
     cluster.run("scancel", "--signal=USR1", job)
-    ended = cluster.ended(job)
+    ended = cluster.wait_for_job(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1")
     for rank in (0, 1):
         assert (_run_directory(tmp_path) / f"starts-{rank}").read_text() == "0\n1\n"
@@ -137,38 +137,38 @@ def test_a_job_of_higher_priority_preempts_another(cluster, tmp_path, stand_in):
     """Slurm sends SIGTERM and waits for the partition's GraceTime."""
     words = ("launch.nodes=2", "launch.tasks_per_node=2", "train.seed=1")
     job = _submit(cluster, tmp_path, *words, **stand_in)
-    cluster.until(lambda: len([*tmp_path.glob("runs/*/starts-*")]) == 4)
+    cluster.wait_until(lambda: len([*tmp_path.glob("runs/*/starts-*")]) == 4)
     words = ("launch.nodes=2", "launch.tasks_per_node=2", "launch.partition=urgent")
     urgent = _submit(cluster, tmp_path, *words, **stand_in)
-    assert cluster.ended(urgent)["JobState"] == "COMPLETED"
-    ended = cluster.ended(job)
+    assert cluster.wait_for_job(urgent)["JobState"] == "COMPLETED"
+    ended = cluster.wait_for_job(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1")
 
 
 def test_an_error_ends_the_job_with_its_exit_code(cluster, tmp_path, stand_in):
-    ended = cluster.ended(_submit(cluster, tmp_path, "train.seed=2", **stand_in))
+    ended = cluster.wait_for_job(_submit(cluster, tmp_path, "train.seed=2", **stand_in))
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
 
 
 @pytest.mark.parametrize("seed", [4, 5])
 def test_a_job_that_never_saves_is_not_requeued_without_limit(cluster, tmp_path, stand_in, seed):
     """Once with and once without a run directory."""
-    ended = cluster.ended(_submit(cluster, tmp_path, f"train.seed={seed}", **stand_in))
+    ended = cluster.wait_for_job(_submit(cluster, tmp_path, f"train.seed={seed}", **stand_in))
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "1")
     assert "not requeued. Set a longer launch.time" in _output(tmp_path)
 
 
 def test_a_job_that_saves_every_other_time_resumes(cluster, tmp_path, stand_in):
-    ended = cluster.ended(_submit(cluster, tmp_path, "train.seed=6", **stand_in))
+    ended = cluster.wait_for_job(_submit(cluster, tmp_path, "train.seed=6", **stand_in))
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "3")
 
 
 def test_a_cancelled_job_stays_cancelled(cluster, tmp_path, stand_in):
     job = _submit(cluster, tmp_path, "train.seed=1", **stand_in)
-    cluster.until(lambda: [*tmp_path.glob("runs/*/starts-*")])
+    cluster.wait_until(lambda: [*tmp_path.glob("runs/*/starts-*")])
     cluster.run("scancel", job)
-    assert cluster.ended(job)["JobState"] == "CANCELLED"
-    assert cluster.job(job)["Restarts"] == "0"
+    assert cluster.wait_for_job(job)["JobState"] == "CANCELLED"
+    assert cluster.job_record(job)["Restarts"] == "0"
 
 
 def test_the_two_files_of_a_sweep_are_not_submitted_as_one(cluster, tmp_path):
@@ -188,9 +188,9 @@ def test_a_preempted_run_is_one_run(cluster, tmp_path):
     """Two ranks on two nodes get USR1, which Slurm sends before a time limit."""
     words = (*QUICK, "train.max_steps=24", "track.backends=[wandb]", "launch.nodes=2")
     job = _submit(cluster, tmp_path, *words)
-    cluster.until(lambda: len(_steps(tmp_path)) >= 2, SLOW)
+    cluster.wait_until(lambda: len(_steps(tmp_path)) >= 2, SLOW)
     cluster.run("scancel", "--signal=USR1", job)
-    ended = cluster.ended(job, SLOW)
+    ended = cluster.wait_for_job(job, SLOW)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), _output(tmp_path)
     run = _run_directory(tmp_path)
     assert json.loads((run / "summary.json").read_text())["run"]["world_size"] == 2
@@ -202,10 +202,10 @@ def test_a_preempted_run_is_one_run(cluster, tmp_path):
 
 def test_a_node_that_dies_costs_no_run(cluster, tmp_path):
     job = _submit(cluster, tmp_path, *QUICK, "train.max_steps=24", "ckpt.every=2")
-    cluster.until(lambda: len(_steps(tmp_path)) >= 5, SLOW)
-    node = cluster.job(job)["NodeList"]
+    cluster.wait_until(lambda: len(_steps(tmp_path)) >= 5, SLOW)
+    node = cluster.job_record(job)["NodeList"]
     cluster.kill_node(node)
-    ended = cluster.ended(job, SLOW)
+    ended = cluster.wait_for_job(job, SLOW)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), _output(tmp_path)
     assert ended["NodeList"] != node
     assert (_run_directory(tmp_path) / "summary.json").exists()
@@ -216,20 +216,20 @@ def test_a_node_that_dies_costs_no_run(cluster, tmp_path):
 def test_the_table_waits_for_the_requeued_task_of_an_array(cluster, tmp_path, stand_in):
     words = ("-m", "train.seed=0,1", "launch.max_parallel_jobs=2")
     array, table = _submit_all(cluster, tmp_path, *words, **stand_in)
-    cluster.until(lambda: len([*tmp_path.glob("runs/*/starts-0")]) == 2)
+    cluster.wait_until(lambda: len([*tmp_path.glob("runs/*/starts-0")]) == 2)
     cluster.run("scancel", "--signal=USR1", f"{array}_1")
-    cluster.until(lambda: cluster.job(f"{array}_1")["Restarts"] == "1")
-    assert cluster.job(table)["Reason"] == "Dependency"
-    assert cluster.ended(f"{array}_0")["Restarts"] == "0"
-    assert cluster.ended(f"{array}_1")["ExitCode"] == "0:0"
-    assert cluster.ended(table)["JobState"] == "COMPLETED"
+    cluster.wait_until(lambda: cluster.job_record(f"{array}_1")["Restarts"] == "1")
+    assert cluster.job_record(table)["Reason"] == "Dependency"
+    assert cluster.wait_for_job(f"{array}_0")["Restarts"] == "0"
+    assert cluster.wait_for_job(f"{array}_1")["ExitCode"] == "0:0"
+    assert cluster.wait_for_job(table)["JobState"] == "COMPLETED"
 
 
 def test_the_table_shows_tasks_that_failed_or_were_preempted(cluster, tmp_path, stand_in):
     """Also tasks that left no run directory."""
     words = ("-m", "train.seed=0,2,5", "launch.max_parallel_jobs=3")
     _, table = _submit_all(cluster, tmp_path, *words, **stand_in)
-    assert cluster.ended(table)["JobState"] == "COMPLETED", _output(tmp_path)
+    assert cluster.wait_for_job(table)["JobState"] == "COMPLETED", _output(tmp_path)
     (results,) = tmp_path.glob("runs/sweep-*/results.csv")
     with results.open(newline="") as lines:
         states = {row["train.seed"]: row["status"] for row in csv.DictReader(lines)}
@@ -240,6 +240,6 @@ def test_a_sweep_is_an_array_and_ends_with_its_table(cluster, tmp_path):
     words = (*QUICK, "task=quantize", "-m", "quant.nbits=2,3", "launch.max_parallel_jobs=2")
     array, table = _submit_all(cluster, tmp_path, *words)
     for job in (f"{array}_0", f"{array}_1", table):
-        assert cluster.ended(job, SLOW)["JobState"] == "COMPLETED", _output(tmp_path)
+        assert cluster.wait_for_job(job, SLOW)["JobState"] == "COMPLETED", _output(tmp_path)
     (results,) = tmp_path.glob("runs/sweep-*/results.csv")
     assert len(results.read_text().splitlines()) == 3

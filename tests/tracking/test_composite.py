@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from disk import no_room
+from disk import limit_file_size
 
 import hqqtrain
 from hqqtrain.common.secrets import mask_secrets
@@ -47,7 +47,7 @@ def test_no_row_is_lost_once_a_full_disk_has_space_again(tmp_path, caplog):
     trackers = CompositeTracker([JsonlTracker(path)])
     trackers.start({})
     trackers.log({"train/loss": 1.0}, 1)
-    with no_room(path.stat().st_size + 20):  # space for half a row
+    with limit_file_size(path.stat().st_size + 20):  # space for half a row
         for step in (2, 3):
             trackers.log({"train/loss": 1.0 / step}, step)
     assert len(read_metrics(path)) == 1

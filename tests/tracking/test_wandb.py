@@ -18,8 +18,8 @@ from hqqtrain.tracking import wandb_mode
 from hqqtrain.tracking.wandb import WandbTracker, read_run_id, save_run_id
 
 pytest.importorskip("wandb", reason="wandb is optional and not installed")
-from wandb_file import history, records, records_of, updates, wandb_files
-from wandb_server import Server
+from wandb_file import history_rows, merged_updates, read_records, read_run_records, wandb_files
+from wandb_server import FakeWandbServer
 
 ROOT = Path(hqqtrain.__file__).parents[1]
 CONFIG = {"quant": {"nbits": 2, "group_size": 64}, "model": {"hub_token": "hf_abcdefghijklmnop"}}
@@ -47,8 +47,8 @@ def test_an_offline_run_has_config_metrics_table_summary_and_plots(tmp_path, cap
     tracker.log_summary(SUMMARY)
     tracker.finish(0)
 
-    found = records(run_dir)
-    rows = history(found)
+    found = read_run_records(run_dir)
+    rows = history_rows(found)
     losses = {r["train/global_step"]: r["train/loss"] for r in rows if "train/loss" in r}
     assert losses == {1: 3.0, 2: 1.5, 3: 1.0}
     assert [r["eval/perplexity"] for r in rows if "eval/perplexity" in r] == [9.5]
@@ -57,8 +57,11 @@ def test_an_offline_run_has_config_metrics_table_summary_and_plots(tmp_path, cap
     assert [r["report/loss"] for r in rows if "report/loss" in r] == ["image-file"]
 
     assert all("hf_abcdefghijklmnop" not in str(record) for record in found)
-    assert updates(found, "config")["quant"] == CONFIG["quant"]
-    assert updates(found, "summary").items() >= {"eval.final.kl": 0.2, "train.loss": 2.2}.items()
+    assert merged_updates(found, "config")["quant"] == CONFIG["quant"]
+    assert (
+        merged_updates(found, "summary").items()
+        >= {"eval.final.kl": 0.2, "train.loss": 2.2}.items()
+    )
     assert [r.exit.exit_code for r in found if r.WhichOneof("record_type") == "exit"] == [0]
     (run,) = [r.run for r in found if r.WhichOneof("record_type") == "run"]
     assert (run.display_name, run.project) == ("tiny_2bit-abc", "hqqtrain-test")
@@ -77,7 +80,7 @@ def picture(folder: Path) -> Path:
 
 
 def run_of(file: Path):
-    (run,) = [r.run for r in records_of(file) if r.WhichOneof("record_type") == "run"]
+    (run,) = [r.run for r in read_records(file) if r.WhichOneof("record_type") == "run"]
     return run
 
 
@@ -91,7 +94,9 @@ def test_a_resumed_offline_run_is_a_second_file_with_the_same_id(tmp_path):
     first, second = wandb_files(folder)
     assert first.parent != second.parent
     assert {run_of(first).run_id, run_of(second).run_id} == {read_run_id(folder)}
-    steps = [[row["train/global_step"] for row in history(records_of(f))] for f in (first, second)]
+    steps = [
+        [row["train/global_step"] for row in history_rows(read_records(f))] for f in (first, second)
+    ]
     assert steps == [[1, 2, 3], [3, 4]]
 
 
@@ -112,7 +117,7 @@ def test_wandb_sync_makes_one_run_of_both_files(tmp_path):
     tracker.finish(0)
     assert (program, command, settings) == ("wandb", "sync", ["WANDB_RESUME=allow"])
     folders = tmp_path.glob(paths.removeprefix(f"{tmp_path}/").replace("other", "run"))
-    with Server() as server:
+    with FakeWandbServer() as server:
         environment = dict(setting.split("=") for setting in settings) | server.environment()
         done = subprocess.run(
             [sys.executable, "-m", "wandb", command, *map(str, folders)],
@@ -141,7 +146,7 @@ def test_the_adapter_is_an_artifact_if_enabled(tmp_path, is_enabled):
     tracker.log_artifact(adapter)
     tracker.finish(0)
     (file,) = wandb_files(tmp_path / "a+b")
-    found = [r.artifact for r in records_of(file) if r.WhichOneof("record_type") == "artifact"]
+    found = [r.artifact for r in read_records(file) if r.WhichOneof("record_type") == "artifact"]
     assert [(a.name, a.type) for a in found] == ([("a-b-adapter", "model")] if is_enabled else [])
     for artifact in found:
         paths = {entry.path: entry.local_path for entry in artifact.manifest.contents}
@@ -171,11 +176,11 @@ def test_a_killed_process_leaves_a_readable_file_and_no_process(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", code], env=environment)
     files = tmp_path.glob
     wait_until(lambda: any(f.stat().st_size > 7 for f in files("wandb/*run-*/*.wandb")))
-    wait_until(lambda: bool(history(records(tmp_path))))
+    wait_until(lambda: bool(history_rows(read_run_records(tmp_path))))
     helpers = psutil.Process(child.pid).children(recursive=True)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    rows = history(records(tmp_path))
+    rows = history_rows(read_run_records(tmp_path))
     assert rows
     assert [row["train/loss"] for row in rows] == [float(i) for i in range(len(rows))]
     wait_until(lambda: not any(helper.is_running() for helper in helpers))

@@ -21,8 +21,8 @@ from hqqtrain.tracking.jsonl import read_metrics
 from hqqtrain.tracking.wandb import WandbTracker
 
 pytest.importorskip("wandb", reason="wandb is optional and not installed")
-from wandb_file import history, records_of, wandb_files
-from wandb_server import KEY, Server
+from wandb_file import history_rows, read_records, wandb_files
+from wandb_server import KEY, FakeWandbServer
 
 ROOT = Path(hqqtrain.__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("no_account")
@@ -52,11 +52,11 @@ def use_server(monkeypatch, url: str, mode: str = "") -> None:
 
 def offline_steps(run_dir: Path) -> list[int]:
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    return [row["train/global_step"] for row in history(records_of(file))]
+    return [row["train/global_step"] for row in history_rows(read_records(file))]
 
 
 def test_online_every_row_arrives(monkeypatch, tmp_path):
-    with Server() as server:
+    with FakeWandbServer() as server:
         use_server(monkeypatch, server.url)
         tracker = WandbTracker(tmp_path, TrackConfig(project="p"))
         tracker.start({})
@@ -68,7 +68,7 @@ def test_online_every_row_arrives(monkeypatch, tmp_path):
 
 
 def test_a_resumed_online_run_repeats_no_step(monkeypatch, tmp_path):
-    with Server() as server:
+    with FakeWandbServer() as server:
         use_server(monkeypatch, server.url)
         for step, steps in ((0, (1, 2, 3)), (1, (2, 3, 4, 5))):
             tracker = WandbTracker(tmp_path, TrackConfig(project="p"))
@@ -89,7 +89,7 @@ def test_a_server_receives_the_rows_it_has_missed(monkeypatch, tmp_path):
         trackers.finish(1)
 
     process(0, 1, 2, 3)  # no key: offline
-    with Server() as server:
+    with FakeWandbServer() as server:
         use_server(monkeypatch, server.url)
         process(2, 3, 4)
         process(3, 4, 5)
@@ -100,11 +100,11 @@ def test_a_server_receives_the_rows_it_has_missed(monkeypatch, tmp_path):
 def test_a_server_that_dies_during_a_run_costs_seconds_and_no_row(monkeypatch, tmp_path, caplog):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    with Server() as server:
+    with FakeWandbServer() as server:
         use_server(monkeypatch, server.url)
         trackers = open_trackers(TrackConfig(backends=["wandb"], artifacts=True), tmp_path, {})
         trackers.log({"train/loss": 1.0}, 1)
-        server.die()
+        server.stop()
         began = time.monotonic()
         for step in range(2, 300):
             trackers.log({"train/loss": 1.0}, step)
@@ -114,7 +114,9 @@ def test_a_server_that_dies_during_a_run_costs_seconds_and_no_row(monkeypatch, t
         trackers.finish(0)
         assert time.monotonic() - began < 15
     (file,) = wandb_files(tmp_path)
-    assert [row["train/global_step"] for row in history(records_of(file))] == [*range(1, 300)]
+    assert [row["train/global_step"] for row in history_rows(read_records(file))] == [
+        *range(1, 300)
+    ]
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 299
 
 
@@ -211,9 +213,9 @@ def test_an_abandoned_thread_prints_nothing(monkeypatch, capfd):
 
 
 def test_a_key_and_a_server_that_answers_mean_online(monkeypatch, caplog):
-    with Server() as server, caplog.at_level(logging.WARNING):
+    with FakeWandbServer() as server, caplog.at_level(logging.WARNING):
         use_server(monkeypatch, server.url)
         assert wandb_mode.choose_wandb_mode() == "online"
-        server.die()
+        server.stop()
         assert wandb_mode.choose_wandb_mode() == "offline"
     assert f"{server.url} does not answer" in caplog.text

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from sweeps import HOSTILE, SUMMARY, leave, sweep_of
+from sweeps import HOSTILE_TEXT, SUMMARY, make_sweep, write_run_files
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.launch.sweep.report import create_sweep_folder, print_sweep_table, write_sweep_report
@@ -20,7 +20,7 @@ def read_csv(sweep: Sweep) -> list[dict[str, str]]:
 
 
 def test_a_table_that_cannot_be_written_raises_one_message(tmp_path):
-    sweep = sweep_of(tmp_path, "a", "b")
+    sweep = make_sweep(tmp_path, "a", "b")
     (sweep.folder / "index.html").mkdir()
     with pytest.raises(UserError, match=r"the table was not written .*index\.html"):
         show_sweep_table(sweep.jobs)
@@ -28,9 +28,9 @@ def test_a_table_that_cannot_be_written_raises_one_message(tmp_path):
 
 def test_no_file_of_a_sweep_holds_a_swept_secret(tmp_path, capsys):
     token = "hf_" + "aB3" * 11
-    sweep = sweep_of(tmp_path, token, f"https://me:{token}@host/x")
+    sweep = make_sweep(tmp_path, token, f"https://me:{token}@host/x")
     for job in sweep.jobs:
-        leave(job, "done", SUMMARY)
+        write_run_files(job, "done", SUMMARY)
     assert show_sweep_table(sweep.jobs) == 0
     assert "***" in (sweep.folder / "results.csv").read_text()
     files = [file for file in sweep.folder.rglob("*") if file.is_file()]
@@ -39,15 +39,15 @@ def test_no_file_of_a_sweep_holds_a_swept_secret(tmp_path, capsys):
 
 
 def test_only_files_of_this_call_are_listed(tmp_path, capsys):
-    sweep = sweep_of(tmp_path, "a", "b")
+    sweep = make_sweep(tmp_path, "a", "b")
     (sweep.folder / "bits.png").write_text("from an earlier table")
     assert show_sweep_table(sweep.jobs) == 0
     assert "bits.png" not in capsys.readouterr().out
 
 
 def test_the_csv_contains_the_results_of_the_jobs(tmp_path):
-    sweep = sweep_of(tmp_path, "a", HOSTILE)
-    leave(sweep.jobs[0], "done", SUMMARY)
+    sweep = make_sweep(tmp_path, "a", HOSTILE_TEXT)
+    write_run_files(sweep.jobs[0], "done", SUMMARY)
     write_sweep_report(sweep)
     good, other = read_csv(sweep)
     assert list(good) == ["data.source", *COLUMNS, "status", "folder"]
@@ -55,7 +55,7 @@ def test_the_csv_contains_the_results_of_the_jobs(tmp_path):
     assert float(good["perplexity_quantized"]) == 1234.5
     assert (good["perplexity_final"], good["status"]) == ("", "done")
     assert Path(good["folder"]) == sweep.jobs[0].folder
-    assert other["data.source"] == HOSTILE
+    assert other["data.source"] == HOSTILE_TEXT
     assert other["status"] == "pending"
 
 
@@ -76,20 +76,20 @@ class Page(HTMLParser):
 
 
 def test_the_page_fetches_and_runs_nothing(tmp_path):
-    sweep = sweep_of(tmp_path, "a", HOSTILE)
+    sweep = make_sweep(tmp_path, "a", HOSTILE_TEXT)
     for job in sweep.jobs:
-        leave(job, "done", SUMMARY)
+        write_run_files(job, "done", SUMMARY)
     write_sweep_report(sweep)
     page = Page((sweep.folder / "index.html").read_text(encoding="utf-8"))
     assert "script" not in page.tags
-    assert HOSTILE.strip() in page.words
+    assert HOSTILE_TEXT.strip() in page.words
     assert "2 jobs: 2 done" in page.words
     assert len(page.fetched) == 2, "without a final perplexity there is no plot against memory"
     assert all(source.startswith("data:image/png;base64,") for source in page.fetched)
 
 
 def test_a_sweep_without_finished_jobs_still_has_a_table(tmp_path, capsys):
-    sweep = sweep_of(tmp_path, "a", "b")
+    sweep = make_sweep(tmp_path, "a", "b")
     results = JobResults(sweep)
     results.record(sweep.jobs[0], 1)
     results.save()
@@ -104,7 +104,7 @@ def test_a_sweep_without_finished_jobs_still_has_a_table(tmp_path, capsys):
 
 
 def test_a_folder_that_cannot_be_created_is_an_error_with_its_key(tmp_path):
-    sweep = sweep_of(tmp_path, "a", "b")
+    sweep = make_sweep(tmp_path, "a", "b")
     for path in (sweep.folder / "logs", sweep.folder):
         path.rmdir()
     sweep.folder.write_text("a file is in the way")
@@ -113,7 +113,7 @@ def test_a_folder_that_cannot_be_created_is_an_error_with_its_key(tmp_path):
 
 
 def test_results_that_are_not_saved_yet_are_in_the_table(tmp_path, capsys):
-    sweep = sweep_of(tmp_path, "a", "b")
+    sweep = make_sweep(tmp_path, "a", "b")
     results = JobResults(sweep)
     results.record(sweep.jobs[1], 1)
     print_sweep_table(sweep, results)

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from sweeps import SUMMARY, leave, sweep_of
+from sweeps import SUMMARY, make_sweep, write_run_files
 
 from hqqtrain.compose.job import Job
 from hqqtrain.launch.slurm.requeue import begin_attempt, end_attempt
@@ -30,16 +30,16 @@ def test_every_figure_has_its_column():
 
 
 def test_the_newest_record_decides_the_state_of_a_job(tmp_path):
-    sweep = sweep_of(tmp_path, *"abcdef")
+    sweep = make_sweep(tmp_path, *"abcdef")
     new, killed, done, failed, preempted, later = sweep.jobs
-    leave(killed, "running")
-    leave(done, "done", SUMMARY)
+    write_run_files(killed, "running")
+    write_run_files(done, "done", SUMMARY)
     results = JobResults(sweep)
     results.record(failed, 2)
     results.record(preempted, 3)
     results.record(later, 1)
     results.save()
-    leave(later, "done", SUMMARY)  # run by hand, after the sweep
+    write_run_files(later, "done", SUMMARY)  # run by hand, after the sweep
     os.utime(later.folder / "status.json", (2e9, 2e9))
     assert [row.status for row in collect_rows(sweep)] == [
         "pending", "unfinished", "done", "failed", "preempted", "done",
@@ -60,17 +60,17 @@ def record_in_batch_job(job: Job, code: int | None) -> None:
 
 
 def test_records_of_a_batch_file_count_too(tmp_path):
-    sweep = sweep_of(tmp_path, *"abcdefg")
+    sweep = make_sweep(tmp_path, *"abcdefg")
     failed, stopped, started, done, early, again, gone = sweep.jobs
     record_in_batch_job(failed, 2)
     record_in_batch_job(stopped, 3)
     record_in_batch_job(started, None)
-    leave(done, "done", SUMMARY)
+    write_run_files(done, "done", SUMMARY)
     record_in_batch_job(done, 0)
-    leave(early, "done", SUMMARY)
+    write_run_files(early, "done", SUMMARY)
     record_in_batch_job(early, None)  # this start will find that the run is done
     record_in_batch_job(again, 2)
-    leave(again, "running")
+    write_run_files(again, "running")
     os.utime(again.folder / "status.json", (2e9, 2e9))
     record_in_batch_job(gone, 0)
     assert [row.status for row in collect_rows(sweep)] == [
@@ -79,12 +79,12 @@ def test_records_of_a_batch_file_count_too(tmp_path):
 
 
 def test_a_job_is_done_only_if_its_own_status_says_so(tmp_path):
-    sweep = sweep_of(tmp_path, "a", "b", "c")
+    sweep = make_sweep(tmp_path, "a", "b", "c")
     results = JobResults(sweep)
     for job in sweep.jobs:
         results.record(job, 0)
-    leave(sweep.jobs[1], "running")
-    leave(sweep.jobs[2], "done")
+    write_run_files(sweep.jobs[1], "running")
+    write_run_files(sweep.jobs[2], "done")
     results.save()
     os.utime(sweep.jobs[1].folder / "status.json", (1e9, 1e9))
     assert [row.status for row in collect_rows(sweep)] == ["pending", "unfinished", "done"]
@@ -94,15 +94,15 @@ def test_a_job_is_done_only_if_its_own_status_says_so(tmp_path):
     "broken", ["[]", "1", "{}", '{"exit_code": 1}', '{"exit_code": "1", "time": 1e12}', "null"]
 )
 def test_an_invalid_record_is_ignored(tmp_path, broken):
-    sweep = sweep_of(tmp_path, "a", "b")
+    sweep = make_sweep(tmp_path, "a", "b")
     (sweep.folder / "jobs.json").write_text(f'{{"job0": {broken}}}')
-    leave(sweep.jobs[1], ["done"])
+    write_run_files(sweep.jobs[1], ["done"])
     assert [row.status for row in collect_rows(sweep)] == ["pending", "pending"]
 
 
 def test_the_printed_table_is_rounded(tmp_path):
-    sweep = sweep_of(tmp_path, "a", "b")
-    leave(sweep.jobs[0], "done", SUMMARY)
+    sweep = make_sweep(tmp_path, "a", "b")
+    write_run_files(sweep.jobs[0], "done", SUMMARY)
     good = format_table(collect_rows(sweep)).splitlines()[-2].split()
     assert good == [
         "a", "2.50", "0.1000", "8.000", "1,234.500", "-", "0.6000", "0.2500", "0.5", "60.0",
@@ -112,7 +112,7 @@ def test_the_printed_table_is_rounded(tmp_path):
 
 @pytest.mark.parametrize("broken", ["", "[]", "{", '{"quantize": {}}'])
 def test_an_unreadable_summary_gives_no_figures(tmp_path, broken):
-    sweep = sweep_of(tmp_path, "a", "b")
-    leave(sweep.jobs[0], "done")
+    sweep = make_sweep(tmp_path, "a", "b")
+    write_run_files(sweep.jobs[0], "done")
     (sweep.jobs[0].folder / "summary.json").write_text(broken)
     assert set(collect_rows(sweep)[0].figures.values()) == {None}

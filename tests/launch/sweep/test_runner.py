@@ -9,7 +9,7 @@ import signal
 from dataclasses import replace
 
 import pytest
-from sweeps import leave, sweep_of
+from sweeps import make_sweep, write_run_files
 
 from hqqtrain.common.errors import DONE, FAILED, PREEMPTED, USER_ERROR
 from hqqtrain.launch.sweep import runner
@@ -42,7 +42,7 @@ def _exit_codes(sweep) -> list[int]:
 
 
 def test_every_job_starts_once_with_its_own_and_the_shared_overrides(tmp_path, started):
-    sweep = sweep_of(tmp_path / "runs", "ok1", "ok2")
+    sweep = make_sweep(tmp_path / "runs", "ok1", "ok2")
     assert run_sweep(sweep.jobs) == DONE
     assert started() == [" ".join(job.arguments) for job in sweep.jobs]
     assert all(f"track.group={sweep.name}" in line for line in started())
@@ -50,7 +50,7 @@ def test_every_job_starts_once_with_its_own_and_the_shared_overrides(tmp_path, s
 
 
 def test_a_failed_job_is_named_and_does_not_end_the_sweep(tmp_path, started, capfd):
-    sweep = sweep_of(tmp_path / "runs", "bad", "wrong", "killed", "ok")
+    sweep = make_sweep(tmp_path / "runs", "bad", "wrong", "killed", "ok")
     assert run_sweep(sweep.jobs) == FAILED
     assert len(started()) == 4
     assert _exit_codes(sweep) == [1, 2, -signal.SIGKILL, 0]
@@ -61,24 +61,24 @@ def test_a_failed_job_is_named_and_does_not_end_the_sweep(tmp_path, started, cap
 
 
 def test_a_preempted_job_ends_the_sweep_with_its_code(tmp_path, started):
-    sweep = sweep_of(tmp_path / "runs", "ok", "preempted", "never")
+    sweep = make_sweep(tmp_path / "runs", "ok", "preempted", "never")
     assert run_sweep(sweep.jobs) == PREEMPTED
     assert len(started()) == 2
     assert (sweep.folder / "results.csv").is_file()
 
 
 def test_a_job_that_is_done_is_not_started_again(tmp_path, started, monkeypatch, capfd):
-    sweep = sweep_of(tmp_path / "runs", "a", "ok")
+    sweep = make_sweep(tmp_path / "runs", "a", "ok")
     monkeypatch.setattr(type(sweep.jobs[0]), "is_done", lambda job: job.name == "job0")
-    leave(sweep.jobs[0], "done", {"quantize": {"bits_per_weight": 2.5}})
+    write_run_files(sweep.jobs[0], "done", {"quantize": {"bits_per_weight": 2.5}})
     assert run_sweep(sweep.jobs) == DONE
     assert len(started()) == 1
     assert "data.source=a: done before: 2.50 bits per weight\n" in capfd.readouterr().out
 
 
 def test_a_finished_job_whose_directory_is_damaged_fails_alone(tmp_path, started, capfd):
-    sweep = sweep_of(tmp_path / "runs", "a", "ok")
-    leave(sweep.jobs[0], "done")
+    sweep = make_sweep(tmp_path / "runs", "a", "ok")
+    write_run_files(sweep.jobs[0], "done")
     (sweep.jobs[0].folder / "config.yaml").write_text("{")
     assert run_sweep(sweep.jobs) == FAILED
     assert len(started()) == 1
@@ -87,14 +87,14 @@ def test_a_finished_job_whose_directory_is_damaged_fails_alone(tmp_path, started
 
 
 def test_a_duplicate_is_announced_and_skipped(tmp_path, started, capfd):
-    sweep = sweep_of(tmp_path / "runs", "ok1", "ok2")
+    sweep = make_sweep(tmp_path / "runs", "ok1", "ok2")
     assert run_sweep([*sweep.jobs, replace(sweep.jobs[0])]) == DONE
     assert len(started()) == 2
     assert "the same run as another of these jobs; skipped" in capfd.readouterr().out
 
 
 def test_parallel_jobs_have_logs_with_their_command_and_output(tmp_path, started, capfd):
-    sweep = sweep_of(tmp_path / "runs", "ok1", "bad", "ok2")
+    sweep = make_sweep(tmp_path / "runs", "ok1", "bad", "ok2")
     for job in sweep.jobs:
         job.config.launch.max_parallel_jobs = 2
     assert run_sweep(sweep.jobs) == FAILED
@@ -109,7 +109,7 @@ def test_parallel_jobs_have_logs_with_their_command_and_output(tmp_path, started
 def test_a_table_that_cannot_be_written_has_exit_code_2_but_no_job_is_lost(
     tmp_path, started, capfd
 ):
-    sweep = sweep_of(tmp_path / "runs", "ok1", "ok2")
+    sweep = make_sweep(tmp_path / "runs", "ok1", "ok2")
     (sweep.folder / "results.csv").mkdir()
     assert run_sweep(sweep.jobs) == USER_ERROR
     assert len(started()) == 2
@@ -122,7 +122,7 @@ def test_a_job_killed_by_the_forwarded_signal_counts_as_preempted():
 
 
 def test_the_lock_waits_for_the_jobs_of_an_earlier_attempt(tmp_path, monkeypatch):
-    sweep = sweep_of(tmp_path, "a", "b")
+    sweep = make_sweep(tmp_path, "a", "b")
     original, calls, waits = fcntl.flock, [], []
 
     def busy_once(file, operation: int) -> None:
