@@ -12,36 +12,66 @@ from typing import Any
 
 MASK = "***"
 
-_NAME = (
+_SECRET_WORD = (
     r"(?:token|passw(?:or)?d|pwd|passphrase|secret|credential"
     r"|(?:api|access|secret|private)[-_]?key)"
 )
+"""Regular expression of the words that end the name of a secret."""
 
-_NAMES = re.compile(rf"(?:{_NAME}|passwords|secrets|credentials)$", re.IGNORECASE)
+_SECRET_NAME_END = re.compile(rf"(?:{_SECRET_WORD}|passwords|secrets|credentials)$", re.IGNORECASE)
+"""Matches the end of a name whose value is a secret, such as `HF_TOKEN` or `track.api_key`."""
 
-_FORMS = re.compile(
-    r"(?<![0-9A-Za-z])(?:hf_[0-9A-Za-z]{30,}|gh[opusr]_[0-9A-Za-z]{36,}|github_pat_\w{36,}"
-    r"|wandb_v1_\w{24,}|sk-(?=[\w-]*\d)[\w-]{20,}|glpat-[\w-]{20,}|xox[a-z]-(?=[\w-]*\d)[\w-]{10,}"
-    r"|(?:AKIA|ASIA)[0-9A-Z]{16}(?!\w)|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"  # AWS; JSON web tokens
-    r"|(?<=://)[^/\s]+(?=@)"  # user:password@host, token@host
-    r"|(?<![\w/])[\w.+-]+\\?:[^\s/:@]+(?=@[\w.-])"  # the same without a scheme; sweeps escape :
-    rf"|(?<=[?&;])(?i:[\w-]*(?:{_NAME}|key|sig|signature))=[^&;#\s'\"]+"  # URL parameters
-    r"|(?<=(?i:bearer) )\S+"
+_SHELL_QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'[^']*'|`[^`]*`|\$\(.*\)|\$\{[^}]*\}|\\.)"""
+"""Parts of a shell word that may contain spaces: quotes, substitutions and escapes.
+
+`$(...)` may be nested, so it is taken to reach to the last closing parenthesis of the line.
+"""
+
+_TOKENS = re.compile(
+    rf"""
+    (?<![0-9A-Za-z])                         # a token does not begin inside a word
+    (?: hf_[0-9A-Za-z]{{30,}}                # Hugging Face
+      | gh[opusr]_[0-9A-Za-z]{{36,}}         # GitHub
+      | github_pat_\w{{36,}}                 # GitHub, fine-grained
+      | wandb_v1_\w{{24,}}                   # W&B
+      | sk-(?=[\w-]*\d)[\w-]{{20,}}          # OpenAI and others; with a digit, unlike sk-learning
+      | glpat-[\w-]{{20,}}                   # GitLab
+      | xox[a-z]-(?=[\w-]*\d)[\w-]{{10,}}    # Slack; with a digit
+      | (?:AKIA|ASIA)[0-9A-Z]{{16}}(?!\w)    # AWS access key id
+      | eyJ[\w-]{{8,}}\.[\w-]+\.[\w-]*       # JSON web token
+    )
+    | (?<=://)[^/\s]+(?=@)                   # user:password@host, token@host
+    | (?<![\w/])[\w.+-]+\\?:[^\s/:@]+(?=@[\w.-])  # user:password@host; a sweep escapes the colon
+    # A parameter of a URL, up to the fragment. After && or ; it may be a shell's assignment.
+    | (?:(?<=\?)|(?<=[^&]&)) (?i:[\w-]*(?:{_SECRET_WORD}|key|sig|signature))
+      =(?:{_SHELL_QUOTED}|[^&;\#\s'"])+
+    | (?<=[&;]) (?i:[\w-]*(?:{_SECRET_WORD}|key|sig|signature))=(?:{_SHELL_QUOTED}|[^&;\s'"])+
+    | (?<=(?i:bearer)\ )\S+                  # HTTP header
+    """,
+    re.VERBOSE,
 )
-"""Known forms of tokens. Exact lengths and cases keep HF_HUB_OFFLINE and sk-learning unmasked."""
+"""Known forms of secrets. The minimum lengths and the cases of letters keep ordinary words, such as
+HF_HUB_OFFLINE, unmasked."""
 
-_ASSIGNED = re.compile(
-    rf"((?:{_NAME}|passwords|secrets|credentials)=)(\"[^\"]*\"|'[^']*'|[^\s\"'&;,]+)", re.IGNORECASE
+_ASSIGNMENT = re.compile(
+    rf"((?:{_SECRET_WORD}|passwords|secrets|credentials)=)"
+    rf"""(?:["'][^"']*\Z|(?:{_SHELL_QUOTED}|,(?!\w+=)|[^\s&;,])+)""",
+    re.IGNORECASE,
 )
-"""Assignments within text, such as `export MY_PASSWORD=...`."""
+"""Matches a shell assignment within text, such as `export MY_PASSWORD="$X"pw`.
 
-_OLD_WANDB = re.compile(r"(?<![0-9A-Za-z])(?<!snapshots/)[0-9a-f]{40}(?![0-9A-Za-z])")
+The match reaches to the end of the shell word, or of the text if a quote is not closed. A comma
+ends the value only before the next assignment, as in `--export=A_TOKEN=x,B=y`.
+"""
 
-# A git commit has the form of an old W&B key but must be kept: it makes a run reproducible.
-_COMMITS = re.compile(r"(^|[._-])(revision|commit|identity)$", re.IGNORECASE)
+_OLD_WANDB_KEY = re.compile(r"(?<![0-9A-Za-z])(?<!snapshots/)[0-9a-f]{40}(?![0-9A-Za-z])")
+"""A git commit has the same form, see `_COMMIT_NAME_END`; the hub's snapshots are commits."""
+
+_COMMIT_NAME_END = re.compile(r"(^|[._-])(revision|commit|identity)$", re.IGNORECASE)
+"""Matches the end of a name whose value is a hash that makes a run reproducible, so it is kept."""
 
 _DIRECTORY_VARIABLES = ("PWD", "OLDPWD")
-"""The shell's own variables that match `_NAMES` but name folders, which may no longer exist."""
+"""The shell's own variables that are named like a secret but name folders, which may be gone."""
 
 _MIN_LENGTH = 8
 """Characters; a shorter value of an environment variable might be an ordinary word."""
@@ -54,38 +84,41 @@ def mask_secrets(value: Any, name: str = "") -> Any:
         value: Any JSON value; a string may contain a secret anywhere.
         name: The key of `value`. If it is named like a secret, all of `value` is masked.
     """
-    if _NAMES.search(name) and value and not isinstance(value, bool):
+    if _SECRET_NAME_END.search(name) and value and not isinstance(value, bool):
         return MASK
     if isinstance(value, Mapping):
         return {k: mask_secrets(v, str(k)) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [mask_secrets(v, name) for v in value]
-    return _masked_text(value, name) if isinstance(value, str) else value
+    return _mask_text(value, name) if isinstance(value, str) else value
 
 
-def mask_command(words: list[str]) -> list[str]:
+def mask_command(arguments: list[str]) -> list[str]:
     """Return a command line with secrets masked: `x.token=...`, `--api-key ...` and known forms."""
-    shown, previous = [], ""
-    for word in words:
-        name, equals, value = word.partition("=")
+    masked, previous = [], ""
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
         if equals:
-            shown.append(f"{mask_secrets(name)}={mask_secrets(value, name)}")
-        else:
-            shown.append(mask_secrets(word, previous if previous.startswith("-") else ""))
-        previous = word
-    return shown
+            masked.append(f"{mask_secrets(name)}={mask_secrets(value, name)}")
+        else:  # the value of an option, as in `--api-key mine`, is an argument of its own
+            masked.append(mask_secrets(argument, previous if previous.startswith("-") else ""))
+        previous = argument
+    return masked
 
 
-def _masked_text(text: str, name: str) -> str:
+def _mask_text(text: str, name: str) -> str:
+    """Mask the secrets within `text`, which is the value of the key `name`."""
     for secret in _environment_secrets():
         text = text.replace(secret, MASK)
-    text = _ASSIGNED.sub(rf"\1{MASK}", _FORMS.sub(MASK, text))
-    return text if _COMMITS.search(name) else _OLD_WANDB.sub(MASK, text)
+    text = _ASSIGNMENT.sub(rf"\1{MASK}", _TOKENS.sub(MASK, text))
+    return text if _COMMIT_NAME_END.search(name) else _OLD_WANDB_KEY.sub(MASK, text)
 
 
 def _environment_secrets() -> Iterator[str]:
+    """Yield the values of the environment variables that are named like a secret."""
     for name, value in os.environ.items():
-        if _NAMES.search(name) and len(value) >= _MIN_LENGTH and not _is_path(name, value):
+        is_secret = _SECRET_NAME_END.search(name) and not _is_path(name, value)
+        if is_secret and len(value) >= _MIN_LENGTH:
             yield value
 
 

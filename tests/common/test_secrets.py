@@ -50,6 +50,28 @@ def test_secrets_on_the_command_line_are_masked(words, shown):
     assert mask_command(words) == shown
 
 
+@pytest.mark.parametrize("before", ["export ", "cd x;", "cd x&&", "--export=ALL,"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        '"$X"pw', "$(cat file)pw", "${X:-a pw}", "$(f $(g (h)))pw", "`cat file`pw", "'a b'\"c pw\"",
+        "a\\ pw", "a,pw", "a#pw", '"a\\" pw"', 'a" pw"', '"not closed pw',
+    ],
+)  # fmt: skip
+def test_an_assigned_value_is_masked_to_the_end_of_the_shell_word(before, value):
+    masked = mask_secrets(f"{before}MY_PASSWORD={value}")
+    assert masked.startswith(before)
+    assert masked.endswith("***")
+    assert mask_secrets(f"{before}MY_PASSWORD=pw; cd y") == mask_secrets(
+        f"{before}MY_PASSWORD=another; cd y"
+    )
+
+
+def test_what_follows_an_assignment_is_kept():
+    assert mask_secrets("MY_TOKEN='a b' make; cd x") == "MY_TOKEN=*** make; cd x"
+    assert mask_secrets('MY_TOKEN="a\\"b"&&cd x') == "MY_TOKEN=***&&cd x"
+
+
 def test_ordinary_words_of_the_command_line_are_kept():
     words = [
         "hqqtrain",

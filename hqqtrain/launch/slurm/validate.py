@@ -1,4 +1,4 @@
-"""Refuses commands that must not become a batch file, before any file is written."""
+"""Refuse commands that must not become a batch file, before any file is written."""
 
 import re
 import shlex
@@ -11,7 +11,10 @@ from hqqtrain.config.infra import LaunchConfig
 from hqqtrain.config.run import RunConfig
 
 _REFERENCE = re.compile(r"""\w*=("?)\$(?:\w+|\{\w+\}|\([^()]*\))\1(?=[\s;&|,'"\]]|$)""")
-"""Matches a shell assignment from another variable or from the output of a program."""
+"""Matches a shell assignment of nothing but another variable, or the output of a program.
+
+The lookahead refuses an addition, as in `X=$(f)pw`, which may be a secret.
+"""
 
 
 def check_same_launch(configs: Sequence[RunConfig]) -> None:
@@ -44,16 +47,17 @@ def refuse_secrets(arguments: Iterable[str], launch: LaunchConfig) -> None:
         UserError: one of them contains a secret.
     """
     lines = [_REFERENCE.sub("", line) for line in (*launch.setup, *launch.options)]
-    secrets = [shown for line in lines if (shown := mask_secrets(line)) != line]
-    given = [
+    masked_secrets = [masked for line in lines if (masked := mask_secrets(line)) != line]
+    checked = [
         *without_launch(arguments),
-        *(_REFERENCE.sub("", w) for w in arguments if _is_launch(w)),
+        *(_REFERENCE.sub("", argument) for argument in arguments if _is_launch(argument)),
     ]
-    pairs = zip(given, mask_command(given), strict=True)
-    secrets += [shlex.quote(shown) for argument, shown in pairs if shown != argument]
-    if secrets:
+    pairs = zip(checked, mask_command(checked), strict=True)
+    masked_secrets += [shlex.quote(masked) for argument, masked in pairs if masked != argument]
+    if masked_secrets:
+        shown = ", ".join(masked_secrets)
         raise UserError(
-            f"launch.backend=slurm: the batch file would contain a secret ({', '.join(secrets)}); "
+            f"launch.backend=slurm: the batch file would contain a secret ({shown}); "
             "put it in an environment variable, which sbatch passes on, or let launch.setup "
             "read it from a file: export NAME=$(cat FILE)."
         )
@@ -73,9 +77,10 @@ def refuse_backslash(root: str) -> None:
 
 
 def without_launch(arguments: Iterable[str]) -> list[str]:
-    """Return the arguments without `launch.*`: what is run, not how it is started."""
+    """Return the arguments without `launch.*`. They say what is run, not how it is started."""
     return [argument for argument in arguments if not _is_launch(argument)]
 
 
 def _is_launch(argument: str) -> bool:
+    """Whether the argument sets `launch` or a key of it, such as `+launch.nodes=2`."""
     return re.split("[.=]", argument.lstrip("+"))[0] == "launch"

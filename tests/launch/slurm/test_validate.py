@@ -1,5 +1,7 @@
 """What must not become a batch file: secrets, backslashes, and arrays of unequal jobs."""
 
+import re
+
 import pytest
 
 from hqqtrain.common.errors import UserError
@@ -59,10 +61,17 @@ def test_a_secret_in_a_word_is_refused_and_not_repeated(words):
     assert "pw" not in message
 
 
-@pytest.mark.parametrize("value", ["$(cat file)pw", '"$X"pw', "$X$(f)", "${X}pw", "$(f $(g))"])
-def test_a_reference_with_an_addition_may_be_a_secret(value):
-    with pytest.raises(UserError, match="would contain a secret"):
-        refuse_secrets([], LaunchConfig(setup=[f"export MY_PASSWORD={value}"]))
+@pytest.mark.parametrize(
+    "value", ["$(cat file)pw", '"$X"pw', "$X$(f)", "${X}pw", "$(f $(g))", "=$(f)pw"]
+)
+def test_a_reference_with_an_addition_may_be_a_secret_and_is_not_repeated(value):
+    line = f"export MY_PASSWORD={value}"
+    for words, setup in (([], [line]), ([f"launch.setup=['{line}']"], [])):
+        with pytest.raises(
+            UserError, match=r"would contain a secret \(.*MY_PASSWORD=\*\*\*"
+        ) as caught:
+            refuse_secrets(words, LaunchConfig(setup=setup))
+        assert not {"pw", "$X", "$(f"} & set(re.findall(r"pw|\$X|\$\(f", str(caught.value)))
 
 
 @pytest.mark.parametrize("key", ["setup", "options"])
