@@ -13,7 +13,7 @@ from hqqtrain.checkpoint.resume import load_latest
 from hqqtrain.checkpoint.snapshot import StateSnapshot
 from hqqtrain.checkpoint.store import CheckpointStore
 from hqqtrain.common.errors import UserError
-from hqqtrain.common.threads import BackgroundWriter
+from hqqtrain.common.threads import BackgroundExecutor
 from hqqtrain.config.infra import CheckpointConfig
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.local import global_numel
@@ -82,7 +82,7 @@ class CheckpointManager:
         self._trainer, self._contents, self._store = trainer, contents, store
         self._config, self._comm, self._preemption = config, comm, preemption
         self._snapshot = StateSnapshot(comm)
-        self._background = BackgroundWriter("checkpoints")
+        self._background = BackgroundExecutor("checkpoints")
         self._saved_step: int | None = None
         self._saves, self._seconds = 0, 0.0  # the seconds are those that training has waited
         count = sum(map(global_numel, trainer.trainable_parameters.values()))

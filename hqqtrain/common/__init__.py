@@ -1,1 +1,1 @@
-"""Errors, files, locks, secrets and signals, which the front end and the back end share."""
+"""Errors, files, locks, secrets, signals, threads: what the front end and the back end share."""

@@ -1,7 +1,7 @@
-"""The numbers that launchers and Slurm put into the environment, each read here and nowhere else.
+"""Variables by which a launcher numbers the processes of a run, each read in one place.
 
-torchrun and `accelerate launch` number the processes of a run; for the tasks of srun,
-`hqqtrain.launch.slurm.ranks` sets the same variables.
+torchrun and `accelerate launch` set them. For the tasks of srun, `hqqtrain.launch.slurm.ranks` sets
+the same variables.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Exceptions that the command line shows as a message, without a traceback, and exit codes."""
+"""Exit codes, and the exceptions that the command line shows as a message without a traceback."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -22,14 +22,15 @@ class UserError(ValueError):
 class RankLostError(RuntimeError):
     """Another rank failed or disappeared.
 
-    The message says which rank and, if known, why. Exit code FAILED.
+    The message says which rank and, if it is known, why. Exit code FAILED.
     """
 
 
 class PreemptedError(RuntimeError):
-    """The run was asked to stop.
+    """The run was asked to stop, by a signal or by a time limit.
 
-    The message says by whom. The error is raised on all ranks. Exit code PREEMPTED.
+    The message says which. All ranks raise the error, or learn of it as a lost rank while the model
+    is loaded. Exit code PREEMPTED.
     """
 
 

@@ -1,4 +1,4 @@
-"""A lock file that one process holds, and by which other machines verify a shared file system."""
+"""A lock file that one process holds. Other machines read it to verify a shared file system."""
 
 import fcntl
 import os
@@ -60,9 +60,9 @@ def check_shared_lock(path: Path, token: str, key: str) -> None:
     Raises:
         UserError: the token does not appear within `VISIBILITY_TIMEOUT` seconds.
     """
-    end = time.monotonic() + VISIBILITY_TIMEOUT
+    deadline = time.monotonic() + VISIBILITY_TIMEOUT
     while read_lock_token(path) != token:
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             raise UserError(
                 f"{key}: {socket.gethostname()} does not see the file that rank 0 wrote to "
                 f"{path.parent}. All nodes need one shared folder."

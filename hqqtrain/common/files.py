@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, whatever kills the process in between."""
+"""Write files and folders so that each is complete or absent, even if the process is killed."""
 
 import hashlib
 import json
@@ -33,11 +33,11 @@ def temporary_path(path: Path) -> Path:
 
 def fsync_path(path: Path) -> None:
     """Flush a file's contents, or a folder's list of names, to disk with `fsync`."""
-    handle = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(fd)
     finally:
-        os.close(handle)
+        os.close(fd)
 
 
 @contextmanager
@@ -87,10 +87,13 @@ def without_nonfinite(value: Any) -> Any:
 
 
 def stat_digest(path: Path) -> str:
-    """Return the sha256, in hex, of the names, sizes and times of a file or a folder's files."""
+    """Return the sha256, in hex, of the names, sizes and modification times of the files at `path`.
+
+    `path` is a file or a folder. The contents are not read, because they may be large.
+    """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    facts = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+    stats = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def _recover(path: Path, old: Path) -> None:
@@ -101,8 +104,9 @@ def _recover(path: Path, old: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Flush a folder to disk and apply the umask to its files, which safetensors makes private."""
-    mode = folder.stat().st_mode & 0o666  # the umask itself can only be read by changing it
+    """Flush a folder to disk, and apply the umask to its files, which safetensors makes private."""
+    # The new folder shows the umask. The umask itself can only be read by changing it.
+    mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)

@@ -1,8 +1,8 @@
-"""Record SIGUSR1 and SIGTERM from process start; the ranks act on them together later.
+"""Record SIGUSR1 and SIGTERM from the start of the process. The ranks act on them together later.
 
 Importing torch takes seconds, during which an unhandled signal would end the process silently. A
-thread reads the signals, because Python runs signal handlers only in the main thread, which may
-be blocked in a collective that never ends.
+thread reads the signals, because Python runs signal handlers only in the main thread, and the main
+thread may be blocked in a collective that never ends.
 """
 
 import os
@@ -13,8 +13,10 @@ import time
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 SAME_SIGNAL_SECONDS = 2.0
-"""Seconds within which several signals count as one request: a launcher forwards a signal that
-Slurm or the terminal has also sent to every process."""
+"""Seconds within which several signals count as one request.
+
+A launcher forwards a signal that Slurm or the terminal has also sent to every process.
+"""
 
 
 class _FirstSignal:
@@ -23,7 +25,7 @@ class _FirstSignal:
 
 
 def listen_for_signals() -> None:
-    """Record the first signal for `received_signal`; a later one ends the process at once.
+    """Record the first signal for `received_signal`. A later one ends the process at once.
 
     The caller must be the main thread.
     """

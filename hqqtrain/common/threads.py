@@ -7,45 +7,48 @@ from collections.abc import Callable
 import psutil
 
 
-def call_with_timeout(seconds: float, call: Callable[[], None], child_prefix: str) -> None:
-    """Run `call` in a thread, with a timeout. An exception of `call` is raised here.
+def call_with_timeout(seconds: float, call: Callable[[], None], child_process_prefix: str) -> None:
+    """Run `call` in a thread, with a timeout. Whatever `call` raises is raised here.
 
-    After the timeout, child processes whose names start with `child_prefix` are killed. Otherwise
-    handlers at the end of the program would wait for them.
+    After the timeout, child processes whose names start with `child_process_prefix` are killed.
+    Otherwise handlers at the end of the program would wait for them.
 
     Args:
         seconds: the timeout.
         call: the function to run.
-        child_prefix: prefix of the names of child processes that `call` waits for.
+        child_process_prefix: prefix of the names of child processes that `call` waits for.
 
     Raises:
         TimeoutError: `call` did not return within `seconds`.
     """
-    failures: list[Exception] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
             call()
-        except Exception as error:
-            failures.append(error)
+        except BaseException as error:  # also SystemExit, which would end the thread silently
+            errors.append(error)
 
+    # A daemon, because the interpreter would wait for any other thread at its end.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
         for child in psutil.Process().children(recursive=True):
-            if child.name().startswith(child_prefix):
+            if child.name().startswith(child_process_prefix):
                 child.kill()
-        raise TimeoutError(f"{child_prefix} did not end within {seconds:.0f} s")
-    if failures:
-        raise failures[0]
+        raise TimeoutError(
+            f"the processes {child_process_prefix}* did not end within {seconds:.0f} s"
+        )
+    if errors:
+        raise errors[0]
 
 
-class BackgroundWriter:
+class BackgroundExecutor:
     """Runs one job at a time on its own thread; `wait` raises the error of a failed job."""
 
-    def __init__(self, name: str) -> None:
-        self._pool = futures.ThreadPoolExecutor(1, name)
+    def __init__(self, thread_name: str) -> None:
+        self._pool = futures.ThreadPoolExecutor(1, thread_name)
         self._job: futures.Future[None] | None = None
 
     def start(self, job: Callable[[], None]) -> None:
@@ -60,5 +63,5 @@ class BackgroundWriter:
             job.result()
 
     def close(self) -> None:
-        """Stop the thread after its current job."""
+        """Wait for the current job, then stop the thread. The error of the job is not raised."""
         self._pool.shutdown(wait=True)

@@ -121,7 +121,7 @@ class WandbTracker:
             run.finish(exit_code=exit_code)
             _stop_service(exit_code)  # the last rows may be missing in the file before
 
-        call_with_timeout(FINISH_SECONDS + SLACK_SECONDS, end, child_prefix="wandb-")
+        call_with_timeout(FINISH_SECONDS + SLACK_SECONDS, end, child_process_prefix="wandb-")
 
     def _send_missing_rows(self) -> None:
         """Send the rows of earlier processes again; `log` skips those that the server has.

@@ -33,7 +33,7 @@ def test_an_error_ends_the_command_with_its_code_and_no_traceback(error, code, m
     def fail(words: list[str]) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "_dispatch", fail)
+    monkeypatch.setattr(cli, "_run_command", fail)
     assert cli.main(["task=eval"]) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("hqqtrain: ")
