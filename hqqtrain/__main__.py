@@ -1,4 +1,4 @@
-"""Run `python -m hqqtrain`, which is the same as the console script `hqqtrain`."""
+"""Entry point of `python -m hqqtrain`, which does the same as the console script `hqqtrain`."""
 
 import sys
 

@@ -21,7 +21,7 @@ from hqqtrain.common.errors import (
     did_you_mean,
 )
 from hqqtrain.common.secrets import mask_secrets
-from hqqtrain.compose.command import Command, plan_command
+from hqqtrain.compose.command import Command, compose_command
 from hqqtrain.compose.help import help_text
 from hqqtrain.compose.recipes import recipe_files
 from hqqtrain.launch.slurm.ranks import set_rank_env_from_slurm
@@ -30,8 +30,9 @@ from hqqtrain.launch.slurm.validate import check_same_launch
 from hqqtrain.launch.sweep.runner import run_sweep, show_sweep_table
 from hqqtrain.launch.sweep.sweep import Sweep
 
-EXIT_CODE_FILE = "HQQTRAIN_EXIT_CODE"
-"""Environment variable by which launch.sh names the file for the exit code."""
+EXIT_CODE_VARIABLE = "HQQTRAIN_EXIT_CODE"
+"""launch.sh sets this environment variable to the file that receives the exit code."""
+
 _FLAGS = {
     "-h": "--help", "--help": "--help", "--check": "--check", "--cfg": "--cfg",
     "--version": "--version", "-m": "--multirun", "--multirun": "--multirun", "--table": "--table",
@@ -47,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_with_exit_code(arguments: list[str]) -> int:
-    """Run the command line and turn every foreseen exception into a message and an exit code."""
+    """Run the command line. Turn every expected exception into a message and an exit code."""
     try:
-        return _dispatch(arguments)
+        return _run_command(arguments)
     except UserError as error:
         if get_rank() == 0:  # every rank raises the same error
             print(f"hqqtrain: {mask_secrets(str(error))}", file=sys.stderr)
@@ -69,13 +70,14 @@ def _run_with_exit_code(arguments: list[str]) -> int:
         return DONE
 
 
-def _dispatch(arguments: list[str]) -> int:
-    flags, overrides = _split(arguments)
+def _run_command(arguments: list[str]) -> int:
+    """Run what the flags and overrides ask for, and return the exit code."""
+    flags, overrides = _split_flags(arguments)
     if not arguments or "--help" in flags:
         return _print(help_text())
     if "--version" in flags:
         return _print(f"hqqtrain {__version__}")
-    command = _plan_or_exit(overrides, "--multirun" in flags)
+    command = compose_command(overrides, "--multirun" in flags)
     if "--cfg" in flags:
         return _print(command.as_recipes())
     if "--check" in flags:
@@ -95,17 +97,12 @@ def _dispatch(arguments: list[str]) -> int:
     return run_task(command.jobs[0].config, arguments)
 
 
-def _plan_or_exit(overrides: list[str], multirun: bool) -> Command:
-    try:
-        return plan_command(overrides, multirun)
-    except UserError:
-        if get_rank() != 0:  # rank 0 prints the same error
-            raise SystemExit(USER_ERROR) from None
-        raise
+def _split_flags(arguments: list[str]) -> tuple[set[str], list[str]]:
+    """Return the flags by their long names, and the overrides.
 
-
-def _split(arguments: list[str]) -> tuple[set[str], list[str]]:
-    """Return the flags by their long names, and the overrides, which all contain a `=`."""
+    An override contains a `=`. One that removes a key (`~key`) passes too, because composing the
+    configuration refuses it with a better message.
+    """
     flags, overrides = set(), []
     for argument in arguments:
         if argument.startswith("-"):
@@ -115,10 +112,10 @@ def _split(arguments: list[str]) -> tuple[set[str], list[str]]:
                 )
             flags.add(_FLAGS[argument])
         elif "=" not in argument and not argument.startswith("~"):
-            known = did_you_mean(
-                f"recipe={argument}", (f"recipe={name}" for name in recipe_files())
-            )
-            raise UserError(f"{argument}: must be key=value.{known} See --help.")
+            # The user may have typed the name of a recipe without `recipe=`.
+            recipes = (f"recipe={name}" for name in recipe_files())
+            suggestion = did_you_mean(f"recipe={argument}", recipes)
+            raise UserError(f"{argument}: must be key=value.{suggestion} See --help.")
         else:
             overrides.append(argument)
     return flags, overrides
@@ -135,12 +132,13 @@ def _refuse_ranks() -> None:
     if get_world_size() > 1:
         raise UserError(
             "a sweep or launch=slurm runs as one process, which starts the jobs: use ./launch.sh, "
-            "which runs each job on all GPUs, or python -m hqqtrain; not torchrun, accelerate "
-            "launch or srun."
+            "which runs each job on all GPUs, or python -m hqqtrain. Do not use torchrun, "
+            "accelerate launch or srun."
         )
 
 
 def _submit(command: Command, arguments: list[str]) -> str:
+    """Submit the run or the sweep to Slurm, and return the text to print."""
     if not command.is_sweep:
         return submit_job(arguments, command.jobs[0].config)
     sweep = Sweep.from_jobs(command.jobs)
@@ -150,17 +148,18 @@ def _submit(command: Command, arguments: list[str]) -> str:
 def _write_exit_code(code: int) -> None:
     """Write the exit code for launch.sh, because torchrun and accelerate turn every failure into 1.
 
-    Any rank may be the one that knows the code; its peers may only see a lost connection and return
-    `FAILED`, which is therefore not written. The launcher ends all ranks as soon as the first one
-    exits, so the file is not truncated: it must not be empty at any moment.
+    Only the rank that raised the original error knows the exit code. Others may see a lost
+    connection and return `FAILED`, so `FAILED` is not written. The launcher may kill this process
+    at any time, so the file is opened without O_TRUNC: a second writer must not empty it.
     """
-    file = os.environ.get(EXIT_CODE_FILE)
+    file = os.environ.get(EXIT_CODE_VARIABLE)
     if file and code not in (DONE, FAILED):
-        handle = os.open(file, os.O_WRONLY | os.O_CREAT, 0o600)
-        os.write(handle, str(code).encode())
-        os.close(handle)
+        fd = os.open(file, os.O_WRONLY | os.O_CREAT, 0o600)
+        os.write(fd, str(code).encode())
+        os.close(fd)
 
 
 def _print(text: str) -> int:
+    """Print `text`, and return the exit code of a command that only prints."""
     print(text, flush=True)
     return DONE

@@ -1,1 +1,1 @@
-"""From the words of a command line to a checked `RunConfig`: the only code that knows Hydra."""
+"""Compose a command line into checked configurations; the only package that imports Hydra."""

@@ -1,4 +1,4 @@
-"""Turns the overrides of a command line into one run or the jobs of a sweep, and shows them."""
+"""Compose the overrides of a command line into one run or the jobs of a sweep, and show them."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +32,8 @@ class Command:
     def describe_directories(self) -> str:
         """Return the directory that the run would write to.
 
-        A sweep gets a title and a line per job. A single run on Slurm gets a title as well.
+        A sweep gets a title and a line per job. A single run on Slurm gets a title as well, because
+        launch.sh reads from the title that it must not start several processes.
         """
         if not self.is_sweep:
             return ("slurm job:\n" if self.is_slurm else "") + str(self.jobs[0].folder)
@@ -40,8 +41,8 @@ class Command:
         return "\n".join([title, *(f"{job.folder}  {job}" for job in self.jobs)])
 
 
-def plan_command(overrides: list[str], multirun: bool) -> Command:
-    """Plan the run or the sweep that a command line describes.
+def compose_command(overrides: list[str], multirun: bool) -> Command:
+    """Compose and check the run or the sweep that a command line describes.
 
     Args:
         overrides: the `key=value` arguments of the command line.
@@ -54,34 +55,38 @@ def plan_command(overrides: list[str], multirun: bool) -> Command:
         UserError: an override is invalid, or two different jobs would share a run directory.
     """
     expanded = expand_jobs(overrides, multirun)
-    planned = [Job(words, composed.checked()) for words, composed in expanded]
-    _refuse_shared_folders(planned)
-    is_sweep = multirun or [words for words, _ in expanded] != [overrides]
+    jobs = [Job(job_overrides, composed.checked()) for job_overrides, composed in expanded]
+    _refuse_shared_folders(jobs)
+    # Without a sweep, the only job has the overrides of the command line unchanged.
+    is_sweep = multirun or [job.overrides for job in jobs] != [overrides]
     if not is_sweep:
-        _refuse_jobs(overrides)
-    return Command(planned, is_sweep)
+        _refuse_parallel_jobs(overrides)
+    return Command(jobs, is_sweep)
 
 
 def _as_recipe(config: RunConfig) -> str:
     values = asdict(config)
+    # A recipe must not set `recipe`; its first line is the comment that --help shows.
     title = f"# Everything that {values.pop('recipe') or 'the command line'} sets.\n"
     return title + yaml.safe_dump(values, sort_keys=False)
 
 
-def _refuse_jobs(words: Sequence[str]) -> None:
+def _refuse_parallel_jobs(overrides: Sequence[str]) -> None:
     """Refuse `launch.max_parallel_jobs` for a single run; a recipe may set it for sweeps."""
-    for word in words:
-        if word.startswith("launch.max_parallel_jobs="):
+    for override in overrides:
+        if override.startswith("launch.max_parallel_jobs="):
             raise UserError(
-                f"{word}: sets how many jobs of a sweep run in parallel, but this is one run; "
+                f"{override}: sets how many jobs of a sweep run in parallel, but this is one run; "
                 "leave it out, or start a sweep, as in -m quant.nbits=2,3."
             )
 
 
-def _refuse_shared_folders(planned: list[Job]) -> None:
-    owners: dict[str, str] = {}
-    for job in planned:
-        if owners.setdefault(str(job.folder), job.config.identity()) != job.config.identity():
+def _refuse_shared_folders(jobs: list[Job]) -> None:
+    """Refuse jobs that differ in their results and would share a run directory."""
+    identities: dict[str, str] = {}  # folder -> identity of the first job in it
+    for job in jobs:
+        identity = job.config.identity()
+        if identities.setdefault(str(job.folder), identity) != identity:
             raise UserError(
                 f"run.name={job.config.run.name}: every job of a sweep needs its own folder; use "
                 "run.name=null, which derives a name from the settings that define the result."

@@ -1,6 +1,7 @@
 """Compose `recipe=x key=value ...` into a RunConfig, or explain what is wrong with it."""
 
 from functools import cache
+from typing import get_origin
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
@@ -15,15 +16,16 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.compose import schema
 from hqqtrain.compose.messages import (
     check_type,
-    missing_config,
-    unknown_recipe,
-    unreadable_override,
+    missing_config_error,
+    unknown_recipe_error,
+    unreadable_override_error,
 )
 from hqqtrain.compose.recipes import recipe_files
-from hqqtrain.compose.source import GROUP, RecipeSearchPath, RecipeSource
+from hqqtrain.compose.source import RECIPE_GROUP, RecipeSearchPath, RecipeSource
 from hqqtrain.config.run import RunConfig
 
-_OPTION_GROUPS = (GROUP, "model", "launch")
+_OPTION_GROUPS = (RECIPE_GROUP, "model", "launch")
+"""Hydra's config groups: `model=llama8b` selects a file, while `model.revision=x` sets a key."""
 
 
 def compose_config(overrides: list[str]) -> RunConfig:
@@ -39,7 +41,7 @@ def compose_config(overrides: list[str]) -> RunConfig:
 
 
 def compose_unchecked(overrides: list[str]) -> schema.ComposedConfig:
-    """Compose a configuration like `compose_config`, with the recipe's sweep, but without `check`.
+    """Compose a configuration with the recipe's `sweep`, and do not check it.
 
     Raises:
         UserError: an argument or recipe cannot be read, names an unknown key or has a wrong type.
@@ -56,14 +58,14 @@ def compose_unchecked(overrides: list[str]) -> schema.ComposedConfig:
         with initialize_config_module("hqqtrain.conf", version_base="1.3"):
             composed = OmegaConf.to_object(hydra_compose("config", _hydra_arguments(parsed)))
     except MissingConfigException as error:
-        raise missing_config(error) from None
+        raise missing_config_error(error) from None
     except (HydraException, OmegaConfBaseException) as error:
-        # Nobody foresaw this error. Show its text and cause, but still as a message.
+        # An error without a message of its own. Show Hydra's text and the cause on one line.
         cause = f" {error.__cause__}" if error.__cause__ else ""
         raise UserError(" ".join(f"{error}{cause}".split())) from None
     assert isinstance(composed, schema.ComposedConfig)
     # Hydra knows the recipe as a config group, not as a value: fill in its name.
-    composed.recipe = next((str(o.value()) for o in parsed if o.key_or_group == GROUP), None)
+    composed.recipe = next((str(o.value()) for o in parsed if o.key_or_group == RECIPE_GROUP), None)
     return composed
 
 
@@ -76,9 +78,11 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
-        raise unreadable_override(error) from None
-    last = {override.key_or_group: override for override in parsed}
-    return [o for o in last.values() if not (o.key_or_group == GROUP and o.value() is None)]
+        raise unreadable_override_error(error) from None
+    by_key = {override.key_or_group: override for override in parsed}
+    if RECIPE_GROUP in by_key and by_key[RECIPE_GROUP].value() is None:
+        del by_key[RECIPE_GROUP]  # recipe=null means no recipe, but Hydra would look for one
+    return list(by_key.values())
 
 
 @cache
@@ -89,34 +93,36 @@ def _register_plugins() -> None:
 
 
 def _check_override(override: Override) -> None:
-    """Refuse what Hydra would accept, or would refuse with a message that is hard to read."""
+    """Refuse what Hydra would accept, or would refuse with a message that is hard to read.
+
+    Raises:
+        UserError: the override has an unknown key, a wrong type, or is not allowed here.
+    """
     key, value = override.key_or_group, override.value()
-    if fault := schema.unknown_key_error(key):
-        raise UserError(fault)
+    if message := schema.describe_unknown_key(key):
+        raise UserError(message)
     if override.is_delete():
         raise UserError(
             f"{override.input_line}: keys cannot be removed; set a value instead, as in {key}=..."
         )
     if key.split(".")[0] == "sweep":
         raise UserError(f"{override.input_line}: only allowed in recipes; use -m key=value,value.")
-    if key == GROUP:
+    if key == RECIPE_GROUP:
         if str(value) not in recipe_files():
-            raise unknown_recipe(str(value))
-    elif not (key in _OPTION_GROUPS and isinstance(value, str)):
+            raise unknown_recipe_error(str(value))
+    elif not (key in _OPTION_GROUPS and isinstance(value, str)):  # model=llama8b names an option
         check_type(key, value)
 
 
 def _hydra_arguments(overrides: list[Override]) -> list[str]:
-    """Return `overrides` as Hydra wants them: keys of dict-valued fields need the prefix `++`.
+    """Return the arguments for Hydra, with the prefix `++` where a key is inside a dict.
 
     Hydra composes in struct mode, which refuses new keys even in a dict that allows any key.
     """
-    dict_keys = {
-        key for key, hint in schema.known_keys() if getattr(hint, "__origin__", None) is dict
-    }
-    lines = []
+    dict_keys = tuple(key for key, hint in schema.known_keys() if get_origin(hint) is dict)
+    arguments = []
     for override in overrides:
-        line = str(override.input_line).lstrip("+")
-        in_dict = any(override.key_or_group.startswith(key) for key in dict_keys)
-        lines.append(f"++{line}" if in_dict else line)
-    return lines
+        argument = str(override.input_line).lstrip("+")
+        is_in_dict = override.key_or_group.startswith(dict_keys)
+        arguments.append(f"++{argument}" if is_in_dict else argument)
+    return arguments

@@ -15,7 +15,7 @@ from hqqtrain.compose.schema import ComposedConfig
 
 
 def expand_jobs(overrides: list[str], multirun: bool) -> list[tuple[list[str], ComposedConfig]]:
-    """Return the command line of every job and what it composes to; a single run is one job.
+    """Return the overrides of every job and what they compose to; a single run is one job.
 
     Args:
         overrides: The `key=value` arguments of the command line.
@@ -25,25 +25,28 @@ def expand_jobs(overrides: list[str], multirun: bool) -> list[tuple[list[str], C
     Raises:
         UserError: an argument or the recipe is invalid, or a sweep is not over a list or range.
     """
-    lines = _combinations(parse_overrides(overrides)) if multirun else [overrides]
-    return [job for line in lines for job in _recipe_jobs(line)]
+    combinations = _combinations(parse_overrides(overrides)) if multirun else [overrides]
+    return [job for combination in combinations for job in _expand_recipe_sweep(combination)]
 
 
-def _recipe_jobs(line: list[str]) -> list[tuple[list[str], ComposedConfig]]:
-    composed = compose_unchecked(line)
-    given = {override.key_or_group for override in parse_overrides(line)}
+def _expand_recipe_sweep(overrides: list[str]) -> list[tuple[list[str], ComposedConfig]]:
+    """Return one job, or the jobs of the sweep of the recipe that `overrides` select."""
+    composed = compose_unchecked(overrides)
+    given = {override.key_or_group for override in parse_overrides(overrides)}
     swept = [f"{key}={values}" for key, values in composed.sweep.items() if key not in given]
     if not swept:
-        return [(line, composed)]
-    jobs = [line + job for job in _combinations(parse_overrides(swept))]
+        return [(overrides, composed)]
+    jobs = [overrides + combination for combination in _combinations(parse_overrides(swept))]
     return [(job, compose_unchecked(job)) for job in jobs]
 
 
 def _combinations(overrides: list[Override]) -> list[list[str]]:
-    return [list(job) for job in product(*map(_values, overrides))]
+    """Return the overrides of every job: the Cartesian product of the values of all keys."""
+    return [list(combination) for combination in product(*map(_single_overrides, overrides))]
 
 
-def _values(override: Override) -> list[str]:
+def _single_overrides(override: Override) -> list[str]:
+    """Return one `key=value` for each value of a swept key: `a=1,2` -> `a=1`, `a=2`."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     if not isinstance(override.value(), ChoiceSweep | RangeSweep):

@@ -7,11 +7,11 @@ from typing import Any, cast
 from hqqtrain import __doc__ as package_summary
 from hqqtrain import __version__
 from hqqtrain.compose.messages import expected_type
-from hqqtrain.compose.recipes import VARIABLE, recipe_description, recipe_files
+from hqqtrain.compose.recipes import RECIPES_VARIABLE, recipe_description, recipe_files
 from hqqtrain.config.run import TASKS, RunConfig
 
-_WIDTH, _INDENT, _COLUMN = 100, 2, 32
-"""Characters per line, before the left column, and of the left column."""
+_LINE_WIDTH, _INDENT, _LEFT_COLUMN_WIDTH = 100, 2, 32
+"""Characters of a line, before the left column, and of the left column."""
 
 _COMMANDS = {
     "recipe=NAME key=value ...": "run a recipe; keys on the command line override the recipe's",
@@ -42,48 +42,60 @@ _EXIT_CODES = {
 def help_text() -> str:
     """Return the whole text that `--help` prints."""
     recipes = {name: recipe_description(file) for name, file in sorted(recipe_files().items())}
-    where = f"from ./recipes, the folders in {VARIABLE} and the built-in ones"
+    places = f"from ./recipes, the folders in {RECIPES_VARIABLE} and the built-in ones"
     return "\n\n".join(
         [
-            "\n".join(wrap(f"{package_summary} Version {__version__}.", _WIDTH)),
+            "\n".join(wrap(f"{package_summary} Version {__version__}.", _LINE_WIDTH)),
             _table("Usage: python -m hqqtrain ..., or hqqtrain ...", _COMMANDS),
             "\n".join(["Examples", *(f"  {line}" for line in _EXAMPLES)]),
             _table("Tasks: task=...", TASKS),
-            _table(f"Recipes: recipe=..., {where}", recipes),
-            _keys(),
+            _table(f"Recipes: recipe=..., {places}", recipes),
+            _all_keys(),
             _table("Exit codes", _EXIT_CODES),
         ]
     )
 
 
-def _keys() -> str:
+def _all_keys() -> str:
+    """Return one table per config group, with the default and the help text of every key."""
     title = "Keys and defaults; write lists as [a,b], no value as null, text with spaces in quotes"
-    groups = [item for item in fields(RunConfig) if is_dataclass(item.default_factory)]
-    lines = [title]
-    for group in groups:
+    tables = [title]
+    for group in fields(RunConfig):
+        if not is_dataclass(
+            group.default_factory
+        ):  # `task` and `recipe` have sections of their own
+            continue
         name, schema = group.name, cast(Any, group.default_factory)
-        rows = {f"{name}.{key.name}={_default(key)}": _help(name, key) for key in fields(schema)}
-        lines.append(f"\n{_table(f'{name}: {schema.__doc__}', rows)}")
-    return "\n".join(lines)
+        rows = {
+            f"{name}.{key.name}={_format_default(key)}": _help_of_key(name, key)
+            for key in fields(schema)
+        }
+        tables.append(f"\n{_table(f'{name}: {schema.__doc__}', rows)}")
+    return "\n".join(tables)
 
 
-def _help(group: str, item: Field) -> str:
-    choices = item.metadata["choices"]
-    allowed = " | ".join(map(_show, choices)) if choices else expected_type(f"{group}.{item.name}")
-    return f"{item.metadata['help']} ({allowed})"
+def _help_of_key(group: str, key: Field) -> str:
+    """Return the help text of a key, with its allowed values or its type in parentheses."""
+    choices = key.metadata["choices"]
+    allowed = (
+        " | ".join(map(_format_value, choices)) if choices else expected_type(f"{group}.{key.name}")
+    )
+    return f"{key.metadata['help']} ({allowed})"
 
 
-def _default(item: Field) -> str:
-    assert item.default_factory is not MISSING or item.default is not MISSING
-    value = item.default if item.default is not MISSING else item.default_factory()  # type: ignore
-    return _show(value)
+def _format_default(key: Field) -> str:
+    assert key.default_factory is not MISSING or key.default is not MISSING
+    value = key.default if key.default is not MISSING else key.default_factory()  # type: ignore
+    return _format_value(value)
 
 
-def _show(value: Any) -> str:
+def _format_value(value: Any) -> str:
+    """Format a value as on the command line."""
     if isinstance(value, list):
-        return f"[{','.join(map(_show, value))}]"
-    plain = {None: "null", True: "true", False: "false"}
-    return plain[value] if value is None or isinstance(value, bool) else str(value)
+        return f"[{','.join(map(_format_value, value))}]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "null" if value is None else str(value)
 
 
 def _table(title: str, rows: dict[str, str]) -> str:
@@ -91,10 +103,11 @@ def _table(title: str, rows: dict[str, str]) -> str:
 
 
 def _row(left: str, right: str) -> str:
-    first, *rest = wrap(right, _WIDTH - _INDENT - _COLUMN) or [""]
-    gap = " " * (_INDENT + _COLUMN)
-    if len(left) < _COLUMN:
-        head = f"{'':{_INDENT}}{left:<{_COLUMN}}{first}"
-    else:  # too long for its column: the right column starts on the next line
-        head = f"{'':{_INDENT}}{left}\n{gap}{first}"
-    return "\n".join([head.rstrip(), *(gap + line for line in rest)])
+    """Return a row of two columns. The text of the right one is wrapped."""
+    indent, right_indent = " " * _INDENT, " " * (_INDENT + _LEFT_COLUMN_WIDTH)
+    lines = [right_indent + line for line in wrap(right, _LINE_WIDTH - len(right_indent))]
+    if lines and len(left) < _LEFT_COLUMN_WIDTH:
+        lines[0] = indent + left.ljust(_LEFT_COLUMN_WIDTH) + lines[0].lstrip()
+    else:  # `left` is too long for its column, so the right column starts on the next line
+        lines.insert(0, indent + left)
+    return "\n".join(lines)

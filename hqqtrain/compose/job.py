@@ -1,4 +1,4 @@
-"""One run of a sweep: the overrides that start it, and the results it has written so far."""
+"""One run of a command: the overrides that start it, and the results it has written so far."""
 
 import shlex
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from hqqtrain.rundir.schema import Status, Summary
 
 @dataclass(frozen=True)
 class Job:
-    """One combination of a sweep: its command-line overrides and the configuration they compose."""
+    """A single run, or one of a sweep: its overrides and the configuration that they compose."""
 
     overrides: list[str]
     config: RunConfig
@@ -37,8 +37,8 @@ class Job:
         `launch.max_parallel_jobs` is left out, because it belongs to the sweep and not to a
         single run.
         """
-        own = [o for o in self.overrides if not o.startswith("launch.max_parallel_jobs=")]
-        return [*own, *self.shared_overrides]
+        kept = [o for o in self.overrides if not o.startswith("launch.max_parallel_jobs=")]
+        return [*kept, *self.shared_overrides]
 
     def __str__(self) -> str:
         """The overrides as the user wrote them, with secrets masked."""
@@ -50,24 +50,24 @@ class Job:
         return RunLayout(self.folder)
 
     def read_status(self) -> Status:
-        """Return what status.json says; empty where there is none."""
+        """Return the content of status.json; an empty `Status` if there is none."""
         return schema.read_status(self.layout.status_json)
 
     def read_summary(self) -> Summary:
-        """Return the final figures; empty where there are none yet."""
+        """Return the content of summary.json; an empty `Summary` if there is none."""
         return schema.read_summary(self.layout.summary_json)
 
-    def format_figures(self) -> str:
-        """Format the key figures that are known so far; an empty string if none is.
+    def format_metrics(self) -> str:
+        """Format the main metrics that are known so far; an empty string if none is.
 
         For example `: 2.50 bits per weight, perplexity 9.100 quantized, perplexity 6.320 final`.
         """
         summary = self.read_summary()
         bits = summary.quantize and summary.quantize.bits_per_weight
         parts = [] if bits is None else [f"{bits:.2f} bits per weight"]
-        for name, figures in summary.measured_models().items():
-            if figures.perplexity is not None:
-                parts.append(f"perplexity {figures.perplexity:.3f} {name.replace('_', ' ')}")
+        for name, metrics in summary.measured_models().items():
+            if metrics.perplexity is not None:
+                parts.append(f"perplexity {metrics.perplexity:.3f} {name.replace('_', ' ')}")
         return f": {', '.join(parts)}" if parts else ""
 
     def is_done(self) -> bool:

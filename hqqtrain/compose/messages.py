@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from hqqtrain.common.errors import UserError, did_you_mean
-from hqqtrain.compose.recipes import VARIABLE, recipe_files
+from hqqtrain.compose.recipes import RECIPES_VARIABLE, recipe_files
 from hqqtrain.compose.schema import ComposedConfig, known_keys
 
 _TYPE_NAMES = {
@@ -20,20 +20,20 @@ _TYPE_NAMES = {
 }  # fmt: skip
 
 
-def unknown_recipe(name: str) -> UserError:
+def unknown_recipe_error(name: str) -> UserError:
     """Return the error for a `recipe=` that no recipe folder contains."""
     known = sorted(recipe_files())
     return UserError(
         f"recipe={name}: no such recipe.{did_you_mean(name, known)} Recipes: {', '.join(known)}. "
-        f"To add your own, create ./recipes/{name}.yaml or set {VARIABLE} to its folder."
+        f"To add your own, create ./recipes/{name}.yaml or set {RECIPES_VARIABLE} to its folder."
     )
 
 
-def missing_config(error: MissingConfigException) -> UserError:
-    """Return the error for an option, or a recipe in a `defaults` list, that does not exist."""
+def missing_config_error(error: MissingConfigException) -> UserError:
+    """Return the error for a missing file of a config group, as in `model=x` or `defaults: [x]`."""
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
     if group == "recipe":
-        return unknown_recipe(name)
+        return unknown_recipe_error(name)
     options = list(error.options or ())
     return UserError(
         f"{group}={name}: no such option.{did_you_mean(name, options)} Allowed are "
@@ -41,22 +41,26 @@ def missing_config(error: MissingConfigException) -> UserError:
     )
 
 
-def unreadable_override(error: OverrideParseException) -> UserError:
-    """Return the error for an argument that Hydra cannot parse, with an example in quotes."""
+def unreadable_override_error(error: OverrideParseException) -> UserError:
+    """Return the error for an argument that Hydra cannot parse. It shows how to quote the value."""
     return UserError(
         f"{error.override}: must be key=value; text with special characters needs quotes, as in "
-        f"{_quoted(error.override)}. {error.message.splitlines()[0]}."
+        f"{_quoted_example(error.override)}. {error.message.splitlines()[0]}."
     )
 
 
-def _quoted(word: str) -> str:
-    """Return `word` with its value quoted for a shell, or an example if quoting it is hard."""
-    key, equals, value = word.lstrip("+~").partition("=")
-    plain = bool(equals and value) and not set(value) & set("'\"[]{}\\$`!")
+def _quoted_example(argument: str) -> str:
+    """Return `argument` as it must be typed: quoted for the shell, its value quoted for Hydra.
+
+    If the value is missing or has quotes or brackets of its own, an example takes its place.
+    """
+    key, _, value = argument.lstrip("+~").partition("=")
+    is_quotable = bool(value) and not set(value) & set("'\"[]{}\\$`!")
     if get_origin(dict(known_keys()).get(key)) is list:
-        items = f'"{value}"' if plain else '"one (1)","another"'
+        items = f'"{value}"' if is_quotable else '"one (1)","another"'
         return f"'{key}=[{items}]'"
-    return f"\"{key}='{value if plain else 'my (1).txt'}'\""
+    text = value if is_quotable else "my (1).txt"
+    return f"\"{key}='{text}'\""
 
 
 def check_type(key: str, value: Any, where: str = "") -> None:
@@ -73,42 +77,45 @@ def check_type(key: str, value: Any, where: str = "") -> None:
     try:
         OmegaConf.update(copy.deepcopy(_typed_defaults()), key, value, merge=True)
     except OmegaConfBaseException as error:
-        raise _wrong_value(key, value, where, error) from None
+        raise _wrong_value_error(key, value, where, error) from None
 
 
 @cache
 def _typed_defaults() -> DictConfig:
-    """Return the defaults of all keys with their types; never change them, a copy is cheap."""
+    """Return the defaults of all keys with their types. Callers must copy them before a change."""
     return OmegaConf.structured(ComposedConfig)
 
 
-def _wrong_value(key: str, value: Any, where: str, error: OmegaConfBaseException) -> UserError:
-    # The error may be about a key inside `value`: look up that key's own value.
-    given = OmegaConf.create({})
-    OmegaConf.update(given, key, value)
+def _wrong_value_error(
+    key: str, value: Any, where: str, error: OmegaConfBaseException
+) -> UserError:
+    """Return the error for `key`, or for the key inside `value` that OmegaConf complains about."""
     full_key = error.full_key or key
-    found = OmegaConf.select(given, full_key, throw_on_missing=False)
-    shown = "null" if found is None else str(found)
-    if expected := _expected(full_key):
+    config = OmegaConf.create({})
+    OmegaConf.update(config, key, value)
+    wrong_value = OmegaConf.select(config, full_key, throw_on_missing=False)
+    shown = "null" if wrong_value is None else str(wrong_value)
+    if expected := _describe_expected(full_key):
         return UserError(f"{where}{full_key}={shown}: must be {expected}.")
     return UserError(f"{where}{full_key}={shown}: {str(error).splitlines()[0]}.")
 
 
 def expected_type(key: str) -> str:
     """Describe the type of a key that is not a group, such as `an integer or null`."""
-    hint = dict(known_keys(ComposedConfig))[key]
+    hint = dict(known_keys())[key]
     members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     return " or ".join(_TYPE_NAMES.get(get_origin(m) or m, str(m)) for m in members)
 
 
-def _expected(key: str) -> str:
-    if key in dict(known_keys(ComposedConfig)):
+def _describe_expected(key: str) -> str:
+    """Describe what the value of a key or group must be; an empty string if `key` is neither."""
+    if key in dict(known_keys()):
         return expected_type(key)
     is_group = key in get_type_hints(ComposedConfig)
     return f"a mapping of keys, such as those of {key} in --help" if is_group else ""
 
 
-def broken_yaml(error: YAMLError, file: Any) -> UserError:
+def broken_yaml_error(error: YAMLError, file: Any) -> UserError:
     """Return the error for a recipe that is not YAML, with the file, line and column."""
     if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
         return UserError(f"{file}: not valid YAML: {error}")

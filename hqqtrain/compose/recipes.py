@@ -7,17 +7,19 @@ without touching the installed package.
 import os
 from pathlib import Path
 
-VARIABLE = "HQQTRAIN_RECIPES"
+RECIPES_VARIABLE = "HQQTRAIN_RECIPES"
+"""Environment variable with the user's recipe folders, separated as in PATH."""
 
 
 def recipe_dirs() -> list[tuple[str, Path]]:
     """Return (provider, folder) in order: $HQQTRAIN_RECIPES, ./recipes, then the built-in ones."""
-    listed = [Path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
-    found = [(VARIABLE, folder) for folder in listed]
-    found += [("cwd", Path("recipes")), ("hqqtrain", _builtin())]
-    # Twice reversed: a folder that is listed twice keeps its first place.
-    unique = {folder.resolve(): provider for provider, folder in reversed(found)}
-    return [(provider, folder) for folder, provider in reversed(unique.items()) if folder.is_dir()]
+    listed = [Path(part) for part in os.environ.get(RECIPES_VARIABLE, "").split(os.pathsep) if part]
+    folders = [(RECIPES_VARIABLE, folder) for folder in listed]
+    folders += [("cwd", Path("recipes")), ("hqqtrain", _builtin_folder())]
+    providers: dict[Path, str] = {}
+    for provider, folder in folders:
+        providers.setdefault(folder.resolve(), provider)  # a repeated folder keeps its first place
+    return [(provider, folder) for folder, provider in providers.items() if folder.is_dir()]
 
 
 def recipe_files() -> dict[str, Path]:
@@ -32,11 +34,11 @@ def recipe_files() -> dict[str, Path]:
 def recipe_description(file: Path) -> str:
     """Return the comment on the first line of a recipe, without the `#`, or an empty string."""
     with file.open(encoding="utf-8", errors="replace") as lines:
-        first = lines.readline().strip()
-    return first.lstrip("# ") if first.startswith("#") else ""
+        first_line = lines.readline().strip()
+    return first_line.lstrip("# ") if first_line.startswith("#") else ""
 
 
-def _builtin() -> Path:
+def _builtin_folder() -> Path:
     """Return `hqqtrain/recipes` of a wheel, or `recipes/` next to the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     packaged = package / "recipes"

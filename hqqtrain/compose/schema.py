@@ -1,6 +1,6 @@
-"""The keys that a composed configuration may have: RunConfig's and, in recipes, `sweep`.
+"""The schema of a composed configuration: the keys of `RunConfig`, and `sweep` in recipes.
 
-The dataclasses are the schema; this module does not repeat any key.
+The dataclasses declare the keys, so this module does not repeat any.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from hqqtrain.config.run import RunConfig
 
 @dataclass(kw_only=True, slots=True)
 class ComposedConfig(RunConfig):
-    """A RunConfig during composition, when a recipe may also have a `sweep`."""
+    """A `RunConfig` that is being composed. Its recipe may have a `sweep`: key -> values."""
 
     sweep: dict[str, str] = field(default_factory=dict)
 
@@ -36,48 +36,51 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="run_schema", node=ComposedConfig, provider="hqqtrain")
 
 
-def known_keys(schema: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, type) of every key that has a value of its own, not of groups."""
-    for name, hint in get_type_hints(schema).items():
+def known_keys() -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, type) of every key, `sweep` included. A group is not a key."""
+    for name, hint in get_type_hints(ComposedConfig).items():
         if is_dataclass(hint):
-            yield from known_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+            yield from ((f"{name}.{key}", type_) for key, type_ in get_type_hints(hint).items())
         else:
-            yield prefix + name, hint
+            yield name, hint
 
 
-def unknown_key_error(dotted: str) -> str | None:
-    """Return None if the key `dotted` exists, otherwise a message that suggests similar keys."""
-    if dotted in RENAMED_KEYS:
-        return f"{dotted}: is called {RENAMED_KEYS[dotted]} now; use that name."
-    schema: Any = ComposedConfig
-    parts = dotted.split(".")
-    for depth, part in enumerate(parts):
-        hints = get_type_hints(schema) if is_dataclass(schema) else {}
-        if part not in hints:
-            return _unknown(dotted, ".".join(parts[:depth]), list(hints))
-        schema = hints[part]
-        if get_origin(schema) is dict:
+def describe_unknown_key(key: str) -> str | None:
+    """Return None if the dotted `key` exists, otherwise a message that suggests similar keys."""
+    if key in RENAMED_KEYS:
+        return f"{key}: is called {RENAMED_KEYS[key]} now; use that name."
+    type_: Any = ComposedConfig
+    names = key.split(".")
+    for depth, name in enumerate(names):
+        hints = get_type_hints(type_) if is_dataclass(type_) else {}
+        if name not in hints:
+            return _unknown_key_message(key, ".".join(names[:depth]), list(hints))
+        type_ = hints[name]
+        if get_origin(type_) is dict:  # its keys are the user's own, such as names of layers
             return None
     return None
 
 
-def _unknown(dotted: str, group: str, siblings: list[str]) -> str:
-    if not siblings:
-        return f"{dotted}: unknown key; {group} is a single value and has no keys."
-    of = f"Keys of {group}" if group else "Groups and keys"
-    allowed = [name for name in siblings if group or name not in ("recipe", "sweep")]
-    return f"{dotted}: unknown key.{_nearest(dotted, group, siblings)} {of}: {', '.join(allowed)}."
+def _unknown_key_message(key: str, group: str, allowed: list[str]) -> str:
+    """Return the message for `key`, of which the part `group` exists and has the keys `allowed`."""
+    if not allowed:
+        return f"{key}: unknown key; {group} is a single value and has no keys."
+    title = f"Keys of {group}" if group else "Groups and keys"
+    shown = [name for name in allowed if group or name not in ("recipe", "sweep")]
+    suggestion = _similar_key(key, group, allowed)
+    hint = f" Did you mean '{suggestion}'?" if suggestion else ""
+    return f"{key}: unknown key.{hint} {title}: {', '.join(shown)}."
 
 
-def _nearest(dotted: str, group: str, siblings: list[str]) -> str:
-    """Suggest a similar key of the group, a key of the same name elsewhere, or any similar key."""
-    last = dotted.rpartition(".")[2]
-    near = [f"{group}.{name}" for name in get_close_matches(last, siblings, n=1) if group]
-    keys = [key for key, _ in known_keys()]
-    namesakes = [key for key in keys if key.endswith(f".{last}")]
-    found = (
-        near
-        or get_close_matches(dotted, namesakes, n=1, cutoff=0.0)
-        or get_close_matches(dotted, keys, n=1)
+def _similar_key(key: str, group: str, allowed: list[str]) -> str | None:
+    """Return the key that the user may have meant by the unknown `key`; None if none is similar."""
+    name = key.rpartition(".")[2]
+    if group and (in_group := get_close_matches(name, allowed, n=1)):
+        return f"{group}.{in_group[0]}"
+    keys = [known for known, _ in known_keys() if known != "sweep"]
+    # A key of the same name in another group fits, however different the name of the group is.
+    same_name = [known for known in keys if known.endswith(f".{name}")]
+    similar = get_close_matches(key, same_name, n=1, cutoff=0.0) or get_close_matches(
+        key, keys, n=1
     )
-    return f" Did you mean '{found[0]}'?" if found else ""
+    return similar[0] if similar else None

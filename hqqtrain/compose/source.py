@@ -15,11 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.compose.messages import broken_yaml, check_type
+from hqqtrain.compose.messages import broken_yaml_error, check_type
 from hqqtrain.compose.recipes import recipe_dirs
-from hqqtrain.compose.schema import unknown_key_error
+from hqqtrain.compose.schema import describe_unknown_key
 
-GROUP = "recipe"
+RECIPE_GROUP = "recipe"
+"""Hydra's config group of the recipes."""
 
 
 class RecipeSource(ConfigSource):
@@ -33,15 +34,15 @@ class RecipeSource(ConfigSource):
         return Path(self.path).is_dir()
 
     def is_group(self, config_path: str) -> bool:
-        return config_path in ("", GROUP)
+        return config_path in ("", RECIPE_GROUP)
 
     def is_config(self, config_path: str) -> bool:
         return self._file(config_path).is_file()
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         if config_path == "":
-            return [GROUP] if results_filter != ObjectType.CONFIG else []
-        if config_path != GROUP or results_filter == ObjectType.GROUP:
+            return [RECIPE_GROUP] if results_filter != ObjectType.CONFIG else []
+        if config_path != RECIPE_GROUP or results_filter == ObjectType.GROUP:
             return []
         return sorted(file.stem for file in Path(self.path).glob("*.yaml"))
 
@@ -57,9 +58,10 @@ class RecipeSource(ConfigSource):
         )
 
     def _file(self, config_path: str) -> Path:
+        """Return the file of `recipe/NAME`. For any other path, return the folder instead."""
         group, _, name = config_path.partition("/")
-        inside = group == GROUP and name and "/" not in name
-        return Path(self.path) / self._normalize_file_name(name) if inside else Path(self.path)
+        is_recipe = group == RECIPE_GROUP and name and "/" not in name
+        return Path(self.path) / self._normalize_file_name(name) if is_recipe else Path(self.path)
 
 
 class RecipeSearchPath(SearchPathPlugin):
@@ -80,7 +82,7 @@ def read_recipe(file: Path) -> DictConfig:
     try:
         content = OmegaConf.load(file)
     except YAMLError as error:
-        raise broken_yaml(error, file) from None
+        raise broken_yaml_error(error, file) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read as text: {error}") from None
     if not isinstance(content, DictConfig):
@@ -90,15 +92,17 @@ def read_recipe(file: Path) -> DictConfig:
 
 
 def _check_content(content: DictConfig, file: Path) -> None:
+    """Refuse unknown keys, all at once, then values of a wrong type."""
     plain = OmegaConf.to_container(content, resolve=False)
     assert isinstance(plain, dict)
     settings = {str(key): value for key, value in plain.items() if key != "defaults"}
-    if found := [fault for key in _dotted_keys(settings) if (fault := unknown_key_error(key))]:
-        raise UserError("\n".join(f"{file}: {fault}" for fault in found))
-    if GROUP in settings:
+    messages = [describe_unknown_key(key) for key in _dotted_keys(settings)]
+    if unknown := [f"{file}: {message}" for message in messages if message]:
+        raise UserError("\n".join(unknown))
+    if RECIPE_GROUP in settings:
         raise UserError(
-            f"{file}: recipe: not allowed here, the file's name is the recipe's; to extend another "
-            "recipe, use defaults."
+            f"{file}: recipe: not allowed here, because the name of the file is the name of the "
+            "recipe; to extend another recipe, use defaults."
         )
     for key, value in settings.items():
         check_type(key, value, f"{file}: ")
@@ -106,8 +110,8 @@ def _check_content(content: DictConfig, file: Path) -> None:
 
 def _dotted_keys(settings: dict[str, Any]) -> list[str]:
     """Return the dotted keys: `{quant: {nbits: 2}, task: eval}` -> `quant.nbits`, `task`."""
-    found = []
+    dotted = []
     for name, value in settings.items():
         keys = [f"{name}.{k}" for k in value] if isinstance(value, dict) else []
-        found += keys or [name]
-    return found
+        dotted += keys or [name]
+    return dotted

@@ -1,6 +1,6 @@
-"""The directory of a run: locked by one process at a time, and only ever for one configuration.
+"""The directory of a run. One process at a time holds its lock, and it has one configuration.
 
-Only rank 0 uses it. Nothing is written into a directory that contains files but no run.
+Only rank 0 writes to it. Nothing is written into a directory that contains files but no run.
 """
 
 import os
@@ -54,7 +54,7 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; choose another run.name or run.root.")
-        if (self.layout.config_yaml).is_file():
+        if self.layout.config_yaml.is_file():
             check_same_config(self.path, self.config)
         elif self.path.is_dir() and _has_files(self.path):
             raise UserError(f"{self.path}: contains files, but no run; choose another run.name.")
@@ -86,7 +86,7 @@ class RunDirectory:
     def is_finished(self) -> bool:
         """Whether a run has finished here; the keys in `CHANGEABLE_ON_RESUME` may differ."""
         is_done = self.read_status().status == "done"
-        return is_done and (self.layout.summary_json).is_file()
+        return is_done and self.layout.summary_json.is_file()
 
     def is_finished_as_configured(self) -> bool:
         """Whether this run has finished with exactly this configuration.
@@ -99,9 +99,10 @@ class RunDirectory:
         """
         if not self.is_finished():
             return False
-        if read_yaml(self.layout.config_yaml).get("identity") != self.config.identity():
+        saved = read_yaml(self.layout.config_yaml)
+        if saved.get("identity") != self.config.identity():
             return False
-        if read_yaml(self.layout.config_yaml).get("inputs") != input_digests(self.config):
+        if saved.get("inputs") != input_digests(self.config):
             raise UserError(
                 f"{self.path}: has finished, but its input files have changed since; choose "
                 "another run.name for the new files."
@@ -147,16 +148,17 @@ class RunDirectory:
         config.yaml contains the resolved configuration, identity, input digests, command line, git
         revision and package versions.
         """
-        resolved = mask_secrets(asdict(self.config)) | {
+        content = mask_secrets(asdict(self.config)) | {
             "identity": self.config.identity(),
             "inputs": input_digests(self.config),
             "command": mask_command(list(command)),
             "git_revision": git_revision(),
             "versions": package_versions(),
         }
-        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         if self.read_status().status:
-            # A kill between the two files must not leave the new identity with an old `done`.
+            # Replace an old `done` first. If the process is killed between the two files, the new
+            # identity must not stand beside it.
             self.write_status("running")
         atomic_write(self.layout.config_yaml, text)
         self.write_status("running")
@@ -165,7 +167,7 @@ class RunDirectory:
         """Write status.json: one of `STATES`, the exit code if the run has ended, and the cause."""
         assert status in STATES, status
         assert self._lock is not None, "the run directory is not locked"
-        facts = Status(
+        content = Status(
             status=status,
             exit_code=exit_code,
             cause=mask_secrets(cause),
@@ -173,7 +175,7 @@ class RunDirectory:
             slurm_job=get_slurm_job_id(),
             time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
-        atomic_write_json(self.layout.status_json, facts.to_json())
+        atomic_write_json(self.layout.status_json, content.to_json())
 
     def write_loading(self, ranks: Sequence[Mapping[str, Any]]) -> None:
         """Write loading.json: the time and memory that loading took, per rank."""
@@ -186,8 +188,8 @@ class RunDirectory:
 
     def _release(self) -> None:
         assert self._lock is not None
-        if not (self.layout.config_yaml).exists():
-            (self.layout.lock).unlink(missing_ok=True)
+        if not self.layout.config_yaml.exists():
+            self.layout.lock.unlink(missing_ok=True)
             for folder in self._new_folders:
                 _remove_if_empty(folder)
         self._lock.close()

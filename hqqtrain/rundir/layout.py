@@ -1,10 +1,10 @@
-"""The paths of a run directory, spelled once for everyone who reads or writes one.
+"""The paths of a run directory, defined once for all modules that read or write one.
 
 <run.root>/<run.name>/
     config.yaml      resolved configuration, versions, git revision, command
     status.json      running, done, preempted or failed; see `schema.Status`
-    summary.json     the final figures; see `schema.Summary`
-    loading.json     what loading the model took, rank by rank
+    summary.json     the final results; see `schema.Summary`
+    loading.json     time and memory that loading the model took, per rank
     metrics.jsonl    one object for each logged step
     quantized/       the packed model
     adapter/         the trained adapter, stock PEFT
@@ -18,15 +18,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-_STEP = "step-"
+_STEP_PREFIX = "step-"
 
 
 @dataclass(frozen=True)
 class RunLayout:
-    """The paths of the run in `folder`; nothing is read or created.
-
-    A path may not exist: a task leaves only the parts that it makes.
-    """
+    """The paths of the run in `folder`. Each task writes only some of them."""
 
     folder: Path
 
@@ -101,7 +98,7 @@ class RunLayout:
         return (self.adapter / "adapter_config.json").is_file()
 
     def existing_results(self) -> list[Path]:
-        """Return the paths that a person looks for after a run, those that exist."""
+        """Return those of the paths that a user looks for after a run which exist."""
         paths = [self.quantized, self.adapter, self.export, self.checkpoints]
         paths += [self.summary_json, self.metrics_jsonl, self.report_html]
         return [path for path in paths if path.exists()]
@@ -109,13 +106,14 @@ class RunLayout:
 
 def checkpoint_name(step: int) -> str:
     """Return the name of the folder of the checkpoint of optimizer step `step`."""
-    return f"{_STEP}{step:08}"
+    return f"{_STEP_PREFIX}{step:08}"
 
 
 def checkpoint_steps(checkpoints: Path) -> list[int]:
     """Return the steps of the checkpoints in the folder `checkpoints`, ascending.
 
-    A name that is not `step-` and a number is ignored: a user may keep files there.
+    Other names than `step-NUMBER` are ignored, because a user may keep files there.
     """
-    names = (path.name.removeprefix(_STEP) for path in checkpoints.glob(f"{_STEP}*"))
-    return sorted(int(name) for name in names if name.isdecimal())
+    paths = checkpoints.glob(f"{_STEP_PREFIX}*")
+    numbers = (path.name.removeprefix(_STEP_PREFIX) for path in paths)
+    return sorted(int(number) for number in numbers if number.isdecimal())

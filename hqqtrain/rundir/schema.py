@@ -1,7 +1,7 @@
-"""The JSON files that a run leaves, as dataclasses: the writer and all readers share them.
+"""The JSON files that a run writes, as dataclasses that the writer and all readers share.
 
-summary.json has schema 1: parts that a task does not run are absent, figures that were not
-measured as well. Readers are lenient: a file of another release gives the figures that are known.
+summary.json has schema 1. A part that the task does not run is absent, and so is a metric that was
+not measured. Reading is lenient: from a file of another release, the known keys are read.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 SCHEMA = 1
+"""Version of summary.json."""
 
 MODEL_NAMES = {"full_precision": "full precision", "quantized": "quantized", "final": "trained"}
 """The models that a run measures: the key in summary.json -> the name that people read."""
@@ -22,30 +23,35 @@ LAYER_ERROR_PREFIX = "quant/relative_error/"
 """Prefix of the one metric that is logged for each module."""
 
 STATES = ("running", "done", "preempted", "failed")
+"""Allowed values of `status` in status.json."""
 
 
 @dataclass(frozen=True)
 class JsonObject:
-    """A JSON object with known keys; a key whose value is None is left out of the file."""
+    """A JSON object with known keys.
+
+    A key whose value is None is left out of the file, unless the field has the metadata `null`. A
+    field that is a `JsonObject` itself has its class as the metadata `part`.
+    """
 
     def to_json(self) -> dict[str, Any]:
         """Return the object as JSON's types."""
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
             if value is not None or item.metadata.get("null"):
-                found[item.name] = value.to_json() if isinstance(value, JsonObject) else value
-        return found
+                values[item.name] = value.to_json() if isinstance(value, JsonObject) else value
+        return values
 
     @classmethod
     def from_json(cls, values: Any) -> Self:
-        """Return the known keys of `values`; None for those that are absent."""
+        """Return the object with the known keys of `values`; None for keys that are absent."""
         values = values if isinstance(values, Mapping) else {}
-        found = {}
+        arguments = {}
         for item in fields(cls):
             value, part = values.get(item.name), item.metadata.get("part")
-            found[item.name] = part.from_json(value) if part and value is not None else value
-        return cls(**found)
+            arguments[item.name] = part.from_json(value) if part and value is not None else value
+        return cls(**arguments)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Status(JsonObject):
 
 
 @dataclass(frozen=True)
-class RunFacts(JsonObject):
+class RunInfo(JsonObject):
     """The `run` part of summary.json."""
 
     name: str | None = None
@@ -74,11 +80,12 @@ class RunFacts(JsonObject):
 
 
 @dataclass(frozen=True)
-class QuantizeFigures(JsonObject):
-    """The `quantize` part: settings that most layers have, and figures over all of them.
+class QuantizeMetrics(JsonObject):
+    """The `quantize` part: the settings that most layers have, and metrics over all layers.
 
-    `bits_per_weight` counts codes, scales and zeros; `bytes_read` is summed over ranks;
-    `relative_error` is ||W - W'||^2 / ||W||^2, absent where the weights came packed.
+    `bits_per_weight` counts codes, scales and zeros. `weights` is a number of weights. `bytes_read`
+    is summed over ranks. `relative_error` is ||W - W'||^2 / ||W||^2, absent if the weights were
+    packed already.
     """
 
     nbits: int | None = None
@@ -96,10 +103,10 @@ class QuantizeFigures(JsonObject):
 
 
 @dataclass(frozen=True)
-class ModelFigures(JsonObject):
-    """The figures of one model; `kl` is in nats, against the full-precision model.
+class ModelMetrics(JsonObject):
+    """The metrics of one model. `kl` is in nats per token, against the full-precision model.
 
-    `perplexity` is null if it is not finite, as JSON has no infinity.
+    `perplexity` is null if it is not finite, because JSON has no infinity.
     """
 
     perplexity: float | None = field(default=None, metadata={"null": True})
@@ -107,20 +114,20 @@ class ModelFigures(JsonObject):
 
 
 @dataclass(frozen=True)
-class EvalFigures(JsonObject):
-    """The `eval` part. `bytes_read`: weight bytes read for the full-precision reference."""
+class EvalMetrics(JsonObject):
+    """The `eval` part. `bytes_read` counts the weight bytes of the full-precision reference."""
 
     bytes_read: int | None = None
     dataset: str | None = None
     tokens: int | None = None
-    full_precision: ModelFigures | None = field(default=None, metadata={"part": ModelFigures})
-    quantized: ModelFigures | None = field(default=None, metadata={"part": ModelFigures})
-    final: ModelFigures | None = field(default=None, metadata={"part": ModelFigures})
+    full_precision: ModelMetrics | None = field(default=None, metadata={"part": ModelMetrics})
+    quantized: ModelMetrics | None = field(default=None, metadata={"part": ModelMetrics})
+    final: ModelMetrics | None = field(default=None, metadata={"part": ModelMetrics})
 
 
 @dataclass(frozen=True)
-class TrainFigures(JsonObject):
-    """The `train` part; `loss` is the last step's, null before the first step."""
+class TrainMetrics(JsonObject):
+    """The `train` part. `loss` is that of the last step, null before the first step."""
 
     steps: int | None = None
     tokens: int | None = None
@@ -133,34 +140,34 @@ class TrainFigures(JsonObject):
 
 @dataclass(frozen=True)
 class Summary(JsonObject):
-    """summary.json; a part that the task did not run is None."""
+    """The content of summary.json. A part that the task did not run is None."""
 
     schema: int | None = SCHEMA
-    run: RunFacts | None = field(default=None, metadata={"part": RunFacts})
-    quantize: QuantizeFigures | None = field(default=None, metadata={"part": QuantizeFigures})
-    eval: EvalFigures | None = field(default=None, metadata={"part": EvalFigures})
-    train: TrainFigures | None = field(default=None, metadata={"part": TrainFigures})
+    run: RunInfo | None = field(default=None, metadata={"part": RunInfo})
+    quantize: QuantizeMetrics | None = field(default=None, metadata={"part": QuantizeMetrics})
+    eval: EvalMetrics | None = field(default=None, metadata={"part": EvalMetrics})
+    train: TrainMetrics | None = field(default=None, metadata={"part": TrainMetrics})
 
-    def measured_models(self) -> dict[str, ModelFigures]:
-        """Return the models that were measured, by their key in MODEL_NAMES, in its order."""
-        found = {key: getattr(self.eval, key, None) for key in MODEL_NAMES}
-        return {key: figures for key, figures in found.items() if figures is not None}
+    def measured_models(self) -> dict[str, ModelMetrics]:
+        """Return the metrics of the measured models, by key and in the order of MODEL_NAMES."""
+        models = {key: getattr(self.eval, key, None) for key in MODEL_NAMES}
+        return {key: metrics for key, metrics in models.items() if metrics is not None}
 
 
 def read_summary(path: Path) -> Summary:
-    """Return what the file at `path` holds; empty where it is missing or not JSON."""
+    """Return the content of summary.json; an empty `Summary` if it is missing or not JSON."""
     return Summary.from_json(read_json(path))
 
 
 def read_status(path: Path) -> Status:
-    """Return what the file at `path` holds; empty where it is missing or not JSON."""
+    """Return the content of status.json; an empty `Status` if it is missing or not JSON."""
     return Status.from_json(read_json(path))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in the file at `path`; empty where it is missing or holds none."""
+    """Return the JSON object in the file at `path`; an empty one if the file has none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -15,12 +15,12 @@ from hqqtrain.quant.error import storage_bits
 from hqqtrain.rundir.identity import package_versions
 from hqqtrain.rundir.schema import (
     MODEL_NAMES,
-    EvalFigures,
-    ModelFigures,
-    QuantizeFigures,
-    RunFacts,
+    EvalMetrics,
+    ModelMetrics,
+    QuantizeMetrics,
+    RunInfo,
     Summary,
-    TrainFigures,
+    TrainMetrics,
 )
 from hqqtrain.tracking.console import ResultRow
 from hqqtrain.train.state import TrainState
@@ -38,7 +38,7 @@ class RunSummary:
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
         self._runtime = runtime
         self.figures = Summary(
-            run=RunFacts(
+            run=RunInfo(
                 name=config.run_name(),
                 recipe=config.recipe or "",
                 task=config.task,
@@ -59,7 +59,7 @@ class RunSummary:
         weights = sum(m.out_features * m.in_features for m in layers)
         packed = sum(storage_bits(m.layout, m.spec.meta_dtype) for m in layers) // 8
         bits_per_weight = 8 * packed / weights
-        figures = QuantizeFigures(
+        figures = QuantizeMetrics(
             **_common_settings(loaded),
             bits_per_weight=bits_per_weight,
             seconds=loaded.seconds,
@@ -82,14 +82,14 @@ class RunSummary:
             measured: The figures.
         """
         figures = replace(
-            self.figures.eval or EvalFigures(),
+            self.figures.eval or EvalMetrics(),
             dataset=mask_secrets(dataset),
             tokens=measured.tokens,
         )
-        model: dict[str, Any] = {part: ModelFigures(measured.perplexity, measured.kl)}
+        model: dict[str, Any] = {part: ModelMetrics(measured.perplexity, measured.kl)}
         figures = replace(figures, **model)
         if measured.reference_perplexity is not None:
-            reference = ModelFigures(measured.reference_perplexity)
+            reference = ModelMetrics(measured.reference_perplexity)
             figures = replace(figures, full_precision=reference)
             self._set_row("full_precision", perplexity=measured.reference_perplexity, kl=0.0)
         self.figures = replace(self.figures, eval=figures)
@@ -97,7 +97,7 @@ class RunSummary:
 
     def add_reference_bytes(self, bytes_read: int) -> None:
         """Add the weight bytes read for the full-precision reference model, counted apart."""
-        figures = replace(self.figures.eval or EvalFigures(), bytes_read=bytes_read)
+        figures = replace(self.figures.eval or EvalMetrics(), bytes_read=bytes_read)
         self.figures = replace(self.figures, eval=figures)
 
     def add_training(self, done: TrainState, trainable: int) -> None:
@@ -107,7 +107,7 @@ class RunSummary:
             done: Steps, tokens, seconds and loss.
             trainable: Number of trainable parameters over all ranks.
         """
-        figures = TrainFigures(
+        figures = TrainMetrics(
             steps=done.steps,
             tokens=done.tokens,
             seconds=done.seconds,

@@ -53,7 +53,7 @@ def test_a_job_is_shown_quoted_and_without_secrets():
 def test_a_job_that_has_not_run_has_no_results(tmp_path):
     job = _job(tmp_path)
     assert (job.read_status(), job.read_summary()) == (Status(), Summary(schema=None))
-    assert job.format_figures() == ""
+    assert job.format_metrics() == ""
     assert not job.is_done()
     assert not job.folder.exists()
 
@@ -64,7 +64,7 @@ def test_damaged_results_are_no_results(tmp_path, text):
     job.folder.mkdir(parents=True)
     job.layout.status_json.write_text(text)
     job.layout.summary_json.write_text(text)
-    assert job.format_figures() == ""
+    assert job.format_metrics() == ""
     assert not job.is_done()
 
 
@@ -75,7 +75,7 @@ def test_figures_that_are_known_are_formatted_in_the_order_of_the_run(tmp_path):
     job.layout.summary_json.write_text(
         json.dumps({"quantize": {"bits_per_weight": 2.5}, "eval": evaluation})
     )
-    assert job.format_figures() == (
+    assert job.format_metrics() == (
         ": 2.50 bits per weight, perplexity 9.100 quantized, perplexity 6.320 final"
     )
 

@@ -7,30 +7,30 @@ from hydra.errors import MissingConfigException, OverrideParseException
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.compose.messages import (
-    broken_yaml,
+    broken_yaml_error,
     check_type,
     expected_type,
-    missing_config,
-    unknown_recipe,
-    unreadable_override,
+    missing_config_error,
+    unknown_recipe_error,
+    unreadable_override_error,
 )
 from hqqtrain.compose.schema import known_keys
 
 
 def test_an_unknown_recipe_gets_a_suggestion_the_list_and_a_way_to_add_it():
-    message = str(unknown_recipe("tiny2bit"))
+    message = str(unknown_recipe_error("tiny2bit"))
     assert message.startswith("recipe=tiny2bit: no such recipe. Did you mean 'tiny_2bit'? Recipes:")
     assert "create ./recipes/tiny2bit.yaml or set HQQTRAIN_RECIPES" in message
 
 
 def test_a_missing_recipe_of_a_defaults_list_is_an_unknown_recipe():
     error = MissingConfigException("missing", "recipe/tiny", [])
-    assert str(missing_config(error)) == str(unknown_recipe("tiny"))
+    assert str(missing_config_error(error)) == str(unknown_recipe_error("tiny"))
 
 
 @pytest.mark.parametrize("options", [None, [], ["llama8b", "tiny"]])
 def test_a_missing_option_lists_what_is_allowed(options):
-    message = str(missing_config(MissingConfigException("missing", "model/llama", options)))
+    message = str(missing_config_error(MissingConfigException("missing", "model/llama", options)))
     assert message.startswith("model=llama: no such option.")
     assert all(option in message for option in options or ())
     assert "that --help lists" in message
@@ -49,7 +49,7 @@ def test_a_missing_option_lists_what_is_allowed(options):
 def test_an_unreadable_argument_gets_an_example_in_quotes(word, example):
     with pytest.raises(OverrideParseException) as caught:
         OverridesParser.create().parse_overrides([word])
-    message = str(unreadable_override(caught.value))
+    message = str(unreadable_override_error(caught.value))
     assert message.startswith(f"{word}: must be key=value; ")
     assert f"as in {example}. " in message
     assert "\n" not in message
@@ -99,7 +99,7 @@ def test_every_key_has_a_type_in_words():
 def test_broken_yaml_names_line_and_column(text, place):
     with pytest.raises(yaml.YAMLError) as caught:
         yaml.safe_load(text)
-    message = str(broken_yaml(caught.value, "mine.yaml"))
+    message = str(broken_yaml_error(caught.value, "mine.yaml"))
     assert message.startswith(f"mine.yaml{place}: not valid YAML: ")
     assert "\n" not in message
 
@@ -107,4 +107,6 @@ def test_broken_yaml_names_line_and_column(text, place):
 def test_bytes_that_yaml_refuses_without_a_line_still_name_the_file():
     with pytest.raises(yaml.YAMLError) as caught:
         yaml.safe_load("a: \x01")
-    assert str(broken_yaml(caught.value, "mine.yaml")).startswith("mine.yaml: not valid YAML: ")
+    assert str(broken_yaml_error(caught.value, "mine.yaml")).startswith(
+        "mine.yaml: not valid YAML: "
+    )

@@ -7,14 +7,14 @@ import pytest
 from hqqtrain.common.errors import UserError
 from hqqtrain.compose.compose import compose_config
 from hqqtrain.compose.expand import expand_jobs
-from hqqtrain.compose.recipes import VARIABLE, recipe_description, recipe_files
+from hqqtrain.compose.recipes import RECIPES_VARIABLE, recipe_description, recipe_files
 
 
 @pytest.fixture
 def recipes(tmp_path, monkeypatch) -> Path:
     """Return ./recipes of an otherwise empty working directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(RECIPES_VARIABLE, raising=False)
     folder = tmp_path / "recipes"
     folder.mkdir()
     return folder
@@ -52,7 +52,7 @@ def test_the_variable_precedes_the_working_directory_and_that_the_built_in(recip
     assert compose_config(["recipe=tiny_2bit"]).quant.nbits == 3
     listed = recipes.parent / "listed"
     _write(listed, "tiny_2bit", "quant: {nbits: 8}\n")
-    monkeypatch.setenv(VARIABLE, str(listed))
+    monkeypatch.setenv(RECIPES_VARIABLE, str(listed))
     assert compose_config(["recipe=tiny_2bit"]).quant.nbits == 8
 
 

@@ -115,6 +115,13 @@ def test_only_the_first_rank_prints_an_error(tmp_path):
     assert (other.returncode, other.stderr) == (2, "")
 
 
+def test_every_rank_passes_the_exit_code_of_a_mistake_to_the_launcher(tmp_path):
+    for rank in ("0", "1"):
+        file = tmp_path / f"code{rank}"
+        _hqqtrain("quant.nbits=5", cwd=tmp_path, RANK=rank, HQQTRAIN_EXIT_CODE=str(file))
+        assert file.read_text() == "2"
+
+
 def test_a_sweep_under_a_launcher_is_refused(tmp_path):
     done = _hqqtrain("-m", "quant.nbits=2,3", cwd=tmp_path, WORLD_SIZE="2", RANK="0")
     assert done.returncode == 2

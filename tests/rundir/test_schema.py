@@ -5,12 +5,12 @@ import json
 import pytest
 
 from hqqtrain.rundir.schema import (
-    EvalFigures,
-    ModelFigures,
-    QuantizeFigures,
+    EvalMetrics,
+    ModelMetrics,
+    QuantizeMetrics,
     Status,
     Summary,
-    TrainFigures,
+    TrainMetrics,
     read_json,
     read_status,
     read_summary,
@@ -32,15 +32,15 @@ def test_what_is_absent_stays_absent_there_and_back():
 
 def test_null_is_written_where_it_means_something():
     """A group of a whole row, and no loss before the first step, are values."""
-    assert QuantizeFigures().to_json() == {"group_size": None}
-    assert TrainFigures().to_json() == {"loss": None}
+    assert QuantizeMetrics().to_json() == {"group_size": None}
+    assert TrainMetrics().to_json() == {"loss": None}
     assert Status(status="running").to_json() == {
         "status": "running", "exit_code": None, "slurm_job": None,
     }  # fmt: skip
 
 
 def test_models_have_the_order_of_the_table():
-    figures = EvalFigures(final=ModelFigures(2.0), full_precision=ModelFigures(1.0))
+    figures = EvalMetrics(final=ModelMetrics(2.0), full_precision=ModelMetrics(1.0))
     assert list(Summary(eval=figures).measured_models()) == ["full_precision", "final"]
     assert Summary().measured_models() == {}
 
@@ -48,7 +48,7 @@ def test_models_have_the_order_of_the_table():
 def test_a_file_of_another_release_gives_the_known_figures(tmp_path):
     file = tmp_path / "summary.json"
     file.write_text(json.dumps({"schema": 9, "train": {"steps": 1, "later": 2}, "more": {}}))
-    assert read_summary(file).train == TrainFigures(steps=1)
+    assert read_summary(file).train == TrainMetrics(steps=1)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "null", '{"eval": 3, "train": "x"}'])

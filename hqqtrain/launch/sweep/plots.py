@@ -1,6 +1,6 @@
 """The plots of a sweep: perplexity against a cost, with the Pareto front of the jobs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hqqtrain.launch.sweep.results import TableRow
@@ -9,8 +9,11 @@ from hqqtrain.report.style import COLORS, MUTED, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Metrics = Mapping[str, float | None]
+"""A job's metrics by their names in `results.COLUMNS`; None where one was not measured."""
+
 _MAX_LABEL_LENGTH = 28
-"""Longer labels of points are truncated."""
+"""Characters; longer labels of points are truncated."""
 
 
 class CostPoint(NamedTuple):
@@ -22,31 +25,34 @@ class CostPoint(NamedTuple):
 
 
 class CostAxis(NamedTuple):
-    """A cost on the horizontal axis: its label, and how to compute it from a job's figures.
+    """A cost on the horizontal axis: its label, and how to compute it from a job's metrics.
 
-    `quantized` gives the cost of the quantized model, `final` that of the trained model. Both
-    return None if the figures do not contain it.
+    `quantized` returns the cost of the quantized model, `final` that of the trained model. Both
+    return None if the job has not measured it.
     """
 
     label: str
-    quantized: Callable[[dict[str, float | None]], float | None]
-    final: Callable[[dict[str, float | None]], float | None]
+    quantized: Callable[[Metrics], float | None]
+    final: Callable[[Metrics], float | None]
 
 
-def _seconds(figures: dict[str, float | None]) -> float | None:
-    quantize, train = figures["quantize_seconds"], figures["train_seconds"]
+def _total_seconds(metrics: Metrics) -> float | None:
+    quantize, train = metrics["quantize_seconds"], metrics["train_seconds"]
     return None if quantize is None or train is None else quantize + train
 
 
+# The peak memory of a job that trains includes the training, so it is not a cost of quantization.
 AXES = {
     "bits": CostAxis(
-        "bits per weight", lambda f: f["bits_per_weight"], lambda f: f["bits_per_weight"]
+        "bits per weight", lambda m: m["bits_per_weight"], lambda m: m["bits_per_weight"]
     ),
-    "seconds": CostAxis("seconds to quantize and train", lambda f: f["quantize_seconds"], _seconds),
+    "seconds": CostAxis(
+        "seconds to quantize and train", lambda m: m["quantize_seconds"], _total_seconds
+    ),
     "memory": CostAxis(
         "peak memory (GiB)",
-        lambda f: f["peak_memory_gib"] if f["train_seconds"] is None else None,
-        lambda f: f["peak_memory_gib"],
+        lambda m: m["peak_memory_gib"] if m["train_seconds"] is None else None,
+        lambda m: m["peak_memory_gib"],
     ),
 }
 
@@ -65,7 +71,7 @@ def pareto_front(points: Sequence[CostPoint]) -> list[CostPoint]:
 
 
 def plot_cost(rows: Sequence[TableRow], axis: CostAxis) -> "Figure | None":
-    """Plot perplexity against the cost of `axis`; None if no job has both figures."""
+    """Plot perplexity against the cost of `axis`; return None if no job has measured both."""
     quantized = _points(rows, axis.quantized, "perplexity_quantized")
     trained = _points(rows, axis.final, "perplexity_final")
     if not (quantized or trained):
@@ -77,16 +83,16 @@ def plot_cost(rows: Sequence[TableRow], axis: CostAxis) -> "Figure | None":
             axes.plot(costs, perplexities, "o", color=COLORS[name], label=name, markersize=6)
     _draw_front(axes, pareto_front([*quantized, *trained]))
     _draw_full_precision(axes, rows)
-    _scale(axes, [*quantized, *trained])
+    _set_scales(axes, [*quantized, *trained])
     axes.set(xlabel=axis.label, ylabel="perplexity on held-out text")
-    axes.legend(frameon=False, title=_title(rows))
+    axes.legend(frameon=False, title=_legend_title(rows))
     return figure
 
 
 def _points(
-    rows: Sequence[TableRow], cost: Callable[[dict[str, float | None]], float | None], name: str
+    rows: Sequence[TableRow], cost: Callable[[Metrics], float | None], name: str
 ) -> list[CostPoint]:
-    values = ((cost(row.figures), row.figures[name], _label(row)) for row in rows)
+    values = ((cost(row.metrics), row.metrics[name], _label(row)) for row in rows)
     return [CostPoint(c, p, label) for c, p, label in values if c is not None and p is not None]
 
 
@@ -103,7 +109,7 @@ def _draw_front(axes: Any, front: Sequence[CostPoint]) -> None:
 
 def _draw_full_precision(axes: Any, rows: Sequence[TableRow]) -> None:
     """Draw one line per full-precision model; a sweep that does not vary the model has one line."""
-    values = {row.figures["perplexity_full_precision"] for row in rows}
+    values = {row.metrics["perplexity_full_precision"] for row in rows}
     for index, value in enumerate(sorted({round(v, 3) for v in values if v is not None})):
         label = "full precision" if index == 0 else None
         axes.axhline(
@@ -111,7 +117,7 @@ def _draw_full_precision(axes: Any, rows: Sequence[TableRow]) -> None:
         )
 
 
-def _scale(axes: Any, points: Sequence[CostPoint]) -> None:
+def _set_scales(axes: Any, points: Sequence[CostPoint]) -> None:
     """Use a logarithmic scale on an axis whose values differ by more than a factor of 20."""
     from matplotlib.ticker import StrMethodFormatter
 
@@ -129,7 +135,7 @@ def _label(row: TableRow) -> str:
     return text if len(text) <= _MAX_LABEL_LENGTH else text[: _MAX_LABEL_LENGTH - 1] + "…"
 
 
-def _title(rows: Sequence[TableRow]) -> str:
+def _legend_title(rows: Sequence[TableRow]) -> str:
     """Explain the labels of the points: the names of the swept keys, without their groups."""
     keys = " · ".join(key.rpartition(".")[2] for key in rows[0].swept_values)
     return f"labels: {keys}" if keys else ""

@@ -1,9 +1,9 @@
-"""Runs jobs as separate processes and forwards signals to them.
+"""Run jobs as separate processes and forward signals to them.
 
 Every job has its own process, because a job that fails, runs out of memory or leaves a torch
 process group behind must not affect the next one. Every job also has its own Unix process group.
 A terminal sends Ctrl-C to a whole group, so a job in our group would receive it twice: from the
-terminal and from us. A second signal makes a job stop immediately.
+terminal and from us. The second signal would make the job stop at once, without saving.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class ProcessPool:
@@ -34,9 +34,9 @@ class ProcessPool:
 
     def __enter__(self) -> "ProcessPool":
         # A signal that is ignored, such as SIGHUP under nohup, stays ignored.
-        handled = [s for s in FORWARDED if signal.getsignal(s) is not signal.SIG_IGN]
-        self._previous_handlers = {number: signal.signal(number, self._forward)
-                                   for number in handled}  # fmt: skip
+        for number in FORWARDED_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous_handlers[number] = signal.signal(number, self._forward)
         return self
 
     def __exit__(
@@ -45,7 +45,7 @@ class ProcessPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error:  # our own failure, such as a full disk: leave no job behind
+        if error:  # the sweep itself failed, for example because the disk is full: leave no job
             self._forward(signal.SIGTERM)
         while self._running:
             self.wait()
@@ -57,7 +57,11 @@ class ProcessPool:
     ) -> None:
         """Start `command`, known by `key`.
 
-        Its output is appended to `log`. With None it goes to our own standard output and error.
+        Args:
+            key: What `wait` returns when the process has ended.
+            command: The program and its arguments.
+            env: Its environment variables.
+            log: The file to which its output is appended. None: our own standard output and error.
         """
         with ExitStack() as stack:
             output = stack.enter_context(log.open("ab")) if log else None
@@ -83,7 +87,7 @@ class ProcessPool:
         """
         while True:
             pid, status = os.wait()
-            # `pid` may also be a child that we inherited from the program that started us.
+            # `pid` may also be a child of the program that this process has replaced with exec.
             if pid in self._running:
                 process, key = self._running.pop(pid)
                 process.returncode = os.waitstatus_to_exitcode(status)

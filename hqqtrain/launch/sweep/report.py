@@ -1,6 +1,6 @@
-"""Writes a sweep's folder: results.csv, plots, and a self-contained index.html.
+"""Write a sweep's folder: results.csv, plots, and a self-contained index.html.
 
-The files are written whenever a job ends, so that a killed sweep leaves the results it has.
+The files are written whenever a job ends, so a sweep that is killed leaves the results so far.
 """
 
 from collections import Counter
@@ -13,10 +13,10 @@ from hqqtrain.launch.sweep.plots import AXES, plot_cost
 from hqqtrain.launch.sweep.results import (
     JobResults,
     TableRow,
-    collect_rows,
     format_cells,
     format_csv,
     format_table,
+    read_rows,
 )
 from hqqtrain.launch.sweep.sweep import Sweep
 from hqqtrain.report.html import render_images, render_page, render_table
@@ -40,8 +40,8 @@ def create_sweep_folder(sweep: Sweep) -> None:
 
 def write_sweep_report(sweep: Sweep, results: JobResults | None = None) -> list[Path]:
     """Write the table and the plots from the jobs' results so far, and return the files."""
-    rows = collect_rows(sweep, results)
-    table = atomic_write(sweep.folder / "results.csv", format_csv(rows))
+    rows = read_rows(sweep, results)
+    csv_file = atomic_write(sweep.folder / "results.csv", format_csv(rows))
     figures = {name: plot_cost(rows, axis) for name, axis in AXES.items()}
     plots = {
         name: save_figure(figure, sweep.folder / f"{name}.png")
@@ -49,7 +49,7 @@ def write_sweep_report(sweep: Sweep, results: JobResults | None = None) -> list[
         if figure
     }
     page = atomic_write(sweep.folder / "index.html", _page(sweep, rows, plots))
-    return [table, page, *plots.values()]
+    return [csv_file, page, *plots.values()]
 
 
 def print_sweep_table(sweep: Sweep, results: JobResults | None = None) -> None:
@@ -58,7 +58,7 @@ def print_sweep_table(sweep: Sweep, results: JobResults | None = None) -> None:
     Raises:
         UserError: the files cannot be written.
     """
-    print("\n" + format_table(collect_rows(sweep, results)) + "\n", flush=True)
+    print("\n" + format_table(read_rows(sweep, results)) + "\n", flush=True)
     try:
         files = write_sweep_report(sweep, results)
     except OSError as error:
@@ -70,8 +70,9 @@ def print_sweep_table(sweep: Sweep, results: JobResults | None = None) -> None:
 
 
 def _page(sweep: Sweep, rows: Sequence[TableRow], plots: dict[str, Path]) -> str:
-    states = Counter(row.status for row in rows)
-    subtitle = f"{len(rows)} jobs: " + ", ".join(f"{n} {state}" for state, n in states.items())
-    titled = {f"Perplexity against {AXES[name].label}": path for name, path in plots.items()}
+    """Return the HTML page of the sweep: its plots, then its table."""
+    counts = Counter(row.status for row in rows)
+    subtitle = f"{len(rows)} jobs: " + ", ".join(f"{n} {status}" for status, n in counts.items())
+    images = {f"Perplexity against {AXES[name].label}": path for name, path in plots.items()}
     table = f'<section class="wide"><h2>Results</h2>{render_table(*format_cells(rows))}</section>'
-    return render_page(sweep.name, subtitle, [render_images(titled), table])
+    return render_page(sweep.name, subtitle, [render_images(images), table])

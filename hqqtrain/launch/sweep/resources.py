@@ -1,4 +1,4 @@
-"""Partitions the machine among parallel jobs: its GPUs, or its CPU cores if it has no GPU."""
+"""Partition the machine among parallel jobs: its GPUs and its CPU cores."""
 
 import os
 import subprocess
@@ -27,8 +27,8 @@ def partition_devices(num_jobs: int, environ: Mapping[str, str]) -> list[dict[st
     gpus = visible_gpus(environ)
     shares = _gpu_shares(gpus, num_jobs, environ) if gpus else [{} for _ in range(num_jobs)]
     if "OMP_NUM_THREADS" not in environ:
-        processes = int(environ.get("NPROC") or max(1, len(gpus) // num_jobs))
-        threads = max(1, _count_cores() // (num_jobs * processes))
+        processes_per_job = int(environ.get("NPROC") or max(1, len(gpus) // num_jobs))
+        threads = max(1, _count_cores() // (num_jobs * processes_per_job))
         shares = [share | {"OMP_NUM_THREADS": str(threads)} for share in shares]
     return shares
 
@@ -44,6 +44,11 @@ def visible_gpus(environ: Mapping[str, str]) -> list[str]:
 
 
 def _gpu_shares(gpus: list[str], num_jobs: int, environ: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return CUDA_VISIBLE_DEVICES for each job. All jobs get equally many GPUs.
+
+    Raises:
+        UserError: there are fewer GPUs than jobs, or NPROC exceeds the GPUs of one job.
+    """
     gpus_per_job = len(gpus) // num_jobs
     if gpus_per_job == 0:
         raise UserError(
@@ -56,11 +61,10 @@ def _gpu_shares(gpus: list[str], num_jobs: int, environ: Mapping[str, str]) -> l
             f"{gpus_per_job} of {len(gpus)} GPUs and runs one process per GPU; unset NPROC, or "
             "lower launch.max_parallel_jobs."
         )
-    parts = [
-        gpus[start : start + gpus_per_job]
-        for start in range(0, gpus_per_job * num_jobs, gpus_per_job)
+    return [
+        {"CUDA_VISIBLE_DEVICES": ",".join(gpus[job * gpus_per_job : (job + 1) * gpus_per_job])}
+        for job in range(num_jobs)
     ]
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
 
 
 def _refuse_nodes(num_jobs: int, environ: Mapping[str, str]) -> None:
@@ -78,14 +82,16 @@ def _refuse_nodes(num_jobs: int, environ: Mapping[str, str]) -> None:
 
 
 def _count_gpus() -> int:
+    """Return the number of GPUs that nvidia-smi lists; 0 if it is not installed or hangs."""
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+        result = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return 0
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return sum(line.startswith("GPU ") for line in result.stdout.splitlines())
 
 
 def _count_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # respects taskset and the cpuset of a container
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,7 @@
-"""How each job of a sweep ended, including jobs that failed before they had a run directory."""
+"""The states of a sweep's jobs, and the table of their results.
+
+A job may fail before it has a run directory, so the sweep keeps a record of how each job ended.
+"""
 
 import csv
 import io
@@ -19,10 +22,10 @@ from hqqtrain.launch.slurm.requeue import read_attempt
 from hqqtrain.launch.sweep.sweep import Sweep
 from hqqtrain.rundir.schema import (
     MODEL_NAMES,
-    ModelFigures,
-    QuantizeFigures,
+    ModelMetrics,
+    QuantizeMetrics,
     Summary,
-    TrainFigures,
+    TrainMetrics,
     read_json,
 )
 
@@ -30,11 +33,11 @@ _STATE_BY_EXIT_CODE = {DONE: "done", PREEMPTED: "preempted", None: "unfinished"}
 """Every other exit code means "failed". None: the job has started and not ended."""
 
 _STATE_BY_STATUS = {"running": "unfinished"}
-"""status.json says "running" while the job runs, and also after the process was killed."""
+"""States that have another name than the status: a killed process leaves the status "running"."""
 
 
 class JobResults:
-    """The sweep's jobs.json: job name -> exit code and time (seconds since 1970)."""
+    """The sweep's jobs.json: job name -> exit code and its time (seconds since 1970)."""
 
     def __init__(self, sweep: Sweep) -> None:
         self._file = sweep.folder / "jobs.json"
@@ -76,7 +79,7 @@ def _is_valid_record(record: Any) -> bool:
 
 
 def _status_time(job: Job) -> float:
-    """Modification time of the job's status.json; 0 if there is none."""
+    """Return the modification time of the job's status.json (seconds since 1970); 0 without one."""
     try:
         return job.layout.status_json.stat().st_mtime
     except OSError:
@@ -96,23 +99,23 @@ COLUMNS = {
     "peak_memory_gib": ("peak\nGiB", ".3f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
 }
-"""Figure -> (heading, format).
+"""Metric -> (heading of its column, format).
 
-A job that reads quantized weights from the cache has their loading time as `quantize_seconds`.
+`quantize_seconds` of a job that reads quantized weights from the cache is their loading time.
 """
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One job: its values of the swept keys and, if it is done, its figures."""
+    """One job: its values of the swept keys and, if it is done, its metrics (see `COLUMNS`)."""
 
     swept_values: dict[str, str]
-    figures: dict[str, float | None]
+    metrics: dict[str, float | None]
     status: str
     folder: str
 
 
-def collect_rows(sweep: Sweep, results: JobResults | None = None) -> list[TableRow]:
+def read_rows(sweep: Sweep, results: JobResults | None = None) -> list[TableRow]:
     """Return one row per job, whatever its state.
 
     `results` defaults to the saved ones; a caller with unsaved results passes them.
@@ -120,16 +123,16 @@ def collect_rows(sweep: Sweep, results: JobResults | None = None) -> list[TableR
     results, rows = results or JobResults(sweep), []
     for job in sweep.jobs:
         state = results.state(job)
-        found = summary_figures(job.read_summary() if state == "done" else Summary())
-        rows.append(TableRow(sweep.swept_values(job), found, state, str(job.folder)))
+        metrics = summary_metrics(job.read_summary() if state == "done" else Summary())
+        rows.append(TableRow(sweep.swept_values(job), metrics, state, str(job.folder)))
     return rows
 
 
-def summary_figures(summary: Summary) -> dict[str, float | None]:
-    """Return the figures that COLUMNS names; None where one was not measured or is not finite."""
-    quantize, train = summary.quantize or QuantizeFigures(), summary.train or TrainFigures()
+def summary_metrics(summary: Summary) -> dict[str, float | None]:
+    """Return the metrics that COLUMNS names; None where one was not measured or is not finite."""
+    quantize, train = summary.quantize or QuantizeMetrics(), summary.train or TrainMetrics()
     peaks = [p for p in (quantize.peak_memory_gib, train.peak_memory_gib) if p is not None]
-    found = {
+    metrics = {
         "bits_per_weight": quantize.bits_per_weight,
         "relative_error": quantize.relative_error,
         "quantize_seconds": quantize.seconds,
@@ -139,46 +142,43 @@ def summary_figures(summary: Summary) -> dict[str, float | None]:
     }
     models = summary.measured_models()
     for key in MODEL_NAMES:
-        figures = models.get(key, ModelFigures())
-        found |= {f"perplexity_{key}": figures.perplexity, f"kl_{key}": figures.kl}
-    return {name: _finite(found[name]) for name in COLUMNS}
+        model = models.get(key, ModelMetrics())
+        metrics |= {f"perplexity_{key}": model.perplexity, f"kl_{key}": model.kl}
+    return {name: _finite(metrics[name]) for name in COLUMNS}
 
 
 def format_csv(rows: Sequence[TableRow]) -> str:
-    """Return the table as CSV, with unrounded figures and an empty cell for a missing one."""
+    """Return the table as CSV, with unrounded numbers and an empty cell for a missing one."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*rows[0].swept_values, *COLUMNS, "status", "folder"])
     for row in rows:
-        writer.writerow([*row.swept_values.values(), *row.figures.values(), row.status, row.folder])
+        writer.writerow([*row.swept_values.values(), *row.metrics.values(), row.status, row.folder])
     return text.getvalue()
 
 
 def format_cells(rows: Sequence[TableRow]) -> tuple[list[str], list[list[str]]]:
-    """Return (headings, rows of cells) for people: rounded, with a dash for a missing figure."""
+    """Return (headings, rows of cells) for people: rounded, with a dash for a missing number."""
+    # A line break after the group keeps the columns of the swept keys narrow.
+    swept_headings = [key.replace(".", ".\n") for key in rows[0].swept_values]
     headings = [heading for heading, _ in COLUMNS.values()]
-    lines = [
-        [
-            *row.swept_values.values(),
-            *(
-                "-" if (value := row.figures[name]) is None else format(value, spec)
-                for name, (_, spec) in COLUMNS.items()
-            ),
-            row.status,
-            row.folder,
-        ]
-        for row in rows
-    ]
-    swept = [key.replace(".", ".\n") for key in rows[0].swept_values]
-    return [*swept, *headings, "status", "folder"], lines
+    cells = []
+    for row in rows:
+        numbers = [_format_cell(row.metrics[name], spec) for name, (_, spec) in COLUMNS.items()]
+        cells.append([*row.swept_values.values(), *numbers, row.status, row.folder])
+    return [*swept_headings, *headings, "status", "folder"], cells
+
+
+def _format_cell(value: float | None, format_spec: str) -> str:
+    return "-" if value is None else format(value, format_spec)
 
 
 def format_table(rows: Sequence[TableRow]) -> str:
     """Return the table as plain text, one line per job."""
-    headings, lines = format_cells(rows)
+    headings, cells = format_cells(rows)
     align = ["right"] * (len(headings) - 2) + ["left", "left"]
-    short = [[*line[:-1], Path(line[-1]).name] for line in lines]  # the name of the folder only
-    return tabulate([headings, [], *short], tablefmt="plain", colalign=align, disable_numparse=True)
+    lines = [[*row[:-1], Path(row[-1]).name] for row in cells]  # the name of the folder only
+    return tabulate([headings, [], *lines], tablefmt="plain", colalign=align, disable_numparse=True)
 
 
 def _finite(value: Any) -> float | None:

@@ -1,7 +1,8 @@
-"""Runs the jobs of a sweep, several in parallel, and resumes a sweep that was killed.
+"""Run the jobs of a sweep, several in parallel, and resume a sweep that was killed.
 
-A failed job does not end the sweep. A preemption does, whether one job was preempted or the sweep
-itself: a signal to the sweep is forwarded to all running jobs.
+If a job fails, the sweep continues with the next one. If a job is preempted, no further job is
+started. If the sweep itself receives a signal, it forwards the signal to all running jobs, and no
+further job is started.
 """
 
 import fcntl
@@ -23,16 +24,20 @@ from hqqtrain.launch.sweep.resources import partition_devices
 from hqqtrain.launch.sweep.results import JobResults
 from hqqtrain.launch.sweep.sweep import Sweep
 
-LAUNCHER = "HQQTRAIN_LAUNCHER"
-"""launch.sh sets it to its own path, so that every job starts through it and uses all its GPUs."""
+LAUNCHER_VARIABLE = "HQQTRAIN_LAUNCHER"
+"""launch.sh sets this environment variable to its own path.
+
+Every job is then started with launch.sh and uses all GPUs that the sweep gives it.
+"""
 
 
 def run_sweep(jobs: Sequence[Job]) -> int:
     """Run every job that is not done yet, then print the table and the jobs that failed.
 
     Returns:
-        The exit code: 0 if all jobs are done, 3 if one was preempted or could no longer be
-        started, 1 if one failed, and 2 if only the table could not be written.
+        The exit code. The first condition that holds decides: 3 if a job was preempted, 1 if one
+        failed, 3 if a signal kept one from being started, 2 if the table could not be written, and
+        0 otherwise.
 
     Raises:
         UserError: the machine has too few GPUs, or the sweep's folder cannot be created.
@@ -41,10 +46,12 @@ def run_sweep(jobs: Sequence[Job]) -> int:
     device_envs = partition_devices(sweep.num_parallel_jobs, os.environ)
     create_sweep_folder(sweep)
     for job in sweep.duplicates:
-        _print(f"sweep: {sweep.label(job)}: the same run as another of these jobs; skipped")
-    waiting = f"sweep: waiting: jobs of an earlier attempt still run in {sweep.folder}"
-    with hold_lock(sweep, lambda: _print(waiting)) as lock:
-        return _Runner(sweep, device_envs, lock).run()
+        _print(f"sweep: {sweep.label(job)}: skipped, because another job is the same run")
+    waiting = (
+        f"sweep: waiting for the jobs of an earlier attempt, which still run in {sweep.folder}"
+    )
+    with hold_lock(sweep, lambda: _print(waiting)) as lock_fd:
+        return _Runner(sweep, device_envs, lock_fd).run()
 
 
 def show_sweep_table(jobs: Sequence[Job]) -> int:
@@ -60,11 +67,12 @@ def show_sweep_table(jobs: Sequence[Job]) -> int:
 
 
 @dataclass
-class _Task:
-    """A job in the queue, and what the runner knows of it while it runs."""
+class _QueueEntry:
+    """A job that is waiting or running."""
 
     job: Job
     title: str
+    """Begins the lines that are printed about the job: `sweep 1/3: quant.nbits=2`."""
     device_env: dict[str, str] = field(default_factory=dict)
     """The environment variables that give the job its part of the machine."""
     started: float = 0.0
@@ -77,98 +85,107 @@ class _Runner:
     Args:
         sweep: the jobs.
         device_envs: one set of environment variables for each job that runs in parallel.
-        lock: the file descriptor that the jobs inherit, see `hold_lock`.
+        lock_fd: the file descriptor that the jobs inherit, see `hold_lock`.
     """
 
-    def __init__(self, sweep: Sweep, device_envs: list[dict[str, str]], lock: int) -> None:
-        self.sweep, self.free_device_envs, self.lock = sweep, device_envs, lock
+    def __init__(self, sweep: Sweep, device_envs: list[dict[str, str]], lock_fd: int) -> None:
+        self.sweep, self.free_device_envs, self.lock_fd = sweep, device_envs, lock_fd
         self.is_sequential = len(device_envs) == 1
         self.results = JobResults(sweep)
         self.failed: list[Job] = []
         self.preempted = False
-        self.queue: list[_Task] = []
+        self.queue: list[_QueueEntry] = []
 
     def run(self) -> int:
         """Run the sweep and return its exit code."""
         for number, job in enumerate(self.sweep.jobs, 1):
             title = f"sweep {number}/{len(self.sweep.jobs)}: {self.sweep.label(job)}"
-            self._queue_unless_done(_Task(job, title))
-        with ProcessPool([self.lock]) as pool:
+            self._queue_unless_done(_QueueEntry(job, title))
+        with ProcessPool([self.lock_fd]) as pool:
             while self._may_start(pool) or len(pool):
                 while self._may_start(pool) and self.free_device_envs:
                     self._start(pool, self.queue.pop(0))
                 # The pool is empty if a signal arrived before the first job was started.
                 if len(pool):
-                    self._on_end(*pool.wait(), pool.received_signal)
+                    entry, code = pool.wait()
+                    # Read the signal after the wait, because it may arrive meanwhile.
+                    self._on_end(entry, code, pool.received_signal)
         table_code = self._write_final_table()
         for job in self.failed:
-            place = job.folder if self.is_sequential else self.sweep.log_file(job)
-            where = place if place.exists() else "above"
+            output = job.folder if self.is_sequential else self.sweep.log_file(job)
+            where = output if output.exists() else "the messages above"
             print(f"hqqtrain: failed: {self.sweep.label(job)}; see {where}", file=sys.stderr)
-        return self._exit_code() or table_code
+        return self._exit_code_of_jobs() or table_code
 
-    def _queue_unless_done(self, task: _Task) -> None:
-        """Queue the job unless it is done. Fail it if it is done but its inputs have changed."""
+    def _queue_unless_done(self, entry: _QueueEntry) -> None:
+        """Queue the job unless it is done. Record a failure if its inputs have changed since."""
         try:
-            if not task.job.is_done():
-                self.queue.append(task)
+            if not entry.job.is_done():
+                self.queue.append(entry)
                 return
-            _print(f"{task.title}: done before{task.job.format_figures()}")
-            self._record(task.job, DONE)
+            _print(f"{entry.title}: done before{entry.job.format_metrics()}")
+            self._record(entry.job, DONE)
         except UserError as error:
             print(f"hqqtrain: {error}", file=sys.stderr, flush=True)
-            self._record(task.job, USER_ERROR)
+            self._record(entry.job, USER_ERROR)
 
     def _may_start(self, pool: ProcessPool) -> bool:
         return bool(self.queue) and not self.preempted and pool.received_signal is None
 
-    def _start(self, pool: ProcessPool, task: _Task) -> None:
-        task.device_env, task.started = self.free_device_envs.pop(), time.monotonic()
+    def _start(self, pool: ProcessPool, entry: _QueueEntry) -> None:
+        """Start a job. It prints to our own output, or to its log if several run in parallel."""
+        entry.device_env, entry.started = self.free_device_envs.pop(), time.monotonic()
         if self.is_sequential:
             log = None
-            _print(task.title)
+            _print(entry.title)
         else:
-            log = self.sweep.log_file(task.job)
+            log = self.sweep.log_file(entry.job)
             with log.open("a") as file:
-                file.write(f"$ python -m hqqtrain {shlex.join(mask_command(task.job.arguments))}\n")
-            _print(f"{task.title}: started, see {log}")
-        launcher = os.environ.get(LAUNCHER)
+                file.write(
+                    f"$ python -m hqqtrain {shlex.join(mask_command(entry.job.arguments))}\n"
+                )
+            _print(f"{entry.title}: started, see {log}")
+        launcher = os.environ.get(LAUNCHER_VARIABLE)
         program = [launcher] if launcher else [sys.executable, "-m", "hqqtrain"]
-        pool.start(task, [*program, *task.job.arguments], {**os.environ, **task.device_env}, log)
+        pool.start(entry, [*program, *entry.job.arguments], {**os.environ, **entry.device_env}, log)
 
-    def _on_end(self, task: _Task, code: int, forwarded: int | None) -> None:
+    def _on_end(self, entry: _QueueEntry, code: int, forwarded_signal: int | None) -> None:
         """Record how a job ended, and write the sweep's files.
 
         Args:
-            task: the job.
+            entry: the job that ended.
             code: its exit code.
-            forwarded: the signal that was forwarded to it, if any. A job that the signal killed
-                counts as preempted, not as failed.
+            forwarded_signal: the signal that was forwarded to it, if any. A job that the signal
+                killed counts as preempted, not as failed.
         """
-        self.free_device_envs.append(task.device_env)
-        if forwarded is not None and code in _exit_codes_of_signal(forwarded):
+        self.free_device_envs.append(entry.device_env)
+        if forwarded_signal is not None and code in _exit_codes_of_signal(forwarded_signal):
             code = PREEMPTED
         if code == DONE:
-            result = f"done{task.job.format_figures()}"
+            result = f"done{entry.job.format_metrics()}"
         else:
             result = "preempted" if code == PREEMPTED else f"failed with exit code {code}"
-        _print(f"{task.title}: {result} ({time.monotonic() - task.started:.0f} s)")
-        self._record(task.job, code)
-        # A table that cannot be written is no reason to stop: the other jobs still run.
+        _print(f"{entry.title}: {result} ({time.monotonic() - entry.started:.0f} s)")
+        self._record(entry.job, code)
+        # If the table cannot be written, the other jobs still run.
         try:
             self.results.save()
             write_sweep_report(self.sweep, self.results)
         except Exception as error:
-            print(f"warning: {self.sweep.folder} was not written: {error!r}", file=sys.stderr)
+            print(
+                f"warning: the report in {self.sweep.folder} was not written: {error!r}",
+                file=sys.stderr,
+            )
 
     def _record(self, job: Job, code: int) -> None:
+        """Remember how the job ended, for the exit code and the table."""
         self.preempted |= code == PREEMPTED
         if code not in (DONE, PREEMPTED):
             self.failed.append(job)
         self.results.record(job, code)
 
     def _write_final_table(self) -> int:
-        """Print and write the table for the last time, and return 2 if that fails, else 0."""
+        """Print and write the table for the last time. Return the exit code: 2 if that fails."""
         try:
             print_sweep_table(self.sweep, self.results)
             self.results.save()
@@ -177,16 +194,17 @@ class _Runner:
             return USER_ERROR
         return DONE
 
-    def _exit_code(self) -> int:
+    def _exit_code_of_jobs(self) -> int:
         if self.preempted:
             return PREEMPTED
         if self.failed:
             return FAILED
+        # A job is left in the queue only if a signal kept it from being started.
         return PREEMPTED if self.queue else DONE
 
 
 def _exit_codes_of_signal(number: int) -> tuple[int, ...]:
-    """Exit codes of a process that signal `number` killed.
+    """Return the exit codes of a job that may mean that signal `number` ended it.
 
     Python reports `-number` and a shell reports `128 + number`. hqqtrain itself returns 1 after
     Ctrl-C.

@@ -30,8 +30,8 @@ def test_ties():
     assert pareto_front([]) == []
 
 
-def row(label: str = "2", **figures: float) -> TableRow:
-    return TableRow({"quant.nbits": label}, dict.fromkeys(COLUMNS) | figures, "done", "runs/x")
+def row(label: str = "2", **metrics: float) -> TableRow:
+    return TableRow({"quant.nbits": label}, dict.fromkeys(COLUMNS) | metrics, "done", "runs/x")
 
 
 def labels(figure) -> set[str]:

@@ -9,23 +9,23 @@ from hqqtrain.compose.job import Job
 from hqqtrain.launch.slurm.requeue import begin_attempt, end_attempt
 from hqqtrain.launch.sweep.results import (
     JobResults,
-    collect_rows,
     format_table,
-    summary_figures,
+    read_rows,
+    summary_metrics,
 )
-from hqqtrain.rundir.schema import Summary, TrainFigures
+from hqqtrain.rundir.schema import Summary, TrainMetrics
 
 
 def test_every_figure_has_its_column():
-    assert summary_figures(Summary.from_json(SUMMARY)) == {
+    assert summary_metrics(Summary.from_json(SUMMARY)) == {
         "bits_per_weight": 2.5, "relative_error": 0.1, "perplexity_full_precision": 8.0,
         "perplexity_quantized": 1234.5, "perplexity_final": None, "kl_quantized": 0.6,
         "kl_final": 0.25, "quantize_seconds": 0.5, "train_seconds": 60.0, "peak_memory_gib": 2.0,
         "tokens_per_second": 1200.4,
     }  # fmt: skip
-    assert set(summary_figures(Summary()).values()) == {None}
+    assert set(summary_metrics(Summary()).values()) == {None}
     assert (
-        summary_figures(Summary(train=TrainFigures(seconds=float("nan"))))["train_seconds"] is None
+        summary_metrics(Summary(train=TrainMetrics(seconds=float("nan"))))["train_seconds"] is None
     )
 
 
@@ -41,14 +41,14 @@ def test_the_newest_record_decides_the_state_of_a_job(tmp_path):
     results.save()
     write_run_files(later, "done", SUMMARY)  # run by hand, after the sweep
     os.utime(later.folder / "status.json", (2e9, 2e9))
-    assert [row.status for row in collect_rows(sweep)] == [
+    assert [row.status for row in read_rows(sweep)] == [
         "pending", "unfinished", "done", "failed", "preempted", "done",
     ]  # fmt: skip
-    assert collect_rows(sweep)[2].figures["bits_per_weight"] == 2.5
+    assert read_rows(sweep)[2].metrics["bits_per_weight"] == 2.5
     results.record(done, 2)
     results.save()  # as for a job whose inputs have changed since
-    assert collect_rows(sweep)[2].status == "failed"
-    assert collect_rows(sweep)[2].figures["bits_per_weight"] is None
+    assert read_rows(sweep)[2].status == "failed"
+    assert read_rows(sweep)[2].metrics["bits_per_weight"] is None
     assert new.folder.exists() is False
 
 
@@ -73,7 +73,7 @@ def test_records_of_a_batch_file_count_too(tmp_path):
     write_run_files(again, "running")
     os.utime(again.folder / "status.json", (2e9, 2e9))
     record_in_batch_job(gone, 0)
-    assert [row.status for row in collect_rows(sweep)] == [
+    assert [row.status for row in read_rows(sweep)] == [
         "failed", "preempted", "unfinished", "done", "done", "unfinished", "pending",
     ]  # fmt: skip
 
@@ -87,7 +87,7 @@ def test_a_job_is_done_only_if_its_own_status_says_so(tmp_path):
     write_run_files(sweep.jobs[2], "done")
     results.save()
     os.utime(sweep.jobs[1].folder / "status.json", (1e9, 1e9))
-    assert [row.status for row in collect_rows(sweep)] == ["pending", "unfinished", "done"]
+    assert [row.status for row in read_rows(sweep)] == ["pending", "unfinished", "done"]
 
 
 @pytest.mark.parametrize(
@@ -97,13 +97,13 @@ def test_an_invalid_record_is_ignored(tmp_path, broken):
     sweep = make_sweep(tmp_path, "a", "b")
     (sweep.folder / "jobs.json").write_text(f'{{"job0": {broken}}}')
     write_run_files(sweep.jobs[1], ["done"])
-    assert [row.status for row in collect_rows(sweep)] == ["pending", "pending"]
+    assert [row.status for row in read_rows(sweep)] == ["pending", "pending"]
 
 
 def test_the_printed_table_is_rounded(tmp_path):
     sweep = make_sweep(tmp_path, "a", "b")
     write_run_files(sweep.jobs[0], "done", SUMMARY)
-    good = format_table(collect_rows(sweep)).splitlines()[-2].split()
+    good = format_table(read_rows(sweep)).splitlines()[-2].split()
     assert good == [
         "a", "2.50", "0.1000", "8.000", "1,234.500", "-", "0.6000", "0.2500", "0.5", "60.0",
         "2.000", "1,200", "done", "job0",
@@ -115,4 +115,4 @@ def test_an_unreadable_summary_gives_no_figures(tmp_path, broken):
     sweep = make_sweep(tmp_path, "a", "b")
     write_run_files(sweep.jobs[0], "done")
     (sweep.jobs[0].folder / "summary.json").write_text(broken)
-    assert set(collect_rows(sweep)[0].figures.values()) == {None}
+    assert set(read_rows(sweep)[0].metrics.values()) == {None}

@@ -31,7 +31,7 @@ def started(tmp_path, monkeypatch):
     """Return the function that lists the arguments of all starts so far."""
     (tmp_path / "launch.sh").write_text(SCRIPT)
     (tmp_path / "launch.sh").chmod(0o755)
-    monkeypatch.setenv(runner.LAUNCHER, str(tmp_path / "launch.sh"))
+    monkeypatch.setenv(runner.LAUNCHER_VARIABLE, str(tmp_path / "launch.sh"))
     monkeypatch.setenv("STARTED", str(tmp_path / "started"))
     (tmp_path / "started").touch()
     return lambda: (tmp_path / "started").read_text().splitlines()
@@ -90,7 +90,7 @@ def test_a_duplicate_is_announced_and_skipped(tmp_path, started, capfd):
     sweep = make_sweep(tmp_path / "runs", "ok1", "ok2")
     assert run_sweep([*sweep.jobs, replace(sweep.jobs[0])]) == DONE
     assert len(started()) == 2
-    assert "the same run as another of these jobs; skipped" in capfd.readouterr().out
+    assert ": skipped, because another job is the same run\n" in capfd.readouterr().out
 
 
 def test_parallel_jobs_have_logs_with_their_command_and_output(tmp_path, started, capfd):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.compose.command import plan_command
+from hqqtrain.compose.command import compose_command
 from hqqtrain.compose.compose import compose_config
 from hqqtrain.compose.expand import expand_jobs
 from hqqtrain.compose.job import Job
@@ -115,8 +115,8 @@ def test_launch_jobs_is_not_passed_to_a_job():
     with pytest.raises(
         UserError, match=r"^launch\.max_parallel_jobs=2: .* this is one run; leave it out"
     ):
-        plan_command(["quant.nbits=2", "launch.max_parallel_jobs=2"], False)
-    assert plan_command(["quant.nbits=2", "launch.max_parallel_jobs=2"], True).is_sweep
+        compose_command(["quant.nbits=2", "launch.max_parallel_jobs=2"], False)
+    assert compose_command(["quant.nbits=2", "launch.max_parallel_jobs=2"], True).is_sweep
 
 
 def test_no_more_jobs_run_in_parallel_than_exist():
