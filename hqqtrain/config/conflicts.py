@@ -1,8 +1,8 @@
 """Settings that cannot be combined, as data: one `Conflict` for each combination.
 
-`RunConfig.check` reports those that the configuration alone decides. Those that depend on the
-strategy are listed with each strategy (`hqqtrain.distributed.strategies`) and reported by
-`check_supported` once `auto` is resolved.
+`RunConfig.check` reports the conflicts that the configuration alone decides. Each strategy in
+`hqqtrain.distributed.strategies` lists its own conflicts, which `check_supported` reports once
+`parallel.strategy=auto` is resolved.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -19,7 +19,8 @@ class Conflict:
     Attributes:
         keys: Refused values by key, such as `optim.name`. The conflict applies if every key has one
             of its values. The message begins with the first key.
-        reason: Rest of the message: what is allowed, and the fix. `{optim.name}` becomes a value.
+        reason: Rest of the message: what is allowed, and the fix. `{optim.name}` is replaced by the
+            value of that key.
     """
 
     keys: Mapping[str, Collection]

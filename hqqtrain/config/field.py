@@ -1,7 +1,7 @@
 """Declare a config key in one place: its default, its help text and its allowed values.
 
-`--help` prints the help texts, and `RunConfig.check` enforces the limits. This module uses only
-the standard library, because the command line composes and checks a configuration without
+`--help` prints the help texts, and `RunConfig.check` refuses values that are not allowed. This
+module imports only the standard library, because the command line checks a configuration without
 importing torch.
 """
 

@@ -1,7 +1,6 @@
 """The config groups that define a result, one dataclass each, with the help text of every key.
 
-`infra.py` has the groups that do not change the result. Values that a later release will allow
-are not among the `choices` yet.
+`infra.py` has the groups that do not change the result.
 """
 
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from hqqtrain.config.field import key
 
 NBITS = (8, 4, 3, 2, 1)
 
+# The registries of solvers and export formats import torch, so their names are repeated here. A
+# test fails if the two lists differ.
 SOLVERS = ("least_squares", "hqq", "rtn")
 
 EXPORT_FORMATS = ("dense", "packed")
@@ -253,9 +254,16 @@ class ParallelConfig:
 
 
 _OVERRIDE_CHOICES = {"nbits": NBITS, "axis": (0, 1), "solver": SOLVERS}
+"""Keys of `quant.overrides`, apart from group_size -> allowed values."""
 
 
 def _override_errors(where: str, settings: Any) -> Iterator[str]:
+    """Yield one message for every wrong setting of the layers that one pattern matches.
+
+    Args:
+        where: The key and the pattern, with which each message begins.
+        settings: The user's value: null or a mapping. Hydra does not check its type.
+    """
     if settings is None:
         return
     if not isinstance(settings, dict):
@@ -268,6 +276,6 @@ def _override_errors(where: str, settings: Any) -> Iterator[str]:
         elif name not in _OVERRIDE_CHOICES:
             known = ", ".join([*_OVERRIDE_CHOICES, "group_size"])
             yield f"{where}.{name}: unknown; allowed are {known}."
-        elif value not in _OVERRIDE_CHOICES[name] or isinstance(value, bool):
+        elif value not in _OVERRIDE_CHOICES[name] or isinstance(value, bool):  # True == 1
             allowed = ", ".join(map(str, _OVERRIDE_CHOICES[name]))
             yield f"{where}.{name}={value}: allowed are {allowed}."

@@ -12,7 +12,7 @@ from hqqtrain.config.field import key
 TRACKERS = ("wandb", "tensorboard")
 
 _DURATION = re.compile(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)")
-"""Slurm's notation, limited to the forms that YAML and Slurm read alike."""
+"""Matches [days-]hours:minutes:seconds, the forms that YAML and Slurm read alike."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -131,11 +131,8 @@ class LaunchConfig:
 
     def errors(self) -> Iterator[str]:
         """Yield one message for every value that is not allowed."""
-        # These keys have no effect without Slurm. Nothing is ignored silently, so refuse them.
-        default = LaunchConfig(max_parallel_jobs=self.max_parallel_jobs)
-        for item in fields(self) if self.backend == default.backend else ():
-            if (value := getattr(self, item.name)) != getattr(default, item.name):
-                yield f"launch.{item.name}={value}: only applies to Slurm; add launch=slurm."
+        if self.backend == "local":
+            yield from self._slurm_only_errors()
         time_errors = [*duration_errors("launch.time", self.time)]
         yield from time_errors
         if self.time and not time_errors and parse_seconds(self.time) <= self.grace:
@@ -152,6 +149,13 @@ class LaunchConfig:
             if not re.fullmatch(r"--[a-z][\w-]*(=.*)?|-[A-Za-z]( .*)?", option, re.DOTALL):
                 yield f"launch.options=[{option}]: must be an option of sbatch, such as --qos=low."
 
+    def _slurm_only_errors(self) -> Iterator[str]:
+        """Refuse keys that have no effect without Slurm, because none is ignored silently."""
+        default = LaunchConfig(max_parallel_jobs=self.max_parallel_jobs)
+        for item in fields(self):
+            if (value := getattr(self, item.name)) != getattr(default, item.name):
+                yield f"launch.{item.name}={value}: only applies to Slurm; add launch=slurm."
+
 
 def parse_seconds(text: str) -> int:
     """Convert `4:00:00` or `1-12:00:00` (days-hours:minutes:seconds) to seconds.
@@ -160,15 +164,19 @@ def parse_seconds(text: str) -> int:
     """
     match = _DURATION.fullmatch(text)
     assert match, text
-    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    days, hours, minutes, seconds = (int(number or 0) for number in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def duration_errors(where: str, text: str | None) -> Iterator[str]:
-    """Yield one message if `text` is neither null nor such a duration.
+    """Yield one message if `text` is neither None nor a duration that `parse_seconds` accepts.
 
     Bare numbers are refused: Slurm reads them as minutes, and YAML turns an unquoted 4:00:00 into
     a number.
+
+    Args:
+        where: The key, with which the message begins.
+        text: The value of the key.
     """
     if text is not None and not _DURATION.fullmatch(text):
         allowed = "hours:minutes:seconds, such as 4:00:00, or days-hours:minutes:seconds"

@@ -1,7 +1,7 @@
-"""Names that keys had in earlier releases: they are refused with the new name, or read as it.
+"""Names that keys and values had in earlier releases.
 
-A command line or a recipe that uses an old name is refused, so that nobody keeps two spellings
-alive. A config.yaml that an earlier release wrote is read through the same table.
+A command line or a recipe that uses an old name is refused, and the message has the new name, so
+that no key keeps two spellings. A config.yaml of an earlier release is read with the new names.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,15 +21,20 @@ RENAMED_VALUES = {("train.objective", "sft"): "next_token"}
 
 
 def renamed_value_errors(group: str, config: Any) -> Iterator[str]:
-    """Yield one sentence for every key of `group` that has an old value, with the new one."""
+    """Yield one message for every key of `group` that has an old value, with the new one.
+
+    Args:
+        group: Name of the group.
+        config: The dataclass of the group.
+    """
     for (dotted, old), new in RENAMED_VALUES.items():
-        owner, _, name = dotted.partition(".")
-        if owner == group and getattr(config, name) == old:
+        key_group, _, name = dotted.partition(".")
+        if key_group == group and getattr(config, name) == old:
             yield f"{dotted}={old}: is called {new} now; use {dotted}={new}."
 
 
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a config.yaml's `values`, group -> key -> value, with today's names."""
+    """Return a copy of the `values` of a config.yaml (group -> key -> value) with today's names."""
     renamed = {group: dict(v) if isinstance(v, dict) else v for group, v in values.items()}
     for old, new in RENAMED_KEYS.items():
         _move(renamed, old, new)
@@ -52,12 +57,15 @@ def with_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _move(values: dict[str, Any], source: str, target: str) -> None:
+    """Rename the dotted key `source` to `target`, in place. Both are in the same group."""
     group, _, name = source.partition(".")
     if isinstance(values.get(group), dict) and name in values[group]:
-        values[group][target.partition(".")[2]] = values[group].pop(name)
+        new_name = target.partition(".")[2]
+        values[group][new_name] = values[group].pop(name)
 
 
 def _replace(values: dict[str, Any], dotted: str, old: Any, new: Any) -> None:
+    """Replace the value `old` of the dotted key by `new`, in place."""
     group, _, name = dotted.partition(".")
     if isinstance(values.get(group), dict) and values[group].get(name) == old:
         values[group][name] = new

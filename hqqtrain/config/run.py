@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hqqtrain.common.errors import UserError
@@ -48,7 +48,7 @@ CHANGEABLE_ON_RESUME = frozenset([
     "train.on_nonfinite", "eval.every", "quant.backend", "quant.cache_dir", "quant.save",
     "parallel.strategy", "parallel.hsdp", "parallel.offload", "parallel.consistency_check_every",
 ])  # fmt: skip
-"""Keys that may change when a run of the same `run.name` is resumed."""
+"""Keys that may change when a run is resumed under the same `run.name`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,18 +80,20 @@ class RunConfig:
         Raises:
             UserError: with one line for every error, all at once.
         """
-        found = [text.removeprefix(".") for text in field_errors("", self)]
+        # `task` and `recipe` are in no group: remove the `.` after the empty name of the group.
+        errors = [message.removeprefix(".") for message in field_errors("", self)]
         for item in fields(self):
             group = getattr(self, item.name)
-            if hasattr(group, "__dataclass_fields__"):
+            if is_dataclass(group):
                 renamed = list(renamed_value_errors(item.name, group))
-                found += renamed or field_errors(item.name, group)
-                found += group.errors() if hasattr(group, "errors") else ()
-        found += self._contradictions()
-        if found:
-            raise UserError("\n".join(found))
+                errors += renamed or field_errors(item.name, group)
+                errors += group.errors() if hasattr(group, "errors") else ()
+        errors += self._combination_errors()
+        if errors:
+            raise UserError("\n".join(errors))
 
-    def _contradictions(self) -> Iterator[str]:
+    def _combination_errors(self) -> Iterator[str]:
+        """Yield one message for every combination of keys, and every range, that is not allowed."""
         yield from conflict_errors(
             CONFIG_CONFLICTS, {f.name: getattr(self, f.name) for f in fields(self)}
         )

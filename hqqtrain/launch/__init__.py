@@ -1,1 +1,1 @@
-"""Ways to start runs other than this process: sweeps on this machine, and jobs of slurm."""
+"""Start runs in other processes: the jobs of a sweep on this machine, and jobs on Slurm."""

@@ -1,1 +1,1 @@
-"""slurm: batch files, array jobs, requeueing, and the ranks that `srun` starts."""
+"""Slurm: batch files, array jobs, requeueing, and the ranks that `srun` starts."""

@@ -1,4 +1,4 @@
-"""Renders Slurm batch files: the requested resources, then the command, then the requeue logic.
+"""Render Slurm batch files: the requested resources, then the command, then the requeue logic.
 
 A batch file is self-contained: a user can read, keep, edit and submit it by hand. It ends with the
 text of job.sh, which is the same for every run.
@@ -25,6 +25,7 @@ _RESOURCE_OPTIONS = re.compile(
 _SHORT_RESOURCE_OPTIONS = frozenset(f"-{letter}" for letter in "BCFGLNOSacmnsw")
 
 _SET_THREADS = 'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"'
+"""Shell command: one thread per core of the process. The user's own value comes first."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +49,24 @@ class BatchScript:
     def render_run(self, overrides: Sequence[str]) -> str:
         """Return the batch file of one run, given its overrides without `launch.*`."""
         title = f"A run of hqqtrain {self._processes_text()}."
-        head = self._head(title, "%j", self._usage("sbatch"))
-        return _joined(*head, f"words=({shlex.join(overrides)})\n", _job_script())
+        header = self._header(title, "%j", self._usage("sbatch"))
+        return _join_lines(*header, f"words=({shlex.join(overrides)})\n", _job_script())
 
     def render_sweep(self, runs: Sequence[Sequence[str]], arguments: Sequence[str]) -> str:
         """Return the batch file of a job array, with `launch.max_parallel_jobs` tasks in parallel.
 
         Args:
             runs: the overrides of every run, without `launch.*`.
-            arguments: those of the sweep's own command, without `launch.*`.
+            arguments: the arguments of the sweep's own command, without `launch.*`.
         """
         title = f"A sweep of hqqtrain: {len(runs)} runs, each {self._processes_text()}."
         array = f"--array=0-{len(runs) - 1}%{self.launch.max_parallel_jobs}"
         cases = [f"  {n}) words=({shlex.join(run)}) ;;" for n, run in enumerate(runs)]
-        choice = ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "  *) exit 2 ;;", "esac\n"]
-        shown = _one_line(shlex.join(arguments))
-        table = f"# To print the table at any time: python -m hqqtrain --table {shown}"
-        head = self._head(title, "%A_%a", f"{self._usage('sbatch')}\n{table}", array)
-        return _joined(*head, *choice, _job_script())
+        case_statement = ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "  *) exit 2 ;;", "esac\n"]
+        sweep = _one_line(shlex.join(arguments))
+        table_hint = f"# To print the table at any time: python -m hqqtrain --table {sweep}"
+        header = self._header(title, "%A_%a", f"{self._usage('sbatch')}\n{table_hint}", array)
+        return _join_lines(*header, *case_statement, _job_script())
 
     def render_table(self, arguments: Sequence[str]) -> str:
         """Return the batch file of the job that writes the sweep's table, on a single core."""
@@ -81,25 +82,27 @@ class BatchScript:
         job = replace(self, name=f"{self.name}-table", launch=launch)
         usage = self._usage("sbatch --dependency=afterany:JOB") + ", where JOB is the job array"
         command = f'exec "$python" -m hqqtrain --table {shlex.join(arguments)}'
-        return _joined(*job._head("The table of a sweep of hqqtrain.", "%j", usage), command)
+        header = job._header("The table of a sweep of hqqtrain.", "%j", usage)
+        return _join_lines(*header, command)
 
     def _processes_text(self) -> str:
-        """For example `on 2 nodes, with 8 processes on each`."""
+        """Return, for example, `on 2 nodes, with 8 processes on each`."""
         nodes, processes = self.launch.nodes, self.launch.processes_per_node
         where = f"{nodes} nodes" if nodes > 1 else "one node"
         return f"on {where}, with {processes} process{'es' if processes > 1 else ''} on each"
 
     def _usage(self, sbatch: str) -> str:
+        """Return the comment that says how to submit the file with the command `sbatch`."""
         folder = shlex.quote(str(self.folder))
         return f"# To submit it from the folder of that command: mkdir -p {folder} && {sbatch} FILE"
 
-    def _head(self, title: str, job_pattern: str, usage: str, *options: str) -> Iterator[str]:
+    def _header(self, title: str, job_pattern: str, usage: str, *options: str) -> Iterator[str]:
         """Yield the lines up to the command: comments, sbatch options, and the environment.
 
         Args:
             title: the first comment of the file.
             job_pattern: sbatch's pattern for the job id in the name of the output file.
-            usage: a comment that tells how the file is submitted.
+            usage: a comment that says how to submit the file.
             options: further options of sbatch.
         """
         yield "#!/usr/bin/env bash"
@@ -137,7 +140,7 @@ class BatchScript:
 
 
 def _requests_resources(option: str) -> bool:
-    """Whether an sbatch option requests resources. The runs need them; the table does not."""
+    """Whether an sbatch option requests resources, which the runs need and the table does not."""
     name = re.split("[= ]", option)[0]
     is_long = bool(_RESOURCE_OPTIONS.fullmatch(name.removeprefix("--")))
     return is_long or name in _SHORT_RESOURCE_OPTIONS
@@ -152,5 +155,5 @@ def _job_script() -> str:
     return _JOB_SCRIPT.read_text(encoding="utf-8").rstrip()
 
 
-def _joined(*lines: str) -> str:
+def _join_lines(*lines: str) -> str:
     return "\n".join(lines) + "\n"

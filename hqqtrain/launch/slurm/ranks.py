@@ -1,9 +1,9 @@
-"""Makes the tasks of `srun python -m hqqtrain` the ranks of one run.
+"""Make the tasks of `srun python -m hqqtrain` the ranks of one run.
 
-The rest of the program reads RANK, WORLD_SIZE and so on, as torchrun sets them; Slurm uses names of
-its own. SLURM_NTASKS and SLURM_PROCID cannot tell whether there are several processes, because a
-batch script and the shell of salloc have them too and are a single process. SLURM_STEP_NUM_TASKS
-can: srun sets it in the tasks that it starts (Slurm 22.05; in an interactive step it is 1).
+The rest of the program reads the variables that torchrun sets, such as RANK. Slurm sets variables
+of its own. Of these, SLURM_STEP_NUM_TASKS is the number of processes: srun sets it in the tasks
+that it starts (Slurm 22.05; in an interactive step it is 1). SLURM_NTASKS and SLURM_PROCID are not
+usable: a batch script and the shell of salloc have them too, although each is a single process.
 """
 
 import re
@@ -13,12 +13,13 @@ _FIRST_PORT, _NUM_PORTS = 15_000, 14_000
 """The range lies below the ephemeral ports of Linux (from 32768) and below torchrun's 29500."""
 
 _PORTS_PER_JOB = 10
+"""Steps of one job may run at the same time, so each has a port of its own."""
 
 
 def set_rank_env_from_slurm(environ: MutableMapping[str, str]) -> None:
-    """Add RANK, WORLD_SIZE and so on to `environ` if srun has started several tasks.
+    """Add torchrun's variables, such as RANK, to `environ` if srun has started several tasks.
 
-    The environment stays as it is if srun has started torchrun or accelerate, because these have
+    The environment stays as it is if srun has started torchrun or accelerate, because either has
     numbered the processes already.
 
     Args:
@@ -41,15 +42,15 @@ def set_rank_env_from_slurm(environ: MutableMapping[str, str]) -> None:
 
 def first_host(hosts: str) -> str:
     """Return the first host of Slurm's host list: `gpu[03-05,9],login` -> `gpu03`."""
-    first = re.split(r",(?![^[]*])", hosts)[0]  # at commas outside of brackets
-    return re.sub(r"\[([^],-]+)[^]]*]", r"\1", first)
+    first_group = re.split(r",(?![^[]*])", hosts)[0]  # at commas outside of brackets
+    return re.sub(r"\[([^],-]+)[^]]*]", r"\1", first_group)  # [03-05,9] -> 03
 
 
 def tasks_per_node(counts: str) -> list[int]:
     """Expand Slurm's short form to the number of tasks of every node: `4(x2),1` -> [4, 4, 1]."""
     tasks: list[int] = []
-    for part in counts.split(","):
-        count, _, repeats = part.partition("(x")
+    for item in counts.split(","):
+        count, _, repeats = item.partition("(x")
         tasks += [int(count)] * int(repeats.rstrip(")") or 1)
     return tasks
 

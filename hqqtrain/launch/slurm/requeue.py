@@ -1,9 +1,9 @@
-"""Decides what happens to a Slurm job when its run ends: requeue it, or end it with an exit code.
+"""Decide what happens to a Slurm job when its run ends: requeue it, or end it with an exit code.
 
-job.sh calls this module before and after every start. A preempted job is requeued, but not without
-limit: after two starts in a row that made no progress, the job ends. The record of a start is kept
-next to the job's output and not in the run directory, because a run that is stopped while it loads
-has no run directory yet.
+job.sh calls this module before and after every start, which is called an attempt. A preempted job
+is requeued, but not without limit: after two attempts in a row without progress, the job ends. The
+record of an attempt is kept next to the job's output and not in the run directory, because a run
+that is stopped while it loads has no run directory yet.
 """
 
 import json
@@ -20,7 +20,7 @@ from hqqtrain.common.files import atomic_write
 from hqqtrain.rundir.layout import RunLayout, checkpoint_steps
 
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 2
-"""The job ends after this many preempted starts in a row without progress."""
+"""The job ends after this many preempted attempts in a row without progress."""
 
 _RECORD_TYPES = {
     "job": str,
@@ -32,11 +32,11 @@ _RECORD_TYPES = {
 
 
 def read_attempt(folder: Path) -> dict[str, Any]:
-    """Return the record of the last start of the run in `folder`; empty if there is none.
+    """Return the record of the last attempt of the run in `folder`; empty if there is none.
 
-    Its keys are `job` (the Slurm job id), `fruitless` (preempted starts in a row without
-    progress), `before` (the progress before the start), `exit_code` (None until the start has
-    ended) and `time` (seconds since 1970).
+    Its keys are `job` (the Slurm job id), `fruitless` (preempted attempts in a row without
+    progress), `before` (the progress before the attempt), `exit_code` (None until the attempt has
+    ended) and `time` (of the record, in seconds since 1970).
     """
     try:
         record = json.loads(_record_file(folder).read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ def begin_attempt(folder: Path, job: str) -> None:
 
 
 def end_attempt(folder: Path, code: int, job: str) -> tuple[int, bool]:
-    """Record the end of a start, and decide whether the job is requeued.
+    """Record the end of an attempt, and decide whether the job is requeued.
 
     Args:
         folder: the run directory, which may not exist yet.
@@ -72,7 +72,7 @@ def end_attempt(folder: Path, code: int, job: str) -> tuple[int, bool]:
         The exit code of the run, and whether `job` is to be requeued.
 
     Raises:
-        OSError: the record cannot be written, so the next start would not know of this one.
+        OSError: the record cannot be written, so the next attempt would not know of this one.
     """
     last, after = read_attempt(folder), _progress(folder)
     before = last.get("before", {})
@@ -101,21 +101,25 @@ def main(arguments: Sequence[str]) -> int:
         return USER_ERROR if arguments[0] == "begin" else int(arguments[2])
     if is_requeued:
         _print("preempted; requeued, and will resume.")  # before scontrol: Slurm then kills us
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-        if done.returncode:
-            _print(f"requeueing failed: {done.stderr.strip()}; repeat the command to resume.")
+        result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        if result.returncode:
+            _print(f"requeueing failed: {result.stderr.strip()}; repeat the command to resume.")
     elif code == PREEMPTED:
         _print(
             f"preempted {MAX_ATTEMPTS_WITHOUT_PROGRESS} times in a row, each time without a new "
-            "checkpoint or a "
-            "finished quantized/: not requeued. Set a longer launch.time or a smaller ckpt.every, "
-            "or choose a partition without preemption; repeat the command to resume."
+            "checkpoint or a finished quantized/: not requeued. Set a longer launch.time or a "
+            "smaller ckpt.every, or choose a partition without preemption; repeat the command to "
+            "resume."
         )
     return code
 
 
 def _progress(folder: Path) -> dict[str, Any]:
-    """Return the progress of the run: its last checkpoint, its quantized model, its status.json."""
+    """Return the progress of the run.
+
+    Its keys are `step` (of the last checkpoint; -1 without one), `quantized` (whether quantized/ is
+    there) and `status` (the text of status.json).
+    """
     layout = RunLayout(folder)
     try:
         status = layout.status_json.read_text(encoding="utf-8")
@@ -129,7 +133,7 @@ def _progress(folder: Path) -> dict[str, Any]:
 
 
 def _has_progressed(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Whether the start has left less work for the next one."""
+    """Whether the attempt has left less work for the next one."""
     has_new_checkpoint = after["step"] > before.get("step", -1)
     return has_new_checkpoint or (after["quantized"] and not before.get("quantized"))
 
@@ -137,8 +141,8 @@ def _has_progressed(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool
 def _run_exit_code(code: int, before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
     """Return the run's own exit code, given the exit code of srun.
 
-    When srun has to kill ranks, its own code is larger, such as 137, and hides that of the run. The
-    latter is then read from status.json, provided that this start has written it.
+    When srun has to kill ranks, its own code is larger, such as 137, and hides the code of the run.
+    The code of the run is then read from status.json, provided that this attempt has written it.
     """
     if code <= PREEMPTED or after["status"] == before.get("status"):
         return code

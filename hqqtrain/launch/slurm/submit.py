@@ -1,4 +1,4 @@
-"""Submits a run, or a sweep and the job that writes its table, to Slurm.
+"""Submit a run, or a sweep and the job that writes its table, to Slurm.
 
 The batch files are kept in `<run.root>/slurm/`, next to the output of the jobs.
 """
@@ -28,7 +28,7 @@ _NOT_PASSED_ON = (
     "MASTER_PORT",
     "HQQTRAIN_EXIT_CODE",
 )
-"""Variables hidden from sbatch, because a job has its own ranks; sbatch passes on all others."""
+"""Variables hidden from sbatch, because a job has its own ranks. sbatch passes on all others."""
 
 
 def submit_job(arguments: Sequence[str], config: RunConfig) -> str:
@@ -47,7 +47,7 @@ def submit_job(arguments: Sequence[str], config: RunConfig) -> str:
     """
     refuse_secrets(arguments, config.launch)
     batch = _batch(config.run_name(), arguments, config)
-    text = batch.render_run(_job_overrides(arguments, config))
+    text = batch.render_run(_overrides_in_job(arguments, config))
     if config.launch.dry_run:
         return text.rstrip()
     job = _sbatch(_write(batch, batch.name, text))
@@ -71,15 +71,16 @@ def submit_sweep(
     Raises:
         UserError: as for `submit_job`.
     """
-    all_arguments = dict.fromkeys([*arguments, *(argument for job, _ in jobs for argument in job)])
-    refuse_secrets(all_arguments, jobs[0][1].launch)
+    job_arguments = [argument for overrides, _ in jobs for argument in overrides]
+    distinct_arguments = dict.fromkeys([*arguments, *job_arguments])  # in order
+    refuse_secrets(distinct_arguments, jobs[0][1].launch)
     batch = _batch(name, arguments, jobs[0][1])
     resets = dict.fromkeys(argument for job in jobs for argument in _launch_resets(*job))
     sweep_arguments = [*without_launch(arguments), *resets]
-    array = batch.render_sweep([_job_overrides(*job) for job in jobs], sweep_arguments)
+    array = batch.render_sweep([_overrides_in_job(*job) for job in jobs], sweep_arguments)
     table = batch.render_table(sweep_arguments)
     if batch.launch.dry_run:
-        return _two_files(batch, array, table)
+        return _format_both_files(batch, array, table)
     job = _sbatch(_write(batch, name, array))
     try:
         table_job = _sbatch(_write(batch, f"{name}-table", table), f"--dependency=afterany:{job}")
@@ -89,30 +90,33 @@ def submit_sweep(
     return f"submitted jobs {array_tasks}, then {table_job}; their output: {batch.folder}"
 
 
-def _two_files(batch: BatchScript, array: str, table: str) -> str:
+def _format_both_files(batch: BatchScript, array: str, table: str) -> str:
     """Return both batch files, each below a comment with its name and its sbatch command.
 
     sbatch refuses the text as a single file, because its first line does not begin with `#!`.
     """
-    first, second = (
+    array_file, table_file = (
         shlex.quote(str(batch.folder / f"{batch.name}{suffix}.sbatch")) for suffix in ("", "-table")
     )
     return (
-        f"# Two files; submit them one by one. The first file, the runs: sbatch {first}\n{array}\n"
-        f"# The second file, their table: sbatch --dependency=afterany:JOB {second}\n"
+        f"# Two files; submit them one by one. The first file, the runs: sbatch {array_file}\n"
+        f"{array}\n"
+        f"# The second file, their table: sbatch --dependency=afterany:JOB {table_file}\n"
         f"# JOB is the job id that sbatch printed for the first file.\n{table}"
     ).rstrip()
 
 
-def _job_overrides(arguments: Sequence[str], config: RunConfig) -> list[str]:
+def _overrides_in_job(arguments: Sequence[str], config: RunConfig) -> list[str]:
     """Return the overrides of the command that runs inside the job."""
     return [*without_launch(arguments), *_launch_resets(arguments, config)]
 
 
 def _batch(name: str, arguments: Sequence[str], config: RunConfig) -> BatchScript:
+    """Return the renderer of the batch files of the command `python -m hqqtrain *arguments`."""
     refuse_backslash(config.run.root)
-    submitted = [argument for argument in arguments if not argument.startswith("launch.dry_run=")]
-    command = shlex.join(["python", "-m", "hqqtrain", *submitted])
+    # With or without a dry run, the batch file is the same.
+    kept = [argument for argument in arguments if not argument.startswith("launch.dry_run=")]
+    command = shlex.join(["python", "-m", "hqqtrain", *kept])
     folder = Path(config.run.root).expanduser() / "slurm"
     return BatchScript(name, folder, config.launch, command, sys.executable)
 
@@ -125,17 +129,18 @@ def _launch_resets(arguments: Sequence[str], config: RunConfig) -> list[str]:
     defaults = LaunchConfig()
     if config.launch == defaults:
         return []
-    # Not validated, because a recipe may set launch.nodes without a backend.
-    recipe = compose_unchecked(without_launch(arguments)).launch
+    # The check would fail for a recipe that sets launch.nodes but not launch.backend.
+    recipe_launch = compose_unchecked(without_launch(arguments)).launch
     resets = []
     for name in (field.name for field in fields(defaults)):
         default = getattr(defaults, name)
-        if getattr(recipe, name) != default:
+        if getattr(recipe_launch, name) != default:
             resets.append(f"launch.{name}={'null' if default is None else default}")
     return resets
 
 
 def _write(batch: BatchScript, name: str, text: str) -> Path:
+    """Write the batch file `name` and return its path."""
     try:
         batch.folder.mkdir(parents=True, exist_ok=True)
         return atomic_write(batch.folder / f"{name}.sbatch", text)
@@ -151,16 +156,16 @@ def _sbatch(file: Path, *options: str) -> str:
     environ = {k: v for k, v in os.environ.items() if not _is_hidden(k)}
     command = ["sbatch", "--parsable", *options, str(file)]
     try:
-        done = subprocess.run(command, env=environ, capture_output=True, text=True)
+        result = subprocess.run(command, env=environ, capture_output=True, text=True)
     except FileNotFoundError:
         raise UserError(
             "launch.backend=slurm: there is no sbatch on this machine; submit from a login node, "
             f"or print the batch file ({file}) with launch.dry_run=true."
         ) from None
-    if done.returncode:
-        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+    if result.returncode:
+        reason = " ".join(result.stderr.split()) or f"exit code {result.returncode}"
         raise UserError(f"launch.backend=slurm: sbatch refuses {file}: {reason}")
-    return done.stdout.strip().partition(";")[0]  # sbatch prints ID or ID;CLUSTER
+    return result.stdout.strip().partition(";")[0]  # sbatch prints ID or ID;CLUSTER
 
 
 def _is_hidden(name: str) -> bool:
