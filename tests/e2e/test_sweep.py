@@ -169,7 +169,7 @@ def test_equal_runs_of_a_sweep_run_once(tmp_path, fake):
     words = ("-m", "quant.nbits=2", "track.project=a,b", "run.root=out")
     code, output, _ = finish(start(*words, cwd=tmp_path, **fake))
     assert code == 0
-    assert "sweep: track.project=b: the same run as another of these jobs" in output
+    assert "sweep: track.project=b: skipped, because another job is the same run" in output
     assert len(results(tmp_path / "out")) == 1
 
 
@@ -194,7 +194,7 @@ def test_a_sweep_waits_for_jobs_of_a_killed_sweep(tmp_path, fake):
     process.wait()  # not `communicate`: the orphan has the pipes open, too
     again = start(*words, cwd=tmp_path, **fake)
     assert again.stdout is not None
-    assert again.stdout.readline().startswith("sweep: waiting: jobs of an earlier attempt")
+    assert again.stdout.readline().startswith("sweep: waiting for the jobs of an earlier attempt")
     orphan.terminate()
     assert again.stdout.readline().startswith("sweep 1/2: quant.nbits=2")
     again.terminate()

@@ -171,7 +171,7 @@ def test_a_hanging_wandb_process_does_not_block_a_finished_run(tmp_path):
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert done.returncode == 0
-    assert "WandbTracker failed and is disabled: wandb- did not end" in done.stderr
+    assert "WandbTracker failed and is disabled: the processes wandb-* did not end" in done.stderr
 
 
 def test_a_server_that_never_answers_costs_seconds(monkeypatch, silent):
