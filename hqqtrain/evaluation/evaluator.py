@@ -1,4 +1,4 @@
-"""Evaluate a model before, during and after its training, always on the same held-out set."""
+"""Evaluate a model on one held-out set: before, during and after its training."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,12 +12,12 @@ from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.evaluation.perplexity import EvalResult, evaluate_perplexity
 
 ShowProgress = Callable[[TokenSequences], AbstractContextManager[Callable[[int], object]]]
-"""Opens a progress bar; the result is called with the number of tokens of each batch."""
+"""Opens a progress bar. The context yields a function that takes the token count of each batch."""
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The settings of an evaluation, with its held-out set.
+    """Evaluates models on its held-out set, always with the same settings.
 
     Attributes:
         held_out: The tokenized held-out set, the same on all ranks.
@@ -26,7 +26,7 @@ class Evaluator:
         batch_size: Sequences per batch and rank.
         reference: The full-precision model, if the KL divergence to it is measured.
         autocast: Makes the context of the forward passes.
-        show_progress: Shows how many tokens this rank has evaluated.
+        show_progress: Opens a bar that shows how many tokens this rank has evaluated.
     """
 
     held_out: TokenSequences

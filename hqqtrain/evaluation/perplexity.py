@@ -1,12 +1,13 @@
-"""Perplexity, and the KL divergence to the full-precision model, on a held-out set.
+"""Measure perplexity, and the KL divergence to the full-precision model, on a held-out set.
 
-Both models run on the same batch and their logits are compared in slices. So neither the logits of
-the whole set nor those of a long sequence ever exist in fp32.
+Both models run on the same batch, and their logits are compared in slices. So only the logits of a
+slice ever exist in fp32.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,14 @@ from hqqtrain.models.causal_lm import MAX_EVALUATION_TOKENS, next_token_outputs
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Figures over `tokens` predicted tokens; `kl` in nats per token, None without a reference."""
+    """The result of an evaluation.
+
+    Attributes:
+        perplexity: exp of the mean next-token loss; infinite if that overflows.
+        tokens: Number of predicted tokens.
+        kl: KL(reference || model) in nats per token; None without a reference.
+        reference_perplexity: Perplexity of the reference model; None without one.
+    """
 
     perplexity: float
     tokens: int
@@ -54,15 +62,15 @@ def evaluate_perplexity(
         on_batch: Called with the number of predicted tokens after every batch of this rank.
 
     Returns:
-        Figures over the whole set, the same on all ranks.
+        The result over the whole set, the same on all ranks.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=comm.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=comm.device)  # as `_sum_over_tokens`
     for batch, weight in _batches_of_this_rank(sequences, batch_size, comm):
-        part = _sums(model, reference, batch)
-        sums += weight * part
-        on_batch(int(part[3]))
+        batch_sums = _sum_over_tokens(model, reference, batch)
+        sums += weight * batch_sums
+        on_batch(int(batch_sums[3]))
     model.train(was_training)
     loss, reference_loss, kl, tokens = comm.sum(sums)
     perplexity = _perplexity(loss / tokens)
@@ -73,39 +81,41 @@ def evaluate_perplexity(
 
 def _perplexity(loss: float) -> float:
     """Return exp(loss), or infinity if a float would overflow."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.exp(loss) if loss < 700 else math.inf  # the largest float is about exp(709)
 
 
 def _batches_of_this_rank(
-    sequences: TokenSequences, size: int, comm: Communicator
+    sequences: TokenSequences, batch_size: int, comm: Communicator
 ) -> Iterator[tuple[Batch, int]]:
-    """Yield (batch, weight), equally many on every rank, because a sharded forward is a collective.
+    """Yield (batch, weight), the same number of times on every rank.
 
-    A rank that runs out of batches repeats the first one with weight 0.
+    The forward pass of a sharded model is a collective, so a rank without a batch must run it, too.
+    It repeats the first batch, with weight 0; all other weights are 1.
     """
-    count = -(-len(sequences) // size)
-    for turn in range(-(-count // comm.size)):
+    batch_count = ceil(len(sequences) / batch_size)
+    for turn in range(ceil(batch_count / comm.size)):
         index = turn * comm.size + comm.rank  # round robin
-        start = index * size if index < count else 0
-        rows = [sequences[i] for i in range(start, min(start + size, len(sequences)))]
-        batch = {k: v.to(comm.device) for k, v in collate_batch(rows).items()}
-        yield batch, int(index < count)
+        exists = index < batch_count
+        start = index * batch_size if exists else 0
+        stop = min(start + batch_size, len(sequences))
+        batch = collate_batch(sequences[i] for i in range(start, stop))
+        yield {name: tensor.to(comm.device) for name, tensor in batch.items()}, int(exists)
 
 
-def _sums(model: nn.Module, reference: nn.Module | None, batch: Batch) -> Tensor:
-    """Return float64 [loss, reference loss, KL, tokens], summed over the batch."""
+def _sum_over_tokens(model: nn.Module, reference: nn.Module | None, batch: Batch) -> Tensor:
+    """Return float64 [4]: loss, reference loss, KL and number of tokens, summed over the batch."""
     logits, labels = next_token_outputs(model, batch)
     is_target = labels != IGNORE_INDEX
     logits, labels = logits[is_target], labels[is_target]
     reference_logits = next_token_outputs(reference, batch)[0][is_target] if reference else None
-    total = torch.zeros(4, dtype=torch.float64, device=labels.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=labels.device)
     for start in range(0, len(labels), MAX_EVALUATION_TOKENS):
-        part = slice(start, start + MAX_EVALUATION_TOKENS)
-        log_q = F.log_softmax(logits[part].float(), dim=-1)
-        total[0] += F.nll_loss(log_q, labels[part], reduction="sum")
+        tokens = slice(start, start + MAX_EVALUATION_TOKENS)
+        log_q = F.log_softmax(logits[tokens].float(), dim=-1)
+        sums[0] += F.nll_loss(log_q, labels[tokens], reduction="sum")
         if reference_logits is not None:
-            log_p = F.log_softmax(reference_logits[part].float(), dim=-1)
-            total[1] += F.nll_loss(log_p, labels[part], reduction="sum")
-            total[2] += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    total[3] = len(labels)
-    return total
+            log_p = F.log_softmax(reference_logits[tokens].float(), dim=-1)
+            sums[1] += F.nll_loss(log_p, labels[tokens], reduction="sum")
+            sums[2] += F.kl_div(log_q, log_p, reduction="sum", log_target=True)  # KL(p || q)
+    sums[3] = len(labels)
+    return sums

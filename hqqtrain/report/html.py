@@ -1,7 +1,7 @@
 """Building blocks of a self-contained HTML page, which can be mailed as a single file.
 
-Images are embedded and nothing is fetched. All text is escaped here; a parameter that expects HTML
-instead of text says so.
+Images are embedded in the page, so it fetches nothing. All text is escaped here; a parameter that
+expects HTML instead of text says so.
 """
 
 import base64
@@ -55,14 +55,15 @@ def render_page(title: str, subtitle: str, body: Iterable[str]) -> str:
 
 def render_images(files: Mapping[str, Path]) -> str:
     """Return sections with the PNG files (heading -> file), side by side if there is room."""
-    return f'<div class="plots">{"".join(render_image(*item) for item in files.items())}</div>'
+    sections = (render_image(heading, path) for heading, path in files.items())
+    return f'<div class="plots">{"".join(sections)}</div>'
 
 
-def render_tiles(figures: Mapping[str, str]) -> str:
+def render_tiles(numbers: Mapping[str, str]) -> str:
     """Return tiles with large numbers (label -> number)."""
     tile = '<div class="figure"><b>{}</b><span>{}</span></div>'
-    filled = (tile.format(escape(value), escape(label)) for label, value in figures.items())
-    return f'<div class="figures">{"".join(filled)}</div>'
+    tiles = (tile.format(escape(number), escape(label)) for label, number in numbers.items())
+    return f'<div class="figures">{"".join(tiles)}</div>'
 
 
 def render_image(heading: str, path: Path) -> str:
@@ -74,10 +75,11 @@ def render_image(heading: str, path: Path) -> str:
 
 def render_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table. Cells are text; the header row is omitted if all headers are empty."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in headers)
-    lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f"<table>{f'<tr>{head}</tr>' if any(headers) else ''}{body}</table>"
+    header_cells = "".join(f"<th>{escape(cell)}</th>" for cell in headers)
+    header_row = f"<tr>{header_cells}</tr>" if any(headers) else ""
+    cells_of_rows = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
+    body = "".join(f"<tr>{cells}</tr>" for cells in cells_of_rows)
+    return f"<table>{header_row}{body}</table>"
 
 
 def format_number(value: Any) -> str:

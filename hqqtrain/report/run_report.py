@@ -1,4 +1,4 @@
-"""Writes report/: three plots and one self-contained page that show what a run did."""
+"""Write report/: up to three plots, and one self-contained page with all results of a run."""
 
 import math
 from collections.abc import Mapping
@@ -48,42 +48,52 @@ def write_report(
         "perplexity": plot_perplexities(measured_perplexities(summary)),
         "layers": plot_layer_errors(layer_errors),
     }
-    files = {n: save_figure(figure, folder / f"{n}.png") for n, figure in plots.items() if figure}
+    files = {
+        name: save_figure(figure, folder / f"{name}.png")
+        for name, figure in plots.items()
+        if figure
+    }
     headings = {"loss": "Loss", "perplexity": "Perplexity", "layers": "Relative error by layer"}
     html = render_report(
-        str(summary.get("run", {}).get("name") or run_dir.name), summary, key_figures(summary),
+        str(summary.get("run", {}).get("name") or run_dir.name), summary, key_numbers(summary),
         {headings[name]: path for name, path in files.items()}, layer_errors,
     )  # fmt: skip
     return files | {"index": atomic_write(RunLayout(run_dir).report_html, html)}
 
 
 def measured_perplexities(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Return model -> perplexity, for the models with a finite one.
+    """Return model -> perplexity, for the models whose perplexity was measured and is finite.
 
     The models are `full precision`, `quantized` and `trained`.
     """
-    measured = summary.get("eval", {})
-    values = {name: measured.get(key, {}).get("perplexity") for key, name in MODEL_NAMES.items()}
+    evaluation = summary.get("eval", {})
+    values = {name: evaluation.get(key, {}).get("perplexity") for key, name in MODEL_NAMES.items()}
     return {name: value for name, value in values.items() if value and math.isfinite(value)}
 
 
-def key_figures(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Return the numbers at the top of the page, by label."""
-    found = measured_perplexities(summary)
-    figures = {f"perplexity, {name}": f"{value:.2f}" for name, value in found.items()}
-    if len(found) == len(MODEL_NAMES) and found["quantized"] > found["full precision"]:
-        gap = found["quantized"] - found["full precision"]
-        figures["of the gap closed"] = f"{(found['quantized'] - found['trained']) / gap:.0%}"
+def key_numbers(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return the formatted numbers at the top of the page, by label.
+
+    If all three models were measured, one number is the share of the perplexity that quantization
+    has added and training has removed again.
+    """
+    perplexities = measured_perplexities(summary)
+    numbers = {f"perplexity, {name}": f"{value:.2f}" for name, value in perplexities.items()}
+    if len(perplexities) == len(MODEL_NAMES):
+        full_precision, quantized, trained = (perplexities[name] for name in MODEL_NAMES.values())
+        if quantized > full_precision:
+            closed = (quantized - trained) / (quantized - full_precision)
+            numbers["of the gap closed"] = f"{closed:.0%}"
     bits = summary.get("quantize", {}).get("bits_per_weight")
     if bits is not None:
-        figures["bits per weight"] = format_number(float(bits))
-    return figures
+        numbers["bits per weight"] = format_number(float(bits))
+    return numbers
 
 
 def render_report(
     title: str,
     summary: Mapping[str, Any],
-    figures: Mapping[str, str],
+    numbers: Mapping[str, str],
     plots: Mapping[str, Path],
     layer_errors: Mapping[str, float],
 ) -> str:
@@ -92,21 +102,22 @@ def render_report(
     Args:
         title: the name of the run.
         summary: the content of summary.json.
-        figures: label -> number, shown large at the top.
+        numbers: label -> number, shown large at the top.
         plots: heading -> PNG file.
         layer_errors: module name -> relative error.
     """
-    wide = {name: path for name, path in plots.items() if path.stem == "layers"}
-    side_by_side = {name: path for name, path in plots.items() if name not in wide}
+    # The plot of all layers needs the full width of the page.
+    wide = {heading: path for heading, path in plots.items() if path.stem == "layers"}
+    side_by_side = {heading: path for heading, path in plots.items() if heading not in wide}
     parts = {name: part for name, part in summary.items() if isinstance(part, Mapping)}
     tables = "".join(
         f"<section><h2>{escape(name)}</h2>{render_table(('', ''), _rows(part))}</section>"
         for name, part in parts.items()
     )
     body = [
-        render_tiles(figures),
+        render_tiles(numbers),
         render_images(side_by_side),
-        *(render_image(*item) for item in wide.items()),
+        *(render_image(heading, path) for heading, path in wide.items()),
         f'<div class="tables">{tables}</div>',
         _layer_table(layer_errors),
     ]
@@ -114,32 +125,38 @@ def render_report(
 
 
 def _subtitle(summary: Mapping[str, Any]) -> str:
+    """Return recipe, task, processes, device and held-out set, as far as they are known."""
     run, evaluation = summary.get("run", {}), summary.get("eval", {})
-    processes = run.get("world_size", 1)
+    world_size = run.get("world_size", 1)
     parts = [
         f"recipe {run['recipe']}" if run.get("recipe") else "",
         f"task {run['task']}" if run.get("task") else "",
-        f"{processes} process{'es' if processes != 1 else ''} on {run.get('device') or 'cpu'}",
+        f"{world_size} process{'es' if world_size != 1 else ''} on {run.get('device') or 'cpu'}",
         f"measured on {evaluation['dataset']}" if evaluation.get("dataset") else "",
     ]
     return " · ".join(filter(None, parts))
 
 
 def _rows(part: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return (name, value) of every number in a part of the summary, nested parts included."""
+    """Return (name, formatted value) of every entry in a part of the summary.
+
+    The names of nested entries begin with `prefix`, the names of their parents.
+    """
     rows: list[tuple[str, str]] = []
     for name, value in part.items():
-        nested = isinstance(value, Mapping)
-        rows += (
-            _rows(value, f"{prefix}{name} ") if nested else [(prefix + name, format_number(value))]
-        )
-    return [(name.replace("_", " "), value) for name, value in rows]
+        full_name = prefix + name.replace("_", " ")
+        if isinstance(value, Mapping):
+            rows += _rows(value, f"{full_name} ")
+        else:
+            rows.append((full_name, format_number(value)))
+    return rows
 
 
 def _layer_table(errors: Mapping[str, float]) -> str:
+    """Return a table of the relative errors that opens on a click; empty without errors."""
     if not errors:
         return ""
     rows = [(name, f"{error:.5f}") for name, error in errors.items()]
-    rendered = render_table(("module", "relative error"), rows)
+    table = render_table(("module", "relative error"), rows)
     heading = f"<summary>Relative error of {len(rows)} modules</summary>"
-    return f"<section><details>{heading}{rendered}</details></section>"
+    return f"<section><details>{heading}{table}</details></section>"

@@ -1,4 +1,4 @@
-"""The common style of all plots of runs and of sweeps.
+"""The common style of the plots in the reports of runs and sweeps.
 
 matplotlib is imported only when a plot is drawn. Figures are made without pyplot, so there is no
 global state and no display, and any thread may draw.
@@ -15,37 +15,41 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = {"full precision": "#5b6b7f", "quantized": "#e07b39", "trained": "#1f8a70"}
+"""Color of each model, by its name in `MODEL_NAMES`."""
 
 MUTED, GRID = "#5b6b7f", "#e4e8ee"
+"""Colors of secondary text and of grid lines."""
 
 
-def new_figure(width: float, height: float, lines: int = 0, columns: int = 1, **shared: Any) -> Any:
+def new_figure(
+    width: float, height: float, rows: int = 0, columns: int = 1, **subplot_options: Any
+) -> Any:
     """Create a figure in the common style.
 
     Args:
         width: in inches.
         height: in inches.
-        lines: rows of a grid of axes; 0 for a single plot.
+        rows: rows of a grid of axes; 0 for a single plot.
         columns: columns of the grid.
-        shared: passed on to `Figure.subplots`.
+        subplot_options: options of `Figure.subplots`, such as `sharex`.
 
     Returns:
-        (figure, axes), or with `lines` (figure, array of axes of shape [lines, columns]).
+        (figure, axes), or for a grid (figure, array of axes of shape [rows, columns]).
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    if lines:
-        grid = figure.subplots(lines, columns, squeeze=False, **shared)
+    if rows:
+        grid = figure.subplots(rows, columns, squeeze=False, **subplot_options)
         for axes in grid.flat:
-            _style(axes)
+            _apply_style(axes)
         return figure, grid
     axes = figure.subplots()
-    _style(axes)
+    _apply_style(axes)
     return figure, axes
 
 
-def _style(axes: "Axes") -> None:
+def _apply_style(axes: "Axes") -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="y", color=GRID)
     axes.set_axisbelow(True)

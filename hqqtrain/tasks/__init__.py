@@ -1,1 +1,1 @@
-"""The tasks that `task=` selects: plan a model, load it, do the work and record the results."""
+"""The tasks that `task=` selects. Each plans and loads a model, uses it and records results."""

@@ -11,40 +11,44 @@ from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.tasks.context import Run
 
 
-def load_training_data(run: Run, tokenizer: Path) -> TokenSequences:
-    """Tokenize and pack `data.source`.
+def load_training_data(run: Run, tokenizer_folder: Path) -> TokenSequences:
+    """Tokenize and pack `data.source`, except for held-out texts.
 
     Raises:
-        PreemptedError: This rank has received a signal; checked between texts.
+        UserError: The text cannot be read, or overlaps with `eval.source`.
+        PreemptedError: This rank has received a signal; checked between batches of texts.
     """
     config = run.config
     return pack_texts(
         load_training_texts(config.data, config.eval),
-        load_tokenizer(tokenizer),
+        load_tokenizer(tokenizer_folder),
         max_seq_len=config.train.max_seq_len,
         packing=config.train.packing,
         on_batch=run.runtime.preemption.check_local,
     )
 
 
-def load_held_out_data(config: RunConfig, tokenizer: Path) -> TokenSequences | None:
-    """Tokenize the first `eval.tokens` tokens of `eval.source`; None if that is null."""
+def load_held_out_data(config: RunConfig, tokenizer_folder: Path) -> TokenSequences | None:
+    """Tokenize a sample of at most `eval.tokens` tokens of `eval.source`; None if that is null."""
     return load_eval_set(
-        config.eval, config.data, load_tokenizer(tokenizer), config.train.max_seq_len
+        config.eval, config.data, load_tokenizer(tokenizer_folder), config.train.max_seq_len
     )
 
 
 def check_same_text(run: Run, *texts: TokenSequences | None) -> None:
     """Check that all ranks have read the same text. Collective.
 
-    Machines may differ in their files, or in the version of Python whose library is the text.
+    Machines may have different files. They may also have different versions of Python, whose
+    standard library is the text of `python_stdlib`.
 
     Raises:
         UserError: The text of some ranks differs.
     """
-    digests = run.runtime.comm.gather([text.digest() if text else "" for text in texts])
-    if len({tuple(digest) for digest in digests}) > 1:
+    digests = [text.digest() if text else "" for text in texts]
+    digests_of_ranks = run.runtime.comm.gather(digests)
+    if any(of_rank != digests for of_rank in digests_of_ranks):
         raise UserError(
             f"data.source={run.config.data.source}, eval.source={run.config.eval.source}: "
-            "the text is not the same on all ranks; use one Python and one set of files everywhere."
+            "the text is not the same on all ranks; use the same files and the same Python "
+            "version on all machines."
         )

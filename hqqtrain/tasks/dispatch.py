@@ -1,7 +1,8 @@
 """Run the task that `task=` selects.
 
 Every rank runs the same steps. Only the main rank writes files and uses trackers and the console,
-which `RunRecorder` hides. Every fault of the user's input is found before anything is written.
+which `RunRecorder` hides. Errors in the configuration and data are found before anything is
+written.
 """
 
 from hqqtrain.common.env import get_rank
@@ -21,17 +22,17 @@ from hqqtrain.tracking.console import setup_logging
 _TASKS = {"finetune": finetune, "quantize": quantize, "eval": evaluate, "export": export}
 
 
-def run_selected_task(config: RunConfig, arguments: list[str]) -> int:
+def dispatch_task(config: RunConfig, arguments: list[str]) -> int:
     """Run `config.task` to its end and return the exit code.
 
     Return 0 at once if an earlier process has finished this run.
 
     Args:
         config: The resolved configuration.
-        arguments: The words of the command line after `python -m hqqtrain`.
+        arguments: The command-line arguments after `python -m hqqtrain`.
 
     Raises:
-        UserError: The configuration or the data have a fault (exit code 2).
+        UserError: The user must correct the configuration, the data or the machine (exit code 2).
         PreemptedError: The run was asked to stop and has saved its state (exit code 3).
     """
     relaunch_if_ranks_were_lost(arguments)
@@ -46,7 +47,9 @@ def run_selected_task(config: RunConfig, arguments: list[str]) -> int:
             if not recorder.history.is_done():
                 with translate_resource_errors(workload_of(config), runtime.strategy):
                     _TASKS[config.task](Run(config, runtime, recorder))
-    except PreemptedError:  # raised on all ranks, so all ranks leave together
+    except PreemptedError:
+        # All ranks raise this error, so all can meet in `leave`. After any other error a rank may
+        # be missing, and waiting for it would hang.
         runtime.comm.leave()
         raise
     runtime.comm.leave()

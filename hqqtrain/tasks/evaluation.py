@@ -1,4 +1,7 @@
-"""Evaluation of a task: measures the model and records the figures."""
+"""Evaluate the model of a run, and record the results.
+
+`Evaluator` measures and writes nothing; this module connects it with the recorder.
+"""
 
 from contextlib import nullcontext
 
@@ -11,13 +14,13 @@ from hqqtrain.tasks.context import Run
 class RecordedEvaluation:
     """Evaluates the model of a run and records every result.
 
-    Without a held-out set (`eval.source=null`) its methods do nothing. The full-precision reference
-    model is absent if `eval.reference=off`, or if the source has packed weights only.
+    Without a held-out set (`eval.source=null`) its methods do nothing. The constructor loads the
+    full-precision reference model, unless `eval.reference=off` or the source has packed weights
+    only. Creating a `RecordedEvaluation` is a collective.
 
     Args:
-        run: Settings of the evaluation, and the recorder. Creating a `RecordedEvaluation` is a
-            collective that loads the reference model.
-        runnable: The model.
+        run: Settings of the evaluation, and the recorder.
+        runnable: The model to evaluate.
         held_out: The held-out set, if any.
     """
 
@@ -26,7 +29,8 @@ class RecordedEvaluation:
         self._evaluator: Evaluator | None = None
         if not held_out:
             return
-        config, runtime, reference = run.config, run.runtime, None
+        config, runtime = run.config, run.runtime
+        reference = None
         if config.eval.reference == "resident" and not runnable.plan.is_packed:
             reference, bytes_read = build_reference(
                 runnable.plan, runtime.strategy, runtime.dtype, runtime.preemption
@@ -42,22 +46,23 @@ class RecordedEvaluation:
             run.recorder.progress_bars.show_evaluating,
         )
 
-    def evaluate_as(self, part: str, *, adapted: bool) -> None:
-        """Evaluate the model and record it as `part` of the summary. Collective.
+    def evaluate_as(self, model_key: str, *, adapted: bool) -> None:
+        """Evaluate the model and record the result in the summary under `model_key`. Collective.
 
         Args:
-            part: `quantized` or `final`.
-            adapted: Whether the adapter takes part.
+            model_key: `quantized` or `final`.
+            adapted: Whether the adapter is active.
         """
         if self._evaluator is None:
             return
         with nullcontext() if adapted else self._runnable.without_adapter():
-            self._recorder.record_evaluation(part, self._evaluator.evaluate(self._runnable.model))
+            result = self._evaluator.evaluate(self._runnable.model)
+        self._recorder.record_evaluation(model_key, result)
 
     def evaluate_during_training(self) -> float | None:
         """Evaluate during training; record and return the loss in nats per token. Collective."""
         if self._evaluator is None:
             return None
-        measured = self._evaluator.evaluate(self._runnable.model)
-        self._recorder.log_evaluation(measured)
-        return measured.loss
+        result = self._evaluator.evaluate(self._runnable.model)
+        self._recorder.log_evaluation(result)
+        return result.loss

@@ -1,7 +1,8 @@
-"""The last files and log lines of a run, whether it has finished or failed."""
+"""Finish a run: write its last files and close its trackers, after success and after failure."""
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from hqqtrain.common.errors import DONE, FAILED, PREEMPTED, USER_ERROR, PreemptedError, UserError
 from hqqtrain.report.run_report import write_report
@@ -12,12 +13,6 @@ from hqqtrain.tracking.console import Console
 
 logger = logging.getLogger(__name__)
 
-_STATUS_OF_ERROR: dict[type, tuple[str, int]] = {
-    UserError: ("failed", USER_ERROR),
-    PreemptedError: ("preempted", PREEMPTED),
-}
-"""(status, exit code) of the errors that are not defects."""
-
 
 def finalize_success(
     directory: RunDirectory,
@@ -26,14 +21,24 @@ def finalize_success(
     summary: RunSummary,
     layer_errors: Mapping[str, float],
 ) -> None:
-    """Finish a successful run: write summary.json, report/ and status.json, and print the table."""
-    directory.write_summary(summary.figures.to_json())
-    trackers.log_summary(summary.figures.to_json())
-    _write_report(directory, trackers, summary, layer_errors)
+    """Finish a successful run: write summary.json, report/ and status.json, and print the table.
+
+    Args:
+        directory: The locked directory of the run.
+        trackers: Get the summary, the plots and the adapter; closed here.
+        console: Prints the table of results.
+        summary: The complete summary.
+        layer_errors: Relative quantization error by module name.
+    """
+    content = summary.content.to_json()
+    directory.write_summary(content)
+    trackers.log_summary(content)
+    _write_report(directory, trackers, content, layer_errors)
     if directory.layout.adapter.exists():
         trackers.log_artifact(directory.layout.adapter)
     hints = trackers.hints()
     trackers.finish(DONE)
+    # The status comes last: until then, the same command resumes the run and finishes it again.
     directory.write_status("done", exit_code=DONE)
     console.print_results(summary.table_rows(), directory.layout.existing_results(), hints)
 
@@ -43,30 +48,35 @@ def finalize_failure(
 ) -> None:
     """Record the error that ended the run.
 
-    status.json is written first: closing the trackers may take longer than a preempted process
-    is given.
+    status.json is written first, because a preempted process may be killed while it closes the
+    trackers.
     """
-    status, code = _STATUS_OF_ERROR.get(type(error), ("failed", FAILED))
+    status, exit_code = _status_and_exit_code(error)
     cause = f"{type(error).__name__}: {error}"
     try:
-        directory.write_status(status, exit_code=code, cause=cause)
-    except OSError as failure:  # such as a full disk; it must not replace the original error
-        logger.error("status.json was not written: %s", failure)
-    trackers.finish(code)
+        directory.write_status(status, exit_code=exit_code, cause=cause)
+    except OSError as write_error:  # such as a full disk; it must not replace the original error
+        logger.error("status.json was not written: %s", write_error)
+    trackers.finish(exit_code)
+
+
+def _status_and_exit_code(error: BaseException) -> tuple[str, int]:
+    """Return the status and the exit code of a run that `error` has ended."""
+    if isinstance(error, PreemptedError):
+        return "preempted", PREEMPTED
+    return "failed", USER_ERROR if isinstance(error, UserError) else FAILED
 
 
 def _write_report(
     directory: RunDirectory,
     trackers: CompositeTracker,
-    summary: RunSummary,
+    summary: Mapping[str, Any],
     layer_errors: Mapping[str, float],
 ) -> None:
-    """Write report/; a plot that cannot be drawn does not fail a finished run."""
+    """Write report/. Errors are only logged: a plot that cannot be drawn must not fail the run."""
     layout = directory.layout
     try:
-        files = write_report(
-            layout.folder, layout.metrics_jsonl, summary.figures.to_json(), layer_errors
-        )
-        trackers.log_images({n: p for n, p in files.items() if p.suffix == ".png"})
+        files = write_report(layout.folder, layout.metrics_jsonl, summary, layer_errors)
+        trackers.log_images({name: file for name, file in files.items() if file.suffix == ".png"})
     except Exception as error:
         logger.warning("report/ was not written: %r", error)

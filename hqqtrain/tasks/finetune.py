@@ -21,12 +21,12 @@ from hqqtrain.tasks.training import AdapterTraining, build_trainer
 
 
 def finetune(run: Run) -> None:
-    """Quantize the model, train adapters, evaluate and save; or resume that from a checkpoint."""
+    """Quantize the model, train adapters, evaluate and save; or resume from a checkpoint."""
     config, runtime, recorder = run.config, run.runtime, run.recorder
     comm, history = runtime.comm, recorder.history
-    found = None
+    checkpoint = None
     if not history.starts_over:
-        found = find_checkpoint(
+        checkpoint = find_checkpoint(
             recorder.checkpoints,
             comm,
             must_exist=config.run.resume == "must",
@@ -34,20 +34,22 @@ def finetune(run: Run) -> None:
         )
     has_quantized = history.has_quantized()
     with comm.raise_on_all_ranks():
-        plan = plan_model(plan_settings(config), runtime, resumed=found.folder if found else None)
-        training = load_training_data(run, plan.source.tokenizer)
+        resumed = checkpoint.folder if checkpoint else None
+        plan = plan_model(plan_settings(config), runtime, resumed=resumed)
+        training_data = load_training_data(run, plan.source.tokenizer)
         held_out = load_held_out_data(config, plan.source.tokenizer)
         loader = PackedLoader(
-            training, config.train, rank=comm.rank, world_size=comm.size, device=comm.device
+            training_data, config.train, rank=comm.rank, world_size=comm.size, device=comm.device
         )
-        digests = dataset_digests(training, held_out)
-        check_resumable(found, digests, loader.total_steps)
+        digests = dataset_digests(training_data, held_out)
+        check_resumable(checkpoint, digests, loader.total_steps)
         check_fits_run(
-            run, plan.model, has_quantized=has_quantized, has_checkpoints=found is not None
+            run, plan.model, has_quantized=has_quantized, has_checkpoints=checkpoint is not None
         )
-    check_same_text(run, training, held_out)
+    check_same_text(run, training_data, held_out)
+    # All checks have passed, so `run.resume=never` may delete the old results.
     history.delete_results()
-    loaded = load_or_quantize(run, plan, found)
+    loaded = load_or_quantize(run, plan, checkpoint)
     runnable = wrap_for_execution(loaded, runtime.strategy)
     evaluation = RecordedEvaluation(run, runnable, held_out)
     if not recorder.has_evaluated("quantized"):
@@ -57,7 +59,7 @@ def finetune(run: Run) -> None:
     with CheckpointManager(
         trainer, contents, recorder.checkpoints, config.ckpt, comm, runtime.preemption
     ) as checkpoints:
-        AdapterTraining(run, runnable.model, trainer, evaluation, checkpoints).train(found)
+        AdapterTraining(run, runnable.model, trainer, evaluation, checkpoints).train(checkpoint)
     recorder.record_training(trainer.state, list(trainer.trainable_parameters.values()))
     evaluation.evaluate_as("final", adapted=True)
     save_trained_adapter(run, runnable, trainer.trainable_parameters)
@@ -66,16 +68,16 @@ def finetune(run: Run) -> None:
 def checkpoint_contents(
     run: Run, runnable: RunnableModel, digests: Mapping[str, str]
 ) -> CheckpointContents:
-    """Return what the checkpoints of `run` have besides the state of the trainer.
+    """Return what a checkpoint of `run` contains in addition to the state of the trainer.
 
     Args:
-        run: The run, whose recorder is a part of a checkpoint.
+        run: The run. A checkpoint also contains the state of its recorder.
         runnable: The model that is trained.
         digests: The digests of the run's datasets, from `dataset_digests`.
     """
     plan, runtime = runnable.plan, run.runtime
     assert plan.lora is not None
-    facts = {
+    provenance = {
         "texts": digests,
         "strategy": runtime.strategy.name,
         "world_size": runtime.comm.size,
@@ -83,7 +85,7 @@ def checkpoint_contents(
     }
     revision = run.config.model.revision
     base = BaseModelRef(plan.source.name, revision, runnable.settings.fingerprint)
-    return CheckpointContents(plan.lora, base, {"record": run.recorder}, facts)
+    return CheckpointContents(plan.lora, base, {"record": run.recorder}, provenance)
 
 
 def save_trained_adapter(
@@ -91,23 +93,22 @@ def save_trained_adapter(
 ) -> None:
     """Write `adapter/` in PEFT's own format, with full tensors. Collective.
 
-    Every rank gathers the same tensors in the same order, because every gather is a collective.
-
     Args:
         run: The run whose directory gets the adapter.
         runnable: The trained model.
         trainable_parameters: Its adapter, by PEFT's names.
     """
     plan, recorder = runnable.plan, run.recorder
+    # All ranks gather the tensors in the same order: each `full_tensor` is a collective.
     state = {name: full_tensor(param).cpu() for name, param in trainable_parameters.items()}
     lora, folder = plan.lora, run.layout.adapter
     assert lora is not None
-    facts = recorder.summary.figures.quantize
+    quantization = recorder.summary.content.quantize
     keys = ("fingerprint", "nbits", "group_size", "axis", "solver", "bits_per_weight")
     card = AdapterCard(
         base=plan.source.name,
         revision=run.config.model.revision,
         figures=recorder.perplexities(),
-        **{key: getattr(facts, key) for key in keys},
+        **{key: getattr(quantization, key) for key in keys},
     )
     run.runtime.comm.run_on_rank0(lambda: save_adapter(state, lora, folder, card=card))

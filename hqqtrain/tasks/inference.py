@@ -18,7 +18,10 @@ def quantize(run: Run) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Evaluate a model, quantized now or before; also with its adapter if it has one."""
+    """Evaluate the quantized model without adapter and, if it has one, also with its adapter.
+
+    The model is quantized first if its source is dense.
+    """
     with run.runtime.comm.raise_on_all_ranks():
         plan = plan_model(plan_settings(run.config), run.runtime)
         held_out = load_held_out_data(run.config, plan.source.tokenizer)

@@ -16,7 +16,7 @@ from hqqtrain.tasks.resources import check_resources, workload_of
 
 
 def plan_settings(config: RunConfig) -> PlanSettings:
-    """Return what `plan_model` needs of `config`."""
+    """Return the settings of `config` that `plan_model` needs."""
     return PlanSettings(
         config.model,
         config.quant,
@@ -44,7 +44,9 @@ def check_fits_run(
     check_resources(workload, model, run.runtime)
 
 
-def load_or_quantize(run: Run, plan: ModelPlan, found: Checkpoint | None = None) -> LoadedModel:
+def load_or_quantize(
+    run: Run, plan: ModelPlan, checkpoint: Checkpoint | None = None
+) -> LoadedModel:
     """Load the model of `plan` without quantizing twice, and save its packed weights. Collective.
 
     The packed weights come from the first of these that exists:
@@ -52,18 +54,19 @@ def load_or_quantize(run: Run, plan: ModelPlan, found: Checkpoint | None = None)
     1. `quantized/` of the run directory, which an earlier process of this run has saved;
     2. the source of the plan, if it is packed;
     3. the entry of `quant.cache_dir`, which another run with the same settings has saved;
-    4. quantizing the dense source. The result then becomes the entry of `quant.cache_dir`, if set.
+    4. the dense source, which is quantized. The result becomes the entry of `quant.cache_dir`, if
+       that is set.
 
     Args:
-        run: The run, whose directory begins here, or is resumed as `found`.
-        plan: The plan; its `model` becomes the loaded one.
-        found: The training checkpoint that the run resumes from.
+        run: The run. This function calls its recorder's `begin_run`.
+        plan: The plan. Its model on the meta device becomes the loaded model.
+        checkpoint: The training checkpoint that the run resumes from.
     """
     config, runtime, recorder = run.config, run.runtime, run.recorder
     comm, quant = runtime.comm, config.quant
 
     def load(packed: Path | None = None) -> LoadedModel:
-        """Load the packed weights in `packed`; without it, read the source of the plan."""
+        """Load the packed weights in the folder `packed`, or the source of the plan if None."""
         # Verify the checksums of packed weights before anything is read from them.
         if packed:
             check_quantized(packed, comm)
@@ -83,8 +86,8 @@ def load_or_quantize(run: Run, plan: ModelPlan, found: Checkpoint | None = None)
     def save(loaded: LoadedModel, folder: Path) -> None:
         loaded.save_packed(folder, comm, extra_json={MADE_FROM: source_digest(config)})
 
-    has_own = recorder.history.has_quantized()
-    if has_own:
+    has_quantized = recorder.history.has_quantized()
+    if has_quantized:
         loaded = load(run.layout.quantized)
     elif plan.is_packed or quant.cache_dir is None:
         loaded = load()
@@ -95,9 +98,9 @@ def load_or_quantize(run: Run, plan: ModelPlan, found: Checkpoint | None = None)
             loaded = load(entry.folder if entry.is_complete else None)
             if not entry.is_complete:
                 save(loaded, entry.folder)
-    # From here on the run directory exists: bad weights have raised above and leave nothing behind.
-    recorder.begin_run(loaded, found)
-    # Give the run directory its own copy, so that the run can resume and be used without the cache.
-    if quant.save and config.task in ("finetune", "quantize") and not has_own:
+    # This creates the run directory. Bad weights have raised an error above and leave no directory.
+    recorder.begin_run(loaded, checkpoint)
+    # Save a copy in the run directory, so that the run does not depend on the cache.
+    if quant.save and config.task in ("finetune", "quantize") and not has_quantized:
         save(loaded, run.layout.quantized)
     return loaded

@@ -1,7 +1,7 @@
-"""The state that earlier processes of a run have left in its directory.
+"""What earlier processes of a run have left in its directory.
 
-Only the first rank reads it and broadcasts the answer: a shared file system may show a new file to
-other machines seconds later, and all ranks must take the same decision.
+Only rank 0 reads the directory; it broadcasts each answer. All ranks must decide the same, and a
+shared file system may show a new file to other machines seconds later.
 """
 
 import logging
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class PreviousRun:
-    """The previous processes of the run in `directory`, which the first rank has locked.
+    """The earlier processes of the run in `directory`, which rank 0 has locked.
 
     All methods are collective.
     """
@@ -28,35 +28,35 @@ class PreviousRun:
         self._directory, self._checkpoints = directory, checkpoints
         self._comm = comm
         self.starts_over = comm.run_on_rank0(self._starts_from_scratch)
-        """Whether `run.resume=never` applies to this process."""
+        """Whether this process ignores and deletes the results of earlier ones."""
 
     def _starts_from_scratch(self) -> bool:
-        """Whether to ignore the previous run.
+        """Whether `run.resume=never` applies to this process.
 
-        A job that slurm has requeued after it began resumes even with `run.resume=never`.
+        It does not apply to a Slurm job that was requeued: the job resumes what it has begun.
         """
-        job = get_slurm_job_id()
-        is_requeued = job is not None and self._directory.read_status().slurm_job == job
+        job_id = get_slurm_job_id()
+        is_requeued = job_id is not None and self._directory.read_status().slurm_job == job_id
         return self._directory.config.run.resume == "never" and not is_requeued
 
     def is_done(self) -> bool:
-        """Whether this run has finished before; logs it."""
-        done = not self.starts_over and self._comm.run_on_rank0(
+        """Whether an earlier process has finished this run; if so, a log line says it."""
+        is_done = not self.starts_over and self._comm.run_on_rank0(
             self._directory.is_finished_as_configured
         )
-        if done:
+        if is_done:
             logger.info("%s is done already: see summary.json there.", self._directory.path)
-        return done
+        return is_done
 
     def has_finished_run(self) -> bool:
-        """Whether the directory has a finished run whose configuration may be resumed as this one.
+        """Whether the directory has a finished run that this configuration may resume.
 
-        The number of steps, for example, may differ.
+        The two configurations may differ in the number of steps, for example.
         """
         return self._comm.run_on_rank0(self._directory.is_finished)
 
     def has_quantized(self) -> bool:
-        """Whether `quantized/` is complete and made from the present source files."""
+        """Whether `quantized/` is complete and was made from the current source files."""
         if self.starts_over:
             return False
         return self._comm.run_on_rank0(lambda: self._directory.matches_source("quantized"))

@@ -1,4 +1,4 @@
-"""Progress bars of a run: one at a time, for whatever the run is doing."""
+"""The progress bars of a run, which shows one at a time."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,17 +16,19 @@ class ProgressBars:
         self._training: ProgressBar | None = None
 
     @contextmanager
-    def show_quantizing(self, layers: int, *, loads: bool) -> Iterator[Callable[[str], None]]:
-        """Show a bar over the quantized layers, `layers` in number.
+    def show_quantizing(self, layer_count: int, *, loads: bool) -> Iterator[Callable[[str], None]]:
+        """Show a bar that counts the quantized linear layers.
 
-        With `loads`, the bar says that the layers are loaded, because they are packed already.
+        Args:
+            layer_count: Number of layers.
+            loads: Whether the bar says "loading", because the layers are packed already.
 
         Yields:
             A function to call with the name of each finished layer. It raises PreemptedError if
             this rank has received a signal.
         """
         verb = "loading" if loads else "quantizing"
-        with self._console.progress_bar(verb, layers, "layer") as bar:
+        with self._console.progress_bar(verb, layer_count, "layer") as bar:
 
             def on_layer(name: str) -> None:
                 bar.update(1, layer=name)
@@ -35,16 +37,17 @@ class ProgressBars:
             yield on_layer
 
     @contextmanager
-    def show_training(self, steps: int, done: int = 0) -> Iterator[None]:
-        """Show a bar over the optimizer steps, of which an earlier process took `done`."""
-        with self._console.progress_bar("training", steps, "step", done) as self._training:
+    def show_training(self, total_steps: int, steps_taken: int = 0) -> Iterator[None]:
+        """Show a bar that counts optimizer steps; earlier processes have taken `steps_taken`."""
+        bar = self._console.progress_bar("training", total_steps, "step", steps_taken)
+        with bar as self._training:
             yield
 
     def advance_training(self, metrics: dict[str, float]) -> None:
         """Advance the training bar by one step and show its metrics."""
         if self._training:
-            rate = metrics["train/tokens_per_second"]
-            self._training.update(1, loss=metrics["train/loss"], **{"tokens/s": rate})
+            tokens_per_second = metrics["train/tokens_per_second"]
+            self._training.update(1, loss=metrics["train/loss"], **{"tokens/s": tokens_per_second})
 
     @contextmanager
     def show_evaluating(self, held_out: TokenSequences) -> Iterator[Callable[[int], None]]:
@@ -53,6 +56,7 @@ class ProgressBars:
         Yields:
             A function to call with the number of tokens of each batch.
         """
-        share = -(-held_out.target_token_count // self._runtime.comm.size)
-        with self._console.progress_bar("evaluating", share, "token") as bar:
+        # About this many: the ranks share batches, not tokens.
+        tokens_of_rank = -(-held_out.target_token_count // self._runtime.comm.size)
+        with self._console.progress_bar("evaluating", tokens_of_rank, "token") as bar:
             yield bar.update

@@ -1,7 +1,7 @@
-"""Record of a run: one place for its directory, summary, metrics, console and report.
+"""Record a run: one place for its directory, summary, metrics, console and report.
 
-Tasks report events to it on every rank, and only the main rank writes. The run directory gets its
-first file once the model is loaded, so that bad weights leave nothing behind.
+Tasks report events to the recorder on every rank, and only the main rank writes. The run directory
+gets its first file once the model is loaded, so that bad weights leave nothing behind.
 """
 
 import logging
@@ -37,9 +37,15 @@ logger = logging.getLogger(__name__)
 
 
 class RunRecorder:
-    """Recorder of a run. Use it as a context manager around the task.
+    """Records one run. Use it as a context manager around the task.
 
-    On exit it writes the final files of the run, or the error that ended it.
+    On entry it locks the run directory. On exit it writes the final files of the run, or the error
+    that ended it. Every rank has a recorder. Entering and leaving without an error are collectives.
+
+    Args:
+        config: The resolved configuration.
+        runtime: Ranks and device of the run.
+        command: The command line of this process, for the run directory.
     """
 
     def __init__(self, config: RunConfig, runtime: Runtime, command: list[str]) -> None:
@@ -58,7 +64,7 @@ class RunRecorder:
         self.layer_errors: dict[str, float] = {}
         """Relative quantization error by layer, for the report."""
         self._history: PreviousRun | None = None
-        self._begun = False  # whether the run directory has files of this process
+        self._has_begun = False  # whether the run directory has files of this process
 
     def __enter__(self) -> "RunRecorder":
         comm = self.runtime.comm
@@ -71,69 +77,79 @@ class RunRecorder:
 
     @property
     def history(self) -> PreviousRun:
-        """The previous processes of the run; known once the directory is locked."""
+        """The earlier processes of the run; known once the directory is locked."""
         assert self._history is not None, "the recorder was not entered"
         return self._history
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:  # fmt: skip
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         try:
-            if error and self._begun and self.is_main:
+            if self._has_begun and error is None:
+                self._finish_run()
+            elif self._has_begun and error and self.is_main:
                 finalize_failure(self.directory, self.trackers, error)
-            elif self._begun and not error:
-                self._end_well()
         finally:
             if self.is_main:
-                self.directory.__exit__(kind, error, trace)
+                self.directory.__exit__(error_type, error, traceback)
 
     def _lock_directory(self) -> None:
-        self.directory.__enter__()  # returns the directory, which `run_on_rank0` would broadcast
+        # Return None: `run_on_rank0` would broadcast the directory that `__enter__` returns.
+        self.directory.__enter__()
 
-    def _end_well(self) -> None:
+    def _finish_run(self) -> None:
         """Write the final files on the main rank; record an error that occurs meanwhile."""
-        parts = (self.console, self.summary, self.layer_errors)
         try:
             with translate_resource_errors(workload_of(self.config), self.runtime.strategy):
                 self.runtime.comm.run_on_rank0(
-                    lambda: finalize_success(self.directory, self.trackers, *parts)
+                    lambda: finalize_success(
+                        self.directory, self.trackers, self.console, self.summary, self.layer_errors
+                    )
                 )
         except Exception as error:
             if self.is_main:
                 finalize_failure(self.directory, self.trackers, error)
             raise
 
-    def begin_run(self, loaded: LoadedModel, found: Checkpoint | None = None) -> None:
-        """Begin the run directory, now that the model is loaded. Collective.
+    def begin_run(self, loaded: LoadedModel, checkpoint: Checkpoint | None = None) -> None:
+        """Write the first files of the run directory, now that the model is loaded. Collective.
 
         Args:
             loaded: The loaded model.
-            found: The checkpoint that the run resumes from; the record continues as it was then.
+            checkpoint: The checkpoint that the run resumes from. It contains the state of the
+                recorder, which is restored.
         """
         self.summary.add_quantization(loaded)
         self.layer_errors = loaded.layer_errors
-        if found:
-            self.load_state_dict(found.state["record"])
-            self.step_number = found.step
-        self.runtime.comm.run_on_rank0(lambda: self._write_first_files(loaded, found))
-        self._begun = True
-        errors = {f"{LAYER_ERROR_PREFIX}{name}": error for name, error in self.layer_errors.items()}
-        if not found:
+        if checkpoint:
+            self.load_state_dict(checkpoint.state["record"])
+            self.step_number = checkpoint.step
+        self.runtime.comm.run_on_rank0(lambda: self._write_first_files(loaded, checkpoint))
+        self._has_begun = True
+        if not checkpoint:
+            errors = {
+                f"{LAYER_ERROR_PREFIX}{name}": error for name, error in self.layer_errors.items()
+            }
             self.trackers.log(errors, 0)
 
-    def _write_first_files(self, loaded: LoadedModel, found: Checkpoint | None) -> None:
+    def _write_first_files(self, loaded: LoadedModel, checkpoint: Checkpoint | None) -> None:
         for stats in loaded.load_stats:
             logger.info("%s", stats)
         self.directory.begin(self.command)
         self.directory.write_loading([stats.to_json() for stats in loaded.load_stats])
-        kept = found and found.state["record"]["wandb_run_id"]
-        if kept and not read_run_id(self.directory.path):
-            save_run_id(self.directory.path, kept)
+        # A copied run directory may lack W&B's files; the checkpoint has the id as well.
+        wandb_run_id = checkpoint and checkpoint.state["record"]["wandb_run_id"]
+        if wandb_run_id and not read_run_id(self.directory.path):
+            save_run_id(self.directory.path, wandb_run_id)
         self.trackers = open_trackers(
             self.config.track, self.directory.path, asdict(self.config), self.step_number
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the part of the record that a checkpoint keeps, as JSON."""
+        """Return the state of the recorder that a checkpoint contains, as JSON values."""
         return {
             "summary": self.summary.state_dict(),
             "layer_errors": self.layer_errors,
@@ -141,25 +157,26 @@ class RunRecorder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the result of `state_dict`, before the run directory is begun."""
+        """Restore the result of `state_dict`, before the first files are written."""
         self.summary.load_state_dict(state["summary"])
         self.layer_errors = state["layer_errors"]
 
-    def has_evaluated(self, part: str) -> bool:
-        """Whether `part` of the summary was evaluated, by this process or an earlier one."""
-        return part in self.summary.figures.measured_models()
+    def has_evaluated(self, model_key: str) -> bool:
+        """Whether this process or an earlier one has evaluated `quantized` or `final`."""
+        return model_key in self.summary.content.measured_models()
 
-    def save_nonfinite_batch(self, step: StepResult, facts: dict[str, Any]) -> None:
+    def save_nonfinite_batch(self, step: StepResult, details: dict[str, Any]) -> None:
         """Save a global batch whose loss or gradient is not finite to `nonfinite/`.
 
         Args:
             step: The step, with its loss and gradient norm.
-            facts: Where the first non-finite value was found, and the text of the batch, as JSON.
+            details: JSON values: the layer of the first non-finite value, and the batch's text.
         """
         if not self.is_main:
             return
+        # Loss and norm are text, because JSON has no NaN and no infinity.
         batch: dict[str, Any] = {"batch": step.batch_index, "step": step.number}
-        batch |= {"loss": str(step.loss), "grad_norm": str(step.grad_norm), **facts}
+        batch |= {"loss": str(step.loss), "grad_norm": str(step.grad_norm), **details}
         folder = self.directory.layout.nonfinite
         try:
             folder.mkdir(exist_ok=True)
@@ -173,33 +190,35 @@ class RunRecorder:
         self.trackers.log(metrics, step)
         self.progress_bars.advance_training(metrics)
 
-    def record_training(self, done: TrainState, parameters: Sequence[Tensor]) -> None:
+    def record_training(self, state: TrainState, parameters: Sequence[Tensor]) -> None:
         """Add the training to the summary. Collective.
 
         Args:
-            done: Steps, tokens and time of the training.
-            parameters: The trained parameters of this rank, whole or sharded.
+            state: Steps, tokens, time and loss of the training.
+            parameters: The trained parameters, sharded or not.
         """
-        self.summary.add_training(done, sum(map(global_numel, parameters)))
+        self.summary.add_training(state, sum(map(global_numel, parameters)))
 
     def record_reference_bytes(self, bytes_read: int) -> None:
         """Add the bytes read for the full-precision reference model to the summary."""
         self.summary.add_reference_bytes(bytes_read)
 
-    def record_evaluation(self, part: str, measured: EvalResult) -> None:
-        """Add an evaluation to the summary as `part`, `quantized` or `final`, and log it."""
+    def record_evaluation(self, model_key: str, result: EvalResult) -> None:
+        """Add the evaluation of `quantized` or `final` to the summary, and log it."""
         dataset = dataset_name(self.config.eval, self.config.data)
-        self.summary.add_evaluation(dataset, part, measured)
-        self.log_evaluation(measured)
+        self.summary.add_evaluation(dataset, model_key, result)
+        self.log_evaluation(result)
 
-    def log_evaluation(self, measured: EvalResult) -> None:
+    def log_evaluation(self, result: EvalResult) -> None:
         """Log an evaluation as a point of the curves `eval/...`."""
-        metrics = {"eval/loss": measured.loss, "eval/perplexity": measured.perplexity}
-        if measured.kl is not None:
-            metrics["eval/kl"] = measured.kl
+        metrics = {"eval/loss": result.loss, "eval/perplexity": result.perplexity}
+        if result.kl is not None:
+            metrics["eval/kl"] = result.kl
         self.trackers.log(metrics, self.step_number)
 
     def perplexities(self) -> dict[str, float]:
         """Return the perplexities so far, by "perplexity, <model>", for the model card."""
         rows = self.summary.table_rows()
-        return {f"perplexity, {r.model}": r.perplexity for r in rows if r.perplexity is not None}
+        return {
+            f"perplexity, {row.model}": row.perplexity for row in rows if row.perplexity is not None
+        }

@@ -1,4 +1,4 @@
-"""The memory and disk of a run: refuse one that cannot fit, and advise one that ran out of them."""
+"""Memory and disk of a run: refuse it if it cannot fit, and give advice if it runs out of them."""
 
 import errno
 import logging
@@ -27,24 +27,24 @@ def workload_of(
     has_quantized: bool = False,
     has_checkpoints: bool = False,
 ) -> Workload:
-    """Return the settings of `config` that decide the memory and disk of the run.
+    """Return the settings of `config` that determine the memory and disk space of the run.
 
     Args:
         config: Configuration of the run.
         offloads_activations: Whether activations are offloaded from a GPU to the host.
         has_quantized: Whether the run's directory already contains quantized/.
-        has_checkpoints: Whether the run's directory already contains checkpoints. The next one is
-            written before an old one is deleted.
+        has_checkpoints: Whether the run's directory already contains checkpoints. If so, the run
+            needs space for one more: it writes each new one before it deletes an old one.
     """
-    kept = config.ckpt.keep_last + config.ckpt.keep_best
-    saves = config.task in ("finetune", "quantize") and config.quant.save
+    kept_checkpoints = config.ckpt.keep_last + config.ckpt.keep_best
+    saves_quantized = config.task in ("finetune", "quantize") and config.quant.save
     evaluates = config.eval.source is not None
     return Workload(
         task=config.task,
         model_name=config.model.name_or_path,
         is_synthetic=config.model.source == "synthetic",
         nbits=config.quant.nbits,
-        saves_quantized=saves and not has_quantized,
+        saves_quantized=saves_quantized and not has_quantized,
         adapter_rank=config.adapter.r,
         adapter_itemsize=2 if config.adapter.dtype == "bf16" else 4,
         optimizer=config.optim.name,
@@ -56,13 +56,13 @@ def workload_of(
         evaluates=evaluates,
         has_reference=evaluates and config.eval.reference == "resident",
         export_format=config.export.format,
-        new_checkpoints=1 if has_checkpoints else kept + 1,
+        new_checkpoints=1 if has_checkpoints else kept_checkpoints + 1,
         run_root=config.run.root,
     )
 
 
 def check_resources(workload: Workload, model: nn.Module, runtime: Runtime) -> None:
-    """Estimate memory and disk space; refuse the run if it cannot fit, warn if it may not.
+    """Estimate memory and disk space; refuse a run that cannot fit, warn if it may not fit.
 
     Raises:
         UserError: The run does not fit.

@@ -1,4 +1,4 @@
-"""The entry of a task: settings of the process that must precede the import of torch."""
+"""Prepare the process for a task: some settings must be made before torch is imported."""
 
 import logging
 import os
@@ -6,25 +6,25 @@ import os
 from hqqtrain.config.run import RunConfig
 
 OPENMP_SPIN_COUNT = "10000"
-"""Default of GOMP_SPINCOUNT, how long a waiting thread of GNU OpenMP spins.
+"""Our value of GOMP_SPINCOUNT, unless the user sets it: iterations that a waiting thread spins.
 
-By default the threads spin for milliseconds. If other processes use the same cores, this made
-training 20 times slower (220 instead of 4,600 tokens/s, 2 cores). A short spin costs 5 % on an idle
-machine and keeps a third of the speed next to a second run.
+GNU OpenMP's own default lets waiting threads spin for milliseconds. On 2 cores that another process
+used too, the default made training 20 times slower: 220 instead of 4,600 tokens/s. Our shorter spin
+costs 5 % of the speed on an idle machine. Next to a second run, it keeps a third of the speed.
 """
 
 
 def run_task(config: RunConfig, arguments: list[str]) -> int:
-    """Run `config.task` to its end and return the exit code; see `run_selected_task`.
+    """Run `config.task` to its end and return the exit code; see `dispatch_task`.
 
     Args:
         config: The resolved configuration.
-        arguments: The words of the command line after `python -m hqqtrain`.
+        arguments: The command-line arguments after `python -m hqqtrain`.
     """
-    # OpenMP reads the variable when torch is imported, which `dispatch` does.
+    # OpenMP reads GOMP_SPINCOUNT when torch is imported, which the import of `dispatch` does.
     os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)
-    # peft imports bitsandbytes, which warns on import that it fetched no kernels from the hub.
+    # Hide a warning of bitsandbytes, which peft imports: that it fetched no kernels from the hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from hqqtrain.tasks.dispatch import run_selected_task
+    from hqqtrain.tasks.dispatch import dispatch_task
 
-    return run_selected_task(config, arguments)
+    return dispatch_task(config, arguments)

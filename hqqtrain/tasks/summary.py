@@ -1,6 +1,8 @@
-"""The final figures of a run: summary.json and the table on the console."""
+"""The final results of a run: the content of summary.json and the table on the console."""
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, astuple, replace
 from typing import Any
 
@@ -32,12 +34,12 @@ class RunSummary:
     """The summary, filled part by part during the run.
 
     Attributes:
-        figures: The content of summary.json so far; parts that a task skips are None.
+        content: The content of summary.json so far; a part that was not run is None.
     """
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
         self._runtime = runtime
-        self.figures = Summary(
+        self.content = Summary(
             run=RunInfo(
                 name=config.run_name(),
                 recipe=config.recipe or "",
@@ -51,128 +53,155 @@ class RunSummary:
         self._rows = {key: ResultRow(name) for key, name in MODEL_NAMES.items()}
 
     def add_quantization(self, loaded: LoadedModel) -> None:
-        """Add the facts of the loaded model. Collective.
+        """Add the settings, size and cost of the loaded model. Collective.
 
         The relative error is absent if the weights were packed already.
         """
-        layers = [m for m in loaded.model.modules() if isinstance(m, HQQLinear)]
-        weights = sum(m.out_features * m.in_features for m in layers)
-        packed = sum(storage_bits(m.layout, m.spec.meta_dtype) for m in layers) // 8
-        bits_per_weight = 8 * packed / weights
-        figures = QuantizeMetrics(
-            **_common_settings(loaded),
+        layers = [module for module in loaded.model.modules() if isinstance(module, HQQLinear)]
+        weight_count = sum(layer.out_features * layer.in_features for layer in layers)
+        packed_bytes = sum(storage_bits(m.layout, m.spec.meta_dtype) for m in layers) // 8
+        bits_per_weight = 8 * packed_bytes / weight_count
+        quantization = QuantizeMetrics(
+            **_most_common_settings(loaded),
             bits_per_weight=bits_per_weight,
             seconds=loaded.seconds,
-            weights=weights,
+            weights=weight_count,
             source_bytes=loaded.plan.reader.total_bytes,
             bytes_read=loaded.bytes_read,
             peak_memory_gib=self._runtime.peak_memory_gib(),
             fingerprint=loaded.settings.fingerprint,
             relative_error=loaded.relative_error,
         )
-        self.figures = replace(self.figures, quantize=figures)
-        self._add_sizes(loaded, packed, bits_per_weight)
+        self.content = replace(self.content, quantize=quantization)
+        self._add_sizes(loaded, packed_bytes, bits_per_weight)
 
-    def add_evaluation(self, dataset: str, part: str, measured: EvalResult) -> None:
+    def add_evaluation(self, dataset: str, model_key: str, result: EvalResult) -> None:
         """Add an evaluation, and that of the full-precision reference model if there is one.
 
         Args:
             dataset: Name of the held-out set.
-            part: `quantized` or `final`.
-            measured: The figures.
+            model_key: The evaluated model, `quantized` or `final`.
+            result: The metrics of that model and of the reference.
         """
-        figures = replace(
-            self.figures.eval or EvalMetrics(),
+        evaluation = replace(
+            self.content.eval or EvalMetrics(),
             dataset=mask_secrets(dataset),
-            tokens=measured.tokens,
+            tokens=result.tokens,
         )
-        model: dict[str, Any] = {part: ModelMetrics(measured.perplexity, measured.kl)}
-        figures = replace(figures, **model)
-        if measured.reference_perplexity is not None:
-            reference = ModelMetrics(measured.reference_perplexity)
-            figures = replace(figures, full_precision=reference)
-            self._set_row("full_precision", perplexity=measured.reference_perplexity, kl=0.0)
-        self.figures = replace(self.figures, eval=figures)
-        self._set_row(part, perplexity=measured.perplexity, kl=measured.kl)
+        models: dict[str, Any] = {model_key: ModelMetrics(result.perplexity, result.kl)}
+        self._set_row(model_key, perplexity=result.perplexity, kl=result.kl)
+        if result.reference_perplexity is not None:
+            models["full_precision"] = ModelMetrics(result.reference_perplexity)
+            # The KL divergence of the reference to itself is 0.
+            self._set_row("full_precision", perplexity=result.reference_perplexity, kl=0.0)
+        self.content = replace(self.content, eval=replace(evaluation, **models))
 
     def add_reference_bytes(self, bytes_read: int) -> None:
-        """Add the weight bytes read for the full-precision reference model, counted apart."""
-        figures = replace(self.figures.eval or EvalMetrics(), bytes_read=bytes_read)
-        self.figures = replace(self.figures, eval=figures)
+        """Add the weight bytes read for the full-precision reference model.
 
-    def add_training(self, done: TrainState, trainable: int) -> None:
-        """Add the figures of the training. Collective.
+        They are not a part of the bytes read for the model itself.
+        """
+        evaluation = replace(self.content.eval or EvalMetrics(), bytes_read=bytes_read)
+        self.content = replace(self.content, eval=evaluation)
+
+    def add_training(self, state: TrainState, trainable_count: int) -> None:
+        """Add the results of the training. Collective.
 
         Args:
-            done: Steps, tokens, seconds and loss.
-            trainable: Number of trainable parameters over all ranks.
+            state: Steps, tokens, seconds and loss.
+            trainable_count: Number of trainable parameters over all ranks.
         """
-        figures = TrainMetrics(
-            steps=done.steps,
-            tokens=done.tokens,
-            seconds=done.seconds,
-            tokens_per_second=done.tokens / done.seconds if done.seconds else 0.0,
+        training = TrainMetrics(
+            steps=state.steps,
+            tokens=state.tokens,
+            seconds=state.seconds,
+            tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
             peak_memory_gib=self._runtime.peak_memory_gib(),
-            trainable_parameters=trainable,
-            loss=done.loss,
+            trainable_parameters=trainable_count,
+            loss=state.loss,
         )
-        self.figures = replace(self.figures, train=figures)
+        self.content = replace(self.content, train=training)
         base = self._rows["quantized"]
         self._set_row(
-            "final", seconds=done.seconds, bits_per_weight=base.bits_per_weight,
-            gib=(base.gib or 0) + 4 * trainable / GIB,
+            "final", seconds=state.seconds, bits_per_weight=base.bits_per_weight,
+            gib=(base.gib or 0) + 4 * trainable_count / GIB,  # counted as fp32
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the parts and the table rows so far, as JSON."""
+        """Return the content and the table rows so far, as JSON values."""
         return {
-            "parts": self.figures.to_json(),
-            "rows": {k: asdict(row) for k, row in self._rows.items()},
+            "parts": self.content.to_json(),
+            "rows": {key: asdict(row) for key, row in self._rows.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the quantization, the evaluations and the table from a checkpoint."""
-        saved = Summary.from_json(state["parts"])
-        self.figures = replace(
-            self.figures,
-            quantize=saved.quantize or self.figures.quantize,
-            eval=saved.eval or self.figures.eval,
+        saved = _with_nonfinite_kl(Summary.from_json(state["parts"]), state["parts"])
+        self.content = replace(
+            self.content,
+            quantize=saved.quantize or self.content.quantize,
+            eval=saved.eval or self.content.eval,
         )
-        self._rows = {name: ResultRow(**row) for name, row in state["rows"].items()}
+        self._rows = {key: ResultRow(**row) for key, row in state["rows"].items()}
 
     def table_rows(self) -> list[ResultRow]:
-        """Return the rows of the final table that have a figure."""
-        return [row for row in self._rows.values() if any(v is not None for v in astuple(row)[1:])]
+        """Return the rows of the final table that have a value in addition to their name."""
+        return [
+            row
+            for row in self._rows.values()
+            if any(value is not None for value in astuple(row)[1:])
+        ]
 
-    def _add_sizes(self, loaded: LoadedModel, packed: int, bits: float) -> None:
-        """Add bits per quantized weight and GiB of the whole model, before and after.
+    def _add_sizes(self, loaded: LoadedModel, packed_bytes: int, bits_per_weight: float) -> None:
+        """Add the sizes of the model, dense and quantized, to the table.
 
         Args:
             loaded: The loaded model.
-            packed: Bytes of the packed weights, scales and zeros.
-            bits: Bits per quantized weight.
+            packed_bytes: Bytes of the packed weights, scales and zeros.
+            bits_per_weight: Stored bits per quantized weight.
         """
         plan = loaded.plan
-        dense = sum(
+        dense_bytes = sum(
             tensor.numel() * tensor.element_size()
             for _, module, leaf, tensor in base_tensors(loaded.model)
             if not is_packed(module, leaf)
         )
         if not plan.is_packed:
-            name = next(iter(loaded.settings.modules))
-            source_bits = 8 * plan.reader.dtype(f"{name}.weight").itemsize
+            # The first quantized layer stands for all.
+            layer_name = next(iter(loaded.settings.modules))
+            source_bits = 8 * plan.reader.dtype(f"{layer_name}.weight").itemsize
             gib = plan.reader.total_bytes / GIB
             self._set_row("full_precision", bits_per_weight=source_bits, gib=gib)
         seconds = None if plan.is_packed else loaded.seconds
-        gib = (dense + packed) / GIB
-        self._set_row("quantized", bits_per_weight=bits, gib=gib, seconds=seconds)
+        gib = (dense_bytes + packed_bytes) / GIB
+        self._set_row("quantized", bits_per_weight=bits_per_weight, gib=gib, seconds=seconds)
 
-    def _set_row(self, part: str, **values: Any) -> None:
-        self._rows[part] = replace(self._rows[part], **values)
+    def _set_row(self, model_key: str, **values: Any) -> None:
+        self._rows[model_key] = replace(self._rows[model_key], **values)
 
 
-def _common_settings(loaded: LoadedModel) -> dict[str, Any]:
+def _with_nonfinite_kl(summary: Summary, saved: Mapping[str, Any]) -> Summary:
+    """Return `summary` with NaN for every `kl` that is null in the JSON values `saved`.
+
+    JSON has no NaN, so a `kl` that was not finite is saved as null. A `kl` that was not measured is
+    absent. `Summary.from_json` returns None for both.
+    """
+    if summary.eval is None:
+        return summary
+    models: dict[str, Any] = {
+        key: replace(metrics, kl=math.nan)
+        for key, metrics in summary.measured_models().items()
+        if metrics.kl is None and "kl" in saved["eval"][key]
+    }
+    return replace(summary, eval=replace(summary.eval, **models))
+
+
+def _most_common_settings(loaded: LoadedModel) -> dict[str, Any]:
     """Return the quantization settings that most layers have."""
     keys = ("nbits", "group_size", "axis", "solver")
-    by_layer = [tuple(getattr(m, k) for k in keys) for m in loaded.settings.modules.values()]
-    return dict(zip(keys, Counter(by_layer).most_common(1)[0][0], strict=True))
+    by_layer = [
+        tuple(getattr(settings, key) for key in keys)
+        for settings in loaded.settings.modules.values()
+    ]
+    [(values, _)] = Counter(by_layer).most_common(1)
+    return dict(zip(keys, values, strict=True))

@@ -1,4 +1,4 @@
-"""The training of a task: connects the trainer with checkpoints, evaluation and the recorder.
+"""Train the adapters of a run: connect the trainer with checkpoints, evaluation and the recorder.
 
 The trainer writes no file and logs no metric, so that it can be tested and reused by itself. This
 module decides what happens before the first step and after each one.
@@ -27,13 +27,13 @@ from hqqtrain.train.trainer import Trainer
 
 
 def build_trainer(run: Run, model: nn.Module, loader: DataLoader) -> Trainer:
-    """Build the trainer of the adapters in `model`, which can be called. Collective."""
+    """Build the trainer of the adapters in `model`, which the strategy has wrapped. Collective."""
     config, runtime, comm = run.config, run.runtime, run.runtime.comm
     train, strategy = config.train, runtime.strategy
     trainables = trainable_parameters(model)
     if train.activation_checkpointing:
         apply_activation_checkpointing(
-            model, offload=runtime.offloads_activations, frees=strategy.frees_parameters
+            model, offload=runtime.offloads_activations, frees_parameters=strategy.frees_parameters
         )
     engine = build_engine(model, trainables, runtime, config.optim, train.max_grad_norm)
     loss = ModelLoss(
@@ -42,8 +42,8 @@ def build_trainer(run: Run, model: nn.Module, loader: DataLoader) -> Trainer:
         may_call_head_alone=strategy.may_call_head_alone, autocast=runtime.autocast,
     )  # fmt: skip
 
-    def record_refusal(step: StepResult, facts: dict[str, Any]) -> None:
-        run.recorder.save_nonfinite_batch(step, facts | loader.describe(step.batch_index))
+    def record_refusal(step: StepResult, cause: dict[str, Any]) -> None:
+        run.recorder.save_nonfinite_batch(step, cause | loader.describe(step.batch_index))
 
     guard = NonFiniteGuard(
         train.on_nonfinite, comm, record_refusal, autocast=runtime.autocast, lr=config.optim.lr,
@@ -80,17 +80,17 @@ class AdapterTraining:
             model, run.runtime.device_name, run.runtime.comm.size
         )
 
-    def train(self, found: Checkpoint | None = None) -> None:
-        """Train to the last step, from step 0 or from `found`. Collective.
+    def train(self, checkpoint: Checkpoint | None = None) -> None:
+        """Train to the last step, from step 0 or from `checkpoint`. Collective.
 
         Raises:
-            PreemptedError: The run was asked to stop; a checkpoint has its state.
-            UserError: A loss or gradient is not finite, and `train.on_nonfinite` says to stop, or
-                has already skipped too many batches.
+            PreemptedError: The run was asked to stop; its state is saved in a checkpoint.
+            UserError: A loss or gradient is not finite, and either `train.on_nonfinite=stop` or
+                too many batches in a row were skipped.
         """
         trainer, checkpoints = self._trainer, self._checkpoints
-        checkpoints.resume(found)
-        self._make_up_evaluation(found)
+        checkpoints.resume(checkpoint)
+        self._make_up_evaluation(checkpoint)
         every = self._run.config.parallel.consistency_check_every
         checker = ConsistencyChecker(self._model, self._run.runtime.comm) if every else None
         with self._run.recorder.progress_bars.show_training(
@@ -107,9 +107,11 @@ class AdapterTraining:
         checkpoints.wait_for_write()
         checkpoints.log_waiting_time()
 
-    def _make_up_evaluation(self, found: Checkpoint | None) -> None:
-        """Evaluate now if a preempted process saved `found` without the evaluation that was due."""
-        if found is None or found.state["eval_loss"] is not None or not self._is_evaluation_due():
+    def _make_up_evaluation(self, checkpoint: Checkpoint | None) -> None:
+        """Evaluate now if the process that saved `checkpoint` was preempted while it evaluated."""
+        if checkpoint is None or checkpoint.state["eval_loss"] is not None:
+            return
+        if not self._is_evaluation_due():
             return
         loss = self._evaluation.evaluate_during_training()
         if loss is not None and self._run.config.ckpt.keep_best:
@@ -121,15 +123,16 @@ class AdapterTraining:
         self._run.recorder.log_step(step.number, metrics)
 
     def _evaluate_if_due(self) -> tuple[float | None, bool]:
-        """Return the held-out loss after this step, or None if none is due, and whether to stop."""
+        """Evaluate if it is due; return the held-out loss, if any, and whether to stop."""
         if not self._is_evaluation_due():
             return None, self._trainer.stop_requested
         try:
             return self._evaluation.evaluate_during_training(), False
-        except PreemptedError:  # raised on all ranks; the caller saves a checkpoint and then stops
-            return None, True
+        except PreemptedError:  # raised on all ranks
+            return None, True  # the caller saves a checkpoint, then stops
 
     def _is_evaluation_due(self) -> bool:
         every, trainer = self._run.config.eval.every, self._trainer
+        # The task evaluates after the last step. A process that must stop has no time to evaluate.
         ends = trainer.is_over or trainer.stop_requested
         return every is not None and trainer.state.steps % every == 0 and not ends

@@ -1,6 +1,7 @@
-"""The interface of a tracker, a destination for metrics that a run must not depend on.
+"""The interface of a tracker, which sends the metrics of a run somewhere.
 
-The methods may raise any exception; `CompositeTracker` catches it, so that training continues.
+A run must not depend on its trackers. So their methods may raise any exception: `CompositeTracker`
+catches it, and training continues.
 """
 
 from collections.abc import Mapping
@@ -18,15 +19,15 @@ class Tracker(Protocol):
 
         Args:
             config: the resolved configuration.
-            step: the optimizer step that the run resumes from; 0 for a fresh run. Metrics of later
-                steps that an earlier process has logged will be logged again.
+            step: the optimizer step that the run resumes from; 0 for a fresh run. The run repeats
+                the later steps of an earlier process, so it logs their metrics again.
         """
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics by name, e.g. `train/loss`, after optimizer step `step` (0: before any)."""
+        """Log metrics by name, e.g. `train/loss`, after `step` optimizer steps."""
 
     def log_summary(self, summary: Mapping[str, Any]) -> None:
-        """Log the final figures, which are the content of summary.json."""
+        """Log the content of summary.json."""
 
     def log_images(self, paths: Mapping[str, Path]) -> None:
         """Log the plots of the report, given as name -> PNG file."""
@@ -35,7 +36,7 @@ class Tracker(Protocol):
         """Upload the trained adapter in folder `path`."""
 
     def hint(self) -> str | None:
-        """Return how a user can view the run; None if no explanation is needed."""
+        """Return a line that tells the user how to view the run; None for no line."""
 
     def finish(self, exit_code: int) -> None:
         """Close the run. Exit code 0 means that the run is done."""
@@ -44,7 +45,7 @@ class Tracker(Protocol):
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested mappings: {"eval": {"tokens": 1}} -> {"eval.tokens": 1}.
 
-    Names are joined by dots. Metrics are joined by slashes, so no metric is overwritten.
+    Names are joined by dots. Names of metrics contain slashes instead, so the two never collide.
     """
     flattened: dict[str, Any] = {}
     for name, value in values.items():
@@ -56,7 +57,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def layer_errors(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return module name -> relative error, from the metrics that are logged per module."""
+    """Return module name -> relative error, for the metrics that have `LAYER_ERROR_PREFIX`."""
     return {
-        n.removeprefix(LAYER_ERROR_PREFIX): v for n, v in metrics.items() if LAYER_ERROR_PREFIX in n
+        name.removeprefix(LAYER_ERROR_PREFIX): value
+        for name, value in metrics.items()
+        if LAYER_ERROR_PREFIX in name
     }

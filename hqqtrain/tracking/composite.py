@@ -1,7 +1,7 @@
-"""Sends every call to all trackers, and keeps their failures away from the run.
+"""Send every call to all trackers of a run, and keep their failures away from the run.
 
-A metrics server that is down or a full disk must never stop the training. A tracker that raises is
-reported in one warning and disabled for the rest of the run.
+A metrics server that is down, or a full disk, must never stop the training. If a tracker raises an
+exception, one warning reports it, and the tracker is disabled for the rest of the run.
 """
 
 import logging
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 class CompositeTracker:
-    """A composite of a run's trackers that itself never raises.
+    """All trackers of a run. Its methods never raise an exception of a tracker.
 
     Attributes:
         active: the trackers that have not failed.
-        already_logged: step -> names of the metrics that an earlier process of the run has logged.
-            A resumed run measures some of them again; they are not logged twice.
+        already_logged: optimizer step -> names of the metrics that earlier processes of the run
+            have logged for this step. `log` leaves them out. `open_trackers` sets it.
     """
 
     def __init__(self, trackers: Iterable[Tracker]) -> None:
@@ -39,9 +39,9 @@ class CompositeTracker:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         already_logged = self.already_logged.get(step, ())
-        new = {name: value for name, value in metrics.items() if name not in already_logged}
-        if new:
-            self._call_each(lambda tracker: tracker.log(new, step))
+        new_metrics = {name: value for name, value in metrics.items() if name not in already_logged}
+        if new_metrics:
+            self._call_each(lambda tracker: tracker.log(new_metrics, step))
 
     def log_summary(self, summary: Mapping[str, Any]) -> None:
         self._call_each(lambda tracker: tracker.log_summary(summary))
@@ -53,7 +53,7 @@ class CompositeTracker:
         self._call_each(lambda tracker: tracker.log_artifact(path))
 
     def hints(self) -> list[str]:
-        """Return how a user can view the run. Must be called before `finish`."""
+        """Return lines that tell the user how to view the run. Call this before `finish`."""
         hints: list[str | None] = []
         self._call_each(lambda tracker: hints.append(tracker.hint()))
         return [hint for hint in hints if hint]
@@ -68,14 +68,16 @@ class CompositeTracker:
                 call(tracker)
             except Exception as error:
                 self.active.remove(tracker)
-                name = type(tracker).__name__
-                logger.warning("%s failed and is disabled: %s", name, mask_secrets(str(error)))
+                logger.warning(
+                    "%s failed and is disabled: %s",
+                    type(tracker).__name__, mask_secrets(str(error)),
+                )  # fmt: skip
 
 
 def open_trackers(
-    config: TrackConfig,
+    track: TrackConfig,
     run_dir: Path,
-    run_config: Mapping[str, Any],
+    config: Mapping[str, Any],
     step: int = 0,
     *,
     is_main: bool = True,
@@ -83,9 +85,9 @@ def open_trackers(
     """Start the trackers of a run: metrics.jsonl always, and those of `track.backends`.
 
     Args:
-        config: the tracking configuration.
+        track: the group `track` of the configuration.
         run_dir: the run directory.
-        run_config: the resolved configuration, which is logged with secrets masked.
+        config: the whole resolved configuration, which the trackers log with secrets masked.
         step: the optimizer step that the run resumes from; 0 for a fresh run.
         is_main: whether this is the main process. Other ranks get no trackers.
 
@@ -94,25 +96,32 @@ def open_trackers(
     """
     if not is_main:
         return CompositeTracker([])
-    metrics = RunLayout(run_dir).metrics_jsonl
-    chosen: list[Tracker] = [JsonlTracker(metrics)]
-    if "tensorboard" in config.backends:
-        chosen.append(TensorBoardTracker(run_dir))
-    if "wandb" in config.backends:
-        chosen.append(WandbTracker(run_dir, config))
-    trackers = CompositeTracker(chosen)
-    trackers.start(run_config, step)
-    trackers.already_logged = _logged_metrics(metrics, step)
-    return trackers
+    metrics_jsonl = RunLayout(run_dir).metrics_jsonl
+    trackers: list[Tracker] = [JsonlTracker(metrics_jsonl)]
+    if "tensorboard" in track.backends:
+        trackers.append(TensorBoardTracker(run_dir))
+    if "wandb" in track.backends:
+        trackers.append(WandbTracker(run_dir, track))
+    composite = CompositeTracker(trackers)
+    composite.start(config, step)
+    # Read the file only now: `start` has removed its damaged lines.
+    composite.already_logged = _read_logged_metrics(metrics_jsonl, step)
+    return composite
 
 
-def _logged_metrics(metrics: Path, step: int) -> dict[int, set[str]]:
-    """Return the logged metrics of the steps that a run resumed from `step` measures again.
+def _read_logged_metrics(metrics_jsonl: Path, step: int) -> dict[int, set[str]]:
+    """Return the names of the logged metrics, for the steps at which a resumed run may log again.
 
-    These are step 0 and `step` itself.
+    At step 0 a run logs the quantization errors and its first evaluation. At `step` it repeats an
+    evaluation that was interrupted. Rows of later steps are removed when the tracker starts.
+
+    Args:
+        metrics_jsonl: the metrics of earlier processes; the file may be missing.
+        step: the optimizer step that the run resumes from; 0 for a fresh run.
     """
     try:
-        rows = read_metrics(metrics) if step else []
+        rows = read_metrics(metrics_jsonl) if step else []
     except (OSError, ValueError):
         return {}
+    # A row also has the keys `time` and `GLOBAL_STEP`, which are no metrics and do no harm here.
     return {row[GLOBAL_STEP]: set(row) for row in rows if row[GLOBAL_STEP] in (0, step)}

@@ -1,7 +1,7 @@
 """Terminal output: progress bars while a run works, and one results table at the end.
 
-Bars are drawn only if standard error is a terminal. In a log file a plain line from time to time
-shows the same. Only the main process prints.
+Bars are drawn only if standard error is a terminal. Otherwise, as in a log file, a plain line shows
+the progress from time to time. Only the main process prints.
 """
 
 import logging
@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from hqqtrain.common.secrets import mask_secrets
 
-FIRST_SECONDS, LINE_SECONDS = 5.0, 60.0
+FIRST_LINE_SECONDS, LINE_SECONDS = 5.0, 60.0
 """Without a terminal: seconds until the first plain line, and between two lines."""
 
-_YELLOW, _RED = 33, 31
+_YELLOW, _RED = 33, 31  # ANSI color codes
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class ProgressBar:
     """The progress of a task, as a bar or as plain lines. Use as a context manager.
 
     Args:
-        description: what is done, such as `training`.
+        description: the name of the work, such as `training`.
         total: the number of units; None if it is unknown.
         unit: the name of a unit, such as `step`.
         enabled: whether to print anything.
-        initial: the number of units that were done before.
+        initial: units done by an earlier process, which do not count for the rate.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class ProgressBar:
             initial=initial,
             colour="green" if _has_color() else None,
         )
-        self._done, self._postfix = initial, ""
+        self._units_done, self._postfix = initial, ""
         self._start_time = time.monotonic()
-        self._next_line_time = self._start_time + FIRST_SECONDS
+        self._next_line_time = self._start_time + FIRST_LINE_SECONDS
 
     def update(self, n: int = 1, **postfix: float | str) -> None:
         """Advance by `n` units, and show `postfix`, such as loss=2.31, after the progress."""
-        self._done += n
+        self._units_done += n
         if postfix:
-            self._postfix = ", ".join(f"{k}={_short(v)}" for k, v in postfix.items())
+            self._postfix = ", ".join(f"{name}={_short(value)}" for name, value in postfix.items())
             self._bar.set_postfix_str(self._postfix, refresh=False)
         self._bar.update(n)
         if self._prints_lines and time.monotonic() >= self._next_line_time:
@@ -84,26 +84,26 @@ class ProgressBar:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._bar.close()
-        if self._prints_lines and self._done > self.initial:
+        if self._prints_lines and self._units_done > self.initial:
             self._print_line(is_last=True)
 
     def _print_line(self, is_last: bool = False) -> None:
         """Print `training: 12/100 steps (12%), 0.5 steps/s, ETA 02:56, loss=2.31`."""
         seconds = time.monotonic() - self._start_time
-        rate = (self._done - self.initial) / seconds if seconds else 0.0
+        rate = (self._units_done - self.initial) / seconds if seconds else 0.0
         total = f"/{self.total}" if self.total else ""
-        percent = f" ({self._done / self.total:.0%})" if self.total else ""
-        parts = [f"{self.description}: {self._done}{total} {self.unit}s{percent}"]
+        percent = f" ({self._units_done / self.total:.0%})" if self.total else ""
+        parts = [f"{self.description}: {self._units_done}{total} {self.unit}s{percent}"]
         parts += [f"{_short(rate)} {self.unit}s/s"] if rate else []
         if is_last:
             parts.append(f"in {tqdm.format_interval(seconds)}")
         elif self.total and rate:
-            parts.append(f"ETA {tqdm.format_interval((self.total - self._done) / rate)}")
+            parts.append(f"ETA {tqdm.format_interval((self.total - self._units_done) / rate)}")
         parts += [self._postfix] if self._postfix else []
         print(", ".join(parts), file=sys.stderr, flush=True)
 
@@ -120,7 +120,7 @@ class Console:
         """Return a progress bar.
 
         Args:
-            description: what is done, such as `training`.
+            description: the name of the work, such as `training`.
             total: the number of units; None if it is unknown.
             unit: the name of a unit, such as `step`.
             initial: units done by an earlier process, which do not count for the rate.
@@ -146,8 +146,8 @@ def results_table(rows: Sequence[ResultRow]) -> str:
 def setup_logging(is_main: bool = True) -> None:
     """Send log messages to standard error, above the progress bars.
 
-    On the main process hqqtrain logs from INFO on, and other libraries from WARNING on. The other
-    ranks would repeat the same messages, so they log errors only. Calling this again is safe.
+    On the main process, hqqtrain logs at INFO and above, and other libraries at WARNING and above.
+    The other ranks would repeat these messages, so they log errors only. This may be called again.
     """
     logger = logging.getLogger("hqqtrain")
     logger.handlers = [_BarHandler()]
@@ -176,21 +176,22 @@ def _level_prefix(level: int) -> str:
     """Return `warning: ` and the like, colored on a terminal; empty for INFO and below."""
     if level <= logging.INFO:
         return ""
-    word = f"{logging.getLevelName(level).lower()}: "
+    prefix = f"{logging.getLevelName(level).lower()}: "
     color = _RED if level >= logging.ERROR else _YELLOW
-    return f"\033[{color}m{word}\033[0m" if _has_color() else word
+    return f"\033[{color}m{prefix}\033[0m" if _has_color() else prefix
 
 
 def _has_color() -> bool:
     """Whether standard error is a terminal with color, and the user allows color.
 
-    The user forbids it with the variable NO_COLOR (https://no-color.org).
+    A user forbids it with the environment variable NO_COLOR (https://no-color.org).
     """
     is_allowed = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return is_allowed and sys.stderr.isatty()
 
 
 def _short(value: Any) -> str:
+    """Format a number with four significant digits, or as a whole number from 1,000 on."""
     if not isinstance(value, int | float):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

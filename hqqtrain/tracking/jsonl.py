@@ -41,12 +41,12 @@ class JsonlTracker:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         row: dict[str, Any] = {GLOBAL_STEP: step, "time": round(time.time(), 3)}
         row |= {name: _finite(value) for name, value in metrics.items()}
-        is_writable = not self._unwritten
+        could_write = not self._unwritten  # whether the last row was written
         self._unwritten += (json.dumps(row) + "\n").encode()
         try:
             self._write()
         except OSError as error:
-            if is_writable:  # warn once, not at every row
+            if could_write:  # warn once, not at every row
                 logger.warning("%s: cannot be written for now: %s", self.path, error)
         if time.monotonic() - self._last_sync > SYNC_SECONDS:
             self._sync()
@@ -73,7 +73,8 @@ class JsonlTracker:
     def _write(self) -> None:
         assert self._file is not None
         while self._unwritten:
-            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            written = self._file.write(self._unwritten)  # may be a part of it on a full disk
+            self._unwritten = self._unwritten[written:]
 
     def _sync(self) -> None:
         if self._file is not None:
@@ -96,6 +97,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _finite(value: float) -> float | int | None:
+    """Return a number of Python for one of numpy or torch; None if it is not finite."""
     value = value.item() if hasattr(value, "item") else value
     return value if math.isfinite(value) else None
 
@@ -103,7 +105,7 @@ def _finite(value: float) -> float | int | None:
 def _truncate(path: Path, step: int) -> None:
     """Remove the rows after `step`, which the resumed run logs again; all rows if `step` is 0.
 
-    Lines that are not rows are removed too, such as the incomplete last line of a killed process.
+    Damaged lines are removed too, such as the incomplete last line of a killed process.
     """
     if not path.exists():
         return
@@ -115,9 +117,9 @@ def _truncate(path: Path, step: int) -> None:
 
 
 def _step_of(line: bytes) -> float:
-    """Return the step of a complete row, and infinity for a line that is not one."""
+    """Return the step of a complete row; infinity for any other line, so that it is removed."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
-        row = None
+        return math.inf
     return row.get(GLOBAL_STEP, math.inf) if isinstance(row, dict) else math.inf

@@ -1,7 +1,8 @@
 """The TensorBoard tracker, which writes event files to the run's directory.
 
 Metrics are scalars. Quantization errors are a histogram and a table, not hundreds of curves. The
-configuration and the final figures are text, and also hyperparameters, to compare runs by.
+configuration and the summary are shown as text. They are also logged as hyperparameters and their
+results, by which TensorBoard compares runs.
 """
 
 import importlib.util
@@ -26,7 +27,7 @@ FLUSH_SECONDS = 1
 
 
 class TensorBoardTracker:
-    """Writes to `run_dir`/tensorboard; a resumed run hides the old events of steps it repeats."""
+    """Writes to `run_dir`/tensorboard. A resumed run hides the old events of repeated steps."""
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = RunLayout(run_dir).tensorboard
@@ -48,8 +49,8 @@ class TensorBoardTracker:
         self._writer = SummaryWriter(
             str(self.folder), purge_step=purge_step, flush_secs=FLUSH_SECONDS
         )
-        code = yaml.safe_dump(self._config, sort_keys=False)
-        self._text("config", indent(code, 4 * " "))
+        config_yaml = yaml.safe_dump(self._config, sort_keys=False)
+        self._text("config", indent(config_yaml, 4 * " "))  # four spaces: Markdown's code block
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         if self._writer is None:
@@ -58,14 +59,14 @@ class TensorBoardTracker:
         for name, value in metrics.items():
             if LAYER_ERROR_PREFIX not in name and name != GLOBAL_STEP:
                 self._writer.add_scalar(name, float(value), step)
-        if layers := layer_errors(metrics):
+        if errors := layer_errors(metrics):
             import numpy
 
             self._writer.add_histogram(
-                "quant/relative_error", numpy.array(list(layers.values())), step
+                "quant/relative_error", numpy.array(list(errors.values())), step
             )
             self._text(
-                "quant/relative_errors", _table(("module", "relative error"), layers.items())
+                "quant/relative_errors", _table(("module", "relative error"), errors.items())
             )
 
     def log_summary(self, summary: Mapping[str, Any]) -> None:
@@ -73,12 +74,12 @@ class TensorBoardTracker:
             return
         from torch.utils.tensorboard.summary import hparams
 
-        figures = flatten(summary)
-        self._text("summary", _table(("figure", "value"), figures.items()))
+        values = flatten(summary)
+        self._text("summary", _table(("figure", "value"), values.items()))
         numbers = {
             f"summary/{name}": float(value)
-            for name, value in figures.items()
-            if isinstance(value, int | float) and name.split(".")[0] in _COMPARED
+            for name, value in values.items()
+            if isinstance(value, int | float) and name.split(".")[0] in _COMPARED_PARTS
         }
         for event in hparams(_settings(self._config), numbers):
             self._writer.file_writer.add_summary(event)
@@ -111,22 +112,26 @@ class TensorBoardTracker:
         self._writer.add_text(tag, markdown, self._step)
 
 
-_COMPARED = ("quantize", "eval", "train")
+_COMPARED_PARTS = ("quantize", "eval", "train")
 """Parts of the summary whose numbers are used to compare runs."""
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that affect the result, as numbers and text.
+    """Return the flattened settings that affect the result, as numbers and text.
 
     Booleans become text, because torch would log them as numbers.
     """
-    kept = flatten(
+    settings = flatten(
         {group: keys for group, keys in config.items() if group not in NON_RESULT_GROUPS}
     )
-    return {n: v if type(v) in (int, float, str) else str(v) for n, v in kept.items()}
+    # `type`, not `isinstance`: a bool is an int, too.
+    return {
+        name: value if type(value) in (int, float, str) else str(value)
+        for name, value in settings.items()
+    }
 
 
-def _table(head: Sequence[str], rows: Iterable[tuple[str, Any]]) -> str:
+def _table(headers: Sequence[str], rows: Iterable[tuple[str, Any]]) -> str:
     """Format a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
+    lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

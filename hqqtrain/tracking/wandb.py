@@ -1,10 +1,12 @@
-"""The Weights & Biases tracker: online with a key and a network, else a file to sync later.
+"""The Weights & Biases tracker. With a key and a network it is online; otherwise it writes a file.
 
-wandb prompts for a key, waits for its server, and prints; a training run must do none of these.
-So the mode is decided within seconds (wandb_mode.py), every wait has a timeout, and a run whose
-server fails at the start is kept offline. `CompositeTracker` handles all other failures. A resumed
-run is the same W&B run: online it continues after the rows that the server has, offline it writes
-another file with the same id.
+The user can send the file later with `wandb sync`. By itself wandb prompts for a key, waits for its
+server, and prints; a training run must do none of these. So the mode is decided within seconds
+(wandb_mode.py), and every wait has a timeout. If the server fails at the start, the run is kept
+offline. `CompositeTracker` handles all other failures.
+
+A resumed run is the same W&B run. Online, it continues after the rows that the server has. Offline,
+it writes another file with the same id.
 """
 
 import importlib.util
@@ -37,8 +39,10 @@ SLACK_SECONDS = 10.0
 """Extra time for wandb's own process to notice that `FINISH_SECONDS` are over."""
 
 FLUSH_SECONDS = 1.0
-"""Seconds between two writes of its file. A killed process loses the rows since the last one, but
-not those of metrics.jsonl."""
+"""Seconds between two writes of the offline file.
+
+If the process is killed, this file lacks the rows since the last write; metrics.jsonl has them.
+"""
 
 
 class WandbTracker:
@@ -75,12 +79,12 @@ class WandbTracker:
         if self._run is None or step < self._run.starting_step:
             return
         row: dict[str, Any] = {**metrics, GLOBAL_STEP: step}
-        if layers := layer_errors(metrics):
+        if errors := layer_errors(metrics):
             import wandb
 
             columns: list[str | int] = ["module", "relative_error"]
-            rows = [[name, error] for name, error in layers.items()]
-            row["quant/relative_errors"] = wandb.Table(columns=columns, data=rows)
+            table_rows = [[name, error] for name, error in errors.items()]
+            row["quant/relative_errors"] = wandb.Table(columns=columns, data=table_rows)
         self._run.log(row, step=step)
 
     def log_summary(self, summary: Mapping[str, Any]) -> None:
@@ -91,7 +95,8 @@ class WandbTracker:
         if self._run is not None and paths:
             import wandb
 
-            self._run.log({f"report/{n}": wandb.Image(str(path)) for n, path in paths.items()})
+            images = {f"report/{name}": wandb.Image(str(path)) for name, path in paths.items()}
+            self._run.log(images)
 
     def log_artifact(self, path: Path) -> None:
         """Upload the adapter if `track.artifacts` is set. A failed upload is only a warning."""
@@ -117,11 +122,11 @@ class WandbTracker:
             return
         run, self._run = self._run, None
 
-        def end() -> None:
+        def finish_and_stop() -> None:
             run.finish(exit_code=exit_code)
-            _stop_service(exit_code)  # the last rows may be missing in the file before
+            _stop_service(exit_code)  # until it ends, the last rows may be missing in the file
 
-        call_with_timeout(FINISH_SECONDS + SLACK_SECONDS, end, child_process_prefix="wandb-")
+        call_with_timeout(FINISH_SECONDS + SLACK_SECONDS, finish_and_stop, child_process_prefix="wandb-")
 
     def _send_missing_rows(self) -> None:
         """Send the rows of earlier processes again; `log` skips those that the server has.
@@ -131,9 +136,11 @@ class WandbTracker:
         file = RunLayout(self.run_dir).metrics_jsonl
         for row in read_metrics(file) if file.exists() else []:
             metrics = {
-                name: value for name, value in row.items() if name not in (GLOBAL_STEP, "time")
+                name: value
+                for name, value in row.items()
+                if name not in (GLOBAL_STEP, "time") and value is not None
             }
-            self.log({n: v for n, v in metrics.items() if v is not None}, row[GLOBAL_STEP])
+            self.log(metrics, row[GLOBAL_STEP])
 
     def _upload(self, path: Path) -> None:
         """Upload the adapter and wait for the server; offline a later sync uploads it."""
@@ -142,7 +149,8 @@ class WandbTracker:
         name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{self.run_dir.name}-adapter")
         artifact = wandb.Artifact(name[-128:], type="model")
         for file in sorted(path.iterdir()):
-            artifact.add_file(str(file), policy="immutable")  # the files never change: no copy
+            # The files never change, so wandb need not copy them.
+            artifact.add_file(str(file), policy="immutable")
         logged = self._run.log_artifact(artifact)
         if self._is_online:
             logged.wait(timeout=int(UPLOAD_SECONDS))
@@ -193,21 +201,21 @@ def read_run_id(run_dir: Path) -> str | None:
     contain it as well, for a run directory that was copied without W&B's files.
     """
     try:
-        found = _run_id_file(run_dir).read_text(encoding="utf-8", errors="replace").strip()
+        run_id = _run_id_file(run_dir).read_text(encoding="utf-8", errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return found if re.fullmatch(r"[\w-]{1,128}", found, re.ASCII) else None
+    return run_id if re.fullmatch(r"[\w-]{1,128}", run_id, re.ASCII) else None
 
 
-def save_run_id(run_dir: Path, id: str) -> None:
-    """Save `id` as the W&B id of the run."""
+def save_run_id(run_dir: Path, run_id: str) -> None:
+    """Save `run_id` as the W&B id of the run."""
     file = _run_id_file(run_dir)
     file.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(file, id)
+    atomic_write(file, run_id)
 
 
 def delete_run_id(run_dir: Path) -> None:
-    """Delete the id. A restarted run needs a new one, because W&B drops steps it already has."""
+    """Delete the id of a run that starts over: W&B would drop the steps that it already has."""
     _run_id_file(run_dir).unlink(missing_ok=True)
 
 
@@ -216,12 +224,13 @@ def _run_id_file(run_dir: Path) -> Path:
 
 
 def _settings(wandb: Any) -> Any:
-    """Return settings without console output or capture, without code copies, and with timeouts.
+    """Return settings of wandb: no console output or capture, no copies of code, and timeouts.
 
     wandb records the git commit, but not the remote, because its URL may contain a token.
     """
-    flush = "x_transaction_log_flush_interval"  # in newer versions only; their default is 15 s
-    optional = {flush: FLUSH_SECONDS} if flush in wandb.Settings.model_fields else {}
+    flush_setting = "x_transaction_log_flush_interval"  # newer versions only; default 15 s
+    is_known = flush_setting in wandb.Settings.model_fields
+    optional = {flush_setting: FLUSH_SECONDS} if is_known else {}
     return wandb.Settings(
         silent=True,
         console="off",
@@ -235,7 +244,7 @@ def _settings(wandb: Any) -> Any:
 
 
 def _stop_service(exit_code: int) -> None:
-    """Stop wandb's own process, which also ends its state of a run."""
+    """Stop wandb's own process, which also forgets its run."""
     import wandb
 
     wandb.teardown(exit_code)

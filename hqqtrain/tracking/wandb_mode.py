@@ -1,4 +1,4 @@
-"""Finds out within seconds whether W&B is usable: a key, a network, and a server that answers."""
+"""Find out within seconds whether W&B is usable: a key, a network, and a server that answers."""
 
 import configparser
 import logging
@@ -21,14 +21,14 @@ def choose_wandb_mode() -> Any:
     """Return the mode for `wandb.init`, and log the reason if a run is kept offline.
 
     The user's choice comes first: WANDB_DISABLED, WANDB_MODE, or the command `wandb offline`.
-    Otherwise the mode is `online` if there is a key and the server answers, else `offline`.
+    Otherwise the mode is `online` if there is a key and the server answers, and `offline` if not.
     """
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):
         return "disabled"
-    if chosen := os.environ.get("WANDB_MODE"):
-        return chosen
-    if (chosen := _settings().get("mode")) in ("offline", "disabled"):
-        return chosen
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    if (mode := _read_wandb_settings().get("mode")) in ("offline", "disabled"):
+        return mode
     host = urlsplit(wandb_server()).netloc  # with the port, as in the netrc entries of wandb
     if not _has_key(host):
         logger.info("wandb: no key for %s; the run is kept offline.", host)
@@ -41,8 +41,8 @@ def choose_wandb_mode() -> Any:
 
 def wandb_server() -> str:
     """Return the URL of W&B or of a self-hosted server, which `wandb login --host` has saved."""
-    chosen = os.environ.get("WANDB_BASE_URL") or _settings().get("base_url")
-    return chosen or "https://api.wandb.ai"
+    url = os.environ.get("WANDB_BASE_URL") or _read_wandb_settings().get("base_url")
+    return url or "https://api.wandb.ai"
 
 
 def is_server_reachable() -> bool:
@@ -57,7 +57,7 @@ def is_server_reachable() -> bool:
             urllib.request.urlopen(wandb_server(), timeout=REACH_SECONDS).close()
         except urllib.error.HTTPError:
             pass  # an error page is an answer, too
-        except Exception:  # of any kind: the server cannot be reached
+        except Exception:  # whatever the reason, the server cannot be reached
             return
         answers.append(True)
 
@@ -67,15 +67,16 @@ def is_server_reachable() -> bool:
     return bool(answers)
 
 
-def _settings() -> dict[str, str]:
-    """Read wandb's settings files; the working directory's file overrides that of the user."""
+def _read_wandb_settings() -> dict[str, str]:
+    """Read wandb's settings files; those in the working directory override that of the user."""
     user_dir = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
-    files = configparser.ConfigParser(interpolation=None)
+    settings = configparser.ConfigParser(interpolation=None)
     try:
-        files.read([user_dir / "settings", "wandb/settings", ".wandb/settings"], encoding="utf-8")
+        files = [user_dir / "settings", Path("wandb/settings"), Path(".wandb/settings")]
+        settings.read(files, encoding="utf-8")
     except (OSError, ValueError, configparser.Error):
         return {}  # wandb itself will report the error
-    return dict(files["default"]) if files.has_section("default") else {}
+    return dict(settings["default"]) if settings.has_section("default") else {}
 
 
 def _has_key(host: str) -> bool:

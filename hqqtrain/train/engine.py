@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hqqtrain.distributed.gather import LocalShard
 
 ALL_FINITE = (-1, "")
-"""Result of `Engine.first_nonfinite` if all gradients are finite."""
+"""Result of `Engine.first_nonfinite_gradient` if all gradients are finite."""
 
 
 class Engine(Protocol):
@@ -29,13 +29,16 @@ class Engine(Protocol):
         engine.step(learning_rate) if math.isfinite(norm) else engine.skip_step()
 
     DeepSpeed reveals the norm only after it has stepped. So under ZeRO-3 `grad_norm` steps already,
-    `step` and `skip_step` only clean up, and the caller must end the run instead of skipping.
+    and `step` and `skip_step` only clean up. A norm that is not finite must end the run then.
     """
 
     model: nn.Module
 
     def accumulating(self, *, last: bool) -> AbstractContextManager:
-        """Context for forward and backward of one micro-batch; `last` is the last one of a step."""
+        """Return a context for the forward and backward pass of one micro-batch.
+
+        `last` is the last micro-batch of a step; only then must gradients be averaged over ranks.
+        """
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`."""
@@ -49,12 +52,12 @@ class Engine(Protocol):
     def skip_step(self) -> None:
         """Drop the gradients without a step."""
 
-    def first_nonfinite(self) -> tuple[int, str]:
-        """Return (index, name) of the last parameter whose gradient is not finite on this rank.
+    def first_nonfinite_gradient(self) -> tuple[int, str]:
+        """Return (index, name) of the parameter whose gradient became non-finite first.
 
-        The backward pass reaches the last parameter first, so its gradient is closest to the cause.
-        The result is `ALL_FINITE` if all gradients are finite. Valid between `grad_norm` and `step`
-        or `skip_step`.
+        Only gradients of this rank count. The backward pass reaches the last parameter first, so
+        this is the non-finite gradient with the largest index. The result is `ALL_FINITE` if all
+        gradients are finite. Call it after `grad_norm` and before `step` or `skip_step`.
         """
 
     def local_state(self) -> dict[str, LocalShard]:
@@ -78,5 +81,5 @@ class Engine(Protocol):
 
 
 def all_finite(grad: Tensor) -> Tensor:
-    """Return bool [], without synchronizing with the device."""
+    """Return whether all elements are finite, as bool [], without a device synchronization."""
     return grad.isfinite().all()

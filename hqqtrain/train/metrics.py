@@ -1,6 +1,6 @@
-"""The metrics of an optimizer step, by the names that trackers show.
+"""Compute the metrics of an optimizer step, under the names that trackers show.
 
-One of them is model FLOPs utilization (MFU): the share of the GPU's peak matrix rate that training
+One of them is model FLOPs utilization (MFU): the fraction of the GPU's peak FLOP/s that training
 uses.
 """
 
@@ -13,7 +13,7 @@ PEAK_FLOPS = {
     "H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12,
     "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
-"""Dense bf16 FLOP/s, from the data sheets, by a part of the device's name."""
+"""Peak dense bf16 FLOP/s, from the data sheets, by a part of the device's name."""
 
 
 def step_metrics(
@@ -43,28 +43,30 @@ def step_metrics(
 
 def peak_flops(device_name: str) -> float | None:
     """Return the peak FLOP/s of one device; None if unknown, as for a CPU."""
-    return next((rate for part, rate in PEAK_FLOPS.items() if part in device_name), None)
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
 
 
 def flops_per_token(model: nn.Module) -> int:
     """Return the FLOPs to train one token, counting linear layers and no recomputation.
 
     A frozen layer takes 2 FLOPs per weight in the forward pass and 2 for the gradient of its input.
-    A trained layer takes 2 more. The matrix products of attention are not counted; they matter for
-    long sequences only.
+    A trained layer takes 2 more for the gradient of its weight. The matrix products of attention
+    are not counted, because they matter for long sequences only.
     """
     total = 0
     for module in model.modules():
         if isinstance(module, HQQLinear):
             total += 4 * module.out_features * module.in_features
         elif isinstance(module, nn.Linear):
-            trained = module.weight.requires_grad
-            total += (6 if trained else 4) * module.out_features * module.in_features
+            is_trained = module.weight.requires_grad
+            total += (6 if is_trained else 4) * module.out_features * module.in_features
     return total
 
 
 def mfu_per_token_rate(model: nn.Module, device_name: str, world_size: int) -> float | None:
-    """Return the MFU of training at one token per second; multiply by the real rate.
+    """Return the MFU of training at one token per second.
+
+    The caller multiplies it by the tokens per second of a step.
 
     Args:
         model: Quantized or not, with its adapters.
@@ -72,7 +74,7 @@ def mfu_per_token_rate(model: nn.Module, device_name: str, world_size: int) -> f
         world_size: Number of devices.
 
     Returns:
-        A share of the peak of all devices; None if the peak is unknown.
+        A fraction of the peak of all devices; None if the peak is unknown.
     """
     peak = peak_flops(device_name)
     return flops_per_token(model) / (peak * world_size) if peak else None

@@ -22,13 +22,20 @@ from hqqtrain.train.state import StepResult
 logger = logging.getLogger(__name__)
 
 MAX_REFUSED_IN_A_ROW = 5
-"""Refused steps in a row that end the run under every policy: no single batch is the cause."""
+"""Number of refused steps in a row that ends the run under every policy.
+
+After so many, a single bad batch cannot be the cause.
+"""
 
 MAX_OVERFLOWS_IN_A_ROW = 25
-"""Overflows in a row that fp16 scaling can explain: the scale starts at 2^16 and is halved."""
+"""Largest number of overflows in a row that are left to fp16's gradient scaler.
+
+The scale starts at 2^16 and each overflow halves it, so 25 overflows lower it to 2^-9. Gradients
+that still overflow are not finite for another reason.
+"""
 
 RecordRefusal = Callable[[StepResult, dict[str, Any]], object]
-"""Records a refused step: (step, facts about its cause as JSON values)."""
+"""Records a refused step: (step, its cause as JSON values)."""
 
 
 class NonFiniteGuard:
@@ -37,8 +44,8 @@ class NonFiniteGuard:
     Args:
         policy: `train.on_nonfinite`.
         comm: All ranks of the run.
-        record: Records a refused step.
-        scales_gradients: Whether fp16's gradient scaler handles overflows.
+        record_refusal: Records a refused step.
+        scales_gradients: Whether fp16's gradient scaler skips steps that overflow.
         autocast: Makes the context of the forward pass.
         lr: `optim.lr`, for the error message.
     """
@@ -47,25 +54,27 @@ class NonFiniteGuard:
         self,
         policy: str,
         comm: Communicator,
-        record: RecordRefusal,
+        record_refusal: RecordRefusal,
         *,
         scales_gradients: bool = False,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         lr: float = 0.0,
     ) -> None:
-        self._policy, self._comm, self._record = policy, comm, record
+        self._policy, self._comm, self._record_refusal = policy, comm, record_refusal
         self._scales_gradients, self._autocast, self._lr = scales_gradients, autocast, lr
         self._refused_in_a_row = self._overflows_in_a_row = 0
 
     @property
     def rolls_back(self) -> bool:
-        """Whether a refused step also returns to the last checkpoint."""
+        """Whether the run returns to the last checkpoint after a refused step."""
         return self._policy == "rollback"
 
     def allows_step(self, step: StepResult) -> bool:
-        """Whether the optimizer may step; the same on all ranks. Counts overflows."""
+        """Decide whether the optimizer may step, and count overflows; the same on all ranks."""
         if math.isfinite(step.loss) and math.isfinite(step.grad_norm):
             self._overflows_in_a_row = 0
+            # After a rollback, steps up to the refused one are repeated and succeed. So only a new
+            # checkpoint resets the count then; see `checkpoint_saved`.
             if not self.rolls_back:
                 self._refused_in_a_row = 0
             return True
@@ -80,13 +89,11 @@ class NonFiniteGuard:
         self, step: StepResult, gradient: tuple[int, str], model: nn.Module,
         batches: Iterable[Batch],
     ) -> None:  # fmt: skip
-        """Find the layer, record the batch, and either return to skip it or end the run.
-
-        Collective.
+        """Find the layer and record the batch. Return if the batch is to be skipped. Collective.
 
         Args:
             step: The step that `allows_step` has refused.
-            gradient: `Engine.first_nonfinite` of this rank.
+            gradient: `Engine.first_nonfinite_gradient` of this rank.
             model: The model to run again, as the engine calls it.
             batches: This rank's micro-batches of the step.
 
@@ -96,9 +103,9 @@ class NonFiniteGuard:
         self._refused_in_a_row += 1
         with self._autocast():
             outputs = [first_nonfinite_output(model, batch) for batch in batches]
-        layer, what = self._cause(outputs, gradient)
-        self._record(step, {"layer": layer, "what": what, "policy": self._policy})
-        cause = f"loss {step.loss}, gradient norm {step.grad_norm}; first in the {what} of {layer}"
+        layer, kind = self._find_cause(outputs, gradient)
+        self._record_refusal(step, {"layer": layer, "what": kind, "policy": self._policy})
+        cause = f"loss {step.loss}, gradient norm {step.grad_norm}; first in the {kind} of {layer}"
         times = self._refused_in_a_row
         if self._policy == "stop" or times >= MAX_REFUSED_IN_A_ROW:
             how_often = f", {times} times in a row" if times > 1 else ""
@@ -112,39 +119,53 @@ class NonFiniteGuard:
             self._policy, step.batch_index, cause,
         )  # fmt: skip
 
-    def _cause(self, outputs: list[str], gradient: tuple[int, str]) -> tuple[str, str]:
-        """Return the layer and whether its output or its gradient came first. Collective."""
-        names = [name for of_rank in self._comm.gather(outputs) for name in of_rank if name]
-        # The backward pass reaches the last parameter first: over ranks, the largest index wins.
+    def _find_cause(self, outputs: list[str], gradient: tuple[int, str]) -> tuple[str, str]:
+        """Return the first layer with a value that is not finite, and `output` or `gradient`.
+
+        Collective. Every output precedes every gradient.
+
+        Args:
+            outputs: `first_nonfinite_output` of each micro-batch of this rank.
+            gradient: `Engine.first_nonfinite_gradient` of this rank.
+        """
+        layers = [layer for of_rank in self._comm.gather(outputs) for layer in of_rank if layer]
+        # The backward pass reaches the last parameter first, so the largest index is the first.
         _, parameter = max(self._comm.gather(gradient))
-        if names:
-            return names[0], "output"
+        if layers:
+            return layers[0], "output"
         return parameter or "no layer by itself", "gradient"
 
     def checkpoint_saved(self) -> None:
-        """Reset the count of refused steps, because a checkpoint was made after them."""
+        """Reset the count of refused steps: a rollback no longer repeats the steps before them."""
         self._refused_in_a_row = 0
 
 
 @torch.no_grad()
 def first_nonfinite_output(model: nn.Module, batch: Batch) -> str:
-    """Return the first module whose output is not finite in a forward pass; empty if none."""
-    found: list[str] = []
+    """Return the name of the first module whose output is not finite; empty if there is none.
+
+    The model runs forward once on `batch`.
+    """
+    nonfinite: list[str] = []
 
     def make_hook(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
             floats = (t for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
-            if not found and not all(bool(t.isfinite().all()) for t in floats):
-                found.append(strip_wrappers(name.removeprefix("module.")))  # DDP's prefix
+            if not nonfinite and not all(bool(t.isfinite().all()) for t in floats):
+                nonfinite.append(strip_wrappers(name.removeprefix("module.")))  # DDP's prefix
 
         return hook
 
-    named = [(name, module) for name, module in model.named_modules() if name]
-    hooks = [module.register_forward_hook(make_hook(name)) for name, module in named]
+    handles = [
+        module.register_forward_hook(make_hook(name))
+        for name, module in model.named_modules()
+        if name  # not the model itself
+    ]
     try:
-        model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        model(**inputs, use_cache=False)
     finally:
-        for handle in hooks:
+        for handle in handles:
             handle.remove()
-    return found[0] if found else ""
+    return nonfinite[0] if nonfinite else ""

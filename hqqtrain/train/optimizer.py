@@ -1,6 +1,6 @@
 """The parameters that are trained, their optimizer, and its learning rate at each step.
 
-The optimizer steps on `trainable_parameters`, which are also what a checkpoint and `adapter/` have.
+The optimizer updates `trainable_parameters`; checkpoints and `adapter/` contain the same ones.
 """
 
 import logging
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of `model` that require a gradient, by PEFT's names.
 
-    Loading makes exactly the parameters of the training method require one: today, the adapters.
+    When a model is loaded, only its adapters are set to require a gradient.
     """
     named = model.named_parameters()
     return {peft_key(name): param for name, param in named if param.requires_grad}
@@ -43,28 +43,33 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> 
         "paged_adamw": bnb.PagedAdamW32bit,
         "paged_adamw_8bit": bnb.PagedAdamW8bit,
     }
-    return _over_shards(list(parameters), partial(classes[config.name], **options))
+    return _build_over_shards(list(parameters), partial(classes[config.name], **options))
 
 
-def _over_shards(
-    parameters: list[nn.Parameter], make: Callable[[list[nn.Parameter]], Optimizer]
+def _build_over_shards(
+    parameters: list[nn.Parameter], build: Callable[[list[nn.Parameter]], Optimizer]
 ) -> Optimizer:
-    """Build an optimizer that does not support DTensor over this rank's shards.
+    """Build an optimizer over this rank's shards, if any parameter is sharded.
 
-    A shard shares the parameter's memory. Each step looks up that memory again, because FSDP2
-    moves it after construction.
+    bitsandbytes does not support DTensor, so it gets plain tensors that share the memory of the
+    shards. Each step looks up this memory again, because FSDP2 moves it after construction.
+
+    Args:
+        parameters: The parameters, DTensors or plain.
+        build: Builds the optimizer over plain parameters.
     """
-    if not any(isinstance(p, DTensor) for p in parameters):
-        return make(parameters)
-    shards = [nn.Parameter(local_tensor(p)) for p in parameters]
-    optimizer = make(shards)
+    if not any(isinstance(param, DTensor) for param in parameters):
+        return build(parameters)
+    shards = [nn.Parameter(local_tensor(param)) for param in parameters]
+    optimizer = build(shards)
 
     def bind_shards(*_: Any) -> None:
-        for shard, full in zip(shards, parameters, strict=True):
-            shard.data = local_tensor(full)
-            shard.grad = (
-                local_tensor(full.grad) if full.grad is not None and shard.numel() else None
-            )
+        for shard, param in zip(shards, parameters, strict=True):
+            shard.data = local_tensor(param)
+            # bitsandbytes cannot step on an empty shard; without a gradient, it skips the shard.
+            shard.grad = None
+            if param.grad is not None and shard.numel() > 0:
+                shard.grad = local_tensor(param.grad)
 
     def free_gradients(*_: Any) -> None:
         for tensor in (*shards, *parameters):
@@ -87,7 +92,7 @@ class LearningRateSchedule:
 
     The rate warms up linearly over `optim.warmup_steps`, then decays to zero at the last step by a
     cosine or linearly, or stays constant. It depends on the step only, so no state is saved.
-    transformers' schedules start at a rate of 0, which wastes the first step.
+    Unlike transformers' schedules, it does not start at a rate of 0, which would waste a step.
     """
 
     optim: OptimConfig
@@ -101,12 +106,12 @@ class LearningRateSchedule:
             )  # fmt: skip
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of optimizer step `step`, counted from 0."""
+        """Return the learning rate of optimizer step `step`, which counts from 0."""
         optim = self.optim
         if step < optim.warmup_steps:
             return optim.lr * (step + 1) / optim.warmup_steps
         decay_steps = max(1, self.total_steps - optim.warmup_steps)
-        left = max(0.0, 1 - (step - optim.warmup_steps) / decay_steps)
+        remaining = max(0.0, 1 - (step - optim.warmup_steps) / decay_steps)  # from 1 down to 0
         if optim.schedule == "cosine":
-            return optim.lr * 0.5 * (1 - math.cos(math.pi * left))
-        return optim.lr * left if optim.schedule == "linear" else optim.lr
+            return optim.lr * 0.5 * (1 - math.cos(math.pi * remaining))
+        return optim.lr * remaining if optim.schedule == "linear" else optim.lr

@@ -1,7 +1,8 @@
 """Save and load the optimizer's state by parameter name, for any number of ranks.
 
 PyTorch's AdamW keeps tensors of the parameter's shape. They are saved as full tensors, which any
-world size can shard again. bitsandbytes' states need more care, see `blockwise_shards`.
+world size can shard again. bitsandbytes quantizes each shard in its own blocks. Its shards are saved
+one by one, and are quantized again if the world size changes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,57 +15,61 @@ from torch.optim import AdamW, Optimizer
 from hqqtrain.distributed.gather import LocalShard, local_shard_of, shard_index_and_count
 from hqqtrain.distributed.local import copy_from_full, local_rows, local_tensor
 
-_KEYS = ("exp_avg", "exp_avg_sq")
-"""Keys of AdamW's moments."""
+_ADAMW_KEYS = ("exp_avg", "exp_avg_sq")
+"""Keys of the moments in the state of PyTorch's AdamW."""
 
 
 class OptimizerState:
-    """State of `optimizer`, as `build_optimizer` makes it, for the parameters `named`."""
+    """The state of an optimizer, by the names of its parameters.
 
-    def __init__(self, optimizer: Optimizer, named: Mapping[str, nn.Parameter]) -> None:
-        self._optimizer, self._named = optimizer, named
-        # The parameters as the optimizer has them: under bitsandbytes, this rank's shards.
+    Args:
+        optimizer: From `build_optimizer`.
+        parameters: The parameters that it was built for, by name.
+    """
+
+    def __init__(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._optimizer, self._parameters = optimizer, parameters
+        # The same parameters as the optimizer has them: under bitsandbytes, this rank's shards.
         self._optimized: list[nn.Parameter] = optimizer.param_groups[0]["params"]
 
     @property
     def step(self) -> int:
-        """Number of steps taken, without those that fp16's loss scaling has skipped."""
+        """Number of steps taken; those that fp16's gradient scaler has skipped do not count."""
         return max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
 
     def local_shards(self) -> Iterator[tuple[str, LocalShard]]:
         """Yield (`name/key`, this rank's shard), with the same names on every rank."""
-        for (name, param), optimized in zip(self._named.items(), self._optimized, strict=True):
+        for (name, param), optimized in zip(self._parameters.items(), self._optimized, strict=True):
             state = self._optimizer.state.get(optimized, {})
             if not isinstance(self._optimizer, AdamW):
                 yield from blockwise_shards(name, param, state)
-            for key in _KEYS:
-                if key in state:
-                    yield (
-                        f"{name}/{key}",
-                        local_shard_of(param, local_tensor(state[key]), param.shape),
-                    )
+                continue
+            for key in _ADAMW_KEYS:
+                if key in state:  # absent before the first step
+                    shard = local_shard_of(param, local_tensor(state[key]), param.shape)
+                    yield f"{name}/{key}", shard
 
     def load(self, saved: Mapping[str, Tensor], step: int) -> None:
         """Load the full tensors that were saved after `step` steps, by name."""
         self._optimizer.state.clear()
         if not step:
             return
-        for number, (name, param) in enumerate(self._named.items()):
+        for index, (name, param) in enumerate(self._parameters.items()):
             if isinstance(self._optimizer, AdamW):
                 state: dict[str, Any] = {"step": torch.tensor(float(step))}
-                for key in _KEYS:
+                for key in _ADAMW_KEYS:
                     state[key] = torch.zeros_like(param, requires_grad=False)
                     copy_from_full(state[key], saved[f"{name}/{key}"])
                 self._optimizer.state[param] = state
             else:
-                load_blockwise(self._optimizer, number, name, param, saved, step)
+                load_blockwise(self._optimizer, index, name, param, saved, step)
 
 
-_MOMENTS = ("1", "2")
+_BNB_MOMENTS = ("1", "2")
 """AdamW's first and second moment, as bitsandbytes numbers them: state1, absmax1, qmap1, ..."""
 
-_BLOCK = 256
-"""Elements that share a scale (bitsandbytes, optim/optimizer.py, `init_state`)."""
+_BNB_BLOCK_SIZE = 256
+"""Number of elements that share a scale (bitsandbytes, optim/optimizer.py, `init_state`)."""
 
 
 def blockwise_shards(
@@ -81,52 +86,52 @@ def blockwise_shards(
         state: Its entry in the optimizer's state.
     """
     nothing = torch.empty(0)
-    for moment in _MOMENTS:
-        part = state.get(f"state{moment}", nothing)
+    for moment in _BNB_MOMENTS:
+        values = state.get(f"state{moment}", nothing)
         scales = state.get(f"absmax{moment}", nothing)
-        yield f"{name}/state{moment}", local_shard_of(param, part.flatten())
+        yield f"{name}/state{moment}", local_shard_of(param, values.flatten())
         yield f"{name}/absmax{moment}", local_shard_of(param, scales)
 
 
 def load_blockwise(
-    optimizer: Optimizer, number: int, name: str, param: nn.Parameter,
+    optimizer: Optimizer, index: int, name: str, param: nn.Parameter,
     saved: Mapping[str, Tensor], step: int,
 ) -> None:  # fmt: skip
     """Load the saved state of one parameter into `optimizer`.
 
     Args:
         optimizer: A new bitsandbytes optimizer, over this rank's shards.
-        number: Index of the parameter's shard in the optimizer.
+        index: Index of the parameter's shard in the optimizer.
         name: Name of the parameter.
         param: The parameter itself, sharded or not.
-        saved: Saved shards by `name/key/shard number`, with all shards of the parameter.
-        step: Steps that the saved optimizer had taken.
+        saved: All saved shards of the parameter, by `name/key/shard index`.
+        step: Number of steps that the saved optimizer had taken.
     """
     # Let bitsandbytes allocate the state of the shard: 8 bits or, if it is small, fp32.
     bnb_optimizer: Any = optimizer
     group = bnb_optimizer.param_groups[0]
-    shard = group["params"][number]
-    bnb_optimizer.init_state(group, shard, 0, number)
+    shard = group["params"][index]
+    bnb_optimizer.init_state(group, shard, 0, index)
     state = bnb_optimizer.state[shard]
     state["step"] = step
     shard_index, shard_count = shard_index_and_count(param)
-    for moment in _MOMENTS:
-        parts = _saved_shards(saved, f"{name}/state{moment}")
-        scales = _saved_shards(saved, f"{name}/absmax{moment}")
-        if len(parts) == shard_count:
-            # Sharded as before: copy codes and scales. Only quantized shards have scales.
-            target = state[f"state{moment}"]
-            target.copy_(parts[shard_index].view(target.shape))
-            if scales[shard_index].numel():
-                state[f"absmax{moment}"].copy_(scales[shard_index])
+    for moment in _BNB_MOMENTS:
+        saved_values = _saved_shards(saved, f"{name}/state{moment}")
+        saved_scales = _saved_shards(saved, f"{name}/absmax{moment}")
+        if len(saved_values) == shard_count:
+            # The sharding is the same: copy values and scales. Only 8-bit values have scales.
+            values = state[f"state{moment}"]
+            values.copy_(saved_values[shard_index].view(values.shape))
+            if saved_scales[shard_index].numel():
+                state[f"absmax{moment}"].copy_(saved_scales[shard_index])
         else:
-            # Sharded differently: join the shards in fp32 and quantize this rank's rows again.
-            full = _dequantize(parts, scales, moment).view(param.shape)
+            # The sharding differs: join the shards in fp32 and quantize this rank's rows again.
+            full = _dequantize(saved_values, saved_scales, moment).view(param.shape)
             _quantize_into(state, moment, full[local_rows(param)])
 
 
 def _saved_shards(saved: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    """Return `name/0`, `name/1`, ... as far as they exist."""
+    """Return the tensors `name/0`, `name/1`, ..., as many as there are."""
     shards: list[Tensor] = []
     while f"{name}/{len(shards)}" in saved:
         shards.append(saved[f"{name}/{len(shards)}"])
@@ -137,23 +142,23 @@ def _quantize_into(state: dict[str, Any], moment: str, values: Tensor) -> None:
     """Write fp32 `values` into the moment, in the dtype that bitsandbytes has allocated."""
     import bitsandbytes.functional as bnb
 
-    part = state[f"state{moment}"]
-    values = values.to(part.device).contiguous()
-    if part.dtype == torch.uint8:
+    target = state[f"state{moment}"]
+    values = values.to(target.device).contiguous()
+    if target.dtype == torch.uint8:
         code = state[f"qmap{moment}"]
-        values, quant_state = bnb.quantize_blockwise(values, code=code, blocksize=_BLOCK)
+        values, quant_state = bnb.quantize_blockwise(values, code=code, blocksize=_BNB_BLOCK_SIZE)
         state[f"absmax{moment}"].copy_(quant_state.absmax)
-    part.copy_(values.view(part.shape))
+    target.copy_(values.view(target.shape))
 
 
-def _dequantize(parts: list[Tensor], scales: list[Tensor], moment: str) -> Tensor:
-    """Return the full moment in fp32, flat, on the host."""
+def _dequantize(shards: list[Tensor], scales: list[Tensor], moment: str) -> Tensor:
+    """Join the saved shards of a moment; return it in fp32, flat, on the host."""
     import bitsandbytes.functional as bnb
 
-    # bitsandbytes' own code (`fill_qmap`): the first moment is signed, the second is not.
+    # The code book of bitsandbytes (`fill_qmap`): the first moment is signed, the second is not.
     code = bnb.create_dynamic_map(signed=moment == "1")
     return torch.cat([
-        bnb.dequantize_blockwise(p.flatten(), absmax=s, code=code, blocksize=_BLOCK)
-        if p.dtype == torch.uint8 else p.flatten()
-        for p, s in zip(parts, scales, strict=True)
+        bnb.dequantize_blockwise(shard.flatten(), absmax=s, code=code, blocksize=_BNB_BLOCK_SIZE)
+        if shard.dtype == torch.uint8 else shard.flatten()
+        for shard, s in zip(shards, scales, strict=True)
     ])  # fmt: skip

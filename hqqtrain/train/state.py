@@ -9,14 +9,15 @@ class StepResult:
     """The outcome of one global batch, the same on all ranks except for `seconds`.
 
     Attributes:
-        number: Number of the optimizer step, from 1. A batch that is left out has the number of
-            the next step.
+        number: Number of the optimizer step, from 1. If the step is not taken, the next one has
+            the same number.
         batch_index: Index of the global batch in the data, from 0.
         tokens: Tokens that the loss predicts, over all ranks.
         loss: Mean over these tokens, in nats.
         learning_rate: Learning rate of the step.
-        peak_memory_gib: Largest peak memory of any rank up to the backward pass of this step. The
-            optimizer allocates its state in the first step, so this counts from the second on.
+        peak_memory_gib: Largest peak memory of any rank up to the backward pass of this step. It
+            includes the state of the optimizer from the second step on, because the first step
+            allocates this state.
         grad_norm: Gradient norm over all ranks, before clipping.
         seconds: Duration of the step on this rank.
         was_taken: Whether the optimizer has stepped.
@@ -35,16 +36,16 @@ class StepResult:
 
 @dataclass
 class TrainState:
-    """Progress of a training. A checkpoint has all of it."""
+    """Progress of a training, which every checkpoint contains."""
 
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    """Training time, summed over all starts of the run."""
+    """Training time, summed over all processes of the run."""
     loss: float | None = None
     """Loss of the last step."""
     skipped: int = 0
-    """Number of global batches that were left out."""
+    """Number of global batches that were skipped."""
 
     @property
     def next_batch_index(self) -> int:
@@ -59,5 +60,5 @@ class TrainState:
         self.loss = step.loss
 
     def skip_to(self, batch_index: int) -> None:
-        """Leave out all global batches before `batch_index`."""
+        """Skip all global batches before `batch_index`."""
         self.skipped = batch_index - self.steps

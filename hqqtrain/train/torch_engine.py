@@ -51,7 +51,8 @@ class TorchEngine:
         optimizer = build_optimizer(optim, trainables.values())
         self._state = OptimizerState(optimizer, trainables)
         self._optimizer = accelerator.prepare_optimizer(optimizer)
-        self._norm: Tensor | None = None  # of the present gradients; a DTensor under FSDP2
+        # Total norm of the current gradients, before clipping; a DTensor under FSDP2.
+        self._norm: Tensor | None = None
 
     def accumulating(self, *, last: bool) -> AbstractContextManager:
         if isinstance(self.model, DistributedDataParallel) and not last:
@@ -79,15 +80,14 @@ class TorchEngine:
 
     def skip_step(self) -> None:
         if scaler := self._accelerator.scaler:
-            scaler.update()
+            scaler.update()  # required before gradients are unscaled again
         self._drop_gradients()
 
-    def first_nonfinite(self) -> tuple[int, str]:
-        found = ALL_FINITE
-        for index, (name, param) in enumerate(self._trainables.items()):
+    def first_nonfinite_gradient(self) -> tuple[int, str]:
+        for index, (name, param) in reversed(list(enumerate(self._trainables.items()))):
             if param.grad is not None and not all_finite(local_tensor(param.grad)):
-                found = (index, name)
-        return found
+                return index, name
+        return ALL_FINITE
 
     def local_state(self) -> dict[str, LocalShard]:
         parameters = {

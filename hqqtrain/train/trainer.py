@@ -1,8 +1,8 @@
 """A plain training loop, the same under every strategy and at every world size.
 
 The global batch of a step does not depend on the ranks: its sequences are a function of the seed
-and of its index, each rank takes every world-size-th of them, and the loss is averaged over the
-tokens of all ranks. So one process and eight have the same training curve up to rounding, and a run
+and of its index. Rank r takes the sequences r, r + world size, ..., and the loss is averaged over
+the tokens of all ranks. So one process and eight have the same training curve up to rounding. A run
 that resumes after a kill repeats the uninterrupted run bit for bit.
 """
 
@@ -36,7 +36,7 @@ class Trainer:
         loader: The training data.
         loss: Loss of the engine's model on a micro-batch.
         schedule: Learning rate of each step.
-        guard: Decides what happens if a loss or a gradient is not finite.
+        guard: Decides about steps whose loss or gradient is not finite.
         comm: All ranks of the run.
         preemption: Knows whether this rank was asked to stop.
         seed: `train.seed`.
@@ -70,7 +70,7 @@ class Trainer:
                 continue
             if self.guard.rolls_back:
                 roll_back()
-            # After a rollback, also leave out the batches since the checkpoint.
+            # After a rollback, this also skips the batches between the checkpoint and this one.
             self.state.skip_to(result.batch_index + 1)
 
     def step(self) -> StepResult:
@@ -79,7 +79,7 @@ class Trainer:
         seed_dropout(self.seed, batch_index, self.comm.rank)
         batches = list(self.loader.batches(batch_index))
         loss_sum = self._accumulate_gradients(batches, self.loader.target_token_count(batch_index))
-        result = self._reduce(loss_sum, batch_index)
+        result = self._reduce_step(loss_sum, batch_index)
         result.grad_norm = self.engine.grad_norm(result.learning_rate)
         result.was_taken = self.guard.allows_step(result)
         if result.was_taken:
@@ -88,33 +88,41 @@ class Trainer:
             self.preemption.record_step_seconds(result.seconds)
             self.state.add(result)
         else:
-            gradient = self.engine.first_nonfinite()
+            gradient = self.engine.first_nonfinite_gradient()
             self.engine.skip_step()
             self.guard.handle_refused(result, gradient, self.engine.model, batches)
         return result
 
-    def _accumulate_gradients(self, batches: Sequence[Batch], tokens: int) -> Tensor:
-        """Add up the gradients of this rank's micro-batches and return the sum of their losses."""
+    def _accumulate_gradients(self, batches: Sequence[Batch], global_tokens: int) -> Tensor:
+        """Add up the gradients of this rank's micro-batches, and return the sum of their losses.
+
+        Args:
+            batches: The micro-batches of this rank.
+            global_tokens: Number of tokens that the loss predicts in the global batch.
+        """
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.comm.device)
-        for number, batch in enumerate(batches):
-            with self.engine.accumulating(last=number == len(batches) - 1):
+        for index, batch in enumerate(batches):
+            with self.engine.accumulating(last=index == len(batches) - 1):
                 loss, _ = self.loss(batch)
-                # The loss is a sum over tokens, and the engine averages gradients over ranks. This
-                # factor makes the gradient that of the mean over the global batch's tokens.
-                self.engine.backward(loss * (self.comm.size / max(1, tokens)))
+                # The loss is a sum over tokens, and the engine averages gradients over ranks. With
+                # this factor, the result is the gradient of the mean over all global tokens.
+                self.engine.backward(loss * (self.comm.size / max(1, global_tokens)))
             loss_sum += loss.detach().double()
         return loss_sum
 
-    def _reduce(self, loss_sum: Tensor, batch_index: int) -> StepResult:
+    def _reduce_step(self, loss_sum: Tensor, batch_index: int) -> StepResult:
         """Combine the ranks' losses, requests to stop and peak memory, in one all-reduce.
 
         Only sums are reduced, so each rank has a slot of its own for its peak memory. A second
         collective just for a metric would cost a synchronization at every step.
         """
-        local: list[float] = [0.0, bool(self.preemption.stop_reason)] + [0] * self.comm.size
-        local[2 + self.comm.rank] = peak_memory_bytes(self.comm.device)
-        values = torch.tensor(local, dtype=torch.float64, device=self.comm.device)
-        values[0] = loss_sum  # on the device, so that only `sum` waits for it
+        peaks_of_ranks = [0] * self.comm.size
+        peaks_of_ranks[self.comm.rank] = peak_memory_bytes(self.comm.device)
+        asks_to_stop = bool(self.preemption.stop_reason)
+        values = torch.tensor(
+            [0, asks_to_stop, *peaks_of_ranks], dtype=torch.float64, device=self.comm.device
+        )
+        values[0] = loss_sum  # copied on the device, so that the host does not wait for it yet
         loss, stop_requests, *peaks = self.comm.sum(values)
         self.stop_requested = stop_requests > 0
         tokens = self.loader.target_token_count(batch_index)
@@ -124,7 +132,7 @@ class Trainer:
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all state as JSON values, and this rank's shards of tensors as `tensors`."""
+        """Return the state as JSON values, and as `tensors` this rank's shards of all tensors."""
         return {
             "step": self.state.steps,
             "trained": asdict(self.state),
@@ -134,9 +142,9 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the result of `state_dict`, in which `tensors` are full tensors now.
+        """Restore the result of `state_dict`, after its `tensors` were gathered into full tensors.
 
-        Those of the trainable parameters may be absent if the model has their values already.
+        The trainable parameters may be absent in it if the model has their values already.
         """
         tensors: Mapping[str, Tensor] = state["tensors"]
         for name, param in self.trainable_parameters.items():
@@ -148,6 +156,6 @@ class Trainer:
 
 
 def seed_dropout(seed: int, batch_index: int, rank: int) -> None:
-    """Seed dropout as a function of the arguments, so that no generator state needs saving."""
+    """Seed dropout by a hash of the arguments, so that a checkpoint needs no generator state."""
     digest = hashlib.blake2b(f"{seed} {batch_index} {rank}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "big") >> 1)

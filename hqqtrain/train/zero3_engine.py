@@ -1,4 +1,4 @@
-"""The engine of `zero3`: DeepSpeed clips, steps and drops the gradients itself."""
+"""The engine of the strategy `zero3`. DeepSpeed itself clips, steps and drops the gradients."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -44,13 +44,13 @@ class ZeRO3Engine:
         self.model: Any = build_deepspeed_engine(
             model, self._optimizer, max_grad_norm=max_grad_norm, autocast=autocast
         )
-        # DeepSpeed takes each gradient away once it is computed, so look at it in a hook.
+        # DeepSpeed takes each gradient away as soon as it is computed, so a hook must check it.
         self._is_nonfinite = torch.zeros(len(trainables), dtype=torch.bool, device=device)
         for index, param in enumerate(trainables.values()):
             param.register_hook(partial(self._check_gradient, index))
 
     def _check_gradient(self, index: int, grad: Tensor) -> None:
-        """Note a gradient that is not finite, without synchronizing with the device."""
+        """Remember a gradient that is not finite, without a device synchronization."""
         self._is_nonfinite[index] |= ~all_finite(grad)
 
     def accumulating(self, *, last: bool) -> AbstractContextManager:
@@ -63,29 +63,34 @@ class ZeRO3Engine:
     def grad_norm(self, learning_rate: float) -> float:
         """Step, then return the norm, which DeepSpeed reveals only after it has stepped.
 
-        So the caller must end the run if the norm is not finite. Collective.
+        Collective. The caller must end the run if the norm is not finite, because it is too late to
+        skip the step.
         """
         set_learning_rate(self._optimizer, learning_rate)
         self.model.step()
         return float(self.model.get_global_grad_norm())
 
     def step(self, learning_rate: float) -> None:
-        """Do nothing but clean up: `grad_norm` has stepped."""
+        """Only clean up, because `grad_norm` has stepped already."""
         self._is_nonfinite.zero_()
 
     def skip_step(self) -> None:
-        """Do nothing but clean up: `grad_norm` has stepped already."""
+        """Only clean up. The step cannot be skipped, because `grad_norm` has taken it."""
         self._is_nonfinite.zero_()
 
-    def first_nonfinite(self) -> tuple[int, str]:
-        named = zip(enumerate(self._trainables), self._is_nonfinite.tolist(), strict=True)
-        return max((found for found, is_bad in named if is_bad), default=ALL_FINITE)
+    def first_nonfinite_gradient(self) -> tuple[int, str]:
+        flags = self._is_nonfinite.tolist()
+        for index, name in reversed(list(enumerate(self._trainables))):
+            if flags[index]:
+                return index, name
+        return ALL_FINITE
 
     def local_state(self) -> dict[str, LocalShard]:
         shards = {}
         for name, param in self._trainables.items():
-            for key, part in zero3.local_training_state(self.model, param).items():
-                shard = local_shard_of(param, part, zero3_shape(param))
+            # The empty key stands for the parameter itself, the others for its moments.
+            for key, tensor in zero3.local_training_state(self.model, param).items():
+                shard = local_shard_of(param, tensor, zero3_shape(param))
                 shards[f"{name}/{key}" if key else name] = shard
         return shards
 
@@ -103,7 +108,7 @@ class ZeRO3Engine:
         zero3.load_moments(self.model, step_count, moments)
 
     def scaler_state(self) -> dict[str, Any] | None:
-        return None  # no gradient scaling under ZeRO-3
+        return None  # gradients are not scaled under ZeRO-3
 
     def load_scaler(self, state: Mapping[str, Any] | None) -> None:
         pass

@@ -85,7 +85,7 @@ def make_config(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
 @pytest.fixture
 def start_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[StartRun]:
-    """Return a context manager that starts a run as `run_selected_task` does, without a report."""
+    """Return a context manager that starts a run as `dispatch_task` does, without a report."""
     logger = logging.getLogger("hqqtrain")
     handlers, level = logger.handlers, logger.level
     monkeypatch.setattr("hqqtrain.tasks.finalize.write_report", lambda *_: {})

@@ -7,7 +7,7 @@ import matplotlib.image
 import pytest
 
 from hqqtrain.report.plots import group_by_kind, plot_layer_errors, plot_loss, plot_perplexities
-from hqqtrain.report.run_report import key_figures, measured_perplexities, write_report
+from hqqtrain.report.run_report import key_numbers, measured_perplexities, write_report
 from hqqtrain.tracking.jsonl import JsonlTracker
 
 KINDS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
@@ -80,8 +80,8 @@ def test_parts_that_were_not_run_are_omitted(tmp_path):
     assert set(write_report(tmp_path / "b", tmp_path / "none", {}, {})) == {"index"}
 
 
-def test_key_figures():
-    figures = key_figures(SUMMARY)
+def test_key_numbers():
+    figures = key_numbers(SUMMARY)
     assert figures["of the gap closed"] == "75%"
     assert figures["bits per weight"] == "2.5"
     infinite = {"eval": {"quantized": {"perplexity": float("inf")}}}

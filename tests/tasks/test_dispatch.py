@@ -23,7 +23,7 @@ def run_as(make_config, start_run, monkeypatch) -> Callable[[Callable[[Run], Non
     def run(task: Callable[[Run], None]) -> int:
         monkeypatch.setitem(dispatch._TASKS, "quantize", task)
         with warnings.catch_warnings():
-            return dispatch.run_selected_task(make_config("quantize"), [])
+            return dispatch.dispatch_task(make_config("quantize"), [])
 
     return run
 

@@ -29,7 +29,7 @@ def test_both_parts_are_recorded(make_config, start_run, reference: str):
                 torch.nn.init.normal_(param)
         evaluation.evaluate_as("final", adapted=True)
         loss = evaluation.evaluate_during_training()
-        found = run.recorder.summary.figures.eval
+        found = run.recorder.summary.content.eval
         expected = evaluate_perplexity(runnable.model, held_out, run.runtime.comm, batch_size=1)
     assert found.final.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
     assert loss == pytest.approx(expected.loss, rel=1e-5)
@@ -46,4 +46,4 @@ def test_without_a_held_out_set_nothing_is_measured(make_config, start_run):
         evaluation = RecordedEvaluation(run, _runnable(run), None)
         evaluation.evaluate_as("quantized", adapted=False)
         assert evaluation.evaluate_during_training() is None
-        assert run.recorder.summary.figures.eval is None
+        assert run.recorder.summary.content.eval is None

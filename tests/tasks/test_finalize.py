@@ -15,6 +15,10 @@ from hqqtrain.tracking.composite import CompositeTracker
 from hqqtrain.tracking.console import Console
 
 
+class _SourceError(UserError):
+    """A special case of a user's error."""
+
+
 class _Tracker:
     """Notes the calls that the end of a run makes."""
 
@@ -53,10 +57,10 @@ def test_a_success(begun: RunDirectory, summary: RunSummary, monkeypatch, capsys
     begun.layout.adapter.mkdir()
     tracker = _Tracker()
     finalize_success(begun, CompositeTracker([tracker]), Console(), summary, {})
-    assert _read(begun.layout.summary_json) == summary.figures.to_json()
+    assert _read(begun.layout.summary_json) == summary.content.to_json()
     assert _read(begun.layout.status_json)["status"] == "done"
     assert tracker.calls == [
-        ("log_summary", summary.figures.to_json()), ("log_images", {"loss": plot}),
+        ("log_summary", summary.content.to_json()), ("log_images", {"loss": plot}),
         ("log_artifact", begun.layout.adapter), ("hint",), ("finish", 0),
     ]  # fmt: skip
     assert f"wrote {begun.layout.summary_json}" in capsys.readouterr().out
@@ -76,8 +80,9 @@ def test_a_plot_that_cannot_be_drawn_does_not_fail_the_run(
 
 
 @pytest.mark.parametrize(("error", "status", "code"), [
-    (UserError("bad"), "failed", 2), (PreemptedError("SIGTERM"), "preempted", 3),
-    (ZeroDivisionError("x"), "failed", 1), (KeyboardInterrupt(), "failed", 1),
+    (UserError("bad"), "failed", 2), (_SourceError("bad"), "failed", 2),
+    (PreemptedError("SIGTERM"), "preempted", 3), (ZeroDivisionError("x"), "failed", 1),
+    (KeyboardInterrupt(), "failed", 1),
 ])  # fmt: skip
 def test_a_failure(begun: RunDirectory, error: BaseException, status: str, code: int):
     tracker = _Tracker()

@@ -26,7 +26,7 @@ def test_what_a_finetune_leaves(make_config, start_run):
     with start_run(make_config()) as run:
         finetune(run)
         folder = run.layout.folder
-        trained = run.recorder.summary.figures.train
+        trained = run.recorder.summary.content.train
         perplexities = run.recorder.perplexities()
     adapter = _adapter(folder)
     assert adapter

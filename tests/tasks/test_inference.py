@@ -36,7 +36,7 @@ def trained(run_task) -> Path:
 
 def test_quantize_saves_the_packed_model(run_task):
     run = run_task("quantize")
-    settings, summary = quantized_settings(run.layout.quantized), run.recorder.summary.figures
+    settings, summary = quantized_settings(run.layout.quantized), run.recorder.summary.content
     assert settings.fingerprint == summary.quantize.fingerprint
     assert len(settings.modules) == 7
     assert (summary.eval, summary.train) == (None, None)
@@ -45,16 +45,16 @@ def test_quantize_saves_the_packed_model(run_task):
 
 def test_eval_measures_a_model_and_writes_no_weights(run_task):
     run = run_task("eval")
-    assert set(run.recorder.summary.figures.measured_models()) == {"full_precision", "quantized"}
+    assert set(run.recorder.summary.content.measured_models()) == {"full_precision", "quantized"}
     assert not run.layout.quantized.exists()
 
 
 def test_eval_of_a_run_measures_its_adapter_too(run_task, trained: Path):
     run = run_task("eval", model={"name_or_path": str(trained)})
-    models = run.recorder.summary.figures.measured_models()
+    models = run.recorder.summary.content.measured_models()
     assert set(models) == {"quantized", "final"}
     assert models["quantized"].perplexity != models["final"].perplexity
-    assert run.recorder.summary.figures.quantize.relative_error is None  # not measured again
+    assert run.recorder.summary.content.quantize.relative_error is None  # not measured again
 
 
 def test_export_merges_the_adapter(run_task, trained: Path):

@@ -61,7 +61,7 @@ def test_evaluations_are_part_of_the_summary(begun: Run):
     recorder.record_evaluation("quantized", EvalResult(10.0, 5))
     recorder.record_reference_bytes(77)
     assert recorder.has_evaluated("quantized")
-    assert recorder.summary.figures.eval.bytes_read == 77
+    assert recorder.summary.content.eval.bytes_read == 77
     assert recorder.perplexities() == {"perplexity, quantized": 10.0}
 
 

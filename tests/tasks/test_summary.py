@@ -1,4 +1,4 @@
-"""The figures of a run: part by part, restored from a checkpoint, and as rows of a table."""
+"""The summary of a run: part by part, restored from a checkpoint, and as rows of a table."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def _resumed(summary: RunSummary, config: RunConfig, runtime: Runtime) -> RunSum
 
 
 def test_parts_that_did_not_run_are_absent(summary: RunSummary):
-    found = summary.figures.to_json()
+    found = summary.content.to_json()
     assert set(found) == {"schema", "run"}
     assert (found["schema"], found["run"]["task"]) == (SCHEMA, "quantize")
     assert (found["run"]["strategy"], found["run"]["world_size"]) == ("single", 1)
@@ -46,7 +46,7 @@ def test_quantization_counts_the_bits_of_every_layer(make_config, start_run):
     with start_run(make_config("quantize")) as run:
         plan = plan_model(plan_settings(run.config), run.runtime)
         loaded = load_or_quantize(run, plan)
-        found = run.recorder.summary.figures.quantize
+        found = run.recorder.summary.content.quantize
         rows = {row.model: row for row in run.recorder.summary.table_rows()}
     # q, k, v and o; gate, up and down.
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
@@ -69,7 +69,7 @@ def test_an_evaluation_adds_the_reference(summary: RunSummary):
     summary.add_reference_bytes(1000)
     summary.add_evaluation("text", "quantized", EvalResult(9.0, 50, 0.5, 7.0))
     summary.add_evaluation("text", "final", EvalResult(8.0, 50))
-    found = summary.figures.to_json()["eval"]
+    found = summary.content.to_json()["eval"]
     assert found == {
         "dataset": "text", "tokens": 50, "bytes_read": 1000, "full_precision": {"perplexity": 7.0},
         "quantized": {"perplexity": 9.0, "kl": 0.5}, "final": {"perplexity": 8.0},
@@ -81,7 +81,7 @@ def test_an_evaluation_adds_the_reference(summary: RunSummary):
 
 def test_the_training_continues_from_the_size_of_the_base(summary: RunSummary):
     summary.add_training(TrainState(steps=4, tokens=100, seconds=2.0, loss=1.5), 2**28)
-    found = summary.figures.train
+    found = summary.content.train
     assert (found.steps, found.tokens_per_second, found.loss) == (4, 50.0, 1.5)
     assert found.trainable_parameters == 2**28
     (row,) = summary.table_rows()
@@ -90,8 +90,8 @@ def test_the_training_continues_from_the_size_of_the_base(summary: RunSummary):
 
 def test_a_training_that_took_no_step_has_no_rate(summary: RunSummary):
     summary.add_training(TrainState(), 0)
-    assert summary.figures.to_json()["train"]["loss"] is None
-    assert summary.figures.train.tokens_per_second == 0
+    assert summary.content.to_json()["train"]["loss"] is None
+    assert summary.content.train.tokens_per_second == 0
 
 
 def test_a_restored_summary_equals_the_saved_one(make_config, start_run):
@@ -99,7 +99,7 @@ def test_a_restored_summary_equals_the_saved_one(make_config, start_run):
         before = RunSummary(run.config, run.runtime)
         before.add_evaluation("text", "quantized", EvalResult(9.0, 50, 0.5, 7.0))
         after = _resumed(before, run.config, run.runtime)
-    assert after.figures == before.figures
+    assert after.content == before.content
     assert after.table_rows() == before.table_rows()
 
 
@@ -112,7 +112,23 @@ def test_a_perplexity_that_is_not_finite_stays_null(
         before = RunSummary(run.config, run.runtime)
         before.add_evaluation("text", "quantized", EvalResult(perplexity, 50))
         for summary in (before, _resumed(before, run.config, run.runtime)):
-            found = without_nonfinite(summary.figures.to_json())
+            found = without_nonfinite(summary.content.to_json())
             atomic_write_json(tmp_path / "summary.json", found)  # refuses NaN and infinity
             assert found["eval"]["quantized"] == {"perplexity": None}
-            assert "quantized" in summary.figures.measured_models()
+            assert "quantized" in summary.content.measured_models()
+
+
+@pytest.mark.parametrize("kl", [math.inf, math.nan])
+def test_a_kl_that_is_not_finite_stays_null_after_two_resumes(make_config, start_run, kl: float):
+    """The trained model has no `kl` here: one that was not measured must stay absent."""
+    with start_run(make_config()) as run:
+        before = RunSummary(run.config, run.runtime)
+        before.add_evaluation("text", "quantized", EvalResult(9.0, 50, kl, 7.0))
+        before.add_evaluation("text", "final", EvalResult(8.0, 50))
+        once = _resumed(before, run.config, run.runtime)
+        twice = _resumed(once, run.config, run.runtime)
+    for summary in (before, once, twice):
+        evaluation = without_nonfinite(summary.content.to_json())["eval"]
+        assert evaluation["quantized"] == {"perplexity": 9.0, "kl": None}
+        assert evaluation["final"] == {"perplexity": 8.0}
+        assert evaluation["full_precision"] == {"perplexity": 7.0}

@@ -60,14 +60,14 @@ def test_a_step_that_is_left_out_changes_nothing():
     before = weights(engine)
     backward(engine, math.nan)
     assert math.isnan(engine.grad_norm(LEARNING_RATE))
-    assert engine.first_nonfinite() == (1, "1.weight")  # the last parameter comes first, backward
+    assert engine.first_nonfinite_gradient() == (1, "1.weight")  # backward, it comes first
     engine.skip_step()
     assert gradients(engine) == [None, None]
     assert engine.step_count == 0
     assert all(torch.equal(old, new) for old, new in zip(before, weights(engine), strict=True))
     backward(engine)
     assert math.isfinite(engine.grad_norm(LEARNING_RATE))
-    assert engine.first_nonfinite() == ALL_FINITE
+    assert engine.first_nonfinite_gradient() == ALL_FINITE
 
 
 def test_state_has_a_name_for_each_tensor():

@@ -91,9 +91,9 @@ def test_a_gradient_that_deepspeed_takes_away_was_seen(engine: ZeRO3Engine, clea
     _backward(engine, math.nan, 1.0)
     engine.grad_norm(0.1)
     assert all(param.grad is None for param in engine.model.module.parameters())
-    assert engine.first_nonfinite() == (1, "1.weight")
+    assert engine.first_nonfinite_gradient() == (1, "1.weight")
     engine.step(0.1) if clean_up == "step" else engine.skip_step()
-    assert engine.first_nonfinite() == ALL_FINITE
+    assert engine.first_nonfinite_gradient() == ALL_FINITE
 
 
 def test_the_moments_are_loaded_by_parameter(engine: ZeRO3Engine, monkeypatch):

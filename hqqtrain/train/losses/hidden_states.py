@@ -6,12 +6,13 @@ the whole model is called while its output head is replaced, by transformers' ow
 
 1. Take the head from the model (`get_output_embeddings`); it keeps its parameters and its hooks.
 2. Put a module in its place that returns its input.
-3. Call the model as usual, wrapped or not. What it returns as `logits` are hidden states.
+3. Call the model as usual, wrapped or not. Its `logits` are hidden states.
 4. Put the head back. The caller applies it to the hidden states.
 
-The parameters of the head must be whole after the forward pass of the model. They are under DDP and
-FSDP1, which do not shard the head, and under FSDP2, whose root unit stays gathered from its forward
-to its backward pass. ZeRO-3 frees them, so it must use whole logits.
+The head is called after the forward pass of the model, when its parameters must be unsharded. DDP
+and FSDP1 do not shard the head. FSDP2 keeps the parameters of its root module, which include those
+of the head, unsharded from the forward to the backward pass. ZeRO-3 frees them, so it cannot use
+this module.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ from hqqtrain.models.families.structure import output_head
 from hqqtrain.models.fqn import base_model
 
 PROBE_TOKENS = 8
-"""Tokens of the forward pass that tests whether the model changes its logits."""
+"""Number of tokens in the forward pass that tests whether the model changes its logits."""
 
 PROBE_SCALE = 1e4
 """Factor of the hidden states in that test: large values reveal a cap on the logits."""
@@ -49,24 +50,26 @@ def next_token_hidden_states(
 def returns_head_output(model: nn.Module, device: torch.device) -> bool:
     """Whether the model returns the output of its head bit for bit. Collective if it is sharded.
 
-    Some models cap or scale it. Their hidden states do not determine their loss.
+    Some models cap or scale the output of the head. Then head and hidden states alone do not
+    determine the loss.
     """
     vocabulary = output_head(model).out_features
     tokens = torch.arange(PROBE_TOKENS, device=device)[None] % vocabulary
     with _output_head_replaced(model, scale=PROBE_SCALE) as replacement:
-        found = model(input_ids=tokens, use_cache=False).logits
-    expected = replacement.output
-    return expected is not None and torch.equal(found.float(), expected.float())
+        logits = model(input_ids=tokens, use_cache=False).logits
+    head_output = replacement.output
+    return head_output is not None and torch.equal(logits.float(), head_output.float())
 
 
 class _HeadReplacement(nn.Module):
-    """Returns its input times `scale`; has all other attributes of `head`, such as `weight`."""
+    """Returns its input times `scale`, and takes all other attributes from `head`."""
 
     def __init__(self, head: nn.Module, scale: float) -> None:
         super().__init__()
-        self.__dict__["head"] = head  # no submodule, so that wrappers do not find its parameters
+        # Not a submodule, so that wrappers do not find the parameters of the head twice.
+        self.__dict__["head"] = head
         self.scale = scale
-        self.output: Tensor | None = None
+        self.output: Tensor | None = None  # of the last call with a scale other than 1
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.scale == 1:
@@ -81,6 +84,7 @@ class _HeadReplacement(nn.Module):
 
 @contextmanager
 def _output_head_replaced(model: nn.Module, scale: float) -> Iterator[_HeadReplacement]:
+    """Replace the output head of `model` by a `_HeadReplacement`, which is yielded."""
     base, head = base_model(model), output_head(model)
     replacement = _HeadReplacement(head, scale)
     base.set_output_embeddings(replacement)

@@ -1,4 +1,4 @@
-"""The loss of a model on a batch: runs the model and decides how its logits are computed."""
+"""Run a model on a batch and compute its loss, with the logits all at once or in chunks."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -25,9 +25,10 @@ logger = logging.getLogger(__name__)
 class ModelLoss:
     """Computes `loss` on the outputs of `model`, in chunks if a batch has many logits.
 
-    The decision to use chunks depends on `max_tokens` and not on the batch, because ranks have
-    batches of different lengths and must all do the same. Chunks require that the model does not
-    change its head's output (some models cap it); the constructor tests this with one forward pass.
+    All ranks must decide alike whether to use chunks, but their batches differ in length. So the
+    decision depends on `max_tokens` and not on the batch. Chunks require that the model does not
+    change the output of its head, which some models cap. The constructor tests this requirement
+    with one forward pass.
 
     Args:
         model: May be wrapped or sharded. Creating and calling a `ModelLoss` are collectives.
@@ -52,8 +53,9 @@ class ModelLoss:
         self._model, self._loss, self._head = model, loss, output_head(model)
         self._autocast = autocast
         vocabulary = getattr(self._head, "out_features", 0)
-        has_many = max_tokens * vocabulary > MAX_TRAINING_LOGITS
-        self.is_chunked = has_many and may_call_head_alone and _all_return_head_output(model, comm)
+        has_many_logits = max_tokens * vocabulary > MAX_TRAINING_LOGITS
+        wants_chunks = has_many_logits and may_call_head_alone
+        self.is_chunked = wants_chunks and _all_return_head_output(model, comm)
         if self.is_chunked:
             self._loss = ChunkedLoss(loss, max(1, MAX_TRAINING_LOGITS // vocabulary))
 
@@ -73,22 +75,22 @@ class ModelLoss:
 
 def _all_return_head_output(model: nn.Module, comm: Communicator) -> bool:
     """Whether the model returns its head's output on all ranks; logs it if not. Collective."""
-    unchanged = all(comm.gather(returns_head_output(model, comm.device)))
-    if not unchanged and comm.is_main:
+    is_unchanged = all(comm.gather(returns_head_output(model, comm.device)))
+    if not is_unchanged and comm.is_main:
         logger.warning(
             "%s changes the output of its head: all logits of a batch are in memory at once",
             type(base_model(model)).__name__,
         )
-    return unchanged
+    return is_unchanged
 
 
 class ChunkedLoss:
     """Implements `Loss` by calling `loss` on chunks of at most `chunk_tokens` tokens.
 
-    So the logits never exist all at once: the output head runs on a chunk at a time, and again in
-    the backward pass. With a vocabulary of 128,256, 2,048 tokens have 1 GiB of fp32 logits, as much
-    again for their gradient, and half of that in 16 bits: more than the whole optimizer of a 70B
-    model.
+    The output head runs on one chunk at a time, and again in the backward pass. So the logits of a
+    batch never exist all at once. With a vocabulary of 128,256, the logits of 2,048 tokens take
+    1 GiB in fp32, their gradient 1 GiB more, and the 16-bit logits 0.5 GiB. That is more than the
+    optimizer state of the adapters of a 70B model.
     """
 
     def __init__(self, loss: Loss, chunk_tokens: int) -> None:
@@ -98,10 +100,10 @@ class ChunkedLoss:
         self, hidden: Tensor, head: nn.Module, batch: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         losses, counts = [], []
-        columns = [tensor.split(self._chunk_tokens) for tensor in batch.values()]
-        for hidden_chunk, *chunk in zip(hidden.split(self._chunk_tokens), *columns, strict=True):
-            named = dict(zip(batch, chunk, strict=True))
-            loss, count = checkpoint(self._loss, hidden_chunk, head, named, use_reentrant=False)
+        chunks = {name: tensor.split(self._chunk_tokens) for name, tensor in batch.items()}
+        for index, hidden_chunk in enumerate(hidden.split(self._chunk_tokens)):
+            chunk = {name: tensors[index] for name, tensors in chunks.items()}
+            loss, count = checkpoint(self._loss, hidden_chunk, head, chunk, use_reentrant=False)
             losses.append(loss)
             counts.append(count)
         return torch.stack(losses).sum(), torch.stack(counts).sum()

@@ -1,8 +1,8 @@
-"""The interface of losses, and those that `train.objective` can name.
+"""The interface of losses, and the losses that `train.objective` can name.
 
-A loss sees hidden states and the output head, not the model. So a loss decides how the logits are
+A loss gets hidden states and the output head, not the model. So a loss decides how the logits are
 computed: all at once, in chunks (`ChunkedLoss`), or in a fused kernel that never stores them. To
-add one, add a file and a line in `LOSSES`.
+add a loss, add a file and a line in `LOSSES`.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,8 +27,8 @@ class Loss(Protocol):
 
         Args:
             hidden: Inputs of the head, [tokens, hidden_size].
-            head: Turns hidden states into logits, [tokens, vocabulary]. If `hidden` are logits
-                already, it is an identity.
+            head: Turns hidden states into logits, [tokens, vocabulary]. It is an identity if
+                `hidden` already contains logits.
             batch: Tensors of [tokens] or [tokens, ...]. `labels` are the tokens to predict.
 
         Returns:
@@ -38,4 +38,4 @@ class Loss(Protocol):
 
 
 LOSSES: dict[str, Callable[[], Loss]] = {"next_token": NextTokenLoss}
-"""Constructors of the losses by objective."""
+"""Constructor of each loss, by `train.objective`."""
