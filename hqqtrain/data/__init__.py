@@ -1,1 +1,1 @@
-"""From `data.source` and `eval.source` to batches of tokens."""
+"""Turn the texts of `data.source` and `eval.source` into batches of tokens."""

@@ -1,9 +1,9 @@
-"""Sample the held-out set that perplexity is measured on.
+"""Sample the held-out set on which perplexity is measured.
 
-The set is small, and as equal as possible on different machines. Windows start at the beginning of
-their text, and are sampled by a hash of their content instead of their position. The standard
-libraries of two Python versions differ in some modules, but all other modules give the same
-windows. So the perplexities of two machines can be compared.
+The set is small, and as equal as possible on different machines. Each text is cut into windows from
+its start, and a hash of a window's content, not its position, decides whether it is sampled. The
+standard libraries of two Python versions differ in some modules, but the windows of all other
+modules are equal. So the perplexities of two machines can be compared.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ def load_eval_set(
 ) -> TokenSequences | None:
     """Sample windows of at most `max_seq_len` tokens from the held-out texts.
 
-    No window crosses the end of its text. Together the windows have at most `eval.tokens` tokens,
-    which includes the first token of each window, although it is not predicted.
+    No window crosses the end of its text. Together the windows have at most `eval.tokens` tokens.
+    This number includes the first token of each window, which is not predicted.
 
     Returns:
         The windows, or None if eval.source is null.
@@ -51,26 +51,29 @@ def load_eval_set(
 def cut_windows(texts: TokenSequences, length: int) -> TokenSequences:
     """Cut every text from its start into windows of `length` tokens; drop windows of one token."""
     ends = np.append(texts.starts[1:], len(texts.stream))
-    # A window starts every `length` tokens of a text, and ends no later than the text does.
+    # A window begins every `length` tokens of a text.
     begin = np.concatenate(
-        [np.arange(s, e, length) for s, e in zip(texts.starts, ends, strict=True)]
+        [np.arange(start, end, length) for start, end in zip(texts.starts, ends, strict=True)]
     )
-    end = np.minimum(begin + length, ends[np.searchsorted(texts.starts, begin, side="right") - 1])
+    # A window ends no later than its text, which is the last one that starts at or before it.
+    text_of_window = np.searchsorted(texts.starts, begin, side="right") - 1
+    end = np.minimum(begin + length, ends[text_of_window])
     has_prediction = end - begin > 1
     return replace(texts, begin=begin[has_prediction], end=end[has_prediction])
 
 
-def sample_windows(pieces: TokenSequences, tokens: int) -> TokenSequences:
-    """Select windows in ascending order of their hashes, up to `tokens` tokens in total.
+def sample_windows(windows: TokenSequences, max_tokens: int) -> TokenSequences:
+    """Select windows in ascending order of their hashes, up to `max_tokens` tokens in total.
 
     The selected windows keep their original order.
     """
-    order = np.argsort([_digest(pieces, i) for i in range(len(pieces))], kind="stable")
-    total = np.cumsum((pieces.end - pieces.begin)[order])
-    return pieces.select(np.sort(order[total <= tokens]))
+    hashes = [_window_hash(windows, index) for index in range(len(windows))]
+    order = np.argsort(hashes, kind="stable")
+    total_tokens = np.cumsum((windows.end - windows.begin)[order])
+    return windows.select(np.sort(order[total_tokens <= max_tokens]))
 
 
-def _digest(pieces: TokenSequences, index: int) -> bytes:
-    """Return a hash of the tokens of one window."""
-    tokens = pieces.stream[pieces.begin[index] : pieces.end[index]]
+def _window_hash(windows: TokenSequences, index: int) -> bytes:
+    """Return a hash of the tokens of one window, the same on all machines."""
+    tokens = windows.stream[windows.begin[index] : windows.end[index]]
     return hashlib.sha256(tokens.astype("<i4").tobytes()).digest()[:8]

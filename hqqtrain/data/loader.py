@@ -1,9 +1,9 @@
 """The data loader: the micro-batches that a rank feeds to the model in each optimizer step.
 
-A step trains on one global batch, which does not depend on the number of ranks: rank r of n takes
-every n-th sequence of it, beginning with the r-th, in micro-batches of at most `micro_batch_size`
-sequences. The trainer knows only the `DataLoader` protocol. A loader that streams its data is a
-second class with the same methods.
+A step trains on one global batch, which does not depend on the number of ranks. Rank r of n takes
+its sequences r, r + n, r + 2n, ... in micro-batches of at most `micro_batch_size` sequences. The
+trainer knows only the `DataLoader` protocol, so a loader that streams its data would be another
+class with the same methods.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ from hqqtrain.data.order import SampleOrder
 from hqqtrain.data.packing import IGNORE_INDEX, TokenSequences
 
 Batch = dict[str, Tensor]
-"""Arguments of a model by name, [sequences, tokens], and its `labels`; see `collate_batch`."""
+"""The inputs of a model by name, and `labels`, each [sequences, tokens]; see `collate_batch`."""
 
 
 class DataLoader(Protocol):
@@ -80,11 +80,14 @@ class PackedLoader:
         )
 
     def batches(self, batch_index: int) -> Iterator[Batch]:
-        own = self._sample_indices(batch_index)[self._rank :: self._world_size]
+        indices_of_rank = self._sample_indices(batch_index)[self._rank :: self._world_size]
         size = self._micro_batch_size
-        for start in range(0, len(own), size):
-            batch = collate_batch(self._sequences[i] for i in own[start : start + size])
-            yield {k: v.to(self._device, non_blocking=True) for k, v in batch.items()}
+        for start in range(0, len(indices_of_rank), size):
+            indices = indices_of_rank[start : start + size]
+            batch = collate_batch(self._sequences[index] for index in indices)
+            yield {
+                name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()
+            }
 
     def target_token_count(self, batch_index: int) -> int:
         return self._sequences.select(self._sample_indices(batch_index)).target_token_count
@@ -93,9 +96,9 @@ class PackedLoader:
         return self._order.epoch(batch_index, self._global_batch_size)
 
     def describe(self, batch_index: int) -> dict[str, Any]:
-        """Return the numbers of the batch's sequences as `samples`, their token ids as `tokens`."""
+        """Return the indices of the batch's sequences as `samples`, their token ids as `tokens`."""
         samples = self._sample_indices(batch_index)
-        tokens = [self._sequences[i]["input_ids"].tolist() for i in samples]
+        tokens = [self._sequences[index]["input_ids"].tolist() for index in samples]
         return {"samples": samples, "tokens": tokens}
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,8 +114,9 @@ class PackedLoader:
 def collate_batch(sequences: Iterable[Mapping[str, Tensor]]) -> Batch:
     """Combine sequences into a batch, int64 [sequences, longest], padded on the right.
 
-    The batch has no attention mask. Tokens of a text precede the padding and never attend to it,
-    and transformers detects the texts of a sequence from position_ids only without a mask.
+    The batch has no attention mask. It needs none: the tokens of a text precede the padding and
+    never attend to it. With a mask, transformers would not derive the texts of a sequence from
+    `position_ids`.
     """
     rows = list(sequences)
     # Position 0 makes every padding token a text of its own.

@@ -1,7 +1,7 @@
-"""The samples of an optimizer step, as a pure function of seed and step.
+"""Choose the samples of an optimizer step, as a pure function of seed and step.
 
-No iterator is consumed and no state needs saving. A resumed run asks for its next step, and any
-number of processes, one or sixty-four, shares the same global batch.
+No iterator is consumed, so no state needs saving: a resumed run asks for its next step. The global
+batch is the same for any number of processes.
 """
 
 from functools import lru_cache
@@ -11,34 +11,41 @@ import numpy as np
 
 
 class SampleOrder:
-    """The order of `n` samples, with a new shuffle for every epoch.
+    """The order of `sample_count` samples, with a new shuffle for every epoch.
 
     Epochs follow each other without a gap: a batch may contain the end of one epoch and the start
     of the next.
     """
 
-    def __init__(self, n: int, seed: int) -> None:
-        assert n > 0
-        self.n, self.seed = n, seed
+    def __init__(self, sample_count: int, seed: int) -> None:
+        assert sample_count > 0
+        self.sample_count, self.seed = sample_count, seed
 
     def indices(self, step: int, global_batch_size: int) -> list[int]:
-        """Return the samples of optimizer step `step`, which counts from 0."""
-        first = step * global_batch_size
-        # Positions in the endless sequence of epochs, as (epoch, index within the epoch).
-        places = (divmod(position, self.n) for position in range(first, first + global_batch_size))
-        return [int(_permutation(self.n, self.seed, epoch)[index]) for epoch, index in places]
+        """Return the indices of the samples of optimizer step `step`, which counts from 0."""
+        indices = []
+        start = step * global_batch_size
+        # All epochs form one endless sequence, of which a step takes the next positions.
+        for position in range(start, start + global_batch_size):
+            epoch, index_in_epoch = divmod(position, self.sample_count)
+            permutation = _permutation(self.sample_count, self.seed, epoch)
+            indices.append(int(permutation[index_in_epoch]))
+        return indices
 
     def epoch(self, steps: int, global_batch_size: int) -> float:
         """Return the number of passes over the data after `steps` optimizer steps."""
-        return steps * global_batch_size / self.n
+        return steps * global_batch_size / self.sample_count
 
     def steps(self, epochs: float, global_batch_size: int) -> int:
         """Return the smallest number of optimizer steps, at least 1, that cover `epochs` passes."""
-        return max(1, ceil(epochs * self.n / global_batch_size))
+        return max(1, ceil(epochs * self.sample_count / global_batch_size))
 
 
 @lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    # numpy guarantees that streams of RandomState never change; those of Generator may.
-    bits = np.random.MT19937(np.random.SeedSequence((seed, epoch)))
-    return np.random.RandomState(bits).permutation(n)
+def _permutation(sample_count: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the shuffled indices of one epoch, the same with every release of numpy.
+
+    numpy guarantees that the numbers of RandomState never change; those of Generator may.
+    """
+    bit_generator = np.random.MT19937(np.random.SeedSequence((seed, epoch)))
+    return np.random.RandomState(bit_generator).permutation(sample_count)

@@ -1,9 +1,9 @@
 """Turn texts into sequences of tokens, stored as one flat array and packed without waste.
 
 With packing, all texts form one stream, each text ends with EOS, and the stream is cut every
-`max_seq_len` tokens. A long text spans several sequences, short texts share one, and no token is
-dropped, except a single last one: the last sequence may be shorter, but one token alone predicts
-nothing. Without packing, every text becomes one sequence and is truncated.
+`max_seq_len` tokens. A long text spans several sequences, and short texts share one. The last
+sequence may be shorter; it is dropped only if it has a single token, which predicts nothing.
+Without packing, every text becomes one sequence and is truncated.
 
 Texts that share a sequence do not attend to each other. `position_ids` restart at 0 with every
 text, and transformers v5 derives the block-diagonal mask from them, provided that it gets neither
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 IGNORE_INDEX = -100
 """The label of a token that is not predicted, which the loss ignores."""
 
-_BATCH = 256
-"""Texts in one call of the tokenizer."""
+_TOKENIZER_BATCH = 256
+"""Number of texts in one call of the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ class TokenSequences:
     def digest(self) -> str:
         """Return the sha256 of tokens, targets, and the boundaries of texts and sequences.
 
-        The targets of plain text follow from its boundaries and are left out, so that checkpoints
-        keep the digest that was computed before targets existed.
+        The targets of plain text are left out, because they follow from its boundaries. So the
+        digest equals that in older checkpoints, which was computed before targets existed.
         """
-        parts = [self.stream, self.starts, self.begin, self.end]
+        arrays = [self.stream, self.starts, self.begin, self.end]
         if not np.array_equal(self.targets, plain_text_targets(self.stream, self.starts)):
-            parts.append(self.targets)
-        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+            arrays.append(self.targets)
+        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "TokenSequences":
         """Return only the sequences at `indices`, which share the stream."""
@@ -96,13 +96,14 @@ class TokenSequences:
 
     def _positions(self, begin: int, end: int) -> np.ndarray:
         """Return the position of every token of a sequence within its text."""
-        # Texts that start inside the sequence. The one at `begin`, whole or continued, counts from
-        # `begin`.
+        # The positions of the first text count from `begin`, even if it started before. Those of
+        # the other texts count from their start, which is inside the sequence.
         low, high = np.searchsorted(self.starts, (begin + 1, end))
         starts = np.concatenate([[begin], self.starts[low:high]])
-        # Every token subtracts the last start at or before it.
-        places = np.arange(begin, end)
-        return places - starts[np.searchsorted(starts, places, side="right") - 1]
+        # Subtract from each token's index in the stream the last start at or before it.
+        stream_indices = np.arange(begin, end)
+        text_of_token = np.searchsorted(starts, stream_indices, side="right") - 1
+        return stream_indices - starts[text_of_token]
 
 
 def pack_texts(
@@ -140,7 +141,10 @@ def pack_texts(
 
 
 def plain_text_targets(stream: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Return bool [T]: every token but the first of each text, which no earlier token predicts."""
+    """Return bool [T]: whether a token is not the first of its text.
+
+    No token of the same text precedes the first one, so the loss does not predict it.
+    """
     targets = np.ones(len(stream), dtype=bool)
     targets[starts] = False
     return targets
@@ -166,16 +170,17 @@ def tokenize_texts(
         lacks_eos = eos is not None and (not ids or ids[-1] != eos)
         encoded.append(np.array([*ids, eos] if lacks_eos else ids, np.int32))
     lengths = np.array([len(ids) for ids in encoded], np.int64)
-    stream = np.concatenate([np.empty(0, np.int32), *encoded])  # also for no texts
-    return stream, np.cumsum(lengths) - lengths
+    stream = np.concatenate([np.empty(0, np.int32), *encoded])  # the empty array allows no texts
+    starts = np.cumsum(lengths) - lengths
+    return stream, starts
 
 
 def _encode(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", on_batch: Callable[[], object]
 ) -> Iterator[list[int]]:
     """Yield the token ids of every text that is not blank."""
-    for first in range(0, len(texts), _BATCH):
+    for start in range(0, len(texts), _TOKENIZER_BATCH):
         on_batch()
-        batch = [text for text in texts[first : first + _BATCH] if text and text.strip()]
+        batch = [t for t in texts[start : start + _TOKENIZER_BATCH] if t and t.strip()]
         if batch:
             yield from tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]

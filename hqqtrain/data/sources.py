@@ -1,9 +1,9 @@
 """Load the texts of `data.source` and `eval.source`, without any text in both.
 
-A perplexity on text that the model was trained on is worthless. So the split depends on the source.
-The standard library is split by module name, and a hub data set has the splits of its authors. Any
-other source that both keys name is split by the hash of each text. A path inside the other key's
-path is refused.
+A perplexity on text that the model was trained on is worthless. How the two sets are separated
+depends on the source. The standard library is split by module name, and a hub data set has the
+splits of its authors. If both keys name any other source, the hash of each text decides. A run is
+refused if the path of one key is inside that of the other key.
 """
 
 import hashlib
@@ -17,14 +17,14 @@ import datasets
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig
-from hqqtrain.data.files import ENDINGS, read_files
+from hqqtrain.data.files import FORMAT_BY_EXTENSION, read_files
 from hqqtrain.data.hub import has_held_out, load_hub_dataset, select_hub_split
 from hqqtrain.data.stdlib import stdlib_texts
 
 STDLIB = "python_stdlib"
 
-HASHED_SHARE = 20
-"""One text in this many is held out if eval.source equals data.source and has no split."""
+TEXTS_PER_HELD_OUT = 20
+"""One text in this many is held out if eval.source equals data.source and has no splits."""
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -38,7 +38,9 @@ def load_training_texts(data: DataConfig, evaluation: EvalConfig) -> Sequence[st
     """
     _refuse_overlap(data, evaluation)
     texts, is_split = load_texts(data, "train")
-    return texts if is_split or evaluation.source != data.source else split_by_hash(texts, data)[0]
+    if is_split or evaluation.source != data.source:
+        return texts
+    return split_by_hash(texts, data)[0]
 
 
 def load_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Sequence[str]:
@@ -54,9 +56,10 @@ def load_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Sequence[st
         return texts if is_split else split_by_hash(texts, data)[1]
     assert evaluation.source is not None
     # data.format describes data.source; a known extension of eval.source takes precedence.
-    is_known = Path(evaluation.source).suffix.lower() in ENDINGS
-    config = replace(data, source=evaluation.source, format="auto" if is_known else data.format)
-    return load_texts(config, "held_out", key="eval.source")[0]
+    has_known_extension = Path(evaluation.source).suffix.lower() in FORMAT_BY_EXTENSION
+    format = "auto" if has_known_extension else data.format
+    held_out = replace(data, source=evaluation.source, format=format)
+    return load_texts(held_out, "held_out", key="eval.source")[0]
 
 
 def load_texts(
@@ -66,12 +69,12 @@ def load_texts(
 
     Args:
         data: The group `data` of the configuration.
-        split: `train` or `held_out`. A source without splits gives all its texts.
+        split: `train` or `held_out`. All texts of a source without splits are loaded.
         key: The config key that contains `data.source`, for messages.
 
     Returns:
-        The texts, and whether the source itself separates the two splits. The texts of a file or
-        a data set are read from disk lazily.
+        The texts, and whether the source itself has both splits. The texts of a file or a data set
+        are read from disk lazily.
 
     Raises:
         UserError: The source cannot be read or contains no text.
@@ -89,63 +92,68 @@ def load_texts(
 def split_by_hash(texts: Sequence[str], data: DataConfig) -> tuple[list[str], list[str]]:
     """Split texts into those to train on and those to hold out, by the hash of each text.
 
-    One text in `HASHED_SHARE`, and at least one, is held out: those with the lowest hashes. Equal
-    texts stay together.
+    The texts with the lowest hashes are held out: one in `TEXTS_PER_HELD_OUT`, and at least one.
+    Equal texts have equal hashes, so they are never in both parts. Blank texts are in neither.
 
     Raises:
         UserError: No text is left to train on.
     """
-    kept = [
+    hashed = [
         (hashlib.sha256(text.encode()).digest(), text) for text in texts if text and text.strip()
     ]
-    ranked = sorted(digest for digest, _ in kept)
-    threshold = ranked[(len(ranked) - 1) // HASHED_SHARE]
-    train = [text for digest, text in kept if digest > threshold]
+    ranked = sorted(digest for digest, _ in hashed)
+    threshold = ranked[(len(ranked) - 1) // TEXTS_PER_HELD_OUT]  # the largest held-out hash
+    train = [text for digest, text in hashed if digest > threshold]
     if not train:
         raise UserError(
-            f"eval.source={data.source}: equals data.source, and its {len(kept)} text(s) cannot "
+            f"eval.source={data.source}: equals data.source, and its {len(hashed)} text(s) cannot "
             "be split into a training and a held-out part; set eval.source to another source."
         )
-    return train, [text for digest, text in kept if digest <= threshold]
+    return train, [text for digest, text in hashed if digest <= threshold]
 
 
 def dataset_name(evaluation: EvalConfig, data: DataConfig) -> str:
-    """Return the name of the held-out set for the summary; the standard library has a version."""
+    """Return the name of the held-out set for the summary.
+
+    The name of the standard library contains the Python version, which decides its text.
+    """
     if evaluation.source == STDLIB:
         return f"python_stdlib {sys.version.split()[0]}, held-out modules"
-    return (
-        f"{evaluation.source}, held-out part"
-        if evaluation.source == data.source
-        else str(evaluation.source)
-    )
+    if evaluation.source == data.source:
+        return f"{evaluation.source}, held-out part"
+    return str(evaluation.source)
 
 
 def _refuse_overlap(data: DataConfig, evaluation: EvalConfig) -> None:
     """Raise UserError if the path of one source contains that of the other."""
     if evaluation.source in (None, data.source):
         return
-    one, other = Path(data.source), Path(str(evaluation.source))
-    if not (one.exists() and other.exists()):
+    training, held_out = Path(data.source), Path(str(evaluation.source))
+    if not (training.exists() and held_out.exists()):
         return
-    one, other = one.resolve(), other.resolve()
-    if one == other or one in other.parents or other in one.parents:
+    training, held_out = training.resolve(), held_out.resolve()
+    if training.is_relative_to(held_out) or held_out.is_relative_to(training):
         raise UserError(
             f"eval.source={evaluation.source}: overlaps with data.source={data.source}, so "
             "the model would train on held-out text; move one of them, or set both keys to the "
-            f"same path: then one text in {HASHED_SHARE} is held out."
+            f"same path: then one text in {TEXTS_PER_HELD_OUT} is held out."
         )
 
 
 def _is_hub_name(source: str) -> bool:
-    """Whether `source` is a hub name: not an existing path, and nothing that can only be a path."""
+    """Whether `source` is the name of a hub data set: neither an existing path nor like a path.
+
+    A source is like a path if it has the extension of a text file, or if its folder exists.
+    """
     path = Path(source).expanduser()
-    if path.exists() or path.suffix.lower() in ENDINGS or not _HUB_NAME.fullmatch(source):
+    has_known_extension = path.suffix.lower() in FORMAT_BY_EXTENSION
+    if path.exists() or has_known_extension or not _HUB_NAME.fullmatch(source):
         return False
     return path.parent == Path() or not path.parent.exists()
 
 
 def _column(rows: datasets.Dataset, field: str, source: str, key: str) -> Sequence[str]:
-    """Return the column of texts, which is read lazily.
+    """Return the column `field` of `rows`, which is read lazily.
 
     Raises:
         UserError: The column does not exist or contains no text.

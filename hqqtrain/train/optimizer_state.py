@@ -1,8 +1,8 @@
 """Save and load the optimizer's state by parameter name, for any number of ranks.
 
 PyTorch's AdamW keeps tensors of the parameter's shape. They are saved as full tensors, which any
-world size can shard again. bitsandbytes quantizes each shard in its own blocks. Its shards are saved
-one by one, and are quantized again if the world size changes.
+world size can shard again. bitsandbytes quantizes each shard in its own blocks. So its shards are
+saved one by one, and are quantized again if the world size changes.
 """
 
 from collections.abc import Iterator, Mapping

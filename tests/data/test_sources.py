@@ -191,7 +191,7 @@ def hub_data(monkeypatch, **splits: list[str]):
     loaded = datasets.DatasetDict(
         {name: datasets.Dataset.from_dict({"text": rows}) for name, rows in splits.items()}
     )
-    monkeypatch.setattr(hub, "_answers", lambda *_: True)
+    monkeypatch.setattr(hub, "_is_hub_reachable", lambda *_: True)
     monkeypatch.setattr(hub.datasets, "load_dataset", lambda *_: loaded)
 
 
