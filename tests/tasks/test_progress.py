@@ -68,7 +68,7 @@ def test_a_signal_stops_between_two_layers(progress_bars: ProgressBars, monkeypa
 def test_steps(progress_bars: ProgressBars, console: _Console):
     metrics = {"train/loss": 2.5, "train/tokens_per_second": 100.0, "train/epoch": 0.5}
     progress_bars.advance_training(metrics)  # no bar yet: nothing to advance
-    with progress_bars.show_training(10, done=4):
+    with progress_bars.show_training(10, steps_taken=4):
         progress_bars.advance_training(metrics)
     (bar,) = console.bars
     assert bar.settings == ("training", 10, "step", 4)
