@@ -126,7 +126,9 @@ class WandbTracker:
             run.finish(exit_code=exit_code)
             _stop_service(exit_code)  # until it ends, the last rows may be missing in the file
 
-        call_with_timeout(FINISH_SECONDS + SLACK_SECONDS, finish_and_stop, child_process_prefix="wandb-")
+        call_with_timeout(
+            FINISH_SECONDS + SLACK_SECONDS, finish_and_stop, child_process_prefix="wandb-"
+        )
 
     def _send_missing_rows(self) -> None:
         """Send the rows of earlier processes again; `log` skips those that the server has.
