@@ -201,7 +201,7 @@ def _dense_rows(target: Tensor) -> Iterator[slice]:
 def _squared_error(weight: Tensor, packed: QuantizedWeight, layer: HQQLinear) -> Tensor:
     """Return fp64 [||W - W'||^2, ||W||^2], in chunks, so that no second dense copy is needed."""
     layout = layer.layout.slice(0, packed.scale.shape[0])
-    step = max(1, ERROR_CHUNK_NUMEL // layout.row_codes)
+    step = max(1, ERROR_CHUNK_NUMEL // layout.unit_codes)
     total = torch.zeros(2, dtype=torch.float64, device=weight.device)
     for start in range(0, layout.units, step):
         stop = min(start + step, layout.units)

@@ -85,7 +85,7 @@ def expected_shapes(model: nn.Module, *, packed: bool = False) -> dict[str, tupl
             continue
         layout = module.layout
         if packed:
-            shapes[name] = (layout.units, layout.row_bytes if leaf == "W_q" else layout.groups)
+            shapes[name] = (layout.units, layout.unit_bytes if leaf == "W_q" else layout.groups)
         else:
             # W_q, scale and zero map to the same entry.
             dense_name = f"{name.removesuffix(leaf)}weight"

@@ -58,7 +58,7 @@ class HQQLinear(nn.Module):
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
         units, groups = self.layout.units, self.layout.groups
-        columns = self.layout.row_bytes // storage_dtype.itemsize
+        columns = self.layout.unit_bytes // storage_dtype.itemsize
         self.W_q = empty(units, columns, dtype=storage_dtype)
         self.scale = empty(units, groups, dtype=spec.meta_dtype)
         self.zero = empty(units, groups, dtype=spec.meta_dtype)

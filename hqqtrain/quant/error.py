@@ -42,4 +42,4 @@ def error_ratio(error: float, norm: float) -> float:
 def storage_bits(layout: Layout, meta_dtype: torch.dtype) -> int:
     """Return the bits of one quantized weight: codes with padding, scales and zeros."""
     meta = 2 * layout.groups * meta_dtype.itemsize
-    return 8 * layout.units * (layout.row_bytes + meta)
+    return 8 * layout.units * (layout.unit_bytes + meta)

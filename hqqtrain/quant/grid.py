@@ -46,14 +46,14 @@ class QuantGrid:
         min_scale = max(limits.smallest_normal * limits.eps, 2.0**-126)
         # How far the zero exceeds the dtype: move this factor from the zero to the scale.
         excess = (zero.abs() * (1 / limits.max)).clamp_min(1)
-        scale = (scale * self.unit * excess).clamp(min_scale, limits.max)
+        scale = (scale * self.magnitude * excess).clamp(min_scale, limits.max)
         zero = (zero / excess).clamp(limits.min, limits.max)
         return scale.to(self.meta_dtype), zero.to(self.meta_dtype)
 
     def as_stored(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         """Return scale (in units) and zero [n] in fp32 as rounded by storage."""
         scale, zero = self.to_meta_dtype(scale, zero)
-        return scale.float() / self.unit, zero.float()
+        return scale.float() / self.magnitude, zero.float()
 
     def encode(self, W: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the nearest codes of W [g, n], as floats."""

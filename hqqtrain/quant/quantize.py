@@ -30,7 +30,7 @@ class QuantizedWeight:
     """A packed weight: W ~ (W_q - zero) * scale. `Layout` defines units and groups.
 
     Attributes:
-        W_q: Packed codes, uint8 [units, row_bytes].
+        W_q: Packed codes, uint8 [units, unit_bytes].
         scale: [units, groups] in the spec's meta_dtype.
         zero: [units, groups] in the spec's meta_dtype.
     """
@@ -114,7 +114,7 @@ def _quantize_in_chunks(
         chunk = columns[:, part].to(torch.float32).contiguous()
         not_finite |= ~chunk.isfinite().all()
         codes[part], meta[0, part], meta[1, part] = _solve(chunk, spec)
-    W_q = kernels.pack(codes.view(layout.units, layout.row_codes), layout.nbits)
+    W_q = kernels.pack(codes.view(layout.units, layout.unit_codes), layout.nbits)
     scale, zero = meta.view(2, layout.units, layout.groups)
     return W_q, scale.clone(), zero.clone(), not_finite
 

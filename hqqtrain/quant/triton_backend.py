@@ -74,7 +74,7 @@ def quantize_with_triton(
     """Quantize W with the kernel of its solver.
 
     Returns:
-        W_q [units, row_bytes], scale and zero [units, groups], and a bool tensor [1]: whether W
+        W_q [units, unit_bytes], scale and zero [units, groups], and a bool tensor [1]: whether W
         contains NaN or infinity.
     """
     from hqqtrain_kernels import quantize_triton  # triton is absent on a Mac

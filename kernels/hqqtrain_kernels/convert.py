@@ -44,7 +44,7 @@ def from_hqq(
         layout: Our layout of the weight.
 
     Returns:
-        W_q uint8 [units, row_bytes], scale [units, groups] and zero [units, groups].
+        W_q uint8 [units, unit_bytes], scale [units, groups] and zero [units, groups].
 
     Raises:
         ValueError: A shape or dtype differs, or hqq cannot pack this number of rows.
@@ -56,7 +56,7 @@ def from_hqq(
     _check("W_q", W_q, (math.ceil(rows / fields), columns), dtype)
     _check("scale", meta_scale, meta)
     _check("zero", meta_zero, meta)
-    packed = W_q.new_empty(layout.units, layout.row_bytes, dtype=torch.uint8)
+    packed = W_q.new_empty(layout.units, layout.unit_bytes, dtype=torch.uint8)
     for units in _unit_chunks(layout):
         codes = _to_units(_read_codes(W_q, layout, *_region(layout, units)), layout)
         packed[units] = pack(codes, layout.nbits)
@@ -70,7 +70,7 @@ def to_hqq(
     """Convert W_q, scale and zero from our layout to hqq's: the inverse of `from_hqq`.
 
     Args:
-        W_q: [units, row_bytes], uint8 or the same bits viewed as a float dtype.
+        W_q: [units, unit_bytes], uint8 or the same bits viewed as a float dtype.
         scale: [units, groups].
         zero: [units, groups].
         layout: Our layout of the weight.
@@ -86,12 +86,12 @@ def to_hqq(
     dtype, fields = HQQ_PACKINGS[layout.nbits]
     if W_q.is_floating_point():
         W_q = W_q.view(torch.uint8)
-    _check("W_q", W_q, (layout.units, layout.row_bytes), torch.uint8)
+    _check("W_q", W_q, (layout.units, layout.unit_bytes), torch.uint8)
     _check("scale", scale, (layout.units, layout.groups))
     _check("zero", zero, (layout.units, layout.groups))
     packed = W_q.new_zeros(math.ceil(rows / fields), columns, dtype=dtype)
     for units in _unit_chunks(layout):
-        codes = unpack(W_q[units], layout.nbits, layout.row_codes)
+        codes = unpack(W_q[units], layout.nbits, layout.unit_codes)
         _write_codes(packed, _to_hqq_matrix(codes, layout), layout, *_region(layout, units))
     return packed, scale.reshape(meta), zero.reshape(meta)
 
@@ -121,7 +121,7 @@ def _check(
 
 def _unit_chunks(layout: Layout) -> Iterator[slice]:
     """Yield all units, in chunks of at most CHUNK_CODES codes."""
-    step = max(1, CHUNK_CODES // layout.row_codes)
+    step = max(1, CHUNK_CODES // layout.unit_codes)
     return (slice(i, min(i + step, layout.units)) for i in range(0, layout.units, step))
 
 
@@ -133,14 +133,14 @@ def _region(layout: Layout, units: slice) -> tuple[slice, slice]:
 
 
 def _to_units(codes: Tensor, layout: Layout) -> Tensor:
-    """Rearrange a region of hqq's matrix to [units, row_codes]."""
+    """Rearrange a region of hqq's matrix to [units, unit_codes]."""
     if layout.axis == 0:
         codes = codes.t().contiguous()  # to [groups, codes of a group]
-    return codes.view(-1, layout.row_codes)
+    return codes.view(-1, layout.unit_codes)
 
 
 def _to_hqq_matrix(codes: Tensor, layout: Layout) -> Tensor:
-    """Rearrange codes [units, row_codes] to a region of hqq's matrix."""
+    """Rearrange codes [units, unit_codes] to a region of hqq's matrix."""
     codes = codes.view(-1, layout.group_size)
     return codes if layout.axis == 1 else codes.t()
 

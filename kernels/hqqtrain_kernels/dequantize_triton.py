@@ -1,18 +1,22 @@
 """Packed codes to dense weights on a GPU, at nearly the speed of copying as many bytes.
 
-A training step dequantizes every weight twice, so this may cost no more than its memory traffic.
-Codes, scale and zero are read once, 16 bytes at a time, and the weights are written 16 bytes at a
-time. The arithmetic, 10 to 13 instructions a weight, hides behind that.
+A training step dequantizes every weight twice, so dequantizing may cost no more than its memory
+traffic. Codes, scale and zero are read once, 16 bytes at a time, and the weights are written 16
+bytes at a time. The arithmetic, 10 to 13 instructions a weight, takes less time than this traffic
+and runs at the same time.
 
-The bits are those of `reference.dequantize`: no step before (code - zero) * scale rounds.
+The results have the bits of `reference.dequantize`. Codes become fp32 without rounding, and
+(code - zero) * scale is evaluated in fp32, as in the reference, and then rounded to the dtype of
+the result.
 
-Throughout, a chunk is 8 adjacent codes of a unit: 8 weights, which are 16 bytes in bf16. Three
-kernels share the work: `_dequantize_rows_kernel` (axis 1) and `_dequantize_columns_kernel` (axis 0)
-for groups of whole chunks, and `dequantize_any_kernel` for all other group sizes.
+Three kernels share the work: `_dequantize_rows_kernel` (axis 1) and `_dequantize_columns_kernel`
+(axis 0) for groups of whole chunks, and `dequantize_any_kernel` for all other group sizes. A chunk
+is 8 adjacent codes of a unit; `dequantize_chunks_triton` explains this and the other words of the
+packed layout.
 
-On an H200, for outputs of 32 MB and more and groups of 64, as shares of the bandwidth of a copy of
-as many bytes: axis 1 reaches 88 to 97 %; axis 0 reaches 86 to 94 % (writing alone, in its 256-byte
-pieces of rows, is 5 % slower than writing whole rows), but 71 to 74 % at 3 bits.
+On an H200, for outputs of 32 MB and more and groups of 64, axis 1 reaches 88 to 97 % of the
+bandwidth of a copy of as many bytes. Axis 0 reaches 86 to 94 %, and 71 to 74 % at 3 bits: it writes
+rows in pieces of 256 bytes, which alone is 5 % slower than writing whole rows.
 """
 
 import functools
@@ -24,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqtrain_kernels.dequantize_any_triton import dequantize_any_kernel
+from hqqtrain_kernels.dequantize_chunks_triton import dequantize_chunks
 from hqqtrain_kernels.launcher_triton import CachedKernel
 from hqqtrain_kernels.layout import Layout, packed_bytes
 
@@ -31,10 +36,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, layout: Layout, out: Tensor) -> None:
-    """Write (W_q - zero) * scale to `out`: computed in fp32, rounded once.
+    """Write (code - zero) * scale to `out`: computed in fp32, then rounded to the dtype of `out`.
 
     Args:
-        W_q: Packed codes [units, row_bytes], uint8 or the same bits viewed as a float. Contiguous.
+        W_q: Packed codes [units, unit_bytes], uint8 or the same bits viewed as a float. Contiguous.
         scale: [units, groups], bf16, fp16 or fp32. Contiguous.
         zero: [units, groups], bf16, fp16 or fp32. Contiguous.
         layout: How the weight is packed.
@@ -45,6 +50,9 @@ def dequantize(W_q: Tensor, scale: Tensor, zero: Tensor, layout: Layout, out: Te
         ValueError: A shape, stride or dtype differs.
     """
     _check(W_q, scale, zero, layout, out)
+    # The kernels' integers are not specialized, so the compiler does not know whether 8 divides the
+    # stride. The kernels receive the quotient and multiply it by the constant divisor: this way the
+    # compiler sees that rows are aligned, and stores 16 bytes at a time.
     stride = out.stride(0)
     stride_divisor = 8 if stride % 8 == 0 else 1
     plan = _plan(layout, stride_divisor)
@@ -59,7 +67,7 @@ def _check(W_q: Tensor, scale: Tensor, zero: Tensor, layout: Layout, out: Tensor
     units, dense_shape = layout.units, (layout.out_features, layout.in_features)
     if not (
         W_q.shape[0] == units
-        and W_q.nbytes == units * layout.row_bytes
+        and W_q.nbytes == units * layout.unit_bytes
         and scale.shape == zero.shape == (units, layout.groups)
         and scale.dtype in DTYPES
         and zero.dtype in DTYPES
@@ -74,7 +82,7 @@ def _check(W_q: Tensor, scale: Tensor, zero: Tensor, layout: Layout, out: Tensor
             f"{list(t.shape)} {t.dtype}, strides {t.stride()}" for t in (W_q, scale, zero, out)
         )
         raise ValueError(
-            f"{layout} needs W_q of {units} x {layout.row_bytes} bytes, scale and zero "
+            f"{layout} needs W_q of {units} x {layout.unit_bytes} bytes, scale and zero "
             f"{[units, layout.groups]}, contiguous, and out {list(dense_shape)} with contiguous "
             f"rows, all but W_q bf16, fp16 or fp32; not {given}"
         )
@@ -93,34 +101,37 @@ def _plan(layout: Layout, stride_divisor: int) -> _Plan:
         "IN_FEATURES": columns,
         "NBITS": layout.nbits,
         "GROUP_SIZE": g,
-        "ROW_BYTES": layout.row_bytes,
-        "HIGH_PLANE": packed_bytes(layout.row_codes, 2),
+        "UNIT_BYTES": layout.unit_bytes,
+        "HIGH_PLANE_OFFSET": packed_bytes(layout.unit_codes, 2),
         "STRIDE_DIVISOR": stride_divisor,
     }
-    chunks, num_warps = _block(layout)
+    program_chunks, num_warps = _program_size(layout)
     if g % 8:
         kernel = dequantize_any_kernel
         constants |= {"AXIS": layout.axis, "BLOCK_ROWS": 8, "BLOCK_COLUMNS": 128}
-        programs = -(-rows // 8) * -(-columns // 128)
+        programs = triton.cdiv(rows, 8) * triton.cdiv(columns, 128)
     elif layout.axis == 1:
         kernel = _dequantize_rows_kernel
-        constants |= {"BLOCK_CHUNKS": chunks}
-        programs = rows * -(-columns // (8 * chunks))
+        constants |= {"BLOCK_CHUNKS": program_chunks}
+        programs = rows * triton.cdiv(columns, 8 * program_chunks)
     else:
-        # A block of columns by chunks: as long a piece of a column as its group has, but at least
-        # 128 columns wide.
-        depth = min(chunks // 128, triton.next_power_of_2(g // 8))
-        width = chunks // depth
+        # The chunks of a program form a block [BLOCK_COLUMNS, BLOCK_CHUNKS]. It takes as many
+        # chunks of a group as there are, while at least 128 columns are left: a row of the block is
+        # then written in pieces of at least 256 bytes (bf16).
+        block_chunks = min(program_chunks // 128, triton.next_power_of_2(g // 8))
+        block_columns = program_chunks // block_chunks
         kernel = _dequantize_columns_kernel
-        constants |= {"BLOCK_COLUMNS": width, "BLOCK_CHUNKS": depth}
-        programs = layout.units * -(-columns // width) * -(-g // (8 * depth))
+        constants |= {"BLOCK_COLUMNS": block_columns, "BLOCK_CHUNKS": block_chunks}
+        column_blocks = triton.cdiv(columns, block_columns)
+        programs = layout.units * column_blocks * triton.cdiv(g, 8 * block_chunks)
     return _Plan(kernel=CachedKernel(kernel, constants, num_warps=num_warps), programs=programs)
 
 
-def _block(layout: Layout) -> tuple[int, int]:
-    """Return chunks and warps of a program: the fastest on an H200 of those measured.
+def _program_size(layout: Layout) -> tuple[int, int]:
+    """Return the chunks and the warps of a program: the fastest on an H200 of those measured.
 
-    With 3 bits a thread needs twice as many chunks, or it waits for one plane after the other.
+    A thread gets 2 chunks on axis 1 and 4 on axis 0, and at 3 bits twice as many: with fewer
+    chunks, it would wait for the loads of one plane after the other.
     """
     is_3_bit = layout.nbits == 3
     if layout.axis == 1:
@@ -139,34 +150,51 @@ def _dequantize_rows_kernel(
     IN_FEATURES: tl.constexpr,
     NBITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-    HIGH_PLANE: tl.constexpr,
+    UNIT_BYTES: tl.constexpr,
+    HIGH_PLANE_OFFSET: tl.constexpr,
     STRIDE_DIVISOR: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
 ):
-    """Axis 1, groups of whole chunks: a program writes up to BLOCK_CHUNKS chunks of a row."""
-    blocks: tl.constexpr = (IN_FEATURES // 8 + BLOCK_CHUNKS - 1) // BLOCK_CHUNKS
-    # Program -> (row, first chunk). A row is a unit, so its number is that of its packed bytes too.
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * BLOCK_CHUNKS
+    """Axis 1, groups of whole chunks: a program writes up to BLOCK_CHUNKS chunks of a row.
+
+    Args:
+        W_q_ptr: Packed codes, [units, UNIT_BYTES] bytes.
+        scale_ptr: [units, groups of a unit]; so is zero_ptr.
+        zero_ptr: [units, groups of a unit].
+        out_ptr: The weight [out_features, IN_FEATURES].
+        units: Units of the weight.
+        out_stride: Elements between the rows of `out`, divided by STRIDE_DIVISOR.
+        IN_FEATURES: Columns of the weight.
+        NBITS: Bits of a code.
+        GROUP_SIZE: Codes of a group.
+        UNIT_BYTES: Bytes of a packed unit.
+        HIGH_PLANE_OFFSET: Bytes of a unit before its high plane; used for 3 bits only.
+        STRIDE_DIVISOR: See `dequantize`.
+        BLOCK_CHUNKS: Chunks of a program.
+    """
+    row_blocks: tl.constexpr = (IN_FEATURES // 8 + BLOCK_CHUNKS - 1) // BLOCK_CHUNKS
+    # 1. Program -> its row, and its first chunk there. A row is a unit: both have the same number.
+    row = (tl.program_id(0) // row_blocks).to(tl.int64)
+    first_chunk = tl.program_id(0) % row_blocks * BLOCK_CHUNKS
+    # 2. Number the chunks of the block from 0, and dequantize those within the row.
     chunk = tl.arange(0, BLOCK_CHUNKS)
-    mask = chunk < IN_FEATURES // 8 - first
-    group = row * (IN_FEATURES // GROUP_SIZE) + (first + chunk) // (GROUP_SIZE // 8)
-    unit_ptr = W_q_ptr.to(tl.pointer_type(tl.uint8)) + row * ROW_BYTES
-    W = _dequantize_chunks(
+    mask = chunk < IN_FEATURES // 8 - first_chunk
+    group = row * (IN_FEATURES // GROUP_SIZE) + (first_chunk + chunk) // (GROUP_SIZE // 8)
+    unit_ptr = W_q_ptr.to(tl.pointer_type(tl.uint8)) + row * UNIT_BYTES
+    W = dequantize_chunks(
         low_ptr=unit_ptr,
-        high_ptr=unit_ptr + HIGH_PLANE,
-        first=first,
+        high_ptr=unit_ptr + HIGH_PLANE_OFFSET,
+        first_chunk=first_chunk,
         chunk=chunk,
         mask=mask,
         scale_ptr=scale_ptr + group,
         zero_ptr=zero_ptr + group,
         NBITS=NBITS,
     )
-    # Each thread stores its chunks whole: 16 bytes of bf16, adjacent to those of its neighbors.
-    out_ptr += row * out_stride * STRIDE_DIVISOR + first * 8
-    at = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
-    tl.store(out_ptr + at, W.to(out_ptr.dtype.element_ty), mask[:, None])
+    # 3. Each thread stores its chunks whole: 16 bytes of bf16, adjacent to those of its neighbors.
+    out_ptr += row * out_stride * STRIDE_DIVISOR + first_chunk * 8
+    offset = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
+    tl.store(out_ptr + offset, W.to(out_ptr.dtype.element_ty), mask[:, None])
 
 
 @triton.jit(do_not_specialize=["units", "out_stride"])
@@ -180,108 +208,53 @@ def _dequantize_columns_kernel(
     IN_FEATURES: tl.constexpr,
     NBITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-    HIGH_PLANE: tl.constexpr,
+    UNIT_BYTES: tl.constexpr,
+    HIGH_PLANE_OFFSET: tl.constexpr,
     STRIDE_DIVISOR: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
 ):
-    """Axis 0, groups of whole chunks: a program writes a block of columns by chunks.
+    """Axis 0, groups of whole chunks: a program writes a block of weights, BLOCK_COLUMNS wide.
 
-    The codes of a column are adjacent, while its weights are `units` rows apart: the block is
-    transposed before it is stored.
+    A unit is a row class. It has one group per column: GROUP_SIZE // 8 chunks, whose codes are
+    adjacent in W_q, while their weights are `units` rows apart in `out`. The block is therefore
+    dequantized as [columns, codes], and transposed before it is stored.
+
+    The arguments are those of `_dequantize_rows_kernel`, except for two:
+
+    Args:
+        BLOCK_COLUMNS: Columns of a program.
+        BLOCK_CHUNKS: Chunks of each column.
     """
-    blocks: tl.constexpr = (IN_FEATURES + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    depths: tl.constexpr = (GROUP_SIZE // 8 + BLOCK_CHUNKS - 1) // BLOCK_CHUNKS
-    # Program -> (unit, block of columns, depth: block of chunks within their groups).
-    depth = tl.program_id(0) % depths * BLOCK_CHUNKS
-    first = tl.program_id(0) // depths % blocks * BLOCK_COLUMNS
-    unit = (tl.program_id(0) // (depths * blocks)).to(tl.int64)
-    # Load and dequantize [BLOCK_COLUMNS * BLOCK_CHUNKS, 8], the chunks of a column side by side.
+    column_blocks: tl.constexpr = (IN_FEATURES + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    chunk_blocks: tl.constexpr = (GROUP_SIZE // 8 + BLOCK_CHUNKS - 1) // BLOCK_CHUNKS
+    # 1. Program -> its unit, its first column, and its first chunk in the group of every column.
+    first_chunk = tl.program_id(0) % chunk_blocks * BLOCK_CHUNKS
+    first_column = tl.program_id(0) // chunk_blocks % column_blocks * BLOCK_COLUMNS
+    unit = (tl.program_id(0) // (chunk_blocks * column_blocks)).to(tl.int64)
+    # 2. Load and dequantize the block as [BLOCK_COLUMNS * BLOCK_CHUNKS, 8]. The chunks of a column
+    #    are side by side. Columns are numbered from first_column, chunks within their group.
     i = tl.arange(0, BLOCK_COLUMNS * BLOCK_CHUNKS)
-    column, chunk = i // BLOCK_CHUNKS, depth + i % BLOCK_CHUNKS
-    mask = (column < IN_FEATURES - first) & (chunk < GROUP_SIZE // 8)
-    group = unit * IN_FEATURES + first + column
-    unit_ptr = W_q_ptr.to(tl.pointer_type(tl.uint8)) + unit * ROW_BYTES
-    W = _dequantize_chunks(
+    column, chunk = i // BLOCK_CHUNKS, first_chunk + i % BLOCK_CHUNKS
+    chunk_mask = (column < IN_FEATURES - first_column) & (chunk < GROUP_SIZE // 8)
+    group = unit * IN_FEATURES + first_column + column
+    unit_ptr = W_q_ptr.to(tl.pointer_type(tl.uint8)) + unit * UNIT_BYTES
+    W = dequantize_chunks(
         low_ptr=unit_ptr,
-        high_ptr=unit_ptr + HIGH_PLANE,
-        first=first.to(tl.int64) * (GROUP_SIZE // 8),
+        high_ptr=unit_ptr + HIGH_PLANE_OFFSET,
+        first_chunk=first_column.to(tl.int64) * (GROUP_SIZE // 8),
         chunk=column * (GROUP_SIZE // 8) + chunk,
-        mask=mask,
+        mask=chunk_mask,
         scale_ptr=scale_ptr + group,
         zero_ptr=zero_ptr + group,
         NBITS=NBITS,
     )
-    # Transpose, and store rows of BLOCK_COLUMNS weights.
+    # 3. Transpose to [BLOCK_CHUNKS * 8, BLOCK_COLUMNS], and store it row by row. Code j of a group
+    #    is a weight of the unit's row j, which is row unit + j * units of the whole weight.
     W = tl.reshape(W.to(out_ptr.dtype.element_ty), BLOCK_COLUMNS, BLOCK_CHUNKS * 8).T
-    row = depth * 8 + tl.arange(0, BLOCK_CHUNKS * 8)
+    row = first_chunk * 8 + tl.arange(0, BLOCK_CHUNKS * 8)
     column = tl.arange(0, BLOCK_COLUMNS)
     row_stride = units.to(tl.int64) * out_stride * STRIDE_DIVISOR
-    out_ptr += unit * out_stride * STRIDE_DIVISOR + first
-    mask = (row < GROUP_SIZE)[:, None] & (column < IN_FEATURES - first)[None, :]
+    out_ptr += unit * out_stride * STRIDE_DIVISOR + first_column
+    mask = (row < GROUP_SIZE)[:, None] & (column < IN_FEATURES - first_column)[None, :]
     tl.store(out_ptr + (row * row_stride)[:, None] + column[None, :], W, mask)
-
-
-@triton.jit
-def _dequantize_chunks(
-    low_ptr, high_ptr, first, chunk, mask, scale_ptr, zero_ptr, NBITS: tl.constexpr
-):
-    """Return the weights of chunks first + chunk of a unit, fp32 [chunks, 8].
-
-    Args:
-        low_ptr: The unit's plane, or for 3 bits its 2-bit plane.
-        high_ptr: For 3 bits, its plane of high bits.
-        first: A multiple of 16, and hence of the chunks of a tile.
-        chunk: [chunks].
-        mask: [chunks].
-        scale_ptr: Pointers [chunks] to the scale of every chunk; so is zero_ptr, to the zeros.
-        zero_ptr: [chunks].
-        NBITS: Bits of a code.
-    """
-    scale = tl.load(scale_ptr, mask)
-    zero = tl.load(zero_ptr, mask)
-    # `_fields` returns 2**23 + code * 2**shift, and 2**-shift. One fused multiply-add, exact,
-    # leaves the code. For 3 bits a second one adds 4 times the high bit.
-    if NBITS == 3:
-        tiles = _load_tiles(plane_ptr=low_ptr + first * 2, chunk=chunk, mask=mask, WIDTH=2)
-        high_tiles = _load_tiles(plane_ptr=high_ptr + first, chunk=chunk, mask=mask, WIDTH=1)
-        even, odd, unshift = _fields(tiles=tiles, chunk=chunk, WIDTH=2)
-        high_even, high_odd, high_unshift = _fields(tiles=high_tiles, chunk=chunk, WIDTH=1)
-        high_unshift *= 4
-        offset = -8388608.0 * (unshift + high_unshift)
-        even = tl.fma(even, unshift, tl.fma(high_even, high_unshift, offset))
-        odd = tl.fma(odd, unshift, tl.fma(high_odd, high_unshift, offset))
-    else:
-        tiles = _load_tiles(plane_ptr=low_ptr + first * NBITS, chunk=chunk, mask=mask, WIDTH=NBITS)
-        even, odd, unshift = _fields(tiles=tiles, chunk=chunk, WIDTH=NBITS)
-        even = tl.fma(even, unshift, -8388608.0 * unshift)
-        odd = tl.fma(odd, unshift, -8388608.0 * unshift)
-    zero, scale = zero.to(tl.float32)[:, None], scale.to(tl.float32)[:, None]
-    return tl.reshape(tl.join((even - zero) * scale, (odd - zero) * scale), chunk.shape[0], 8)
-
-
-@triton.jit
-def _load_tiles(plane_ptr, chunk, mask, WIDTH: tl.constexpr):
-    """Load the tile of each chunk as words [chunks, 4].
-
-    Neighboring chunks share a tile. It is read from memory once, and each thread can store what it
-    loads without a shuffle.
-    """
-    plane_ptr = plane_ptr.to(tl.pointer_type(tl.uint32))
-    at = (chunk // (16 // WIDTH) * 4)[:, None] + tl.arange(0, 4)[None, :]
-    return tl.load(plane_ptr + at, mask[:, None], other=0)
-
-
-@triton.jit
-def _fields(tiles, chunk, WIDTH: tl.constexpr):
-    """Return even and odd codes of each chunk as 2**23 + code * 2**shift, and 2**-shift.
-
-    All are fp32: [chunks, 4], [chunks, 4] and [chunks, 1]. ORed into the mantissa of 2**23, a code
-    is a float after one instruction, without a shift.
-    """
-    shift = (chunk % (16 // WIDTH) * WIDTH)[:, None]
-    mask = (((1 << WIDTH) - 1) << shift).to(tl.uint32)
-    even = ((tiles & mask) | 0x4B000000).to(tl.float32, bitcast=True)
-    odd = (((tiles >> 16) & mask) | 0x4B000000).to(tl.float32, bitcast=True)
-    return even, odd, ((127 - shift) << 23).to(tl.float32, bitcast=True)

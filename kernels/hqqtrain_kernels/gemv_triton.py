@@ -1,16 +1,20 @@
 """The linear kernel for one row of x (GEMV): only registers between memory and tensor cores.
 
 A program is one warp. It keeps one split of x (BLOCK_K elements) in registers and streams the same
-split of many rows of the weight past it, BLOCK_N = 16 rows per step, read ahead into registers.
-`reduce_split_k` adds the splits.
+split of many rows of the weight past it, BLOCK_N = 16 rows per step. The rows of the next step are
+loaded into registers while the current ones are multiplied. `reduce_split_k` adds the splits.
 
-One load of a lane is 16 bytes of a row of the weight, which is one tile. The 4 lanes over which the
-tensor cores add hold codes of 4 tiles (a quad), which belong to several groups. Their sums are kept
-apart all the same. A product has at least 8 columns, of which one row of x would need only one: so
-each column gets the x of one group, and zeros elsewhere. Scale and zero are then applied to the
-sums of all groups once per split:
+A lane loads 16 bytes of a row of the weight, which are one tile of the packed layout (see
+`layout`): 4 words of 32 bits with the codes of several fields. A quad is 4 adjacent tiles of a row,
+which 4 lanes load. The tensor cores add over these 4 lanes, although the codes of a quad can belong
+to several groups, with different scales. The sums of the groups are kept apart by the columns of
+the product: it has at least 8 columns, of which one row of x needs only one. Column g gets x within
+group g, and zeros elsewhere. Scale and zero are then applied to the sums of all groups once per
+split:
 
     y[n] = sum over groups g of scale[n, g] * (sum_k code[n, k] x[k] - zero[n, g] * sum_k x[k])
+
+where k runs over the elements of group g.
 """
 
 import functools
@@ -36,7 +40,7 @@ from hqqtrain_kernels.unpack_triton import (
 )
 
 BLOCK_N = 16
-"""Rows of the weight per step: the rows of a tensor core product. The kernel spells it out."""
+"""Rows of the weight per step, those of a tensor core product. The kernel writes 16 instead."""
 
 
 def gemv(
@@ -106,27 +110,31 @@ def _gemv_kernel(
     NUM_GROUPS: tl.constexpr,
     FIELDS_PER_SHIFT: tl.constexpr,
     CODE_OFFSET: tl.constexpr,
-    CODE_UNIT: tl.constexpr,
+    CODE_STEP: tl.constexpr,
     ADJACENT_PAIRS: tl.constexpr,
     DTYPE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write partial_ptr [num_splits, N]: the products over one split of K, with NUM_GROUPS scales.
+    """Write partial_ptr [num_splits, N]: the products over one split of K.
 
-    Where 16 does not divide N, the last step begins 16 rows before the end: those rows are computed
-    twice, with equal bits. `skinny_gemm_triton` explains the divisor.
+    NUM_GROUPS is the number of groups in a split, or 1 if a group is longer. `operand_format`
+    explains FIELDS_PER_SHIFT, CODE_OFFSET and CODE_STEP, and `skinny_gemm_triton` explains
+    GROUPS_DIVISOR.
+
+    If 16 does not divide N, the last step begins 16 rows before the end. It computes some rows a
+    second time, with equal bits.
     """
-    QUADS: tl.constexpr = BLOCK_K * NBITS // 512  # of tiles, along a split of a row
+    QUADS: tl.constexpr = BLOCK_K * NBITS // 512  # quads of 512 bits in a split of a row
     split = tl.program_id(0)
     row_words = tl.cdiv(K * NBITS, 128) * 4
     groups = K // GROUP_SIZE // GROUPS_DIVISOR * GROUPS_DIVISOR
     W_q_ptr = W_q_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + split * (BLOCK_K * NBITS // 32)
-    # The first group of the split; or the group that holds the split, if groups are longer.
+    # The first group of the split, or the group that contains the split if groups are longer.
     group = split * NUM_GROUPS if GROUP_SIZE <= BLOCK_K else split // (GROUP_SIZE // BLOCK_K)
-    first = tl.program_id(1) * steps_per_program
-    end = tl.minimum(first + steps_per_program, tl.cdiv(N, 16))
-    # The first rows are on their way while x is prepared, and each step loads the next one's rows.
-    n = tl.minimum(first * 16, N - 16).to(tl.int64)
+    first_step = tl.program_id(1) * steps_per_program
+    end_step = tl.minimum(first_step + steps_per_program, tl.cdiv(N, 16))
+    # Start to load the first rows before x is prepared. Each step then loads the rows of the next.
+    n = tl.minimum(first_step * 16, N - 16).to(tl.int64)
     words = _load_quads(ptr=W_q_ptr + n * row_words, row_words=row_words, QUADS=QUADS)
     x_quads, x_sums, offsets = _load_operands(
         x_ptr=x_ptr + split * BLOCK_K,
@@ -140,7 +148,7 @@ def _gemv_kernel(
         UPCAST=UPCAST,
     )
     partial_ptr += split.to(tl.int64) * N + tl.arange(0, 16)
-    for step in tl.range(first, end, num_stages=1):
+    for step in tl.range(first_step, end_step, num_stages=1):
         n = tl.minimum(step * 16, N - 16).to(tl.int64)
         next_n = tl.minimum((step + 1) * 16, N - 16).to(tl.int64)
         next_words = _load_quads(ptr=W_q_ptr + next_n * row_words, row_words=row_words, QUADS=QUADS)
@@ -148,8 +156,8 @@ def _gemv_kernel(
             ptr=scale_ptr + n * groups + group, groups=groups, NUM_GROUPS=NUM_GROUPS
         )
         zero = _load_scales(ptr=zero_ptr + n * groups + group, groups=groups, NUM_GROUPS=NUM_GROUPS)
-        # p [16 rows, NUM_GROUPS]: column g adds up (CODE_OFFSET + code) * x over group g alone.
-        p = tl.zeros((16, NUM_GROUPS), tl.float32)
+        # Column g adds up (CODE_OFFSET + code) * x over group g alone.
+        group_sums = tl.zeros((16, NUM_GROUPS), tl.float32)
         for i in tl.static_range(QUADS):
             pairs = codes_to_pairs(
                 words[i],
@@ -160,10 +168,12 @@ def _gemv_kernel(
             )
             if tl.bfloat16 == DTYPE:
                 pairs |= opaque_constant(0x43004300, 16)  # the exponent of 128, in both halfwords
-            p = dot(pairs_to_halves(pairs, DTYPE), x_quads[i], acc=p, UPCAST=UPCAST)
-        # scale * (sum(code * x) - zero * sum(x)), CODE_UNIT divided out along with the scale.
-        p = (p - offsets - (zero * CODE_UNIT) * x_sums) * (scale * (1 / CODE_UNIT))
-        tl.store(partial_ptr + n, tl.sum(p, 1))
+            codes = pairs_to_halves(pairs, DTYPE)
+            group_sums = dot(codes, x_quads[i], acc=group_sums, UPCAST=UPCAST)
+        # scale * (sum(code * x) - zero * sum(x)). The sum of codes is in multiples of CODE_STEP, so
+        # the zero is multiplied by it and the scale divided.
+        products = (group_sums - offsets - (zero * CODE_STEP) * x_sums) * (scale * (1 / CODE_STEP))
+        tl.store(partial_ptr + n, tl.sum(products, 1))
         words = next_words
 
 
@@ -171,19 +181,21 @@ def _gemv_kernel(
 def _load_quads(ptr, row_words, QUADS: tl.constexpr):
     """Load the quads of 16 rows, from `ptr` on: a tuple of blocks [16 rows, 4 words, 4 tiles].
 
-    They get the layout that tensor cores take: 4 lanes along a row and 8 rows in a load, and a
-    second load for the other 8 rows.
+    The lanes get the words that the tensor cores take from them: one load covers 8 rows with 4
+    lanes along each, and a second load covers the other 8 rows.
     """
     row = tl.arange(0, 8)[:, None, None]
     tile = tl.arange(0, 4)[None, :, None]
     word = tl.arange(0, 4)[None, None, :]
-    at = tl.max_contiguous(row * row_words + tile * 4 + word, (1, 2, 4))
+    offset = tl.max_contiguous(row * row_words + tile * 4 + word, (1, 2, 4))
     quads = ()
     for i in tl.static_range(QUADS):
-        upper = tl.load(ptr + at + i * 16, cache_modifier=".cg")
-        lower = tl.load(ptr + (at + 8 * row_words) + i * 16, cache_modifier=".cg")
-        both = tl.permute(tl.join(upper, lower), (3, 0, 2, 1))
-        quads += (tl.reshape(both, (16, 4, 4)),)
+        # A quad has 16 words. ".cg" bypasses the L1 cache, as every word is read once.
+        rows_0_to_7 = tl.load(ptr + offset + i * 16, cache_modifier=".cg")
+        rows_8_to_15 = tl.load(ptr + (offset + 8 * row_words) + i * 16, cache_modifier=".cg")
+        # [8 rows, 4 tiles, 4 words, 2 halves] -> [2 halves, 8 rows, 4 words, 4 tiles].
+        all_rows = tl.permute(tl.join(rows_0_to_7, rows_8_to_15), (3, 0, 2, 1))
+        quads += (tl.reshape(all_rows, (16, 4, 4)),)
     return quads
 
 
@@ -191,14 +203,15 @@ def _load_quads(ptr, row_words, QUADS: tl.constexpr):
 def _load_scales(ptr, groups, NUM_GROUPS: tl.constexpr):
     """Load scale or zero of 16 rows as fp32 [16, NUM_GROUPS].
 
-    They get the layout of the products, in which a lane has 2 of 8 columns.
+    They are loaded in the register layout of the product, in which a lane has 2 of 8 columns.
     """
     PAIR: tl.constexpr = 2 if NUM_GROUPS > 1 else 1
     row = tl.arange(0, 8)[:, None, None]
     pair = tl.arange(0, NUM_GROUPS // PAIR)[None, :, None] * PAIR
-    at = row * groups + pair + tl.arange(0, PAIR)[None, None, :]
-    both = tl.join(tl.load(ptr + at), tl.load(ptr + (at + 8 * groups)))
-    return tl.reshape(tl.permute(both, (3, 0, 1, 2)), (16, NUM_GROUPS)).to(tl.float32)
+    offset = row * groups + pair + tl.arange(0, PAIR)[None, None, :]
+    # [8 rows, pairs, 2 columns, 2 halves of the rows] -> [16 rows, NUM_GROUPS].
+    all_rows = tl.join(tl.load(ptr + offset), tl.load(ptr + (offset + 8 * groups)))
+    return tl.reshape(tl.permute(all_rows, (3, 0, 1, 2)), (16, NUM_GROUPS)).to(tl.float32)
 
 
 @triton.jit
@@ -216,15 +229,16 @@ def _load_operands(
     """Load one split of x, and prepare all that the products need of it.
 
     Returns:
-        x_quads: For every quad, x [codes of a quad, NUM_GROUPS] in the order of the codes, zero in
-            the columns of other groups.
+        x_quads: For every quad, x [codes of a quad, NUM_GROUPS] in the order of the codes. An
+            element is zero in the columns of the groups that it does not belong to.
         x_sums: The sum of x over every group, [1, NUM_GROUPS].
-        offsets: CODE_OFFSET times the sum of what multiplies the codes, [1, NUM_GROUPS].
+        offsets: What CODE_OFFSET adds to the sum of every group, [1, NUM_GROUPS]: CODE_OFFSET times
+            the sum of x_quads.
 
-    The sums are computed by tensor cores, as products with ones: the result then has the layout of
-    the products it is used with.
+    The tensor cores compute the sums, as products with ones. The sums then have the same register
+    layout as the products that they are used with.
     """
-    QUAD: tl.constexpr = 512 // NBITS  # codes of a quad
+    QUAD_CODES: tl.constexpr = 512 // NBITS
     x_quads = ()
     x_sums = tl.zeros((16, NUM_GROUPS), tl.float32)
     scaled_sums = x_sums
@@ -232,34 +246,35 @@ def _load_operands(
     # Codes of fields that share a shift are not shifted down individually: the operand is
     # code * 2**(NBITS * place), and x is divided by that power of two.
     place = k // 8 % (16 // NBITS) % FIELDS_PER_SHIFT
-    power = ((127 - place * NBITS) << 23).to(tl.float32, bitcast=True)
-    ones = tl.full((16, QUAD), 1.0, x_ptr.dtype.element_ty)
+    inverse_power = ((127 - place * NBITS) << 23).to(tl.float32, bitcast=True)  # by its bits
+    ones = tl.full((16, QUAD_CODES), 1.0, x_ptr.dtype.element_ty)
     for i in tl.static_range(QUADS):
-        in_group = (i * QUAD + k)[:, None] // CODES_PER_GROUP == tl.arange(0, NUM_GROUPS)[None, :]
-        b = tl.where(in_group, tl.load(x_ptr + (i * QUAD + k))[:, None], 0.0)
-        x_sums = dot(ones, b, acc=x_sums, UPCAST=UPCAST)
+        group_of_k = (i * QUAD_CODES + k)[:, None] // CODES_PER_GROUP
+        in_group = group_of_k == tl.arange(0, NUM_GROUPS)[None, :]
+        x_quad = tl.where(in_group, tl.load(x_ptr + (i * QUAD_CODES + k))[:, None], 0.0)
+        x_sums = dot(ones, x_quad, acc=x_sums, UPCAST=UPCAST)
         if FIELDS_PER_SHIFT > 1:
-            b = (b.to(tl.float32) * power[:, None]).to(b.dtype)
+            x_quad = (x_quad.to(tl.float32) * inverse_power[:, None]).to(x_quad.dtype)
         if CODE_OFFSET > 0:
-            scaled_sums = dot(ones, b, acc=scaled_sums, UPCAST=UPCAST)
-        x_quads += (b,)
+            scaled_sums = dot(ones, x_quad, acc=scaled_sums, UPCAST=UPCAST)
+        x_quads += (x_quad,)
     # All 16 rows of the sums are equal: the maximum is any of them.
     return x_quads, tl.max(x_sums, 0)[None, :], tl.max(scaled_sums, 0)[None, :] * CODE_OFFSET
 
 
 @triton.jit
 def _code_order(NBITS: tl.constexpr, ADJACENT_PAIRS: tl.constexpr):
-    """Return which code of a quad `codes_to_pairs` leaves where, after `_load_quads`.
+    """Return the number in the quad of each code that `codes_to_pairs` extracts, [codes of a quad].
 
-    The order is: word, fields by ADJACENT_PAIRS, tile, ADJACENT_PAIRS fields, 2. Its length is the
-    codes of a quad.
+    After `_load_quads`, the codes are ordered by these dimensions, from the slowest to the fastest:
+    word; runs of ADJACENT_PAIRS fields; tile; the fields of a run; the two codes of a pair.
     """
-    TILE: tl.constexpr = 128 // NBITS  # codes of a tile
-    i = tl.arange(0, 4 * TILE)
-    # Take the number of an operand apart, from its slowest dimension to its fastest.
-    word = i // TILE
+    TILE_CODES: tl.constexpr = 128 // NBITS
+    # Split each position in this order into its dimensions.
+    i = tl.arange(0, 4 * TILE_CODES)
+    word = i // TILE_CODES
     tile = i // (2 * ADJACENT_PAIRS) % 4
-    fields = i // (8 * ADJACENT_PAIRS) % (16 // NBITS // ADJACENT_PAIRS) * ADJACENT_PAIRS
-    field = fields + i // 2 % ADJACENT_PAIRS
-    # Field i of word w of a tile holds the codes 8 i + 2 w and 8 i + 2 w + 1: see `unpack_triton`.
-    return tile * TILE + 8 * field + 2 * word + i % 2
+    run_start = i // (8 * ADJACENT_PAIRS) % (16 // NBITS // ADJACENT_PAIRS) * ADJACENT_PAIRS
+    field = run_start + i // 2 % ADJACENT_PAIRS
+    # Field f of word w of a tile holds the codes 8 f + 2 w and 8 f + 2 w + 1: see `unpack_triton`.
+    return tile * TILE_CODES + 8 * field + 2 * word + i % 2

@@ -24,7 +24,7 @@ def hqq(
     mask,
     low,
     high,
-    unit,
+    magnitude,
     W_ptr,
     origin,
     exists,
@@ -35,23 +35,23 @@ def hqq(
     """Fit the zero of every group of a tile.
 
     Args:
-        W: The tile, in units.
+        W: The tile, normalized.
         mask: Which elements of the tile are codes, or None if all are.
-        low: Minimum of each group, [G], in units.
-        high: Maximum of each group, [G], in units.
-        unit: Unit of each group, [G].
-        W_ptr: The weight, from which the tile is loaded again: see `load_weights`.
-        origin: Where each group begins in W_ptr, [G].
+        low: Minimum of each group, [G], normalized.
+        high: Maximum of each group, [G], normalized.
+        magnitude: Power of two that each group was divided by, [G].
+        W_ptr: The weight, from which `_sum_shrunk` loads the tile again.
+        origin: Offset of the first weight of each group in W_ptr, [G].
         exists: Whether the group exists, [G].
-        stride: Distance between the weights of a group, for axis 0.
+        stride: Elements between the weights of a group, for axis 0.
         SHRINKS: Whether to compute hqq's shrinkage, which takes 40 more registers.
         TILE: `tile_triton.TileConfig`. Its params are `HQQParams`.
 
     Returns:
-        scale: [G], in units.
+        scale: [G], normalized.
         zero: [G].
-        deferred: [G], whether the residuals of a group are so large that they shrink. Unless
-            SHRINKS, such a group is not done.
+        deferred: [G], whether the residuals of a group are so large that they shrink. Without
+            SHRINKS the scale and the zero of such a group are not valid.
     """
     PARAMS: tl.constexpr = TILE.params
     GROUP_SIZE: tl.constexpr = TILE.group_size
@@ -63,11 +63,11 @@ def hqq(
     NUDGES: tl.constexpr = PARAMS.nudges
     BITS: tl.constexpr = PARAMS.bits
     SHRUNK_BITS: tl.constexpr = PARAMS.shrunk_bits
-    # The scale spans the group's range, except that 1 / scale is capped as in hqq.
-    width = tl.maximum(high - low, 2.0**-30)
-    inverse_scale = tl.div_rn(1.0, width) * MAX_CODE  # as torch divides a number by a tensor
-    capped = tl.minimum(inverse_scale, unit * 2e4)
-    inverse_scale = tl.where(width * unit <= 1e-4, inverse_scale, capped)
+    # The codes span the group's range, except that 1 / scale is capped as in hqq.
+    value_range = tl.maximum(high - low, 2.0**-30)
+    inverse_scale = tl.div_rn(1.0, value_range) * MAX_CODE  # as torch divides a number by a tensor
+    capped = tl.minimum(inverse_scale, magnitude * 2e4)
+    inverse_scale = tl.where(value_range * magnitude <= 1e-4, inverse_scale, capped)
     initial_zero = -low * inverse_scale
     scale = tl.div_rn(1.0, inverse_scale)
     _, _, _, mean, _ = to_fixed_point(
@@ -97,20 +97,22 @@ def hqq(
         )
         while rounds_left > 0:
             previous = zero
-            distance = tl.maximum(tl.abs(zero - initial_zero), 0.5) * 1.01
-            shrinks = distance * (scale * unit) > THRESHOLD
+            # Upper bound of the residuals, in codes: half a code or the distance that the zero has
+            # moved, and 1 % for rounding.
+            residual_bound = tl.maximum(tl.abs(zero - initial_zero), 0.5) * 1.01
+            shrinks = residual_bound * (scale * magnitude) > THRESHOLD
             deferred = deferred | shrinks
-            # Clamping costs an instruction a weight: only if the tile has a code beyond the last.
-            # The new zero is the mean of code - W / scale over the group.
+            # The new zero is the mean of code - W / scale over the group. Clipping codes costs an
+            # instruction a weight, so it is done only if the tile has a code beyond the last.
             if clips:
-                n = _sum_codes(
+                code_sum = _sum_codes(
                     fractions=fractions, zero=zero + NUDGES[i], mask=mask, NBITS=NBITS, CLIPS=True
                 )
             else:
-                n = _sum_codes(
+                code_sum = _sum_codes(
                     fractions=fractions, zero=zero + NUDGES[i], mask=mask, NBITS=NBITS, CLIPS=False
                 )
-            zero = (n - GROUP_OFFSET).to(tl.float32) * (1 / GROUP_SIZE) - mean
+            zero = (code_sum - GROUP_OFFSET).to(tl.float32) * (1 / GROUP_SIZE) - mean
             if SHRINKS and tl.max(shrinks.to(tl.int32), 0) > 0:
                 shrunk = _sum_shrunk(
                     W_ptr=W_ptr,
@@ -120,7 +122,7 @@ def hqq(
                     zero=previous,
                     nudge=NUDGES[i],
                     inverse_scale=inverse_scale,
-                    unit=unit,
+                    magnitude=magnitude,
                     THRESHOLD=THRESHOLD,
                     TILE=TILE,
                 )
@@ -148,9 +150,9 @@ def hqq(
 def _sum_codes(fractions, zero, mask, NBITS: tl.constexpr, CLIPS: tl.constexpr):
     """Sum the nearest codes, with their offset, over every group.
 
-    The caller has a branch that CLIPS and one that does not, as a whole, and the barrier is in one
-    of them. Without it the compiler computes both sums in every round, and selects afterwards (on
-    sm_90 303 instructions for 64 weights instead of 190).
+    The caller has one branch with CLIPS and one without. The barrier keeps them separate: without
+    it the compiler computes both sums in every round and then selects one, with 303 instructions
+    for 64 weights instead of 190 (sm_90).
     """
     if CLIPS:
         tl.debug_barrier()
@@ -163,20 +165,24 @@ def _sum_codes(fractions, zero, mask, NBITS: tl.constexpr, CLIPS: tl.constexpr):
 def _any_moved_or_clips(zero, previous, nudge, peak, MAX_CODE: tl.constexpr):
     """Whether the zero of any group of the tile moved, and whether any code will be clipped.
 
-    One reduction over the warp answers both questions. The answer to the second is exact, because
-    the peak has the same roundings as every weight. With a margin it would often be yes: zeros of 4
-    bits begin as whole numbers, up to half a code from where the peak fits, and then hardly move.
+    One reduction over the warp answers both questions. `peak` is the largest W / scale of each
+    group. It is rounded like every weight, so the second answer is exact. A safety margin would
+    make it a needless yes in many rounds: at 4 bits, zeros begin as whole numbers, at which the
+    peak can lie up to half a code beyond the last code, and then hardly move.
     """
     moved = (zero != previous).to(tl.int32)
     clips = (peak + (zero + nudge) >= MAX_CODE + 0.5).to(tl.int32)
-    # Two counts of at most 512 groups each, in the halves of one number.
+    # Count both in the halves of one integer: a tile has at most 512 groups.
     counts = tl.sum(moved + (clips << 16), 0)
     return (counts & 0xFFFF) > 0, (counts >> 16) > 0
 
 
 @triton.jit
 def _round_half_even(x):
-    """Round to whole numbers, half to even, whatever the magnitude of x."""
+    """Round x of any size to whole numbers, half to even.
+
+    From 2**23 = 8388608 on, every fp32 number is whole.
+    """
     size = tl.abs(x)
     size = tl.where(size < 8388608.0, (size + 8388608.0) - 8388608.0, size)
     return tl.where(x < 0, -size, size)
@@ -191,13 +197,14 @@ def _sum_shrunk(
     zero,
     nudge,
     inverse_scale,
-    unit,
+    magnitude,
     THRESHOLD: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Sum each group's residuals after hqq's shrinkage, in fixed point: [G] int64.
 
-    The tile is loaded again in R parts: at once, the powers would take more registers than exist.
+    The tile is loaded again, one index of its first dimension at a time. For the whole tile at
+    once, the powers would take more registers than exist.
     """
     GROUP_SIZE: tl.constexpr = TILE.group_size
     NBITS: tl.constexpr = TILE.nbits
@@ -206,7 +213,7 @@ def _sum_shrunk(
     BITS: tl.constexpr = TILE.params.shrunk_bits
     R: tl.constexpr = TILE.R
     total = tl.zeros(zero.shape, tl.int64)
-    # W and `decoded` are in units; the threshold and the power are those of the weight itself.
+    # W and `decoded` are normalized; the threshold and the power are those of the weight itself.
     for r in range(R):
         k = code_index(r, R, TILE.T, TILE.E)
         W = load_weights(
@@ -218,19 +225,19 @@ def _sum_shrunk(
             EVICTION="evict_first",
             TILE=TILE,
         )
-        W = W * per_group(reciprocal(unit))
+        W = W * per_group(reciprocal(magnitude))
         codes = encode(W, inverse_scale=inverse_scale, zero=zero + nudge, NBITS=NBITS) - (
             MAGIC_BITS - (NBITS << 23)
         )
         decoded = tl.div_rn(codes.to(tl.float32) - per_group(zero), per_group(inverse_scale))
         residual = W - decoded
-        size = tl.where(k < GROUP_SIZE, tl.abs(residual) * per_group(unit), 0.0)
+        size = tl.where(k < GROUP_SIZE, tl.abs(residual) * per_group(magnitude), 0.0)
         # Below the threshold all results are 0: skip the powers.
         if tl.max(tl.max(tl.max(tl.max(size, 3), 2), 1), 0) > THRESHOLD * 0.999:
             # sign(x) * max(|x| - |x|**(p-1) / beta, 0), the power in fp64 as in PyTorch.
             power = tl.exp2(tl.log2(size.to(tl.float64)) * (P - 1)).to(tl.float32)
             shrunk = tl.maximum(size - power * (1 / BETA), 0.0)
-            shrunk = tl.div_rn(tl.where(residual < 0, -shrunk, shrunk), per_group(unit))
+            shrunk = tl.div_rn(tl.where(residual < 0, -shrunk, shrunk), per_group(magnitude))
             fixed = _round_half_even(shrunk * per_group(inverse_scale) * 2.0**BITS)
             total += group_sum(fixed.to(tl.int64))
     return total

@@ -4,6 +4,23 @@ A weight [out_features, in_features] is cut into `units` of whole groups. Units 
 W_q, scale and zero alike, and every unit is packed independently. A slice of units of the packed
 tensors is therefore the packed slice of the weight: sharding, streaming and saving need no other
 rule. hqq's own layout pairs distant rows in one byte and cannot be sliced.
+
+Within a unit, the kernels and the reference distinguish these parts:
+
+* A chunk is 8 adjacent codes. Chunk 0 has the codes 0 to 7 of the unit.
+* A plane stores some bits of every code. Codes of 3 bits have two planes: the low plane with their
+  low two bits, and behind it the high plane with their high bit. Codes of 1, 2, 4 or 8 bits have
+  one plane. The width of a plane is its number of bits per code.
+* A tile is 16 bytes of a plane. It consists of 8 little-endian halfwords of 16 bits, or 4 words of
+  32 bits, and stores 16 / width chunks. A halfword has 16 / width bit fields, the first in its
+  lowest bits. Field i of halfword h stores code h of the tile's chunk i.
+
+For example, a tile of 4-bit codes stores 4 chunks. Its halfword 0 is
+
+    code 0  |  code 8 << 4  |  code 16 << 8  |  code 24 << 12.
+
+One 16-byte load therefore yields, field by field, 8 adjacent codes: one 16-byte store of bf16
+weights. The last tile of a plane is padded with zeros.
 """
 
 from dataclasses import dataclass, replace
@@ -12,6 +29,7 @@ from functools import cached_property
 LAYOUT_VERSION = 1
 
 TILE_BYTES = 16
+"""Bytes that one load instruction of a thread reads at most."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +69,19 @@ class Layout:
         return self.out_features if self.axis == 1 else self.out_features // self.group_size
 
     @cached_property
-    def row_codes(self) -> int:
-        """Codes in one unit."""
+    def unit_codes(self) -> int:
+        """Codes in one unit, without padding."""
         return self.in_features * (1 if self.axis == 1 else self.group_size)
 
     @cached_property
     def groups(self) -> int:
         """Groups in one unit: dimension 1 of scale and zero."""
-        return self.row_codes // self.group_size
+        return self.unit_codes // self.group_size
 
     @cached_property
-    def row_bytes(self) -> int:
+    def unit_bytes(self) -> int:
         """Bytes of one packed unit, a multiple of 16."""
-        return packed_bytes(self.row_codes, self.nbits)
+        return packed_bytes(self.unit_codes, self.nbits)
 
     def rows_of(self, start: int, stop: int) -> list[slice]:
         """Return the weight's rows in units `start` to `stop`, as slices in storage order."""

@@ -1,4 +1,7 @@
-"""The least-squares solver on a tile of groups, as `quant/solvers/least_squares.py` explains it."""
+"""The least-squares solver on a tile of groups.
+
+`hqqtrain/quant/solvers/least_squares.py` explains the algorithm, and `solve_triton` the tile.
+"""
 
 import triton
 import triton.language as tl
@@ -15,10 +18,10 @@ from hqqtrain_kernels.solve_triton import (
     to_fixed_point,
 )
 
-SHIFT = tl.constexpr(1 << 15)
-"""Added to the magic number, so that `_code_sums` can undo what it adds to the sums."""
-UNDO = tl.constexpr(pow(2 * (0x4B400000 + (1 << 15)) >> 16, -1, 1 << 16))
-"""The inverse, modulo 2**16, of what `_code_sums` multiplies the sum of codes by."""
+CODE_SHIFT = tl.constexpr(1 << 15)
+"""Added to MAGIC when codes are rounded. It makes the factor odd that `_code_sums` must invert."""
+INVERSE_FACTOR = tl.constexpr(pow(2 * (0x4B400000 + (1 << 15)) >> 16, -1, 1 << 16))
+"""Inverse modulo 2**16 of 2 * (MAGIC_BITS + CODE_SHIFT) / 2**16: see `_code_sums`."""
 
 
 @triton.jit
@@ -27,26 +30,26 @@ def least_squares(
     mask,
     low,
     high,
-    unit,
+    magnitude,
     META_DTYPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Fit scale and zero of every group of a tile.
 
-    One loop serves all starting points and the last descent, to keep the code small: unrolled, its
-    18 rounds would not fit into the instruction cache.
+    One loop serves all starting points and the last descent, to keep the code small. Unrolled, its
+    20 rounds would not fit into the instruction cache.
 
     Args:
-        W: The tile, in units.
+        W: The tile, normalized.
         mask: Which elements of the tile are codes, or None if all are.
-        low: Minimum of each group, [G], in units.
-        high: Maximum of each group, [G], in units.
-        unit: Unit of each group, [G].
+        low: Minimum of each group, [G], normalized.
+        high: Maximum of each group, [G], normalized.
+        magnitude: Power of two that each group was divided by, [G].
         META_DTYPE: Storage dtype of scale and zero.
         TILE: `tile_triton.TileConfig`. Its params are `LeastSquaresParams`.
 
     Returns:
-        The scale, in units, and the zero: both [G].
+        The scale, normalized, and the zero: both [G].
     """
     PARAMS: tl.constexpr = TILE.params
     GROUP_SIZE: tl.constexpr = TILE.group_size
@@ -57,21 +60,21 @@ def least_squares(
     LAST_ROUNDS: tl.constexpr = PARAMS.last_rounds
     RELAXATION: tl.constexpr = PARAMS.relaxation
     BITS: tl.constexpr = PARAMS.bits
-    # Integers x, centered on their rounded mean; v is x as fp32. v_sum is not 0, because the
-    # center is rounded.
-    x, bits, total, mean, step = to_fixed_point(
+    # Convert to integers x, centered on their rounded mean; v is x as fp32. v_sum, the sum of x,
+    # is not 0, because the center is rounded.
+    x, magic_bits, total, mean, step = to_fixed_point(
         W=W, mask=mask, low=low, high=high, GROUP_SIZE=GROUP_SIZE, BITS=BITS
     )
     total = total.to(tl.int32)
     center = (total.to(tl.float32) * (1 / GROUP_SIZE) + MAGIC).to(tl.int32, bitcast=True)
     center = center - MAGIC_BITS
     v_sum = total - GROUP_SIZE * center
-    x = mask_padding(x - per_group(center + bits), mask)
+    x = mask_padding(x - per_group(center + magic_bits), mask)
     v = x.to(tl.float32)
-    bottom, top = -center.to(tl.float32), group_max(v)
-    width = tl.maximum(top - bottom, 1.0)
-    middle = bottom + width * 0.5
-    reach = tl.maximum(tl.maximum(top, -bottom), 1.0) * 2
+    low_v, high_v = -center.to(tl.float32), group_max(v)
+    value_range = tl.maximum(high_v - low_v, 1.0)
+    middle = low_v + value_range * 0.5
+    symmetric_range = tl.maximum(tl.maximum(high_v, -low_v), 1.0) * 2
 
     # A line maps v to its place among the codes: v * slope + offset is 0 at the lowest code and 1
     # at the highest. Every group keeps the line that removes most of its squared error.
@@ -83,11 +86,11 @@ def least_squares(
         # 1. Select the starting line. The last pass continues from the best line so far.
         slope, offset = best_slope, best_offset
         for i in tl.static_range(len(ABOUT_MIDDLE)):
-            start_slope = tl.div_rn(1.0, width * ABOUT_MIDDLE[i])
+            start_slope = tl.div_rn(1.0, value_range * ABOUT_MIDDLE[i])
             slope = tl.where(start == i, start_slope, slope)
             offset = tl.where(start == i, 0.5 - middle * start_slope, offset)
         for i in tl.static_range(len(ABOUT_MEAN)):
-            start_slope = tl.div_rn(1.0, reach * ABOUT_MEAN[i])
+            start_slope = tl.div_rn(1.0, symmetric_range * ABOUT_MEAN[i])
             slope = tl.where(start == len(ABOUT_MIDDLE) + i, start_slope, slope)
             offset = tl.where(start == len(ABOUT_MIDDLE) + i, 0.5, offset)
         # 2. Descend: round to codes, regress on the codes, and step RELAXATION times as far as the
@@ -104,8 +107,8 @@ def least_squares(
         )
         rounds = tl.where(start == STARTS, LAST_ROUNDS, ROUNDS)
         for _ in range(1, rounds):
-            moved = slope + RELAXATION * (fitted_slope - slope)
-            slope = tl.where(moved > 0, moved, fitted_slope)
+            relaxed_slope = slope + RELAXATION * (fitted_slope - slope)
+            slope = tl.where(relaxed_slope > 0, relaxed_slope, fitted_slope)
             offset = offset + RELAXATION * (fitted_offset - offset)
             variance, covariance, fitted_slope, fitted_offset, mean_code = _fit(
                 v=v,
@@ -129,8 +132,10 @@ def least_squares(
     # first, so that the zero compensates for the rounding.
     scale = tl.div_rn(step, best_slope * MAX_CODE)
     zero = best_mean_code - tl.div_rn(mean, scale)
-    scale, _ = as_stored(scale=scale, zero=zero, unit=unit, META_DTYPE=META_DTYPE, TILE=TILE)
-    scale = tl.div_rn(scale, unit)
+    scale, _ = as_stored(
+        scale=scale, zero=zero, magnitude=magnitude, META_DTYPE=META_DTYPE, TILE=TILE
+    )
+    scale = tl.div_rn(scale, magnitude)
     return scale, best_mean_code - tl.div_rn(mean, scale)
 
 
@@ -146,9 +151,9 @@ def _fit(v, x, mask, slope, offset, v_sum, GROUP_SIZE: tl.constexpr, MAX_CODE: t
 
         All are fp32 [G].
     """
-    # Nearest codes: the place is rounded to fp32 once, then a magic number rounds the code.
+    # Nearest codes. The fused multiply-add rounds the place once, and adding MAGIC rounds the code.
     place = clamp(tl.fma(v, per_group(slope), per_group(offset)), 0.0, 1.0)
-    codes = tl.fma(place, MAX_CODE * 1.0, MAGIC + SHIFT).to(tl.int32, bitcast=True)
+    codes = tl.fma(place, MAX_CODE * 1.0, MAGIC + CODE_SHIFT).to(tl.int32, bitcast=True)
     codes = mask_padding(codes, mask)
     code_sum, squares, products = _code_sums(
         codes=codes, x=x, mask=mask, v_sum=v_sum, GROUP_SIZE=GROUP_SIZE, MAX_CODE=MAX_CODE
@@ -171,23 +176,25 @@ def _fit(v, x, mask, slope, offset, v_sum, GROUP_SIZE: tl.constexpr, MAX_CODE: t
 
 @triton.jit
 def _code_sums(codes, x, mask, v_sum, GROUP_SIZE: tl.constexpr, MAX_CODE: tl.constexpr):
-    """Sum over each group: the codes, their squares, and codes times x. All are integers [G].
+    """Return three sums over each group: the codes, their squares, and codes times x; int32 [G].
 
-    The codes q come as c = q + C, where C are the bits of the magic number plus SHIFT. Modulo
-    2**32, where int32 lives, the sum of c * c is
+    For large groups, the products are int64. The codes q are passed as c = q + C, where
+    C = MAGIC_BITS + CODE_SHIFT. If the sum of the squares is below 2**16, one sum yields the first
+    two results: modulo 2**32, in which int32 computes, the sum of c * c is
 
         sum(q * q) + 2 C sum(q) + GROUP_SIZE C * C.
 
-    The first term is below 2**16. The second is a multiple of 2**16, and the factor 2 C / 2**16 is
-    odd, so it has an inverse modulo 2**16: UNDO. One sum thus yields two, for one instruction a
-    weight, where five are all there are.
+    The last term is known. The first is below 2**16, and the second is a multiple of 2**16, because
+    2 C = F * 2**16. The high half is therefore F * sum(q) modulo 2**16. F is odd, so it has an
+    inverse modulo 2**16, INVERSE_FACTOR, which leaves sum(q). This saves one of the instructions
+    per weight, of which a round has only five.
     """
-    C: tl.constexpr = MAGIC_BITS + SHIFT
+    C: tl.constexpr = MAGIC_BITS + CODE_SHIFT
     if MAX_CODE * MAX_CODE * GROUP_SIZE < 65536:
         C_SQUARES: tl.constexpr = (GROUP_SIZE * C * C + 0x80000000) % 0x100000000 - 0x80000000
-        both = group_sum(codes * codes) - C_SQUARES
-        squares = both & 0xFFFF
-        code_sum = (((both >> 16) & 0xFFFF) * UNDO) & 0xFFFF
+        two_sums = group_sum(codes * codes) - C_SQUARES
+        squares = two_sums & 0xFFFF
+        code_sum = (((two_sums >> 16) & 0xFFFF) * INVERSE_FACTOR) & 0xFFFF
         products = group_sum(codes * x) - v_sum * C
     else:
         codes = mask_padding(codes - C, mask)

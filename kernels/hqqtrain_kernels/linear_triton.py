@@ -82,7 +82,7 @@ def _arguments_match(
         x.shape[-1] == layout.in_features
         and (bias is None or bias.device == x.device)
         and x.device == W_q.device == scale.device == zero.device
-        and W_q.nbytes == layout.units * layout.row_bytes
+        and W_q.nbytes == layout.units * layout.unit_bytes
         and scale.shape == meta_shape
         and zero.shape == meta_shape
         and W_q.is_contiguous()

@@ -1,8 +1,10 @@
 """The blocks that the linear kernels load: the packed weight, scale and zero, and x.
 
-A step of a kernel covers K_SLICES adjacent slices of BLOCK_K codes of every row. The slices are
-split over the warps of a program ("sliced K"), as splits of K are over programs. EVEN_K: all steps
-end within the row, so nothing needs a mask.
+The layers have axis 1, so a row of the weight is a unit of the packed layout. A step of a kernel
+covers K_SLICES adjacent slices of every row, of BLOCK_K codes each. The slices are distributed over
+the warps of a program ("sliced K"), just as splits of K are distributed over programs ("split-K").
+One `tl.dot` takes DOT_K codes of a slice, which belong to one group. If EVEN_K, every step ends
+within the row, so no load needs a mask.
 """
 
 import triton
@@ -21,13 +23,14 @@ def load_words(
 ):
     """Load the packed words of a step.
 
-    They are loaded in runs of 32 bytes, which then lie close together in shared memory, where 8
-    rows are read at once: whole rows would meet in the same banks (8 reads instead of 1).
+    They are loaded in runs of 32 bytes. The runs of different rows then lie next to each other in
+    shared memory, from which 8 rows are read at once. Whole rows would lie in the same banks, so
+    that 8 reads would be needed instead of 1.
 
     Args:
         row_ptrs: Pointers [rows] to the first word (int32) of every row.
         step: Number of the step along K.
-        end: Words of a row. From there on the result is zero.
+        end: Words of a row in this plane. Words from there on are zero in the result.
         WIDTH: Bits of a code in this plane.
         BLOCK_K: Codes of a slice.
         K_SLICES: Slices of a step.
@@ -36,18 +39,21 @@ def load_words(
     Returns:
         [K_SLICES * rows, words of BLOCK_K codes] int32.
     """
-    COUNT: tl.constexpr = BLOCK_K * WIDTH // 32
-    RUN: tl.constexpr = 8 if K_SLICES * COUNT >= 8 else K_SLICES * COUNT
-    # Block of the load: [runs, rows, RUN].
-    run = tl.arange(0, K_SLICES * COUNT // RUN)[:, None, None] * RUN
-    at = step * (K_SLICES * COUNT) + run + tl.arange(0, RUN)[None, None, :]
+    SLICE_WORDS: tl.constexpr = BLOCK_K * WIDTH // 32
+    STEP_WORDS: tl.constexpr = K_SLICES * SLICE_WORDS
+    RUN_WORDS: tl.constexpr = 8 if STEP_WORDS >= 8 else STEP_WORDS
+    # Number of the word in its row, as a block [runs, 1, RUN_WORDS].
+    run_start = tl.arange(0, STEP_WORDS // RUN_WORDS)[:, None, None] * RUN_WORDS
+    word = step * STEP_WORDS + run_start + tl.arange(0, RUN_WORDS)[None, None, :]
     if EVEN_K:
-        t = tl.load(row_ptrs[None, :, None] + at)
+        words = tl.load(row_ptrs[None, :, None] + word)
     else:
-        t = tl.load(row_ptrs[None, :, None] + at, mask=at < end, other=0)
-    # Join the runs of a row, then put the slices first.
-    t = tl.reshape(tl.permute(t, (1, 0, 2)), (row_ptrs.shape[0], K_SLICES, COUNT))
-    return tl.reshape(tl.permute(t, (1, 0, 2)), (K_SLICES * row_ptrs.shape[0], COUNT))
+        words = tl.load(row_ptrs[None, :, None] + word, mask=word < end, other=0)
+    # [runs, rows, RUN_WORDS] -> [rows, slices, SLICE_WORDS] -> [slices * rows, SLICE_WORDS].
+    words = tl.permute(words, (1, 0, 2))
+    words = tl.reshape(words, (row_ptrs.shape[0], K_SLICES, SLICE_WORDS))
+    words = tl.permute(words, (1, 0, 2))
+    return tl.reshape(words, (K_SLICES * row_ptrs.shape[0], SLICE_WORDS))
 
 
 @triton.jit
@@ -60,7 +66,7 @@ def load_scales(
     K_SLICES: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """Load scale or zero for the groups of a step.
+    """Load scale or zero for the groups of a step. Both have the same shape, so one name serves.
 
     Args:
         row_ptrs: Pointers [rows] to the scale, or zero, of the first group of every row.
@@ -74,16 +80,19 @@ def load_scales(
     Returns:
         [K_SLICES * rows, groups of a slice, 1]. A slice within a larger group counts as one group.
     """
-    COUNT: tl.constexpr = BLOCK_K // GROUP_SIZE if GROUP_SIZE < BLOCK_K else 1
-    at = step * (K_SLICES * COUNT) + tl.arange(0, K_SLICES * COUNT)[None, :]
+    SLICE_GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE if GROUP_SIZE < BLOCK_K else 1
+    group = step * (K_SLICES * SLICE_GROUPS) + tl.arange(0, K_SLICES * SLICE_GROUPS)[None, :]
     if GROUP_SIZE > BLOCK_K:
-        at = at // (GROUP_SIZE // BLOCK_K)
+        # So far `group` numbers slices, GROUP_SIZE / BLOCK_K of which share a group.
+        group = group // (GROUP_SIZE // BLOCK_K)
     if EVEN_K:
-        t = tl.load(row_ptrs[:, None] + at)
+        scale = tl.load(row_ptrs[:, None] + group)
     else:
-        t = tl.load(row_ptrs[:, None] + at, mask=at < groups, other=0.0)
-    t = tl.permute(tl.reshape(t, (row_ptrs.shape[0], K_SLICES, COUNT)), (1, 0, 2))
-    return tl.reshape(t, (K_SLICES * row_ptrs.shape[0], COUNT, 1))
+        scale = tl.load(row_ptrs[:, None] + group, mask=group < groups, other=0.0)
+    # [rows, slices * SLICE_GROUPS] -> [slices * rows, SLICE_GROUPS, 1].
+    scale = tl.reshape(scale, (row_ptrs.shape[0], K_SLICES, SLICE_GROUPS))
+    scale = tl.permute(scale, (1, 0, 2))
+    return tl.reshape(scale, (K_SLICES * row_ptrs.shape[0], SLICE_GROUPS, 1))
 
 
 @triton.jit
@@ -94,13 +103,13 @@ def load_x(
     M,
     K,
     step,
-    chunk,
-    CHUNK_K: tl.constexpr,
+    dot_index,
+    DOT_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     K_SLICES: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """Load one chunk of CHUNK_K elements of x from every slice of a step, transposed.
+    """Load the x that one `tl.dot` takes, DOT_K elements of every slice of a step, transposed.
 
     Args:
         x_ptr: x [M, K].
@@ -109,19 +118,19 @@ def load_x(
         M: Rows of x.
         K: Elements of a row.
         step: Number of the step along K.
-        chunk: Number of the chunk within its slice.
-        CHUNK_K: Elements of a chunk.
+        dot_index: Number of the `tl.dot` within the slice.
+        DOT_K: Elements that one `tl.dot` takes from a slice.
         BLOCK_K: Elements of a slice.
         K_SLICES: Slices of a step.
         EVEN_K: Whether every step ends within the row.
 
     Returns:
-        [K_SLICES, CHUNK_K, BLOCK_M]; a single slice is [CHUNK_K, BLOCK_M]. That is a genuine 2-D
-        block, not a view of a 3-D one, from which wgmma could not read.
+        [K_SLICES, DOT_K, BLOCK_M]. For a single slice it is [DOT_K, BLOCK_M], loaded as a 2-D
+        block: Hopper's tensor cores (wgmma) cannot read a 2-D view of a 3-D block.
     """
     # Offsets of rows and of k, in the order of the result: slices, then k, then rows.
     row = m.to(tl.int64) * x_stride
-    k = step * (K_SLICES * BLOCK_K) + chunk * CHUNK_K + tl.arange(0, CHUNK_K)
+    k = step * (K_SLICES * BLOCK_K) + dot_index * DOT_K + tl.arange(0, DOT_K)
     if K_SLICES > 1:
         k = k[None, :, None] + (tl.arange(0, K_SLICES) * BLOCK_K)[:, None, None]
         row = row[None, None, :]

@@ -43,7 +43,7 @@ def dequantize(
     """Compute (W_q - zero) * scale in fp32, rounded once.
 
     Args:
-        W_q: Packed codes [units, row_bytes], uint8 or the same bits viewed as a float dtype.
+        W_q: Packed codes [units, unit_bytes], uint8 or the same bits viewed as a float dtype.
         scale: [units, groups], of a float dtype.
         zero: [units, groups], of a float dtype.
         layout: How the weight is packed.
@@ -99,7 +99,7 @@ def linear(
 
     Args:
         x: [..., in_features].
-        W_q: Packed codes [units, row_bytes], uint8 or the same bits viewed as a float dtype.
+        W_q: Packed codes [units, unit_bytes], uint8 or the same bits viewed as a float dtype.
         scale: [units, groups]. Frozen.
         zero: [units, groups]. Frozen.
         bias: [out_features], or None.

@@ -1,6 +1,6 @@
 """The fused quantizer: a weight goes in; codes, scale and zero come out.
 
-Everything in between happens in registers, so quantizing costs what its arithmetic costs. hqq's
+Everything in between happens in registers, so the arithmetic alone determines the time. hqq's
 library, in contrast, moves 88 bytes per weight through memory in every round.
 
 This module plans and launches the kernels of `quantize_kernels_triton`. hqq's solver takes two
@@ -31,7 +31,7 @@ class QuantizedTensors(NamedTuple):
     """The result of the quantizer.
 
     Attributes:
-        W_q: Packed codes, uint8 [units, row_bytes].
+        W_q: Packed codes, uint8 [units, unit_bytes].
         scale: [units, groups].
         zero: [units, groups].
         not_finite: int32 [1]: 1 if the weight holds NaN or infinity, and then the other tensors
@@ -49,8 +49,8 @@ def quantize(
 ) -> QuantizedTensors:
     """Quantize a weight on a GPU, without waiting for the result.
 
-    To wait for it, and to launch again, would take 0.1 ms of a weight's 0.2 to 0.6 (28672 x 8192,
-    H100).
+    Waiting, and launching again afterwards, would cost 0.1 ms, where a weight of 28672 x 8192 takes
+    0.2 to 0.6 ms (H100).
 
     Args:
         W: [out_features, in_features], of any float dtype.
@@ -62,12 +62,12 @@ def quantize(
     Raises:
         ValueError: The solver has no kernel, or its parameters have another type.
     """
-    expected = SUPPORTED_SOLVERS.get(solver)
-    if expected is None:
+    params_class = SUPPORTED_SOLVERS.get(solver)
+    if params_class is None:
         supported = ", ".join(SUPPORTED_SOLVERS)
         raise ValueError(f"solver={solver}: it has no kernel; those with one are {supported}")
-    if not isinstance(params, expected):
-        raise ValueError(f"params={params}: solver={solver} takes {expected.__name__}")
+    if not isinstance(params, params_class):
+        raise ValueError(f"params={params}: solver={solver} takes {params_class.__name__}")
     if W.stride(1) != 1:
         W = W.contiguous()
     stride = W.stride(0)
@@ -80,7 +80,7 @@ def quantize(
         contiguous=stride == layout.in_features,
         stride_divisor=stride_divisor,
     )
-    codes = W.new_empty(layout.units, plan.unit_bytes, dtype=torch.uint8)
+    codes = W.new_empty(layout.units, plan.written_unit_bytes, dtype=torch.uint8)
     scale = W.new_empty(layout.units, layout.groups, dtype=meta_dtype)
     zero = torch.empty_like(scale)
     not_finite = W.new_zeros(1, dtype=torch.int32)
@@ -120,15 +120,16 @@ class _Plan:
 
     Attributes:
         launches: The kernels.
-        units: Units as the kernels see them: a seamless weight is one long unit.
-        groups: Groups of such a unit.
-        unit_bytes: Bytes that the kernels write per unit of the layout.
+        units: Units as the kernels see them. A seamless weight (`_is_seamless`) is one long unit.
+        groups: Groups of a unit as the kernels see it.
+        written_unit_bytes: Bytes that the kernels write for a unit of the layout: packed, or one
+            byte per code for PyTorch to pack.
     """
 
     launches: tuple[_Launch, ...]
     units: int
     groups: int
-    unit_bytes: int
+    written_unit_bytes: int
 
 
 @functools.cache
@@ -155,8 +156,10 @@ def _plan(
         )
         for deferred in ((False, True) if solver == "hqq" else (False,))
     )
-    unit_bytes = layout.row_bytes if packs else layout.row_codes
-    return _Plan(launches=launches, units=units, groups=groups, unit_bytes=unit_bytes)
+    written_unit_bytes = layout.unit_bytes if packs else layout.unit_codes
+    return _Plan(
+        launches=launches, units=units, groups=groups, written_unit_bytes=written_unit_bytes
+    )
 
 
 def _launch(
@@ -176,12 +179,12 @@ def _launch(
         nbits=layout.nbits,
         group_size=layout.group_size,
         cell_groups=_cell_groups(layout) if packs else 1,
-        plane_tiles=packed_bytes(layout.row_codes, plane_widths(layout.nbits)[0]) // 16,
-        unit_length=layout.row_bytes // 2 if packs else layout.row_codes,
+        low_plane_tiles=packed_bytes(layout.unit_codes, plane_widths(layout.nbits)[0]) // 16,
+        unit_length=layout.unit_bytes // 2 if packs else layout.unit_codes,
         packs=packs,
         solver=solver,
         params=params,
-        # The smallest scale: the smallest subnormal of the dtype, but no subnormal of fp32.
+        # The smallest subnormal number of the dtype, but never a subnormal number of fp32.
         meta_min=max(limits.smallest_normal * limits.eps, 2.0**-126),
         meta_max=limits.max,
         R=tiling.R,
@@ -195,7 +198,7 @@ def _launch(
         "enable_fp_fusion": False,
     }
     if tiling.num_warps <= 8 and (solver == "hqq" or not packs):
-        options["maxnreg"] = MAX_REGISTERS  # least squares would take 254 of them (2 bits)
+        options["maxnreg"] = MAX_REGISTERS  # not for least squares: it would use 254 (2 bits)
     kernel = quantize_deferred_kernel if deferred else quantize_kernel
     groups_per_program = tiling.G * (SEARCHED_TILES.value if deferred else 1)
     return _Launch(
@@ -205,18 +208,18 @@ def _launch(
 
 
 def _packs(layout: Layout) -> bool:
-    """Whether the kernel packs: groups of 8, 16, 32 ... PyTorch packs the codes of all others."""
+    """Whether the kernel packs the codes, for groups of 8, 16, 32 ... PyTorch packs all others."""
     g = layout.group_size
     return g >= 8 and g & (g - 1) == 0
 
 
 def _cell_groups(layout: Layout) -> int:
-    """Return how many groups fill whole tiles of 128 bits in every plane."""
+    """Return the number of groups of a cell, which fill whole packed tiles of every plane."""
     return max(1, 128 // (layout.group_size * min(plane_widths(layout.nbits))))
 
 
 class _Tiling(NamedTuple):
-    """Shape [R, G, T, E] of a tile (see `solve_triton`), and the warps of its program."""
+    """Shape [R, G, T, E] of a tile, which `solve_triton` explains, and the warps of its program."""
 
     R: int
     G: int
@@ -226,12 +229,13 @@ class _Tiling(NamedTuple):
 
 
 def _tiling(layout: Layout, solver: str, deferred: bool) -> _Tiling:
-    """Choose the shape of a tile. All groups but the longest get one warp.
+    """Choose the shape of a tile. A program has one warp, except for very long groups.
 
-    64 codes in a thread keep cheap what is done once for a group: 32 took 1.1 to 1.5 times as long
-    (H200, groups of 64, an earlier version of the kernels; for hqq since then see ADR 7). But the
-    values of a group take registers, too. Threads therefore get fewer codes if groups are small, so
-    that a thread has several of them; if groups are padded; in hqq's second launch; and for hqq at
+    With 64 codes in a thread, operations that are done once per group cost little per weight. With
+    32 codes, quantizing took 1.1 to 1.5 times as long (H200, groups of 64, an earlier version of
+    the kernels; ADR 7 has newer figures for hqq). On the other hand, values per group take
+    registers, too. A thread therefore gets at most one small group for hqq, and two for least
+    squares. It gets at most 32 codes with padded groups, in hqq's second launch, and for hqq at
     1 bit, which keeps the best of its rounds.
     """
     g = layout.group_size
@@ -239,17 +243,20 @@ def _tiling(layout: Layout, solver: str, deferred: bool) -> _Tiling:
     codes_per_thread = {"rtn": 64, "hqq": padded}.get(solver, max(16, 2 * padded))
     needs_registers = padded != g or deferred or (solver == "hqq" and layout.nbits == 1)
     codes_per_thread = min(codes_per_thread, 32 if needs_registers else 64)
-    threads = max(1, padded // codes_per_thread)  # that share a group
-    adjacent = 8 if layout.axis == 1 else 1
+    threads_per_group = max(1, padded // codes_per_thread)
+    groups_per_thread = max(1, codes_per_thread // padded)
+    # Adjacent codes of a thread: axis 1 loads 8 adjacent weights at once; on axis 0 the weights of
+    # a group are not adjacent.
+    adjacent_codes = 8 if layout.axis == 1 else 1
     return _Tiling(
-        R=padded // (adjacent * threads),
-        G=max(1, 32 // threads) * max(1, codes_per_thread // padded),
-        T=threads,
-        E=adjacent,
-        num_warps=max(1, threads // 32),
+        R=padded // (adjacent_codes * threads_per_group),
+        G=max(1, 32 // threads_per_group) * groups_per_thread,
+        T=threads_per_group,
+        E=adjacent_codes,
+        num_warps=max(1, threads_per_group // 32),
     )
 
 
 def _is_seamless(layout: Layout) -> bool:
     """Whether units follow each other without padding, both as codes and packed."""
-    return layout.row_codes * layout.nbits % 128 == 0
+    return layout.unit_codes * layout.nbits % 128 == 0

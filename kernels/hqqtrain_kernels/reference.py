@@ -2,9 +2,8 @@
 
 It runs on every device, and is fast enough on a CPU to train with.
 
-A packed row is a sequence of 16-byte tiles, each of 8 little-endian halfwords. Bit field i (bits
-b*i and up, b the code's width) of halfword h stores code 8*i + h of the tile. One 16-byte load
-therefore yields, field by field, 8 adjacent codes: one 16-byte store of bf16 weights.
+`layout` describes the packed layout: bit field i of halfword h of a 16-byte tile stores code
+8 * i + h of the tile.
 """
 
 import torch
@@ -17,7 +16,7 @@ CHUNK_CODES = 1 << 24
 
 
 def pack(codes: Tensor, nbits: int) -> Tensor:
-    """Pack uint8 codes [units, n], each below 2**nbits, into uint8 [units, row_bytes]."""
+    """Pack uint8 codes [units, n], each below 2**nbits, into uint8 [units, unit_bytes]."""
     low, *high = plane_widths(nbits)
     planes = [_pack_plane(codes & ((1 << low) - 1), low)]
     planes += [_pack_plane(codes >> low, width) for width in high]
@@ -38,7 +37,7 @@ def dequantize(
     """Compute (W_q - zero) * scale in fp32, rounded once to `dtype`.
 
     Args:
-        W_q: Packed codes [units, row_bytes], uint8 or the same bits viewed as a float dtype.
+        W_q: Packed codes [units, unit_bytes], uint8 or the same bits viewed as a float dtype.
         scale: [units, groups] of any float dtype.
         zero: [units, groups] of any float dtype.
         layout: How the weight is packed.
@@ -50,9 +49,11 @@ def dequantize(
     W_q, units = as_bytes(W_q), layout.units
     rows_per_unit = layout.out_features // units
     out = torch.empty(rows_per_unit, units, layout.in_features, dtype=dtype, device=W_q.device)
-    step = max(1, CHUNK_CODES // layout.row_codes)
+    step = max(1, CHUNK_CODES // layout.unit_codes)
     for part in (slice(start, start + step) for start in range(0, units, step)):
-        codes = _unpack(W_q[part], layout.nbits, layout.row_codes).unflatten(1, (layout.groups, -1))
+        codes = _unpack(W_q[part], layout.nbits, layout.unit_codes).unflatten(
+            1, (layout.groups, -1)
+        )
         s, z = scale[part], zero[part]
         if layout.axis == 1:
             s, z = s[..., None], z[..., None]

@@ -1,19 +1,19 @@
 """The linear kernel for up to 16 rows of x ("skinny" GEMM): x stays put, the weight streams past.
 
-Program (split, j) keeps one split of K of all rows of x in registers, multiplies it with the same
-split of many rows of the weight, BLOCK_N of them in each step of its loop, and writes the partial
-sums. `reduce_split_k` adds the splits. (A program that walked along its own rows of the weight
-would read x again for them: at 16 rows of x, more bytes than the weight has.) Each of the K_SLICES
-warps of a program multiplies its own slice of BLOCK_K elements.
+Program (split, j) keeps one split of K of all rows of x in registers. It multiplies x with the same
+split of many rows of the weight, BLOCK_N rows in each step of its loop, and writes the partial
+sums. `reduce_split_k` adds the splits. The alternative would be a program that walks along all of
+K for its own rows of the weight. It would read x again for these rows: at 16 rows of x, more bytes
+than the weight has. A split consists of K_SLICES slices of BLOCK_K elements, one for each warp.
 
 The weight is the first operand, y^T = W x^T, because its codes then come straight from the
-registers that unpacked them. Codes are multiplied as integers, exact in bf16 and fp16, and scale
-and zero are applied to the fp32 sum of a group:
+registers that unpacked them. Codes are multiplied as integers, which bf16 and fp16 represent
+exactly, and scale and zero are applied to the fp32 sum of a group:
 
     y[n] = sum over groups g of scale[n, g] * (sum_k code[n, k] x[k] - zero[n, g] * sum_k x[k])
 
-The tensor cores get codes in the order in which unpacking leaves them in the registers, so x is
-brought into that order, once per program.
+where k runs over the elements of group g. The tensor cores get codes in the order in which
+unpacking leaves them in the registers, so x is brought into that order, once per program.
 """
 
 import functools
@@ -88,7 +88,7 @@ def _kernel_for(
         BLOCK_K=config.block_k,
         K_SLICES=config.k_slices,
         GROUP_K=min(layout.group_size, config.block_k),
-        CHUNK_K=min(layout.group_size, 64),
+        DOT_K=min(layout.group_size, 64),
         **operand_format(dtype, layout.nbits),
         ADJACENT_PAIRS=ADJACENT_PAIRS,
         EVEN_K=layout.in_features % k_per_step == 0,
@@ -130,10 +130,10 @@ def _skinny_gemm_kernel(
     BLOCK_K: tl.constexpr,
     K_SLICES: tl.constexpr,
     GROUP_K: tl.constexpr,
-    CHUNK_K: tl.constexpr,
+    DOT_K: tl.constexpr,
     FIELDS_PER_SHIFT: tl.constexpr,
     CODE_OFFSET: tl.constexpr,
-    CODE_UNIT: tl.constexpr,
+    CODE_STEP: tl.constexpr,
     ADJACENT_PAIRS: tl.constexpr,
     EVEN_K: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -142,16 +142,18 @@ def _skinny_gemm_kernel(
 ):
     """Write partial_ptr [num_splits, N, BLOCK_M]: the products over one split of K.
 
-    GROUP_K codes of a slice share a scale; CHUNK_K of them are multiplied at once.
+    GROUP_K adjacent codes of a slice share a scale, and one `tl.dot` takes DOT_K of them.
+    `operand_format` explains FIELDS_PER_SHIFT, CODE_OFFSET and CODE_STEP.
 
-    Integers are not specialized, so the compiler knows nothing of their divisors. x_stride is
-    passed divided by X_STRIDE_DIVISOR and multiplied here, and GROUPS_DIVISOR divides the groups of
-    a row: this way the compiler sees how far pointers are aligned.
+    Integers are not specialized, so the compiler does not know their divisors. x_stride is
+    therefore passed as a quotient and multiplied by the constant X_STRIDE_DIVISOR here, and the
+    number of groups is divided and multiplied by GROUPS_DIVISOR, which divides it. This way the
+    compiler sees how pointers are aligned.
 
-    Where BLOCK_N does not divide N, the last step begins BLOCK_N rows before the end: those rows
-    are computed twice, with equal bits, and no step needs a mask.
+    If BLOCK_N does not divide N, the last step begins BLOCK_N rows before the end. It computes some
+    rows a second time, with equal bits, and no step needs a mask.
     """
-    CHUNKS: tl.constexpr = GROUP_K // CHUNK_K
+    DOTS_PER_GROUP: tl.constexpr = GROUP_K // DOT_K
     split = tl.program_id(0)
     # A row of W_q: words of the low plane (for 3 bits the 2-bit plane), then of the high plane.
     low_words = tl.cdiv(K * (2 if NBITS == 3 else NBITS), 128) * 4
@@ -160,7 +162,7 @@ def _skinny_gemm_kernel(
     W_q_ptr = W_q_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     partial_ptr += split.to(tl.int64) * N * BLOCK_M
     # Everything that depends on x alone is computed once, before the loop over rows of the weight.
-    x_chunks, x_sums, offsets = load_operands(
+    x_blocks, x_sums, offsets = load_operands(
         x_ptr=x_ptr,
         x_stride=x_stride * X_STRIDE_DIVISOR,
         M=M,
@@ -171,21 +173,21 @@ def _skinny_gemm_kernel(
         BLOCK_K=BLOCK_K,
         K_SLICES=K_SLICES,
         GROUP_K=GROUP_K,
-        CHUNK_K=CHUNK_K,
+        DOT_K=DOT_K,
         FIELDS_PER_SHIFT=FIELDS_PER_SHIFT,
         CODE_OFFSET=CODE_OFFSET,
         ADJACENT_PAIRS=ADJACENT_PAIRS,
         EVEN_K=EVEN_K,
         UPCAST=UPCAST,
     )
-    r = tl.arange(0, BLOCK_N)
-    first = tl.program_id(1) * steps_per_program
-    end = tl.minimum(first + steps_per_program, tl.cdiv(N, BLOCK_N))
-    for step in tl.range(first, end, num_stages=NUM_STAGES):
+    row = tl.arange(0, BLOCK_N)  # row of the weight, counted from row n, the first of a step
+    first_step = tl.program_id(1) * steps_per_program
+    end_step = tl.minimum(first_step + steps_per_program, tl.cdiv(N, BLOCK_N))
+    for step in tl.range(first_step, end_step, num_stages=NUM_STAGES):
         n = tl.minimum(step * BLOCK_N, N - BLOCK_N).to(tl.int64)
         # codes [K_SLICES * BLOCK_N, BLOCK_K], as the 16-bit floats of `operand_format`.
         codes = load_codes(
-            row_ptrs=(W_q_ptr + n * row_words) + r * row_words,
+            row_ptrs=(W_q_ptr + n * row_words) + row * row_words,
             split=split,
             low_words=low_words,
             K=K,
@@ -197,9 +199,9 @@ def _skinny_gemm_kernel(
             EVEN_K=EVEN_K,
             DTYPE=DTYPE,
         )
-        codes = tl.reshape(codes, (K_SLICES * BLOCK_N, BLOCK_K // CHUNK_K, CHUNK_K))
+        codes = tl.reshape(codes, (K_SLICES * BLOCK_N, BLOCK_K // DOT_K, DOT_K))
         scale = load_scales(
-            row_ptrs=(scale_ptr + n * groups) + r * groups,
+            row_ptrs=(scale_ptr + n * groups) + row * groups,
             step=split,
             groups=groups,
             GROUP_SIZE=GROUP_SIZE,
@@ -208,7 +210,7 @@ def _skinny_gemm_kernel(
             EVEN_K=EVEN_K,
         )
         zero = load_scales(
-            row_ptrs=(zero_ptr + n * groups) + r * groups,
+            row_ptrs=(zero_ptr + n * groups) + row * groups,
             step=split,
             groups=groups,
             GROUP_SIZE=GROUP_SIZE,
@@ -220,16 +222,18 @@ def _skinny_gemm_kernel(
         for g in tl.static_range(BLOCK_K // GROUP_K):
             group_scale = tl.reshape(take(scale, g), (K_SLICES, BLOCK_N, 1)).to(tl.float32)
             group_zero = tl.reshape(take(zero, g), (K_SLICES, BLOCK_N, 1)).to(tl.float32)
-            # The tensor cores add (CODE_OFFSET + code) * x. Starting from -CODE_OFFSET * sum(x)
-            # leaves the sum of code * x, in units of CODE_UNIT.
-            p = tl.zeros((K_SLICES, BLOCK_N, BLOCK_M), tl.float32)
+            # The tensor cores add (CODE_OFFSET + code) * x. The sum starts from minus `offsets`,
+            # which leaves the sum of code * x, in multiples of CODE_STEP.
+            group_sum = tl.zeros((K_SLICES, BLOCK_N, BLOCK_M), tl.float32)
             if CODE_OFFSET > 0:
-                p -= offsets[g]
-            for j in tl.static_range(g * CHUNKS, (g + 1) * CHUNKS):
-                a = tl.reshape(take(codes, j), (K_SLICES, BLOCK_N, CHUNK_K))
-                p = dot(a, x_chunks[j], acc=p, UPCAST=UPCAST)
-            # scale * (sum(code * x) - zero * sum(x)), CODE_UNIT divided out along with the scale.
-            acc += (p - (group_zero * CODE_UNIT) * x_sums[g]) * (group_scale * (1 / CODE_UNIT))
+                group_sum -= offsets[g]
+            for j in tl.static_range(g * DOTS_PER_GROUP, (g + 1) * DOTS_PER_GROUP):
+                dot_codes = tl.reshape(take(codes, j), (K_SLICES, BLOCK_N, DOT_K))
+                group_sum = dot(dot_codes, x_blocks[j], acc=group_sum, UPCAST=UPCAST)
+            # scale * (sum(code * x) - zero * sum(x)). The sum of codes is in multiples of
+            # CODE_STEP, so the zero is multiplied by it and the scale divided.
+            group_sum -= (group_zero * CODE_STEP) * x_sums[g]
+            acc += group_sum * (group_scale * (1 / CODE_STEP))
         y = sum_slices(acc, K_SLICES)
-        at = r[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        tl.store((partial_ptr + n * BLOCK_M) + at, y)
+        offset = row[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        tl.store((partial_ptr + n * BLOCK_M) + offset, y)

@@ -25,7 +25,10 @@ def load_codes(
     EVEN_K: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Load the codes of one split of rows as 16-bit floats: [K_SLICES * rows, BLOCK_K]."""
+    """Load the codes of one split of rows as 16-bit floats: [K_SLICES * rows, BLOCK_K].
+
+    `operand_format` says which floats. low_words is the number of words in the low plane of a row.
+    """
     WIDTH: tl.constexpr = 2 if NBITS == 3 else NBITS
     ROWS: tl.constexpr = K_SLICES * row_ptrs.shape[0]
     low = load_words(
@@ -82,7 +85,7 @@ def load_operands(
     BLOCK_K: tl.constexpr,
     K_SLICES: tl.constexpr,
     GROUP_K: tl.constexpr,
-    CHUNK_K: tl.constexpr,
+    DOT_K: tl.constexpr,
     FIELDS_PER_SHIFT: tl.constexpr,
     CODE_OFFSET: tl.constexpr,
     ADJACENT_PAIRS: tl.constexpr,
@@ -92,87 +95,95 @@ def load_operands(
     """Load one split of x, and prepare all that the products need of it.
 
     Returns:
-        x_chunks: For every chunk, x [K_SLICES, CHUNK_K, BLOCK_M] in the order of the codes.
-        x_sums: For every group, the sum of x [K_SLICES, 1, BLOCK_M].
-        offsets: For every group, CODE_OFFSET times the sum of what multiplies the codes, likewise.
+        x_blocks: For every `tl.dot` of a slice, x [K_SLICES, DOT_K, BLOCK_M] in the order of the
+            codes.
+        x_sums: For every group of a slice, the sum of x, [K_SLICES, 1, BLOCK_M].
+        offsets: For every group of a slice, what CODE_OFFSET adds to the sum of the group,
+            [K_SLICES, 1, BLOCK_M]: CODE_OFFSET times the sum of x_blocks.
 
-    The sums are computed by tensor cores, as products with ones: the result then has the layout of
-    the products it is used with, and needs no conversion per step.
+    The tensor cores compute the sums, as products with ones. The sums then have the same register
+    layout as the products that they are used with, and need no conversion in each step.
     """
-    x_chunks = ()
+    x_blocks = ()
     x_sums = ()
     offsets = ()
     m = tl.arange(0, BLOCK_M)
-    # 16 equal rows, the fewest of a tensor core product; any row of the result is the sum.
-    ones = tl.full((K_SLICES, 16, CHUNK_K), 1.0, x_ptr.dtype.element_ty)
+    # 16 equal rows, the minimum of a tensor core product. Every row of the result is the sum; the
+    # maximum below picks one.
+    ones = tl.full((K_SLICES, 16, DOT_K), 1.0, x_ptr.dtype.element_ty)
     for g in tl.static_range(BLOCK_K // GROUP_K):
         x_sum = tl.zeros((K_SLICES, 16, BLOCK_M), tl.float32)
         scaled_sum = x_sum
-        for j in tl.static_range(g * (GROUP_K // CHUNK_K), (g + 1) * (GROUP_K // CHUNK_K)):
-            b = load_x(
+        for j in tl.static_range(g * (GROUP_K // DOT_K), (g + 1) * (GROUP_K // DOT_K)):
+            x_block = load_x(
                 x_ptr=x_ptr,
                 x_stride=x_stride,
                 m=m,
                 M=M,
                 K=K,
                 step=split,
-                chunk=j,
-                CHUNK_K=CHUNK_K,
+                dot_index=j,
+                DOT_K=DOT_K,
                 BLOCK_K=BLOCK_K,
                 K_SLICES=K_SLICES,
                 EVEN_K=EVEN_K,
             )
-            x_sum = dot(ones, b, acc=x_sum, UPCAST=UPCAST)
-            b = _divide_by_place(b=b, k=j * CHUNK_K, NBITS=NBITS, FIELDS_PER_SHIFT=FIELDS_PER_SHIFT)
+            x_sum = dot(ones, x_block, acc=x_sum, UPCAST=UPCAST)
+            x_block = _divide_by_place(
+                x_block, first_k=j * DOT_K, NBITS=NBITS, FIELDS_PER_SHIFT=FIELDS_PER_SHIFT
+            )
             if CODE_OFFSET > 0:
-                scaled_sum = dot(ones, b, acc=scaled_sum, UPCAST=UPCAST)
-            x_chunks += (_reorder(b, ADJACENT_PAIRS),)
+                scaled_sum = dot(ones, x_block, acc=scaled_sum, UPCAST=UPCAST)
+            x_blocks += (_reorder(x_block, ADJACENT_PAIRS),)
         x_sums += (tl.max(x_sum, 1)[:, None, :],)
         offsets += ((tl.max(scaled_sum, 1) * CODE_OFFSET)[:, None, :],)
-    return x_chunks, x_sums, offsets
+    return x_blocks, x_sums, offsets
 
 
 @triton.jit
-def _divide_by_place(b, k, NBITS: tl.constexpr, FIELDS_PER_SHIFT: tl.constexpr):
-    """Divide x, from its element k on, by the power of two that its code is multiplied by.
+def _divide_by_place(x_block, first_k, NBITS: tl.constexpr, FIELDS_PER_SHIFT: tl.constexpr):
+    """Divide each element of x by the power of two that its code is multiplied by.
 
     Codes of fields that share a shift are not shifted down individually: the operand is
-    code * 2**(NBITS * place).
+    code * 2**(NBITS * place). x_block begins with element first_k of a slice, in its own order.
     """
     if FIELDS_PER_SHIFT > 1:
-        field = (k + tl.arange(0, b.shape[1])) // 8 % (16 // NBITS)
-        power = ((127 - field % FIELDS_PER_SHIFT * NBITS) << 23).to(tl.float32, bitcast=True)
-        b = (b.to(tl.float32) * power[None, :, None]).to(b.dtype)
-    return b
+        field = (first_k + tl.arange(0, x_block.shape[1])) // 8 % (16 // NBITS)
+        place = field % FIELDS_PER_SHIFT
+        inverse_power = ((127 - place * NBITS) << 23).to(tl.float32, bitcast=True)  # by its bits
+        x_block = (x_block.to(tl.float32) * inverse_power[None, :, None]).to(x_block.dtype)
+    return x_block
 
 
 @triton.jit
-def _reorder(b, ADJACENT_PAIRS: tl.constexpr):
-    """Bring x [K_SLICES, CHUNK_K, BLOCK_M] into the order in which `codes_to_pairs` leaves codes.
+def _reorder(x_block, ADJACENT_PAIRS: tl.constexpr):
+    """Bring x [K_SLICES, DOT_K, BLOCK_M] into the order in which `codes_to_pairs` leaves codes.
 
-    Both orders agree outside of runs of 8 * ADJACENT_PAIRS codes.
+    Both orders have the same runs of 8 * ADJACENT_PAIRS codes. Within a run, x is ordered by field,
+    word and code of the pair, but the codes by word, field and code of the pair.
     """
-    slices: tl.constexpr = b.shape[0]
-    chunk: tl.constexpr = b.shape[1]
-    batch: tl.constexpr = b.shape[2]
-    t = tl.reshape(b, (slices, chunk // 8 // ADJACENT_PAIRS, ADJACENT_PAIRS, 4, 2, batch))
-    return tl.reshape(tl.permute(t, (0, 1, 3, 2, 4, 5)), (slices, chunk, batch))
+    K_SLICES: tl.constexpr = x_block.shape[0]
+    DOT_K: tl.constexpr = x_block.shape[1]
+    BLOCK_M: tl.constexpr = x_block.shape[2]
+    RUNS: tl.constexpr = DOT_K // 8 // ADJACENT_PAIRS
+    by_field = tl.reshape(x_block, (K_SLICES, RUNS, ADJACENT_PAIRS, 4, 2, BLOCK_M))
+    return tl.reshape(tl.permute(by_field, (0, 1, 3, 2, 4, 5)), (K_SLICES, DOT_K, BLOCK_M))
 
 
 @triton.jit
 def sum_slices(acc, K_SLICES: tl.constexpr):
-    """Sum acc [K_SLICES, rows, batch] over the slices, pairwise, after one exchange between warps.
+    """Sum acc [K_SLICES, BLOCK_N, BLOCK_M] over the slices, after one exchange between the warps.
 
-    `tl.sum` would exchange every number once per warp: 3.5 instructions a weight instead of 2.9,
-    for 16 rows of x at 4 bits.
+    Neighbors are added pairwise. `tl.sum` would exchange every number once per warp: the kernel
+    would take 3.5 instructions a weight instead of 2.9, for 16 rows of x at 4 bits.
     """
-    rows: tl.constexpr = acc.shape[1]
-    batch: tl.constexpr = acc.shape[2]
-    # The slices become the last dimension, which `tl.split` halves: level by level, two neighbors
-    # are added.
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    BLOCK_M: tl.constexpr = acc.shape[2]
+    # Make the slices the last dimension. Each level splits it into even and odd slices, and adds
+    # both, until one is left.
     t = tl.permute(acc, (1, 2, 0))
     for level in tl.static_range(5):
         if K_SLICES >> level > 1:
-            even, odd = tl.split(tl.reshape(t, (rows, batch, K_SLICES >> (level + 1), 2)))
+            even, odd = tl.split(tl.reshape(t, (BLOCK_N, BLOCK_M, K_SLICES >> (level + 1), 2)))
             t = even + odd
-    return tl.reshape(t, (rows, batch))
+    return tl.reshape(t, (BLOCK_N, BLOCK_M))

@@ -3,14 +3,17 @@
 They compute what `hqqtrain.quant` computes in PyTorch, in the same order of rounded operations, and
 with sums of integers where it has sums of integers. The codes are therefore the same.
 
-A tile is a block [R, G, T, E] of G groups: element [r, n, t, e] is code k = E (t R + r) + e of the
-group n. Triton's layouts then give a thread the whole of a group (T = 1), or each of T threads a
-part of it, and sums stay in registers. As a block [G, group_size], eight threads would share a
-group, and each of them would repeat what is done once for the group. Values of groups are blocks
-[G].
+A tile is the block [R, G, T, E] of weights or codes that a program has in registers: G groups of up
+to R * T * E codes. Element [r, n, t, e] is code k = E * (t * R + r) + e of group n, where t is the
+thread among the T threads that share a group, and each thread has R runs of E adjacent codes. With
+this shape, Triton's layouts give each thread a whole group (T = 1) or its part of a group, and sums
+stay in registers. With a block [G, group_size], eight threads would share a group, and each would
+repeat the operations that are done once per group. A value per group is a block [G].
 
-"In units" means divided by the group's `unit`, a power of two near its largest magnitude, as in
-`hqqtrain.quant.grid.QuantGrid`.
+(A packed tile, in contrast, is 16 bytes of packed codes: see `pack_triton`.)
+
+"Normalized" means divided by the group's `magnitude`, the power of two at or below its largest
+absolute value, as in `hqqtrain.quant.grid.QuantGrid`. A normalized scale fits normalized weights.
 
 Kernels that use these functions must be compiled with enable_fp_fusion=False: the roundings of
 separate multiplications and additions are part of the result.
@@ -20,14 +23,16 @@ import triton
 import triton.language as tl
 
 MAGIC = tl.constexpr(12582912.0)
-"""1.5 * 2**23. A small number added to it ends up, rounded half to even, in the low bits."""
+"""1.5 * 2**23. Adding a small number to it rounds the number to an integer, half to even: the
+integer is in the low bits of the sum.
+"""
 MAGIC_BITS = tl.constexpr(0x4B400000)
 """The bits of MAGIC as fp32."""
 
 
 @triton.jit
 def code_index(r, R: tl.constexpr, T: tl.constexpr, E: tl.constexpr):
-    """Return the number of the code in its group for places r of a tile: [r, 1, T, E]."""
+    """Return the number k of the codes in their group, for indices r of a tile: [r, 1, T, E]."""
     t = tl.arange(0, T)[None, None, :, None]
     return (t * R + r) * E + tl.arange(0, E)[None, None, None, :]
 
@@ -46,9 +51,9 @@ def load_weights(
 
     Args:
         W_ptr: W.
-        origin: Where each group begins in W, [G] int64.
+        origin: Offset of the first weight of each group in W, [G] int64.
         exists: Whether the group exists, [G].
-        stride: Distance between the weights of a group, for axis 0. For axis 1 it is 1.
+        stride: Elements between the weights of a group, for axis 0. Axis 1 ignores it.
         k: Numbers of the codes to load, from `code_index`.
         EVICTION: Eviction policy of the load.
         TILE: `tile_triton.TileConfig`. Its axis is the one that the groups run along: 1 along a
@@ -58,16 +63,17 @@ def load_weights(
         A tile, 0 outside of the groups.
     """
     if TILE.axis == 1:
-        # The hint is not true of groups. It only orders the dimensions that are distributed over
-        # threads: first within 16 bytes, then over groups, so that R is left to the registers.
-        at = tl.max_contiguous(per_group(origin) + k, (1, 2, 1, 8))
+        # The hint is false along G: weights of neighboring groups are not contiguous. It only
+        # makes Triton distribute the tile over threads along E (16 bytes a thread) and then along
+        # G, so that all of R stays in the registers of one thread.
+        offset = tl.max_contiguous(per_group(origin) + k, (1, 2, 1, 8))
     else:
-        # Over groups first. The hint is understated on purpose: a thread should load one column of
-        # a row, not several, which are other groups.
-        at = tl.max_contiguous(per_group(origin) + k.to(tl.int64) * stride, (1, 2, 1, 1))
-        at = tl.multiple_of(at, (1, 1, 1, 1))
+        # Distribute along G first. The second hint claims less than is true on purpose: a thread
+        # should load one column of a row. Several columns would be several groups.
+        offset = tl.max_contiguous(per_group(origin) + k.to(tl.int64) * stride, (1, 2, 1, 1))
+        offset = tl.multiple_of(offset, (1, 1, 1, 1))
     mask = per_group(exists) & (k < TILE.group_size)
-    return tl.load(W_ptr + at, mask, 0.0, eviction_policy=EVICTION).to(tl.float32)
+    return tl.load(W_ptr + offset, mask, 0.0, eviction_policy=EVICTION).to(tl.float32)
 
 
 @triton.jit
@@ -142,17 +148,17 @@ def round_to(x, dtype: tl.constexpr):
 def as_stored(
     scale,
     zero,
-    unit,
+    magnitude,
     META_DTYPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Return scale and zero [G] as they will be read back, like `QuantGrid.as_stored`.
 
-    `scale` is given in units; the scale returned is that of the weight itself.
+    The argument `scale` is normalized. The result is not: it is the scale of the weight itself.
     """
     META_MIN: tl.constexpr = TILE.meta_min
     META_MAX: tl.constexpr = TILE.meta_max
-    scale = scale * unit
+    scale = scale * magnitude
     if tl.float16 == META_DTYPE:  # the other dtypes represent any zero
         # Move the factor by which the zero exceeds fp16 to the scale.
         excess = tl.maximum(tl.abs(zero) * (1 / META_MAX), 1.0)
@@ -163,9 +169,9 @@ def as_stored(
 
 @triton.jit
 def encode(W, inverse_scale, zero, NBITS: tl.constexpr):
-    """Return the nearest codes of a tile, as `nearest_codes` leaves them; like `QuantGrid.encode`.
+    """Return the nearest codes of a tile, like `QuantGrid.encode`; W and the scale are normalized.
 
-    W and the inverse of the scale are in units.
+    The codes have the offset that `nearest_codes` adds.
     """
     return nearest_codes(
         code_fractions(W, inverse_scale, NBITS), zero=zero, NBITS=NBITS, CLIPS=True
@@ -174,7 +180,7 @@ def encode(W, inverse_scale, zero, NBITS: tl.constexpr):
 
 @triton.jit
 def code_fractions(W, inverse_scale, NBITS: tl.constexpr):
-    """Return W / scale / 2**NBITS, the place of a weight among the codes; the division is exact."""
+    """Return W / scale / 2**NBITS. Dividing by the power of two does not round."""
     return W * per_group(inverse_scale * 2.0**-NBITS)
 
 
@@ -182,9 +188,13 @@ def code_fractions(W, inverse_scale, NBITS: tl.constexpr):
 def nearest_codes(fractions, zero, NBITS: tl.constexpr, CLIPS: tl.constexpr):
     """Return the nearest codes, int32, plus MAGIC_BITS - (NBITS << 23).
 
-    The low 22 bits of that offset are zero. The additions of `zero` and of a magic number round to
-    the nearest code. The first also clamps to [0, 1], which costs nothing (FADD.SAT). That leaves
-    the number after the last code, which occurs only if a group CLIPS.
+    The low 22 bits of that offset are zero, so the low 8 bits of the result are the code.
+
+    A code is clamp(round(W / scale + zero), 0, 2**NBITS - 1). All numbers are divided by 2**NBITS
+    here, so that the lower and the upper bound become 0 and 1: the GPU clamps the result of an
+    addition to [0, 1] for free (FADD.SAT). Adding 1.5 * 2**(23 - NBITS) then rounds to a multiple
+    of 2**-NBITS, a code. The bound 1 is one code too high, 2**NBITS, which needs another minimum.
+    It is reached only if a group CLIPS.
     """
     place = clamp(fractions + per_group(zero * 2.0**-NBITS), 0.0, 1.0)
     codes = (place + 1.5 * 2.0 ** (23 - NBITS)).to(tl.int32, bitcast=True)
@@ -205,23 +215,24 @@ def mask_padding(x, mask):
 def to_fixed_point(W, mask, low, high, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr):
     """Round a tile to fixed point, W = low + x * step, like `FixedPoint.from_float`.
 
-    The magic number is a multiple of the step, and adding it rounds to steps: x needs no
-    multiplication.
+    Adding MAGIC * step rounds to a multiple of the step. The bits of the sum are those of
+    MAGIC * step plus the integer x, so x needs no division by the step.
 
     Returns:
-        x: A tile of int32, each integer plus `bits`; 0 outside of the groups.
-        bits: [G], the bits of the magic number.
-        total: [G], the sum of x without `bits`.
-        mean: [G], the mean of the weights, in units.
+        x: A tile of int32, each integer plus `magic_bits`; 0 outside of the groups.
+        magic_bits: [G], the bits of MAGIC * step.
+        total: [G], the sum of x without `magic_bits`.
+        mean: [G], the mean of the weights, normalized.
         step: [G], a power of two.
     """
     step = power_of_two(tl.maximum(high - low, 2.0**-30)) * (2.0**-BITS)
     magic = step * MAGIC
-    bits = magic.to(tl.int32, bitcast=True)
+    magic_bits = magic.to(tl.int32, bitcast=True)
     x = (W - per_group(low)) + per_group(magic)
     x = mask_padding(x.to(tl.int32, bitcast=True), mask)
     if GROUP_SIZE * 2 ** (BITS + 1) < 1 << 31:
-        total = group_sum(x) - bits * GROUP_SIZE  # modulo 2**32: the total fits, its parts need not
+        total = group_sum(x) - magic_bits * GROUP_SIZE  # modulo 2**32: the result fits
     else:
-        total = group_sum(x.to(tl.int64)) - bits.to(tl.int64) * GROUP_SIZE
-    return x, bits, total, low + (total.to(tl.float32) * (1 / GROUP_SIZE)) * step, step
+        total = group_sum(x.to(tl.int64)) - magic_bits.to(tl.int64) * GROUP_SIZE
+    mean = low + (total.to(tl.float32) * (1 / GROUP_SIZE)) * step
+    return x, magic_bits, total, mean, step

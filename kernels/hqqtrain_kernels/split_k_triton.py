@@ -1,8 +1,9 @@
 """Split-K: the second kernel of a linear layer, which adds up partial sums over splits of K.
 
 The kernels for few rows of x split K (in_features) over programs that do not communicate. Each
-writes its partial sums, and `reduce_split_k` adds them, always in the order of the splits. The bits
-therefore depend neither on the number of programs nor on which of them finishes first.
+program writes its partial sums, and `reduce_split_k` adds them in the order of the splits. The bits
+of the result therefore depend neither on the number of programs nor on the order in which they
+finish.
 """
 
 import functools
@@ -20,20 +21,20 @@ TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 def steps_per_program(
     device: torch.device, programs_per_sm: int, num_splits: int, steps: int
 ) -> int:
-    """Return how many steps of BLOCK_N rows of the weight each program does.
+    """Return the number of steps of each program. A step covers BLOCK_N rows of the weight.
 
     Args:
         device: Where the kernel runs.
-        programs_per_sm: Programs that every multiprocessor gets. They share all splits of K.
+        programs_per_sm: Programs that every multiprocessor gets, counted over all splits of K.
         num_splits: Splits of K.
-        steps: Steps that cover all rows of the weight.
+        steps: Steps that cover all rows of the weight once.
     """
     return -(-steps // max(1, _multiprocessors(device) * programs_per_sm // num_splits))
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    """Return the multiprocessors of this GPU; for the interpreter, a small number."""
+    """Return the number of multiprocessors of a GPU; for the interpreter, 2."""
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -65,9 +66,9 @@ def reduce_split_k(partial: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 @functools.cache
 def _cached_kernel(block_m: int, block_n: int, dtype: torch.dtype) -> CachedKernel:
-    """Return the kernel with few numbers per thread.
+    """Return the reducing kernel for a block size. Its blocks give a thread few numbers.
 
-    It does little but wait for memory, so many threads should wait.
+    The kernel mostly waits for memory, and many threads hide this latency better than few.
     """
     constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "DTYPE": TRITON_DTYPES[dtype]}
     return CachedKernel(_reduce_split_k_kernel, constants, num_warps=4)
@@ -90,12 +91,12 @@ def _reduce_split_k_kernel(
     m = tl.arange(0, BLOCK_M)
     n_mask = (n < N)[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    # In the order of the splits; unrolled, so that 8 loads are on their way at once.
+    # Add in the order of the splits. The loop is unrolled, so that 8 loads are in flight at once.
     for _ in tl.range(0, num_splits, loop_unroll_factor=8):
         acc += tl.load(partial_ptr + n[:, None] * BLOCK_M + m[None, :], mask=n_mask, other=0.0)
         partial_ptr += N * BLOCK_M
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    # The sums are y^T: store them transposed, without the rows that pad x to BLOCK_M.
+    # acc is a block of y^T. Store it transposed, without the rows that pad x to BLOCK_M.
     y_ptr += m.to(tl.int64)[None, :] * N + n[:, None]
     tl.store(y_ptr, acc.to(DTYPE), mask=n_mask & (m < M)[None, :])

@@ -1,4 +1,8 @@
-"""A tile of groups on its way through the fused quantizer: from weights to packed codes."""
+"""One tile of groups in the fused quantizer, from weights to packed codes.
+
+`solve_triton` explains the tile [R, G, T, E] and "normalized"; `pack_triton` explains cell, chunk,
+plane and packed tile.
+"""
 
 from typing import NamedTuple
 
@@ -22,7 +26,7 @@ from hqqtrain_kernels.solve_triton import (
 from hqqtrain_kernels.solver_params import SolverParams
 
 DEFERRED = tl.constexpr(-1.0)
-"""Stored in place of a scale: the group is left to the second launch."""
+"""Stored in place of a scale, it marks a group for the second launch. No scale is negative."""
 
 
 class TileConfig(NamedTuple):
@@ -32,15 +36,15 @@ class TileConfig(NamedTuple):
         axis: Axis of the groups.
         nbits: Bits of a code.
         group_size: Weights of a group.
-        cell_groups: Groups that fill whole tiles of packed codes.
-        plane_tiles: Tiles of the low plane of a unit.
-        unit_length: Halfwords of a unit if `packs`, otherwise its codes.
+        cell_groups: Groups of a cell, which fill whole packed tiles.
+        low_plane_tiles: Packed tiles of the low plane of a unit.
+        unit_length: Elements that are stored for a unit: halfwords if `packs`, otherwise codes.
         packs: Whether the kernel packs the codes.
         solver: Name of the solver.
         params: Its parameters, of a type in `solver_params`.
         meta_min: Smallest scale that is stored.
         meta_max: Largest number of the dtype of scale and zero.
-        R: Places of a thread along the tile's first dimension: see `solve_triton`.
+        R: Runs of E adjacent codes that a thread has of a group.
         G: Groups of the tile.
         T: Threads that share a group.
         E: Adjacent codes of a thread.
@@ -50,7 +54,7 @@ class TileConfig(NamedTuple):
     nbits: int
     group_size: int
     cell_groups: int
-    plane_tiles: int
+    low_plane_tiles: int
     unit_length: int
     packs: bool
     solver: str
@@ -80,7 +84,7 @@ def quantize_tile(
     SHRINKS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Quantize G groups of a unit. `solve_triton` explains the tile [R, G, T, E].
+    """Quantize G groups of a unit.
 
     Args:
         W_ptr: The weight.
@@ -92,9 +96,9 @@ def quantize_tile(
         group: Numbers [G] of the groups in the unit. Those from `groups` on do not exist.
         cell: Where packed codes are stored: see `store_packed`.
         groups: Groups of a unit.
-        row_stride: Distance between the rows of W, int64.
+        row_stride: Elements between the rows of W, int64.
         units: Units of the weight. For axis 0, the weights of a group are this many rows apart.
-        units_again: The same number.
+        units_again: The same number as `units`. Step 4 says why.
         SHRINKS: Whether hqq's shrinkage is computed. Without it, groups that need it are deferred.
         TILE: The constants, a `TileConfig`.
     """
@@ -108,8 +112,8 @@ def quantize_tile(
     G: tl.constexpr = TILE.G
     T: tl.constexpr = TILE.T
     E: tl.constexpr = TILE.E
-    # 1. Load the groups, and divide each by its unit, a power of two: exact, and neither huge nor
-    #    tiny weights overflow or underflow from here on.
+    # 1. Load the groups and normalize them: divide each by its magnitude, a power of two. The
+    #    division is exact, and from here on neither huge weights overflow nor tiny ones underflow.
     origin = unit_index * row_stride + group.to(tl.int64) * (GROUP_SIZE if TILE.axis == 1 else 1)
     exists = group < groups
     stride = units * row_stride
@@ -134,11 +138,15 @@ def quantize_tile(
     finite = (size < float("inf")) & (low == low)
     if tl.min(finite.to(tl.int32), 0) == 0:
         tl.store(not_finite_ptr, 1)
-    unit = tl.where(size == 0, 1.0, power_of_two(size))
-    inverse_unit = reciprocal(unit)
-    W, high, low = W * per_group(inverse_unit), high * inverse_unit, low * inverse_unit
+    magnitude = tl.where(size == 0, 1.0, power_of_two(size))
+    inverse_magnitude = reciprocal(magnitude)
+    W, high, low = (
+        W * per_group(inverse_magnitude),
+        high * inverse_magnitude,
+        low * inverse_magnitude,
+    )
 
-    # 2. Solve for scale (in units) and zero.
+    # 2. Solve for the normalized scale and the zero.
     deferred = None
     if SOLVER == "rtn":
         scale = tl.maximum(high - low, 2.0**-30) * (1 / MAX_CODE)
@@ -149,7 +157,7 @@ def quantize_tile(
             mask=mask,
             low=low,
             high=high,
-            unit=unit,
+            magnitude=magnitude,
             W_ptr=W_ptr,
             origin=origin,
             exists=exists,
@@ -159,30 +167,44 @@ def quantize_tile(
         )
     elif SOLVER == "least_squares":
         scale, zero = least_squares(
-            W=W, mask=mask, low=low, high=high, unit=unit, META_DTYPE=META_DTYPE, TILE=TILE
+            W=W,
+            mask=mask,
+            low=low,
+            high=high,
+            magnitude=magnitude,
+            META_DTYPE=META_DTYPE,
+            TILE=TILE,
         )
     else:
         tl.static_assert(False, "this solver has no kernel: see solver_params.SUPPORTED_SOLVERS")
 
-    # 3. Round scale and zero as they will be stored; codes must be nearest with those. A constant
-    #    group c is stored as (0 - zero) * scale with scale a power of two: exactly, where the dtype
-    #    of zero holds c.
-    scale, zero = as_stored(scale=scale, zero=zero, unit=unit, META_DTYPE=META_DTYPE, TILE=TILE)
-    one = tl.full(zero.shape, 1.0, tl.float32)
-    whole, _ = as_stored(scale=one, zero=zero, unit=unit, META_DTYPE=META_DTYPE, TILE=TILE)
-    constant = high == low
-    scale = tl.where(constant, whole, scale)
-    zero = tl.where(constant, -tl.div_rn(low, tl.div_rn(whole, unit)), zero)
+    # 3. Round scale and zero as they will be stored, because the codes must be the nearest ones for
+    #    the stored values. A group of one constant c gets code 0 and a power of two as its scale,
+    #    so that (0 - zero) * scale equals c exactly if the dtype of zero can represent c.
     scale, zero = as_stored(
-        scale=tl.div_rn(scale, unit), zero=zero, unit=unit, META_DTYPE=META_DTYPE, TILE=TILE
+        scale=scale, zero=zero, magnitude=magnitude, META_DTYPE=META_DTYPE, TILE=TILE
     )
-    inverse_scale = tl.where(constant, 0.0, tl.div_rn(1.0, tl.div_rn(scale, unit)))
+    one = tl.full(zero.shape, 1.0, tl.float32)
+    constant_scale, _ = as_stored(
+        scale=one, zero=zero, magnitude=magnitude, META_DTYPE=META_DTYPE, TILE=TILE
+    )
+    is_constant = high == low
+    scale = tl.where(is_constant, constant_scale, scale)
+    zero = tl.where(is_constant, -tl.div_rn(low, tl.div_rn(constant_scale, magnitude)), zero)
+    scale, zero = as_stored(
+        scale=tl.div_rn(scale, magnitude),
+        zero=zero,
+        magnitude=magnitude,
+        META_DTYPE=META_DTYPE,
+        TILE=TILE,
+    )
+    inverse_scale = tl.where(is_constant, 0.0, tl.div_rn(1.0, tl.div_rn(scale, magnitude)))
 
     # 4. Encode.
     if SOLVER != "rtn":
-        # Load W again, from the L2 cache. Kept in registers meanwhile, it would leave too few for
-        # the solver. So would its addresses: that is why `units` comes under two names, between
-        # which the compiler sees no connection.
+        # Load W again, from the L2 cache. If it stayed in registers, too few would be left for the
+        # solver. The same is true of its addresses, which the compiler would keep if it knew that
+        # both loads use the same ones: `units` and `units_again` hide this.
         stride = units_again * row_stride
         W = load_weights(
             W_ptr=W_ptr,
@@ -193,29 +215,31 @@ def quantize_tile(
             EVICTION="evict_first",
             TILE=TILE,
         )
-        W = W * per_group(inverse_unit)
-    codes = encode(W, inverse_scale=inverse_scale, zero=tl.where(constant, 0.0, zero), NBITS=NBITS)
+        W = W * per_group(inverse_magnitude)
+    codes = encode(
+        W, inverse_scale=inverse_scale, zero=tl.where(is_constant, 0.0, zero), NBITS=NBITS
+    )
 
     # 5. Store.
     if deferred is not None and not SHRINKS:
         scale = tl.where(deferred, DEFERRED, scale)
-    meta = unit_index * groups + group
-    tl.store(scale_ptr + meta, scale.to(META_DTYPE), exists)
-    tl.store(zero_ptr + meta, zero.to(META_DTYPE), exists)
+    offset = unit_index * groups + group
+    tl.store(scale_ptr + offset, scale.to(META_DTYPE), exists)
+    tl.store(zero_ptr + offset, zero.to(META_DTYPE), exists)
     if TILE.packs:
-        # Chunks of 8 codes in the order of the unit: group, t, r, e.
+        # Bring the codes into the order of the unit (group, t, r, e), as chunks of 8.
         codes = tl.reshape(tl.permute(codes, 1, 2, 0, 3), G * T * R * E // 8, 8)
-        row_ptr = codes_ptr.to(tl.pointer_type(tl.int16)) + unit_index * UNIT_LENGTH
+        unit_ptr = codes_ptr.to(tl.pointer_type(tl.int16)) + unit_index * UNIT_LENGTH
         chunks = groups * (GROUP_SIZE // 8)
         store_packed(
             codes=codes,
-            row_ptr=row_ptr,
+            unit_ptr=unit_ptr,
             cell=cell,
             chunks=chunks,
             CELL_CODES=TILE.cell_groups * GROUP_SIZE,
             NBITS=NBITS,
-            PLANE_TILES=TILE.plane_tiles,
+            LOW_PLANE_TILES=TILE.low_plane_tiles,
         )
     else:
-        at = per_group(unit_index * UNIT_LENGTH + group.to(tl.int64) * GROUP_SIZE) + k
-        tl.store(codes_ptr + at, codes.to(tl.uint8), per_group(exists) & (k < GROUP_SIZE))
+        code_offset = per_group(unit_index * UNIT_LENGTH + group.to(tl.int64) * GROUP_SIZE) + k
+        tl.store(codes_ptr + code_offset, codes.to(tl.uint8), per_group(exists) & (k < GROUP_SIZE))

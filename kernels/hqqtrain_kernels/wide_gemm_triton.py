@@ -1,13 +1,15 @@
 """The linear kernel for 17 to 128 rows of x, and for 8 bits: weights are dequantized on the fly.
 
-Program (i, j) computes y^T [BLOCK_N, BLOCK_M] of one block of outputs and one block of rows of x,
-and walks along K. It rounds a weight as `dequantize` does and multiplies it as any dense weight:
-with this many rows of x, that costs less than scaling the sums of every group.
+Program (i, j) computes y^T [BLOCK_N, BLOCK_M] for one block of outputs and one block of rows of x,
+and walks along K. It rounds a weight to the dtype of x, as `dequantize` does, and multiplies it
+like any dense weight. With this many rows of x, rounding every weight costs less than scaling the
+sums of every group.
 
 The weight is the first operand, y^T = W x^T, because only the first operand of the tensor cores may
-come from registers. The warps of a program are arranged along its rows of the weight. Or they are
-sliced along K: each of K_SLICES slices takes another stretch of all the rows, and their sums are
-added at the end, which keeps warps busy where outputs are few.
+come from registers. With K_SLICES = 1, the warps of a program are arranged along its rows of the
+weight. Otherwise they are distributed over K_SLICES slices of K, each of which takes another
+stretch of all the rows, and the sums of the slices are added at the end. Slices keep the warps busy
+if there are few outputs.
 """
 
 import functools
@@ -74,7 +76,7 @@ def _kernel_for(
         BLOCK_K=config.block_k,
         K_SLICES=config.k_slices,
         GROUP_K=min(layout.group_size, config.block_k),
-        CHUNK_K=min(layout.group_size, 64),
+        DOT_K=min(layout.group_size, 64),
         EVEN_K=layout.in_features % k_per_step == 0,
         DTYPE=TRITON_DTYPES[dtype],
         UPCAST=INTERPRETED,
@@ -114,20 +116,21 @@ def _wide_gemm_kernel(
     BLOCK_K: tl.constexpr,
     K_SLICES: tl.constexpr,
     GROUP_K: tl.constexpr,
-    CHUNK_K: tl.constexpr,
+    DOT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     DTYPE: tl.constexpr,
     UPCAST: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Compute one block of y. GROUP_K codes of a slice share a scale; CHUNK_K go into one product.
+    """Compute one block of y.
 
+    GROUP_K adjacent codes of a slice share a scale, and one `tl.dot` takes DOT_K of them.
     `skinny_gemm_triton` explains the divisors.
     """
-    CHUNKS: tl.constexpr = GROUP_K // CHUNK_K
+    DOTS_PER_GROUP: tl.constexpr = GROUP_K // DOT_K
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Rows past the end read the last row; their results are not stored.
+    # Rows of the weight past the end read its last row. Their results are not stored.
     row = tl.minimum(n, N - 1).to(tl.int64)
     # A row of W_q: words of the low plane (for 3 bits the 2-bit plane), then of the high plane.
     low_words = tl.cdiv(K * (2 if NBITS == 3 else NBITS), 128) * 4
@@ -173,7 +176,7 @@ def _wide_gemm_kernel(
                 EVEN_K=EVEN_K,
             )
             W = codes_to_fp32(words, NBITS)
-        W = tl.reshape(W, (K_SLICES * BLOCK_N, BLOCK_K // CHUNK_K, CHUNK_K))
+        W = tl.reshape(W, (K_SLICES * BLOCK_N, BLOCK_K // DOT_K, DOT_K))
         # 2. Load the scales and zeros of this step's groups.
         scale = load_scales(
             row_ptrs=scale_ptr,
@@ -193,25 +196,25 @@ def _wide_gemm_kernel(
             K_SLICES=K_SLICES,
             EVEN_K=EVEN_K,
         )
-        # 3. Chunk by chunk, dequantize in fp32, round to the dtype of x, and multiply.
-        for j in tl.static_range(BLOCK_K // CHUNK_K):
-            a = _split_slices(take(W, j), K_SLICES)
-            a -= _split_slices(take(zero, j // CHUNKS), K_SLICES).to(tl.float32)
-            a *= _split_slices(take(scale, j // CHUNKS), K_SLICES).to(tl.float32)
-            b = load_x(
+        # 3. For each `tl.dot`, dequantize in fp32, round to the dtype of x, and multiply.
+        for j in tl.static_range(BLOCK_K // DOT_K):
+            dot_W = _split_slices(take(W, j), K_SLICES)
+            dot_W -= _split_slices(take(zero, j // DOTS_PER_GROUP), K_SLICES).to(tl.float32)
+            dot_W *= _split_slices(take(scale, j // DOTS_PER_GROUP), K_SLICES).to(tl.float32)
+            dot_x = load_x(
                 x_ptr=x_ptr,
                 x_stride=x_stride,
                 m=m,
                 M=M,
                 K=K,
                 step=step,
-                chunk=j,
-                CHUNK_K=CHUNK_K,
+                dot_index=j,
+                DOT_K=DOT_K,
                 BLOCK_K=BLOCK_K,
                 K_SLICES=K_SLICES,
                 EVEN_K=EVEN_K,
             )
-            acc = dot(a.to(DTYPE), b, acc=acc, UPCAST=UPCAST)
+            acc = dot(dot_W.to(DTYPE), dot_x, acc=acc, UPCAST=UPCAST)
     _store(
         y_ptr=y_ptr, bias_ptr=bias_ptr, acc=acc, n=n, N=N, m=m, M=M, K_SLICES=K_SLICES, DTYPE=DTYPE
     )
@@ -219,7 +222,7 @@ def _wide_gemm_kernel(
 
 @triton.jit
 def _store(y_ptr, bias_ptr, acc, n, N, m, M, K_SLICES: tl.constexpr, DTYPE: tl.constexpr):
-    """Add the slices and the bias, and store y [M, N] transposed from acc."""
+    """Sum acc over the slices, add the bias, and store the transposed block in y [M, N]."""
     if K_SLICES > 1:
         acc = tl.sum(acc, 0)
     if bias_ptr is not None:

@@ -11,7 +11,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 
 def packed(layout: Layout, meta_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
     """Return random W_q, scale and zero. All bytes of W_q are random, also those of the padding."""
-    packed_shape, meta_shape = (layout.units, layout.row_bytes), (layout.units, layout.groups)
+    packed_shape, meta_shape = (layout.units, layout.unit_bytes), (layout.units, layout.groups)
     W_q = torch.randint(0, 256, packed_shape, dtype=torch.uint8, device=DEVICE)
     scale = torch.rand(meta_shape, device=DEVICE) * 0.1 + 0.01
     zero = torch.rand(meta_shape, device=DEVICE) * (1 << layout.nbits)

@@ -118,7 +118,7 @@ def _spilling() -> None:
 def _packed(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """Return W_q, scale and zero of a weight. Memory that is never accessed costs nothing."""
     meta = torch.empty(2, layout.units, layout.groups, dtype=torch.bfloat16)
-    return torch.empty(layout.units, layout.row_bytes, dtype=torch.uint8), *meta
+    return torch.empty(layout.units, layout.unit_bytes, dtype=torch.uint8), *meta
 
 
 def _dequantize(layout: Layout, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -38,7 +38,7 @@ def dequantized_by_hqq(W_q: Tensor, meta: dict) -> Tensor:
 
 
 def random_codes(layout: Layout) -> Tensor:
-    return torch.randint(0, 1 << layout.nbits, (layout.units, layout.row_codes)).to(torch.uint8)
+    return torch.randint(0, 1 << layout.nbits, (layout.units, layout.unit_codes)).to(torch.uint8)
 
 
 @pytest.mark.parametrize(("nbits", "axis", "out", "columns", "g"), CASES)
@@ -49,7 +49,7 @@ def test_converted_weights_are_equal_and_convert_back_bit_for_bit(
     W_q, meta = by_hqq(nbits, axis, (out, columns), g)
     theirs = [part.to(device) for part in (W_q, meta["scale"], meta["zero"])]
     ours = from_hqq(*theirs, layout)
-    assert ours[0].shape == (layout.units, layout.row_bytes)
+    assert ours[0].shape == (layout.units, layout.unit_bytes)
     assert ours[1].shape == ours[2].shape == (layout.units, layout.groups)
     weight = dequantize(*ours, layout, torch.float32)
     assert torch.equal(weight.cpu(), dequantized_by_hqq(W_q, meta))
@@ -84,7 +84,7 @@ def test_every_code_survives_both_ways(data: st.DataObject) -> None:
     layout = Layout(*shape, nbits, g, axis)
     codes = random_codes(layout)
     meta = torch.rand(layout.units, layout.groups)
-    parts = data.draw(st.sampled_from((1, 3 * layout.row_codes, 1 << 24)))
+    parts = data.draw(st.sampled_from((1, 3 * layout.unit_codes, 1 << 24)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "CHUNK_CODES", parts)
         W_q, scale, zero = to_hqq(pack(codes, nbits), meta, meta + 1, layout)
@@ -93,7 +93,7 @@ def test_every_code_survives_both_ways(data: st.DataObject) -> None:
     groups = codes.view(-1, g) if axis == 1 else codes.view(-1, g).t()
     assert torch.equal(theirs[: len(groups)], groups)  # hqq pads the rows of 3-bit codes
     assert not theirs[len(groups) :].any()
-    assert torch.equal(unpack(ours[0], nbits, layout.row_codes), codes)
+    assert torch.equal(unpack(ours[0], nbits, layout.unit_codes), codes)
     assert torch.equal(ours[1], meta)
     assert torch.equal(ours[2], meta + 1)
 

@@ -16,7 +16,7 @@ def _seed() -> None:
 @pytest.mark.parametrize("nbits", NBITS)
 def test_whole_tiles_cost_exactly_nbits(nbits: int) -> None:
     layout = Layout(10, 256, nbits, 64, 1)
-    assert 8 * layout.row_bytes == nbits * 256
+    assert 8 * layout.unit_bytes == nbits * 256
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -33,7 +33,7 @@ def test_a_slice_of_packed_units_is_the_packed_slice(nbits: int, axis: int) -> N
 
 
 def as_units(W: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Return [units, row_codes], with rows r, r + units, ... of every class as hqq groups them."""
+    """Return [units, unit_codes], with rows r, r + units, ... of every class as hqq groups them."""
     if layout.axis == 1:
         return W
     classes = [W[r :: layout.units].T.flatten() for r in range(layout.units)]

@@ -13,7 +13,7 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 
 def packed_weight(layout: Layout, compute_dtype: torch.dtype = FP32) -> PackedWeight:
     torch.manual_seed(0)
-    codes = torch.randint(0, 1 << layout.nbits, (layout.units, layout.row_codes)).to(torch.uint8)
+    codes = torch.randint(0, 1 << layout.nbits, (layout.units, layout.unit_codes)).to(torch.uint8)
     scale, zero = torch.rand(2, layout.units, layout.groups)
     params = WeightParams(
         in_features=layout.in_features,

@@ -55,7 +55,7 @@ def test_fake_tensors_have_the_shape_and_dtype_of_the_result(axis: int) -> None:
     layout = Layout(32, 64, 4, 16, axis)
     arguments = operator_arguments(layout, torch.bfloat16)
     with FakeTensorMode():
-        W_q = torch.empty(layout.units, layout.row_bytes, dtype=torch.uint8)
+        W_q = torch.empty(layout.units, layout.unit_bytes, dtype=torch.uint8)
         scale, zero = torch.empty(2, layout.units, layout.groups)
         W = torch.ops.hqqtrain.dequantize(W_q, scale, zero, *arguments)
         y = torch.ops.hqqtrain.linear(torch.empty(5, 3, 64), W_q, scale, zero, None, *arguments)

@@ -27,14 +27,14 @@ def _seed() -> None:
 
 
 def packed(layout: Layout, meta_dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    codes = torch.randint(0, 1 << layout.nbits, (layout.units, layout.row_codes)).to(torch.uint8)
+    codes = torch.randint(0, 1 << layout.nbits, (layout.units, layout.unit_codes)).to(torch.uint8)
     scale = torch.rand(layout.units, layout.groups, dtype=torch.float32) * 0.1
     zero = torch.rand(layout.units, layout.groups, dtype=torch.float32) * (1 << layout.nbits)
     return kernels.pack(codes, layout.nbits), scale.to(meta_dtype), zero.to(meta_dtype)
 
 
 def naive_weight(W_q: Tensor, scale: Tensor, zero: Tensor, layout: Layout) -> Tensor:
-    codes = kernels.unpack(W_q, layout.nbits, layout.row_codes)
+    codes = kernels.unpack(W_q, layout.nbits, layout.unit_codes)
     groups = codes.view(layout.units, layout.groups, layout.group_size).float()
     W = (groups - zero.float()[..., None]) * scale.float()[..., None]
     if layout.axis == 1:

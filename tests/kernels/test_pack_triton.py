@@ -18,7 +18,7 @@ CELL = 128
 
 
 @triton.jit
-def pack_kernel(codes_ptr, out_ptr, n, NBITS: tl.constexpr, PLANE_TILES: tl.constexpr,
+def pack_kernel(codes_ptr, out_ptr, n, NBITS: tl.constexpr, LOW_PLANE_TILES: tl.constexpr,
                 CELL: tl.constexpr, REVERSED: tl.constexpr):  # fmt: skip
     """Pack two cells of a unit of n codes: in their order, or as a block of numbers, reversed."""
     first = tl.program_id(0) * 2
@@ -29,12 +29,12 @@ def pack_kernel(codes_ptr, out_ptr, n, NBITS: tl.constexpr, PLANE_TILES: tl.cons
     codes = tl.load(codes_ptr + at, at < n, 0).to(tl.int32)
     store_packed(
         codes=tl.reshape(codes, (CELL // 4, 8)),
-        row_ptr=out_ptr,
+        unit_ptr=out_ptr,
         cell=block if REVERSED else first,
         chunks=tl.cdiv(n, 8),
         CELL_CODES=CELL,
         NBITS=NBITS,
-        PLANE_TILES=PLANE_TILES,
+        LOW_PLANE_TILES=LOW_PLANE_TILES,
     )
 
 
@@ -52,7 +52,7 @@ def test_bits_of_the_reference_and_nothing_behind_them(
         out.view(torch.int16),
         n,
         NBITS=nbits,
-        PLANE_TILES=packed_bytes(n, plane_widths(nbits)[0]) // 16,
+        LOW_PLANE_TILES=packed_bytes(n, plane_widths(nbits)[0]) // 16,
         CELL=CELL,
         REVERSED=cells_are_reversed,
     )

@@ -54,7 +54,7 @@ def groups_that_differ(W: Tensor, spec: QuantSpec) -> float:
     ours, theirs = by("triton", W, spec), by("torch", W, spec)
 
     def groups(q: QuantizedWeight) -> Tensor:
-        codes = kernels.unpack(q.W_q, spec.nbits, layout.row_codes)
+        codes = kernels.unpack(q.W_q, spec.nbits, layout.unit_codes)
         return codes.view(layout.units, layout.groups, -1)
 
     differs = (groups(ours) != groups(theirs)).any(-1)

@@ -62,10 +62,10 @@ def test_every_pattern_of_two_bytes_survives() -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 def test_dequantizing_in_chunks_changes_nothing(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout(48, 64, 3, 16, axis)
-    W_q = pack(random_codes(layout.units, layout.row_codes, 3), 3)
+    W_q = pack(random_codes(layout.units, layout.unit_codes, 3), 3)
     scale, zero = torch.rand(2, layout.units, layout.groups)
     whole = reference.dequantize(W_q, scale, zero, layout, torch.float32)
-    monkeypatch.setattr(reference, "CHUNK_CODES", layout.row_codes * 2 + 1)
+    monkeypatch.setattr(reference, "CHUNK_CODES", layout.unit_codes * 2 + 1)
     assert torch.equal(reference.dequantize(W_q, scale, zero, layout, torch.float32), whole)
 
 

@@ -37,7 +37,7 @@ def tile_config(nbits: int = 4, meta_dtype: torch.dtype = torch.float32) -> Tile
         nbits=nbits,
         group_size=GROUP,
         cell_groups=1,
-        plane_tiles=1,
+        low_plane_tiles=1,
         unit_length=GROUP,
         packs=False,
         solver="rtn",

@@ -81,7 +81,7 @@ def test_codes_as_fp16_are_multiples_of_the_smallest_number(nbits: int) -> None:
         ROWS=ROWS,
         WORDS=BYTES // 4,
         WIDTH=nbits,
-        UNIT=1 / operand["CODE_UNIT"],
+        UNIT=1 / operand["CODE_STEP"],
         FIELDS_PER_SHIFT=operand["FIELDS_PER_SHIFT"],
     )
     assert torch.equal(got, codes)
@@ -95,7 +95,7 @@ def test_operands_hold_every_code_exactly(nbits: int) -> None:
     operand = bf16["CODE_OFFSET"] + largest * 2 ** (nbits * (bf16["FIELDS_PER_SHIFT"] - 1))
     assert operand <= 255
     assert torch.tensor(operand).bfloat16().item() == operand
-    tiny = largest * fp16["CODE_UNIT"]
+    tiny = largest * fp16["CODE_STEP"]
     assert torch.tensor(tiny).half().item() == tiny
 
 

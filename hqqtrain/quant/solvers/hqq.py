@@ -78,8 +78,8 @@ def _hqq_zeros(
 def _hqq_inverse_scale(width: Tensor, grid: QuantGrid) -> Tensor:
     """Return max_code / range, capped at 2e4 as in hqq, unless the range is at most 1e-4."""
     inverse_scale = grid.max_code / width
-    capped = torch.minimum(inverse_scale, 2e4 * grid.unit)
-    return torch.where(width * grid.unit <= 1e-4, inverse_scale, capped)
+    capped = torch.minimum(inverse_scale, 2e4 * grid.magnitude)
+    return torch.where(width * grid.magnitude <= 1e-4, inverse_scale, capped)
 
 
 def _can_shrink(initial_zero: Tensor, zero: Tensor, inverse_scale: Tensor, grid: QuantGrid) -> bool:
@@ -89,7 +89,7 @@ def _can_shrink(initial_zero: Tensor, zero: Tensor, inverse_scale: Tensor, grid:
     weights as small as a language model's no residual exceeds the threshold, and the powers need
     not be computed.
     """
-    bound = 1.01 * (zero - initial_zero).abs().clamp_min(0.5) / inverse_scale * grid.unit
+    bound = 1.01 * (zero - initial_zero).abs().clamp_min(0.5) / inverse_scale * grid.magnitude
     return bool((bound > HQQ_BETA ** (-1 / (2 - HQQ_P))).any())
 
 
@@ -99,6 +99,6 @@ def _shrink(residual: Tensor, grid: QuantGrid) -> Tensor:
     The power is computed in fp64: in fp32 its bits differ between the vectorized part of a loop
     and the remainder.
     """
-    x = residual.abs() * grid.unit
+    x = residual.abs() * grid.magnitude
     power = x.double().pow_(HQQ_P - 1).float()
-    return (x - power * (1 / HQQ_BETA)).clamp_min_(0).mul_(residual.sign()) / grid.unit
+    return (x - power * (1 / HQQ_BETA)).clamp_min_(0).mul_(residual.sign()) / grid.magnitude

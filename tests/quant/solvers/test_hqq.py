@@ -39,7 +39,7 @@ def by_hqq(W: Tensor, nbits: int, axis: int, group_size: int | None) -> tuple[Te
 def by_us(W: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Return our codes [groups, group_size] and our dequantized weight."""
     layout, quantized = spec.layout(*W.shape), quantize_weight(W, spec)
-    codes = kernels.unpack(quantized.W_q, spec.nbits, layout.row_codes)
+    codes = kernels.unpack(quantized.W_q, spec.nbits, layout.unit_codes)
     return codes.view(-1, layout.group_size), dequantize_weight(quantized, layout, torch.float32)
 
 
