@@ -38,6 +38,7 @@ BAD_OPENINGS = re.compile(r"(Of|What|Else|Whose)\b")
 FOR_TOOLS = re.compile(r"# *(fmt|noqa|type|mypy)\b")
 TESTED_BY = {
     "kernels/hqqtrain_kernels/dequantize_any_triton": "test_dequantize_triton",
+    "kernels/hqqtrain_kernels/dequantize_chunks_triton": "test_dequantize_triton",
     "kernels/hqqtrain_kernels/gemv_triton": "test_linear_triton",
     "kernels/hqqtrain_kernels/hqq_triton": "test_quantize_triton",
     "kernels/hqqtrain_kernels/least_squares_triton": "test_quantize_triton",

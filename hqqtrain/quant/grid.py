@@ -1,9 +1,9 @@
 """The grid that the weights of a group are rounded to, and sums that do not depend on their order.
 
-A weight must get the same bits no matter which part of it is solved at once, on how many threads,
-and whether on a CPU or by a GPU kernel. Each of these chooses its own order of summation, so no
-result may depend on a sum of floats. Groups are converted to fixed point instead, because sums of
-integers are exact.
+A weight must get the same bits whether it is solved in one part or in several, on one thread or on
+many, on a CPU or by a GPU kernel. The order of summation differs between these, so no result may
+depend on a sum of floats. Groups are converted to fixed point instead, because sums of integers are
+exact in any order.
 """
 
 from dataclasses import dataclass
@@ -16,17 +16,18 @@ from torch import Tensor
 class QuantGrid:
     """The codes that n groups may use, and how their scale and zero are stored.
 
-    Solvers see every group divided by `unit`, so that neither huge nor tiny weights overflow or
-    underflow.
+    Solvers see normalized groups: each is divided by its `magnitude`, so that neither huge nor tiny
+    weights overflow or underflow. A normalized scale fits normalized weights; the scale of the
+    weight itself is scale * magnitude. Codes and zeros are the same for both.
 
     Attributes:
         nbits: Bits of a code.
-        unit: fp32 [n], the power of two at or below the largest magnitude of each group.
+        magnitude: fp32 [n], the power of two at or below the largest absolute value of each group.
         meta_dtype: Storage dtype of scale and zero.
     """
 
     nbits: int
-    unit: Tensor
+    magnitude: Tensor
     meta_dtype: torch.dtype
 
     @property
@@ -37,21 +38,22 @@ class QuantGrid:
     def to_meta_dtype(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         """Convert scale and zero [n] to their storage dtype.
 
-        `scale` is in units; the stored scale is that of the weight itself. If the dtype cannot
-        represent the zero (in fp16: weights far from 0 relative to their range), the scale is
-        widened such that zero * scale, the distance of code 0 from weight 0, stays the same.
+        `scale` is normalized; the stored scale is that of the weight itself. fp16 cannot represent
+        the zero of a group whose weights are far from 0, compared with their range. The scale is
+        then widened by as much as the zero is reduced: zero * scale, the distance of code 0 from
+        weight 0, stays the same.
         """
         limits = torch.finfo(self.meta_dtype)
-        # The smallest scale: the smallest subnormal of the dtype, but no subnormal of fp32.
+        # The smallest subnormal number of the dtype, but never a subnormal number of fp32.
         min_scale = max(limits.smallest_normal * limits.eps, 2.0**-126)
-        # How far the zero exceeds the dtype: move this factor from the zero to the scale.
+        # The factor by which the zero exceeds the dtype. It moves from the zero to the scale.
         excess = (zero.abs() * (1 / limits.max)).clamp_min(1)
         scale = (scale * self.magnitude * excess).clamp(min_scale, limits.max)
         zero = (zero / excess).clamp(limits.min, limits.max)
         return scale.to(self.meta_dtype), zero.to(self.meta_dtype)
 
     def as_stored(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scale (in units) and zero [n] in fp32 as rounded by storage."""
+        """Return scale (normalized) and zero [n] in fp32, as rounded by storage."""
         scale, zero = self.to_meta_dtype(scale, zero)
         return scale.float() / self.magnitude, zero.float()
 
@@ -60,7 +62,7 @@ class QuantGrid:
         return (W * (1 / scale)).add_(zero).round_().clamp_(0, self.max_code)
 
     def error(self, W: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Return the squared error of every group [n], fp64, in squared units."""
+        """Return the squared error of every normalized group, fp64 [n]."""
         codes = self.encode(W, scale, zero)
         return codes.sub_(zero).mul_(scale).sub_(W).square_().sum(0, dtype=torch.float64)
 
@@ -76,7 +78,7 @@ def power_of_two(x: Tensor) -> Tensor:
 
 
 def group_ranges(W: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the minimum and the range of every column of W [g, n], in units.
+    """Return the minimum and the range (maximum - minimum) of every column of W [g, n].
 
     The range of a constant group is a tiny positive number instead of 0, so that callers can
     divide by it.
@@ -91,7 +93,7 @@ class FixedPoint:
 
     Attributes:
         x: Integers from 0 to at most 2**(bits + 1), held in float64 [g, n].
-        low: Minimum of each group [n], in units.
+        low: Minimum of each group [n], normalized.
         step: Resolution of each group [n], a power of two: at most the group's range / 2**bits.
     """
 
@@ -101,12 +103,12 @@ class FixedPoint:
 
     @classmethod
     def from_float(cls, W: Tensor, bits: int) -> "FixedPoint":
-        """Round W [g, n] (fp32, in units) to fixed point."""
-        low, width = group_ranges(W)
-        step = power_of_two(width) * 2.0**-bits  # a power of two: multiplying by 1 / step is exact
+        """Round W [g, n] (fp32, normalized) to fixed point."""
+        low, value_range = group_ranges(W)
+        step = power_of_two(value_range) * 2.0**-bits  # so 1 / step is exact
         return cls(((W - low) * (1 / step)).round_().double(), low, step)
 
     def mean(self) -> Tensor:
-        """Return the mean of every group [n], fp32, in units."""
+        """Return the mean of every normalized group, fp32 [n]."""
         mean = self.x.sum(0).float() * (1 / len(self.x))
         return self.low + mean * self.step

@@ -19,10 +19,10 @@ from hqqtrain.quant.spec import QuantSpec
 from hqqtrain_kernels import Layout
 
 CHUNK_WEIGHTS = {"cpu": 1 << 18}
-"""Weights solved at a time by device type: on a CPU, as many as fit into its cache."""
+"""Weights that are solved at a time, by device type. On a CPU, this many fit into its cache."""
 
 DEFAULT_CHUNK_WEIGHTS = 1 << 23
-"""Weights solved at a time on other devices: 32 MiB of fp32."""
+"""Weights that are solved at a time on other devices: 32 MiB of fp32."""
 
 
 @dataclass
@@ -79,13 +79,13 @@ def quantize_async(
         UserError: group_size does not divide.
     """
     layout = spec.layout(W.shape[0], W.shape[1], name)
-    solve = (
+    quantize = (
         triton_backend.quantize_with_triton
         if triton_backend.is_supported(W.device, layout, spec.solver)
         else _quantize_in_chunks
     )
-    *quantized, not_finite = solve(W, layout, spec)
-    return QuantizedWeight(*quantized), not_finite
+    W_q, scale, zero, not_finite = quantize(W, layout, spec)
+    return QuantizedWeight(W_q, scale, zero), not_finite
 
 
 def dequantize_weight(q: QuantizedWeight, layout: Layout, dtype: torch.dtype) -> Tensor:
@@ -103,41 +103,42 @@ def _quantize_in_chunks(
         or infinity.
     """
     g, n = layout.group_size, layout.units * layout.groups
-    # Arrange the groups as columns, as solvers expect them.
+    # Arrange the groups as columns, as solvers expect them. On axis 0 the g rows of a unit are
+    # `units` apart, so reshaping already puts each group into one column.
     columns = W.reshape(n, g).t() if layout.axis == 1 else W.reshape(g, n)
     codes = torch.empty(n, g, dtype=torch.uint8, device=W.device)
     meta = torch.empty(2, n, dtype=spec.meta_dtype, device=W.device)
     not_finite = torch.zeros(1, dtype=torch.bool, device=W.device)
     groups_per_chunk = max(1, CHUNK_WEIGHTS.get(W.device.type, DEFAULT_CHUNK_WEIGHTS) // g)
     for start in range(0, n, groups_per_chunk):
-        part = slice(start, min(start + groups_per_chunk, n))
-        chunk = columns[:, part].to(torch.float32).contiguous()
+        groups = slice(start, min(start + groups_per_chunk, n))
+        chunk = columns[:, groups].to(torch.float32).contiguous()
         not_finite |= ~chunk.isfinite().all()
-        codes[part], meta[0, part], meta[1, part] = _solve(chunk, spec)
+        codes[groups], meta[0, groups], meta[1, groups] = _solve(chunk, spec)
     W_q = kernels.pack(codes.view(layout.units, layout.unit_codes), layout.nbits)
     scale, zero = meta.view(2, layout.units, layout.groups)
-    return W_q, scale.clone(), zero.clone(), not_finite
+    return W_q, scale.clone(), zero.clone(), not_finite  # without the memory of the other one
 
 
 def _solve(W: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Return uint8 codes [n, g], scale [n] and zero [n] of the columns of W [g, n] fp32.
+    """Return uint8 codes [n, g], and stored scale [n] and zero [n], of the groups W [g, n] fp32.
 
     A constant group of value c gets code 0 and a power of two as its scale, so that
     (0 - zero) * scale equals c exactly if the dtype of zero can represent c.
     """
-    # Divide every group by a power of two, which is exact, so that solvers see magnitudes near 1.
+    # Normalize every group: divide it by a power of two, which is exact.
     largest = W.abs().amax(0)
-    unit = torch.where(largest == 0, 1, power_of_two(largest))
-    grid = QuantGrid(spec.nbits, unit, spec.meta_dtype)
-    constant = W.amin(0) == W.amax(0)
-    W = W / unit
-    # The codes must be nearest with scale and zero as they are stored, so round these first.
+    magnitude = torch.where(largest == 0, 1, power_of_two(largest))
+    grid = QuantGrid(spec.nbits, magnitude, spec.meta_dtype)
+    is_constant = W.amin(0) == W.amax(0)
+    W = W / magnitude
+    # The codes must be the nearest ones for the stored scale and zero, so round these first.
     scale, zero = grid.as_stored(*SOLVERS[spec.solver].solve(W, grid))
-    # Constant groups: scale 1 in units, with the rounding of the storage dtype.
-    one, _ = grid.as_stored(torch.ones_like(scale), zero)
-    scale = torch.where(constant, one, scale)
-    zero = torch.where(constant, -W[0] / one, zero)
-    codes = grid.encode(W, *grid.as_stored(scale, zero)).masked_fill_(constant, 0)
+    # Constant groups get the normalized scale 1, with the rounding of the storage dtype.
+    constant_scale, _ = grid.as_stored(torch.ones_like(scale), zero)
+    scale = torch.where(is_constant, constant_scale, scale)
+    zero = torch.where(is_constant, -W[0] / constant_scale, zero)
+    codes = grid.encode(W, *grid.as_stored(scale, zero)).masked_fill_(is_constant, 0)
     return codes.t().to(torch.uint8), *grid.to_meta_dtype(scale, zero)
 
 
@@ -150,12 +151,16 @@ def not_finite_error(W: Tensor, name: str, rows: Sequence[slice] | None) -> User
         rows: The rows of the tensor that W consists of; None: all rows.
     """
     W = W.reshape(len(W), -1)
-    is_bad = torch.cat([~part.float().isfinite().all(1) for part in W.split(1024)])
-    numbers = [i for part in rows for i in range(part.start, part.stop)] if rows else range(len(W))
-    first = int(is_bad.nonzero()[0])
-    row = W[first].float()
+    is_bad = torch.cat([~chunk.float().isfinite().all(1) for chunk in W.split(1024)])
+    if rows:
+        row_numbers = [i for part in rows for i in range(part.start, part.stop)]
+    else:
+        row_numbers = list(range(len(W)))
+    first_bad = int(is_bad.nonzero()[0])
+    row = W[first_bad].float()
     value = row[~row.isfinite()][0].item()
+    row_number, num_bad = row_numbers[first_bad], int(is_bad.sum())
     return UserError(
-        f"{name}: row {numbers[first]} holds {value}; {int(is_bad.sum())} of {len(W)} rows are not "
+        f"{name}: row {row_number} holds {value}; {num_bad} of {len(W)} rows are not "
         "finite. The checkpoint is damaged, or overflowed during conversion: use another one."
     )

@@ -118,4 +118,5 @@ def _store_plane(
     # 3. Store the tiles that belong to the unit: its chunks, rounded up to whole tiles.
     offset = tile[:, None] * 8 + tl.arange(0, 8)[None, :]
     plane_tiles = (chunks + (1 << LOG2_TILE_CHUNKS) - 1) >> LOG2_TILE_CHUNKS
-    tl.store(plane_ptr + offset, halfwords.to(tl.int16), (tile < plane_tiles)[:, None])
+    mask = tile < plane_tiles
+    tl.store(plane_ptr + offset, halfwords.to(tl.int16), mask[:, None])

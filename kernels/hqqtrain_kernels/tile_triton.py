@@ -140,11 +140,9 @@ def quantize_tile(
         tl.store(not_finite_ptr, 1)
     magnitude = tl.where(size == 0, 1.0, power_of_two(size))
     inverse_magnitude = reciprocal(magnitude)
-    W, high, low = (
-        W * per_group(inverse_magnitude),
-        high * inverse_magnitude,
-        low * inverse_magnitude,
-    )
+    W = W * per_group(inverse_magnitude)
+    high = high * inverse_magnitude
+    low = low * inverse_magnitude
 
     # 2. Solve for the normalized scale and the zero.
     deferred = None

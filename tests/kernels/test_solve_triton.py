@@ -67,12 +67,12 @@ def ranges_kernel(W_ptr, ranges_ptr, x_ptr, fixed_ptr, BITS: tl.constexpr, TILE:
         TILE=TILE,
     )
     low, high = group_min(W), group_max(W)
-    x, bits, _, mean, step = to_fixed_point(
+    x, magic_bits, _, mean, step = to_fixed_point(
         W=W, mask=None, low=low, high=high, GROUP_SIZE=GROUP_SIZE, BITS=BITS
     )
     tl.store(ranges_ptr + group, low)
     tl.store(ranges_ptr + TILE.G + group, high)
-    tl.store(x_ptr + per_group(group * GROUP_SIZE) + k, x - per_group(bits))
+    tl.store(x_ptr + per_group(group * GROUP_SIZE) + k, x - per_group(magic_bits))
     tl.store(fixed_ptr + group, mean)
     tl.store(fixed_ptr + TILE.G + group, step)
 
@@ -94,13 +94,13 @@ def codes_kernel(W_ptr, scale_ptr, zero_ptr, codes_ptr, TILE: tl.constexpr):
 
 
 @triton.jit
-def stored_kernel(scale_ptr, zero_ptr, unit_ptr, META_DTYPE: tl.constexpr, TILE: tl.constexpr):
+def stored_kernel(scale_ptr, zero_ptr, magnitude_ptr, META_DTYPE: tl.constexpr, TILE: tl.constexpr):
     """Replace scale and zero of G groups by what storage makes of them."""
     group = tl.arange(0, TILE.G)
     scale, zero = as_stored(
         scale=tl.load(scale_ptr + group),
         zero=tl.load(zero_ptr + group),
-        unit=tl.load(unit_ptr + group),
+        magnitude=tl.load(magnitude_ptr + group),
         META_DTYPE=META_DTYPE,
         TILE=TILE,
     )
@@ -108,8 +108,8 @@ def stored_kernel(scale_ptr, zero_ptr, unit_ptr, META_DTYPE: tl.constexpr, TILE:
     tl.store(zero_ptr + group, zero)
 
 
-def groups_in_units() -> Tensor:
-    """Return G groups [G, GROUP], each divided by a power of two as solvers see them."""
+def normalized_groups() -> Tensor:
+    """Return G groups [G, GROUP], each divided by a power of two, as solvers see them."""
     W = torch.randn(G, GROUP, device=DEVICE) * torch.tensor([[1.0], [1e-3], [5.0], [1e4]]).to(
         DEVICE
     )
@@ -118,7 +118,7 @@ def groups_in_units() -> Tensor:
 
 @pytest.mark.parametrize("bits", [13, 20])
 def test_ranges_and_fixed_point(bits: int) -> None:
-    W = groups_in_units()
+    W = normalized_groups()
     expected = FixedPoint.from_float(W.T, bits)
     ranges, fixed = torch.empty(2, 2, G, device=DEVICE)
     x = torch.empty(G, GROUP, dtype=torch.int32, device=DEVICE)
@@ -130,7 +130,7 @@ def test_ranges_and_fixed_point(bits: int) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_ranges_show_what_is_not_finite(bad: float) -> None:
-    W = groups_in_units()
+    W = normalized_groups()
     W[1, 3] = bad
     ranges, fixed = torch.empty(2, 2, G, device=DEVICE)
     x = torch.empty(G, GROUP, dtype=torch.int32, device=DEVICE)
@@ -141,7 +141,7 @@ def test_ranges_show_what_is_not_finite(bad: float) -> None:
 
 @pytest.mark.parametrize("nbits", [8, 4, 3, 2, 1])
 def test_nearest_codes_of_weights_inside_and_outside_of_the_range(nbits: int) -> None:
-    W = groups_in_units()
+    W = normalized_groups()
     low, high = W.amin(1), W.amax(1)
     grid = QuantGrid(nbits, torch.ones(G, device=DEVICE), torch.float32)
     scale = power_of_two((high - low) / grid.max_code)  # so that quotients are exact; codes clip
@@ -155,13 +155,13 @@ def test_nearest_codes_of_weights_inside_and_outside_of_the_range(nbits: int) ->
 @pytest.mark.parametrize("meta_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_scale_and_zero_as_storage_rounds_them(meta_dtype: torch.dtype) -> None:
     dtypes = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    unit = torch.tensor([1.0, 2.0**-12, 2.0**20, 2.0**-120], device=DEVICE)
+    magnitude = torch.tensor([1.0, 2.0**-12, 2.0**20, 2.0**-120], device=DEVICE)
     scale = torch.tensor([0.3, 1e-3, 0.7, 1e-7], device=DEVICE)
     zero = torch.tensor([1.7, -3e6, 255.3, 0.0], device=DEVICE)  # -3e6 is too large for fp16
-    expected = [t.float() for t in QuantGrid(4, unit, meta_dtype).to_meta_dtype(scale, zero)]
+    expected = [t.float() for t in QuantGrid(4, magnitude, meta_dtype).to_meta_dtype(scale, zero)]
     config = tile_config(meta_dtype=meta_dtype)
     stored_kernel[(1,)](
-        scale, zero, unit, META_DTYPE=dtypes[meta_dtype], TILE=config, enable_fp_fusion=False
+        scale, zero, magnitude, META_DTYPE=dtypes[meta_dtype], TILE=config, enable_fp_fusion=False
     )
     assert torch.equal(scale, expected[0])
     assert torch.equal(zero, expected[1])

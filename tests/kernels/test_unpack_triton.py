@@ -32,13 +32,13 @@ def codes_kernel(W_q_ptr, out_ptr, ROWS: tl.constexpr, WORDS: tl.constexpr, WIDT
 
 @triton.jit
 def pairs_kernel(W_q_ptr, out_ptr, ROWS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr,
-                 UNIT: tl.constexpr, FIELDS_PER_SHIFT: tl.constexpr):  # fmt: skip
+                 INVERSE_STEP: tl.constexpr, FIELDS_PER_SHIFT: tl.constexpr):  # fmt: skip
     words = tl.load(W_q_ptr + tl.arange(0, ROWS)[:, None] * WORDS + tl.arange(0, WORDS)[None, :])
     words = tl.reshape(words, (ROWS, WORDS // 4, 4))
     pairs = codes_to_pairs(
         words, WIDTH=WIDTH, FIRST_BIT=0, FIELDS_PER_SHIFT=FIELDS_PER_SHIFT, ADJACENT_PAIRS=1
     )
-    halves = pairs_to_halves(pairs, tl.float16).to(tl.float32) * UNIT
+    halves = pairs_to_halves(pairs, tl.float16).to(tl.float32) * INVERSE_STEP
     n: tl.constexpr = WORDS * 32 // WIDTH
     tl.store(out_ptr + tl.arange(0, ROWS)[:, None] * n + tl.arange(0, n)[None, :], halves)
 
@@ -81,7 +81,7 @@ def test_codes_as_fp16_are_multiples_of_the_smallest_number(nbits: int) -> None:
         ROWS=ROWS,
         WORDS=BYTES // 4,
         WIDTH=nbits,
-        UNIT=1 / operand["CODE_STEP"],
+        INVERSE_STEP=1 / operand["CODE_STEP"],
         FIELDS_PER_SHIFT=operand["FIELDS_PER_SHIFT"],
     )
     assert torch.equal(got, codes)

@@ -18,9 +18,9 @@ def test_power_of_two_is_the_one_at_or_below() -> None:
 
 def test_ranges_are_never_zero() -> None:
     W = torch.tensor([[1.0, 0.5], [3.0, 0.5]])
-    low, width = group_ranges(W)
+    low, value_range = group_ranges(W)
     assert low.tolist() == [1, 0.5]
-    assert width.tolist() == [2, 2.0**-30]
+    assert value_range.tolist() == [2, 2.0**-30]
 
 
 @pytest.mark.parametrize("nbits", [8, 4, 3, 2, 1])
@@ -38,16 +38,16 @@ def test_codes_are_the_nearest_of_all(nbits: int) -> None:
 
 @pytest.mark.parametrize("meta_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_storage_rounds_scale_and_zero_once(meta_dtype: torch.dtype) -> None:
-    unit = torch.tensor([1.0, 2.0**-20, 8.0])
-    grid = QuantGrid(4, unit, meta_dtype)
+    magnitude = torch.tensor([1.0, 2.0**-20, 8.0])
+    grid = QuantGrid(4, magnitude, meta_dtype)
     scale, zero = torch.rand(3) + 0.1, torch.randn(3) * 10
     stored_scale, stored_zero = grid.to_meta_dtype(scale, zero)
     assert stored_scale.dtype == stored_zero.dtype == meta_dtype
-    assert torch.equal(stored_scale, (scale * unit).to(meta_dtype))
+    assert torch.equal(stored_scale, (scale * magnitude).to(meta_dtype))
     assert torch.equal(stored_zero, zero.to(meta_dtype))
-    in_units, in_fp32 = grid.as_stored(scale, zero)
-    assert torch.equal(in_units * unit, stored_scale.float())
-    assert torch.equal(in_fp32, stored_zero.float())
+    normalized_scale, fp32_zero = grid.as_stored(scale, zero)
+    assert torch.equal(normalized_scale * magnitude, stored_scale.float())
+    assert torch.equal(fp32_zero, stored_zero.float())
 
 
 def test_a_zero_too_large_for_fp16_widens_the_scale() -> None:
@@ -62,8 +62,8 @@ def test_a_zero_too_large_for_fp16_widens_the_scale() -> None:
 
 @pytest.mark.parametrize("meta_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_scale_becomes_zero_or_infinite(meta_dtype: torch.dtype) -> None:
-    unit = torch.tensor([2.0**-126, 2.0**126])
-    scale, _ = QuantGrid(1, unit, meta_dtype).to_meta_dtype(torch.ones(2), torch.zeros(2))
+    magnitude = torch.tensor([2.0**-126, 2.0**126])
+    scale, _ = QuantGrid(1, magnitude, meta_dtype).to_meta_dtype(torch.ones(2), torch.zeros(2))
     assert scale.isfinite().all()
     assert (scale > 0).all()
 

@@ -16,8 +16,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def _round_to_nearest(W, grid):
     """Fit the codes to the group's range, as `rtn` does, without a kernel."""
-    low, width = group_ranges(W)
-    scale = width / grid.max_code
+    low, value_range = group_ranges(W)
+    scale = value_range / grid.max_code
     return scale, -low / scale
 
 

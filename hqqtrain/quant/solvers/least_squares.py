@@ -6,6 +6,7 @@ best range is much narrower, and the wide range causes most of hqq's error.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,10 @@ from torch import Tensor
 from hqqtrain.quant.grid import FixedPoint, QuantGrid
 
 MIN_FRACTION_BITS, MAX_FRACTION_BITS = 14, 20
-"""Bounds of the fixed-point bits that resolve a group's range; 14 are enough for 256 levels."""
+"""Bounds of the number of fixed-point bits that resolve a group's range.
+
+14 bits are enough for 256 levels.
+"""
 
 
 @dataclass(frozen=True)
@@ -68,21 +72,21 @@ def least_squares(W: Tensor, grid: QuantGrid) -> tuple[Tensor, Tensor]:
     the fit with the smallest error.
 
     Args:
-        W: Groups as columns, fp32 [group_size, n], in units of the grid.
+        W: Groups as columns, fp32 [group_size, n], normalized.
         grid: The codes, and the storage dtype of scale and zero.
 
     Returns:
-        The scale [n], in units of the grid, and the zero [n].
+        The normalized scale [n] and the zero [n].
     """
     fixed = FixedPoint.from_float(W, fraction_bits(grid.nbits, len(W)))
     settings = search_config(grid.nbits)
-    best = _BestFit(fixed.x, grid.max_code, settings.relaxation)
-    for slope, offset in _starting_lines(best, settings):
-        best.descend(slope, offset, settings.rounds)
-    best.descend(best.slope, best.offset, settings.last_rounds)
-    # (mean_code - zero) * scale is the mean of the group: the regression passes through the means.
-    mean, mean_code = fixed.mean(), best.mean_code
-    scale = fixed.step / (best.slope * grid.max_code)
+    search = _LineSearch(fixed.x, grid.max_code, settings.relaxation)
+    for slope, offset in _starting_lines(search, settings):
+        search.descend(slope, offset, settings.rounds)
+    search.descend(search.best.slope, search.best.offset, settings.last_rounds)
+    # The regression passes through the means, so (mean_code - zero) * scale is the group's mean.
+    mean, mean_code = fixed.mean(), search.best.mean_code
+    scale = fixed.step / (search.best.slope * grid.max_code)
     # Round the scale to its storage dtype first, so that the zero compensates for the rounding.
     scale, _ = grid.as_stored(scale, mean_code - mean / scale)
     return scale, mean_code - mean / scale
@@ -94,16 +98,34 @@ def fraction_bits(nbits: int, group_size: int) -> int:
     Sums of codes times weights then fit into 32 bits, unless that would leave fewer than
     `MIN_FRACTION_BITS`.
     """
-    room = 30 - nbits - (group_size - 1).bit_length()
-    return min(max(room, MIN_FRACTION_BITS), MAX_FRACTION_BITS)
+    # A fixed-point weight has one bit more than this result. Its product with a code has nbits more,
+    # and a sum of products log2(group_size) more. 31 bits are available, and a sign.
+    bits = 30 - nbits - (group_size - 1).bit_length()
+    return min(max(bits, MIN_FRACTION_BITS), MAX_FRACTION_BITS)
 
 
-class _BestFit:
-    """The best line found so far from the weights of every group to their codes.
+class _Fit(NamedTuple):
+    """A line, and the gain of rounding by it; all fp32 [n].
+
+    Attributes:
+        gain: Squared error that the regression on the codes removes, times the group size.
+        slope: Slope of the line: see `_LineSearch`.
+        offset: Offset of the line.
+        mean_code: Mean of the codes.
+    """
+
+    gain: Tensor
+    slope: Tensor
+    offset: Tensor
+    mean_code: Tensor
+
+
+class _LineSearch:
+    """The search for the best line from the weights of every group to their codes.
 
     The line maps a centered integer weight v to its place, v * slope + offset: 0 is the lowest
-    code and 1 the highest. `slope` and `offset` are fp32 [n]. Sums over a group add integers in
-    float64; they are exact, so the order of summation cannot change them.
+    code and 1 the highest. Sums over a group add integers in float64. They are exact, so the order
+    of summation cannot change them.
     """
 
     def __init__(self, x: Tensor, max_code: int, relaxation: float) -> None:
@@ -115,8 +137,8 @@ class _BestFit:
         self.v_sum = total - self.group_size * center  # not 0, because the center is rounded
         self.high, self.low = (x.amax(0) - center).float(), -center.float()
         self.v_mean = self.v_sum.float() * (1 / self.group_size)
-        self.gain = torch.full_like(self.low, -torch.inf)
-        self.slope = self.offset = self.mean_code = torch.ones_like(self.low)
+        ones = torch.ones_like(self.low)  # never used: any fit has a larger gain
+        self.best = _Fit(torch.full_like(self.low, -torch.inf), ones, ones, ones)
 
     def descend(self, slope: Tensor, offset: Tensor, rounds: int) -> None:
         """Improve a line by `rounds` fits, and keep the last fit in the groups where it is best."""
@@ -124,25 +146,18 @@ class _BestFit:
         for _ in range(1, rounds):
             # Over-relax: step `relaxation` times as far as the regression proposes. A slope that
             # would turn negative takes the regression's own value instead.
-            _, fitted_slope, fitted_offset, _ = fit
-            moved = slope + self.relaxation * (fitted_slope - slope)
-            slope = torch.where(moved > 0, moved, fitted_slope)
-            offset = offset + self.relaxation * (fitted_offset - offset)
+            relaxed_slope = slope + self.relaxation * (fit.slope - slope)
+            slope = torch.where(relaxed_slope > 0, relaxed_slope, fit.slope)
+            offset = offset + self.relaxation * (fit.offset - offset)
             fit = self._fit(slope, offset)
         # The last fit is a plain regression, without over-relaxation. Select per group.
-        is_better = fit[0] > self.gain
-        best = (self.gain, self.slope, self.offset, self.mean_code)
-        self.gain, self.slope, self.offset, self.mean_code = (
-            torch.where(is_better, new, old) for new, old in zip(fit, best, strict=True)
+        is_better = fit.gain > self.best.gain
+        self.best = _Fit(
+            *(torch.where(is_better, new, old) for new, old in zip(fit, self.best, strict=True))
         )
 
-    def _fit(self, slope: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Round the weights to codes, and regress the weights on these codes.
-
-        Returns:
-            The squared error that the regression removes, times the group size; the new slope; the
-            new offset; and the mean code. All are fp32 [n].
-        """
+    def _fit(self, slope: Tensor, offset: Tensor) -> _Fit:
+        """Round the weights to codes by a line, and fit the next line to weights and codes."""
         # Nearest codes. The place is rounded to fp32 once, as the fused kernel does.
         place = (self.v * slope.double()).add_(offset.double()).float().clamp_(0, 1)
         codes = place.double().mul_(self.max_code).round_()
@@ -159,19 +174,19 @@ class _BestFit:
         mean_code = code_sum.float() * (1 / self.group_size)
         offset = mean_code * (1 / self.max_code) - self.v_mean * slope
         gain = torch.where(is_valid, covariance * (covariance / variance), 0)
-        return gain, slope, offset, mean_code
+        return _Fit(gain, slope, offset, mean_code)
 
 
-def _starting_lines(fit: _BestFit, settings: SearchConfig) -> Iterator[tuple[Tensor, Tensor]]:
+def _starting_lines(search: _LineSearch, settings: SearchConfig) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield slope and offset of the lines that the search starts from."""
     # Narrowed ranges about the middle of the group's range.
-    width = (fit.high - fit.low).clamp_min(1)
-    middle = fit.low + width * 0.5
+    value_range = (search.high - search.low).clamp_min(1)
+    middle = search.low + value_range * 0.5
     for fraction in settings.ranges_about_middle:
-        slope = 1 / (width * fraction)
+        slope = 1 / (value_range * fraction)
         yield slope, 0.5 - middle * slope
-    # Symmetric ranges about the mean, which is v = 0.
-    reach = torch.maximum(fit.high, -fit.low).clamp_min(1) * 2
+    # Symmetric ranges about the mean, which is at v = 0.
+    symmetric_range = torch.maximum(search.high, -search.low).clamp_min(1) * 2
     for fraction in settings.ranges_about_mean:
-        slope = 1 / (reach * fraction)
+        slope = 1 / (symmetric_range * fraction)
         yield slope, torch.full_like(slope, 0.5)

@@ -1,11 +1,11 @@
 """The solvers by name.
 
-A solver is a pure function of every column: it stops per group or after a fixed number of rounds,
+A solver is a pure function of every group. It stops per group or after a fixed number of rounds,
 never on an average over the whole weight, so any slice of a weight gets the same bits.
 
 To add a solver, write it in a file of its own, register it here, and add its name to
-`hqqtrain.config.groups.SOLVERS`, which the command line reads without torch. Without a kernel it
-runs in torch on a GPU, too.
+`hqqtrain.config.groups.SOLVERS`, which the command line reads without torch. A solver without a
+kernel runs in torch, also on a GPU.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ class Solver:
 
     Attributes:
         name: The value of `quant.solver`.
-        solve: The torch implementation. It takes W [group_size, n], fp32 in units of the grid, and
-            the grid. It returns the scale [n], in units of the grid, and the zero [n].
+        solve: The torch implementation. It takes normalized groups W [group_size, n], fp32, and the
+            grid, which explains "normalized". It returns the normalized scale [n] and the zero [n].
         has_kernel: Whether a Triton kernel computes the same bits on a GPU.
     """
 
