@@ -33,20 +33,23 @@ def _measure(sizes: Sizes, W: Tensor, nbits: int, axis: int) -> Iterator[Row]:
     what, shape = "dequantize", "x".join(map(str, W.shape))
     spec = QuantSpec(nbits, GROUP_SIZE, axis, "rtn", torch.bfloat16)
     quantized, layout = quantize_weight(W, spec), spec.layout(*W.shape)
-    parts = quantized.W_q, quantized.scale, quantized.zero
-    moved = W.nbytes + sum(part.nbytes for part in parts)
-    copies = copies_beyond_cache(moved, W.device)
-    calls = {BASELINE: _copy(moved // 2, copies, W.device), "ours": _ours(parts, layout, copies)}
+    packed = quantized.W_q, quantized.scale, quantized.zero
+    moved_bytes = W.nbytes + sum(part.nbytes for part in packed)
+    copies = copies_beyond_cache(moved_bytes, W.device)
+    calls = {
+        BASELINE: _copy(moved_bytes // 2, copies, W.device),
+        "ours": _ours(packed, layout, copies),
+    }
     if W.shape == sizes.weight:
         theirs, fault = attempt(lambda: _theirs(W, nbits, axis))
         if theirs is None:
             yield Row("dequantize", what, shape, "hqq", **shared, note=fault)
         else:
             calls["hqq"] = theirs
-    found = medians(calls, W.device, sizes.rounds)
-    for provider, ms in found.items():
-        share = found[BASELINE] / ms
-        note = f"{moved / ms / 1e9:.3f} TB/s"
+    milliseconds = medians(calls, W.device, sizes.rounds)
+    for provider, ms in milliseconds.items():
+        share = milliseconds[BASELINE] / ms
+        note = f"{moved_bytes / ms / 1e9:.3f} TB/s"
         yield Row("dequantize", what, shape, provider, **shared, ms=ms, share=share,
                   baseline=BASELINE, ratio=1 / share, note=note)  # fmt: skip
 
@@ -54,24 +57,24 @@ def _measure(sizes: Sizes, W: Tensor, nbits: int, axis: int) -> Iterator[Row]:
 def _copy(size: int, copies: int, device: torch.device) -> Call:
     """Return a call that reads `size` bytes and writes as many."""
     pairs = torch.randint(0, 256, (copies, 2, size), dtype=torch.uint8, device=device)
-    following = itertools.cycle(pairs)
+    rotation = itertools.cycle(pairs)
 
     def call() -> None:
-        source, target = next(following)
+        source, target = next(rotation)
         target.copy_(source)
 
     return call
 
 
-def _ours(parts: tuple[Tensor, ...], layout: kernels.Layout, copies: int) -> Call:
+def _ours(packed: tuple[Tensor, ...], layout: kernels.Layout, copies: int) -> Call:
     """Return a call of the public operator.
 
     Results stay alive until `copies` newer ones exist. Otherwise the allocator would reuse memory
     that is still in the cache.
     """
-    following = itertools.cycle([tuple(part.clone() for part in parts) for _ in range(copies)])
+    rotation = itertools.cycle([tuple(part.clone() for part in packed) for _ in range(copies)])
     results: collections.deque[Tensor] = collections.deque(maxlen=copies)
-    return lambda: results.append(kernels.dequantize(*next(following), layout, torch.bfloat16))
+    return lambda: results.append(kernels.dequantize(*next(rotation), layout, torch.bfloat16))
 
 
 def _theirs(W: Tensor, nbits: int, axis: int) -> Call:

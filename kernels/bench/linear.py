@@ -32,25 +32,27 @@ def rows(sizes: Sizes, limits: Limits) -> Iterator[Row]:
     W = torch.randn(sizes.weight, device=sizes.device).mul_(0.02).to(torch.bfloat16)
     for nbits in (4, 2):
         copies = copies_beyond_cache(W.numel() * nbits // 8, sizes.device)
-        layers, faults = _make(W, nbits, copies)
-        for provider, fault in faults.items():
-            yield _row(sizes, nbits, "linear", provider, note=fault)
+        layers, errors = _make_layers(W, nbits, copies)
+        for provider, error in errors.items():
+            yield _row(sizes, nbits, "linear", provider, note=error)
         for M in sizes.batches:
             for what in (FORWARD, BOTH):
                 yield from _measure(sizes, limits, layers, nbits, M, what)
         del layers
 
 
-def _make(W: Tensor, nbits: int, copies: int) -> tuple[dict[str, list[Layer]], dict[str, str]]:
+def _make_layers(
+    W: Tensor, nbits: int, copies: int
+) -> tuple[dict[str, list[Layer]], dict[str, str]]:
     """Make the layers of every provider, and return the errors of those that fail."""
-    layers, faults = {}, {}
+    layers, errors = {}, {}
     for provider, make in PROVIDERS.items():
-        made, fault = attempt(lambda make=make: [make(W, nbits) for _ in range(copies)])
-        if made is None:
-            faults[provider] = fault
+        provider_layers, error = attempt(lambda make=make: [make(W, nbits) for _ in range(copies)])
+        if provider_layers is None:
+            errors[provider] = error
         else:
-            layers[provider] = made
-    return layers, faults
+            layers[provider] = provider_layers
+    return layers, errors
 
 
 def _measure(
@@ -60,20 +62,20 @@ def _measure(
     x = torch.randn(M, K, device=sizes.device, dtype=torch.bfloat16)
     grad = torch.randn(M, N, device=sizes.device, dtype=torch.bfloat16)
     calls: dict[str, Call] = {}
-    for provider, made in layers.items():
+    for provider, provider_layers in layers.items():
         if _leaves_out(provider, what, M):
             continue
-        call = _forward(made, x) if what == FORWARD else _both(made, x, grad)
-        _, fault = attempt(call)
-        if fault:
-            yield _row(sizes, nbits, f"{what} M={M}", provider, note=fault)
+        call = _forward(provider_layers, x) if what == FORWARD else _both(provider_layers, x, grad)
+        _, error = attempt(call)
+        if error:
+            yield _row(sizes, nbits, f"{what} M={M}", provider, note=error)
         else:
             calls[provider] = call
-    found = medians(calls, sizes.device, sizes.rounds)
-    least = _least(sizes, limits, nbits, M, what)
-    for provider, ms in found.items():
-        share = None if provider == BASELINE else least / ms
-        yield _row(sizes, nbits, f"{what} M={M}", provider, ms, ms / found[BASELINE], share)
+    milliseconds = medians(calls, sizes.device, sizes.rounds)
+    least_ms = _least_ms(sizes, limits, nbits, M, what)
+    for provider, ms in milliseconds.items():
+        share = None if provider == BASELINE else least_ms / ms
+        yield _row(sizes, nbits, f"{what} M={M}", provider, ms, ms / milliseconds[BASELINE], share)
 
 
 def _leaves_out(provider: str, what: str, M: int) -> bool:
@@ -83,21 +85,21 @@ def _leaves_out(provider: str, what: str, M: int) -> bool:
 
 
 def _forward(layers: list[Layer], x: Tensor) -> Call:
-    following = itertools.cycle(layers)
+    rotation = itertools.cycle(layers)
 
     def call() -> None:
         with torch.no_grad():
-            next(following)(x)
+            next(rotation)(x)
 
     return call
 
 
 def _both(layers: list[Layer], x: Tensor, grad: Tensor) -> Call:
-    following, x = itertools.cycle(layers), x.clone().requires_grad_()
-    return lambda: torch.autograd.grad(next(following)(x), x, grad)
+    rotation, x = itertools.cycle(layers), x.clone().requires_grad_()
+    return lambda: torch.autograd.grad(next(rotation)(x), x, grad)
 
 
-def _least(sizes: Sizes, limits: Limits, nbits: int, M: int, what: str) -> float:
+def _least_ms(sizes: Sizes, limits: Limits, nbits: int, M: int, what: str) -> float:
     """Return the least possible time in ms.
 
     The limit is set by moving packed weight, input and output once, or by the product's operations.

@@ -46,10 +46,10 @@ def _measure(sizes: Sizes, layers: dict[str, Layer], M: int, what: str) -> Itera
             yield _row(sizes, f"{what} M={M}", provider, note=fault)
         else:
             calls[provider] = call
-    found = host_medians(calls, sizes.device, 3 * sizes.rounds)
-    for provider, ms in found.items():
-        more = f"{1e3 * (ms - found[BASELINE]):+.1f} us"
-        yield _row(sizes, f"{what} M={M}", provider, ms, ms / found[BASELINE], more)
+    milliseconds = host_medians(calls, sizes.device, 3 * sizes.rounds)
+    for provider, ms in milliseconds.items():
+        more = f"{1e3 * (ms - milliseconds[BASELINE]):+.1f} us"
+        yield _row(sizes, f"{what} M={M}", provider, ms, ms / milliseconds[BASELINE], more)
 
 
 def _called(call: Call) -> Call:

@@ -18,7 +18,7 @@ from sizes import Sizes
 from timing import Call, Limits, medians
 
 LLAMA_70B = 68.45e9
-"""Weights in the linear layers of Llama-70B: times are scaled to this number."""
+"""Weights in the linear layers of Llama-70B: measured times are scaled to it."""
 GROUP_SIZE = 64
 SOLVERS = ("hqq", "least_squares", "rtn")
 BASELINE, MEMORY = "hqq", "peak memory"
@@ -60,19 +60,19 @@ def _speed(
     specs = {f"ours, {solver}": _spec(nbits, axis, solver) for solver in SOLVERS}
     errors = {name: _error(W, spec) for name, spec in specs.items()}
     calls = {name: _ours(W, spec) for name, spec in specs.items()}
-    theirs, fault = attempt(lambda: _theirs(W, nbits, axis))
+    theirs, error_message = attempt(lambda: _theirs(W, nbits, axis))
     if theirs is None:
-        yield Row("quantize", what, sizes.shape, BASELINE, **shared, note=fault)
+        yield Row("quantize", what, sizes.shape, BASELINE, **shared, note=error_message)
     else:
         calls[BASELINE], errors[BASELINE] = theirs
-    found = medians(calls, sizes.device, sizes.rounds)
-    base, scaled = found.get(BASELINE), LLAMA_70B / W.numel() / 1e3
-    least = limits.ms(W.nbytes + W.numel() * (nbits / 8 + 4 / GROUP_SIZE))
-    for provider, ms in found.items():
-        note = f"70B: {ms * scaled:.3f} s; relative error {errors[provider]:.4g}"
-        ratio = ms / base if base else None
-        yield Row("quantize", what, sizes.shape, provider, **shared, ms=ms, share=least / ms,
-                  baseline=BASELINE if base else "", ratio=ratio, note=note)  # fmt: skip
+    milliseconds = medians(calls, sizes.device, sizes.rounds)
+    hqq_ms, llama_70b_s_per_ms = milliseconds.get(BASELINE), LLAMA_70B / W.numel() / 1e3
+    least_ms = limits.ms(W.nbytes + W.numel() * (nbits / 8 + 4 / GROUP_SIZE))
+    for provider, ms in milliseconds.items():
+        note = f"70B: {ms * llama_70b_s_per_ms:.3f} s; relative error {errors[provider]:.4g}"
+        ratio = ms / hqq_ms if hqq_ms else None
+        yield Row("quantize", what, sizes.shape, provider, **shared, ms=ms, share=least_ms / ms,
+                  baseline=BASELINE if hqq_ms else "", ratio=ratio, note=note)  # fmt: skip
 
 
 def _spec(nbits: int, axis: int, solver: str) -> QuantSpec:
@@ -110,8 +110,8 @@ def _memory(sizes: Sizes, W: Tensor, nbits: int) -> Iterator[Row]:
         ratio, note = _peak(W, lambda spec=spec: _stored(quantize_weight(W, spec)))
         yield Row("quantize", MEMORY, sizes.shape, name, nbits, GROUP_SIZE, 1,
                   baseline="weight + result", ratio=ratio, note=note)  # fmt: skip
-    theirs, fault = attempt(lambda: _theirs(W, nbits, 1)[0])
-    ratio, note = _peak(W, lambda: _bytes(theirs())) if theirs else (None, fault)
+    theirs, error_message = attempt(lambda: _theirs(W, nbits, 1)[0])
+    ratio, note = _peak(W, lambda: _bytes(theirs())) if theirs else (None, error_message)
     yield Row("quantize", MEMORY, sizes.shape, BASELINE, nbits, GROUP_SIZE, 1,
               baseline="weight + result", ratio=ratio, note=note)  # fmt: skip
 

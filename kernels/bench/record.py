@@ -42,7 +42,7 @@ class Row:
     note: str = ""
 
 
-def facts(device: torch.device) -> dict[str, str]:
+def run_columns(device: torch.device) -> dict[str, str]:
     """Return GPU, versions and date, the columns with equal values in all rows of a run."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none (CPU)"
     others = (f"{name}={_version(name)}" for name in PACKAGES)
@@ -64,12 +64,12 @@ def write(file: Path, rows: Iterable[Row], shared: dict[str, str]) -> None:
 def line(row: Row) -> str:
     """Format a row for a terminal."""
     bits = "" if row.nbits is None else f"{row.nbits}-bit axis {row.axis}"
-    figures = [
+    measured = [
         "" if row.ms is None else f"{row.ms:9.4f} ms",
         "" if row.ratio is None else f"{row.ratio:8.4g} x {row.baseline}",
         "" if row.share is None else f"{row.share:6.1%} of the limit",
     ]
-    texts = [f"{row.what:<34} {row.shape:<12} {bits:<13} {row.provider:<24}", *figures, row.note]
+    texts = [f"{row.what:<34} {row.shape:<12} {bits:<13} {row.provider:<24}", *measured, row.note]
     return "  ".join(texts).rstrip()
 
 

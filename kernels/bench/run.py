@@ -23,7 +23,7 @@ import linear
 import overhead
 import quantize
 from hqqtrain_kernels import backend
-from record import Row, facts, line, write
+from record import Row, line, run_columns, write
 from sizes import Sizes, full, smoke
 from timing import Limits, limits
 
@@ -42,13 +42,15 @@ def main() -> None:
         raise SystemExit("run.py: no GPU here. --smoke runs toy sizes on a CPU.")
     torch.manual_seed(0)
     sizes = smoke() if options.smoke else full()
-    shared, found = facts(sizes.device), limits(sizes.device, sizes.product)
+    shared, machine = run_columns(sizes.device), limits(sizes.device, sizes.product)
     chosen = backend.set_backend(options.backend)
     print(f"{shared['gpu']}, {shared['versions']}, {shared['date']}; {chosen}")
-    print(f"copy {found.bandwidth / 1e12:.3f} TB/s, product {found.operations / 1e12:.1f} TFLOP/s")
+    print(
+        f"copy {machine.bandwidth / 1e12:.3f} TB/s, product {machine.operations / 1e12:.1f} TFLOP/s"
+    )
     rows: list[Row] = []
     for part in options.parts or PARTS:
-        rows += _measure(part, sizes, found)
+        rows += _measure(part, sizes, machine)
         if options.csv:
             write(options.csv, rows, shared)
     _conclude(rows, sizes)
@@ -67,9 +69,9 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _measure(part: str, sizes: Sizes, found: Limits) -> list[Row]:
+def _measure(part: str, sizes: Sizes, machine: Limits) -> list[Row]:
     began, rows = time.perf_counter(), []
-    for row in PARTS[part](sizes, found):
+    for row in PARTS[part](sizes, machine):
         print(line(row), flush=True)
         rows.append(row)
     print(f"-- {part}: {time.perf_counter() - began:.0f} s", flush=True)

@@ -17,11 +17,13 @@ import torch
 Call = Callable[[], object]
 
 BATCH_SECONDS, MAX_CALLS = 0.015, 200
-"""Duration and most calls of a batch."""
+"""Duration of a batch, and upper bound of its calls."""
 SLOW_SECONDS = 1.5
 """Upper bound of the time of all rounds of one provider."""
-LONGEST_SLEEP, CLOCK_HZ = 0.05, 2e9
+MAX_SLEEP_SECONDS, CLOCK_HZ = 0.05, 2e9
+"""Upper bound of the sleep that a batch is queued behind, and the clock rate that converts it."""
 HOST_CALLS = 50
+"""Calls of a batch that measures the cost of Python."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Limits:
     operations: float
 
     def ms(self, moved: float, operations: float = 0) -> float:
-        """Return the least time for moving so many bytes and doing so many operations."""
+        """Return the least time in ms to move `moved` bytes and to do `operations` operations."""
         return 1e3 * max(moved / self.bandwidth, operations / self.operations)
 
 
@@ -46,9 +48,11 @@ def limits(device: torch.device, size: int) -> Limits:
     source = torch.randn(size, size, device=device)
     target = torch.empty_like(source)
     a, b = (source.to(torch.bfloat16), torch.randn_like(source).to(torch.bfloat16))
-    found = medians({"copy": lambda: target.copy_(source), "product": lambda: a @ b}, device, 9)
+    milliseconds = medians(
+        {"copy": lambda: target.copy_(source), "product": lambda: a @ b}, device, 9
+    )
     moved, operations = 2 * source.nbytes, 2 * size**3
-    return Limits(moved / found["copy"] * 1e3, operations / found["product"] * 1e3)
+    return Limits(moved / milliseconds["copy"] * 1e3, operations / milliseconds["product"] * 1e3)
 
 
 def medians(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, float]:
@@ -83,8 +87,9 @@ class _Batch:
     def _gpu(self) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._wait()
-        ahead = min(LONGEST_SLEEP, 1.5 * self.host_seconds * self.count)
-        torch.cuda._sleep(int(ahead * CLOCK_HZ))
+        # Sleep for longer than Python takes to queue the batch.
+        sleep_seconds = min(MAX_SLEEP_SECONDS, 1.5 * self.host_seconds * self.count)
+        torch.cuda._sleep(int(sleep_seconds * CLOCK_HZ))
         start.record()
         for _ in range(self.count):
             self.call()

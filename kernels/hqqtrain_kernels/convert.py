@@ -6,9 +6,9 @@ the codes [r, c], [r + step, c], [r + 2 step, c] ... with step = ceil(rows / k),
 highest bits (hqq/core/bitpack.py). Its groups are those of our layout, in another order.
 
 The conversion is plain PyTorch. It runs on the device of the tensors, and in chunks of whole units,
-so that it needs little memory in addition to the result. It is far from a GPU's bandwidth
-(28672x8192 on an H200: 2 to 18 ms, where copying the packed bytes takes 0.01 to 0.1), yet scaled to
-a Llama-70B it takes 5 s, once.
+so that it needs little memory in addition to the result. It is far slower than a copy: a weight of
+28672 x 8192 takes 2 to 18 ms on an H200, and a copy of the packed bytes 0.01 to 0.1 ms. Scaled to a
+Llama-70B, this is 5 s, once.
 """
 
 import math
@@ -49,19 +49,19 @@ def from_hqq(
     Raises:
         ValueError: A shape or dtype differs, or hqq cannot pack this number of rows.
     """
-    rows, columns, meta = _matrix_shapes(layout)
+    rows, columns, meta_shape = _matrix_shapes(layout)
     dtype, fields = HQQ_PACKINGS[layout.nbits]
     if W_q.dtype != dtype and W_q.is_floating_point():
         W_q = W_q.view(dtype)
     _check("W_q", W_q, (math.ceil(rows / fields), columns), dtype)
-    _check("scale", meta_scale, meta)
-    _check("zero", meta_zero, meta)
+    _check("scale", meta_scale, meta_shape)
+    _check("zero", meta_zero, meta_shape)
     packed = W_q.new_empty(layout.units, layout.unit_bytes, dtype=torch.uint8)
     for units in _unit_chunks(layout):
         codes = _to_units(_read_codes(W_q, layout, *_region(layout, units)), layout)
         packed[units] = pack(codes, layout.nbits)
-    ours = (layout.units, layout.groups)
-    return packed, meta_scale.reshape(ours), meta_zero.reshape(ours)
+    our_shape = (layout.units, layout.groups)
+    return packed, meta_scale.reshape(our_shape), meta_zero.reshape(our_shape)
 
 
 def to_hqq(
@@ -82,7 +82,7 @@ def to_hqq(
     Raises:
         ValueError: A shape or dtype differs, or hqq cannot pack this number of rows.
     """
-    rows, columns, meta = _matrix_shapes(layout)
+    rows, columns, meta_shape = _matrix_shapes(layout)
     dtype, fields = HQQ_PACKINGS[layout.nbits]
     if W_q.is_floating_point():
         W_q = W_q.view(torch.uint8)
@@ -93,7 +93,7 @@ def to_hqq(
     for units in _unit_chunks(layout):
         codes = unpack(W_q[units], layout.nbits, layout.unit_codes)
         _write_codes(packed, _to_hqq_matrix(codes, layout), layout, *_region(layout, units))
-    return packed, scale.reshape(meta), zero.reshape(meta)
+    return packed, scale.reshape(meta_shape), zero.reshape(meta_shape)
 
 
 def _matrix_shapes(layout: Layout) -> tuple[int, int, tuple[int, int]]:
@@ -121,15 +121,16 @@ def _check(
 
 def _unit_chunks(layout: Layout) -> Iterator[slice]:
     """Yield all units, in chunks of at most CHUNK_CODES codes."""
-    step = max(1, CHUNK_CODES // layout.unit_codes)
-    return (slice(i, min(i + step, layout.units)) for i in range(0, layout.units, step))
+    units_per_chunk = max(1, CHUNK_CODES // layout.unit_codes)
+    for start in range(0, layout.units, units_per_chunk):
+        yield slice(start, min(start + units_per_chunk, layout.units))
 
 
 def _region(layout: Layout, units: slice) -> tuple[slice, slice]:
     """Return the rows and columns of these units in hqq's matrix."""
-    whole = slice(0, layout.group_size)
     groups = slice(units.start * layout.groups, units.stop * layout.groups)
-    return (groups, whole) if layout.axis == 1 else (whole, groups)
+    group_codes = slice(0, layout.group_size)
+    return (groups, group_codes) if layout.axis == 1 else (group_codes, groups)
 
 
 def _to_units(codes: Tensor, layout: Layout) -> Tensor:
@@ -166,10 +167,10 @@ def _field_slices(step: int, nbits: int, rows: slice) -> Iterator[tuple[int, sli
     fields = HQQ_PACKINGS[nbits][1]
     # Field f holds the rows f * step to (f + 1) * step: visit the fields that `rows` reaches into.
     for field in range(rows.start // step, (rows.stop - 1) // step + 1):
-        first = field * step
-        start, stop = max(rows.start, first), min(rows.stop, first + step)
+        field_start = field * step
+        start, stop = max(rows.start, field_start), min(rows.stop, field_start + step)
         yield (
             nbits * (fields - 1 - field),
-            slice(start - first, stop - first),
+            slice(start - field_start, stop - field_start),
             slice(start - rows.start, stop - rows.start),
         )

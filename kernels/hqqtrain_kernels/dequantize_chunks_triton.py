@@ -16,14 +16,6 @@ The words of the packed layout, which `layout` defines:
 import triton
 import triton.language as tl
 
-FLOAT_2_23 = tl.constexpr(8388608.0)
-"""2**23. From there on fp32 has no fraction bits: 2**23 + n is exact for 0 <= n < 2**23, and its
-mantissa is n.
-"""
-
-FLOAT_2_23_BITS = tl.constexpr(0x4B000000)
-"""The bits of 2**23 as fp32."""
-
 
 @triton.jit
 def dequantize_chunks(
@@ -44,6 +36,7 @@ def dequantize_chunks(
     """
     scale = tl.load(scale_ptr, mask)
     zero = tl.load(zero_ptr, mask)
+    FLOAT_2_23: tl.constexpr = 8388608.0
     # `_codes_above_2_23` returns 2**23 + code * 2**shift, and 2**-shift as `unshift`. One fused
     # multiply-add leaves the code, exactly: (2**23 + code * 2**shift) * unshift - 2**23 * unshift.
     # For 3 bits, a second one adds 4 times the high bit. A chunk takes WIDTH bytes of a plane.
@@ -89,13 +82,15 @@ def _codes_above_2_23(tiles, chunk, WIDTH: tl.constexpr):
     Word w of a tile holds halfwords 2 w and 2 w + 1, and with them codes 2 w and 2 w + 1 of each
     chunk: the even codes are in the low halves of the words, the odd codes in the high halves.
 
-    A code lies `shift` bits above the lowest bit of its halfword. It is not shifted down: ORed into
-    the mantissa of 2**23 where it is, it becomes a float with one instruction instead of a shift
-    and a conversion.
+    From 2**23 on, fp32 has no fraction bits: for 0 <= n < 2**23, the mantissa of 2**23 + n is n.
+    An integer that is ORed into the bits of 2**23 therefore becomes a float with one instruction. A
+    code lies `shift` bits above the lowest bit of its halfword, so n is code * 2**shift. It is not
+    shifted down, which saves a second instruction.
 
     Returns:
         Even codes, odd codes (fp32 [chunks, 4]) and 2**-shift (fp32 [chunks, 1]).
     """
+    FLOAT_2_23_BITS: tl.constexpr = 0x4B000000  # the bits of 2**23 as fp32
     shift = (chunk % (16 // WIDTH) * WIDTH)[:, None]
     code_mask = (((1 << WIDTH) - 1) << shift).to(tl.uint32)
     even = ((tiles & code_mask) | FLOAT_2_23_BITS).to(tl.float32, bitcast=True)

@@ -2,10 +2,10 @@
 
 The configurations are looked up, never autotuned: measuring at run time would cost seconds for
 every shape, and the ranks of a run might choose differently and get different bits. They were tuned
-on an H100 with groups of 64, for 28672 x 8192 and 8192 x 8192: each is the best one found, or
-within an eighth of it where one configuration serves several bit widths. Those for 8 bits were
-tuned on an H200. BLOCK_K of 128 for groups below 64, and 8 rows of x at 3 bits and 1, were not
-measured. Other GPUs use the same configurations, for fewer rows of x.
+on an H100 with groups of 64, for weights of 28672 x 8192 and 8192 x 8192. Each is the best one
+found; one that serves several bit widths is at most an eighth slower. Those for 8 bits were
+tuned on an H200. Two cases were not measured: BLOCK_K of 128, which serves groups below 64, and 8
+rows of x at 3 bits and at 1 bit. Other GPUs use the same configurations, for fewer rows of x.
 
 Names are Triton's: x is [M, K], the weight [N, K] and the result [M, N], so M counts rows of x
 (tokens), N out_features and K in_features.
@@ -32,12 +32,16 @@ class GemvConfig:
     def supports(self, layout: Layout) -> bool:
         """Whether K consists of whole splits of at least 4 tiles and at most 8 groups.
 
-        8 is the number of columns that a tensor core product has at least, one for every group.
+        A tensor core product has at least 8 columns, and the kernel uses one for every group.
         """
         g = layout.group_size
-        enough = layout.out_features >= 16 and layout.in_features % self.block_k == 0
-        enough = enough and self.block_k * layout.nbits >= 512
-        return enough and g * 8 >= self.block_k and _nests(self.block_k, g)
+        return (
+            layout.out_features >= 16  # the rows of a step
+            and layout.in_features % self.block_k == 0
+            and self.block_k * layout.nbits >= 512  # 4 tiles of 128 bits
+            and g * 8 >= self.block_k
+            and _nests(self.block_k, g)
+        )
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,12 @@ class SkinnyGemmConfig:
     def supports(self, layout: Layout) -> bool:
         """Whether the sums of x over every group fit in the registers."""
         g = layout.group_size
-        enough = layout.out_features >= self.block_n and g >= 32
-        return enough and self.block_k * self.block_m <= 64 * g and _nests(self.block_k, g)
+        return (
+            layout.out_features >= self.block_n
+            and g >= 32
+            and self.block_k * self.block_m <= 64 * g
+            and _nests(self.block_k, g)
+        )
 
 
 @dataclass(frozen=True)
@@ -113,8 +121,8 @@ class Heuristic:
 MIN_OUT_FEATURES_32 = 4096
 """Outputs that give every multiprocessor a program with BLOCK_N = 32.
 
-With fewer outputs most of the GPU would wait for the rest, while dequantizing is quick. This is an
-estimate, not a measurement.
+With fewer outputs, most multiprocessors would wait for the others, while dequantizing such a weight
+takes little time. This limit is an estimate, not a measurement.
 """
 
 MIN_OUT_FEATURES_64 = 8192
@@ -184,7 +192,8 @@ _4_BIT = (_GEMV, *_up_to_16(block_n=16), *_up_to_128(_WIDE_128))
 _3_BIT = (*_up_to_16(block_n=32), *_up_to_128(_WIDE_64))
 _2_BIT = (_GEMV, *_up_to_16(block_n=32), *_up_to_128(_WIDE_128))
 _1_BIT = (_GEMV, *_3_BIT)
-# 8-bit codes are never multiplied as integers: above 128, bf16's mantissa has room for 7 bits.
+# 8-bit codes are never multiplied as integers: in a bf16 number from 128 on, the mantissa has room
+# for 7 bits.
 _8_BIT = (
     Heuristic(1, _wide(block_n=32, block_m=1, block_k=128, k_slices=4, num_stages=3)),
     Heuristic(16, _wide(block_n=64, block_m=16, block_k=256, num_stages=2), MIN_OUT_FEATURES_128),
@@ -202,10 +211,10 @@ _8_BIT = (
 )
 
 HEURISTICS = {8: _8_BIT, 4: _4_BIT, 3: _3_BIT, 2: _2_BIT, 1: _1_BIT}
-"""By nbits. The first heuristic that applies wins."""
+"""The heuristics by nbits. The first one that applies is used."""
 
 MAX_M = {(9, 0): 128}
-"""Most rows of x that a fused kernel gets, by compute capability, where this was measured."""
+"""Upper bound of the rows of x that a fused kernel gets, by compute capability, as measured."""
 
 DEFAULT_MAX_M = 16
 """The same limit for every other compute capability."""
@@ -215,8 +224,8 @@ DEFAULT_MAX_M = 16
 def select_kernel(capability: tuple[int, int], layout: Layout, M: int) -> KernelConfig | None:
     """Return the configuration of the fused kernel for M rows of x.
 
-    The type of the configuration says which kernel it is for. None means: dequantize the weight,
-    and leave the product to cuBLAS.
+    The type of the configuration says which kernel it is for. If the result is None, the caller
+    must dequantize the weight and multiply with cuBLAS.
     """
     if layout.axis == 0 or layout.out_features < MIN_OUT_FEATURES_32:
         return None

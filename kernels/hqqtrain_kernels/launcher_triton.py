@@ -5,9 +5,9 @@ of the kernel for integers that 16 divides, for ones, and for unaligned pointers
 here declare their integers `do_not_specialize`, and receive what they need to know about them as
 constexprs. The dtypes of the tensors then determine the compiled kernel.
 
-On an H200's host a launch takes 9 us instead of 17. That was measured while the kernel was still
-launched by `CompiledKernel.__getitem__`. Now the kernel's own `run` is called, as that method does,
-but without the hooks of Triton's profiler, which cost another 1.3 us even where nobody profiles.
+On an H200's host a launch takes 9 us instead of 17. This was measured with a launch by
+`CompiledKernel.__getitem__`. Now the kernel's own `run` is called, as that method does, but without
+the hooks of Triton's profiler, which cost another 1.3 us even if no profiler runs.
 """
 
 from typing import Any
@@ -18,8 +18,10 @@ from torch import Tensor
 from triton.runtime import driver
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether kernels run in Python on the CPU. Its bf16 products are wrong: they run in fp32."""
+"""Whether Triton's interpreter runs the kernels on the CPU.
 
+Its bf16 products are wrong, so kernels multiply in fp32 there.
+"""
 MAX_REGISTERS = 255
 """`maxnreg` per thread. Without it ptxas may pick 128 or 168 by rules of its own, and spill."""
 
@@ -36,9 +38,10 @@ class CachedKernel:
         kernel: A `@triton.jit` function. Its parameters are tensors (or None), then integers below
             2**31, then constexprs.
         constants: Its constexprs by name, in the order of its parameters.
-        options: Triton's compile options: `num_warps`, `num_stages`, `maxnreg` ... A product and
-            a sum may be fused to one rounding unless `enable_fp_fusion` is False. That is the
-            default of Triton 3.6 to 3.9, but 3.10 turns it around, and results depend on it.
+        options: Triton's compile options: `num_warps`, `num_stages`, `maxnreg` ...
+            `enable_fp_fusion` allows the compiler to fuse a product and a sum, which then round
+            once. Results depend on it, so it is always set: here it is True by default, but
+            Triton's default changes from True to False with 3.10.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], **options: int | bool) -> None:
@@ -58,13 +61,14 @@ class CachedKernel:
                 None.
             integers: Integer arguments by name, in the order of the parameters.
         """
-        first = next(iter(tensors.values()))
-        assert first is not None
-        if first.is_cuda and first.get_device() != torch.cuda.current_device():
-            with torch.cuda.device(first.device):
-                self._launch(first.get_device(), grid, tensors, integers)
+        first_tensor = next(iter(tensors.values()))
+        assert first_tensor is not None
+        device = first_tensor.get_device()
+        if first_tensor.is_cuda and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._launch(device, grid, tensors, integers)
         else:
-            self._launch(first.get_device(), grid, tensors, integers)
+            self._launch(device, grid, tensors, integers)
 
     def _launch(
         self,

@@ -1,10 +1,10 @@
 """A linear layer on the packed weight, for few rows of x: whether a fused kernel runs, and which.
 
-Generation is bound by reading the weight, so it is read packed, once, and never written. For up to
-16 rows of x, at 4 bits and less, codes are multiplied as integers, exact in bf16 and fp16, and
-scale and zero are applied to the fp32 sum of a group: y = sum_g s_g (q_g . x_g - z_g sum(x_g)). No
-weight is rounded. An infinite x makes its whole row of y NaN. In all other cases weights are
-rounded to the dtype of x.
+Reading the weight takes most of the time of generation, so the packed weight is read once, and the
+dense weight is never written. For up to 16 rows of x and at most 4 bits, codes are multiplied as
+integers, which bf16 and fp16 represent exactly, and scale and zero are applied to the fp32 sum of a
+group: y = sum_g s_g (q_g . x_g - z_g sum(x_g)). No weight is rounded, but an infinite x makes its
+whole row of y NaN. In all other cases weights are rounded to the dtype of x.
 """
 
 import functools
@@ -25,7 +25,11 @@ KERNELS: dict[type[KernelConfig], Callable[..., Tensor]] = {
     SkinnyGemmConfig: skinny_gemm,
     WideGemmConfig: wide_gemm,
 }
-"""For one row of x; for up to 16; for up to 128, and for all at 8 bits."""
+"""The kernel of each configuration.
+
+The first is for one row of x, the second for up to 16 rows, and the third for up to 128 rows and
+for all row counts at 8 bits.
+"""
 
 
 def linear(

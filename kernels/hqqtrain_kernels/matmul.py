@@ -1,9 +1,9 @@
 """The products of a linear layer with a packed weight, and the choice of how to compute them.
 
 Few rows of x are multiplied with the packed weight by a fused kernel. Otherwise the weight is
-dequantized and multiplied as any dense weight. The dense weight is a new tensor each time.
-PyTorch's allocator reuses its memory, per stream and also inside CUDA graphs, which a buffer of our
-own could not do as safely.
+dequantized and multiplied like any dense weight. The dense weight is a new tensor each time:
+PyTorch's allocator reuses its memory, per stream and also inside CUDA graphs. A buffer of our own
+could not be shared as safely.
 """
 
 import functools

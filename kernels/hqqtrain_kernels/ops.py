@@ -167,7 +167,7 @@ class PackedLinearFunction(torch.autograd.Function):
 
 
 def _grad_x(grad_y: Tensor, weight: PackedWeight) -> Tensor:
-    """Compute grad_y W. What differentiates or traces the backward sees the operator."""
+    """Compute grad_y W. Tracers and double backward see the operator `dequantize`."""
     if _can_skip_dispatcher(grad_y):
         return matmul.backward_input(grad_y, weight)
     params = weight.params

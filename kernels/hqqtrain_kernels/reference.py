@@ -49,12 +49,12 @@ def dequantize(
     W_q, units = as_bytes(W_q), layout.units
     rows_per_unit = layout.out_features // units
     out = torch.empty(rows_per_unit, units, layout.in_features, dtype=dtype, device=W_q.device)
-    step = max(1, CHUNK_CODES // layout.unit_codes)
-    for part in (slice(start, start + step) for start in range(0, units, step)):
-        codes = _unpack(W_q[part], layout.nbits, layout.unit_codes).unflatten(
-            1, (layout.groups, -1)
-        )
-        s, z = scale[part], zero[part]
+    units_per_chunk = max(1, CHUNK_CODES // layout.unit_codes)
+    for start in range(0, units, units_per_chunk):
+        chunk = slice(start, start + units_per_chunk)
+        codes = _unpack(W_q[chunk], layout.nbits, layout.unit_codes)
+        codes = codes.unflatten(1, (layout.groups, -1))
+        s, z = scale[chunk], zero[chunk]
         if layout.axis == 1:
             s, z = s[..., None], z[..., None]
         else:
@@ -62,7 +62,7 @@ def dequantize(
             # fast 2-D transpose of 16-bit numbers.
             codes = codes.flatten(0, 1).t().contiguous().view(rows_per_unit, *s.shape)
         W = codes.float().sub_(z).mul_(s)
-        out[:, part] = W.view(rows_per_unit, -1, layout.in_features)
+        out[:, chunk] = W.view(rows_per_unit, -1, layout.in_features)
     return out.flatten(0, 1)
 
 

@@ -14,8 +14,6 @@ import torch
 import triton
 import triton.language as tl
 
-from hqqtrain_kernels.dequantize_chunks_triton import FLOAT_2_23, FLOAT_2_23_BITS
-
 
 def _adjacent_pairs() -> int:
     major, minor = triton.__version__.split(".")[:2]
@@ -136,6 +134,8 @@ def codes_to_fp32(words, WIDTH: tl.constexpr):
     `dequantize_chunks_triton` explains the conversion: a code that is ORed into the mantissa of
     2**23 is the float 2**23 + code * 2**shift, and one fused multiply-add leaves the code, exactly.
     """
+    FLOAT_2_23: tl.constexpr = 8388608.0
+    FLOAT_2_23_BITS: tl.constexpr = 0x4B000000
     rows: tl.constexpr = words.shape[0]
     tiles: tl.constexpr = words.shape[1] // 4
     words = tl.reshape(words, (rows, tiles, 1, 4))

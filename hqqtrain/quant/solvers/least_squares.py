@@ -98,7 +98,7 @@ def fraction_bits(nbits: int, group_size: int) -> int:
     Sums of codes times weights then fit into 32 bits, unless that would leave fewer than
     `MIN_FRACTION_BITS`.
     """
-    # A fixed-point weight has one bit more than this result. Its product with a code has nbits more,
+    # A fixed-point weight has one bit more than this result, its product with a code nbits more,
     # and a sum of products log2(group_size) more. 31 bits are available, and a sign.
     bits = 30 - nbits - (group_size - 1).bit_length()
     return min(max(bits, MIN_FRACTION_BITS), MAX_FRACTION_BITS)
