@@ -58,7 +58,7 @@ class HQQLinear(nn.Module):
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
         units, groups = self.layout.units, self.layout.groups
-        columns = self.layout.unit_bytes // storage_dtype.itemsize
+        columns = self.layout.unit_bytes // storage_dtype.itemsize  # of W_q, in its storage dtype
         self.W_q = empty(units, columns, dtype=storage_dtype)
         self.scale = empty(units, groups, dtype=spec.meta_dtype)
         self.zero = empty(units, groups, dtype=spec.meta_dtype)
@@ -100,7 +100,7 @@ class HQQLinear(nn.Module):
         self.zero.data.copy_(quantized.zero)
 
     def view_packed_as(self, storage: torch.dtype) -> None:
-        """View W_q, scale and zero as one dtype: the same bits in fewer or more columns.
+        """View W_q, scale and zero as dtype `storage`: the same bits in fewer or more columns.
 
         FSDP1 concatenates parameters and ZeRO-3 flattens them; both need a single dtype.
         """
@@ -118,10 +118,10 @@ class HQQLinear(nn.Module):
 
     def _packed(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return W_q in its storage dtype, and scale and zero in `meta_dtype`."""
-        meta = self.spec.meta_dtype
-        if self.scale.dtype == meta:
+        meta_dtype = self.spec.meta_dtype
+        if self.scale.dtype == meta_dtype:
             return self.W_q, self.scale, self.zero
-        return self.W_q, self.scale.view(meta), self.zero.view(meta)
+        return self.W_q, self.scale.view(meta_dtype), self.zero.view(meta_dtype)
 
     def extra_repr(self) -> str:
         spec = self.spec
@@ -132,15 +132,15 @@ class HQQLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HQQLinear":
         """Move or cast the module, but never cast the packed parameters."""
-        packed = {id(getattr(self, name)) for name in PACKED_PARAMETERS}
+        packed_ids = {id(getattr(self, name)) for name in PACKED_PARAMETERS}
 
         def keep_bits(tensor: Tensor) -> Tensor:
-            changed = fn(tensor)
-            if id(tensor) in packed and changed.dtype != tensor.dtype:
-                return tensor.to(changed.device)  # a cast would destroy the bits of a float view
-            return changed
+            result = fn(tensor)
+            if id(tensor) in packed_ids and result.dtype != tensor.dtype:
+                return tensor.to(result.device)  # a cast would destroy the bits of a float view
+            return result
 
-        # `fn` may cast to a dtype of its own choice: apply it to a tensor of compute_dtype.
+        # Only `fn` knows the dtype that it casts to. Apply it to a tensor of compute_dtype to see.
         probe = torch.empty(0, dtype=self.compute_dtype, device=self.W_q.device)
         self.compute_dtype = fn(probe).dtype
         return super()._apply(keep_bits, recurse)

@@ -1,7 +1,7 @@
 """LoRA on packed linears, with PEFT's own LoRA layer on top of `HQQLinear`.
 
-PEFT provides the adapters, their names, scaling, dropout and files, so a saved
-adapter is a standard PEFT adapter.
+PEFT provides the adapters, their names, scaling, dropout and files, so a saved adapter is a
+standard PEFT adapter.
 """
 
 import hashlib
@@ -72,7 +72,7 @@ def cast_adapters(model: nn.Module, dtype: torch.dtype) -> None:
 
 def init_adapters(model: nn.Module, seed: int, kind: str,
                   write: Callable[[nn.Parameter, Tensor], Any]) -> None:  # fmt: skip
-    """Initialize every LoRA matrix from the seed and its name, so that sharding changes nothing.
+    """Initialize every LoRA matrix from the seed and its name, independently of the sharding.
 
     A [r, in_features] gets the Kaiming-uniform values of PEFT, or with `gaussian` normal values of
     standard deviation 1 / r. B gets zeros.
@@ -92,7 +92,7 @@ def init_adapters(model: nn.Module, seed: int, kind: str,
 
 def _initial_values(param: nn.Parameter, key: str, kind: str) -> Tensor:
     """Return the initial value of a LoRA matrix A; `key` seeds its random generator."""
-    # A matrix has a generator of its own: its values depend on no other matrix and on no rank.
+    # Each matrix has its own generator, so its values depend on no other matrix and on no rank.
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     values = torch.empty(param.shape)
@@ -104,9 +104,9 @@ def _initial_values(param: nn.Parameter, key: str, kind: str) -> Tensor:
 def _minimal_targets(targets: Sequence[str], model: nn.Module) -> list[str]:
     """Return the shortest target_modules with which PEFT selects exactly `targets`.
 
-    These are the last parts of the names (`q_proj`), unless PEFT would then select other modules,
-    too.
+    PEFT selects every module whose name ends in a target. The last parts of the names (`q_proj`)
+    are enough, unless they select other modules, too; then the full names are returned.
     """
-    leaves = {name.rpartition(".")[2] for name in targets}
-    selected = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
-    return sorted(leaves) if selected == set(targets) else sorted(targets)
+    last_parts = {name.rpartition(".")[2] for name in targets}
+    selected = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last_parts}
+    return sorted(last_parts) if selected == set(targets) else sorted(targets)

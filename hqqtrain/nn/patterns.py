@@ -13,8 +13,8 @@ from hqqtrain.common.errors import UserError, did_you_mean
 
 def hqq_tag(name: str) -> str:
     """Return hqq's tag of a module's full name."""
-    dropped = ("model", "layers")
-    return ".".join(p for p in name.split(".") if p not in dropped and not p.isdigit())
+    omitted = ("model", "layers")
+    return ".".join(part for part in name.split(".") if part not in omitted and not part.isdigit())
 
 
 def matches_pattern(pattern: str, name: str) -> bool:
@@ -46,14 +46,15 @@ def matching_modules(key: str, patterns: Iterable[str], names: Iterable[str]) ->
 
 
 def resolve_overrides(name: str, overrides: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
-    """Return whether module `name` is quantized, and its own settings from `overrides`.
+    """Return whether module `name` is quantized, and the settings that `overrides` has for it.
 
-    Later patterns take precedence. A pattern with the value None excludes the module.
+    If several patterns match, their settings are merged, and later patterns take precedence. The
+    value None excludes the module, unless a later pattern has settings for it.
     """
-    own_settings: dict[str, Any] = {}
-    quantized = True
+    merged: dict[str, Any] = {}
+    is_quantized = True
     for pattern, settings in overrides.items():
         if matches_pattern(pattern, name):
-            quantized = settings is not None
-            own_settings |= settings or {}
-    return quantized, own_settings
+            is_quantized = settings is not None
+            merged |= settings or {}
+    return is_quantized, merged

@@ -1,10 +1,11 @@
 """Replace the `nn.Linear` modules that a configuration selects by `HQQLinear`.
 
-The result is reported, because a pattern that selects too little would otherwise go unnoticed.
+A report says what was quantized, because a pattern that selects too little would otherwise go
+unnoticed.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +20,9 @@ from hqqtrain.quant.spec import QuantSpec, spec_from_config
 logger = logging.getLogger(__name__)
 
 MIN_QUANTIZED_SHARE = 0.7
-"""Smallest quantized share of the weights without a warning.
+"""If less than this share of the parameters is quantized, a warning is logged.
 
-Qwen2-0.5B with its large embeddings has a share of 0.72.
+Qwen2-0.5B, which has large embeddings, has a share of 0.72.
 """
 
 
@@ -30,21 +31,21 @@ class QuantizationReport:
     """Result of `quantize_model`.
 
     Attributes:
-        quantized: Name -> settings of every linear that was quantized.
+        quantized: The settings of every quantized linear, by its name.
         skipped: Names of the other linears.
-        quantized_weights: Weights that were quantized.
-        parameters: Parameters of the model; tied ones count once.
+        num_quantized_weights: Number of weights that were quantized.
+        num_parameters: Number of parameters of the model before; tied ones count once.
     """
 
     quantized: dict[str, QuantSpec]
     skipped: list[str]
-    quantized_weights: int
-    parameters: int
+    num_quantized_weights: int
+    num_parameters: int
 
     @property
     def share(self) -> float:
         """Share of the model's parameters that were quantized."""
-        return self.quantized_weights / self.parameters
+        return self.num_quantized_weights / self.num_parameters
 
 
 def quantize_model(model: nn.Module, config: QuantConfig, *,
@@ -64,19 +65,21 @@ def quantize_model(model: nn.Module, config: QuantConfig, *,
         on_layer: Called with the name of every replaced linear.
 
     Raises:
-        UserError: The model has no `nn.Linear` or has fused experts, a pattern matches nothing, a
-            group_size does not divide, or a weight contains NaN or infinity.
+        UserError: The model has no `nn.Linear`, or it has fused experts that are not skipped. Or a
+            pattern matches nothing, a group_size does not divide, or a weight contains NaN or
+            infinity.
     """
     specs, skipped = select_linears(model, config)
-    total = sum(p.numel() for p in model.parameters())
-    covered = replace_linears(
+    # Count before replacing: a packed parameter has fewer elements than its weight.
+    num_parameters = sum(p.numel() for p in model.parameters())
+    num_quantized_weights = replace_linears(
         model, specs, compute_dtype=compute_dtype, storage_dtype=storage_dtype, on_layer=on_layer
     )
-    report = QuantizationReport(specs, skipped, covered, total)
+    report = QuantizationReport(specs, skipped, num_quantized_weights, num_parameters)
     if report.share < MIN_QUANTIZED_SHARE:
         logger.warning(
             "only %.0f %% of the weights are quantized: %d of %d; the others keep their full size",
-            100 * report.share, covered, total,
+            100 * report.share, num_quantized_weights, num_parameters,
         )  # fmt: skip
     return report
 
@@ -85,30 +88,32 @@ def select_linears(model: nn.Module, config: QuantConfig) -> tuple[dict[str, Qua
     """Select the linears to quantize.
 
     Returns:
-        Name -> settings of every linear to quantize, and the names of the other linears.
+        The settings of every linear to quantize, by its name, and the names of the other linears.
 
     Raises:
         UserError: As in `quantize_model`, except for weights with NaN or infinity.
     """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if not linears:
         raise UserError(f"{type(model).__name__}: has no nn.Linear, so nothing can be quantized.")
     _refuse_fused_experts(model, config)
     # quant.skip contains "lm_head" by default, so a model without an output head is no error.
-    skip = [p for p in config.skip if p != "lm_head" or "lm_head" in linears]
+    skip_patterns = [p for p in config.skip if p != "lm_head" or "lm_head" in linears]
+    # Every other pattern must match something: a linear, or a module with fused experts.
     experts = [name.rpartition(".")[0] for name in fused_experts(model)]
-    skipped = set(matching_modules("quant.skip", skip, [*linears, *experts]))
+    skipped = set(matching_modules("quant.skip", skip_patterns, [*linears, *experts]))
     # Called for its check only: every override must match a linear.
     matching_modules("quant.overrides", config.overrides, linears)
-    _refuse_unused_overrides(config, [name for name in linears if name not in skipped])
+    _refuse_unused_overrides(config, linears, skipped)
     # Settings of each linear: those of `config`, with the overrides that match its name.
     specs = {}
     for name, linear in linears.items():
-        quantized, own = resolve_overrides(name, config.overrides)
-        if name in skipped or not quantized:
+        is_quantized, override = resolve_overrides(name, config.overrides)
+        if name in skipped or not is_quantized:
             continue
-        specs[name] = spec_from_config(config, own)
-        specs[name].layout(linear.out_features, linear.in_features, name)  # checks group_size
+        specs[name] = spec_from_config(config, override)
+        # Called for its check only: group_size must divide.
+        specs[name].layout(linear.out_features, linear.in_features, name)
     if not specs:
         raise UserError(
             f"{type(model).__name__}: has no nn.Linear to quantize: quant.skip={config.skip} and "
@@ -125,7 +130,7 @@ def replace_linears(model: nn.Module, specs: Mapping[str, QuantSpec], *,
 
     Args:
         model: The model.
-        specs: Name -> settings of the linears.
+        specs: The settings of the linears, by name.
         compute_dtype: Dtype of dequantized weights; None: that of each linear's weight.
         storage_dtype: Dtype of W_q.
         on_layer: Called with the name of every replaced linear.
@@ -136,51 +141,66 @@ def replace_linears(model: nn.Module, specs: Mapping[str, QuantSpec], *,
     Raises:
         UserError: A weight contains NaN or infinity.
     """
-    covered = 0
+    num_quantized_weights = 0
     for name, spec in specs.items():
-        path, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(path)  # the module whose attribute is replaced
-        linear = getattr(parent, leaf)
+        parent_name, _, attribute = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        linear = getattr(parent, attribute)
         layer = HQQLinear.from_linear(
             linear, spec, compute_dtype=compute_dtype, storage_dtype=storage_dtype, name=name
         )
-        setattr(parent, leaf, layer)
-        covered += linear.out_features * linear.in_features
+        setattr(parent, attribute, layer)
+        num_quantized_weights += linear.out_features * linear.in_features
         on_layer(name)
-    return covered
+    return num_quantized_weights
 
 
-def _refuse_unused_overrides(config: QuantConfig, names: list[str]) -> None:
-    """Raise UserError for overrides of layers that quant.skip excludes: they have no effect."""
+def _refuse_unused_overrides(
+    config: QuantConfig, linears: Iterable[str], skipped: Set[str]
+) -> None:
+    """Raise UserError for an override without effect: quant.skip excludes all that it matches."""
     for pattern, settings in config.overrides.items():
-        if settings is not None and not any(matches_pattern(pattern, name) for name in names):
-            raise UserError(
-                f"quant.overrides={pattern}: quant.skip={config.skip} excludes everything "
-                "that it matches; remove it from quant.skip, e.g. quant.skip=[]."
-            )
+        matched = [name for name in linears if matches_pattern(pattern, name)]
+        if settings is None or not skipped >= set(matched):
+            continue
+        other_skips = [p for p in config.skip if not any(matches_pattern(p, n) for n in matched)]
+        raise UserError(
+            f"quant.overrides={pattern}: has no effect, because quant.skip={config.skip} excludes "
+            "every linear layer that it matches. Remove the override, or quantize these layers "
+            f"with {_skip_argument(other_skips)}."
+        )
+
+
+def _skip_argument(patterns: Sequence[str]) -> str:
+    """Return the command-line argument that sets quant.skip to `patterns`."""
+    quoted = [p if p.isidentifier() else f'"{p}"' for p in patterns]  # Hydra needs quotes for globs
+    return f"quant.skip='[{','.join(quoted)}]'"
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return name -> parameter [experts, ...] of fused mixture-of-experts weights.
+    """Return the fused mixture-of-experts weights [experts, ...] of `model`, by their full name.
 
     transformers v5 fuses the experts of a layer into 3-D parameters, which no `nn.Linear` contains.
-    Either their name or the class of their module says what they are.
+    They are recognized by the word "expert" in their full name, which includes the names of all
+    modules around them, or in the class of their module.
     """
-    found = {}
-    for path, module in model.named_modules():
-        for leaf, param in module.named_parameters(prefix=path, recurse=False):
-            if param.dim() == 3 and "expert" in f"{leaf} {type(module).__name__}".lower():
-                found[leaf] = param
-    return found
+    experts = {}
+    for module_name, module in model.named_modules():
+        class_name = type(module).__name__
+        for name, param in module.named_parameters(prefix=module_name, recurse=False):
+            if param.dim() == 3 and "expert" in f"{name} {class_name}".lower():
+                experts[name] = param
+    return experts
 
 
 def _refuse_fused_experts(model: nn.Module, config: QuantConfig) -> None:
     """Raise UserError for mixture-of-experts weights that are not excluded by quant.skip."""
     for name, param in fused_experts(model).items():
-        module = name.rpartition(".")[0]
-        if not any(matches_pattern(pattern, module) for pattern in config.skip):
+        module_name = name.rpartition(".")[0]
+        if not any(matches_pattern(pattern, module_name) for pattern in config.skip):
+            skip = [*config.skip, f"*.{module_name.rpartition('.')[2]}"]
             raise UserError(
                 f"{name}: {list(param.shape)} are fused mixture-of-experts weights, which "
                 "cannot be quantized yet; keep them in full precision with "
-                f"quant.skip='[lm_head,\"*.{module.rpartition('.')[2]}\"]'."
+                f"{_skip_argument(skip)}."
             )

@@ -38,9 +38,11 @@ def test_replaces_all_but_the_head_and_reports_it() -> None:
     assert list(report.quantized) == list(layers)
     assert len(layers) == 14
     assert report.skipped == ["lm_head"]
-    assert report.quantized_weights == sum(m.in_features * m.out_features for m in layers.values())
-    assert report.parameters == total
-    assert report.share == report.quantized_weights / total
+    assert report.num_quantized_weights == sum(
+        m.in_features * m.out_features for m in layers.values()
+    )
+    assert report.num_parameters == total
+    assert report.share == report.num_quantized_weights / total
     for name, layer in layers.items():
         assert relative_error(dense[name], layer.dequantize()) < 1e-4
     assert model(ids).logits.isfinite().all()
@@ -87,6 +89,10 @@ def test_null_and_skip_leave_in_full_precision() -> None:
         ({"group_size": 48}, r"group_size=48.*in_features=64 of model\.layers\.0"),
         ({"overrides": {"*.down_proj": {"group_size": 96}}}, r"group_size=96.*down_proj"),
         ({"skip": ["*"]}, r"no nn\.Linear to quantize"),
+        (
+            {"skip": ["lm_head", "*.q_proj"], "overrides": {"self_attn.q_proj": {"nbits": 8}}},
+            r"overrides=self_attn\.q_proj: has no effect.*with quant\.skip='\[lm_head\]'\.",
+        ),
     ],
 )
 def test_patterns_that_select_nothing_are_refused(settings: dict, message: str) -> None:
@@ -125,6 +131,12 @@ def test_the_advice_for_fused_experts_keeps_them_in_full_precision() -> None:
     assert len(report.quantized) == 8
     assert report.skipped == ["lm_head"]
     assert model.model.layers[0].mlp.experts.down_proj.shape == (4, 64, 128)
+
+
+def test_the_advice_for_fused_experts_keeps_the_other_patterns() -> None:
+    skip = ["lm_head", "*.k_proj"]
+    with pytest.raises(UserError, match=r"\[lm_head,\"\*\.k_proj\",\"\*\.experts\"\]'"):
+        quantize_model(mixtral(), QuantConfig(skip=skip))
 
 
 def test_a_pattern_for_experts_needs_experts() -> None:
