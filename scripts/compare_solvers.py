@@ -62,7 +62,9 @@ SOLVERS: dict[str, Approximation] = {
 }
 
 
-def quantized(model: nn.Module, approximate: Approximation, nbits: int) -> tuple[nn.Module, float]:
+def approximate_model(
+    model: nn.Module, approximate: Approximation, nbits: int
+) -> tuple[nn.Module, float]:
     """Return a copy of `model` with every linear but the head approximated, and their error.
 
     The error is the relative error over all of these weights together.
@@ -97,7 +99,7 @@ def main() -> None:
 
     full, perplexities, errors = perplexity(model), [], []
     for name, approximate in SOLVERS.items():
-        results = [quantized(model, approximate, nbits) for nbits in options.nbits]
+        results = [approximate_model(model, approximate, nbits) for nbits in options.nbits]
         perplexities.append([name, *(perplexity(approximated) for approximated, _ in results)])
         errors.append([name, *(error for _, error in results)])
     bits = [f"{nbits}-bit" for nbits in options.nbits]

@@ -1,4 +1,4 @@
-"""Compares the behavior of two source trees by the files that their runs leave.
+"""Compare the behavior of two source trees by the files that their runs leave.
 
     python scripts/compare_trees.py record /tmp/old --tree ../old
     python scripts/compare_trees.py record /tmp/new
@@ -6,7 +6,7 @@
 
 `record` runs the commands of compare_trees_cases.py on the CPU with the package of a tree, and
 writes one JSON file per case: exit codes, every tensor's bits, losses, gradient norms, learning
-rates, figures and file names. `compare` lists the differences. It knows the package only as
+rates, metrics and file names. `compare` lists the differences. The script knows the package only as
 `python -m hqqtrain`, so it still works after files are moved and symbols are renamed.
 
 Commands of one process run in a fork of this process, which has imported torch and transformers
@@ -45,11 +45,11 @@ UNSTABLE = re.compile(
     r"time|.*seconds|.*(tokens|gb)_per_second|memory/.*|.*peak.*gib|.*versions?|git_revision"
     r"|pid|cause|slurm_job|command|folder|wandb_run_id"
 )
-"""Keys of JSON objects and columns of tables that depend on time, memory, versions or words."""
+"""Keys of JSON objects and columns of tables that depend on time, memory, versions or wording."""
 NAMES_ONLY = re.compile(r"config\.yaml|.*\.(md|html|png|log)|\.lock|.*\.lock")
-"""Files of which only the name is recorded: they hold text, times, paths or config keys."""
+"""Files whose name alone is recorded, because they contain text, times, paths or config keys."""
 HASHED = re.compile(r"(?!step-)(.*-)?[0-9a-f]{8,}")
-"""Folders named by a hash of the configuration, which a renamed key changes; no checkpoints."""
+"""Folders named by a hash of the configuration, which a renamed key changes; not checkpoints."""
 
 
 def main() -> int:
@@ -86,10 +86,10 @@ def record(out: Path, tree: Path, patterns: list[str]) -> int:
     sys.path[:0] = packages
     for case in cases:
         began = time.monotonic()
-        found = run_case(case, tree, usage, out / f"{case.name}.log")
-        text = json.dumps(found, indent=1, sort_keys=True)
+        observed = run_case(case, tree, usage, out / f"{case.name}.log")
+        text = json.dumps(observed, indent=1, sort_keys=True)
         (out / f"{case.name}.json").write_text(text + "\n")
-        print(f"{time.monotonic() - began:5.1f} s  {found['codes']}  {case.name}", flush=True)
+        print(f"{time.monotonic() - began:5.1f} s  {observed['codes']}  {case.name}", flush=True)
     return 0
 
 
@@ -152,7 +152,7 @@ def observe(path: Path) -> Any:
     """
     if not path.is_dir():
         return _observe_file(path) if path.exists() else None
-    found: dict[str, Any] = {}
+    children: dict[str, Any] = {}
     hashed = []
     for child in sorted(path.iterdir()):
         if child.is_dir() and HASHED.fullmatch(child.name):
@@ -160,10 +160,10 @@ def observe(path: Path) -> Any:
         elif HASHED.fullmatch(child.stem) and child.suffix in (".lock", ".log"):
             continue
         else:
-            found[child.name] = observe(child)
+            children[child.name] = observe(child)
     if hashed:
-        found["<hashed>"] = sorted(hashed, key=lambda value: json.dumps(value, sort_keys=True))
-    return found
+        children["<hashed>"] = sorted(hashed, key=lambda value: json.dumps(value, sort_keys=True))
+    return children
 
 
 def _observe_file(path: Path) -> Any:
@@ -202,29 +202,32 @@ def read_tensors(path: Path) -> dict[str, Any]:
     content = memoryview(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(bytes(content[8:start]))
-    found: dict[str, Any] = {"metadata": header.pop("__metadata__", {})}
-    for name, facts in header.items():
-        first, last = facts["data_offsets"]
-        digest = hashlib.sha256(content[start + first : start + last]).hexdigest()
-        found[name] = f"{facts['dtype']} {facts['shape']} {digest}"
-    return found
+    result: dict[str, Any] = {"metadata": header.pop("__metadata__", {})}
+    for name, tensor in header.items():
+        begin, end = tensor["data_offsets"]
+        digest = hashlib.sha256(content[start + begin : start + end]).hexdigest()
+        result[name] = f"{tensor['dtype']} {tensor['shape']} {digest}"
+    return result
 
 
-def compare(first: Path, second: Path, most: int = 6) -> int:
-    """Print each case as equal or different, with the first `most` paths; return 1 if any is."""
+def compare(first: Path, second: Path, max_lines: int = 6) -> int:
+    """Print whether each case is equal, with at most `max_lines` differences.
+
+    Return 1 if any case differs, otherwise 0.
+    """
     names = sorted({file.stem for folder in (first, second) for file in folder.glob("*.json")})
     different = 0
     for name in names:
         files = [folder / f"{name}.json" for folder in (first, second)]
         absent = [str(file.parent) for file in files if not file.exists()]
-        found = [f"not recorded in {absent[0]}"] if absent else []
-        found = found or list(differences(*(json.loads(file.read_text()) for file in files)))
-        different += bool(found)
-        print(f"{'DIFFERENT' if found else 'equal    '}  {name}")
-        for line in found[:most]:
+        lines = [f"not recorded in {absent[0]}"] if absent else []
+        lines = lines or list(differences(*(json.loads(file.read_text()) for file in files)))
+        different += bool(lines)
+        print(f"{'DIFFERENT' if lines else 'equal    '}  {name}")
+        for line in lines[:max_lines]:
             print(f"    {line}")
-        if len(found) > most:
-            print(f"    and {len(found) - most} more")
+        if len(lines) > max_lines:
+            print(f"    and {len(lines) - max_lines} more")
     print(f"{len(names) - different} of {len(names)} cases are equal")
     return 1 if different or not names else 0
 

@@ -1,4 +1,4 @@
-"""Counts what a reader of the source meets: sizes, names, prose, and who knows what.
+"""Count what a reader of the source meets: sizes, names, prose, and dependencies on settings.
 
     python scripts/house_counts.py
     python scripts/house_counts.py --tree ../old --clump Plan,Built,Session,Record --details

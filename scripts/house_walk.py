@@ -1,4 +1,4 @@
-"""Runs `python -m hqqtrain WORDS` and writes down which files of the tree it passes through.
+"""Run `python -m hqqtrain WORDS` and record which files of the tree it passes through.
 
     python scripts/house_walk.py TREE OUT WORDS...
 

@@ -157,12 +157,12 @@ def _kill(processes: list[subprocess.Popen], run: Path, while_saving: bool, pati
 
 def _half_written(run: Path) -> dict[str, tuple[int, int]]:
     """Return inode and modification time (ns) of every partial checkpoint folder, by name."""
-    found = {}
+    partials = {}
     for folder in run.glob("checkpoints/.step-*.partial"):
         with contextlib.suppress(FileNotFoundError):  # complete by now, so it was renamed
             status = folder.stat()
-            found[folder.name] = (status.st_ino, status.st_mtime_ns)
-    return found
+            partials[folder.name] = (status.st_ino, status.st_mtime_ns)
+    return partials
 
 
 def _newest(run: Path) -> str:

@@ -70,8 +70,8 @@ def clean_corpus(sources: Iterable[tuple[str, str]]) -> list[str]:
     seen: set[int] = set()
     kept = []
     for name, text in sources:
-        tail = name.removesuffix(".__init__").split(".")[-1]
-        if is_held_out(tail) and tail in sys.stdlib_module_names:
+        last_part = name.removesuffix(".__init__").split(".")[-1]
+        if is_held_out(last_part) and last_part in sys.stdlib_module_names:
             continue
         if hash(text) in seen or not held_out.isdisjoint(windows(text)):
             continue
@@ -223,7 +223,7 @@ def main() -> None:
     model = LlamaForCausalLM(tiny_config()).cuda()
     tokens = train(model, stream, args)
     parameters = sum(p.numel() for p in model.parameters())
-    facts = {
+    summary = {
         "parameters": parameters,
         "tokens": tokens,
         "tokens_per_parameter": round(tokens / parameters, 1),
@@ -233,8 +233,8 @@ def main() -> None:
         "torch": torch.__version__,
     }
     save(model, tokenizer, args.out)
-    (args.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(facts)
+    (args.out / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(summary)
 
 
 if __name__ == "__main__":

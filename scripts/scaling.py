@@ -1,10 +1,11 @@
-"""Predicts memory, traffic and time of FSDP2 training with HQQ, and writes docs/scaling.md.
+"""Predict memory, traffic and time of FSDP2 training with HQQ, and write docs/scaling.md.
 
     python scripts/scaling.py --write
 
-No machine of this project has more than two GPUs. What follows is arithmetic over shapes, with two
-numbers fitted to one measurement (`FITTED_TO`); the other measurements say how far to trust it.
-Memory is `hqqtrain.loading.memory_estimate`, the estimate that every run prints.
+No machine of this project has more than two GPUs. The prediction is arithmetic over shapes, with
+one number that is fitted to one measurement (`FITTED_TO`). The other measurements (`OTHERS`) show
+how far to trust it. The memory is that of `hqqtrain.loading.memory_estimate`, the estimate that
+every run prints.
 """
 
 import argparse
@@ -32,26 +33,36 @@ from hqqtrain.nn.replace import quantize_model
 from hqqtrain.tasks.resources import workload_of
 from hqqtrain.train.metrics import flops_per_token
 
-GIB, TOKENS = 2**30, 2048
-GPUS_OF_A_NODE = 8
+GIB = 2**30
+TOKENS = 2048
+"""Tokens of a GPU in a step: one sequence."""
+GPUS_PER_NODE = 8
+USABLE_GIB = 76
+"""GiB of an 80 GB GPU that a prediction may reach and still fit; the rest is a margin."""
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU: matrix products (FLOP/s) and a copy (bytes/s), both measured by kernels/bench; what
-    one sends and receives within a node and between nodes, bytes/s, of the data sheets, times 0.7.
+    """A GPU and its links. A link is assumed to reach 0.7 of its data sheet.
+
+    Attributes:
+        name: Name of the GPU.
+        flops: FLOP/s of a matrix product, measured by kernels/bench.
+        copy_bandwidth: Bytes/s of a copy, measured by kernels/bench.
+        node_bandwidth: Bytes/s that a GPU sends and receives within a node.
+        network_bandwidth: Bytes/s that a GPU sends and receives between nodes.
     """
 
     name: str
-    products: float
-    copy: float
-    within: float = 0.7 * 450e9
-    between: float = 0.7 * 50e9
+    flops: float
+    copy_bandwidth: float
+    node_bandwidth: float = 0.7 * 450e9
+    network_bandwidth: float = 0.7 * 50e9
 
-    def link(self, gpus: int) -> float:
-        """Of an all-gather over so many: the slowest hop."""
-        return self.within if gpus <= GPUS_OF_A_NODE else self.between
+    def gather_bandwidth(self, gpus: int) -> float:
+        """Return the bytes/s of an all-gather over `gpus` GPUs: those of the slowest link."""
+        return self.node_bandwidth if gpus <= GPUS_PER_NODE else self.network_bandwidth
 
 
 H100 = Card("H100", 660e12, 2.95e12)
@@ -60,7 +71,17 @@ H200 = Card("H200", 780e12, 4.2e12)
 
 @dataclass(frozen=True)
 class Measured:
-    """A step of one sequence of TOKENS tokens a GPU: kernels/bench/results/*-large-models.csv."""
+    """A measured training step: kernels/bench/results/*-large-models.csv.
+
+    Attributes:
+        model: Name of the shipped model configuration.
+        nbits: Bits of a code.
+        group_size: Weights of a group.
+        card: The GPU.
+        seconds: Time of the step.
+        gib: Peak memory of a GPU.
+        gpus: Number of GPUs. Each gets TOKENS tokens.
+    """
 
     model: str
     nbits: int
@@ -78,15 +99,22 @@ OTHERS = (
     Measured("Llama-3.1-405B", 2, 128, H100, 2 * TOKENS / 366.76, 75.34, gpus=2),
 )
 
-EFFICIENCY = 0.66
-"""Of the products of whole layers, beside those of the benchmark. Fitted."""
-UNPACKING = 0.94
-"""Of a copy's speed, when weights are dequantized: kernels/bench."""
+PRODUCT_EFFICIENCY = 0.66
+"""FLOP/s of the products of whole layers, as a share of `Card.flops`. Fitted to `FITTED_TO`."""
+DEQUANTIZE_EFFICIENCY = 0.94
+"""Bytes/s of dequantizing, as a share of `Card.copy_bandwidth`. Measured by kernels/bench."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one rank: GiB at most, GiB received in a step, seconds of its own work and of the wire."""
+    """The prediction for one rank.
+
+    Attributes:
+        gib: Peak memory in GiB.
+        received_gib: GiB received in a step.
+        work: Seconds of computation in a step.
+        wire: Seconds of communication in a step.
+    """
 
     gib: float
     received_gib: float
@@ -95,33 +123,42 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """Gathers run ahead while a layer is computed, so the longer of the two is what counts."""
+        """Seconds of a step: the maximum, because layers are gathered while others compute."""
         return max(self.work, self.wire)
 
 
 def predict(name: str, nbits: int, group_size: int, card: Card, gpus: int) -> Prediction:
-    """A step of TOKENS tokens a rank: LoRA r=16 in bf16 on all linears, 8-bit AdamW's memory,
-    checkpointed layers whose inputs are offloaded; the base sharded over all `gpus`.
+    """Predict a step of TOKENS tokens per rank.
 
-    Work: forward, recomputed forward and gradient (flops_per_token has the first and the last),
-    and each weight dequantized as often. Wire: the packed layers gathered twice, forward and
-    backward, embeddings and head once, and the adapters' gradients summed up.
+    The assumptions are LoRA with r=16 in bf16 on all linear layers, 8-bit AdamW, activation
+    checkpointing with offloaded layer inputs, and a base that is sharded over all `gpus`.
+
+    The work of a step is the forward pass, the recomputed forward pass and the backward pass, each
+    of which also dequantizes every weight. `flops_per_token` counts the first and the last.
+
+    The wire carries the packed layers twice (forward and backward), the embeddings and the head
+    once, and the gradients of the adapters, counted twice as an all-reduce moves them.
     """
     config, model = _model(name, nbits, group_size)
     workload = workload_of(config, offloads_activations=True)
     single = SingleProcess(SINGLE_PROCESS)
     strategy = FSDP2(SINGLE_PROCESS) if gpus > 1 else single
-    needs = estimate_memory(workload, model, strategy, dtype=torch.bfloat16, world_size=gpus).device
+    memory = estimate_memory(
+        workload, model, strategy, dtype=torch.bfloat16, world_size=gpus
+    ).device
     sizes = estimate_memory(workload, model, single, dtype=torch.bfloat16).device
     weights = sum(m.out_features * m.in_features
                   for m in model.modules() if isinstance(m, HQQLinear))  # fmt: skip
-    packed, trained = sizes["packed weights"], sizes["adapter and optimizer"] / 3
-    others = (gpus - 1) / gpus
-    received = others * (2 * packed + sizes["dense weights"] + 2 * trained)
-    products = 1.5 * flops_per_token(model) * TOKENS / (card.products * EFFICIENCY)
-    unpacking = 3 * (2 * weights + packed) / (card.copy * UNPACKING)
-    return Prediction(sum(needs.values()) / GIB, received / GIB, products + unpacking,
-                      received / card.link(gpus))  # fmt: skip
+    # The adapter's bf16 values, its bf16 gradients and the optimizer's two 8-bit moments have the
+    # same size: the gradients are a third.
+    packed, gradients = sizes["packed weights"], sizes["adapter and optimizer"] / 3
+    share_of_others = (gpus - 1) / gpus
+    received = share_of_others * (2 * packed + sizes["dense weights"] + 2 * gradients)
+    products = 1.5 * flops_per_token(model) * TOKENS / (card.flops * PRODUCT_EFFICIENCY)
+    # Dequantizing writes 2 bytes per weight and reads the packed bytes.
+    dequantizing = 3 * (2 * weights + packed) / (card.copy_bandwidth * DEQUANTIZE_EFFICIENCY)
+    return Prediction(sum(memory.values()) / GIB, received / GIB, products + dequantizing,
+                      received / card.gather_bandwidth(gpus))  # fmt: skip
 
 
 @functools.cache
@@ -144,66 +181,83 @@ def _model(name: str, nbits: int, group_size: int) -> tuple[RunConfig, nn.Module
 
 
 def page() -> str:
-    """docs/scaling.md."""
-    checks = [_checked(each) for each in (FITTED_TO, *OTHERS)]
-    head = ("model", "nbits", "GPUs", "GiB a GPU", "GiB received", "work, s", "wire, s", "tokens/s")
+    """Return the text of docs/scaling.md."""
+    checks = [_comparison_row(each) for each in (FITTED_TO, *OTHERS)]
+    headers = (
+        "model",
+        "nbits",
+        "GPUs",
+        "GiB per GPU",
+        "GiB received",
+        "work, s",
+        "wire, s",
+        "tokens/s",
+    )
     return TEXT.format(
-        checks=tabulate(checks, CHECKED, tablefmt="github"),
-        table=tabulate(list(_rows()), head, tablefmt="github", disable_numparse=True),
+        checks=tabulate(checks, COMPARISON_HEADERS, tablefmt="github"),
+        table=tabulate(list(_prediction_rows()), headers, tablefmt="github", disable_numparse=True),
     )
 
 
-def _checked(each: Measured) -> tuple:
-    found = predict(each.model, each.nbits, each.group_size, each.card, each.gpus)
-    gpus = f"{each.gpus} x {each.card.name}"
+def _comparison_row(step: Measured) -> tuple:
+    predicted = predict(step.model, step.nbits, step.group_size, step.card, step.gpus)
+    gpus = f"{step.gpus} x {step.card.name}"
     return (
-        each.model, gpus, f"{each.seconds:.2f}", f"{found.seconds:.2f}",
-        f"{found.seconds / each.seconds - 1:+.0%}", f"{each.gib:.1f}", f"{found.gib:.1f}",
-        f"{found.gib / each.gib - 1:+.0%}", "fitted" if each is FITTED_TO else "",
+        step.model, gpus, f"{step.seconds:.2f}", f"{predicted.seconds:.2f}",
+        f"{predicted.seconds / step.seconds - 1:+.0%}", f"{step.gib:.1f}", f"{predicted.gib:.1f}",
+        f"{predicted.gib / step.gib - 1:+.0%}", "fitted" if step is FITTED_TO else "",
     )  # fmt: skip
 
 
-def _rows() -> Iterator[tuple]:
+def _prediction_rows() -> Iterator[tuple]:
     for name in ("Meta-Llama-3-8B", "Meta-Llama-3-70B", "Llama-3.1-405B"):
         for nbits in (4, 2, 1):
             for gpus in (1, 8, 64, 1024):
-                found = predict(name, nbits, 64, H100, gpus)
-                rate = gpus * TOKENS / found.seconds
-                fits = "" if found.gib < 76 else " (does not fit 80)"
-                yield (name, nbits, gpus, f"{found.gib:.1f}{fits}", f"{found.received_gib:.1f}",
-                       f"{found.work:.2f}", f"{found.wire:.2f}", f"{rate:,.0f}")  # fmt: skip
+                step = predict(name, nbits, 64, H100, gpus)
+                tokens_per_second = gpus * TOKENS / step.seconds
+                remark = "" if step.gib < USABLE_GIB else " (does not fit 80)"
+                yield (
+                    name, nbits, gpus, f"{step.gib:.1f}{remark}", f"{step.received_gib:.1f}",
+                    f"{step.work:.2f}", f"{step.wire:.2f}", f"{tokens_per_second:,.0f}",
+                )  # fmt: skip
 
 
-CHECKED = ("model, 2 bits", "GPUs", "s a step", "predicted", "", "GiB", "predicted", "", "")
-TEXT = """# How it scales: a prediction
+COMPARISON_HEADERS = (
+    "model, 2 bits", "GPUs", "s per step", "predicted", "error", "GiB", "predicted", "error", "",
+)  # fmt: skip
+TEXT = """# Scaling: a prediction
 
-Written by `python scripts/scaling.py --write`; the script is the model, and says what it assumes.
-FSDP2 over H100s, 8 to a node (NVLink within, 400 Gbit/s a GPU between), one sequence of 2,048
-tokens a GPU and step, groups of 64, LoRA r=16 in bf16 on all linear layers, 8-bit AdamW,
-checkpointed layers with their inputs offloaded. **Nothing was measured on more than two GPUs.**
+`python scripts/scaling.py --write` writes this page. The script is the model, and its docstrings
+state the assumptions: FSDP2 on H100s, 8 per node (NVLink within a node, 400 Gbit/s per GPU between
+nodes), one sequence of 2,048 tokens per GPU and step, groups of 64, LoRA with r=16 in bf16 on all
+linear layers, 8-bit AdamW, and activation checkpointing with offloaded layer inputs. **Nothing was
+measured on more than two GPUs.**
 
-## Checked against what was measured
+## Comparison with measurements
 
 {checks}
 
-The efficiency of products (0.66) is fitted to the first row; the others are predictions. Their
-distance is how far to trust the rest. Between two GPUs of a node the wire hides behind the work;
-between nodes it is not checked by anything.
+The efficiency of matrix products (0.66) is fitted to the first row; the other rows are predictions.
+Their errors show how far to trust the table below. Between two GPUs of a node, communication is
+hidden behind computation. No measurement checks the communication between nodes.
 
-## Predicted
+## Predictions
+
+"Work" is computation and "wire" is communication, in seconds per step.
 
 {table}
 
-What to read from it: gathering packed weights instead of bf16 ones saves a factor of 3.6 (4 bits)
-to 11 (1 bit) of what linear layers put on the wire. Between nodes it is still what a small batch
-waits for, at 4 bits above all. Larger batches a GPU hide it: work grows with tokens, the wire does
-not. Sharding within a node and replicating between nodes (parallel.hsdp=true, not in the table)
-leaves nothing but adapters' gradients to the slow links, for the memory of 8 GPUs.
+Gathering packed weights instead of bf16 weights reduces the communication of the linear layers by a
+factor of 3.6 (4 bits) to 11 (1 bit). Between nodes, a small batch still waits for this
+communication, most of all at 4 bits. A larger batch per GPU hides it, because computation grows
+with the number of tokens and communication does not. With sharding within a node and replication
+between nodes (`parallel.hsdp=true`, not in the table), only the gradients of the adapters use the
+slow links, at the price that the base is sharded over 8 GPUs only.
 """
 
 
 def main() -> None:
-    """Prints the page, or writes it."""
+    """Print the page, or write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     if parser.parse_args().write:
