@@ -98,8 +98,8 @@ class TokenSequences:
         """Return the position of every token of a sequence within its text."""
         # The positions of the first text count from `begin`, even if it started before. Those of
         # the other texts count from their start, which is inside the sequence.
-        low, high = np.searchsorted(self.starts, (begin + 1, end))
-        starts = np.concatenate([[begin], self.starts[low:high]])
+        first_text, end_text = np.searchsorted(self.starts, (begin + 1, end))
+        starts = np.concatenate([[begin], self.starts[first_text:end_text]])
         # Subtract from each token's index in the stream the last start at or before it.
         stream_indices = np.arange(begin, end)
         text_of_token = np.searchsorted(starts, stream_indices, side="right") - 1

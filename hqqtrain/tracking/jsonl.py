@@ -111,9 +111,9 @@ def _truncate(path: Path, step: int) -> None:
         return
     content = path.read_bytes()
     lines = content.splitlines(keepends=True) if step else []
-    kept = b"".join(line for line in lines if _step_of(line) <= step)
-    if kept != content:
-        atomic_write(path, kept)
+    kept_content = b"".join(line for line in lines if _step_of(line) <= step)
+    if kept_content != content:
+        atomic_write(path, kept_content)
 
 
 def _step_of(line: bytes) -> float:

@@ -61,9 +61,9 @@ def test_an_error_after_loading_is_recorded(run_as, tmp_path: Path, error, statu
 
     with pytest.raises(type(error)):
         run_as(fail)
-    found = _status(tmp_path)
-    assert (found["status"], found["exit_code"]) == (status, code)
-    assert str(error) in found["cause"]
+    status_json = _status(tmp_path)
+    assert (status_json["status"], status_json["exit_code"]) == (status, code)
+    assert str(error) in status_json["cause"]
 
 
 def test_an_error_before_loading_leaves_nothing(run_as, tmp_path: Path):

@@ -29,16 +29,20 @@ def test_both_parts_are_recorded(make_config, start_run, reference: str):
                 torch.nn.init.normal_(param)
         evaluation.evaluate_as("final", adapted=True)
         loss = evaluation.evaluate_during_training()
-        found = run.recorder.summary.content.eval
+        recorded = run.recorder.summary.content.eval
         expected = evaluate_perplexity(runnable.model, held_out, run.runtime.comm, batch_size=1)
-    assert found.final.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
+    assert recorded.final.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
     assert loss == pytest.approx(expected.loss, rel=1e-5)
-    assert found.final.perplexity != pytest.approx(found.quantized.perplexity, rel=1e-3)
+    assert recorded.final.perplexity != pytest.approx(recorded.quantized.perplexity, rel=1e-3)
     if reference == "off":
-        assert (found.full_precision, found.final.kl, found.bytes_read) == (None, None, None)
+        assert (recorded.full_precision, recorded.final.kl, recorded.bytes_read) == (
+            None,
+            None,
+            None,
+        )
     else:
-        assert found.final.kl > found.quantized.kl > 0
-        assert found.bytes_read == runnable.plan.reader.total_bytes
+        assert recorded.final.kl > recorded.quantized.kl > 0
+        assert recorded.bytes_read == runnable.plan.reader.total_bytes
 
 
 def test_without_a_held_out_set_nothing_is_measured(make_config, start_run):

@@ -87,9 +87,9 @@ def test_a_plot_that_cannot_be_drawn_does_not_fail_the_run(
 def test_a_failure(begun: RunDirectory, error: BaseException, status: str, code: int):
     tracker = _Tracker()
     finalize_failure(begun, CompositeTracker([tracker]), error)
-    found = _read(begun.layout.status_json)
-    assert (found["status"], found["exit_code"]) == (status, code)
-    assert found["cause"] == f"{type(error).__name__}: {error}"
+    status_json = _read(begun.layout.status_json)
+    assert (status_json["status"], status_json["exit_code"]) == (status, code)
+    assert status_json["cause"] == f"{type(error).__name__}: {error}"
     assert tracker.calls == [("finish", code)]
 
 

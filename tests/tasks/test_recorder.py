@@ -10,7 +10,7 @@ import pytest
 from hqqtrain.common.errors import UserError
 from hqqtrain.evaluation.perplexity import EvalResult
 from hqqtrain.loading.plan import plan_model
-from hqqtrain.tasks import recorder as module
+from hqqtrain.tasks import recorder as recorder_module
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.model import load_or_quantize, plan_settings
 from hqqtrain.tasks.recorder import RunRecorder
@@ -27,8 +27,8 @@ def begun(make_config, start_run):
         yield run
 
 
-def _begin(run: Run, found: object = None) -> None:
-    load_or_quantize(run, plan_model(plan_settings(run.config), run.runtime), found)
+def _begin(run: Run, checkpoint: object = None) -> None:
+    load_or_quantize(run, plan_model(plan_settings(run.config), run.runtime), checkpoint)
 
 
 def _metrics(run: Run) -> list[dict]:
@@ -77,7 +77,7 @@ def test_a_batch_that_is_not_finite_is_saved(begun: Run, monkeypatch, caplog):
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "atomic_write_json", fail)
+    monkeypatch.setattr(recorder_module, "atomic_write_json", fail)
     begun.recorder.save_nonfinite_batch(step, {})
     assert "batch 4 was not saved" in caplog.text
 
@@ -110,7 +110,7 @@ def test_an_error_while_the_last_files_are_written_is_recorded(make_config, star
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "finalize_success", fail)
+    monkeypatch.setattr(recorder_module, "finalize_success", fail)
     with pytest.raises(UserError, match="the disk is full"), start_run(make_config()) as run:
         _begin(run)
     assert json.loads(run.layout.status_json.read_text())["exit_code"] == 2

@@ -35,10 +35,10 @@ def _resumed(summary: RunSummary, config: RunConfig, runtime: Runtime) -> RunSum
 
 
 def test_parts_that_did_not_run_are_absent(summary: RunSummary):
-    found = summary.content.to_json()
-    assert set(found) == {"schema", "run"}
-    assert (found["schema"], found["run"]["task"]) == (SCHEMA, "quantize")
-    assert (found["run"]["strategy"], found["run"]["world_size"]) == ("single", 1)
+    content = summary.content.to_json()
+    assert set(content) == {"schema", "run"}
+    assert (content["schema"], content["run"]["task"]) == (SCHEMA, "quantize")
+    assert (content["run"]["strategy"], content["run"]["world_size"]) == ("single", 1)
     assert summary.table_rows() == []
 
 
@@ -46,31 +46,31 @@ def test_quantization_counts_the_bits_of_every_layer(make_config, start_run):
     with start_run(make_config("quantize")) as run:
         plan = plan_model(plan_settings(run.config), run.runtime)
         loaded = load_or_quantize(run, plan)
-        found = run.recorder.summary.content.quantize
+        quantization = run.recorder.summary.content.quantize
         rows = {row.model: row for row in run.recorder.summary.table_rows()}
     # q, k, v and o; gate, up and down.
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
     weights = sum(rows * columns for rows, columns in shapes)
-    assert (found.weights, found.nbits, found.group_size) == (weights, 4, 16)
+    assert (quantization.weights, quantization.nbits, quantization.group_size) == (weights, 4, 16)
     packed = sum(p.numel() * p.element_size() for name, p in loaded.model.named_parameters()
                  if name.endswith(("W_q", "scale", "zero")))  # fmt: skip
-    assert found.bits_per_weight == pytest.approx(8 * packed / weights)
-    assert found.bytes_read == found.source_bytes > 2 * weights
-    assert 0 < found.relative_error < 0.05
+    assert quantization.bits_per_weight == pytest.approx(8 * packed / weights)
+    assert quantization.bytes_read == quantization.source_bytes > 2 * weights
+    assert 0 < quantization.relative_error < 0.05
     assert rows["full precision"].bits_per_weight == 16
-    assert rows["quantized"].bits_per_weight == found.bits_per_weight
+    assert rows["quantized"].bits_per_weight == quantization.bits_per_weight
     dense = sum(p.numel() for name, p in loaded.model.named_parameters()
                 if not name.endswith(("W_q", "scale", "zero")))  # fmt: skip
     assert rows["quantized"].gib == (packed + 4 * dense) / 2**30  # fp32 in memory
-    assert rows["full precision"].gib == found.source_bytes / 2**30
+    assert rows["full precision"].gib == quantization.source_bytes / 2**30
 
 
 def test_an_evaluation_adds_the_reference(summary: RunSummary):
     summary.add_reference_bytes(1000)
     summary.add_evaluation("text", "quantized", EvalResult(9.0, 50, 0.5, 7.0))
     summary.add_evaluation("text", "final", EvalResult(8.0, 50))
-    found = summary.content.to_json()["eval"]
-    assert found == {
+    evaluation = summary.content.to_json()["eval"]
+    assert evaluation == {
         "dataset": "text", "tokens": 50, "bytes_read": 1000, "full_precision": {"perplexity": 7.0},
         "quantized": {"perplexity": 9.0, "kl": 0.5}, "final": {"perplexity": 8.0},
     }  # fmt: skip
@@ -81,9 +81,9 @@ def test_an_evaluation_adds_the_reference(summary: RunSummary):
 
 def test_the_training_continues_from_the_size_of_the_base(summary: RunSummary):
     summary.add_training(TrainState(steps=4, tokens=100, seconds=2.0, loss=1.5), 2**28)
-    found = summary.content.train
-    assert (found.steps, found.tokens_per_second, found.loss) == (4, 50.0, 1.5)
-    assert found.trainable_parameters == 2**28
+    training = summary.content.train
+    assert (training.steps, training.tokens_per_second, training.loss) == (4, 50.0, 1.5)
+    assert training.trainable_parameters == 2**28
     (row,) = summary.table_rows()
     assert (row.model, row.gib, row.seconds) == ("trained", 1.0, 2.0)  # 4 bytes per parameter
 
@@ -112,9 +112,9 @@ def test_a_perplexity_that_is_not_finite_stays_null(
         before = RunSummary(run.config, run.runtime)
         before.add_evaluation("text", "quantized", EvalResult(perplexity, 50))
         for summary in (before, _resumed(before, run.config, run.runtime)):
-            found = without_nonfinite(summary.content.to_json())
-            atomic_write_json(tmp_path / "summary.json", found)  # refuses NaN and infinity
-            assert found["eval"]["quantized"] == {"perplexity": None}
+            content = without_nonfinite(summary.content.to_json())
+            atomic_write_json(tmp_path / "summary.json", content)  # refuses NaN and infinity
+            assert content["eval"]["quantized"] == {"perplexity": None}
             assert "quantized" in summary.content.measured_models()
 
 

@@ -36,8 +36,8 @@ class _Checkpoints:
         self.after: list[tuple[float | None, bool]] = []
         self.saved: list[float | None] = []
 
-    def resume(self, found) -> None:
-        self.found = found
+    def resume(self, checkpoint) -> None:
+        self.resumed_from = checkpoint
 
     def save(self, loss: float | None = None) -> None:
         self.saved.append(loss)
@@ -114,9 +114,9 @@ def test_the_evaluation_that_a_stop_has_left_out_is_made_up_for(
     trainer = _Trainer(6)
     trainer.state.steps = step
     training, checkpoints = make_training(trainer, _Evaluation())
-    found = None if saved is None else SimpleNamespace(state={"eval_loss": eval_loss})
-    training.train(found)
-    assert checkpoints.found is found
+    checkpoint = None if saved is None else SimpleNamespace(state={"eval_loss": eval_loss})
+    training.train(checkpoint)
+    assert checkpoints.resumed_from is checkpoint
     assert checkpoints.saved == (saved or [])
 
 

@@ -30,9 +30,9 @@ class Model(nn.Module):
 def make_guard(
     policy: str = "stop", *, scales_gradients: bool = False
 ) -> tuple[NonFiniteGuard, list[dict[str, Any]]]:
-    """Return a guard and the list of the facts that it records."""
+    """Return a guard and the list of the causes that it records."""
     records: list[dict[str, Any]] = []
-    guard = NonFiniteGuard(policy, SINGLE_PROCESS, lambda _, facts: records.append(facts),
+    guard = NonFiniteGuard(policy, SINGLE_PROCESS, lambda _, cause: records.append(cause),
                            scales_gradients=scales_gradients)  # fmt: skip
     return guard, records
 
