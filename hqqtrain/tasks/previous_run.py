@@ -1,4 +1,4 @@
-"""What earlier processes of a run have left in its directory.
+"""Read what earlier processes of a run have left in its directory.
 
 Only rank 0 reads the directory; it broadcasts each answer. All ranks must decide the same, and a
 shared file system may show a new file to other machines seconds later.
