@@ -66,7 +66,8 @@ def evaluate_perplexity(
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=comm.device)  # as `_sum_over_tokens`
+    # The sum of `_sum_over_tokens` over all batches of this rank.
+    sums = torch.zeros(4, dtype=torch.float64, device=comm.device)
     for batch, weight in _batches_of_this_rank(sequences, batch_size, comm):
         batch_sums = _sum_over_tokens(model, reference, batch)
         sums += weight * batch_sums

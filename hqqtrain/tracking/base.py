@@ -1,4 +1,4 @@
-"""The interface of a tracker, which sends the metrics of a run somewhere.
+"""The interface of a tracker, which is a destination for the metrics of a run.
 
 A run must not depend on its trackers. So their methods may raise any exception: `CompositeTracker`
 catches it, and training continues.
