@@ -11,7 +11,7 @@ venv="$here/.venv" python="$here/.venv/bin/python"
 
 die() { echo "launch.sh: $1" >&2; exit 1; }
 
-find_python() { # prints the first suitable Python
+find_python() { # print the first suitable Python
   local candidates=(python3 python3.13 python3.12 python3.11) candidate
   [[ -z ${HQQTRAIN_PYTHON:-} ]] || candidates=("$HQQTRAIN_PYTHON")
   for candidate in "${candidates[@]}"; do
@@ -24,22 +24,24 @@ Install one, or choose one: HQQTRAIN_PYTHON=/path/to/python3 ./launch.sh"
 
 install() { "$python" -m pip install -qq --disable-pip-version-check -c "$here/constraints.txt" "$@"; }
 
-install_all() { # install_all EXTRA: torch first, because packages that are built later need it
+install_all() { # install_all EXTRA: torch first, because deepspeed needs it to be built
   local base
   if [[ ! -x $python ]]; then base="$(find_python)"; "$base" -m venv "$venv"; fi
   install "torch>=2.11,<2.15"
   install -e "$here$1"
+  # DS_BUILD_OPS=0: do not compile deepspeed's CUDA operators.
   DS_BUILD_OPS=0 install --no-build-isolation deepspeed >"$venv/deepspeed.log" 2>&1 ||
     echo "launch.sh: deepspeed cannot be built here, see .venv/deepspeed.log; continuing." >&2
 }
 
-is_ready() { # is_ready STAMP...: whether one of the stamps matches the current files
+is_ready() { # is_ready STAMP...: whether one of the stamp files contains $wanted
   local stamp
   for stamp in "$@"; do [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]] || return 0; done
   return 1
 }
 
-set_up() { # set_up run|test; the lock also excludes other nodes that share the disk
+set_up() { # set_up run|test: install what is missing; the lock excludes nodes that share the disk
+  # A stamp is written after an installation. Another place or other requirements make it invalid.
   wanted="$here $(cat "$here/pyproject.toml" "$here/constraints.txt" | cksum)"
   local stamps=("$venv/.ready-test") extra="[test]"
   [[ $1 == test ]] || { stamps+=("$venv/.ready-run"); extra=""; }
@@ -63,18 +65,23 @@ run_tests() {
   mypy
   lint-imports
   shellcheck launch.sh .ci/run
-  # By file: tests of a file share runs. tests/conftest.py orders them. 3: tests wait half of the time.
+  # loadfile: the tests of a file share runs, so they run in one process. no-loadscope-reorder: keep
+  # the order of tests/conftest.py. -n 3: a test waits half of the time, so two cores serve three.
   exec "$python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
 }
 
-count_gpus() {
+count_gpus() { # each GPU is a line that begins with an index, GPU or MIG
   if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then tr -s ', ' '\n' <<<"$CUDA_VISIBLE_DEVICES"
   else nvidia-smi -L 2>/dev/null || true; fi | grep -c '^[0-9GM]' || true
 }
 
-has_flag() { local word; for word; do [[ $word != -* ]] || return 0; done; return 1; }
+has_flag() { # has_flag WORD...: whether one of the words begins with a dash
+  local word
+  for word; do [[ $word != -* ]] || return 0; done
+  return 1
+}
 
-launch() { # several processes; returns the run's own exit code, which accelerate turns into 1
+launch() { # run several processes; exit with the run's own code, because accelerate's is 0 or 1
   local checked cores pid code=0
   checked="$("$python" -m hqqtrain --check "$@")" || exit "$?"
   [[ $checked != "sweep of "* && $checked != "slurm job:"* ]] || exec "$python" -m hqqtrain "$@"
@@ -82,13 +89,14 @@ launch() { # several processes; returns the run's own exit code, which accelerat
     die "NNODES=$nnodes: set NODE_RANK (0 to $((nnodes - 1))) and MASTER_ADDR on every node."
   cores="$(getconf _NPROCESSORS_ONLN)" HQQTRAIN_EXIT_CODE="$(mktemp)"
   export HQQTRAIN_EXIT_CODE OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}"
-  # --multi_gpu selects accelerate's launcher for several processes, on a CPU as well
+  # --multi_gpu selects accelerate's launcher for several processes, also on a CPU.
   "$python" -m accelerate.commands.launch --multi_gpu --num_machines "$nnodes" \
     --num_processes "$((nproc * nnodes))" --machine_rank "${NODE_RANK:-0}" \
     --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --mixed_precision no --dynamo_backend no \
     --main_process_port "${MASTER_PORT:-$((nnodes > 1 ? 29500 : 0))}" -m hqqtrain "$@" &
   pid=$!
   trap 'kill -TERM "$pid" 2>/dev/null || true' TERM INT USR1
+  # A signal ends `wait` early, so wait again until the process has ended.
   while kill -0 "$pid" 2>/dev/null; do wait "$pid" && code=0 || code=$?; done
   ((code == 0)) || code="$(cat "$HQQTRAIN_EXIT_CODE")"
   rm -f "$HQQTRAIN_EXIT_CODE"

@@ -23,7 +23,7 @@ from hqqtrain.common.errors import (
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.compose.command import Command, compose_command
 from hqqtrain.compose.help import help_text
-from hqqtrain.compose.recipes import recipe_files
+from hqqtrain.compose.recipes import find_recipes
 from hqqtrain.launch.slurm.ranks import set_rank_env_from_slurm
 from hqqtrain.launch.slurm.submit import submit_job, submit_sweep
 from hqqtrain.launch.slurm.validate import check_same_launch
@@ -113,7 +113,7 @@ def _split_flags(arguments: list[str]) -> tuple[set[str], list[str]]:
             flags.add(_FLAGS[argument])
         elif "=" not in argument and not argument.startswith("~"):
             # The user may have typed the name of a recipe without `recipe=`.
-            recipes = (f"recipe={name}" for name in recipe_files())
+            recipes = (f"recipe={name}" for name in find_recipes())
             suggestion = did_you_mean(f"recipe={argument}", recipes)
             raise UserError(f"{argument}: must be key=value.{suggestion} See --help.")
         else:

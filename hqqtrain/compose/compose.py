@@ -20,7 +20,7 @@ from hqqtrain.compose.messages import (
     unknown_recipe_error,
     unreadable_override_error,
 )
-from hqqtrain.compose.recipes import recipe_files
+from hqqtrain.compose.recipes import find_recipes
 from hqqtrain.compose.source import RECIPE_GROUP, RecipeSearchPath, RecipeSource
 from hqqtrain.config.run import RunConfig
 
@@ -108,7 +108,7 @@ def _check_override(override: Override) -> None:
     if key.split(".")[0] == "sweep":
         raise UserError(f"{override.input_line}: only allowed in recipes; use -m key=value,value.")
     if key == RECIPE_GROUP:
-        if str(value) not in recipe_files():
+        if str(value) not in find_recipes():
             raise unknown_recipe_error(str(value))
     elif not (key in _OPTION_GROUPS and isinstance(value, str)):  # model=llama8b names an option
         check_type(key, value)

@@ -7,7 +7,7 @@ from typing import Any, cast
 from hqqtrain import __doc__ as package_summary
 from hqqtrain import __version__
 from hqqtrain.compose.messages import expected_type
-from hqqtrain.compose.recipes import RECIPES_VARIABLE, recipe_description, recipe_files
+from hqqtrain.compose.recipes import RECIPES_VARIABLE, find_recipes, read_recipe_description
 from hqqtrain.config.run import TASKS, RunConfig
 
 _LINE_WIDTH, _INDENT, _LEFT_COLUMN_WIDTH = 100, 2, 32
@@ -41,7 +41,7 @@ _EXIT_CODES = {
 
 def help_text() -> str:
     """Return the whole text that `--help` prints."""
-    recipes = {name: recipe_description(file) for name, file in sorted(recipe_files().items())}
+    recipes = {name: read_recipe_description(file) for name, file in sorted(find_recipes().items())}
     places = f"from ./recipes, the folders in {RECIPES_VARIABLE} and the built-in ones"
     return "\n\n".join(
         [

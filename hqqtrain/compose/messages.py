@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from hqqtrain.common.errors import UserError, did_you_mean
-from hqqtrain.compose.recipes import RECIPES_VARIABLE, recipe_files
+from hqqtrain.compose.recipes import RECIPES_VARIABLE, find_recipes
 from hqqtrain.compose.schema import ComposedConfig, known_keys
 
 _TYPE_NAMES = {
@@ -22,7 +22,7 @@ _TYPE_NAMES = {
 
 def unknown_recipe_error(name: str) -> UserError:
     """Return the error for a `recipe=` that no recipe folder contains."""
-    known = sorted(recipe_files())
+    known = sorted(find_recipes())
     return UserError(
         f"recipe={name}: no such recipe.{did_you_mean(name, known)} Recipes: {', '.join(known)}. "
         f"To add your own, create ./recipes/{name}.yaml or set {RECIPES_VARIABLE} to its folder."

@@ -11,7 +11,7 @@ RECIPES_VARIABLE = "HQQTRAIN_RECIPES"
 """Environment variable with the user's recipe folders, separated as in PATH."""
 
 
-def recipe_dirs() -> list[tuple[str, Path]]:
+def find_recipe_folders() -> list[tuple[str, Path]]:
     """Return (provider, folder) in order: $HQQTRAIN_RECIPES, ./recipes, then the built-in ones."""
     listed = [Path(part) for part in os.environ.get(RECIPES_VARIABLE, "").split(os.pathsep) if part]
     folders = [(RECIPES_VARIABLE, folder) for folder in listed]
@@ -22,16 +22,16 @@ def recipe_dirs() -> list[tuple[str, Path]]:
     return [(provider, folder) for folder, provider in providers.items() if folder.is_dir()]
 
 
-def recipe_files() -> dict[str, Path]:
+def find_recipes() -> dict[str, Path]:
     """Return the file of every recipe by name; an earlier folder wins over a later one."""
     files: dict[str, Path] = {}
-    for _, folder in recipe_dirs():
+    for _, folder in find_recipe_folders():
         for file in sorted(folder.glob("*.yaml")):
             files.setdefault(file.stem, file)
     return files
 
 
-def recipe_description(file: Path) -> str:
+def read_recipe_description(file: Path) -> str:
     """Return the comment on the first line of a recipe, without the `#`, or an empty string."""
     with file.open(encoding="utf-8", errors="replace") as lines:
         first_line = lines.readline().strip()

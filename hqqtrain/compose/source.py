@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.compose.messages import broken_yaml_error, check_type
-from hqqtrain.compose.recipes import recipe_dirs
+from hqqtrain.compose.recipes import find_recipe_folders
 from hqqtrain.compose.schema import describe_unknown_key
 
 RECIPE_GROUP = "recipe"
@@ -68,7 +68,7 @@ class RecipeSearchPath(SearchPathPlugin):
     """Adds every recipe folder to Hydra's search path, the user's before the built-in one."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        for provider, folder in recipe_dirs():
+        for provider, folder in find_recipe_folders():
             search_path.append(provider, f"recipe://{folder}")
 
 

@@ -1,4 +1,4 @@
-"""Numbers of launchers and Slurm, with and without them."""
+"""The numbers that launchers and Slurm give a process, and the defaults without them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a command line stands for: one run or the jobs of a sweep, each in its own folder."""
+"""A command line describes one run, or the jobs of a sweep, each in its own folder."""
 
 import re
 
@@ -22,8 +22,8 @@ def test_a_command_without_a_sweep_is_one_run():
 
 def test_a_sweep_has_a_job_for_every_combination_and_lists_their_folders():
     command = compose_command(["run.root=out", "quant.nbits=2,3", "train.seed=1"], multirun=True)
-    found = [(job.config.quant.nbits, job.config.train.seed) for job in command.jobs]
-    assert found == [(2, 1), (3, 1)]
+    settings = [(job.config.quant.nbits, job.config.train.seed) for job in command.jobs]
+    assert settings == [(2, 1), (3, 1)]
     title, *lines = command.describe_directories().splitlines()
     assert title == "sweep of 2 jobs:"
     assert [line.split()[0] for line in lines] == [str(job.folder) for job in command.jobs]
@@ -62,8 +62,8 @@ def test_the_configuration_as_a_recipe_composes_to_itself(tmp_path, monkeypatch)
 
 def test_the_recipes_of_a_sweep_are_documents_of_one_file():
     text = compose_command(["quant.nbits=2,3"], multirun=True).as_recipes()
-    found = [document["quant"]["nbits"] for document in yaml.safe_load_all(text)]
-    assert found == [2, 3]
+    nbits = [document["quant"]["nbits"] for document in yaml.safe_load_all(text)]
+    assert nbits == [2, 3]
     assert len(re.findall("^# Everything that", text, re.MULTILINE)) == 2
 
 

@@ -59,9 +59,9 @@ def test_ranges_and_lists_as_values():
 
 
 def test_a_sweep_over_recipes_includes_the_sweeps_of_the_recipes():
-    found = expand(["recipe=tiny_2bit,sweep_bits"], multirun=True)
-    assert found[0] == ["recipe=tiny_2bit"]
-    assert found[1:] == [
+    jobs = expand(["recipe=tiny_2bit,sweep_bits"], multirun=True)
+    assert jobs[0] == ["recipe=tiny_2bit"]
+    assert jobs[1:] == [
         ["recipe=sweep_bits", f"quant.nbits={nbits}", f"quant.group_size={size}"]
         for nbits in (4, 3, 2, 1)
         for size in (32, 64, 128)

@@ -1,7 +1,7 @@
 """`--help` lists every key, task and recipe."""
 
 from hqqtrain.compose.help import help_text
-from hqqtrain.compose.recipes import recipe_description, recipe_files
+from hqqtrain.compose.recipes import find_recipes, read_recipe_description
 from hqqtrain.compose.schema import known_keys
 from hqqtrain.config.run import TASKS
 
@@ -13,9 +13,9 @@ def test_every_key_task_and_recipe_is_listed_with_its_help():
             assert f" {key}=" in text, key
     for task in TASKS:
         assert f" {task} " in text
-    for name, file in recipe_files().items():
+    for name, file in find_recipes().items():
         assert name in text
-        assert recipe_description(file) in text
+        assert read_recipe_description(file) in text
 
 
 def test_defaults_choices_and_types_are_shown():

@@ -7,7 +7,7 @@ import pytest
 from hqqtrain.common.errors import UserError
 from hqqtrain.compose.compose import compose_config
 from hqqtrain.compose.expand import expand_jobs
-from hqqtrain.compose.recipes import RECIPES_VARIABLE, recipe_description, recipe_files
+from hqqtrain.compose.recipes import RECIPES_VARIABLE, find_recipes, read_recipe_description
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_recipe_in_the_working_directory(recipes):
     config = compose_config(["recipe=mine"])
     assert (config.recipe, config.quant.nbits, config.quant.group_size) == ("mine", 3, 64)
     assert config.run_name().startswith("mine-")
-    assert recipe_description(recipe_files()["mine"]) == "Mine."
+    assert read_recipe_description(find_recipes()["mine"]) == "Mine."
 
 
 def test_a_recipe_may_extend_a_built_in_one(recipes):
@@ -58,7 +58,7 @@ def test_the_variable_precedes_the_working_directory_and_that_the_built_in(recip
 
 def test_built_in_recipes_are_found_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert {"tiny_2bit", "llama8b_4bit", "llama8b_2bit", "llama70b_2bit"} <= recipe_files().keys()
+    assert {"tiny_2bit", "llama8b_4bit", "llama8b_2bit", "llama70b_2bit"} <= find_recipes().keys()
 
 
 def test_a_broken_recipe_only_affects_its_own_runs(recipes):

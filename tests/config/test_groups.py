@@ -51,12 +51,12 @@ def test_offload_covers_what_its_name_says(offload, activations, parameters):
 
 
 def test_every_group_has_sound_defaults_and_a_help_text_for_every_key():
-    found = [kind for kind in vars(groups).values() if is_dataclass(kind)]
-    assert len(found) > 5
-    for kind in found:
-        assert kind.__doc__
-        assert list(field_errors("group", kind())) == []
-        for item in fields(kind):
+    classes = [item for item in vars(groups).values() if is_dataclass(item)]
+    assert len(classes) > 5
+    for group in classes:
+        assert group.__doc__
+        assert list(field_errors("group", group())) == []
+        for item in fields(group):
             assert item.metadata["help"], item.name
 
 

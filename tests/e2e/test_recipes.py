@@ -5,7 +5,7 @@ import torch
 
 from hqqtrain.compose.compose import compose_config
 from hqqtrain.compose.expand import expand_jobs
-from hqqtrain.compose.recipes import recipe_description, recipe_files
+from hqqtrain.compose.recipes import find_recipes, read_recipe_description
 from hqqtrain.config.run import RunConfig
 from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.source import shipped_folder
@@ -21,19 +21,19 @@ EXPECTED_BILLIONS = {
 def _configs() -> list:
     return [
         pytest.param(composed.checked(), id=" ".join(words))
-        for name in sorted(recipe_files())
+        for name in sorted(find_recipes())
         for words, composed in expand_jobs([f"recipe={name}"], multirun=False)
     ]
 
 
 def test_the_documented_recipes_exist():
     documented = {"tiny_2bit", "llama8b_4bit", "llama8b_2bit", "llama70b_2bit", "sweep_bits"}
-    assert documented <= recipe_files().keys()
+    assert documented <= find_recipes().keys()
 
 
-@pytest.mark.parametrize("name", sorted(recipe_files()))
+@pytest.mark.parametrize("name", sorted(find_recipes()))
 def test_a_recipe_starts_with_a_description(name):
-    text = recipe_description(recipe_files()[name])
+    text = read_recipe_description(find_recipes()[name])
     assert text.endswith(".")
     assert 20 < len(text) < 95
 
@@ -53,7 +53,7 @@ def test_a_recipe_builds_its_quantized_model_on_meta(config: RunConfig):
 
 
 def test_the_names_of_recipes_agree_with_nbits():
-    for name in recipe_files():
+    for name in find_recipes():
         if name.endswith("bit"):
             assert compose_config([f"recipe={name}"]).quant.nbits == int(name[-4])
 

@@ -36,12 +36,12 @@ def test_begin_writes_config_and_status(tmp_path):
         run.begin(["hqqtrain", "recipe=x", "hub.token=secret"])
         assert run.read_status().status == "running"
         assert run.read_status().exit_code is None
-    found = yaml.safe_load((run.path / "config.yaml").read_text())
-    assert {k: found[k] for k in asdict(config)} == asdict(config)
-    assert found["identity"] == config.identity()
-    assert found["command"] == ["hqqtrain", "recipe=x", "hub.token=***"]
-    assert found["versions"].keys() >= {"python", "torch", "transformers", "peft"}
-    assert "git_revision" in found
+    content = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert {k: content[k] for k in asdict(config)} == asdict(config)
+    assert content["identity"] == config.identity()
+    assert content["command"] == ["hqqtrain", "recipe=x", "hub.token=***"]
+    assert content["versions"].keys() >= {"python", "torch", "transformers", "peft"}
+    assert "git_revision" in content
 
 
 def test_done_requires_status_and_summary(tmp_path):
@@ -208,8 +208,8 @@ def test_nonfinite_values_become_null_in_the_summary(tmp_path):
     with RunDirectory(_config(tmp_path)) as run:
         run.begin([])
         run.write_summary({"eval": {"perplexity": float("inf"), "kl": [float("nan"), 1.5]}})
-    found = json.loads((run.path / "summary.json").read_text())
-    assert found == {"eval": {"perplexity": None, "kl": [None, 1.5]}}
+    content = json.loads((run.path / "summary.json").read_text())
+    assert content == {"eval": {"perplexity": None, "kl": [None, 1.5]}}
 
 
 def test_quantized_weights_are_recognized_by_their_source(tmp_path):

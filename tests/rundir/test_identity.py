@@ -1,4 +1,4 @@
-"""What a run was made from: configuration, inputs and software, compared with a later command."""
+"""The origin of a run: configuration, inputs and software, compared with a later command."""
 
 import subprocess
 
@@ -114,8 +114,8 @@ def test_only_a_local_model_has_a_source_digest(tmp_path):
 
 
 def test_versions_are_those_of_installed_packages(monkeypatch):
-    found = package_versions()
-    assert {"python", "torch", "numpy"} <= found.keys()
+    versions = package_versions()
+    assert {"python", "torch", "numpy"} <= versions.keys()
     monkeypatch.setattr(identity, "_PACKAGES", ("no-such-package",))
     assert list(package_versions()) == ["python"]
 

@@ -40,8 +40,8 @@ def test_null_is_written_where_it_means_something():
 
 
 def test_models_have_the_order_of_the_table():
-    figures = EvalMetrics(final=ModelMetrics(2.0), full_precision=ModelMetrics(1.0))
-    assert list(Summary(eval=figures).measured_models()) == ["full_precision", "final"]
+    metrics = EvalMetrics(final=ModelMetrics(2.0), full_precision=ModelMetrics(1.0))
+    assert list(Summary(eval=metrics).measured_models()) == ["full_precision", "final"]
     assert Summary().measured_models() == {}
 
 

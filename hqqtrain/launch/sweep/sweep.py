@@ -87,9 +87,10 @@ def _shared_overrides(job: Job, name: str) -> tuple[str, ...]:
     config, given = job.config, _values_by_key(job)
     overrides = []
     if config.quant.cache_dir is None and "quant.cache_dir" not in given:
-        overrides.append(f"quant.cache_dir={_quoted(str(Path(config.run.root) / 'quantized'))}")
+        cache_dir = str(Path(config.run.root) / "quantized")
+        overrides.append(f"quant.cache_dir={_quote_value(cache_dir)}")
     if config.track.group is None and "track.group" not in given:
-        overrides.append(f"track.group={_quoted(name)}")
+        overrides.append(f"track.group={_quote_value(name)}")
     return tuple(overrides)
 
 
@@ -103,10 +104,10 @@ def _differing_keys(jobs: Sequence[Job]) -> list[str]:
 def _masked_values(job: Job, keys: Sequence[str]) -> dict[str, str]:
     """Return the values of `keys` for `job`, with secrets masked; empty where one is not set."""
     given = _values_by_key(job)
-    return {key: mask_secrets(_unescaped(given.get(key, "")), key) for key in keys}
+    return {key: mask_secrets(_unescape_value(given.get(key, "")), key) for key in keys}
 
 
-def _unescaped(value: str) -> str:
+def _unescape_value(value: str) -> str:
     """Remove the escapes of a sweep's value, so that secrets in it are recognized."""
     return value if value[:1] in ("'", '"') else re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value)
 
@@ -117,7 +118,7 @@ def _values_by_key(job: Job) -> dict[str, str]:
     return {key.lstrip("+"): value for key, _, value in pairs}
 
 
-def _quoted(text: str) -> str:
+def _quote_value(text: str) -> str:
     """Quote `text` as the value of an override, because Hydra's grammar has special characters."""
     if re.fullmatch(r"[\w./-]*[A-Za-z/][\w./-]*", text, re.ASCII):
         return text

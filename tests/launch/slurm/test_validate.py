@@ -1,4 +1,4 @@
-"""What must not become a batch file: secrets, backslashes, and arrays of unequal jobs."""
+"""Commands that must not become a batch file: secrets, backslashes, arrays of unequal jobs."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The Pareto front, and plots of jobs with complete and with missing figures."""
+"""The Pareto front, and plots of jobs with complete and with missing metrics."""
 
 import io
 

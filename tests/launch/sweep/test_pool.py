@@ -55,11 +55,11 @@ def test_a_process_killed_by_a_signal_has_a_negative_exit_code(tmp_path):
 def test_handlers_are_restored_and_ignored_signals_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        found = [signal.getsignal(number) for number in FORWARDED_SIGNALS]
+        handlers = [signal.getsignal(number) for number in FORWARDED_SIGNALS]
         with ProcessPool():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            assert signal.getsignal(signal.SIGTERM) != found[1]
-        assert [signal.getsignal(number) for number in FORWARDED_SIGNALS] == found
+            assert signal.getsignal(signal.SIGTERM) != handlers[1]
+        assert [signal.getsignal(number) for number in FORWARDED_SIGNALS] == handlers
     finally:
         signal.signal(signal.SIGHUP, before)
 

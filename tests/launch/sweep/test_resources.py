@@ -28,8 +28,8 @@ def test_a_job_that_runs_alone_gets_the_whole_machine():
     ],
 )
 def test_gpus_are_partitioned_evenly(listed, jobs, shares):
-    found = partition_devices(jobs, {"CUDA_VISIBLE_DEVICES": listed})
-    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == shares
+    envs = partition_devices(jobs, {"CUDA_VISIBLE_DEVICES": listed})
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in envs] == shares
 
 
 def test_gpus_are_counted_without_cuda_visible_devices(tmp_path, monkeypatch):
@@ -38,7 +38,7 @@ def test_gpus_are_counted_without_cuda_visible_devices(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert visible_gpus({}) == ["0", "1"]
-    assert [each["CUDA_VISIBLE_DEVICES"] for each in partition_devices(2, {})] == ["0", "1"]
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in partition_devices(2, {})] == ["0", "1"]
 
 
 def test_more_jobs_than_gpus_are_refused():
@@ -67,8 +67,8 @@ def test_settings_for_the_whole_machine_are_refused(more, message):
     [(2, {}, "4"), (3, {}, "2"), (16, {}, "1"), (2, {"NPROC": "2"}, "2")],
 )
 def test_without_gpus_the_cores_are_partitioned(jobs, environ, threads):
-    found = partition_devices(jobs, {"CUDA_VISIBLE_DEVICES": "", **environ})
-    assert found == [{"OMP_NUM_THREADS": threads}] * jobs
+    envs = partition_devices(jobs, {"CUDA_VISIBLE_DEVICES": "", **environ})
+    assert envs == [{"OMP_NUM_THREADS": threads}] * jobs
 
 
 def test_the_users_omp_num_threads_is_kept():
@@ -76,8 +76,8 @@ def test_the_users_omp_num_threads_is_kept():
 
 
 def test_cores_are_partitioned_among_the_processes_of_all_gpus():
-    found = partition_devices(2, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
-    assert {each["OMP_NUM_THREADS"] for each in found} == {"2"}
+    envs = partition_devices(2, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
+    assert {env["OMP_NUM_THREADS"] for env in envs} == {"2"}
 
 
 def test_a_machine_without_nvidia_smi_has_no_gpus(monkeypatch):
