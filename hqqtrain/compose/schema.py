@@ -80,7 +80,7 @@ def _similar_key(key: str, group: str, allowed: list[str]) -> str | None:
     keys = [known for known, _ in known_keys() if known != "sweep"]
     # A key of the same name in another group fits, however different the name of the group is.
     same_name = [known for known in keys if known.endswith(f".{name}")]
-    similar = get_close_matches(key, same_name, n=1, cutoff=0.0) or get_close_matches(
-        key, keys, n=1
-    )
+    if same_name:
+        return get_close_matches(key, same_name, n=1, cutoff=0.0)[0]
+    similar = get_close_matches(key, keys, n=1)
     return similar[0] if similar else None
