@@ -1,8 +1,8 @@
 """The private parts of other libraries that hqqtrain needs, each under a public name.
 
-Any release of PyTorch, PEFT, transformers or DeepSpeed may change them without notice. Here they
-are one file, and `tests/test_compat.py` uses each of them with the installed library. Only PyTorch
-is imported; callers pass the objects of the other libraries.
+Any release of PyTorch, PEFT, transformers or DeepSpeed may change them without notice. This file
+has all of them, and `tests/test_compat.py` uses each of them with the installed library. Only
+PyTorch is imported; callers pass the objects of the other libraries.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
 # PyTorch
 
 default_store = _get_default_store
-"""Return the store of the default process group, which heartbeats are exchanged in.
+"""Return the store of the default process group, through which ranks exchange heartbeats.
 
 PyTorch has no public way to get the store that a launcher has made.
 """
@@ -40,17 +40,17 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     `nn.Module` has no public way to tell them from the others without building a state dict, in
     which other libraries' hooks rename and add entries.
     """
-    skipped = module._non_persistent_buffers_set
-    return {name: buffer for name, buffer in _buffers(module) if name not in skipped}
+    omitted = module._non_persistent_buffers_set
+    return {name: buffer for name, buffer in _direct_buffers(module) if name not in omitted}
 
 
 def non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Return the buffers of `module` itself that no checkpoint contains, by name."""
-    chosen = module._non_persistent_buffers_set
-    return {name: buffer for name, buffer in _buffers(module) if name in chosen}
+    omitted = module._non_persistent_buffers_set
+    return {name: buffer for name, buffer in _direct_buffers(module) if name in omitted}
 
 
-def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+def _direct_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     return list(module.named_buffers(recurse=False, remove_duplicate=False))
 
 
@@ -123,8 +123,9 @@ def zero3_inner_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def disable_deepspeed_shared_memory(deepspeed: Any) -> None:
-    """Keep DeepSpeed from compiling its own all-reduce for processes of one CPU.
+    """Keep DeepSpeed from compiling its own all-reduce for processes on the same CPU.
 
-    It is not needed here, needs a C++ compiler, and no setting turns it off at run time.
+    The compilation needs a C++ compiler. Training does not need this all-reduce, but DeepSpeed has
+    no setting that turns it off at run time.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -30,13 +30,14 @@ from hqqtrain.formats.peft import BaseModelRef, load_adapter, write_adapter
 from hqqtrain.formats.writer import save_tensors
 
 FORMAT = 1
+"""Version of the format, which state.json names."""
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder whose checksums were verified, and its state.json."""
+    """A checkpoint whose checksums were verified: its folder and the content of state.json."""
 
     folder: Path
     state: dict[str, Any]
@@ -50,7 +51,7 @@ class Checkpoint:
         """Load the optimizer's tensors by `<PEFT's name>/<key>`.
 
         Raises:
-            UserError: the file was changed after its checksum was verified.
+            UserError: The file was changed after its checksum was verified.
         """
         path = self.folder / OPTIMIZER
         try:
@@ -71,7 +72,7 @@ def write_checkpoint(
     """Write a checkpoint completely or not at all.
 
     Raises:
-        OSError: the disk is full or fails.
+        OSError: The disk is full or fails.
     """
     with atomic_directory(folder) as partial:
         write_adapter(partial, adapter, config, base)
@@ -84,7 +85,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Verify every byte of a checkpoint and read its state.json.
 
     Raises:
-        DamagedError: a file is missing or changed, or this version does not know the format.
+        DamagedError: A file is missing or changed, or this version does not know the format.
     """
     check_sealed(folder)
     try:

@@ -45,25 +45,25 @@ class CheckpointContents:
         lora: Configuration of the trained adapter, for `adapter_config.json`.
         base: The model that the adapter belongs to.
         parts: Further parts of the run by their key in `state.json`.
-        facts: Constants of the run by their key in `state.json`.
+        constants: Constants of the run by their key in `state.json`.
     """
 
     lora: LoraConfig
     base: BaseModelRef
     parts: Mapping[str, Stateful]
-    facts: Mapping[str, Any]
+    constants: Mapping[str, Any]
 
 
 class CheckpointManager:
     """Saves and restores the state of `trainer`. Use it as a context manager.
 
-    Training waits only while the state is copied; the first rank writes it in the background. All
+    Training waits only while the state is copied; rank 0 writes the copy in the background. All
     methods are collective.
 
     Args:
         trainer: The trainer. Its state gives the top-level keys of `state.json`.
-        contents: The other contents of a checkpoint. The manager saves the parts; who opens the run
-            again restores them, before a trainer exists.
+        contents: The other contents of a checkpoint. The manager saves the parts but does not
+            restore them, because a task needs them before a trainer exists.
         store: The folder of the checkpoints.
         config: When a checkpoint is due.
         comm: All ranks of the run.
@@ -84,9 +84,9 @@ class CheckpointManager:
         self._snapshot = StateSnapshot(comm)
         self._background = BackgroundExecutor("checkpoints")
         self._saved_step: int | None = None
-        self._saves, self._seconds = 0, 0.0  # the seconds are those that training has waited
-        count = sum(map(global_numel, trainer.trainable_parameters.values()))
-        preemption.expect_checkpoint_bytes(_BYTES_PER_PARAMETER * count)
+        self._num_saves, self._seconds_waited = 0, 0.0
+        num_parameters = sum(map(global_numel, trainer.trainable_parameters.values()))
+        preemption.expect_checkpoint_bytes(_BYTES_PER_PARAMETER * num_parameters)
 
     def __enter__(self) -> "CheckpointManager":
         return self
@@ -128,20 +128,20 @@ class CheckpointManager:
             self._preemption.raise_preempted(self._comm)
 
     def save(self, eval_loss: float | None = None) -> None:
-        """Copy the state of all ranks; the first rank writes it while training continues."""
-        began = time.perf_counter()
+        """Copy the state of all ranks; rank 0 writes it while training continues."""
+        start = time.perf_counter()
         self.wait_for_write()
         state = self._trainer.state_dict()
         self._snapshot.take(state.pop("tensors"))
         state |= {name: part.state_dict() for name, part in self._contents.parts.items()}
-        state |= {**self._contents.facts, "eval_loss": eval_loss}
+        state |= {**self._contents.constants, "eval_loss": eval_loss}
         state["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         if self._comm.is_main:
             self._background.start(lambda: self._write(state))
         self._saved_step = state["step"]
         self._trainer.guard.checkpoint_saved()
-        self._saves += 1
-        self._seconds += time.perf_counter() - began
+        self._num_saves += 1
+        self._seconds_waited += time.perf_counter() - start
 
     def wait_for_write(self) -> None:
         """Wait until the last checkpoint is on disk; log an error if it could not be written.
@@ -159,12 +159,12 @@ class CheckpointManager:
 
     def log_waiting_time(self) -> None:
         """Log how long training has waited for checkpoints."""
-        share = 100 * self._seconds / max(self._trainer.state.seconds, 1e-9)
+        percent = 100 * self._seconds_waited / max(self._trainer.state.seconds, 1e-9)
         logger.info(
             "training waited %.2f s for %d checkpoints, %.2f %% of its time",
-            self._seconds,
-            self._saves,
-            share,
+            self._seconds_waited,
+            self._num_saves,
+            percent,
         )
 
     def roll_back(self) -> None:
@@ -183,7 +183,7 @@ class CheckpointManager:
 
     def _write(self, state: dict[str, Any]) -> None:
         """Write a checkpoint and delete old ones. Runs on the background thread."""
-        began = time.perf_counter()
+        start = time.perf_counter()
         tensors = self._snapshot.tensors()
         adapter = {name: tensors[name] for name in self._trainer.trainable_parameters}
         optimizer = {name: tensor for name, tensor in tensors.items() if name not in adapter}
@@ -191,7 +191,7 @@ class CheckpointManager:
         write_checkpoint(
             folder, adapter, optimizer, self._contents.lora, self._contents.base, state
         )
-        self._preemption.record_write_seconds(time.perf_counter() - began)
+        self._preemption.record_write_seconds(time.perf_counter() - start)
         try:
             self._store.prune()
         except OSError as error:

@@ -16,9 +16,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CheckpointStore:
-    """The folder `root` of checkpoints.
+    """The folder of a run's checkpoints.
 
-    `prune` keeps the `keep_last` newest and the `keep_best` with the lowest `eval/loss`.
+    Attributes:
+        root: The folder.
+        keep_last: Number of the newest checkpoints that `prune` keeps.
+        keep_best: Number of the checkpoints with the lowest `eval/loss` that `prune` keeps.
     """
 
     root: Path
@@ -30,32 +33,36 @@ class CheckpointStore:
         return self.root / checkpoint_name(step)
 
     def steps(self) -> list[int]:
-        """Return the steps of all checkpoints, damaged ones included, in ascending order."""
+        """Return the steps of all checkpoints in ascending order.
+
+        Damaged checkpoints count until `newest_intact` has renamed them.
+        """
         return checkpoint_steps(self.root)
 
     def newest_intact(self) -> Checkpoint | None:
         """Return the newest intact checkpoint, or None if there are no checkpoints.
 
-        Newer checkpoints, which are damaged, are renamed so that `prune` does not count them.
+        The damaged checkpoints after it are renamed, so that `prune` does not count them.
 
         Raises:
-            UserError: all checkpoints are damaged. Starting from scratch would be a surprise.
+            UserError: All checkpoints are damaged. The run does not start from scratch by itself,
+                because the user expects it to resume.
         """
-        faults: dict[int, str] = {}
+        damage: dict[int, str] = {}  # step -> message
         for step in reversed(self.steps()):
             try:
-                found = read_checkpoint(self.folder(step))
+                checkpoint = read_checkpoint(self.folder(step))
             except DamagedError as error:
                 logger.warning("%s; trying the previous checkpoint", error)
-                faults[step] = str(error)
+                damage[step] = str(error)
                 continue
-            for damaged in faults:
-                _replace(self.folder(damaged), self.root / f"damaged-{self.folder(damaged).name}")
-            return found
-        if not faults:
+            for folder in map(self.folder, damage):
+                _replace(folder, self.root / f"damaged-{folder.name}")
+            return checkpoint
+        if not damage:
             return None
         raise UserError(
-            f"{self.root}: no checkpoint can be used: {'; '.join(faults.values())}. Restore one "
+            f"{self.root}: no checkpoint can be used: {'; '.join(damage.values())}. Restore one "
             "from a backup, or start from scratch with run.resume=never."
         )
 
@@ -65,20 +72,20 @@ class CheckpointStore:
             shutil.rmtree(path, ignore_errors=True)
 
     def prune(self) -> None:
-        """Delete all checkpoints except those to keep.
+        """Delete all checkpoints except the newest and the best ones.
 
         A folder is renamed before it is deleted, so that nobody sees a partial checkpoint.
         """
         steps = self.steps()
-        losses = {step: loss for step in steps if (loss := self._loss(step)) is not None}
+        losses = {step: loss for step in steps if (loss := self._read_loss(step)) is not None}
         # With equal losses, the later step counts as better.
         best = sorted(losses, key=lambda step: (losses[step], -step))[: self.keep_best]
-        for step in steps[: -self.keep_last]:
+        for step in steps[: max(0, len(steps) - self.keep_last)]:
             if step not in best:
                 _delete(self.folder(step))
 
-    def _loss(self, step: int) -> float | None:
-        """Return the `eval/loss` of a checkpoint, or None if it was not measured there."""
+    def _read_loss(self, step: int) -> float | None:
+        """Return the `eval/loss` that a checkpoint has recorded, or None if it has none."""
         try:
             state = json.loads((self.folder(step) / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -101,6 +108,7 @@ def _deletion_path(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.going")
 
 
-def _replace(folder: Path, name: Path) -> None:
-    shutil.rmtree(name, ignore_errors=True)
-    folder.rename(name)
+def _replace(source: Path, target: Path) -> None:
+    """Rename `source` to `target`, in place of a folder that is there already."""
+    shutil.rmtree(target, ignore_errors=True)
+    source.rename(target)

@@ -24,7 +24,7 @@ class Communicator:
     rank: int
     size: int
     device: torch.device
-    _numbers: Iterator[int] = field(
+    _store_key_numbers: Iterator[int] = field(
         default_factory=itertools.count, init=False, repr=False, compare=False
     )
 
@@ -32,7 +32,7 @@ class Communicator:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: Sequence[float] | torch.Tensor) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float] | torch.Tensor) -> list[float]:
         """Return the element-wise sum over all ranks, in float64. Collective.
 
         Values on the device are not copied to the host before they are summed.
@@ -42,7 +42,7 @@ class Communicator:
             dist.all_reduce(total)
         return total.tolist()
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Return `value` of every rank, in rank order; for small Python objects. Collective."""
         if self.size == 1:
             return [value]
@@ -68,26 +68,29 @@ class Communicator:
         body must not use collectives itself.
 
         Raises:
-            UserError: A rank has raised it; the message is the same on all ranks.
+            UserError: A rank has raised it. A rank with an error of its own raises that one; all
+                others raise the error of the lowest rank that has one.
             PreemptedError: Likewise.
-            RankLostError: Another rank has raised any other exception.
+            RankLostError: On the ranks without an error, if the error of that rank is any other
+                exception.
         """
-        own: Exception | None = None
+        own_error: Exception | None = None
         try:
             yield
         except Exception as error:
-            own = error
-        for rank, text in enumerate(self.gather(serialize_error(own))):
-            if own:
-                raise own
+            own_error = error
+        texts = self.all_gather_object(serialize_error(own_error))
+        if own_error:
+            raise own_error
+        for rank, text in enumerate(texts):
             if text:
                 raise deserialize_error(rank, text)
 
     def run_on_rank0(self, work: Callable[[], T]) -> T:
         """Call `work` on rank 0 only and return its result on every rank. Collective.
 
-        The result must be a small Python object. One broadcast carries it, or the error; the other
-        ranks have nothing to report.
+        The result must be a small Python object. Rank 0 broadcasts it, or the error that `work`
+        has raised.
 
         Raises:
             UserError: `work` has raised it; the message is the same on all ranks.
@@ -96,31 +99,34 @@ class Communicator:
         """
         if self.size == 1:
             return work()
-        own: Exception | None = None
-        answer: list[Any] = [None, ""]  # the result and the error
+        own_error: Exception | None = None
+        answer: list[Any] = [None, ""]  # the result and the serialized error
         if self.is_main:
             try:
                 answer[0] = work()
             except Exception as error:
-                own, answer[1] = error, serialize_error(error)
+                own_error, answer[1] = error, serialize_error(error)
         dist.broadcast_object_list(answer, src=0, device=self.device)
-        if own:
-            raise own
+        if own_error:
+            raise own_error
         if answer[1]:
             raise deserialize_error(0, answer[1])
         return answer[0]
 
-    def unique_key(self, name: str) -> str:
-        """Return a key that starts with `name` and is the same on all ranks.
+    def new_store_key(self, name: str) -> str:
+        """Return a key of the process group's store that no earlier call has returned.
 
-        All ranks must ask for keys in the same order.
+        It is the same on all ranks if all of them ask for their keys in the same order.
+
+        Args:
+            name: The purpose of the key, which becomes a part of it.
         """
-        return f"hqqtrain {name} {next(self._numbers)}"
+        return f"hqqtrain {name} {next(self._store_key_numbers)}"
 
-    def leave(self) -> None:
+    def shutdown(self) -> None:
         """Destroy the process group after all ranks have arrived. Collective.
 
-        Without it, a rank that exits first can abort one that is still connected.
+        Without this barrier, a rank that exits first can abort one that is still connected.
         """
         self.barrier()
         if dist.is_initialized():
@@ -134,18 +140,24 @@ class Communicator:
 SINGLE_PROCESS = Communicator(0, 1, torch.device("cpu"))
 """For work that one process does by itself, however many ranks the run has."""
 
-_SHARED = {kind.__name__: kind for kind in (UserError, PreemptedError)}
+_SHARED_ERRORS = {error.__name__: error for error in (UserError, PreemptedError)}
 """Errors that concern all ranks alike, so that every rank raises them unchanged."""
 
 
 def serialize_error(error: BaseException | None) -> str:
-    """Serialize `error` for the other ranks; empty if None."""
-    return f"{type(error).__name__}: {error}" if error else ""
+    """Serialize `error` for the other ranks; empty if None.
+
+    A subclass of a shared error is sent as that error, so that its meaning is not lost.
+    """
+    if error is None:
+        return ""
+    shared = (name for name, cls in _SHARED_ERRORS.items() if isinstance(error, cls))
+    return f"{next(shared, type(error).__name__)}: {error}"
 
 
 def deserialize_error(rank: int, text: str) -> UserError | PreemptedError | RankLostError:
     """Return the error to raise on this rank for `text`, which `serialize_error` made on `rank`."""
-    kind, _, message = text.partition(": ")
-    if kind in _SHARED:
-        return _SHARED[kind](message)
+    class_name, _, message = text.partition(": ")
+    if class_name in _SHARED_ERRORS:
+        return _SHARED_ERRORS[class_name](message)
     return RankLostError(f"rank {rank} failed: {text}")

@@ -1,7 +1,7 @@
 """Gather sharded tensors on rank 0, to save them.
 
-One collective carries many tensors. Gathering each tensor by itself would take as many collectives
-as a large model's adapter has tensors, thousands. Only rank 0 ever holds full tensors.
+One collective carries many tensors, because gathering each tensor by itself would take thousands of
+collectives for the adapter of a large model. Only rank 0 ever holds full tensors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,22 +22,26 @@ GATHER_BYTES = 1 << 27
 class LocalShard(NamedTuple):
     """This rank's shard of a tensor.
 
-    `part` is the shard. The flattened shards of the ranks in `owners`, concatenated in that order,
-    are the full tensor of shape `shape`. `shape` is None if the shards do not form one tensor.
+    Attributes:
+        tensor: The shard.
+        full_shape: Shape of the full tensor; None if the shards do not form one tensor.
+        owners: The ranks whose flattened shards, concatenated in this order, are the full tensor.
     """
 
-    part: Tensor
-    shape: torch.Size | None
+    tensor: Tensor
+    full_shape: torch.Size | None
     owners: tuple[int, ...]
 
 
-def local_shard_of(param: Tensor, part: Tensor, shape: torch.Size | None = None) -> LocalShard:
+def local_shard_of(
+    param: Tensor, tensor: Tensor, full_shape: torch.Size | None = None
+) -> LocalShard:
     """Describe a tensor that is sharded like `param`, such as its gradient or optimizer state.
 
     Args:
         param: The parameter whose sharding decides the owners.
-        part: This rank's shard of the tensor.
-        shape: Shape of the full tensor; None if the shards do not form one.
+        tensor: This rank's shard of the tensor.
+        full_shape: Shape of the full tensor; None if the shards do not form one tensor.
     """
     if zero3.is_partitioned(param):
         owners = tuple(range(dist.get_world_size()))
@@ -46,7 +50,7 @@ def local_shard_of(param: Tensor, part: Tensor, shape: torch.Size | None = None)
         owners = tuple(mesh.reshape(-1, mesh.shape[-1])[0].tolist())
     else:
         owners = (0,)
-    return LocalShard(part, shape, owners)
+    return LocalShard(tensor, full_shape, owners)
 
 
 def shard_index_and_count(param: Tensor) -> tuple[int, int]:
@@ -54,39 +58,42 @@ def shard_index_and_count(param: Tensor) -> tuple[int, int]:
     if zero3.is_partitioned(param):
         return dist.get_rank(), dist.get_world_size()
     if isinstance(param, DTensor):
-        last = param.device_mesh.ndim - 1
-        return param.device_mesh.get_local_rank(last), param.device_mesh.size(last)
+        shard_dim = param.device_mesh.ndim - 1  # a replicate dimension may precede it
+        return param.device_mesh.get_local_rank(shard_dim), param.device_mesh.size(shard_dim)
     return 0, 1
 
 
 def gather_to_rank0(
-    pieces: Sequence[LocalShard], comm: Communicator
+    local_shards: Sequence[LocalShard], comm: Communicator
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """Yield (index, shards of all owners) for each piece on rank 0, and nothing on other ranks.
+    """Yield (index, shards of all owners) for each tensor on rank 0, and nothing on other ranks.
 
-    The caller must copy the shards before it asks for the next piece: their memory is reused.
-    Every rank must pass the same pieces in the same order, and exhaust the iterator. Collective.
+    The caller must copy the shards before it asks for the next tensor: their memory is reused.
+    Every rank must pass its shards of the same tensors in the same order, and exhaust the iterator.
+    Collective.
     """
-    # Rank 0 has some tensors whole already; they need no communication.
+    # Rank 0 has some full tensors already; they need no communication.
     if comm.is_main:
-        for index, piece in enumerate(pieces):
-            if piece.owners == (0,):
-                yield index, [piece.part]
-    sharded = [index for index, piece in enumerate(pieces) if piece.owners != (0,)]
+        for index, shard in enumerate(local_shards):
+            if shard.owners == (0,):
+                yield index, [shard.tensor]
+    sharded = [index for index, shard in enumerate(local_shards) if shard.owners != (0,)]
     if not sharded:
         return
     # Shards differ in size between ranks and may be empty, so ranks first exchange the specs.
-    shards = [pieces[index].part.detach() for index in sharded]
-    specs = comm.gather([(shard.dtype, shard.shape) for shard in shards])  # [rank][shard]
+    tensors = [local_shards[index].tensor.detach() for index in sharded]
+    specs = comm.all_gather_object([(t.dtype, t.shape) for t in tensors])  # [rank][shard]
     for chunk in _chunks(specs):
         by_rank = _gather_chunk(
-            [shards[n] for n in chunk], [[spec[n] for n in chunk] for spec in specs], comm
+            [tensors[n] for n in chunk], [[of_rank[n] for n in chunk] for of_rank in specs], comm
         )
-        # `by_rank` is empty except on rank 0. Keep the shards of the owners, in their order:
-        # with hybrid sharding the other replicas send copies.
-        for position, n in enumerate(chunk if by_rank else ()):
-            index = sharded[n]
-            yield index, [by_rank[rank][position] for rank in pieces[index].owners]
+        if not comm.is_main:
+            continue
+        # Keep the shards of the owners, in their order: with hybrid sharding the other replicas
+        # send copies.
+        for position, n in enumerate(chunk):
+            owners = local_shards[sharded[n]].owners
+            yield sharded[n], [by_rank[rank][position] for rank in owners]
 
 
 ShardSpecs = list[tuple[torch.dtype, torch.Size]]
@@ -94,9 +101,12 @@ ShardSpecs = list[tuple[torch.dtype, torch.Size]]
 
 
 def _chunks(specs: list[ShardSpecs]) -> Iterator[list[int]]:
-    """Split the shards into runs of about `GATHER_BYTES` bytes over all ranks.
+    """Split the shards into chunks of about `GATHER_BYTES` bytes over all ranks.
 
-    The shard that reaches the limit is the last one of its run.
+    The shard that reaches the limit is the last one of its chunk.
+
+    Yields:
+        The positions of the shards of a chunk.
     """
     chunk: list[int] = []
     size = 0

@@ -1,8 +1,9 @@
 """Heartbeat between ranks that work for minutes without a collective.
 
 If one rank fails or vanishes, the others would work until their next collective and wait there for
-half an hour, NCCL's time-out. So each rank writes to the process group's store that it is alive and
-how its work ended, and reads the state of the others. This needs no collective.
+half an hour, the process group's time-out. Each rank therefore writes to the process group's store
+that it is alive and how its work ended, and reads the state of the others. The store needs no
+collective.
 """
 
 import json
@@ -24,23 +25,23 @@ HEARTBEAT_SECONDS = 0.5
 LOST_AFTER_SECONDS = 20.0
 """Seconds without a heartbeat after which a rank counts as lost.
 
-A thread sends the heartbeats. The long calls of torch and safetensors release the GIL, so it is
-delayed by seconds at most.
+A thread sends the heartbeats. The long calls of torch and safetensors release the GIL, so they
+delay the thread by seconds at most.
 """
 
 RemoteError = UserError | PreemptedError | RankLostError
 """Errors that `Heartbeat` raises for another rank."""
 
 _STORE_HOST = -1
-"""Key of `Heartbeat._lost` for the process that hosts the store."""
+"""Key of `Heartbeat._lost` for the process that hosts the store, which is not a rank."""
 
 
 class Heartbeat:
     """Context around work that each rank does on its own; the body must call `check` often.
 
-    All ranks enter and leave the context together. An error of one rank is raised on every rank: a
-    UserError or PreemptedError unchanged, any other error, or a rank that is gone, as RankLostError
-    on the other ranks. Collective.
+    All ranks enter and leave the context together. An error of one rank is raised on every rank.
+    The others raise a UserError or PreemptedError unchanged, and a RankLostError for any other
+    error or for a rank that is gone. Collective.
     """
 
     def __init__(self, comm: Communicator) -> None:
@@ -51,23 +52,23 @@ class Heartbeat:
         self._states: dict[int, dict[str, Any]] = {}  # the last state read from each rank
         self._lost: dict[int, str] = {}  # rank -> message
         self._store: Any = None  # where the ranks exchange their states, from `__enter__` on
-        self._read_at = time.monotonic()
-        self._changed_at: dict[int, float] = {}  # rank -> time at which its state was new
+        self._last_read_time = time.monotonic()
+        self._last_change_times: dict[int, float] = {}  # rank -> time of its newest state
         self._raised: RemoteError | None = None
-        self._over = threading.Event()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Heartbeat":
         if self._others:
             # A connection of its own, because the thread uses it while torch may use the first.
             default: Any = default_store()
-            self._store = dist.PrefixStore(self._comm.unique_key("heartbeat"), default.clone())
+            self._store = dist.PrefixStore(self._comm.new_store_key("heartbeat"), default.clone())
             self._store.set_timeout(timedelta(seconds=LOST_AFTER_SECONDS))
             # After the barrier the keys of all ranks exist, so `_read_states` never blocks on one.
             self._store.set(str(self._comm.rank), "{}")
             self._comm.barrier()
-            self._read_at = time.monotonic()
-            self._changed_at = dict.fromkeys(self._others, self._read_at)
+            self._last_read_time = time.monotonic()
+            self._last_change_times = dict.fromkeys(self._others, self._last_read_time)
             self._thread.start()
         return self
 
@@ -79,7 +80,7 @@ class Heartbeat:
             PreemptedError: Likewise.
             RankLostError: Another rank has raised any other error, or is gone.
         """
-        self._raised = self._error()
+        self._raised = self._remote_error()
         if self._raised:
             raise self._raised
 
@@ -90,15 +91,15 @@ class Heartbeat:
         if not self._others:
             return
         # Report only errors of this rank: one that `check` has raised is known to the others.
-        own = None if error is self._raised else error
-        self._end_state = {"ended": True, "fault": serialize_error(own)}
+        own_error = None if error is self._raised else error
+        self._end_state = {"ended": True, "fault": serialize_error(own_error)}
         # On KeyboardInterrupt or SystemExit, leave at once.
         if error is None or isinstance(error, Exception):
             self._wait_for_others()
-        self._over.set()
+        self._stop.set()
         self._thread.join(2 * HEARTBEAT_SECONDS)
         if error is None:
-            # Another rank may have failed after this one was done.
+            # Another rank may have failed after this rank's last `check`.
             self.check()
             # The host of the store must not exit before the others have read the last states.
             self._comm.barrier()
@@ -114,11 +115,11 @@ class Heartbeat:
             time.sleep(HEARTBEAT_SECONDS / 5)
 
     def _run(self) -> None:
-        """Body of the thread: send a heartbeat and read the others', until the work is over."""
+        """Body of the thread: send heartbeats and read those of others until `_stop` is set."""
         beats = 0
         try:
-            while not self._over.wait(HEARTBEAT_SECONDS):
-                # The counter changes the state, which is what proves that this rank is alive.
+            while not self._stop.wait(HEARTBEAT_SECONDS):
+                # The other ranks see by the changed counter that this rank is alive.
                 beats += 1
                 state = {"beat": beats} | self._end_state
                 self._store.set(str(self._comm.rank), json.dumps(state))
@@ -132,30 +133,36 @@ class Heartbeat:
         """Read the states of the other ranks and note those that have not changed for too long."""
         texts = self._store.multi_get([str(rank) for rank in self._others])
         now = time.monotonic()
-        # If this process itself was suspended, as by a debugger, the others had no chance to be
-        # seen: start their time again.
-        if now - self._read_at > LOST_AFTER_SECONDS / 4:
-            self._changed_at = dict.fromkeys(self._others, now)
-        self._read_at = now
+        # If this process itself was suspended, as by a debugger, it has missed the heartbeats of
+        # the others: measure their silence from now on.
+        if now - self._last_read_time > LOST_AFTER_SECONDS / 4:
+            self._last_change_times = dict.fromkeys(self._others, now)
+        self._last_read_time = now
         for rank, text in zip(self._others, texts, strict=True):
             state = json.loads(text)
             if state != self._states.get(rank, {}):
-                self._states[rank], self._changed_at[rank] = state, now
-                self._lost.pop(rank, None)  # it was only slow
-            elif not state.get("ended") and now - self._changed_at[rank] > LOST_AFTER_SECONDS:
+                self._states[rank], self._last_change_times[rank] = state, now
+                self._lost.pop(rank, None)  # a rank that counted as lost was only slow
+                continue
+            silence = now - self._last_change_times[rank]
+            if not state.get("ended") and silence > LOST_AFTER_SECONDS:
                 self._lost[rank] = (
                     f"rank {rank} is gone: no heartbeat for {LOST_AFTER_SECONDS:.0f} s."
                 )
 
     def _is_cut_off(self) -> bool:
-        """Whether the store is out of reach; it may hang without an error."""
-        return _STORE_HOST in self._lost or time.monotonic() - self._read_at > LOST_AFTER_SECONDS
+        """Whether the store is out of reach.
+
+        A call of the store may hang without an error, so the time since the last read counts, too.
+        """
+        silence = time.monotonic() - self._last_read_time
+        return _STORE_HOST in self._lost or silence > LOST_AFTER_SECONDS
 
     def _has_ended(self, rank: int) -> bool:
         return rank in self._lost or bool(self._states.get(rank, {}).get("ended"))
 
-    def _error(self) -> RemoteError | None:
-        """Return the error to raise on this rank, None if all is well."""
+    def _remote_error(self) -> RemoteError | None:
+        """Return the error of another rank that this rank must raise, or None."""
         if not self._others:
             return None
         for rank, state in sorted(self._states.items()):

@@ -1,4 +1,4 @@
-"""One view of parameters, sharded or not: rows of this rank, local tensor, full tensor.
+"""Access to parameters, sharded or not: rows of this rank, local tensor, full tensor.
 
 FSDP2 shards dimension 0 as `torch.chunk` does. W_q, scale and zero share that dimension (whole
 output rows, or row classes), so a rank's rows of all three describe the same weights. FSDP1 and
@@ -18,10 +18,12 @@ from hqqtrain.distributed.strategies import zero3
 
 
 class ReplicaGroup(NamedTuple):
-    """The ranks that hold the same part of a parameter, as seen by this rank.
+    """The ranks that hold the same shard of a parameter as this rank.
 
-    `size` is their number, `rank` the index of this rank among them, and `group` the process group
-    to broadcast in (None: all ranks).
+    Attributes:
+        size: Number of these ranks.
+        rank: Index of this rank among them.
+        group: The process group to broadcast in; None: all ranks.
     """
 
     size: int
@@ -32,8 +34,8 @@ class ReplicaGroup(NamedTuple):
 def replica_group(param: Tensor, comm: Communicator) -> ReplicaGroup:
     """Return the replica group of `param`.
 
-    Every rank holds a parameter that is not sharded. A shard has one holder, or with hybrid
-    sharding one in each replica.
+    All ranks hold a parameter that is not sharded. A single rank holds a shard, or with hybrid
+    sharding one rank of each replica.
     """
     if not isinstance(param, DTensor):
         return ReplicaGroup(comm.size, comm.rank, None)
@@ -48,10 +50,10 @@ def local_rows(param: Tensor) -> slice:
     if not isinstance(param, DTensor):
         return slice(0, param.shape[0])
     mesh, rows = param.device_mesh, param.shape[0]
-    last = mesh.ndim - 1  # the shard dimension; a replicate dimension may precede it
-    share = -(-rows // mesh.size(last))
-    start = min(mesh.get_local_rank(last) * share, rows)
-    stop = min(start + share, rows)
+    shard_dim = mesh.ndim - 1  # a replicate dimension may precede it
+    rows_per_rank = -(-rows // mesh.size(shard_dim))  # rounded up, as in torch.chunk
+    start = min(mesh.get_local_rank(shard_dim) * rows_per_rank, rows)
+    stop = min(start + rows_per_rank, rows)
     assert stop - start == param.to_local().shape[0]
     return slice(start, stop)
 
@@ -105,14 +107,14 @@ def materialize(model: nn.Module, device: torch.device, *, offload: bool = False
         device: Device of the buffers, and of the parameters without `offload`.
         offload: Allocate the parameters on the host.
     """
-    made: dict[Tensor, Tensor] = {}
+    allocated: dict[Tensor, Tensor] = {}  # meta tensor -> tensor in memory
     for module in model.modules():
-        own: dict[str, Any] = {"recurse": False, "remove_duplicate": False}
-        for name, tensor in (*module.named_parameters(**own), *module.named_buffers(**own)):
-            if not tensor.is_meta:
+        direct: dict[str, Any] = {"recurse": False, "remove_duplicate": False}
+        for name, meta in (*module.named_parameters(**direct), *module.named_buffers(**direct)):
+            if not meta.is_meta:
                 continue
-            if tensor not in made:
-                is_param = isinstance(tensor, nn.Parameter)
-                memory = torch.empty_like(tensor, device="cpu" if offload and is_param else device)
-                made[tensor] = nn.Parameter(memory, tensor.requires_grad) if is_param else memory
-            setattr(module, name, made[tensor])
+            if meta not in allocated:
+                is_param = isinstance(meta, nn.Parameter)
+                memory = torch.empty_like(meta, device="cpu" if offload and is_param else device)
+                allocated[meta] = nn.Parameter(memory, meta.requires_grad) if is_param else memory
+            setattr(module, name, allocated[meta])

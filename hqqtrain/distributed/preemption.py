@@ -1,7 +1,7 @@
 """Preemption: stop all ranks together after a signal on any rank, or before a time limit.
 
-slurm sends SIGUSR1 before a job's end, and SIGTERM when another job takes its nodes. A signal
-reaches one rank at any moment, so the ranks act on it where they communicate anyway.
+slurm sends SIGUSR1 before a job's end, and SIGTERM when another job takes its nodes. A signal may
+reach a single rank at any moment, so the ranks act on it where they communicate anyway.
 """
 
 import logging
@@ -36,10 +36,9 @@ class PreemptionHandler:
     """
 
     def __init__(self, config: RunDirConfig) -> None:
-        self._deadline, self._limit = _deadline(config)
-        self._longest_step, self._longest_write = 0.0, 0.0
-        self._write_estimate = 0.0
-        self._is_near = False
+        self._deadline, self._limit_name = _deadline(config)  # seconds since 1970
+        self._longest_step = self._longest_write = self._write_estimate = 0.0  # seconds
+        self._limit_is_near = False
 
     def expect_checkpoint_bytes(self, size: int) -> None:
         """Estimate the time to write a checkpoint of `size` bytes, until one was written."""
@@ -62,8 +61,8 @@ class PreemptionHandler:
         # rest of a running one and a whole one.
         reserved = 2 * (self._longest_step + (self._longest_write or self._write_estimate))
         # Once near, the limit stays near, even if a checkpoint takes less time than estimated.
-        self._is_near |= time.time() + reserved + SPARE_SECONDS > self._deadline
-        return f"{self._limit} is nearly reached" if self._is_near else ""
+        self._limit_is_near |= time.time() + reserved + SPARE_SECONDS > self._deadline
+        return f"{self._limit_name} is nearly reached" if self._limit_is_near else ""
 
     def check(self, comm: Communicator) -> None:
         """Stop all ranks if any of them must stop. Collective.
@@ -71,11 +70,13 @@ class PreemptionHandler:
         Raises:
             PreemptedError: On every rank.
         """
-        if comm.sum([bool(self.stop_reason)])[0]:
+        if comm.all_reduce_sum([bool(self.stop_reason)])[0]:
             self.raise_preempted(comm)
 
     def check_local(self) -> None:
-        """Stop this rank if it has received a signal, where others learn of it from the error.
+        """Stop this rank if it has received a signal.
+
+        The caller must report the error to the other ranks.
 
         Raises:
             PreemptedError: On this rank only.
@@ -89,16 +90,16 @@ class PreemptionHandler:
         Raises:
             PreemptedError: Always.
         """
-        reasons = comm.gather(self.stop_reason)
+        reasons = comm.all_gather_object(self.stop_reason)
         rank, reason = next((r for r in enumerate(reasons) if r[1]), (0, "it was asked to stop"))
         raise PreemptedError(reason if rank == 0 else f"rank {rank}: {reason}")
 
 
 def _deadline(config: RunDirConfig) -> tuple[float, str]:
-    """Return (seconds since 1970, who set the limit); infinity without a limit."""
+    """Return (seconds since 1970, name of the limit); infinity and "" without a limit."""
     if config.time_limit is not None:
-        began = psutil.Process().create_time()
-        return began + parse_seconds(config.time_limit), f"run.time_limit={config.time_limit}"
+        start = psutil.Process().create_time()
+        return start + parse_seconds(config.time_limit), f"run.time_limit={config.time_limit}"
     job = get_slurm_job_id()
     if job and get_rank() == 0:
         return _end_of_job(job), "slurm's time limit"

@@ -1,4 +1,4 @@
-"""State that all tasks of a run share: ranks, device, precision and strategy, all resolved."""
+"""The runtime that all tasks of a run share: ranks, device, precision and strategy, resolved."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch
 
 @dataclass(frozen=True)
 class Runtime:
-    """Runtime of one process, created once, after the configuration was checked.
+    """Runtime of one process. It is created once, after the configuration was checked.
 
     Attributes:
         comm: All ranks of the run.
@@ -64,25 +64,33 @@ class Runtime:
                 processes.
         """
         parallel, quant = settings.parallel, settings.quant
-        wanted, precision = reconcile_accelerate_config(os.environ, parallel, settings.train)
+        strategy_name, precision = reconcile_accelerate_config(os.environ, parallel, settings.train)
         precision = _resolve_precision(precision)
         accelerator = _start_accelerator(precision, parallel.offloads_parameters)
         comm = Communicator(
             accelerator.process_index, accelerator.num_processes, accelerator.device
         )
-        kind = resolve_strategy(wanted, comm)
+        strategy_class = resolve_strategy(strategy_name, comm)
         on_gpu = comm.device.type == "cuda"
         check_supported(
-            kind, settings, precision=precision, device=comm.device.type, world_size=comm.size
+            strategy_class,
+            settings,
+            precision=precision,
+            device=comm.device.type,
+            world_size=comm.size,
         )
         if parallel.offload != "none" and not on_gpu:
             logger.warning("parallel.offload=%s: has no effect on a CPU", parallel.offload)
         _select_backend(quant.backend, comm)
-        strategy = kind(
+        compute_dtype = PRECISION_DTYPES[precision]
+        replicas = 1
+        if parallel.hsdp:
+            replicas = count_replicas(comm.all_gather_object(get_local_world_size()))
+        strategy = strategy_class(
             comm,
-            kind.resolve_storage_dtype(quant.storage_dtype, PRECISION_DTYPES[precision]),
-            count_replicas(comm.gather(get_local_world_size())) if parallel.hsdp else 1,
-            on_gpu and parallel.offloads_parameters,
+            storage_dtype=strategy_class.resolve_storage_dtype(quant.storage_dtype, compute_dtype),
+            replicas=replicas,
+            offloads_parameters=on_gpu and parallel.offloads_parameters,
         )
         offloads_activations = on_gpu and parallel.offloads_activations
         return cls(comm, accelerator, strategy, precision, offloads_activations, preemption)
@@ -107,7 +115,7 @@ class Runtime:
 
     @property
     def offloads_parameters(self) -> bool:
-        """Whether the parameters are in host memory while they are not used."""
+        """Whether a GPU keeps the parameters in host memory between their uses."""
         return self.strategy.offloads_parameters
 
     @property
@@ -116,7 +124,7 @@ class Runtime:
 
     def peak_memory_gib(self) -> float:
         """Return the largest `peak_memory_bytes` of any rank so far, in GiB. Collective."""
-        return max(self.comm.gather(peak_memory_bytes(self.device))) / 2**30
+        return max(self.comm.all_gather_object(peak_memory_bytes(self.device))) / 2**30
 
 
 def _resolve_precision(precision: str) -> str:
@@ -150,8 +158,8 @@ def _select_backend(backend: str, comm: Communicator) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory of this rank: of its GPU, or without one of the process."""
+    """Return the peak memory of this rank in bytes: of its GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit

@@ -73,7 +73,7 @@ def evaluate_perplexity(
         sums += weight * batch_sums
         on_batch(int(batch_sums[3]))
     model.train(was_training)
-    loss, reference_loss, kl, tokens = comm.sum(sums)
+    loss, reference_loss, kl, tokens = comm.all_reduce_sum(sums)
     perplexity = _perplexity(loss / tokens)
     if reference is None:
         return EvalResult(perplexity, int(tokens))

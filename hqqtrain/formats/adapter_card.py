@@ -7,13 +7,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class AdapterCard:
-    """Facts about an adapter: its base, the quantization of the base, and the results.
+    """The content of a model card: the base, its quantization, and the results of the training.
 
     Attributes:
         base: The hub name or folder of the full-precision model.
         fingerprint: The fingerprint of the quantized base.
         group_size: Weights that share a scale; None: a whole row or column.
-        figures: Name -> value of the results, as the card shows them.
+        metrics: Name -> value of the results, as the card shows them.
     """
 
     base: str
@@ -24,7 +24,7 @@ class AdapterCard:
     solver: str
     bits_per_weight: float
     revision: str | None = None
-    figures: dict[str, float] | None = None
+    metrics: dict[str, float] | None = None
 
 
 def render_card(card: AdapterCard) -> str:
@@ -35,8 +35,8 @@ def render_card(card: AdapterCard) -> str:
     is_hub_name = card.base.count("/") == 1 and not Path(card.base).expanduser().exists()
     base_line = f"base_model: {json.dumps(card.base)}\n" if is_hub_name else ""
     table = ""
-    if card.figures:
-        rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in card.figures.items())
+    if card.metrics:
+        rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in card.metrics.items())
         table = f"| figure | value |\n| --- | --- |\n{rows}\n\n"
     return f"""---
 library_name: peft

@@ -1,8 +1,8 @@
 """Export dense weights for other tools: dequantized, with the adapter merged.
 
-The adapter was trained on the errors of the quantized weights. It is therefore merged into
-dequantize(W_q) in fp32 and rounded once, never into the original weights. Tensors are streamed one
-at a time, so the whole model is never in memory.
+The adapter was trained on the errors of the quantized weights. It is therefore merged into the
+dequantized weights and never into the original ones. The sum is computed in fp32 and rounded once.
+Tensors are streamed one at a time, so the whole model is never in memory.
 """
 
 import copy
@@ -47,21 +47,21 @@ def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapte
     adapted = set(adapter.modules) if adapter else set()
     _check_adapter(adapter, settings)
     # Collect the W_q, scale and zero of a layer until all three have arrived.
-    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    incomplete: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors:
-        module, _, leaf = name.rpartition(".")
-        if module not in settings.modules or leaf not in PACKED_PARAMETERS:
+        module, _, attribute = name.rpartition(".")
+        if module not in settings.modules or attribute not in PACKED_PARAMETERS:
             yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
             continue
-        parts = waiting.setdefault(module, {})
-        parts[leaf] = tensor.to(device)
-        if len(parts) == len(PACKED_PARAMETERS):
-            quantized = QuantizedWeight(**waiting.pop(module))
+        packed = incomplete.setdefault(module, {})
+        packed[attribute] = tensor.to(device)
+        if len(packed) == len(PACKED_PARAMETERS):
+            quantized = QuantizedWeight(**incomplete.pop(module))
             weight = dequantize_weight(quantized, settings.modules[module].layout, torch.float32)
             if adapter and module in adapted:
                 weight += adapter.delta(module, device)
             yield f"{module}.weight", weight.to(dtype)
-    assert not waiting, f"incomplete: {sorted(waiting)}"
+    assert not incomplete, f"tensors are missing of {sorted(incomplete)}"
 
 
 def export_dense(tensors: Tensors, folder: Path, *, hf_config: PretrainedConfig, source: Path,
@@ -81,42 +81,44 @@ def export_dense(tensors: Tensors, folder: Path, *, hf_config: PretrainedConfig,
     Returns:
         The bytes of all tensors.
     """
-    written: set[str] = set()
+    names: set[str] = set()
 
-    def recorded() -> Iterator[tuple[str, torch.Tensor]]:
+    def with_recorded_names() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors:
-            written.add(name)
+            names.add(name)
             yield name, tensor
 
     with collective_atomic_directory(folder, comm) as partial:
-        done = write_shards(recorded(), partial, max_bytes=max_shard_bytes, comm=comm)
+        written = write_shards(with_recorded_names(), partial, max_bytes=max_shard_bytes, comm=comm)
         if comm.is_main:
-            values = dense_config_json(_export_config(hf_config, dtype, written))
-            atomic_write_json(partial / "config.json", values)
+            config_json = dense_config_json(_export_config(hf_config, dtype, names))
+            atomic_write_json(partial / "config.json", config_json)
             copy_companion_files(source, partial)
-    return done.bytes
+    return written.bytes
 
 
 def _check_adapter(adapter: Adapter | None, settings: QuantizedSettings) -> None:
     if adapter is None:
         return
     adapter.check_base(settings.fingerprint, "adapter")
-    unknown = sorted(set(adapter.modules) - settings.modules.keys())
-    if unknown:
+    unknown_modules = sorted(set(adapter.modules) - settings.modules.keys())
+    if unknown_modules:
         raise UserError(
-            f"adapter: adapts {unknown[0]}, which is not a quantized linear layer of this base; "
-            "use an adapter of this model."
+            f"adapter: adapts {unknown_modules[0]}, which is not a quantized linear layer of this "
+            "base; use an adapter of this model."
         )
 
 
-def _export_config(hf_config: PretrainedConfig, dtype: torch.dtype, written: set[str],
-                   ) -> PretrainedConfig:  # fmt: skip
-    """Return the exported model's configuration.
+def _export_config(
+    hf_config: PretrainedConfig, dtype: torch.dtype, names: set[str]
+) -> PretrainedConfig:
+    """Return the configuration of an exported model with the tensors `names`.
 
-    Tying is disabled if a tied parameter has its own weights by now, as a quantized lm_head does.
+    Tying is disabled if the model contains a tied parameter, which has its own weights then. A
+    lm_head that was quantized does.
     """
     config = copy.deepcopy(hf_config)
     config.dtype = dtype
-    if written & tied_names(build_meta(hf_config)).keys():
+    if names & tied_names(build_meta(hf_config)).keys():
         config.tie_word_embeddings = False
     return config

@@ -1,6 +1,6 @@
 """Checksums of a folder, so that a changed or missing byte is found before the files are used.
 
-Disks and copies do lose bytes, and most damaged checkpoints would load without an error.
+Disks and copies lose bytes, and most damaged checkpoints would load without an error.
 """
 
 import hashlib
@@ -16,10 +16,11 @@ from hqqtrain.common.files import fsync_path
 
 MANIFEST = "manifest.json"
 
-_BLOCK = 1 << 20
+_BLOCK_BYTES = 1 << 20
+"""Bytes of a file that are read and hashed at a time."""
 
-_THREADS = 4
-"""Files to read at a time: one thread hashes about 2 GB/s, and disks deliver more."""
+_NUM_THREADS = 4
+"""Files that are read at a time. One thread hashes about 2 GB/s, and disks deliver more."""
 
 FileDigest = dict[str, Any]
 """The size (`bytes`) and checksum (`sha256`) of a file."""
@@ -29,17 +30,17 @@ class DamagedError(Exception):
     """A file is missing or was changed after it was written. The message names the file."""
 
 
-def seal(folder: Path, known: Mapping[str, FileDigest] = MappingProxyType({})) -> None:
+def seal(folder: Path, known_digests: Mapping[str, FileDigest] = MappingProxyType({})) -> None:
     """Write the sizes and sha256 of all files of `folder` into its manifest.json.
 
     Args:
         folder: The folder to seal.
-        known: File name -> `file_digest` that file, for files that need not be read again.
+        known_digests: File name -> result of `file_digest`, for files that need not be read again.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     path = folder / MANIFEST
-    files = {name: known.get(name) or file_digest(folder / name) for name in names}
-    path.write_text(_text(files), encoding="utf-8")
+    files = {name: known_digests.get(name) or file_digest(folder / name) for name in names}
+    path.write_text(_manifest_text(files), encoding="utf-8")
     fsync_path(path)
 
 
@@ -48,20 +49,20 @@ def check_sealed(folder: Path, rank: int = 0, world_size: int = 1) -> None:
 
     Args:
         folder: The sealed folder.
-        rank: This rank, which reads every `ranks`-th file.
+        rank: This rank, which reads the files `rank`, `rank + world_size`, ... in sorted order.
         world_size: The number of ranks that share the work.
 
     Raises:
-        DamagedError: a file is missing or differs from what `seal` found.
+        DamagedError: A file is missing or was changed after `seal`.
     """
-    files = sorted(_manifest(folder).items())
-    for name, facts in files:
-        _check_size(folder / name, facts)
+    files = sorted(_read_manifest(folder).items())
+    for name, expected in files:
+        _check_size(folder / name, expected["bytes"])
     mine = files[rank::world_size]
-    with ThreadPoolExecutor(_THREADS, "checking") as pool:
+    with ThreadPoolExecutor(_NUM_THREADS, "checking") as pool:
         actual = list(pool.map(file_digest, [folder / name for name, _ in mine]))
-    for (name, expected), facts in zip(mine, actual, strict=True):
-        if facts != expected:
+    for (name, expected), digest in zip(mine, actual, strict=True):
+        if digest != expected:
             raise DamagedError(f"{folder / name}: is not what was written (its checksum differs)")
 
 
@@ -74,40 +75,42 @@ def file_digest(path: Path) -> FileDigest:
     """Return the size and sha256 of a file.
 
     Raises:
-        DamagedError: the file cannot be read.
+        DamagedError: The file cannot be read.
     """
     digest, size = hashlib.sha256(), 0
-    with _readable(path), path.open("rb") as file:
-        while block := file.read(_BLOCK):
+    with _damaged_if_unreadable(path), path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
             digest.update(block)
             size += len(block)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _check_size(path: Path, facts: FileDigest) -> None:
-    with _readable(path):
+def _check_size(path: Path, expected_bytes: int) -> None:
+    with _damaged_if_unreadable(path):
         size = path.stat().st_size
-    if size != facts["bytes"]:
+    if size != expected_bytes:
         raise DamagedError(
-            f"{path}: is not what was written ({size} bytes instead of {facts['bytes']})"
+            f"{path}: is not what was written ({size} bytes instead of {expected_bytes})"
         )
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _damaged_if_unreadable(path: Path) -> Iterator[None]:
+    """Raise a DamagedError that names `path` in place of an OSError."""
     try:
         yield
     except OSError as error:
         raise DamagedError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _manifest(folder: Path) -> dict[str, FileDigest]:
+def _read_manifest(folder: Path) -> dict[str, FileDigest]:
+    """Read the digests by file name from a manifest.json, and check its own checksum."""
     path = folder / MANIFEST
     try:
-        with _readable(path):
+        with _damaged_if_unreadable(path):
             text = path.read_bytes().decode()
         files = json.loads(text)["files"]
-        intact = text == _text(files)  # the text includes its own checksum
+        intact = text == _manifest_text(files)
     except (ValueError, KeyError, TypeError):
         intact = False
     if not intact:
@@ -115,7 +118,8 @@ def _manifest(folder: Path) -> dict[str, FileDigest]:
     return files
 
 
-def _text(files: Mapping[str, FileDigest]) -> str:
+def _manifest_text(files: Mapping[str, FileDigest]) -> str:
+    """Return the text of a manifest: the digests of all files, and a checksum of these digests."""
     listed = json.dumps(files, indent=2, sort_keys=True)
     digest = hashlib.sha256(listed.encode()).hexdigest()
     return json.dumps({"sha256": digest, "files": files}, indent=2, sort_keys=True) + "\n"

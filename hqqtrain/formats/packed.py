@@ -1,9 +1,10 @@
-"""`quantized/`: the packed model as a self-describing folder.
+"""Read and write `quantized/`, the folder of a quantized model.
 
-A packed weight is stored under its Hugging Face module name + `.W_q .scale .zero`, next to all
-tensors that stayed in full precision. W_q is stored as bytes, whatever its storage dtype in memory.
-`config.json` contains the settings of every layer, so any number of ranks can read the folder in
-slices.
+A packed weight is stored as three tensors, named like its module in the Hugging Face checkpoint
+with `.W_q`, `.scale` or `.zero` appended. The dense tensors keep their names. W_q is stored as
+bytes, whatever its storage dtype in memory, and each of its rows is packed alone, so any number of
+ranks can read the folder in slices. `config.json` contains the settings of every layer, so nothing
+else is needed to read it.
 """
 
 import shutil
@@ -36,8 +37,9 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 _META_DTYPES = {_dtype_name(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
+"""Dtypes of scale and zero by their names in config.json."""
 
-_COMPANIONS = (
+_COMPANION_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.model", "chat_template.*", "generation_config.json",
 )  # fmt: skip
@@ -46,9 +48,17 @@ _COMPANIONS = (
 
 @dataclass(frozen=True)
 class ModuleSettings:
-    """How one linear layer is quantized, in JSON types.
+    """The settings of a quantized linear layer, in JSON types.
 
-    `group_size` None means that a whole row or column shares a scale.
+    Attributes:
+        nbits: Bits of a code.
+        group_size: Weights that share a scale; None: a whole row or column.
+        axis: The axis along which groups run, as in hqq.
+        solver: Name of the algorithm that found scale and zero.
+        meta_dtype: Name of the dtype of scale and zero, which hqq calls metadata. It has nothing to
+            do with PyTorch's meta device.
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
     """
 
     nbits: int
@@ -63,9 +73,15 @@ class ModuleSettings:
     def from_module(cls, module: HQQLinear) -> "ModuleSettings":
         """Return the settings of a quantized layer."""
         spec, layout = module.spec, module.layout
-        dtype = _dtype_name(spec.meta_dtype)
-        shape = (layout.out_features, layout.in_features)
-        return cls(spec.nbits, spec.group_size, spec.axis, spec.solver, dtype, *shape)
+        return cls(
+            nbits=spec.nbits,
+            group_size=spec.group_size,
+            axis=spec.axis,
+            solver=spec.solver,
+            meta_dtype=_dtype_name(spec.meta_dtype),
+            out_features=layout.out_features,
+            in_features=layout.in_features,
+        )
 
     @property
     def spec(self) -> QuantSpec:
@@ -74,8 +90,8 @@ class ModuleSettings:
         Raises:
             KeyError: `meta_dtype` is unknown.
         """
-        settings = (self.nbits, self.group_size, self.axis, self.solver)
-        return QuantSpec(*settings, _META_DTYPES[self.meta_dtype])
+        meta_dtype = _META_DTYPES[self.meta_dtype]
+        return QuantSpec(self.nbits, self.group_size, self.axis, self.solver, meta_dtype)
 
     @property
     def layout(self) -> Layout:
@@ -93,9 +109,12 @@ class QuantizedSettings:
     @classmethod
     def from_model(cls, model: nn.Module, fingerprint: str = "") -> "QuantizedSettings":
         """Collect the settings of every HQQLinear in `model`, by its name in the checkpoint."""
-        named = base_model(model).named_modules()
-        linears = {strip_wrappers(n): m for n, m in named if isinstance(m, HQQLinear)}
-        return cls({n: ModuleSettings.from_module(m) for n, m in linears.items()}, fingerprint)
+        modules = {
+            strip_wrappers(name): ModuleSettings.from_module(module)
+            for name, module in base_model(model).named_modules()
+            if isinstance(module, HQQLinear)
+        }
+        return cls(modules, fingerprint)
 
     def by_module(self) -> dict[str, dict[str, Any]]:
         """Return the settings as JSON values, as `Fingerprint.hexdigest` expects them."""
@@ -103,31 +122,35 @@ class QuantizedSettings:
 
     def quantization_config(self) -> dict[str, Any]:
         """Return the `quantization_config` entry of config.json."""
-        head = {"quant_method": "hqqtrain", "layout_version": LAYOUT_VERSION}
-        return head | {"fingerprint": self.fingerprint, "modules": self.by_module()}
+        return {
+            "quant_method": "hqqtrain",
+            "layout_version": LAYOUT_VERSION,
+            "fingerprint": self.fingerprint,
+            "modules": self.by_module(),
+        }
 
 
-def quantized_settings(folder: Path) -> QuantizedSettings:
+def read_quantized_settings(folder: Path) -> QuantizedSettings:
     """Read the settings from config.json of a quantized folder.
 
     Raises:
-        UserError: the folder is not quantized by hqqtrain, has another layout version, or is
+        UserError: The folder is not quantized by hqqtrain, has another layout version, or is
             damaged.
     """
-    found = read_config_json(folder).get("quantization_config") or {}
+    config = read_config_json(folder).get("quantization_config") or {}
     path = folder / "config.json"
-    if found.get("quant_method") != "hqqtrain":
+    if config.get("quant_method") != "hqqtrain":
         raise UserError(f"{path}: not a model quantized by hqqtrain.")
-    if found.get("layout_version") != LAYOUT_VERSION:
+    if config.get("layout_version") != LAYOUT_VERSION:
         raise UserError(
-            f"{path}: layout_version={found.get('layout_version')}; this hqqtrain reads "
+            f"{path}: layout_version={config.get('layout_version')}; this hqqtrain reads "
             f"{LAYOUT_VERSION}. Use the version that wrote it, or quantize again."
         )
     try:
-        modules = {name: ModuleSettings(**values) for name, values in found["modules"].items()}
+        modules = {name: ModuleSettings(**values) for name, values in config["modules"].items()}
         for settings in modules.values():
             _ = settings.layout  # raises if the settings contradict each other
-        return QuantizedSettings(modules, found["fingerprint"])
+        return QuantizedSettings(modules, config["fingerprint"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: quantization_config is damaged ({error}).") from error
 
@@ -141,23 +164,26 @@ def model_tensors(model: nn.Module, *,
 
     Args:
         model: The quantized model, with or without an adapter.
-        gather: Makes a full tensor of a shard. It is called in the same order on every rank.
+        gather: Makes a full tensor of a shard; for a model that is not sharded, the identity. It is
+            called in the same order on every rank.
     """
-    for name, module, leaf, tensor in base_tensors(model):
-        whole = gather(tensor.detach())
-        packed = isinstance(module, HQQLinear) and leaf == "W_q"
-        yield name, as_bytes(whole) if packed else whole
+    for name, module, attribute, tensor in base_tensors(model):
+        full = gather(tensor.detach())
+        is_codes = isinstance(module, HQQLinear) and attribute == "W_q"
+        yield name, as_bytes(full) if is_codes else full
 
 
 def cast_to_source_dtype(
     tensors: Iterable[tuple[str, torch.Tensor]],
     source_dtype: Callable[[str], torch.dtype | None],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Cast full-precision tensors back to the dtype of the source, whatever the run computes in.
+    """Cast the dense tensors back to the dtype of the source, whatever the run computes in.
+
+    W_q, scale and zero keep their dtypes, because a dense source does not have them.
 
     Args:
         tensors: The stream that `model_tensors` yields.
-        source_dtype: Returns the dtype that the source has for a tensor, None if it lacks it.
+        source_dtype: Returns the dtype of a tensor in the source, or None if the source lacks it.
     """
     for name, tensor in tensors:
         dtype = source_dtype(name) if tensor.is_floating_point() else None
@@ -175,40 +201,43 @@ def save_quantized(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
         folder: The folder to create or replace.
         hf_config: The configuration of the model.
         settings: The settings of the quantized layers.
-        source: The folder of the source model, from which to copy the tokenizer and generation
-            settings.
+        source: The folder from which to copy the tokenizer and generation settings.
         max_shard_bytes: The largest size of a file.
         comm: The ranks that write together.
-        extra_json: Additional JSON files to write into the folder, by name.
+        extra_json: Contents of further JSON files in the folder, by name.
 
     Returns:
         The bytes of all tensors.
     """
     with collective_atomic_directory(folder, comm) as partial:
-        done = write_shards(tensors, partial, max_bytes=max_shard_bytes, comm=comm, hashed=True)
+        written = write_shards(
+            tensors, partial, max_bytes=max_shard_bytes, comm=comm, compute_checksums=True
+        )
         if comm.is_main:
-            extra = {"quantization_config": settings.quantization_config()}
-            atomic_write_json(partial / "config.json", dense_config_json(hf_config) | extra)
-            for name, value in extra_json.items():
-                atomic_write_json(partial / name, value)
+            config_json = dense_config_json(hf_config)
+            config_json["quantization_config"] = settings.quantization_config()
+            atomic_write_json(partial / "config.json", config_json)
+            for name, content in extra_json.items():
+                atomic_write_json(partial / name, content)
             copy_companion_files(source, partial)
-            seal(partial, known=done.digests)
-    return done.bytes
+            seal(partial, known_digests=written.digests)
+    return written.bytes
 
 
 def check_quantized(folder: Path, comm: Communicator, advice: str | None = None) -> None:
-    """Verify the checksums of a quantized folder, each rank a share of the files. Collective.
+    """Verify the checksums of a quantized folder. Collective.
 
-    The fingerprint only covers packed rows, so it would miss a changed byte of a norm. A folder
-    without a manifest, as older versions wrote it, is accepted unchecked.
+    Each rank reads a share of the files. The fingerprint covers packed rows only, so it would miss
+    a changed byte of a norm. Older versions wrote folders without a manifest; the function accepts
+    these unchecked.
 
     Args:
         folder: The quantized folder.
         comm: The ranks that share the work.
-        advice: The advice in the message; by default to delete the folder.
+        advice: The last sentence of the message. By default it says to delete the folder.
 
     Raises:
-        UserError: a file is not what was written. Raised on every rank.
+        UserError: A file is not what was written. Raised on every rank.
     """
     with comm.raise_on_all_ranks():
         if is_sealed(folder):
@@ -221,15 +250,16 @@ def check_quantized(folder: Path, comm: Communicator, advice: str | None = None)
 
 def dense_config_json(hf_config: PretrainedConfig) -> dict[str, Any]:
     """Return the config.json of a dense model of this configuration, with `architectures`."""
-    found = hf_config.to_diff_dict()
-    if not found.get("architectures"):
-        found["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config.model_type]]
-    return {k: v for k, v in found.items() if k != "quantization_config"}
+    config_json = hf_config.to_diff_dict()
+    if not config_json.get("architectures"):
+        config_json["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config.model_type]]
+    config_json.pop("quantization_config", None)
+    return config_json
 
 
 def copy_companion_files(source: Path, folder: Path) -> None:
     """Copy tokenizer and generation files; links into the hub's cache become regular files."""
-    for pattern in _COMPANIONS:
+    for pattern in _COMPANION_PATTERNS:
         for path in sorted(source.glob(pattern)):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)

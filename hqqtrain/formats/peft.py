@@ -1,8 +1,8 @@
 """Read and write adapters as stock PEFT files that record the base they were trained on.
 
-An adapter corrects the errors of one quantized base; on any other base it is noise. PEFT warns
-about unknown keys in adapter_config.json, so the base's fingerprint is stored in the metadata of
-adapter_model.safetensors, which stock tools ignore.
+An adapter corrects the errors of one quantized base; on any other base it adds noise. PEFT warns
+about unknown keys in adapter_config.json. The fingerprint of the base is therefore stored in the
+metadata of adapter_model.safetensors, which stock tools ignore.
 """
 
 import math
@@ -24,9 +24,11 @@ WEIGHTS = "adapter_model.safetensors"
 
 CONFIG = "adapter_config.json"
 
-_FINGERPRINT = "hqqtrain_base_fingerprint"
+_FINGERPRINT_KEY = "hqqtrain_base_fingerprint"
+"""Key of the metadata of adapter_model.safetensors."""
 
 _PREFIX = "base_model.model."
+"""First parts of PEFT's names, before those of the base model."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,14 @@ class Adapter:
     @property
     def modules(self) -> list[str]:
         """Sorted names of the adapted linear layers, as in the base's checkpoint."""
-        ending = ".lora_A.weight"
-        found = (k.removesuffix(ending) for k in self.state if k.endswith(ending))
-        return sorted(name.removeprefix(_PREFIX) for name in found)
+        suffix = ".lora_A.weight"
+        names = (name.removesuffix(suffix) for name in self.state if name.endswith(suffix))
+        return sorted(name.removeprefix(_PREFIX) for name in names)
 
     def scaling(self, module: str) -> float:
         """Return PEFT's factor of B A for a module: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         config = self.config
+        # Patterns of module names that have another rank or alpha, as PEFT looks them up.
         ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
         r = ranks.get(get_pattern_key(list(ranks), module), config.r)
         alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
@@ -65,26 +68,28 @@ class Adapter:
         A, B = (self.state[f"{_PREFIX}{module}.lora_{x}.weight"].to(device).float() for x in "AB")
         return self.scaling(module) * (B @ A)
 
-    def check_base(self, fingerprint: str, where: str) -> None:
-        """Check that the adapter was trained on the base with this fingerprint, if that is known.
+    def check_base(self, fingerprint: str, origin: str) -> None:
+        """Check that the adapter was trained on the base with this fingerprint.
+
+        An adapter that does not record its base is accepted.
 
         Args:
             fingerprint: The fingerprint of the base to use.
-            where: The name of the adapter in the message.
+            origin: Where the adapter comes from, for the message.
 
         Raises:
-            UserError: the adapter was trained on another base.
+            UserError: The adapter was trained on another base.
         """
         if self.fingerprint not in (None, fingerprint):
             raise UserError(
-                f"{where}: trained on the quantized base {self.fingerprint}, but this base is "
+                f"{origin}: trained on the quantized base {self.fingerprint}, but this base is "
                 f"{fingerprint}. Use the quantized/ that was saved with it, or train a new adapter."
             )
 
 
 @dataclass(frozen=True)
 class BaseModelRef:
-    """The base of an adapter: the model's name and revision, the fingerprint of its packed rows."""
+    """The base of an adapter, by the model's name and revision and its own fingerprint."""
 
     name: str
     revision: str | None
@@ -99,7 +104,7 @@ def save_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, folder: 
         state: The full tensors by PEFT's names, as `peft.get_peft_model_state_dict` returns them.
         config: PEFT's configuration.
         folder: The folder to create or replace.
-        card: The facts for the README.md.
+        card: The content of README.md, with the name of the base.
     """
     with atomic_directory(folder) as partial:
         write_adapter(
@@ -113,19 +118,21 @@ def write_adapter(
 ) -> None:
     """Write the two files of a stock PEFT adapter into the existing `folder`."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    save_tensors(tensors, folder / WEIGHTS, **{_FINGERPRINT: base.fingerprint})
+    save_tensors(tensors, folder / WEIGHTS, **{_FINGERPRINT_KEY: base.fingerprint})
     # PEFT holds some lists as sets: sort them, so that equal adapters are equal files.
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    about = {"base_model_name_or_path": base.name, "revision": base.revision}
-    atomic_write_json(folder / CONFIG, values | about | {"inference_mode": True})
+    values |= {"base_model_name_or_path": base.name, "revision": base.revision}
+    values["inference_mode"] = True  # as PEFT saves it
+    atomic_write_json(folder / CONFIG, values)
 
 
 def load_adapter(folder: Path) -> Adapter:
     """Read a PEFT LoRA adapter from a folder.
 
     Raises:
-        UserError: a file is missing or damaged, or the adapter contains more than the two LoRA
-            matrices per linear layer (DoRA, biases, whole modules), which cannot be merged here.
+        UserError: A file is missing or damaged, or the adapter contains more than the two LoRA
+            matrices of each linear layer (DoRA, biases, whole modules), which hqqtrain cannot
+            merge.
     """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
@@ -134,7 +141,7 @@ def load_adapter(folder: Path) -> Adapter:
     config = _read_config(folder)
     state, metadata = _read_state(folder / WEIGHTS)
     _check_state(folder / WEIGHTS, state)
-    return Adapter(config, state, metadata.get(_FINGERPRINT))
+    return Adapter(config, state, metadata.get(_FINGERPRINT_KEY))
 
 
 def _read_config(folder: Path) -> LoraConfig:
@@ -161,11 +168,12 @@ def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def _check_state(path: Path, state: dict[str, torch.Tensor]) -> None:
-    # Every name must end in one of the two, and its counterpart must be there as well.
-    pair = {".lora_A.weight": ".lora_B.weight", ".lora_B.weight": ".lora_A.weight"}
+    # Every name must have one of these suffixes, and its counterpart must exist as well.
+    counterparts = {".lora_A.weight": ".lora_B.weight", ".lora_B.weight": ".lora_A.weight"}
     for name in state:
-        ending = name[-len(".lora_A.weight") :]
-        if ending not in pair or name.removesuffix(ending) + pair[ending] not in state:
+        suffix = name[-len(".lora_A.weight") :]
+        counterpart = name.removesuffix(suffix) + counterparts.get(suffix, "")
+        if suffix not in counterparts or counterpart not in state:
             raise UserError(f"{path}: {name} is not one of a pair of LoRA matrices.")
     if not state:
         raise UserError(f"{path}: contains no tensors.")

@@ -8,48 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-from transformers import PretrainedConfig
-
 from hqqtrain.common.errors import UserError
-from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.distributed.local import full_tensor
+from hqqtrain.formats.base import ModelExport
 from hqqtrain.formats.dense import dense_tensors, export_dense
-from hqqtrain.formats.packed import (
-    QuantizedSettings,
-    cast_to_source_dtype,
-    model_tensors,
-    save_quantized,
-)
-from hqqtrain.formats.peft import Adapter
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelExport:
-    """A quantized model to write, which may be sharded.
-
-    Attributes:
-        model: The loaded model, with or without adapters.
-        settings: The settings of its quantized layers.
-        hf_config: Its configuration.
-        tokenizer: The folder from which to copy the tokenizer and generation settings.
-        source_dtype: Returns the dtype that the source has for a tensor, None if it lacks it.
-        adapter: The adapter that belongs to the model, if any.
-        dtype: The dtype of dense weights.
-        device: The device on which to dequantize and merge.
-        comm: The ranks that write together.
-    """
-
-    model: nn.Module
-    settings: QuantizedSettings
-    hf_config: PretrainedConfig
-    tokenizer: Path
-    source_dtype: Callable[[str], torch.dtype | None]
-    adapter: Adapter | None = None
-    dtype: torch.dtype = torch.float32
-    device: torch.device | str = "cpu"
-    comm: Communicator = SINGLE_PROCESS
+from hqqtrain.formats.packed import cast_to_source_dtype, model_tensors, save_quantized
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Write a stream of tensors as a Hugging Face checkpoint: shards of bounded size with an index.
 
-The stream may exceed memory: a rank holds at most one shard, plus one that is being written. The
-assignment of tensors to files does not depend on the number of ranks.
+The stream may be larger than the memory: a rank holds at most the shard that it collects and the
+one that it writes. The assignment of tensors to files does not depend on the number of ranks.
 """
 
 import concurrent.futures as futures
@@ -20,13 +20,19 @@ from torch import Tensor
 from hqqtrain.common.files import atomic_directory, atomic_write_json, fsync_path, temporary_path
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.formats.manifest import FileDigest, file_digest
-from hqqtrain.models.weights.safetensors import INDEX, SINGLE
+from hqqtrain.models.weights.safetensors import INDEX_FILE_NAME, SINGLE_FILE_NAME
 
 MAX_SHARD_BYTES = 2_000_000_000
+"""Default limit of a shard, which bounds the memory of a rank that writes."""
 
 
 class WriteResult(NamedTuple):
-    """The bytes of all tensors, and the sizes and checksums of the files if these were hashed."""
+    """What `write_shards` has written.
+
+    Attributes:
+        bytes: The bytes of all tensors.
+        digests: File name -> size and checksum; empty if checksums were not computed.
+    """
 
     bytes: int
     digests: dict[str, FileDigest]
@@ -51,10 +57,11 @@ def collective_atomic_directory(path: Path, comm: Communicator) -> Iterator[Path
 
 def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
                  max_bytes: int = MAX_SHARD_BYTES, comm: Communicator = SINGLE_PROCESS,
-                 hashed: bool = False) -> WriteResult:  # fmt: skip
+                 compute_checksums: bool = False) -> WriteResult:  # fmt: skip
     """Write a stream of tensors into `folder`. Collective.
 
-    A single file is named model.safetensors; several get transformers' numbered names and an index.
+    A single file is named model.safetensors. Several files get transformers' numbered names and an
+    index.
     A rank whose writes fail still consumes the stream to its end, because the stream may consist of
     collective gathers. Its error is raised on all ranks afterwards.
 
@@ -62,42 +69,45 @@ def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
         tensors: (name, tensor), the same stream on every rank.
         folder: The existing folder to write into.
         max_bytes: The largest size of a shard. A larger tensor gets its own shard.
-        comm: The ranks; each writes every `comm.size`-th shard.
-        hashed: Whether to compute checksums for a manifest.
+        comm: The ranks; rank r writes the shards r, r + `comm.size`, ...
+        compute_checksums: Whether to compute checksums for a manifest.
 
-    Returns:
-        The bytes of all tensors, and file name -> size and checksum if `hashed`.
     """
-    weight_map: dict[str, int] = {}
-    with comm.raise_on_all_ranks(), _ShardWriter(folder, comm, hashed) as writer:
-        size = total = number = 0
+    weight_map: dict[str, int] = {}  # tensor name -> number of its shard
+    with comm.raise_on_all_ranks(), _ShardWriter(folder, comm, compute_checksums) as writer:
+        shard_bytes = total_bytes = number = 0
         for name, tensor in tensors:
             if name in weight_map:
                 raise ValueError(f"tensor {name} occurs twice")
-            if size and size + tensor.nbytes > max_bytes:
+            if shard_bytes and shard_bytes + tensor.nbytes > max_bytes:
                 writer.save(number)
-                number, size = number + 1, 0
+                number, shard_bytes = number + 1, 0
             weight_map[name] = number
             writer.add(name, tensor, number)
-            size, total = size + tensor.nbytes, total + tensor.nbytes
+            shard_bytes += tensor.nbytes
+            total_bytes += tensor.nbytes
         writer.save(number)
         writer.finish()
     # The final names contain the number of shards, which is known only now.
-    names = _shard_names(number + 1)
+    file_names = _shard_file_names(number + 1)
     if comm.is_main:
-        _rename_shards(folder, weight_map, names, total)
-    digests = [item for rank in comm.gather(writer.digests) for item in rank.items()]
-    return WriteResult(total, {names[number]: found for number, found in digests})
+        _rename_shards(folder, weight_map, file_names, total_bytes)
+    digests = {
+        file_names[number]: digest
+        for of_rank in comm.all_gather_object(writer.digests)
+        for number, digest in of_rank.items()
+    }
+    return WriteResult(total_bytes, digests)
 
 
 class _ShardWriter:
     """Writes this rank's shards on a background thread, one after the other."""
 
-    def __init__(self, folder: Path, comm: Communicator, hashed: bool) -> None:
-        self._folder, self._comm, self._hashed = folder, comm, hashed
-        self.digests: dict[int, FileDigest] = {}
-        self._shard: dict[str, torch.Tensor] = {}
-        self._saving: list[futures.Future[None]] = []
+    def __init__(self, folder: Path, comm: Communicator, compute_checksums: bool) -> None:
+        self._folder, self._comm, self._compute_checksums = folder, comm, compute_checksums
+        self.digests: dict[int, FileDigest] = {}  # by the numbers of the shards
+        self._shard: dict[str, torch.Tensor] = {}  # the tensors that the next file will contain
+        self._writes: list[futures.Future[None]] = []
         self._pool = futures.ThreadPoolExecutor(1, "writing")
 
     def __enter__(self) -> "_ShardWriter":
@@ -109,44 +119,45 @@ class _ShardWriter:
     def add(self, name: str, tensor: torch.Tensor, number: int) -> None:
         """Add a tensor to shard `number`, if this rank writes that shard."""
         if self._is_mine(number) and not self._has_failed():
-            self._shard[name] = _owned(tensor)
+            self._shard[name] = _to_contiguous_cpu(tensor)
 
     def save(self, number: int) -> None:
         """Start to write the complete shard `number`, after waiting for the previous one.
 
-        Waiting bounds the memory to one shard in work and one being written.
+        The wait bounds the memory to the shard that is collected and the one that is written.
         """
-        if self._is_mine(number):
-            futures.wait(self._saving)
-        if self._is_mine(number) and not self._has_failed():
-            self._saving.append(self._pool.submit(self._write, self._shard, number))
+        if not self._is_mine(number):
+            return
+        futures.wait(self._writes)
+        if not self._has_failed():
+            self._writes.append(self._pool.submit(self._write, self._shard, number))
             self._shard = {}
 
     def finish(self) -> None:
         """Wait for all writes and raise their errors."""
-        for saving in self._saving:
-            saving.result()
+        for write in self._writes:
+            write.result()
 
     def _write(self, shard: dict[str, torch.Tensor], number: int) -> None:
         path = _temporary_path(self._folder, number)
         save_tensors(shard, path)
         fsync_path(path)  # only the machine that has written a file can flush it
-        if self._hashed:
+        if self._compute_checksums:
             # Here the file is still in the page cache, and the next shard is gathered meanwhile.
             self.digests[number] = file_digest(path)
 
     def _has_failed(self) -> bool:
-        return any(saving.done() and saving.exception() for saving in self._saving)
+        return any(write.done() and write.exception() for write in self._writes)
 
     def _is_mine(self, number: int) -> bool:
         return number % self._comm.size == self._comm.rank
 
 
-def _owned(tensor: torch.Tensor) -> torch.Tensor:
+def _to_contiguous_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """Return a contiguous CPU tensor with its own storage; safetensors refuses shared storage."""
     tensor = tensor.detach().cpu().contiguous()
-    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if whole else tensor.clone()
+    owns_storage = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if owns_storage else tensor.clone()
 
 
 def _temporary_path(folder: Path, number: int) -> Path:
@@ -154,29 +165,36 @@ def _temporary_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number}"
 
 
-def _shard_names(count: int) -> list[str]:
+def _shard_file_names(count: int) -> list[str]:
     """Return the file names that transformers gives to `count` shards."""
-    several = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    return several if count > 1 else [SINGLE]
+    if count == 1:
+        return [SINGLE_FILE_NAME]
+    return [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
 
 
-def _rename_shards(folder: Path, weight_map: dict[str, int], names: list[str], total: int) -> None:
-    for number, name in enumerate(names):
-        _temporary_path(folder, number).rename(folder / name)
-    if len(names) > 1:
-        index = {name: names[number] for name, number in sorted(weight_map.items())}
-        atomic_write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+def _rename_shards(
+    folder: Path, weight_map: dict[str, int], file_names: list[str], total_bytes: int
+) -> None:
+    """Give the shards their final names, and write the index of several shards."""
+    for number, file_name in enumerate(file_names):
+        _temporary_path(folder, number).rename(folder / file_name)
+    if len(file_names) > 1:
+        index = {
+            "metadata": {"total_size": total_bytes},
+            "weight_map": {name: file_names[n] for name, n in sorted(weight_map.items())},
+        }
+        atomic_write_json(folder / INDEX_FILE_NAME, index)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
     """Write a safetensors file with `format: pt` and `metadata` in its header.
 
     Raises:
-        OSError: the disk is full or fails.
+        OSError: The disk is full or fails.
     """
     try:
         save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
     except SafetensorError as error:
-        # safetensors wraps the system's error in its own: recover the number from the text.
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+        # safetensors wraps the system's error in its own: recover the errno from the text.
+        match = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(match[1]) if match else errno.EIO, str(error), str(path)) from error

@@ -18,12 +18,17 @@ from hqqtrain.nn.lora import init_adapters
 
 @dataclass(frozen=True)
 class InitialAdapter:
-    """An existing adapter that gives the initial values."""
+    """An existing adapter that gives the initial values.
+
+    Attributes:
+        folder: The folder of the adapter.
+        adapter: Its configuration and tensors.
+        origin: The beginning of messages: the folder and the setting that selected it.
+    """
 
     folder: Path
     adapter: Adapter
     origin: str
-    """The folder and the setting that selected it, with which messages begin."""
 
 
 def load_initial_adapter(
@@ -31,8 +36,8 @@ def load_initial_adapter(
 ) -> InitialAdapter | None:
     """Load the adapter to start from, or return None if the run starts with fresh adapters.
 
-    The first that is set is used: the checkpoint folder `resumed`, `adapter.init_from`, the
-    adapter of the run that `model.name_or_path` names.
+    The function uses the first of these that is set: the checkpoint folder `resumed`,
+    `adapter.init_from`, the adapter of the run that `model.name_or_path` names.
 
     Raises:
         UserError: The adapter cannot be read, or a sealed folder was altered.
@@ -56,7 +61,10 @@ def load_initial_adapter(
 
 
 def _check_manifest(folder: Path, origin: str) -> None:
-    """Refuse a sealed folder whose files were altered: training would start from it silently."""
+    """Refuse a sealed folder whose files were altered; otherwise nobody would notice it.
+
+    Folders of other tools have no manifest and are not checked.
+    """
     try:
         if is_sealed(folder):
             check_sealed(folder)
@@ -68,10 +76,10 @@ def unknown_base_warning(start: InitialAdapter, source: ModelSource) -> str:
     """Return a warning if `start` does not record the base it was trained on, or ""."""
     if start.adapter.fingerprint:
         return ""  # `initialize_adapters` compares it with the fingerprint of the base
-    named = start.adapter.config.base_model_name_or_path or "no model"
+    base_name = start.adapter.config.base_model_name_or_path or "no model"
     return (
-        f"{start.origin}: does not record the quantized base it was trained on, and names {named}; "
-        f"if that is not model.name_or_path={source.name}, the adapter adds noise."
+        f"{start.origin}: does not record the quantized base it was trained on, and names "
+        f"{base_name}; if that is not model.name_or_path={source.name}, the adapter adds noise."
     )
 
 
@@ -79,16 +87,16 @@ def check_initial_adapter(start: InitialAdapter | None, lora: LoraConfig) -> Non
     """Check that the adapter to start from has the rank and the scaling of the new adapter.
 
     Raises:
-        UserError: They differ.
+        UserError: The ranks or scalings differ.
     """
     if start is None:
         return
     for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
-        saved, wanted = getattr(start.adapter.config, key), getattr(lora, key)
-        if saved != wanted:
+        saved, configured = getattr(start.adapter.config, key), getattr(lora, key)
+        if saved != configured:
             raise UserError(
                 f"{start.origin}: was made with {key}={saved}, the recipe "
-                f"asks for {wanted}. Make adapter.r, adapter.alpha and adapter.kind agree."
+                f"asks for {configured}. Make adapter.r, adapter.alpha and adapter.kind agree."
             )
 
 
@@ -115,15 +123,15 @@ def initialize_adapters(
     if start is None:
         return
     start.adapter.check_base(fingerprint, start.origin)
-    unused = dict(start.adapter.state)
+    remaining = dict(start.adapter.state)
     for name, param in model.named_parameters():
         if is_adapter(name):
-            saved = unused.pop(peft_key(name), None)
+            saved = remaining.pop(peft_key(name), None)
             if saved is None or saved.shape != param.shape:
                 raise UserError(
                     f"{start.origin}: has no {name} of shape {list(param.shape)}; it was trained "
                     "with other adapter.target_modules."
                 )
             copy_from_full(param, saved)
-    if unused:
-        raise UserError(f"{start.origin}: {next(iter(unused))} does not exist in this model.")
+    if remaining:
+        raise UserError(f"{start.origin}: {next(iter(remaining))} does not exist in this model.")

@@ -52,7 +52,7 @@ class LoadResult:
         """Return ||W - W'||^2 / ||W||^2 of every layer, and of all layers together. Collective."""
         if not self.squared_errors:
             return {}, 0.0
-        sums = comm.sum(torch.cat(list(self.squared_errors.values())).tolist())
+        sums = comm.all_reduce_sum(torch.cat(list(self.squared_errors.values())).tolist())
         errors, norms = sums[::2], sums[1::2]
         by_layer = {
             name: error_ratio(error, norm)

@@ -27,7 +27,7 @@ from hqqtrain.formats.packed import (
     QuantizedSettings,
     cast_to_source_dtype,
     model_tensors,
-    quantized_settings,
+    read_quantized_settings,
     save_quantized,
 )
 from hqqtrain.loading.initial_adapter import initialize_adapters
@@ -169,7 +169,7 @@ def build_model(
     if plan.lora is not None:
         initialize_adapters(model, plan.initial_adapter, settings.fingerprint, adapter, seed)
     errors, total = read_quantization_errors(packed) if is_packed else filled.relative_errors(comm)
-    return LoadedModel(plan, model, settings, errors, total, comm.gather(filled.stats))
+    return LoadedModel(plan, model, settings, errors, total, comm.all_gather_object(filled.stats))
 
 
 def read_quantization_errors(folder: Path | None) -> tuple[dict[str, float], float | None]:
@@ -215,7 +215,7 @@ def build_reference(
         offload=strategy.offloads_parameters,
         on_layer=lambda _: preemption.check_local(),
     )
-    return strategy.wrap(model).eval(), int(comm.sum([reader.bytes_read])[0])
+    return strategy.wrap(model).eval(), int(comm.all_reduce_sum([reader.bytes_read])[0])
 
 
 def _add_fingerprint(
@@ -227,12 +227,12 @@ def _add_fingerprint(
         UserError: Packed weights do not have the fingerprint in their config.json.
     """
     total = Fingerprint()
-    for part in comm.gather(fingerprint.total):
+    for part in comm.all_gather_object(fingerprint.total):
         total.merge(part)
     settings = QuantizedSettings.from_model(model)
     settings = replace(settings, fingerprint=total.hexdigest(settings.by_module()))
     if source.kind == "quantized":
-        written = quantized_settings(source.path).fingerprint
+        written = read_quantized_settings(source.path).fingerprint
         if settings.fingerprint != written:
             raise UserError(
                 f"{source.path}: its packed weights are {settings.fingerprint}, but "

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from hqqtrain.config.groups import AdapterConfig, ModelConfig, QuantConfig
 from hqqtrain.distributed.runtime import PRECISION_DTYPES, Runtime
-from hqqtrain.formats.packed import quantized_settings
+from hqqtrain.formats.packed import read_quantized_settings
 from hqqtrain.loading.initial_adapter import (
     InitialAdapter,
     check_initial_adapter,
@@ -144,7 +144,7 @@ def _replace_linears(
     storage_dtype = runtime.storage_dtype
     dtypes: dict[str, Any] = {"compute_dtype": compute_dtype, "storage_dtype": storage_dtype}
     if source.kind == "quantized":
-        modules = quantized_settings(source.path).modules
+        modules = read_quantized_settings(source.path).modules
         replace_linears(model, {n: m.spec for n, m in modules.items()}, **dtypes)
     else:
         report = quantize_model(model, quant, **dtypes)

@@ -12,9 +12,15 @@ GIB = 2**30
 class LoadStats:
     """Loading statistics of one rank.
 
-    `read_seconds` is the part of `seconds` in which the rank was reading; it overlaps with
-    quantizing. `host_peak_gib` is the peak of the process's private memory (memory-mapped files
-    are not counted), sampled after each read.
+    Attributes:
+        rank: The rank.
+        bytes_read: Bytes of weights that the rank has read.
+        read_seconds: The part of `seconds` in which the rank was reading. It overlaps with
+            quantizing.
+        seconds: The whole loading time.
+        host_peak_gib: Peak of the process's private memory, sampled after each read. Memory-mapped
+            files are not counted.
+        device_peak_gib: Peak of the GPU memory; 0 without a GPU.
     """
 
     rank: int
@@ -26,7 +32,7 @@ class LoadStats:
 
     @property
     def gb_per_second(self) -> float:
-        """Source bytes in units of 10^9 per second, over the whole loading time."""
+        """Bytes read, in units of 10^9 per second, over the whole loading time."""
         return self.bytes_read / 1e9 / self.seconds if self.seconds else 0.0
 
     def to_json(self) -> dict[str, float]:
@@ -48,17 +54,25 @@ class MemoryTracker:
     """Tracks the peak memory of this process, and of the GPU if `device` is one."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._process, self._peak = device, psutil.Process(), 0
+        self._device, self._process, self._host_peak_bytes = device, psutil.Process(), 0
         self.sample()
 
     def sample(self) -> None:
         """Sample the host's RSS and keep its maximum; PyTorch already tracks the GPU peak."""
         info = self._process.memory_info()
-        self._peak = max(self._peak, info.rss - getattr(info, "shared", 0))
+        private_bytes = info.rss - getattr(info, "shared", 0)  # psutil has `shared` on Linux only
+        self._host_peak_bytes = max(self._host_peak_bytes, private_bytes)
 
     def stats(self, rank: int, bytes_read: int, read_seconds: float, seconds: float) -> LoadStats:
         """Return the statistics of this rank, with the peaks so far."""
         self.sample()
         on_gpu = self._device.type == "cuda"
-        device = torch.cuda.max_memory_allocated(self._device) if on_gpu else 0
-        return LoadStats(rank, bytes_read, read_seconds, seconds, self._peak / GIB, device / GIB)
+        device_peak_bytes = torch.cuda.max_memory_allocated(self._device) if on_gpu else 0
+        return LoadStats(
+            rank,
+            bytes_read,
+            read_seconds,
+            seconds,
+            host_peak_gib=self._host_peak_bytes / GIB,
+            device_peak_gib=device_peak_bytes / GIB,
+        )

@@ -1,6 +1,6 @@
 """Build a model from its configuration on the meta device, without weights.
 
-The later steps (replacing linears, adding adapters, sharding) need only shapes. So no rank ever
+The later steps (replacing linears, adding adapters, sharding) need only shapes, so no rank ever
 materializes a whole full-precision model.
 """
 
@@ -25,13 +25,13 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
     Raises:
         UserError: config.json is missing, or transformers cannot read it.
     """
-    path, values = folder / "config.json", read_config_json(folder)
-    if "model_type" not in values:
+    path, config_json = folder / "config.json", read_config_json(folder)
+    if "model_type" not in config_json:
         raise UserError(f"{path}: has no model_type; give the folder of a transformers model.")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise UserError(_explain(path, values, error)) from error
+        raise UserError(_unreadable_message(path, config_json, error)) from error
     config.__dict__.pop("quantization_config", None)
     return config
 
@@ -60,22 +60,24 @@ def build_meta(hf_config: PretrainedConfig, dtype: torch.dtype | None = None) ->
 def restore_buffers(model: nn.Module, device: torch.device | str) -> None:
     """Compute the buffers that no checkpoint contains (`inv_freq` ...) again, on `device`.
 
-    Meta tensors and the uninitialized memory of `to_empty` have no values to move. Only the
-    constructor of the architecture computes these values. So it runs again, with parameters on
-    meta and real buffers.
+    A model that was built on meta and then materialized has no values in these buffers. Only the
+    constructor of the architecture computes them, so it runs again, with parameters on meta and
+    real buffers.
     """
     root = base_model(model)
     modules = {strip_wrappers(name): module for name, module in root.named_modules()}
     with init_empty_weights(include_buffers=False):
         reference = AutoModelForCausalLM.from_config(root.config, trust_remote_code=False)
-    for name, module in reference.named_modules():
-        for leaf, value in non_persistent_buffers(module).items():
-            setattr(modules[name], leaf, value.to(device))
+    for module_name, module in reference.named_modules():
+        for buffer_name, value in non_persistent_buffers(module).items():
+            setattr(modules[module_name], buffer_name, value.to(device))
 
 
-def _explain(path: Path, values: dict[str, Any], error: Exception) -> str:
+def _unreadable_message(path: Path, config_json: dict[str, Any], error: Exception) -> str:
     """Return the message for a config.json that transformers refuses."""
-    reason = " ".join(str(error).split("\n\n")[0].split())
-    if "auto_map" in values:
+    reason = " ".join(str(error).split("\n\n")[0].split())  # the first paragraph, as one line
+    if "auto_map" in config_json:
         reason = "the model has code of its own, which is never run."
-    return f"{path}: model_type={values['model_type']} cannot be read by transformers: {reason}"
+    return (
+        f"{path}: model_type={config_json['model_type']} cannot be read by transformers: {reason}"
+    )

@@ -1,8 +1,8 @@
 """Call a causal language model and align its outputs with the tokens that they predict.
 
-Training and evaluation share this, so that both measure the same loss. With a vocabulary of
-128,256, 2,048 tokens have 1 GiB of logits in fp32. So both compute their losses in chunks, whose
-sizes are here because the memory estimate counts one chunk, too.
+Training and evaluation share this module, so that both measure the same loss. With a vocabulary of
+128,256, the logits of 2,048 tokens take 1 GiB in fp32. Both therefore compute their losses in
+chunks. The sizes of the chunks are here, because the memory estimate counts one chunk, too.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ MAX_EVALUATION_TOKENS = 2048
 
 
 def next_token_outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Run `model` on a batch; the output at a position belongs to the label of the next one.
+    """Run `model` on a batch and pair the output at each position with the next token.
 
     Args:
         model: Causal language model, which may be wrapped or sharded.

@@ -1,7 +1,7 @@
-"""Map modules (adapted, sharded, quantized) to the names of their tensors on disk.
+"""Map the parameters of a wrapped model to the names of its tensors on disk.
 
-Wrappers add parts to the fully qualified names (FQNs) of parameters; the names in a checkpoint do
-not contain these parts.
+PEFT, FSDP and other wrappers add parts to the fully qualified names (FQNs) of parameters. The names
+in a checkpoint do not contain these parts.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from hqqtrain.compat import WRAPPER_NAMES, persistent_buffers
 from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS, HQQLinear
 
-# The parts of FQNs that PEFT, torch.compile, activation checkpointing and FSDP add.
 _WRAPPERS = {"base_layer", *WRAPPER_NAMES}
+"""Parts of FQNs that PEFT, torch.compile, activation checkpointing and FSDP add."""
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -35,20 +35,20 @@ def is_adapter(name: str) -> bool:
 
 
 def peft_key(name: str) -> str:
-    """Return the name that PEFT saves an adapter's parameter under.
+    """Return the name under which PEFT saves an adapter's parameter.
 
-    It contains neither wrappers nor the name of the adapter.
+    The name contains neither wrappers nor PEFT's name of the adapter, `default`.
     """
     return ".".join(p for p in name.split(".") if p not in _WRAPPERS and p != "default")
 
 
-def is_packed(module: nn.Module, leaf: str) -> TypeGuard[HQQLinear]:
-    """Whether attribute `leaf` of `module` is W_q, scale or zero of a packed weight."""
-    return isinstance(module, HQQLinear) and leaf in PACKED_PARAMETERS
+def is_packed(module: nn.Module, attribute: str) -> TypeGuard[HQQLinear]:
+    """Whether `attribute` of `module` is the W_q, scale or zero of a packed weight."""
+    return isinstance(module, HQQLinear) and attribute in PACKED_PARAMETERS
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Return parameter name -> name of the parameter that it is tied to, as in the checkpoint."""
+    """Return name of a tied parameter -> name of the parameter that the checkpoint has for it."""
     return dict(base_model(model).all_tied_weights_keys)
 
 
@@ -56,19 +56,19 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.
     """Iterate over the parameters and persistent buffers of the base model.
 
     These are the tensors of a checkpoint of `model`: without adapters, and with tied parameters
-    once. An HQQLinear has W_q, scale, zero (and bias), as in a quantized checkpoint.
+    once. An HQQLinear has W_q, scale, zero and perhaps bias, as in a quantized checkpoint.
 
     Yields:
-        Name on disk, module, attribute of the module, and tensor.
+        Name on disk, module, name of the module's attribute, and tensor.
     """
     root = base_model(model)
     tied = tied_names(root)
     for path, module in root.named_modules():
         params = module.named_parameters(recurse=False, remove_duplicate=False)
-        for leaf, tensor in (*params, *sorted(persistent_buffers(module).items())):
-            name = f"{path}.{leaf}" if path else leaf
+        for attribute, tensor in (*params, *sorted(persistent_buffers(module).items())):
+            name = f"{path}.{attribute}" if path else attribute
             if not is_adapter(name) and strip_wrappers(name) not in tied:
-                yield strip_wrappers(name), module, leaf, tensor
+                yield strip_wrappers(name), module, attribute, tensor
 
 
 def expected_shapes(model: nn.Module, *, packed: bool = False) -> dict[str, tuple[int, ...]]:
@@ -79,16 +79,17 @@ def expected_shapes(model: nn.Module, *, packed: bool = False) -> dict[str, tupl
     zero.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, module, leaf, tensor in base_tensors(model):
-        if not is_packed(module, leaf):
+    for name, module, attribute, tensor in base_tensors(model):
+        if not is_packed(module, attribute):
             shapes[name] = tuple(tensor.shape)
             continue
         layout = module.layout
         if packed:
-            shapes[name] = (layout.units, layout.unit_bytes if leaf == "W_q" else layout.groups)
+            columns = layout.unit_bytes if attribute == "W_q" else layout.groups
+            shapes[name] = (layout.units, columns)
         else:
             # W_q, scale and zero map to the same entry.
-            dense_name = f"{name.removesuffix(leaf)}weight"
+            dense_name = f"{name.removesuffix(attribute)}weight"
             shapes[dense_name] = (layout.out_features, layout.in_features)
     return shapes
 
@@ -97,7 +98,8 @@ def retie_weights(model: nn.Module) -> None:
     """Tie the parameters of `model` again, except those of linears that were quantized."""
     root = base_model(model)
     for target, source in tied_names(root).items():
-        path, _, leaf = target.rpartition(".")
+        path, _, attribute = target.rpartition(".")
         module = root.get_submodule(path)
-        if isinstance(getattr(module, leaf, None), nn.Parameter):
-            setattr(module, leaf, root.get_parameter(source))
+        # A quantized linear has no parameter `weight` that could be tied.
+        if isinstance(getattr(module, attribute, None), nn.Parameter):
+            setattr(module, attribute, root.get_parameter(source))

@@ -19,19 +19,19 @@ from huggingface_hub.errors import (
 
 from hqqtrain.common.errors import UserError
 
-TIMEOUT = 10.0
+TIMEOUT_SECONDS = 10.0
 """Seconds without an answer after which the hub counts as unreachable."""
 
-# Configuration and tokenizer.
-_SMALL = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+_CONFIG_PATTERNS = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+"""Files of configuration and tokenizer."""
 
-# Other formats of the same weights that repositories contain in addition to the standard one.
-_NEVER = ["*/*", "consolidated*", "*.fp16*"]
+_IGNORED_PATTERNS = ["*/*", "consolidated*", "*.fp16*"]
+"""Copies of the same weights in other formats, which many repositories contain, too."""
 
-# HTTPError is httpx's or httpx2's, whichever the installed huggingface_hub uses.
-_FAILURES = (
+_HUB_ERRORS = (
     HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError,
 )  # fmt: skip
+"""HTTPError is that of httpx or httpx2, whichever the installed huggingface_hub uses."""
 
 
 def download_snapshot(name: str, revision: str | None, *, weights: bool = True) -> Path:
@@ -47,34 +47,38 @@ def download_snapshot(name: str, revision: str | None, *, weights: bool = True) 
             be reached and the cache does not contain the model.
     """
     try:
-        _ask(name, revision)
+        _request_metadata(name, revision)
         return _snapshot(name, revision, weights)
-    except _FAILURES as error:
-        try:  # the cache may have it
-            return _snapshot(name, revision, weights, cached=True)
+    except _HUB_ERRORS as error:
+        try:  # the cache may have the model
+            return _snapshot(name, revision, weights, local_files_only=True)
         except (LocalEntryNotFoundError, HFValidationError):
-            raise UserError(_explain(name, revision, error)) from error
+            raise UserError(_hub_error_message(name, revision, error)) from error
 
 
-def _ask(name: str, revision: str | None) -> None:
-    """Request the model's metadata, to fail within `TIMEOUT` seconds.
+def _request_metadata(name: str, revision: str | None) -> None:
+    """Request the model's metadata, to fail within `TIMEOUT_SECONDS` if the hub does not answer.
 
     `snapshot_download` sets no time limit and may wait forever.
     """
-    get_session().timeout = TIMEOUT
-    HfApi().repo_info(name, revision=revision, timeout=TIMEOUT)
+    get_session().timeout = TIMEOUT_SECONDS
+    HfApi().repo_info(name, revision=revision, timeout=TIMEOUT_SECONDS)
 
 
-def _snapshot(name: str, revision: str | None, weights: bool, *, cached: bool = False) -> Path:
-    wanted = _SMALL + (["*.safetensors"] if weights else [])
+def _snapshot(
+    name: str, revision: str | None, weights: bool, *, local_files_only: bool = False
+) -> Path:
     folder = snapshot_download(
-        name, revision=revision, allow_patterns=wanted, ignore_patterns=_NEVER,
-        local_files_only=cached,
-    )  # fmt: skip
+        name,
+        revision=revision,
+        allow_patterns=_CONFIG_PATTERNS + (["*.safetensors"] if weights else []),
+        ignore_patterns=_IGNORED_PATTERNS,
+        local_files_only=local_files_only,
+    )
     return Path(folder)
 
 
-def _explain(name: str, revision: str | None, error: Exception) -> str:
+def _hub_error_message(name: str, revision: str | None, error: Exception) -> str:
     """Return the message for a failure of the hub."""
     where = f"model.name_or_path={name}"
     if isinstance(error, HFValidationError):

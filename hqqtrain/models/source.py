@@ -1,6 +1,6 @@
 """Resolve `model.name_or_path` and `model.source` to an architecture and weights.
 
-This happens in one place, so that quantization, training, evaluation and export agree on it.
+Quantization, training, evaluation and export all ask this module, so that they agree.
 """
 
 import json
@@ -15,7 +15,7 @@ from hqqtrain.rundir.layout import RunLayout
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
 
-_CONFIGS = Path(__file__).parent / "configs"
+_CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,15 @@ def shipped_folder(name: str) -> Path | None:
     """
     if name == "tiny":
         return TINY_FOLDER
-    known = {path.name.lower(): path for path in _CONFIGS.iterdir()}
-    return known.get(name.rsplit("/", 1)[-1].lower())
+    folders = {path.name.lower(): path for path in _CONFIG_FOLDER.iterdir()}
+    return folders.get(name.rsplit("/", 1)[-1].lower())
 
 
 def _synthetic(model: ModelConfig) -> ModelSource:
-    """Resolve the architecture only; well-known models are shipped and need no network."""
+    """Return a source that has only an architecture.
+
+    The architectures of well-known models are shipped and need no network.
+    """
     folder = None if Path(model.name_or_path).is_dir() else shipped_folder(model.name_or_path)
     if folder is None:
         folder = resolve_source(replace(model, source="pretrained"), weights=False).path
@@ -98,12 +101,12 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder}: contains no config.json, so it is not a Hugging Face model.")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        config_json = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}).") from error
-    if not isinstance(found, dict):
+    if not isinstance(config_json, dict):
         raise UserError(f"{path}: must contain a JSON object.")
-    return found
+    return config_json
 
 
 def _from_folder(name: str, folder: Path) -> ModelSource:
@@ -117,10 +120,10 @@ def _from_folder(name: str, folder: Path) -> ModelSource:
             f"model.name_or_path={name}: a run without quantized/; it is unfinished, or "
             "was started with quant.save=false."
         )
-    return ModelSource(name, folder, _kind(name, read_config_json(folder)))
+    return ModelSource(name, folder, _weights_kind(name, read_config_json(folder)))
 
 
-def _kind(name: str, config: dict[str, Any]) -> Literal["dense", "quantized"]:
+def _weights_kind(name: str, config: dict[str, Any]) -> Literal["dense", "quantized"]:
     """Return the kind of the weights that config.json describes."""
     quantization = config.get("quantization_config")
     if not quantization:

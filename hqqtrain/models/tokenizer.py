@@ -1,4 +1,4 @@
-"""Load the tokenizer of a model."""
+"""Load the tokenizer of a model, and turn the many errors of that into one message."""
 
 from pathlib import Path
 

@@ -45,7 +45,7 @@ def check_same_text(run: Run, *texts: TokenSequences | None) -> None:
         UserError: The text of some ranks differs.
     """
     digests = [text.digest() if text else "" for text in texts]
-    digests_of_ranks = run.runtime.comm.gather(digests)
+    digests_of_ranks = run.runtime.comm.all_gather_object(digests)
     if any(of_rank != digests for of_rank in digests_of_ranks):
         raise UserError(
             f"data.source={run.config.data.source}, eval.source={run.config.eval.source}: "

@@ -48,9 +48,9 @@ def dispatch_task(config: RunConfig, arguments: list[str]) -> int:
                 with translate_resource_errors(workload_of(config), runtime.strategy):
                     _TASKS[config.task](Run(config, runtime, recorder))
     except PreemptedError:
-        # All ranks raise this error, so all can meet in `leave`. After any other error a rank may
+        # All ranks raise this error, so all can meet in `shutdown`. After any other error a rank may
         # be missing, and waiting for it would hang.
-        runtime.comm.leave()
+        runtime.comm.shutdown()
         raise
-    runtime.comm.leave()
+    runtime.comm.shutdown()
     return 0

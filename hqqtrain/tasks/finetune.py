@@ -108,7 +108,7 @@ def save_trained_adapter(
     card = AdapterCard(
         base=plan.source.name,
         revision=run.config.model.revision,
-        figures=recorder.perplexities(),
+        metrics=recorder.perplexities(),
         **{key: getattr(quantization, key) for key in keys},
     )
     run.runtime.comm.run_on_rank0(lambda: save_adapter(state, lora, folder, card=card))

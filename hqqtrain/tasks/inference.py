@@ -1,6 +1,7 @@
 """The tasks that train nothing: quantize, eval and export."""
 
-from hqqtrain.formats.registry import FORMATS, ModelExport
+from hqqtrain.formats.base import ModelExport
+from hqqtrain.formats.registry import FORMATS
 from hqqtrain.loading.model_builder import wrap_for_execution
 from hqqtrain.loading.plan import plan_model
 from hqqtrain.tasks.context import Run

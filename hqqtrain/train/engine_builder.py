@@ -42,5 +42,5 @@ def build_engine(
         runtime.accelerator,
         optim,
         max_grad_norm=max_grad_norm,
-        wraps_ddp=runtime.strategy.wraps_ddp,
+        uses_ddp=runtime.strategy.uses_ddp,
     )

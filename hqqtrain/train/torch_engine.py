@@ -29,7 +29,7 @@ class TorchEngine:
         accelerator: Scales gradients under fp16.
         optim: Settings of the optimizer.
         max_grad_norm: Largest gradient norm, above which gradients are clipped; None: no clipping.
-        wraps_ddp: Whether DDP averages the gradients.
+        uses_ddp: Whether DDP averages the gradients.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class TorchEngine:
         optim: OptimConfig,
         *,
         max_grad_norm: float | None = None,
-        wraps_ddp: bool = False,
+        uses_ddp: bool = False,
     ) -> None:
         self.model, self._trainables = model, trainables
         self._accelerator, self._max_grad_norm = accelerator, max_grad_norm
-        if wraps_ddp:
+        if uses_ddp:
             # All ranks start with equal weights. DDP's initial broadcast would overwrite the
             # shards of FSDP1, so it is off.
             self.model = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)

@@ -123,7 +123,7 @@ class Trainer:
             [0, asks_to_stop, *peaks_of_ranks], dtype=torch.float64, device=self.comm.device
         )
         values[0] = loss_sum  # copied on the device, so that the host does not wait for it yet
-        loss, stop_requests, *peaks = self.comm.sum(values)
+        loss, stop_requests, *peaks = self.comm.all_reduce_sum(values)
         self.stop_requested = stop_requests > 0
         tokens = self.loader.target_token_count(batch_index)
         return StepResult(

@@ -63,6 +63,9 @@ def test_prune_keeps_the_last_and_the_best(store: CheckpointStore):
     store.keep_best, store.keep_last = 0, 1
     store.prune()
     assert store.steps() == [7]
+    store.keep_last = 0
+    store.prune()
+    assert store.steps() == []
     store.delete_all()
     assert store.newest_intact() is None
     assert not store.root.exists()

@@ -4,7 +4,12 @@ import pytest
 from ranks import on_ranks
 
 from hqqtrain.common.errors import PreemptedError, UserError
-from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
+from hqqtrain.distributed.comm import (
+    SINGLE_PROCESS,
+    Communicator,
+    deserialize_error,
+    serialize_error,
+)
 
 pytestmark = pytest.mark.ranks
 
@@ -23,9 +28,9 @@ def _fails_on_rank0(rank: int, comm: Communicator, error: Exception) -> None:
 
 
 def _keys(rank: int, comm: Communicator) -> None:
-    keys = [comm.unique_key("heartbeat") for _ in range(2)]
+    keys = [comm.new_store_key("heartbeat") for _ in range(2)]
     assert keys[0] != keys[1]
-    assert comm.gather(keys) == [keys] * comm.size
+    assert comm.all_gather_object(keys) == [keys] * comm.size
 
 
 @pytest.mark.parametrize("case", [_result_of_rank0, _keys])
@@ -38,6 +43,16 @@ def test_an_error_of_the_user_is_the_same_on_all_ranks():
     assert (
         on_ranks(_fails_on_rank0, 2, PreemptedError("SIGTERM")) == ["PreemptedError: SIGTERM"] * 2
     )
+
+
+class _KeyMissingError(UserError):
+    """A kind of UserError that the other ranks do not know by name."""
+
+
+def test_a_subclass_of_a_user_error_stays_one_on_all_ranks():
+    error = deserialize_error(1, serialize_error(_KeyMissingError("key: missing")))
+    assert (type(error), str(error)) == (UserError, "key: missing")
+    assert serialize_error(None) == ""
 
 
 def test_any_other_error_names_its_rank():

@@ -28,24 +28,24 @@ def _full(index: int) -> Tensor:
     return torch.randint(0, 200, (2 + index, 3)).to(DTYPES[index % len(DTYPES)])
 
 
-def _pieces(rank: int, size: int) -> list[LocalShard]:
+def _local_shards(rank: int, size: int) -> list[LocalShard]:
     """Return rows that are sharded evenly or not, with empty shards, and whole tensors between."""
-    pieces = []
+    local_shards = []
     for full in map(_full, range(10)):
         chunks = [*full.chunk(size), *[full[:0]] * size]
-        pieces.append(LocalShard(chunks[rank], full.shape, tuple(range(size))))
-        pieces.append(LocalShard(full * 2, full.shape, (0,)))
-    return pieces
+        local_shards.append(LocalShard(chunks[rank], full.shape, tuple(range(size))))
+        local_shards.append(LocalShard(full * 2, full.shape, (0,)))
+    return local_shards
 
 
 def arrive_whole(rank: int, comm: Communicator) -> None:
     for gather.GATHER_BYTES in (1, 1000, 1 << 27):
-        check_pieces(rank, comm)
+        check_local_shards(rank, comm)
 
 
-def check_pieces(rank: int, comm: Communicator) -> None:
+def check_local_shards(rank: int, comm: Communicator) -> None:
     found = {}
-    for index, shards in gather_to_rank0(_pieces(rank, comm.size), comm):
+    for index, shards in gather_to_rank0(_local_shards(rank, comm.size), comm):
         assert index not in found
         found[index] = torch.cat(shards).clone()
     if rank:
@@ -62,10 +62,10 @@ def test_every_shard_arrives():
 
 
 def test_one_process_yields_its_tensors_without_a_group():
-    pieces = [LocalShard(_full(n), _full(n).shape, (0,)) for n in range(3)]
-    found = list(gather_to_rank0(pieces, SINGLE_PROCESS))
+    local_shards = [LocalShard(_full(n), _full(n).shape, (0,)) for n in range(3)]
+    found = list(gather_to_rank0(local_shards, SINGLE_PROCESS))
     assert [index for index, _ in found] == [0, 1, 2]
-    assert all(shards[0] is pieces[index].part for index, shards in found)
+    assert all(shards[0] is local_shards[index].tensor for index, shards in found)
 
 
 @pytest.mark.parametrize(("limit", "expected"), [

@@ -112,7 +112,8 @@ def test_a_suspended_process_does_not_blame_others(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     watching = Heartbeat(Communicator(0, 2, None))  # type: ignore[arg-type]
-    watching._store, watching._read_at, watching._changed_at = Store(), now, {1: now}
+    watching._store, watching._last_read_time = Store(), now
+    watching._last_change_times = {1: now}
     for now in (1001.0, 1001.0 + 3 * heartbeat.LOST_AFTER_SECONDS):  # noqa: B007 (the clock reads it)
         watching._read_states()
     watching.check()

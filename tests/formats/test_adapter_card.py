@@ -25,7 +25,7 @@ def test_the_card_names_base_quantization_and_fingerprint():
 
 
 def test_optional_facts_appear_where_they_are_known():
-    card = replace(CARD, revision="v1", group_size=None, figures={"perplexity, trained": 6.32104})
+    card = replace(CARD, revision="v1", group_size=None, metrics={"perplexity, trained": 6.32104})
     text = render_card(card)
     assert "`owner/name` at revision `v1`" in text
     assert "(a whole row or column, axis 1" in text

@@ -109,7 +109,7 @@ def test_the_algorithm_never_changes(name, dtype):
 
 def test_the_chunk_size_does_not_matter(monkeypatch):
     whole = _whole(_tensors())
-    monkeypatch.setitem(fingerprint._CHUNK, "cpu", 20)
+    monkeypatch.setattr(fingerprint, "_CPU_CHUNK_WORDS", 20)
     assert _whole(_tensors()) == whole
 
 

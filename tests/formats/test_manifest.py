@@ -43,7 +43,7 @@ def test_a_folder_without_a_manifest_is_not_sealed(tmp_path):
 
 
 def test_a_file_larger_than_a_block_is_hashed_completely(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "_BLOCK", 7)
+    monkeypatch.setattr(manifest, "_BLOCK_BYTES", 7)
     (tmp_path / "a").write_bytes(bytes(range(100)))
     digest = hashlib.sha256(bytes(range(100))).hexdigest()
     assert file_digest(tmp_path / "a") == {"bytes": 100, "sha256": digest}
@@ -51,7 +51,7 @@ def test_a_file_larger_than_a_block_is_hashed_completely(tmp_path, monkeypatch):
 
 def test_known_digests_are_not_computed_again(tmp_path):
     (tmp_path / "file").write_text("x")
-    seal(tmp_path, known={"file": {"bytes": 1, "sha256": "of the writer"}})
+    seal(tmp_path, known_digests={"file": {"bytes": 1, "sha256": "of the writer"}})
     with pytest.raises(DamagedError, match=r"file: .*its checksum differs"):
         check_sealed(tmp_path)
 

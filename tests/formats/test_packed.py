@@ -16,7 +16,7 @@ from hqqtrain.formats.packed import (
     QuantizedSettings,
     check_quantized,
     model_tensors,
-    quantized_settings,
+    read_quantized_settings,
 )
 from hqqtrain.loading.load import load_model
 from hqqtrain.models.build import build_meta, load_hf_config
@@ -28,7 +28,7 @@ from hqqtrain.nn.replace import replace_linears
 
 def _reload(folder, storage=torch.uint8):
     """Load a model from the folder alone."""
-    settings = quantized_settings(folder)
+    settings = read_quantized_settings(folder)
     model = build_meta(load_hf_config(folder))
     replace_linears(model, {n: m.spec for n, m in settings.modules.items()}, storage_dtype=storage)
     reader = SafetensorsReader(folder)
@@ -51,7 +51,7 @@ def _reload(folder, storage=torch.uint8):
 def test_it_reloads_bit_for_bit(make_trained, tmp_path, quant, tied, storage):
     trained = make_trained("qwen2", tied=tied, storage=storage, **quant)
     folder = trained.save(tmp_path / "quantized")
-    assert quantized_settings(folder) == trained.settings
+    assert read_quantized_settings(folder) == trained.settings
     again = _reload(folder, torch.float16)
     saved, truth = dict(model_tensors(again)), dict(model_tensors(trained.model))
     assert saved.keys() == truth.keys()
@@ -161,7 +161,7 @@ def test_a_folder_without_a_manifest_is_accepted(make_trained, tmp_path):
 
 def test_known_checksums_are_not_computed_again(tmp_path):
     (tmp_path / "file").write_text("x")
-    seal(tmp_path, known={"file": {"bytes": 1, "sha256": "of the writer"}})
+    seal(tmp_path, known_digests={"file": {"bytes": 1, "sha256": "of the writer"}})
     with pytest.raises(DamagedError, match=r"file: .*its checksum differs"):
         check_sealed(tmp_path)
 
@@ -191,7 +191,7 @@ def test_damaged_settings_are_refused(make_trained, tmp_path, change, message):
     change(config["quantization_config"])
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
-        quantized_settings(folder)
+        read_quantized_settings(folder)
 
 
 def test_settings_survive_json(make_trained):

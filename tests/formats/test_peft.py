@@ -77,7 +77,7 @@ def test_equal_adapters_are_equal_files(make_trained, tmp_path):
 
 
 def test_the_card_names_base_bits_and_fingerprint(make_trained, tmp_path):
-    folder = _save(make_trained(), tmp_path / "a", figures={"perplexity, trained": 9.5})
+    folder = _save(make_trained(), tmp_path / "a", metrics={"perplexity, trained": 9.5})
     text = (folder / "README.md").read_text()
     for part in (
         'base_model: "owner/name"',

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config import groups
-from hqqtrain.formats.packed import model_tensors, quantized_settings
-from hqqtrain.formats.registry import FORMATS, ModelExport
+from hqqtrain.formats.base import ModelExport
+from hqqtrain.formats.packed import model_tensors, read_quantized_settings
+from hqqtrain.formats.registry import FORMATS
 
 TOKENS = torch.arange(24).view(2, 12)
 
@@ -38,7 +39,7 @@ def test_dense_merges_the_adapter(make_trained, tmp_path):
 def test_packed_is_the_quantized_folder(make_trained, tmp_path):
     trained = make_trained()
     FORMATS["packed"].write(_model_export(trained), tmp_path / "export")
-    assert quantized_settings(tmp_path / "export") == trained.settings
+    assert read_quantized_settings(tmp_path / "export") == trained.settings
     written = load_file(tmp_path / "export" / "model.safetensors")
     truth = dict(model_tensors(trained.model))
     assert written.keys() == truth.keys()

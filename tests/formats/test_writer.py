@@ -23,10 +23,12 @@ TENSORS = {f"t{i}": torch.arange(i, i + 40, dtype=torch.float32).view(4, 10) for
 
 def write(folder: Path, comm: Communicator) -> int:
     with collective_atomic_directory(folder, comm) as partial:
-        done = write_shards(TENSORS.items(), partial, max_bytes=400, comm=comm, hashed=True)
+        written = write_shards(
+            TENSORS.items(), partial, max_bytes=400, comm=comm, compute_checksums=True
+        )
         if comm.is_main:
-            seal(partial, known=done.digests)
-    return done.bytes
+            seal(partial, known_digests=written.digests)
+    return written.bytes
 
 
 def save_all(rank: int, comm: Communicator, folder: Path) -> None:

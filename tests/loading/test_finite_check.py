@@ -11,7 +11,7 @@ from hqqtrain.loading.prefetch import RowRange
 class DamagedSource:
     """Source whose tensor `b` has a NaN in row 4."""
 
-    bytes_read = ahead = 0
+    bytes_read = prefetch_depth = 0
 
     def shape(self, name: str) -> tuple[int, ...]:
         return (6, 3)

@@ -52,7 +52,7 @@ def quantized(case: tuple, comm: Communicator, strategy: str) -> tuple[str, int,
     found = Fingerprint()
     load_model(model, reader, comm, on_packed_rows=found.update)
     total = Fingerprint()
-    for part in comm.gather(found.total):
+    for part in comm.all_gather_object(found.total):
         total.merge(part)
     settings = QuantizedSettings.from_model(model).by_module()
     return total.hexdigest(settings), reader.bytes_read, reader.total_bytes

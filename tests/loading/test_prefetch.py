@@ -14,8 +14,8 @@ CPU = torch.device("cpu")
 class Source:
     """Source of one-element tensors that records which thread read what."""
 
-    def __init__(self, ahead: int) -> None:
-        self.bytes_read, self.ahead = 0, ahead
+    def __init__(self, prefetch_depth: int) -> None:
+        self.bytes_read, self.prefetch_depth = 0, prefetch_depth
         self.read_names: list[str] = []
         self.threads: set[int] = set()
 
@@ -34,15 +34,15 @@ def pieces(*names: object) -> list[RowRange]:
     return [RowRange(str(name), None) for name in names]
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_order_and_prefetch_limit(ahead):
-    source = Source(ahead)
+@pytest.mark.parametrize("prefetch_depth", [0, 1, 3])
+def test_order_and_prefetch_limit(prefetch_depth):
+    source = Source(prefetch_depth)
     with Prefetcher(source, pieces(*range(8)), CPU) as arriving:
         for number, tensor in enumerate(arriving):
             assert tensor.item() == number
-            assert len(source.read_names) <= number + 1 + ahead
+            assert len(source.read_names) <= number + 1 + prefetch_depth
     assert source.read_names == [str(i) for i in range(8)]
-    assert (threading.get_ident() in source.threads) == (ahead == 0)
+    assert (threading.get_ident() in source.threads) == (prefetch_depth == 0)
 
 
 def test_next_piece_is_read_in_the_background():
@@ -56,9 +56,9 @@ def test_next_piece_is_read_in_the_background():
     pytest.fail(f"only {source.read_names} read")
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_an_error_is_raised_with_its_piece(ahead):
-    with Prefetcher(Source(ahead), pieces(0, "bad", 2), CPU) as arriving:
+@pytest.mark.parametrize("prefetch_depth", [0, 1])
+def test_an_error_is_raised_with_its_piece(prefetch_depth):
+    with Prefetcher(Source(prefetch_depth), pieces(0, "bad", 2), CPU) as arriving:
         assert next(arriving) == 0
         with pytest.raises(UserError, match="bad: damaged"):
             next(arriving)
@@ -66,8 +66,8 @@ def test_an_error_is_raised_with_its_piece(ahead):
 
 def test_leaving_early_ends_the_thread():
     before = threading.active_count()
-    ahead = Prefetcher(Source(1), pieces(*range(9)), CPU)
-    with pytest.raises(KeyboardInterrupt), ahead as arriving:  # noqa: PT012 (the body leaves early)
+    prefetcher = Prefetcher(Source(1), pieces(*range(9)), CPU)
+    with pytest.raises(KeyboardInterrupt), prefetcher as arriving:  # noqa: PT012 (the body leaves early)
         next(arriving)
         raise KeyboardInterrupt
     assert threading.active_count() == before
@@ -81,10 +81,10 @@ class Pinned(Source):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_a_gpu_waits_for_its_copy(ahead):
+@pytest.mark.parametrize("prefetch_depth", [0, 1, 3])
+def test_a_gpu_waits_for_its_copy(prefetch_depth):
     device = torch.device("cuda:0")
-    with Prefetcher(Pinned(ahead), pieces(*range(40)), device) as arriving:
+    with Prefetcher(Pinned(prefetch_depth), pieces(*range(40)), device) as arriving:
         sums = [(piece - number).abs().sum() for number, piece in enumerate(arriving)]
     assert torch.stack(sums).sum().item() == 0
     assert {total.device for total in sums} == {device}

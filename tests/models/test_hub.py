@@ -50,7 +50,7 @@ def test_a_hub_that_refuses_connections(hub_at):
 
 
 def test_a_hub_that_accepts_and_never_answers(hub_at, monkeypatch):
-    monkeypatch.setattr(hub, "TIMEOUT", 1.0)
+    monkeypatch.setattr(hub, "TIMEOUT_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         hub_at(f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()
@@ -92,7 +92,7 @@ def test_replies_of_the_hub_become_messages(monkeypatch, error, message):
         raise errors.LocalEntryNotFoundError("not cached") if local_files_only else error
 
     monkeypatch.setattr(hub, "snapshot_download", refuse)
-    monkeypatch.setattr(hub, "_ask", lambda *_: None)
+    monkeypatch.setattr(hub, "_request_metadata", lambda *_: None)
     with pytest.raises(UserError, match=message):
         resolve_source(ModelConfig(name_or_path="owner/name", revision="v9"))
 
@@ -105,7 +105,7 @@ def test_the_revision_and_only_the_needed_files_are_requested(monkeypatch, check
         return str(checkpoint)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    monkeypatch.setattr(hub, "_ask", lambda *_: None)
+    monkeypatch.setattr(hub, "_request_metadata", lambda *_: None)
     model = ModelConfig(name_or_path="owner/name", revision="v9")
     assert resolve_source(model).path == Path(checkpoint)
     assert (asked["name"], asked["revision"]) == ("owner/name", "v9")

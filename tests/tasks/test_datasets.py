@@ -45,7 +45,7 @@ def _raise_preempted(_: PreemptionHandler) -> None:
 class _TwoRanks(Communicator):
     """The first of two ranks, the second of which has read another text."""
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         return [value, [*value[:-1], "another digest"]]
 
 

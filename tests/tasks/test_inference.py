@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.run import RunConfig
-from hqqtrain.formats.packed import quantized_settings
+from hqqtrain.formats.packed import read_quantized_settings
 from hqqtrain.tasks.finetune import finetune
 from hqqtrain.tasks.inference import evaluate, export, quantize
 
@@ -36,7 +36,7 @@ def trained(run_task) -> Path:
 
 def test_quantize_saves_the_packed_model(run_task):
     run = run_task("quantize")
-    settings, summary = quantized_settings(run.layout.quantized), run.recorder.summary.content
+    settings, summary = read_quantized_settings(run.layout.quantized), run.recorder.summary.content
     assert settings.fingerprint == summary.quantize.fingerprint
     assert len(settings.modules) == 7
     assert (summary.eval, summary.train) == (None, None)
@@ -72,5 +72,8 @@ def test_a_packed_export_has_no_place_for_an_adapter(run_task, trained: Path):
     with pytest.raises(UserError, match=r"export\.format=packed: would leave out the adapter"):
         run_task("export", model={"name_or_path": str(trained)}, export=packed)
     run = run_task("export", model={"name_or_path": str(trained / "quantized")}, export=packed)
-    ours, theirs = quantized_settings(run.layout.export), quantized_settings(trained / "quantized")
+    ours, theirs = (
+        read_quantized_settings(run.layout.export),
+        read_quantized_settings(trained / "quantized"),
+    )
     assert ours == theirs

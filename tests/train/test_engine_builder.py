@@ -28,7 +28,7 @@ def test_every_strategy_has_an_engine(monkeypatch):
         assert engine == ("ZeRO3Engine" if name == "zero3" else "TorchEngine"), name
         assert built[engine]["max_grad_norm"] == 0.5
         if engine == "TorchEngine":
-            assert built[engine]["wraps_ddp"] is (name in ("ddp", "fsdp1")), name
+            assert built[engine]["uses_ddp"] is (name in ("ddp", "fsdp1")), name
         else:
             assert built[engine]["autocast"] == torch.bfloat16
 

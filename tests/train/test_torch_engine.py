@@ -30,7 +30,7 @@ def backward(engine: TorchEngine, factor: float = 1.0) -> None:
 
 
 def weights(engine: TorchEngine) -> list[torch.Tensor]:
-    return [shard.part.clone() for name, shard in engine.local_state().items() if "/" not in name]
+    return [shard.tensor.clone() for name, shard in engine.local_state().items() if "/" not in name]
 
 
 def gradients(engine: TorchEngine) -> list[torch.Tensor | None]:

@@ -1,7 +1,7 @@
 """The interface of a parallel strategy.
 
-A strategy is one file of this package, which the registry names. The rest of the program asks the
-object and never compares its name.
+Each strategy is a class in a file of this package, and `registry.py` lists them. The rest of the
+program asks the object for its attributes and never compares its name.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", *PAGED_OPTIMIZERS)
 
 
 @dataclass(frozen=True)
-class Supports:
-    """The settings that a strategy may be combined with, as data; see `check_supported`.
+class Capabilities:
+    """The settings that a strategy may be combined with; `check_supported` reads them.
 
     Attributes:
         several_processes: Whether more than one process may run.
@@ -48,30 +48,31 @@ class Supports:
 
 @dataclass(eq=False)
 class Strategy:
-    """Shards a model over the ranks, or replicates it, and knows what that takes.
+    """Shards a model over the ranks, or replicates it.
 
-    The methods of this class are those of a strategy that leaves the model whole and unwrapped.
+    The methods of this class leave the model full and unwrapped; strategies override them.
 
     Attributes:
         name: The value of `parallel.strategy`.
         supports: What the strategy may be combined with.
         engine: The implementation of the training step that the strategy needs.
-        wraps_ddp: The engine averages the gradients with PyTorch's DDP.
-        shards_parameters: Each rank has only a part of the frozen parameters.
-        shards_adapters: Each rank has only a part of the trained parameters.
-        frees_parameters: Parameters are empty between their uses, so their shapes change.
-        may_call_head_alone: The output head may be called by itself, a different number of times
-            on each rank, as the chunked loss does.
+        uses_ddp: Whether the engine averages the gradients of the adapters with PyTorch's DDP.
+        shards_parameters: Whether each rank has only a part of the frozen parameters.
+        shards_adapters: Whether each rank has only a part of the trained parameters.
+        frees_parameters: Whether parameters are empty between their uses, so their shapes change.
+        may_call_head_alone: Whether the output head may be called by itself, a different number of
+            times on each rank, as the chunked loss does.
         comm: All ranks of the run.
         storage_dtype: Dtype that W_q is viewed as, from `resolve_storage_dtype`.
         replicas: Number of replicas of the sharded model, see `parallel.hsdp`.
-        offloads_parameters: Keep the parameters in host memory; on a CPU they are there anyway.
+        offloads_parameters: Whether a GPU keeps the parameters in host memory between their uses;
+            always false on a CPU.
     """
 
     name: ClassVar[str]
-    supports: ClassVar[Supports] = Supports()
+    supports: ClassVar[Capabilities] = Capabilities()
     engine: ClassVar[Literal["torch", "deepspeed"]] = "torch"
-    wraps_ddp: ClassVar[bool] = False
+    uses_ddp: ClassVar[bool] = False
     shards_parameters: ClassVar[bool] = False
     shards_adapters: ClassVar[bool] = False
     frees_parameters: ClassVar[bool] = False
@@ -88,7 +89,7 @@ class Strategy:
 
         Args:
             wanted: A value of `quant.storage_dtype` that the strategy supports.
-            compute: Dtype of the parameters that stay in full precision.
+            compute: Dtype of the parameters that are not quantized.
         """
         return torch.uint8 if wanted == "auto" else STORAGE_DTYPES[wanted]
 
@@ -96,7 +97,7 @@ class Strategy:
         """Check that the strategy can run `model`, quantized and on any device.
 
         Raises:
-            UserError: It cannot; the message names the parameter and what to change.
+            UserError: The strategy cannot; the message names the parameter and what to change.
         """
 
     def shard(self, model: nn.Module) -> None:
@@ -105,13 +106,13 @@ class Strategy:
     def wrap(self, model: nn.Module) -> nn.Module:
         """Wrap a loaded model so that it can be called. Collective.
 
-        The flat strategies take ownership of the parameters: afterwards only those of the adapters
-        can be gathered. The other strategies return `model` itself.
+        The flat strategies take ownership of the parameters: afterwards only the parameters of the
+        adapters can be gathered. The other strategies return `model` itself.
         """
         return model
 
     def roundtrip(self, weight: Tensor) -> Tensor:
-        """Return a frozen parameter after all that the strategy does to its bits. Collective."""
+        """Return `weight` as the model would see it after sharding and gathering. Collective."""
         return weight
 
     def parameter_shards(self, world_size: int) -> int:
@@ -140,18 +141,20 @@ class Strategy:
 
 def storage_dtype_name(dtype: torch.dtype) -> str:
     """Return the name of `dtype` in `quant.storage_dtype`."""
-    (name,) = (name for name, known in STORAGE_DTYPES.items() if known == dtype)
-    return name
+    return next(name for name, value in STORAGE_DTYPES.items() if value == dtype)
 
 
 def ensure_process_group(world_size: int) -> None:
-    """Create a process group for a single process without a launcher, which FSDP2 needs, too."""
+    """Create a process group for a single process that no launcher has started.
+
+    FSDP2 needs a process group even then. With several processes, the launcher's exists already.
+    """
     if world_size == 1 and not dist.is_initialized():
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
 
 
 def probe_layer(weight: Tensor) -> nn.Module:
-    """Return a layer with `weight` as its frozen parameter `W_q`, beside trained parameters."""
+    """Return a layer with `weight` as its frozen parameter `W_q` next to trained parameters."""
     module = nn.Linear(1, 1, device=weight.device)
     module.register_parameter("W_q", nn.Parameter(weight.clone(), requires_grad=False))
     return module

@@ -18,7 +18,7 @@ from hqqtrain.config.groups import (
     QuantConfig,
     TrainConfig,
 )
-from hqqtrain.distributed.strategies.base import BITSANDBYTES_OPTIMIZERS, Strategy, Supports
+from hqqtrain.distributed.strategies.base import BITSANDBYTES_OPTIMIZERS, Capabilities, Strategy
 from hqqtrain.distributed.strategies.registry import STRATEGIES
 
 MACHINE_CONFLICTS = (
@@ -28,7 +28,7 @@ MACHINE_CONFLICTS = (
     ),
     BF16_ADAPTERS_IN_FP16,  # again, because accelerate's configuration may decide the precision
 )
-"""Combinations that no strategy supports, once what depends on the machine is resolved."""
+"""Combinations that no strategy supports; checked once the device and the precision are known."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ def check_supported(
     Args:
         strategy: The strategy, with `auto` already resolved.
         settings: The settings of the run.
-        precision: A value of `train.precision`, likewise resolved.
+        precision: A value of `train.precision`, with `auto` already resolved.
         device: Type of this rank's device, "cpu" or "cuda".
         world_size: Number of ranks.
 
     Raises:
-        UserError: With one line for every contradiction, all at once.
+        UserError: Settings contradict each other. The message has a line for each contradiction.
     """
     errors = [
         *_process_errors(strategy, settings, world_size),
@@ -97,17 +97,18 @@ def _process_errors(
 
 def _parallel_errors(strategy: type[Strategy], parallel: ParallelConfig) -> Iterator[str]:
     if parallel.offloads_parameters and not strategy.supports.parameter_offload:
-        able = _names(lambda supports: supports.parameter_offload)
+        able = _strategies_with(lambda supports: supports.parameter_offload)
         yield (
             f"parallel.offload={parallel.offload}: only parallel.strategy={able} offloads "
             f"parameters, not {strategy.name}; use {able}, or parallel.offload=activations."
         )
     if parallel.hsdp and not strategy.supports.hsdp:
-        able = _names(lambda supports: supports.hsdp)
+        able = _strategies_with(lambda supports: supports.hsdp)
         yield f"parallel.hsdp=true: needs parallel.strategy={able}, not {strategy.name}."
 
 
-def _names(has: Callable[[Supports], bool]) -> str:
+def _strategies_with(has: Callable[[Capabilities], bool]) -> str:
+    """Return the names of the strategies that have a capability, joined by "or"."""
     return " or ".join(name for name, strategy in STRATEGIES.items() if has(strategy.supports))
 
 

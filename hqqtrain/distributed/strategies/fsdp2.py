@@ -1,4 +1,4 @@
-"""FSDP2: one unit for each decoder layer, sharded by rows on the meta device."""
+"""FSDP2: each decoder layer is one FSDP module, sharded by rows on the meta device."""
 
 import logging
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.conflicts import Conflict
 from hqqtrain.distributed.strategies.base import (
     BITSANDBYTES_OPTIMIZERS,
+    Capabilities,
     Strategy,
-    Supports,
     ensure_process_group,
     probe_layer,
 )
@@ -36,7 +36,7 @@ class FSDP2(Strategy):
     """Shards the model by rows, over all ranks or over those of a replica."""
 
     name = "fsdp2"
-    supports = Supports(
+    supports = Capabilities(
         parameter_offload=True,
         hsdp=True,
         conflicts=(
@@ -59,7 +59,7 @@ class FSDP2(Strategy):
         return super().resolve_storage_dtype(wanted, compute)
 
     def shard(self, model: nn.Module) -> None:
-        """Shard `model`, one unit per decoder layer; meta parameters stay on meta. Collective.
+        """Shard each decoder layer of `model`, then the rest, on the meta device. Collective.
 
         Raises:
             UserError: The model has no stack of decoder layers.
@@ -68,8 +68,8 @@ class FSDP2(Strategy):
         mesh = self._mesh()
         layers, description = decoder_layers(model), describe_decoder_layers(model)
         policy = CPUOffloadPolicy() if self.offloads_parameters else OffloadPolicy()
-        for part in (*layers, model):
-            fully_shard(part, mesh=mesh, offload_policy=policy)
+        for module in (*layers, model):
+            fully_shard(module, mesh=mesh, offload_policy=policy)
         logger.info(
             "fsdp2: decoder layers: %s, sharded over %d ranks, replicas: %d",
             description,
@@ -86,7 +86,11 @@ class FSDP2(Strategy):
         return module.get_parameter("W_q").detach()
 
     def gathered_bytes(self, world_size: int, *, root: int, packed: int, itemsize: int) -> int:
-        """Add the buffer of the all-gather; with offloading, nothing but both is on the device."""
+        """Add the buffer of the all-gather to the bytes of the base class.
+
+        The buffer is as large as the gathered parameters. With offloading no shard is on the
+        device, so all of the gathered bytes come in addition.
+        """
         if self.offloads_parameters:
             return 2 * root
         gathered = super().gathered_bytes(world_size, root=root, packed=packed, itemsize=itemsize)

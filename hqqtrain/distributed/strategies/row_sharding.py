@@ -1,8 +1,9 @@
 """Row sharding for loading, before FSDP1 or ZeRO-3 takes over the model.
 
-Both engines shard flat memory, in the middle of rows, and need the full tensors first. So the model
-is sharded by rows and loaded, as under FSDP2, and then handed over one decoder layer at a time.
-Each weight is quantized by one rank only, and no rank holds more than its shard and one layer.
+FSDP1 and ZeRO-3 split flat memory in the middle of rows, and need the full tensors to do it. The
+model is therefore sharded by rows and loaded, as under FSDP2, and then handed over one decoder
+layer at a time. Each row is quantized by one rank only, and no rank holds more than its shard and
+one full layer.
 """
 
 from collections.abc import Callable
@@ -19,10 +20,7 @@ from hqqtrain.nn.hqq_linear import HQQLinear
 
 
 class FlatStrategy(Strategy):
-    """Base of FSDP1 and ZeRO-3.
-
-    Both view W_q, scale and zero as `storage_dtype`.
-    """
+    """Base of FSDP1 and ZeRO-3, which view W_q, scale and zero as `storage_dtype`."""
 
     shards_parameters = True
 
@@ -38,23 +36,23 @@ class FlatStrategy(Strategy):
         """Check that the packed weights of `model` can be viewed as `storage_dtype`.
 
         Raises:
-            UserError: One cannot; the message names it and the keys to change.
+            UserError: A weight cannot; the message names it and the keys to change.
         """
         for name, module in model.named_modules():
             if isinstance(module, HQQLinear):
                 self._check_views(name, module)
 
     def _check_views(self, name: str, layer: HQQLinear) -> None:
-        row = layer.layout.groups * layer.spec.meta_dtype.itemsize
-        if row % self.storage_dtype.itemsize:
+        scale_row_bytes = layer.layout.groups * layer.spec.meta_dtype.itemsize
+        if scale_row_bytes % self.storage_dtype.itemsize:
             raise UserError(
                 f"parallel.strategy={self.name}: a row of {name} has {layer.layout.groups} "
-                f"scales of {layer.spec.meta_dtype}, {row} bytes, which cannot be viewed as "
-                f"{self.storage_dtype}; use {self._smaller_storage()}quant.meta_dtype=fp32, or "
-                "fsdp2."
+                f"scales of {layer.spec.meta_dtype}, {scale_row_bytes} bytes, which cannot be "
+                f"viewed as {self.storage_dtype}; use {self._smaller_storage_advice()}"
+                "quant.meta_dtype=fp32, or fsdp2."
             )
 
-    def _smaller_storage(self) -> str:
+    def _smaller_storage_advice(self) -> str:
         """Return the advice to choose a smaller `quant.storage_dtype`, if that is possible."""
         return "quant.storage_dtype=bf16, "
 
@@ -70,26 +68,28 @@ def shard_rows(model: nn.Module, comm: Communicator) -> None:
     _replace(model, lambda p: distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None))
 
 
-def unshard(module: nn.Module) -> None:
-    """Unshard every parameter of `module` in place, on every rank. Collective."""
+def unshard_rows(module: nn.Module) -> None:
+    """Replace row shards by full parameters, in place and on every rank. Collective."""
     _replace(module, lambda p: p.full_tensor().detach() if isinstance(p, DTensor) else p)
 
 
 def view_packed_as(module: nn.Module, storage: torch.dtype) -> None:
     """View all packed weights of `module` as `storage`, see `HQQLinear.view_packed_as`."""
-    for part in module.modules():
-        if isinstance(part, HQQLinear):
-            part.view_packed_as(storage)
+    for submodule in module.modules():
+        if isinstance(submodule, HQQLinear):
+            submodule.view_packed_as(storage)
 
 
 def _replace(module: nn.Module, convert: Callable[[nn.Parameter], Tensor]) -> None:
     """Replace each parameter by `convert(parameter)`, called once for tied parameters."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for part in module.modules():
-        for leaf, param in list(part.named_parameters(recurse=False, remove_duplicate=False)):
-            if param not in made:
+    converted: dict[nn.Parameter, nn.Parameter] = {}
+    for submodule in module.modules():
+        # A list, because the loop replaces parameters. Without remove_duplicate=False it would
+        # pass over a parameter that is tied to another one of the same module.
+        for name, param in list(submodule.named_parameters(recurse=False, remove_duplicate=False)):
+            if param not in converted:
                 tensor = convert(param)
                 if not isinstance(tensor, nn.Parameter):
                     tensor = nn.Parameter(tensor, requires_grad=param.requires_grad)
-                made[param] = tensor
-            setattr(part, leaf, made[param])
+                converted[param] = tensor
+            setattr(submodule, name, converted[param])

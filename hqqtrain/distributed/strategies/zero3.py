@@ -23,34 +23,37 @@ from hqqtrain.compat import (
 from hqqtrain.config.conflicts import Conflict
 from hqqtrain.distributed.strategies.base import (
     BITSANDBYTES_OPTIMIZERS,
-    Supports,
+    Capabilities,
     ensure_process_group,
     probe_layer,
 )
-from hqqtrain.distributed.strategies.row_sharding import FlatStrategy, unshard, view_packed_as
+from hqqtrain.distributed.strategies.row_sharding import FlatStrategy, unshard_rows, view_packed_as
 from hqqtrain.models.families.structure import decoder_layers, describe_decoder_layers
 
 logger = logging.getLogger(__name__)
 
 MAX_LIVE_NUMEL, REDUCE_BUCKET_NUMEL = 1 << 28, 1 << 24
-"""Elements of parameters that may be gathered at a time, and elements of gradients per reduction.
+"""Largest number of parameter elements gathered at a time, and of gradient elements per reduction.
 
-`MAX_LIVE_NUMEL` is two decoder layers of a Llama-70B at 2 bits in bf16. DeepSpeed's defaults, 10^9
-and 5 * 10^8, take 2 GiB each.
+`MAX_LIVE_NUMEL` has room for two decoder layers of a Llama-70B whose codes of 2 bits are viewed as
+bf16. DeepSpeed's defaults, 10^9 and 5 * 10^8 elements, take 2 GiB each.
 """
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Keys of AdamW's state."""
 
 _INFERENCE_ENGINE = "_deepspeed_inference_engine"
-"""Attribute of a model with the DeepSpeed engine whose hooks it has until it gets an optimizer."""
+"""Attribute of a wrapped model: the DeepSpeed engine without an optimizer that gathers parameters.
+
+`build_deepspeed_engine` replaces it by an engine with an optimizer.
+"""
 
 
 class ZeRO3(FlatStrategy):
     """Shards all parameters; DeepSpeed owns the gradients and the optimizer, too."""
 
     name = "zero3"
-    supports = Supports(
+    supports = Capabilities(
         package="deepspeed",
         conflicts=(
             Conflict(
@@ -83,8 +86,8 @@ class ZeRO3(FlatStrategy):
     def wrap(self, model: nn.Module) -> nn.Module:
         """Shard `model` with ZeRO-3 so that it can be called. Collective.
 
-        Packed weights become views of `storage_dtype`. Only one decoder layer at a time is whole
-        on a rank.
+        Packed weights become views of `storage_dtype`. A rank holds one full decoder layer at a
+        time.
 
         Args:
             model: Sharded by rows and loaded; changed in place.
@@ -93,15 +96,16 @@ class ZeRO3(FlatStrategy):
         logger.info("zero3: decoder layers: %s", describe_decoder_layers(model))
         # Layer by layer: gather from row shards, view as floats, shard flat, free the full layer.
         for layer in decoder_layers(model):
-            unshard(layer)
+            unshard_rows(layer)
             view_packed_as(layer, self.storage_dtype)
             partition_parameters(layer, device)
         # Then what is outside the layers: embeddings, head, final norm.
-        unshard(model)
+        unshard_rows(model)
         partition_parameters(model, device)
         # An engine without an optimizer installs the hooks that gather parameters in forward.
         engine = _deepspeed(device).initialize(model=model, config=_config())[0]
-        vars(model)[_INFERENCE_ENGINE] = engine  # not as a submodule: the engine is one, too
+        # `vars` keeps the engine out of the submodules: it is a module that contains `model`.
+        vars(model)[_INFERENCE_ENGINE] = engine
         return model
 
     def roundtrip(self, weight: Tensor) -> Tensor:
@@ -190,13 +194,13 @@ def load_moments(engine: Any, step: int, saved: Mapping[Tensor, Mapping[str, Ten
     """
     from deepspeed import utils
 
-    # DeepSpeed steps on flat fp32 groups of this rank's shards. Before the first step they have no
-    # state, so create it, with the step count that bias correction needs.
+    # DeepSpeed steps on flat fp32 tensors, each of which holds many of this rank's shards. Before
+    # the first step they have no state, so create it, with the step count for bias correction.
     state = zero3_inner_optimizer(engine).state
     for flat in zero3_flat_parameters(engine):
         moments = {key: torch.zeros_like(flat) for key in MOMENTS}
         state[flat] = {"step": torch.tensor(float(step)), **moments}
-    # Then write each parameter's shard into its place in the group.
+    # Then write each parameter's shard into its place in the flat tensor.
     rank = torch.distributed.get_rank()
     for param, tensors in saved.items():
         size = shard_numel(param)

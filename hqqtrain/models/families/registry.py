@@ -1,7 +1,7 @@
 """Names of the linears and experts in a decoder layer, by family of models.
 
-The table contains the families that are tested. The layers of other models are inspected: the
-names of their linears follow a few conventions.
+The table contains the families that are tested. For other models the names come from an inspection
+of their layers, because the names of linears follow a few conventions.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -49,7 +49,7 @@ class LayerNames:
         for role, name in asdict(self).items():
             if name is not None:
                 roles[name] = (*roles.get(name, ()), role)
-        return {name: several for name, several in roles.items() if len(several) > 1}
+        return {name: its_roles for name, its_roles in roles.items() if len(its_roles) > 1}
 
 
 _LLAMA = LayerNames(
@@ -99,15 +99,15 @@ FAMILIES: dict[str, LayerNames] = {
 }
 """`model_type` of the text configuration -> names in all layers of the family."""
 
-# Roles of a linear by the last part of its name, in an attention module and elsewhere.
-_ATTENTION = {
+# Roles of a linear, separated by spaces, by the last part of its name.
+_ATTENTION_ROLES = {
     "q_proj": "q",
     "k_proj": "k",
     "v_proj": "v",
     **dict.fromkeys(("qkv_proj", "query_key_value", "c_attn", "Wqkv"), "q k v"),
     **dict.fromkeys(("o_proj", "out_proj", "dense", "c_proj"), "o"),
 }
-_MLP = {
+_MLP_ROLES = {
     "gate_proj": "gate",
     "gate_up_proj": "gate up",
     **dict.fromkeys(("up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h"), "up"),
@@ -125,28 +125,30 @@ def layer_names(model: nn.Module, layer: nn.Module) -> LayerNames:
     family = FAMILIES.get(text_config(model).model_type)
     if family is None:
         return inspect_layer(layer)
-    present = {strip_wrappers(name) for name, _ in layer.named_modules()}
+    existing = {strip_wrappers(name) for name, _ in layer.named_modules()}
     names = asdict(family).items()
-    return LayerNames(**{role: name for role, name in names if name in present})
+    return LayerNames(**{role: name for role, name in names if name in existing})
 
 
 def inspect_layer(layer: nn.Module) -> LayerNames:
     """Return the names of the linears and experts in a decoder layer of an unknown family.
 
     The attention is a module whose name contains `att`. Cross-attention, and MLPs that belong to
-    experts, are left out.
+    experts, are left out. If several modules have a role, the first one gets it.
     """
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}  # role -> name
     for full_name, module in layer.named_modules():
         name = strip_wrappers(full_name)
-        parent, _, leaf = name.rpartition(".")
-        if leaf == "experts":
-            found.setdefault("experts", name)
+        parent, _, last_part = name.rpartition(".")
+        if last_part == "experts":
+            names.setdefault("experts", name)
         is_linear = isinstance(module, nn.Linear | Conv1D | HQQLinear)
         if not is_linear or is_adapter(name) or "expert" in name or "cross" in name:
             continue
-        for role in (_ATTENTION if "att" in parent.lower() else _MLP).get(leaf, "").split():
-            found.setdefault(role, name)
-    for name in fused_experts(layer):
-        found.setdefault("experts", name.rpartition(".")[0])
-    return LayerNames(**found)
+        roles = _ATTENTION_ROLES if "att" in parent.lower() else _MLP_ROLES
+        for role in roles.get(last_part, "").split():
+            names.setdefault(role, name)
+    # Experts that are one 3-D parameter: the module is the parent of the parameter.
+    for parameter_name in fused_experts(layer):
+        names.setdefault("experts", parameter_name.rpartition(".")[0])
+    return LayerNames(**names)

@@ -1,8 +1,9 @@
 """Where the parts of a causal language model are: text backbone, decoder layers, embeddings, head.
 
-Whoever shards, counts or calls one of these parts asks here instead of guessing. The model may be
-on the meta device, wrapped (PEFT, DDP, FSDP), and have quantized linears. No family needs an entry
-for these answers: they follow from what every transformers model says about itself.
+All code that shards, counts or calls one of these parts asks here instead of guessing. The model
+may be on the meta device, wrapped (PEFT, DDP, FSDP), and have quantized linears. No family needs an
+entry in a table for these answers: they follow from the methods and configuration that every
+transformers model has.
 """
 
 from typing import Any
@@ -15,7 +16,10 @@ from hqqtrain.models.fqn import base_model, strip_wrappers
 
 
 def text_config(model: nn.Module) -> PretrainedConfig:
-    """Return the configuration of the language model: a part of that of a vision-language model."""
+    """Return the configuration of the language model.
+
+    In a vision-language model it is a part of the whole configuration.
+    """
     return base_model(model).config.get_text_config(decoder=True)
 
 
@@ -36,9 +40,9 @@ def output_head(model: nn.Module) -> Any:
 def text_backbone(model: nn.Module) -> nn.Module:
     """Return the module with the input embeddings and the decoder layers.
 
-    The vision tower of a vision-language model is outside. transformers' own `get_decoder` is right
-    for most models, but some return their head or themselves. Then the backbone is the smallest
-    module around the embeddings that contains a list of modules, or the whole model.
+    The vision tower of a vision-language model is not part of it. transformers' own `get_decoder`
+    is right for most models, but some return their head or themselves. For those the backbone is
+    the smallest module around the embeddings that contains a list of modules, or the whole model.
     """
     root, embeddings = _root(model), input_embeddings(model)
     decoder = root.get_decoder() if isinstance(root, PreTrainedModel) else root
@@ -55,13 +59,13 @@ def text_backbone(model: nn.Module) -> nn.Module:
 def find_decoder_layers(model: nn.Module) -> nn.ModuleList | None:
     """Return the stack of decoder layers; None if the model has none.
 
-    It is the list in the text backbone that has `num_hidden_layers` modules, or else the longest
-    one, and the first of several.
+    It is the list in the text backbone that has `num_hidden_layers` modules. Without such a list it
+    is the longest one. If several qualify, it is the first of them.
     """
     config = text_config(model) if isinstance(_root(model), PreTrainedModel) else None
-    depth = getattr(config, "num_hidden_layers", None)
+    num_layers = getattr(config, "num_hidden_layers", None)
     lists = _module_lists(text_backbone(model))
-    return max(lists, key=lambda layers: (len(layers) == depth, len(layers)), default=None)
+    return max(lists, key=lambda layers: (len(layers) == num_layers, len(layers)), default=None)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -95,4 +99,5 @@ def _root(model: nn.Module) -> nn.Module:
 
 
 def _module_lists(module: nn.Module) -> list[nn.ModuleList]:
+    """Return the lists of modules in `module` that are not empty."""
     return [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]

@@ -1,4 +1,4 @@
-"""The protocol of a weight source: rows of tensors, by name."""
+"""The protocol of a weight source, which loading reads without knowing where weights come from."""
 
 from typing import Protocol
 
@@ -8,12 +8,14 @@ from torch import Tensor
 class WeightSource(Protocol):
     """Source of weights: reads rows of tensors by name.
 
-    `ahead` is the number of reads that may run before their results are requested. Each of them
-    needs memory for its rows.
+    Attributes:
+        bytes_read: Bytes that `read` has returned so far.
+        prefetch_depth: Number of reads that may run before their results are requested. Each of
+            them needs memory for its rows.
     """
 
     bytes_read: int
-    ahead: int
+    prefetch_depth: int
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 

@@ -75,7 +75,7 @@ class ModelLoss:
 
 def _all_return_head_output(model: nn.Module, comm: Communicator) -> bool:
     """Whether the model returns its head's output on all ranks; logs it if not. Collective."""
-    is_unchanged = all(comm.gather(returns_head_output(model, comm.device)))
+    is_unchanged = all(comm.all_gather_object(returns_head_output(model, comm.device)))
     if not is_unchanged and comm.is_main:
         logger.warning(
             "%s changes the output of its head: all logits of a batch are in memory at once",

@@ -30,7 +30,7 @@ def test_shards(strategy: type[Strategy]):
     assert made.parameter_shards(8) == (8 if made.shards_parameters else 1)
     assert made.adapter_shards(8) == (8 if made.shards_adapters else 1)
     assert made.shards_adapters <= made.shards_parameters, "adapters are the smaller part"
-    assert not (made.shards_adapters and made.wraps_ddp), "DDP averages whole gradients only"
+    assert not (made.shards_adapters and made.uses_ddp), "DDP averages whole gradients only"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values())

@@ -23,6 +23,6 @@ def test_replicas_have_the_weight_of_rank_0():
 def test_only_ddp_may_run_with_several_processes_and_averages_gradients():
     assert not SingleProcess.supports.several_processes
     assert DDP.supports.several_processes
-    assert (SingleProcess.wraps_ddp, DDP.wraps_ddp) == (False, True)
+    assert (SingleProcess.uses_ddp, DDP.uses_ddp) == (False, True)
     weight = torch.ones(3)
     assert SingleProcess(SINGLE_PROCESS).roundtrip(weight) is weight

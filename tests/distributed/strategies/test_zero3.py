@@ -45,7 +45,7 @@ def _gathered(engine: object, model: nn.Module, comm: Communicator) -> dict[str,
     for name, param in model.named_parameters():
         for key, part in zero3.local_training_state(engine, param).items():
             assert part.numel() == zero3.shard_numel(param)
-            full = torch.cat(comm.gather(part))
+            full = torch.cat(comm.all_gather_object(part))
             found[f"{name}/{key}"] = full[: param.ds_numel].view(param.ds_shape)
     return found
 

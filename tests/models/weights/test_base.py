@@ -24,7 +24,7 @@ def source(request, checkpoint) -> WeightSource:
 def test_rows_of_a_tensor(source: WeightSource, rows):
     name = "model.layers.1.mlp.up_proj.weight"
     assert source.shape(name) == (48, 32)
-    assert source.ahead >= 0
+    assert source.prefetch_depth >= 0
     whole = source.read(name)
     before = source.bytes_read
     part = source.read(name, rows)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.models.weights import safetensors
 from hqqtrain.models.weights.safetensors import SafetensorsReader
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -139,6 +140,15 @@ def test_a_shard_that_is_missing(tmp_path):
     _write_index(tmp_path, {"a": "model-00001-of-00002.safetensors"})
     with pytest.raises(UserError, match=r"00001-of-00002\.safetensors: missing"):
         SafetensorsReader(tmp_path)
+
+
+def test_a_file_without_read_permission_need_not_be_downloaded_again(checkpoint, monkeypatch):
+    def safe_open(path, framework):  # as safetensors does, checked with 0.8 and mode 0
+        raise FileNotFoundError(f"No such file or directory: {path}")
+
+    monkeypatch.setattr(safetensors, "safe_open", safe_open)
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be opened.*may read the file"):
+        SafetensorsReader(checkpoint)
 
 
 def test_a_tensor_that_only_the_index_lists(tmp_path):
