@@ -1,9 +1,9 @@
 """Load the weights of a model: every rank reads, and quantizes, only the rows it owns.
 
-HQQ needs no calibration and its groups are independent, so a sharded layer is quantized where it
-will live: each rank reads its own rows, quantizes them and writes them into its shard, without
-communication. Where several ranks hold the same rows (`ddp`, or the replicas of hybrid sharding),
-one of them quantizes them and broadcasts the result, so the source is still read once in all.
+HQQ needs no calibration and its groups are independent. Each rank can therefore read its own rows,
+quantize them and write them into its shard, without communication. If several ranks hold the same
+rows (`ddp`, or the replicas of hybrid sharding), one of them quantizes the rows and broadcasts the
+result, so each row of the source is read only once.
 """
 
 import time
@@ -31,18 +31,20 @@ from hqqtrain.quant.quantize import (
 )
 
 DENSE_CHUNK_NUMEL = 1 << 25
-"""Elements of an unquantized tensor that are read at a time; the largest tensors have 2**31."""
+"""Elements of a dense tensor that are read at a time, to bound memory; some tensors have 2**31."""
 
 ERROR_CHUNK_NUMEL = 1 << 24
-"""Elements dequantized at a time to measure the error: less memory than the weight itself."""
+"""Elements that are dequantized at a time to measure the error, fewer than a weight has."""
 
 
 @dataclass
 class LoadResult:
     """Result of loading, for this rank's rows.
 
-    `squared_errors` maps every layer to [||W - W'||^2, ||W||^2], fp64 on the device. The values of
-    all ranks add up to those of the whole layer.
+    Attributes:
+        squared_errors: Layer name -> [||W - W'||^2, ||W||^2], fp64 on the device. The sums over all
+            ranks are the values of the full layer.
+        stats: Loading statistics of this rank.
     """
 
     squared_errors: dict[str, Tensor]
@@ -69,56 +71,58 @@ def load_weights(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], r
 
     Args:
         layers: Quantized linears by checkpoint name, materialized, in the same order on all ranks.
-        dense: Tensors that stay in full precision, likewise.
+        dense: Tensors that are not quantized, by checkpoint name, in the same order on all ranks.
         reader: Source of the rows.
         comm: All ranks of the run.
-        quantized: The checkpoint already has W_q, scale and zero, so nothing is quantized.
+        quantized: Whether the source already has W_q, scale and zero, so nothing is quantized.
         on_packed_rows: Called with (module, tensor name, first row, rows) for the packed weights
             that this rank has quantized or read. Over all ranks, each row is reported once.
-        on_layer: Called with the layer's name after every quantized layer.
+        on_layer: Called with the name of each quantized layer when it is loaded.
 
     Returns:
         Quantization errors and loading statistics of this rank.
 
     Raises:
-        UserError: A weight has NaN or Inf; raised on every rank.
+        UserError: A weight has NaN or Inf. Raised on every rank.
         RankLostError: Another rank has failed for another reason, or is gone.
     """
     start, memory = time.perf_counter(), MemoryTracker(comm.device)
-    mine = {name: layer for i, (name, layer) in enumerate(layers.items())
-           if _is_mine(layer.W_q, i, comm)}  # fmt: skip
+    my_layers = {name: layer for i, (name, layer) in enumerate(layers.items())
+                 if _is_mine(layer.W_q, i, comm)}  # fmt: skip
     my_dense = {n: t for i, (n, t) in enumerate(dense.items()) if _is_mine(t, i, comm)}
-    pieces = [*_layer_pieces(mine, quantized), *_dense_pieces(my_dense)]
+    row_ranges = [*_layer_row_ranges(my_layers, quantized), *_dense_row_ranges(my_dense)]
     with (
         Heartbeat(comm) as heartbeat,
-        Prefetcher(reader, pieces, comm.device, memory.sample) as arriving,
+        Prefetcher(reader, row_ranges, comm.device, memory.sample) as prefetcher,
     ):
-        work = _RowLoader(arriving, DeferredFiniteCheck(reader), comm.device, on_packed_rows)
+        finite_check = DeferredFiniteCheck(reader)
+        loader = _RowLoader(prefetcher, finite_check, comm.device, on_packed_rows)
+        # Load in the order of `row_ranges`, because each load takes the next rows of `prefetcher`.
         for name, layer in layers.items():
-            work.load_layer(name, layer if name in mine else None, quantized)
+            loader.load_layer(name, layer if name in my_layers else None, quantized)
             on_layer(name)
             heartbeat.check()
         for name, target in my_dense.items():
-            work.load_dense(name, target)
+            loader.load_dense(name, target)
             heartbeat.check()
-        work.finite.check()
-    # Replicas receive their rows from the rank that has made them.
+        finite_check.check()
+    # Replicas receive their rows from the rank that has loaded them.
     for number, layer in enumerate(layers.values()):
-        for leaf in PACKED_PARAMETERS:
-            _broadcast_to_replicas(getattr(layer, leaf), number, comm)
+        for tensor_name in PACKED_PARAMETERS:
+            _broadcast_to_replicas(getattr(layer, tensor_name), number, comm)
     for number, target in enumerate(dense.values()):
         _broadcast_to_replicas(target, number, comm)
     seconds = time.perf_counter() - start
-    stats = memory.stats(comm.rank, reader.bytes_read, arriving.seconds, seconds)
-    return LoadResult(work.squared_errors, stats)
+    stats = memory.stats(comm.rank, reader.bytes_read, prefetcher.seconds, seconds)
+    return LoadResult(loader.squared_errors, stats)
 
 
 @dataclass
 class _RowLoader:
     """Quantizes or copies the rows of this rank, in the order in which they arrive."""
 
-    arriving: Prefetcher
-    finite: DeferredFiniteCheck
+    prefetcher: Prefetcher
+    finite_check: DeferredFiniteCheck
     device: torch.device
     on_packed_rows: Callable[[str, str, int, Tensor], object]
     squared_errors: dict[str, Tensor] = field(default_factory=dict)
@@ -126,41 +130,41 @@ class _RowLoader:
     def load_layer(self, name: str, layer: HQQLinear | None, quantized: bool) -> None:
         """Quantize or copy the rows of one layer.
 
-        `layer` is None if another rank makes it; then only the error entry is created, because
-        errors are summed over ranks by position.
+        `layer` is None if another rank loads it. This rank then records an error of 0 for it,
+        because all ranks sum their lists of errors element by element.
         """
         self.squared_errors[name] = torch.zeros(2, dtype=torch.float64, device=self.device)
         if layer is None or not _has_rows(layer.W_q):
             return
         if quantized:
-            parts = {leaf: next(self.arriving) for leaf in PACKED_PARAMETERS}
+            packed_rows = {tensor_name: next(self.prefetcher) for tensor_name in PACKED_PARAMETERS}
         else:
-            parts = self._quantize(name, layer)
-        for leaf, part in parts.items():
+            packed_rows = self._quantize(name, layer)
+        for tensor_name, rows in packed_rows.items():
             # A float view of W_q may contain NaN patterns, which a cast would change: copy bytes.
-            target = local_tensor(getattr(layer, leaf)).view(torch.uint8)
-            target.copy_(part.view(torch.uint8), non_blocking=True)
-            self.on_packed_rows(name, leaf, local_rows(layer.W_q).start, part)
+            target = local_tensor(getattr(layer, tensor_name)).view(torch.uint8)
+            target.copy_(rows.view(torch.uint8), non_blocking=True)
+            self.on_packed_rows(name, tensor_name, local_rows(layer.W_q).start, rows)
 
     def load_dense(self, name: str, target: Tensor) -> None:
-        """Copy a tensor that stays in full precision."""
-        first, target_rows = local_rows(target).start, local_tensor(target)
+        """Copy a tensor that is not quantized."""
+        first_row, target_rows = local_rows(target).start, local_tensor(target)
         for rows in _dense_rows(target):
-            value = next(self.arriving)
-            self.finite.add(RowRange(name, [rows]), ~value.isfinite().all())
-            target_rows[rows.start - first : rows.stop - first] = value
+            values = next(self.prefetcher)
+            self.finite_check.add(RowRange(name, [rows]), ~values.isfinite().all())
+            target_rows[rows.start - first_row : rows.stop - first_row] = values
 
     def _quantize(self, name: str, layer: HQQLinear) -> dict[str, Tensor]:
-        piece = _source_rows(name, layer)
-        weight = next(self.arriving)
-        packed, not_finite = quantize_async(weight, layer.spec, name=piece.name)
-        self.finite.add(piece, not_finite)
+        row_range = _source_rows(name, layer)
+        weight = next(self.prefetcher)
+        packed, not_finite = quantize_async(weight, layer.spec, name=row_range.name)
+        self.finite_check.add(row_range, not_finite)
         self.squared_errors[name] += _squared_error(weight, packed, layer)
-        return {leaf: getattr(packed, leaf) for leaf in PACKED_PARAMETERS}
+        return {tensor_name: getattr(packed, tensor_name) for tensor_name in PACKED_PARAMETERS}
 
 
 def _is_mine(tensor: Tensor, number: int, comm: Communicator) -> bool:
-    """Whether this rank makes tensor `number`: the ranks of a replica group take turns."""
+    """Whether this rank loads tensor `number`: the ranks of a replica group take turns."""
     replicas = replica_group(tensor, comm)
     return number % replicas.size == replicas.rank
 
@@ -170,22 +174,22 @@ def _has_rows(tensor: Tensor) -> bool:
     return rows.start < rows.stop
 
 
-def _layer_pieces(layers: Mapping[str, HQQLinear], quantized: bool) -> Iterator[RowRange]:
+def _layer_row_ranges(layers: Mapping[str, HQQLinear], quantized: bool) -> Iterator[RowRange]:
     for name, layer in layers.items():
         if _has_rows(layer.W_q) and quantized:
             rows = local_rows(layer.W_q)
-            yield from (RowRange(f"{name}.{leaf}", [rows]) for leaf in PACKED_PARAMETERS)
+            yield from (RowRange(f"{name}.{tensor}", [rows]) for tensor in PACKED_PARAMETERS)
         elif _has_rows(layer.W_q):
             yield _source_rows(name, layer)
 
 
 def _source_rows(name: str, layer: HQQLinear) -> RowRange:
-    """Return the rows of the source weight that this rank's rows of W_q are made from."""
+    """Return the rows of the source weight that this rank quantizes to its rows of W_q."""
     rows = local_rows(layer.W_q)
     return RowRange(f"{name}.weight", layer.layout.rows_of(rows.start, rows.stop))
 
 
-def _dense_pieces(dense: Mapping[str, Tensor]) -> Iterator[RowRange]:
+def _dense_row_ranges(dense: Mapping[str, Tensor]) -> Iterator[RowRange]:
     for name, target in dense.items():
         yield from (RowRange(name, [rows]) for rows in _dense_rows(target))
 
@@ -205,20 +209,20 @@ def _squared_error(weight: Tensor, packed: QuantizedWeight, layer: HQQLinear) ->
     total = torch.zeros(2, dtype=torch.float64, device=weight.device)
     for start in range(0, layout.units, step):
         stop = min(start + step, layout.units)
-        part = QuantizedWeight(
+        chunk = QuantizedWeight(
             packed.W_q[start:stop], packed.scale[start:stop], packed.zero[start:stop]
         )
-        approximation = dequantize_weight(part, layout.slice(start, stop), torch.float32)
+        approximation = dequantize_weight(chunk, layout.slice(start, stop), torch.float32)
         exact = torch.cat([weight[rows] for rows in layout.rows_of(start, stop)])
         total += squared_error(exact, approximation)
     return total
 
 
 def _broadcast_to_replicas(tensor: Tensor, number: int, comm: Communicator) -> None:
-    """Send tensor `number` from the rank that made it to its replicas. Collective among them."""
-    replicas, part = replica_group(tensor, comm), local_tensor(tensor)
-    if replicas.size > 1 and part.numel():
-        comm.broadcast(part, number % replicas.size, replicas.group)
+    """Send tensor `number` from the rank that loaded it to its replicas. Collective among them."""
+    replicas, shard = replica_group(tensor, comm), local_tensor(tensor)
+    if replicas.size > 1 and shard.numel():
+        comm.broadcast(shard, number % replicas.size, replicas.group)
 
 
 def load_model(
@@ -237,7 +241,7 @@ def load_model(
     """
     materialize(model, comm.device, offload=offload)
     layers, dense = tensors_by_name(model)
-    filled = load_weights(
+    result = load_weights(
         layers,
         dense,
         reader,
@@ -248,15 +252,15 @@ def load_model(
     )
     retie_weights(model)
     restore_buffers(model, comm.device)
-    return filled
+    return result
 
 
 def tensors_by_name(model: nn.Module) -> tuple[dict[str, HQQLinear], dict[str, torch.Tensor]]:
-    """Return (quantized linears, full-precision tensors), each by its name in the checkpoint."""
+    """Return (quantized linears, dense tensors), each by its name in the checkpoint."""
     layers, dense = {}, {}
-    for name, module, leaf, tensor in base_tensors(model):
-        if is_packed(module, leaf):
-            layers[name.removesuffix(f".{leaf}")] = module
+    for name, module, attribute, tensor in base_tensors(model):
+        if is_packed(module, attribute):
+            layers[name.removesuffix(f".{attribute}")] = module
         else:
             dense[name] = tensor
     return layers, dense

@@ -1,7 +1,7 @@
 """Compare the estimate of a run with the memory and disk that are free.
 
-A run that cannot fit is refused; one that may not fit gives a warning. Both name the keys that
-reduce the need.
+A run that cannot fit raises an error, and a run that may not fit a warning. Both messages name the
+keys that reduce the need.
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.distributed.strategies.base import Strategy
 from hqqtrain.loading.memory_estimate import GIB, MemoryEstimate, Workload
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
 
-TIGHT = 0.9
-"""Above this fraction of the free memory, the estimate is too coarse to promise a fit."""
+WARNING_FRACTION = 0.9
+"""Fraction of the free bytes above which a run gets a warning, because estimates are inexact."""
 
-# The parts whose size is exact.
-_CERTAIN = ("packed weights", "dense weights", "adapter and optimizer", "reference model")
+_EXACT_PURPOSES = ("packed weights", "dense weights", "adapter and optimizer", "reference model")
+"""Purposes of memory in the estimate whose sizes are exact."""
 
-_HELP = {
+_ADVICE = {
     "packed weights": "lower quant.nbits={w.nbits}, or more GPUs with parallel.strategy=fsdp2",
     "dense weights": "more GPUs with parallel.strategy=fsdp2, or a shorter quant.skip",
     "reference model": "eval.reference=off",
@@ -36,11 +36,18 @@ _HELP = {
     "train.max_seq_len={w.max_seq_len}",
     "working memory": "more GPUs with parallel.strategy=fsdp2",
 }
+"""Advice by purpose of memory; `w` is the workload."""
 
 
 @dataclass(frozen=True)
 class AvailableMemory:
-    """Free bytes. `device` is None if the model is in the host's memory."""
+    """Free bytes.
+
+    Attributes:
+        host: Free memory of the host.
+        disk: Free space for the run's directory.
+        device: Free memory of the GPU; None if the model is in the host's memory.
+    """
 
     host: int
     disk: int
@@ -63,14 +70,14 @@ def check_fits(
             free disk.
     """
     on_host = free.device is None
-    room = free.host // local_ranks if free.device is None else free.device  # of one rank
+    free_per_rank = free.host // local_ranks if free.device is None else free.device
     where = "this machine's memory" if on_host else "the GPU"
-    certain = sum(estimate.device[part] for part in _CERTAIN)
+    exact = sum(estimate.device[purpose] for purpose in _EXACT_PURPOSES)
     warnings = []
-    if certain > room:
+    if exact > free_per_rank:
         raise UserError(
             f"model.name_or_path={workload.model_name}: weights and optimizer need "
-            f"{certain / GIB:.1f} GiB per rank; {where} has {room / GIB:.1f} GiB free. "
+            f"{exact / GIB:.1f} GiB per rank; {where} has {free_per_rank / GIB:.1f} GiB free. "
             f"{_advice(estimate.device, workload)}"
         )
     if estimate.host * local_ranks > free.host:
@@ -80,9 +87,9 @@ def check_fits(
             f"{free.host / GIB:.1f} GiB free. Use more nodes, or a smaller "
             f"quant.nbits={workload.nbits}."
         )
-    if sum(estimate.device.values()) > TIGHT * room:
+    if sum(estimate.device.values()) > WARNING_FRACTION * free_per_rank:
         warnings.append(
-            f"{where} may not be enough: {estimate}; free {room / GIB:.2f} GiB. "
+            f"{where} may not be enough: {estimate}; free {free_per_rank / GIB:.2f} GiB. "
             f"{_advice(estimate.device, workload)}"
         )
     return warnings + _check_disk(estimate, free, workload)
@@ -118,20 +125,21 @@ def oom_advice(workload: Workload, strategy: Strategy) -> str:
 
 
 def _check_disk(estimate: MemoryEstimate, free: AvailableMemory, workload: Workload) -> list[str]:
-    need = sum(estimate.disk.values())
-    text = (
-        f"run.root={workload.run_root}: the results need {need / GIB:.3f} GiB of disk; "
+    """Return a warning if the disk may be too small, and raise a UserError if it is."""
+    needed = sum(estimate.disk.values())
+    message = (
+        f"run.root={workload.run_root}: the results need {needed / GIB:.3f} GiB of disk; "
         f"{free.disk / GIB:.3f} GiB are free. Choose another run.root, or quant.save=false."
     )
-    if need > free.disk:
-        raise UserError(text)
-    return [text] if need > TIGHT * free.disk else []
+    if needed > free.disk:
+        raise UserError(message)
+    return [message] if needed > WARNING_FRACTION * free.disk else []
 
 
-def _advice(parts: dict[str, int], workload: Workload) -> str:
-    """Return the advice for the three largest parts."""
-    largest = sorted((p for p in parts if parts[p]), key=lambda p: -parts[p])[:3]
-    return "What helps: " + "; ".join(_HELP[p].format(w=workload) for p in largest) + "."
+def _advice(device: dict[str, int], workload: Workload) -> str:
+    """Return the advice for the three purposes with the most bytes on the device."""
+    largest = sorted((p for p in device if device[p]), key=lambda p: -device[p])[:3]
+    return "What helps: " + "; ".join(_ADVICE[p].format(w=workload) for p in largest) + "."
 
 
 def available_memory(device: torch.device | str, folder: Path) -> AvailableMemory:
@@ -140,10 +148,10 @@ def available_memory(device: torch.device | str, folder: Path) -> AvailableMemor
     `folder` need not exist yet.
     """
     device = torch.device(device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    parents = (folder.absolute(), *folder.absolute().parents)
-    existing = next(path for path in parents if path.exists())
-    return AvailableMemory(free_host_memory(), disk_usage(existing).free, free)
+    free_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    ancestors = (folder.absolute(), *folder.absolute().parents)
+    existing = next(path for path in ancestors if path.exists())
+    return AvailableMemory(free_host_memory(), disk_usage(existing).free, free_device)
 
 
 def free_host_memory() -> int:
@@ -151,23 +159,24 @@ def free_host_memory() -> int:
 
     psutil reports the whole machine, but slurm and containers grant only a part of it.
     """
-    return min([psutil.virtual_memory().available, *_cgroup_limits()])
+    return min([psutil.virtual_memory().available, *_read_cgroup_limits()])
 
 
-def _cgroup_limits() -> list[int]:
-    """Return the memory limits of this process's cgroup (version 2) and of its parents."""
+def _read_cgroup_limits() -> list[int]:
+    """Read the memory limits of this process's cgroup (version 2) and of its parents, in bytes."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
     own_group = next((line[3:] for line in lines if line.startswith("0::")), "/")
-    folder = _CGROUP / own_group.strip("/")
-    groups = [folder, *(p for p in folder.parents if p.is_relative_to(_CGROUP))]
-    return [limit for group in groups if (limit := _limit(group / "memory.max")) is not None]
+    folder = _CGROUP_ROOT / own_group.strip("/")
+    groups = [folder, *(p for p in folder.parents if p.is_relative_to(_CGROUP_ROOT))]
+    limits = (_read_limit(group / "memory.max") for group in groups)
+    return [limit for limit in limits if limit is not None]
 
 
-def _limit(path: Path) -> int | None:
-    """Return the limit in a memory.max file, or None if it says "max" or cannot be read."""
+def _read_limit(path: Path) -> int | None:
+    """Read the limit in a memory.max file; None if it says "max" or cannot be read."""
     try:
         text = path.read_text().strip()
     except OSError:

@@ -39,7 +39,7 @@ class Workload:
         evaluates: Whether a held-out text is evaluated.
         has_reference: Whether the full-precision model is in memory, too.
         export_format: The value of `export.format`.
-        new_checkpoints: Checkpoints that the run's directory will grow by, at most.
+        new_checkpoints: Largest number of checkpoints by which the run's directory will grow.
         run_root: The value of `run.root`.
     """
 
@@ -77,7 +77,7 @@ class MemoryEstimate:
     """Estimated bytes of a run.
 
     Attributes:
-        device: Bytes on the device of one rank, by purpose.
+        device: Bytes on the device of one rank, by purpose such as "packed weights".
         disk: Bytes in the run's directory, by purpose.
         host: Bytes that one rank offloads to the host's memory.
     """
@@ -189,18 +189,20 @@ def _activation_bytes(workload: Workload, model: nn.Module, dtype: torch.dtype) 
 
     A decoder layer saves, per token, the input and the output of each of its linears (the operands
     of adapters, attention and MLP), and two fp32 copies of the residual stream for its norms. With
-    activation checkpointing, only one layer is there in full; the others keep the residual stream
-    before them, unless it is offloaded.
+    activation checkpointing, only one layer keeps all of these at a time. The others keep the
+    residual stream before them, unless it is offloaded.
     """
-    hf = text_config(model)
-    layers, hidden, tokens = hf.num_hidden_layers, hf.hidden_size, workload.tokens
-    linears = [m.layout for m in base_model(model).modules() if isinstance(m, HQQLinear)]
-    widths = sum(layout.in_features + layout.out_features for layout in linears)  # of all layers
-    layer = tokens * (widths * dtype.itemsize // max(1, layers) + 2 * 4 * hidden)
+    config, tokens = text_config(model), workload.tokens
+    num_layers, hidden_size = config.num_hidden_layers, config.hidden_size
+    layouts = [m.layout for m in base_model(model).modules() if isinstance(m, HQQLinear)]
+    total_width = sum(layout.in_features + layout.out_features for layout in layouts)
+    layer_width = total_width * dtype.itemsize // max(1, num_layers)  # bytes per token
+    layer_bytes = tokens * (layer_width + 2 * 4 * hidden_size)
     if not workload.activation_checkpointing:
-        return layers * layer
-    kept = 1 if workload.offloads_activations else layers
-    return kept * tokens * hidden * dtype.itemsize + layer
+        return num_layers * layer_bytes
+    residual_bytes = tokens * hidden_size * dtype.itemsize
+    num_residuals = 1 if workload.offloads_activations else num_layers
+    return num_residuals * residual_bytes + layer_bytes
 
 
 def _logit_bytes(
@@ -212,27 +214,28 @@ def _logit_bytes(
     `in_chunks`: the logits and their gradient in `dtype`, and in fp32 a copy, its softmax and its
     gradient. Evaluation keeps the logits of two models, and four fp32 tensors of a chunk of tokens.
     """
-    vocab_size = text_config(model).vocab_size
-    tokens = workload.tokens
-    chunk = min(tokens, MAX_EVALUATION_TOKENS)
-    evaluation = vocab_size * (2 * tokens * dtype.itemsize + 4 * 4 * chunk)
-    logits = vocab_size * tokens
-    training = (min(logits, MAX_TRAINING_LOGITS) if in_chunks else logits) * (
-        2 * dtype.itemsize + 12
-    )
+    vocab_size, tokens = text_config(model).vocab_size, workload.tokens
+    chunk_tokens = min(tokens, MAX_EVALUATION_TOKENS)
+    evaluation = vocab_size * (2 * tokens * dtype.itemsize + 4 * 4 * chunk_tokens)
+    num_logits = vocab_size * tokens
+    if in_chunks:
+        num_logits = min(num_logits, MAX_TRAINING_LOGITS)
+    training = num_logits * (2 * dtype.itemsize + 3 * 4)
     return max(evaluation if workload.evaluates else 0, training if workload.trains else 0)
 
 
 def _working_bytes(workload: Workload, sizes: _Sizes, shards: int, dtype: torch.dtype) -> int:
-    """Return the bytes to quantize a rank's part of the largest linear, or to compute with it.
+    """Return the bytes to quantize a rank's rows of the largest linear, or to compute with it.
 
-    These do not happen at the same time, so the larger one counts. Quantizing weights that are
-    copied to a GPU needs four copies, one of them in transit; weights generated there need two.
-    The codes come on top. Computing needs the dequantized weight, and its cast for the product.
+    Quantizing and computing do not happen at the same time, so the larger one counts. Quantizing
+    weights that are copied to a GPU needs four copies, one of them in transit; weights generated
+    there need two. The codes need 2 more bytes per weight. Computing needs the dequantized weight,
+    and its cast for the product.
     """
-    weights = 2 if workload.is_synthetic else 4
-    quantizing = (weights * dtype.itemsize + 2) * sizes.largest // shards
-    return max(quantizing, 2 * dtype.itemsize * sizes.largest)
+    copies = 2 if workload.is_synthetic else 4
+    quantizing = (copies * dtype.itemsize + 2) * sizes.largest // shards
+    computing = 2 * dtype.itemsize * sizes.largest
+    return max(quantizing, computing)
 
 
 def _disk_bytes(workload: Workload, sizes: _Sizes, dtype: torch.dtype) -> dict[str, int]:

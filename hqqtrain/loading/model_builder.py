@@ -1,7 +1,7 @@
-"""Turn a plan into a loaded model, and a loaded model into one that runs.
+"""Turn a plan into a loaded model, and a loaded model into one that can be called.
 
-`build_model` shards, reads and quantizes, on the same path for one process and for many. Its result
-can be saved; `wrap_for_execution` wraps it for execution.
+`build_model` shards, reads and quantizes, with the same code for one process and for many. Its
+result can be saved; `wrap_for_execution` makes it callable.
 """
 
 import json
@@ -44,14 +44,16 @@ QUANTIZATION_ERRORS = "errors.json"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model whose weights are loaded; the same on every rank. It can be gathered and saved.
+    """A model whose weights are loaded. It can be gathered and saved.
+
+    All attributes except the shards of `model` are the same on every rank.
 
     Attributes:
         plan: The plan that the model was built from.
-        model: The model, sharded as the strategy needs it; see `wrap_for_execution` to call it.
+        model: The model, sharded as the strategy needs it. `wrap_for_execution` makes it callable.
         settings: The settings of its quantized layers, and their fingerprint.
         layer_errors: Relative quantization error by layer. Empty if the weights were packed already
-            and their folder does not record it.
+            and their folder does not record the errors.
         relative_error: Relative error over all layers; None in the same case.
         load_stats: Loading statistics by rank.
     """
@@ -83,7 +85,7 @@ class LoadedModel:
         Args:
             folder: A folder like `quantized/` of a run.
             comm: All ranks of the run.
-            extra_json: Further JSON files, name to content.
+            extra_json: Contents of further JSON files, by name.
         """
         errors = {"layers": self.layer_errors, "all": self.relative_error}
         tensors = model_tensors(self.model, gather=full_tensor)
@@ -100,7 +102,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class RunnableModel:
-    """A model that can be called. Of its parameters only the adapters can be gathered.
+    """A model that can be called. Only the parameters of its adapters can be gathered.
 
     Attributes:
         plan: The plan that the model was built from.
@@ -137,10 +139,10 @@ def build_model(
         plan: The plan; its `model` becomes the loaded one.
         strategy: How the model is sharded, and over which ranks.
         adapter: Settings of the initial values of fresh adapters.
-        seed: Seed of these values.
+        seed: Seed of the initial values of fresh adapters.
         packed: A folder like `quantized/` with the result of an earlier quantization of the same
             plan. It is read in place of the dense weights.
-        on_layer: Called with the name of each layer that is finished.
+        on_layer: Called with the name of each quantized layer when it is loaded.
 
     Raises:
         UserError: A weight has NaN or Inf, the packed weights were altered, or the adapter belongs
@@ -148,15 +150,16 @@ def build_model(
     """
     model, comm = plan.model, strategy.comm
     check_bit_exactness(strategy)
-    # Shard while the model is on meta, so that no rank ever allocates the whole of it.
+    # Shard while the model is on meta, so that no rank ever allocates the full model.
     strategy.shard(model)
     source, reader = plan.source, plan.reader
     if packed:
         source = replace(source, path=packed, kind="quantized")
         reader = open_weight_source(source, model, comm.device)
-    # Each rank hashes the packed rows that it makes or reads; `_add_fingerprint` sums them up.
+    # Each rank hashes the packed rows that it quantizes or reads; `_fingerprinted_settings` adds
+    # the hashes of all ranks.
     fingerprint, is_packed = Fingerprint(), source.kind == "quantized"
-    filled = load_model(
+    result = load_model(
         model,
         reader,
         comm,
@@ -165,11 +168,15 @@ def build_model(
         on_packed_rows=fingerprint.update,
         on_layer=on_layer,
     )
-    settings = _add_fingerprint(model, source, fingerprint, comm)
+    settings = _fingerprinted_settings(model, source, fingerprint, comm)
     if plan.lora is not None:
         initialize_adapters(model, plan.initial_adapter, settings.fingerprint, adapter, seed)
-    errors, total = read_quantization_errors(packed) if is_packed else filled.relative_errors(comm)
-    return LoadedModel(plan, model, settings, errors, total, comm.all_gather_object(filled.stats))
+    if is_packed:
+        layer_errors, relative_error = read_quantization_errors(packed)
+    else:
+        layer_errors, relative_error = result.relative_errors(comm)
+    load_stats = comm.all_gather_object(result.stats)
+    return LoadedModel(plan, model, settings, layer_errors, relative_error, load_stats)
 
 
 def read_quantization_errors(folder: Path | None) -> tuple[dict[str, float], float | None]:
@@ -186,7 +193,7 @@ def read_quantization_errors(folder: Path | None) -> tuple[dict[str, float], flo
 def wrap_for_execution(loaded: LoadedModel, strategy: Strategy) -> RunnableModel:
     """Wrap a loaded model so that it can be called; see `Strategy.wrap`. Collective.
 
-    `loaded` cannot be saved afterwards, because the strategy may take over its parameters.
+    `loaded` cannot be saved afterwards, because the strategy may shard its parameters differently.
     """
     return RunnableModel(loaded.plan, strategy.wrap(loaded.model), loaded.settings)
 
@@ -194,9 +201,9 @@ def wrap_for_execution(loaded: LoadedModel, strategy: Strategy) -> RunnableModel
 def build_reference(
     plan: ModelPlan, strategy: Strategy, dtype: torch.dtype, preemption: PreemptionHandler
 ) -> tuple[nn.Module, int]:
-    """Return the full-precision model, sharded like the trained one, and the bytes read.
+    """Return the full-precision model, sharded like the trained one, and its bytes read. Collective.
 
-    The bytes are the sum over all ranks. Collective.
+    The bytes are the sum over all ranks.
 
     Args:
         plan: The plan of the trained model.
@@ -218,7 +225,7 @@ def build_reference(
     return strategy.wrap(model).eval(), int(comm.all_reduce_sum([reader.bytes_read])[0])
 
 
-def _add_fingerprint(
+def _fingerprinted_settings(
     model: nn.Module, source: ModelSource, fingerprint: Fingerprint, comm: Communicator
 ) -> QuantizedSettings:
     """Return the quantization settings of the model with the fingerprint over all ranks.
@@ -226,17 +233,17 @@ def _add_fingerprint(
     Raises:
         UserError: Packed weights do not have the fingerprint in their config.json.
     """
-    total = Fingerprint()
-    for part in comm.all_gather_object(fingerprint.total):
-        total.merge(part)
+    merged = Fingerprint()
+    for rank_total in comm.all_gather_object(fingerprint.total):
+        merged.merge(rank_total)
     settings = QuantizedSettings.from_model(model)
-    settings = replace(settings, fingerprint=total.hexdigest(settings.by_module()))
+    settings = replace(settings, fingerprint=merged.hexdigest(settings.by_module()))
     if source.kind == "quantized":
-        written = read_quantized_settings(source.path).fingerprint
-        if settings.fingerprint != written:
+        recorded = read_quantized_settings(source.path).fingerprint
+        if settings.fingerprint != recorded:
             raise UserError(
                 f"{source.path}: its packed weights are {settings.fingerprint}, but "
-                f"config.json was written for {written}: a file was altered, or written by another "
-                "version of hqqtrain. Quantize again."
+                f"config.json was written for {recorded}: a file was altered, or written by "
+                "another version of hqqtrain. Quantize again."
             )
     return settings

@@ -1,7 +1,7 @@
 """Plan the model of a run from shapes alone: no weight is read and no file is written.
 
-`plan_model` finds every fault of the model, the checkpoint, the patterns and the adapter before the
-work begins. It takes seconds for a model of any size.
+`plan_model` finds every fault of the model, the checkpoint, the module patterns and the adapter
+before a long task begins. It takes seconds for a model of any size.
 """
 
 import logging
@@ -38,18 +38,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ModelPlan:
-    """The model of a run on the meta device, and the source of its weights."""
+    """The model of a run on the meta device, and the source of its weights.
+
+    Attributes:
+        source: The folder of the model and the kind of its weights.
+        hf_config: The configuration of the model, without quantization.
+        reader: Reads the weights of `source`.
+        model: The model on meta, with its quantized linears and its adapters in place.
+        lora: Configuration of the adapters; None if the model has none.
+        initial_adapter: The existing adapter that gives the initial values, if any; see
+            `load_initial_adapter`.
+    """
 
     source: ModelSource
     hf_config: PretrainedConfig
     reader: SafetensorsReader | SyntheticReader
-    """Reads the weights of `source`."""
     model: nn.Module
-    """Its linears are replaced by quantized ones, and its adapters are in place."""
     lora: LoraConfig | None
-    """Configuration of the adapters; None if the model has none."""
     initial_adapter: InitialAdapter | None
-    """The existing adapter that gives the initial values, if any; see `load_initial_adapter`."""
 
     @property
     def is_packed(self) -> bool:
@@ -61,14 +67,14 @@ class ModelPlan:
         return self.reader.dtype(name) if name in self.reader else None
 
     @property
-    def layer_count(self) -> int:
+    def num_quantized_linears(self) -> int:
         """Number of quantized linears."""
         return sum(isinstance(module, HQQLinear) for module in self.model.modules())
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """The groups of the configuration that decide what a model looks like.
+    """The groups of the configuration that decide the structure of a model.
 
     Attributes:
         max_seq_len: Longest sequence of the run, for a warning.
@@ -117,12 +123,12 @@ def plan_model(
     if settings.adapts:
         lora = lora_config(settings.adapter, model)
         check_initial_adapter(start, lora)
-    longest = getattr(text_config(model), "max_position_embeddings", None)
-    if longest and settings.max_seq_len > longest:
+    max_positions = getattr(text_config(model), "max_position_embeddings", None)
+    if max_positions and settings.max_seq_len > max_positions:
         logger.warning(
             "train.max_seq_len=%d: the model was made for %d tokens at most",
             settings.max_seq_len,
-            longest,
+            max_positions,
         )
     if lora is not None:
         # low_cpu_mem_usage makes PEFT create the adapters on the meta device, too.
@@ -145,7 +151,8 @@ def _replace_linears(
     dtypes: dict[str, Any] = {"compute_dtype": compute_dtype, "storage_dtype": storage_dtype}
     if source.kind == "quantized":
         modules = read_quantized_settings(source.path).modules
-        replace_linears(model, {n: m.spec for n, m in modules.items()}, **dtypes)
+        specs = {name: module_settings.spec for name, module_settings in modules.items()}
+        replace_linears(model, specs, **dtypes)
     else:
         report = quantize_model(model, quant, **dtypes)
         if runtime.comm.is_main:

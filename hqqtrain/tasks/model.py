@@ -73,7 +73,9 @@ def load_or_quantize(
         elif plan.is_packed:
             check_quantized(plan.source.path, comm, "Copy it again, or quantize again.")
         is_packed = plan.is_packed or packed is not None
-        with recorder.progress_bars.show_quantizing(plan.layer_count, loads=is_packed) as on_layer:
+        with recorder.progress_bars.show_quantizing(
+            plan.num_quantized_linears, loads=is_packed
+        ) as on_layer:
             return build_model(
                 plan,
                 runtime.strategy,

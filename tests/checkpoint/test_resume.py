@@ -65,5 +65,5 @@ def test_other_text_and_fewer_steps_are_refused(store: CheckpointStore):
     check_resumable(None, {}, total_steps=0)
     with pytest.raises(UserError, match=r"other text than eval\.source gives now"):
         check_resumable(found, digests | {"eval.source": "3"}, total_steps=5)
-    with pytest.raises(UserError, match=r"has 5 steps, and train\.max_steps or epochs ask for 4"):
+    with pytest.raises(UserError, match=r"has 5 steps, but train\.max_steps or epochs ask for 4"):
         check_resumable(found, digests, total_steps=4)

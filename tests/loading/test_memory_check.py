@@ -125,7 +125,7 @@ def test_this_machine_has_memory_and_disk(tmp_path):
 
 
 def test_the_limit_of_a_cgroup_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory_check, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory_check, "_CGROUP_ROOT", tmp_path)
     (tmp_path / "memory.max").write_text("12345\n")
     assert memory_check.free_host_memory() == 12345
     (tmp_path / "memory.max").write_text("max\n")
