@@ -54,7 +54,7 @@ class Heartbeat:
         self._store: Any = None  # where the ranks exchange their states, from `__enter__` on
         self._last_read_time = time.monotonic()
         self._last_change_times: dict[int, float] = {}  # rank -> time of its newest state
-        self._raised: RemoteError | None = None
+        self._raised: RemoteError | None = None  # the error that `check` has raised
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 

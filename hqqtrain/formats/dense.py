@@ -24,6 +24,7 @@ from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS
 from hqqtrain.quant.quantize import QuantizedWeight, dequantize_weight
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
+"""A stream of (name, tensor)."""
 
 
 def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapter | None = None,

@@ -23,7 +23,7 @@ WARNING_FRACTION = 0.9
 _EXACT_PURPOSES = ("packed weights", "dense weights", "adapter and optimizer", "reference model")
 """Purposes of memory in the estimate whose sizes are exact."""
 
-_ADVICE = {
+_ADVICE_BY_PURPOSE = {
     "packed weights": "lower quant.nbits={w.nbits}, or more GPUs with parallel.strategy=fsdp2",
     "dense weights": "more GPUs with parallel.strategy=fsdp2, or a shorter quant.skip",
     "reference model": "eval.reference=off",
@@ -139,7 +139,9 @@ def _check_disk(estimate: MemoryEstimate, free: AvailableMemory, workload: Workl
 def _advice(device: dict[str, int], workload: Workload) -> str:
     """Return the advice for the three purposes with the most bytes on the device."""
     largest = sorted((p for p in device if device[p]), key=lambda p: -device[p])[:3]
-    return "What helps: " + "; ".join(_ADVICE[p].format(w=workload) for p in largest) + "."
+    return (
+        "What helps: " + "; ".join(_ADVICE_BY_PURPOSE[p].format(w=workload) for p in largest) + "."
+    )
 
 
 def available_memory(device: torch.device | str, folder: Path) -> AvailableMemory:

@@ -201,7 +201,7 @@ def wrap_for_execution(loaded: LoadedModel, strategy: Strategy) -> RunnableModel
 def build_reference(
     plan: ModelPlan, strategy: Strategy, dtype: torch.dtype, preemption: PreemptionHandler
 ) -> tuple[nn.Module, int]:
-    """Return the full-precision model, sharded like the trained one, and its bytes read. Collective.
+    """Return the full-precision model, sharded like the trained one, and bytes read. Collective.
 
     The bytes are the sum over all ranks.
 

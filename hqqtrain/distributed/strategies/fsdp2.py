@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 SHARDS_UINT8 = Version(torch.__version__) >= Version("2.12")
 """FSDP2 of torch 2.11 crashes on frozen uint8 parameters."""
 
-_UINT8 = Conflict(
+_UINT8_CONFLICT = Conflict(
     {"quant.storage_dtype": ("uint8",)},
     f"FSDP2 of torch {torch.__version__} cannot shard uint8 parameters; use bf16 (the same bits, "
     "viewed), or torch 2.12 and newer.",
@@ -45,7 +45,7 @@ class FSDP2(Strategy):
                 "does not support the gradient scaling that train.precision=fp16 needs, under "
                 "parallel.strategy=fsdp2; use bf16, or adamw.",
             ),
-            *(() if SHARDS_UINT8 else (_UINT8,)),
+            *(() if SHARDS_UINT8 else (_UINT8_CONFLICT,)),
         ),
     )
     shards_parameters = True
