@@ -128,7 +128,9 @@ class NonFiniteGuard:
             outputs: `first_nonfinite_output` of each micro-batch of this rank.
             gradient: `Engine.first_nonfinite_gradient` of this rank.
         """
-        layers = [layer for of_rank in self._comm.all_gather_object(outputs) for layer in of_rank if layer]
+        layers = [
+            layer for of_rank in self._comm.all_gather_object(outputs) for layer in of_rank if layer
+        ]
         # The backward pass reaches the last parameter first, so the largest index is the first.
         _, parameter = max(self._comm.all_gather_object(gradient))
         if layers:
