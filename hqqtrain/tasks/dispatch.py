@@ -48,8 +48,8 @@ def dispatch_task(config: RunConfig, arguments: list[str]) -> int:
                 with translate_resource_errors(workload_of(config), runtime.strategy):
                     _TASKS[config.task](Run(config, runtime, recorder))
     except PreemptedError:
-        # All ranks raise this error, so all can meet in `shutdown`. After any other error a rank may
-        # be missing, and waiting for it would hang.
+        # All ranks raise this error, so all can meet in `shutdown`. After any other error a rank
+        # may be missing, and waiting for it would hang.
         runtime.comm.shutdown()
         raise
     runtime.comm.shutdown()
