@@ -99,8 +99,8 @@ def _resources(binary: bytes) -> tuple[int, int]:
             text=True,
             check=True,
         ).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", output)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", output)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
 @triton.jit
@@ -199,9 +199,9 @@ def main(capability: int, wanted: list[str]) -> None:
     backend.use_triton = lambda device: True
     for name, launch in _cases(thorough=capability == 90):
         if not wanted or any(word in name for word in wanted):
-            fake_driver.case, before = name, fake_driver.launches
+            fake_driver.case, launches_before = name, fake_driver.launches
             launch()
-            assert fake_driver.launches > before, f"{name}: no kernel was launched"
+            assert fake_driver.launches > launches_before, f"{name}: no kernel was launched"
     for compiled in fake_driver.loaded:
         sys.stdout.write(json.dumps(asdict(compiled)) + "\n")
 

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_one_command_measures_ours_and_the_peers_and_writes_a_csv(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "kernels/bench/run.py", "--smoke", "--csv", "out/rows.csv"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     with (tmp_path / "out/rows.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["part"] for row in rows} == {"quantize", "dequantize", "linear", "overhead"}
@@ -29,7 +29,7 @@ def test_one_command_measures_ours_and_the_peers_and_writes_a_csv(tmp_path: Path
     # A provider that could not be measured has a row that says why.
     assert all(row["ms"] or row["note"] for row in rows)
     assert all(row["gpu"] and "torch=" in row["versions"] and row["date"] for row in rows)
-    output = done.stdout
+    output = process.stdout
     assert all(
         f"| {what}" in output for what in ("quantize 70B", "dequantize", "forward", "Python")
     )

@@ -20,17 +20,17 @@ SPILLS = "spills"
 def compile_for(capability: int, folder: Path) -> list[dict]:
     """Run `compiled.py`, in its own process, because Triton's interpreter is enabled in ours."""
     env = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, PROGRAM, str(capability)],
         capture_output=True,
         text=True,
         env={**os.environ, **env},
     )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    assert process.returncode == 0, process.stderr
+    return [json.loads(line) for line in process.stdout.splitlines()]
 
 
-def complaints(compiled: list[dict]) -> list[str]:
+def spill_messages(compiled: list[dict]) -> list[str]:
     return [
         f"{one['case']}: {one['kernel']} spills {one['stack']} bytes on sm_{one['capability']}"
         for one in compiled
@@ -54,7 +54,7 @@ def _is_jit(decorator: ast.expr) -> bool:
     return ast.unparse(decorator).startswith("triton.jit")
 
 
-def knows(capability: int) -> bool:
+def ptxas_supports(capability: int) -> bool:
     """Whether an assembler that comes with Triton supports this GPU."""
     import triton
 
@@ -65,12 +65,12 @@ def knows(capability: int) -> bool:
 
 @pytest.mark.parametrize("capability", [90, 80, 86, 100])
 def test_no_kernel_spills(capability: int, tmp_path: Path) -> None:
-    if not knows(capability):
+    if not ptxas_supports(capability):
         pytest.skip(f"Triton's ptxas does not know sm_{capability}")
     compiled = compile_for(capability, tmp_path)
     ours = [one for one in compiled if one["case"] != SPILLS]
-    assert complaints(ours) == []
+    assert spill_messages(ours) == []
     assert {one["kernel"] for one in ours} == launched_kernels()
     # One kernel is made to spill, which proves that the check works.
-    (found,) = complaints([one for one in compiled if one["case"] == SPILLS])
-    assert found.startswith(f"spills: spills spills {compiled[0]['stack']} bytes on sm_")
+    (message,) = spill_messages([one for one in compiled if one["case"] == SPILLS])
+    assert message.startswith(f"spills: spills spills {compiled[0]['stack']} bytes on sm_")
