@@ -111,7 +111,7 @@ def test_a_time_limit_leaves_room_for_checkpoints(monkeypatch: pytest.MonkeyPatc
 
 def test_all_ranks_report_the_reason():
     preemption = PreemptionHandler(RunDirConfig())
-    comm = SimpleNamespace(gather=lambda mine: [mine, "SIGTERM was received", mine])
+    comm = SimpleNamespace(all_gather_object=lambda mine: [mine, "SIGTERM was received", mine])
     with pytest.raises(PreemptedError, match=r"^rank 1: SIGTERM was received$"):
         preemption.raise_preempted(comm)
 
