@@ -15,8 +15,17 @@ if not HAS_GPU:
 pytest_plugins = ["random_models", "quantized_models", "tiny_runs"]
 
 MARKED_FOLDERS = ("e2e", "slurm")
-LONG_FIRST = ("slurm/", "e2e/test_resume.py", "kernels/test_compiled.py", "e2e/")
-"""Beginnings of paths. A process runs whole files, so a long file must not be among the last."""
+LONG_FIRST = (
+    "slurm/", "e2e/test_readme.py", "e2e/test_resume.py", "kernels/test_compiled.py",
+    "e2e/test_run.py", "e2e/test_ranks.py", "e2e/test_nonfinite.py", "loading/test_load.py",
+    "kernels/test_quantize_triton.py", "e2e/test_sweep.py", "e2e/test_stop.py", "e2e/",
+    "kernels/test_linear_triton.py",
+)  # fmt: skip
+"""Beginnings of paths, the longest files first.
+
+A process runs whole files, so a long file must not be among the last. The tests of slurm/ mostly
+wait, so they leave the cores to the files that run beside them.
+"""
 
 
 def pytest_configure() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from hqqtrain import models
 from hqqtrain.common.filelock import try_lock
 
-QUANTIZE = (*QUICK, "task=quantize")
+QUANTIZE = (*QUICK, "task=quantize", "quant.solver=rtn")
 
 
 def entries(cache: Path) -> list[Path]:
@@ -46,7 +46,7 @@ def test_the_second_run_reads_the_entry_of_the_first(made, tmp_path: Path):
     )
 
 
-@pytest.mark.parametrize("other", ["quant.nbits=3", "quant.solver=rtn", "quant.skip=[]"])
+@pytest.mark.parametrize("other", ["quant.nbits=3", "quant.solver=hqq", "quant.skip=[]"])
 def test_other_settings_use_another_entry(made, tmp_path: Path, other: str):
     cache, first = made
     copied = shutil.copytree(cache, tmp_path / "cache")
@@ -115,7 +115,8 @@ def test_a_signal_stops_a_run_that_waits_for_another(made, tmp_path: Path):
 
 
 def test_two_simultaneous_runs_make_an_entry_once(tmp_path: Path):
-    words = (*QUANTIZE, f"quant.cache_dir={tmp_path / 'cache'}")
+    slow = "quant.solver=hqq"  # so that the second run comes while the first one quantizes
+    words = (*QUANTIZE, slow, f"quant.cache_dir={tmp_path / 'cache'}")
     done: list[Finished] = []
 
     def start(name: str) -> None:

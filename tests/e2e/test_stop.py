@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from runs import QUICK, run, small_data
 
-WORDS = (*QUICK, "run.name=run", "train.micro_batch_size=2", "eval.tokens=4096")
+WORDS = (
+    *QUICK, "run.name=run", "train.micro_batch_size=2", "eval.tokens=2048", "eval.reference=off",
+)  # fmt: skip
 LIMIT = 40
 """Seconds from the signal to the end; a rank that waits for a lost one would take longer."""
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from forkserver import fork_context
@@ -40,6 +41,9 @@ QUICK = (
 
 Two modules replace the standard library, which takes every rank 5 seconds to tokenize.
 """
+
+
+NO_REPORT = mock.patch("hqqtrain.tasks.finalize.write_report", return_value={})
 
 
 def small_data(folder: Path) -> tuple[str, ...]:
@@ -107,6 +111,8 @@ def run(
     Each rank is a process that is forked from a server. The server has imported the modules of
     every run, because imports take 5 of the 6 seconds of a short run.
 
+    No plots are drawn, which would take 2 more. A run that `launch` starts has a report.
+
     Args:
         words: Arguments of the command line.
         root: `run.root`; its parent gets the output of every rank.
@@ -134,12 +140,16 @@ def run(
 
 
 def run_in_this_process(words: Sequence[str]) -> int:
-    """Run the command line in this process, where tests can patch it; return the exit code."""
+    """Run the command line in this process, where tests can patch it; return the exit code.
+
+    The run has no report, as with `run`.
+    """
     signal_handlers = {number: signal.getsignal(number) for number in SIGNALS}
     logger = logging.getLogger("hqqtrain")
     handlers, level = logger.handlers, logger.level
     try:
-        return main(list(words))
+        with NO_REPORT:
+            return main(list(words))
     finally:
         logger.handlers, logger.level = handlers, level
         for number, handler in signal_handlers.items():
@@ -188,7 +198,8 @@ def _main(words: list[str], folder: Path, env: dict[str, str], output: Path) -> 
     os.chdir(folder)
     os.environ.update(env)
     torch.set_num_threads(1)
-    sys.exit(main(words))
+    with NO_REPORT:
+        sys.exit(main(words))
 
 
 def _join(workers: list[Any], grace: float, limit: float) -> int:
