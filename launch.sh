@@ -29,7 +29,6 @@ install_all() { # install_all EXTRA: torch first, because deepspeed needs it to 
   if [[ ! -x $python ]]; then base="$(find_python)"; "$base" -m venv "$venv"; fi
   install "torch>=2.11,<2.15"
   install -e "$here$1"
-  # DS_BUILD_OPS=0: do not compile deepspeed's CUDA operators.
   DS_BUILD_OPS=0 install --no-build-isolation deepspeed >"$venv/deepspeed.log" 2>&1 ||
     echo "launch.sh: deepspeed cannot be built here, see .venv/deepspeed.log; continuing." >&2
 }
@@ -41,7 +40,6 @@ is_ready() { # is_ready STAMP...: whether one of the stamp files contains $wante
 }
 
 set_up() { # set_up run|test: install what is missing; the lock excludes nodes that share the disk
-  # A stamp is written after an installation. Another place or other requirements make it invalid.
   wanted="$here $(cat "$here/pyproject.toml" "$here/constraints.txt" | cksum)"
   local stamps=("$venv/.ready-test") extra="[test]"
   [[ $1 == test ]] || { stamps+=("$venv/.ready-run"); extra=""; }
@@ -65,8 +63,7 @@ run_tests() {
   mypy
   lint-imports
   shellcheck launch.sh .ci/run
-  # loadfile: the tests of a file share runs, so they run in one process. no-loadscope-reorder: keep
-  # the order of tests/conftest.py. -n 3: a test waits half of the time, so two cores serve three.
+  # loadfile: tests of a file share runs. tests/conftest.py orders the files. 3: tests often wait.
   exec "$python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
 }
 
@@ -75,11 +72,7 @@ count_gpus() { # each GPU is a line that begins with an index, GPU or MIG
   else nvidia-smi -L 2>/dev/null || true; fi | grep -c '^[0-9GM]' || true
 }
 
-has_flag() { # has_flag WORD...: whether one of the words begins with a dash
-  local word
-  for word; do [[ $word != -* ]] || return 0; done
-  return 1
-}
+has_flag() { local word; for word; do [[ $word != -* ]] || return 0; done; return 1; }
 
 launch() { # run several processes; exit with the run's own code, because accelerate's is 0 or 1
   local checked cores pid code=0
@@ -96,7 +89,6 @@ launch() { # run several processes; exit with the run's own code, because accele
     --main_process_port "${MASTER_PORT:-$((nnodes > 1 ? 29500 : 0))}" -m hqqtrain "$@" &
   pid=$!
   trap 'kill -TERM "$pid" 2>/dev/null || true' TERM INT USR1
-  # A signal ends `wait` early, so wait again until the process has ended.
   while kill -0 "$pid" 2>/dev/null; do wait "$pid" && code=0 || code=$?; done
   ((code == 0)) || code="$(cat "$HQQTRAIN_EXIT_CODE")"
   rm -f "$HQQTRAIN_EXIT_CODE"
