@@ -28,7 +28,7 @@ class OptimizerState:
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._optimizer, self._parameters = optimizer, parameters
+        self._optimizer, self._params_by_name = optimizer, parameters
         # The same parameters as the optimizer has them: under bitsandbytes, this rank's shards.
         self._optimized: list[nn.Parameter] = optimizer.param_groups[0]["params"]
 
@@ -39,7 +39,9 @@ class OptimizerState:
 
     def local_shards(self) -> Iterator[tuple[str, LocalShard]]:
         """Yield (`name/key`, this rank's shard), with the same names on every rank."""
-        for (name, param), optimized in zip(self._parameters.items(), self._optimized, strict=True):
+        for (name, param), optimized in zip(
+            self._params_by_name.items(), self._optimized, strict=True
+        ):
             state = self._optimizer.state.get(optimized, {})
             if not isinstance(self._optimizer, AdamW):
                 yield from blockwise_shards(name, param, state)
@@ -54,7 +56,7 @@ class OptimizerState:
         self._optimizer.state.clear()
         if not step:
             return
-        for index, (name, param) in enumerate(self._parameters.items()):
+        for index, (name, param) in enumerate(self._params_by_name.items()):
             if isinstance(self._optimizer, AdamW):
                 state: dict[str, Any] = {"step": torch.tensor(float(step))}
                 for key in _ADAMW_KEYS:
