@@ -2,51 +2,23 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from memory_estimates import GIB, PLENTY, estimate, meta_model, two_bit_config
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import AdapterConfig, QuantConfig
-from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.distributed.strategies.fsdp2 import FSDP2
-from hqqtrain.distributed.strategies.registry import STRATEGIES
 from hqqtrain.distributed.strategies.unsharded import SingleProcess
 from hqqtrain.loading import memory_check
 from hqqtrain.loading.memory_check import AvailableMemory, available_memory, check_fits, oom_advice
-from hqqtrain.loading.memory_estimate import MemoryEstimate, estimate_memory
-from hqqtrain.models.build import build_meta, load_hf_config
-from hqqtrain.models.source import shipped_folder
-from hqqtrain.nn.lora import lora_config
-from hqqtrain.nn.replace import quantize_model
+from hqqtrain.loading.memory_estimate import estimate_memory
 from hqqtrain.tasks.resources import workload_of
-
-GIB = 2**30
-PLENTY = AvailableMemory(host=1 << 50, disk=1 << 50)
-
-
-def _meta(name, config):
-    model = build_meta(load_hf_config(shipped_folder(name)))
-    quantize_model(model, config.quant)
-    return get_peft_model(model, lora_config(config.adapter, model), low_cpu_mem_usage=True)
-
-
-def _config(**more):
-    return RunConfig(quant=QuantConfig(nbits=2, group_size=64), adapter=AdapterConfig(r=16), **more)
-
-
-def _estimate(
-    config: RunConfig, model: torch.nn.Module, dtype: torch.dtype, world_size: int = 1,
-    strategy: str = "single", **settings: bool,
-) -> MemoryEstimate:  # fmt: skip
-    workload = workload_of(config, **settings)
-    return estimate_memory(
-        workload, model, STRATEGIES[strategy](SINGLE_PROCESS), dtype=dtype, world_size=world_size
-    )
 
 
 def test_a_run_that_cannot_fit_is_refused_with_keys():
-    config = _config()
-    needs = _estimate(config, _meta("meta-llama/Meta-Llama-3-70B", config), dtype=torch.bfloat16)
+    config = two_bit_config()
+    needs = estimate(
+        config, meta_model("meta-llama/Meta-Llama-3-70B", config), dtype=torch.bfloat16
+    )
     assert check_fits(needs, PLENTY, workload_of(config)) == []
     with pytest.raises(UserError, match=r"weights and optimizer need .* GiB.*eval\.reference=off"):
         check_fits(
@@ -55,8 +27,8 @@ def test_a_run_that_cannot_fit_is_refused_with_keys():
 
 
 def test_offloaded_parameters_count_as_host_memory():
-    config = _config()
-    model = _meta("tiny", config)
+    config = two_bit_config()
+    model = meta_model("tiny", config)
     config.parallel.offload = "parameters"
     before, after = (
         estimate_memory(
@@ -77,8 +49,8 @@ def test_offloaded_parameters_count_as_host_memory():
 
 
 def test_a_run_that_may_not_fit_gives_a_warning():
-    config = _config()
-    needs = _estimate(config, _meta("tiny", config), dtype=torch.float32)
+    config = two_bit_config()
+    needs = estimate(config, meta_model("tiny", config), dtype=torch.float32)
     room = sum(needs.device.values())
     [warning] = check_fits(needs, AvailableMemory(host=room, disk=1 << 50), workload_of(config))
     assert "may not be enough" in warning
@@ -86,16 +58,16 @@ def test_a_run_that_may_not_fit_gives_a_warning():
 
 
 def test_ranks_share_the_memory_of_a_machine():
-    config = _config()
-    needs = _estimate(config, _meta("tiny", config), dtype=torch.float32)
+    config = two_bit_config()
+    needs = estimate(config, meta_model("tiny", config), dtype=torch.float32)
     free = AvailableMemory(host=4 * sum(needs.device.values()), disk=1 << 50)
     assert check_fits(needs, free, workload_of(config)) == []
     assert check_fits(needs, free, workload_of(config), local_ranks=4) != []
 
 
 def test_a_full_disk():
-    config = _config()
-    needs = _estimate(config, _meta("tiny", config), dtype=torch.float32)
+    config = two_bit_config()
+    needs = estimate(config, meta_model("tiny", config), dtype=torch.float32)
     with pytest.raises(UserError, match=r"run\.root=runs: .*GiB of disk.*quant\.save=false"):
         check_fits(needs, AvailableMemory(host=1 << 50, disk=1000), workload_of(config))
     [warning] = check_fits(
@@ -105,7 +77,7 @@ def test_a_full_disk():
 
 
 def test_out_of_memory_advice_names_what_can_still_be_lowered():
-    config = _config()
+    config = two_bit_config()
     config.train.micro_batch_size = 4
     text = oom_advice(workload_of(config), SingleProcess(SINGLE_PROCESS))
     assert "train.micro_batch_size (now 4)" in text

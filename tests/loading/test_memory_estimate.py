@@ -2,48 +2,20 @@
 
 import pytest
 import torch
+from memory_estimates import GIB, estimate, meta_model, two_bit_config
 from peft import get_peft_model
 
-from hqqtrain.config.groups import AdapterConfig, EvalConfig, ExportConfig, QuantConfig
-from hqqtrain.config.run import RunConfig
-from hqqtrain.distributed.comm import SINGLE_PROCESS
-from hqqtrain.distributed.strategies.registry import STRATEGIES
-from hqqtrain.loading.memory_check import AvailableMemory
-from hqqtrain.loading.memory_estimate import MemoryEstimate, estimate_memory
+from hqqtrain.config.groups import EvalConfig, ExportConfig
 from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.source import shipped_folder
 from hqqtrain.nn.lora import lora_config
 from hqqtrain.nn.replace import quantize_model
-from hqqtrain.tasks.resources import workload_of
-
-GIB = 2**30
-PLENTY = AvailableMemory(host=1 << 50, disk=1 << 50)
-
-
-def _meta(name, config):
-    model = build_meta(load_hf_config(shipped_folder(name)))
-    quantize_model(model, config.quant)
-    return get_peft_model(model, lora_config(config.adapter, model), low_cpu_mem_usage=True)
-
-
-def _config(**more):
-    return RunConfig(quant=QuantConfig(nbits=2, group_size=64), adapter=AdapterConfig(r=16), **more)
-
-
-def _estimate(
-    config: RunConfig, model: torch.nn.Module, dtype: torch.dtype, world_size: int = 1,
-    strategy: str = "single", **settings: bool,
-) -> MemoryEstimate:  # fmt: skip
-    workload = workload_of(config, **settings)
-    return estimate_memory(
-        workload, model, STRATEGIES[strategy](SINGLE_PROCESS), dtype=dtype, world_size=world_size
-    )
 
 
 def test_weights_are_counted_to_the_byte():
-    config = _config()
-    model = _meta("tiny", config)
-    parts = _estimate(config, model, dtype=torch.bfloat16).device
+    config = two_bit_config()
+    model = meta_model("tiny", config)
+    parts = estimate(config, model, dtype=torch.bfloat16).device
     packed, dense, lora = 0, 0, 0
     for name, param in model.named_parameters():
         if "lora_" in name:
@@ -59,8 +31,8 @@ def test_weights_are_counted_to_the_byte():
 
 
 def test_memory_of_an_8b_model_at_two_bits():
-    config = _config(eval=EvalConfig(reference="off"))
-    needs = _estimate(config, _meta("meta-llama/Meta-Llama-3-8B", config), dtype=torch.bfloat16)
+    config = two_bit_config(eval=EvalConfig(reference="off"))
+    needs = estimate(config, meta_model("meta-llama/Meta-Llama-3-8B", config), dtype=torch.bfloat16)
     # 6.98e9 weights of linears at 2.5 bits; embedding and head of 128256 x 4096 in bf16.
     assert needs.device["packed weights"] == pytest.approx(6.98e9 * 2.5 / 8, rel=0.01)
     assert needs.device["dense weights"] == pytest.approx(2 * 128256 * 4096 * 2, rel=0.01)
@@ -70,11 +42,11 @@ def test_memory_of_an_8b_model_at_two_bits():
 
 
 def test_sharding_divides_parameters_only():
-    config = _config()
-    model = _meta("tiny", config)
-    one = _estimate(config, model, dtype=torch.float32).device
-    four = _estimate(config, model, dtype=torch.float32, world_size=4, strategy="fsdp2").device
-    ddp = _estimate(config, model, dtype=torch.float32, world_size=4, strategy="ddp").device
+    config = two_bit_config()
+    model = meta_model("tiny", config)
+    one = estimate(config, model, dtype=torch.float32).device
+    four = estimate(config, model, dtype=torch.float32, world_size=4, strategy="fsdp2").device
+    ddp = estimate(config, model, dtype=torch.float32, world_size=4, strategy="ddp").device
     assert ddp == one
     for part in ("packed weights", "dense weights", "adapter and optimizer", "reference model"):
         assert four[part] == one[part] // 4
@@ -83,22 +55,22 @@ def test_sharding_divides_parameters_only():
 
 def test_a_vision_tower_is_outside_of_the_decoder_layers():
     """FSDP2 gathers all parameters outside of decoder layers, also those of numbered modules."""
-    config = _config()
-    model = _meta("tiny", config)
-    before = _estimate(config, model, dtype=torch.float32, world_size=4, strategy="fsdp2")
+    config = two_bit_config()
+    model = meta_model("tiny", config)
+    before = estimate(config, model, dtype=torch.float32, world_size=4, strategy="fsdp2")
     tower = torch.nn.ModuleList([torch.nn.Conv1d(4, 4, 1, bias=False, device="meta")])
     model.get_base_model().vision_tower = tower
-    after = _estimate(config, model, dtype=torch.float32, world_size=4, strategy="fsdp2")
+    after = estimate(config, model, dtype=torch.float32, world_size=4, strategy="fsdp2")
     gathered = after.device["working memory"] - before.device["working memory"]
     assert gathered == 16 * 4 * 3 // 4 + 16 * 4  # the other ranks' shards, and the all-gather
 
 
 def test_settings_that_save_memory_lower_the_estimate():
-    config = _config()
-    model = _meta("tiny", config)
+    config = two_bit_config()
+    model = meta_model("tiny", config)
 
     def parts():
-        return _estimate(config, model, dtype=torch.bfloat16).device
+        return estimate(config, model, dtype=torch.bfloat16).device
 
     before = parts()
     config.train.activation_checkpointing = False
@@ -118,7 +90,7 @@ def test_settings_that_save_memory_lower_the_estimate():
     )  # 2 + 2 + 2 bytes instead of 4 + 4 + 2
     whole = parts()["activations"]
     config.parallel.offload = "activations"
-    offloaded = _estimate(config, model, dtype=torch.bfloat16, offloads_activations=True).device[
+    offloaded = estimate(config, model, dtype=torch.bfloat16, offloads_activations=True).device[
         "activations"
     ]
     assert whole - offloaded == 5 * config.train.max_seq_len * 256 * 2
@@ -129,7 +101,7 @@ def test_settings_that_save_memory_lower_the_estimate():
 
 def test_activations_match_what_autograd_saves(monkeypatch):
     """The formula is near the size of all tensors saved for backward, without checkpointing."""
-    config = _config()
+    config = two_bit_config()
     config.train.activation_checkpointing, config.train.max_seq_len = False, 128
     model = build_meta(load_hf_config(shipped_folder("tiny"))).to_empty(device="cpu").float()
     for param in model.parameters():
@@ -148,16 +120,16 @@ def test_activations_match_what_autograd_saves(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         logits = model(torch.arange(128)[None], use_cache=False).logits
     assert logits.requires_grad
-    parts = _estimate(config, model, dtype=torch.float32).device
+    parts = estimate(config, model, dtype=torch.float32).device
     assert 0.8 < parts["activations"] / sum(saved.values()) < 1.3
 
 
 def test_what_each_strategy_shards():
-    config = _config()
-    model = _meta("tiny", config)
+    config = two_bit_config()
+    model = meta_model("tiny", config)
 
     def device_bytes(strategy: str) -> dict[str, int]:
-        found = _estimate(config, model, dtype=torch.float32, world_size=4, strategy=strategy)
+        found = estimate(config, model, dtype=torch.float32, world_size=4, strategy=strategy)
         return found.device
 
     whole = device_bytes("ddp")
@@ -168,13 +140,13 @@ def test_what_each_strategy_shards():
 
 
 def test_existing_results_need_no_disk():
-    config = _config()
-    model = _meta("tiny", config)
-    parts = _estimate(config, model, dtype=torch.bfloat16).disk
+    config = two_bit_config()
+    model = meta_model("tiny", config)
+    parts = estimate(config, model, dtype=torch.bfloat16).disk
     adapter = parts["adapter/"]
     assert parts["quantized/"] > 0
     assert parts["checkpoints/"] == 3 * 3 * adapter  # two kept checkpoints and the next one
-    resumed = _estimate(
+    resumed = estimate(
         config, model, dtype=torch.bfloat16, has_quantized=True, has_checkpoints=True
     ).disk
     assert resumed == {
@@ -187,12 +159,12 @@ def test_existing_results_need_no_disk():
 
 def test_an_export_needs_the_disk_of_its_format():
     """The dense model has all weights in the run's dtype; the packed one is like quantized/."""
-    model = _meta("tiny", _config())
+    model = meta_model("tiny", two_bit_config())
 
     def export_bytes(format: str) -> int:
-        config = _config(task="export", export=ExportConfig(format=format))
-        return _estimate(config, model, dtype=torch.bfloat16).disk["export"]
+        config = two_bit_config(task="export", export=ExportConfig(format=format))
+        return estimate(config, model, dtype=torch.bfloat16).disk["export"]
 
-    quantized = _estimate(_config(), model, dtype=torch.bfloat16).disk["quantized/"]
+    quantized = estimate(two_bit_config(), model, dtype=torch.bfloat16).disk["quantized/"]
     assert export_bytes("packed") == quantized
     assert export_bytes("dense") == 5770496 * 2 > quantized
