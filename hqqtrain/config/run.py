@@ -25,7 +25,7 @@ from hqqtrain.config.renamed import renamed_value_errors, with_old_names
 
 TASKS = {
     "finetune": "quantize, train an adapter, evaluate and save",
-    "quantize": "quantize, evaluate and save quantized/",
+    "quantize": "quantize, report the error of every layer, and save quantized/",
     "eval": "evaluate a model, a run or a quantized/, with or without an adapter",
     "export": "write a dense Hugging Face checkpoint (weights dequantized, adapter merged), or "
     "with export.format=packed the quantized base",
