@@ -17,7 +17,7 @@ from hqqtrain.train.trainer import Trainer
 
 _WORDS = (
     *QUICK, "run.name=run", "train.max_steps=8", "eval.source=null", "ckpt.every=3",
-    "parallel.consistency_check_every=null",
+    "parallel.consistency_check_every=null", "quant.solver=rtn",
 )  # fmt: skip
 LAYER = "model.layers.3.mlp.up_proj"
 

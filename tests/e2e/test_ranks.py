@@ -1,12 +1,11 @@
 """Several processes give the run directory, fingerprint, losses and files of one process."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import QUICK, Finished, free_port, launch, run, small_data
+from runs import QUICK, Finished, run, small_data
 from safetensors.torch import load_file, save_file
 
 from hqqtrain import models
@@ -144,15 +143,6 @@ def test_float_storage_keeps_the_bits_when_sharded(alone: Finished, exact: tuple
     ours = load_file(two.directory / "quantized/model.safetensors")
     theirs = load_file(alone.directory / "quantized/model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_accelerate_launch_starts_two_processes_on_a_cpu(tmp_path: Path):
-    accelerate = shutil.which("accelerate", path=str(Path(sys.executable).parent))
-    port = ["--num_machines", "1", "--main_process_port", str(free_port())]
-    launcher = [str(accelerate), "launch", "--num_processes", "2", *port, "--mixed_precision", "no"]
-    two = launch(*QUICK, "task=quantize", root=tmp_path / "runs", launcher=launcher)
-    assert two.code == 0, two.output
-    assert two.summary["run"]["world_size"] == 2
 
 
 def test_synthetic_weights_do_not_depend_on_the_number_of_ranks(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Every command of the README runs, on the bundled model and reduced to seconds."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -48,7 +49,8 @@ def test_command(number: int, folder: Path):
     if "recipe=sweep_bits" in words:
         words += ["quant.nbits=2", "quant.group_size=64"]  # one of its twelve jobs
     if "accelerate" in words:
-        words[2:2] = ["--num_processes", "1"]
+        words[2:2] = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+                      "--main_process_port", str(free_port())]  # fmt: skip
     if "torchrun" in words:
         words[1:1] = ["--master-port", str(free_port())]
     done = subprocess.run(
@@ -57,6 +59,11 @@ def test_command(number: int, folder: Path):
         env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
+
+
+def test_accelerate_launch_started_two_processes_on_a_cpu(folder: Path):
+    (summary,) = folder.glob("runs/llama70b_2bit-*/summary.json")
+    assert json.loads(summary.read_text())["run"]["world_size"] == 2
 
 
 def test_the_tree_of_the_readme_names_existing_files():

@@ -32,7 +32,7 @@ CASES = [
 def make_model(nbits: int, group_size: int | None, axis: int) -> nn.Module:
     """Build a model whose rows 2, 3 and 4 ranks share unevenly, with biases and tied embeddings."""
     config = LlamaConfig(
-        vocab_size=100, hidden_size=96, intermediate_size=160, num_hidden_layers=2,
+        vocab_size=100, hidden_size=96, intermediate_size=160, num_hidden_layers=1,
         num_attention_heads=3, num_key_value_heads=1, attention_bias=True,
         tie_word_embeddings=True, dtype="float32",
     )  # fmt: skip
