@@ -235,8 +235,7 @@ def test_a_killed_sweep_resumes_and_quantizes_once(tmp_path):
     for file in (there, other, held_out):
         file.write_text(TEXT)
     words = ["-m", *QUICK, f"data.source={gone},{there},{other}", f"eval.source={held_out}",
-             "quant.solver=rtn", "eval.reference=off", "train.max_steps=12",
-             "launch.max_parallel_jobs=2", f"run.root={root}"]  # fmt: skip
+             "train.max_steps=12", "launch.max_parallel_jobs=2", f"run.root={root}"]  # fmt: skip
     env = {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     process = start(*words, cwd=tmp_path, **env)
 
