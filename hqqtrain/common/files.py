@@ -44,8 +44,9 @@ def fsync_path(path: Path) -> None:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `path` that replaces `path` on success.
 
-    On an exception the temporary folder is removed and `path` stays as it was. Leftovers of an
-    earlier, killed process are removed first, so only one process may write to `path` at a time.
+    On an exception the temporary folder is removed and `path` stays as it was. A process that was
+    killed earlier may have left folders: its old folder is restored if `path` is missing, and the
+    others are removed. So only one process may write to `path` at a time.
     """
     path = Path(path)
     temporary, old = temporary_path(path), path.with_name(f".{path.name}.old")
@@ -87,9 +88,10 @@ def without_nonfinite(value: Any) -> Any:
 
 
 def stat_digest(path: Path) -> str:
-    """Return the sha256, in hex, of the names, sizes and modification times of the files at `path`.
+    """Return the sha256, in hex, of the sizes and modification times of the files at `path`.
 
-    `path` is a file or a folder. The contents are not read, because they may be large.
+    `path` is a file or a folder. For a folder, the names of its files are hashed, too. The contents
+    are not read, because they may be large.
     """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     stats = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
@@ -97,7 +99,7 @@ def stat_digest(path: Path) -> str:
 
 
 def _recover(path: Path, old: Path) -> None:
-    """Restore the old folder after a process was killed between the two renames of a swap."""
+    """Restore the old folder if the swap stopped between its two renames; otherwise remove it."""
     if old.exists() and not path.exists():
         old.rename(path)
     shutil.rmtree(old, ignore_errors=True)

@@ -21,7 +21,7 @@ Batch = dict[str, Tensor]
 
 
 class DataLoader(Protocol):
-    """Gives the global batches of a training, by their index from 0."""
+    """Gives each rank its part of the global batches of a training, by their index from 0."""
 
     total_steps: int
     """Number of optimizer steps of the training."""
@@ -30,7 +30,7 @@ class DataLoader(Protocol):
         """Yield this rank's micro-batches of a global batch, on the rank's device."""
 
     def target_token_count(self, batch_index: int) -> int:
-        """Return the number of tokens of a global batch that the loss predicts, on all ranks."""
+        """Return the number of target tokens in a global batch, summed over all ranks."""
 
     def epoch(self, batch_index: int) -> float:
         """Return the number of passes over the data before a global batch."""

@@ -74,8 +74,8 @@ def measured_perplexities(summary: Mapping[str, Any]) -> dict[str, float]:
 def key_numbers(summary: Mapping[str, Any]) -> dict[str, str]:
     """Return the formatted numbers at the top of the page, by label.
 
-    If all three models were measured, one number is the share of the perplexity that quantization
-    has added and training has removed again.
+    If all three models were measured, one number says which share of the increase in perplexity
+    due to quantization the training has removed.
     """
     perplexities = measured_perplexities(summary)
     numbers = {f"perplexity, {name}": f"{value:.2f}" for name, value in perplexities.items()}
@@ -125,7 +125,10 @@ def render_report(
 
 
 def _subtitle(summary: Mapping[str, Any]) -> str:
-    """Return recipe, task, processes, device and held-out set, as far as they are known."""
+    """Return recipe, task, processes, device and held-out set.
+
+    Without a record in `summary`, one process on a CPU is assumed; other parts are left out.
+    """
     run, evaluation = summary.get("run", {}), summary.get("eval", {})
     world_size = run.get("world_size", 1)
     parts = [

@@ -86,7 +86,7 @@ class AdapterTraining:
         Raises:
             PreemptedError: The run was asked to stop; its state is saved in a checkpoint.
             UserError: A loss or gradient is not finite, and either `train.on_nonfinite=stop` or
-                too many batches in a row were skipped.
+                too many steps in a row were refused; or a checkpoint cannot be written or read.
         """
         trainer, checkpoints = self._trainer, self._checkpoints
         checkpoints.resume(checkpoint)
@@ -108,7 +108,7 @@ class AdapterTraining:
         checkpoints.log_waiting_time()
 
     def _make_up_evaluation(self, checkpoint: Checkpoint | None) -> None:
-        """Evaluate now if the process that saved `checkpoint` was preempted while it evaluated."""
+        """Evaluate now if an evaluation was due at `checkpoint`, but was skipped or interrupted."""
         if checkpoint is None or checkpoint.state["eval_loss"] is not None:
             return
         if not self._is_evaluation_due():

@@ -72,6 +72,7 @@ def _build_over_shards(
                 shard.grad = local_tensor(param.grad)
 
     def free_gradients(*_: Any) -> None:
+        # The `zero_grad` of the optimizer knows the shards only, not the parameters.
         for tensor in (*shards, *parameters):
             tensor.grad = None
 
@@ -90,9 +91,10 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 class LearningRateSchedule:
     """The schedule of `optim` over `total_steps` steps.
 
-    The rate warms up linearly over `optim.warmup_steps`, then decays to zero at the last step by a
-    cosine or linearly, or stays constant. It depends on the step only, so no state is saved.
-    Unlike transformers' schedules, it does not start at a rate of 0, which would waste a step.
+    The rate warms up linearly over `optim.warmup_steps`. Then it stays constant, or decays by a
+    cosine or linearly towards zero, which it would reach one step after the last. It depends on the
+    step only, so no state is saved. No step has a rate of 0, as the first step of transformers'
+    schedules does, because that step would be wasted.
     """
 
     optim: OptimConfig
@@ -101,7 +103,7 @@ class LearningRateSchedule:
     def __post_init__(self) -> None:
         if 0 < self.total_steps <= self.optim.warmup_steps:
             logger.warning(
-                "optim.warmup_steps=%d: the run has %d steps, so it never reaches optim.lr",
+                "optim.warmup_steps=%d: the run has %d steps, so all of them warm up",
                 self.optim.warmup_steps, self.total_steps,
             )  # fmt: skip
 
@@ -111,7 +113,7 @@ class LearningRateSchedule:
         if step < optim.warmup_steps:
             return optim.lr * (step + 1) / optim.warmup_steps
         decay_steps = max(1, self.total_steps - optim.warmup_steps)
-        remaining = max(0.0, 1 - (step - optim.warmup_steps) / decay_steps)  # from 1 down to 0
+        remaining = max(0.0, 1 - (step - optim.warmup_steps) / decay_steps)  # 1, then less
         if optim.schedule == "cosine":
             return optim.lr * 0.5 * (1 - math.cos(math.pi * remaining))
         return optim.lr * remaining if optim.schedule == "linear" else optim.lr

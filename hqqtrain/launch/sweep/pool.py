@@ -2,8 +2,8 @@
 
 Every job has its own process, because a job that fails, runs out of memory or leaves a torch
 process group behind must not affect the next one. Every job also has its own Unix process group.
-A terminal sends Ctrl-C to a whole group, so a job in our group would receive it twice: from the
-terminal and from us. The second signal would make the job stop at once, without saving.
+A terminal sends Ctrl-C to a whole group, so a job in our group would receive it twice, from the
+terminal and from us: the second time while it reacts to the first.
 """
 
 import os
@@ -75,7 +75,9 @@ class ProcessPool:
                 pass_fds=self.inherited_fds,
             )
         self._running[process.pid] = (process, key)
-        if self.received_signal:  # a signal arrived while the process was being started
+        # `_forward` did not reach this process if the signal arrived before it was registered. A
+        # signal that arrives right here is sent twice; jobs treat that as one request.
+        if self.received_signal:
             self._send(process.pid, self.received_signal)
 
     def wait(self) -> tuple[Any, int]:
@@ -87,7 +89,7 @@ class ProcessPool:
         """
         while True:
             pid, status = os.wait()
-            # `pid` may also be a child of the program that this process has replaced with exec.
+            # `pid` may also be a child from before this process called exec, which keeps children.
             if pid in self._running:
                 process, key = self._running.pop(pid)
                 process.returncode = os.waitstatus_to_exitcode(status)

@@ -105,7 +105,7 @@ def fraction_bits(nbits: int, group_size: int) -> int:
 
 
 class _Fit(NamedTuple):
-    """A line, and the gain of rounding by it; all fp32 [n].
+    """The line regressed on the codes of a rounding, and the gain of that rounding; fp32 [n].
 
     Attributes:
         gain: Squared error that the regression on the codes removes, times the group size.
@@ -161,8 +161,8 @@ class _LineSearch:
         # Nearest codes. The place is rounded to fp32 once, as the fused kernel does.
         place = (self.v * slope.double()).add_(offset.double()).float().clamp_(0, 1)
         codes = place.double().mul_(self.max_code).round_()
-        # g^2 times the variance of the codes and their covariance with v: exact integer sums, which
-        # are rounded to fp32 only at the end.
+        # g^2 times the variance of the codes and their covariance with v. The sums are exact
+        # integers. The variance is rounded to fp32 once, each term of the covariance by itself.
         code_sum = codes.sum(0)
         variance = (self.group_size * (codes * codes).sum(0) - code_sum * code_sum).float()
         products = (codes * self.v).sum(0).float()
