@@ -16,7 +16,12 @@ import pytest
 import torch
 from ranks import CPU
 from torch import nn
-from torch.distributed import HashStore, destroy_process_group, init_process_group
+from torch.distributed import (
+    HashStore,
+    destroy_process_group,
+    init_process_group,
+    is_initialized,
+)
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,6 +59,8 @@ def advised(name: str) -> Iterator[None]:
 
 @pytest.fixture
 def one_rank() -> Iterator[HashStore]:
+    if is_initialized():  # FSDP2 in a test of this process has made a group, which it keeps
+        destroy_process_group()
     store = HashStore()
     init_process_group("gloo", store=store, rank=0, world_size=1)
     yield store

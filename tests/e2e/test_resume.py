@@ -161,7 +161,7 @@ def test_resuming_with_other_settings_is_refused(alone: tuple, data: tuple, tmp_
     assert "optim.lr=1e-05 (saved: 0.002)" in changed.output
     fewer = run(*WORDS, *data, "train.max_steps=6", root=root)
     assert fewer.code == 2
-    assert "has 12 steps, and train.max_steps or epochs ask for 6" in fewer.output
+    assert "has 12 steps, but train.max_steps or epochs ask for 6" in fewer.output
     must = run(*WORDS, *data, "run.resume=must", root=tmp_path / "runs")
     assert must.code == 2
     assert "run.resume=must" in must.output
