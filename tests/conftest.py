@@ -2,10 +2,13 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from hqqtrain.common import signals
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -49,6 +52,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
     items.sort(key=_place)
+
+
+@pytest.fixture(autouse=True)
+def _forget_signals() -> Iterator[None]:
+    """Let no test see the signal of an earlier one, which all code of this process would obey.
+
+    The wakeup descriptor records the signals of every later test as well, so it is removed, too.
+    """
+    signals._FirstSignal.name = ""
+    yield
+    signal.set_wakeup_fd(-1)
 
 
 def _path(item: pytest.Item) -> str:
