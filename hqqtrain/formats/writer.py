@@ -27,7 +27,7 @@ MAX_SHARD_BYTES = 2_000_000_000
 
 
 class WriteResult(NamedTuple):
-    """What `write_shards` has written.
+    """Result of `write_shards`.
 
     Attributes:
         bytes: The bytes of all tensors.

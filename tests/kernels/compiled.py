@@ -52,7 +52,7 @@ class Compiled:
 
 
 class Driver:
-    """What Triton asks of a driver: the GPU's name, and to load and to launch a kernel."""
+    """The calls that Triton makes to a driver: name the GPU, load a kernel and launch it."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability

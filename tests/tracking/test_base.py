@@ -1,4 +1,4 @@
-"""What trackers share: flat names of figures, and the errors that are logged per module."""
+"""Trackers share flat names of metrics, and the errors that are logged per module."""
 
 from hqqtrain.tracking.base import flatten, layer_errors
 

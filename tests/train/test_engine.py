@@ -1,4 +1,4 @@
-"""What all engines share: the methods of the protocol, and the check of a gradient."""
+"""All engines share the methods of the protocol and the check of a gradient."""
 
 import inspect
 import math

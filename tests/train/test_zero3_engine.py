@@ -1,4 +1,4 @@
-"""What the engine of ZeRO-3 adds to DeepSpeed's, for which a stand-in steps on one process.
+"""ZeRO3Engine adds its own methods to DeepSpeed's engine; a stub steps on one process.
 
 `tests/e2e/test_ranks.py` trains with the real one.
 """

@@ -1,4 +1,4 @@
-"""What a strategy is without overriding anything, and what the strategies share."""
+"""A strategy that overrides nothing leaves the model whole; all share a few functions."""
 
 import pytest
 import torch
