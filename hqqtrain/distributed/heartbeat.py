@@ -48,7 +48,7 @@ class Heartbeat:
         self._comm = comm
         self._others = [rank for rank in range(comm.size) if rank != comm.rank]
         self._end_state: dict[str, Any] = {}  # what this rank reports once its work has ended
-        self._end_is_reported = False
+        self._reported: dict[str, Any] = {}  # the last state that this rank has written
         self._states: dict[int, dict[str, Any]] = {}  # the last state read from each rank
         self._lost: dict[int, str] = {}  # rank -> message
         self._store: Any = None  # where the ranks exchange their states, from `__enter__` on
@@ -101,15 +101,14 @@ class Heartbeat:
         if error is None:
             # Another rank may have failed after this rank's last `check`.
             self.check()
-            # The host of the store must not exit before the others have read the last states.
-            self._comm.barrier()
 
     def _wait_for_others(self) -> None:
-        """Wait until the end is reported and all others have ended or are lost.
+        """Wait until every rank has ended, or is lost, and may leave; a rank that failed waits, too.
 
-        A rank that has failed waits, too: it may host the store, where the others read the error.
+        Rank 0 hosts the store, so it stays until the others have read how every rank has ended.
         """
-        while not (self._end_is_reported and all(map(self._has_ended, self._others))):
+        awaited = self._others if self._comm.rank == 0 else []
+        while not (self._reported.get("has_read_ends") and all(map(self._has_left, awaited))):
             if self._is_cut_off():
                 return
             time.sleep(HEARTBEAT_SECONDS / 5)
@@ -118,13 +117,15 @@ class Heartbeat:
         """Body of the thread: send heartbeats and read those of others until `_stop` is set."""
         beats = 0
         try:
-            while not self._stop.wait(HEARTBEAT_SECONDS):
+            while not self._stop.wait(HEARTBEAT_SECONDS / (5 if self._end_state else 1)):
                 # The other ranks see by the changed counter that this rank is alive.
                 beats += 1
                 state = {"beat": beats} | self._end_state
                 self._store.set(str(self._comm.rank), json.dumps(state))
-                self._end_is_reported = bool(state.get("ended"))
+                self._reported = state
                 self._read_states()
+                if self._end_state and all(map(self._has_ended, self._others)):
+                    self._end_state = self._end_state | {"has_read_ends": True}
         except RuntimeError as error:
             # The store raises when its host is gone, or does not answer within LOST_AFTER_SECONDS.
             self._lost[_STORE_HOST] = f"the process that hosts the store is gone ({error})."
@@ -145,7 +146,7 @@ class Heartbeat:
                 self._lost.pop(rank, None)  # a rank that counted as lost was only slow
                 continue
             silence = now - self._last_change_times[rank]
-            if not state.get("ended") and silence > LOST_AFTER_SECONDS:
+            if not state.get("has_read_ends") and silence > LOST_AFTER_SECONDS:
                 self._lost[rank] = (
                     f"rank {rank} is gone: no heartbeat for {LOST_AFTER_SECONDS:.0f} s."
                 )
@@ -160,6 +161,9 @@ class Heartbeat:
 
     def _has_ended(self, rank: int) -> bool:
         return rank in self._lost or bool(self._states.get(rank, {}).get("ended"))
+
+    def _has_left(self, rank: int) -> bool:
+        return rank in self._lost or bool(self._states.get(rank, {}).get("has_read_ends"))
 
     def _remote_error(self) -> RemoteError | None:
         """Return the error of another rank that this rank must raise, or None."""

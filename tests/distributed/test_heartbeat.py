@@ -51,6 +51,22 @@ def one_fails_last(rank: int, comm: Communicator) -> None:
     work(comm, 2.0 if rank == 2 else 0.1, UserError("w: late") if rank == 2 else None)
 
 
+class SlowReader(Heartbeat):
+    """Heartbeat of a rank that reads the states of the others late."""
+
+    def _read_states(self) -> None:
+        time.sleep(1.5)
+        super()._read_states()
+
+
+def one_reads_late(rank: int, comm: Communicator) -> None:
+    """Fail on rank 2 while rank 1, which has ended, is slow to read; rank 0 must not leave it."""
+    if rank == 1:
+        with SlowReader(comm):
+            return
+    one_fails_last(rank, comm)
+
+
 def one_gets_signal(rank: int, comm: Communicator, lost: int, number: signal.Signals) -> None:
     """Send a signal to rank `lost` while all ranks work.
 
@@ -72,7 +88,7 @@ def test_ranks_leave_together():
     assert on_ranks(one_is_slow, 3) == [""] * 3
 
 
-@pytest.mark.parametrize("case", [one_finds_bad_data, one_fails_last])
+@pytest.mark.parametrize("case", [one_finds_bad_data, one_fails_last, one_reads_late])
 def test_a_user_error_is_the_same_on_all_ranks(case):
     expected = "w: row 3 holds nan" if case is one_finds_bad_data else "w: late"
     began = time.monotonic()
