@@ -103,9 +103,10 @@ class Heartbeat:
             self.check()
 
     def _wait_for_others(self) -> None:
-        """Wait until every rank has ended, or is lost, and may leave; a rank that failed waits, too.
+        """Wait until this rank may leave: until every rank has ended or is lost.
 
-        Rank 0 hosts the store, so it stays until the others have read how every rank has ended.
+        Rank 0 hosts the store, so it stays until the others have read how every rank has ended,
+        also if it has failed itself.
         """
         awaited = self._others if self._comm.rank == 0 else []
         while not (self._reported.get("has_read_ends") and all(map(self._has_left, awaited))):
