@@ -3,21 +3,11 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from refused_configs import refusal
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.infra import LaunchConfig, duration_errors, parse_seconds
 from hqqtrain.config.run import RunConfig
-
-
-def _refused(**groups) -> str:
-    """Return the message of `RunConfig.check` after setting the given keys of each group."""
-    config = RunConfig()
-    for group, values in groups.items():
-        for name, value in values.items():
-            setattr(getattr(config, group), name, value)
-    with pytest.raises(UserError) as caught:
-        config.check()
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -35,8 +25,8 @@ def _refused(**groups) -> str:
         ),
     ],
 )
-def test_slurm_keys_without_effect_are_refused(values, expected):
-    assert expected in _refused(launch=values)
+def test_slurm_keys_without_effect_arerefusal(values, expected):
+    assert expected in refusal(launch=values)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +44,8 @@ def test_values_in_a_batch_script_must_be_a_single_line(group, name, broken):
 
 @pytest.mark.parametrize("name", ["partition", "account"])
 @pytest.mark.parametrize("empty", ["", " "])
-def test_an_empty_name_is_refused(name, empty):
-    message = _refused(launch={"backend": "slurm", name: empty})
+def test_an_empty_name_isrefusal(name, empty):
+    message = refusal(launch={"backend": "slurm", name: empty})
     assert (
         message == f"launch.{name}={empty}: must not be empty; use null for the cluster's default."
     )
@@ -67,14 +57,14 @@ def test_default_is_one_process_per_gpu_or_a_single_one():
     assert LaunchConfig(tasks_per_node=2).processes_per_node == 2
 
 
-def test_artifacts_without_wandb_are_refused():
-    message = _refused(track={"artifacts": True, "backends": ["tensorboard"]})
+def test_artifacts_without_wandb_arerefusal():
+    message = refusal(track={"artifacts": True, "backends": ["tensorboard"]})
     assert message.startswith("track.artifacts=true: only W&B stores artifacts; add wandb to track")
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "a/b", "", ".", "..", "-x", "a b", "a\n"])
 def test_a_run_name_cannot_leave_the_root(name):
-    assert "run.name=" in _refused(run={"name": name})
+    assert "run.name=" in refusal(run={"name": name})
 
 
 @pytest.mark.parametrize("name", ["mine", "a.b-c_d+e", "2bit"])
@@ -107,7 +97,7 @@ def test_a_duration_is_the_sum_of_its_parts(days, hours, minutes, seconds):
 def test_other_notations_are_refused_with_the_key_and_an_example(text):
     (message,) = duration_errors("launch.time", text)
     assert message.startswith(f"launch.time={text}: must be hours:minutes:seconds, such as 4:00:00")
-    assert text in _refused(run={"time_limit": text})
+    assert text in refusal(run={"time_limit": text})
 
 
 def test_no_duration_is_no_error():
@@ -116,5 +106,5 @@ def test_no_duration_is_no_error():
 
 @pytest.mark.parametrize("option", ["qos=low", "--Qos=low", "-", "--", "-qos", "#SBATCH", ""])
 def test_only_options_of_sbatch_are_accepted(option):
-    message = _refused(launch={"backend": "slurm", "options": [option]})
+    message = refusal(launch={"backend": "slurm", "options": [option]})
     assert f"launch.options=[{option}]: must be an option of sbatch" in message

@@ -4,20 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from refused_configs import refusal
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.run import RunConfig
-
-
-def _refused(**groups) -> str:
-    """Return the message of `RunConfig.check` after setting the given keys of each group."""
-    config = RunConfig()
-    for group, values in groups.items():
-        for name, value in values.items():
-            setattr(getattr(config, group), name, value)
-    with pytest.raises(UserError) as caught:
-        config.check()
-    return str(caught.value)
 
 
 def test_the_defaults_are_sound():
@@ -47,15 +37,15 @@ def test_the_defaults_are_sound():
     ],
 )
 def test_an_error_names_key_value_and_what_is_allowed(group, name, value, expected):
-    assert expected in _refused(**{group: {name: value}})
+    assert expected in refusal(**{group: {name: value}})
 
 
 def test_all_errors_are_reported_at_once():
-    message = _refused(quant={"nbits": 5, "axis": 7}, adapter={"r": 0})
+    message = refusal(quant={"nbits": 5, "axis": 7}, adapter={"r": 0})
     assert len(message.splitlines()) == 3
 
 
-def test_bf16_adapters_with_fp16_loss_scaling_are_refused():
+def test_bf16_adapters_with_fp16_loss_scaling_arerefusal():
     config = RunConfig()
     config.adapter.dtype, config.train.precision = "bf16", "fp16"
     with pytest.raises(UserError, match=r"adapter\.dtype=bf16: .*train\.precision=fp16"):
