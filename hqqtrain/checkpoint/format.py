@@ -13,7 +13,6 @@ rank 0, `manager.py` decides when and starts a thread, this module writes the fi
 knows the folder of each checkpoint and deletes old ones, and `resume.py` finds one to resume from.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,11 @@ from torch import Tensor
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_directory, atomic_write_json, without_nonfinite
+from hqqtrain.common.reading import load_json
 from hqqtrain.formats.manifest import DamagedError, check_sealed, seal
 from hqqtrain.formats.peft import BaseModelRef, load_adapter, write_adapter
 from hqqtrain.formats.writer import save_tensors
+from hqqtrain.rundir.layout import checkpoint_name
 
 FORMAT = 1
 """Version of the format, which state.json names."""
@@ -85,15 +86,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Verify every byte of a checkpoint and read its state.json.
 
     Raises:
-        DamagedError: A file is missing or changed, or this version does not know the format.
+        DamagedError: A file is missing or changed, this version does not know the format, or the
+            folder has the name of another step.
     """
     check_sealed(folder)
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = load_json(folder / STATE)
     except (OSError, ValueError) as error:
         raise DamagedError(f"{folder / STATE}: {error}") from error
-    if state.get("format") != FORMAT:
-        raise DamagedError(
-            f"{folder / STATE}: format {state.get('format')}, this version reads {FORMAT}"
-        )
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else "unknown"
+        raise DamagedError(f"{folder / STATE}: format {found}, this version reads {FORMAT}")
+    step = state.get("step")
+    if not isinstance(step, int) or folder.name != checkpoint_name(step):
+        raise DamagedError(f"{folder}: is the checkpoint of step {step}, renamed or copied")
     return Checkpoint(folder, state)

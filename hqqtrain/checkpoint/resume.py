@@ -36,7 +36,8 @@ def find_checkpoint(
     if latest is None and has_finished_run():
         raise UserError(
             f"{store.root.parent}: has a finished run, and no checkpoint to resume from with other "
-            "settings; choose another run.name, or run.resume=never."
+            "settings or to write a missing result again; choose another run.name, or "
+            "run.resume=never."
         )
     if latest is None or latest.step == 0:  # a checkpoint of step 0 has nothing to restore
         return None

@@ -1,13 +1,13 @@
 """The checkpoints of a run: find the newest intact one, and delete those that are not kept."""
 
-import json
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from hqqtrain.checkpoint.format import STATE, Checkpoint, read_checkpoint
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.files import remove
+from hqqtrain.common.reading import load_json
 from hqqtrain.formats.manifest import DamagedError
 from hqqtrain.rundir.layout import checkpoint_name, checkpoint_steps
 
@@ -69,7 +69,7 @@ class CheckpointStore:
     def delete_partial(self) -> None:
         """Delete the partial folders that killed processes have left."""
         for path in (*self.root.glob(".step-*"), _deletion_path(self.root)):
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
     def prune(self) -> None:
         """Delete all checkpoints except the newest and the best ones.
@@ -87,10 +87,10 @@ class CheckpointStore:
     def _read_loss(self, step: int) -> float | None:
         """Return the `eval/loss` that a checkpoint has recorded, or None if it has none."""
         try:
-            state = json.loads((self.folder(step) / STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            loss = load_json(self.folder(step) / STATE)["eval_loss"]
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        return state.get("eval_loss")
+        return loss if isinstance(loss, int | float) else None
 
     def delete_all(self) -> None:
         """Delete all checkpoints."""
@@ -100,7 +100,7 @@ class CheckpointStore:
 def _delete(folder: Path) -> None:
     if folder.exists():
         _replace(folder, _deletion_path(folder))
-        shutil.rmtree(_deletion_path(folder))
+        remove(_deletion_path(folder))
 
 
 def _deletion_path(folder: Path) -> Path:
@@ -110,5 +110,5 @@ def _deletion_path(folder: Path) -> Path:
 
 def _replace(source: Path, target: Path) -> None:
     """Rename `source` to `target`, in place of a folder that is there already."""
-    shutil.rmtree(target, ignore_errors=True)
+    remove(target)
     source.rename(target)

@@ -15,6 +15,10 @@ _DURATION = re.compile(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)")
 """Matches [days-]hours:minutes:seconds, the forms that YAML and Slurm read alike."""
 
 
+_MAX_NAME_BYTES = 200
+"""Bytes of run.name; the names of a run's own files append to it."""
+
+
 @dataclass(kw_only=True, slots=True)
 class TrackConfig:
     """The trackers that receive metrics during a run."""
@@ -88,6 +92,11 @@ class RunDirConfig:
         """Yield one message for every value that is not allowed."""
         if self.name is not None and not re.fullmatch(r"\w[\w.+-]*", self.name):
             yield f"run.name={self.name}: must consist of letters, digits and _ . + -; no folders."
+        if self.name is not None and len(self.name.encode()) > _MAX_NAME_BYTES:
+            yield (
+                f"run.name={self.name[:40]}...: has {len(self.name.encode())} bytes; must have at "
+                f"most {_MAX_NAME_BYTES}, because a file system allows 255 in the name of a file."
+            )
         yield from _control_character_errors("run.root", self.root)
         yield from duration_errors("run.time_limit", self.time_limit)
 

@@ -15,7 +15,8 @@ from transformers import PretrainedConfig
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_write_json
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
-from hqqtrain.formats.packed import QuantizedSettings, copy_companion_files, dense_config_json
+from hqqtrain.formats.companions import companion_modes, copy_companion_files
+from hqqtrain.formats.packed import QuantizedSettings, dense_config_json
 from hqqtrain.formats.peft import Adapter
 from hqqtrain.formats.writer import MAX_SHARD_BYTES, collective_atomic_directory, write_shards
 from hqqtrain.models.build import build_meta
@@ -89,7 +90,8 @@ def export_dense(tensors: Tensors, folder: Path, *, hf_config: PretrainedConfig,
             names.add(name)
             yield name, tensor
 
-    with collective_atomic_directory(folder, comm) as partial:
+    modes = companion_modes(source)
+    with collective_atomic_directory(folder, comm, modes) as partial:
         written = write_shards(with_recorded_names(), partial, max_bytes=max_shard_bytes, comm=comm)
         if comm.is_main:
             config_json = dense_config_json(_export_config(hf_config, dtype, names))

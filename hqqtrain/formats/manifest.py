@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from hqqtrain.common.files import fsync_path
+from hqqtrain.common.reading import MAX_JSON_BYTES, parse_json, read_bounded
 
 MANIFEST = "manifest.json"
 
@@ -108,8 +109,8 @@ def _read_manifest(folder: Path) -> dict[str, FileDigest]:
     path = folder / MANIFEST
     try:
         with _damaged_if_unreadable(path):
-            text = path.read_bytes().decode()
-        files = json.loads(text)["files"]
+            text = read_bounded(path, MAX_JSON_BYTES).decode()
+        files = parse_json(text)["files"]
         intact = text == _manifest_text(files)
     except (ValueError, KeyError, TypeError):
         intact = False

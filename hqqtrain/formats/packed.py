@@ -7,7 +7,6 @@ ranks can read the folder in slices. `config.json` contains the settings of ever
 else is needed to read it.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_write_json
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
+from hqqtrain.formats.companions import companion_modes, copy_companion_files
 from hqqtrain.formats.manifest import DamagedError, check_sealed, is_sealed, seal
 from hqqtrain.formats.writer import MAX_SHARD_BYTES, collective_atomic_directory, write_shards
 from hqqtrain.models.fqn import base_model, base_tensors, strip_wrappers
@@ -38,12 +38,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 _META_DTYPES = {_dtype_name(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 """Dtypes of scale and zero by their names in config.json."""
-
-_COMPANION_PATTERNS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "chat_template.*", "generation_config.json",
-)  # fmt: skip
-"""Files to copy from the source model: tokenizer, chat template and generation settings."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +203,7 @@ def save_quantized(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
     Returns:
         The bytes of all tensors.
     """
-    with collective_atomic_directory(folder, comm) as partial:
+    with collective_atomic_directory(folder, comm, companion_modes(source)) as partial:
         written = write_shards(
             tensors, partial, max_bytes=max_shard_bytes, comm=comm, compute_checksums=True
         )
@@ -255,11 +249,3 @@ def dense_config_json(hf_config: PretrainedConfig) -> dict[str, Any]:
         config_json["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config.model_type]]
     config_json.pop("quantization_config", None)
     return config_json
-
-
-def copy_companion_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer and generation files; links into the hub's cache become regular files."""
-    for pattern in _COMPANION_PATTERNS:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,9 @@ class WriteResult(NamedTuple):
 
 
 @contextmanager
-def collective_atomic_directory(path: Path, comm: Communicator) -> Iterator[Path]:
+def collective_atomic_directory(
+    path: Path, comm: Communicator, max_modes: Mapping[str, int] = MappingProxyType({})
+) -> Iterator[Path]:
     """Share an `atomic_directory` among all ranks. Collective.
 
     Rank 0 creates the folder and renames it when all ranks are done. If one rank fails, the folder
@@ -48,7 +51,7 @@ def collective_atomic_directory(path: Path, comm: Communicator) -> Iterator[Path
     with ExitStack() as stack:
         with comm.raise_on_all_ranks():
             if comm.is_main:
-                stack.enter_context(atomic_directory(path))
+                stack.enter_context(atomic_directory(path, max_modes))
         with comm.raise_on_all_ranks():
             yield temporary_path(path)
         with comm.raise_on_all_ranks():

@@ -5,10 +5,13 @@ again. An entry is a folder like `quantized/`, named by a hash of its inputs; it
 absent. A run that needs an entry while another run writes it waits for the other run.
 """
 
+import errno
 import hashlib
 import itertools
 import json
 import logging
+import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +23,15 @@ import torch
 
 from hqqtrain import __version__
 from hqqtrain.common.errors import UserError
-from hqqtrain.common.filelock import check_shared_lock, read_lock_token, try_lock
-from hqqtrain.common.files import stat_digest
+from hqqtrain.common.filelock import (
+    check_shared_file,
+    check_shared_lock,
+    read_lock_token,
+    try_lock,
+)
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.preemption import PreemptionHandler
+from hqqtrain.formats.manifest import MANIFEST, file_digest
 from hqqtrain.formats.packed import QuantizedSettings
 from hqqtrain.loading.plan import ModelPlan
 from hqqtrain.models.source import ModelSource
@@ -55,11 +63,12 @@ def cache_entry(
     dtype: torch.dtype,
     comm: Communicator,
     preemption: PreemptionHandler,
+    source_digest: str,
 ) -> Iterator[CacheEntry]:
     """Find the cache entry for the weights of `plan`. Collective.
 
-    An entry that does not exist yet is locked until the context ends, so that only this run writes
-    it.
+    A complete entry is only read, so this user need not be allowed to write to it or to lock it. An
+    entry that does not exist yet is locked until the context ends, so that only this run writes it.
 
     Args:
         plan: The plan of a model whose source is dense.
@@ -67,27 +76,65 @@ def cache_entry(
         dtype: The dtype in which dense tensors are read.
         comm: All ranks of the run.
         preemption: Knows whether a rank was asked to stop.
+        source_digest: The digest of the plan's source, see `digest_source`.
 
     Raises:
-        UserError: The nodes do not share the folder, or it cannot be written to.
+        UserError: The nodes do not share the folder, it cannot be written to, or the entry may be
+            that of a stranger.
         PreemptedError: The run was asked to stop while it waited for another run.
     """
-    name = _entry_name(plan.source, QuantizedSettings.from_model(plan.model), dtype)
-    folder = Path(cache_dir).expanduser() / name
+    settings = QuantizedSettings.from_model(plan.model)
+    folder = Path(cache_dir).expanduser() / _entry_name(plan.source, settings, dtype, source_digest)
+    if comm.run_on_rank0(lambda: _is_complete(folder)):
+        _check_shared_entry(folder, cache_dir, comm)
+        yield CacheEntry(folder, True)
+        return
     lock_path = folder.with_name(f".{folder.name}.lock")
     with _hold_lock(lock_path, cache_dir, comm, preemption) as lock_file:
         # Rank 0 decides, and its token in the lock file proves that all ranks see the same folder.
-        observed = (read_lock_token(lock_path), (folder / "config.json").is_file())
+        observed = (read_lock_token(lock_path), _is_complete(folder) if comm.is_main else False)
         token, is_complete = comm.all_gather_object(observed)[0]
         with comm.raise_on_all_ranks():
             check_shared_lock(lock_path, token, f"quant.cache_dir={cache_dir}")
         # A complete entry is only read, so release the lock: other runs may read it, too.
         if lock_file and is_complete:
             lock_file.close()
-        if comm.is_main:
-            state = "is there" if is_complete else "is made now"
-            logger.info("quant.cache_dir: %s %s", folder, state)
+        if comm.is_main and not is_complete:
+            logger.info("quant.cache_dir: %s is made now", folder)
+        if is_complete:
+            _check_shared_entry(folder, cache_dir, comm)
         yield CacheEntry(folder, is_complete)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether the entry in `folder` exists and may be trusted.
+
+    Raises:
+        UserError: The entry is a link; or everybody may write to the cache, and the entry belongs
+            neither to this user nor to the owner of the cache.
+    """
+    if folder.is_symlink():
+        raise UserError(f"{folder}: is a symbolic link, and no entry of the cache is; remove it.")
+    if not (folder / "config.json").is_file():
+        return False
+    cache, owner = folder.parent.stat(), folder.stat().st_uid
+    if cache.st_mode & stat.S_IWOTH and owner not in (os.getuid(), 0, cache.st_uid):
+        raise UserError(
+            f"quant.cache_dir={folder.parent}: everybody may write to it, and {folder.name} "
+            f"belongs to another user (uid {owner}). Choose another folder, or have the owner of "
+            "the cache run chmod o-w on it."
+        )
+    return True
+
+
+def _check_shared_entry(folder: Path, cache_dir: str, comm: Communicator) -> None:
+    """Check that all ranks see the entry that rank 0 has found; rank 0 logs it. Collective."""
+    manifest = folder / MANIFEST if (folder / MANIFEST).is_file() else folder / "config.json"
+    manifest, digest = comm.run_on_rank0(lambda: (manifest, file_digest(manifest)["sha256"]))
+    with comm.raise_on_all_ranks():
+        check_shared_file(manifest, digest, f"quant.cache_dir={cache_dir}")
+    if comm.is_main:
+        logger.info("quant.cache_dir: %s is there", folder)
 
 
 @contextmanager
@@ -120,6 +167,9 @@ def _hold_lock(
 def _try_lock(lock_path: Path, cache_dir: str) -> IO[str] | None:
     """Return the locked file; None if another run has locked it."""
     try:
+        lock_path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(lock_path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(lock_path.parent))
         return try_lock(lock_path)
     except OSError as error:
         raise UserError(
@@ -127,17 +177,20 @@ def _try_lock(lock_path: Path, cache_dir: str) -> IO[str] | None:
         ) from error
 
 
-def _entry_name(source: ModelSource, settings: QuantizedSettings, dtype: torch.dtype) -> str:
+def _entry_name(
+    source: ModelSource, settings: QuantizedSettings, dtype: torch.dtype, source_digest: str
+) -> str:
     """Return the name of an entry: the name of the source and a hash of all inputs.
 
     Args:
         source: The dense source.
         settings: Quantization settings by module.
         dtype: The dtype in which dense tensors are read.
+        source_digest: The digest of the source's files.
     """
     is_synthetic = source.kind == "synthetic"
     inputs = {
-        "source": [source.kind, stat_digest(source.path), source.name if is_synthetic else ""],
+        "source": [source.kind, source_digest, source.name if is_synthetic else ""],
         "dense": str(dtype),
         "modules": settings.by_module(),
         "layout": LAYOUT_VERSION,

@@ -40,9 +40,15 @@ def load_initial_adapter(
     `adapter.init_from`, the adapter of the run that `model.name_or_path` names.
 
     Raises:
-        UserError: The adapter cannot be read, or a sealed folder was altered.
+        UserError: The adapter cannot be read, is missing, or a sealed folder was altered.
     """
     folder = resumed or config.init_from or source.adapter
+    if folder is None and source.lacks_adapter:
+        raise UserError(
+            f"model.name_or_path={source.name}: is a run that trains an adapter, but its adapter/ "
+            f"is missing. Run its command again, which writes adapter/; or name {source.path} to "
+            "use the base without adapter."
+        )
     if folder is None:
         return None
     folder = Path(folder).expanduser()

@@ -4,7 +4,6 @@
 result can be saved; `wrap_for_execution` makes it callable.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from peft import PeftModel
 from torch import nn
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.reading import load_json
 from hqqtrain.config.groups import AdapterConfig
 from hqqtrain.distributed.bit_exactness import check_bit_exactness
 from hqqtrain.distributed.comm import Communicator
@@ -186,8 +186,11 @@ def read_quantization_errors(folder: Path | None) -> tuple[dict[str, float], flo
     """
     if folder is None or not (folder / QUANTIZATION_ERRORS).is_file():
         return {}, None
-    errors = json.loads((folder / QUANTIZATION_ERRORS).read_text(encoding="utf-8"))
-    return errors["layers"], errors["all"]
+    try:
+        errors = load_json(folder / QUANTIZATION_ERRORS)
+        return errors["layers"], errors["all"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / QUANTIZATION_ERRORS}: cannot be read ({error!r}).") from error
 
 
 def wrap_for_execution(loaded: LoadedModel, strategy: Strategy) -> RunnableModel:

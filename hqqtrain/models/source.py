@@ -12,6 +12,7 @@ from hqqtrain.common.errors import UserError, did_you_mean
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.models.hub import download_snapshot
 from hqqtrain.rundir.layout import RunLayout
+from hqqtrain.rundir.results import TRAINED_RESULTS, check_results
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
 
@@ -28,12 +29,15 @@ class ModelSource:
         kind: `dense` weights, weights `quantized` by hqqtrain, or `synthetic` weights, which need
             only the folder's config.json.
         adapter: The folder of the adapter, if `name` is a run's directory that has one.
+        lacks_adapter: Whether `name` is the directory of a run that trains an adapter, which is
+            missing.
     """
 
     name: str
     path: Path
     kind: Literal["dense", "quantized", "synthetic"]
     adapter: Path | None = None
+    lacks_adapter: bool = False
 
     @property
     def tokenizer(self) -> Path:
@@ -113,8 +117,10 @@ def _from_folder(name: str, folder: Path) -> ModelSource:
     """Return the source in `folder`, which is a run's directory or a model's folder."""
     run = RunLayout(folder)
     if run.has_quantized:
+        check_results(run, "Restore it, or run its command again.", TRAINED_RESULTS)
         adapter = run.adapter if run.has_adapter else None
-        return ModelSource(name, run.quantized, "quantized", adapter)
+        lacks_adapter = adapter is None and run.read_task() == "finetune"
+        return ModelSource(name, run.quantized, "quantized", adapter, lacks_adapter)
     if run.status_json.is_file() and not (folder / "config.json").is_file():
         raise UserError(
             f"model.name_or_path={name}: a run without quantized/; it is unfinished, or "

@@ -15,20 +15,21 @@ import yaml
 from hqqtrain.common.env import get_slurm_job_id
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.filelock import check_shared_lock, read_lock_token, try_lock
-from hqqtrain.common.files import atomic_write, atomic_write_json, without_nonfinite
+from hqqtrain.common.files import atomic_write, atomic_write_json, check_owner, without_nonfinite
 from hqqtrain.common.secrets import mask_command, mask_secrets
 from hqqtrain.config.run import RunConfig
 from hqqtrain.rundir.identity import (
-    MADE_FROM,
+    changed_inputs,
     check_same_config,
     git_revision,
     input_digests,
+    is_made_from,
     package_versions,
-    read_yaml,
-    source_digest,
 )
 from hqqtrain.rundir.layout import RunLayout
+from hqqtrain.rundir.results import check_results, missing_results, result_digests
 from hqqtrain.rundir.schema import STATES, Status
+from hqqtrain.rundir.yaml_file import read_yaml
 
 
 class RunDirectory:
@@ -49,11 +50,22 @@ class RunDirectory:
         """Check that the directory is free or belongs to this configuration. Writes nothing.
 
         Raises:
-            UserError: the directory belongs to another configuration, is damaged, or contains other
-                files.
+            UserError: the directory belongs to another configuration, is damaged, contains other
+                files, or contains links through which the run would write elsewhere.
         """
-        if self.path.exists() and not self.path.is_dir():
+        try:
+            is_there = self.path.exists()
+        except OSError as error:  # such as a path that is too long
+            raise self._unusable_error(error) from error
+        if is_there and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; choose another run.name or run.root.")
+        check_owner(self.path, f"run.name={self.path.name}")
+        for path in self.layout.written_in_place():
+            if path.is_symlink():
+                raise UserError(
+                    f"{path}: is a symbolic link, and the run would write to its target. Replace "
+                    "it by what it points to, or choose another run.root or run.name."
+                )
         if self.layout.config_yaml.is_file():
             check_same_config(self.path, self.config)
         elif self.path.is_dir() and _has_files(self.path):
@@ -95,23 +107,36 @@ class RunDirectory:
         steps, does not count.
 
         Raises:
-            UserError: the run has finished, but its input files have changed since.
+            UserError: the run has finished, but its input files or its results have changed since.
         """
         if not self.is_finished():
             return False
         saved = read_yaml(self.layout.config_yaml)
         if saved.get("identity") != self.config.identity():
             return False
-        if saved.get("inputs") != input_digests(self.config):
+        if missing_results(self.layout):
+            return False
+        inputs = saved.get("inputs")
+        if keys := changed_inputs(inputs if isinstance(inputs, dict) else {}, self.config):
             raise UserError(
-                f"{self.path}: has finished, but its input files have changed since; choose "
-                "another run.name for the new files."
+                f"{self.path}: has finished, but its input files have changed since "
+                f"({', '.join(keys)}); choose another run.name for the new files."
             )
+        check_results(
+            self.layout,
+            "Restore it; or delete it, and the same command writes it again; or choose another "
+            "run.name.",
+        )
         return True
 
-    def matches_source(self, name: str) -> bool:
-        """Whether the subfolder `name` contains a model that was made from the current source."""
-        return read_yaml(self.path / name / MADE_FROM) == source_digest(self.config)
+    def changed_inputs(self) -> list[str]:
+        """Return the config keys whose local files have changed since config.yaml was written."""
+        inputs = read_yaml(self.layout.config_yaml).get("inputs")
+        return changed_inputs(inputs, self.config) if isinstance(inputs, dict) else []
+
+    def matches_source(self, name: str, digest: str) -> bool:
+        """Whether the subfolder `name` has a model that was made from the source with `digest`."""
+        return is_made_from(self.path / name, self.config, digest)
 
     def __enter__(self) -> "RunDirectory":
         """Take the lock.
@@ -125,9 +150,7 @@ class RunDirectory:
         try:
             self._lock = try_lock(self.layout.lock)
         except OSError as error:
-            raise UserError(
-                f"run.root={self.config.run.root}: cannot be written to ({error}); choose another."
-            ) from error
+            raise self._unusable_error(error) from error
         if self._lock is None:
             raise UserError(
                 f"{self.path}: in use by another process; wait for it, or choose another run.name."
@@ -173,6 +196,7 @@ class RunDirectory:
             cause=mask_secrets(cause),
             pid=os.getpid(),
             slurm_job=get_slurm_job_id(),
+            results=result_digests(self.layout) if status == "done" else None,
             time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
         atomic_write_json(self.layout.status_json, content.to_json())
@@ -185,6 +209,11 @@ class RunDirectory:
         """Write summary.json. NaN and infinity, which JSON does not have, become null."""
         assert self._lock is not None, "the run directory is not locked"
         atomic_write_json(self.layout.summary_json, without_nonfinite(summary))
+
+    def _unusable_error(self, error: OSError) -> UserError:
+        return UserError(
+            f"run.root={self.config.run.root}: cannot be written to ({error}); choose another."
+        )
 
     def _release(self) -> None:
         assert self._lock is not None

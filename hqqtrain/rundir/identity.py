@@ -3,17 +3,21 @@
 A run directory records them, so that a later command can check whether it continues the same run.
 """
 
+import json
+import os
 import platform
 import subprocess
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hqqtrain.common.digest import content_digest
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import stat_digest
+from hqqtrain.common.inputs import adapter_files, model_files, text_files
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.config.renamed import with_new_names
 from hqqtrain.config.run import (
@@ -22,9 +26,10 @@ from hqqtrain.config.run import (
     NON_RESULT_GROUPS,
     RunConfig,
 )
+from hqqtrain.rundir.yaml_file import damaged_error, read_yaml
 
-MADE_FROM = "made_from.json"
-"""File next to a quantized model that records the digest of its source, see `source_digest`."""
+MADE_FROM, SOURCE_KEY = "made_from.json", "model.name_or_path"
+"""File next to a quantized model that records the digest of its source under this key."""
 
 _PACKAGES = (
     "hqqtrain", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors",
@@ -46,18 +51,41 @@ def check_same_config(folder: Path, config: RunConfig) -> None:
     path = folder / "config.yaml"
     saved, current = with_new_names(read_yaml(path)), mask_secrets(asdict(config))
     if "identity" not in saved:  # config.yaml is cut off: the identity follows the configuration
-        raise _damaged_error(path, "it is incomplete")
+        raise damaged_error(path, "it is incomplete")
     if saved.get("identity") == config.identity():
         return
-    old, new = _flatten(ADDED_GROUPS | saved), _flatten(current)
+    old, new = _flatten(ADDED_GROUPS | mask_secrets(saved)), _flatten(current)
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if keys and all(k in CHANGEABLE_ON_RESUME for k in keys):
         return
-    shown = "; ".join(f"{k}={_shown(new, k)} (saved: {_shown(old, k)})" for k in keys)
     raise UserError(
-        f"{folder}: contains a run of another configuration: {shown or 'of another version'}. "
+        f"{folder}: contains a run of another configuration: "
+        f"{_format_differences(keys, old, new) or 'of another version'}. "
         "Choose another run.name, or null, which gives each configuration a directory of its own."
     )
+
+
+def result_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the keys that define the result and must not change on resume, as JSON values.
+
+    A checkpoint contains them, so that it is recognized if it is copied into another run.
+    """
+    flat = _flatten(mask_secrets(asdict(config)))
+    return {key: value for key, value in flat.items() if key not in CHANGEABLE_ON_RESUME}
+
+
+def describe_other_settings(saved: Mapping[str, Any], config: RunConfig) -> str:
+    """Return the differences between `saved`, from `result_settings`, and `config`; "" if none.
+
+    A key that another release has added or removed is in one of the two only, and is not compared.
+    """
+    new = json.loads(json.dumps(result_settings(config)))
+    keys = [key for key in sorted(saved.keys() & new.keys()) if saved[key] != new[key]]
+    return _format_differences(keys, saved, new)
+
+
+def _format_differences(keys: Sequence[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    return "; ".join(f"{k}={_shown(new, k)} (saved: {_shown(old, k)})" for k in keys)
 
 
 def _flatten(values: dict[str, Any]) -> dict[str, Any]:
@@ -72,35 +100,11 @@ def _flatten(values: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _shown(flat: dict[str, Any], key: str) -> str:
+def _shown(flat: Mapping[str, Any], key: str) -> str:
     """Return the value of `key` as a message shows it."""
     if key not in flat:
         return "absent"
-    return "null" if flat[key] is None else str(flat[key])
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON object; return an empty one if the file does not exist.
-
-    Raises:
-        UserError: the file cannot be read or contains anything else.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise _damaged_error(path, " ".join(str(error).split())) from error
-    if not isinstance(content, dict):
-        raise _damaged_error(path, "it contains no keys")
-    return content
-
-
-def _damaged_error(path: Path, reason: str) -> UserError:
-    return UserError(
-        f"{path}: cannot be read ({reason}). Choose another run.name, or restore the file as the "
-        "run wrote it."
-    )
+    return "null" if flat[key] is None else textwrap.shorten(str(flat[key]), 200)
 
 
 def package_versions() -> dict[str, str]:
@@ -128,25 +132,60 @@ def git_revision() -> str | None:
 
 
 def input_digests(config: RunConfig) -> dict[str, str]:
-    """Return config key -> `stat_digest` of the local file or folder that the key names.
+    """Return config key -> digest of the contents of the local file or folder that the key names.
 
     The identity of a run contains only the paths. The digests show whether the files have changed.
     """
+    return {key: _input_digest(key, path) for key, path in _input_paths(config).items()}
+
+
+def changed_inputs(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """Return the config keys whose files are others than those in `saved`.
+
+    Args:
+        saved: The result of `input_digests` that config.yaml contains. The first release has
+            recorded `stat_digest`, which is compared with its kind.
+        config: The configuration of today's command.
+    """
+    paths = _input_paths(config)
+    changed = sorted(saved.keys() - paths.keys())
+    for key, path in paths.items():
+        is_by_content = str(saved.get(key)).startswith("sha256:")
+        digest = _input_digest(key, path) if is_by_content else stat_digest(path)
+        if digest != saved.get(key):
+            changed.append(key)
+    return changed
+
+
+def is_made_from(folder: Path, config: RunConfig, digest: str) -> bool:
+    """Whether the quantized model in `folder` was made from the source with this digest.
+
+    The first release has recorded `stat_digest` of a local folder, and null for a model of the hub
+    or of this package.
+    """
+    made_from = read_yaml(folder / MADE_FROM)
+    if SOURCE_KEY not in made_from:
+        return False
+    recorded, path = made_from[SOURCE_KEY], _input_paths(config).get(SOURCE_KEY)
+    if str(recorded).startswith("sha256:"):
+        return bool(recorded == digest)
+    return bool(recorded == (stat_digest(path) if path else None))
+
+
+def _input_paths(config: RunConfig) -> dict[str, Path]:
+    """Return config key -> local path of the inputs that exist on this machine."""
     values = {
-        "model.name_or_path": config.model.name_or_path,
+        SOURCE_KEY: config.model.name_or_path,
         "adapter.init_from": config.adapter.init_from,
         "data.source": config.data.source,
         "eval.source": config.eval.source,
     }
     paths = {key: Path(value).expanduser() for key, value in values.items() if value}
-    return {key: stat_digest(path) for key, path in paths.items() if path.exists()}
+    return {key: path for key, path in paths.items() if os.path.exists(path)}
 
 
-def source_digest(config: RunConfig) -> dict[str, str | None]:
-    """Return config key -> digest of the local source model, to detect later that it has changed.
-
-    The result is stored in `MADE_FROM` next to the quantized model. The digest is None for models
-    of the hub, which their name and revision identify.
-    """
-    key = "model.name_or_path"
-    return {key: input_digests(config).get(key)}
+def _input_digest(key: str, path: Path) -> str:
+    if not path.is_dir():
+        return content_digest(path.parent, [path.name])
+    files = {SOURCE_KEY: model_files, "adapter.init_from": adapter_files}.get(key, text_files)
+    return content_digest(path, files(path))

@@ -15,10 +15,16 @@
     wandb/           files of W&B
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from hqqtrain.common.reading import MAX_JSON_BYTES, read_bounded
+
 _STEP_PREFIX = "step-"
+
+_TASK_LINE = re.compile(rb"^task: (\w+)$", re.MULTILINE)
+"""The line of config.yaml with the task of the run."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,20 @@ class RunLayout:
     def has_adapter(self) -> bool:
         """Whether `adapter/` is there; it is complete or absent."""
         return (self.adapter / "adapter_config.json").is_file()
+
+    def written_in_place(self) -> list[Path]:
+        """Return the files and folders that a run writes to without replacing them as a whole."""
+        folders = [self.checkpoints, self.nonfinite, self.report, self.wandb, self.tensorboard]
+        jsons = [self.status_json, self.summary_json, self.loading_json, self.metrics_jsonl]
+        return [self.lock, self.config_yaml, *jsons, *folders]
+
+    def read_task(self) -> str | None:
+        """Return the task of the run; None if config.yaml does not say it."""
+        try:
+            match = _TASK_LINE.search(read_bounded(self.config_yaml, MAX_JSON_BYTES))
+        except (OSError, ValueError):
+            return None
+        return match[1].decode() if match else None
 
     def existing_results(self) -> list[Path]:
         """Return those of the paths that a user looks for after a run which exist."""

@@ -4,11 +4,13 @@ summary.json has schema 1. A part that the task does not run is absent, and so i
 not measured. Reading is lenient: from a file of another release, the known keys are read.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, get_args, get_origin, get_type_hints
+
+from hqqtrain.common.reading import load_json
 
 SCHEMA = 1
 """Version of summary.json."""
@@ -45,18 +47,36 @@ class JsonObject:
 
     @classmethod
     def from_json(cls, values: Any) -> Self:
-        """Return the object with the known keys of `values`; None for keys that are absent."""
+        """Return the object with the known keys of `values`.
+
+        A key that is absent, or whose value has another type, becomes None.
+        """
         values = values if isinstance(values, Mapping) else {}
-        arguments = {}
+        arguments, hints = {}, get_type_hints(cls)
         for item in fields(cls):
             value, part = values.get(item.name), item.metadata.get("part")
-            arguments[item.name] = part.from_json(value) if part and value is not None else value
+            if part and value is not None:
+                arguments[item.name] = part.from_json(value)
+            else:
+                arguments[item.name] = value if _has_type(value, hints[item.name]) else None
         return cls(**arguments)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a JSON value has the type of a field, such as `float | None`."""
+    if isinstance(hint, UnionType):
+        return any(_has_type(value, option) for option in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, get_origin(hint) or hint)
 
 
 @dataclass(frozen=True)
 class Status(JsonObject):
-    """status.json. `status` is one of STATES; `time` is ISO 8601."""
+    """status.json. `status` is one of STATES; `time` is ISO 8601.
+
+    `results` has the digests of the results of a run that is done, see `hqqtrain.rundir.results`.
+    """
 
     status: str | None = None
     exit_code: int | None = field(default=None, metadata={"null": True})
@@ -64,6 +84,7 @@ class Status(JsonObject):
     pid: int | None = None
     slurm_job: str | None = field(default=None, metadata={"null": True})
     time: str | None = None
+    results: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +188,7 @@ def read_status(path: Path) -> Status:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in the file at `path`; an empty one if the file has none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -12,7 +12,8 @@ from hqqtrain.formats.adapter_card import AdapterCard
 from hqqtrain.formats.peft import BaseModelRef, save_adapter
 from hqqtrain.loading.model_builder import RunnableModel, wrap_for_execution
 from hqqtrain.loading.plan import plan_model
-from hqqtrain.rundir.identity import package_versions
+from hqqtrain.loading.source_digest import digest_source
+from hqqtrain.rundir.identity import package_versions, result_settings
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import check_same_text, load_held_out_data, load_training_data
 from hqqtrain.tasks.evaluation import RecordedEvaluation
@@ -32,10 +33,13 @@ def finetune(run: Run) -> None:
             must_exist=config.run.resume == "must",
             has_finished_run=history.has_finished_run,
         )
-    has_quantized = history.has_quantized()
     with comm.raise_on_all_ranks():
         resumed = checkpoint.folder if checkpoint else None
         plan = plan_model(plan_settings(config), runtime, resumed=resumed)
+    source_digest = digest_source(plan.source, comm, runtime.preemption)
+    history.check_checkpoint(checkpoint, source_digest)
+    has_quantized = history.has_quantized(source_digest)
+    with comm.raise_on_all_ranks():
         training_data = load_training_data(run, plan.source.tokenizer)
         held_out = load_held_out_data(config, plan.source.tokenizer)
         loader = PackedLoader(
@@ -49,13 +53,13 @@ def finetune(run: Run) -> None:
     check_same_text(run, training_data, held_out)
     # All checks have passed, so `run.resume=never` may delete the old results.
     history.delete_results()
-    loaded = load_or_quantize(run, plan, checkpoint)
+    loaded = load_or_quantize(run, plan, checkpoint, source_digest)
     runnable = wrap_for_execution(loaded, runtime.strategy)
     evaluation = RecordedEvaluation(run, runnable, held_out)
     if not recorder.has_evaluated("quantized"):
         evaluation.evaluate_as("quantized", adapted=False)
     trainer = build_trainer(run, runnable.model, loader)
-    contents = checkpoint_contents(run, runnable, digests)
+    contents = checkpoint_contents(run, runnable, digests, source_digest)
     with CheckpointManager(
         trainer, contents, recorder.checkpoints, config.ckpt, comm, runtime.preemption
     ) as checkpoints:
@@ -66,7 +70,7 @@ def finetune(run: Run) -> None:
 
 
 def checkpoint_contents(
-    run: Run, runnable: RunnableModel, digests: Mapping[str, str]
+    run: Run, runnable: RunnableModel, digests: Mapping[str, str], source_digest: str
 ) -> CheckpointContents:
     """Return what a checkpoint of `run` contains in addition to the state of the trainer.
 
@@ -74,10 +78,13 @@ def checkpoint_contents(
         run: The run. A checkpoint also contains the state of its recorder.
         runnable: The model that is trained.
         digests: The digests of the run's datasets, from `dataset_digests`.
+        source_digest: The digest of the model's files.
     """
     plan, runtime = runnable.plan, run.runtime
     assert plan.lora is not None
     provenance = {
+        "config": result_settings(run.config),
+        "model": source_digest,
         "texts": digests,
         "strategy": runtime.strategy.name,
         "world_size": runtime.comm.size,

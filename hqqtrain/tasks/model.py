@@ -6,11 +6,13 @@ from torch import nn
 
 from hqqtrain.checkpoint.format import Checkpoint
 from hqqtrain.config.run import RunConfig
+from hqqtrain.formats.companions import companion_files
 from hqqtrain.formats.packed import check_quantized
 from hqqtrain.loading.cache import cache_entry
 from hqqtrain.loading.model_builder import LoadedModel, build_model
 from hqqtrain.loading.plan import ModelPlan, PlanSettings
-from hqqtrain.rundir.identity import MADE_FROM, source_digest
+from hqqtrain.loading.source_digest import digest_source
+from hqqtrain.rundir.identity import MADE_FROM, SOURCE_KEY
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.resources import check_resources, workload_of
 
@@ -45,7 +47,10 @@ def check_fits_run(
 
 
 def load_or_quantize(
-    run: Run, plan: ModelPlan, checkpoint: Checkpoint | None = None
+    run: Run,
+    plan: ModelPlan,
+    checkpoint: Checkpoint | None = None,
+    source_digest: str | None = None,
 ) -> LoadedModel:
     """Load the model of `plan` without quantizing twice, and save its packed weights. Collective.
 
@@ -61,9 +66,14 @@ def load_or_quantize(
         run: The run. This function calls its recorder's `begin_run`.
         plan: The plan. Its model on the meta device becomes the loaded model.
         checkpoint: The training checkpoint that the run resumes from.
+        source_digest: The digest of the plan's source if the caller knows it already.
     """
     config, runtime, recorder = run.config, run.runtime, run.recorder
     comm, quant = runtime.comm, config.quant
+    with comm.raise_on_all_ranks():
+        if config.task != "eval" or quant.cache_dir:
+            companion_files(plan.source.tokenizer)  # a link among them is refused early
+    digest = source_digest or digest_source(plan.source, comm, runtime.preemption)
 
     def load(packed: Path | None = None) -> LoadedModel:
         """Load the packed weights in the folder `packed`, or the source of the plan if None."""
@@ -86,17 +96,18 @@ def load_or_quantize(
             )
 
     def save(loaded: LoadedModel, folder: Path) -> None:
-        loaded.save_packed(folder, comm, extra_json={MADE_FROM: source_digest(config)})
+        loaded.save_packed(folder, comm, extra_json={MADE_FROM: {SOURCE_KEY: digest}})
 
-    has_quantized = recorder.history.has_quantized()
+    has_quantized = recorder.history.has_quantized(digest)
     if has_quantized:
         loaded = load(run.layout.quantized)
     elif plan.is_packed or quant.cache_dir is None:
         loaded = load()
     else:
         # While this block runs, an entry that does not exist yet is locked.
-        preemption = runtime.preemption
-        with cache_entry(plan, quant.cache_dir, runtime.dtype, comm, preemption) as entry:
+        with cache_entry(
+            plan, quant.cache_dir, runtime.dtype, comm, runtime.preemption, digest
+        ) as entry:
             loaded = load(entry.folder if entry.is_complete else None)
             if not entry.is_complete:
                 save(loaded, entry.folder)

@@ -5,12 +5,15 @@ shared file system may show a new file to other machines seconds later.
 """
 
 import logging
-import shutil
 
+from hqqtrain.checkpoint.format import Checkpoint
 from hqqtrain.checkpoint.store import CheckpointStore
 from hqqtrain.common.env import get_slurm_job_id
+from hqqtrain.common.errors import UserError
+from hqqtrain.common.files import remove
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.rundir.directory import RunDirectory
+from hqqtrain.rundir.identity import SOURCE_KEY, describe_other_settings
 from hqqtrain.tracking.wandb import delete_run_id
 
 logger = logging.getLogger(__name__)
@@ -55,11 +58,48 @@ class PreviousRun:
         """
         return self._comm.run_on_rank0(self._directory.is_finished)
 
-    def has_quantized(self) -> bool:
-        """Whether `quantized/` is complete and was made from the current source files."""
+    def has_quantized(self, source_digest: str) -> bool:
+        """Whether `quantized/` is complete and was made from the source with this digest."""
         if self.starts_over:
             return False
-        return self._comm.run_on_rank0(lambda: self._directory.matches_source("quantized"))
+        return self._comm.run_on_rank0(
+            lambda: self._directory.matches_source("quantized", source_digest)
+        )
+
+    def check_checkpoint(self, checkpoint: Checkpoint | None, source_digest: str) -> None:
+        """Check that `checkpoint` belongs to this run and to the files that it reads now.
+
+        Checkpoints of the first release record neither the configuration nor the model. Text that
+        has changed is found by its tokens, see `check_resumable`.
+
+        Raises:
+            UserError: The checkpoint was copied from a run of another configuration, or a file has
+                changed since.
+        """
+        if checkpoint is None:
+            return
+        config = self._directory.config
+        saved, model = checkpoint.state.get("config"), checkpoint.state.get("model")
+        if isinstance(saved, dict) and (differences := describe_other_settings(saved, config)):
+            raise UserError(
+                f"{checkpoint.folder}: belongs to a run of another configuration: {differences}. "
+                "Move it back to its own run; or choose another run.name, or run.resume=never."
+            )
+        changed = self._comm.run_on_rank0(self._directory.changed_inputs)
+        keys = [key for key in changed if key == "adapter.init_from"]
+        if model not in (None, source_digest):
+            keys.append(SOURCE_KEY)
+        if keys:
+            values = {
+                SOURCE_KEY: config.model.name_or_path,
+                "adapter.init_from": config.adapter.init_from,
+            }
+            shown = ", ".join(f"{key}={values[key]}" for key in keys)
+            raise UserError(
+                f"{shown}: its files are not those that {checkpoint.folder} was trained from. "
+                "Restore the files; or choose another run.name, or run.resume=never, to train with "
+                "the new ones."
+            )
 
     def delete_results(self) -> None:
         """Delete checkpoints, results and the W&B id of the previous run if `starts_over`."""
@@ -72,5 +112,5 @@ class PreviousRun:
         self._checkpoints.delete_all()
         layout = self._directory.layout
         for path in (layout.adapter, layout.nonfinite, layout.report, layout.summary_json):
-            path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+            remove(path)
         delete_run_id(self._directory.path)

@@ -12,6 +12,7 @@ from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.loading import cache as module
 from hqqtrain.loading.cache import CacheEntry, cache_entry
 from hqqtrain.loading.plan import ModelPlan, plan_model
+from hqqtrain.loading.source_digest import digest_source
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.model import plan_settings
 
@@ -30,9 +31,9 @@ def _plan(run: Run, **quant: object) -> ModelPlan:
 
 
 def _entry(run: Run, folder: Path, dtype: torch.dtype = torch.float32, **quant: object):
-    return cache_entry(
-        _plan(run, **quant), str(folder), dtype, SINGLE_PROCESS, run.runtime.preemption
-    )
+    plan, preemption = _plan(run, **quant), run.runtime.preemption
+    digest = digest_source(plan.source, SINGLE_PROCESS, preemption)
+    return cache_entry(plan, str(folder), dtype, SINGLE_PROCESS, preemption, digest)
 
 
 def _make(entry: CacheEntry) -> None:

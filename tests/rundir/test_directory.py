@@ -10,12 +10,13 @@ import pytest
 import yaml
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.files import stat_digest
 from hqqtrain.config.groups import ModelConfig, QuantConfig, TrainConfig
 from hqqtrain.config.infra import RunDirConfig
 from hqqtrain.config.renamed import with_old_names
 from hqqtrain.config.run import RunConfig
 from hqqtrain.rundir.directory import RunDirectory
-from hqqtrain.rundir.identity import MADE_FROM, source_digest
+from hqqtrain.rundir.identity import MADE_FROM, SOURCE_KEY, input_digests
 
 
 def _config(tmp_path, name="a", **more) -> RunConfig:
@@ -219,14 +220,29 @@ def test_quantized_weights_are_recognized_by_their_source(tmp_path):
     (model / "model.safetensors").write_text("old")
     config = _config(tmp_path, model=ModelConfig(name_or_path=str(model)))
     run = _finish(config)
-    assert not run.matches_source("quantized")
+    digest = input_digests(config)[SOURCE_KEY]
+    assert not run.matches_source("quantized", digest)
     (run.path / "quantized").mkdir()
-    (run.path / "quantized" / MADE_FROM).write_text(json.dumps(source_digest(config)))
-    assert run.matches_source("quantized")
+    (run.path / "quantized" / MADE_FROM).write_text(json.dumps({SOURCE_KEY: digest}))
+    assert run.matches_source("quantized", digest)
     (model / "model.safetensors").write_text("another")
     with run:
         run.begin(["hqqtrain"])
-        assert not run.matches_source("quantized")
+        assert not run.matches_source("quantized", input_digests(config)[SOURCE_KEY])
+
+
+def test_quantized_weights_of_an_earlier_release_are_recognized(tmp_path):
+    """It recorded sizes and times of a local model, and nothing for a model of the hub."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_text("old")
+    for name, recorded in ((str(model), stat_digest(model)), ("owner/name", None)):
+        run = _finish(_config(tmp_path, name[-4:], model=ModelConfig(name_or_path=name)))
+        (run.path / "quantized").mkdir()
+        (run.path / "quantized" / MADE_FROM).write_text(json.dumps({SOURCE_KEY: recorded}))
+        assert run.matches_source("quantized", "sha256:00")
+        (run.path / "quantized" / MADE_FROM).write_text(json.dumps({SOURCE_KEY: "0" * 64}))
+        assert not run.matches_source("quantized", "sha256:00")
 
 
 def test_a_directory_of_an_earlier_release_is_read_with_todays_names(tmp_path):

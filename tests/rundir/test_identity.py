@@ -15,9 +15,8 @@ from hqqtrain.rundir.identity import (
     git_revision,
     input_digests,
     package_versions,
-    read_yaml,
-    source_digest,
 )
+from hqqtrain.rundir.yaml_file import read_yaml
 
 
 @pytest.fixture
@@ -102,15 +101,6 @@ def test_digests_of_the_inputs_follow_the_files(tmp_path):
     assert input_digests(config) != first
     text.unlink()
     assert input_digests(config) == {}
-
-
-def test_only_a_local_model_has_a_source_digest(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    local = source_digest(RunConfig(model=ModelConfig(name_or_path=str(tmp_path))))
-    assert len(local["model.name_or_path"]) == 64
-    assert source_digest(RunConfig(model=ModelConfig(name_or_path="owner/name"))) == {
-        "model.name_or_path": None
-    }
 
 
 def test_versions_are_those_of_installed_packages(monkeypatch):

@@ -64,5 +64,5 @@ def test_results_of_the_previous_run_are_deleted(finished, tmp_path, monkeypatch
     assert read_run_id(folder) is None
     left = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     assert left == {"config.yaml", "status.json", "quantized", "wandb"}
-    assert not history.has_quantized()
+    assert not history.has_quantized("sha256:00")
     assert not _history(_config(tmp_path, "auto")).has_finished_run()

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from hqqtrain.common.files import open_for_append
+
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -64,7 +66,7 @@ class ProcessPool:
             log: The file to which its output is appended. None: our own standard output and error.
         """
         with ExitStack() as stack:
-            output = stack.enter_context(log.open("ab")) if log else None
+            output = stack.enter_context(open(open_for_append(log), "ab")) if log else None
             process = subprocess.Popen(
                 command,
                 env=env,

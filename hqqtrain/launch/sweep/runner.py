@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from hqqtrain.common.errors import DONE, FAILED, PREEMPTED, USER_ERROR, UserError
+from hqqtrain.common.files import open_for_append
 from hqqtrain.common.secrets import mask_command
 from hqqtrain.compose.job import Job
 from hqqtrain.launch.sweep.pool import ProcessPool
@@ -140,7 +141,7 @@ class _Runner:
             _print(entry.title)
         else:
             log = self.sweep.log_file(entry.job)
-            with log.open("a") as file:
+            with open(open_for_append(log), "a") as file:
                 file.write(
                     f"$ python -m hqqtrain {shlex.join(mask_command(entry.job.arguments))}\n"
                 )
@@ -231,7 +232,7 @@ def hold_lock(sweep: Sweep, on_wait: Callable[[], None]) -> Iterator[int]:
     Yields:
         The file descriptor of the lock.
     """
-    with (sweep.folder / ".lock").open("w") as file:
+    with open(open_for_append(sweep.folder / ".lock"), "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,0 +1,39 @@
+"""The files that a path of the configuration stands for, whose digest identifies an input.
+
+A model's folder often contains copies of the same weights in other formats, and a downloader's own
+files. Nothing reads these, so they do not count.
+"""
+
+from pathlib import Path
+
+_MODEL_PATTERNS = (
+    "*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "vocab.*", "merges.txt",
+)  # fmt: skip
+"""Files of a model's folder that this program or its tokenizer may read."""
+
+_OTHER_FORMATS = ("consolidated*", "*.fp16*")
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""The files of a PEFT adapter that decide what it computes."""
+
+
+def model_files(folder: Path) -> list[str]:
+    """Return the names of a model's files; for a run's directory, of its base and its adapter."""
+    packed = folder / "quantized"
+    if (packed / "config.json").is_file():
+        base = [f"quantized/{name}" for name in model_files(packed)]
+        return base + [f"adapter/{name}" for name in adapter_files(folder / "adapter")]
+    left_out = {path for pattern in _OTHER_FORMATS for path in folder.glob(pattern)}
+    found = {path for pattern in _MODEL_PATTERNS for path in folder.glob(pattern)} - left_out
+    return sorted(path.name for path in found if path.is_file() and not path.name.startswith("."))
+
+
+def adapter_files(folder: Path) -> list[str]:
+    """Return the names of those of `ADAPTER_FILES` that exist in `folder`."""
+    return [name for name in ADAPTER_FILES if (folder / name).is_file()]
+
+
+def text_files(folder: Path) -> list[str]:
+    """Return the relative names of all files below `folder` that are not hidden."""
+    relative = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(p) for p in relative if not any(part.startswith(".") for part in p.parts))
