@@ -8,6 +8,7 @@ from checkpoints import save_checkpoint
 
 from hqqtrain.checkpoint.store import CheckpointStore
 from hqqtrain.common.errors import UserError
+from hqqtrain.formats.manifest import seal
 
 
 @pytest.fixture
@@ -69,3 +70,35 @@ def test_prune_keeps_the_last_and_the_best(store: CheckpointStore):
     store.delete_all()
     assert store.newest_intact() is None
     assert not store.root.exists()
+
+
+def test_a_renamed_checkpoint_is_not_that_of_another_step(store: CheckpointStore, caplog):
+    save_checkpoint(store, 10)
+    save_checkpoint(store, 20).rename(store.folder(30))
+    found = store.newest_intact()
+    assert found is not None
+    assert found.step == 10
+    assert "step-00000030: is the checkpoint of step 20, renamed or copied" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "state", ["[]", "5", "[" * 100_000, '{"format": 1}', '{"format": 1, "step": "1"}']
+)
+def test_a_sealed_folder_with_another_state_is_damaged(store: CheckpointStore, state: str):
+    folder = save_checkpoint(store, 10)
+    (folder / "state.json").write_text(state)
+    (folder / "manifest.json").unlink()
+    seal(folder)
+    with pytest.raises(UserError, match="no checkpoint can be used"):
+        store.newest_intact()
+    store.keep_best = 1
+    store.prune()
+
+
+def test_a_linked_checkpoint_is_deleted_and_its_target_kept(store: CheckpointStore, tmp_path: Path):
+    save_checkpoint(store, 10).rename(tmp_path / "elsewhere")
+    store.folder(10).symlink_to(tmp_path / "elsewhere")
+    store.keep_last = 0
+    store.prune()
+    assert store.steps() == []
+    assert (tmp_path / "elsewhere" / "state.json").is_file()

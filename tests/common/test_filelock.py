@@ -1,5 +1,6 @@
 """One process holds a lock until it closes the file or dies; others see its token."""
 
+import hashlib
 import os
 import signal
 
@@ -7,7 +8,7 @@ import pytest
 
 from hqqtrain.common import filelock
 from hqqtrain.common.errors import UserError
-from hqqtrain.common.filelock import check_shared_lock, read_lock_token, try_lock
+from hqqtrain.common.filelock import check_shared_file, check_shared_lock, read_lock_token, try_lock
 
 
 def test_a_lock_is_held_until_its_file_is_closed(tmp_path):
@@ -102,3 +103,37 @@ def test_a_folder_that_cannot_be_written_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"Not a directory|File exists"):
         try_lock(tmp_path / "file" / ".lock")
+
+
+def test_a_planted_link_is_not_locked_and_its_target_is_kept(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic link"):
+        try_lock(tmp_path / ".lock")
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_the_lock_file_of_another_user_is_locked_without_a_new_token(tmp_path, monkeypatch):
+    path = tmp_path / ".lock"
+    path.write_text("token of another user")
+
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(filelock, "open_for_append", refuse)
+    held = try_lock(path)
+    assert held is not None
+    assert read_lock_token(path) == "token of another user"
+    assert try_lock(path) is None
+    held.close()
+
+
+def test_a_file_that_all_ranks_share_has_one_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(filelock, "VISIBILITY_TIMEOUT", 0.0)
+    (tmp_path / "a").write_text("x")
+    digest = hashlib.sha256(b"x").hexdigest()
+    check_shared_file(tmp_path / "a", digest, "quant.cache_dir=c")
+    for content in ("y", None):
+        (tmp_path / "a").write_text(content) if content else (tmp_path / "a").unlink()
+        with pytest.raises(UserError, match=r"^quant\.cache_dir=c: .* as rank 0 does"):
+            check_shared_file(tmp_path / "a", digest, "quant.cache_dir=c")

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import (
     atomic_directory,
     atomic_write,
     atomic_write_json,
+    check_owner,
+    open_for_append,
+    remove,
     stat_digest,
     without_nonfinite,
 )
@@ -152,3 +156,98 @@ def test_a_digest_changes_with_names_sizes_and_times(tmp_path):
     (tmp_path / "sub" / "c").unlink()
     seen += [stat_digest(tmp_path), stat_digest(tmp_path / "a")]
     assert len(set(seen)) == len(seen)
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """Return a folder with a file that nobody may change."""
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "file").write_text("mine")
+    return tmp_path / "victim"
+
+
+def _is_untouched(victim: Path) -> bool:
+    (file,) = victim.iterdir()
+    return file.name == "file" and file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["out", ".out.partial"])
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_planted_link_is_replaced_and_not_followed(name, link, victim, tmp_path):
+    link(victim / "file", tmp_path / name)
+    atomic_write(tmp_path / "out", "ours")
+    assert (tmp_path / "out").read_text() == "ours"
+    assert not (tmp_path / "out").is_symlink()
+    assert _is_untouched(victim)
+    assert sorted(os.listdir(tmp_path)) == ["out", "victim"]
+
+
+@pytest.mark.parametrize("name", ["out", ".out.partial", ".out.old"])
+@pytest.mark.parametrize("target", ["victim", "missing", "victim/file"])
+def test_a_planted_link_to_a_folder_is_replaced_and_not_followed(name, target, victim, tmp_path):
+    (tmp_path / name).symlink_to(tmp_path / target)
+    for _ in range(2):
+        with atomic_directory(tmp_path / "out") as partial:
+            (partial / "a").write_text("ours")
+    assert os.listdir(tmp_path / "out") == ["a"]
+    assert not (tmp_path / "out").is_symlink()
+    assert _is_untouched(victim)
+    assert sorted(os.listdir(tmp_path)) == ["out", "victim"]
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_nothing_is_appended_through_a_link(link, victim, tmp_path):
+    link(victim / "file", tmp_path / "log")
+    with pytest.raises(OSError, match=r"link|symbolic"):
+        open_for_append(tmp_path / "log")
+    assert _is_untouched(victim)
+
+
+def test_a_fifo_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "log")
+    with pytest.raises(OSError, match="no regular file"):
+        open_for_append(tmp_path / "log")
+
+
+def test_remove_never_follows_a_link(victim, tmp_path):
+    (tmp_path / "link").symlink_to(victim)
+    remove(tmp_path / "link")
+    remove(tmp_path / "missing")
+    assert _is_untouched(victim)
+    remove(victim)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_copy_gets_no_wider_permissions_than_its_original(tmp_path):
+    with atomic_directory(tmp_path / "out", {"copy": 0o600}) as partial:
+        for name in ("copy", "own"):
+            (partial / name).write_text("x")
+    assert (tmp_path / "out" / "copy").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "out" / "own").stat().st_mode & 0o044 == 0o044 & ~_umask(tmp_path)
+
+
+def _umask(tmp_path: Path) -> int:
+    (tmp_path / "probe").mkdir()
+    return ~(tmp_path / "probe").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "is_refused"),
+    [(12345, 0o777, True), (12345, 0o775, False), (0, 0o1777, False), (None, 0o777, False)],
+)
+def test_a_folder_that_a_stranger_has_prepared_is_refused(tmp_path, monkeypatch, owner, mode,
+                                                          is_refused):  # fmt: skip
+    tmp_path.chmod(mode)
+    own = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: own if owner is None else owner + 1)
+    real = Path.stat
+    values = list(real(tmp_path))
+    values[4] = own if owner is None else owner
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: os.stat_result(values))
+    if is_refused:
+        with pytest.raises(UserError, match=r"run\.name=x: .* belongs to another user"):
+            check_owner(tmp_path, "run.name=x")
+    else:
+        check_owner(tmp_path, "run.name=x")
+    monkeypatch.undo()
+    check_owner(tmp_path / "missing", "run.name=x")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from refused_configs import refusal
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.infra import LaunchConfig, duration_errors, parse_seconds
+from hqqtrain.config.infra import LaunchConfig, RunDirConfig, duration_errors, parse_seconds
 from hqqtrain.config.run import RunConfig
 
 
@@ -108,3 +108,15 @@ def test_no_duration_is_no_error():
 def test_only_options_of_sbatch_are_accepted(option):
     message = refusal(launch={"backend": "slurm", "options": [option]})
     assert f"launch.options=[{option}]: must be an option of sbatch" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("a" * 201, 201), ("é" * 101, 202), ("漢" * 300, 900)], ids=["a", "é", "漢"]
+)
+def test_a_name_that_no_file_system_takes_is_refused(name, size):
+    assert f"has {size} bytes; must have at most 200" in refusal(run={"name": name})
+
+
+@pytest.mark.parametrize("name", ["a" * 200, "é" * 100])
+def test_a_long_name_is_allowed(name):
+    RunConfig(run=RunDirConfig(name=name)).check()

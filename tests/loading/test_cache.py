@@ -1,7 +1,9 @@
 """The cache of quantized weights: the name of an entry, who makes it, and who waits."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,5 +86,94 @@ def test_a_folder_that_cannot_be_written_to(run: Run, tmp_path: Path):
     with (
         pytest.raises(UserError, match=r"quant\.cache_dir=.*cannot be written to"),
         _entry(run, tmp_path / "file"),
+    ):
+        pass
+
+
+def _rewrite(file: Path, position: int) -> None:
+    """Change a byte of `file`; keep its size and its modification time."""
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_another_model_of_equal_names_sizes_and_times_has_another_entry(
+    run: Run, tmp_path: Path, tiny_model: Path
+):
+    with _entry(run, tmp_path) as entry:
+        _make(entry)
+    _rewrite(tiny_model / "model.safetensors", -1)
+    with _entry(run, tmp_path) as other:
+        assert not other.is_complete
+    _rewrite(tiny_model / "model.safetensors", -1)
+    os.utime(tiny_model / "model.safetensors")  # a copy of the same model
+    with _entry(run, tmp_path) as same:
+        assert same == CacheEntry(entry.folder, True)
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o755])
+def test_an_entry_that_this_user_cannot_lock_is_read(run: Run, tmp_path: Path, monkeypatch, mode):
+    """The folder is read-only, or it belongs to another user."""
+    with _entry(run, tmp_path / "cache") as entry:
+        _make(entry)
+    (tmp_path / "cache").chmod(mode)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(module, "try_lock", refuse)
+    with _entry(run, tmp_path / "cache") as again:
+        assert again == CacheEntry(entry.folder, True)
+    with (
+        pytest.raises(UserError, match="cannot be written to"),
+        _entry(run, tmp_path / "cache", nbits=3),
+    ):
+        pass
+    (tmp_path / "cache").chmod(0o755)
+
+
+def test_planted_links_in_the_cache_are_refused(run: Run, tmp_path: Path):
+    (tmp_path / "victim").write_text("mine")
+    with _entry(run, tmp_path / "cache") as entry:
+        pass
+    lock = entry.folder.with_name(f".{entry.folder.name}.lock")
+    lock.unlink()
+    lock.symlink_to(tmp_path / "victim")
+    with (
+        pytest.raises(UserError, match=r"quant\.cache_dir=.*symbolic link"),
+        _entry(run, tmp_path / "cache"),
+    ):
+        pass
+    assert (tmp_path / "victim").read_text() == "mine"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_text("{}")
+    entry.folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a symbolic link"), _entry(run, tmp_path / "cache"):
+        pass
+
+
+def test_the_entry_of_a_stranger_is_refused_where_everybody_may_write(
+    run: Run, tmp_path: Path, monkeypatch
+):
+    cache = tmp_path / "cache"
+    with _entry(run, cache) as entry:
+        _make(entry)
+    monkeypatch.setattr(module.os, "getuid", lambda: 54321)
+    with _entry(run, cache) as same:
+        assert same.is_complete  # only its owner may write to the cache
+    cache.chmod(0o1777)
+    real, own = Path.stat, os.getuid()
+
+    def stat(path: Path, **options: Any) -> os.stat_result:
+        values = list(real(path, **options))
+        values[4] = 12345 if path == entry.folder else values[4]
+        return os.stat_result(values)
+
+    assert own == 54321
+    monkeypatch.setattr(Path, "stat", stat)
+    with (
+        pytest.raises(UserError, match=r"everybody may write to it, and .* another user"),
+        _entry(run, cache),
     ):
         pass

@@ -1,6 +1,7 @@
 """summary.json and status.json: written and read by the same dataclasses."""
 
 import json
+from dataclasses import astuple
 
 import pytest
 
@@ -58,3 +59,21 @@ def test_no_file_and_damaged_files_give_nothing(tmp_path, text):
     assert read_status(file) == Status()
     file.write_text(text)
     assert read_summary(file).measured_models() == {}
+
+
+@pytest.mark.parametrize(
+    "values", [[], 5, "x", {"quantize": 5}, {"quantize": {"bits_per_weight": "2"}}, {"eval": []},
+               {"eval": {"final": {"perplexity": {}}}}, {"train": {"steps": True}}],
+)  # fmt: skip
+def test_a_value_of_another_type_is_not_read(values):
+    summary = Summary.from_json(values)
+    numbers = [v for part in (summary.quantize, summary.train) if part for v in astuple(part)]
+    numbers += [m.perplexity for m in summary.measured_models().values()]
+    assert not any(value for value in numbers if not isinstance(value, int | float))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "nope", '{"a": ' * 100_000])
+def test_a_hostile_file_has_no_values(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    assert read_summary(tmp_path / "a.json") == Summary(schema=None)
+    assert read_status(tmp_path / "a.json") == Status()

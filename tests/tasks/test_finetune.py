@@ -1,16 +1,20 @@
 """The task `finetune` in one process: its files, its figures, and a run that resumes."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from hqqtrain.common.errors import PreemptedError
+from hqqtrain.common.errors import PreemptedError, UserError
 from hqqtrain.distributed.preemption import PreemptionHandler
+from hqqtrain.formats.manifest import seal
 from hqqtrain.tasks.evaluation import RecordedEvaluation
 from hqqtrain.tasks.finetune import finetune
+from hqqtrain.tasks.inference import evaluate
 
 
 def _losses(folder: Path) -> list[float]:
@@ -70,3 +74,119 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run_finetune, monkeypatch, tm
     assert _losses(folder) == _losses(whole)
     ours, theirs = _adapter(folder), _adapter(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def _flip(file: Path, position: int) -> None:
+    """Change a byte of `file`; keep its size and its modification time."""
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.fixture
+def stopped(make_config, start_run) -> Path:
+    """Return the directory of a run with a checkpoint at step 2, which is extended to 3 steps."""
+    with start_run(make_config()) as run:
+        finetune(run)
+    return run.layout.folder
+
+
+@pytest.fixture
+def resume(make_config, start_run):
+    """Return a function that resumes the run, with one more step."""
+
+    def resume(**groups) -> Path:
+        groups.setdefault("train", {"max_steps": 3})
+        with start_run(make_config(**groups)) as run:
+            assert not run.recorder.history.is_done()
+            finetune(run)
+        return run.layout.folder
+
+    return resume
+
+
+@pytest.mark.parametrize("position", [-1, -20_000])
+def test_a_run_does_not_resume_with_another_model(stopped, resume, tiny_model, position):
+    """The last byte belongs to a norm, which is not part of the fingerprint."""
+    _flip(tiny_model / "model.safetensors", position)
+    with pytest.raises(UserError, match=r"model\.name_or_path=.*: its files are not those that"):
+        resume()
+    _flip(tiny_model / "model.safetensors", position)
+    os.utime(tiny_model / "model.safetensors")  # restored from a backup
+    assert len(_losses(resume())) == 3
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(make_config, start_run, stopped, resume):
+    with start_run(make_config(optim={"lr": 1.0}, run={"name": "other"})) as run:
+        finetune(run)
+    shutil.rmtree(stopped / "checkpoints")
+    shutil.copytree(run.layout.checkpoints, stopped / "checkpoints")
+    with pytest.raises(UserError, match=r"another configuration: optim\.lr=0\.01 \(saved: 1\.0\)"):
+        resume()
+
+
+def test_a_checkpoint_of_the_first_release_is_resumed(stopped, resume):
+    (folder,) = stopped.glob("checkpoints/step-00000002")
+    state = json.loads((folder / "state.json").read_text())
+    del state["config"], state["model"]
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "manifest.json").unlink()
+    seal(folder)
+    assert len(_losses(resume())) == 3
+
+
+@pytest.mark.parametrize("deleted", ["adapter", "quantized", "summary.json"])
+def test_a_deleted_result_is_written_again(stopped, resume, deleted):
+    path, before = stopped / deleted, _adapter(stopped)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    resume(train={"max_steps": 2})
+    assert path.exists()
+    after = _adapter(stopped)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_without_its_adapter_is_not_evaluated_as_its_base(make_config, start_run, stopped):
+    shutil.rmtree(stopped / "adapter")
+    config = make_config("eval", model={"name_or_path": str(stopped)}, run={"name": "eval"})
+    with start_run(config) as run, pytest.raises(UserError, match="its adapter/ is missing"):
+        evaluate(run)
+    config.model.name_or_path = str(stopped / "quantized")
+    with start_run(config) as run:
+        evaluate(run)
+        assert list(run.recorder.perplexities()) == ["perplexity, quantized"]
+
+
+def test_an_adapter_of_another_run_is_not_evaluated(make_config, start_run, stopped):
+    """Both were trained on the same quantized base, so the fingerprint does not tell them apart."""
+    with start_run(make_config(optim={"lr": 1.0}, run={"name": "other"})) as run:
+        finetune(run)
+    shutil.rmtree(stopped / "adapter")
+    shutil.copytree(run.layout.adapter, stopped / "adapter")
+    config = make_config("eval", model={"name_or_path": str(stopped)}, run={"name": "eval"})
+    with start_run(config) as run, pytest.raises(UserError, match="is not what the run has writ"):
+        evaluate(run)
+
+
+@pytest.mark.parametrize("name", [".lock", "status.json", "metrics.jsonl", "checkpoints", "report"])
+def test_planted_links_in_the_run_directory_are_refused(stopped, resume, tmp_path, name):
+    path = stopped / name
+    (tmp_path / "victim").mkdir()
+    if path.is_file():
+        path.rename(tmp_path / "victim" / name)
+        path.symlink_to(tmp_path / "victim" / name)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+        path.symlink_to(tmp_path / "victim")
+    before = {file: file.read_bytes() for file in (tmp_path / "victim").iterdir()}
+    with pytest.raises(UserError, match=rf"{name}: is a symbolic link"):
+        resume()
+    assert {file: file.read_bytes() for file in (tmp_path / "victim").iterdir()} == before
+
+
+def test_a_private_file_behind_a_link_is_not_copied(make_config, start_run, tiny_model, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    (tiny_model / "vocab.txt").symlink_to(tmp_path / "secret")
+    with start_run(make_config()) as run, pytest.raises(UserError, match=r"vocab\.txt: is a link"):
+        finetune(run)
+    assert not (tmp_path / "runs" / "run" / "quantized").exists()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import hqqtrain
+from hqqtrain.tracking import jsonl as module
 from hqqtrain.tracking.jsonl import JsonlTracker, read_metrics
 
 ROOT = Path(hqqtrain.__file__).parents[1]
@@ -116,3 +117,54 @@ def test_a_tracker_that_was_never_started_may_finish(tmp_path):
     tracker.finish(1)
     assert tracker.hint() is None
     assert list(tmp_path.iterdir()) == []
+
+
+HOSTILE_LINES = {
+    "text": b"not json",
+    "list": b"[1]",
+    "number": b"5",
+    "no step": b'{"train/loss": 1}',
+    "text as step": b'{"train/global_step": "1", "train/loss": 1}',
+    "list as step": b'{"train/global_step": [], "train/loss": 1}',
+    "truth as step": b'{"train/global_step": true}',
+    "huge step": b'{"train/global_step": 1e400}',
+    "text as metric": b'{"train/global_step": 1, "train/loss": "x"}',
+    "nan": b'{"train/global_step": 1, "train/loss": NaN}',
+    "huge metric": b'{"train/global_step": 1, "train/loss": 1e308}',
+    "huge integer": b'{"train/global_step": 1, "train/loss": 1' + b"0" * 400 + b"}",
+    "too many digits": b'{"train/global_step": 1, "train/loss": ' + b"9" * 5000 + b"}",
+    "nested": b'{"train/global_step": 1, "a": ' + b"[" * 100_000,
+    "not UTF-8": b"\xff\xfe\x00",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_LINES)
+def test_a_damaged_line_is_skipped_and_removed(tmp_path, name):
+    path = tmp_path / "m.jsonl"
+    good = [json.dumps({"train/global_step": step, "train/loss": 1.0}) for step in (1, 2)]
+    lines = [good[0].encode(), HOSTILE_LINES[name], good[1].encode(), b""]
+    path.write_bytes(b"\n".join(lines))
+    assert [row["train/global_step"] for row in read_metrics(path)] == [1, 2]
+    jsonl(path, step=2).finish(0)
+    assert path.read_text().splitlines() == good
+
+
+def test_a_line_of_any_length_needs_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_MAX_LINE_BYTES", 100)
+    path = tmp_path / "m.jsonl"
+    good = json.dumps({"train/global_step": 1, "train/loss": 1.0})
+    path.write_text("x" * 1000 + "\n" + good + "\n")
+    assert len(read_metrics(path)) == 1
+
+
+def test_a_fifo_or_a_link_is_no_metrics_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="regular file"):
+        read_metrics(tmp_path / "fifo")
+    for name in ("fifo", "link"):
+        with pytest.raises(OSError, match=r"link|regular"):
+            jsonl(tmp_path / name, step=1)
+    assert (tmp_path / "victim").read_text() == "mine"

@@ -1,0 +1,31 @@
+"""Which files a model's folder, an adapter and a folder of texts stand for."""
+
+from hqqtrain.common.inputs import adapter_files, model_files, text_files
+
+
+def _touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+
+
+def test_copies_of_the_weights_and_a_downloaders_files_do_not_count(tmp_path):
+    kept = ["config.json", "merges.txt", "model.safetensors", "spiece.model", "tokenizer.json"]
+    other = ["pytorch_model.bin", "consolidated.00.safetensors", "model.fp16.safetensors"]
+    _touch(tmp_path, *kept, *other, ".cache/x.json", "original/model.safetensors", "README.md",
+           ".hidden.json")  # fmt: skip
+    assert model_files(tmp_path) == kept
+
+
+def test_a_run_stands_for_its_base_and_its_adapter(tmp_path):
+    _touch(tmp_path, "quantized/config.json", "quantized/model.safetensors", "metrics.jsonl",
+           "adapter/adapter_config.json", "adapter/README.md", "summary.json")  # fmt: skip
+    assert model_files(tmp_path) == [
+        "quantized/config.json", "quantized/model.safetensors", "adapter/adapter_config.json",
+    ]  # fmt: skip
+    assert adapter_files(tmp_path / "adapter") == ["adapter_config.json"]
+
+
+def test_hidden_files_are_no_text(tmp_path):
+    _touch(tmp_path, "b.txt", "a/c.txt", ".git/d.txt", "a/.e.txt")
+    assert text_files(tmp_path) == ["a/c.txt", "b.txt"]
