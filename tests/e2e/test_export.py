@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from runs import HELD_OUT, QUICK, TEXT, run
+from runs import EVAL_TOKENS, HELD_OUT, QUICK, TEXT, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,7 +55,7 @@ def test_the_merged_export_has_the_perplexity_of_the_trained_model(folders: dict
     """The run evaluated packed weights with separate adapters; this is a plain dense model."""
     merged = AutoModelForCausalLM.from_pretrained(folders["merged"])
     tokenizer = AutoTokenizer.from_pretrained(folders["merged"])
-    config = EvalConfig(source=HELD_OUT, tokens=1024)
+    config = EvalConfig(source=HELD_OUT, tokens=EVAL_TOKENS)
     held_out = load_eval_set(config, DataConfig(source=TEXT), tokenizer, 64)
     alone = Communicator(0, 1, torch.device("cpu"))
     measured = evaluate_perplexity(merged, held_out, alone, batch_size=8)

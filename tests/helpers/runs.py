@@ -33,9 +33,11 @@ TIMEOUT_CODE = 124
 """Exit code of a command that was killed after the timeout, as `timeout` of coreutils returns."""
 
 TEXT, HELD_OUT = argparse.__file__, typing.__file__
+EVAL_TOKENS = 256
 QUICK = (
     "recipe=tiny_2bit", "train.max_steps=4", "train.global_batch_size=4", "train.max_seq_len=64",
-    "eval.tokens=1024", "track.backends=[]", f"data.source={TEXT}", f"eval.source={HELD_OUT}",
+    f"eval.tokens={EVAL_TOKENS}", "track.backends=[]", f"data.source={TEXT}",
+    f"eval.source={HELD_OUT}",
 )  # fmt: skip
 """The default recipe, reduced to a few seconds.
 
