@@ -19,6 +19,9 @@ EXPORT_FORMATS = ("dense", "packed")
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
+AUTO = "auto"
+"""The value of eval.source that holds out a part of data.source."""
+
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
@@ -183,6 +186,19 @@ class DataConfig:
         choices=("auto", "text", "jsonl", "parquet"),
     )
     text_field: str = key("text", "column or JSON field that contains the text")
+    validation: float = key(
+        0.02,
+        "share of the texts of data.source that eval.source=auto holds out by their hashes, unless "
+        "the source has a held-out split",
+    )
+
+    def errors(self) -> Iterator[str]:
+        """Yield a message if `validation` is not a share."""
+        if not 0 < self.validation < 1:
+            yield (
+                f"data.validation={self.validation}: must be above 0 and below 1; to train on all "
+                "texts without an evaluation, set eval.source=null."
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -190,7 +206,9 @@ class EvalConfig:
     """The held-out text and the measurements on it."""
 
     source: str | None = key(
-        "python_stdlib", "held-out text, in the form of data.source; null: no evaluation"
+        AUTO,
+        "held-out text, in the form of data.source; auto: a part of data.source, by its split or "
+        "data.validation; null: no evaluation",
     )
     every: int | None = key(
         None,

@@ -10,6 +10,7 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.conflicts import CONFIG_CONFLICTS, conflict_errors
 from hqqtrain.config.field import field_errors, key
 from hqqtrain.config.groups import (
+    AUTO,
     AdapterConfig,
     DataConfig,
     EvalConfig,
@@ -42,6 +43,9 @@ ADDED_GROUPS: dict[str, dict[str, Any]] = {"export": asdict(ExportConfig())}
 
 A group with its defaults does not enter the identity, so earlier runs keep theirs.
 """
+
+ADDED_KEYS = {"data": {"validation": DataConfig().validation}}
+"""Single keys that the first release did not have, by group, and their defaults; as above."""
 
 CHANGEABLE_ON_RESUME = frozenset([
     "train.max_steps", "train.epochs", "train.micro_batch_size", "train.activation_checkpointing",
@@ -115,11 +119,28 @@ class RunConfig:
 
     def identity(self) -> str:
         """Return the sha256, in hex, of all keys that define the result."""
-        values = with_old_names(asdict(self))
+        values = with_old_names(with_added_keys(asdict(self)))
         keys = {k: v for k, v in values.items() if k not in NON_RESULT_GROUPS}
         for group, defaults in ADDED_GROUPS.items():
             if keys[group] == defaults:
                 del keys[group]
+        for group, added in ADDED_KEYS.items():
+            keys[group] = {k: v for k, v in keys[group].items() if (k, v) not in added.items()}
         for group, names in _NON_RESULT_KEYS.items():
             keys[group] = {k: v for k, v in keys[group].items() if k not in names}
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
+
+
+def with_added_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration as this version means it, whichever version has written it.
+
+    Groups and keys that it lacks get their defaults. `eval.source=auto` becomes the source that it
+    stands for, because both define the same result.
+    """
+    values = ADDED_GROUPS | values
+    for group, added in ADDED_KEYS.items():
+        values[group] = added | values.get(group, {})
+    evaluation = values.get("eval", {})
+    if evaluation.get("source") == AUTO:
+        values["eval"] = {**evaluation, "source": values["data"].get("source")}
+    return values

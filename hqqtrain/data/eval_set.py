@@ -26,25 +26,38 @@ def load_eval_set(
     data: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
     max_seq_len: int,
+    vocab_size: int | None = None,
 ) -> TokenSequences | None:
     """Sample windows of at most `max_seq_len` tokens from the held-out texts.
 
     No window crosses the end of its text. Together the windows have at most `eval.tokens` tokens.
     This number includes the first token of each window, which is not predicted.
 
+    Args:
+        evaluation: The group `eval` of the configuration.
+        data: The group `data` of the configuration.
+        tokenizer: The tokenizer of the model.
+        max_seq_len: Largest number of tokens in a window.
+        vocab_size: Number of token ids that the model knows; None if there is no model.
+
     Returns:
         The windows, or None if eval.source is null.
 
     Raises:
-        UserError: The source cannot be read or contains no text.
+        UserError: The source cannot be read or contains no text, or the model does not know one of
+            its tokens.
     """
     if evaluation.source is None:
         return None
     length = min(max_seq_len, evaluation.tokens)
-    texts = pack_texts(load_held_out_texts(evaluation, data), tokenizer, max_seq_len=length)
+    where = f"eval.source={evaluation.source}"
+    texts = pack_texts(
+        load_held_out_texts(evaluation, data), tokenizer, max_seq_len=length,
+        vocab_size=vocab_size, where=where,
+    )  # fmt: skip
     candidates = cut_windows(texts, length)
     if not len(candidates):
-        raise UserError(f"eval.source={evaluation.source}: no text in it has a token to predict.")
+        raise UserError(f"{where}: no text in it has a token to predict.")
     return sample_windows(candidates, evaluation.tokens)
 
 

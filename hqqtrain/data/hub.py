@@ -6,7 +6,7 @@ local cache is used, and a log line says so.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from hqqtrain.common.errors import UserError, did_you_mean
+from hqqtrain.common.hf_cache import hf_cache_error
 from hqqtrain.data.files import suggest_similar_name
+from hqqtrain.data.splits import HELD_OUT_SPLITS, TRAIN, split_of_name
 
 logger = logging.getLogger(__name__)
 
 REACH_SECONDS = 10.0
 """Timeout of the first request to the hub."""
-
-_HELD_OUT_SPLITS = ("validation", "test")
 
 
 def load_hub_dataset(source: str, key: str) -> datasets.DatasetDict:
@@ -35,7 +35,7 @@ def load_hub_dataset(source: str, key: str) -> datasets.DatasetDict:
 
     Raises:
         UserError: The hub does not answer and the data set is not cached, the name or the
-            configuration does not exist, or the data set is gated.
+            configuration does not exist, the data set is gated, or the cache cannot be written to.
     """
     name, _, configuration = source.partition(":")
     datasets.disable_progress_bars()
@@ -47,11 +47,27 @@ def load_hub_dataset(source: str, key: str) -> datasets.DatasetDict:
     except ConnectionError as error:
         raise UserError(_describe_unreachable(source, key)) from error
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if cache_error := hf_cache_error(error):
+            raise cache_error from error
         message = " ".join(str(error).split())
         if "Config name is missing" in message:
             message += " Write it as name:configuration."
         raise UserError(f"{key}={source}: {message}") from error
     return splits
+
+
+def find_hub_split(splits: datasets.DatasetDict, *names: str) -> datasets.Dataset | None:
+    """Return the first of the splits `names` that the data set has; None if it has none of them.
+
+    A split may have another name, such as `dev` or `test_sft`, if no second one is of its kind.
+    """
+    for name in names:
+        if name in splits:
+            return splits[name]
+        similar = [split for split in splits if split_of_name(str(split)) == name]
+        if len(similar) == 1:
+            return splits[similar[0]]
+    return None
 
 
 def select_hub_split(
@@ -65,10 +81,10 @@ def select_hub_split(
     Raises:
         UserError: The data set has several splits, but not the right one.
     """
-    names = ("train",) if split == "train" else _HELD_OUT_SPLITS
-    for name in names:
-        if name in splits:
-            return splits[name]
+    names = (TRAIN,) if split == TRAIN else HELD_OUT_SPLITS
+    found = find_hub_split(splits, *names)
+    if found is not None:
+        return found
     if len(splits) == 1:
         return next(iter(splits.values()))
     raise UserError(
@@ -78,7 +94,34 @@ def select_hub_split(
 
 def has_held_out(splits: datasets.DatasetDict) -> bool:
     """Whether the data set has a train split and also a validation or test split."""
-    return "train" in splits and any(name in splits for name in _HELD_OUT_SPLITS)
+    kinds = ((TRAIN,), HELD_OUT_SPLITS)
+    return all(find_hub_split(splits, *names) is not None for names in kinds)
+
+
+def text_column(rows: datasets.Dataset, field: str, where: str) -> Iterable[str]:
+    """Return the column `field` of `rows`, which is read lazily.
+
+    Args:
+        rows: A split of a data set.
+        field: Name of the column.
+        where: `key=source` for messages.
+
+    Raises:
+        UserError: The column does not exist or contains no text.
+    """
+    columns = rows.column_names
+    if field not in columns:
+        raise UserError(
+            f"data.text_field={field}: {where} has no such column; it has "
+            f"{', '.join(columns)}.{did_you_mean(field, columns)}"
+        )
+    feature = rows.features[field]
+    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        raise UserError(f"data.text_field={field}: contains {feature}, not text, in {where}.")
+    texts = rows[field]
+    if not any(text and text.strip() for text in texts):
+        raise UserError(f"{where}: no text in it; every row of '{field}' is empty.")
+    return texts
 
 
 def _is_hub_reachable(name: str, key: str) -> bool:

@@ -12,8 +12,7 @@ text keeps the fast causal kernel. Padding works the same way: each pad token is
 """
 
 import hashlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -22,17 +21,13 @@ import numpy as np
 import torch
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.data.tokenization import check_token_ids, tokenize_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
-
 IGNORE_INDEX = -100
 """The label of a token that is not predicted, which the loss ignores."""
-
-_TOKENIZER_BATCH = 256
-"""Number of texts in one call of the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +102,13 @@ class TokenSequences:
 
 
 def pack_texts(
-    texts: Sequence[str],
+    texts: Iterable[str],
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_seq_len: int,
     packing: bool = True,
+    vocab_size: int | None = None,
+    where: str = "data.source",
     on_batch: Callable[[], object] = lambda: None,
 ) -> TokenSequences:
     """Tokenize `texts` and cut them into sequences of at most `max_seq_len` tokens.
@@ -121,12 +118,17 @@ def pack_texts(
         tokenizer: The tokenizer of the model.
         max_seq_len: Largest number of tokens in a sequence.
         packing: Whether texts share sequences; otherwise every text is truncated.
+        vocab_size: Number of token ids that the model knows; None if there is no model.
+        where: The source of the texts, for messages.
         on_batch: Called before every batch of texts; it may raise to stop.
 
     Raises:
-        UserError: No sequence has a token to predict.
+        UserError: No sequence has a token to predict, the model does not know a token, or the
+            tokenizer fails.
     """
-    stream, starts = tokenize_texts(texts, tokenizer, on_batch)
+    stream, starts = tokenize_texts(texts, tokenizer, where, on_batch)
+    if vocab_size is not None:
+        check_token_ids(stream, tokenizer, vocab_size, where)
     if packing:
         begin = np.arange(0, len(stream), max_seq_len)
         end = np.minimum(begin + max_seq_len, len(stream))
@@ -135,7 +137,7 @@ def pack_texts(
         begin, end = starts, np.minimum(starts + max_seq_len, next_starts)
     has_prediction = end - begin > 1  # a single token predicts nothing
     if not has_prediction.any():
-        raise UserError("data.source: no text in it; its texts have no token to predict.")
+        raise UserError(f"{where}: no text in it has a token to predict.")
     targets = plain_text_targets(stream, starts)
     return TokenSequences(stream, targets, starts, begin[has_prediction], end[has_prediction])
 
@@ -148,39 +150,3 @@ def plain_text_targets(stream: np.ndarray, starts: np.ndarray) -> np.ndarray:
     targets = np.ones(len(stream), dtype=bool)
     targets[starts] = False
     return targets
-
-
-def tokenize_texts(
-    texts: Sequence[str],
-    tokenizer: "PreTrainedTokenizerBase",
-    on_batch: Callable[[], object] = lambda: None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenize every text that is not blank, with its special tokens.
-
-    Every text ends with EOS, whether or not the tokenizer adds it.
-
-    Returns:
-        The tokens of all texts, int32 [T], and the start of each text, int64 [texts].
-    """
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        logger.warning("the tokenizer has no EOS token: texts are joined without one.")
-    encoded = []
-    for ids in _encode(texts, tokenizer, on_batch):
-        lacks_eos = eos is not None and (not ids or ids[-1] != eos)
-        encoded.append(np.array([*ids, eos] if lacks_eos else ids, np.int32))
-    lengths = np.array([len(ids) for ids in encoded], np.int64)
-    stream = np.concatenate([np.empty(0, np.int32), *encoded])  # the empty array allows no texts
-    starts = np.cumsum(lengths) - lengths
-    return stream, starts
-
-
-def _encode(
-    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", on_batch: Callable[[], object]
-) -> Iterator[list[int]]:
-    """Yield the token ids of every text that is not blank."""
-    for start in range(0, len(texts), _TOKENIZER_BATCH):
-        on_batch()
-        batch = [t for t in texts[start : start + _TOKENIZER_BATCH] if t and t.strip()]
-        if batch:
-            yield from tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]

@@ -1,115 +1,101 @@
 """Load the texts of `data.source` and `eval.source`, without any text in both.
 
-A perplexity on text that the model was trained on is worthless. How the two sets are separated
-depends on the source. The standard library is split by module name, and a hub data set has the
-splits of its authors. If both keys name any other source, the hash of each text decides. A run is
-refused if the path of one key is inside that of the other key.
+By default (`eval.source=auto`) the held-out text comes from `data.source`. The standard library is
+split by module name, a hub data set has the splits of its authors, and files and folders may be
+named after a split. Otherwise a hash of each text decides. `held_out.py` checks that two sources
+share no text.
 """
 
-import hashlib
+import logging
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-import datasets
-
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import DataConfig, EvalConfig
-from hqqtrain.data.files import FORMAT_BY_EXTENSION, read_files
-from hqqtrain.data.hub import has_held_out, load_hub_dataset, select_hub_split
+from hqqtrain.config.groups import AUTO, DataConfig, EvalConfig
+from hqqtrain.data.files import FORMAT_BY_EXTENSION, find_files, format_extension
+from hqqtrain.data.held_out import check_overlap, split_by_hash
+from hqqtrain.data.hub import has_held_out, load_hub_dataset, select_hub_split, text_column
+from hqqtrain.data.readers import FileTexts
 from hqqtrain.data.stdlib import stdlib_texts
 
-STDLIB = "python_stdlib"
+logger = logging.getLogger(__name__)
 
-TEXTS_PER_HELD_OUT = 20
-"""One text in this many is held out if eval.source equals data.source and has no splits."""
+STDLIB = "python_stdlib"
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
-def load_training_texts(data: DataConfig, evaluation: EvalConfig) -> Sequence[str]:
+@dataclass(frozen=True)
+class SourceTexts:
+    """The texts of a source; each part may be iterated several times.
+
+    Attributes:
+        train: The texts to train on; all texts if the source has no split.
+        held_out: The texts that the source itself holds out; None if it has no split.
+    """
+
+    train: Iterable[str]
+    held_out: Iterable[str] | None
+
+
+def load_training_texts(data: DataConfig, evaluation: EvalConfig) -> Iterable[str]:
     """Load the texts to train on: those of `data.source` that are not held out for `evaluation`.
 
     Raises:
         UserError: The source cannot be read, contains no text, cannot be split, or overlaps with
-            eval.source.
+            the held-out text.
     """
-    _refuse_overlap(data, evaluation)
-    texts, is_split = load_texts(data, "train")
-    if is_split or evaluation.source != data.source:
-        return texts
-    return split_by_hash(texts, data)[0]
+    where = f"data.source={data.source}"
+    texts = _open_source(data.source, data.format, data.text_field, "data.source")
+    if evaluation.source is None:
+        return texts.train
+    if not evaluates_on_training_source(evaluation, data):
+        held_out = load_held_out_texts(evaluation, data)
+        sources = f"eval.source={evaluation.source}, {where}"
+        fix = ", or set eval.source=auto, which holds out a part of data.source"
+        check_overlap(texts.train, held_out, sources, fix)
+        return texts.train
+    if texts.held_out is None:
+        return split_by_hash(texts.train, data.validation, where)[0]
+    if data.source != STDLIB:  # split by module name, with a few equal one-line modules
+        check_overlap(texts.train, texts.held_out, where, ", or set eval.source to another source")
+    return texts.train
 
 
-def load_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Sequence[str]:
+def load_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Iterable[str]:
     """Load the held-out texts, none of which is in `load_training_texts(data, evaluation)`.
 
     Raises:
-        UserError: The source cannot be read, contains no text, cannot be split, or overlaps with
-            data.source.
+        UserError: The source cannot be read, contains no text, or cannot be split.
     """
-    _refuse_overlap(data, evaluation)
-    if evaluation.source == data.source:
-        texts, is_split = load_texts(data, "held_out", key="eval.source")
-        return texts if is_split else split_by_hash(texts, data)[1]
     assert evaluation.source is not None
+    if evaluates_on_training_source(evaluation, data):
+        texts = _open_source(data.source, data.format, data.text_field, "data.source", warns=False)
+        if texts.held_out is not None:
+            _warn_if_unused(data)
+            return texts.held_out
+        return split_by_hash(texts.train, data.validation, f"data.source={data.source}")[1]
+    _warn_if_unused(data)
     # data.format describes data.source; a known extension of eval.source takes precedence.
-    has_known_extension = Path(evaluation.source).suffix.lower() in FORMAT_BY_EXTENSION
+    has_known_extension = format_extension(Path(evaluation.source)) in FORMAT_BY_EXTENSION
     format = "auto" if has_known_extension else data.format
-    held_out = replace(data, source=evaluation.source, format=format)
-    return load_texts(held_out, "held_out", key="eval.source")[0]
+    texts = _open_source(evaluation.source, format, data.text_field, "eval.source", evaluates=True)
+    return texts.train if texts.held_out is None else texts.held_out
 
 
-def load_texts(
-    data: DataConfig, split: str, *, key: str = "data.source"
-) -> tuple[Sequence[str], bool]:
-    """Load the texts of one split of `data.source`.
-
-    Args:
-        data: The group `data` of the configuration.
-        split: `train` or `held_out`. All texts of a source without splits are loaded.
-        key: The config key that contains `data.source`, for messages.
-
-    Returns:
-        The texts, and whether the source itself has both splits. The texts of a file or a data set
-        are read from disk lazily.
-
-    Raises:
-        UserError: The source cannot be read or contains no text.
-    """
-    if data.source == STDLIB:
-        return [text for _, text in stdlib_texts(split)], True
-    if not _is_hub_name(data.source):
-        rows = read_files(data.source, data.format, data.text_field, key)
-        return _column(rows, data.text_field, data.source, key), False
-    splits = load_hub_dataset(data.source, key)
-    rows = select_hub_split(splits, split, data.source, key)
-    return _column(rows, data.text_field, data.source, key), has_held_out(splits)
-
-
-def split_by_hash(texts: Sequence[str], data: DataConfig) -> tuple[list[str], list[str]]:
-    """Split texts into those to train on and those to hold out, by the hash of each text.
-
-    The texts with the lowest hashes are held out: one in `TEXTS_PER_HELD_OUT`, and at least one.
-    Equal texts have equal hashes, so they are never in both parts. Blank texts are in neither.
-
-    Raises:
-        UserError: No text is left to train on.
-    """
-    hashed = [
-        (hashlib.sha256(text.encode()).digest(), text) for text in texts if text and text.strip()
-    ]
-    ranked = sorted(digest for digest, _ in hashed)
-    threshold = ranked[(len(ranked) - 1) // TEXTS_PER_HELD_OUT]  # the largest held-out hash
-    train = [text for digest, text in hashed if digest > threshold]
-    if not train:
-        raise UserError(
-            f"eval.source={data.source}: equals data.source, and its {len(hashed)} text(s) cannot "
-            "be split into a training and a held-out part; set eval.source to another source."
-        )
-    return train, [text for digest, text in hashed if digest <= threshold]
+def evaluates_on_training_source(evaluation: EvalConfig, data: DataConfig) -> bool:
+    """Whether the held-out text is a part of `data.source`."""
+    if evaluation.source in (AUTO, data.source):
+        return True
+    if STDLIB in (evaluation.source, data.source):
+        return False
+    try:
+        return Path(data.source).expanduser().samefile(Path(str(evaluation.source)).expanduser())
+    except (OSError, ValueError, RuntimeError):  # one of them is no path
+        return False
 
 
 def dataset_name(evaluation: EvalConfig, data: DataConfig) -> str:
@@ -117,26 +103,60 @@ def dataset_name(evaluation: EvalConfig, data: DataConfig) -> str:
 
     The name of the standard library contains the Python version, which decides its text.
     """
-    if evaluation.source == STDLIB:
+    is_part = evaluates_on_training_source(evaluation, data)
+    source = data.source if is_part else str(evaluation.source)
+    if source == STDLIB:
         return f"python_stdlib {sys.version.split()[0]}, held-out modules"
-    if evaluation.source == data.source:
-        return f"{evaluation.source}, held-out part"
-    return str(evaluation.source)
+    return f"{source}, held-out part" if is_part else source
 
 
-def _refuse_overlap(data: DataConfig, evaluation: EvalConfig) -> None:
-    """Raise UserError if the path of one source contains that of the other."""
-    if evaluation.source in (None, data.source):
-        return
-    training, held_out = Path(data.source), Path(str(evaluation.source))
-    if not (training.exists() and held_out.exists()):
-        return
-    training, held_out = training.resolve(), held_out.resolve()
-    if training.is_relative_to(held_out) or held_out.is_relative_to(training):
-        raise UserError(
-            f"eval.source={evaluation.source}: overlaps with data.source={data.source}, so "
-            "the model would train on held-out text; move one of them, or set both keys to the "
-            f"same path: then one text in {TEXTS_PER_HELD_OUT} is held out."
+def _open_source(
+    source: str, format: str, field: str, key: str, *, warns: bool = True, evaluates: bool = False
+) -> SourceTexts:
+    """Open a source of any kind.
+
+    Args:
+        source: A value of `data.source` or `eval.source`.
+        format: The format of local files.
+        field: The column or JSON field that contains the text.
+        key: The config key that contains `source`, for messages.
+        warns: Whether to log which files are not read.
+        evaluates: Whether only the held-out texts are needed, or all if none are.
+
+    Raises:
+        UserError: The source cannot be found or has no files or splits of the kind.
+    """
+    where = f"{key}={source}"
+    if source == STDLIB:
+        return SourceTexts(*([text for _, text in stdlib_texts(s)] for s in ("train", "held_out")))
+    if not _is_hub_name(source):
+        files = find_files(source, format, key, warns=warns)
+        if not files.train and not evaluates:
+            raise UserError(
+                f"{where}: no file to train on; by its name, {files.held_out[0]} is held-out text. "
+                "Rename it, or give the file itself."
+            )
+        train, held_out = (
+            FileTexts(part, files.format, field, where) if part else None
+            for part in (files.train, files.held_out)
+        )
+        return SourceTexts(train or [], held_out)
+    splits = load_hub_dataset(source, key)
+    names = ("held_out",) if evaluates else ("train", *["held_out"] * has_held_out(splits))
+    parts = [
+        text_column(select_hub_split(splits, split, source, key), field, where) for split in names
+    ]
+    return SourceTexts(parts[0], parts[1] if len(parts) > 1 else None)
+
+
+def _warn_if_unused(data: DataConfig) -> None:
+    """Warn of a value of data.validation that does not decide which text is held out."""
+    default = next(f.default for f in fields(DataConfig) if f.name == "validation")
+    if data.validation != default:
+        logger.warning(
+            "data.validation=%s: has no effect, because the held-out text has a source or a split "
+            "of its own.",
+            data.validation,
         )
 
 
@@ -145,31 +165,11 @@ def _is_hub_name(source: str) -> bool:
 
     A source is like a path if it has the extension of a text file, or if its folder exists.
     """
-    path = Path(source).expanduser()
-    has_known_extension = path.suffix.lower() in FORMAT_BY_EXTENSION
-    if path.exists() or has_known_extension or not _HUB_NAME.fullmatch(source):
+    try:
+        path = Path(source).expanduser()
+        has_known_extension = format_extension(path) in FORMAT_BY_EXTENSION
+        if path.exists() or has_known_extension or not _HUB_NAME.fullmatch(source):
+            return False
+        return path.parent == Path() or not path.parent.exists()
+    except (OSError, ValueError, RuntimeError):  # no such user in ~user, or too long a name
         return False
-    return path.parent == Path() or not path.parent.exists()
-
-
-def _column(rows: datasets.Dataset, field: str, source: str, key: str) -> Sequence[str]:
-    """Return the column `field` of `rows`, which is read lazily.
-
-    Raises:
-        UserError: The column does not exist or contains no text.
-    """
-    columns = rows.column_names
-    if field not in columns:
-        raise UserError(
-            f"data.text_field={field}: {key}={source} has no such column; it has "
-            f"{', '.join(columns)}."
-        )
-    feature = rows.features[field]
-    if getattr(feature, "dtype", None) not in ("string", "large_string"):
-        raise UserError(
-            f"data.text_field={field}: contains {feature}, not text, in {key}={source}."
-        )
-    texts = rows[field]
-    if not any(text and text.strip() for text in texts):
-        raise UserError(f"{key}={source}: no text in it; every row of '{field}' is empty.")
-    return texts

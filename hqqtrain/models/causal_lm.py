@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from hqqtrain.models.families.structure import input_embeddings, output_head, text_config
+
 MAX_TRAINING_LOGITS = 1 << 24
 """Largest number of logits of one chunk of the training loss, about 200 MB with their gradients."""
 
@@ -30,3 +32,17 @@ def next_token_outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[T
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     outputs = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
     return outputs, batch["labels"][:, 1:].flatten()
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Return the number of token ids that `model` can read and predict.
+
+    This is the number of rows of the embeddings, or of the head if it has fewer.
+    """
+    embeddings, head = input_embeddings(model), output_head(model)
+    rows = [text_config(model).vocab_size]
+    if isinstance(embeddings, nn.Embedding):
+        rows = [embeddings.num_embeddings]
+    if hasattr(head, "out_features"):
+        rows.append(head.out_features)
+    return min(rows)

@@ -19,12 +19,13 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import stat_digest
 from hqqtrain.common.inputs import adapter_files, model_files, text_files
 from hqqtrain.common.secrets import mask_secrets
+from hqqtrain.config.groups import AUTO
 from hqqtrain.config.renamed import with_new_names
 from hqqtrain.config.run import (
-    ADDED_GROUPS,
     CHANGEABLE_ON_RESUME,
     NON_RESULT_GROUPS,
     RunConfig,
+    with_added_keys,
 )
 from hqqtrain.rundir.yaml_file import damaged_error, read_yaml
 
@@ -54,7 +55,8 @@ def check_same_config(folder: Path, config: RunConfig) -> None:
         raise damaged_error(path, "it is incomplete")
     if saved.get("identity") == config.identity():
         return
-    old, new = _flatten(ADDED_GROUPS | mask_secrets(saved)), _flatten(current)
+    old = _flatten(with_added_keys(mask_secrets(saved)))
+    new = _flatten(with_added_keys(current))
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if keys and all(k in CHANGEABLE_ON_RESUME for k in keys):
         return
@@ -178,7 +180,7 @@ def _input_paths(config: RunConfig) -> dict[str, Path]:
         SOURCE_KEY: config.model.name_or_path,
         "adapter.init_from": config.adapter.init_from,
         "data.source": config.data.source,
-        "eval.source": config.eval.source,
+        "eval.source": None if config.eval.source == AUTO else config.eval.source,
     }
     paths = {key: Path(value).expanduser() for key, value in values.items() if value}
     return {key: path for key, path in paths.items() if os.path.exists(path)}

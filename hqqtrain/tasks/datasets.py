@@ -11,11 +11,19 @@ from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.tasks.context import Run
 
 
-def load_training_data(run: Run, tokenizer_folder: Path) -> TokenSequences:
+def load_training_data(
+    run: Run, tokenizer_folder: Path, vocab_size: int | None = None
+) -> TokenSequences:
     """Tokenize and pack `data.source`, except for held-out texts.
 
+    Args:
+        run: The run.
+        tokenizer_folder: The folder of the model's tokenizer.
+        vocab_size: Number of token ids that the model knows; None if there is no model.
+
     Raises:
-        UserError: The text cannot be read, or overlaps with `eval.source`.
+        UserError: The text cannot be read, overlaps with the held-out text, or has a token that the
+            model does not know.
         PreemptedError: This rank has received a signal; checked between batches of texts.
     """
     config = run.config
@@ -24,15 +32,18 @@ def load_training_data(run: Run, tokenizer_folder: Path) -> TokenSequences:
         load_tokenizer(tokenizer_folder),
         max_seq_len=config.train.max_seq_len,
         packing=config.train.packing,
+        vocab_size=vocab_size,
+        where=f"data.source={config.data.source}",
         on_batch=run.runtime.preemption.check_local,
     )
 
 
-def load_held_out_data(config: RunConfig, tokenizer_folder: Path) -> TokenSequences | None:
+def load_held_out_data(
+    config: RunConfig, tokenizer_folder: Path, vocab_size: int | None = None
+) -> TokenSequences | None:
     """Tokenize a sample of at most `eval.tokens` tokens of `eval.source`; None if that is null."""
-    return load_eval_set(
-        config.eval, config.data, load_tokenizer(tokenizer_folder), config.train.max_seq_len
-    )
+    tokenizer = load_tokenizer(tokenizer_folder)
+    return load_eval_set(config.eval, config.data, tokenizer, config.train.max_seq_len, vocab_size)
 
 
 def check_same_text(run: Run, *texts: TokenSequences | None) -> None:

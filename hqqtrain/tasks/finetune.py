@@ -13,6 +13,7 @@ from hqqtrain.formats.peft import BaseModelRef, save_adapter
 from hqqtrain.loading.model_builder import RunnableModel, wrap_for_execution
 from hqqtrain.loading.plan import plan_model
 from hqqtrain.loading.source_digest import digest_source
+from hqqtrain.models.causal_lm import vocabulary_size
 from hqqtrain.rundir.identity import package_versions, result_settings
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import check_same_text, load_held_out_data, load_training_data
@@ -40,8 +41,9 @@ def finetune(run: Run) -> None:
     history.check_checkpoint(checkpoint, source_digest)
     has_quantized = history.has_quantized(source_digest)
     with comm.raise_on_all_ranks():
-        training_data = load_training_data(run, plan.source.tokenizer)
-        held_out = load_held_out_data(config, plan.source.tokenizer)
+        vocab_size = vocabulary_size(plan.model)
+        training_data = load_training_data(run, plan.source.tokenizer, vocab_size)
+        held_out = load_held_out_data(config, plan.source.tokenizer, vocab_size)
         loader = PackedLoader(
             training_data, config.train, rank=comm.rank, world_size=comm.size, device=comm.device
         )

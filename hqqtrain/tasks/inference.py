@@ -4,6 +4,7 @@ from hqqtrain.formats.base import ModelExport
 from hqqtrain.formats.registry import FORMATS
 from hqqtrain.loading.model_builder import wrap_for_execution
 from hqqtrain.loading.plan import plan_model
+from hqqtrain.models.causal_lm import vocabulary_size
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import check_same_text, load_held_out_data
 from hqqtrain.tasks.evaluation import RecordedEvaluation
@@ -25,7 +26,9 @@ def evaluate(run: Run) -> None:
     """
     with run.runtime.comm.raise_on_all_ranks():
         plan = plan_model(plan_settings(run.config), run.runtime)
-        held_out = load_held_out_data(run.config, plan.source.tokenizer)
+        held_out = load_held_out_data(
+            run.config, plan.source.tokenizer, vocabulary_size(plan.model)
+        )
         check_fits_run(run, plan.model)
     check_same_text(run, held_out)
     runnable = wrap_for_execution(load_or_quantize(run, plan), run.runtime.strategy)

@@ -7,6 +7,7 @@ import pytest
 from refused_configs import refusal
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.config.run import RunConfig
 
 
@@ -24,6 +25,8 @@ def test_the_defaults_are_sound():
         ("adapter", "r", 0, "adapter.r=0: must be at least 1."),
         ("adapter", "dropout", 1.0, "adapter.dropout=1.0: must be below 1."),
         ("adapter", "kind", "none", "adapter.kind=none: task=finetune trains an adapter"),
+        ("data", "validation", 0.0, "data.validation=0.0: must be above 0 and below 1"),
+        ("data", "validation", 1.0, "data.validation=1.0: must be above 0 and below 1"),
         ("optim", "lr", float("nan"), "optim.lr=nan: must be finite."),
         ("optim", "lr", float("inf"), "optim.lr=inf: must be finite."),
         ("optim", "lr", -1e-4, "optim.lr=-0.0001: must be at least 0."),
@@ -87,6 +90,15 @@ def test_every_key_that_defines_the_result_changes_the_name(group, name, value):
     config = RunConfig()
     setattr(getattr(config, group), name, value)
     assert config.run_name() != RunConfig().run_name()
+
+
+def test_automatic_held_out_text_has_the_name_of_the_source_that_it_stands_for():
+    names = {RunConfig(eval=EvalConfig(source=s)).identity() for s in ("auto", "python_stdlib")}
+    assert len(names) == 1
+    assert RunConfig(eval=EvalConfig(source="mine")).identity() not in names
+    mine = DataConfig(source="mine")
+    other = RunConfig(data=mine), RunConfig(data=mine, eval=EvalConfig(source="python_stdlib"))
+    assert other[0].identity() != other[1].identity()
 
 
 def test_task_changes_the_name():

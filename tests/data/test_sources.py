@@ -1,5 +1,6 @@
 """Sources: every kind is read correctly, and every error is one message with key and file."""
 
+import gzip
 import hashlib
 import json
 import subprocess
@@ -18,7 +19,7 @@ from hqqtrain.data.sources import load_held_out_texts, load_training_texts
 from hqqtrain.data.stdlib import is_held_out, stdlib_modules
 
 NO_EVAL = EvalConfig(source=None)
-STDLIB_EVAL = EvalConfig()
+STDLIB_EVAL = EvalConfig(source="python_stdlib")
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +133,11 @@ def test_a_missing_column_lists_the_existing_ones(tmp_path):
 
 def test_a_column_that_is_not_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": 1}\n{"text": 2}\n')
-    assert "int64" in error_message(tmp_path / "a.jsonl")
+    message = error_message(tmp_path / "a.jsonl")
+    assert "a.jsonl, line 1: data.text_field=text is a number" in message
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    message = error_message(tmp_path / "a.parquet")
+    assert "a.parquet: data.text_field=text contains int64" in message
 
 
 @pytest.mark.parametrize("bad", ['{"text": "x"', "nonsense", '"x"'])
@@ -206,21 +211,23 @@ def test_hub_splits_are_those_of_the_authors(monkeypatch):
 def test_a_hub_data_set_with_one_split_is_split_by_hash(monkeypatch):
     hub_data(monkeypatch, train=[f"text {i}" for i in range(50)])
     both = DataConfig(source="org/name"), EvalConfig(source="org/name")
-    train, held_out = load_training_texts(*both), load_held_out_texts(*reversed(both))
+    train, held_out = list(load_training_texts(*both)), list(load_held_out_texts(*reversed(both)))
     assert len(train) + len(held_out) == 50
     assert not set(train) & set(held_out)
-    assert len(load_training_texts(DataConfig(source="org/name"), STDLIB_EVAL)) == 50
+    assert list(load_training_texts(DataConfig(source="org/name"), EvalConfig())) == train
+    assert len(list(load_training_texts(DataConfig(source="org/name"), STDLIB_EVAL))) == 50
 
 
 def test_one_file_for_both_is_split_and_equal_texts_stay_together(tmp_path):
     rows = [{"text": f"text {i % 40}"} for i in range(120)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = str(tmp_path / "a.jsonl")
-    both = DataConfig(source=source), EvalConfig(source=source)
-    train, held_out = load_training_texts(*both), load_held_out_texts(*reversed(both))
+    both = DataConfig(source=source, validation=0.05), EvalConfig(source=source)
+    train, held_out = load_training_texts(*both), list(load_held_out_texts(*reversed(both)))
     assert sorted([*train, *held_out]) == sorted(row["text"] for row in rows)
     assert not set(train) & set(held_out)
     assert len(held_out) == 6
+    assert list(load_held_out_texts(EvalConfig(), both[0])) == held_out
     lowest = sorted({hashlib.sha256(r["text"].encode()).digest() for r in rows})[:2]
     assert {hashlib.sha256(text.encode()).digest() for text in held_out} == set(lowest)
 
@@ -232,15 +239,147 @@ def test_one_text_for_both_is_refused(tmp_path):
         load_training_texts(DataConfig(source=source), EvalConfig(source=source))
 
 
-def test_sources_that_overlap_are_refused(tmp_path):
-    (tmp_path / "valid.txt").write_text("x")
-    data_config = DataConfig(source=str(tmp_path))
-    for where in (tmp_path / "valid.txt", tmp_path / ".." / tmp_path.name):
-        evaluation = EvalConfig(source=str(where))
-        with pytest.raises(UserError, match="overlaps"):
-            load_training_texts(data_config, evaluation)
-        with pytest.raises(UserError, match="overlaps"):
-            load_held_out_texts(evaluation, data_config)
+def test_one_text_of_several_lines_is_split_at_a_line(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(100)))
+    data = DataConfig(source=str(tmp_path / "a.txt"), validation=0.1)
+    (train,) = load_training_texts(data, EvalConfig())
+    (held_out,) = load_held_out_texts(EvalConfig(), data)
+    assert train + held_out == (tmp_path / "a.txt").read_text()
+    assert held_out.startswith("line ")
+    assert 0.1 <= len(held_out) / len(train + held_out) < 0.12
+
+
+def overlap_message(data: Path | str, held_out: Path | str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_training_texts(DataConfig(source=str(data)), EvalConfig(source=str(held_out)))
+    return str(caught.value)
+
+
+def test_sources_that_share_text_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "a.txt").write_text("first text\nof two lines\n")
+    (folder / "b.txt").write_text("second text")
+    (tmp_path / "copy.txt").write_bytes(b"first  text\r\nof two lines")
+    (tmp_path / "link.txt").symlink_to(folder / "b.txt")
+    (tmp_path / "copy.jsonl").write_text(json.dumps({"text": "second text"}))
+    pq.write_table(pa.table({"text": ["second text"]}), tmp_path / "copy.parquet")
+    for copy in ("mine/a.txt", "copy.txt", "link.txt", "copy.jsonl", "copy.parquet"):
+        for data, held_out in ((folder, tmp_path / copy), ("~/mine", f"~/{copy}")):
+            assert "1 of 1 held-out texts" in overlap_message(data, held_out)
+    assert "overlaps" in overlap_message(folder / "a.txt", folder)  # the other way round
+    assert "1 of 2 held-out texts" in overlap_message(folder / "a.txt", folder)
+
+
+def test_the_same_source_under_another_name_is_split(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for i in range(50):
+        (mine / f"{i}.txt").write_text(f"text {i}")
+    (tmp_path / "link").symlink_to(mine)
+    data = DataConfig(source=str(mine))
+    expected = list(load_training_texts(data, EvalConfig()))
+    assert len(expected) == 49
+    for name in ("~/mine", tmp_path / "link", mine / ".." / "mine", f"{mine}/"):
+        evaluation = EvalConfig(source=str(name))
+        assert list(load_training_texts(data, evaluation)) == expected
+        assert len(list(load_held_out_texts(evaluation, data))) == 1
+
+
+def test_a_few_equal_texts_are_warned_about(tmp_path, caplog):
+    shared = [f"text {i}" for i in range(3)]
+    for name in ("train", "held"):
+        rows = [*shared, *(f"{name}: a text of its own, number {i}" for i in range(40))]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": r}) for r in rows))
+    data = DataConfig(source=str(tmp_path / "train.jsonl"))
+    evaluation = EvalConfig(source=str(tmp_path / "held.jsonl"))
+    assert len(list(load_training_texts(data, evaluation))) == 43
+    assert "3 of 43 held-out texts, with 1.3% of the characters" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        ("train.jsonl", "validation.jsonl"), ("a.jsonl", "valid.jsonl"), ("a.jsonl", "val_1.jsonl"),
+        ("x-train.jsonl", "x-dev.jsonl"), ("train/a.jsonl", "test/a.jsonl"),
+        ("a.jsonl", "DEV.jsonl"),
+        ("data/train-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl"),
+        ("train.jsonl.gz", "eval.jsonl.gz"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("source", ["auto", "same", "file", None])
+def test_text_under_a_held_out_name_is_never_trained_on(tmp_path, train, held_out, source):
+    for name in (train, held_out):
+        rows = "".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(3)).encode()
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(gzip.compress(rows) if name.endswith(".gz") else rows)
+    data = DataConfig(source=str(tmp_path))
+    sources = {"same": str(tmp_path), "file": str(tmp_path / held_out)}
+    evaluation = EvalConfig(source=sources.get(source, source))
+    assert list(load_training_texts(data, evaluation)) == [f"{train} {i}" for i in range(3)]
+    if source is not None:
+        texts = list(load_held_out_texts(evaluation, data))
+        assert texts == [f"{held_out} {i}" for i in range(3)]
+
+
+def test_rows_that_are_in_both_splits_of_a_folder_are_refused(tmp_path):
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(UserError, match="2 of 2 held-out texts"):
+        load_training_texts(DataConfig(source=str(tmp_path)), EvalConfig())
+
+
+def test_a_folder_of_held_out_files_only_is_refused(tmp_path):
+    (tmp_path / "test.txt").write_text("x")
+    assert "no file to train on" in error_message(tmp_path)
+    assert read(tmp_path / "test.txt") == ["x"]
+
+
+def test_a_validation_share_that_decides_nothing_is_reported(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("x y")
+    evaluation = EvalConfig(source=str(tmp_path / "a.txt"))
+    load_held_out_texts(evaluation, DataConfig())
+    assert not caplog.text
+    load_held_out_texts(evaluation, DataConfig(validation=0.5))
+    assert "data.validation=0.5: has no effect" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("", "is empty"), ("./" + "x" * 5000, "too long"), ("~no_such_user/x/y", "home"),
+        ("/dev/null", "neither"),
+    ],
+)  # fmt: skip
+def test_names_that_are_no_files_are_refused(source, reason):
+    message = error_message(source)
+    assert reason in message
+    assert len(message) < 400
+
+
+def test_hub_splits_of_other_names_are_found(monkeypatch):
+    hub_data(monkeypatch, train_sft=["a", "b"], test_sft=["c"])
+    data = DataConfig(source="org/name")
+    assert list(load_training_texts(data, EvalConfig())) == ["a", "b"]
+    assert list(load_held_out_texts(EvalConfig(), data)) == ["c"]
+    hub_data(monkeypatch, train_sft=["a"], train_gen=["b"], test_sft=["c"])
+    assert "has no split train" in error_message("org/name")
+
+
+def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_source(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file" / "hf"))
+    monkeypatch.setattr(hub, "_is_hub_reachable", lambda *_: True)
+    monkeypatch.setattr(
+        hub.datasets, "load_dataset", lambda *_: (tmp_path / "file" / "hf").mkdir(parents=True)
+    )
+    message = error_message("org/name")
+    assert message.startswith(f"HF_HOME={tmp_path}/file/hf: the cache of Hugging Face")
+    assert "Not a directory" in message
+    (tmp_path / "a.txt").write_text("x")
+    assert read(tmp_path / "a.txt") == ["x"]  # local files need no cache
 
 
 def test_a_separate_file_is_held_out_completely(tmp_path):
@@ -253,7 +392,7 @@ def test_a_separate_file_is_held_out_completely(tmp_path):
 
 def test_the_standard_library_is_split_by_module_name():
     both = DataConfig(), EvalConfig()
-    train, held_out = load_training_texts(*both), load_held_out_texts(*reversed(both))
+    train, held_out = list(load_training_texts(*both)), list(load_held_out_texts(*reversed(both)))
     assert len(train) > 200
     assert len(held_out) > 10
     longer = {text for text in train if len(text) > 100}  # one-line comments of packages are equal
@@ -266,7 +405,7 @@ def test_nothing_is_written_to_the_working_directory(tmp_path):
     code = (
         "from hqqtrain.data.sources import load_training_texts;"
         "from hqqtrain.config.groups import DataConfig, EvalConfig;"
-        "print(list(load_training_texts(DataConfig(source='a.txt'), EvalConfig())))"
+        "print(list(load_training_texts(DataConfig(source='a.txt'), EvalConfig(source=None))))"
     )
     root = Path(sources.__file__).parents[2]
     done = subprocess.run(

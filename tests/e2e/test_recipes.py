@@ -61,4 +61,4 @@ def test_the_names_of_recipes_agree_with_nbits():
 def test_the_default_recipe_needs_no_network():
     config = compose_config(["recipe=tiny_2bit"])
     sources = (config.model.name_or_path, config.data.source, config.eval.source)
-    assert sources == ("tiny", "python_stdlib", "python_stdlib")
+    assert sources == ("tiny", "python_stdlib", "auto")

@@ -50,6 +50,17 @@ def test_the_message_lists_old_and_new_values_of_the_keys_that_differ(saved):
     assert "train.seed" not in message
 
 
+def test_a_run_of_the_release_before_automatic_held_out_text_may_be_resumed(saved):
+    values = yaml.safe_load((saved / "config.yaml").read_text())
+    del values["data"]["validation"]
+    values["eval"]["source"] = "python_stdlib"
+    (saved / "config.yaml").write_text(yaml.safe_dump(values))
+    check_same_config(saved, RunConfig())
+    check_same_config(saved, RunConfig(train=TrainConfig(max_steps=3)))
+    with pytest.raises(UserError, match=r"data\.validation=0\.1 \(saved: 0\.02\)"):
+        check_same_config(saved, RunConfig(data=DataConfig(validation=0.1)))
+
+
 def test_a_secret_in_a_value_is_not_shown(saved):
     token = "hf_" + "aB3" * 11
     with pytest.raises(UserError) as caught:

@@ -1,0 +1,205 @@
+"""Tokenize texts, within limits of time and memory.
+
+A tokenizer comes from a file with patterns of its own, and a pattern may need exponential time or
+memory. Such a tokenizer would stop a run without a word, so every call is watched.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.data.held_out import is_blank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+MAX_BATCH_TEXTS = 256
+"""Largest number of texts in one call of the tokenizer."""
+
+MAX_BATCH_CHARACTERS = 1 << 22
+"""Largest number of characters in one call of the tokenizer, which needs 100 bytes for each.
+
+A longer text is tokenized in pieces.
+"""
+
+_BASE_SECONDS, _SECONDS_PER_CHARACTER = 5.0, 1 / 50_000
+"""Most CPU time of one call. Tokenizers take 1 second for about a million characters."""
+
+_BASE_BYTES, _BYTES_PER_CHARACTER = 1 << 29, 600
+"""Most memory of one call, where a character takes up to 4 tokens of 100 bytes."""
+
+_POLL_SECONDS = 0.05
+
+
+def tokenize_texts(
+    texts: Iterable[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    where: str = "data.source",
+    on_batch: Callable[[], object] = lambda: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenize every text that is not blank, with its special tokens.
+
+    Every text ends with EOS, whether or not the tokenizer adds it.
+
+    Args:
+        texts: The texts.
+        tokenizer: The tokenizer of the model.
+        where: The source of the texts, for messages.
+        on_batch: Called before every batch of texts; it may raise to stop.
+
+    Returns:
+        The tokens of all texts, int32 [T], and the start of each text, int64 [texts].
+
+    Raises:
+        UserError: The tokenizer fails, or needs too much time or memory.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        logger.warning("the tokenizer has no EOS token: texts are joined without one.")
+    encoded = []
+    for batch in _batches(texts):
+        on_batch()
+        for ids in _encode(batch, tokenizer, where):
+            lacks_eos = eos is not None and (not ids or ids[-1] != eos)
+            encoded.append(np.array([*ids, eos] if lacks_eos else ids, np.int32))
+    lengths = np.array([len(ids) for ids in encoded], np.int64)
+    stream = np.concatenate([np.empty(0, np.int32), *encoded])  # the empty array allows no texts
+    starts = np.cumsum(lengths) - lengths
+    return stream, starts
+
+
+def check_token_ids(
+    stream: np.ndarray, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, where: str
+) -> None:
+    """Check that the model has an embedding for every token.
+
+    Args:
+        stream: int32 [T], the tokens.
+        tokenizer: The tokenizer that has made them.
+        vocab_size: Number of rows of the embeddings, or of the head if it has fewer.
+        where: The source of the texts, for the message.
+
+    Raises:
+        UserError: A token id is `vocab_size` or larger.
+    """
+    largest = int(stream.max(initial=0))
+    if largest >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"{where}: its text has the token {token!r} with the id {largest}, but the model has "
+            f"only {vocab_size} embeddings (vocab_size), for ids below {vocab_size}; the tokenizer "
+            f"has {len(tokenizer)} tokens. Resize the embeddings in transformers "
+            "(model.resize_token_embeddings), use the tokenizer of the model, or remove the token "
+            "from the text."
+        )
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield lists of texts that are not blank, within the limits of a batch."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        if is_blank(text):
+            continue
+        if batch and (
+            len(batch) == MAX_BATCH_TEXTS or characters + len(text) > MAX_BATCH_CHARACTERS
+        ):
+            yield batch
+            batch, characters = [], 0
+        batch.append(text)
+        characters += len(text)
+    if batch:
+        yield batch
+
+
+def _encode(batch: list[str], tokenizer: "PreTrainedTokenizerBase", where: str) -> list[list[int]]:
+    """Return the token ids of every text."""
+
+    def call(texts: list[str], **options: bool) -> list[list[int]]:
+        encodings = _watch(
+            lambda: tokenizer(texts, return_attention_mask=False, verbose=False, **options),
+            sum(map(len, texts)),
+            where,
+        )
+        return encodings["input_ids"]
+
+    if len(batch[0]) <= MAX_BATCH_CHARACTERS:
+        return call(batch)
+    # A single long text: tokenize pieces, and put the special tokens of the first around them all.
+    pieces = cut_text(batch[0], MAX_BATCH_CHARACTERS)
+    plain = [call([piece], add_special_tokens=False)[0] for piece in pieces]
+    (first,) = call([pieces[0]])
+    offsets = range(len(first) - len(plain[0]) + 1)
+    prefix = next((i for i in offsets if first[i : i + len(plain[0])] == plain[0]), 0)
+    return [[*first[:prefix], *chain(*plain), *first[prefix + len(plain[0]) :]]]
+
+
+def cut_text(text: str, length: int) -> list[str]:
+    """Cut a text into pieces of at most `length` characters, where tokens end, too, if possible.
+
+    That is after the last line ending before other text, or before the last space after a word.
+    """
+    pieces, start = [], 0
+    while len(text) - start > length:
+        end = start + length
+        for position in range(end, start + 1, -1):
+            if text[position - 1] == "\n" and not text[position].isspace():
+                end = position
+                break
+        else:
+            for position in range(end, start + 1, -1):
+                if text[position] == " " and not text[position - 1].isspace():
+                    end = position
+                    break
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
+
+
+def _watch(call: Callable[[], Any], characters: int, where: str) -> Any:
+    """Return the result of `call`, a call of the tokenizer on so many characters.
+
+    Raises:
+        UserError: The call fails, or takes more CPU time or memory than any sound tokenizer.
+    """
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:  # a panic in Rust is no Exception
+            errors.append(error)
+
+    max_seconds = _BASE_SECONDS + characters * _SECONDS_PER_CHARACTER
+    max_bytes = _BASE_BYTES + characters * _BYTES_PER_CHARACTER
+    memory = psutil.Process().memory_info
+    start_seconds, start_bytes = time.process_time(), memory().rss
+    # A daemon, because the interpreter would wait for any other thread at its end.
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_POLL_SECONDS)
+    while thread.is_alive():
+        seconds, grown = time.process_time() - start_seconds, memory().rss - start_bytes
+        if seconds > max_seconds or grown > max_bytes:
+            raise UserError(
+                f"{where}: the tokenizer has used {seconds:.0f} s and {grown / 2**20:.0f} MiB for "
+                f"{characters} characters and is not finished: a pattern in its tokenizer.json is "
+                "too expensive. Use the original tokenizer of the model."
+            )
+        thread.join(_POLL_SECONDS)
+    if errors:
+        raise UserError(
+            f"{where}: the tokenizer of the model cannot encode its text: "
+            f"{str(errors[0])[:200] or type(errors[0]).__name__}"
+        ) from errors[0]
+    return results[0]

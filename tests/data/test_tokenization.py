@@ -1,0 +1,92 @@
+"""Tokenization: within limits of time and memory, and only with tokens that the model knows."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import hqqtrain
+from hqqtrain.common.errors import UserError
+from hqqtrain.data import tokenization
+from hqqtrain.data.packing import pack_texts
+from hqqtrain.data.tokenization import cut_text, tokenize_texts
+
+TINY = Path(hqqtrain.__file__).parent / "models" / "tiny"
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+def hostile(**parts) -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1}, unk_token="<eos>"))
+    for name, part in parts.items():
+        setattr(inner, name, part)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+
+
+def test_an_expensive_pattern_is_refused(monkeypatch):
+    monkeypatch.setattr(tokenization, "_BASE_SECONDS", 0.2)
+    # The regular expressions of `tokenizers` limit the steps of one match, but not of a search.
+    pattern = pre_tokenizers.Split(Regex("a*a*b$"), "isolated")
+    with pytest.raises(UserError, match=r"data\.source=x: the tokenizer has used .* too expensive"):
+        tokenize_texts(["a" * 1200 + "bc"], hostile(pre_tokenizer=pattern), "data.source=x")
+
+
+def test_a_pattern_that_exceeds_the_limit_of_a_match_is_refused():
+    pattern = pre_tokenizers.Split(Regex("(a|aa|a?a)+$"), "isolated")
+    with pytest.raises(UserError, match=r"data\.source: the tokenizer .* cannot encode its text"):
+        tokenize_texts(["a" * 34 + "!"], hostile(pre_tokenizer=pattern))
+
+
+def test_a_tokenizer_that_fills_the_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(tokenization, "_BASE_BYTES", 1 << 23)
+    doubling = normalizers.Sequence([normalizers.Replace("a", "aa")] * 20)
+    with pytest.raises(UserError, match="MiB for 1 characters"):
+        tokenize_texts(["a"], hostile(normalizer=doubling))
+
+
+def test_a_tokenizer_that_fails_is_one_message(tokenizer, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no such word")
+
+    monkeypatch.setattr(type(tokenizer), "__call__", fail)
+    with pytest.raises(UserError, match=r"data\.source: the tokenizer .* cannot encode .* word"):
+        tokenize_texts(["x"], tokenizer)
+
+
+def test_tokens_beyond_the_vocabulary_are_named(tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    plain, special = ["def f(x): pass"], ["<|im_start|> def f(x): pass"]
+    pack_texts(plain, tokenizer, max_seq_len=8, vocab_size=4096)  # only tokens in use matter
+    pack_texts(special, tokenizer, max_seq_len=8, vocab_size=4097)
+    with pytest.raises(UserError) as caught:
+        pack_texts(special, tokenizer, max_seq_len=8, vocab_size=4096, where="data.source=x")
+    for part in ("data.source=x", "'<|im_start|>'", "4096 embeddings", "id 4096"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("adds", ["nothing", "bos", "bos and eos"])
+def test_a_long_text_has_the_tokens_of_the_whole(monkeypatch, tokenizer, adds):
+    eos = tokenizer.eos_token
+    template = {"nothing": "$A", "bos": f"{eos} $A", "bos and eos": f"{eos} $A {eos}"}[adds]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(eos, tokenizer.eos_token_id)]
+    )
+    text = (TINY.parent.parent / "data" / "packing.py").read_text()
+    texts = [text, "x = 1", text[:500]]
+    whole, starts = tokenize_texts(texts, tokenizer)
+    monkeypatch.setattr(tokenization, "MAX_BATCH_CHARACTERS", 300)
+    pieces, starts_of_pieces = tokenize_texts(texts, tokenizer)
+    assert np.array_equal(pieces, whole)
+    assert np.array_equal(starts_of_pieces, starts)
+
+
+def test_text_is_cut_where_tokens_end():
+    assert cut_text("ab cd\n\nef gh", 9) == ["ab cd\n\n", "ef gh"]
+    assert cut_text("ab cd ef", 6) == ["ab cd", " ef"]
+    assert cut_text("abcdefgh", 3) == ["abc", "def", "gh"]
+    assert cut_text("abc", 3) == ["abc"]
