@@ -36,8 +36,9 @@ def rows(*rows: object) -> str:
 @pytest.mark.parametrize(
     "others",
     [
-        ({"x": 1}, {"x": "y"}), ({"x": None}, {"x": {"k": 1}}), ({"x": []}, {"x": [{"y": 1}]}), ({}, {"x": 1.5}),
-        ({"x": "2024-01-01"}, {"x": 7}), ({"x": {"a": 1}}, {"x": {"b": "c"}}), ({"x": 1}, {"x": 10**30}),
+        ({"x": 1}, {"x": "y"}), ({"x": None}, {"x": {"k": 1}}), ({"x": []}, {"x": [{"y": 1}]}),
+        ({}, {"x": 1.5}), ({"x": "2024-01-01"}, {"x": 7}), ({"x": {"a": 1}}, {"x": {"b": "c"}}),
+        ({"x": 1}, {"x": 10**30}),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("in_one_file", [True, False])
@@ -64,7 +65,8 @@ def test_text_that_looks_like_a_date_or_a_number_is_text(tmp_path):
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        (2, "a number"), (2.5, "a number"), (True, "a boolean"), (["a"], "a list"), ({"a": 1}, "an object"),
+        (2, "a number"), (2.5, "a number"), (True, "a boolean"), (["a"], "a list"),
+        ({"a": 1}, "an object"),
         ([{"role": "user", "content": "hi"}], "a list"),
     ],
 )  # fmt: skip
