@@ -46,9 +46,12 @@ def replica_group(param: Tensor, comm: Communicator) -> ReplicaGroup:
 
 
 def local_rows(param: Tensor) -> slice:
-    """Return the rows of the full parameter that this rank holds: all rows if it is not sharded."""
+    """Return the rows of the full parameter that this rank holds: all rows if it is not sharded.
+
+    A scalar counts as one row.
+    """
     if not isinstance(param, DTensor):
-        return slice(0, param.shape[0])
+        return slice(0, param.shape[0] if param.dim() else 1)
     mesh, rows = param.device_mesh, param.shape[0]
     shard_dim = mesh.ndim - 1  # a replicate dimension may precede it
     rows_per_rank = -(-rows // mesh.size(shard_dim))  # rounded up, as in torch.chunk

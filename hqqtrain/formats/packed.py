@@ -7,6 +7,7 @@ ranks can read the folder in slices. `config.json` contains the settings of ever
 else is needed to read it.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -244,7 +245,8 @@ def check_quantized(folder: Path, comm: Communicator, advice: str | None = None)
 
 def dense_config_json(hf_config: PretrainedConfig) -> dict[str, Any]:
     """Return the config.json of a dense model of this configuration, with `architectures`."""
-    config_json = hf_config.to_diff_dict()
+    # This is transformers' own encoding, which has no bare Infinity, as JSON does not have one.
+    config_json = json.loads(hf_config.to_json_string(use_diff=True))
     if not config_json.get("architectures"):
         config_json["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config.model_type]]
     config_json.pop("quantization_config", None)

@@ -216,8 +216,9 @@ def build_reference(
     """
     comm = strategy.comm
     model = build_meta(plan.hf_config, dtype).requires_grad_(False)
-    strategy.shard(model)
+    # Names are matched before sharding, which changes the classes of the modules.
     reader = open_weight_source(plan.source, model, comm.device)
+    strategy.shard(model)
     load_model(
         model,
         reader,

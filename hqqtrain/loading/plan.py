@@ -23,9 +23,9 @@ from hqqtrain.loading.initial_adapter import (
     load_initial_adapter,
     unknown_base_warning,
 )
+from hqqtrain.loading.model_check import check_runnable, check_stored_dtypes
 from hqqtrain.models.build import build_meta, load_hf_config
-from hqqtrain.models.families.structure import text_config
-from hqqtrain.models.fqn import base_model, expected_shapes
+from hqqtrain.models.fqn import base_model, expected_shapes, tied_names
 from hqqtrain.models.source import ModelSource, resolve_source
 from hqqtrain.models.weights.safetensors import SafetensorsReader
 from hqqtrain.models.weights.synthetic import SyntheticReader, open_weight_source
@@ -81,6 +81,7 @@ class PlanSettings:
         adapts: Whether to add a new adapter for training. Otherwise the model gets an adapter only
             if one exists already.
         executes: Whether the task calls the model. Tasks that only save it can use every strategy.
+        activation_checkpointing: Whether the model is trained with activation checkpointing.
     """
 
     model: ModelConfig
@@ -89,6 +90,7 @@ class PlanSettings:
     max_seq_len: int
     adapts: bool
     executes: bool
+    activation_checkpointing: bool = False
 
 
 def plan_model(
@@ -110,6 +112,9 @@ def plan_model(
     _replace_linears(model, source, settings.quant, runtime)
     reader = open_weight_source(source, model, runtime.device)
     unused = reader.check(expected_shapes(model, packed=source.kind == "quantized"))
+    check_stored_dtypes(model, reader, unused)
+    if not tied_names(model):
+        hf_config.tie_word_embeddings = False  # the checkpoint may have untied them
     if unused and runtime.comm.is_main:
         logger.warning(
             "%s: %d tensors are not used, such as %s", source.path, len(unused), unused[0]
@@ -123,12 +128,11 @@ def plan_model(
     if settings.adapts:
         lora = lora_config(settings.adapter, model)
         check_initial_adapter(start, lora)
-    max_positions = getattr(text_config(model), "max_position_embeddings", None)
-    if max_positions and settings.max_seq_len > max_positions:
-        logger.warning(
-            "train.max_seq_len=%d: the model was made for %d tokens at most",
+    if settings.executes:
+        check_runnable(
+            model,
             settings.max_seq_len,
-            max_positions,
+            activation_checkpointing=settings.activation_checkpointing,
         )
     if lora is not None:
         # low_cpu_mem_usage makes PEFT create the adapters on the meta device, too.

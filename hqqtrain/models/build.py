@@ -4,19 +4,33 @@ The later steps (replacing linears, adding adapters, sharding) need only shapes,
 materializes a whole full-precision model.
 """
 
+import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.compat import non_persistent_buffers
+from hqqtrain.models.config_check import check_config_json, check_implementations
 from hqqtrain.models.fqn import base_model, strip_wrappers
 from hqqtrain.models.source import read_config_json
+
+MAX_MODULES = 1 << 20
+"""Largest number of modules of a model; a mixture of 61 layers and 256 experts has 60,000."""
 
 
 def load_hf_config(folder: Path) -> PretrainedConfig:
@@ -28,11 +42,13 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
     path, config_json = folder / "config.json", read_config_json(folder)
     if "model_type" not in config_json:
         raise UserError(f"{path}: has no model_type; give the folder of a transformers model.")
+    check_config_json(path, config_json)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except Exception as error:  # the constructors of configurations raise anything
         raise UserError(_unreadable_message(path, config_json, error)) from error
     config.__dict__.pop("quantization_config", None)
+    check_implementations(path, config)
     return config
 
 
@@ -41,43 +57,85 @@ def build_meta(hf_config: PretrainedConfig, dtype: torch.dtype | None = None) ->
 
     Args:
         hf_config: Configuration of the model.
-        dtype: Dtype of the parameters; None: the one in the configuration.
+        dtype: Dtype of the parameters; None: the one in the configuration. A buffer has the dtype
+            that it has in a model of this dtype.
 
     Raises:
-        UserError: The installed transformers has no causal LM of this type.
+        UserError: The installed transformers has no causal LM of this type, or cannot build this
+            one.
     """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
-            return model if dtype is None else nn.Module.to(model, dtype)
-    except ValueError as error:
+    if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
             f"model_type={hf_config.model_type}: not a causal LM that the installed transformers "
-            f"can build ({str(error).splitlines()[0]})."
+            "can build."
+        )
+    config = copy.deepcopy(hf_config)  # transformers writes the dtype into it
+    options = {} if dtype is None else {"dtype": dtype}
+    try:
+        with torch.device("meta"), _limited_modules():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    except Exception as error:  # the constructors of models raise anything for a bad configuration
+        where = Path(hf_config.name_or_path, "config.json") if hf_config.name_or_path else ""
+        raise UserError(
+            f"{where}: transformers cannot build model_type={hf_config.model_type} from it: "
+            f"{_first_paragraph(error)}"
         ) from error
+    for param in model.parameters():
+        if dtype is not None and param.is_floating_point():
+            param.data = param.data.to(dtype)
+    return model
 
 
-def restore_buffers(model: nn.Module, device: torch.device | str) -> None:
+@contextmanager
+def _limited_modules() -> Iterator[None]:
+    """Raise if a constructor makes more than `MAX_MODULES` modules, which would fill the memory."""
+    counter = itertools.count()
+
+    def count(*_: object) -> None:
+        if next(counter) > MAX_MODULES:
+            raise ValueError(f"the model has more than {MAX_MODULES} modules")
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def restore_buffers(model: nn.Module, device: torch.device | str) -> list[Tensor]:
     """Compute the buffers that no checkpoint contains (`inv_freq` ...) again, on `device`.
 
     A model that was built on meta and then materialized has no values in these buffers. Only the
     constructor of the architecture computes them, so it runs again, with parameters on meta and
-    real buffers.
+    real buffers. The same holds for tensors that are plain attributes of a module.
+
+    Returns:
+        The tensors that have been set.
     """
     root = base_model(model)
     modules = {strip_wrappers(name): module for name, module in root.named_modules()}
     with init_empty_weights(include_buffers=False):
         reference = AutoModelForCausalLM.from_config(root.config, trust_remote_code=False)
+    restored = []
     for module_name, module in reference.named_modules():
-        for buffer_name, value in non_persistent_buffers(module).items():
-            setattr(modules[module_name], buffer_name, value.to(device))
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+        for name, value in (non_persistent_buffers(module) | plain).items():
+            restored.append(value.to(device))
+            setattr(modules[module_name], name, restored[-1])
+    return restored
 
 
 def _unreadable_message(path: Path, config_json: dict[str, Any], error: Exception) -> str:
     """Return the message for a config.json that transformers refuses."""
-    reason = " ".join(str(error).split("\n\n")[0].split())  # the first paragraph, as one line
+    reason = _first_paragraph(error)
     if "auto_map" in config_json:
         reason = "the model has code of its own, which is never run."
     return (
         f"{path}: model_type={config_json['model_type']} cannot be read by transformers: {reason}"
     )
+
+
+def _first_paragraph(error: Exception) -> str:
+    """Return the type of `error` and the first paragraph of its message, as one line."""
+    text = " ".join(str(error).split("\n\n")[0].split())
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from hqqtrain.models.families.positions import first_position
 from hqqtrain.models.families.structure import input_embeddings, output_head, text_config
 
 MAX_TRAINING_LOGITS = 1 << 24
@@ -30,6 +31,8 @@ def next_token_outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[T
         tokens, int64 [sequences * (tokens - 1)].
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if "position_ids" in inputs and (first := first_position(model)):
+        inputs["position_ids"] = inputs["position_ids"] + first
     outputs = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
     return outputs, batch["labels"][:, 1:].flatten()
 

@@ -103,3 +103,16 @@ def retie_weights(model: nn.Module) -> None:
         # A quantized linear has no parameter `weight` that could be tied.
         if isinstance(getattr(module, attribute, None), nn.Parameter):
             setattr(module, attribute, root.get_parameter(source))
+
+
+def untie_weight(model: PreTrainedModel, name: str) -> None:
+    """Give the tied parameter `name` of `model`, which is on the meta device, values of its own.
+
+    A quantized linear has no parameter to untie; it reads its own weight from then on.
+    """
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    param = getattr(module, attribute, None)
+    if isinstance(param, nn.Parameter):
+        setattr(module, attribute, nn.Parameter(torch.empty_like(param), param.requires_grad))
+    del model.all_tied_weights_keys[name]

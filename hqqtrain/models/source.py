@@ -16,6 +16,9 @@ from hqqtrain.rundir.results import TRAINED_RESULTS, check_results
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
 
+MAX_CONFIG_BYTES = 1 << 24
+"""Largest size of a config.json; those of transformers have a few kilobytes."""
+
 _CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
@@ -104,9 +107,11 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: contains no config.json, so it is not a Hugging Face model.")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise UserError(f"{path}: has {path.stat().st_size} bytes, too many for a config.json.")
     try:
         config_json = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}).") from error
     if not isinstance(config_json, dict):
         raise UserError(f"{path}: must contain a JSON object.")
@@ -132,8 +137,13 @@ def _from_folder(name: str, folder: Path) -> ModelSource:
 def _weights_kind(name: str, config: dict[str, Any]) -> Literal["dense", "quantized"]:
     """Return the kind of the weights that config.json describes."""
     quantization = config.get("quantization_config")
-    if not quantization:
+    if quantization is None or quantization == {}:
         return "dense"
+    if not isinstance(quantization, dict):
+        raise UserError(
+            f"model.name_or_path={name}: quantization_config={quantization!r} in its config.json "
+            "must be an object; remove it if the weights have full precision."
+        )
     method = quantization.get("quant_method")
     if method != "hqqtrain":
         raise UserError(

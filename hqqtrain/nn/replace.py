@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import QuantConfig
@@ -94,14 +95,20 @@ def select_linears(model: nn.Module, config: QuantConfig) -> tuple[dict[str, Qua
         UserError: As in `quantize_model`, except for weights with NaN or infinity.
     """
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if not linears.keys() - {output_head_name(model)}:
+        _refuse_conv1d(model)
     if not linears:
         raise UserError(f"{type(model).__name__}: has no nn.Linear, so nothing can be quantized.")
     _refuse_fused_experts(model, config)
-    # quant.skip contains "lm_head" by default, so a model without an output head is no error.
+    # "lm_head" in quant.skip, which is there by default, is the output head under any name. A model
+    # without one is no error.
+    head = output_head_name(model)
     skip_patterns = [p for p in config.skip if p != "lm_head" or "lm_head" in linears]
     # Every other pattern must match something: a linear, or a module with fused experts.
     experts = [name.rpartition(".")[0] for name in fused_experts(model)]
     skipped = set(matching_modules("quant.skip", skip_patterns, [*linears, *experts]))
+    if head is not None and head in linears and "lm_head" in config.skip:
+        skipped.add(head)
     # Called for its check only: every override must match a linear.
     matching_modules("quant.overrides", config.overrides, linears)
     _refuse_unused_overrides(config, linears, skipped)
@@ -155,6 +162,24 @@ def replace_linears(model: nn.Module, specs: Mapping[str, QuantSpec], *,
     return num_quantized_weights
 
 
+def output_head_name(model: nn.Module) -> str | None:
+    """Return the name of the module that computes the logits; None if `model` has none."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _refuse_conv1d(model: nn.Module) -> None:
+    """Raise UserError for a model whose linear layers are all transformers' `Conv1D`."""
+    name = next((n for n, m in model.named_modules() if isinstance(m, Conv1D)), None)
+    if name is not None:
+        raise UserError(
+            f"{type(model).__name__}: its linear layers, such as {name}, are transformers' Conv1D, "
+            "as in GPT-2, which stores a weight transposed and cannot be quantized yet; use a "
+            "model whose layers are nn.Linear."
+        )
+
+
 def _refuse_unused_overrides(
     config: QuantConfig, linears: Iterable[str], skipped: Set[str]
 ) -> None:
@@ -195,12 +220,17 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _refuse_fused_experts(model: nn.Module, config: QuantConfig) -> None:
     """Raise UserError for mixture-of-experts weights that are not excluded by quant.skip."""
-    for name, param in fused_experts(model).items():
-        module_name = name.rpartition(".")[0]
-        if not any(matches_pattern(pattern, module_name) for pattern in config.skip):
-            skip = [*config.skip, f"*.{module_name.rpartition('.')[2]}"]
-            raise UserError(
-                f"{name}: {list(param.shape)} are fused mixture-of-experts weights, which "
-                "cannot be quantized yet; keep them in full precision with "
-                f"{_skip_argument(skip)}."
-            )
+    refused = {
+        name: param
+        for name, param in fused_experts(model).items()
+        if not any(matches_pattern(p, name.rpartition(".")[0]) for p in config.skip)
+    }
+    if refused:
+        name, param = next(iter(refused.items()))
+        # One glob for each kind of module; `select_linears` accepts a module with such weights.
+        patterns = dict.fromkeys(f"*.{name.split('.')[-2]}" for name in refused)
+        raise UserError(
+            f"{name}: {list(param.shape)} are fused mixture-of-experts weights, which cannot be "
+            "quantized yet; keep them in full precision with "
+            f"{_skip_argument([*config.skip, *patterns])}."
+        )

@@ -3,12 +3,17 @@
 `Evaluator` measures and writes nothing; this module connects it with the recorder.
 """
 
+import logging
+import math
 from contextlib import nullcontext
 
 from hqqtrain.data.packing import TokenSequences
 from hqqtrain.evaluation.evaluator import Evaluator
+from hqqtrain.evaluation.perplexity import EvalResult
 from hqqtrain.loading.model_builder import RunnableModel, build_reference
 from hqqtrain.tasks.context import Run
+
+logger = logging.getLogger(__name__)
 
 
 class RecordedEvaluation:
@@ -57,6 +62,7 @@ class RecordedEvaluation:
             return
         with nullcontext() if adapted else self._runnable.without_adapter():
             result = self._evaluator.evaluate(self._runnable.model)
+        _warn_if_not_finite(model_key, result)
         self._recorder.record_evaluation(model_key, result)
 
     def evaluate_during_training(self) -> float | None:
@@ -64,5 +70,23 @@ class RecordedEvaluation:
         if self._evaluator is None:
             return None
         result = self._evaluator.evaluate(self._runnable.model)
+        _warn_if_not_finite("trained", result)
         self._recorder.log_evaluation(result)
         return result.loss
+
+
+def _warn_if_not_finite(model_key: str, result: EvalResult) -> None:
+    """Warn about every measured number that is infinite or NaN, because nothing can be compared."""
+    measured = {
+        "the perplexity": result.perplexity,
+        "the perplexity of the full-precision model": result.reference_perplexity,
+        "the KL divergence": result.kl,
+    }
+    for name, value in measured.items():
+        if value is not None and not math.isfinite(value):
+            logger.warning(
+                "%s model: %s on the held-out text is %s, so its figures mean nothing. Check the "
+                "weights and train.precision; more bits (quant.nbits) help if only the quantized "
+                "model is affected.",
+                model_key, name, value,
+            )  # fmt: skip

@@ -26,6 +26,8 @@ def plan_settings(config: RunConfig) -> PlanSettings:
         config.train.max_seq_len,
         adapts=config.task == "finetune",
         executes=config.task in ("finetune", "eval"),
+        activation_checkpointing=config.task == "finetune"
+        and config.train.activation_checkpointing,
     )
 
 

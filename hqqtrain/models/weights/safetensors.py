@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.models.weights.base import NameMatch
+from hqqtrain.models.weights.names import missing_message
 
 SINGLE_FILE_NAME = "model.safetensors"
 """The file of a checkpoint that has only one."""
@@ -27,6 +29,15 @@ _TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 """Dtypes by their names in safetensors files."""
+
+_READ_AS = {torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16}
+"""Stored dtype -> dtype of the result, which represents all values of the stored dtype.
+
+PyTorch computes almost nothing with the 8-bit dtypes.
+"""
+
+_COMPARED_ROWS = 1 << 12
+"""Rows that are compared at a time to find out whether two tensors are equal."""
 
 
 class _Entry(NamedTuple):
@@ -67,11 +78,30 @@ class SafetensorsReader:
             self._entries |= _read_header(path)
         _check_index(self.folder, self._entries)
         # Use an alias only where the checkpoint lacks the name.
-        self._aliases = {
-            name: stored_name
-            for name, stored_name in (aliases or {}).items()
-            if name not in self._entries
-        }
+        own = {name: name for name in self._entries}
+        self._match = NameMatch((aliases or {}) | own)
+
+    def use_names(self, match: NameMatch) -> None:
+        """Take tensors by the names of `match.stored`, and by no other name."""
+        self._match = match
+
+    def have_same_values(self, first: str, second: str) -> bool:
+        """Whether two tensors of the checkpoint, by their stored names, are equal.
+
+        The bytes read are not counted in `bytes_read`, because they are not weights of a model.
+        """
+        shape, counted = self._entries[first].shape, self.bytes_read
+        if shape != self._entries[second].shape:
+            return False
+        try:
+            for start in range(0, shape[0] if shape else 1, _COMPARED_ROWS):
+                rows = [slice(start, min(start + _COMPARED_ROWS, shape[0]))] if shape else None
+                a, b = (self._read_stored(name, rows) for name in (first, second))
+                if not torch.equal(a.double(), b.double()):
+                    return False
+            return True
+        finally:
+            self.bytes_read = counted
 
     @property
     def names(self) -> list[str]:
@@ -86,14 +116,20 @@ class SafetensorsReader:
             for entry in self._entries.values()
         )
 
+    @property
+    def has_8_bit_floats(self) -> bool:
+        """Whether a tensor of the checkpoint is stored as 8-bit floating-point numbers."""
+        return any(_TORCH_DTYPES[entry.dtype_name] in _READ_AS for entry in self._entries.values())
+
     def __contains__(self, name: str) -> bool:
-        return self._aliases.get(name, name) in self._entries
+        return self._match.stored.get(name) in self._entries
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return _TORCH_DTYPES[self._entry(name).dtype_name]
+        dtype = _TORCH_DTYPES[self._entry(name).dtype_name]
+        return _READ_AS.get(dtype, dtype)
 
     def read(self, name: str, rows: Sequence[slice] | None = None) -> torch.Tensor:
         """Read tensor `name`, or some of its rows.
@@ -104,30 +140,34 @@ class SafetensorsReader:
                 read from the file.
 
         Returns:
-            A CPU tensor in the dtype of the file, which owns its memory.
+            A CPU tensor that owns its memory. It has the dtype of the file, or bfloat16 if that
+            dtype has 8 bits.
 
         Raises:
             UserError: The checkpoint has no such tensor, or the file is damaged.
         """
-        path, shape, _ = self._entry(name)
+        self._entry(name)  # raises if there is no such tensor
+        return self._read_stored(self._match.stored[name], rows)
+
+    def _read_stored(self, stored_name: str, rows: Sequence[slice] | None) -> torch.Tensor:
+        path, shape, dtype_name = self._entries[stored_name]
+        stored_dtype = _TORCH_DTYPES[dtype_name]
+        dtype = _READ_AS.get(stored_dtype, stored_dtype)
         with _open(path) as file:
-            stored_name = self._aliases.get(name, name)
             if not shape:  # a scalar has no rows
-                tensor = file.get_tensor(stored_name).clone()
+                tensor = file.get_tensor(stored_name).to(dtype, copy=True)
             else:
                 rows = [slice(0, shape[0])] if rows is None else rows
-                assert all(0 <= r.start <= r.stop <= shape[0] for r in rows), (name, rows, shape)
+                assert all(0 <= r.start <= r.stop <= shape[0] for r in rows), (stored_name, rows)
                 # Allocate the result once and copy every slice into its place: the result owns its
                 # memory, and no second copy of all rows exists.
                 stored = file.get_slice(stored_name)
                 lengths = [r.stop - r.start for r in rows]
                 result_shape = (sum(lengths), *shape[1:])
-                tensor = torch.empty(
-                    result_shape, dtype=self.dtype(name), pin_memory=self._pin_memory
-                )
+                tensor = torch.empty(result_shape, dtype=dtype, pin_memory=self._pin_memory)
                 for target, r in zip(tensor.split(lengths), rows, strict=True):
                     target.copy_(stored[r.start : r.stop])
-        self.bytes_read += tensor.nbytes
+        self.bytes_read += tensor.numel() * stored_dtype.itemsize
         return tensor
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> list[str]:
@@ -144,7 +184,9 @@ class SafetensorsReader:
         """
         missing = [name for name in expected if name not in self]
         if missing:
-            raise UserError(self._missing_message(missing, expected))
+            raise UserError(
+                missing_message(self.folder, missing, len(expected), self.names, self._match)
+            )
         for name, shape in expected.items():
             path, stored_shape, _ = self._entry(name)
             if stored_shape != tuple(shape):
@@ -153,26 +195,13 @@ class SafetensorsReader:
                     f"{list(shape)}, the shape that {self.folder / 'config.json'} requires. Use "
                     "the config.json that was saved with these weights."
                 )
-        used = {self._aliases.get(name, name) for name in expected}
+        used = {self._match.stored[name] for name in expected} | self._match.duplicates
         return [name for name in self.names if name not in used]
 
-    def _missing_message(self, missing: list[str], expected: dict[str, Any]) -> str:
-        """Return the message for missing tensors: a part is incomplete, most have other names."""
-        where = f"{self.folder}: {len(missing)} of {len(expected)} tensors are missing, among them"
-        if len(missing) < len(expected) / 2:
-            return f"{where} {missing[0]}. The checkpoint is incomplete: download it again."
-        example = self.names[0] if self.names else "none"
-        return (
-            f"{where} {missing[0]}. The names in the checkpoint (such as {example}) are not those "
-            "of the architecture in config.json. Convert the checkpoint with transformers' "
-            "save_pretrained."
-        )
-
     def _entry(self, name: str) -> _Entry:
-        stored_name = self._aliases.get(name, name)
-        if stored_name not in self._entries:
+        if name not in self:
             raise UserError(f"{self.folder}: contains no tensor named {name}.")
-        return self._entries[stored_name]
+        return self._entries[self._match.stored[name]]
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -202,7 +231,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         file_names = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a safetensors index ({error!r}).") from error
     for name in file_names:
         if not isinstance(name, str) or Path(name).name != name:
@@ -230,7 +259,10 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             stored = file.get_slice(name)
             dtype_name = stored.get_dtype()
             if dtype_name not in _TORCH_DTYPES:
-                raise UserError(f"{path}: {name} has dtype {dtype_name}, which is not supported.")
+                raise UserError(
+                    f"{path}: {name} has dtype {dtype_name}, which is not supported; use the "
+                    "full-precision model that it was made from."
+                )
             header[name] = _Entry(path, tuple(stored.get_shape()), dtype_name)
     return header
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from hqqtrain.common.errors import UserError
 from hqqtrain.models.build import load_hf_config
 from hqqtrain.models.families.structure import text_config
-from hqqtrain.models.fqn import base_model, expected_shapes, tied_names
+from hqqtrain.models.fqn import expected_shapes
 from hqqtrain.models.source import ModelSource
+from hqqtrain.models.weights.names import match_names, match_packed_names
 from hqqtrain.models.weights.safetensors import SafetensorsReader
 
 _CHUNK_NUMEL = {"cuda": 1 << 23, "cpu": 1 << 19}
@@ -36,9 +37,13 @@ def open_weight_source(
 ) -> "SafetensorsReader | SyntheticReader":
     """Open the reader, or the generator, of the weights of `model`.
 
+    Parameters for which the checkpoint has other values than for those that they are tied to are
+    untied in `model`.
+
     Args:
         source: The source of the weights.
-        model: The model on meta; its linears may already be replaced.
+        model: The model on meta, not sharded; its linears may already be replaced. For a
+            `quantized` source it may be sharded, if its parameters are tied as they are stored.
         device: The device that synthetic weights are generated on.
 
     Raises:
@@ -46,8 +51,10 @@ def open_weight_source(
             model is smaller than that of the bundled tokenizer.
     """
     if source.kind != "synthetic":
-        pinned = device.type == "cuda"
-        return SafetensorsReader(source.path, aliases=tied_names(model), pin_memory=pinned)
+        reader = SafetensorsReader(source.path, pin_memory=device.type == "cuda")
+        match = match_packed_names if source.kind == "quantized" else match_names
+        reader.use_names(match(model, reader.names, reader.have_same_values))
+        return reader
     vocab_size = text_config(model).vocab_size
     tokenizer_size = load_hf_config(source.tokenizer).vocab_size
     if vocab_size < tokenizer_size:
@@ -55,7 +62,7 @@ def open_weight_source(
             f"model.source=synthetic: the bundled tokenizer needs a vocabulary of {tokenizer_size} "
             f"tokens, {source.name} has only {vocab_size}; use a model with a larger one."
         )
-    config_dtype = base_model(model).config.dtype
+    config_dtype = load_hf_config(source.path).dtype
     dtype = config_dtype if isinstance(config_dtype, torch.dtype) else torch.bfloat16
     deviation = getattr(text_config(model), "initializer_range", 0.02)
     shapes = expected_shapes(model, packed=False)
@@ -122,6 +129,8 @@ class SyntheticReader:
             rows: Slices of dimension 0, which are concatenated; None: all rows.
         """
         shape = self._shapes[name]
+        if not shape:  # a scalar has no rows, and is initialized like the weight of a norm
+            return torch.ones((), dtype=self._dtype, device=self._device)
         rows = [slice(0, shape[0])] if rows is None else rows
         row_ids = torch.cat([torch.arange(r.start, r.stop, device=self._device) for r in rows])
         out = torch.empty(len(row_ids), *shape[1:], dtype=self._dtype, device=self._device)

@@ -1,0 +1,124 @@
+"""Check that a planned model can be trained or evaluated as a causal language model.
+
+Each check needs only the model on the meta device and the headers of the checkpoint, so a fault is
+found before any weight is quantized.
+"""
+
+import logging
+
+from torch import nn
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.models.families.positions import shortest_position_table
+from hqqtrain.models.families.structure import text_config
+from hqqtrain.models.fqn import base_model, base_tensors, is_packed
+from hqqtrain.models.weights.safetensors import SafetensorsReader
+from hqqtrain.models.weights.synthetic import SyntheticReader
+
+logger = logging.getLogger(__name__)
+
+_BIDIRECTIONAL = ("cpmant", "xlnet")
+"""Values of `model_type` whose attention sees later tokens, whatever config.json says."""
+
+
+def check_runnable(
+    model: nn.Module, max_seq_len: int, *, activation_checkpointing: bool = False
+) -> None:
+    """Check that sequences of `max_seq_len` tokens can be run through the model.
+
+    The function logs a warning if they are longer than those that the model was made for.
+
+    Raises:
+        UserError: A token sees later ones, has no position, or the model does not support
+            activation checkpointing.
+    """
+    _check_causal(model)
+    _check_positions(model, max_seq_len)
+    root = base_model(model)
+    if activation_checkpointing and not root.supports_gradient_checkpointing:
+        raise UserError(
+            f"train.activation_checkpointing=true: transformers' {type(root).__name__} does not "
+            "support it; set train.activation_checkpointing=false."
+        )
+    max_positions = getattr(text_config(model), "max_position_embeddings", None)
+    if max_positions and max_seq_len > max_positions:
+        logger.warning(
+            "train.max_seq_len=%d: the model was made for %d tokens at most",
+            max_seq_len,
+            max_positions,
+        )
+
+
+def _check_causal(model: nn.Module) -> None:
+    """Check that no token of the model sees later tokens.
+
+    transformers builds a causal LM of BERT's kind from any config.json. Unless `is_decoder` is set,
+    its tokens see the tokens that they are to predict, and its perplexity means nothing.
+
+    Raises:
+        UserError: A token sees later ones.
+    """
+    config = base_model(model).config
+    decoder_flags = {m.is_decoder for m in model.modules() if hasattr(m, "is_decoder")}
+    causal_flags = {m.is_causal for m in model.modules() if hasattr(m, "is_causal")}
+    never_causal = bool(causal_flags) and True not in causal_flags | decoder_flags
+    if False in decoder_flags or never_causal:
+        raise UserError(
+            f"model_type={config.model_type}: is_decoder is not set in config.json, so every token "
+            "sees the later ones, which it is to predict. Set is_decoder=true there if the weights "
+            "were trained as a causal language model; otherwise use another model."
+        )
+    if config.model_type in _BIDIRECTIONAL or getattr(config, "causal", True) is False:
+        raise UserError(
+            f"model_type={config.model_type}: its tokens see the later ones, which they are to "
+            "predict; use a causal language model."
+        )
+
+
+def _check_positions(model: nn.Module, max_seq_len: int) -> None:
+    """Check that the model has a position for each token of a sequence.
+
+    Raises:
+        UserError: A table of positions is shorter than `max_seq_len`.
+    """
+    table = shortest_position_table(model)
+    if table is not None and max_seq_len > table[1]:
+        name, length = table
+        raise UserError(
+            f"train.max_seq_len={max_seq_len}: the model has a table of positions, {name}, for "
+            f"{length} tokens; use train.max_seq_len={length} or less."
+        )
+
+
+def check_stored_dtypes(
+    model: nn.Module, reader: SafetensorsReader | SyntheticReader, unused: list[str]
+) -> None:
+    """Check that a checkpoint has floating-point weights, without scales of their own.
+
+    Args:
+        model: The model on meta; its linears may already be quantized.
+        reader: Reads the checkpoint.
+        unused: Names of the tensors of the checkpoint that the model does not have.
+
+    Raises:
+        UserError: A weight is stored as integers, or in 8 bits with a scale that is not applied.
+    """
+    if isinstance(reader, SyntheticReader):
+        return
+    for name, module, attribute, tensor in base_tensors(model):
+        weight_name = name
+        if is_packed(module, attribute) and name not in reader:  # a dense weight is quantized
+            weight_name = f"{name.removesuffix(attribute)}weight"
+        elif is_packed(module, attribute) or not tensor.is_floating_point():
+            continue
+        if not reader.dtype(weight_name).is_floating_point:
+            raise UserError(
+                f"{reader.folder}: {weight_name} is stored as {reader.dtype(weight_name)}. These "
+                "are not full-precision weights; use the model that they were made from."
+            )
+    scale = next((name for name in unused if "scale" in name.rpartition(".")[2]), None)
+    if scale is not None and reader.has_8_bit_floats:
+        raise UserError(
+            f"{reader.folder}: contains 8-bit floating-point weights and scales for them, such as "
+            f"{scale}. They are quantized already; use the model that they were made from."
+        )
