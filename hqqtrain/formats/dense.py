@@ -117,11 +117,12 @@ def _export_config(
 ) -> PretrainedConfig:
     """Return the configuration of an exported model with the tensors `names`.
 
-    Tying is disabled if the model contains a tied parameter, which has its own weights then. A
-    lm_head that was quantized does.
+    Tying is disabled if the model contains all tied parameters, which have their own weights then.
+    A head that was quantized has. If some are still tied, as the bias of BERT's head, tying stays
+    enabled: transformers does not tie parameters for which it finds different weights.
     """
     config = copy.deepcopy(hf_config)
     config.dtype = dtype
-    if names & tied_names(build_meta(hf_config)).keys():
+    if tied_names(build_meta(hf_config)).keys() <= names:
         config.tie_word_embeddings = False
     return config

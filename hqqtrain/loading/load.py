@@ -7,28 +7,21 @@ result, so each row of the source is read only once.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from hqqtrain.common.errors import UserError
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.heartbeat import Heartbeat
 from hqqtrain.distributed.local import local_rows, local_tensor, materialize, replica_group
+from hqqtrain.loading.filled_check import check_filled
 from hqqtrain.loading.finite_check import DeferredFiniteCheck
 from hqqtrain.loading.prefetch import Prefetcher, RowRange
 from hqqtrain.loading.stats import LoadStats, MemoryTracker
 from hqqtrain.models.build import restore_buffers
-from hqqtrain.models.fqn import (
-    base_model,
-    base_tensors,
-    is_adapter,
-    is_packed,
-    retie_weights,
-    strip_wrappers,
-)
+from hqqtrain.models.fqn import base_tensors, is_packed, retie_weights
 from hqqtrain.models.weights.base import WeightSource
 from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS, HQQLinear
 from hqqtrain.quant.error import error_ratio, squared_error
@@ -261,34 +254,8 @@ def load_model(
     )
     retie_weights(model)
     restored = restore_buffers(model, comm.device)
-    _check_filled(model, [*dense.values(), *restored])
+    check_filled(model, [*dense.values(), *restored])
     return result
-
-
-def _check_filled(model: nn.Module, filled: Iterable[Tensor]) -> None:
-    """Check that every parameter and buffer of the base model has got its values.
-
-    `materialize` allocates uninitialized memory, and nothing that is left of it may ever be read.
-
-    Args:
-        model: The loaded model.
-        filled: The tensors that have values, in addition to the packed weights.
-
-    Raises:
-        UserError: A tensor has none.
-    """
-    filled_ids, root = {id(tensor) for tensor in filled}, base_model(model)
-    for path, module in root.named_modules():
-        own = [*module.__dict__.items(), *module._parameters.items(), *module._buffers.items()]
-        for attribute, tensor in own:
-            name = f"{path}.{attribute}"
-            if not isinstance(tensor, Tensor) or is_adapter(name) or is_packed(module, attribute):
-                continue
-            if id(tensor) not in filled_ids:
-                raise UserError(
-                    f"{type(root).__name__}: {strip_wrappers(name)} has no values after loading; "
-                    "this model is not supported."
-                )
 
 
 def tensors_by_name(model: nn.Module) -> tuple[dict[str, HQQLinear], dict[str, torch.Tensor]]:

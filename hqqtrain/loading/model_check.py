@@ -17,8 +17,8 @@ from hqqtrain.models.weights.synthetic import SyntheticReader
 
 logger = logging.getLogger(__name__)
 
-_BIDIRECTIONAL = ("cpmant", "xlnet")
-"""Values of `model_type` whose attention sees later tokens, whatever config.json says."""
+_BIDIRECTIONAL = ("cpmant", "flaubert", "xlm", "xlnet")
+"""Values of `model_type` whose attention sees later tokens, unless config.json has `causal`."""
 
 
 def check_runnable(
@@ -62,16 +62,16 @@ def _check_causal(model: nn.Module) -> None:
     decoder_flags = {m.is_decoder for m in model.modules() if hasattr(m, "is_decoder")}
     causal_flags = {m.is_causal for m in model.modules() if hasattr(m, "is_causal")}
     never_causal = bool(causal_flags) and True not in causal_flags | decoder_flags
-    if False in decoder_flags or never_causal:
+    if config.model_type in _BIDIRECTIONAL and not getattr(config, "causal", False):
+        raise UserError(
+            f"model_type={config.model_type}: its tokens see the later ones, which they are to "
+            "predict; use a causal language model."
+        )
+    if config.model_type not in _BIDIRECTIONAL and (False in decoder_flags or never_causal):
         raise UserError(
             f"model_type={config.model_type}: is_decoder is not set in config.json, so every token "
             "sees the later ones, which it is to predict. Set is_decoder=true there if the weights "
             "were trained as a causal language model; otherwise use another model."
-        )
-    if config.model_type in _BIDIRECTIONAL or getattr(config, "causal", True) is False:
-        raise UserError(
-            f"model_type={config.model_type}: its tokens see the later ones, which they are to "
-            "predict; use a causal language model."
         )
 
 

@@ -23,6 +23,9 @@ def run_task(config: RunConfig, arguments: list[str]) -> int:
     """
     # OpenMP reads GOMP_SPINCOUNT when torch is imported, which the import of `dispatch` does.
     os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)
+    # transformers reads this when it is imported. Where the package `kernels` is installed, it
+    # would download and run code from the hub. A user who sets the variable has agreed to that.
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
     # Hide a warning of bitsandbytes, which peft imports: that it fetched no kernels from the hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from hqqtrain.tasks.dispatch import dispatch_task

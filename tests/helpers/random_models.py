@@ -55,9 +55,10 @@ def checkpoint(make_model, tmp_path) -> Path:
 
 
 FAMILY_SIZES = SIZES | {
-    "head_dim": 8, "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16, "ffn_dim": 48, "word_embed_proj_dim": 32, "n_inner": 48,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "head_dim": 8, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "ffn_dim": 48,
+    "word_embed_proj_dim": 32, "n_inner": 48, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
 }  # fmt: skip
 """Sizes of small models of any family, each of which has some of these keys."""
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hqqtrain.common.errors import UserError
 from hqqtrain.config.conflicts import PAGED_OPTIMIZERS, Conflict
 from hqqtrain.distributed.comm import Communicator
 
@@ -99,6 +100,12 @@ class Strategy:
         Raises:
             UserError: The strategy cannot; the message names the parameter and what to change.
         """
+        scalar = next((name for name, param in model.named_parameters() if not param.dim()), None)
+        if scalar is not None and self.shards_parameters:
+            raise UserError(
+                f"parallel.strategy={self.name}: {scalar} is a scalar parameter, which has no rows "
+                "to shard; use parallel.strategy=ddp."
+            )
 
     def shard(self, model: nn.Module) -> None:
         """Shard `model` for loading, in place, while its parameters are on meta. Collective."""

@@ -38,6 +38,7 @@ class FlatStrategy(Strategy):
         Raises:
             UserError: A weight cannot; the message names it and the keys to change.
         """
+        super().check_model(model)
         for name, module in model.named_modules():
             if isinstance(module, HQQLinear):
                 self._check_views(name, module)

@@ -60,9 +60,7 @@ def match_packed_names(
     return NameMatch(stored, duplicates=_resolve_ties(base_model(model), stored, same))
 
 
-def _renamer(
-    model: PreTrainedModel, expected: dict[str, str]
-) -> Callable[[str], tuple[str, bool]]:
+def _renamer(model: PreTrainedModel, expected: dict[str, str]) -> Callable[[str], tuple[str, bool]]:
     """Return a function that maps a stored name to (name in the model, whether it is converted)."""
     transforms = get_model_conversion_mapping(model)
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]

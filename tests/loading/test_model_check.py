@@ -1,0 +1,120 @@
+"""Models that cannot be run as causal language models are refused by name, others are not."""
+
+import logging
+
+import pytest
+import torch
+from random_models import random_family
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.loading.model_check import check_runnable, check_stored_dtypes
+from hqqtrain.models.build import build_meta
+from hqqtrain.models.causal_lm import next_token_outputs
+from hqqtrain.models.families.positions import first_position
+from hqqtrain.models.fqn import expected_shapes
+from hqqtrain.models.source import ModelSource
+from hqqtrain.models.weights.synthetic import open_weight_source
+
+BERT_LIKE = ("bert", "roberta", "electra", "rembert", "megatron-bert", "roformer")
+
+
+@pytest.mark.parametrize("kind", BERT_LIKE)
+def test_a_bidirectional_model_is_refused(kind):
+    model = random_family(kind)
+    _assert_sees_later_tokens(model, expected=True)
+    with pytest.raises(UserError, match="is_decoder is not set"):
+        check_runnable(model, 8)
+
+
+@pytest.mark.parametrize("kind", [*BERT_LIKE, "llama", "opt", "gpt_neox", "bloom", "mamba"])
+def test_a_causal_model_is_accepted(kind):
+    model = random_family(kind, **({"is_decoder": True} if kind in BERT_LIKE else {}))
+    _assert_sees_later_tokens(model, expected=False)
+    check_runnable(model, 8)
+
+
+def _assert_sees_later_tokens(model, *, expected: bool) -> None:
+    tokens = torch.arange(5, 17)[None]
+    changed = tokens.clone()
+    changed[0, -1] = 3
+    with torch.no_grad():
+        first, second = (
+            model(input_ids=x, use_cache=False).logits[:, :-1] for x in (tokens, changed)
+        )
+    assert (not torch.allclose(first, second, atol=1e-4)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "length"),
+    [("opt", 64), ("gpt_bigcode", 64), ("bert", 64), ("roberta", 63), ("biogpt", 64), ("gptj", 64)],
+)
+def test_a_sequence_ends_within_the_table_of_positions(kind, length):
+    options = {"is_decoder": True} if kind in ("bert", "roberta") else {}
+    if kind == "gptj":
+        options = {"rotary_dim": 8}
+    model = random_family(kind, **options)
+    check_runnable(model, length)
+    with torch.no_grad():
+        model(input_ids=torch.full((1, length), 5), use_cache=False)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, length + 1), 5), use_cache=False)
+    with pytest.raises(UserError, match=rf"max_seq_len={length + 1}.*max_seq_len={length} or less"):
+        check_runnable(model, length + 1)
+
+
+def test_a_model_with_computed_positions_is_only_warned_about(caplog):
+    with caplog.at_level(logging.WARNING):
+        check_runnable(random_family("llama"), 65)
+    assert "train.max_seq_len=65: the model was made for 64 tokens at most" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "camembert", "llama", "opt"])
+def test_positions_start_where_the_model_starts_them(kind):
+    """The logits equal those of the model without `position_ids`."""
+    options = {"is_decoder": True} if "bert" in kind else {}
+    model = random_family(kind, **options)
+    tokens = torch.arange(5, 25)[None]
+    batch = {"input_ids": tokens, "labels": tokens, "position_ids": torch.arange(20)[None]}
+    with torch.no_grad():
+        found, _ = next_token_outputs(model, batch)
+        expected = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+    assert torch.equal(found, expected)
+    assert first_position(model) == (model.config.pad_token_id + 1 if "bert" in kind else 0)
+
+
+def test_a_model_without_activation_checkpointing():
+    model = random_family("ctrl", n_embd=32, n_layer=1, n_head=2, dff=48)
+    check_runnable(model, 8)
+    with pytest.raises(UserError, match="CTRLLMHeadModel does not support it"):
+        check_runnable(model, 8, activation_checkpointing=True)
+
+
+def check_stored(folder, added: dict[str, torch.Tensor]) -> None:
+    """Check the dtypes of a stored Llama with the tensors `added` or replaced."""
+    random_family("llama").save_pretrained(folder)
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | added, file, {"format": "pt"})
+    model = build_meta(AutoConfig.from_pretrained(folder))
+    reader = open_weight_source(ModelSource("", folder, "dense"), model, torch.device("cpu"))
+    check_stored_dtypes(model, reader, reader.check(expected_shapes(model)))
+
+
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+
+
+def test_integers_are_no_weights(tmp_path):
+    with pytest.raises(UserError, match=r"up_proj\.weight is stored as torch\.int8"):
+        check_stored(tmp_path, {WEIGHT: torch.zeros(48, 32, dtype=torch.int8)})
+
+
+def test_scales_of_8_bit_floats_are_not_dropped(tmp_path):
+    weight = {WEIGHT: torch.zeros(48, 32).to(torch.float8_e4m3fn)}
+    check_stored(tmp_path, weight)
+    with pytest.raises(UserError, match=r"up_proj\.weight_scale_inv.*quantized already"):
+        check_stored(tmp_path, weight | {f"{WEIGHT}_scale_inv": torch.ones(1, 1)})
+
+
+def test_a_tensor_named_scale_is_only_unused_in_other_dtypes(tmp_path):
+    check_stored(tmp_path, {"extra.scale": torch.ones(1)})
