@@ -24,9 +24,11 @@ def check_filled(model: nn.Module, filled: Iterable[Tensor]) -> None:
     """
     filled_ids, root = {id(tensor) for tensor in filled}, base_model(model)
     for path, module in root.named_modules():
-        own = [*module.__dict__.items(), *module._parameters.items(), *module._buffers.items()]
-        for attribute, tensor in own:
-            name = f"{path}.{attribute}"
+        options = {"recurse": False, "remove_duplicate": False}
+        tensors = [*module.named_parameters(**options), *module.named_buffers(**options)]
+        # A tensor may also be a plain attribute.
+        for attribute, tensor in [*tensors, *vars(module).items()]:
+            name = f"{path}.{attribute}".removeprefix(".")
             if not isinstance(tensor, Tensor) or is_adapter(name) or is_packed(module, attribute):
                 continue
             if id(tensor) not in filled_ids:
