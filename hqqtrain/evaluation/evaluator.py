@@ -4,11 +4,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from hqqtrain.data.packing import TokenSequences
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.preemption import PreemptionHandler
+from hqqtrain.evaluation.continuations import continue_greedily
 from hqqtrain.evaluation.perplexity import EvalResult, evaluate_perplexity
 
 ShowProgress = Callable[[TokenSequences], AbstractContextManager[Callable[[int], object]]]
@@ -36,6 +37,26 @@ class Evaluator:
     reference: nn.Module | None = None
     autocast: Callable[[], AbstractContextManager] = nullcontext
     show_progress: ShowProgress = lambda _: nullcontext(lambda _: None)
+
+    def continue_texts(self, model: nn.Module, prompts: Tensor, new_tokens: int) -> Tensor:
+        """Return the most likely continuations, int64 [n, at most `new_tokens`]. Collective.
+
+        Args:
+            model: The model.
+            prompts: The beginnings of texts, int64 [n, length].
+            new_tokens: Tokens per prompt.
+
+        Raises:
+            PreemptedError: As in `evaluate`; checked after every token.
+        """
+        with self.autocast():
+            return continue_greedily(
+                model,
+                prompts,
+                self.comm,
+                new_tokens=new_tokens,
+                on_token=lambda: self.preemption.check(self.comm),
+            )
 
     def evaluate(self, model: nn.Module) -> EvalResult:
         """Evaluate `model`. Collective.

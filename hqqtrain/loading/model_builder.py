@@ -119,7 +119,11 @@ class RunnableModel:
 
         A fresh adapter does not change the output, so it stays enabled.
         """
-        if self.plan.initial_adapter is not None and isinstance(self.model, PeftModel):
+        return nullcontext() if self.plan.initial_adapter is None else self.adapter_disabled()
+
+    def adapter_disabled(self) -> AbstractContextManager:
+        """Return a context in which the model is the quantized one alone."""
+        if isinstance(self.model, PeftModel):
             return self.model.disable_adapter()
         return nullcontext()
 

@@ -1,41 +1,90 @@
-"""The plots of a run's report. matplotlib is imported only when a plot is drawn."""
+"""The plots of a run's metrics. matplotlib is imported only when a plot is drawn."""
 
-import re
 from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from hqqtrain.report.style import COLORS, GRID, MUTED, new_figure
+from hqqtrain.report.style import (
+    COLORS,
+    MUTED,
+    NARROW,
+    WIDE,
+    add_legend,
+    new_figure,
+    scale_axis,
+    short_number,
+)
 from hqqtrain.rundir.schema import GLOBAL_STEP
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_ERROR_LABEL = "relative error   ||W - W'||² / ||W||²"
+Rows = Sequence[Mapping[str, Any]]
+"""The rows of metrics.jsonl, one per optimizer step."""
 
-_MAX_NAMES = 48
-"""Largest number of module names that are readable in one plot."""
+STEP_METRICS = {
+    "train/learning_rate": "Learning rate",
+    "train/grad_norm": "Gradient norm",
+    "train/tokens_per_second": "Tokens per second",
+    "memory/peak_gib": "Peak memory (GiB)",
+}
+"""Metrics of every step that get a plot of their own -> its heading."""
 
-_MAX_PANELS = 24
-"""Largest number of panels that are readable in one figure."""
+_FROM_ZERO = ("train/tokens_per_second", "memory/peak_gib")
+"""Metrics whose axis starts at 0, so that a small change looks small."""
 
 _MAX_WINDOWS = 60
 """Largest number of points in a smoothed curve."""
 
+_MAX_POINTS = 600
+"""Largest number of points in an exact curve: more than a page has pixels for."""
 
-def plot_loss(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
+
+def best_step(rows: Rows) -> int | None:
+    """Return the step with the lowest held-out loss; None if only the result was measured."""
+    held_out = [(loss, step) for step, loss in _series(rows, "eval/loss") if step > 0]
+    return min(held_out)[1] if len(held_out) > 1 else None
+
+
+def plot_loss(rows: Rows) -> "Figure | None":
     """Plot the training loss, and the held-out loss if it was measured; None without training."""
     train, held_out = _series(rows, "train/loss"), _series(rows, "eval/loss")
     if not train:
         return None
-    figure, axes = new_figure(8.0, 4.2)
-    axes.plot(*zip(*train, strict=True), color=COLORS["quantized"], alpha=0.3, linewidth=1)
-    smoothed = _smooth(train)
-    axes.plot(*zip(*smoothed, strict=True), color=COLORS["quantized"], label="training, smoothed")
+    figure, axes = new_figure()
+    _plot_smoothed(axes, train, "training, smoothed")
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color=COLORS["trained"], label="held-out")
+        points = zip(*_thin(held_out), strict=True)
+        axes.plot(*points, "o-", color=COLORS["trained"], markersize=4, label="held-out")
+    if (best := best_step(rows)) is not None:
+        label = f"lowest held-out, step {best:,}"
+        axes.axvline(best, color=MUTED, linestyle=":", linewidth=1.2, label=label)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    axes.legend(frameon=False)
+    _format_steps(axes)
+    add_legend(axes)
+    return figure
+
+
+def plot_step_metric(rows: Rows, name: str) -> "Figure | None":
+    """Plot a metric over the optimizer steps; None if it was not logged."""
+    series = _series(rows, name)
+    if not series:
+        return None
+    figure, axes = new_figure(NARROW)
+    if name == "train/learning_rate":
+        axes.plot(*zip(*_thin(series), strict=True), color=COLORS["quantized"])
+    else:
+        _plot_smoothed(axes, series, "smoothed")
+    values = [value for _, value in series]
+    if name in _FROM_ZERO:
+        scale_axis(axes, "y", ())
+        axes.set_ylim(0, 1.1 * max(values) or 1)
+    else:
+        # A warmup from zero must not make the schedule's axis logarithmic.
+        scale_axis(axes, "y", values if name == "train/grad_norm" else ())
+    axes.set_xlabel("optimizer step")
+    _format_steps(axes)
     return figure
 
 
@@ -43,92 +92,41 @@ def plot_perplexities(perplexities: Mapping[str, float]) -> "Figure | None":
     """Plot one bar per model with its value on top; None if nothing was measured."""
     if not perplexities:
         return None
-    figure, axes = new_figure(5.2, 4.2)
+    figure, axes = new_figure(WIDE)
     colors = [COLORS.get(name, MUTED) for name in perplexities]
-    # On a linear axis, a bar 20 times smaller than another would not be visible.
-    if max(perplexities.values()) > 20 * min(perplexities.values()):
-        axes.set_yscale("log")
+    scale_axis(axes, "y", perplexities.values())
     bars = axes.bar(list(perplexities), list(perplexities.values()), color=colors, width=0.6)
-    axes.bar_label(bars, fmt="{:,.2f}", padding=3)
-    axes.margins(y=0.12)
+    axes.bar_label(bars, fmt="{:,.2f}", padding=3, color=MUTED, fontsize=10.5)
+    axes.margins(y=0.15)
     axes.set(ylabel="perplexity on held-out text")
-    axes.tick_params(axis="x", length=0)
+    axes.tick_params(axis="x", length=0, labelsize=10.5)
     return figure
 
 
-def plot_layer_errors(errors: Mapping[str, float]) -> "Figure | None":
-    """Plot the relative error of every linear layer; None if there are no errors.
-
-    There is one panel per kind of module, such as `mlp.up_proj`, with one bar per decoder layer. A
-    model without numbered layers gets one bar per module name instead, largest error first.
-    """
-    if not errors:
-        return None
-    kinds = group_by_kind(errors)
-    repeated_kinds = sum(len(layers) > 1 for layers in kinds.values())
-    has_decoder_layers = repeated_kinds > len(kinds) / 2
-    if has_decoder_layers and len(kinds) <= _MAX_PANELS:
-        return _plot_panels(kinds)
-    return _plot_bars(errors)
+def _plot_smoothed(axes: "Axes", series: Sequence[tuple[int, float]], label: str) -> None:
+    """Plot a curve of every step in a pale color, and its smoothed one over it."""
+    color = COLORS["quantized"]
+    axes.plot(*zip(*_thin(series), strict=True), color=color, alpha=0.35, linewidth=1)
+    axes.plot(*zip(*_smooth(series), strict=True), color=color, label=label)
 
 
-def group_by_kind(errors: Mapping[str, float]) -> dict[str, dict[int, float]]:
-    """Group errors by kind of module, then by decoder layer.
+def _format_steps(axes: "Axes") -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    `model.layers.3.mlp.up_proj` becomes {"mlp.up_proj": {3: error}}. A name without a number
-    belongs to layer 0.
-    """
-    kinds: dict[str, dict[int, float]] = {}
-    for name, error in errors.items():
-        match = re.search(r"\.(\d+)\.", name)
-        kind = name[match.end() :] if match else name
-        kinds.setdefault(kind, {})[int(match.group(1)) if match else 0] = error
-    return kinds
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: short_number(step)))
 
 
-def _plot_panels(kinds: Mapping[str, Mapping[int, float]]) -> "Figure":
-    """Plot one panel per kind; `kinds` is the result of `group_by_kind`."""
-    from matplotlib.ticker import MaxNLocator
-
-    columns = 2 if len(kinds) > 1 else 1
-    rows = ceil(len(kinds) / columns)
-    figure, grid = new_figure(10.0, 0.5 + 1.9 * rows, rows, columns, sharey=True, sharex=True)
-    for axes, (kind, layers) in zip(grid.flat, kinds.items(), strict=False):
-        axes.bar(list(layers), list(layers.values()), color=COLORS["quantized"], width=0.75)
-        axes.set_title(kind, fontsize=10, loc="left", color=MUTED)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
-        axes.tick_params(labelbottom=True)
-        axes.margins(x=0.01)
-    for axes in grid.flat[len(kinds) :]:  # the last row may have an unused panel
-        axes.set_visible(False)
-    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.06)
-    figure.supxlabel("layer", fontsize=10)
-    figure.supylabel(_ERROR_LABEL, fontsize=10)
-    return figure
+def _series(rows: Rows, name: str) -> list[tuple[int, float]]:
+    """Return (step, value) of a metric, for the rows that have a number."""
+    pairs = ((row[GLOBAL_STEP], row.get(name)) for row in rows)
+    return [(step, value) for step, value in pairs if isinstance(value, int | float)]
 
 
-def _plot_bars(errors: Mapping[str, float]) -> "Figure":
-    """Plot one horizontal bar per module, for the modules with the largest errors."""
-    ranked = sorted(errors.items(), key=lambda item: item[1], reverse=True)
-    shown = ranked[:_MAX_NAMES][::-1]  # matplotlib draws the first bar at the bottom
-    figure, axes = new_figure(10.0, 1.2 + 0.24 * len(shown))
-    axes.barh(
-        [_shorten(name) for name, _ in shown],
-        [error for _, error in shown],
-        color=COLORS["quantized"],
-    )
-    axes.grid(axis="x", color=GRID)
-    axes.grid(axis="y", visible=False)
-    axes.margins(y=0.01)
-    is_cut = len(shown) < len(ranked)
-    suffix = f", the {len(shown)} largest of {len(ranked)}" if is_cut else ""
-    axes.set_xlabel(_ERROR_LABEL + suffix)
-    return figure
-
-
-def _series(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
-    """Return (step, value) of a metric, for the rows that have it."""
-    return [(row[GLOBAL_STEP], row[name]) for row in rows if row.get(name) is not None]
+def _thin(series: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return about `_MAX_POINTS` points at equal distances, always with the last one."""
+    stride = ceil(len(series) / _MAX_POINTS)
+    return [*series[:-1:stride], series[-1]]
 
 
 def _smooth(series: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
@@ -139,7 +137,3 @@ def _smooth(series: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
         (sum(step for step, _ in w) / len(w), sum(value for _, value in w) / len(w))
         for w in windows
     ]
-
-
-def _shorten(name: str, length: int = 60) -> str:
-    return name if len(name) <= length else "…" + name[1 - length :]

@@ -1,64 +1,97 @@
-"""Write report/: up to three plots, and one self-contained page with all results of a run."""
+"""Write report/: the plots of a run, and one self-contained page with its settings and results.
+
+The page shows whatever the run has written so far. So it can be written while the run goes on, and
+after it has failed.
+"""
 
 import math
-from collections.abc import Mapping
-from html import escape
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_write
 from hqqtrain.report.html import (
-    format_number,
-    render_image,
-    render_images,
+    render_details,
     render_page,
+    render_plots,
+    render_section,
+    render_state,
     render_table,
+    render_tables,
     render_tiles,
 )
-from hqqtrain.report.plots import plot_layer_errors, plot_loss, plot_perplexities
+from hqqtrain.report.layers import plot_layer_errors
+from hqqtrain.report.plots import (
+    STEP_METRICS,
+    Rows,
+    best_step,
+    plot_loss,
+    plot_perplexities,
+    plot_step_metric,
+)
+from hqqtrain.report.samples import Sample, render_samples
+from hqqtrain.report.settings import render_settings
 from hqqtrain.report.style import save_figure
+from hqqtrain.report.text import format_number
+from hqqtrain.rundir.identity import read_yaml
 from hqqtrain.rundir.layout import RunLayout
-from hqqtrain.rundir.schema import MODEL_NAMES
+from hqqtrain.rundir.schema import GLOBAL_STEP, MODEL_NAMES, Status, read_status
+from hqqtrain.tracking.base import layer_errors
 from hqqtrain.tracking.jsonl import read_metrics
+
+LIVE_SECONDS = 60
+"""Seconds between two reports of a run that goes on. A browser loads the page again as often."""
+
+_HEADINGS = {"loss": "Loss", "perplexity": "Perplexity", "layers": "Quantization error by layer"}
+"""Headings of the larger plots."""
+
+_STEP_HEADINGS = {name.partition("/")[2]: heading for name, heading in STEP_METRICS.items()}
+"""Headings of the smaller plots."""
 
 
 def write_report(
     run_dir: Path,
-    metrics_jsonl: Path,
     summary: Mapping[str, Any],
-    layer_errors: Mapping[str, float],
+    *,
+    status: Status | None = None,
+    samples: Sequence[Sample] = (),
+    images: bool = False,
 ) -> dict[str, Path]:
-    """Write `run_dir`/report/.
+    """Write `run_dir`/report/ from the files of the run, any of which may be missing.
 
     Args:
-        run_dir: the run directory.
-        metrics_jsonl: the metrics of the run; the file may be missing.
-        summary: the content of summary.json, schema 1. The report omits parts that the task did
-            not run.
-        layer_errors: module name -> relative error.
+        run_dir: The run directory.
+        summary: The content of summary.json, schema 1, as far as it is known. The report omits
+            parts that the task did not run.
+        status: How the run has ended; by default, status.json says it.
+        samples: Continuations of held-out text, before and after training.
+        images: Whether to write the larger plots as PNG, too, for trackers that cannot show SVG.
 
     Returns:
-        The written files by name: the plots and `index`.
+        The written files by name: the plots, their images as `NAME.png`, and `index`.
     """
-    folder = RunLayout(run_dir).report
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = read_metrics(metrics_jsonl) if metrics_jsonl.exists() else []
-    plots = {
+    layout = RunLayout(run_dir)
+    layout.report.mkdir(parents=True, exist_ok=True)
+    rows = _read_rows(layout)
+    errors = next((found for row in rows if (found := layer_errors(row))), {})
+    figures = {
         "loss": plot_loss(rows),
         "perplexity": plot_perplexities(measured_perplexities(summary)),
-        "layers": plot_layer_errors(layer_errors),
+        "layers": plot_layer_errors(errors),
+        **{name.partition("/")[2]: plot_step_metric(rows, name) for name in STEP_METRICS},
     }
-    files = {
-        name: save_figure(figure, folder / f"{name}.png")
-        for name, figure in plots.items()
-        if figure
-    }
-    headings = {"loss": "Loss", "perplexity": "Perplexity", "layers": "Relative error by layer"}
-    html = render_report(
-        str(summary.get("run", {}).get("name") or run_dir.name), summary, key_numbers(summary),
-        {headings[name]: path for name, path in files.items()}, layer_errors,
-    )  # fmt: skip
-    return files | {"index": atomic_write(RunLayout(run_dir).report_html, html)}
+    files: dict[str, Path] = {}
+    for name, figure in figures.items():
+        if figure:
+            files[name] = save_figure(figure, layout.report / f"{name}.svg")
+            if images and name in _HEADINGS:
+                files[f"{name}.png"] = save_figure(figure, layout.report / f"{name}.png")
+    plots = {name: path.read_text() for name, path in files.items() if path.suffix == ".svg"}
+    status = status or read_status(layout.status_json)
+    page = _render(run_dir, summary, status, plots, rows, errors, samples)
+    return files | {"index": atomic_write(layout.report_html, page)}
 
 
 def measured_perplexities(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -71,11 +104,15 @@ def measured_perplexities(summary: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if value and math.isfinite(value)}
 
 
-def key_numbers(summary: Mapping[str, Any]) -> dict[str, str]:
+def key_numbers(summary: Mapping[str, Any], rows: Rows = ()) -> dict[str, str]:
     """Return the formatted numbers at the top of the page, by label.
 
     If all three models were measured, one number says which share of the increase in perplexity
     due to quantization the training has removed.
+
+    Args:
+        summary: The content of summary.json.
+        rows: The metrics of the run.
     """
     perplexities = measured_perplexities(summary)
     numbers = {f"perplexity, {name}": f"{value:.2f}" for name, value in perplexities.items()}
@@ -87,41 +124,70 @@ def key_numbers(summary: Mapping[str, Any]) -> dict[str, str]:
     bits = summary.get("quantize", {}).get("bits_per_weight")
     if bits is not None:
         numbers["bits per weight"] = format_number(float(bits))
+    best = best_step(rows)
+    if best is not None:
+        numbers["step with the lowest held-out loss"] = f"{best:,}"
     return numbers
 
 
-def render_report(
-    title: str,
-    summary: Mapping[str, Any],
-    numbers: Mapping[str, str],
-    plots: Mapping[str, Path],
-    layer_errors: Mapping[str, float],
-) -> str:
-    """Return the page of a run's report.
+def describe_state(status: Status, config: Mapping[str, Any], rows: Rows) -> str:
+    """Return how the run has ended, or how far it is, in a few words."""
+    state = status.status or "unknown state"
+    words = {
+        "done": "done",
+        "preempted": "preempted; the same command resumes it",
+        "failed": f"failed with exit code {status.exit_code}",
+    }
+    parts = [words.get(state, state)]
+    step = max((row[GLOBAL_STEP] for row in rows if "train/loss" in row), default=0)
+    if step and state != "done":
+        total = (config.get("train") or {}).get("max_steps")
+        parts.append(f"step {step:,} of {total:,}" if isinstance(total, int) else f"step {step:,}")
+    return " · ".join([*parts, time.strftime("%Y-%m-%d %H:%M:%S %Z")])
 
-    Args:
-        title: the name of the run.
-        summary: the content of summary.json.
-        numbers: label -> number, shown large at the top.
-        plots: heading -> PNG file.
-        layer_errors: module name -> relative error.
-    """
-    # The plot of all layers needs the full width of the page.
-    wide = {heading: path for heading, path in plots.items() if path.stem == "layers"}
-    side_by_side = {heading: path for heading, path in plots.items() if heading not in wide}
-    parts = {name: part for name, part in summary.items() if isinstance(part, Mapping)}
-    tables = "".join(
-        f"<section><h2>{escape(name)}</h2>{render_table(('', ''), _rows(part))}</section>"
-        for name, part in parts.items()
-    )
+
+def _render(
+    run_dir: Path, summary: Mapping[str, Any], status: Status, plots: Mapping[str, str],
+    rows: Rows, errors: Mapping[str, float], samples: Sequence[Sample],
+) -> str:  # fmt: skip
+    """Return the page; `plots` are SVG elements by name, the rest is as in `write_report`."""
+    config = _read_config(RunLayout(run_dir))
+    parts = {name: dict(part) for name, part in summary.items() if isinstance(part, Mapping)}
+    parts.get("run", {}).pop("versions", None)  # they are among the settings
+    state = describe_state(status, config, rows)
     body = [
-        render_tiles(numbers),
-        render_images(side_by_side),
-        *(render_image(heading, path) for heading, path in wide.items()),
-        f'<div class="tables">{tables}</div>',
-        _layer_table(layer_errors),
+        render_state(status.status or "", state, status.cause or ""),
+        render_tiles(key_numbers(summary, rows)),
+        render_plots({title: plots[name] for name, title in _HEADINGS.items() if name in plots}),
+        render_plots(
+            {title: plots[name] for name, title in _STEP_HEADINGS.items() if name in plots},
+            narrow=True,
+        ),
+        render_samples(samples),
+        render_settings(config),
+        render_section("Results", render_tables({n: _part_rows(p) for n, p in parts.items()})),
+        _layer_table(errors),
     ]
-    return render_page(title, _subtitle(summary), body)
+    title = str(summary.get("run", {}).get("name") or run_dir.name)
+    is_running = status.status == "running"
+    refresh_seconds = LIVE_SECONDS if is_running else None
+    return render_page(title, _subtitle(summary), body, refresh_seconds=refresh_seconds)
+
+
+def _read_rows(layout: RunLayout) -> Rows:
+    """Return the rows of metrics.jsonl; none if it is missing or damaged."""
+    try:
+        return read_metrics(layout.metrics_jsonl)
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _read_config(layout: RunLayout) -> Mapping[str, Any]:
+    """Return the content of config.yaml; nothing if it is damaged."""
+    try:
+        return read_yaml(layout.config_yaml)
+    except UserError:
+        return {}
 
 
 def _subtitle(summary: Mapping[str, Any]) -> str:
@@ -140,7 +206,7 @@ def _subtitle(summary: Mapping[str, Any]) -> str:
     return " · ".join(filter(None, parts))
 
 
-def _rows(part: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _part_rows(part: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Return (name, formatted value) of every entry in a part of the summary.
 
     The names of nested entries begin with `prefix`, the names of their parents.
@@ -149,7 +215,7 @@ def _rows(part: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     for name, value in part.items():
         full_name = prefix + name.replace("_", " ")
         if isinstance(value, Mapping):
-            rows += _rows(value, f"{full_name} ")
+            rows += _part_rows(value, f"{full_name} ")
         else:
             rows.append((full_name, format_number(value)))
     return rows
@@ -161,5 +227,4 @@ def _layer_table(errors: Mapping[str, float]) -> str:
         return ""
     rows = [(name, f"{error:.5f}") for name, error in errors.items()]
     table = render_table(("module", "relative error"), rows)
-    heading = f"<summary>Relative error of {len(rows)} modules</summary>"
-    return f"<section><details>{heading}{table}</details></section>"
+    return render_details(f"Relative error of {len(rows)} modules", table)

@@ -7,13 +7,23 @@ import logging
 import math
 from contextlib import nullcontext
 
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
 from hqqtrain.data.packing import TokenSequences
+from hqqtrain.evaluation.continuations import select_beginnings
 from hqqtrain.evaluation.evaluator import Evaluator
 from hqqtrain.evaluation.perplexity import EvalResult
 from hqqtrain.loading.model_builder import RunnableModel, build_reference
+from hqqtrain.models.tokenizer import load_tokenizer
+from hqqtrain.report.samples import Sample
+from hqqtrain.rundir.schema import MODEL_NAMES
 from hqqtrain.tasks.context import Run
 
 logger = logging.getLogger(__name__)
+
+SAMPLES, SAMPLE_TOKENS = 3, 64
+"""Number of samples in the report, and their length, if the batches of the run allow them."""
 
 
 class RecordedEvaluation:
@@ -30,7 +40,7 @@ class RecordedEvaluation:
     """
 
     def __init__(self, run: Run, runnable: RunnableModel, held_out: TokenSequences | None) -> None:
-        self._recorder, self._runnable = run.recorder, runnable
+        self._recorder, self._runnable, self._train = run.recorder, runnable, run.config.train
         self._evaluator: Evaluator | None = None
         if not held_out:
             return
@@ -65,6 +75,39 @@ class RecordedEvaluation:
         _warn_if_not_finite(model_key, result)
         self._recorder.record_evaluation(model_key, result)
 
+    def record_samples(self) -> None:
+        """Record how each model continues a few held-out texts. Collective.
+
+        The models are the full-precision reference, if there is one, the quantized model, and the
+        trained one. The texts have fewer tokens than a batch of the evaluation, so they need no
+        more memory.
+        """
+        if self._evaluator is None:
+            return
+        evaluator, runnable = self._evaluator, self._runnable
+        tokenizer, train = load_tokenizer(runnable.plan.source.tokenizer), self._train
+        length = min(SAMPLE_TOKENS, train.max_seq_len)
+        count = min(SAMPLES, train.micro_batch_size * train.max_seq_len // length)
+        texts = select_beginnings(evaluator.held_out, count, length)
+        prompts, rests = texts.tensor_split([(texts.shape[1] + 1) // 2], dim=1)
+
+        def decode(tokens: Tensor) -> list[str]:
+            return [_decode(tokenizer, row) for row in tokens.tolist()]
+
+        def continuations(model: nn.Module) -> list[str]:
+            return decode(evaluator.continue_texts(model, prompts, rests.shape[1]))
+
+        columns = {"held-out text": decode(rests)}
+        if evaluator.reference is not None:
+            columns[MODEL_NAMES["full_precision"]] = continuations(evaluator.reference)
+        with runnable.adapter_disabled():
+            columns[MODEL_NAMES["quantized"]] = continuations(runnable.model)
+        columns[MODEL_NAMES["final"]] = continuations(runnable.model)
+        self._recorder.samples = [
+            Sample(prompt, {name: column[row] for name, column in columns.items()})
+            for row, prompt in enumerate(decode(prompts))
+        ]
+
     def evaluate_during_training(self) -> float | None:
         """Evaluate during training; record and return the loss in nats per token. Collective."""
         if self._evaluator is None:
@@ -90,3 +133,10 @@ def _warn_if_not_finite(model_key: str, result: EvalResult) -> None:
                 "model is affected.",
                 model_key, name, value,
             )  # fmt: skip
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """Return the text of `tokens` up to the end of the first text."""
+    if tokenizer.eos_token_id in tokens[1:]:
+        tokens = tokens[: tokens.index(tokenizer.eos_token_id, 1)]
+    return str(tokenizer.decode(tokens))

@@ -1,12 +1,15 @@
 """Finish a run: write its last files and close its trackers, after success and after failure."""
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
 from hqqtrain.common.errors import DONE, FAILED, PREEMPTED, USER_ERROR, PreemptedError, UserError
+from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.report.run_report import write_report
+from hqqtrain.report.samples import Sample
 from hqqtrain.rundir.directory import RunDirectory
+from hqqtrain.rundir.schema import Status
 from hqqtrain.tasks.summary import RunSummary
 from hqqtrain.tracking.composite import CompositeTracker
 from hqqtrain.tracking.console import Console
@@ -19,7 +22,7 @@ def finalize_success(
     trackers: CompositeTracker,
     console: Console,
     summary: RunSummary,
-    layer_errors: Mapping[str, float],
+    samples: Sequence[Sample] = (),
 ) -> None:
     """Finish a successful run: write summary.json, report/ and status.json, and print the table.
 
@@ -28,12 +31,16 @@ def finalize_success(
         trackers: Get the summary, the plots and the adapter; closed here.
         console: Prints the table of results.
         summary: The complete summary.
-        layer_errors: Relative quantization error by module name.
+        samples: Continuations of held-out text for the report.
     """
     content = summary.content.to_json()
     directory.write_summary(content)
     trackers.log_summary(content)
-    _write_report(directory, trackers, content, layer_errors)
+    # status.json does not say it yet.
+    images = _write_report(
+        directory, summary, Status("done", DONE), samples, images=trackers.shows_images
+    )
+    trackers.log_images(images)
     if directory.layout.adapter.exists():
         trackers.log_artifact(directory.layout.adapter)
     hints = trackers.hints()
@@ -44,12 +51,12 @@ def finalize_success(
 
 
 def finalize_failure(
-    directory: RunDirectory, trackers: CompositeTracker, error: BaseException
+    directory: RunDirectory, trackers: CompositeTracker, error: BaseException, summary: RunSummary
 ) -> None:
     """Record the error that ended the run.
 
     status.json is written first, because a preempted process may be killed while it closes the
-    trackers.
+    trackers. The report comes last. It says how the run has ended, with the results so far.
     """
     status, exit_code = _status_and_exit_code(error)
     cause = f"{type(error).__name__}: {error}"
@@ -58,6 +65,7 @@ def finalize_failure(
     except OSError as write_error:  # such as a full disk; it must not replace the original error
         logger.error("status.json was not written: %s", write_error)
     trackers.finish(exit_code)
+    _write_report(directory, summary, Status(status, exit_code, mask_secrets(cause)))
 
 
 def _status_and_exit_code(error: BaseException) -> tuple[str, int]:
@@ -69,14 +77,21 @@ def _status_and_exit_code(error: BaseException) -> tuple[str, int]:
 
 def _write_report(
     directory: RunDirectory,
-    trackers: CompositeTracker,
-    summary: Mapping[str, Any],
-    layer_errors: Mapping[str, float],
-) -> None:
-    """Write report/. Errors are only logged: a plot that cannot be drawn must not fail the run."""
-    layout = directory.layout
+    summary: RunSummary,
+    status: Status,
+    samples: Sequence[Sample] = (),
+    *,
+    images: bool = False,
+) -> dict[str, Path]:
+    """Write report/ and return its images by the names of the plots, if there are any.
+
+    Errors are only logged: a plot that cannot be drawn must not fail the run.
+    """
     try:
-        files = write_report(layout.folder, layout.metrics_jsonl, summary, layer_errors)
-        trackers.log_images({name: file for name, file in files.items() if file.suffix == ".png"})
+        files = write_report(
+            directory.path, summary.content.to_json(), status=status, samples=samples, images=images
+        )
     except Exception as error:
         logger.warning("report/ was not written: %r", error)
+        return {}
+    return {file.stem: file for file in files.values() if file.suffix == ".png"}

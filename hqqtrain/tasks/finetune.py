@@ -69,6 +69,7 @@ def finetune(run: Run) -> None:
     recorder.record_training(trainer.state, list(trainer.trainable_parameters.values()))
     evaluation.evaluate_as("final", adapted=True)
     save_trained_adapter(run, runnable, trainer.trainable_parameters)
+    evaluation.record_samples()
 
 
 def checkpoint_contents(

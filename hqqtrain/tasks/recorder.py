@@ -21,6 +21,8 @@ from hqqtrain.distributed.local import global_numel
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.evaluation.perplexity import EvalResult
 from hqqtrain.loading.model_builder import LoadedModel
+from hqqtrain.report.live import LiveReport
+from hqqtrain.report.samples import Sample
 from hqqtrain.rundir.directory import RunDirectory
 from hqqtrain.rundir.schema import LAYER_ERROR_PREFIX
 from hqqtrain.tasks.finalize import finalize_failure, finalize_success
@@ -62,7 +64,10 @@ class RunRecorder:
         self.summary = RunSummary(config, runtime)
         self.step_number = 0
         self.layer_errors: dict[str, float] = {}
-        """Relative quantization error by layer, for the report."""
+        """Relative quantization error by layer."""
+        self.samples: Sequence[Sample] = ()
+        """Continuations of held-out text, for the report."""
+        self._live_report: LiveReport | None = None
         self._history: PreviousRun | None = None
         self._has_begun = False  # whether the run directory has files of this process
 
@@ -88,10 +93,12 @@ class RunRecorder:
         traceback: TracebackType | None,
     ) -> None:
         try:
+            if self._live_report:
+                self._live_report.stop()
             if self._has_begun and error is None:
                 self._finish_run()
             elif self._has_begun and error and self.is_main:
-                finalize_failure(self.directory, self.trackers, error)
+                finalize_failure(self.directory, self.trackers, error, self.summary)
         finally:
             if self.is_main:
                 self.directory.__exit__(error_type, error, traceback)
@@ -106,12 +113,12 @@ class RunRecorder:
             with translate_resource_errors(workload_of(self.config), self.runtime.strategy):
                 self.runtime.comm.run_on_rank0(
                     lambda: finalize_success(
-                        self.directory, self.trackers, self.console, self.summary, self.layer_errors
+                        self.directory, self.trackers, self.console, self.summary, self.samples
                     )
                 )
         except Exception as error:
             if self.is_main:
-                finalize_failure(self.directory, self.trackers, error)
+                finalize_failure(self.directory, self.trackers, error, self.summary)
             raise
 
     def begin_run(self, loaded: LoadedModel, checkpoint: Checkpoint | None = None) -> None:
@@ -147,6 +154,8 @@ class RunRecorder:
         self.trackers = open_trackers(
             self.config.track, self.directory.path, asdict(self.config), self.step_number
         )
+        self._live_report = LiveReport(self.directory.path, lambda: self.summary.content.to_json())
+        self._live_report.start()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the recorder that a checkpoint contains, as JSON values."""
@@ -215,6 +224,11 @@ class RunRecorder:
         if result.kl is not None:
             metrics["eval/kl"] = result.kl
         self.trackers.log(metrics, self.step_number)
+        kl = "" if result.kl is None else f", KL {result.kl:.4f}"
+        logger.info(
+            "step %d: held-out loss %.4f, perplexity %.4g%s",
+            self.step_number, result.loss, result.perplexity, kl,
+        )  # fmt: skip
 
     def perplexities(self) -> dict[str, float]:
         """Return the perplexities so far, by "perplexity, <model>", for the model card."""

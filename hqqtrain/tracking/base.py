@@ -29,6 +29,9 @@ class Tracker(Protocol):
     def log_summary(self, summary: Mapping[str, Any]) -> None:
         """Log the content of summary.json."""
 
+    shows_images: bool
+    """Whether `log_images` does anything; if no tracker does, no image is drawn."""
+
     def log_images(self, paths: Mapping[str, Path]) -> None:
         """Log the plots of the report, given as name -> PNG file."""
 

@@ -46,6 +46,11 @@ class CompositeTracker:
     def log_summary(self, summary: Mapping[str, Any]) -> None:
         self._call_each(lambda tracker: tracker.log_summary(summary))
 
+    @property
+    def shows_images(self) -> bool:
+        """Whether any tracker shows the images of `log_images`."""
+        return any(tracker.shows_images for tracker in self.active)
+
     def log_images(self, paths: Mapping[str, Path]) -> None:
         self._call_each(lambda tracker: tracker.log_images(paths))
 

@@ -23,6 +23,9 @@ from hqqtrain.common.secrets import mask_secrets
 FIRST_LINE_SECONDS, LINE_SECONDS = 5.0, 60.0
 """Without a terminal: seconds until the first plain line, and between two lines."""
 
+BAR_LINES = 20
+"""Lines that a bar with `leaves_lines` prints above itself from start to end."""
+
 _YELLOW, _RED = 33, 31  # ANSI color codes
 
 
@@ -41,19 +44,25 @@ class ResultRow:
 class ProgressBar:
     """The progress of a task, as a bar or as plain lines. Use as a context manager.
 
+    On a terminal, a bar overwrites itself. With `leaves_lines`, plain lines stay above it, so that
+    the losses of a training can be read on the screen afterwards.
+
     Args:
         description: the name of the work, such as `training`.
         total: the number of units; None if it is unknown.
         unit: the name of a unit, such as `step`.
         enabled: whether to print anything.
         initial: units done by an earlier process, which do not count for the rate.
+        leaves_lines: whether a bar also prints `BAR_LINES` lines.
     """
 
     def __init__(
-        self, description: str, total: int | None, unit: str, enabled: bool, initial: int = 0
-    ) -> None:
+        self, description: str, total: int | None, unit: str, enabled: bool, initial: int = 0,
+        leaves_lines: bool = False,
+    ) -> None:  # fmt: skip
         self.description, self.total, self.unit, self.initial = description, total, unit, initial
         self._prints_lines = enabled and not sys.stderr.isatty()
+        self._leaves_lines = enabled and leaves_lines and not self._prints_lines
         self._bar = tqdm(
             total=total,
             desc=description,
@@ -75,6 +84,8 @@ class ProgressBar:
             self._postfix = ", ".join(f"{name}={_short(value)}" for name, value in postfix.items())
             self._bar.set_postfix_str(self._postfix, refresh=False)
         self._bar.update(n)
+        if self._leaves_lines and self._is_milestone(n):
+            self._print_line()
         if self._prints_lines and time.monotonic() >= self._next_line_time:
             self._print_line()
             self._next_line_time = time.monotonic() + LINE_SECONDS
@@ -92,6 +103,13 @@ class ProgressBar:
         if self._prints_lines and self._units_done > self.initial:
             self._print_line(is_last=True)
 
+    def _is_milestone(self, n: int) -> bool:
+        """Whether the last `n` units have completed one of `BAR_LINES` equal parts of the total."""
+        if not self.total:
+            return False
+        before, done = self._units_done - n, self._units_done
+        return before * BAR_LINES // self.total < done * BAR_LINES // self.total
+
     def _print_line(self, is_last: bool = False) -> None:
         """Print `training: 12/100 steps (12%), 0.5 steps/s, ETA 02:56, loss=2.31`."""
         seconds = time.monotonic() - self._start_time
@@ -105,7 +123,8 @@ class ProgressBar:
         elif self.total and rate:
             parts.append(f"ETA {tqdm.format_interval((self.total - self._units_done) / rate)}")
         parts += [self._postfix] if self._postfix else []
-        print(", ".join(parts), file=sys.stderr, flush=True)
+        self._bar.write(", ".join(parts), file=sys.stderr)
+        sys.stderr.flush()
 
 
 class Console:
@@ -115,8 +134,9 @@ class Console:
         self.is_main = is_main
 
     def progress_bar(
-        self, description: str, total: int | None = None, unit: str = "it", initial: int = 0
-    ) -> ProgressBar:
+        self, description: str, total: int | None = None, unit: str = "it", initial: int = 0,
+        *, leaves_lines: bool = False,
+    ) -> ProgressBar:  # fmt: skip
         """Return a progress bar.
 
         Args:
@@ -124,8 +144,9 @@ class Console:
             total: the number of units; None if it is unknown.
             unit: the name of a unit, such as `step`.
             initial: units done by an earlier process, which do not count for the rate.
+            leaves_lines: whether a bar also prints plain lines above itself.
         """
-        return ProgressBar(description, total, unit, self.is_main, initial)
+        return ProgressBar(description, total, unit, self.is_main, initial, leaves_lines)
 
     def print_results(
         self, rows: Sequence[ResultRow], files: Iterable[Path] = (), hints: Iterable[str] = ()

@@ -36,6 +36,8 @@ class JsonlTracker:
     memory and are written when there is space again.
     """
 
+    shows_images = False
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: FileIO | None = None

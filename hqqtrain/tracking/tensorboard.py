@@ -29,6 +29,8 @@ FLUSH_SECONDS = 1
 class TensorBoardTracker:
     """Writes to `run_dir`/tensorboard. A resumed run hides the old events of repeated steps."""
 
+    shows_images = True
+
     def __init__(self, run_dir: Path) -> None:
         self.folder = RunLayout(run_dir).tensorboard
         self._writer: Any = None

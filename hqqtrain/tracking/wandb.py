@@ -48,6 +48,8 @@ If the process is killed, this file lacks the rows since the last write; metrics
 class WandbTracker:
     """Logs to W&B. The id is kept in `run_dir`, so that a resumed run is the same W&B run."""
 
+    shows_images = True
+
     def __init__(self, run_dir: Path, config: TrackConfig) -> None:
         self.run_dir, self.config = run_dir, config
         self._run: Any = None

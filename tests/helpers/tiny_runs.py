@@ -88,7 +88,7 @@ def start_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[StartRun]:
     """Return a context manager that starts a run as `dispatch_task` does, without a report."""
     logger = logging.getLogger("hqqtrain")
     handlers, level = logger.handlers, logger.level
-    monkeypatch.setattr("hqqtrain.tasks.finalize.write_report", lambda *_: {})
+    monkeypatch.setattr("hqqtrain.tasks.finalize.write_report", lambda *_, **__: {})
 
     @contextmanager
     def start(config: RunConfig) -> Iterator[Run]:

@@ -1,16 +1,19 @@
-"""The report: real plots, one page that fetches nothing, and no parts that were not run."""
+"""The report: one page of whatever the run has written, which fetches and runs nothing."""
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 
-import matplotlib.image
 import pytest
+import yaml
 
-from hqqtrain.report.plots import group_by_kind, plot_layer_errors, plot_loss, plot_perplexities
 from hqqtrain.report.run_report import key_numbers, measured_perplexities, write_report
+from hqqtrain.report.samples import Sample
+from hqqtrain.rundir.layout import RunLayout
+from hqqtrain.rundir.schema import Status
 from hqqtrain.tracking.jsonl import JsonlTracker
 
-KINDS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+HOSTILE = "</pre><script>alert('1')</script><img src=x onerror=alert(2)>]]>\x00\ud800\u202e$x_1$"
 SUMMARY = {
     "schema": 1,
     "run": {"name": "a<b>&c", "recipe": "tiny_2bit", "task": "finetune", "world_size": 2,
@@ -20,35 +23,62 @@ SUMMARY = {
              "quantized": {"perplexity": 16.0, "kl": 0.6}, "final": {"perplexity": 10.0}},
     "train": {"steps": 3, "loss": 2.3},
 }  # fmt: skip
+CONFIG = {
+    "recipe": "tiny_2bit",
+    "train": {"max_steps": 400, "packing": True, "epochs": None},
+    "optim": {"lr": 0.002, "name": "adamw"},
+    "quant": {"skip": ["lm_head", "a*"], "overrides": {"*.q_proj": {"nbits": 4}}},
+    "launch": {"nodes": 1},
+    "command": ["python", "-m", "hqqtrain", "data.source=my file"],
+    "git_revision": "0123abcd",
+}
+PLOTS = [
+    "grad_norm",
+    "layers",
+    "learning_rate",
+    "loss",
+    "peak_gib",
+    "perplexity",
+    "tokens_per_second",
+]
 
 
-def errors(layers: int) -> dict[str, float]:
-    return {f"model.layers.{i}.{k}": 0.1 + i / 1000 for i in range(layers) for k in KINDS}
-
-
-def metrics(path: Path) -> Path:
-    tracker = JsonlTracker(path)
+def write_run(folder: Path, status: str = "done", kind: str = "self_attn.q_proj", **keys) -> Path:
+    """Write the files of a run of 200 steps, and return its folder."""
+    layout = RunLayout(folder)
+    tracker = JsonlTracker(layout.metrics_jsonl)
     tracker.start({})
-    tracker.log({"eval/loss": 3.0}, 0)
+    errors = {f"quant/relative_error/model.layers.{i}.{kind}": 0.1 + i / 100 for i in range(6)}
+    tracker.log(errors | {"eval/loss": 3.0}, 0)
     for step in range(1, 200):
-        tracker.log({"train/loss": 3.0 / step}, step)
+        metrics = {"train/loss": 3.0 / step, "train/grad_norm": 1.0, "train/learning_rate": 1e-3}
+        tracker.log(metrics | {"train/tokens_per_second": 9.0, "memory/peak_gib": 1.0}, step)
     tracker.log({"train/loss": float("nan")}, 200)
     tracker.finish(0)
-    return path
+    layout.config_yaml.write_text(yaml.safe_dump(CONFIG))
+    layout.status_json.write_text(json.dumps({"status": status, **keys}))
+    return folder
 
 
 class Page(HTMLParser):
-    """Collects the open tags, and everything that a browser would fetch."""
+    """Collects the open tags, what a browser would fetch or run, and the words it shows."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
-        self.open, self.fetched, self.words = [], [], ""
-        self.feed(text)
+        self.open, self.fetched, self.handlers, self.tags, self.words = [], [], [], set(), ""
+        self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
-        self.fetched += [v for k, v in attributes if k in ("src", "href")]
-        if tag not in ("meta", "img", "link"):
+        self.tags.add(tag)
+        self.fetched += [v for k, v in attributes if k in ("src", "href", "xlink:href")]
+        self.handlers += [k for k, _ in attributes if k.startswith("on")]
+        if tag not in ("meta", "img", "link", "hr"):
             self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -56,81 +86,130 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.words += data + " "
 
+    def assert_harmless(self) -> None:
+        """Assert that the page is well-formed, fetches nothing and runs nothing."""
+        assert self.open == []
+        assert not self.tags & {"script", "iframe", "object", "embed", "link", "base", "form"}
+        assert self.handlers == []
+        assert all(source.startswith(("#", "data:image/png;base64,")) for source in self.fetched)
+
 
 def test_the_whole_report(tmp_path):
-    files = write_report(tmp_path, metrics(tmp_path / "metrics.jsonl"), SUMMARY, errors(6))
-    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == [
-        "index.html", "layers.png", "loss.png", "perplexity.png",
-    ]  # fmt: skip
-    assert set(files) == {"loss", "perplexity", "layers", "index"}
-    for name in ("loss", "perplexity", "layers"):
-        assert matplotlib.image.imread(files[name]).std() > 0.01
-    page = Page(files["index"].read_text(encoding="utf-8"))
-    assert page.open == []
-    assert len(page.fetched) == 3
-    assert all(source.startswith("data:image/png;base64,") for source in page.fetched)
-    for words in ("a<b>&c", "4,718,592", "75%", "model.layers.5.mlp.down_proj", "2 processes"):
-        assert words in page.words
+    files = write_report(write_run(tmp_path), SUMMARY)
+    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == sorted(
+        ["index.html", *(f"{name}.svg" for name in PLOTS)]
+    )
+    assert sorted(files) == sorted([*PLOTS, "index"])
+    page = Page(files["index"])
+    page.assert_harmless()
+    for words in (
+        "a<b>&c", "4,718,592", "75%", "model.layers.5.self_attn.q_proj", "2 processes", "done",
+        "Learning rate", "Gradient norm", "Tokens per second", "Peak memory (GiB)", "0.002",
+        "adamw", "lm_head, a*", "overrides.*.q_proj.nbits", "true", "'data.source=my file'",
+        "0123abcd",
+    ):  # fmt: skip
+        assert words in page.words, words
+    assert "epochs" not in page.words
+
+
+def test_the_same_run_has_the_same_plots(tmp_path):
+    first, second = (
+        write_report(write_run(tmp_path / name), SUMMARY) for name in ("first", "second")
+    )
+    for name in PLOTS:
+        assert first[name].read_bytes() == second[name].read_bytes()
+    assert sum(path.stat().st_size for path in first.values()) < 200_000
+
+
+def test_images_for_trackers_are_written_on_demand(tmp_path):
+    files = write_report(write_run(tmp_path), SUMMARY, images=True)
+    images = {name: path for name, path in files.items() if path.suffix == ".png"}
+    assert sorted(images) == ["layers.png", "loss.png", "perplexity.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in images.values())
 
 
 def test_parts_that_were_not_run_are_omitted(tmp_path):
     only = {"run": {"name": "x"}, "eval": {"final": {"perplexity": 3.0}}}
-    files = write_report(tmp_path, tmp_path / "none.jsonl", only, {})
+    files = write_report(tmp_path / "a", only)
     assert set(files) == {"perplexity", "index"}
-    assert set(write_report(tmp_path / "b", tmp_path / "none", {}, {})) == {"index"}
+    files = write_report(tmp_path / "b", {})
+    assert set(files) == {"index"}
+    Page(files["index"]).assert_harmless()
+
+
+@pytest.mark.parametrize(
+    ("status", "shown", "refreshes"),
+    [
+        ({"status": "running"}, "running · step 200 of 400", True),
+        ({"status": "failed", "exit_code": 2, "cause": "UserError: a\nb <x>"},
+         "failed with exit code 2 · step 200 of 400", False),
+        ({"status": "preempted", "exit_code": 3, "cause": "PreemptedError: SIGTERM"},
+         "preempted; the same command resumes it · step 200 of 400", False),
+        ({"status": "done", "exit_code": 0, "cause": ""}, "done · 2", False),
+    ],
+)  # fmt: skip
+def test_the_page_says_how_the_run_has_ended(tmp_path, status, shown, refreshes):
+    page = Page(write_report(write_run(tmp_path, **status), {})["index"])
+    assert shown in page.words
+    assert status.get("cause", "") in page.words
+    assert ("refresh" in (tmp_path / "report/index.html").read_text()) is refreshes
+
+
+def test_a_status_that_is_not_written_yet_can_be_given(tmp_path):
+    page = Page(write_report(write_run(tmp_path, "running"), {}, status=Status("done"))["index"])
+    assert "done · 2" in page.words
+
+
+def test_samples_are_shown_side_by_side(tmp_path):
+    sample = Sample("def f(x):", {"quantized": " x x x", "trained": " return x <b>"})
+    page = Page(write_report(tmp_path, {}, samples=[sample])["index"])
+    page.assert_harmless()
+    assert "def f(x):" in page.words
+    assert "trained  return x <b>" in page.words
+
+
+def test_hostile_names_and_texts_do_no_harm(tmp_path):
+    folder = write_run(tmp_path, "failed", cause=HOSTILE, kind=HOSTILE.replace("/", "."))
+    settings = {HOSTILE: HOSTILE.replace("\ud800", "").replace("\x00", "")}
+    RunLayout(folder).config_yaml.write_text(
+        yaml.safe_dump(
+            {"train": {"max_steps": HOSTILE[:20]}, "data": settings}, allow_unicode=True
+        ).replace("\x00", "")
+    )
+    summary = json.loads(json.dumps(SUMMARY).replace("held-out", "x"))
+    summary["run"] |= {"name": HOSTILE, "recipe": HOSTILE, "device": HOSTILE}
+    summary["eval"]["dataset"] = HOSTILE
+    files = write_report(folder, summary, samples=[Sample(HOSTILE, {HOSTILE: HOSTILE})])
+    page = Page(files["index"])
+    page.assert_harmless()
+    assert page.words.count("alert('1')") > 8
+    assert "<script" not in "".join(path.read_text(encoding="utf-8") for path in files.values())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"not json\n",
+        b'{"train/global_step": 1}\n\xff\n',
+        b"[1]\n",
+        b'{"train/global_step": "x"}\n{"train/global_step": 1}\n',
+        b'{"train/global_step": 1, "train/loss": "x", "train/grad_norm": []}\n',
+    ],
+)
+def test_damaged_files_of_a_run_leave_parts_out(tmp_path, content):
+    write_run(tmp_path, "failed")
+    layout = RunLayout(tmp_path)
+    layout.metrics_jsonl.write_bytes(content)
+    layout.config_yaml.write_text("- {")
+    layout.status_json.write_text("{")
+    Page(write_report(tmp_path, SUMMARY)["index"]).assert_harmless()
 
 
 def test_key_numbers():
     figures = key_numbers(SUMMARY)
     assert figures["of the gap closed"] == "75%"
     assert figures["bits per weight"] == "2.5"
+    losses = [{"train/global_step": s, "eval/loss": abs(s - 20) + 1} for s in (0, 10, 20, 30)]
+    assert key_numbers({}, losses) == {"step with the lowest held-out loss": "20"}
     infinite = {"eval": {"quantized": {"perplexity": float("inf")}}}
     assert measured_perplexities(infinite) == {}
-
-
-@pytest.mark.parametrize("layers", [6, 80, 140])
-def test_labels_of_a_layer_plot_do_not_overlap(layers):
-    figure = plot_layer_errors(errors(layers))
-    assert_no_overlap(figure)
-    bars = sum(len(axes.patches) for axes in figure.axes)
-    assert bars == layers * len(KINDS)
-
-
-def test_names_without_layers_are_listed_largest_first():
-    named = {f"block_{chr(97 + i // 26)}{chr(97 + i % 26)}.proj": i / 60 for i in range(60)}
-    figure = plot_layer_errors(named)
-    assert_no_overlap(figure)
-    assert "48 largest of 60" in figure.axes[0].get_xlabel()
-    assert figure.axes[0].get_yticklabels()[-1].get_text() == "block_ch.proj"
-
-
-def test_other_figures_do_not_overlap_either():
-    assert_no_overlap(plot_perplexities({"full precision": 8.0, "quantized": 9e5, "trained": 9.0}))
-    rows = [{"train/global_step": s, "train/loss": 3.0 - s / 1e5} for s in range(100_000)]
-    assert_no_overlap(plot_loss(rows))
-    assert plot_loss([{"train/global_step": 1, "eval/loss": 2.0}]) is None
-    assert plot_loss([{"train/global_step": 1, "train/loss": 2.0}]) is not None
-
-
-def test_kinds_of_modules():
-    names = {"model.layers.10.mlp.up": 1.0, "model.layers.2.mlp.up": 2.0, "head": 3.0}
-    assert group_by_kind(names) == {"mlp.up": {10: 1.0, 2: 2.0}, "head": {0: 3.0}}
-
-
-def assert_no_overlap(figure) -> None:
-    """Assert that no visible tick labels, titles, axis labels or values of `figure` overlap."""
-    figure.draw_without_rendering()
-    texts = [figure._supxlabel, figure._supylabel]
-    for axes in (axes for axes in figure.axes if axes.get_visible()):
-        texts += [axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
-        for axis, limits, dim in (
-            (axes.xaxis, axes.get_xlim(), 0),
-            (axes.yaxis, axes.get_ylim(), 1),
-        ):
-            labels = [t for t in axis.get_majorticklabels() if t.get_visible()]
-            texts += [text for text in labels if limits[0] <= text.get_position()[dim] <= limits[1]]
-    boxes = [(t.get_text(), t.get_window_extent().padded(-1)) for t in texts if t and t.get_text()]
-    assert len(boxes) > 3
-    for index, (first, box) in enumerate(boxes):
-        for second, second_box in boxes[:index]:
-            assert not box.overlaps(second_box), (first, second)

@@ -52,11 +52,21 @@ def _read(path: Path) -> dict:
 
 def test_a_success(begun: RunDirectory, summary: RunSummary, monkeypatch, capsys):
     plot = begun.layout.report / "loss.png"
-    files = {"loss": plot, "index": begun.layout.report_html}
-    monkeypatch.setattr("hqqtrain.tasks.finalize.write_report", lambda *_: files)
+    files = {"loss": plot.with_suffix(".svg"), "loss.png": plot, "index": begun.layout.report_html}
+    reports = []
+
+    def write_report(*arguments, **options):
+        reports.append((*arguments, options))
+        return files
+
+    monkeypatch.setattr("hqqtrain.tasks.finalize.write_report", write_report)
     begun.layout.adapter.mkdir()
     tracker = _Tracker()
-    finalize_success(begun, CompositeTracker([tracker]), Console(), summary, {})
+    finalize_success(begun, CompositeTracker([tracker]), Console(), summary, ["a sample"])
+    ((folder, content, options),) = reports
+    assert (folder, content) == (begun.path, summary.content.to_json())
+    assert (options["status"].status, options["samples"]) == ("done", ["a sample"])
+    assert options["images"]
     assert _read(begun.layout.summary_json) == summary.content.to_json()
     assert _read(begun.layout.status_json)["status"] == "done"
     assert tracker.calls == [
@@ -69,12 +79,12 @@ def test_a_success(begun: RunDirectory, summary: RunSummary, monkeypatch, capsys
 def test_a_plot_that_cannot_be_drawn_does_not_fail_the_run(
     begun: RunDirectory, summary: RunSummary, monkeypatch, caplog
 ):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no font")
 
     monkeypatch.setattr("hqqtrain.tasks.finalize.write_report", fail)
     with caplog.at_level(logging.WARNING):
-        finalize_success(begun, CompositeTracker([]), Console(False), summary, {})
+        finalize_success(begun, CompositeTracker([]), Console(False), summary)
     assert "report/ was not written: RuntimeError('no font')" in caplog.text
     assert _read(begun.layout.status_json)["status"] == "done"
 
@@ -84,21 +94,34 @@ def test_a_plot_that_cannot_be_drawn_does_not_fail_the_run(
     (PreemptedError("SIGTERM"), "preempted", 3), (ZeroDivisionError("x"), "failed", 1),
     (KeyboardInterrupt(), "failed", 1),
 ])  # fmt: skip
-def test_a_failure(begun: RunDirectory, error: BaseException, status: str, code: int):
+def test_a_failure(
+    begun: RunDirectory, summary: RunSummary, error: BaseException, status: str, code: int,
+    monkeypatch,
+):  # fmt: skip
+    reports = []
+    monkeypatch.setattr(
+        "hqqtrain.tasks.finalize.write_report",
+        lambda *_, status, **__: reports.append(status) or {},
+    )
     tracker = _Tracker()
-    finalize_failure(begun, CompositeTracker([tracker]), error)
+    finalize_failure(begun, CompositeTracker([tracker]), error, summary)
+    (reported,) = reports
+    assert (reported.status, reported.exit_code) == (status, code)
+    assert reported.cause == f"{type(error).__name__}: {error}"
     status_json = _read(begun.layout.status_json)
     assert (status_json["status"], status_json["exit_code"]) == (status, code)
     assert status_json["cause"] == f"{type(error).__name__}: {error}"
     assert tracker.calls == [("finish", code)]
 
 
-def test_a_full_disk_does_not_replace_the_error(begun: RunDirectory, monkeypatch, caplog):
+def test_a_full_disk_does_not_replace_the_error(
+    begun: RunDirectory, summary: RunSummary, monkeypatch, caplog
+):
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(RunDirectory, "write_status", fail)
     tracker = _Tracker()
-    finalize_failure(begun, CompositeTracker([tracker]), UserError("bad"))
+    finalize_failure(begun, CompositeTracker([tracker]), UserError("bad"), summary)
     assert "status.json was not written" in caplog.text
     assert tracker.calls == [("finish", 2)]

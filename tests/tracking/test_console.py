@@ -59,6 +59,30 @@ def test_a_terminal_gets_a_bar_with_its_postfix(monkeypatch):
     assert "loss=1.5, rate=fast" in terminal.getvalue()
 
 
+def test_losses_of_a_training_stay_on_the_screen(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Console().progress_bar("training", 50, "step", 10, leaves_lines=True) as bar:
+        for step in range(11, 51):
+            bar.update(loss=step / 10)
+    lines = [line for line in terminal.getvalue().split("\n") if "steps/s" in line]
+    shown = [re.search(r"training: (\d+)/50 steps .*loss=([\d.]+)$", line) for line in lines]
+    expected = [(step, step / 10) for step in (13, 15, 18, 20, 23, 25, 28, 30, 33, 35, 38, 40, 43,
+                                               45, 48, 50)]  # fmt: skip
+    assert [(int(match[1]), float(match[2])) for match in shown] == expected
+
+
+def test_a_bar_leaves_no_line_without_need(monkeypatch, capsys):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Console().progress_bar("quantizing", 3, "layer") as bar:
+        bar.update(3, layer="x")
+    with Console(is_main=False).progress_bar("training", 3, "step", leaves_lines=True) as bar:
+        bar.update(3, loss=1.0)
+    assert "layers/s" not in terminal.getvalue()
+    assert "steps/s" not in terminal.getvalue()
+
+
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
     """Replace the monotonic clock; the list contains its current time in seconds."""

@@ -4,9 +4,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hqqtrain.launch.sweep.results import TableRow
-from hqqtrain.report.style import COLORS, MUTED, new_figure
+from hqqtrain.report.style import (
+    COLORS,
+    MUTED,
+    add_legend,
+    new_figure,
+    plot_label,
+    scale_axis,
+)
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Metrics = Mapping[str, float | None]
@@ -14,6 +22,13 @@ Metrics = Mapping[str, float | None]
 
 _MAX_LABEL_LENGTH = 28
 """Characters; longer labels of points are truncated."""
+
+
+_LABEL_POSITIONS = (
+    (6, 3, "left", "bottom"), (-6, 3, "right", "bottom"), (6, -3, "left", "top"),
+    (-6, -3, "right", "top"), (0, 8, "center", "bottom"), (0, -8, "center", "top"),
+)  # fmt: skip
+"""Places of a label beside its point: its offset in points, and its alignment."""
 
 
 class CostPoint(NamedTuple):
@@ -74,18 +89,25 @@ def plot_cost(rows: Sequence[TableRow], axis: CostAxis) -> "Figure | None":
     """Plot perplexity against the cost of `axis`; return None if no job has measured both."""
     quantized = _points(rows, axis.quantized, "perplexity_quantized")
     trained = _points(rows, axis.final, "perplexity_final")
-    if not (quantized or trained):
+    points = [*quantized, *trained]
+    if not points:
         return None
-    figure, axes = new_figure(7.2, 4.8)
-    for name, points in (("quantized", quantized), ("trained", trained)):
-        if points:
-            costs, perplexities, _ = zip(*points, strict=True)
-            axes.plot(costs, perplexities, "o", color=COLORS[name], label=name, markersize=6)
-    _draw_front(axes, pareto_front([*quantized, *trained]))
+    figure, axes = new_figure((4.6, 4.2))
+    for name, some in (("quantized", quantized), ("trained", trained)):
+        if some:
+            costs, perplexities, _ = zip(*some, strict=True)
+            axes.plot(costs, perplexities, "o", color=COLORS[name], label=name, markersize=5.5)
+    front = pareto_front(points)
+    costs, perplexities, _ = zip(*front, strict=True)
+    style: dict[str, Any] = {"color": MUTED, "linewidth": 1, "zorder": 1}
+    axes.plot(costs, perplexities, drawstyle="steps-post", label="Pareto front", **style)
     _draw_full_precision(axes, rows)
-    _set_scales(axes, [*quantized, *trained])
+    scale_axis(axes, "x", [point.cost for point in points])
+    scale_axis(axes, "y", [point.perplexity for point in points])
+    axes.margins(x=0.1, y=0.08)
     axes.set(xlabel=axis.label, ylabel="perplexity on held-out text")
-    axes.legend(frameon=False, title=_legend_title(rows))
+    add_legend(axes, title=_legend_title(rows))
+    _label_points(figure, axes, front, points)
     return figure
 
 
@@ -96,15 +118,31 @@ def _points(
     return [CostPoint(c, p, label) for c, p, label in values if c is not None and p is not None]
 
 
-def _draw_front(axes: Any, front: Sequence[CostPoint]) -> None:
-    costs, perplexities, _ = zip(*front, strict=True)
-    style = {"color": MUTED, "linewidth": 1, "label": "Pareto front", "zorder": 1}
-    axes.plot(costs, perplexities, drawstyle="steps-post", **style)
-    text_style = {"color": MUTED, "fontsize": 8, "rotation": 40, "parse_math": False}
-    for point in front:
-        axes.annotate(
-            point.label, point[:2], xytext=(1, 5), textcoords="offset points", **text_style
-        )
+def _label_points(
+    figure: "Figure", axes: "Axes", labeled: Sequence[CostPoint], points: Sequence[CostPoint]
+) -> None:
+    """Write the labels beside the points, where they cover neither a point nor another label.
+
+    A point without room around it gets no label. The table of the sweep has all values.
+    """
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # computes the layout, from which the positions follow
+    centers = axes.transData.transform([point[:2] for point in points])
+    occupied = [Bbox([center - 4, center + 4]) for center in centers]
+    for point in labeled:
+        for x, y, horizontal, vertical in _LABEL_POSITIONS:
+            text = axes.annotate(
+                point.label, point[:2], xytext=(x, y), textcoords="offset points",
+                ha=horizontal, va=vertical, color=MUTED, fontsize=9.5, parse_math=False,
+            )  # fmt: skip
+            text.set_in_layout(False)
+            box = text.get_window_extent()
+            is_inside = axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+            if is_inside and not any(box.overlaps(other) for other in occupied):
+                occupied.append(box)
+                break
+            text.remove()
 
 
 def _draw_full_precision(axes: Any, rows: Sequence[TableRow]) -> None:
@@ -117,21 +155,8 @@ def _draw_full_precision(axes: Any, rows: Sequence[TableRow]) -> None:
         )
 
 
-def _set_scales(axes: Any, points: Sequence[CostPoint]) -> None:
-    """Use a logarithmic scale on an axis whose values differ by more than a factor of 20."""
-    from matplotlib.ticker import StrMethodFormatter
-
-    for values, set_scale, axis in (
-        ([p.cost for p in points], axes.set_xscale, axes.xaxis),
-        ([p.perplexity for p in points], axes.set_yscale, axes.yaxis),
-    ):
-        if 0 < 20 * min(values) < max(values):
-            set_scale("log")
-        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-
-
 def _label(row: TableRow) -> str:
-    text = " · ".join(row.swept_values.values())
+    text = " · ".join(plot_label(value, 1000) for value in row.swept_values.values())
     return text if len(text) <= _MAX_LABEL_LENGTH else text[: _MAX_LABEL_LENGTH - 1] + "…"
 
 

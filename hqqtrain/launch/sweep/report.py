@@ -3,6 +3,7 @@
 The files are written whenever a job ends, so a sweep that is killed leaves the results so far.
 """
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,10 @@ from hqqtrain.launch.sweep.results import (
     read_rows,
 )
 from hqqtrain.launch.sweep.sweep import Sweep
-from hqqtrain.report.html import render_images, render_page, render_table
+from hqqtrain.report.html import Link, render_page, render_plots, render_section, render_wide_table
+from hqqtrain.report.run_report import LIVE_SECONDS
 from hqqtrain.report.style import save_figure
+from hqqtrain.rundir.layout import RunLayout
 
 
 def create_sweep_folder(sweep: Sweep) -> None:
@@ -44,7 +47,7 @@ def write_sweep_report(sweep: Sweep, results: JobResults | None = None) -> list[
     csv_file = atomic_write(sweep.folder / "results.csv", format_csv(rows))
     figures = {name: plot_cost(rows, axis) for name, axis in AXES.items()}
     plots = {
-        name: save_figure(figure, sweep.folder / f"{name}.png")
+        name: save_figure(figure, sweep.folder / f"{name}.svg")
         for name, figure in figures.items()
         if figure
     }
@@ -73,6 +76,21 @@ def _page(sweep: Sweep, rows: Sequence[TableRow], plots: dict[str, Path]) -> str
     """Return the HTML page of the sweep: its plots, then its table."""
     counts = Counter(row.status for row in rows)
     subtitle = f"{len(rows)} jobs: " + ", ".join(f"{n} {status}" for status, n in counts.items())
-    images = {f"Perplexity against {AXES[name].label}": path for name, path in plots.items()}
-    table = f'<section class="wide"><h2>Results</h2>{render_table(*format_cells(rows))}</section>'
-    return render_page(sweep.name, subtitle, [render_images(images), table])
+    svgs = {f"Perplexity against {name}": path.read_text() for name, path in plots.items()}
+    headings, cells = format_cells(rows)
+    linked = [
+        [*line[:-1], _report_link(sweep.folder, Path(row.folder))]
+        for row, line in zip(rows, cells, strict=True)
+    ]
+    table = render_section("Results", render_wide_table([*headings[:-1], "report"], linked))
+    refresh_seconds = LIVE_SECONDS if counts["unfinished"] or counts["pending"] else None
+    body = [render_plots(svgs), table]
+    return render_page(sweep.name, subtitle, body, refresh_seconds=refresh_seconds)
+
+
+def _report_link(folder: Path, job_folder: Path) -> Link | str:
+    """Return a link from the page in `folder` to the report of a job, if that exists."""
+    report = RunLayout(job_folder).report_html
+    if not report.is_file():
+        return job_folder.name
+    return Link(job_folder.name, os.path.relpath(report, folder))

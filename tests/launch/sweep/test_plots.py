@@ -3,6 +3,7 @@
 import io
 
 import matplotlib.image
+from figures import assert_no_overlap
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,3 +88,28 @@ def test_labels_are_not_parsed_as_math_and_are_truncated():
     image = io.BytesIO()
     figure.savefig(image, format="png")
     assert matplotlib.image.imread(io.BytesIO(image.getvalue())).std() > 0.01
+
+
+def test_labels_cover_neither_points_nor_each_other():
+    """Without room a label is left out; a sweep of few jobs shows all labels of its front."""
+    few = [
+        row(f"{n} · 64", bits_per_weight=n + 0.5, perplexity_quantized=9 + 2000 / n**3,
+            perplexity_full_precision=8.0)
+        for n in (1, 2, 3, 4)
+    ]  # fmt: skip
+    figure = plot_cost(few, AXES["bits"])
+    assert_no_overlap(figure)
+    assert {text.get_text() for text in figure.axes[0].texts} == {f"{n} · 64" for n in (1, 2, 3, 4)}
+    many = [
+        row(f"learning rate {n}", bits_per_weight=2 + n / 1000, perplexity_quantized=20 - n / 100)
+        for n in range(80)
+    ]
+    figure = plot_cost(many, AXES["bits"])
+    assert_no_overlap(figure)
+    assert 0 < len(figure.axes[0].texts) < 40
+
+
+def test_an_axis_is_logarithmic_where_the_range_asks_for_it():
+    rows = [row(str(s), quantize_seconds=float(s), perplexity_quantized=30.0) for s in (1, 4, 90)]
+    axes = plot_cost(rows, AXES["seconds"]).axes[0]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")

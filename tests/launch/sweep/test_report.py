@@ -3,6 +3,7 @@
 import csv
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from sweeps import HOSTILE_TEXT, SUMMARY, make_sweep, write_run_files
@@ -40,9 +41,9 @@ def test_no_file_of_a_sweep_holds_a_swept_secret(tmp_path, capsys):
 
 def test_only_files_of_this_call_are_listed(tmp_path, capsys):
     sweep = make_sweep(tmp_path, "a", "b")
-    (sweep.folder / "bits.png").write_text("from an earlier table")
+    (sweep.folder / "bits.svg").write_text("from an earlier table")
     assert show_sweep_table(sweep.jobs) == 0
-    assert "bits.png" not in capsys.readouterr().out
+    assert "bits.svg" not in capsys.readouterr().out
 
 
 def test_the_csv_contains_the_results_of_the_jobs(tmp_path):
@@ -64,11 +65,12 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.tags, self.fetched, self.words = set(), [], ""
+        self.tags, self.fetched, self.plots, self.words = set(), [], 0, ""
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
+        self.plots += tag == "svg"
         self.fetched += [value for key, value in attributes if key in ("src", "href")]
 
     def handle_data(self, data):
@@ -84,8 +86,35 @@ def test_the_page_fetches_and_runs_nothing(tmp_path):
     assert "script" not in page.tags
     assert HOSTILE_TEXT.strip() in page.words
     assert "2 jobs: 2 done" in page.words
-    assert len(page.fetched) == 2, "without a final perplexity there is no plot against memory"
-    assert all(source.startswith("data:image/png;base64,") for source in page.fetched)
+    assert page.plots == 2, "without a final perplexity there is no plot against memory"
+    assert page.fetched == []
+    assert all("<script" not in file.read_text() for file in sweep.folder.glob("*.svg"))
+
+
+def test_the_page_links_to_the_report_of_each_job_that_has_one(tmp_path):
+    sweep = make_sweep(tmp_path, "a", "b", "c")
+    sweep.jobs[1].config.run.name = "b #1?<i>%"
+    for job in sweep.jobs[:2]:
+        write_run_files(job, "done", SUMMARY)
+        job.layout.report.mkdir()
+        job.layout.report_html.write_text("the report")
+    write_sweep_report(sweep)
+    page = Page((sweep.folder / "index.html").read_text(encoding="utf-8"))
+    assert [(sweep.folder / unquote(link)).resolve() for link in page.fetched] == [
+        job.layout.report_html.resolve() for job in sweep.jobs[:2]
+    ]
+    assert page.fetched[1].isascii()
+    assert "b #1?<i>%" in page.words
+    assert "job2" in page.words
+
+
+@pytest.mark.parametrize(("status", "refreshes"), [("running", True), ("done", False)])
+def test_the_page_of_a_sweep_that_goes_on_is_loaded_again(tmp_path, status, refreshes):
+    sweep = make_sweep(tmp_path, "a", "b")
+    for job in sweep.jobs:
+        write_run_files(job, status, SUMMARY)
+    write_sweep_report(sweep)
+    assert ("refresh" in (sweep.folder / "index.html").read_text()) is refreshes
 
 
 def test_a_sweep_without_finished_jobs_still_has_a_table(tmp_path, capsys):

@@ -1,0 +1,80 @@
+"""Greedy continuations: the same as transformers' own, and nothing of the run changes."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hqqtrain.data.packing import TokenSequences, plain_text_targets
+from hqqtrain.distributed.comm import SINGLE_PROCESS
+from hqqtrain.evaluation import continuations
+from hqqtrain.evaluation.continuations import continue_greedily, select_beginnings
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        attention_dropout=0.5, eos_token_id=None, bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=0.3)
+    return model
+
+
+def texts(*lengths: int) -> TokenSequences:
+    starts = np.cumsum([0, *lengths[:-1]])
+    stream = np.arange(sum(lengths), dtype=np.int32)
+    ends = np.append(starts[1:], len(stream))
+    return TokenSequences(stream, plain_text_targets(stream, starts), starts, starts, ends)
+
+
+def test_the_continuations_are_those_of_transformers(model):
+    prompts = torch.randint(97, (3, 7), generator=torch.Generator().manual_seed(1))
+    expected = model.eval().generate(prompts, max_new_tokens=9, do_sample=False)
+    found = continue_greedily(model, prompts, SINGLE_PROCESS, new_tokens=9)
+    assert found.tolist() == expected[:, 7:].tolist()
+    assert len(set(map(tuple, found.tolist()))) == 3
+
+
+def test_neither_random_numbers_nor_the_mode_of_the_model_change(model):
+    model.train()
+    torch.manual_seed(5)
+    before, calls = torch.get_rng_state(), []
+    prompts = torch.tensor([[1, 2, 3]])
+    first = continue_greedily(
+        model, prompts, SINGLE_PROCESS, new_tokens=4, on_token=lambda: calls.append(1)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert len(calls) == 4
+    assert torch.equal(first, continue_greedily(model, prompts, SINGLE_PROCESS, new_tokens=4))
+
+
+def test_a_slow_model_gives_fewer_tokens(model, monkeypatch):
+    monkeypatch.setattr(continuations, "MAX_SECONDS", -1.0)
+    assert continue_greedily(model, torch.tensor([[1]]), SINGLE_PROCESS, new_tokens=50).shape == (
+        1,
+        1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "count", "length", "starts", "shape"),
+    [
+        ((50, 3, 60, 70, 80), 3, 40, [0, 53, 183], (3, 40)),
+        ((50, 3, 60), 3, 40, [0, 53], (2, 40)),
+        ((5, 3, 9), 2, 40, [8], (1, 9)),
+        ((2,), 3, 64, [0], (1, 2)),
+    ],
+)
+def test_texts_that_are_long_enough_are_taken_at_equal_distances(
+    lengths, count, length, starts, shape
+):
+    rows = select_beginnings(texts(*lengths), count, length)
+    assert rows.shape == shape
+    assert rows[:, 0].tolist() == starts
+    assert (rows[0] == torch.arange(shape[1]) + starts[0]).all()
