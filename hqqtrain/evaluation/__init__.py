@@ -1,1 +1,1 @@
-"""Perplexity and KL divergence on the held-out set."""
+"""Perplexity, KL divergence and continuations of the held-out set."""

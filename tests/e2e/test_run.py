@@ -70,9 +70,15 @@ def test_the_run_directory_has_all_documented_files(finished: Finished):
     } <= names  # fmt: skip
     status = json.loads((finished.directory / "status.json").read_text())
     assert (status["status"], status["exit_code"]) == ("done", 0)
-    assert {"loss.png", "perplexity.png", "layers.png", "index.html"} == {
-        path.name for path in (finished.directory / "report").iterdir()
-    }
+    plots = ["loss", "perplexity", "layers", "learning_rate", "grad_norm", "tokens_per_second"]
+    # W&B, the default of track.backends, shows PNG only.
+    assert {path.name for path in (finished.directory / "report").iterdir()} == {
+        "index.html", *(f"{name}.svg" for name in [*plots, "peak_gib"]),
+        *(f"{name}.png" for name in plots[:3]),
+    }  # fmt: skip
+    page = (finished.directory / "report" / "index.html").read_text()
+    for words in ("done · ", "Hyper-parameters", "Continuations of held-out text", ">trained</h3>"):
+        assert words in page
     steps = [line for line in finished.metrics if "train/loss" in line]
     assert [line["train/global_step"] for line in steps] == list(range(1, 31))
     assert {

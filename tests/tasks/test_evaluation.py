@@ -1,5 +1,7 @@
 """The evaluation of a run: with and without the adapter, and each result in the record."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from hqqtrain.loading.model_builder import RunnableModel, wrap_for_execution
 from hqqtrain.loading.plan import plan_model
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import load_held_out_data
-from hqqtrain.tasks.evaluation import RecordedEvaluation
+from hqqtrain.tasks.evaluation import RecordedEvaluation, _decode
 from hqqtrain.tasks.model import load_or_quantize, plan_settings
 
 
@@ -50,4 +52,52 @@ def test_without_a_held_out_set_nothing_is_measured(make_config, start_run):
         evaluation = RecordedEvaluation(run, _runnable(run), None)
         evaluation.evaluate_as("quantized", adapted=False)
         assert evaluation.evaluate_during_training() is None
+        evaluation.record_samples()
+        assert run.recorder.samples == ()
         assert run.recorder.summary.content.eval is None
+
+
+@pytest.mark.parametrize("reference", ["resident", "off"])
+def test_each_model_continues_the_same_texts(make_config, start_run, reference: str):
+    with start_run(make_config(eval={"reference": reference})) as run:
+        runnable = _runnable(run)
+        held_out = load_held_out_data(run.config, runnable.plan.source.tokenizer)
+        evaluation = RecordedEvaluation(run, runnable, held_out)
+        evaluation.record_samples()
+        # A fresh adapter changes nothing.
+        (sample,) = run.recorder.samples
+        assert sample.continuations["trained"] == sample.continuations["quantized"]
+        for name, param in runnable.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(param)
+        evaluation.record_samples()
+        first, (sample,) = sample, run.recorder.samples
+    expected = ["held-out text", "full precision", "quantized", "trained"]
+    assert list(sample.continuations) == [
+        n for n in expected if n != "full precision" or reference != "off"
+    ]
+    assert sample.continuations["quantized"] == first.continuations["quantized"]
+    assert sample.continuations["trained"] != first.continuations["trained"]
+    text = Path(run.config.eval.source).read_text()
+    assert text.startswith(sample.prompt + sample.continuations["held-out text"])
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(2, 32), (64, 2)])
+def test_the_shortest_texts_still_have_a_beginning(make_config, start_run, tokens, length):
+    config = make_config(eval={"tokens": tokens}, train={"max_seq_len": length})
+    with start_run(config) as run:
+        runnable = _runnable(run)
+        held_out = load_held_out_data(run.config, runnable.plan.source.tokenizer)
+        RecordedEvaluation(run, runnable, held_out).record_samples()
+        assert run.recorder.samples
+
+
+def test_the_end_of_a_text_ends_its_continuation():
+    class Tokenizer:
+        eos_token_id = 9
+
+        def decode(self, tokens):
+            return tokens
+
+    assert _decode(Tokenizer(), [1, 2, 9, 3]) == "[1, 2]"
+    assert _decode(Tokenizer(), [9, 2, 3]) == "[9, 2, 3]"

@@ -46,6 +46,44 @@ def test_the_directory_begins_when_the_model_is_loaded(begun: Run):
     assert all(0 < error < 0.1 for error in errors.values())
 
 
+def test_the_report_is_written_from_the_first_file_to_the_end(make_config, start_run, monkeypatch):
+    calls = []
+
+    class Live:
+        def __init__(self, folder, summary):
+            calls.append(folder)
+            self.summary = summary
+
+        def start(self):
+            calls.append(self.summary()["quantize"]["nbits"])
+
+        def stop(self):
+            calls.append("stop")
+
+    monkeypatch.setattr(recorder_module, "LiveReport", Live)
+    monkeypatch.setattr(recorder_module, "finalize_failure", lambda *_: calls.append("finalize"))
+
+    def fail(config) -> None:
+        with start_run(config) as run:
+            assert calls == []
+            _begin(run)
+            raise ZeroDivisionError
+
+    config = make_config()
+    with pytest.raises(ZeroDivisionError):
+        fail(config)
+    assert calls == [Path(config.run.root) / "run", 4, "stop", "finalize"]
+
+
+def test_every_evaluation_is_a_line_of_the_log(begun: Run, caplog):
+    with caplog.at_level("INFO"):
+        begun.recorder.log_step(20, METRICS)
+        begun.recorder.log_evaluation(EvalResult(10.0, 5, 0.25))
+        begun.recorder.log_evaluation(EvalResult(float("inf"), 5))
+    assert "step 20: held-out loss 2.3026, perplexity 10, KL 0.2500" in caplog.messages
+    assert "step 20: held-out loss inf, perplexity inf" in caplog.messages
+
+
 def test_a_step_is_logged_under_its_number(begun: Run):
     begun.recorder.log_step(3, METRICS)
     begun.recorder.log_evaluation(EvalResult(10.0, 5, 0.25))
