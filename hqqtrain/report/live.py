@@ -66,11 +66,14 @@ class LiveReport:
         with self._lock:
             if self._stopped.is_set():
                 return
-            # In a session of its own, it does not get the Ctrl-C of the terminal.
+            # It finds the same packages as this process: `-P` leaves out the current folder, unless
+            # it is in our own path. In its own session, it does not get the terminal's Ctrl-C.
+            path = os.pathsep.join(map(os.path.abspath, sys.path))
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "hqqtrain.report", str(self._run_dir)],
+                [sys.executable, "-P", "-m", "hqqtrain.report", str(self._run_dir)],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                start_new_session=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
             )  # fmt: skip
         _, errors = self._child.communicate(summary)
         code, self._child = self._child.returncode, None

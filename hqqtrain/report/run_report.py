@@ -115,7 +115,7 @@ def key_numbers(summary: Mapping[str, Any], rows: Rows = ()) -> dict[str, str]:
         rows: The metrics of the run.
     """
     perplexities = measured_perplexities(summary)
-    numbers = {f"perplexity, {name}": f"{value:.2f}" for name, value in perplexities.items()}
+    numbers = {f"perplexity, {name}": f"{value:,.2f}" for name, value in perplexities.items()}
     if len(perplexities) == len(MODEL_NAMES):
         full_precision, quantized, trained = (perplexities[name] for name in MODEL_NAMES.values())
         if quantized > full_precision:

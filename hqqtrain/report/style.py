@@ -48,7 +48,7 @@ def new_figure(size: tuple[float, float] = WIDE) -> tuple["Figure", "Axes"]:
     axes.spines["bottom"].set_color(MUTED)
     axes.grid(axis="y", color=GRID)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelsize=10)
+    axes.tick_params(which="both", colors=MUTED, labelsize=10)
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set(color=MUTED, fontsize=10.5)
     return figure, axes

@@ -7,8 +7,13 @@ import re
 from html import escape
 from typing import Any
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-"""Characters that neither XML nor UTF-8 allows, and other control characters except \\t and \\n."""
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+"""Characters that XML or UTF-8 does not allow, and other control characters except \\t and \\n.
+
+Those that change the direction of text could show one name as another.
+"""
 
 
 def printable(text: str) -> str:

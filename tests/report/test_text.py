@@ -7,7 +7,7 @@ from hqqtrain.report.text import escape_html, format_number, printable
 
 def test_markup_becomes_text_and_unprintable_characters_are_replaced():
     assert escape_html('<b title="\'">&') == "&lt;b title=&quot;&#x27;&quot;&gt;&amp;"
-    assert printable("a\tb\n\x00\x08\x1b\x85\ud83d\uffff é😀") == "a\tb\n������ é😀"
+    assert printable("a\tb\n\x00\x08\x1b\x85\u202e\ud83d\uffff é😀") == "a\tb\n������� é😀"
 
 
 @pytest.mark.parametrize(
