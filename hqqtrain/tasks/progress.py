@@ -39,9 +39,7 @@ class ProgressBars:
     @contextmanager
     def show_training(self, total_steps: int, steps_taken: int = 0) -> Iterator[None]:
         """Show a bar that counts optimizer steps; earlier processes have taken `steps_taken`."""
-        bar = self._console.progress_bar(
-            "training", total_steps, "step", steps_taken, leaves_lines=True
-        )
+        bar = self._console.progress_bar("training", total_steps, "step", steps_taken)
         with bar as self._training:
             yield
 

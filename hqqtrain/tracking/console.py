@@ -24,7 +24,7 @@ FIRST_LINE_SECONDS, LINE_SECONDS = 5.0, 60.0
 """Without a terminal: seconds until the first plain line, and between two lines."""
 
 BAR_LINES = 20
-"""Lines that a bar with `leaves_lines` prints above itself from start to end."""
+"""Lines that a bar with numbers, such as losses, prints above itself from start to end."""
 
 _YELLOW, _RED = 33, 31  # ANSI color codes
 
@@ -44,8 +44,8 @@ class ResultRow:
 class ProgressBar:
     """The progress of a task, as a bar or as plain lines. Use as a context manager.
 
-    On a terminal, a bar overwrites itself. With `leaves_lines`, plain lines stay above it, so that
-    the losses of a training can be read on the screen afterwards.
+    On a terminal, a bar overwrites itself. If it shows numbers, `BAR_LINES` plain lines stay above
+    it, so that the losses of a training can be read on the screen afterwards.
 
     Args:
         description: the name of the work, such as `training`.
@@ -53,16 +53,14 @@ class ProgressBar:
         unit: the name of a unit, such as `step`.
         enabled: whether to print anything.
         initial: units done by an earlier process, which do not count for the rate.
-        leaves_lines: whether a bar also prints `BAR_LINES` lines.
     """
 
     def __init__(
-        self, description: str, total: int | None, unit: str, enabled: bool, initial: int = 0,
-        leaves_lines: bool = False,
-    ) -> None:  # fmt: skip
+        self, description: str, total: int | None, unit: str, enabled: bool, initial: int = 0
+    ) -> None:
         self.description, self.total, self.unit, self.initial = description, total, unit, initial
         self._prints_lines = enabled and not sys.stderr.isatty()
-        self._leaves_lines = enabled and leaves_lines and not self._prints_lines
+        self._is_bar = enabled and not self._prints_lines
         self._bar = tqdm(
             total=total,
             desc=description,
@@ -84,7 +82,8 @@ class ProgressBar:
             self._postfix = ", ".join(f"{name}={_short(value)}" for name, value in postfix.items())
             self._bar.set_postfix_str(self._postfix, refresh=False)
         self._bar.update(n)
-        if self._leaves_lines and self._is_milestone(n):
+        has_numbers = any(isinstance(value, int | float) for value in postfix.values())
+        if self._is_bar and has_numbers and self._is_milestone(n):
             self._print_line()
         if self._prints_lines and time.monotonic() >= self._next_line_time:
             self._print_line()
@@ -134,9 +133,8 @@ class Console:
         self.is_main = is_main
 
     def progress_bar(
-        self, description: str, total: int | None = None, unit: str = "it", initial: int = 0,
-        *, leaves_lines: bool = False,
-    ) -> ProgressBar:  # fmt: skip
+        self, description: str, total: int | None = None, unit: str = "it", initial: int = 0
+    ) -> ProgressBar:
         """Return a progress bar.
 
         Args:
@@ -144,9 +142,8 @@ class Console:
             total: the number of units; None if it is unknown.
             unit: the name of a unit, such as `step`.
             initial: units done by an earlier process, which do not count for the rate.
-            leaves_lines: whether a bar also prints plain lines above itself.
         """
-        return ProgressBar(description, total, unit, self.is_main, initial, leaves_lines)
+        return ProgressBar(description, total, unit, self.is_main, initial)
 
     def print_results(
         self, rows: Sequence[ResultRow], files: Iterable[Path] = (), hints: Iterable[str] = ()

@@ -62,7 +62,7 @@ def test_a_terminal_gets_a_bar_with_its_postfix(monkeypatch):
 def test_losses_of_a_training_stay_on_the_screen(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with Console().progress_bar("training", 50, "step", 10, leaves_lines=True) as bar:
+    with Console().progress_bar("training", 50, "step", 10) as bar:
         for step in range(11, 51):
             bar.update(loss=step / 10)
     lines = [line for line in terminal.getvalue().split("\n") if "steps/s" in line]
@@ -77,7 +77,7 @@ def test_a_bar_leaves_no_line_without_need(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", terminal)
     with Console().progress_bar("quantizing", 3, "layer") as bar:
         bar.update(3, layer="x")
-    with Console(is_main=False).progress_bar("training", 3, "step", leaves_lines=True) as bar:
+    with Console(is_main=False).progress_bar("training", 3, "step") as bar:
         bar.update(3, loss=1.0)
     assert "layers/s" not in terminal.getvalue()
     assert "steps/s" not in terminal.getvalue()
