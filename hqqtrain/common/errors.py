@@ -34,6 +34,12 @@ class PreemptedError(RuntimeError):
     """
 
 
+def describe_error(error: BaseException) -> str:
+    """Return the class and the first line of `error`, to quote another library in a message."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest of `known`, or an empty string."""
     close = get_close_matches(word, list(known), n=1)

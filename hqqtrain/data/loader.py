@@ -6,18 +6,15 @@ trainer knows only the `DataLoader` protocol, so a loader that streams its data 
 class with the same methods.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from hqqtrain.config.groups import TrainConfig
+from hqqtrain.data.layout import PACKED, Batch, BatchLayout, collate_batch
 from hqqtrain.data.order import SampleOrder
 from hqqtrain.data.packing import IGNORE_INDEX, TokenSequences
-
-Batch = dict[str, Tensor]
-"""The inputs of a model by name, and `labels`, each [sequences, tokens]; see `collate_batch`."""
 
 
 class DataLoader(Protocol):
@@ -57,6 +54,7 @@ class PackedLoader:
         rank: This rank.
         world_size: Number of ranks; a divisor of `train.global_batch_size`.
         device: Device of the batches.
+        layout: Which texts may share a row, and a batch.
     """
 
     def __init__(
@@ -67,12 +65,13 @@ class PackedLoader:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        layout: BatchLayout = PACKED,
     ) -> None:
-        self._sequences, self._device = sequences, device
+        self._sequences, self._device, self._layout = sequences, device, layout
         self._rank, self._world_size = rank, world_size
         self._order = SampleOrder(len(sequences), config.seed)
         self._global_batch_size = config.global_batch_size
-        self._micro_batch_size = config.micro_batch_size
+        self._micro_batch_size, self._max_seq_len = config.micro_batch_size, config.max_seq_len
         self.total_steps = (
             self._order.steps(config.epochs, config.global_batch_size)
             if config.max_steps is None
@@ -80,11 +79,19 @@ class PackedLoader:
         )
 
     def batches(self, batch_index: int) -> Iterator[Batch]:
-        indices_of_rank = self._sample_indices(batch_index)[self._rank :: self._world_size]
-        size = self._micro_batch_size
-        for start in range(0, len(indices_of_rank), size):
-            indices = indices_of_rank[start : start + size]
-            batch = collate_batch(self._sequences[index] for index in indices)
+        micro_batches = self._micro_batches(batch_index, self._rank)
+        count = len(micro_batches)
+        if not self._layout.packs:
+            # Forward and backward passes of a sharded model are collectives, so all ranks need the
+            # same number. A rank with fewer micro-batches repeats one without its labels.
+            ranks = range(self._world_size)
+            count = max(len(self._micro_batches(batch_index, rank)) for rank in ranks)
+        for index in range(count):
+            is_repeated = index >= len(micro_batches)
+            sequences = micro_batches[-1 if is_repeated else index]
+            batch = collate_batch(sequences, has_positions=self._layout.packs)
+            if is_repeated:
+                batch["labels"].fill_(IGNORE_INDEX)
             yield {
                 name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()
             }
@@ -107,23 +114,12 @@ class PackedLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
 
+    def _micro_batches(self, batch_index: int, rank: int) -> list[TokenSequences]:
+        """Return the sequences of each micro-batch of a rank."""
+        samples = self._sample_indices(batch_index)[rank :: self._world_size]
+        return self._layout.training_batches(
+            self._sequences.select(samples), self._micro_batch_size, self._max_seq_len
+        )
+
     def _sample_indices(self, batch_index: int) -> list[int]:
         return self._order.indices(batch_index, self._global_batch_size)
-
-
-def collate_batch(sequences: Iterable[Mapping[str, Tensor]]) -> Batch:
-    """Combine sequences into a batch, int64 [sequences, longest], padded on the right.
-
-    The batch has no attention mask. It needs none: the tokens of a text precede the padding and
-    never attend to it. With a mask, transformers would not derive the texts of a sequence from
-    `position_ids`.
-    """
-    rows = list(sequences)
-    # Position 0 makes every padding token a text of its own.
-    padding = {"input_ids": 0, "labels": IGNORE_INDEX, "position_ids": 0}
-    return {
-        name: torch.nn.utils.rnn.pad_sequence(
-            [row[name] for row in rows], batch_first=True, padding_value=value
-        )
-        for name, value in padding.items()
-    }

@@ -5,16 +5,18 @@ With packing, all texts form one stream, each text ends with EOS, and the stream
 sequence may be shorter; it is dropped only if it has a single token, which predicts nothing.
 Without packing, every text becomes one sequence and is truncated.
 
-Texts that share a sequence do not attend to each other. `position_ids` restart at 0 with every
-text, and transformers v5 derives the block-diagonal mask from them, provided that it gets neither
-an attention mask nor a cache. So **call the model with use_cache=False**. A sequence of a single
-text keeps the fast causal kernel. Padding works the same way: each pad token is a text of its own.
+Texts that share a sequence do not see each other. `position_ids` restart at 0 with every text, and
+transformers v5 derives the block-diagonal mask from them, provided that it gets neither an
+attention mask nor a cache. So **call the model with use_cache=False**. A sequence of a single text
+keeps the fast causal kernel. Padding works the same way: each pad token is a text of its own.
+Models that ignore `position_ids` get every text in a row of its own (`hqqtrain/data/layout.py`).
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,6 +54,9 @@ class TokenSequences:
     def __len__(self) -> int:
         return len(self.begin)
 
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Return `input_ids`, `labels` and `position_ids`, int64 [length], for transformers.
 
@@ -88,6 +93,19 @@ class TokenSequences:
     def select(self, indices: Sequence[int] | np.ndarray) -> "TokenSequences":
         """Return only the sequences at `indices`, which share the stream."""
         return replace(self, begin=self.begin[indices], end=self.end[indices])
+
+    def split_texts(self) -> "TokenSequences":
+        """Return the texts in these sequences, each as a sequence of its own.
+
+        A text of a single token predicts nothing and is left out.
+        """
+        bounds = []
+        for begin, end in zip(self.begin.tolist(), self.end.tolist(), strict=True):
+            first_text, end_text = np.searchsorted(self.starts, (begin + 1, end))
+            cuts = [begin, *self.starts[first_text:end_text].tolist(), end]
+            bounds += [pair for pair in pairwise(cuts) if pair[1] - pair[0] > 1]
+        begin, end = np.array(bounds, np.int64).reshape(-1, 2).T
+        return replace(self, begin=begin, end=end)
 
     def _positions(self, begin: int, end: int) -> np.ndarray:
         """Return the position of every token of a sequence within its text."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hqqtrain.data.loader import collate_batch
+from hqqtrain.data.layout import collate_batch
 from hqqtrain.data.packing import IGNORE_INDEX, TokenSequences
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.models.causal_lm import next_token_outputs
@@ -79,9 +79,10 @@ def _most_likely(model: nn.Module, tokens: Tensor) -> Tensor:
     """Return the most likely next token of each row of `tokens`, int64 [n]."""
     # `next_token_outputs` drops the output at the last position, so add one that has no influence.
     rows = torch.cat([tokens, tokens[:, -1:]], dim=1).cpu()
-    positions, labels = torch.arange(rows.shape[1]), torch.full((rows.shape[1],), IGNORE_INDEX)
+    labels = torch.full((rows.shape[1],), IGNORE_INDEX)
+    # Each row is one text without padding, for which every model counts the positions itself.
     batch = collate_batch(
-        {"input_ids": row, "labels": labels, "position_ids": positions} for row in rows
+        ({"input_ids": row, "labels": labels} for row in rows), has_positions=False
     )
     on_device = {name: tensor.to(tokens.device) for name, tensor in batch.items()}
     logits, _ = next_token_outputs(model, on_device)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from hqqtrain.data.layout import PACKED, BatchLayout
 from hqqtrain.data.packing import TokenSequences
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.preemption import PreemptionHandler
@@ -27,6 +28,7 @@ class Evaluator:
         batch_size: Sequences per batch and rank.
         reference: The full-precision model, if the KL divergence to it is measured.
         autocast: Makes the context of the forward passes.
+        layout: Which texts may share a batch.
         show_progress: Opens a bar that shows how many tokens this rank has evaluated.
     """
 
@@ -36,6 +38,7 @@ class Evaluator:
     batch_size: int
     reference: nn.Module | None = None
     autocast: Callable[[], AbstractContextManager] = nullcontext
+    layout: BatchLayout = PACKED
     show_progress: ShowProgress = lambda _: nullcontext(lambda _: None)
 
     def continue_texts(self, model: nn.Module, prompts: Tensor, new_tokens: int) -> Tensor:
@@ -77,5 +80,6 @@ class Evaluator:
                 self.comm,
                 batch_size=self.batch_size,
                 reference=self.reference,
+                layout=self.layout,
                 on_batch=on_batch,
             )

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hqqtrain.data.loader import Batch, collate_batch
+from hqqtrain.data.layout import PACKED, Batch, BatchLayout, collate_batch
 from hqqtrain.data.packing import IGNORE_INDEX, TokenSequences
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.models.causal_lm import MAX_EVALUATION_TOKENS, next_token_outputs
@@ -49,6 +49,7 @@ def evaluate_perplexity(
     *,
     batch_size: int,
     reference: nn.Module | None = None,
+    layout: BatchLayout = PACKED,
     on_batch: Callable[[int], None] = lambda tokens: None,
 ) -> EvalResult:
     """Measure `model` on `sequences`, distributed over the ranks. Collective.
@@ -59,6 +60,7 @@ def evaluate_perplexity(
         comm: All ranks of the run.
         batch_size: Sequences per batch and rank.
         reference: The full-precision model; adds its perplexity and KL(reference || model).
+        layout: Which sequences may share a batch.
         on_batch: Called with the number of predicted tokens after every batch of this rank.
 
     Returns:
@@ -68,7 +70,7 @@ def evaluate_perplexity(
     model.eval()
     # The sum of `_sum_over_tokens` over all batches of this rank.
     sums = torch.zeros(4, dtype=torch.float64, device=comm.device)
-    for batch, weight in _batches_of_this_rank(sequences, batch_size, comm):
+    for batch, weight in _batches_of_this_rank(sequences, batch_size, comm, layout):
         batch_sums = _sum_over_tokens(model, reference, batch)
         sums += weight * batch_sums
         on_batch(int(batch_sums[3]))
@@ -86,20 +88,18 @@ def _perplexity(loss: float) -> float:
 
 
 def _batches_of_this_rank(
-    sequences: TokenSequences, batch_size: int, comm: Communicator
+    sequences: TokenSequences, batch_size: int, comm: Communicator, layout: BatchLayout
 ) -> Iterator[tuple[Batch, int]]:
     """Yield (batch, weight), the same number of times on every rank.
 
     The forward pass of a sharded model is a collective, so a rank without a batch must run it, too.
     It repeats the first batch, with weight 0; all other weights are 1.
     """
-    batch_count = ceil(len(sequences) / batch_size)
-    for turn in range(ceil(batch_count / comm.size)):
+    batches = layout.evaluation_batches(sequences, batch_size)
+    for turn in range(ceil(len(batches) / comm.size)):
         index = turn * comm.size + comm.rank  # round robin
-        exists = index < batch_count
-        start = index * batch_size if exists else 0
-        stop = min(start + batch_size, len(sequences))
-        batch = collate_batch(sequences[i] for i in range(start, stop))
+        exists = index < len(batches)
+        batch = collate_batch(batches[index if exists else 0], has_positions=layout.packs)
         yield {name: tensor.to(comm.device) for name, tensor in batch.items()}, int(exists)
 
 

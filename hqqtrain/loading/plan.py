@@ -26,6 +26,7 @@ from hqqtrain.loading.initial_adapter import (
 from hqqtrain.loading.model_check import check_runnable, check_stored_dtypes
 from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.fqn import base_model, expected_shapes, tied_names
+from hqqtrain.models.packing_probe import PackingProbe, probe_packing
 from hqqtrain.models.source import ModelSource, resolve_source
 from hqqtrain.models.weights.safetensors import SafetensorsReader
 from hqqtrain.models.weights.synthetic import SyntheticReader, open_weight_source
@@ -48,6 +49,7 @@ class ModelPlan:
         lora: Configuration of the adapters; None if the model has none.
         initial_adapter: The existing adapter that gives the initial values, if any; see
             `load_initial_adapter`.
+        packing: Whether packed texts stay apart; None if the task does not call the model.
     """
 
     source: ModelSource
@@ -56,6 +58,7 @@ class ModelPlan:
     model: nn.Module
     lora: LoraConfig | None
     initial_adapter: InitialAdapter | None
+    packing: PackingProbe | None = None
 
     @property
     def is_packed(self) -> bool:
@@ -140,9 +143,11 @@ def plan_model(
         cast_adapters(model, PRECISION_DTYPES[settings.adapter.dtype])
     else:
         model.requires_grad_(False)
+    packing = None
     if settings.executes:
         runtime.strategy.check_model(model)
-    return ModelPlan(source, hf_config, reader, model, lora, start)
+        packing = probe_packing(hf_config, model)
+    return ModelPlan(source, hf_config, reader, model, lora, start, packing)
 
 
 def _replace_linears(

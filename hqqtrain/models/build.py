@@ -27,6 +27,7 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.compat import non_persistent_buffers
 from hqqtrain.models.config_check import check_config_json, check_implementations
 from hqqtrain.models.fqn import base_model, strip_wrappers
+from hqqtrain.models.rope import reset_dynamic_rope
 from hqqtrain.models.source import read_config_json
 
 MAX_MODULES = 1 << 20
@@ -83,6 +84,7 @@ def build_meta(hf_config: PretrainedConfig, dtype: torch.dtype | None = None) ->
     for param in model.parameters():
         if dtype is not None and param.is_floating_point():
             param.data = param.data.to(dtype)
+    reset_dynamic_rope(model)
     return model
 
 

@@ -5,12 +5,16 @@ Training and evaluation share this module, so that both measure the same loss. W
 chunks. The sizes of the chunks are here, because the memory estimate counts one chunk, too.
 """
 
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from hqqtrain.common.errors import UserError, describe_error
 from hqqtrain.models.families.positions import first_position
 from hqqtrain.models.families.structure import input_embeddings, output_head, text_config
+from hqqtrain.models.fqn import base_model
 
 MAX_TRAINING_LOGITS = 1 << 24
 """Largest number of logits of one chunk of the training loss, about 200 MB with their gradients."""
@@ -29,12 +33,36 @@ def next_token_outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[T
     Returns:
         The model's outputs, [sequences * (tokens - 1), vocabulary], and the labels of the next
         tokens, int64 [sequences * (tokens - 1)].
+
+    Raises:
+        UserError: The code of the model in transformers has failed.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     if "position_ids" in inputs and (first := first_position(model)):
         inputs["position_ids"] = inputs["position_ids"] + first
-    outputs = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+    with _translate_model_errors(model):
+        outputs = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
     return outputs, batch["labels"][:, 1:].flatten()
+
+
+@contextmanager
+def _translate_model_errors(model: nn.Module) -> Iterator[None]:
+    """Translate an error that a model's own code raises into UserError.
+
+    Such an error shows that config.json and the installed transformers do not fit together, such as
+    a number of experts per token that is null. Errors of PyTorch and of this package pass.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:
+        file = traceback.extract_tb(error.__traceback__)[-1].filename
+        if "/transformers/models/" not in file.replace("\\", "/"):
+            raise
+        raise UserError(
+            f"model.name_or_path: the code of {type(base_model(model)).__name__} in the installed "
+            f"transformers fails with this model's config.json ({describe_error(error)}). Correct "
+            "config.json, or use the version of transformers that the model was made for."
+        ) from error
 
 
 def vocabulary_size(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from hqqtrain.data.layout import PACKED, BatchLayout
 from hqqtrain.data.packing import TokenSequences
 from hqqtrain.evaluation.continuations import select_beginnings
 from hqqtrain.evaluation.evaluator import Evaluator
@@ -37,9 +38,16 @@ class RecordedEvaluation:
         run: Settings of the evaluation, and the recorder.
         runnable: The model to evaluate.
         held_out: The held-out set, if any.
+        layout: Which texts may share a batch.
     """
 
-    def __init__(self, run: Run, runnable: RunnableModel, held_out: TokenSequences | None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        runnable: RunnableModel,
+        held_out: TokenSequences | None,
+        layout: BatchLayout = PACKED,
+    ) -> None:
         self._recorder, self._runnable, self._train = run.recorder, runnable, run.config.train
         self._evaluator: Evaluator | None = None
         if not held_out:
@@ -58,6 +66,7 @@ class RecordedEvaluation:
             config.train.micro_batch_size,
             reference,
             runtime.autocast,
+            layout,
             run.recorder.progress_bars.show_evaluating,
         )
 

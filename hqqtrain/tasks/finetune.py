@@ -16,7 +16,12 @@ from hqqtrain.loading.source_digest import digest_source
 from hqqtrain.models.causal_lm import vocabulary_size
 from hqqtrain.rundir.identity import package_versions, result_settings
 from hqqtrain.tasks.context import Run
-from hqqtrain.tasks.datasets import check_same_text, load_held_out_data, load_training_data
+from hqqtrain.tasks.datasets import (
+    batch_layout,
+    check_same_text,
+    load_held_out_data,
+    load_training_data,
+)
 from hqqtrain.tasks.evaluation import RecordedEvaluation
 from hqqtrain.tasks.model import check_fits_run, load_or_quantize, plan_settings
 from hqqtrain.tasks.training import AdapterTraining, build_trainer
@@ -37,6 +42,7 @@ def finetune(run: Run) -> None:
     with comm.raise_on_all_ranks():
         resumed = checkpoint.folder if checkpoint else None
         plan = plan_model(plan_settings(config), runtime, resumed=resumed)
+    layout = batch_layout(run, plan)
     source_digest = digest_source(plan.source, comm, runtime.preemption)
     history.check_checkpoint(checkpoint, source_digest)
     has_quantized = history.has_quantized(source_digest)
@@ -45,7 +51,12 @@ def finetune(run: Run) -> None:
         training_data = load_training_data(run, plan.source.tokenizer, vocab_size)
         held_out = load_held_out_data(config, plan.source.tokenizer, vocab_size)
         loader = PackedLoader(
-            training_data, config.train, rank=comm.rank, world_size=comm.size, device=comm.device
+            training_data,
+            config.train,
+            rank=comm.rank,
+            world_size=comm.size,
+            device=comm.device,
+            layout=layout,
         )
         digests = dataset_digests(training_data, held_out)
         check_resumable(checkpoint, digests, loader.total_steps)
@@ -57,7 +68,7 @@ def finetune(run: Run) -> None:
     history.delete_results()
     loaded = load_or_quantize(run, plan, checkpoint, source_digest)
     runnable = wrap_for_execution(loaded, runtime.strategy)
-    evaluation = RecordedEvaluation(run, runnable, held_out)
+    evaluation = RecordedEvaluation(run, runnable, held_out, layout)
     if not recorder.has_evaluated("quantized"):
         evaluation.evaluate_as("quantized", adapted=False)
     trainer = build_trainer(run, runnable.model, loader)

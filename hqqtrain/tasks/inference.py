@@ -6,7 +6,7 @@ from hqqtrain.loading.model_builder import wrap_for_execution
 from hqqtrain.loading.plan import plan_model
 from hqqtrain.models.causal_lm import vocabulary_size
 from hqqtrain.tasks.context import Run
-from hqqtrain.tasks.datasets import check_same_text, load_held_out_data
+from hqqtrain.tasks.datasets import batch_layout, check_same_text, load_held_out_data
 from hqqtrain.tasks.evaluation import RecordedEvaluation
 from hqqtrain.tasks.model import check_fits_run, load_or_quantize, plan_settings
 
@@ -26,13 +26,15 @@ def evaluate(run: Run) -> None:
     """
     with run.runtime.comm.raise_on_all_ranks():
         plan = plan_model(plan_settings(run.config), run.runtime)
+    layout = batch_layout(run, plan)
+    with run.runtime.comm.raise_on_all_ranks():
         held_out = load_held_out_data(
             run.config, plan.source.tokenizer, vocabulary_size(plan.model)
         )
         check_fits_run(run, plan.model)
     check_same_text(run, held_out)
     runnable = wrap_for_execution(load_or_quantize(run, plan), run.runtime.strategy)
-    evaluation = RecordedEvaluation(run, runnable, held_out)
+    evaluation = RecordedEvaluation(run, runnable, held_out, layout)
     evaluation.evaluate_as("quantized", adapted=False)
     if plan.initial_adapter:
         evaluation.evaluate_as("final", adapted=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.data.loader import Batch
+from hqqtrain.data.layout import Batch
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.models.fqn import strip_wrappers
 from hqqtrain.train.state import StepResult

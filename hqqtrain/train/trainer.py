@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hqqtrain.data.loader import Batch, DataLoader
+from hqqtrain.data.layout import Batch
+from hqqtrain.data.loader import DataLoader
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.local import copy_from_full
 from hqqtrain.distributed.preemption import PreemptionHandler

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hqqtrain
 from hqqtrain.common.errors import UserError
-from hqqtrain.data.loader import collate_batch
+from hqqtrain.data.layout import collate_batch
 from hqqtrain.data.packing import IGNORE_INDEX, pack_texts
 
 TINY = Path(hqqtrain.__file__).parent / "models" / "tiny"

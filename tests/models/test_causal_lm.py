@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
 
+from hqqtrain.common.errors import UserError
 from hqqtrain.models.causal_lm import next_token_outputs
 
 
@@ -27,3 +29,22 @@ def test_the_other_entries_of_a_batch_are_arguments(make_model):
     packed, _ = next_token_outputs(model, batch)
     alone, _ = next_token_outputs(model, {"input_ids": ids[:, 3:], "labels": ids[:, 3:]})
     torch.testing.assert_close(packed[3:], alone)
+
+
+def test_an_error_in_the_code_of_a_model_names_the_model(make_model):
+    """Experts per token may be null in a configuration; transformers notices it when called."""
+    settings = {"num_experts_per_tok": 2, "num_local_experts": 4, "vocab_size": 96}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**settings | sizes))
+    model.model.layers[0].mlp.gate.top_k = None
+    ids = torch.zeros((1, 3), dtype=torch.long)
+    with pytest.raises(UserError, match=r"MixtralForCausalLM .*\(TypeError: topk"):
+        next_token_outputs(model, {"input_ids": ids, "labels": ids})
+
+
+def test_errors_of_other_code_pass(make_model):
+    model, ids = make_model(), torch.zeros((1, 3), dtype=torch.long)
+    model.model.layers[0].mlp.forward = lambda _: [][1]
+    with pytest.raises(IndexError, match="list index"):
+        next_token_outputs(model, {"input_ids": ids, "labels": ids})

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import OPTConfig, OPTForCausalLM
 
 from hqqtrain.common.errors import PreemptedError, UserError
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.formats.manifest import seal
+from hqqtrain.models.source import TINY_FOLDER
 from hqqtrain.tasks.evaluation import RecordedEvaluation
 from hqqtrain.tasks.finetune import finetune
 from hqqtrain.tasks.inference import evaluate
@@ -190,3 +192,32 @@ def test_a_private_file_behind_a_link_is_not_copied(make_config, start_run, tiny
     with start_run(make_config()) as run, pytest.raises(UserError, match=r"vocab\.txt: is a link"):
         finetune(run)
     assert not (tmp_path / "runs" / "run" / "quantized").exists()
+
+
+def test_a_model_that_cannot_pack_trains_as_without_packing(make_config, start_run, tmp_path):
+    """Its texts do not see each other, so the losses of both settings are equal."""
+    torch.manual_seed(0)
+    opt = OPTConfig(
+        vocab_size=4096, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2,
+        word_embed_proj_dim=32, max_position_embeddings=64, dropout=0.0, init_std=0.3,
+    )  # fmt: skip
+    model = tmp_path / "opt"
+    OPTForCausalLM(opt).save_pretrained(model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_bytes((TINY_FOLDER / name).read_bytes())
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(3):  # together as long as one sequence
+        (texts / f"{number}.txt").write_text(f"x = {number}")
+    losses = {}
+    for packing in (True, False):
+        config = make_config(
+            model={"name_or_path": str(model)},
+            data={"source": str(texts)},
+            train={"packing": packing, "global_batch_size": 1 if packing else 3},
+            run={"name": f"packing_{packing}"},
+        )
+        with start_run(config) as run:
+            finetune(run)
+        losses[packing] = _losses(run.layout.folder)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hqqtrain.data.loader import Batch
+from hqqtrain.data.layout import Batch
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.models.causal_lm import MAX_TRAINING_LOGITS, next_token_outputs
 from hqqtrain.models.families.structure import output_head
