@@ -105,7 +105,7 @@ def _existing_path(source: str, key: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         # The name is too long or has a NUL, a folder is not readable, or ~user does not exist.
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{key}={source[:200]}: cannot be read: {reason}.") from error
+        raise UserError(f"{key}={source[:200]}: cannot be read: {reason.rstrip('.')}.") from error
     if not exists:
         raise UserError(f"{key}={path}: no such file or folder.{suggest_similar_name(path)}")
     return path

@@ -106,9 +106,11 @@ def _batches_of_this_rank(
 def _sum_over_tokens(model: nn.Module, reference: nn.Module | None, batch: Batch) -> Tensor:
     """Return float64 [4]: loss, reference loss, KL and number of tokens, summed over the batch."""
     logits, labels = next_token_outputs(model, batch)
+    reference_logits = next_token_outputs(reference, batch)[0] if reference else None
     is_target = labels != IGNORE_INDEX
-    logits, labels = logits[is_target], labels[is_target]
-    reference_logits = next_token_outputs(reference, batch)[0][is_target] if reference else None
+    if not is_target.all():  # there is padding; otherwise the copies are saved
+        logits, labels = logits[is_target], labels[is_target]
+        reference_logits = None if reference_logits is None else reference_logits[is_target]
     sums = torch.zeros(4, dtype=torch.float64, device=labels.device)
     for start in range(0, len(labels), MAX_EVALUATION_TOKENS):
         tokens = slice(start, start + MAX_EVALUATION_TOKENS)
@@ -117,6 +119,15 @@ def _sum_over_tokens(model: nn.Module, reference: nn.Module | None, batch: Batch
         if reference_logits is not None:
             log_p = F.log_softmax(reference_logits[tokens].float(), dim=-1)
             sums[1] += F.nll_loss(log_p, labels[tokens], reduction="sum")
-            sums[2] += F.kl_div(log_q, log_p, reduction="sum", log_target=True)  # KL(p || q)
+            sums[2] += _sum_kl(log_p, log_q)
     sums[3] = len(labels)
     return sums
+
+
+def _sum_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return the sum of p (log p - log q), with the bits of `F.kl_div`, and overwrite both.
+
+    `F.kl_div` allocates three tensors of this size, which takes most of its time on a CPU.
+    """
+    difference = torch.sub(log_p, log_q, out=log_q)
+    return difference.mul_(log_p.exp_()).sum()

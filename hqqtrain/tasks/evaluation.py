@@ -6,6 +6,7 @@
 import logging
 import math
 from contextlib import nullcontext
+from pathlib import Path
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,15 @@ from hqqtrain.data.packing import TokenSequences
 from hqqtrain.evaluation.continuations import select_beginnings
 from hqqtrain.evaluation.evaluator import Evaluator
 from hqqtrain.evaluation.perplexity import EvalResult
+from hqqtrain.evaluation.reference import (
+    MAX_BYTES,
+    MIN_FLOP,
+    CachedReference,
+    reference_file,
+)
 from hqqtrain.loading.model_builder import RunnableModel, build_reference
+from hqqtrain.models.build import build_meta
+from hqqtrain.models.families.structure import output_head
 from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.report.samples import Sample
 from hqqtrain.rundir.schema import MODEL_NAMES
@@ -39,6 +48,8 @@ class RecordedEvaluation:
         runnable: The model to evaluate.
         held_out: The held-out set, if any.
         layout: Which texts may share a batch.
+        source_digest: The digest of the model's source; None: no file keeps the outputs of the
+            reference model.
     """
 
     def __init__(
@@ -47,24 +58,22 @@ class RecordedEvaluation:
         runnable: RunnableModel,
         held_out: TokenSequences | None,
         layout: BatchLayout = PACKED,
+        source_digest: str | None = None,
     ) -> None:
         self._recorder, self._runnable, self._train = run.recorder, runnable, run.config.train
         self._evaluator: Evaluator | None = None
         if not held_out:
             return
         config, runtime = run.config, run.runtime
-        reference = None
+        self._reference: nn.Module | None = None
         if config.eval.reference == "resident" and not runnable.plan.is_packed:
-            reference, bytes_read = build_reference(
-                runnable.plan, runtime.strategy, runtime.dtype, runtime.preemption
-            )
-            run.recorder.record_reference_bytes(bytes_read)
+            self._reference = _open_reference(run, runnable, held_out, source_digest)
         self._evaluator = Evaluator(
             held_out,
             runtime.comm,
             runtime.preemption,
             config.train.micro_batch_size,
-            reference,
+            self._reference,
             runtime.autocast,
             layout,
             run.recorder.progress_bars.show_evaluating,
@@ -81,6 +90,7 @@ class RecordedEvaluation:
             return
         with nullcontext() if adapted else self._runnable.without_adapter():
             result = self._evaluator.evaluate(self._runnable.model)
+        self._save_reference()
         _warn_if_not_finite(model_key, result)
         self._recorder.record_evaluation(model_key, result)
 
@@ -109,6 +119,7 @@ class RecordedEvaluation:
         columns = {"held-out text": decode(rests)}
         if evaluator.reference is not None:
             columns[MODEL_NAMES["full_precision"]] = continuations(evaluator.reference)
+            self._save_reference()
         with runnable.adapter_disabled():
             columns[MODEL_NAMES["quantized"]] = continuations(runnable.model)
         columns[MODEL_NAMES["final"]] = continuations(runnable.model)
@@ -125,6 +136,45 @@ class RecordedEvaluation:
         _warn_if_not_finite("trained", result)
         self._recorder.log_evaluation(result)
         return result.loss
+
+    def _save_reference(self) -> None:
+        """Keep the outputs of the reference model for later runs."""
+        if isinstance(self._reference, CachedReference):
+            self._reference.save()
+
+
+def _open_reference(
+    run: Run, runnable: RunnableModel, held_out: TokenSequences, source_digest: str | None
+) -> nn.Module:
+    """Return the full-precision model, in one process with a cache of its outputs. Collective."""
+    config, runtime, plan = run.config, run.runtime, runnable.plan
+
+    def load() -> nn.Module:
+        model, bytes_read = build_reference(
+            plan, runtime.strategy, runtime.dtype, runtime.preemption
+        )
+        run.recorder.record_reference_bytes(bytes_read)
+        return model
+
+    tokens = int((held_out.end - held_out.begin).sum())
+    head = output_head(runnable.model)
+    is_large = tokens * getattr(head, "in_features", 0) * runtime.dtype.itemsize > MAX_BYTES
+    # The head of the evaluated model serves as that of the reference, if it is not quantized.
+    if runtime.strategy.name != "single" or type(head) is not nn.Linear or is_large:
+        return load()
+    structure = build_meta(plan.hf_config, runtime.dtype)
+    parameters = sum(parameter.numel() for parameter in structure.parameters())
+    file = None
+    if source_digest and 2 * parameters * tokens >= MIN_FLOP:
+        settings = {
+            "model": [source_digest, plan.source.kind, plan.source.name],
+            "text": held_out.digest(),
+            "batch_size": config.train.micro_batch_size,
+            "precision": [str(runtime.dtype), config.train.precision, str(runtime.device)],
+        }
+        file = reference_file(Path(config.run.root).expanduser(), plan.source.name, settings)
+    run.recorder.record_reference_bytes(0)
+    return CachedReference(structure, head, load, file)
 
 
 def _warn_if_not_finite(model_key: str, result: EvalResult) -> None:

@@ -68,7 +68,7 @@ def finetune(run: Run) -> None:
     history.delete_results()
     loaded = load_or_quantize(run, plan, checkpoint, source_digest)
     runnable = wrap_for_execution(loaded, runtime.strategy)
-    evaluation = RecordedEvaluation(run, runnable, held_out, layout)
+    evaluation = RecordedEvaluation(run, runnable, held_out, layout, source_digest)
     if not recorder.has_evaluated("quantized"):
         evaluation.evaluate_as("quantized", adapted=False)
     trainer = build_trainer(run, runnable.model, loader)

@@ -4,6 +4,7 @@ from hqqtrain.formats.base import ModelExport
 from hqqtrain.formats.registry import FORMATS
 from hqqtrain.loading.model_builder import wrap_for_execution
 from hqqtrain.loading.plan import plan_model
+from hqqtrain.loading.source_digest import digest_source
 from hqqtrain.models.causal_lm import vocabulary_size
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import batch_layout, check_same_text, load_held_out_data
@@ -33,8 +34,10 @@ def evaluate(run: Run) -> None:
         )
         check_fits_run(run, plan.model)
     check_same_text(run, held_out)
-    runnable = wrap_for_execution(load_or_quantize(run, plan), run.runtime.strategy)
-    evaluation = RecordedEvaluation(run, runnable, held_out, layout)
+    source_digest = digest_source(plan.source, run.runtime.comm, run.runtime.preemption)
+    loaded = load_or_quantize(run, plan, source_digest=source_digest)
+    runnable = wrap_for_execution(loaded, run.runtime.strategy)
+    evaluation = RecordedEvaluation(run, runnable, held_out, layout, source_digest)
     evaluation.evaluate_as("quantized", adapted=False)
     if plan.initial_adapter:
         evaluation.evaluate_as("final", adapted=True)

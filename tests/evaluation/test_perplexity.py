@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hqqtrain.data.packing import TokenSequences, plain_text_targets
 from hqqtrain.distributed.comm import SINGLE_PROCESS
-from hqqtrain.evaluation.perplexity import EvalResult, evaluate_perplexity
+from hqqtrain.evaluation.perplexity import EvalResult, _sum_kl, evaluate_perplexity
 
 LENGTHS = np.array([5, 9, 2, 7, 12])
 
@@ -86,3 +86,11 @@ def test_only_targets_are_measured(make_model, sequences: TokenSequences):
 
 def test_a_loss_too_large_for_its_exponential_is_infinite():
     assert EvalResult(math.inf, 1).loss == math.inf
+
+
+def test_the_divergence_has_the_bits_of_pytorch():
+    torch.manual_seed(0)
+    log_p, log_q = (torch.randn(301, 4096).mul(5).log_softmax(-1) for _ in range(2))
+    log_p[0, :5] = -200.0  # exp underflows
+    expected = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    assert torch.equal(_sum_kl(log_p, log_q), expected)
