@@ -5,6 +5,7 @@ before a long task begins. It takes seconds for a model of any size.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PretrainedConfig
 
+from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import AdapterConfig, ModelConfig, QuantConfig
 from hqqtrain.distributed.runtime import PRECISION_DTYPES, Runtime
-from hqqtrain.formats.packed import read_quantized_settings
+from hqqtrain.formats.packed import ModuleSettings, read_quantized_settings
 from hqqtrain.loading.initial_adapter import (
     InitialAdapter,
     check_initial_adapter,
@@ -160,6 +162,7 @@ def _replace_linears(
     dtypes: dict[str, Any] = {"compute_dtype": compute_dtype, "storage_dtype": storage_dtype}
     if source.kind == "quantized":
         modules = read_quantized_settings(source.path).modules
+        _check_quantized_modules(model, source.path, modules)
         specs = {name: module_settings.spec for name, module_settings in modules.items()}
         replace_linears(model, specs, **dtypes)
     else:
@@ -170,4 +173,22 @@ def _replace_linears(
                 len(report.quantized),
                 100 * report.share,
                 len(report.skipped),
+            )
+
+
+def _check_quantized_modules(
+    model: nn.Module, folder: Path, modules: Mapping[str, ModuleSettings]
+) -> None:
+    """Check that the quantized modules in config.json are linear layers of the model.
+
+    Raises:
+        UserError: One is not, or has another shape.
+    """
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name, settings in modules.items():
+        shape = (settings.out_features, settings.in_features)
+        if name not in linears or linears[name].weight.shape != shape:
+            raise UserError(
+                f"{folder / 'config.json'}: quantization_config has {name} as a linear layer of "
+                f"shape {list(shape)}, which the model does not have. Quantize again."
             )

@@ -33,6 +33,9 @@ from hqqtrain.models.source import read_config_json
 MAX_MODULES = 1 << 20
 """Largest number of modules of a model; a mixture of 61 layers and 256 experts has 60,000."""
 
+MAX_BUFFER_BYTES = 1 << 33
+"""Largest size of all buffers of a model, every rank of which computes them for itself."""
+
 
 def load_hf_config(folder: Path) -> PretrainedConfig:
     """Load the transformers configuration of the model in `folder`, without quantization_config.
@@ -81,6 +84,13 @@ def build_meta(hf_config: PretrainedConfig, dtype: torch.dtype | None = None) ->
             f"{where}: transformers cannot build model_type={hf_config.model_type} from it: "
             f"{_first_paragraph(error)}"
         ) from error
+    buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
+    if buffer_bytes > MAX_BUFFER_BYTES:
+        raise UserError(
+            f"{hf_config.name_or_path}: the buffers of the model in config.json, such as tables of "
+            f"positions, have {buffer_bytes / 2**30:.0f} GiB; use the config.json that was saved "
+            "with the weights."
+        )
     for param in model.parameters():
         if dtype is not None and param.is_floating_point():
             param.data = param.data.to(dtype)

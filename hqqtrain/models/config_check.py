@@ -25,8 +25,8 @@ class _Range(NamedTuple):
 
 
 _RANGES = (
-    _Range(re.compile(r"^(num|n)_(hidden_|decoder_)?layers?$|^decoder_layers$"), 1, 1 << 14),
-    _Range(re.compile(r"^(num|n)_\w*(layer|block)s?$|_layers$|^depth$"), -(1 << 14), 1 << 14),
+    _Range(re.compile(r"^(num|n)_(hidden_|decoder_)?layers?$|^decoder_layers$"), 1, 1 << 11),
+    _Range(re.compile(r"^(num|n)_\w*(layer|block)s?$|_layers$|^depth$"), -(1 << 11), 1 << 11),
     _Range(
         re.compile(r"_(size|dim|width|features|positions?|embeddings|embd|ctx)s?$"), -1, 1 << 31
     ),

@@ -113,6 +113,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         config_json = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}).") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
     if not isinstance(config_json, dict):
         raise UserError(f"{path}: must contain a JSON object.")
     return config_json
@@ -120,6 +122,10 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 def _from_folder(name: str, folder: Path) -> ModelSource:
     """Return the source in `folder`, which is a run's directory or a model's folder."""
+    for path in folder.iterdir():
+        # Reading a pipe or a device would wait, or fill the memory, without end.
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path}: neither a file nor a folder; remove it from the model.")
     run = RunLayout(folder)
     if run.has_quantized:
         check_results(run, "Restore it, or run its command again.", TRAINED_RESULTS)

@@ -76,3 +76,20 @@ def test_sequences_longer_than_the_models_are_warned_about(plan, make_config, ca
     with caplog.at_level(logging.WARNING):
         plan(make_config(train={"max_seq_len": 65}))
     assert "train.max_seq_len=65: the model was made for 64 tokens at most" in caplog.text
+
+
+@pytest.mark.parametrize("change", [{"out_features": 33}, None])
+def test_quantized_modules_that_the_model_lacks(plan, make_config, start_run, tmp_path, change):
+    with start_run(make_config("quantize", run={"name": "packed"})) as run:
+        quantize(run)
+    file = tmp_path / "runs" / "packed" / "quantized" / "config.json"
+    config = json.loads(file.read_text())
+    modules = config["quantization_config"]["modules"]
+    name = next(iter(modules))
+    if change is None:
+        modules["model.layers.7.mlp.up_proj"] = modules[name]
+    else:
+        modules[name] |= change
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json: quantization_config has"):
+        plan(make_config("eval", model={"name_or_path": str(file.parent)}))

@@ -1,6 +1,7 @@
 """A config.json that cannot be right is refused in a moment, before a model is built from it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,20 @@ def test_an_installed_attention_package_is_accepted(tmp_path, monkeypatch):
     monkeypatch.setattr(config_check, "find_spec", lambda _: object())
     write(tmp_path, json.dumps(LLAMA | {"attn_implementation": "flash_attention_2"}))
     assert load_hf_config(tmp_path)._attn_implementation == "flash_attention_2"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_pipe_in_the_folder_is_not_read(tmp_path, name):
+    write(tmp_path, json.dumps(LLAMA))
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=r"neither a file nor a folder"):
+        resolve_source(ModelConfig(name_or_path=str(tmp_path)))
+
+
+def test_a_table_of_positions_without_weights_is_limited(tmp_path):
+    """GPT-J computes its table; no checkpoint shows that it is too long."""
+    config = {"model_type": "gptj", "n_embd": 2048, "n_head": 1, "n_layer": 1, "rotary_dim": 1024}
+    write(tmp_path, json.dumps(config | {"n_positions": 1 << 23}))
+    with pytest.raises(UserError, match="tables of positions, have 32 GiB"):
+        build_meta(load_hf_config(tmp_path))

@@ -1,11 +1,19 @@
 """The selection of linears to replace, and every way to select none by mistake."""
 
 import logging
+import re
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, JetMoeConfig, LlamaConfig, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    GPT2Config,
+    JetMoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+)
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import QuantConfig
@@ -169,3 +177,31 @@ def test_a_bad_weight_is_named() -> None:
     model.model.layers[1].mlp.up_proj.weight.data[7, 0] = float("inf")
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj.*row 7 holds inf"):
         quantize_model(model, QuantConfig())
+
+
+def test_the_head_is_known_under_any_name() -> None:
+    """GPT-NeoX's head is `embed_out` on older transformers; BERT's is inside of its predictions."""
+    torch.manual_seed(0)
+    config = BertConfig(**(SMALL | {"is_decoder": True}))
+    model = AutoModelForCausalLM.from_config(config)
+    report = quantize_model(model, QuantConfig(nbits=8, group_size=16))
+    assert report.skipped == ["cls.predictions.decoder"]
+    asked_for = AutoModelForCausalLM.from_config(config)
+    report = quantize_model(asked_for, QuantConfig(nbits=8, group_size=16, skip=[]))
+    assert "cls.predictions.decoder" in report.quantized
+
+
+def test_conv1d_is_named() -> None:
+    config = GPT2Config(vocab_size=32, n_embd=64, n_layer=1, n_head=2)
+    with pytest.raises(UserError, match=r"such as transformer\.h\.0\.attn\.c_attn, are .*Conv1D"):
+        quantize_model(AutoModelForCausalLM.from_config(config), QuantConfig())
+
+
+def test_the_advice_for_several_kinds_of_experts_is_accepted() -> None:
+    config = JetMoeConfig(**(SMALL | {"num_local_experts": 2, "kv_channels": 16}))
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match="fused mixture-of-experts") as caught:
+        quantize_model(model, QuantConfig(group_size=16))
+    patterns = re.search(r"quant\.skip='\[(.*)\]'", str(caught.value))[1].replace('"', "")
+    report = quantize_model(model, QuantConfig(group_size=16, skip=patterns.split(",")))
+    assert report.quantized
