@@ -119,7 +119,8 @@ def restore_buffers(model: nn.Module, device: torch.device | str) -> list[Tensor
 
     A model that was built on meta and then materialized has no values in these buffers. Only the
     constructor of the architecture computes them, so it runs again, with parameters on meta and
-    real buffers. The same holds for tensors that are plain attributes of a module.
+    real buffers. The same holds for tensors that are plain attributes of a module. As in
+    `from_pretrained`, they are computed in fp32, and rounded if the model has them in 16 bits.
 
     Returns:
         The tensors that have been set.
@@ -127,13 +128,16 @@ def restore_buffers(model: nn.Module, device: torch.device | str) -> list[Tensor
     root = base_model(model)
     modules = {strip_wrappers(name): module for name, module in root.named_modules()}
     with init_empty_weights(include_buffers=False):
-        reference = AutoModelForCausalLM.from_config(root.config, trust_remote_code=False)
+        reference = AutoModelForCausalLM.from_config(
+            copy.deepcopy(root.config), trust_remote_code=False, dtype=torch.float32
+        )
     restored = []
     for module_name, module in reference.named_modules():
         plain = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
         for name, value in (non_persistent_buffers(module) | plain).items():
-            restored.append(value.to(device))
-            setattr(modules[module_name], name, restored[-1])
+            target = modules[module_name]
+            restored.append(value.to(device, getattr(target, name).dtype))
+            setattr(target, name, restored[-1])
     return restored
 
 
