@@ -9,7 +9,15 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 venv="$here/.venv" python="$here/.venv/bin/python"
 
-die() { echo "launch.sh: $1" >&2; exit 1; }
+# A run outlives its console: no closed stream and no broken pipe ends this script.
+{ : <&0; } 2>/dev/null || exec 0</dev/null
+{ : >&1; } 2>/dev/null || exec 1>/dev/null
+{ : >&2; } 2>/dev/null || exec 2>/dev/null
+trap '' PIPE
+
+say() { echo "launch.sh: $1" >&2 || true; }
+
+die() { say "$1"; exit 1; }
 
 find_python() { # print the first suitable Python
   local candidates=(python3 python3.13 python3.12 python3.11) candidate
@@ -30,7 +38,7 @@ install_all() { # install_all EXTRA: torch first, because deepspeed needs it to 
   install "torch>=2.11,<2.15"
   install -e "$here$1"
   DS_BUILD_OPS=0 install --no-build-isolation deepspeed >"$venv/deepspeed.log" 2>&1 ||
-    echo "launch.sh: deepspeed cannot be built here, see .venv/deepspeed.log; continuing." >&2
+    say "deepspeed cannot be built here, see .venv/deepspeed.log; continuing."
 }
 
 is_ready() { # is_ready STAMP...: whether one of the stamp files contains $wanted
@@ -48,7 +56,7 @@ set_up() { # set_up run|test: install what is missing; the lock excludes nodes t
   exec 9>"$venv/.lock"
   if command -v flock >/dev/null; then flock 9; fi
   if ! is_ready "${stamps[@]}"; then
-    echo "launch.sh: setting up $venv once; this takes a few minutes." >&2
+    say "setting up $venv once; this takes a few minutes."
     install_all "$extra"
     echo "$wanted" >"$venv/.ready-$1"
   fi
@@ -75,20 +83,24 @@ count_gpus() { # each GPU is a line that begins with an index, GPU or MIG
 has_flag() { local word; for word; do [[ $word != -* ]] || return 0; done; return 1; }
 
 launch() { # run several processes; exit with the run's own code, because accelerate's is 0 or 1
-  local checked cores pid code=0
+  local checked cores pid code=0 int=TERM target
   checked="$("$python" -m hqqtrain --check "$@")" || exit "$?"
   [[ $checked != "sweep of "* && $checked != "slurm job:"* ]] || exec "$python" -m hqqtrain "$@"
   ((nnodes == 1)) || [[ -n ${NODE_RANK:-} && -n ${MASTER_ADDR:-} ]] ||
     die "NNODES=$nnodes: set NODE_RANK (0 to $((nnodes - 1))) and MASTER_ADDR on every node."
   cores="$(getconf _NPROCESSORS_ONLN)" HQQTRAIN_EXIT_CODE="$(mktemp)"
   export HQQTRAIN_EXIT_CODE OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}"
-  # --multi_gpu selects accelerate's launcher for several processes, also on a CPU.
+  # --multi_gpu selects accelerate's launcher for several processes, also on a CPU. With job control
+  # (set -m) it has a process group of its own, so that Ctrl-C reaches it once, from the trap below.
+  set -m
   "$python" -m accelerate.commands.launch --multi_gpu --num_machines "$nnodes" \
     --num_processes "$((nproc * nnodes))" --machine_rank "${NODE_RANK:-0}" \
     --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --mixed_precision no --dynamo_backend no \
     --main_process_port "${MASTER_PORT:-$((nnodes > 1 ? 29500 : 0))}" -m hqqtrain "$@" &
-  pid=$!
-  trap 'kill -TERM "$pid" 2>/dev/null || true' TERM INT USR1
+  pid=$! target=$!
+  set +m
+  trap 'kill -TERM "$pid" 2>/dev/null || true' TERM USR1 HUP
+  trap 'kill -"$int" -- "$target" 2>/dev/null || true; int=KILL target="-$pid"' INT
   while kill -0 "$pid" 2>/dev/null; do wait "$pid" && code=0 || code=$?; done
   ((code == 0)) || code="$(cat "$HQQTRAIN_EXIT_CODE")"
   rm -f "$HQQTRAIN_EXIT_CODE"

@@ -21,6 +21,7 @@ from hqqtrain.common.errors import (
     did_you_mean,
 )
 from hqqtrain.common.secrets import mask_secrets
+from hqqtrain.common.stdio import open_missing_streams, tolerate_lost_output
 from hqqtrain.compose.command import Command, compose_command
 from hqqtrain.compose.help import help_text
 from hqqtrain.compose.recipes import find_recipes
@@ -41,6 +42,7 @@ _FLAGS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code: 0, 1, 2 or 3, as `--help` explains."""
+    open_missing_streams()
     set_rank_env_from_slurm(os.environ)
     code = _run_with_exit_code(sys.argv[1:] if argv is None else argv)
     _write_exit_code(code)
@@ -65,9 +67,6 @@ def _run_with_exit_code(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("hqqtrain: interrupted.", file=sys.stderr)
         return FAILED
-    except BrokenPipeError:  # `--help | head`: the reader has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
 
 
 def _run_command(arguments: list[str]) -> int:
@@ -82,6 +81,8 @@ def _run_command(arguments: list[str]) -> int:
         return _print(command.as_recipes())
     if "--check" in flags:
         return _print(command.describe_directories())
+    # From here on the results are in files, so text that cannot be printed is no failure.
+    tolerate_lost_output()
     if "--table" in flags:
         return _show_table(command)
     if command.is_sweep or command.is_slurm:
@@ -161,5 +162,13 @@ def _write_exit_code(code: int) -> None:
 
 def _print(text: str) -> int:
     """Print `text`, and return the exit code of a command that only prints."""
-    print(text, flush=True)
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # Python flushes the rest of the text when it exits, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # `--help | head`: the reader has seen enough
+            return DONE
+        print(f"hqqtrain: standard output: cannot be written to ({error}).", file=sys.stderr)
+        return FAILED
     return DONE

@@ -1,5 +1,6 @@
-"""Record SIGUSR1 and SIGTERM from the start of the process. The ranks act on them together later.
+"""Record signals from the start of the process. The ranks act on them together later.
 
+SIGUSR1 and SIGTERM come from a scheduler, SIGINT from Ctrl-C, SIGHUP from a terminal that closes.
 Importing torch takes seconds, during which an unhandled signal would end the process silently. A
 thread reads the signals, because Python runs signal handlers only in the main thread, and the main
 thread may be blocked in a collective that never ends.
@@ -9,14 +10,20 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+from hqqtrain.common.env import get_rank, get_world_size
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 SAME_SIGNAL_SECONDS = 2.0
 """Seconds within which several signals count as one request.
 
 A launcher forwards a signal that Slurm or the terminal has also sent to every process.
 """
+
+CTRL_C_SECONDS = 0.3
+"""The same for Ctrl-C without a launcher: a user who presses it twice wants the process to end."""
 
 
 class _FirstSignal:
@@ -27,12 +34,16 @@ class _FirstSignal:
 def listen_for_signals() -> None:
     """Record the first signal for `received_signal`. A later one ends the process at once.
 
-    The caller must be the main thread.
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored, unless a launcher has started
+    this process: launchers pass on signals that they were told to ignore. The caller must be the
+    main thread.
     """
     _FirstSignal.name = ""
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     for number in SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN and get_world_size() == 1:
+            continue
         # Python writes to the wakeup descriptor only for signals that have a Python handler.
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
@@ -49,7 +60,17 @@ def _watch(read_end: int) -> None:
         if number[0] not in SIGNALS:
             continue
         now = time.monotonic()
+        is_ctrl_c = number[0] == signal.SIGINT and get_world_size() == 1
         if not _FirstSignal.name:
             _FirstSignal.name, _FirstSignal.time = signal.Signals(number[0]).name, now
-        elif now - _FirstSignal.time > SAME_SIGNAL_SECONDS:
+            if number[0] == signal.SIGINT and get_rank() == 0:
+                _print_advice()
+        elif now - _FirstSignal.time > (CTRL_C_SECONDS if is_ctrl_c else SAME_SIGNAL_SECONDS):
             os._exit(1)
+
+
+def _print_advice() -> None:
+    """Say how to end at once. The main thread may be busy, so its streams are not used."""
+    text = "\nhqqtrain: ends once its state is saved; press Ctrl-C again to end at once.\n"
+    with suppress(OSError):
+        os.write(2, text.encode())

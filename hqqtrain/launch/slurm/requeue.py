@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,8 @@ def _write_record(
 
 
 def _print(text: str) -> None:
-    sys.stderr.write(f"hqqtrain: {text}\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # the disk of the job's output may be full
+        print(f"hqqtrain: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
