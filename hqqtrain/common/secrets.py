@@ -10,22 +10,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hqqtrain.common.shell_secrets import QUOTED, SECRET_WORD, mask_shell_secrets
+
 MASK = "***"
 
-_SECRET_WORD = (
-    r"(?:token|passw(?:or)?d|pwd|passphrase|secret|credential"
-    r"|(?:api|access|secret|private)[-_]?key)"
+_SECRET_NAME_END = re.compile(
+    rf"(?:{SECRET_WORD}|passwords|secrets|credentials)$", re.IGNORECASE | re.VERBOSE
 )
-"""Regular expression of the words that end the name of a secret."""
-
-_SECRET_NAME_END = re.compile(rf"(?:{_SECRET_WORD}|passwords|secrets|credentials)$", re.IGNORECASE)
 """Matches the end of a name whose value is a secret, such as `HF_TOKEN` or `track.api_key`."""
-
-_SHELL_QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'[^']*'|`[^`]*`|\$\(.*\)|\$\{[^}]*\}|\\.)"""
-"""Parts of a shell word that may contain spaces: quotes, substitutions and escapes.
-
-`$(...)` may be nested, so it is taken to reach to the last closing parenthesis of the line.
-"""
 
 _TOKENS = re.compile(
     rf"""
@@ -39,24 +31,29 @@ _TOKENS = re.compile(
       | xox[a-z]-(?=[\w-]*\d)[\w-]{{10,}}    # Slack; with a digit
       | (?:AKIA|ASIA)[0-9A-Z]{{16}}(?!\w)    # AWS access key id
       | eyJ[\w-]{{8,}}\.[\w-]+\.[\w-]*       # JSON web token
+      | AIza[\w-]{{35}} | ya29\.[\w-]{{20,}}   # Google
+      | (?:npm_|nvapi-|r8_|dop_v1_|[sr]k_live_)[\w-]{{20,}}  # npm, NVIDIA, Replicate, others
+      | pypi-[\w-]{{50,}}                     # PyPI
     )
     | (?<=://)[^/\s]+(?=@)                   # user:password@host, token@host
-    | (?<![\w/])[\w.+-]+\\?:[^\s/:@]+(?=@[\w.-])  # user:password@host; a sweep escapes the colon
+    | (?<![\w/])[\w.+-]{{1,256}}\\?:[^\s/:@]+(?=@[\w.-])  # user:password@host; `\:` in a sweep
     # A parameter of a URL, up to the fragment. After && or ; it may be a shell's assignment.
-    | (?:(?<=\?)|(?<=[^&]&)) (?i:[\w-]*(?:{_SECRET_WORD}|key|sig|signature))
-      =(?:{_SHELL_QUOTED}|[^&;\#\s'"])+
-    | (?<=[&;]) (?i:[\w-]*(?:{_SECRET_WORD}|key|sig|signature))=(?:{_SHELL_QUOTED}|[^&;\s'"])+
-    | (?<=(?i:bearer)\ )\S+                  # HTTP header
+    | (?:(?<=\?)|(?<=[^&]&)) (?i:[\w-]*(?:{SECRET_WORD}|key|sig|signature))
+      =(?:{QUOTED}|[^&;\#\s'"])+
+    | (?<=[&;]) (?i:[\w-]*(?:{SECRET_WORD}|key|sig|signature))=(?:{QUOTED}|[^&;\s'"])+
+    | (?<=(?i:bearer)\ )[^\s'"]+            # HTTP header
+    | (?<=hooks\.slack\.com/services/)\S+   # Slack webhook
+    | -----BEGIN[ A-Z]*PRIVATE\ KEY-----(?:.*?-----END[ A-Z]*PRIVATE\ KEY-----|.*)
     """,
-    re.VERBOSE,
+    re.VERBOSE | re.DOTALL,
 )
 """Known forms of secrets. The minimum lengths and the cases of letters keep ordinary words, such as
 HF_HUB_OFFLINE, unmasked."""
 
 _ASSIGNMENT = re.compile(
-    rf"((?:{_SECRET_WORD}|passwords|secrets|credentials)=)"
-    rf"""(?:["'][^"']*\Z|(?:{_SHELL_QUOTED}|,(?!\w+=)|[^\s&;,])+)""",
-    re.IGNORECASE,
+    rf"((?:{SECRET_WORD}|passwords|secrets|credentials)=)"
+    rf"""(?:["'][^"']*\Z|(?:{QUOTED}|,(?!\w+=)|[^\s&;,])+)""",
+    re.IGNORECASE | re.VERBOSE,
 )
 """Matches a shell assignment within text, such as `export MY_PASSWORD="$X"pw`.
 
@@ -98,7 +95,7 @@ def mask_command(arguments: list[str]) -> list[str]:
     masked, previous = [], ""
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if equals:
+        if equals and " " not in name:  # otherwise it is a shell command
             masked.append(f"{mask_secrets(name)}={mask_secrets(value, name)}")
         else:  # the value of an option, as in `--api-key mine`, is an argument of its own
             masked.append(mask_secrets(argument, previous if previous.startswith("-") else ""))
@@ -111,6 +108,7 @@ def _mask_text(text: str, name: str) -> str:
     for secret in _environment_secrets():
         text = text.replace(secret, MASK)
     text = _ASSIGNMENT.sub(rf"\1{MASK}", _TOKENS.sub(MASK, text))
+    text = mask_shell_secrets(text, MASK)
     return text if _COMMIT_NAME_END.search(name) else _OLD_WANDB_KEY.sub(MASK, text)
 
 

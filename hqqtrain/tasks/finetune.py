@@ -6,12 +6,13 @@ from torch import nn
 
 from hqqtrain.checkpoint.manager import CheckpointContents, CheckpointManager
 from hqqtrain.checkpoint.resume import check_resumable, dataset_digests, find_checkpoint
+from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.data.loader import PackedLoader
 from hqqtrain.distributed.local import full_tensor
 from hqqtrain.formats.adapter_card import AdapterCard
 from hqqtrain.formats.peft import BaseModelRef, save_adapter
 from hqqtrain.loading.model_builder import RunnableModel, wrap_for_execution
-from hqqtrain.loading.plan import plan_model
+from hqqtrain.loading.plan import ModelPlan, plan_model
 from hqqtrain.loading.source_digest import digest_source
 from hqqtrain.models.causal_lm import vocabulary_size
 from hqqtrain.rundir.identity import package_versions, result_settings
@@ -105,7 +106,7 @@ def checkpoint_contents(
         "versions": package_versions(),
     }
     revision = run.config.model.revision
-    base = BaseModelRef(plan.source.name, revision, runnable.settings.fingerprint)
+    base = BaseModelRef(_base_name(plan), revision, runnable.settings.fingerprint)
     return CheckpointContents(plan.lora, base, {"record": run.recorder}, provenance)
 
 
@@ -127,9 +128,17 @@ def save_trained_adapter(
     quantization = recorder.summary.content.quantize
     keys = ("fingerprint", "nbits", "group_size", "axis", "solver", "bits_per_weight")
     card = AdapterCard(
-        base=plan.source.name,
+        base=_base_name(plan),
         revision=run.config.model.revision,
         metrics=recorder.perplexities(),
         **{key: getattr(quantization, key) for key in keys},
     )
     run.runtime.comm.run_on_rank0(lambda: save_adapter(state, lora, folder, card=card))
+
+
+def _base_name(plan: ModelPlan) -> str:
+    """Return the name of the base for the files of an adapter, without secrets.
+
+    A commit in the name stays: other tools find the base by it.
+    """
+    return mask_secrets(plan.source.name, "commit")
