@@ -95,7 +95,8 @@ def mask_command(arguments: list[str]) -> list[str]:
     masked, previous = [], ""
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if equals and " " not in name:  # otherwise it is a shell command
+        is_command = " " in name and not _SECRET_NAME_END.search(name)
+        if equals and not is_command:
             masked.append(f"{mask_secrets(name)}={mask_secrets(value, name)}")
         else:  # the value of an option, as in `--api-key mine`, is an argument of its own
             masked.append(mask_secrets(argument, previous if previous.startswith("-") else ""))

@@ -119,6 +119,12 @@ def test_a_run_does_not_resume_with_another_model(stopped, resume, tiny_model, p
     assert len(_losses(resume())) == 3
 
 
+def test_a_run_does_not_resume_with_other_text_of_equal_size_and_time(stopped, resume, tmp_path):
+    _flip(tmp_path / "train.txt", 10)
+    with pytest.raises(UserError, match=r"other text than data\.source gives now"):
+        resume()
+
+
 def test_a_checkpoint_of_another_configuration_is_refused(make_config, start_run, stopped, resume):
     with start_run(make_config(optim={"lr": 1.0}, run={"name": "other"})) as run:
         finetune(run)
