@@ -24,12 +24,16 @@ from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.common.stdio import open_missing_streams, tolerate_lost_output
 from hqqtrain.compose.command import Command, compose_command
 from hqqtrain.compose.help import help_text
+from hqqtrain.compose.inputs import has_inputs_to_check
 from hqqtrain.compose.recipes import find_recipes
+from hqqtrain.compose.schema import known_keys
+from hqqtrain.config.foreign_names import our_name
 from hqqtrain.launch.slurm.ranks import set_rank_env_from_slurm
 from hqqtrain.launch.slurm.submit import submit_job, submit_sweep
 from hqqtrain.launch.slurm.validate import check_same_launch
 from hqqtrain.launch.sweep.runner import run_sweep, show_sweep_table
 from hqqtrain.launch.sweep.sweep import Sweep
+from hqqtrain.rundir.directory import RunDirectory
 
 EXIT_CODE_VARIABLE = "HQQTRAIN_EXIT_CODE"
 """launch.sh sets this environment variable to the file that receives the exit code."""
@@ -79,8 +83,11 @@ def _run_command(arguments: list[str]) -> int:
     command = compose_command(overrides, "--multirun" in flags)
     if "--cfg" in flags:
         return _print(command.as_recipes())
+    if get_rank() == 0:
+        for note in command.notes():
+            print(f"hqqtrain: {mask_secrets(note)}", file=sys.stderr)
     if "--check" in flags:
-        return _print(command.describe_directories())
+        return _check(command)
     # From here on the results are in files, so text that cannot be printed is no failure.
     tolerate_lost_output()
     if "--table" in flags:
@@ -92,10 +99,27 @@ def _run_command(arguments: list[str]) -> int:
         return _print(_submit(command, arguments))
     if command.is_sweep:
         return run_sweep(command.jobs)
+    config = command.jobs[0].config
+    if get_world_size() == 1:  # several ranks let rank 0 look, and share the outcome
+        RunDirectory(config).check()
     signals.listen_for_signals()  # before the import of torch, which takes seconds
     from hqqtrain.tasks.run import run_task
 
-    return run_task(command.jobs[0].config, arguments)
+    return run_task(config, arguments)
+
+
+def _check(command: Command) -> int:
+    """Print the directories of the runs, and what else was checked, and return the exit code."""
+    checked = ["the configuration", "the run directory"]
+    for job in command.jobs:
+        RunDirectory(job.config).check()
+        if has_inputs_to_check(job.config):
+            from hqqtrain.tasks.check import check_inputs
+
+            checked += check_inputs(job.config)
+    if get_rank() == 0:
+        print(f"hqqtrain: checked: {'; '.join(dict.fromkeys(checked))}.", file=sys.stderr)
+    return _print(command.describe_directories())
 
 
 def _split_flags(arguments: list[str]) -> tuple[set[str], list[str]]:
@@ -108,9 +132,7 @@ def _split_flags(arguments: list[str]) -> tuple[set[str], list[str]]:
     for argument in arguments:
         if argument.startswith("-"):
             if argument not in _FLAGS:
-                raise UserError(
-                    f"{argument}: unknown option.{did_you_mean(argument, _FLAGS)} See --help."
-                )
+                raise UserError(f"{argument}: unknown option.{_suggest(argument)} See --help.")
             flags.add(_FLAGS[argument])
         elif "=" not in argument and not argument.startswith("~"):
             # The user may have typed the name of a recipe without `recipe=`.
@@ -120,6 +142,17 @@ def _split_flags(arguments: list[str]) -> tuple[set[str], list[str]]:
         else:
             overrides.append(argument)
     return flags, overrides
+
+
+def _suggest(option: str) -> str:
+    """Return a hint for an unknown option, which may be a key as other tools write it."""
+    name, equals, value = option.lstrip("-").partition("=")
+    known = [key for key, _ in known_keys()]
+    if name not in known and (ours := our_name(name)):
+        return f" Did you mean {ours}? Keys have no dashes: key=value."
+    if name in known or equals:
+        return f" Keys have no dashes: {name}={value if equals else 'value'}."
+    return did_you_mean(option, _FLAGS)
 
 
 def _show_table(command: Command) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from hqqtrain.checkpoint.format import Checkpoint, read_checkpoint
 from hqqtrain.checkpoint.store import CheckpointStore
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.text import count
 from hqqtrain.data.packing import TokenSequences
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.formats.manifest import DamagedError
@@ -43,10 +44,10 @@ def find_checkpoint(
         return None
     if comm.is_main:
         logger.info(
-            "resuming from %s, saved by %s on %d processes",
+            "resuming from %s, saved by %s on %s",
             latest.folder,
             latest.state["strategy"],
-            latest.state["world_size"],
+            count(latest.state["world_size"], "process"),
         )
     return latest
 
@@ -84,6 +85,19 @@ def dataset_digests(training: TokenSequences, held_out: TokenSequences | None) -
     }
 
 
+def check_step_count(checkpoint: Checkpoint | None, total_steps: int) -> None:
+    """Check that `checkpoint`, if there is one, has at most `total_steps` steps.
+
+    Raises:
+        UserError: It has more.
+    """
+    if checkpoint and checkpoint.step > total_steps:
+        raise UserError(
+            f"{checkpoint.folder}: has {count(checkpoint.step, 'step')}, but train.max_steps or "
+            f"epochs ask for {total_steps}; ask for more, or choose another run.name."
+        )
+
+
 def check_resumable(
     checkpoint: Checkpoint | None, digests: Mapping[str, str], total_steps: int
 ) -> None:
@@ -106,8 +120,4 @@ def check_resumable(
                 "or the Python that provides it, has changed. Choose another run.name, or "
                 "run.resume=never."
             )
-    if checkpoint.step > total_steps:
-        raise UserError(
-            f"{checkpoint.folder}: has {checkpoint.step} steps, but train.max_steps or epochs ask "
-            f"for {total_steps}; ask for more, or choose another run.name."
-        )
+    check_step_count(checkpoint, total_steps)

@@ -1,14 +1,18 @@
 """Compose the overrides of a command line into one run or the jobs of a sweep, and show them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import yaml
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.text import count
+from hqqtrain.compose import run_settings
+from hqqtrain.compose.compose import parse_overrides
 from hqqtrain.compose.expand import expand_jobs
 from hqqtrain.compose.job import Job
 from hqqtrain.config.run import RunConfig
+from hqqtrain.config.unused import unused_settings
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,29 @@ class Command:
         """
         return "---\n".join(_as_recipe(job.config) for job in self.jobs).rstrip()
 
+    def notes(self) -> Iterator[str]:
+        """Yield what the user should know about a single run before it starts.
+
+        The jobs of a sweep are commands of their own, which have their own notes.
+        """
+        if self.is_sweep:
+            return
+        job = self.jobs[0]
+        given = {override.key_or_group for override in parse_overrides(job.overrides)}
+        config = job.config
+        if config.task in run_settings.TASKS and (run := run_settings.run_of(config)):
+            yield (
+                f"task={config.task}: starts from the settings of {run.config_yaml}; the command "
+                "line overrides them."
+            )
+        unused = list(unused_settings(config, sorted(given)))
+        unused += [
+            f"{key}: is not used, because model.name_or_path={config.model.name_or_path} is "
+            "quantized already and keeps its settings."
+            for key in run_settings.settings_of_packed_model(config, sorted(given))
+        ]
+        yield from (f"warning: {message}" for message in unused)
+
     def describe_directories(self) -> str:
         """Return the directory that the run would write to.
 
@@ -37,7 +64,7 @@ class Command:
         """
         if not self.is_sweep:
             return ("slurm job:\n" if self.is_slurm else "") + str(self.jobs[0].folder)
-        title = f"sweep of {len(self.jobs)} jobs:"
+        title = f"sweep of {count(len(self.jobs), 'job')}:"
         return "\n".join([title, *(f"{job.folder}  {job}" for job in self.jobs)])
 
 

@@ -1,10 +1,11 @@
 """Compose `recipe=x key=value ...` into a RunConfig, or explain what is wrong with it."""
 
 from functools import cache
-from typing import get_origin
+from typing import Any, get_origin
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
@@ -13,20 +14,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.compose import schema
+from hqqtrain.compose import run_settings, schema
 from hqqtrain.compose.messages import (
+    check_recipe,
     check_type,
     missing_config_error,
-    unknown_recipe_error,
     unreadable_override_error,
 )
-from hqqtrain.compose.recipes import find_recipes
+from hqqtrain.compose.recipes import recipe_name
 from hqqtrain.compose.source import RECIPE_GROUP, RecipeSearchPath, RecipeSource
 from hqqtrain.config.run import RunConfig
-
-_OPTION_GROUPS = (RECIPE_GROUP, "model", "launch")
-"""Hydra's config groups: `model=llama8b` selects a file, while `model.revision=x` sets a key."""
-
 
 def compose_config(overrides: list[str]) -> RunConfig:
     """Compose and check the configuration that a command line describes.
@@ -47,16 +44,26 @@ def compose_unchecked(overrides: list[str]) -> schema.ComposedConfig:
         UserError: an argument or recipe cannot be read, names an unknown key or has a wrong type.
     """
     parsed = parse_overrides(overrides)
-    for override in parsed:
-        if override.is_sweep_override():
-            raise UserError(
-                f"{override.input_line}: must be one value; a sweep needs -m before it."
-            )
-        _check_override(override)
+    _check_overrides(parsed)
     _register_plugins()
+    composed = _compose(parsed)
+    if composed.task in run_settings.TASKS and (run := run_settings.run_of(composed)):
+        given = {override.key_or_group for override in parsed}
+        composed = _compose(parsed, run_settings.read_run_settings(run, given))
+    return composed
+
+
+def _compose(parsed: list[Override], base: dict[str, Any] | None = None) -> schema.ComposedConfig:
+    """Compose the defaults, the settings `base` of an earlier run, the recipe and `parsed`."""
+    arguments = _hydra_arguments(parsed)
+    if base is not None:
+        ConfigStore.instance().store(
+            group="base", name="run", node=base, package="_global_", provider="hqqtrain"
+        )
+        arguments.append("base=run")
     try:
         with initialize_config_module("hqqtrain.conf", version_base="1.3"):
-            composed = OmegaConf.to_object(hydra_compose("config", _hydra_arguments(parsed)))
+            composed = OmegaConf.to_object(hydra_compose("config", arguments))
     except MissingConfigException as error:
         raise missing_config_error(error) from None
     except (HydraException, OmegaConfBaseException) as error:
@@ -65,7 +72,8 @@ def compose_unchecked(overrides: list[str]) -> schema.ComposedConfig:
         raise UserError(" ".join(f"{error}{cause}".split())) from None
     assert isinstance(composed, schema.ComposedConfig)
     # Hydra knows the recipe as a config group, not as a value: fill in its name.
-    composed.recipe = next((str(o.value()) for o in parsed if o.key_or_group == RECIPE_GROUP), None)
+    names = (recipe_name(str(o.value())) for o in parsed if o.key_or_group == RECIPE_GROUP)
+    composed.recipe = next(names, None)
     return composed
 
 
@@ -92,12 +100,30 @@ def _register_plugins() -> None:
     Plugins.instance().register(RecipeSearchPath)
 
 
+def _check_overrides(overrides: list[Override]) -> None:
+    """Check every override.
+
+    Raises:
+        UserError: with one line for every override that is refused, all at once.
+    """
+    errors = []
+    for override in overrides:
+        try:
+            _check_override(override)
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        raise UserError("\n".join(errors))
+
+
 def _check_override(override: Override) -> None:
     """Refuse what Hydra would accept, or would refuse with a message that is hard to read.
 
     Raises:
         UserError: the override has an unknown key, a wrong type, or is not allowed here.
     """
+    if override.is_sweep_override():
+        raise UserError(f"{override.input_line}: must be one value; a sweep needs -m before it.")
     key, value = override.key_or_group, override.value()
     if message := schema.describe_unknown_key(key):
         raise UserError(message)
@@ -108,9 +134,8 @@ def _check_override(override: Override) -> None:
     if key.split(".")[0] == "sweep":
         raise UserError(f"{override.input_line}: only allowed in recipes; use -m key=value,value.")
     if key == RECIPE_GROUP:
-        if str(value) not in find_recipes():
-            raise unknown_recipe_error(str(value))
-    elif not (key in _OPTION_GROUPS and isinstance(value, str)):  # model=llama8b names an option
+        check_recipe(str(value))
+    elif not (key in schema.OPTION_GROUPS and isinstance(value, str)):  # model=llama8b names an option
         check_type(key, value)
 
 

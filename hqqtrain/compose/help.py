@@ -16,7 +16,8 @@ _LINE_WIDTH, _INDENT, _LEFT_COLUMN_WIDTH = 100, 2, 32
 _COMMANDS = {
     "recipe=NAME key=value ...": "run a recipe; keys on the command line override the recipe's",
     "-m key=value,value ...": "sweep: one run for every combination, each in its own process",
-    "--check ...": "check the configuration and print the run's directory, without running",
+    "--check ...": "check the configuration, local models, data and patterns, and print the run's "
+    "directory, without running",
     "--table ...": "write and print the table of a sweep, and its plots, from the results so far",
     "--cfg ...": "print the whole configuration as YAML, usable as a recipe, without running",
     "--version": "print the version",

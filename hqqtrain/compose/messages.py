@@ -11,8 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from hqqtrain.common.errors import UserError, did_you_mean
-from hqqtrain.compose.recipes import RECIPES_VARIABLE, find_recipes
+from hqqtrain.compose.recipes import RECIPES_VARIABLE, find_recipes, recipe_file
 from hqqtrain.compose.schema import ComposedConfig, known_keys
+from hqqtrain.config.foreign_names import our_name
 
 _TYPE_NAMES = {
     int: "an integer", float: "a number", bool: "true or false", str: "a string",
@@ -20,12 +21,33 @@ _TYPE_NAMES = {
 }  # fmt: skip
 
 
+def check_recipe(name: str) -> None:
+    """Check that `recipe=` names a recipe or an existing file.
+
+    Raises:
+        UserError: it does not.
+    """
+    file = recipe_file(name)
+    if file is None:
+        if name not in find_recipes():
+            raise unknown_recipe_error(name)
+    elif not file.is_file():
+        known = sorted(find_recipes())
+        siblings = [path.name for path in file.parent.glob("*.y*ml")]
+        hint = did_you_mean(file.name, siblings) or did_you_mean(file.stem, known)
+        raise UserError(
+            f"recipe={name}: no such recipe.{hint} Allowed are the path of a YAML file, or one of "
+            f"{', '.join(known)}."
+        )
+
+
 def unknown_recipe_error(name: str) -> UserError:
     """Return the error for a `recipe=` that no recipe folder contains."""
     known = sorted(find_recipes())
     return UserError(
         f"recipe={name}: no such recipe.{did_you_mean(name, known)} Recipes: {', '.join(known)}. "
-        f"To add your own, create ./recipes/{name}.yaml or set {RECIPES_VARIABLE} to its folder."
+        f"To add your own, create ./recipes/{name}.yaml or set {RECIPES_VARIABLE} to its folder; "
+        f"the path of any YAML file works as well, as in recipe=./{name}.yaml."
     )
 
 
@@ -111,8 +133,11 @@ def _describe_expected(key: str) -> str:
     """Describe what the value of a key or group must be; an empty string if `key` is neither."""
     if key in dict(known_keys()):
         return expected_type(key)
-    is_group = key in get_type_hints(ComposedConfig)
-    return f"a mapping of keys, such as those of {key} in --help" if is_group else ""
+    if key not in get_type_hints(ComposedConfig):
+        return ""
+    ours = our_name(key)  # `optim=adamw` of other tools
+    hint = f"; a single value is for {ours}" if ours else ""
+    return f"a mapping of keys, such as those of {key} in --help{hint}"
 
 
 def broken_yaml_error(error: YAMLError, file: Any) -> UserError:

@@ -1,5 +1,7 @@
 """Find recipes: `recipe=NAME` is NAME.yaml in the first recipe folder that contains it.
 
+`recipe=./mine.yaml` and other paths name the file itself.
+
 The user's folders come before the built-in one, so a project can keep, extend or replace recipes
 without touching the installed package.
 """
@@ -29,6 +31,23 @@ def find_recipes() -> dict[str, Path]:
         for file in sorted(folder.glob("*.yaml")):
             files.setdefault(file.stem, file)
     return files
+
+
+def recipe_file(name: str) -> Path | None:
+    """Return the file that `recipe=` names by its path; None if `name` is that of a recipe.
+
+    A path has a slash or ends with .yaml or .yml.
+    """
+    if "/" not in name and not name.endswith((".yaml", ".yml")):
+        return None
+    file = Path(name).expanduser()
+    return file if file.suffix in (".yaml", ".yml") else file.with_name(f"{file.name}.yaml")
+
+
+def recipe_name(name: str) -> str:
+    """Return the name of the recipe that `recipe=` selects: that of its file, without .yaml."""
+    file = recipe_file(name)
+    return file.stem if file else name
 
 
 def read_recipe_description(file: Path) -> str:

@@ -10,8 +10,13 @@ from typing import Any, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 
+from hqqtrain.config.foreign_names import our_name
 from hqqtrain.config.renamed import RENAMED_KEYS
 from hqqtrain.config.run import RunConfig
+
+
+OPTION_GROUPS = ("model", "launch")
+"""Groups with named options: `model=llama8b` selects one, `model.revision=x` sets a key."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,20 +72,20 @@ def _unknown_key_message(key: str, group: str, allowed: list[str]) -> str:
         return f"{key}: unknown key; {group} is a single value and has no keys."
     title = f"Keys of {group}" if group else "Groups and keys"
     shown = [name for name in allowed if group or name not in ("recipe", "sweep")]
-    suggestion = _similar_key(key, group, allowed)
-    hint = f" Did you mean '{suggestion}'?" if suggestion else ""
+    suggestion = our_name(key) or _similar_key(key, group, allowed)
+    hint = f" Did you mean {suggestion}?" if suggestion else ""
     return f"{key}: unknown key.{hint} {title}: {', '.join(shown)}."
 
 
 def _similar_key(key: str, group: str, allowed: list[str]) -> str | None:
-    """Return the key that the user may have meant by the unknown `key`; None if none is similar."""
+    """Return, in quotes, the key that the user may have meant by `key`; None if none is similar."""
     name = key.rpartition(".")[2]
     if group and (in_group := get_close_matches(name, allowed, n=1)):
-        return f"{group}.{in_group[0]}"
+        return f"'{group}.{in_group[0]}'"
     keys = [known for known, _ in known_keys() if known != "sweep"]
     # A key of the same name in another group fits, however different the name of the group is.
     same_name = [known for known in keys if known.endswith(f".{name}")]
     if same_name:
-        return get_close_matches(key, same_name, n=1, cutoff=0.0)[0]
+        return f"'{get_close_matches(key, same_name, n=1, cutoff=0.0)[0]}'"
     similar = get_close_matches(key, keys, n=1)
-    return similar[0] if similar else None
+    return f"'{similar[0]}'" if similar else None

@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.compose.messages import broken_yaml_error, check_type
-from hqqtrain.compose.recipes import find_recipe_folders
+from hqqtrain.compose.recipes import find_recipe_folders, recipe_file
 from hqqtrain.compose.schema import describe_unknown_key
 
 RECIPE_GROUP = "recipe"
@@ -58,8 +58,13 @@ class RecipeSource(ConfigSource):
         )
 
     def _file(self, config_path: str) -> Path:
-        """Return the file of `recipe/NAME`. For any other path, return the folder instead."""
+        """Return the file of `recipe/NAME`. For any other path, return the folder instead.
+
+        NAME may be the path of a file, which every folder finds.
+        """
         group, _, name = config_path.partition("/")
+        if group == RECIPE_GROUP and (file := recipe_file(name)):
+            return file
         is_recipe = group == RECIPE_GROUP and name and "/" not in name
         return Path(self.path) / self._normalize_file_name(name) if is_recipe else Path(self.path)
 

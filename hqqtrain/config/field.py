@@ -12,7 +12,7 @@ from typing import Any
 
 
 def key(default: Any = MISSING, help: str = "", *, choices: tuple = (), low: float | None = None,
-        factory: Any = MISSING) -> Any:  # fmt: skip
+        high: float | None = None, factory: Any = MISSING) -> Any:  # fmt: skip
     """Return a dataclass field that carries its help text and its allowed values.
 
     Args:
@@ -20,9 +20,10 @@ def key(default: Any = MISSING, help: str = "", *, choices: tuple = (), low: flo
         help: The text that `--help` shows.
         choices: The allowed values, including None if null is allowed. Empty: any value.
         low: The smallest allowed number.
+        high: The largest allowed number.
         factory: Makes the default of a list or dict, in place of `default`.
     """
-    metadata = {"help": help, "choices": choices, "low": low}
+    metadata = {"help": help, "choices": choices, "low": low, "high": high}
     if factory is not MISSING:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -33,6 +34,7 @@ def field_errors(group: str, config: Any) -> Iterator[str]:
     for item in fields(config):
         value = getattr(config, item.name)
         choices, low = item.metadata.get("choices"), item.metadata.get("low")
+        high = item.metadata.get("high")
         shown = f"{group}.{item.name}={'null' if value is None else value}"
         if choices and value not in choices:
             allowed = ", ".join("null" if c is None else str(c) for c in choices)
@@ -41,3 +43,5 @@ def field_errors(group: str, config: Any) -> Iterator[str]:
             yield f"{shown}: must be finite."
         elif low is not None and value is not None and value < low:
             yield f"{shown}: must be at least {low}."
+        elif high is not None and value is not None and value > high:
+            yield f"{shown}: must be at most {high:,}."

@@ -11,6 +11,9 @@ from hqqtrain.config.field import key
 
 NBITS = (8, 4, 3, 2, 1)
 
+MAX_EPOCHS = 1_000_000
+"""Upper bound of `train.epochs`: beyond any training, and the number of steps stays an integer."""
+
 # The registries of solvers and export formats import torch, so their names are repeated here. A
 # test fails if the two lists differ.
 SOLVERS = ("least_squares", "hqq", "rtn")
@@ -128,7 +131,7 @@ class TrainConfig:
         choices=("next_token",),
     )
     max_steps: int | None = key(None, "optimizer steps; takes precedence over train.epochs", low=0)
-    epochs: float = key(1.0, "passes over the training data", low=0)
+    epochs: float = key(1.0, "passes over the training data", low=0, high=MAX_EPOCHS)
     global_batch_size: int = key(16, "sequences per optimizer step, over all ranks", low=1)
     micro_batch_size: int = key(1, "most sequences per forward pass of one rank", low=1)
     max_seq_len: int = key(2048, "most tokens per sequence", low=2)

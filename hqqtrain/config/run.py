@@ -91,6 +91,7 @@ class RunConfig:
             if is_dataclass(group):
                 renamed = list(renamed_value_errors(item.name, group))
                 errors += renamed or field_errors(item.name, group)
+                errors += _large_integer_errors(item.name, group)
                 errors += group.errors() if hasattr(group, "errors") else ()
         errors += self._combination_errors()
         if errors:
@@ -144,3 +145,11 @@ def with_added_keys(values: dict[str, Any]) -> dict[str, Any]:
     if evaluation.get("source") == AUTO:
         values["eval"] = {**evaluation, "source": values["data"].get("source")}
     return values
+
+
+def _large_integer_errors(group: str, config: Any) -> Iterator[str]:
+    """Yield one message for every integer of `group` that PyTorch's 64 bits cannot hold."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if isinstance(value, int) and value >= 2**63:
+            yield f"{group}.{item.name}={value}: must be below 2^63."

@@ -4,6 +4,7 @@ No iterator is consumed, so no state needs saving: a resumed run asks for its ne
 batch is the same for any number of processes.
 """
 
+from fractions import Fraction
 from functools import lru_cache
 from math import ceil
 
@@ -37,8 +38,9 @@ class SampleOrder:
         return steps * global_batch_size / self.sample_count
 
     def steps(self, epochs: float, global_batch_size: int) -> int:
-        """Return the smallest number of optimizer steps, at least 1, that cover `epochs` passes."""
-        return max(1, ceil(epochs * self.sample_count / global_batch_size))
+        """Return the smallest number of optimizer steps that cover `epochs` passes."""
+        # The decimal number that the user wrote: 1.1 as a float is above it and would add a step.
+        return ceil(Fraction(repr(float(epochs))) * self.sample_count / global_batch_size)
 
 
 @lru_cache(maxsize=4)

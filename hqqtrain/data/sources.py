@@ -160,7 +160,7 @@ def _warn_if_unused(data: DataConfig) -> None:
         )
 
 
-def _is_hub_name(source: str) -> bool:
+def is_hub_name(source: str) -> bool:
     """Whether `source` is the name of a hub data set: neither an existing path nor like a path.
 
     A source is like a path if it has the extension of a text file, or if its folder exists.

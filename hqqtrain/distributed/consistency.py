@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from hqqtrain.common.text import count
 from hqqtrain.distributed.bit_exactness import view_as_integers
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.local import is_sharded, local_tensor
@@ -82,8 +83,8 @@ class ConsistencyChecker:
     def report(self, seconds: float) -> None:
         """Log that no check has failed, and how much of `seconds` of training the checks took."""
         logger.info(
-            "%sfrozen bits are unchanged: %d checks took %.2f %% of the time",
-            "ranks agree and " if self.compares else "", self.checks,
+            "%sfrozen bits are unchanged: %s took %.2f %% of the time",
+            "ranks agree and " if self.compares else "", count(self.checks, "check"),
             100 * self.seconds / max(seconds, 1e-9),
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from hqqtrain.common.text import short
 from hqqtrain.distributed.strategies.base import Strategy
 from hqqtrain.models.causal_lm import MAX_EVALUATION_TOKENS, MAX_TRAINING_LOGITS
 from hqqtrain.models.families.structure import find_decoder_layers, text_config
@@ -87,9 +88,10 @@ class MemoryEstimate:
     host: int = 0
 
     def __str__(self) -> str:
-        parts = (f"{k} {v / GIB:.2f}" for k, v in self.device.items() if v)
+        parts = (f"{k} {short(v / GIB)}" for k, v in self.device.items() if v)
         memory, disk = sum(self.device.values()) / GIB, sum(self.disk.values()) / GIB
-        return f"memory per rank {memory:.2f} GiB ({', '.join(parts)}), disk {disk:.2f} GiB"
+        parts_text = ", ".join(parts)
+        return f"memory per rank {short(memory)} GiB ({parts_text}), disk {short(disk)} GiB"
 
 
 def estimate_memory(

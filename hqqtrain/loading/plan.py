@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.text import count
 from hqqtrain.config.groups import AdapterConfig, ModelConfig, QuantConfig
 from hqqtrain.distributed.runtime import PRECISION_DTYPES, Runtime
 from hqqtrain.formats.packed import ModuleSettings, read_quantized_settings
@@ -122,7 +123,8 @@ def plan_model(
         hf_config.tie_word_embeddings = False  # the checkpoint may have untied them
     if unused and runtime.comm.is_main:
         logger.warning(
-            "%s: %d tensors are not used, such as %s", source.path, len(unused), unused[0]
+            "%s: not used: %s, such as %s",
+            source.path, count(len(unused), "tensor"), unused[0],
         )
     start = load_initial_adapter(settings.adapter, source, resumed)
     if start and not resumed and runtime.comm.is_main:
@@ -169,8 +171,8 @@ def _replace_linears(
         report = quantize_model(model, quant, **dtypes)
         if runtime.comm.is_main:
             logger.info(
-                "%d linears are quantized, %.1f %% of the weights; %d stay in full precision",
-                len(report.quantized),
+                "quantized: %s with %.1f %% of the weights; in full precision: %d",
+                count(len(report.quantized), "linear layer"),
                 100 * report.share,
                 len(report.skipped),
             )

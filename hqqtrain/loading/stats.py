@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 import psutil
 import torch
 
+from hqqtrain.common.text import short
+
 GIB = 2**30
 
 
@@ -44,8 +46,8 @@ class LoadStats:
         if self.device_peak_gib:
             memory += f" and {self.device_peak_gib:.2f} GiB of GPU memory"
         return (
-            f"rank {self.rank}: {self.bytes_read / 1e9:.2f} GB in {self.seconds:.1f} s "
-            f"({self.gb_per_second:.2f} GB/s; reading took {self.read_seconds:.1f} s), peak "
+            f"rank {self.rank}: {short(self.bytes_read / 1e9)} GB in {self.seconds:.1f} s "
+            f"({short(self.gb_per_second)} GB/s; reading took {self.read_seconds:.1f} s), peak "
             f"{memory}"
         )
 

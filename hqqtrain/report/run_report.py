@@ -12,6 +12,7 @@ from typing import Any
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_write
+from hqqtrain.common.text import count
 from hqqtrain.report.html import (
     render_details,
     render_page,
@@ -200,7 +201,7 @@ def _subtitle(summary: Mapping[str, Any]) -> str:
     parts = [
         f"recipe {run['recipe']}" if run.get("recipe") else "",
         f"task {run['task']}" if run.get("task") else "",
-        f"{world_size} process{'es' if world_size != 1 else ''} on {run.get('device') or 'cpu'}",
+        f"{count(world_size, 'process')} on {run.get('device') or 'cpu'}",
         f"measured on {evaluation['dataset']}" if evaluation.get("dataset") else "",
     ]
     return " · ".join(filter(None, parts))
@@ -227,4 +228,4 @@ def _layer_table(errors: Mapping[str, float]) -> str:
         return ""
     rows = [(name, f"{error:.5f}") for name, error in errors.items()]
     table = render_table(("module", "relative error"), rows)
-    return render_details(f"Relative error of {len(rows)} modules", table)
+    return render_details(f"Relative error of {count(len(rows), 'module')}", table)

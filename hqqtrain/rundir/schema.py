@@ -160,6 +160,16 @@ class TrainMetrics(JsonObject):
 
 
 @dataclass(frozen=True)
+class ExportMetrics(JsonObject):
+    """The `export` part. `bytes` counts the safetensors files; `adapter` says if one was merged."""
+
+    format: str | None = None
+    dtype: str | None = None
+    bytes: int | None = None
+    adapter: bool | None = None
+
+
+@dataclass(frozen=True)
 class Summary(JsonObject):
     """The content of summary.json. A part that the task did not run is None."""
 
@@ -168,6 +178,7 @@ class Summary(JsonObject):
     quantize: QuantizeMetrics | None = field(default=None, metadata={"part": QuantizeMetrics})
     eval: EvalMetrics | None = field(default=None, metadata={"part": EvalMetrics})
     train: TrainMetrics | None = field(default=None, metadata={"part": TrainMetrics})
+    export: ExportMetrics | None = field(default=None, metadata={"part": ExportMetrics})
 
     def measured_models(self) -> dict[str, ModelMetrics]:
         """Return the metrics of the measured models, by key and in the order of MODEL_NAMES."""

@@ -43,7 +43,7 @@ def finalize_success(
     trackers.log_images(images)
     if directory.layout.adapter.exists():
         trackers.log_artifact(directory.layout.adapter)
-    hints = trackers.hints()
+    hints = summary.hints(directory.layout) + trackers.hints()
     trackers.finish(DONE)
     # The status comes last: until then, the same command resumes the run and finishes it again.
     directory.write_status("done", exit_code=DONE)

@@ -5,7 +5,12 @@ from collections.abc import Mapping
 from torch import nn
 
 from hqqtrain.checkpoint.manager import CheckpointContents, CheckpointManager
-from hqqtrain.checkpoint.resume import check_resumable, dataset_digests, find_checkpoint
+from hqqtrain.checkpoint.resume import (
+    check_resumable,
+    check_step_count,
+    dataset_digests,
+    find_checkpoint,
+)
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.data.loader import PackedLoader
 from hqqtrain.distributed.local import full_tensor
@@ -41,6 +46,8 @@ def finetune(run: Run) -> None:
             has_finished_run=history.has_finished_run,
         )
     with comm.raise_on_all_ranks():
+        if config.train.max_steps is not None:  # known before the text is read and tokenized
+            check_step_count(checkpoint, config.train.max_steps)
         resumed = checkpoint.folder if checkpoint else None
         plan = plan_model(plan_settings(config), runtime, resumed=resumed)
     layout = batch_layout(run, plan)
@@ -62,7 +69,7 @@ def finetune(run: Run) -> None:
         digests = dataset_digests(training_data, held_out)
         check_resumable(checkpoint, digests, loader.total_steps)
         check_fits_run(
-            run, plan.model, has_quantized=has_quantized, has_checkpoints=checkpoint is not None
+            run, plan, has_quantized=has_quantized, has_checkpoints=checkpoint is not None
         )
     check_same_text(run, training_data, held_out)
     # All checks have passed, so `run.resume=never` may delete the old results.

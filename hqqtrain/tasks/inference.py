@@ -16,7 +16,7 @@ def quantize(run: Run) -> None:
     """Quantize the model and save it."""
     with run.runtime.comm.raise_on_all_ranks():
         plan = plan_model(plan_settings(run.config), run.runtime)
-        check_fits_run(run, plan.model)
+        check_fits_run(run, plan)
     load_or_quantize(run, plan)
 
 
@@ -32,7 +32,7 @@ def evaluate(run: Run) -> None:
         held_out = load_held_out_data(
             run.config, plan.source.tokenizer, vocabulary_size(plan.model)
         )
-        check_fits_run(run, plan.model)
+        check_fits_run(run, plan)
     check_same_text(run, held_out)
     source_digest = digest_source(plan.source, run.runtime.comm, run.runtime.preemption)
     loaded = load_or_quantize(run, plan, source_digest=source_digest)
@@ -50,7 +50,7 @@ def export(run: Run) -> None:
         plan = plan_model(plan_settings(run.config), run.runtime)
         adapter = plan.initial_adapter
         export_format.check_adapter(adapter.folder if adapter else None)
-        check_fits_run(run, plan.model)
+        check_fits_run(run, plan)
     loaded = load_or_quantize(run, plan)
     model = ModelExport(
         model=loaded.model,
@@ -64,3 +64,4 @@ def export(run: Run) -> None:
         comm=run.runtime.comm,
     )
     export_format.write(model, run.layout.export)
+    run.recorder.record_export(is_merged=adapter is not None)

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from torch import nn
-
 from hqqtrain.checkpoint.format import Checkpoint
 from hqqtrain.config.run import RunConfig
 from hqqtrain.formats.companions import companion_files
@@ -32,9 +30,9 @@ def plan_settings(config: RunConfig) -> PlanSettings:
 
 
 def check_fits_run(
-    run: Run, model: nn.Module, *, has_quantized: bool = False, has_checkpoints: bool = False
+    run: Run, plan: ModelPlan, *, has_quantized: bool = False, has_checkpoints: bool = False
 ) -> None:
-    """Check that `model` fits, given what the run directory already contains.
+    """Check that the model of `plan` fits, given what the run directory already contains.
 
     Raises:
         UserError: It does not fit.
@@ -42,10 +40,11 @@ def check_fits_run(
     workload = workload_of(
         run.config,
         offloads_activations=run.runtime.offloads_activations,
+        is_packed=plan.is_packed,
         has_quantized=has_quantized,
         has_checkpoints=has_checkpoints,
     )
-    check_resources(workload, model, run.runtime)
+    check_resources(workload, plan.model, run.runtime)
 
 
 def load_or_quantize(

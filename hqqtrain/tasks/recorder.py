@@ -6,7 +6,7 @@ gets its first file once the model is loaded, so that bad weights leave nothing 
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
 
@@ -151,8 +151,11 @@ class RunRecorder:
         wandb_run_id = checkpoint and checkpoint.state["record"]["wandb_run_id"]
         if wandb_run_id and not read_run_id(self.directory.path):
             save_run_id(self.directory.path, wandb_run_id)
+        # W&B and TensorBoard show trainings; other tasks only write metrics.jsonl.
+        trains = self.config.task == "finetune"
+        track = self.config.track if trains else replace(self.config.track, backends=[])
         self.trackers = open_trackers(
-            self.config.track, self.directory.path, asdict(self.config), self.step_number
+            track, self.directory.path, asdict(self.config), self.step_number
         )
         self._live_report = LiveReport(self.directory.path, lambda: self.summary.content.to_json())
         self._live_report.start()
@@ -207,6 +210,15 @@ class RunRecorder:
             parameters: The trained parameters, sharded or not.
         """
         self.summary.add_training(state, sum(map(global_numel, parameters)))
+
+    def record_export(self, *, is_merged: bool) -> None:
+        """Add export/ to the summary, now that it is written.
+
+        Args:
+            is_merged: Whether an adapter was merged into it.
+        """
+        if self.is_main:
+            self.summary.add_export(self.directory.layout.export, self.config, is_merged=is_merged)
 
     def record_reference_bytes(self, bytes_read: int) -> None:
         """Add the bytes read for the full-precision reference model to the summary."""

@@ -24,6 +24,7 @@ def workload_of(
     config: RunConfig,
     *,
     offloads_activations: bool = False,
+    is_packed: bool = False,
     has_quantized: bool = False,
     has_checkpoints: bool = False,
 ) -> Workload:
@@ -32,13 +33,15 @@ def workload_of(
     Args:
         config: Configuration of the run.
         offloads_activations: Whether activations are offloaded from a GPU to the host.
+        is_packed: Whether the source is quantized already. Then there is no full-precision model
+            to compare with.
         has_quantized: Whether the run's directory already contains quantized/.
         has_checkpoints: Whether the run's directory already contains checkpoints. If so, the run
             needs space for one more: it writes each new one before it deletes an old one.
     """
     kept_checkpoints = config.ckpt.keep_last + config.ckpt.keep_best
     saves_quantized = config.task in ("finetune", "quantize") and config.quant.save
-    evaluates = config.eval.source is not None
+    evaluates = config.eval.source is not None and config.task in ("finetune", "eval")
     return Workload(
         task=config.task,
         model_name=config.model.name_or_path,
@@ -54,7 +57,7 @@ def workload_of(
         offload=config.parallel.offload,
         offloads_activations=offloads_activations,
         evaluates=evaluates,
-        has_reference=evaluates and config.eval.reference == "resident",
+        has_reference=evaluates and config.eval.reference == "resident" and not is_packed,
         export_format=config.export.format,
         new_checkpoints=1 if has_checkpoints else kept_checkpoints + 1,
         run_root=config.run.root,

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, replace
+from pathlib import Path
 from typing import Any
 
 from hqqtrain.common.secrets import mask_secrets
@@ -15,9 +16,11 @@ from hqqtrain.models.fqn import base_tensors, is_packed
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.quant.error import storage_bits
 from hqqtrain.rundir.identity import package_versions
+from hqqtrain.rundir.layout import RunLayout
 from hqqtrain.rundir.schema import (
     MODEL_NAMES,
     EvalMetrics,
+    ExportMetrics,
     ModelMetrics,
     QuantizeMetrics,
     RunInfo,
@@ -126,6 +129,38 @@ class RunSummary:
             "final", seconds=state.seconds, bits_per_weight=base.bits_per_weight,
             gib=(base.gib or 0) + 4 * trainable_count / GIB,  # counted as fp32
         )  # fmt: skip
+
+    def add_export(self, folder: Path, config: RunConfig, *, is_merged: bool) -> None:
+        """Add the export that was written to `folder`.
+
+        Args:
+            folder: The folder of the export.
+            config: The configuration of the run.
+            is_merged: Whether an adapter was merged into the weights.
+        """
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        is_dense = config.export.format == "dense"
+        dtype = str(self._runtime.dtype).removeprefix("torch.") if is_dense else None
+        self.content = replace(
+            self.content, export=ExportMetrics(config.export.format, dtype, size, is_merged)
+        )
+        bits = (
+            8.0 * self._runtime.dtype.itemsize
+            if is_dense
+            else self._rows["quantized"].bits_per_weight
+        )
+        form = f"{dtype}, adapter merged" if is_merged else dtype or "packed"
+        self._rows["export"] = ResultRow(f"export ({form})", bits_per_weight=bits, gib=size / GIB)
+
+    def hints(self, layout: RunLayout) -> list[str]:
+        """Return lines that tell how to use the results."""
+        export = self.content.export
+        if export is None:
+            return []
+        folder = str(layout.export)
+        if export.format == "dense":
+            return [f"load it: transformers.AutoModelForCausalLM.from_pretrained({folder!r})"]
+        return [f"use it: model.name_or_path={folder}"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the content and the table rows so far, as JSON values."""

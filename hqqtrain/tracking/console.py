@@ -115,7 +115,8 @@ class ProgressBar:
         rate = (self._units_done - self.initial) / seconds if seconds else 0.0
         total = f"/{self.total}" if self.total else ""
         percent = f" ({self._units_done / self.total:.0%})" if self.total else ""
-        parts = [f"{self.description}: {self._units_done}{total} {self.unit}s{percent}"]
+        plural = "" if (self.total or self._units_done) == 1 else "s"
+        parts = [f"{self.description}: {self._units_done}{total} {self.unit}{plural}{percent}"]
         parts += [f"{_short(rate)} {self.unit}s/s"] if rate else []
         if is_last:
             parts.append(f"in {tqdm.format_interval(seconds)}")
@@ -150,15 +151,20 @@ class Console:
     ) -> None:
         """Print the results table, the written files, and hints to standard output."""
         if self.is_main:
-            print("\n" + results_table(rows) + "\n")
+            print("\n" + results_table(rows) + "\n" if rows else "")
             print("\n".join([*(f"wrote {file}" for file in files), *hints]), flush=True)
 
 
 def results_table(rows: Sequence[ResultRow]) -> str:
-    """Format the results as plain text, one line per model."""
-    headers = ("model", "perplexity", "KL", "bits per weight", "GiB", "seconds")
-    formats = ("", ".3f", ".4f", ".2f", ".3f", ".1f")
-    return tabulate([astuple(row) for row in rows], headers, floatfmt=formats, missingval="-")
+    """Format the results as plain text, one line per model. Columns without a value are omitted."""
+    formats = {"model": "", "perplexity": ".3f", "KL": ".4f", "bits per weight": ".2f",
+               "GiB": ".3f", "seconds": ".1f"}  # fmt: skip
+    columns = dict(zip(formats, zip(*map(astuple, rows), strict=True), strict=True))
+    shown = [name for name, cells in columns.items() if any(cell is not None for cell in cells)]
+    return tabulate(
+        list(zip(*(columns[name] for name in shown), strict=True)), shown,
+        floatfmt=[formats[name] for name in shown], missingval="-",
+    )  # fmt: skip
 
 
 def setup_logging(is_main: bool = True) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from hqqtrain.common.text import count
 from hqqtrain.config.groups import OptimConfig
 from hqqtrain.distributed.local import local_tensor
 from hqqtrain.models.fqn import peft_key
@@ -103,8 +104,8 @@ class LearningRateSchedule:
     def __post_init__(self) -> None:
         if 0 < self.total_steps <= self.optim.warmup_steps:
             logger.warning(
-                "optim.warmup_steps=%d: the run has %d steps, so all of them warm up",
-                self.optim.warmup_steps, self.total_steps,
+                "optim.warmup_steps=%d: the run has %s, so all of them warm up",
+                self.optim.warmup_steps, count(self.total_steps, "step"),
             )  # fmt: skip
 
     def learning_rate(self, step: int) -> float:

@@ -121,3 +121,31 @@ def test_a_sweep_over_a_key_that_does_not_exist(recipes):
     _write(recipes, "mine", "sweep:\n  quant.nbit: 2,3\n")
     with pytest.raises(UserError, match=r"quant\.nbit: unknown key"):
         [composed.checked() for _, composed in expand_jobs(["recipe=mine"], multirun=False)]
+
+
+@pytest.mark.parametrize("name", ["mine.yaml", "./mine.yaml", "./mine", "{folder}/mine.yaml"])
+def test_a_recipe_may_be_the_path_of_a_file(recipes, name):
+    _write(recipes.parent, "mine", "# Mine.\ndefaults: [tiny_2bit, _self_]\nquant: {nbits: 3}\n")
+    config = compose_config([f"recipe={name.format(folder=recipes.parent)}"])
+    assert (config.recipe, config.quant.nbits, config.train.max_seq_len) == ("mine", 3, 256)
+    assert config.run_name().startswith("mine-")
+
+
+def test_a_path_precedes_a_recipe_of_the_same_name(recipes):
+    _write(recipes, "tiny_2bit", "quant: {nbits: 8}\n")
+    (recipes.parent / "tiny_2bit.yml").write_text("quant: {nbits: 3}\n")
+    assert compose_config(["recipe=./tiny_2bit.yml"]).quant.nbits == 3
+    assert compose_config(["recipe=tiny_2bit"]).quant.nbits == 8
+
+
+def test_a_path_may_be_a_sweep(recipes):
+    _write(recipes.parent, "mine", "sweep: {quant.nbits: '2,3'}\n")
+    jobs = expand_jobs(["recipe=./mine.yaml"], multirun=False)
+    assert [composed.checked().quant.nbits for _, composed in jobs] == [2, 3]
+
+
+def test_errors_in_a_file_name_the_file(recipes):
+    _write(recipes.parent, "mine", "quant: {nbit: 3}\n")
+    assert _message("recipe=./mine.yaml").startswith("mine.yaml: quant.nbit: unknown key")
+    assert "Did you mean 'mine.yaml'?" in _message("recipe=./mien.yaml")
+    assert "no such recipe" in _message(f"recipe={recipes}")

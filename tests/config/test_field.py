@@ -23,7 +23,8 @@ def _errors(**values: Any) -> list[str]:
 
 def test_a_key_carries_its_help_and_limits():
     mode, count, _, names = fields(Group)
-    assert mode.metadata == {"help": "how", "choices": ("a", "b", None), "low": None}
+    limits = {"low": None, "high": None}
+    assert mode.metadata == {"help": "how", "choices": ("a", "b", None), **limits}
     assert (count.default, count.metadata["low"]) == (1, 1)
     assert names.default_factory() == ["x"]
     assert Group().names is not Group().names

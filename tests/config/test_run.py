@@ -130,3 +130,15 @@ def test_the_name_is_the_same_in_another_process():
         for seed in ("1", "2")
     }
     assert outputs == {RunConfig().identity()}
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "message"),
+    [
+        ("train", {"epochs": 1e308}, "train.epochs=1e+308: must be at most 1,000,000."),
+        ("train", {"max_steps": 10**30}, "must be below 2^63."),
+        ("eval", {"tokens": 2**63}, "eval.tokens=9223372036854775808: must be below 2^63."),
+    ],
+)
+def test_numbers_that_no_run_can_have(group, values, message):
+    assert message in refusal(**{group: values})

@@ -1,5 +1,6 @@
 """The sample order: a pure function, every sample once per epoch, stable across releases."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,16 @@ def test_epochs_and_seeds_differ():
     assert order.indices(0, 1000) != SampleOrder(1000, 1).indices(0, 1000)
     assert order.epoch(3, 500) == 1.5
     assert order.steps(0.01, 500) == 1
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "batch", "steps"),
+    [(0, 10, 2, 0), (0.0, 1, 1, 0), (1.1, 10, 1, 11), (1.1, 100, 10, 11), (0.1, 30, 3, 1),
+     (2.3, 100, 10, 23), (1.15, 100, 1, 115), (1.11, 10, 1, 12), (1e-9, 10, 1, 1),
+     (1_000_000, 10, 2, 5_000_000)],
+)  # fmt: skip
+def test_steps_cover_the_epochs_as_they_are_written(epochs, samples, batch, steps):
+    assert SampleOrder(samples, 0).steps(epochs, batch) == steps
 
 
 def test_golden_order():

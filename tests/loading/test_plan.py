@@ -69,7 +69,7 @@ def test_tensors_that_are_not_used_are_logged(plan, make_config, tiny_model: Pat
     save_file(load_file(file) | {"extra": torch.ones(2)}, file, {"format": "pt"})
     with caplog.at_level(logging.WARNING):
         plan(make_config())
-    assert f"{tiny_model}: 1 tensors are not used, such as extra" in caplog.text
+    assert f"{tiny_model}: not used: 1 tensor, such as extra" in caplog.text
 
 
 def test_sequences_longer_than_the_models_are_warned_about(plan, make_config, caplog):

@@ -83,4 +83,4 @@ def test_a_model_that_does_not_fit_is_refused(make_config, start_run, monkeypatc
     with start_run(make_config()) as run:
         plan = plan_model(plan_settings(run.config), run.runtime)
         with pytest.raises(UserError, match="weights and optimizer need"):
-            check_fits_run(run, plan.model)
+            check_fits_run(run, plan)

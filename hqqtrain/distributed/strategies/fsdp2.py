@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.text import count
 from hqqtrain.config.conflicts import Conflict
 from hqqtrain.distributed.strategies.base import (
     BITSANDBYTES_OPTIMIZERS,
@@ -71,9 +72,9 @@ class FSDP2(Strategy):
         for module in (*layers, model):
             fully_shard(module, mesh=mesh, offload_policy=policy)
         logger.info(
-            "fsdp2: decoder layers: %s, sharded over %d ranks, replicas: %d",
+            "fsdp2: decoder layers: %s, sharded over %s, replicas: %d",
             description,
-            self.comm.size // self.replicas,
+            count(self.comm.size // self.replicas, "rank"),
             self.replicas,
         )
 

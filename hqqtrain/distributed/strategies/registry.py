@@ -2,6 +2,7 @@
 
 import logging
 
+from hqqtrain.common.text import count
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.strategies.base import Strategy
 from hqqtrain.distributed.strategies.fsdp1 import FSDP1
@@ -23,5 +24,5 @@ def resolve_strategy(wanted: str, comm: Communicator) -> type[Strategy]:
         return STRATEGIES[wanted]
     strategy = SingleProcess if comm.size == 1 else FSDP2
     if comm.is_main:
-        logger.info("parallel.strategy=auto: %s, for %d processes", strategy.name, comm.size)
+        logger.info("parallel.strategy=auto: %s, for %s", strategy.name, count(comm.size, "process"))
     return strategy

@@ -89,7 +89,8 @@ def _shared_overrides(job: Job, name: str) -> tuple[str, ...]:
     if config.quant.cache_dir is None and "quant.cache_dir" not in given:
         cache_dir = str(Path(config.run.root) / "quantized")
         overrides.append(f"quant.cache_dir={_quote_value(cache_dir)}")
-    if config.track.group is None and "track.group" not in given:
+    is_tracked = config.task == "finetune"  # the other tasks use no trackers
+    if is_tracked and config.track.group is None and "track.group" not in given:
         overrides.append(f"track.group={_quote_value(name)}")
     return tuple(overrides)
 

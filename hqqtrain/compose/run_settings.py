@@ -1,0 +1,95 @@
+"""The settings of an earlier run, from which `task=eval` and `task=export` of that run start.
+
+A run is measured as it was trained: with its held-out text, its sequence length and its precision.
+Its config.yaml is the base, and the recipe and the command line override it.
+"""
+
+import json
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.common.secrets import MASK
+from hqqtrain.compose.messages import check_type
+from hqqtrain.compose.schema import known_keys
+from hqqtrain.config.renamed import with_new_names
+from hqqtrain.config.run import RunConfig
+from hqqtrain.rundir.identity import read_yaml
+from hqqtrain.rundir.layout import RunLayout
+
+TASKS = ("eval", "export")
+"""The tasks that start from the settings of the run that they work on."""
+
+_GROUPS = ("quant", "adapter", "train", "data", "eval")
+
+_OF_THE_MACHINE = (
+    "quant.backend", "quant.cache_dir", "quant.save", "quant.storage_dtype", "adapter.init_from",
+)  # fmt: skip
+"""Keys of these groups that depend on the machine, or that only the first run needs."""
+
+_PACKED = (
+    "quant.nbits", "quant.group_size", "quant.axis", "quant.solver", "quant.meta_dtype",
+    "quant.skip", "quant.overrides", "quant.overrides.*",
+)  # fmt: skip
+"""Keys that say how a model is quantized; a model that is quantized already keeps its own."""
+
+
+def run_of(config: RunConfig) -> RunLayout | None:
+    """Return the run that `model.name_or_path` names, by its folder or its quantized/, if any."""
+    if config.model.source != "pretrained":
+        return None
+    folder = Path(config.model.name_or_path).expanduser()
+    for run in (RunLayout(folder), RunLayout(folder.parent)):
+        is_named = folder in (run.folder, run.quantized)
+        if is_named and run.config_yaml.is_file() and run.has_quantized:
+            return run
+    return None
+
+
+def read_run_settings(run: RunLayout, given: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Return group -> key -> value of the settings that config.yaml of `run` contributes.
+
+    Keys that this release does not have are left out.
+
+    Args:
+        run: The run directory.
+        given: Dotted keys that the command line sets.
+
+    Raises:
+        UserError: config.yaml is damaged, or a value in it contains a secret, which it hides.
+    """
+    saved, keys = with_new_names(read_yaml(run.config_yaml)), dict(known_keys())
+    settings: dict[str, dict[str, Any]] = {}
+    for group in _GROUPS:
+        values = saved.get(group)
+        for name, value in values.items() if isinstance(values, dict) else ():
+            key = f"{group}.{name}"
+            if key not in keys or key in _OF_THE_MACHINE or key in given:
+                continue
+            if MASK in str(value):
+                raise UserError(
+                    f"{run.config_yaml}: {key}={value} contains a secret, which the file hides; "
+                    f"give {key} on the command line."
+                )
+            check_type(key, value, f"{run.config_yaml}: ")
+            settings.setdefault(group, {})[name] = value
+    return settings
+
+
+def settings_of_packed_model(config: RunConfig, given: Collection[str]) -> list[str]:
+    """Return the keys in `given` that a model which is quantized already does not use."""
+    folder = Path(config.model.name_or_path).expanduser()
+    if run_of(config) is None and not _is_packed(folder):
+        return []
+    return [key for key in given if any(fnmatchcase(key, pattern) for pattern in _PACKED)]
+
+
+def _is_packed(folder: Path) -> bool:
+    """Whether config.json of `folder` says that hqqtrain has quantized the model."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config["quantization_config"]["quant_method"] == "hqqtrain"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False

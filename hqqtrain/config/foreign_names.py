@@ -1,0 +1,89 @@
+"""Names that other fine-tuning tools give to our settings, so that an error can name our key.
+
+The names are those of transformers, PEFT, TRL, axolotl, LLaMA-Factory, Unsloth, AutoGPTQ, AutoAWQ
+and bitsandbytes.
+"""
+
+FOREIGN_NAMES = {
+    # model
+    "model_name_or_path": "model.name_or_path", "model_name": "model.name_or_path",
+    "model_id": "model.name_or_path", "model_path": "model.name_or_path",
+    "base_model": "model.name_or_path", "base_model_name_or_path": "model.name_or_path",
+    "pretrained_model_name_or_path": "model.name_or_path", "model_revision": "model.revision",
+    # quantization
+    "bits": "quant.nbits", "wbits": "quant.nbits", "w_bit": "quant.nbits",
+    "w_bits": "quant.nbits", "weight_bits": "quant.nbits", "num_bits": "quant.nbits",
+    "n_bits": "quant.nbits", "quantization_bit": "quant.nbits", "load_in_4bit": "quant.nbits=4",
+    "load_in_8bit": "quant.nbits=8", "groupsize": "quant.group_size",
+    "q_group_size": "quant.group_size", "w_group_size": "quant.group_size",
+    "bnb_4bit_compute_dtype": "quant.compute_dtype", "modules_to_not_convert": "quant.skip",
+    "llm_int8_skip_modules": "quant.skip",
+    # adapter
+    "lora_r": "adapter.r", "lora_rank": "adapter.r", "rank": "adapter.r",
+    "lora_alpha": "adapter.alpha", "lora_dropout": "adapter.dropout",
+    "lora_target": "adapter.target_modules", "lora_target_modules": "adapter.target_modules",
+    "use_rslora": "adapter.kind=rslora", "init_lora_weights": "adapter.init",
+    "adapter_name_or_path": "adapter.init_from", "lora_model_dir": "adapter.init_from",
+    "peft_model_id": "adapter.init_from",
+    # training
+    "learning_rate": "optim.lr", "lr_rate": "optim.lr", "lr_scheduler": "optim.schedule",
+    "lr_scheduler_type": "optim.schedule", "scheduler": "optim.schedule",
+    "warmup": "optim.warmup_steps", "warmup_ratio": "optim.warmup_steps",
+    "num_warmup_steps": "optim.warmup_steps", "optimizer": "optim.name", "optim": "optim.name",
+    "optimizer_type": "optim.name", "wd": "optim.weight_decay", "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs", "n_epochs": "train.epochs", "epoch": "train.epochs",
+    "steps": "train.max_steps", "num_steps": "train.max_steps",
+    "max_train_steps": "train.max_steps", "train_steps": "train.max_steps",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_accumulation": "train.global_batch_size", "grad_accum": "train.global_batch_size",
+    "batch_size": "train.global_batch_size", "train_batch_size": "train.global_batch_size",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "per_device_eval_batch_size": "train.micro_batch_size",
+    "eval_batch_size": "train.micro_batch_size", "max_seq_length": "train.max_seq_len",
+    "max_length": "train.max_seq_len", "seq_len": "train.max_seq_len",
+    "seq_length": "train.max_seq_len", "sequence_len": "train.max_seq_len",
+    "sequence_length": "train.max_seq_len", "cutoff_len": "train.max_seq_len",
+    "block_size": "train.max_seq_len", "context_length": "train.max_seq_len",
+    "model_max_length": "train.max_seq_len", "sample_packing": "train.packing",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "use_gradient_checkpointing": "train.activation_checkpointing",
+    "activation_checkpoint": "train.activation_checkpointing",
+    "gradient_clipping": "train.max_grad_norm", "clip_grad": "train.max_grad_norm",
+    "bf16": "train.precision=bf16", "fp16": "train.precision=fp16",
+    "mixed_precision": "train.precision", "torch_dtype": "train.precision",
+    "dtype": "train.precision", "random_seed": "train.seed", "data_seed": "train.seed",
+    # data and evaluation
+    "dataset": "data.source", "datasets": "data.source", "dataset_name": "data.source",
+    "dataset_path": "data.source", "data_path": "data.source", "train_file": "data.source",
+    "train_data": "data.source", "train_dataset": "data.source",
+    "dataset_text_field": "data.text_field", "text_column": "data.text_field",
+    "text_column_name": "data.text_field", "validation_file": "eval.source",
+    "eval_dataset": "eval.source", "val_dataset": "eval.source", "eval_steps": "eval.every",
+    "eval_strategy": "eval.every", "evaluation_strategy": "eval.every",
+    # distribution, output and tracking
+    "fsdp": "parallel.strategy=fsdp2", "deepspeed": "parallel.strategy=zero3",
+    "zero_stage": "parallel.strategy=zero3", "ddp": "parallel.strategy=ddp",
+    "cpu_offload": "parallel.offload", "output_dir": "run.root", "logging_dir": "run.root",
+    "run_name": "run.name", "wandb_run_name": "run.name", "resume_from_checkpoint": "run.resume",
+    "save_steps": "ckpt.every", "save_strategy": "ckpt.every", "save_every": "ckpt.every",
+    "checkpoint_every": "ckpt.every", "save_total_limit": "ckpt.keep_last",
+    "report_to": "track.backends", "wandb_project": "track.project",
+    "wandb_entity": "track.entity", "num_nodes": "launch.nodes", "nnodes": "launch.nodes",
+}  # fmt: skip
+"""Name in another tool -> our key, with its value where the name implies one."""
+
+_REMARKS = {
+    "train.global_batch_size": "accumulation is derived from it, train.micro_batch_size and the "
+    "number of processes",
+    "train.micro_batch_size": "train.global_batch_size sets the sequences of a step",
+    "optim.warmup_steps": "a number of steps",
+}
+"""Our key -> how it differs from what other tools have."""
+
+
+def our_name(name: str) -> str | None:
+    """Return our key for the dotted `name` of another tool, with a remark; None if unknown."""
+    last = name.rpartition(".")[2].lower().replace("-", "_")
+    ours = FOREIGN_NAMES.get(last)
+    remark = _REMARKS.get(ours or "")
+    return f"'{ours}' ({remark})" if remark else f"'{ours}'" if ours else None

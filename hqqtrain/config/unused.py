@@ -1,0 +1,79 @@
+"""Settings that a command gives and its task does not use.
+
+Recipes set keys for several tasks, so only keys of the command line are looked at. Such a setting
+is no error, because the same words may start a training and then its evaluation, but the user is
+told.
+"""
+
+from collections.abc import Collection, Iterator
+from fnmatch import fnmatchcase
+
+from hqqtrain.config.run import RunConfig
+
+_EVERY_TASK = (
+    "task", "recipe", "model", "model.*", "quant", "quant.*", "parallel", "parallel.*", "launch",
+    "launch.*", "run", "run.*", "train.precision",
+)  # fmt: skip
+
+USED_KEYS = {
+    "finetune": ("*",),
+    "quantize": _EVERY_TASK,
+    "eval": (
+        *_EVERY_TASK, "adapter.init_from", "adapter.dtype", "data", "data.*", "eval", "eval.*",
+        "train.max_seq_len", "train.micro_batch_size",
+    ),
+    "export": (*_EVERY_TASK, "adapter.init_from", "adapter.dtype", "export", "export.*"),
+}  # fmt: skip
+"""Globs of the keys that each task uses, except for those in `UNUSED_KEYS`."""
+
+_TRAINING_ONLY = ("eval.every", "parallel.consistency_check_every")
+
+UNUSED_KEYS = {
+    "finetune": ("export", "export.*"),
+    "quantize": _TRAINING_ONLY,
+    "eval": (*_TRAINING_ONLY, "quant.save"),
+    "export": (*_TRAINING_ONLY, "quant.save"),
+}
+"""Globs of keys that each task does not use although `USED_KEYS` covers their group."""
+
+_OF_WANDB = ("track.project", "track.entity")
+_OF_FILES = ("data.format", "data.text_field")
+
+
+def unused_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:
+    """Yield one message for every key that the command gives without effect.
+
+    Args:
+        config: The checked configuration of the run.
+        given: Dotted keys that the command line sets.
+    """
+    task, is_known = config.task, set()
+    for key in given:
+        if not _matches(key, USED_KEYS[task]) or _matches(key, UNUSED_KEYS[task]):
+            is_known.add(key)
+            yield f"{key}: is not used by task={task}."
+    for key, reason in _ineffective(config):
+        if key in given and key not in is_known:
+            yield f"{key}: is not used, because {reason}."
+
+
+def _matches(key: str, patterns: Collection[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _ineffective(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield (key, reason) for every key that another key makes ineffective."""
+    train, evaluation = config.train, config.eval
+    if train.max_steps is not None:
+        yield "train.epochs", (
+            f"train.max_steps={train.max_steps} takes precedence; add train.max_steps=null"
+        )
+    if evaluation.source is None:
+        for key in ("eval.every", "eval.tokens", "eval.reference"):
+            yield key, "eval.source=null turns the evaluation off"
+    if "wandb" not in config.track.backends:
+        for key in _OF_WANDB:
+            yield key, "track.backends does not contain wandb"
+    if {config.data.source, evaluation.source} <= {"python_stdlib", None}:
+        for key in _OF_FILES:
+            yield key, "python_stdlib is text of one form"

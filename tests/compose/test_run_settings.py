@@ -1,0 +1,131 @@
+"""task=eval and task=export of a run start from its settings; the command line overrides them."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.compose.command import compose_command
+from hqqtrain.compose.compose import compose_config
+from hqqtrain.config.renamed import with_old_names
+from hqqtrain.config.run import RunConfig
+
+TRAINED = (
+    "recipe=tiny_2bit", "train.max_seq_len=128", "train.precision=bf16", "eval.tokens=512",
+    "eval.source=held.txt", "data.source=mine.jsonl", "data.text_field=body", "adapter.dtype=bf16",
+    "parallel.strategy=fsdp2", "quant.cache_dir=cache", "track.backends=[]", "run.name=mine",
+)  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch) -> Path:
+    """Return the folder of a trained run, with the files by which it is recognized."""
+    monkeypatch.chdir(tmp_path)
+    return _write_run(Path("runs/mine"), asdict(compose_config(list(TRAINED))))
+
+
+def _write_run(folder: Path, config: dict) -> Path:
+    (folder / "quantized").mkdir(parents=True)
+    (folder / "quantized" / "config.json").write_text(
+        '{"quantization_config": {"quant_method": "hqqtrain"}}'
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"identity": "x"}))
+    return folder
+
+
+def _compose(*words: str) -> RunConfig:
+    return compose_config(list(words))
+
+
+@pytest.mark.parametrize("task", ["eval", "export"])
+@pytest.mark.parametrize("name", ["runs/mine", "./runs/mine/", "runs/mine/quantized"])
+def test_the_settings_of_the_run_are_the_base(run: Path, task, name):
+    config = _compose(f"task={task}", f"model.name_or_path={name}")
+    trained = _compose(*TRAINED)
+    assert config.eval == trained.eval
+    assert config.data == trained.data
+    assert config.train == trained.train
+    assert (config.adapter.dtype, config.quant.nbits) == ("bf16", 2)
+
+
+def test_what_belongs_to_the_machine_or_the_directory_is_not_taken(run: Path):
+    config, plain = _compose("task=eval", f"model.name_or_path={run}"), RunConfig(task="eval")
+    for group in ("parallel", "run", "track", "ckpt", "launch", "export"):
+        assert getattr(config, group) == getattr(plain, group)
+    assert (config.quant.cache_dir, config.recipe, config.adapter.init_from) == (None, None, None)
+    assert config.model.name_or_path == str(run)
+
+
+def test_the_command_line_and_its_recipe_override_the_run(run: Path):
+    words = ("task=eval", f"model.name_or_path={run}", "eval.tokens=99")
+    assert _compose(*words).eval.tokens == 99
+    assert _compose(*words).train.max_seq_len == 128
+    assert _compose(*words, "recipe=tiny_2bit").train.max_seq_len == 256
+
+
+@pytest.mark.parametrize("words", [("task=finetune",), ("task=quantize",)])
+def test_other_tasks_start_from_the_defaults(run: Path, words):
+    config = _compose(*words, f"model.name_or_path={run}")
+    assert config.train.max_seq_len == RunConfig().train.max_seq_len
+
+
+def test_another_model_starts_from_the_defaults(run: Path, tmp_path: Path):
+    (tmp_path / "plain").mkdir()
+    for name in ("tiny", "plain", "hub/model", str(run / "adapter")):
+        assert _compose("task=eval", f"model.name_or_path={name}").eval == RunConfig().eval
+
+
+def test_a_run_of_an_earlier_release_is_read_with_the_new_names(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old = with_old_names(asdict(_compose(*TRAINED, "train.activation_checkpointing=false")))
+    assert "checkpointing" in old["train"]
+    old["train"]["a_key_that_is_gone"] = 1
+    folder = _write_run(tmp_path / "old", old)
+    config = _compose("task=eval", f"model.name_or_path={folder}")
+    assert config.train.activation_checkpointing is False
+    assert config.train.objective == "next_token"
+    assert config.train.max_seq_len == 128
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{", "train: {max_seq_len: many}", ""])
+def test_a_damaged_file_is_one_message(run: Path, text):
+    (run / "config.yaml").write_text(text)
+    if text == "":
+        with pytest.raises(UserError, match="config.yaml"):
+            _compose("task=eval", f"model.name_or_path={run}")
+        return
+    with pytest.raises(UserError, match=r"runs/mine/config\.yaml"):
+        _compose("task=eval", f"model.name_or_path={run}")
+
+
+def test_a_hidden_secret_must_be_given_again(run: Path):
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    saved["data"]["source"] = "https://***@host/x"
+    (run / "config.yaml").write_text(yaml.safe_dump(saved))
+    words = ("task=eval", f"model.name_or_path={run}")
+    with pytest.raises(UserError, match=r"data\.source=.* contains a secret.*on the command line"):
+        _compose(*words)
+    assert _compose(*words, "data.source=mine.txt").data.source == "mine.txt"
+
+
+def test_two_runs_of_a_sweep_have_each_their_own_settings(run: Path, tmp_path: Path):
+    other = asdict(_compose(*TRAINED, "train.max_seq_len=64"))
+    _write_run(tmp_path / "runs" / "other", other)
+    command = compose_command(
+        ["task=eval", "model.name_or_path=runs/mine,runs/other"], multirun=True
+    )
+    assert [job.config.train.max_seq_len for job in command.jobs] == [128, 64]
+
+
+def test_the_user_is_told_where_settings_come_from_and_which_are_not_used(run: Path):
+    words = ["task=eval", f"model.name_or_path={run}", "quant.nbits=3", "optim.lr=1"]
+    notes = list(compose_command(words, multirun=False).notes())
+    assert notes == [
+        "task=eval: starts from the settings of runs/mine/config.yaml; the command line overrides "
+        "them.",
+        "warning: optim.lr: is not used by task=eval.",
+        "warning: quant.nbits: is not used, because model.name_or_path=runs/mine is quantized "
+        "already and keeps its settings.",
+    ]

@@ -1,0 +1,56 @@
+"""Settings without effect are reported, for every task and key; all others are not."""
+
+import pytest
+
+from hqqtrain.compose.schema import known_keys
+from hqqtrain.config.run import TASKS, RunConfig
+from hqqtrain.config.unused import UNUSED_KEYS, USED_KEYS, unused_settings
+
+KEYS = [key for key, _ in known_keys() if key != "sweep"]
+
+
+def _unused(task: str, *given: str, **groups: dict) -> list[str]:
+    config = RunConfig(task=task)
+    for group, values in groups.items():
+        for name, value in values.items():
+            setattr(getattr(config, group), name, value)
+    return [message.split(":")[0] for message in unused_settings(config, given)]
+
+
+def test_every_task_has_its_keys_and_every_pattern_matches_a_key():
+    assert USED_KEYS.keys() == UNUSED_KEYS.keys() == TASKS.keys()
+    groups = {key.partition(".")[0] for key in KEYS}
+    for pattern in {p for keys in (*USED_KEYS.values(), *UNUSED_KEYS.values()) for p in keys}:
+        assert pattern.removesuffix(".*").rstrip("*") in {*KEYS, *groups, ""}, pattern
+
+
+@pytest.mark.parametrize(
+    ("task", "used", "unused"),
+    [
+        ("finetune", ["optim.lr", "eval.tokens", "ckpt.every"], ["export.format"]),
+        ("quantize", ["quant.nbits", "quant.overrides.q", "train.precision", "model"],
+         ["eval.tokens", "eval.source", "optim.lr", "train.max_steps", "data.source", "adapter.r",
+          "export.format", "ckpt.every", "track.backends", "train.max_seq_len"]),
+        ("eval", ["eval.tokens", "data.source", "train.max_seq_len", "adapter.init_from"],
+         ["eval.every", "optim.lr", "train.max_steps", "adapter.r", "quant.save", "track.project"]),
+        ("export", ["export.format", "adapter.init_from", "quant.nbits"],
+         ["eval.tokens", "data.source", "train.max_seq_len", "quant.save"]),
+    ],
+)  # fmt: skip
+def test_the_keys_of_a_task(task, used, unused):
+    assert _unused(task, *used) == []
+    assert _unused(task, *unused) == unused
+
+
+def test_a_key_that_another_one_makes_ineffective():
+    assert _unused("finetune", "train.epochs", train={"max_steps": 5}) == ["train.epochs"]
+    assert _unused("finetune", "train.epochs") == []
+    assert _unused("finetune", "eval.tokens", eval={"source": None}) == ["eval.tokens"]
+    assert _unused("finetune", "track.project", track={"backends": []}) == ["track.project"]
+    text = {"data": {"source": "mine.txt"}}
+    assert _unused("finetune", "data.text_field") == ["data.text_field"]
+    assert _unused("finetune", "data.text_field", **text) == []
+
+
+def test_a_key_is_reported_once():
+    assert _unused("quantize", "train.epochs", train={"max_steps": 5}) == ["train.epochs"]
