@@ -83,15 +83,16 @@ def _run_command(arguments: list[str]) -> int:
     command = compose_command(overrides, "--multirun" in flags)
     if "--cfg" in flags:
         return _print(command.as_recipes())
-    if get_rank() == 0:
-        for note in command.notes():
-            print(f"hqqtrain: {mask_secrets(note)}", file=sys.stderr)
+    _print_notes(command)
     if "--check" in flags:
         return _check(command)
     # From here on the results are in files, so text that cannot be printed is no failure.
     tolerate_lost_output()
-    if "--table" in flags:
-        return _show_table(command)
+    return _show_table(command) if "--table" in flags else _start(command, arguments)
+
+
+def _start(command: Command, arguments: list[str]) -> int:
+    """Start the run, the sweep or the batch job, and return the exit code."""
     if command.is_sweep or command.is_slurm:
         _refuse_ranks()
     if command.is_slurm:
@@ -106,6 +107,12 @@ def _run_command(arguments: list[str]) -> int:
     from hqqtrain.tasks.run import run_task
 
     return run_task(config, arguments)
+
+
+def _print_notes(command: Command) -> None:
+    if get_rank() == 0:  # the other ranks have the same
+        for note in command.notes():
+            print(f"hqqtrain: {mask_secrets(note)}", file=sys.stderr)
 
 
 def _check(command: Command) -> int:

@@ -25,6 +25,7 @@ from hqqtrain.compose.recipes import recipe_name
 from hqqtrain.compose.source import RECIPE_GROUP, RecipeSearchPath, RecipeSource
 from hqqtrain.config.run import RunConfig
 
+
 def compose_config(overrides: list[str]) -> RunConfig:
     """Compose and check the configuration that a command line describes.
 
@@ -135,7 +136,9 @@ def _check_override(override: Override) -> None:
         raise UserError(f"{override.input_line}: only allowed in recipes; use -m key=value,value.")
     if key == RECIPE_GROUP:
         check_recipe(str(value))
-    elif not (key in schema.OPTION_GROUPS and isinstance(value, str)):  # model=llama8b names an option
+    elif not (
+        key in schema.OPTION_GROUPS and isinstance(value, str)
+    ):  # model=llama8b names an option
         check_type(key, value)
 
 

@@ -23,7 +23,7 @@ def has_inputs_to_check(config: RunConfig) -> bool:
     if config.adapter.init_from or (uses_patterns and is_local_model(config)):
         return True
     trains, evaluates = config.task == "finetune", config.task in ("finetune", "eval")
-    sources = {config.data.source} if trains else set()
+    sources: set[str | None] = {config.data.source} if trains else set()
     sources |= {config.eval.source} if evaluates else set()
     return bool(sources - {None, "auto", BUNDLED_TEXT})
 

@@ -14,7 +14,6 @@ from hqqtrain.config.foreign_names import our_name
 from hqqtrain.config.renamed import RENAMED_KEYS
 from hqqtrain.config.run import RunConfig
 
-
 OPTION_GROUPS = ("model", "launch")
 """Groups with named options: `model=llama8b` selects one, `model.revision=x` sets a key."""
 

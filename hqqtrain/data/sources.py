@@ -129,7 +129,7 @@ def _open_source(
     where = f"{key}={source}"
     if source == STDLIB:
         return SourceTexts(*([text for _, text in stdlib_texts(s)] for s in ("train", "held_out")))
-    if not _is_hub_name(source):
+    if not is_hub_name(source):
         files = find_files(source, format, key, warns=warns)
         if not files.train and not evaluates:
             raise UserError(

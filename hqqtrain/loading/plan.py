@@ -124,7 +124,9 @@ def plan_model(
     if unused and runtime.comm.is_main:
         logger.warning(
             "%s: not used: %s, such as %s",
-            source.path, count(len(unused), "tensor"), unused[0],
+            source.path,
+            count(len(unused), "tensor"),
+            unused[0],
         )
     start = load_initial_adapter(settings.adapter, source, resumed)
     if start and not resumed and runtime.comm.is_main:

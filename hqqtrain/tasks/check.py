@@ -44,9 +44,7 @@ def _check_model(config: RunConfig) -> str:
         ParallelConfig(), replace(config.quant, backend="auto", storage_dtype="auto"),
         AdapterConfig(), TrainConfig(precision="fp32"), OptimConfig(), trains=False,
     )  # fmt: skip
-    plan = plan_model(
-        plan_settings(config), Runtime.start(settings, PreemptionHandler(config.run))
-    )
+    plan = plan_model(plan_settings(config), Runtime.start(settings, PreemptionHandler(config.run)))
     adapters = sum(type(module).__name__ == "HQQLoraLinear" for module in plan.model.modules())
     layers = count(plan.num_quantized_linears, "quantized linear layer")
     return f"{name} ({layers}, {count(adapters, 'adapter')})"

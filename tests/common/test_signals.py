@@ -37,7 +37,7 @@ def test_nothing_is_recorded_without_a_signal():
     assert _in_child(lambda: 7 if signals.received_signal() == "" else 8) == 7
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_is_recorded_by_name_and_the_process_continues(name):
     def work() -> int:
         _send(signal.Signals[name])
@@ -54,6 +54,49 @@ def test_a_second_signal_soon_after_is_the_same_request():
         return 7 if signals.received_signal() == "SIGUSR1" else 8
 
     assert _in_child(work) == 7
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once(capfd):
+    def work() -> int:
+        _send(signal.SIGINT)
+        time.sleep(2 * signals.CTRL_C_SECONDS)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        return 7
+
+    assert _in_child(work) == 1
+    assert capfd.readouterr().err.count("press Ctrl-C again") == 1
+
+
+def test_ranks_of_a_launcher_take_a_forwarded_ctrl_c_for_the_same(monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+
+    def work() -> int:
+        _send(signal.SIGINT)
+        time.sleep(2 * signals.CTRL_C_SECONDS)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        return 7
+
+    assert _in_child(work) == 7
+    assert capfd.readouterr().err == ""  # only rank 0 says what to do
+
+
+@pytest.mark.parametrize(("world_size", "is_recorded"), [("1", False), ("2", True)])
+def test_an_ignored_signal_stays_ignored_without_a_launcher(monkeypatch, world_size, is_recorded):
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+
+    def work() -> int:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.1)
+        return 7 if bool(signals.received_signal()) == is_recorded else 8
+
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert _in_child(work) == 7
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_a_later_signal_ends_the_process_at_once(monkeypatch):

@@ -15,7 +15,8 @@ def test_a_noun_agrees_with_its_number(number, noun, text):
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(2.0, "2.00"), (0.1, "0.10"), (0.0042, "0.0042"), (1e-5, "1e-05"), (0, "0")]
+    ("number", "text"),
+    [(2.0, "2.00"), (0.1, "0.10"), (0.0042, "0.0042"), (1e-5, "1e-05"), (0, "0")],
 )
 def test_a_small_number_is_not_rounded_to_zero(number, text):
     assert short(number) == text

@@ -37,7 +37,7 @@ def test_the_error_names_our_key(override, ours):
 
 def test_our_own_names_are_found_as_before():
     assert our_name("nbits") is None
-    with pytest.raises(UserError, match="Did you mean 'optim.lr'"):
+    with pytest.raises(UserError, match=r"Did you mean 'optim\.lr'"):
         compose_config(["lr=1"])
 
 

@@ -303,7 +303,7 @@ def test_the_exit_code_survives_accelerate(ready, seed, code):
         assert sorted(done.stdout.split("\n"))[1:] == ["rank 0 of 2", "rank 1 of 2"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_reaches_the_ranks_and_their_code_is_returned(ready, number):
     """A scheduler sends the signal to launch.sh alone."""
     process = ready.start("recipe=tiny_2bit", "train.seed=3", NPROC="2", REAL="1")

@@ -1,14 +1,18 @@
-"""Every command of the README runs, on the bundled model and reduced to seconds."""
+"""Every command of the README and of docs/commands.md and docs/sweeps.md runs, in seconds."""
 
 import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from runs import HELD_OUT, TEXT, free_port
+
+from hqqtrain.models.source import TINY_FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -18,16 +22,29 @@ QUICK = (
 )  # fmt: skip
 
 
+PAGES = ("README.md", "docs/commands.md", "docs/sweeps.md")
+
+
 def commands() -> list[str]:
-    """Return the lines of the README's bash blocks, in order."""
-    blocks = (ROOT / "README.md").read_text().split("```bash\n")[1:]
-    return [line for block in blocks for line in block.split("```")[0].splitlines() if line]
+    """Return the lines of the bash blocks of all pages, in order, without their comments."""
+    blocks = [block for page in PAGES for block in (ROOT / page).read_text().split("```bash\n")[1:]]
+    lines = [line for block in blocks for line in block.split("```")[0].splitlines() if line]
+    return [line.partition("  # ")[0] for line in lines]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the working directory of all commands; later ones use the files of earlier ones."""
-    return tmp_path_factory.mktemp("readme")
+    """Return the working directory of all commands, with the reader's own model and text.
+
+    Later commands use the files of earlier ones.
+    """
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(TINY_FOLDER, folder / "my-model")
+    rows = Path(TEXT).read_text().split("\n\n")
+    (folder / "my-data.jsonl").write_text(
+        "".join(json.dumps({"text": row}) + "\n" for row in rows if row.strip())
+    )
+    return folder
 
 
 def test_the_first_block_has_the_two_commands_to_start_with():
@@ -41,6 +58,8 @@ def test_command(number: int, folder: Path):
     words = shlex.split(line.replace("./launch.sh", str(ROOT / "launch.sh")))
     if "test" in words:
         words.append("--version")
+    elif "pip" in words:  # build the package, but neither download nor install anything
+        words[-1:] = ["--dry-run", "--no-deps", "--no-build-isolation", "--no-index", str(ROOT)]
     elif "--help" not in words:
         given = {word.partition("=")[0] for word in words}
         words += [word for word in QUICK if word.partition("=")[0] not in given]
@@ -61,13 +80,30 @@ def test_command(number: int, folder: Path):
     assert done.returncode == 0, done.stdout
 
 
+def test_every_command_of_the_readme_but_the_first_two_has_a_comment():
+    blocks = (ROOT / "README.md").read_text().split("```bash\n")[2:]
+    lines = [line for block in blocks for line in block.split("```")[0].splitlines() if line]
+    assert lines
+    assert all("  # " in line for line in lines)
+
+
+def test_the_python_of_the_readme_runs(folder: Path):
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, text=True, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "def add(a, b):" in done.stdout
+
+
 def test_accelerate_launch_started_two_processes_on_a_cpu(folder: Path):
     (summary,) = folder.glob("runs/llama70b_2bit-*/summary.json")
     assert json.loads(summary.read_text())["run"]["world_size"] == 2
 
 
-def test_the_tree_of_the_readme_names_existing_files():
-    tree = (ROOT / "README.md").read_text().split("## Repository layout")[1].split("```")[1]
+def test_the_tree_of_the_repository_names_existing_files():
+    tree = (ROOT / "docs" / "repository.md").read_text().split("```")[1]
     for line in tree.splitlines():
         for word in line.strip().split("   ")[0].replace(",", " ").split():
             inside = ROOT / "hqqtrain" if line.startswith("  ") else ROOT

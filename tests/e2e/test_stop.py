@@ -1,5 +1,6 @@
 """A signal to one of two ranks, at any time: both end by themselves, with exit code 3."""
 
+import json
 import os
 import signal
 import time
@@ -33,15 +34,28 @@ def _steps(root: Path) -> int:
     return file.read_text().count("train/loss") if file.exists() else 0
 
 
-def _signal_at(moment: Callable[[Path], bool], root: Path, rank: int) -> Callable[[list], None]:
+def _signal_at(
+    moment: Callable[[Path], bool], root: Path, rank: int, number: int = signal.SIGUSR1
+) -> Callable[[list], None]:
     def send(pids: list[int]) -> None:
         end = time.monotonic() + 120
         while not moment(root):
             assert time.monotonic() < end, "the run did not reach this point"
             time.sleep(0.002)
-        os.kill(pids[rank], signal.SIGUSR1)
+        os.kill(pids[rank], number)
 
     return send
+
+
+def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: Path):
+    root = tmp_path / "runs"
+    words = (*WORDS, *small_data(tmp_path), "eval.source=null")
+    done = run(*words, root=root, meanwhile=_signal_at(_training, root, 0, signal.SIGINT))
+    assert done.code == 3, done.output
+    assert json.loads((root / "run" / "status.json").read_text())["status"] == "preempted"
+    again = run(*words, root=root)
+    assert (again.code, _steps(root)) == (0, 4), again.output
+    assert "resuming from" in again.output
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -11,6 +11,7 @@ from hqqtrain.config.run import RunConfig
 from hqqtrain.formats.packed import read_quantized_settings
 from hqqtrain.tasks.finetune import finetune
 from hqqtrain.tasks.inference import evaluate, export, quantize
+from hqqtrain.tasks.resources import workload_of
 
 TASKS = {"finetune": finetune, "quantize": quantize, "eval": evaluate, "export": export}
 
@@ -77,3 +78,52 @@ def test_a_packed_export_has_no_place_for_an_adapter(run_task, trained: Path):
         read_quantized_settings(trained / "quantized"),
     )
     assert ours == theirs
+
+
+def test_only_a_training_uses_trackers(run_task, trained: Path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise AssertionError("a tracker was started")
+
+    monkeypatch.setattr("hqqtrain.tracking.composite.WandbTracker", fail)
+    monkeypatch.setattr("hqqtrain.tracking.composite.TensorBoardTracker", fail)
+    track = {"backends": ["wandb", "tensorboard"]}
+    for task in ("quantize", "eval", "export"):
+        run = run_task(task, model={"name_or_path": str(trained)}, track=track)
+        assert run.layout.metrics_jsonl.exists() == (task == "eval")
+
+
+def test_an_export_says_what_it_wrote(run_task, trained: Path, capsys, monkeypatch):
+    def fail(*_: object) -> None:
+        raise AssertionError("an empty report was written")
+
+    monkeypatch.setattr("hqqtrain.tasks.finalize.write_report", fail)
+    run = run_task("export", model={"name_or_path": str(trained)})
+    exported = run.recorder.summary.content.export
+    files = list(run.layout.export.glob("*.safetensors"))
+    assert exported.bytes == sum(file.stat().st_size for file in files) > 0
+    assert (exported.format, exported.dtype, exported.adapter) == ("dense", "float32", True)
+    output = capsys.readouterr().out
+    assert "export (float32, adapter merged)" in output
+    assert "perplexity" not in output  # a column without a value
+    assert f"AutoModelForCausalLM.from_pretrained('{run.layout.export}')" in output
+    packed = run_task(
+        "export", model={"name_or_path": str(trained / "quantized")}, export={"format": "packed"}
+    )
+    assert packed.recorder.summary.content.export.to_json().keys() == {"format", "bytes", "adapter"}
+    assert f"model.name_or_path={packed.layout.export}" in capsys.readouterr().out
+
+
+def test_the_table_of_quantize_has_no_empty_columns(run_task, capsys):
+    run_task("quantize")
+    header = next(line for line in capsys.readouterr().out.splitlines() if "model" in line)
+    assert header.split() == ["model", "bits", "per", "weight", "GiB", "seconds"]
+
+
+@pytest.mark.parametrize(
+    ("task", "is_packed", "has_reference"),
+    [("finetune", False, True), ("finetune", True, False), ("eval", False, True),
+     ("eval", True, False), ("quantize", False, False), ("export", False, False)],
+)  # fmt: skip
+def test_the_estimate_has_a_reference_only_where_one_is_loaded(task, is_packed, has_reference):
+    workload = workload_of(RunConfig(task=task), is_packed=is_packed)
+    assert workload.has_reference == has_reference

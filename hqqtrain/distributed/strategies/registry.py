@@ -24,5 +24,7 @@ def resolve_strategy(wanted: str, comm: Communicator) -> type[Strategy]:
         return STRATEGIES[wanted]
     strategy = SingleProcess if comm.size == 1 else FSDP2
     if comm.is_main:
-        logger.info("parallel.strategy=auto: %s, for %s", strategy.name, count(comm.size, "process"))
+        logger.info(
+            "parallel.strategy=auto: %s, for %s", strategy.name, count(comm.size, "process")
+        )
     return strategy

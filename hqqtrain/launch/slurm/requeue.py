@@ -168,7 +168,8 @@ def _write_record(
 
 def _print(text: str) -> None:
     with suppress(OSError):  # the disk of the job's output may be full
-        print(f"hqqtrain: {text}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"hqqtrain: {text}\n")
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":

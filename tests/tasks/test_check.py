@@ -1,0 +1,80 @@
+"""--check looks at the model folder, the patterns and the texts, and says what it looked at."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hqqtrain.cli import main
+
+
+@pytest.fixture
+def words(tiny_model: Path, tmp_path: Path, monkeypatch) -> list[str]:
+    """Return the arguments of a run with a model and texts of its own."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"def f{n}(x): return x + {n}"} for n in range(30)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "held.txt").write_text("def g(x): return x")
+    return [
+        "--check", "recipe=tiny_2bit", f"model.name_or_path={tiny_model}", "data.source=mine.jsonl",
+        "eval.source=held.txt", "quant.group_size=16", "run.name=run",
+    ]  # fmt: skip
+
+
+def test_what_was_checked_goes_to_standard_error_and_the_directory_to_standard_output(
+    words, capsys, tmp_path
+):
+    before = sorted(tmp_path.iterdir())
+    assert main(words) == 0
+    output = capsys.readouterr()
+    assert output.out == "runs/run\n"
+    assert "hqqtrain: checked: the configuration; the run directory; model.name_or_path=" in (
+        output.err
+    )
+    assert "7 quantized linear layers, 7 adapters" in output.err
+    assert "data.source=mine.jsonl (30 texts)" in output.err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("quant.skip=[lm_head,nope]", "quant.skip=nope: matches no linear layer"),
+        ("quant.group_size=7", "quant.group_size=7"),
+        ("adapter.target_modules=[nope]", "adapter.target_modules=nope"),
+        ("data.source=absent.jsonl", "data.source=absent.jsonl: no such file"),
+        ("data.text_field=body", "data.text_field=body"),
+        ("eval.source=absent.txt", "eval.source=absent.txt: no such file"),
+        ("model.name_or_path=./absent", "model.name_or_path=./absent: no such folder"),
+        ("adapter.init_from=./absent", "./absent"),
+    ],
+)
+def test_a_fault_of_an_input_is_one_message(words, capsys, override, message):
+    key = override.partition("=")[0]
+    kept = [word for word in words if not word.startswith(f"{key}=")]
+    assert main([*kept, override]) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.out == ""
+
+
+def test_a_damaged_model_is_found(words, tiny_model: Path, capsys):
+    (tiny_model / "model.safetensors").write_bytes(b"no weights")
+    assert main(words) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_a_directory_of_another_run_is_found(words, tmp_path: Path, capsys):
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "notes.txt").write_text("mine")
+    assert main(words) == 2
+    assert "runs/run: contains files, but no run" in capsys.readouterr().err
+
+
+def test_the_hub_is_not_asked(words, capsys):
+    kept = [word for word in words if not word.startswith(("model.", "data."))]
+    hub = ["model.name_or_path=owner/model", "data.source=owner/texts", "data.format=auto"]
+    assert main([*kept, *hub]) == 0
+    errors = capsys.readouterr().err
+    assert "model.name_or_path=owner/model is on the hub and was not checked" in errors
+    assert "data.source=owner/texts is on the hub and was not checked" in errors
