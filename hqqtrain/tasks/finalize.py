@@ -36,11 +36,12 @@ def finalize_success(
     content = summary.content.to_json()
     directory.write_summary(content)
     trackers.log_summary(content)
-    # status.json does not say it yet.
-    images = _write_report(
-        directory, summary, Status("done", DONE), samples, images=trackers.shows_images
-    )
-    trackers.log_images(images)
+    if not summary.is_packed_export:  # of which no plot and no table would show anything
+        # status.json does not say it yet.
+        images = _write_report(
+            directory, summary, Status("done", DONE), samples, images=trackers.shows_images
+        )
+        trackers.log_images(images)
     if directory.layout.adapter.exists():
         trackers.log_artifact(directory.layout.adapter)
     hints = summary.hints(directory.layout) + trackers.hints()

@@ -152,6 +152,12 @@ class RunSummary:
         form = f"{dtype}, adapter merged" if is_merged else dtype or "packed"
         self._rows["export"] = ResultRow(f"export ({form})", bits_per_weight=bits, gib=size / GIB)
 
+    @property
+    def is_packed_export(self) -> bool:
+        """Whether the run has only exported weights that were quantized before."""
+        quantize, export = self.content.quantize, self.content.export
+        return export is not None and quantize is not None and quantize.relative_error is None
+
     def hints(self, layout: RunLayout) -> list[str]:
         """Return lines that tell how to use the results."""
         export = self.content.export
