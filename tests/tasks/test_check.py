@@ -46,7 +46,7 @@ def test_what_was_checked_goes_to_standard_error_and_the_directory_to_standard_o
         ("data.text_field=body", "data.text_field=body"),
         ("eval.source=absent.txt", "eval.source=absent.txt: no such file"),
         ("model.name_or_path=./absent", "model.name_or_path=./absent: no such folder"),
-        ("adapter.init_from=./absent", "./absent"),
+        ("adapter.init_from=./absent", "absent: contains no adapter_config.json"),
     ],
 )
 def test_a_fault_of_an_input_is_one_message(words, capsys, override, message):
