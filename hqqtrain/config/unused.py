@@ -8,6 +8,7 @@ told.
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 
+from hqqtrain.config.groups import AUTO
 from hqqtrain.config.run import RunConfig
 
 _EVERY_TASK = (
@@ -37,7 +38,7 @@ UNUSED_KEYS = {
 """Globs of keys that each task does not use although `USED_KEYS` covers their group."""
 
 _OF_WANDB = ("track.project", "track.entity")
-_OF_FILES = ("data.format", "data.text_field")
+_OF_FILES = ("data.format", "data.text_field", "data.validation")
 
 
 def unused_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:
@@ -47,14 +48,12 @@ def unused_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:
         config: The checked configuration of the run.
         given: Dotted keys that the command line sets.
     """
-    task, is_known = config.task, set()
+    task, reasons = config.task, dict(_ineffective(config))
     for key in given:
         if not _matches(key, USED_KEYS[task]) or _matches(key, UNUSED_KEYS[task]):
-            is_known.add(key)
             yield f"{key}: is not used by task={task}."
-    for key, reason in _ineffective(config):
-        if key in given and key not in is_known:
-            yield f"{key}: is not used, because {reason}."
+        elif key in reasons:
+            yield f"{key}: is not used, because {reasons[key]}."
 
 
 def _matches(key: str, patterns: Collection[str]) -> bool:
@@ -75,6 +74,8 @@ def _ineffective(config: RunConfig) -> Iterator[tuple[str, str]]:
     if "wandb" not in config.track.backends:
         for key in _OF_WANDB:
             yield key, "track.backends does not contain wandb"
-    if {config.data.source, evaluation.source} <= {"python_stdlib", None}:
+    if evaluation.source not in (AUTO, config.data.source):
+        yield "data.validation", "eval.source names another text than data.source"
+    if {config.data.source, evaluation.source} <= {"python_stdlib", AUTO, None}:
         for key in _OF_FILES:
             yield key, "python_stdlib is text of one form"

@@ -16,7 +16,12 @@ from hqqtrain.config.groups import (
     TrainConfig,
 )
 from hqqtrain.config.run import RunConfig
-from hqqtrain.data.sources import is_hub_name, load_held_out_texts, load_training_texts
+from hqqtrain.data.sources import (
+    evaluates_on_training_source,
+    is_hub_name,
+    load_held_out_texts,
+    load_training_texts,
+)
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies.check import RuntimeSettings
@@ -62,7 +67,8 @@ def _check_texts(config: RunConfig) -> list[str]:
             phrases.append(f"{key} ({count(len(texts), 'text')})")
     if config.task in ("finetune", "eval") and config.eval.source is not None:
         key = f"eval.source={config.eval.source}"
-        if is_hub_name(config.eval.source) or is_hub_name(config.data.source):
+        of_training = evaluates_on_training_source(config.eval, config.data)
+        if is_hub_name(config.data.source if of_training else config.eval.source):
             phrases.append(f"{key} was not checked")
         else:
             texts = load_held_out_texts(config.eval, config.data)

@@ -50,6 +50,10 @@ def test_a_key_that_another_one_makes_ineffective():
     text = {"data": {"source": "mine.txt"}}
     assert _unused("finetune", "data.text_field") == ["data.text_field"]
     assert _unused("finetune", "data.text_field", **text) == []
+    assert _unused("finetune", "data.validation") == ["data.validation"]  # split by module names
+    assert _unused("finetune", "data.validation", **text, eval={"source": "auto"}) == []
+    other = {"source": "other.txt"}
+    assert _unused("finetune", "data.validation", **text, eval=other) == ["data.validation"]
 
 
 def test_a_key_is_reported_once():
