@@ -5,6 +5,7 @@ because the machine that checks may not be the one that runs.
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 
 from hqqtrain.common.text import count
@@ -63,14 +64,17 @@ def _check_texts(config: RunConfig) -> list[str]:
         if is_hub_name(config.data.source):
             phrases.append(f"{key} is on the hub and was not checked")
         else:
-            texts = load_training_texts(config.data, config.eval)
-            phrases.append(f"{key} ({count(len(texts), 'text')})")
+            phrases.append(_counted(key, load_training_texts(config.data, config.eval)))
     if config.task in ("finetune", "eval") and config.eval.source is not None:
         key = f"eval.source={config.eval.source}"
         of_training = evaluates_on_training_source(config.eval, config.data)
         if is_hub_name(config.data.source if of_training else config.eval.source):
             phrases.append(f"{key} was not checked")
         else:
-            texts = load_held_out_texts(config.eval, config.data)
-            phrases.append(f"{key} ({count(len(texts), 'text')})")
+            phrases.append(_counted(key, load_held_out_texts(config.eval, config.data)))
     return phrases
+
+
+def _counted(key: str, texts: Iterable[str]) -> str:
+    """Return `key` with the number of `texts`, which are read one by one and so checked."""
+    return f"{key} ({count(sum(1 for _ in texts), 'text')})"
