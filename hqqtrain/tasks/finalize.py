@@ -36,7 +36,7 @@ def finalize_success(
     content = summary.content.to_json()
     directory.write_summary(content)
     trackers.log_summary(content)
-    if not summary.is_packed_export:  # of which no plot and no table would show anything
+    if not summary.is_packed_export:  # its report would show nothing
         # status.json does not say it yet.
         images = _write_report(
             directory, summary, Status("done", DONE), samples, images=trackers.shows_images

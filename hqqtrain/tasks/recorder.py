@@ -157,6 +157,8 @@ class RunRecorder:
         self.trackers = open_trackers(
             track, self.directory.path, asdict(self.config), self.step_number
         )
+        if self.config.task == "export":  # it has no figure that changes
+            return
         self._live_report = LiveReport(self.directory.path, lambda: self.summary.content.to_json())
         self._live_report.start()
 
