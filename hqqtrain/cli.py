@@ -24,7 +24,7 @@ from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.common.stdio import open_missing_streams, tolerate_lost_output
 from hqqtrain.compose.command import Command, compose_command
 from hqqtrain.compose.help import help_text
-from hqqtrain.compose.inputs import has_inputs_to_check
+from hqqtrain.compose.inputs import has_inputs_to_check, is_local, named_inputs
 from hqqtrain.compose.recipes import find_recipes
 from hqqtrain.compose.schema import known_keys
 from hqqtrain.config.foreign_names import our_name
@@ -124,6 +124,11 @@ def _check(command: Command) -> int:
             from hqqtrain.tasks.check import check_inputs
 
             checked += check_inputs(job.config)
+        checked += [
+            f"{key}={name} is on the hub and was not checked"
+            for key, name in named_inputs(job.config)
+            if not is_local(name)
+        ]
     if get_rank() == 0:
         print(f"hqqtrain: checked: {'; '.join(dict.fromkeys(checked))}.", file=sys.stderr)
     return _print(command.describe_directories())

@@ -129,7 +129,7 @@ def _open_source(
     where = f"{key}={source}"
     if source == STDLIB:
         return SourceTexts(*([text for _, text in stdlib_texts(s)] for s in ("train", "held_out")))
-    if not is_hub_name(source):
+    if not _is_hub_name(source):
         files = find_files(source, format, key, warns=warns)
         if not files.train and not evaluates:
             raise UserError(
@@ -160,7 +160,7 @@ def _warn_if_unused(data: DataConfig) -> None:
         )
 
 
-def is_hub_name(source: str) -> bool:
+def _is_hub_name(source: str) -> bool:
     """Whether `source` is the name of a hub data set: neither an existing path nor like a path.
 
     A source is like a path if it has the extension of a text file, or if its folder exists.

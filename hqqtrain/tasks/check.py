@@ -9,20 +9,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from hqqtrain.common.text import count
-from hqqtrain.compose.inputs import is_local_model
-from hqqtrain.config.groups import (
-    AdapterConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrainConfig,
-)
+from hqqtrain.compose.inputs import is_local, named_inputs
+from hqqtrain.config.groups import AUTO, AdapterConfig, OptimConfig, ParallelConfig, TrainConfig
 from hqqtrain.config.run import RunConfig
-from hqqtrain.data.sources import (
-    evaluates_on_training_source,
-    is_hub_name,
-    load_held_out_texts,
-    load_training_texts,
-)
+from hqqtrain.data.sources import load_held_out_texts, load_training_texts
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies.check import RuntimeSettings
@@ -32,20 +22,28 @@ from hqqtrain.tracking.console import setup_logging
 
 
 def check_inputs(config: RunConfig) -> list[str]:
-    """Check the inputs of `config`, and return one phrase for each that was checked or was not.
+    """Check the local inputs of `config`, and return one phrase for each that was checked.
 
     Raises:
         UserError: An input has a fault.
     """
     setup_logging()
     logging.getLogger("hqqtrain").setLevel(logging.WARNING)
-    return [_check_model(config), *_check_texts(config)]
+    local = [key for key, name in named_inputs(config) if is_local(name)]
+    phrases = [_check_model(config)] if "model.name_or_path" in local else []
+    if "data.source" in local and config.task == "finetune":
+        texts = load_training_texts(config.data, config.eval)
+        phrases.append(_counted(f"data.source={config.data.source}", texts))
+    if config.task in ("finetune", "eval") and config.eval.source is not None:
+        is_of_data = config.eval.source in (AUTO, config.data.source)
+        if is_local(config.data.source if is_of_data else config.eval.source):
+            texts = load_held_out_texts(config.eval, config.data)
+            phrases.append(_counted(f"eval.source={config.eval.source}", texts))
+    return phrases
 
 
 def _check_model(config: RunConfig) -> str:
-    name = f"model.name_or_path={config.model.name_or_path}"
-    if not is_local_model(config):
-        return f"{name} is on the hub and was not checked"
+    """Plan the model as the run would, and return how many layers and adapters it has."""
     settings = RuntimeSettings(
         ParallelConfig(), replace(config.quant, backend="auto", storage_dtype="auto"),
         AdapterConfig(), TrainConfig(precision="fp32"), OptimConfig(), trains=False,
@@ -53,26 +51,9 @@ def _check_model(config: RunConfig) -> str:
     plan = plan_model(plan_settings(config), Runtime.start(settings, PreemptionHandler(config.run)))
     adapters = sum(type(module).__name__ == "HQQLoraLinear" for module in plan.model.modules())
     layers = count(plan.num_quantized_linears, "quantized linear layer")
-    return f"{name} ({layers}, {count(adapters, 'adapter')})"
-
-
-def _check_texts(config: RunConfig) -> list[str]:
-    """Read the texts that the task uses, except for those on the hub."""
-    phrases = []
-    if config.task == "finetune":
-        key = f"data.source={config.data.source}"
-        if is_hub_name(config.data.source):
-            phrases.append(f"{key} is on the hub and was not checked")
-        else:
-            phrases.append(_counted(key, load_training_texts(config.data, config.eval)))
-    if config.task in ("finetune", "eval") and config.eval.source is not None:
-        key = f"eval.source={config.eval.source}"
-        of_training = evaluates_on_training_source(config.eval, config.data)
-        if is_hub_name(config.data.source if of_training else config.eval.source):
-            phrases.append(f"{key} was not checked")
-        else:
-            phrases.append(_counted(key, load_held_out_texts(config.eval, config.data)))
-    return phrases
+    return (
+        f"model.name_or_path={config.model.name_or_path} ({layers}, {count(adapters, 'adapter')})"
+    )
 
 
 def _counted(key: str, texts: Iterable[str]) -> str:
