@@ -58,8 +58,8 @@ class CachedReference(nn.Module):
         self.model = structure
         self._load: Callable[[], nn.Module] | None = load
         self._file = file
-        # Not a submodule, because it belongs to the model that is evaluated.
-        self.__dict__["_head"] = head
+        # In a list it is no submodule: it belongs to the model that is evaluated.
+        self._heads = [head]
         self._hidden_states = _read(file) if file else {}
         self._saved = len(self._hidden_states)
         self._is_verified, self._keeps = False, True
@@ -76,7 +76,7 @@ class CachedReference(nn.Module):
         key = _digest(inputs)
         if key in self._hidden_states:
             device = inputs["input_ids"].device
-            return SimpleNamespace(logits=self._head(self._hidden_states[key].to(device)))
+            return SimpleNamespace(logits=self._heads[0](self._hidden_states[key].to(device)))
         self.load()
         hidden_states: list[Tensor] = []
         hook = output_head(self.model).register_forward_pre_hook(
@@ -104,7 +104,7 @@ class CachedReference(nn.Module):
         """Keep the hidden states of a batch, unless the logits do not follow from them."""
         if not self._is_verified:
             self._is_verified = len(hidden_states) == 1 and torch.equal(
-                self._head(hidden_states[0]), logits
+                self._heads[0](hidden_states[0]), logits
             )
         kept = sum(states.nbytes for states in self._hidden_states.values())
         if not self._is_verified or kept + hidden_states[0].nbytes > MAX_BYTES:
