@@ -17,9 +17,6 @@ from hqqtrain.models.weights.synthetic import SyntheticReader
 
 logger = logging.getLogger(__name__)
 
-_BIDIRECTIONAL = ("cpmant", "flaubert", "xlm", "xlnet")
-"""Values of `model_type` whose attention sees later tokens, unless config.json has `causal`."""
-
 
 def check_runnable(
     model: nn.Module, max_seq_len: int, *, activation_checkpointing: bool = False
@@ -29,10 +26,8 @@ def check_runnable(
     The function logs a warning if they are longer than those that the model was made for.
 
     Raises:
-        UserError: A token sees later ones, has no position, or the model does not support
-            activation checkpointing.
+        UserError: A token has no position, or the model does not support activation checkpointing.
     """
-    _check_causal(model)
     _check_positions(model, max_seq_len)
     root = base_model(model)
     if activation_checkpointing and not root.supports_gradient_checkpointing:
@@ -46,32 +41,6 @@ def check_runnable(
             "train.max_seq_len=%d: the model was made for %d tokens at most",
             max_seq_len,
             max_positions,
-        )
-
-
-def _check_causal(model: nn.Module) -> None:
-    """Check that no token of the model sees later tokens.
-
-    transformers builds a causal LM of BERT's kind from any config.json. Unless `is_decoder` is set,
-    its tokens see the tokens that they are to predict, and its perplexity means nothing.
-
-    Raises:
-        UserError: A token sees later ones.
-    """
-    config = base_model(model).config
-    decoder_flags = {m.is_decoder for m in model.modules() if hasattr(m, "is_decoder")}
-    causal_flags = {m.is_causal for m in model.modules() if hasattr(m, "is_causal")}
-    never_causal = bool(causal_flags) and True not in causal_flags | decoder_flags
-    if config.model_type in _BIDIRECTIONAL and not getattr(config, "causal", False):
-        raise UserError(
-            f"model_type={config.model_type}: its tokens see the later ones, which they are to "
-            "predict; use a causal language model."
-        )
-    if config.model_type not in _BIDIRECTIONAL and (False in decoder_flags or never_causal):
-        raise UserError(
-            f"model_type={config.model_type}: is_decoder is not set in config.json, so every token "
-            "sees the later ones, which it is to predict. Set is_decoder=true there if the weights "
-            "were trained as a causal language model; otherwise use another model."
         )
 
 
@@ -96,7 +65,7 @@ def check_stored_dtypes(
     """Check that a checkpoint has floating-point weights, without scales of their own.
 
     Args:
-        model: The model on meta; its linears may already be quantized.
+        model: The model on meta. If the checkpoint is dense, no linear is quantized yet.
         reader: Reads the checkpoint.
         unused: Names of the tensors of the checkpoint that the model does not have.
 
@@ -106,15 +75,12 @@ def check_stored_dtypes(
     if isinstance(reader, SyntheticReader):
         return
     for name, module, attribute, tensor in base_tensors(model):
-        weight_name = name
-        if is_packed(module, attribute) and name not in reader:  # a dense weight is quantized
-            weight_name = f"{name.removesuffix(attribute)}weight"
-        elif is_packed(module, attribute) or not tensor.is_floating_point():
+        if is_packed(module, attribute) or not tensor.is_floating_point():
             continue
-        if not reader.dtype(weight_name).is_floating_point:
+        if not reader.dtype(name).is_floating_point:
             raise UserError(
-                f"{reader.folder}: {weight_name} is stored as {reader.dtype(weight_name)}. These "
-                "are not full-precision weights; use the model that they were made from."
+                f"{reader.folder}: {name} is stored as {reader.dtype(name)}. These are not "
+                "full-precision weights; use the model that they were made from."
             )
     scale = next((name for name in unused if "scale" in name.rpartition(".")[2]), None)
     if scale is not None and reader.has_8_bit_floats:

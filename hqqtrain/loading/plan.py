@@ -115,19 +115,13 @@ def plan_model(
     source = resolve_source(settings.model)
     hf_config = load_hf_config(source.path)
     model: nn.Module = build_meta(hf_config, runtime.dtype)
-    _replace_linears(model, source, settings.quant, runtime)
-    reader = open_weight_source(source, model, runtime.device)
-    unused = reader.check(expected_shapes(model, packed=source.kind == "quantized"))
-    check_stored_dtypes(model, reader, unused)
-    if not tied_names(model):
-        hf_config.tie_word_embeddings = False  # the checkpoint may have untied them
-    if unused and runtime.comm.is_main:
-        logger.warning(
-            "%s: not used: %s, such as %s",
-            source.path,
-            count(len(unused), "tensor"),
-            unused[0],
-        )
+    # A packed checkpoint has the tensors of quantized linears. A dense one is checked before they
+    # are quantized, so that its faults come before those of the settings of its linears.
+    if source.kind == "quantized":
+        _replace_linears(model, source, settings.quant, runtime)
+    reader = _open_checked(source, hf_config, model, runtime)
+    if source.kind != "quantized":
+        _replace_linears(model, source, settings.quant, runtime)
     start = load_initial_adapter(settings.adapter, source, resumed)
     if start and not resumed and runtime.comm.is_main:
         logger.info("starting from the adapter in %s", start.folder)
@@ -154,6 +148,26 @@ def plan_model(
         runtime.strategy.check_model(model)
         packing = probe_packing(hf_config, model)
     return ModelPlan(source, hf_config, reader, model, lora, start, packing)
+
+
+def _open_checked(
+    source: ModelSource, hf_config: PretrainedConfig, model: nn.Module, runtime: Runtime
+) -> SafetensorsReader | SyntheticReader:
+    """Open the source of the weights of `model`, and check names, shapes and dtypes.
+
+    Parameters that are stored in spite of a tie are untied in `model` and in `hf_config`.
+    """
+    was_tied = bool(tied_names(model))
+    reader = open_weight_source(source, model, runtime.device)
+    if was_tied and not tied_names(model):
+        hf_config.tie_word_embeddings = False
+    unused = reader.check(expected_shapes(model, packed=source.kind == "quantized"))
+    check_stored_dtypes(model, reader, unused)
+    if unused and runtime.comm.is_main:
+        logger.warning(
+            "%s: not used: %s, such as %s", source.path, count(len(unused), "tensor"), unused[0]
+        )
+    return reader
 
 
 def _replace_linears(

@@ -17,34 +17,6 @@ from hqqtrain.models.fqn import expected_shapes
 from hqqtrain.models.source import ModelSource
 from hqqtrain.models.weights.synthetic import open_weight_source
 
-BERT_LIKE = ("bert", "roberta", "electra", "rembert", "megatron-bert", "roformer")
-
-
-@pytest.mark.parametrize("kind", BERT_LIKE)
-def test_a_bidirectional_model_is_refused(kind):
-    model = random_family(kind)
-    _assert_sees_later_tokens(model, expected=True)
-    with pytest.raises(UserError, match="is_decoder is not set"):
-        check_runnable(model, 8)
-
-
-@pytest.mark.parametrize("kind", [*BERT_LIKE, "llama", "opt", "gpt_neox", "bloom", "mamba"])
-def test_a_causal_model_is_accepted(kind):
-    model = random_family(kind, **({"is_decoder": True} if kind in BERT_LIKE else {}))
-    _assert_sees_later_tokens(model, expected=False)
-    check_runnable(model, 8)
-
-
-def _assert_sees_later_tokens(model, *, expected: bool) -> None:
-    tokens = torch.arange(5, 17)[None]
-    changed = tokens.clone()
-    changed[0, -1] = 3
-    with torch.no_grad():
-        first, second = (
-            model(input_ids=x, use_cache=False).logits[:, :-1] for x in (tokens, changed)
-        )
-    assert (not torch.allclose(first, second, atol=1e-4)) == expected
-
 
 @pytest.mark.parametrize(
     ("kind", "length"),
