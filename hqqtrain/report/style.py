@@ -18,6 +18,7 @@ from hqqtrain.report.text import printable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 COLORS = {"full precision": "#5b6b7f", "quantized": "#e07b39", "trained": "#1f8a70"}
 """Color of each model, by its name in `MODEL_NAMES`."""
@@ -77,8 +78,8 @@ def short_number(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
-def add_legend(axes: "Axes", **options: Any) -> None:
-    """Add a legend above the plot, where it covers no data."""
+def add_legend(axes: "Axes", **options: Any) -> "Legend":
+    """Add and return a legend above the plot, where it covers no data."""
     columns = min(2, len(axes.get_legend_handles_labels()[0]))
     legend = axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=9.5,
@@ -86,6 +87,7 @@ def add_legend(axes: "Axes", **options: Any) -> None:
     )  # fmt: skip
     legend.set_alignment("left")
     legend.get_title().set(color=MUTED, fontsize=9.5)
+    return legend
 
 
 def save_figure(figure: "Figure", path: Path) -> Path:

@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from ranks import on_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hqqtrain.data.packing import TokenSequences, plain_text_targets
-from hqqtrain.distributed.comm import SINGLE_PROCESS
+from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.evaluation import continuations
 from hqqtrain.evaluation.continuations import continue_greedily, select_beginnings
 
 
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
+def make_model(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
@@ -23,6 +23,11 @@ def model() -> LlamaForCausalLM:
     for param in model.parameters():
         torch.nn.init.normal_(param, std=0.3)
     return model
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return make_model(0)
 
 
 def texts(*lengths: int) -> TokenSequences:
@@ -38,6 +43,18 @@ def test_the_continuations_are_those_of_transformers(model):
     found = continue_greedily(model, prompts, SINGLE_PROCESS, new_tokens=9)
     assert found.tolist() == expected[:, 7:].tolist()
     assert len(set(map(tuple, found.tolist()))) == 3
+
+
+def _rank_with_another_model(rank: int, comm: Communicator) -> None:
+    prompts = torch.tensor([[1, 2], [3, 4]])
+    tokens = continue_greedily(make_model(rank), prompts, comm, new_tokens=6)
+    expected = continue_greedily(make_model(0), prompts, SINGLE_PROCESS, new_tokens=6)
+    assert tokens.tolist() == expected.tolist()
+
+
+@pytest.mark.ranks
+def test_all_ranks_take_the_tokens_of_rank_0():
+    assert on_ranks(_rank_with_another_model, 2) == ["", ""]
 
 
 def test_neither_random_numbers_nor_the_mode_of_the_model_change(model):

@@ -1,6 +1,6 @@
 """The plots of a sweep: perplexity against a cost, with the Pareto front of the jobs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hqqtrain.launch.sweep.results import TableRow
@@ -14,6 +14,7 @@ from hqqtrain.report.style import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -27,6 +28,7 @@ _MAX_LABEL_LENGTH = 28
 _LABEL_POSITIONS = (
     (6, 3, "left", "bottom"), (-6, 3, "right", "bottom"), (6, -3, "left", "top"),
     (-6, -3, "right", "top"), (0, 8, "center", "bottom"), (0, -8, "center", "top"),
+    (4, 16, "center", "bottom"), (4, -16, "center", "top"),
 )  # fmt: skip
 """Places of a label beside its point: its offset in points, and its alignment."""
 
@@ -101,13 +103,13 @@ def plot_cost(rows: Sequence[TableRow], axis: CostAxis) -> "Figure | None":
     costs, perplexities, _ = zip(*front, strict=True)
     style: dict[str, Any] = {"color": MUTED, "linewidth": 1, "zorder": 1}
     axes.plot(costs, perplexities, drawstyle="steps-post", label="Pareto front", **style)
-    _draw_full_precision(axes, rows)
+    lines = _draw_full_precision(axes, rows)
     scale_axis(axes, "x", [point.cost for point in points])
     scale_axis(axes, "y", [point.perplexity for point in points])
     axes.margins(x=0.1, y=0.08)
     axes.set(xlabel=axis.label, ylabel="perplexity on held-out text")
-    add_legend(axes, title=_legend_title(rows))
-    _label_points(figure, axes, front, points)
+    legend = add_legend(axes, title=_legend_title(rows))
+    _label_points(figure, axes, front, points, [legend, *lines])
     return figure
 
 
@@ -119,9 +121,10 @@ def _points(
 
 
 def _label_points(
-    figure: "Figure", axes: "Axes", labeled: Sequence[CostPoint], points: Sequence[CostPoint]
-) -> None:
-    """Write the labels beside the points, where they cover neither a point nor another label.
+    figure: "Figure", axes: "Axes", labeled: Sequence[CostPoint], points: Sequence[CostPoint],
+    obstacles: Iterable["Artist"],
+) -> None:  # fmt: skip
+    """Write the labels beside the points, where they cover no point, obstacle or other label.
 
     A point without room around it gets no label. The table of the sweep has all values.
     """
@@ -130,6 +133,7 @@ def _label_points(
     figure.draw_without_rendering()  # computes the layout, from which the positions follow
     centers = axes.transData.transform([point[:2] for point in points])
     occupied = [Bbox([center - 4, center + 4]) for center in centers]
+    occupied += [obstacle.get_window_extent().padded(1) for obstacle in obstacles]
     for point in labeled:
         for x, y, horizontal, vertical in _LABEL_POSITIONS:
             text = axes.annotate(
@@ -139,20 +143,21 @@ def _label_points(
             text.set_in_layout(False)
             box = text.get_window_extent()
             is_inside = axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+            is_inside &= axes.bbox.y0 <= box.y0
             if is_inside and not any(box.overlaps(other) for other in occupied):
                 occupied.append(box)
                 break
             text.remove()
 
 
-def _draw_full_precision(axes: Any, rows: Sequence[TableRow]) -> None:
+def _draw_full_precision(axes: "Axes", rows: Sequence[TableRow]) -> list["Artist"]:
     """Draw one line per full-precision model; a sweep that does not vary the model has one line."""
     values = {row.metrics["perplexity_full_precision"] for row in rows}
-    for index, value in enumerate(sorted({round(v, 3) for v in values if v is not None})):
-        label = "full precision" if index == 0 else None
-        axes.axhline(
-            value, color=COLORS["full precision"], linestyle="--", linewidth=1, label=label
-        )
+    style: dict[str, Any] = {"color": COLORS["full precision"], "linestyle": "--", "linewidth": 1}
+    return [
+        axes.axhline(value, label="full precision" if index == 0 else None, **style)
+        for index, value in enumerate(sorted({round(v, 3) for v in values if v is not None}))
+    ]
 
 
 def _label(row: TableRow) -> str:

@@ -100,6 +100,10 @@ def test_labels_cover_neither_points_nor_each_other():
     figure = plot_cost(few, AXES["bits"])
     assert_no_overlap(figure)
     assert {text.get_text() for text in figure.axes[0].texts} == {f"{n} · 64" for n in (1, 2, 3, 4)}
+    (line,) = (line for line in figure.axes[0].get_lines() if line.get_linestyle() == "--")
+    y = figure.axes[0].transData.transform((1, line.get_ydata()[0]))[1]
+    for text in figure.axes[0].texts:
+        assert not text.get_window_extent().y0 < y < text.get_window_extent().y1
     many = [
         row(f"learning rate {n}", bits_per_weight=2 + n / 1000, perplexity_quantized=20 - n / 100)
         for n in range(80)
