@@ -17,7 +17,7 @@ from hqqtrain.config.foreign_names import our_name
 
 _TYPE_NAMES = {
     int: "an integer", float: "a number", bool: "true or false", str: "a string",
-    list: "a list", dict: "a mapping", NoneType: "null",
+    list: "a list", dict: "a mapping", NoneType: "null", Any: "a list or a string",
 }  # fmt: skip
 
 
@@ -78,7 +78,8 @@ def _quoted_example(argument: str) -> str:
     """
     key, _, value = argument.lstrip("+~").partition("=")
     is_quotable = bool(value) and not set(value) & set("'\"[]{}\\$`!")
-    if get_origin(dict(known_keys()).get(key)) is list:
+    hint = dict(known_keys()).get(key)
+    if hint is Any or get_origin(hint) is list:
         items = f'"{value}"' if is_quotable else '"one (1)","another"'
         return f"'{key}=[{items}]'"
     text = value if is_quotable else "my (1).txt"

@@ -66,12 +66,12 @@ class QuantConfig:
         "auto", "dtype of scale and zero; auto: fp32 at 8 bits, otherwise bf16", choices=DTYPES
     )
     skip: list[str] = key(
-        help="globs or hqq tags of the linear layers to leave in full precision",
+        help="linear layers to leave in full precision: names (q_proj), globs or hqq tags",
         factory=lambda: ["lm_head"],
     )
     overrides: dict[str, Any] = key(
-        help="settings of single layers, glob or hqq tag -> {nbits: 4, ...}; null instead of "
-        "settings: full precision",
+        help="settings of single layers: name (q_proj), glob or hqq tag -> {nbits: 4, ...}; null "
+        "instead of settings: full precision",
         factory=dict,
     )
     backend: str = key(
@@ -116,9 +116,21 @@ class AdapterConfig:
     init_from: str | None = key(
         None, "folder of a PEFT adapter to train further, or with task=eval to measure"
     )
-    target_modules: list[str] = key(
-        help="globs of the quantized linear layers that get an adapter", factory=lambda: ["*"]
+    target_modules: Any = key(  # list[str] | str, a union that OmegaConf does not have
+        help="quantized linear layers that get an adapter, as in PEFT: names such as "
+        "[q_proj,v_proj], or all-linear (all but the head); also globs",
+        factory=lambda: ["*"],
     )
+
+    def errors(self) -> Iterator[str]:
+        """Yield a message if `target_modules` is neither a name nor a list of names."""
+        names = self.target_modules
+        names = names if isinstance(names, list) else [names]
+        if not names or not all(isinstance(name, str) and name for name in names):
+            yield (
+                f"adapter.target_modules={self.target_modules}: must be a list of names, such as "
+                "[q_proj,v_proj], or all-linear."
+            )
 
 
 @dataclass(kw_only=True, slots=True)

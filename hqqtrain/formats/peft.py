@@ -6,23 +6,29 @@ metadata of adapter_model.safetensors, which stock tools ignore.
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig
-from peft.utils.other import get_pattern_key
+from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_directory, atomic_write, atomic_write_json
 from hqqtrain.formats.adapter_card import AdapterCard, render_card
+from hqqtrain.formats.adapter_config import (
+    CONFIG,
+    WEIGHTS,
+    LoraShape,
+    read_adapter_config,
+    resolve_patterns,
+)
 from hqqtrain.formats.writer import save_tensors
 
-WEIGHTS = "adapter_model.safetensors"
-
-CONFIG = "adapter_config.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes of LoRA matrices, as safetensors names them."""
 
 _FINGERPRINT_KEY = "hqqtrain_base_fingerprint"
 """Key of the metadata of adapter_model.safetensors."""
@@ -36,7 +42,7 @@ class Adapter:
     """A LoRA adapter with the fingerprint of its base.
 
     Attributes:
-        config: PEFT's configuration.
+        config: PEFT's configuration. Its patterns are full names of modules.
         state: The tensors by PEFT's names: `base_model.model.<module>.lora_A.weight` [r, in] and
             `.lora_B.weight` [out, r].
         fingerprint: The fingerprint of the quantized base that the adapter was trained on. None
@@ -57,10 +63,8 @@ class Adapter:
     def scaling(self, module: str) -> float:
         """Return PEFT's factor of B A for a module: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         config = self.config
-        # Patterns of module names that have another rank or alpha, as PEFT looks them up.
-        ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-        r = ranks.get(get_pattern_key(list(ranks), module), config.r)
-        alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
+        r = (config.rank_pattern or {}).get(module, config.r)
+        alpha = (config.alpha_pattern or {}).get(module, config.lora_alpha)
         return alpha / (math.sqrt(r) if config.use_rslora else r)
 
     def delta(self, module: str, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -126,54 +130,97 @@ def write_adapter(
     atomic_write_json(folder / CONFIG, values)
 
 
-def load_adapter(folder: Path) -> Adapter:
+def load_adapter(
+    folder: Path, *, origin: str = "", linears: Mapping[str, tuple[int, int]] | None = None
+) -> Adapter:
     """Read a PEFT LoRA adapter from a folder.
 
+    Args:
+        folder: The folder.
+        origin: The beginning of messages; by default the folder.
+        linears: (out_features, in_features) of every linear layer of the model that may have an
+            adapter, by its name. The adapter must fit, which is checked before its tensors are
+            read. By default the adapter is read for no model in particular.
+
     Raises:
-        UserError: A file is missing or damaged, or the adapter contains more than the two LoRA
-            matrices of each linear layer (DoRA, biases, whole modules), which hqqtrain cannot
-            merge.
+        UserError: A file is missing or damaged, the adapter does not fit the model, or it is more
+            than the two LoRA matrices of each linear layer, which hqqtrain cannot merge.
     """
-    folder = Path(folder)
+    folder, origin = Path(folder), origin or str(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise UserError(f"{folder}: contains no {name}; give the folder of a PEFT adapter.")
-    config = _read_config(folder)
-    state, metadata = _read_state(folder / WEIGHTS)
-    _check_state(folder / WEIGHTS, state)
-    return Adapter(config, state, metadata.get(_FINGERPRINT_KEY))
+            raise UserError(f"{origin}: contains no {name}; {_missing_file_advice(folder, name)}")
+    config = read_adapter_config(folder / CONFIG, origin)
+    resolved: list[LoraConfig] = []
+
+    def check(matrices: Mapping[str, tuple[int, ...]]) -> None:
+        resolved.append(resolve_patterns(config, _check_pairs(matrices, origin), linears, origin))
+
+    state, metadata = _read_state(folder / WEIGHTS, check, origin)
+    return Adapter(resolved[0], state, metadata.get(_FINGERPRINT_KEY))
 
 
-def _read_config(folder: Path) -> LoraConfig:
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / CONFIG}: not a PEFT configuration ({error}).") from error
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"{folder / CONFIG}: peft_type={config.peft_type}: must be LORA.")
-    if config.layer_replication:
-        raise UserError(
-            f"{folder / CONFIG}: layer_replication is not supported, as it changes the base."
+def _missing_file_advice(folder: Path, name: str) -> str:
+    if (folder / "adapter" / CONFIG).is_file():
+        return f"give the folder of the adapter, {folder / 'adapter'}."
+    if name == WEIGHTS and (folder / "adapter_model.bin").exists():
+        return (
+            "adapter_model.bin is a pickle, which hqqtrain never reads. Load it with PEFT and save "
+            "it again with save_pretrained."
         )
-    return config
+    return "give the folder of a PEFT adapter."
 
 
-def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read_state(
+    path: Path, check: Callable[[Mapping[str, tuple[int, ...]]], object], origin: str
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a file. `check` gets the shapes before it is read."""
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            for name, view in slices.items():
+                if view.get_dtype() not in _FLOATS:
+                    raise UserError(
+                        f"{origin}: {name} has the dtype {view.get_dtype()}; LoRA matrices have "
+                        f"{', '.join(_FLOATS)}."
+                    )
+            check({name: tuple(view.get_shape()) for name, view in slices.items()})
+            state = {name: file.get_tensor(name).clone() for name in slices}
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({error}).") from error
+        raise UserError(
+            f"{origin}: {WEIGHTS}: not a complete safetensors file ({error})."
+        ) from error
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{origin}: {name} contains NaN or infinity; use another checkpoint.")
+    return state, metadata
 
 
-def _check_state(path: Path, state: dict[str, torch.Tensor]) -> None:
-    # Every name must have one of these suffixes, and its counterpart must exist as well.
-    counterparts = {".lora_A.weight": ".lora_B.weight", ".lora_B.weight": ".lora_A.weight"}
-    for name in state:
-        suffix = name[-len(".lora_A.weight") :]
-        counterpart = name.removesuffix(suffix) + counterparts.get(suffix, "")
-        if suffix not in counterparts or counterpart not in state:
-            raise UserError(f"{path}: {name} is not one of a pair of LoRA matrices.")
-    if not state:
-        raise UserError(f"{path}: contains no tensors.")
+def _check_pairs(matrices: Mapping[str, tuple[int, ...]], origin: str) -> dict[str, LoraShape]:
+    """Return the adapted modules; all matrices [rows, columns] must be pairs of A and B."""
+    pairs: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in matrices.items():
+        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", name)
+        if ".lora_" not in name:
+            raise UserError(
+                f"{origin}: {WEIGHTS}: {name} {list(shape)} is a weight of the base, not one of a "
+                "pair of LoRA matrices. Train the adapter without changing the base, or save it "
+                "with save_embedding_layers=False."
+            )
+        if match is None or len(shape) != 2:
+            raise UserError(
+                f"{origin}: {WEIGHTS}: {name} {list(shape)} is not one of a pair of LoRA matrices."
+            )
+        pairs.setdefault(match[1], {})[match[2]] = shape
+    for module, pair in pairs.items():
+        if len(pair) < 2 or pair["A"][0] != pair["B"][1]:
+            raise UserError(
+                f"{origin}: {WEIGHTS}: {module} has {pair}, and not a pair of LoRA matrices "
+                "A [r, in_features] and B [out_features, r]."
+            )
+    if not pairs:
+        raise UserError(f"{origin}: {WEIGHTS}: contains no tensors.")
+    return {
+        name: LoraShape(pair["A"][0], pair["A"][1], pair["B"][0]) for name, pair in pairs.items()
+    }

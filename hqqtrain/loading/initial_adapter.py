@@ -1,10 +1,13 @@
 """Initial values of the adapters: fresh ones, seeded by name, or those of an existing adapter."""
 
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import AdapterConfig
@@ -13,7 +16,14 @@ from hqqtrain.formats.manifest import DamagedError, check_sealed, is_sealed
 from hqqtrain.formats.peft import Adapter, load_adapter
 from hqqtrain.models.fqn import is_adapter, peft_key
 from hqqtrain.models.source import ModelSource
-from hqqtrain.nn.lora import init_adapters
+from hqqtrain.nn.lora import (
+    init_adapters,
+    inject_adapters,
+    lora_config,
+    minimal_targets,
+    register_hqq_linear,
+    target_linears,
+)
 
 
 @dataclass(frozen=True)
@@ -32,15 +42,25 @@ class InitialAdapter:
 
 
 def load_initial_adapter(
-    config: AdapterConfig, source: ModelSource, resumed: Path | None
+    config: AdapterConfig,
+    source: ModelSource,
+    resumed: Path | None,
+    linears: Mapping[str, tuple[int, int]] | None = None,
 ) -> InitialAdapter | None:
     """Load the adapter to start from, or return None if the run starts with fresh adapters.
 
     The function uses the first of these that is set: the checkpoint folder `resumed`,
     `adapter.init_from`, the adapter of the run that `model.name_or_path` names.
 
+    Args:
+        config: The group `adapter` of the configuration.
+        source: The model's source.
+        resumed: The folder of the checkpoint, if the run resumes.
+        linears: The linear layers that the adapter must fit, see `load_adapter`.
+
     Raises:
-        UserError: The adapter cannot be read, is missing, or a sealed folder was altered.
+        UserError: The adapter cannot be read, is missing, is not plain LoRA or does not fit, or a
+            sealed folder was altered.
     """
     folder = resumed or config.init_from or source.adapter
     if folder is None and source.lacks_adapter:
@@ -63,7 +83,7 @@ def load_initial_adapter(
         origin = f"{folder}: the adapter of model.name_or_path={source.name}"
     if not resumed:  # the manifest of `resumed` was checked when the checkpoint was read
         _check_manifest(folder, origin)
-    return InitialAdapter(folder, load_adapter(folder), origin)
+    return InitialAdapter(folder, load_adapter(folder, origin=origin, linears=linears), origin)
 
 
 def _check_manifest(folder: Path, origin: str) -> None:
@@ -89,21 +109,64 @@ def unknown_base_warning(start: InitialAdapter, source: ModelSource) -> str:
     )
 
 
-def check_initial_adapter(start: InitialAdapter | None, lora: LoraConfig) -> None:
-    """Check that the adapter to start from has the rank and the scaling of the new adapter.
+def add_adapter(
+    model: PreTrainedModel, config: AdapterConfig, start: InitialAdapter | None, *, adapts: bool
+) -> tuple[PeftModel, LoraConfig]:
+    """Add an adapter to `model`, without values.
+
+    Args:
+        model: The quantized model on the meta device, changed in place.
+        config: The group `adapter` of the configuration.
+        start: The existing adapter, if any.
+        adapts: Whether the adapter is that of `config`, to be trained. Otherwise it is `start`.
+
+    Returns:
+        The model with its adapter, and PEFT's configuration of the adapter.
 
     Raises:
-        UserError: The ranks or scalings differ.
+        UserError: `start` has another rank, scaling or other modules than `config` asks for, or
+            PEFT refuses a module.
     """
-    if start is None:
-        return
-    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
-        saved, configured = getattr(start.adapter.config, key), getattr(lora, key)
-        if saved != configured:
+    if adapts:
+        targets, lora = target_linears(config, model), lora_config(config, model)
+        names = config.target_modules
+        shown = f"[{','.join(names)}]" if isinstance(names, list) else names
+        origin = f"adapter.target_modules={shown}"
+        if start:
+            _continue_adapter(start, lora, targets, model)
+    else:
+        assert start is not None, "without a new adapter there must be an old one"
+        targets, origin, lora = start.adapter.modules, start.origin, copy(start.adapter.config)
+        lora.base_model_name_or_path = None  # PEFT would warn that this model has another name
+        register_hqq_linear(lora)
+    return inject_adapters(model, lora, targets, origin), lora
+
+
+def _continue_adapter(
+    start: InitialAdapter, lora: LoraConfig, targets: Sequence[str], model: nn.Module
+) -> None:
+    """Check that the new adapter `lora` of `targets` is that of `start`.
+
+    It gets the ranks and alphas of single modules, which no key of hqqtrain sets.
+    """
+    saved = start.adapter.config
+    kind = "rslora" if saved.use_rslora else "lora"
+    fixes = {"r": f"adapter.r={saved.r}", "lora_alpha": f"adapter.alpha={saved.lora_alpha}",
+             "use_rslora": f"adapter.kind={kind}"}  # fmt: skip
+    for key, fix in fixes.items():
+        if getattr(saved, key) != getattr(lora, key):
             raise UserError(
-                f"{start.origin}: was made with {key}={saved}, the recipe "
-                f"asks for {configured}. Make adapter.r, adapter.alpha and adapter.kind agree."
+                f"{start.origin}: was made with {key}={getattr(saved, key)}, the recipe asks for "
+                f"{getattr(lora, key)}. Use {fix}."
             )
+    if different := sorted(set(targets) ^ set(start.adapter.modules)):
+        selects = "selects" if different[0] in targets else "does not select"
+        fix = ",".join(minimal_targets(start.adapter.modules, model))
+        raise UserError(
+            f"{start.origin}: was trained with other adapter.target_modules: the value now "
+            f"{selects} {different[0]}. Use adapter.target_modules=[{fix}]."
+        )
+    lora.rank_pattern, lora.alpha_pattern = saved.rank_pattern, saved.alpha_pattern
 
 
 def initialize_adapters(
@@ -123,21 +186,12 @@ def initialize_adapters(
         seed: Seed of fresh values, `train.seed`.
 
     Raises:
-        UserError: `start` was trained on another base or on other modules.
+        UserError: `start` was trained on another base.
     """
     init_adapters(model, seed, config.init, write=copy_from_full)
     if start is None:
         return
     start.adapter.check_base(fingerprint, start.origin)
-    remaining = dict(start.adapter.state)
     for name, param in model.named_parameters():
         if is_adapter(name):
-            saved = remaining.pop(peft_key(name), None)
-            if saved is None or saved.shape != param.shape:
-                raise UserError(
-                    f"{start.origin}: has no {name} of shape {list(param.shape)}; it was trained "
-                    "with other adapter.target_modules."
-                )
-            copy_from_full(param, saved)
-    if remaining:
-        raise UserError(f"{start.origin}: {next(iter(remaining))} does not exist in this model.")
+            copy_from_full(param, start.adapter.state[peft_key(name)])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -22,7 +22,7 @@ from hqqtrain.distributed.runtime import PRECISION_DTYPES, Runtime
 from hqqtrain.formats.packed import ModuleSettings, read_quantized_settings
 from hqqtrain.loading.initial_adapter import (
     InitialAdapter,
-    check_initial_adapter,
+    add_adapter,
     load_initial_adapter,
     unknown_base_warning,
 )
@@ -34,7 +34,7 @@ from hqqtrain.models.source import ModelSource, resolve_source
 from hqqtrain.models.weights.safetensors import SafetensorsReader
 from hqqtrain.models.weights.synthetic import SyntheticReader, open_weight_source
 from hqqtrain.nn.hqq_linear import HQQLinear
-from hqqtrain.nn.lora import cast_adapters, lora_config, register_hqq_linear
+from hqqtrain.nn.lora import cast_adapters, packed_linears
 from hqqtrain.nn.replace import quantize_model, replace_linears
 
 logger = logging.getLogger(__name__)
@@ -122,24 +122,24 @@ def plan_model(
     reader = _open_checked(source, hf_config, model, runtime)
     if source.kind != "quantized":
         _replace_linears(model, source, settings.quant, runtime)
-    start = load_initial_adapter(settings.adapter, source, resumed)
+    start = load_initial_adapter(settings.adapter, source, resumed, packed_linears(model))
+    if start and source.kind == "quantized":
+        start.adapter.check_base(read_quantized_settings(source.path).fingerprint, start.origin)
     if start and not resumed and runtime.comm.is_main:
         logger.info("starting from the adapter in %s", start.folder)
         if warning := unknown_base_warning(start, source):
             logger.warning(warning)
-    lora = register_hqq_linear(start.adapter.config) if start else None
-    if settings.adapts:
-        lora = lora_config(settings.adapter, model)
-        check_initial_adapter(start, lora)
     if settings.executes:
         check_runnable(
             model,
             settings.max_seq_len,
             activation_checkpointing=settings.activation_checkpointing,
         )
-    if lora is not None:
-        # low_cpu_mem_usage makes PEFT create the adapters on the meta device, too.
-        model = get_peft_model(base_model(model), lora, low_cpu_mem_usage=True)
+    lora = None
+    if start or settings.adapts:
+        model, lora = add_adapter(
+            base_model(model), settings.adapter, start, adapts=settings.adapts
+        )
         cast_adapters(model, PRECISION_DTYPES[settings.adapter.dtype])
     else:
         model.requires_grad_(False)

@@ -6,19 +6,24 @@ standard PEFT adapter.
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.compat import register_lora_layer
 from hqqtrain.config.groups import AdapterConfig
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.patterns import matching_modules
+
+_ALL_LINEAR = "all-linear"
+"""PEFT's name for every linear layer but the head."""
 
 
 class HQQLoraLinear(LoraLinear):
@@ -36,24 +41,91 @@ class HQQLoraLinear(LoraLinear):
         )
 
 
+def target_linears(adapter: AdapterConfig, model: nn.Module) -> list[str]:
+    """Return the names of the packed linears of `model` that adapter.target_modules selects.
+
+    Raises:
+        UserError: One of its names or patterns matches no packed linear.
+    """
+    names = list(packed_linears(model))
+    patterns = adapter.target_modules
+    patterns = patterns if isinstance(patterns, list) else [patterns]
+    targets: set[str] = set()
+    if _ALL_LINEAR in patterns:  # as in PEFT, the head is not among them
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        targets = {name for name in names if model.get_submodule(name) is not head}
+    others = [pattern for pattern in patterns if pattern != _ALL_LINEAR]
+    targets |= set(matching_modules("adapter.target_modules", others, names))
+    return [name for name in names if name in targets]
+
+
+def packed_linears(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return (out_features, in_features) of every packed linear of `model`, by its name."""
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, HQQLinear)
+    }
+
+
 def lora_config(adapter: AdapterConfig, model: nn.Module) -> LoraConfig:
     """Build PEFT's configuration of `adapter` for the packed linears of `model`.
 
     Raises:
-        UserError: A pattern of adapter.target_modules matches no packed linear.
+        UserError: A name or pattern of adapter.target_modules matches no packed linear.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, HQQLinear)]
-    targets = matching_modules("adapter.target_modules", adapter.target_modules, names)
     config = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT only divides it, so a float works
         lora_dropout=adapter.dropout,
         use_rslora=adapter.kind == "rslora",
         init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
-        target_modules=_minimal_targets(targets, model),
+        target_modules=minimal_targets(target_linears(adapter, model), model),
         task_type="CAUSAL_LM",
     )
     return register_hqq_linear(config)
+
+
+def inject_adapters(model: PreTrainedModel, config: LoraConfig, targets: Sequence[str],
+                    origin: str) -> PeftModel:  # fmt: skip
+    """Put an adapter on every target of `model`, in place and on the meta device.
+
+    Args:
+        model: The model, without adapters.
+        config: PEFT's configuration.
+        targets: The full names of the modules that `config` selects.
+        origin: The setting that selected them, with which a message begins.
+
+    Raises:
+        UserError: PEFT refuses a target, as it does some layers of Mamba.
+    """
+    try:
+        # low_cpu_mem_usage makes PEFT create the adapters on the meta device, too.
+        return get_peft_model(model, config, low_cpu_mem_usage=True)
+    except ValueError as error:
+        reason = str(error)
+    ends: dict[str, str] = {}  # last part of a name -> the first target that has it
+    for name in targets:
+        ends.setdefault(name.rpartition(".")[2], name)
+    allowed = [end for end, name in ends.items() if _accepts(model, config, name)]
+    refused = [end for end in ends if end not in allowed]
+    advice = f"use adapter.target_modules=[{','.join(allowed)}]" if allowed else "use another model"
+    raise UserError(
+        f"{origin}: PEFT puts no adapter on {', '.join(refused) or 'these layers'} of "
+        f"{type(model).__name__}; {advice}. PEFT says: {reason}"
+    )
+
+
+def _accepts(model: PreTrainedModel, config: LoraConfig, name: str) -> bool:
+    """Whether PEFT puts an adapter on module `name`. It stays there: the caller gives up."""
+    single = register_hqq_linear(LoraConfig(r=config.r, target_modules=[name]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the adapters that the model has already
+        try:
+            inject_adapter_in_model(single, model, name.replace(".", "-"), low_cpu_mem_usage=True)
+        except ValueError:
+            return False
+    return True
 
 
 def register_hqq_linear(config: LoraConfig) -> LoraConfig:
@@ -101,7 +173,7 @@ def _initial_values(param: nn.Parameter, key: str, kind: str) -> Tensor:
     return nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
 
 
-def _minimal_targets(targets: Sequence[str], model: nn.Module) -> list[str]:
+def minimal_targets(targets: Sequence[str], model: nn.Module) -> list[str]:
     """Return the shortest target_modules with which PEFT selects exactly `targets`.
 
     PEFT selects every module whose name ends in a target. The last parts of the names (`q_proj`)

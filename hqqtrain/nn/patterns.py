@@ -1,7 +1,7 @@
-"""Patterns that select modules: a glob over the full name, or hqq's tag.
+"""Patterns that select modules: the end of a name as in PEFT, a glob, or hqq's tag.
 
-hqq's tag of `model.layers.3.self_attn.q_proj` is `self_attn.q_proj`: the name without "model",
-"layers" and numbers.
+`q_proj` and `3.self_attn.q_proj` are ends of `model.layers.3.self_attn.q_proj`. A glob is matched
+with the full name. hqq's tag is `self_attn.q_proj`: the name without "model", "layers" and numbers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ def hqq_tag(name: str) -> str:
 
 def matches_pattern(pattern: str, name: str) -> bool:
     """Whether `pattern` selects module `name`."""
-    return fnmatchcase(name, pattern) or hqq_tag(name) == pattern
+    return fnmatchcase(name, pattern) or name.endswith(f".{pattern}") or hqq_tag(name) == pattern
 
 
 def matching_modules(key: str, patterns: Iterable[str], names: Iterable[str]) -> list[str]:
@@ -27,7 +27,7 @@ def matching_modules(key: str, patterns: Iterable[str], names: Iterable[str]) ->
 
     Args:
         key: The config key that contains the patterns, for messages.
-        patterns: Globs or tags.
+        patterns: Ends of names, globs or tags.
         names: Full names of modules.
 
     Raises:
@@ -37,10 +37,11 @@ def matching_modules(key: str, patterns: Iterable[str], names: Iterable[str]) ->
     for pattern in patterns:
         if not any(matches_pattern(pattern, name) for name in names):
             tags = dict.fromkeys(map(hqq_tag, names))
+            ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
             raise UserError(
-                f"{key}={pattern}: matches no linear layer.{did_you_mean(pattern, tags)} "
-                f"Allowed are globs over full names, such as {names[0]}, and tags: "
-                f"{', '.join(list(tags)[:12])}."
+                f"{key}={pattern}: matches no linear layer.{did_you_mean(pattern, ends | tags)} "
+                f"Allowed are names, such as {', '.join(list(ends)[:12])}, globs over full names, "
+                f"such as {names[0]}, and tags: {', '.join(list(tags)[:12])}."
             )
     return [name for name in names if any(matches_pattern(p, name) for p in patterns)]
 

@@ -7,31 +7,35 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import AdapterConfig
+from hqqtrain.config.groups import AdapterConfig, QuantConfig
 from hqqtrain.formats.manifest import seal
 from hqqtrain.formats.peft import BaseModelRef, write_adapter
 from hqqtrain.loading.initial_adapter import (
-    check_initial_adapter,
+    add_adapter,
     initialize_adapters,
     load_initial_adapter,
     unknown_base_warning,
 )
 from hqqtrain.models.source import ModelSource
+from hqqtrain.nn.replace import quantize_model
 
-LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["q"])
+LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])
+SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
 
 
-def _model(**linears: int) -> nn.Module:
-    return get_peft_model(nn.ModuleDict({k: nn.Linear(8, n) for k, n in linears.items()}), LORA)
+def _model() -> nn.Module:
+    return get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), LORA)
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Return an adapter of the 8 x 8 linear `q`, trained on the base sha256:ab."""
+    """Return an adapter of the two `q_proj` of a small Llama, trained on the base sha256:ab."""
     (tmp_path / "adapter").mkdir()
-    state = get_peft_model_state_dict(_model(q=8))
+    state = get_peft_model_state_dict(_model())
     write_adapter(tmp_path / "adapter", state, LORA, BaseModelRef("owner/name", None, "sha256:ab"))
     return tmp_path / "adapter"
 
@@ -52,32 +56,62 @@ def selected(request, folder):
     return load_initial_adapter(adapter, source, resumed), prefixes[request.param]
 
 
-def test_other_shape_or_scaling_is_refused(selected):
-    start, prefix = selected
-    check_initial_adapter(start, LORA)
-    with pytest.raises(UserError, match="was made with r=2, the recipe asks for 3") as error:
-        check_initial_adapter(start, LoraConfig(r=3, lora_alpha=4))
-    assert str(error.value).startswith(prefix)
+def _plan(start, *, skip=(), **adapter):
+    """Add an adapter like that of `start` to a quantized Llama, with other settings."""
+    config = AdapterConfig(**{"r": 2, "alpha": 4, "target_modules": ["q_proj"]} | adapter)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    quantize_model(model, QuantConfig(group_size=None, skip=["lm_head", *skip]))
+    return add_adapter(model, config, start, adapts=True)
 
 
 @pytest.mark.parametrize(
-    ("linears", "base", "message"),
+    ("adapter", "message"),
     [
-        ({"q": 8}, "sha256:cd", "but this base"),
-        ({"q": 9}, "sha256:ab", "has no base_model.model.q.lora"),
+        ({"r": 3}, r"was made with r=2, the recipe asks for 3. Use adapter\.r=2"),
+        ({"alpha": 5}, r"was made with lora_alpha=4, the recipe asks for 5. Use adapter\.alpha=4"),
+        ({"kind": "rslora"}, r"use_rslora=False, the recipe asks for True. Use adapter\.kind=lora"),
+        ({"target_modules": ["q_proj", "v_proj"]}, r"now selects model\.layers\.0\..*\.v_proj"),
+        ({"target_modules": ["v_proj"]}, r"select .*q_proj. Use adapter\.target_modules=\[q_proj\]"),
     ],
-)
-def test_another_base_or_other_modules_are_refused(selected, linears, base, message):
+)  # fmt: skip
+def test_another_shape_scaling_or_modules_are_refused(selected, adapter, message):
     start, prefix = selected
+    _plan(start)
     with pytest.raises(UserError, match=message) as error:
-        initialize_adapters(_model(**linears), start, base, AdapterConfig(), 0)
+        _plan(start, **adapter)
     assert str(error.value).startswith(prefix)
+
+
+def test_another_base_is_refused(selected):
+    start, prefix = selected
+    with pytest.raises(UserError, match="but this base") as error:
+        initialize_adapters(_plan(start)[0], start, "sha256:cd", AdapterConfig(), 0)
+    assert str(error.value).startswith(prefix)
+
+
+def test_ranks_and_alphas_of_single_modules_are_continued(tmp_path):
+    folder = tmp_path / "adapter"
+    config = LoraConfig(
+        r=2, lora_alpha=4, target_modules=["q_proj"], rank_pattern={"layers.1.*q_proj": 3},
+        alpha_pattern={"layers.0.*": 8},
+    )  # fmt: skip
+    get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), config).save_pretrained(folder)
+    start = load_initial_adapter(
+        AdapterConfig(init_from=str(folder)), ModelSource("tiny", tmp_path, "dense"), None
+    )
+    model, lora = _plan(start)
+    ranks = [p.shape[0] for n, p in model.named_parameters() if "lora_A" in n]
+    layers = [m for n, m in model.named_modules() if n.endswith("q_proj")]
+    assert ranks == [2, 3]
+    assert [layer.scaling["default"] for layer in layers] == [4.0, 4 / 3]
+    assert lora.rank_pattern == {"model.layers.1.self_attn.q_proj": 3}
 
 
 def test_a_checkpoint_takes_precedence_and_its_values_are_used(folder, tmp_path):
     config = AdapterConfig(init_from=str(tmp_path / "absent"))
     source = ModelSource("runs/a", tmp_path, "quantized", tmp_path / "absent")
-    start, model = load_initial_adapter(config, source, folder), _model(q=8)
+    start, model = load_initial_adapter(config, source, folder), _model()
     initialize_adapters(model, start, "sha256:ab", config, 0)
     state = get_peft_model_state_dict(model)
     assert all(torch.equal(state[name], start.adapter.state[name]) for name in start.adapter.state)

@@ -8,12 +8,19 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import AdapterConfig, QuantConfig
 from hqqtrain.nn.hqq_linear import HQQLinear
-from hqqtrain.nn.lora import HQQLoraLinear, cast_adapters, init_adapters, lora_config
+from hqqtrain.nn.lora import (
+    HQQLoraLinear,
+    cast_adapters,
+    init_adapters,
+    inject_adapters,
+    lora_config,
+    target_linears,
+)
 from hqqtrain.nn.replace import quantize_model
 
 LLAMA = LlamaConfig(
@@ -122,10 +129,21 @@ def test_gradients_are_those_on_the_dense_model(packed: nn.Module) -> None:
         (["*.q_proj"], ["q_proj"]),
         (["self_attn.v_proj"], ["v_proj"]),
         (["model.layers.1.mlp.up_proj"], ["model.layers.1.mlp.up_proj"]),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        ("v_proj", ["v_proj"]),
+        (["1.self_attn.q_proj"], ["model.layers.1.self_attn.q_proj"]),
+        (
+            "all-linear",
+            ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+        ),
+        (
+            ["all-linear", "q_proj"],
+            ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+        ),
     ],
 )
 def test_target_modules_are_short_names_if_unambiguous(
-    packed: nn.Module, targets: list[str], expected: list[str]
+    packed: nn.Module, targets: list[str] | str, expected: list[str]
 ) -> None:
     config = lora_config(AdapterConfig(target_modules=targets), packed)
     assert sorted(config.target_modules) == expected
@@ -140,11 +158,53 @@ def test_a_linear_left_in_full_precision_gets_no_adapter() -> None:
     assert not any("layers.0.self_attn.q_proj" in n or "lm_head" in n for n in adapted)
 
 
-@pytest.mark.parametrize("glob", ["*.q_prj", "lm_head", "self_attn"])
+def test_all_linear_leaves_out_the_head() -> None:
+    model = AutoModelForCausalLM.from_config(LLAMA)
+    quantize_model(model, QuantConfig(group_size=16, skip=[]))
+    everything = target_linears(AdapterConfig(), model)
+    assert "lm_head" in everything
+    assert target_linears(AdapterConfig(target_modules="all-linear"), model) == everything[:-1]
+
+
+@pytest.mark.parametrize("glob", ["*.q_prj", "lm_head", "self_attn", "q_prj"])
 def test_targets_that_match_nothing(packed: nn.Module, glob: str) -> None:
     with pytest.raises(UserError, match=r"adapter\.target_modules=") as caught:
         lora_config(AdapterConfig(target_modules=["*.k_proj", glob]), packed)
     assert glob in str(caught.value)
+
+
+MAMBA = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "allowed"),
+    [
+        ("mamba", {}, "in_proj,x_proj,dt_proj"),
+        ("mamba2", {"num_heads": 4, "head_dim": 8, "n_groups": 1}, "in_proj"),
+    ],
+)
+def test_what_peft_refuses_is_named_with_what_it_accepts(kind, sizes, allowed) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**MAMBA | sizes))
+    quantize_model(model, QuantConfig(group_size=None))
+
+    def inject(targets: list[str]) -> nn.Module:
+        adapter = AdapterConfig(r=2, target_modules=targets)
+        lora, names = lora_config(adapter, model), target_linears(adapter, model)
+        return inject_adapters(model, lora, names, "adapter.target_modules=[*]")
+
+    with pytest.raises(UserError) as caught:
+        inject(["*"])
+    message = str(caught.value)
+    assert message.startswith("adapter.target_modules=[*]: PEFT puts no adapter on out_proj of ")
+    assert f"use adapter.target_modules=[{allowed}]." in message
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**MAMBA | sizes))
+    quantize_model(model, QuantConfig(group_size=None))
+    adapted = inject(allowed.split(","))
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == len(
+        allowed.split(",")
+    )
 
 
 def test_merging_into_packed_weights_is_refused(packed: nn.Module) -> None:

@@ -4,14 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.run import RunConfig
 from hqqtrain.formats.packed import read_quantized_settings
+from hqqtrain.loading.model_builder import wrap_for_execution
+from hqqtrain.loading.plan import plan_model
 from hqqtrain.tasks.finetune import finetune
 from hqqtrain.tasks.inference import evaluate, export, quantize
 from hqqtrain.tasks.resources import workload_of
+from hqqtrain.tasks.model import load_or_quantize, plan_settings
 
 TASKS = {"finetune": finetune, "quantize": quantize, "eval": evaluate, "export": export}
 
@@ -127,3 +131,104 @@ def test_the_table_of_quantize_has_no_empty_columns(run_task, capsys):
 def test_the_estimate_has_a_reference_only_where_one_is_loaded(task, is_packed, has_reference):
     workload = workload_of(RunConfig(task=task), is_packed=is_packed)
     assert workload.has_reference == has_reference
+@pytest.fixture
+def packed(run_task) -> Path:
+    """Return the packed base of a finished run."""
+    return run_task("quantize").layout.quantized
+
+
+@pytest.fixture
+def dense(run_task, packed: Path) -> Path:
+    """Return the dense model with the dequantized weights of `packed`."""
+    return run_task("export", model={"name_or_path": str(packed)}).layout.export
+
+
+def stock_adapter(dense: Path, folder: Path, **lora) -> PeftModel:
+    """Save an adapter made by PEFT alone, with values as after training, and return its model."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    settings = {"task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    adapted = get_peft_model(model, LoraConfig(**settings | lora))
+    with torch.no_grad():
+        for param in adapted.parameters():
+            if param.requires_grad:
+                param.add_(0.3 * torch.randn_like(param))
+    adapted.save_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, folder).eval()
+
+
+TOKENS = torch.arange(20, 44)[None]
+
+
+@pytest.mark.parametrize(
+    ("lora", "adapter"),
+    [
+        ({}, {}),
+        ({"use_rslora": True}, {"kind": "rslora"}),
+        ({"rank_pattern": {"0.*q_proj": 3}, "alpha_pattern": {"q_proj": 7}}, {}),
+        ({"target_modules": r".*\.(q|up)_proj"}, {"target_modules": ["q_proj", "up_proj"]}),
+        ({"layers_to_transform": 0, "target_modules": ["v_proj"]}, {"target_modules": ["v_proj"]}),
+    ],
+    ids=["lora", "rslora", "patterns", "regex", "layers"],
+)
+def test_a_stock_adapter_computes_what_peft_computes(
+    run_task, start_run, make_config, packed, dense, tmp_path: Path, lora, adapter
+):
+    right = stock_adapter(dense, tmp_path / "adapter", **lora)(TOKENS).logits
+    model = {"name_or_path": str(packed)}
+    start = {"target_modules": ["q_proj"], "init_from": str(tmp_path / "adapter")} | adapter
+    exported = run_task("export", model=model, adapter=start).layout.export
+    merged = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    torch.testing.assert_close(merged(TOKENS).logits, right, rtol=1e-4, atol=1e-5)
+    for task in ("eval", "finetune"):
+        config = make_config(task, model=model, adapter=start, run={"name": task})
+        with start_run(config) as run:
+            plan = plan_model(plan_settings(config), run.runtime)
+            runnable = wrap_for_execution(load_or_quantize(run, plan), run.runtime.strategy)
+            with torch.no_grad():
+                logits = runnable.model.eval()(input_ids=TOKENS).logits
+        torch.testing.assert_close(logits, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["finetune", "eval", "export"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"init_lora_weights": "pissa"},
+        {"alora_invocation_tokens": [5]},
+        {"use_dora": True},
+        {"modules_to_save": ["embed_tokens"]},
+    ],
+    ids=lambda lora: next(iter(lora)),
+)
+def test_an_adapter_of_another_kind_is_refused_before_anything_is_quantized(
+    run_task, tiny_model, tmp_path: Path, task, lora, monkeypatch
+):
+    stock_adapter(tiny_model, tmp_path / "adapter", **lora)
+    monkeypatch.setattr(f"hqqtrain.tasks.{_module_of(task)}.load_or_quantize", None)
+    with pytest.raises(UserError, match=rf"adapter\.init_from=.*has {next(iter(lora))}="):
+        run_task(task, adapter={"init_from": str(tmp_path / "adapter")})
+    assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize("task", ["finetune", "eval", "export"])
+def test_an_adapter_of_another_base_or_layer_is_refused_before_anything_is_loaded(
+    run_task, trained, tiny_model, tmp_path: Path, task, monkeypatch
+):
+    other = run_task("quantize", quant={"nbits": 8}).layout.quantized
+    monkeypatch.setattr(f"hqqtrain.tasks.{_module_of(task)}.load_or_quantize", None)
+    adapter = {"init_from": str(trained / "adapter")}
+    with pytest.raises(UserError, match="trained on the quantized base sha256:"):
+        run_task(task, model={"name_or_path": str(other)}, adapter=adapter)
+    stock_adapter(tiny_model, tmp_path / "adapter")
+    adapter, skip = {"init_from": str(tmp_path / "adapter")}, {"skip": ["lm_head", "q_proj"]}
+    with pytest.raises(UserError, match=r"adapts .*q_proj, which is not a quantized linear layer"):
+        run_task(task, adapter=adapter, quant=skip)
+    stock_adapter(tiny_model, tmp_path / "adapter", target_modules=["lm_head"])
+    with pytest.raises(UserError, match=r"lm_head.base_layer.weight .*is a weight of the base"):
+        run_task(task, adapter=adapter)
+
+
+def _module_of(task: str) -> str:
+    return "finetune" if task == "finetune" else "inference"
