@@ -127,8 +127,9 @@ class AdapterConfig:
         names = self.target_modules
         names = names if isinstance(names, list) else [names]
         if not names or not all(isinstance(name, str) and name for name in names):
+            shown = "null" if self.target_modules is None else self.target_modules
             yield (
-                f"adapter.target_modules={self.target_modules}: must be a list of names, such as "
+                f"adapter.target_modules={shown}: must be a list of names, such as "
                 "[q_proj,v_proj], or all-linear."
             )
 

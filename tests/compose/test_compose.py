@@ -46,6 +46,24 @@ def test_an_option_group_overrides_the_recipe_and_a_key_the_group():
     assert config.model.name_or_path == "mine"
 
 
+@pytest.mark.parametrize(
+    ("value", "targets"),
+    [
+        ("[q_proj,v_proj]", ["q_proj", "v_proj"]),
+        ("all-linear", "all-linear"),
+        ("q_proj", "q_proj"),
+        ("[*.q_proj]", ["*.q_proj"]),
+    ],
+)
+def test_target_modules_are_written_as_in_peft(value: str, targets: list[str] | str):
+    assert compose_config([f"adapter.target_modules={value}"]).adapter.target_modules == targets
+
+
+@pytest.mark.parametrize("value", ["5", "null", "[]", "[1]", "{a:1}", "''"])
+def test_other_types_of_target_modules_are_refused(value: str):
+    assert "must be a list" in _message(f"adapter.target_modules={value}")
+
+
 def test_the_config_names_its_recipe_and_null_means_none():
     assert compose_config(["recipe=tiny_2bit"]).recipe == "tiny_2bit"
     assert compose_config(["recipe=null"]).recipe is None
