@@ -120,7 +120,7 @@ class CheckpointManager:
         """
         every, step = self._config.every, self._trainer.state.steps
         is_due = self._trainer.is_over or (every is not None and step % every == 0)
-        may_be_best = self._config.keep_best > 0 and eval_loss is not None
+        may_be_best = self._config.num_best > 0 and eval_loss is not None
         if is_due or may_be_best or stop_requested:
             self.save(eval_loss)
         if stop_requested:
@@ -167,8 +167,8 @@ class CheckpointManager:
             percent,
         )
 
-    def roll_back(self) -> None:
-        """Restore parameters, optimizer and counters from the newest checkpoint.
+    def roll_back(self) -> Checkpoint:
+        """Restore parameters, optimizer and counters from the newest checkpoint, and return it.
 
         Raises:
             UserError: The last checkpoint could not be written.
@@ -180,6 +180,7 @@ class CheckpointManager:
             tensors = checkpoint.parameters() | checkpoint.optimizer()
         self._trainer.load_state_dict(checkpoint.state | {"tensors": tensors})
         logger.warning("rolled back to the checkpoint of step %d", checkpoint.step)
+        return checkpoint
 
     def _write(self, state: dict[str, Any]) -> None:
         """Write a checkpoint and delete old ones. Runs on the background thread."""

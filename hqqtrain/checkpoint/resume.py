@@ -55,16 +55,32 @@ def find_checkpoint(
 def load_latest(store: CheckpointStore, comm: Communicator) -> Checkpoint | None:
     """Load the newest undamaged checkpoint; None if the store is empty. Collective.
 
-    Rank 0 chooses the checkpoint, and every rank reads it.
-
     Raises:
         UserError: All checkpoints are damaged, or a rank cannot read the chosen one.
     """
+
+    def choose() -> Checkpoint | None:
+        store.delete_partial()
+        return store.newest_intact()
+
+    return _load_chosen(store, comm, choose)
+
+
+def load_best(store: CheckpointStore, comm: Communicator, *, below: float) -> Checkpoint | None:
+    """Load the undamaged checkpoint with the lowest `eval/loss`, if less than `below`. Collective.
+
+    Raises:
+        UserError: A rank cannot read the chosen checkpoint.
+    """
+    return _load_chosen(store, comm, lambda: store.best_intact(below))
+
+
+def _load_chosen(
+    store: CheckpointStore, comm: Communicator, choose: Callable[[], Checkpoint | None]
+) -> Checkpoint | None:
+    """Load the checkpoint that rank 0 chooses on every rank. Collective."""
     with comm.raise_on_all_ranks():
-        checkpoint = None
-        if comm.is_main:
-            store.delete_partial()
-            checkpoint = store.newest_intact()
+        checkpoint = choose() if comm.is_main else None
     step = comm.all_gather_object(checkpoint and checkpoint.step)[0]
     with comm.raise_on_all_ranks():
         if step is None or comm.is_main:  # rank 0 has read the checkpoint already

@@ -66,6 +66,20 @@ class CheckpointStore:
             "from a backup, or start from scratch with run.resume=never."
         )
 
+    def best_intact(self, below: float) -> Checkpoint | None:
+        """Return the intact checkpoint with the lowest `eval/loss`, if that is less than `below`.
+
+        Damaged checkpoints are passed over with a warning.
+        """
+        for step, loss in self._by_loss():
+            if loss >= below:
+                return None
+            try:
+                return read_checkpoint(self.folder(step))
+            except DamagedError as error:
+                logger.warning("%s; trying the next best checkpoint", error)
+        return None
+
     def delete_partial(self) -> None:
         """Delete the partial folders that killed processes have left."""
         for path in (*self.root.glob(".step-*"), _deletion_path(self.root)):
@@ -77,12 +91,19 @@ class CheckpointStore:
         A folder is renamed before it is deleted, so that nobody sees a partial checkpoint.
         """
         steps = self.steps()
-        losses = {step: loss for step in steps if (loss := self._read_loss(step)) is not None}
-        # With equal losses, the later step counts as better.
-        best = sorted(losses, key=lambda step: (losses[step], -step))[: self.keep_best]
+        best = [step for step, _ in self._by_loss()[: self.keep_best]]
         for step in steps[: max(0, len(steps) - self.keep_last)]:
             if step not in best:
                 _delete(self.folder(step))
+
+    def _by_loss(self) -> list[tuple[int, float]]:
+        """Return (step, `eval/loss`) of the checkpoints that have recorded it, the best first.
+
+        With equal losses, the later step counts as better.
+        """
+        losses = ((step, self._read_loss(step)) for step in self.steps())
+        measured = [(step, loss) for step, loss in losses if loss is not None]
+        return sorted(measured, key=lambda item: (item[1], -item[0]))
 
     def _read_loss(self, step: int) -> float | None:
         """Return the `eval/loss` that a checkpoint has recorded, or None if it has none."""

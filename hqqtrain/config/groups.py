@@ -158,6 +158,12 @@ class TrainConfig:
     max_grad_norm: float | None = key(
         1.0, "largest gradient norm, above which gradients are clipped; null: no clipping", low=0
     )
+    early_stopping_patience: int | None = key(
+        None,
+        "evaluations (eval.every) in a row without a lower eval/loss after which training stops; "
+        "null: never",
+        low=1,
+    )
     on_nonfinite: str = key(
         "stop",
         "reaction to a loss or gradient that is NaN or infinite; stop: end the run, skip: leave "

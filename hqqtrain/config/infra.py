@@ -64,6 +64,15 @@ class CheckpointConfig:
         "evaluation saves one",
         low=0,
     )
+    load_best: bool = key(
+        False,
+        "at the end, return to the checkpoint with the lowest eval/loss, which becomes the result",
+    )
+
+    @property
+    def num_best(self) -> int:
+        """Number of checkpoints with the lowest eval/loss to keep; `load_best` needs one."""
+        return max(self.keep_best, int(self.load_best))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -44,11 +44,19 @@ ADDED_GROUPS: dict[str, dict[str, Any]] = {"export": asdict(ExportConfig())}
 A group with its defaults does not enter the identity, so earlier runs keep theirs.
 """
 
-ADDED_KEYS = {"data": {"validation": DataConfig().validation}}
+ADDED_KEYS: dict[str, dict[str, Any]] = {
+    "data": {"validation": DataConfig().validation},
+    "train": {"early_stopping_patience": None},
+    "ckpt": {"load_best": False},
+}
 """Single keys that the first release did not have, by group, and their defaults; as above."""
 
+RESULT_KEYS = {"ckpt": ("load_best",)}
+"""Single keys of `NON_RESULT_GROUPS` that the result depends on."""
+
 CHANGEABLE_ON_RESUME = frozenset([
-    "train.max_steps", "train.epochs", "train.micro_batch_size", "train.activation_checkpointing",
+    "ckpt.load_best", "train.early_stopping_patience", "train.max_steps", "train.epochs",
+    "train.micro_batch_size", "train.activation_checkpointing",
     "train.on_nonfinite", "eval.every", "quant.backend", "quant.cache_dir", "quant.save",
     "parallel.strategy", "parallel.hsdp", "parallel.offload", "parallel.consistency_check_every",
 ])  # fmt: skip
@@ -106,10 +114,23 @@ class RunConfig:
             yield "train.max_grad_norm=0: must be above 0, or null for no clipping."
         if not 0 <= self.adapter.dropout < 1:
             yield f"adapter.dropout={self.adapter.dropout}: must be below 1."
-        if self.ckpt.keep_best and (self.eval.every is None or self.eval.source is None):
+        if self.eval.every is None or self.eval.source is None:
+            yield from self._best_checkpoint_errors()
+
+    def _best_checkpoint_errors(self) -> Iterator[str]:
+        """Yield one message for every key that needs evaluations during training."""
+        best = "lowest eval/loss; set eval.every and eval.source, or"
+        if self.ckpt.keep_best:
             yield (
                 f"ckpt.keep_best={self.ckpt.keep_best}: the best checkpoints are those with the "
-                "lowest eval/loss; set eval.every and eval.source, or keep_best=0."
+                f"{best} keep_best=0."
+            )
+        if self.ckpt.load_best:
+            yield f"ckpt.load_best=true: the best checkpoint is that with the {best} false."
+        if patience := self.train.early_stopping_patience:
+            yield (
+                f"train.early_stopping_patience={patience}: counts evaluations; set eval.every and "
+                "eval.source, or null."
             )
 
     def run_name(self) -> str:
@@ -122,11 +143,16 @@ class RunConfig:
         """Return the sha256, in hex, of all keys that define the result."""
         values = with_old_names(with_added_keys(asdict(self)))
         keys = {k: v for k, v in values.items() if k not in NON_RESULT_GROUPS}
+        keys |= {
+            group: {name: values[group][name] for name in names}
+            for group, names in RESULT_KEYS.items()
+        }
         for group, defaults in ADDED_GROUPS.items():
             if keys[group] == defaults:
                 del keys[group]
         for group, added in ADDED_KEYS.items():
             keys[group] = {k: v for k, v in keys[group].items() if (k, v) not in added.items()}
+        keys = {group: value for group, value in keys.items() if value != {}}
         for group, names in _NON_RESULT_KEYS.items():
             keys[group] = {k: v for k, v in keys[group].items() if k not in names}
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()

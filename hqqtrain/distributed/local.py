@@ -80,7 +80,10 @@ def global_numel(param: Tensor) -> int:
 
 
 def copy_from_full(param: Tensor, full: Tensor) -> None:
-    """Copy this rank's rows of `full` into `param`."""
+    """Copy this rank's rows of `full` into `param`. Collective if ZeRO-3 has sharded it."""
+    if zero3.is_partitioned(param):
+        zero3.set_parameter(param, full)
+        return
     local_tensor(param).copy_(full[local_rows(param)])
 
 

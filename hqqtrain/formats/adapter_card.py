@@ -14,6 +14,7 @@ class AdapterCard:
         fingerprint: The fingerprint of the quantized base.
         group_size: Weights that share a scale; None: a whole row or column.
         metrics: Name -> value of the results, as the card shows them.
+        best_step: The optimizer step that was chosen for its loss; None: the last one.
     """
 
     base: str
@@ -25,6 +26,7 @@ class AdapterCard:
     bits_per_weight: float
     revision: str | None = None
     metrics: dict[str, float] | None = None
+    best_step: int | None = None
 
 
 def render_card(card: AdapterCard) -> str:
@@ -34,6 +36,12 @@ def render_card(card: AdapterCard) -> str:
     # The hub accepts nothing but a hub name as `base_model`.
     is_hub_name = card.base.count("/") == 1 and not Path(card.base).expanduser().exists()
     base_line = f"base_model: {json.dumps(card.base)}\n" if is_hub_name else ""
+    step = ""
+    if card.best_step is not None:
+        step = (
+            f"It is the adapter after optimizer step {card.best_step}, which had the lowest loss\n"
+            "on held-out text (`ckpt.load_best`).\n\n"
+        )
     table = ""
     if card.metrics:
         rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in card.metrics.items())
@@ -54,7 +62,7 @@ scales and zeros counted). It repairs the error of exactly that base, whose fing
 
     {card.fingerprint}
 
-{table}## How to load it
+{step}{table}## How to load it
 
 On the packed base, in the run's directory: `python -m hqqtrain task=eval
 model.name_or_path=<run directory>`.

@@ -24,6 +24,7 @@ from hqqtrain.config.renamed import with_new_names
 from hqqtrain.config.run import (
     CHANGEABLE_ON_RESUME,
     NON_RESULT_GROUPS,
+    RESULT_KEYS,
     RunConfig,
     with_added_keys,
 )
@@ -99,6 +100,8 @@ def _flatten(values: dict[str, Any]) -> dict[str, Any]:
                 flat |= {f"{group}.{key}": v for key, v in value.items()}
             else:  # `task`, which is in no group
                 flat[group] = value
+        elif group in RESULT_KEYS:
+            flat |= {f"{group}.{key}": value[key] for key in RESULT_KEYS[group] if key in value}
     return flat
 
 

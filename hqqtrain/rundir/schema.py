@@ -148,7 +148,12 @@ class EvalMetrics(JsonObject):
 
 @dataclass(frozen=True)
 class TrainMetrics(JsonObject):
-    """The `train` part. `loss` is that of the last step, null before the first step."""
+    """The `train` part. `loss` is that of the last step, null before the first step.
+
+    With `eval.every`, it also has the step with the lowest `eval/loss`, that loss, the folder of
+    its checkpoint if that was kept, and `adapter_step`, the step of the adapter that is the result.
+    `stopped_early` says why there are fewer steps than planned.
+    """
 
     steps: int | None = None
     tokens: int | None = None
@@ -157,6 +162,11 @@ class TrainMetrics(JsonObject):
     peak_memory_gib: float | None = None
     trainable_parameters: int | None = None
     loss: float | None = field(default=None, metadata={"null": True})
+    best_step: int | None = None
+    best_eval_loss: float | None = None
+    best_checkpoint: str | None = None
+    adapter_step: int | None = None
+    stopped_early: str | None = None
 
 
 @dataclass(frozen=True)

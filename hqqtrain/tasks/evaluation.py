@@ -79,20 +79,25 @@ class RecordedEvaluation:
             run.recorder.progress_bars.show_evaluating,
         )
 
-    def evaluate_as(self, model_key: str, *, adapted: bool) -> None:
+    def evaluate_as(self, model_key: str, *, adapted: bool, log: bool = True) -> float | None:
         """Evaluate the model and record the result in the summary under `model_key`. Collective.
 
         Args:
             model_key: `quantized` or `final`.
             adapted: Whether the adapter is active.
+            log: Whether the result is also a point of the curves at the current step.
+
+        Returns:
+            The loss in nats per token.
         """
         if self._evaluator is None:
-            return
+            return None
         with nullcontext() if adapted else self._runnable.without_adapter():
             result = self._evaluator.evaluate(self._runnable.model)
         self._save_reference()
         _warn_if_not_finite(model_key, result)
-        self._recorder.record_evaluation(model_key, result)
+        self._recorder.record_evaluation(model_key, result, log=log)
+        return result.loss
 
     def record_samples(self) -> None:
         """Record how each model continues a few held-out texts. Collective.

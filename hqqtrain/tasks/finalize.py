@@ -47,7 +47,9 @@ def finalize_success(
     hints = summary.hints(directory.layout) + trackers.hints()
     trackers.finish(DONE)
     # The status comes last: until then, the same command resumes the run and finishes it again.
-    directory.write_status("done", exit_code=DONE)
+    training = summary.content.train
+    stopped_early = training.stopped_early if training else None
+    directory.write_status("done", exit_code=DONE, cause=stopped_early or "")
     console.print_results(summary.table_rows(), directory.layout.existing_results(), hints)
 
 

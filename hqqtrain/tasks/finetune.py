@@ -30,7 +30,8 @@ from hqqtrain.tasks.datasets import (
 )
 from hqqtrain.tasks.evaluation import RecordedEvaluation
 from hqqtrain.tasks.model import check_fits_run, load_or_quantize, plan_settings
-from hqqtrain.tasks.training import AdapterTraining, build_trainer
+from hqqtrain.tasks.training import AdapterTraining, build_trainer, evaluate_trained
+from hqqtrain.train.best_evaluation import BestEvaluation
 
 
 def finetune(run: Run) -> None:
@@ -79,20 +80,29 @@ def finetune(run: Run) -> None:
     evaluation = RecordedEvaluation(run, runnable, held_out, layout, source_digest)
     if not recorder.has_evaluated("quantized"):
         evaluation.evaluate_as("quantized", adapted=False)
-    trainer = build_trainer(run, runnable.model, loader)
-    contents = checkpoint_contents(run, runnable, digests, source_digest)
+    trainer, best = build_trainer(run, runnable.model, loader), BestEvaluation()
+    contents = checkpoint_contents(run, runnable, digests, source_digest, best)
     with CheckpointManager(
         trainer, contents, recorder.checkpoints, config.ckpt, comm, runtime.preemption
     ) as checkpoints:
-        AdapterTraining(run, runnable.model, trainer, evaluation, checkpoints).train(checkpoint)
+        AdapterTraining(run, runnable.model, trainer, evaluation, checkpoints, best).train(
+            checkpoint
+        )
     recorder.record_training(trainer.state, list(trainer.trainable_parameters.values()))
-    evaluation.evaluate_as("final", adapted=True)
-    save_trained_adapter(run, runnable, trainer.trainable_parameters)
+    patience = config.train.early_stopping_patience
+    stopped_early = best.stall_reason(patience) if trainer.stopped_early else None
+    adapter_step = evaluate_trained(run, evaluation, trainer, best)
+    recorder.record_best(best, adapter_step=adapter_step, stopped_early=stopped_early)
+    save_trained_adapter(run, runnable, trainer.trainable_parameters, adapter_step)
     evaluation.record_samples()
 
 
 def checkpoint_contents(
-    run: Run, runnable: RunnableModel, digests: Mapping[str, str], source_digest: str
+    run: Run,
+    runnable: RunnableModel,
+    digests: Mapping[str, str],
+    source_digest: str,
+    best: BestEvaluation,
 ) -> CheckpointContents:
     """Return what a checkpoint of `run` contains in addition to the state of the trainer.
 
@@ -101,6 +111,7 @@ def checkpoint_contents(
         runnable: The model that is trained.
         digests: The digests of the run's datasets, from `dataset_digests`.
         source_digest: The digest of the model's files.
+        best: The best evaluation so far.
     """
     plan, runtime = runnable.plan, run.runtime
     assert plan.lora is not None
@@ -114,11 +125,15 @@ def checkpoint_contents(
     }
     revision = run.config.model.revision
     base = BaseModelRef(_base_name(plan), revision, runnable.settings.fingerprint)
-    return CheckpointContents(plan.lora, base, {"record": run.recorder}, provenance)
+    parts: dict[str, Stateful] = {"record": run.recorder, "best_evaluation": best}
+    return CheckpointContents(plan.lora, base, parts, provenance)
 
 
 def save_trained_adapter(
-    run: Run, runnable: RunnableModel, trainable_parameters: Mapping[str, nn.Parameter]
+    run: Run,
+    runnable: RunnableModel,
+    trainable_parameters: Mapping[str, nn.Parameter],
+    step: int,
 ) -> None:
     """Write `adapter/` in PEFT's own format, with full tensors. Collective.
 
@@ -126,6 +141,7 @@ def save_trained_adapter(
         run: The run whose directory gets the adapter.
         runnable: The trained model.
         trainable_parameters: Its adapter, by PEFT's names.
+        step: The optimizer step after which the adapter has these values.
     """
     plan, recorder = runnable.plan, run.recorder
     # All ranks gather the tensors in the same order: each `full_tensor` is a collective.
@@ -138,6 +154,7 @@ def save_trained_adapter(
         base=_base_name(plan),
         revision=run.config.model.revision,
         metrics=recorder.perplexities(),
+        best_step=step if run.config.ckpt.load_best else None,
         **{key: getattr(quantization, key) for key in keys},
     )
     run.runtime.comm.run_on_rank0(lambda: save_adapter(state, lora, folder, card=card))

@@ -33,6 +33,7 @@ from hqqtrain.tasks.summary import RunSummary
 from hqqtrain.tracking.composite import CompositeTracker, open_trackers
 from hqqtrain.tracking.console import Console, setup_logging
 from hqqtrain.tracking.wandb import read_run_id, save_run_id
+from hqqtrain.train.best_evaluation import BestEvaluation
 from hqqtrain.train.state import StepResult, TrainState
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class RunRecorder:
         setup_logging(self.is_main)
         self.directory = RunDirectory(self.config)
         self.checkpoints = CheckpointStore(
-            self.directory.layout.checkpoints, config.ckpt.keep_last, config.ckpt.keep_best
+            self.directory.layout.checkpoints, config.ckpt.keep_last, config.ckpt.num_best
         )
         self.console = Console(self.is_main)
         self.progress_bars = ProgressBars(self.console, runtime)
@@ -226,11 +227,32 @@ class RunRecorder:
         """Add the bytes read for the full-precision reference model to the summary."""
         self.summary.add_reference_bytes(bytes_read)
 
-    def record_evaluation(self, model_key: str, result: EvalResult) -> None:
-        """Add the evaluation of `quantized` or `final` to the summary, and log it."""
+    def record_best(
+        self, best: BestEvaluation, *, adapter_step: int, stopped_early: str | None
+    ) -> None:
+        """Add the best evaluation during training to the summary, and log it.
+
+        Args:
+            best: The best evaluation.
+            adapter_step: The step of the adapter that is the result.
+            stopped_early: Why the training has stopped before its last step; None: it has not.
+        """
+        if self.config.eval.every is None or best.step is None:
+            return
+        folder = self.checkpoints.folder(best.step)
+        checkpoint = f"{folder.parent.name}/{folder.name}" if folder.exists() else None
+        self.summary.add_best(best, checkpoint, adapter_step, stopped_early)
+        logger.info(
+            "lowest eval/loss: %.4f after step %d%s", best.loss, best.step,
+            f" ({checkpoint})" if checkpoint else "; ckpt.keep_best=1 keeps its checkpoint",
+        )  # fmt: skip
+
+    def record_evaluation(self, model_key: str, result: EvalResult, *, log: bool = True) -> None:
+        """Add the evaluation of `quantized` or `final` to the summary; `log` it as well."""
         dataset = dataset_name(self.config.eval, self.config.data)
         self.summary.add_evaluation(dataset, model_key, result)
-        self.log_evaluation(result)
+        if log:
+            self.log_evaluation(result)
 
     def log_evaluation(self, result: EvalResult) -> None:
         """Log an evaluation as a point of the curves `eval/...`."""

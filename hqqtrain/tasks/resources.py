@@ -39,7 +39,7 @@ def workload_of(
         has_checkpoints: Whether the run's directory already contains checkpoints. If so, the run
             needs space for one more: it writes each new one before it deletes an old one.
     """
-    kept_checkpoints = config.ckpt.keep_last + config.ckpt.keep_best
+    kept_checkpoints = config.ckpt.keep_last + config.ckpt.num_best
     saves_quantized = config.task in ("finetune", "quantize") and config.quant.save
     evaluates = config.eval.source is not None and config.task in ("finetune", "eval")
     return Workload(

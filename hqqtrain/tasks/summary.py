@@ -28,6 +28,7 @@ from hqqtrain.rundir.schema import (
     TrainMetrics,
 )
 from hqqtrain.tracking.console import ResultRow
+from hqqtrain.train.best_evaluation import BestEvaluation
 from hqqtrain.train.state import TrainState
 
 GIB = 2**30
@@ -129,6 +130,32 @@ class RunSummary:
             "final", seconds=state.seconds, bits_per_weight=base.bits_per_weight,
             gib=(base.gib or 0) + 4 * trainable_count / GIB,  # counted as fp32
         )  # fmt: skip
+
+    def add_best(
+        self,
+        best: BestEvaluation,
+        checkpoint: str | None,
+        adapter_step: int,
+        stopped_early: str | None,
+    ) -> None:
+        """Add the best evaluation to the results of the training, which must be there already.
+
+        Args:
+            best: The best evaluation.
+            checkpoint: The folder of its checkpoint in the run directory, if that was kept.
+            adapter_step: The step of the adapter that is the result.
+            stopped_early: Why the training has stopped before its last step, if it has.
+        """
+        assert self.content.train is not None
+        training = replace(
+            self.content.train,
+            best_step=best.step,
+            best_eval_loss=best.loss,
+            best_checkpoint=checkpoint,
+            adapter_step=adapter_step,
+            stopped_early=stopped_early,
+        )
+        self.content = replace(self.content, train=training)
 
     def add_export(self, folder: Path, config: RunConfig, *, is_merged: bool) -> None:
         """Add the export that was written to `folder`.

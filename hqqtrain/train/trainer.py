@@ -53,11 +53,12 @@ class Trainer:
         self.comm, self.preemption, self.seed = comm, preemption, seed
         self.state = TrainState()
         self.stop_requested = False  # whether any rank was asked to stop during the last step
+        self.stopped_early = False  # set by the caller, who knows when training stops to help
 
     @property
     def is_over(self) -> bool:
-        """Whether all steps have been taken."""
-        return self.state.steps >= self.loader.total_steps
+        """Whether all steps have been taken, or the training has stopped early."""
+        return self.stopped_early or self.state.steps >= self.loader.total_steps
 
     def run(self, roll_back: Callable[[], object]) -> Iterator[StepResult]:
         """Train to the end and yield the result of every step that was taken. Collective.
@@ -148,12 +149,16 @@ class Trainer:
         The trainable parameters may be absent in it if the model has their values already.
         """
         tensors: Mapping[str, Tensor] = state["tensors"]
-        for name, param in self.trainable_parameters.items():
-            if name in tensors:
-                copy_from_full(param, tensors[name])
+        self.load_parameters(tensors)
         self.engine.load_optimizer(tensors, state["updates"])
         self.engine.load_scaler(state["scaler"])
         self.state = TrainState(**state["trained"])
+
+    def load_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy full tensors by name into the trainable parameters that they name. Collective."""
+        for name, param in self.trainable_parameters.items():
+            if name in tensors:
+                copy_from_full(param, tensors[name])
 
 
 def seed_dropout(seed: int, batch_index: int, rank: int) -> None:

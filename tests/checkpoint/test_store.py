@@ -102,3 +102,14 @@ def test_a_linked_checkpoint_is_deleted_and_its_target_kept(store: CheckpointSto
     store.prune()
     assert store.steps() == []
     assert (tmp_path / "elsewhere" / "state.json").is_file()
+
+
+def test_the_best_intact_checkpoint_is_found(store: CheckpointStore, caplog):
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, None), (50, 2.0)):
+        save_checkpoint(store, step, eval_loss=loss)
+    assert store.best_intact(below=9.0).step == 20  # type: ignore[union-attr]
+    assert store.best_intact(below=1.0) is None
+    (store.folder(20) / "adapter_model.safetensors").write_bytes(b"")
+    assert store.best_intact(below=9.0).step == 50  # type: ignore[union-attr]
+    assert "step-00000020" in caplog.text
+    assert store.best_intact(below=2.0) is None

@@ -1,6 +1,7 @@
 """The task `finetune` in one process: its files, its figures, and a run that resumes."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -227,3 +228,80 @@ def test_a_model_that_cannot_pack_trains_as_without_packing(make_config, start_r
             finetune(run)
         losses[packing] = _losses(run.layout.folder)
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+OVERSHOOTS = {
+    "optim": {"lr": 100.0, "schedule": "constant"},
+    "eval": {"every": 1},
+    "train": {"max_steps": 6},
+}
+"""A learning rate with which the held-out loss soon gets worse."""
+
+
+def _summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def _eval_losses(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["train/global_step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
+
+
+def test_the_best_checkpoint_is_the_result(make_config, start_run):
+    with start_run(make_config(ckpt={"load_best": True, "keep_last": 1}, **OVERSHOOTS)) as run:
+        finetune(run)
+    folder, summary = run.layout.folder, _summary(run.layout.folder)
+    losses, train = _eval_losses(folder), summary["train"]
+    best = min((step for step in losses if step), key=losses.__getitem__)
+    assert best < 6, "the learning rate must be high enough for the last step not to be the best"
+    assert (train["steps"], train["best_step"], train["adapter_step"]) == (6, best, best)
+    assert train["best_eval_loss"] == losses[best]
+    assert summary["eval"]["final"]["perplexity"] == pytest.approx(math.exp(losses[best]))
+    checkpoint = load_file(folder / train["best_checkpoint"] / "adapter_model.safetensors")
+    adapter = _adapter(folder)
+    assert adapter.keys() == checkpoint.keys()
+    assert all(torch.equal(adapter[name], checkpoint[name]) for name in adapter)
+    assert f"after optimizer step {best}" in (folder / "adapter" / "README.md").read_text()
+    # The curves show the training, whose last point is that of the last step.
+    assert losses[6] > losses[best]
+
+
+def test_without_load_best_the_best_step_is_named_only(make_config, start_run):
+    with start_run(make_config(**OVERSHOOTS)) as run:
+        finetune(run)
+    folder, summary = run.layout.folder, _summary(run.layout.folder)
+    losses, train = _eval_losses(folder), summary["train"]
+    best = min((step for step in losses if step), key=losses.__getitem__)
+    assert (train["best_step"], train["adapter_step"]) == (best, 6)
+    assert ("best_checkpoint" in train) == (folder / f"checkpoints/step-{best:08}").exists()
+    assert summary["eval"]["final"]["perplexity"] == pytest.approx(math.exp(losses[6]))
+
+
+def test_training_that_stops_early_says_so_and_resumes_to_the_same_result(
+    make_config, start_run, monkeypatch
+):
+    def run_in(name: str) -> Path:
+        groups = {**OVERSHOOTS, "train": {"max_steps": 30, "early_stopping_patience": 3}}
+        with start_run(make_config(ckpt={"load_best": True}, run={"name": name}, **groups)) as run:
+            finetune(run)
+        return run.layout.folder
+
+    whole = run_in("whole")
+    with monkeypatch.context() as patch:
+        # The request arrives after the training, in the evaluation of the last model.
+        patch.setattr("hqqtrain.tasks.finetune.evaluate_trained", _raise_preempted)
+        with pytest.raises(PreemptedError):
+            run_in("stopped")
+    stopped = run_in("stopped")
+    for folder in (whole, stopped):
+        train = _summary(folder)["train"]
+        assert train["steps"] == train["best_step"] + 3 < 30
+        assert train["adapter_step"] == train["best_step"]
+        assert train["stopped_early"].startswith(f"stopped early after step {train['steps']}: ")
+        status = json.loads((folder / "status.json").read_text())
+        assert (status["status"], status["cause"]) == ("done", train["stopped_early"])
+    ours, theirs = _adapter(stopped), _adapter(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert _losses(stopped) == _losses(whole)
+
+
+def _raise_preempted(*_: object) -> None:
+    raise PreemptedError("SIGUSR1 was received")

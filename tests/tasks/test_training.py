@@ -7,6 +7,7 @@ from torch import nn
 
 from hqqtrain.common.errors import PreemptedError
 from hqqtrain.tasks.training import AdapterTraining
+from hqqtrain.train.best_evaluation import BestEvaluation
 from hqqtrain.train.state import StepResult, TrainState
 
 
@@ -16,10 +17,11 @@ class _Trainer:
     def __init__(self, total_steps: int, stop_at: int | None = None) -> None:
         self.loader = SimpleNamespace(total_steps=total_steps, epoch=lambda index: index / 10)
         self.state, self.stop_at, self.stop_requested = TrainState(), stop_at, False
+        self.stopped_early = False
 
     @property
     def is_over(self) -> bool:
-        return self.state.steps >= self.loader.total_steps
+        return self.stopped_early or self.state.steps >= self.loader.total_steps
 
     def run(self, roll_back):
         while not self.is_over:
@@ -77,7 +79,9 @@ def make_training(make_config, start_run):
         ) -> tuple[AdapterTraining, _Checkpoints]:
             checkpoints = _Checkpoints()
             model = nn.Linear(2, 2)
-            return AdapterTraining(run, model, trainer, evaluation, checkpoints), checkpoints
+            return AdapterTraining(
+                run, model, trainer, evaluation, checkpoints, BestEvaluation()
+            ), checkpoints
 
         yield make
 
@@ -136,3 +140,30 @@ def test_consistency_is_checked_every_few_steps_and_at_the_end(make_training, mo
     training._run.config.parallel.consistency_check_every = 2
     training.train()
     assert checks == [2, 4, 5]
+
+
+def test_training_stops_early_without_improvement(make_training):
+    trainer = _Trainer(20)
+    training, checkpoints = make_training(trainer, _Evaluation())  # every evaluation is worse
+    training._run.config.train.early_stopping_patience = 3
+    training.train()
+    assert trainer.state.steps == 8
+    assert trainer.stopped_early
+    assert checkpoints.after[-1] == (4.0, False)
+
+
+def test_a_resumed_training_keeps_its_patience(make_training):
+    trainer, best = _Trainer(20), BestEvaluation(2, 0.5, 2, 6)
+    trainer.state.steps = 6
+    training, _ = make_training(trainer, _Evaluation())
+    training._run.config.train.early_stopping_patience = 3
+    state = {"eval_loss": 0.7, "best_evaluation": best.state_dict()}
+    training.train(SimpleNamespace(state=state))
+    assert trainer.state.steps == 8
+    # Resumed once more, it takes no step; with more patience, it goes on.
+    state["best_evaluation"] = training._best.state_dict()
+    training.train(SimpleNamespace(state=state))
+    assert trainer.state.steps == 8
+    training._run.config.train.early_stopping_patience = 4
+    training.train(SimpleNamespace(state=state))
+    assert trainer.state.steps == 10

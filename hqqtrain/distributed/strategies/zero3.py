@@ -231,6 +231,17 @@ def gather_parameter(param: Tensor) -> Tensor:
         return param.detach().clone()
 
 
+def set_parameter(param: Tensor, full: Tensor) -> None:
+    """Overwrite a parameter with the value `full` of rank 0. Collective.
+
+    The optimizer keeps its own copy, so a later step would undo it.
+    """
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([param], modifier_rank=0), torch.no_grad():
+        param.copy_(full)
+
+
 def _config() -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # the trainer accumulates gradients
