@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hqqtrain.config.field import key
+from hqqtrain.config.overrides import override_errors
 
 NBITS = (8, 4, 3, 2, 1)
 
@@ -89,8 +90,9 @@ class QuantConfig:
 
     def errors(self) -> Iterator[str]:
         """Yield one message for every setting of `overrides` that is not allowed."""
+        choices = {"nbits": NBITS, "axis": (0, 1), "solver": SOLVERS}
         for pattern, settings in self.overrides.items():
-            yield from _override_errors(f"quant.overrides[{pattern}]", settings)
+            yield from override_errors(f"quant.overrides[{pattern}]", settings, choices)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -291,31 +293,3 @@ class ParallelConfig:
     def offloads_parameters(self) -> bool:
         """Whether `offload` covers FSDP2's sharded parameters."""
         return self.offload in ("parameters", "all")
-
-
-_OVERRIDE_CHOICES = {"nbits": NBITS, "axis": (0, 1), "solver": SOLVERS}
-"""Keys of `quant.overrides`, apart from group_size -> allowed values."""
-
-
-def _override_errors(where: str, settings: Any) -> Iterator[str]:
-    """Yield one message for every wrong setting of the layers that one pattern matches.
-
-    Args:
-        where: The key and the pattern, with which each message begins.
-        settings: The user's value: null or a mapping. Hydra does not check its type.
-    """
-    if settings is None:
-        return
-    if not isinstance(settings, dict):
-        yield f"{where}={settings}: must be null or settings such as {{nbits: 4}}."
-        return
-    for name, value in settings.items():
-        if name == "group_size":
-            if value is not None and (type(value) is not int or value < 2):
-                yield f"{where}.{name}={value}: must be null or an integer of at least 2."
-        elif name not in _OVERRIDE_CHOICES:
-            known = ", ".join([*_OVERRIDE_CHOICES, "group_size"])
-            yield f"{where}.{name}: unknown; allowed are {known}."
-        elif value not in _OVERRIDE_CHOICES[name] or isinstance(value, bool):  # True == 1
-            allowed = ", ".join(map(str, _OVERRIDE_CHOICES[name]))
-            yield f"{where}.{name}={value}: allowed are {allowed}."

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from hqqtrain.checkpoint.manager import CheckpointContents, CheckpointManager
+from hqqtrain.checkpoint.manager import CheckpointContents, CheckpointManager, Stateful
 from hqqtrain.checkpoint.resume import (
     check_resumable,
     check_step_count,

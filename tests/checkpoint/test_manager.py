@@ -41,7 +41,10 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 
 def make_manager(trainer: Trainer, store: CheckpointStore, **config: Any) -> CheckpointManager:
-    lora, base = LoraConfig(r=2, target_modules=["q_proj"]), BaseModelRef("tiny", None, "sha256:00")
+    lora, base = (
+        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+        BaseModelRef("tiny", None, "sha256:00"),
+    )
     contents = CheckpointContents(lora, base, {"record": Counter()}, {"world_size": 1})
     settings = CheckpointConfig(**{"every": 2, "keep_best": 1} | config)
     return CheckpointManager(trainer, contents, store, settings, SINGLE_PROCESS, trainer.preemption)
