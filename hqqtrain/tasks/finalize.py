@@ -36,19 +36,18 @@ def finalize_success(
     content = summary.content.to_json()
     directory.write_summary(content)
     trackers.log_summary(content)
+    training = summary.content.train
+    stopped_early = training.stopped_early if training else None
     if not summary.is_packed_export:  # its report would show nothing
         # status.json does not say it yet.
-        images = _write_report(
-            directory, summary, Status("done", DONE), samples, images=trackers.shows_images
-        )
+        status = Status("done", DONE, stopped_early)
+        images = _write_report(directory, summary, status, samples, images=trackers.shows_images)
         trackers.log_images(images)
     if directory.layout.adapter.exists():
         trackers.log_artifact(directory.layout.adapter)
     hints = summary.hints(directory.layout) + trackers.hints()
     trackers.finish(DONE)
     # The status comes last: until then, the same command resumes the run and finishes it again.
-    training = summary.content.train
-    stopped_early = training.stopped_early if training else None
     directory.write_status("done", exit_code=DONE, cause=stopped_early or "")
     console.print_results(summary.table_rows(), directory.layout.existing_results(), hints)
 

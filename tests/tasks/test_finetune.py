@@ -228,6 +228,8 @@ def test_a_model_that_cannot_pack_trains_as_without_packing(make_config, start_r
             finetune(run)
         losses[packing] = _losses(run.layout.folder)
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+
+
 OVERSHOOTS = {
     "optim": {"lr": 100.0, "schedule": "constant"},
     "eval": {"every": 1},

@@ -14,8 +14,8 @@ from hqqtrain.loading.model_builder import wrap_for_execution
 from hqqtrain.loading.plan import plan_model
 from hqqtrain.tasks.finetune import finetune
 from hqqtrain.tasks.inference import evaluate, export, quantize
-from hqqtrain.tasks.resources import workload_of
 from hqqtrain.tasks.model import load_or_quantize, plan_settings
+from hqqtrain.tasks.resources import workload_of
 
 TASKS = {"finetune": finetune, "quantize": quantize, "eval": evaluate, "export": export}
 
@@ -131,6 +131,8 @@ def test_the_table_of_quantize_has_no_empty_columns(run_task, capsys):
 def test_the_estimate_has_a_reference_only_where_one_is_loaded(task, is_packed, has_reference):
     workload = workload_of(RunConfig(task=task), is_packed=is_packed)
     assert workload.has_reference == has_reference
+
+
 @pytest.fixture
 def packed(run_task) -> Path:
     """Return the packed base of a finished run."""
