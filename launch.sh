@@ -93,7 +93,8 @@ launch() { # run several processes; exit with the run's own code, because accele
   # --multi_gpu selects accelerate's launcher for several processes, also on a CPU. With job control
   # (set -m) it has a process group of its own, so that Ctrl-C reaches it once, from the trap below.
   set -m
-  "$python" -m accelerate.commands.launch --multi_gpu --num_machines "$nnodes" \
+  # The module before it lets the ranks meet on the address of the first node only.
+  "$python" -m hqqtrain.distributed.rendezvous -m accelerate.commands.launch --multi_gpu --num_machines "$nnodes" \
     --num_processes "$((nproc * nnodes))" --machine_rank "${NODE_RANK:-0}" \
     --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --mixed_precision no --dynamo_backend no \
     --main_process_port "${MASTER_PORT:-$((nnodes > 1 ? 29500 : 0))}" -m hqqtrain "$@" &

@@ -6,6 +6,7 @@ PyTorch is imported; callers pass the objects of the other libraries.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,6 +21,23 @@ default_store = _get_default_store
 
 PyTorch has no public way to get the store that a launcher has made.
 """
+
+_STORE_MODULES = (
+    "torch.distributed.rendezvous", "torch.distributed.elastic.rendezvous.static_tcp_rendezvous",
+)  # fmt: skip
+"""Modules that create the store; `torch.distributed.rendezvous` is also a function's name."""
+
+
+def replace_tcp_store(make_store: Callable[..., torch.distributed.TCPStore]) -> None:
+    """Let torch's `env://` initialization and torchrun call `make_store` in place of `TCPStore`.
+
+    Neither has a setting for the address on which the server of the store listens.
+    """
+    for name in _STORE_MODULES:
+        module: Any = import_module(name)
+        assert module.TCPStore, name
+        module.TCPStore = make_store
+
 
 is_fsdp1_flattened = _is_fsdp_flattened
 """Whether FSDP1 has flattened a parameter, so that it is a view into a shard of its layer.

@@ -8,6 +8,8 @@ the range. An ImportError names an alias that is gone: see its entry in `ADVICE`
 import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from hqqtrain.distributed.strategies import zero3
 _ZERO3 = "needed to save and load training state by name; deepspeed.utils.safe_get_* are public"
 ADVICE = {
     "default_store": "needed for heartbeats; pass a store of our own to init_process_group",
+    "replace_tcp_store": "needed to let the store listen on one address; look for an argument of "
+    "torchrun and of init_process_group, or pass a store of our own",
     "is_fsdp1_flattened": "needed to know sharded parameters; look at FSDP.state_dict_type",
     "WRAPPER_NAMES": "needed for names on disk; look at torch's get_model_state_dict",
     "persistent_buffers": "needed to name the tensors of a checkpoint; compare with state_dict()",
@@ -78,6 +82,21 @@ def test_the_default_store_is_shared_and_can_be_cloned(one_rank: HashStore):
     with advised("default_store"):
         compat.default_store().clone().set("key", "value")
         assert compat.default_store().get("key") == b"value"
+
+
+def test_ranks_and_torchrun_make_their_store_by_our_function(monkeypatch: pytest.MonkeyPatch):
+    made = []
+    modules = [import_module(name) for name in compat._STORE_MODULES]
+    for module in modules:
+        monkeypatch.setattr(module, "TCPStore", module.TCPStore)  # restored after the test
+    with advised("replace_tcp_store"):
+        compat.replace_tcp_store(
+            lambda *args, **options: made.append(args or options) or HashStore()
+        )
+        modules[0]._create_c10d_store("127.0.0.1", 1, 0, 1, timedelta(seconds=1))
+        handler = modules[1].StaticTCPRendezvous("127.0.0.1", 1, 0, 1, "id", 1)
+        handler.next_rendezvous()
+        assert len(made) == 2
 
 
 def test_fsdp1_marks_what_it_flattens(one_rank: HashStore):

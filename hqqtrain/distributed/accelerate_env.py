@@ -190,7 +190,8 @@ def relaunch_if_ranks_were_lost(arguments: Sequence[str]) -> None:
         "--master_port",
         os.environ["MASTER_PORT"],
     ]
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    torchrun = [sys.executable, "-m", "hqqtrain.distributed.rendezvous"]
+    torchrun += ["-m", "torch.distributed.run"]
     torchrun += ["--nproc_per_node", str(num_processes)]
     os.execv(sys.executable, [*torchrun, *master, "-m", "hqqtrain", *arguments])
 

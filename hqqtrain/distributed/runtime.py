@@ -16,6 +16,7 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.distributed.accelerate_env import reconcile_accelerate_config
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.preemption import PreemptionHandler
+from hqqtrain.distributed.rendezvous import listen_on_master_address
 from hqqtrain.distributed.strategies.base import Strategy
 from hqqtrain.distributed.strategies.check import RuntimeSettings, check_supported
 from hqqtrain.distributed.strategies.fsdp2 import count_replicas
@@ -139,6 +140,7 @@ def _resolve_precision(precision: str) -> str:
 
 def _start_accelerator(precision: str, offloads_parameters: bool) -> Accelerator:
     """Join the process group that the launcher has prepared, if any."""
+    listen_on_master_address()
     cuda = torch.cuda.is_available()
     # The gradients of offloaded parameters are reduced on the host, which needs gloo, too.
     backend = "cuda:nccl,cpu:gloo" if cuda and offloads_parameters else None

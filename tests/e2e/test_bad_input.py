@@ -1,6 +1,7 @@
 """Bad input: one message that names the cause, exit code 2, and no file is written."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -144,7 +145,13 @@ def test_a_finished_run_is_not_done_once_its_source_has_changed(tmp_path: Path):
     first = run(*words, root=tmp_path / "runs")
     assert first.code == 0, first.output
     assert "done already" in run(*words, root=tmp_path / "runs").output
-    (tmp_path / "model" / "model.safetensors").touch()
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.touch()
+    assert "done already" in run(*words, root=tmp_path / "runs").output
+    before, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     again = run(*words, root=tmp_path / "runs")
     assert again.code == 2
     assert "changed since" in again.output

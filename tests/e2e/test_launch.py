@@ -23,7 +23,7 @@ case "$*" in
   "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
   "-m pip "*" deepspeed") echo "$@" >>"$LOG"; exit "${DEEPSPEED:-0}" ;;
   "-m pytest"*|"-m pip "*) echo "$@" >>"$LOG" ;;
-  "-m accelerate"*)
+  "-m hqqtrain.distributed.rendezvous -m accelerate"*)
     echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $@" >>"$LOG"
     if [ -n "${REAL:-}" ]; then exec "$REAL_PYTHON" "$@"; fi ;;
   "-m hqqtrain --check"*) exec "$REAL_PYTHON" "$@" ;;
