@@ -75,10 +75,10 @@ def load_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Iterable[st
     if evaluates_on_training_source(evaluation, data):
         texts = _open_source(data.source, data.format, data.text_field, "data.source", warns=False)
         if texts.held_out is not None:
-            _warn_if_unused(data)
+            if data.source != STDLIB:
+                _warn_if_unused(data)
             return texts.held_out
         return split_by_hash(texts.train, data.validation, f"data.source={data.source}")[1]
-    _warn_if_unused(data)
     # data.format describes data.source; a known extension of eval.source takes precedence.
     has_known_extension = format_extension(Path(evaluation.source)) in FORMAT_BY_EXTENSION
     format = "auto" if has_known_extension else data.format
@@ -154,8 +154,7 @@ def _warn_if_unused(data: DataConfig) -> None:
     default = next(f.default for f in fields(DataConfig) if f.name == "validation")
     if data.validation != default:
         logger.warning(
-            "data.validation=%s: has no effect, because the held-out text has a source or a split "
-            "of its own.",
+            "data.validation=%s: has no effect, because data.source has a held-out split.",
             data.validation,
         )
 

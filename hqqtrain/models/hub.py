@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.hf_cache import hf_cache_error
 
 TIMEOUT_SECONDS = 10.0
 """Seconds without an answer after which the hub counts as unreachable."""
@@ -44,8 +45,18 @@ def download_snapshot(name: str, revision: str | None, *, weights: bool = True) 
 
     Raises:
         UserError: The name or the revision does not exist, the model is gated, or the hub cannot
-            be reached and the cache does not contain the model.
+            be reached and the cache does not contain the model, or the cache cannot be written to.
     """
+    try:
+        return _download_snapshot(name, revision, weights)
+    except OSError as error:
+        if cache_error := hf_cache_error(error):
+            raise cache_error from error
+        raise
+
+
+def _download_snapshot(name: str, revision: str | None, weights: bool) -> Path:
+    """Download the model, or find it in the cache if the hub fails."""
     try:
         _request_metadata(name, revision)
         return _snapshot(name, revision, weights)

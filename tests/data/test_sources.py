@@ -338,11 +338,11 @@ def test_a_folder_of_held_out_files_only_is_refused(tmp_path):
 
 
 def test_a_validation_share_that_decides_nothing_is_reported(tmp_path, caplog):
-    (tmp_path / "a.txt").write_text("x y")
-    evaluation = EvalConfig(source=str(tmp_path / "a.txt"))
-    load_held_out_texts(evaluation, DataConfig())
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    load_held_out_texts(EvalConfig(), DataConfig(source=str(tmp_path)))
     assert not caplog.text
-    load_held_out_texts(evaluation, DataConfig(validation=0.5))
+    load_held_out_texts(EvalConfig(), DataConfig(source=str(tmp_path), validation=0.5))
     assert "data.validation=0.5: has no effect" in caplog.text
 
 

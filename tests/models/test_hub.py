@@ -124,3 +124,16 @@ def test_a_model_in_the_cache_needs_no_hub(monkeypatch, checkpoint, tmp_path):
     (refs / "main").write_text("a" * 40)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert resolve_source(ModelConfig(name_or_path="owner/name")).path == snapshot
+
+
+def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_model(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file" / "hf"))
+    monkeypatch.setattr(hub, "_request_metadata", lambda *_: None)
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda *_, **__: (tmp_path / "file" / "hf").mkdir(parents=True)
+    )
+    with pytest.raises(UserError) as caught:
+        resolve_source(ModelConfig(name_or_path="owner/name"))
+    assert str(caught.value).startswith(f"HF_HOME={tmp_path}/file/hf: the cache of Hugging Face")
+    assert "Not a directory" in str(caught.value)
