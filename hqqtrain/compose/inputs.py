@@ -4,9 +4,9 @@ Looking at files needs torch and seconds. The bundled model and the standard lib
 and nothing is downloaded.
 """
 
+import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from hqqtrain.config.groups import AUTO, AdapterConfig, QuantConfig
 from hqqtrain.config.run import RunConfig
@@ -42,6 +42,6 @@ def named_inputs(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def is_local(name: str) -> bool:
     """Whether `name` is bundled, names a file or folder, or can only be a path."""
-    if name in BUNDLED or Path(name).expanduser().exists() or _FILE_NAME.fullmatch(name):
+    if name in BUNDLED or os.path.exists(os.path.expanduser(name)) or _FILE_NAME.fullmatch(name):
         return True
     return not _HUB_NAME.fullmatch(name)

@@ -34,7 +34,7 @@ A longer text is tokenized in pieces.
 _BASE_SECONDS, _SECONDS_PER_CHARACTER = 5.0, 1 / 50_000
 """Most CPU time of one call. Tokenizers take 1 second for about a million characters."""
 
-_BASE_BYTES, _BYTES_PER_CHARACTER = 1 << 29, 600
+_BASE_BYTES, _BYTES_PER_CHARACTER = 1 << 28, 600
 """Most memory of one call, where a character takes up to 4 tokens of 100 bytes."""
 
 _POLL_SECONDS = 0.05

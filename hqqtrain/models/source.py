@@ -4,6 +4,7 @@ Quantization, training, evaluation and export all ask this module, so that they 
 """
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -61,14 +62,17 @@ def resolve_source(model: ModelConfig, *, weights: bool = True) -> ModelSource:
     name = model.name_or_path
     if model.source == "synthetic":
         return _synthetic(model)
-    folder = TINY_FOLDER if name == "tiny" else Path(name).expanduser()
-    if folder.is_dir():
+    folder = TINY_FOLDER if name == "tiny" else Path(os.path.expanduser(name))
+    # Unlike those of Path, these functions find that a name is too long to be a path.
+    if os.path.isdir(folder):
         _refuse_revision(model)
         return _from_folder(name, folder)
-    if folder.exists():
+    if os.path.exists(folder):
         raise UserError(f"model.name_or_path={name}: is a file; give the folder that contains it.")
     if _is_path(name):
-        siblings = [p.name for p in folder.parent.glob("*/")] if folder.parent.is_dir() else []
+        siblings = (
+            [p.name for p in folder.parent.glob("*/")] if os.path.isdir(folder.parent) else []
+        )
         hint = did_you_mean(folder.name, siblings)
         raise UserError(f"model.name_or_path={name}: no such folder.{hint}")
     return _from_folder(name, download_snapshot(name, model.revision, weights=weights))
@@ -90,7 +94,7 @@ def _synthetic(model: ModelConfig) -> ModelSource:
 
     The architectures of well-known models are shipped and need no network.
     """
-    folder = None if Path(model.name_or_path).is_dir() else shipped_folder(model.name_or_path)
+    folder = None if os.path.isdir(model.name_or_path) else shipped_folder(model.name_or_path)
     if folder is None:
         folder = resolve_source(replace(model, source="pretrained"), weights=False).path
     else:
@@ -171,4 +175,4 @@ def _is_path(name: str) -> bool:
     """Whether `name` can only be a path: hub names are `name` or `owner/name`."""
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
         return True
-    return "/" in name and Path(name).parent.is_dir()
+    return "/" in name and os.path.isdir(Path(name).parent)
