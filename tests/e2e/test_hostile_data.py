@@ -1,6 +1,6 @@
 """Data of every kind, good and bad, through the command line: right, or one message and exit 2.
 
-All cases run in this process with a random model of one layer, so each takes a fraction of a second.
+All cases run in this process with a random model of one layer, in a fraction of a second each.
 """
 
 import gzip
