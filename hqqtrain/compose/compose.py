@@ -126,6 +126,8 @@ def _check_override(override: Override) -> None:
     if override.is_sweep_override():
         raise UserError(f"{override.input_line}: must be one value; a sweep needs -m before it.")
     key, value = override.key_or_group, override.value()
+    if not key:
+        raise UserError(f"{override.input_line}: has no key before the `=`.")
     if message := schema.describe_unknown_key(key):
         raise UserError(message)
     if override.is_delete():

@@ -4,13 +4,13 @@ A run is measured as it was trained: with its held-out text, its sequence length
 Its config.yaml is the base, and the recipe and the command line override it.
 """
 
-import json
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.reading import load_json
 from hqqtrain.common.secrets import MASK
 from hqqtrain.compose.messages import check_type
 from hqqtrain.compose.schema import known_keys
@@ -89,7 +89,7 @@ def settings_of_packed_model(config: RunConfig, given: Collection[str]) -> list[
 def _is_packed(folder: Path) -> bool:
     """Whether config.json of `folder` says that hqqtrain has quantized the model."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = load_json(folder / "config.json")
         return config["quantization_config"]["quant_method"] == "hqqtrain"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -4,6 +4,8 @@ By itself Hydra would require DIR/recipe/x.yaml and a `# @package _global_` line
 file is also checked when it is read, so that an error names the file that contains it.
 """
 
+import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,21 @@ from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError
+from yaml import CollectionNode, MappingNode, SafeLoader, YAMLError, compose
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.reading import read_bounded
 from hqqtrain.compose.messages import broken_yaml_error, check_type
 from hqqtrain.compose.recipes import find_recipe_folders, recipe_file
 from hqqtrain.compose.schema import describe_unknown_key
 
 RECIPE_GROUP = "recipe"
 """Hydra's config group of the recipes."""
+
+
+_MAX_BYTES = 1 << 20
+_MAX_VALUES = 100_000
+"""Limits of a recipe; the largest that we ship has some hundred bytes."""
 
 
 class RecipeSource(ConfigSource):
@@ -81,19 +89,43 @@ def read_recipe(file: Path) -> DictConfig:
     """Read a recipe and check every key and type in it against the schema.
 
     Raises:
-        UserError: the file is unreadable, not YAML, or has an unknown key or a wrong type. The
-            message names the file, and the line if it is not YAML.
+        UserError: the file is unreadable, not YAML, far too large, or has an unknown key or a wrong
+            type. The message names the file, and the line if it is not YAML.
     """
     try:
-        content = OmegaConf.load(file)
+        text = read_bounded(file, _MAX_BYTES).decode()
+        _check_expansion(file, text)
+        content = OmegaConf.load(io.StringIO(text))
     except YAMLError as error:
         raise broken_yaml_error(error, file) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{file}: is nested too deeply for a recipe.") from None
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as text: {error}") from None
     if not isinstance(content, DictConfig):
         raise UserError(f"{file}: must be a mapping of keys, such as `quant: {{nbits: 2}}`.")
     _check_content(content, file)
     return content
+
+
+def _check_expansion(file: Path, text: str) -> None:
+    """Refuse aliases that stand for far more values than a recipe has.
+
+    A few lines of aliases of aliases can stand for billions of values, which would fill the memory.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        """Return the number of values that `node` stands for, counting each alias."""
+        if id(node) not in sizes:
+            parts = node.value if isinstance(node, CollectionNode) else []
+            pairs = isinstance(node, MappingNode)
+            sizes[id(node)] = 1 + sum(map(size, itertools.chain(*parts) if pairs else parts))
+        return sizes[id(node)]
+
+    root = compose(text, SafeLoader)
+    if root is not None and (values := size(root)) > _MAX_VALUES:
+        raise UserError(f"{file}: its aliases stand for {values:,} values; write them out.")
 
 
 def _check_content(content: DictConfig, file: Path) -> None:

@@ -39,6 +39,9 @@ def field_errors(group: str, config: Any) -> Iterator[str]:
         if choices and value not in choices:
             allowed = ", ".join("null" if c is None else str(c) for c in choices)
             yield f"{shown}: allowed are {allowed}."
+        elif isinstance(value, str) and not value.strip():
+            null = "; use null for the default" if item.default is None else ""
+            yield f"{shown}: must not be empty{null}."
         elif isinstance(value, float) and not isfinite(value):
             yield f"{shown}: must be finite."
         elif low is not None and value is not None and value < low:

@@ -161,7 +161,7 @@ class LaunchConfig:
                 f"launch.gpus_per_node={self.gpus_per_node}; leave it null."
             )
         for name in ("partition", "account"):
-            yield from _empty_value_errors(f"launch.{name}", getattr(self, name))
+            yield from _control_character_errors(f"launch.{name}", getattr(self, name) or "")
         for option in self.options:
             yield from _control_character_errors("launch.options", option)
             if not re.fullmatch(r"--[a-z][\w-]*(=.*)?|-[A-Za-z]( .*)?", option, re.DOTALL):
@@ -199,12 +199,6 @@ def duration_errors(where: str, text: str | None) -> Iterator[str]:
     if text is not None and not _DURATION.fullmatch(text):
         allowed = "hours:minutes:seconds, such as 4:00:00, or days-hours:minutes:seconds"
         yield f"{where}={text}: must be {allowed}; in a recipe, put it in quotes."
-
-
-def _empty_value_errors(where: str, text: str | None) -> Iterator[str]:
-    if text is not None and not text.strip():
-        yield f"{where}={text}: must not be empty; use null for the cluster's default."
-    yield from _control_character_errors(where, text or "")
 
 
 def _control_character_errors(where: str, text: str) -> Iterator[str]:

@@ -3,22 +3,19 @@
 Quantization, training, evaluation and export all ask this module, so that they agree.
 """
 
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from hqqtrain.common.errors import UserError, did_you_mean
+from hqqtrain.common.reading import load_json
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.models.hub import download_snapshot
 from hqqtrain.rundir.layout import RunLayout
 from hqqtrain.rundir.results import TRAINED_RESULTS, check_results
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
-
-MAX_CONFIG_BYTES = 1 << 24
-"""Largest size of a config.json; those of transformers have a few kilobytes."""
 
 _CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -111,11 +108,9 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: contains no config.json, so it is not a Hugging Face model.")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise UserError(f"{path}: has {path.stat().st_size} bytes, too many for a config.json.")
     try:
-        config_json = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        config_json = load_json(path)
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}).") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from error

@@ -46,9 +46,7 @@ def test_values_in_a_batch_script_must_be_a_single_line(group, name, broken):
 @pytest.mark.parametrize("empty", ["", " "])
 def test_an_empty_name_isrefusal(name, empty):
     message = refusal(launch={"backend": "slurm", name: empty})
-    assert (
-        message == f"launch.{name}={empty}: must not be empty; use null for the cluster's default."
-    )
+    assert message == f"launch.{name}={empty}: must not be empty; use null for the default."
 
 
 def test_default_is_one_process_per_gpu_or_a_single_one():

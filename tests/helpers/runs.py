@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import random
+import re
+import resource
 import signal
 import socket
 import subprocess
@@ -107,6 +109,7 @@ def run(
     meanwhile: Callable[[list[int]], None] = lambda pids: None,
     grace: float = 5,
     limit: float = TIMEOUT,
+    max_gib: float | None = None,
 ) -> Finished:
     """Run `python -m hqqtrain *words run.root=root`, on one or several ranks.
 
@@ -123,6 +126,7 @@ def run(
         meanwhile: Called with the process ids of the ranks once all have started.
         grace: Seconds after the failure of one rank until the others are killed.
         limit: Seconds after the return of `meanwhile` until all ranks are killed.
+        max_gib: Memory that each rank may use in addition to that of the imported modules.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     outputs = [root.parent / f"output-{rank}.txt" for rank in range(processes)]
@@ -132,7 +136,7 @@ def run(
         env = ENVIRONMENT | (
             _rank_environment(rank, processes, port, per_node) if processes > 1 else {}
         )
-        arguments = ([*words, f"run.root={root}"], root.parent, env, output)
+        arguments = ([*words, f"run.root={root}"], root.parent, env, output, max_gib)
         workers.append(fork_context().Process(target=_main, args=arguments))
         workers[-1].start()
     meanwhile([worker.pid for worker in workers])
@@ -192,8 +196,14 @@ def _rank_environment(rank: int, size: int, port: int, per_node: int | None) -> 
     return {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in numbers.items()}}
 
 
-def _main(words: list[str], folder: Path, env: dict[str, str], output: Path) -> None:
+def _main(
+    words: list[str], folder: Path, env: dict[str, str], output: Path, max_gib: float | None
+) -> None:
     """Do the same as `python -m hqqtrain`, in the new process of a rank."""
+    if max_gib is not None:
+        (now,) = re.findall(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        limit = (int(now) << 10) + int(max_gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -10,11 +10,12 @@ from random_models import SIZES
 from transformers import CONFIG_MAPPING
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.reading import MAX_JSON_BYTES
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.models import config_check
 from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.config_check import check_config_json
-from hqqtrain.models.source import MAX_CONFIG_BYTES, read_config_json, resolve_source
+from hqqtrain.models.source import read_config_json, resolve_source
 
 LLAMA: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | SIZES
 
@@ -96,8 +97,8 @@ def test_a_file_that_is_no_configuration(tmp_path, text):
 
 
 def test_a_file_that_is_too_large(tmp_path):
-    write(tmp_path, json.dumps({"model_type": "llama", "x": "y" * MAX_CONFIG_BYTES}))
-    with pytest.raises(UserError, match="too many for a config"):
+    write(tmp_path, json.dumps({"model_type": "llama", "x": "y" * MAX_JSON_BYTES}))
+    with pytest.raises(UserError, match="larger than"):
         read_config_json(tmp_path)
 
 

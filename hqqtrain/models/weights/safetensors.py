@@ -4,7 +4,6 @@ A file is opened for each read and closed after it. Otherwise its memory-mapped 
 as memory of this process until it ends. Errors in a checkpoint are found before any weight is read.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.reading import load_json
 from hqqtrain.models.weights.base import NameMatch
 from hqqtrain.models.weights.names import missing_message
 
@@ -236,9 +236,9 @@ def _weight_files(folder: Path) -> list[Path]:
 def _read_weight_map(path: Path) -> dict[str, str]:
     """Read the index at `path`: tensor name -> name of the file in the same folder."""
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = load_json(path)["weight_map"]
         file_names = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a safetensors index ({error!r}).") from error
     for name in file_names:
         if not isinstance(name, str) or Path(name).name != name:
