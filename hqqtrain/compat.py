@@ -114,6 +114,18 @@ def replace_checkpoint_function(model: nn.Module, function: Callable[..., Any]) 
 # DeepSpeed's ZeRO-3
 
 
+def implementations(config: Any) -> tuple[str | None, str | None]:
+    """Return the attention and the experts implementation that a configuration of a model names.
+
+    transformers reads both from config.json. Its public property for the attention answers "eager"
+    also where config.json names nothing.
+    """
+    return (
+        getattr(config, "_attn_implementation", None),
+        getattr(config, "_experts_implementation", None),
+    )
+
+
 def zero3_shard(param: Tensor) -> Tensor | None:
     """Return this rank's flat shard of `param`, padding included; None if it is not sharded.
 

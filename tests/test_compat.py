@@ -43,6 +43,7 @@ ADVICE = {
     "register_lora_layer": "needed for LoRA on HQQLinear; look at PEFT's page on custom models",
     "replace_checkpoint_function": "needed to offload activations; look at "
     "gradient_checkpointing_enable, which chooses the function",
+    "implementations": "needed to refuse code of the hub; look at from_config's arguments",
     "zero3_shard": _ZERO3,
     "zero3_shape": _ZERO3,
     "zero3_flat_parameters": _ZERO3,
@@ -174,6 +175,13 @@ def test_every_decoder_layer_calls_the_checkpoint_function():
         assert compat.replace_checkpoint_function(model, function) >= 3
         model(input_ids=torch.arange(5)[None], use_cache=False)
         assert calls == [(1, 5, 8)] * 3
+
+
+def test_a_configuration_knows_the_implementations_that_it_names():
+    with advised("implementations"):
+        assert compat.implementations(LlamaConfig()) == (None, None)
+        named = LlamaConfig(attn_implementation="flash_attention_2", experts_implementation="eager")
+        assert compat.implementations(named) == ("flash_attention_2", "eager")
 
 
 def test_moving_a_module_calls_the_apply_of_each_part():

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from transformers import PretrainedConfig
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.compat import implementations
 
 
 class _Range(NamedTuple):
@@ -85,7 +86,7 @@ def check_implementations(path: Path, config: PretrainedConfig) -> None:
         UserError: An implementation is unknown, names a kernel of the hub, or is not installed.
     """
     for part in _parts(config):
-        attention = getattr(part, "_attn_implementation", None)
+        attention, experts = implementations(part)
         if attention is not None and attention not in _ATTENTION_PACKAGES:
             raise UserError(
                 f"{path}: attn_implementation={attention}: not one of "
@@ -98,7 +99,6 @@ def check_implementations(path: Path, config: PretrainedConfig) -> None:
                 f"{path}: attn_implementation={attention} needs the package {package}, which is "
                 "not installed. Remove the entry from config.json, or install the package."
             )
-        experts = getattr(part, "_experts_implementation", None)
         if experts is not None and experts not in _EXPERTS_IMPLEMENTATIONS:
             raise UserError(
                 f"{path}: experts_implementation={experts}: not one of "
