@@ -23,6 +23,10 @@ FIRST_SECONDS = 20
 """Seconds until the first report. A shorter run has only the report at its end."""
 
 
+KILL_SECONDS = 10
+"""Longest wait for the end of the process, which a file system that hangs may delay."""
+
+
 class LiveReport:
     """Writes the report of a run that goes on. Use it on the main process only.
 
@@ -48,7 +52,7 @@ class LiveReport:
             if self._child:
                 self._child.kill()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(KILL_SECONDS)
 
     def _run(self) -> None:
         seconds = FIRST_SECONDS
