@@ -1,1 +1,1 @@
-"""The report of a run, also while it goes on: plots and an HTML page, without torch."""
+"""The report of a run, during it and after its end: plots and an HTML page, without torch."""

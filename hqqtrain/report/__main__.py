@@ -1,4 +1,4 @@
-"""Write the report of a run that goes on: the process that `LiveReport` starts.
+"""Write the report of a run that is not over: the process that `LiveReport` starts.
 
 The argument is the run directory, and standard input has the summary so far as JSON.
 """

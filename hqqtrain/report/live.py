@@ -1,4 +1,4 @@
-"""Rewrite report/ while a run goes on.
+"""Rewrite report/ during a run.
 
 Plots take a second of Python, during which a training step would wait. So another process with low
 priority draws them, which a thread starts from time to time. It reads the files of the run, and
@@ -28,7 +28,7 @@ KILL_SECONDS = 10
 
 
 class LiveReport:
-    """Writes the report of a run that goes on. Use it on the main process only.
+    """Writes the report of a run that is not over. Use it on the main process only.
 
     Args:
         run_dir: The run directory.
@@ -60,7 +60,7 @@ class LiveReport:
             try:
                 self._write()
             except Exception as error:  # such as no memory for another process
-                logger.warning("report/ is not written while the run goes on: %s", error)
+                logger.warning("report/ is not written during the run: %s", error)
                 return
             seconds = LIVE_SECONDS
 

@@ -1,6 +1,6 @@
 """Write report/: the plots of a run, and one self-contained page with its settings and results.
 
-The page shows whatever the run has written so far. So it can be written while the run goes on, and
+The page shows whatever the run has written so far. So it can be written during the run, and
 after it has failed.
 """
 
@@ -43,7 +43,7 @@ from hqqtrain.tracking.base import layer_errors
 from hqqtrain.tracking.jsonl import read_metrics
 
 LIVE_SECONDS = 60
-"""Seconds between two reports of a run that goes on. A browser loads the page again as often."""
+"""Seconds between two reports of a run, and after which a browser loads the page again."""
 
 _HEADINGS = {"loss": "Loss", "perplexity": "Perplexity", "layers": "Quantization error by layer"}
 """Headings of the larger plots."""

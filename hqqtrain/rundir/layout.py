@@ -11,7 +11,7 @@
     export/          what task=export writes
     checkpoints/     step-00000100/, ...: complete or absent
     nonfinite/       batches whose loss or gradient was not finite
-    report/          plots and index.html, also while the run goes on
+    report/          plots and index.html, also during the run
     wandb/           files of W&B
 """
 

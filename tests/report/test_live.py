@@ -1,4 +1,4 @@
-"""The report of a run that goes on: another process writes it, and it ends with the run."""
+"""The report of a run that is not over: another process writes it, and it ends with the run."""
 
 import json
 import subprocess
@@ -93,9 +93,7 @@ def test_a_report_that_fails_is_a_single_warning(tmp_path, monkeypatch, caplog):
     wait_for(lambda: not any(t.name == "live report" for t in threading.enumerate()))
     report.stop()
     (record,) = caplog.records
-    assert record.getMessage() == (
-        "report/ is not written while the run goes on: OSError: no space left"
-    )
+    assert record.getMessage() == ("report/ is not written during the run: OSError: no space left")
 
 
 def test_a_run_that_ends_before_the_first_report_starts_no_process(tmp_path, monkeypatch):
