@@ -49,6 +49,8 @@ FOREIGN_NAMES = {
     "use_gradient_checkpointing": "train.activation_checkpointing",
     "activation_checkpoint": "train.activation_checkpointing",
     "gradient_clipping": "train.max_grad_norm", "clip_grad": "train.max_grad_norm",
+    "early_stopping": "train.early_stopping_patience",
+    "patience": "train.early_stopping_patience",
     "bf16": "train.precision=bf16", "fp16": "train.precision=fp16",
     "mixed_precision": "train.precision", "torch_dtype": "train.precision",
     "dtype": "train.precision", "random_seed": "train.seed", "data_seed": "train.seed",
@@ -67,6 +69,7 @@ FOREIGN_NAMES = {
     "run_name": "run.name", "wandb_run_name": "run.name", "resume_from_checkpoint": "run.resume",
     "save_steps": "ckpt.every", "save_strategy": "ckpt.every", "save_every": "ckpt.every",
     "checkpoint_every": "ckpt.every", "save_total_limit": "ckpt.keep_last",
+    "load_best_model_at_end": "ckpt.load_best=true",
     "report_to": "track.backends", "wandb_project": "track.project",
     "wandb_entity": "track.entity", "num_nodes": "launch.nodes", "nnodes": "launch.nodes",
 }  # fmt: skip

@@ -7,7 +7,8 @@ import pytest
 from refused_configs import refusal
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import DataConfig, EvalConfig
+from hqqtrain.config.groups import DataConfig, EvalConfig, TrainConfig
+from hqqtrain.config.infra import CheckpointConfig
 from hqqtrain.config.run import RunConfig
 
 
@@ -142,3 +143,30 @@ def test_the_name_is_the_same_in_another_process():
 )
 def test_numbers_that_no_run_can_have(group, values, message):
     assert message in refusal(**{group: values})
+
+
+def test_keys_of_later_releases_change_the_identity_only_if_they_are_set():
+    default = RunConfig()
+    best = RunConfig(ckpt=CheckpointConfig(load_best=True))
+    patient = RunConfig(train=TrainConfig(early_stopping_patience=3))
+    kept = RunConfig(ckpt=CheckpointConfig(keep_best=1))
+    identities = [config.identity() for config in (default, best, patient)]
+    assert len(set(identities)) == 3
+    assert kept.identity() == default.identity()
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value"),
+    [
+        ("ckpt", "keep_best", 1),
+        ("ckpt", "load_best", True),
+        ("train", "early_stopping_patience", 3),
+    ],
+)
+def test_what_needs_evaluations_is_refused_without_them(group: str, key: str, value):
+    config = RunConfig()
+    setattr(getattr(config, group), key, value)
+    with pytest.raises(UserError, match=rf"{group}\.{key}=.*set eval\.every and eval\.source"):
+        config.check()
+    config.eval.every = 10
+    config.check()

@@ -32,6 +32,12 @@ def test_optional_facts_appear_where_they_are_known():
     assert "| perplexity, trained | 6.321 |" in text
 
 
+def test_the_best_step_is_named():
+    text = " ".join(render_card(replace(CARD, best_step=300)).split())
+    assert "It is the adapter after optimizer step 300, which had the lowest loss" in text
+    assert "optimizer step" not in render_card(CARD)
+
+
 def test_the_front_matter_is_what_the_hub_reads():
     assert _front_matter(CARD) == {
         "library_name": "peft", "base_model": "owner/name", "tags": ["lora", "hqq", "hqqtrain"],

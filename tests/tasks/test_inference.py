@@ -1,5 +1,6 @@
 """The tasks without training: quantize, eval and export."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -234,3 +235,24 @@ def test_an_adapter_of_another_base_or_layer_is_refused_before_anything_is_loade
 
 def _module_of(task: str) -> str:
     return "finetune" if task == "finetune" else "inference"
+
+
+def test_what_we_write_loads_with_stock_peft(run_task, packed, dense, tmp_path: Path):
+    """Also with ranks and alphas of single layers, which come from the first adapter."""
+    patterns = {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"q_proj": 7}, "use_rslora": True}
+    targets = ["q_proj", "v_proj"]
+    stock_adapter(dense, tmp_path / "adapter", target_modules=targets, **patterns)
+    adapter = {"init_from": str(tmp_path / "adapter"), "kind": "rslora", "target_modules": targets}
+    model = {"name_or_path": str(packed)}
+    trained = run_task("finetune", model=model, adapter=adapter, eval={"source": None}).layout
+    merged = run_task("export", model=model, adapter={"init_from": str(trained.adapter)}).layout
+    base = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's own
+        theirs = PeftModel.from_pretrained(base, trained.adapter).eval()
+    ours = AutoModelForCausalLM.from_pretrained(merged.export, dtype=torch.float32)
+    with torch.no_grad():
+        right = theirs(TOKENS).logits
+        torch.testing.assert_close(ours(TOKENS).logits, right, rtol=1e-4, atol=1e-5)
+    assert theirs.peft_config["default"].target_modules == set(targets)

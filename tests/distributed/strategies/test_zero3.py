@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import on_ranks
 from torch import Tensor, nn
 
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
+from hqqtrain.distributed.local import copy_from_full
 from hqqtrain.distributed.strategies import zero3
 from hqqtrain.distributed.strategies.zero3 import MAX_LIVE_NUMEL, REDUCE_BUCKET_NUMEL, ZeRO3
 
@@ -92,6 +94,12 @@ def trains_and_resumes(rank: int, comm: Communicator) -> None:
     _train(engine, range(2, 3))
     assert zero3.optimizer_step_count(engine) == 3
     assert_same(_gathered(engine, resumed, comm))
+    for name, param in resumed.named_parameters():  # as when the best checkpoint is loaded
+        copy_from_full(param, saved[f"{name}/"])
+        torch.testing.assert_close(zero3.gather_parameter(param), saved[f"{name}/"], rtol=0, atol=0)
+    with torch.no_grad():
+        expected = F.linear(torch.ones(1, 5), saved["0.weight/"], saved["0.bias/"])
+        torch.testing.assert_close(resumed[0](torch.ones(1, 5)), expected)
 
 
 @pytest.mark.ranks
