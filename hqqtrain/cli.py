@@ -66,7 +66,7 @@ def _run_with_exit_code(arguments: list[str]) -> int:
             print(f"hqqtrain: {error}; run the same command again to resume.", file=sys.stderr)
         return PREEMPTED
     except RankLostError as error:
-        print(f"hqqtrain: {error}", file=sys.stderr)
+        print(f"hqqtrain: {mask_secrets(str(error))}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("hqqtrain: interrupted.", file=sys.stderr)

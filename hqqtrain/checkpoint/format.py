@@ -33,6 +33,11 @@ from hqqtrain.rundir.layout import checkpoint_name
 FORMAT = 1
 """Version of the format, which state.json names."""
 
+_STATE_TYPES = {
+    "texts": dict, "record": dict, "trained": dict, "strategy": str, "world_size": int,
+}  # fmt: skip
+"""Types of values in state.json that are used before the training begins."""
+
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 
@@ -100,4 +105,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     step = state.get("step")
     if not isinstance(step, int) or folder.name != checkpoint_name(step):
         raise DamagedError(f"{folder}: is the checkpoint of step {step}, renamed or copied")
+    for key, type_ in _STATE_TYPES.items():
+        if not isinstance(state.get(key, type_()), type_):
+            raise DamagedError(f"{folder / STATE}: {key} is {str(state[key])[:40]}, not {type_}")
     return Checkpoint(folder, state)

@@ -82,8 +82,10 @@ def test_a_renamed_checkpoint_is_not_that_of_another_step(store: CheckpointStore
 
 
 @pytest.mark.parametrize(
-    "state", ["[]", "5", "[" * 100_000, '{"format": 1}', '{"format": 1, "step": "1"}']
-)
+    "state",
+    ["[]", "5", "[" * 100_000, '{"format": 1}', '{"format": 1, "step": "1"}',
+     '{"format": 1, "step": 10, "record": 5}', '{"format": 1, "step": 10, "texts": []}'],
+)  # fmt: skip
 def test_a_sealed_folder_with_another_state_is_damaged(store: CheckpointStore, state: str):
     folder = save_checkpoint(store, 10)
     (folder / "state.json").write_text(state)

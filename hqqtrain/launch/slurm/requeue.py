@@ -18,6 +18,7 @@ from typing import Any
 from hqqtrain.common.env import get_slurm_job_id
 from hqqtrain.common.errors import PREEMPTED, USER_ERROR
 from hqqtrain.common.files import atomic_write
+from hqqtrain.common.reading import MAX_JSON_BYTES, load_json, parse_json, read_bounded
 from hqqtrain.rundir.layout import RunLayout, checkpoint_steps
 
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 2
@@ -40,7 +41,7 @@ def read_attempt(folder: Path) -> dict[str, Any]:
     ended) and `time` (of the record, in seconds since 1970).
     """
     try:
-        record = json.loads(_record_file(folder).read_text(encoding="utf-8"))
+        record = load_json(_record_file(folder))
     except (OSError, ValueError):
         return {}
     is_valid = isinstance(record, dict) and all(
@@ -123,7 +124,7 @@ def _progress(folder: Path) -> dict[str, Any]:
     """
     layout = RunLayout(folder)
     try:
-        status = layout.status_json.read_text(encoding="utf-8")
+        status = read_bounded(layout.status_json, MAX_JSON_BYTES).decode()
     except (OSError, ValueError):
         status = ""
     return {
@@ -148,7 +149,7 @@ def _run_exit_code(code: int, before: Mapping[str, Any], after: Mapping[str, Any
     if code <= PREEMPTED or after["status"] == before.get("status"):
         return code
     try:
-        own_code = json.loads(after["status"])["exit_code"]
+        own_code = parse_json(after["status"])["exit_code"]
     except (ValueError, TypeError, KeyError):
         return code
     return own_code if isinstance(own_code, int) else code
