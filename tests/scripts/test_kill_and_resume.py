@@ -34,7 +34,7 @@ def test_a_partial_checkpoint_of_an_earlier_kill_is_ignored(tmp_path):
 def test_a_start_that_saves_is_killed(tmp_path):
     script = runpy.run_path(str(SCRIPT))
     steps = " ".join(map(str, range(1, script["SAVES"] + 1)))
-    saves = f'cd "$0"; for n in {steps}; do mkdir -p checkpoints/step-$n; sleep 2; done; sleep 100'
+    saves = f'cd "$0"; for n in {steps}; do sleep 2; mkdir -p checkpoints/step-$n; done; sleep 100'
     process = subprocess.Popen(["sh", "-c", saves, str(tmp_path)])
     started = time.monotonic()
     assert script["_kill"]([process], tmp_path, False, 60, AtOnce(), {})
