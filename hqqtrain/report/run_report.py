@@ -125,9 +125,14 @@ def key_numbers(summary: Mapping[str, Any], rows: Rows = ()) -> dict[str, str]:
     bits = summary.get("quantize", {}).get("bits_per_weight")
     if bits is not None:
         numbers["bits per weight"] = format_number(float(bits))
-    best = best_step(rows)
+    training = summary.get("train", {})
+    best = training.get("best_step") or best_step(rows)
     if best is not None:
-        numbers["step with the lowest held-out loss"] = f"{best:,}"
+        is_result = training.get("adapter_step") == best
+        label = "step with the lowest held-out loss" + (
+            ", which is the result" if is_result else ""
+        )
+        numbers[label] = f"{best:,}"
     return numbers
 
 

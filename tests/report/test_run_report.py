@@ -211,5 +211,11 @@ def test_key_numbers():
     assert figures["bits per weight"] == "2.5"
     losses = [{"train/global_step": s, "eval/loss": abs(s - 20) + 1} for s in (0, 10, 20, 30)]
     assert key_numbers({}, losses) == {"step with the lowest held-out loss": "20"}
+    result = {"train": {"steps": 40, "best_step": 30, "adapter_step": 30}}
+    assert key_numbers(result, losses) == {
+        "step with the lowest held-out loss, which is the result": "30"
+    }
+    result["train"]["adapter_step"] = 40
+    assert key_numbers(result, losses) == {"step with the lowest held-out loss": "30"}
     infinite = {"eval": {"quantized": {"perplexity": float("inf")}}}
     assert measured_perplexities(infinite) == {}
