@@ -11,8 +11,6 @@ from transformers import AutoConfig
 from hqqtrain.common.errors import UserError
 from hqqtrain.loading.model_check import check_runnable, check_stored_dtypes
 from hqqtrain.models.build import build_meta
-from hqqtrain.models.causal_lm import next_token_outputs
-from hqqtrain.models.families.positions import first_position
 from hqqtrain.models.fqn import expected_shapes
 from hqqtrain.models.source import ModelSource
 from hqqtrain.models.weights.synthetic import open_weight_source
@@ -40,20 +38,6 @@ def test_a_model_with_computed_positions_is_only_warned_about(caplog):
     with caplog.at_level(logging.WARNING):
         check_runnable(random_family("llama"), 65)
     assert "train.max_seq_len=65: the model was made for 64 tokens at most" in caplog.text
-
-
-@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "camembert", "llama", "opt"])
-def test_positions_start_where_the_model_starts_them(kind):
-    """The logits equal those of the model without `position_ids`."""
-    options = {"is_decoder": True} if "bert" in kind else {}
-    model = random_family(kind, **options)
-    tokens = torch.arange(5, 25)[None]
-    batch = {"input_ids": tokens, "labels": tokens, "position_ids": torch.arange(20)[None]}
-    with torch.no_grad():
-        found, _ = next_token_outputs(model, batch)
-        expected = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-    assert torch.equal(found, expected)
-    assert first_position(model) == (model.config.pad_token_id + 1 if "bert" in kind else 0)
 
 
 def test_a_model_without_activation_checkpointing():
