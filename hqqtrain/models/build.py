@@ -82,7 +82,7 @@ def build_meta(hf_config: PretrainedConfig, dtype: torch.dtype | None = None) ->
         where = Path(hf_config.name_or_path, "config.json") if hf_config.name_or_path else ""
         raise UserError(
             f"{where}: transformers cannot build model_type={hf_config.model_type} from it: "
-            f"{_first_paragraph(error)}"
+            f"{_first_paragraph(error)}{_entries_of(hf_config, error)}"
         ) from error
     buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
     if buffer_bytes > MAX_BUFFER_BYTES:
@@ -155,3 +155,11 @@ def _first_paragraph(error: Exception) -> str:
     """Return the type of `error` and the first paragraph of its message, as one line."""
     text = " ".join(str(error).split("\n\n")[0].split())
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
+
+
+def _entries_of(hf_config: PretrainedConfig, error: Exception) -> str:
+    """Return the entries of config.json with a value that `error` says is unknown, in brackets."""
+    if not isinstance(error, KeyError) or not error.args:
+        return ""
+    keys = [key for key, value in hf_config.to_dict().items() if value == error.args[0]]
+    return f" ({', '.join(f'{key}={error.args[0]}' for key in keys)})" if keys else ""

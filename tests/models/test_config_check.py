@@ -85,6 +85,11 @@ def test_a_value_that_no_model_has(tmp_path, changes):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_an_unknown_activation_is_named_with_its_key(tmp_path):
+    with pytest.raises(UserError, match=r"cannot build .*\(hidden_act=unknown\)"):
+        build(tmp_path, hidden_act="unknown")
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "5", "null", '{"a": ' * 100_000, "[" * 100_000,

@@ -125,11 +125,11 @@ def missing_message(
         )
     used = {*match.stored.values(), *match.duplicates}
     unused = [name for name in names if name not in used]
-    if len(missing) >= num_expected / 2:
+    if unused and len(missing) >= num_expected / 2:
         return (
-            f"{where} {missing[0]}. The names in the checkpoint (such as "
-            f"{unused[0] if unused else 'none'}) are not those of the architecture in config.json, "
-            "and transformers knows no other names for it. Use the config.json of these weights."
+            f"{where} {missing[0]}. The names in the checkpoint (such as {unused[0]}) are not those "
+            "of the architecture in config.json, and transformers knows no other names for it. Use "
+            "the config.json of these weights."
         )
     hint = f" Tensors such as {unused[0]} are not used." if unused else ""
     return (

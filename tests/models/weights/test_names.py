@@ -1,5 +1,7 @@
 """A checkpoint gives the same model here and in transformers, whatever its tensors are called."""
 
+import json
+
 import pytest
 import torch
 from random_models import assert_same_model, load_like_a_run, random_family
@@ -126,6 +128,15 @@ def test_a_tensor_that_no_file_contains_is_not_blamed_on_the_download(tmp_path):
         load_like_a_run(tmp_path)
     assert "extra.bias are not used" in str(caught.value)
     assert "ownload" not in str(caught.value)
+
+
+def test_a_config_with_more_layers_than_the_checkpoint(tmp_path):
+    random_family("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_hidden_layers"] = 40
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"model\.layers\.2\..* no file of the folder contains it"):
+        load_like_a_run(tmp_path)
 
 
 def test_8_bit_floats_are_read_as_bfloat16(tmp_path):
