@@ -127,9 +127,9 @@ def missing_message(
     unused = [name for name in names if name not in used]
     if unused and len(missing) >= num_expected / 2:
         return (
-            f"{where} {missing[0]}. The names in the checkpoint (such as {unused[0]}) are not those "
-            "of the architecture in config.json, and transformers knows no other names for it. Use "
-            "the config.json of these weights."
+            f"{where} {missing[0]}. The names in the checkpoint (such as {unused[0]}) are not "
+            "those of the architecture in config.json, and transformers knows no other names for "
+            "it. Use the config.json of these weights."
         )
     hint = f" Tensors such as {unused[0]} are not used." if unused else ""
     return (
