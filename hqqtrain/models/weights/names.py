@@ -6,7 +6,7 @@ a tied pair, or two tensors of different values although the configuration ties 
 to give the same model here and in transformers.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -102,18 +102,22 @@ def _resolve_ties(
 
 
 def missing_message(
-    folder: Path, missing: Sequence[str], num_expected: int, names: Sequence[str], match: NameMatch
+    folder: Path,
+    missing: Sequence[str],
+    expected: Collection[str],
+    names: Sequence[str],
+    match: NameMatch,
 ) -> str:
     """Return the message for tensors of a model that its checkpoint lacks.
 
     Args:
         folder: The folder of the checkpoint.
         missing: Names in the model of the missing tensors.
-        num_expected: Number of all tensors of the model.
+        expected: Names in the model of all its tensors.
         names: Names of all tensors of the checkpoint.
         match: The match of the names.
     """
-    where = f"{folder}: {len(missing)} of {num_expected} tensors are missing, among them"
+    where = f"{folder}: {len(missing)} of {len(expected)} tensors are missing, among them"
     if match.converted:
         name, stored_name = next(iter(match.converted.items()))
         return (
@@ -123,9 +127,9 @@ def missing_message(
             "save_original_format=False) and copy the tokenizer; such a folder has the tensors of "
             "the model as they are."
         )
-    used = {*match.stored.values(), *match.duplicates}
+    used = {match.stored.get(name) for name in expected} | match.duplicates
     unused = [name for name in names if name not in used]
-    if unused and len(missing) >= num_expected / 2:
+    if unused and len(missing) >= len(expected) / 2:
         return (
             f"{where} {missing[0]}. The names in the checkpoint (such as {unused[0]}) are not "
             "those of the architecture in config.json, and transformers knows no other names for "

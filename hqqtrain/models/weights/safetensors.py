@@ -185,7 +185,7 @@ class SafetensorsReader:
         missing = [name for name in expected if name not in self]
         if missing:
             raise UserError(
-                missing_message(self.folder, missing, len(expected), self.names, self._match)
+                missing_message(self.folder, missing, expected, self.names, self._match)
             )
         for name, shape in expected.items():
             path, stored_shape, _ = self._entry(name)
