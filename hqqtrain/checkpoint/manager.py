@@ -13,6 +13,7 @@ from hqqtrain.checkpoint.resume import load_latest
 from hqqtrain.checkpoint.snapshot import StateSnapshot
 from hqqtrain.checkpoint.store import CheckpointStore
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.text import count
 from hqqtrain.common.threads import BackgroundExecutor
 from hqqtrain.config.infra import CheckpointConfig
 from hqqtrain.distributed.comm import Communicator
@@ -161,9 +162,9 @@ class CheckpointManager:
         """Log how long training has waited for checkpoints."""
         percent = 100 * self._seconds_waited / max(self._trainer.state.seconds, 1e-9)
         logger.info(
-            "training waited %.2f s for %d checkpoints, %.2f %% of its time",
+            "training waited %.2f s for %s, %.2f %% of its time",
             self._seconds_waited,
-            self._num_saves,
+            count(self._num_saves, "checkpoint"),
             percent,
         )
 

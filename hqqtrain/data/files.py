@@ -120,8 +120,7 @@ def _by_split(files: list[Path], root: Path, format: str, key: str | None) -> So
     if key and (held_out or unused):
         example = f", such as {held_out[0].relative_to(root)}" if held_out else ""
         logger.info(
-            "%s=%s: by their names, %d files are for training and %d are held out%s; %d others "
-            "are not used.",
+            "%s=%s: files by their names: for training %d, held out %d%s, not used %d.",
             key, root, len(train), len(held_out), example, unused,
         )  # fmt: skip
     return SourceFiles(train, held_out, format)
