@@ -42,6 +42,7 @@ def run_task(config, command):
     if config.train.seed == 1:
         code = _meet(folder.parent)
     if config.train.seed == 3:  # a program without signal handlers, which Ctrl-C interrupts
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         (folder / "ready").touch()
         time.sleep(60)
     if config.train.seed == 2:
