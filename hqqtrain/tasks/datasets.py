@@ -9,6 +9,7 @@ from hqqtrain.data.eval_set import load_eval_set
 from hqqtrain.data.layout import BatchLayout
 from hqqtrain.data.packing import TokenSequences, pack_texts
 from hqqtrain.data.sources import load_training_texts
+from hqqtrain.distributed.comm import Communicator
 from hqqtrain.loading.plan import ModelPlan
 from hqqtrain.models.fqn import base_model
 from hqqtrain.models.rope import max_batched_length
@@ -18,12 +19,12 @@ from hqqtrain.tasks.context import Run
 logger = logging.getLogger(__name__)
 
 
-def batch_layout(run: Run, plan: ModelPlan) -> BatchLayout:
+def batch_layout(config: RunConfig, plan: ModelPlan, comm: Communicator) -> BatchLayout:
     """Return how texts are arranged in batches for the model of `plan`, the same on all ranks.
 
     Collective. If `train.packing` cannot be honored, the log says so.
     """
-    train, comm = run.config.train, run.runtime.comm
+    train = config.train
     assert plan.packing is not None
     length = max_batched_length(plan.model)
     if length is not None and length >= train.max_seq_len:
@@ -32,7 +33,7 @@ def batch_layout(run: Run, plan: ModelPlan) -> BatchLayout:
     if length is not None and not reason:
         reason = f"computes a text of more than {length} tokens and a shorter one differently"
     packs = all(comm.all_gather_object(not reason))
-    if not packs and train.packing and run.config.task == "finetune" and comm.is_main:
+    if not packs and train.packing and config.task == "finetune" and comm.is_main:
         logger.warning(
             "train.packing=true: %s %s, so each text has a row of its own; a step still trains on "
             "the texts of train.global_batch_size sequences",

@@ -51,7 +51,7 @@ def finetune(run: Run) -> None:
             check_step_count(checkpoint, config.train.max_steps)
         resumed = checkpoint.folder if checkpoint else None
         plan = plan_model(plan_settings(config), runtime, resumed=resumed)
-    layout = batch_layout(run, plan)
+    layout = batch_layout(config, plan, comm)
     source_digest = digest_source(plan.source, comm, runtime.preemption)
     history.check_checkpoint(checkpoint, source_digest)
     has_quantized = history.has_quantized(source_digest)
@@ -69,9 +69,7 @@ def finetune(run: Run) -> None:
         )
         digests = dataset_digests(training_data, held_out)
         check_resumable(checkpoint, digests, loader.total_steps)
-        check_fits_run(
-            run, plan, has_quantized=has_quantized, has_checkpoints=checkpoint is not None
-        )
+        check_fits_run(run, plan, has_quantized=has_quantized, has_checkpoints=bool(checkpoint))
     check_same_text(run, training_data, held_out)
     # All checks have passed, so `run.resume=never` may delete the old results.
     history.delete_results()

@@ -27,7 +27,7 @@ def evaluate(run: Run) -> None:
     """
     with run.runtime.comm.raise_on_all_ranks():
         plan = plan_model(plan_settings(run.config), run.runtime)
-    layout = batch_layout(run, plan)
+    layout = batch_layout(run.config, plan, run.runtime.comm)
     with run.runtime.comm.raise_on_all_ranks():
         held_out = load_held_out_data(
             run.config, plan.source.tokenizer, vocabulary_size(plan.model)
@@ -35,7 +35,7 @@ def evaluate(run: Run) -> None:
         check_fits_run(run, plan)
     check_same_text(run, held_out)
     source_digest = digest_source(plan.source, run.runtime.comm, run.runtime.preemption)
-    loaded = load_or_quantize(run, plan, source_digest=source_digest)
+    loaded = load_or_quantize(run, plan, digest=source_digest)
     runnable = wrap_for_execution(loaded, run.runtime.strategy)
     evaluation = RecordedEvaluation(run, runnable, held_out, layout, source_digest)
     evaluation.evaluate_as("quantized", adapted=False)

@@ -48,10 +48,7 @@ def check_fits_run(
 
 
 def load_or_quantize(
-    run: Run,
-    plan: ModelPlan,
-    checkpoint: Checkpoint | None = None,
-    source_digest: str | None = None,
+    run: Run, plan: ModelPlan, checkpoint: Checkpoint | None = None, digest: str | None = None
 ) -> LoadedModel:
     """Load the model of `plan` without quantizing twice, and save its packed weights. Collective.
 
@@ -67,14 +64,15 @@ def load_or_quantize(
         run: The run. This function calls its recorder's `begin_run`.
         plan: The plan. Its model on the meta device becomes the loaded model.
         checkpoint: The training checkpoint that the run resumes from.
-        source_digest: The digest of the plan's source if the caller knows it already.
+        digest: The digest of the plan's source if the caller knows it already.
     """
     config, runtime, recorder = run.config, run.runtime, run.recorder
     comm, quant = runtime.comm, config.quant
     with comm.raise_on_all_ranks():
         if config.task != "eval" or quant.cache_dir:
             companion_files(plan.source.tokenizer)  # a link among them is refused early
-    digest = source_digest or digest_source(plan.source, comm, runtime.preemption)
+    digest = digest or digest_source(plan.source, comm, runtime.preemption)
+    made_from = {MADE_FROM: {SOURCE_KEY: digest}}
 
     def load(packed: Path | None = None) -> LoadedModel:
         """Load the packed weights in the folder `packed`, or the source of the plan if None."""
@@ -83,21 +81,12 @@ def load_or_quantize(
             check_quantized(packed, comm)
         elif plan.is_packed:
             check_quantized(plan.source.path, comm, "Copy it again, or quantize again.")
-        is_packed = plan.is_packed or packed is not None
-        with recorder.progress_bars.show_quantizing(
-            plan.num_quantized_linears, loads=is_packed
-        ) as on_layer:
+        linears, is_packed = plan.num_quantized_linears, plan.is_packed or packed is not None
+        adapter, seed = config.adapter, config.train.seed
+        with recorder.progress_bars.show_quantizing(linears, loads=is_packed) as on_layer:
             return build_model(
-                plan,
-                runtime.strategy,
-                config.adapter,
-                config.train.seed,
-                packed=packed,
-                on_layer=on_layer,
+                plan, runtime.strategy, adapter, seed, packed=packed, on_layer=on_layer
             )
-
-    def save(loaded: LoadedModel, folder: Path) -> None:
-        loaded.save_packed(folder, comm, extra_json={MADE_FROM: {SOURCE_KEY: digest}})
 
     has_quantized = recorder.history.has_quantized(digest)
     if has_quantized:
@@ -111,10 +100,10 @@ def load_or_quantize(
         ) as entry:
             loaded = load(entry.folder if entry.is_complete else None)
             if not entry.is_complete:
-                save(loaded, entry.folder)
+                loaded.save_packed(entry.folder, comm, extra_json=made_from)
     # This creates the run directory. Bad weights have raised an error above and leave no directory.
     recorder.begin_run(loaded, checkpoint)
     # Save a copy in the run directory, so that the run does not depend on the cache.
     if quant.save and config.task in ("finetune", "quantize") and not has_quantized:
-        save(loaded, run.layout.quantized)
+        loaded.save_packed(run.layout.quantized, comm, extra_json=made_from)
     return loaded

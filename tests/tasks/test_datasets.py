@@ -79,7 +79,7 @@ def find_layout(make_config, start_run, monkeypatch):
             if others is not None:
                 gathered = others
                 monkeypatch.setattr(Communicator, "all_gather_object", lambda *_: gathered)
-            return batch_layout(run, plan)
+            return batch_layout(run.config, plan, run.runtime.comm)
 
     return find
 
