@@ -32,7 +32,7 @@ _WORD = rf"(?:{QUOTED}|[^\s;&|,'\"\])}}])+"
 """A shell word within the text of a list, such as `launch.setup=['a b', c]`."""
 
 _COMMAND_REST = rf"(?>{QUOTED}|[^;&|\n])*+"
-"""What follows the name of a program, up to the end of its command.
+"""The words after the name of a program, up to the end of its command.
 
 It is possessive: a quote that could be read in two ways would need exponential time.
 """

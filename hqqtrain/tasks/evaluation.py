@@ -60,14 +60,14 @@ class RecordedEvaluation:
         layout: BatchLayout = PACKED,
         source_digest: str | None = None,
     ) -> None:
-        self._recorder, self._runnable, self._train = run.recorder, runnable, run.config.train
+        self._run, self._recorder, self._runnable = run, run.recorder, runnable
         self._evaluator: Evaluator | None = None
         if not held_out:
             return
         config, runtime = run.config, run.runtime
         self._reference: nn.Module | None = None
         if config.eval.reference == "resident" and not runnable.plan.is_packed:
-            self._reference = _open_reference(run, runnable, held_out, source_digest)
+            self._reference = self._open_reference(held_out, source_digest)
         self._evaluator = Evaluator(
             held_out,
             runtime.comm,
@@ -109,7 +109,7 @@ class RecordedEvaluation:
         if self._evaluator is None:
             return
         evaluator, runnable = self._evaluator, self._runnable
-        tokenizer, train = load_tokenizer(runnable.plan.source.tokenizer), self._train
+        tokenizer, train = load_tokenizer(runnable.plan.source.tokenizer), self._run.config.train
         length = min(SAMPLE_TOKENS, train.max_seq_len)
         count = min(SAMPLES, train.micro_batch_size * train.max_seq_len // length)
         texts = select_beginnings(evaluator.held_out, count, length)
@@ -142,44 +142,50 @@ class RecordedEvaluation:
         self._recorder.log_evaluation(result)
         return result.loss
 
+    def _open_reference(self, held_out: TokenSequences, source_digest: str | None) -> nn.Module:
+        """Return the full-precision model; in one process, with a cache of its outputs.
+
+        Collective.
+        """
+        run, model, plan = self._run, self._runnable.model, self._runnable.plan
+        config, runtime = run.config, run.runtime
+
+        def load() -> nn.Module:
+            reference, bytes_read = build_reference(
+                plan, runtime.strategy, runtime.dtype, runtime.preemption
+            )
+            run.recorder.record_reference_bytes(bytes_read)
+            return reference
+
+        tokens = int((held_out.end - held_out.begin).sum())
+        head = output_head(model)
+        is_large = tokens * getattr(head, "in_features", 0) * runtime.dtype.itemsize > MAX_BYTES
+        # The head of the evaluated model serves as that of the reference, if it is not quantized.
+        if (
+            runtime.comm.size > 1
+            or runtime.strategy.shards_parameters
+            or type(head) is not nn.Linear
+            or is_large
+        ):
+            return load()
+        structure = build_meta(plan.hf_config, runtime.dtype)
+        parameters = sum(parameter.numel() for parameter in structure.parameters())
+        file = None
+        if source_digest and 2 * parameters * tokens >= MIN_FLOP:
+            settings = {
+                "model": [source_digest, plan.source.kind, plan.source.name],
+                "text": held_out.digest(),
+                "batch_size": config.train.micro_batch_size,
+                "precision": [str(runtime.dtype), config.train.precision, str(runtime.device)],
+            }
+            file = reference_file(Path(config.run.root).expanduser(), plan.source.name, settings)
+        run.recorder.record_reference_bytes(0)
+        return CachedReference(structure, head, load, file)
+
     def _save_reference(self) -> None:
         """Keep the outputs of the reference model for later runs."""
         if isinstance(self._reference, CachedReference):
             self._reference.save()
-
-
-def _open_reference(
-    run: Run, runnable: RunnableModel, held_out: TokenSequences, source_digest: str | None
-) -> nn.Module:
-    """Return the full-precision model, in one process with a cache of its outputs. Collective."""
-    config, runtime, plan = run.config, run.runtime, runnable.plan
-
-    def load() -> nn.Module:
-        model, bytes_read = build_reference(
-            plan, runtime.strategy, runtime.dtype, runtime.preemption
-        )
-        run.recorder.record_reference_bytes(bytes_read)
-        return model
-
-    tokens = int((held_out.end - held_out.begin).sum())
-    head = output_head(runnable.model)
-    is_large = tokens * getattr(head, "in_features", 0) * runtime.dtype.itemsize > MAX_BYTES
-    # The head of the evaluated model serves as that of the reference, if it is not quantized.
-    if runtime.strategy.name != "single" or type(head) is not nn.Linear or is_large:
-        return load()
-    structure = build_meta(plan.hf_config, runtime.dtype)
-    parameters = sum(parameter.numel() for parameter in structure.parameters())
-    file = None
-    if source_digest and 2 * parameters * tokens >= MIN_FLOP:
-        settings = {
-            "model": [source_digest, plan.source.kind, plan.source.name],
-            "text": held_out.digest(),
-            "batch_size": config.train.micro_batch_size,
-            "precision": [str(runtime.dtype), config.train.precision, str(runtime.device)],
-        }
-        file = reference_file(Path(config.run.root).expanduser(), plan.source.name, settings)
-    run.recorder.record_reference_bytes(0)
-    return CachedReference(structure, head, load, file)
 
 
 def _warn_if_not_finite(model_key: str, result: EvalResult) -> None:
