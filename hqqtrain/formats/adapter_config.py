@@ -7,27 +7,26 @@ understood, and the one that asks for more is named.
 """
 
 import json
-import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.reading import load_json
 from hqqtrain.common.time_limit import time_limit
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _PATTERN_SECONDS = 5.0
 """Seconds that the patterns of an adapter may take; those of PEFT's users take microseconds."""
-
-_MAX_BYTES = 1 << 24
-"""PEFT's files have a few kilobytes; with a rank for each layer of a large model, some hundred."""
 
 _WITHOUT_EFFECT = frozenset([
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out",
@@ -176,13 +175,9 @@ def _values_of(patterns: Mapping[str, Any] | None, default: Any, names: Set[str]
 
 def _read_json(path: Path, origin: str) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"larger than {_MAX_BYTES >> 20} MiB")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = load_json(path)
         if not isinstance(values, dict):
             raise ValueError("no JSON object")
-    except RecursionError as error:
-        raise UserError(f"{origin}: {CONFIG}: not a PEFT configuration (nested).") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{origin}: {CONFIG}: not a PEFT configuration ({error}).") from error
     return values
@@ -208,8 +203,12 @@ def _check_key(key: str, value: Any, origin: str) -> None:
         if value not in (None, "CAUSAL_LM"):
             raise UserError(f"{shown}: must be CAUSAL_LM, the task of the models here.")
     elif key not in _WITHOUT_EFFECT and key != "peft_type" and not _is_default(key, value):
-        is_known = key in LoraConfig.__dataclass_fields__
-        reason = _REASONS.get(key, "it is more than LoRA" if is_known else "it is not known here")
+        if key not in LoraConfig.__dataclass_fields__:
+            raise UserError(
+                f"{shown}: PEFT {peft.__version__}, which is installed, does not know this key. "
+                "Install a later one, or remove the key if it has no effect on this adapter."
+            )
+        reason = _REASONS.get(key, "it is more than LoRA")
         raise UserError(
             f"{shown}: {reason}. hqqtrain reads plain LoRA; use an adapter that was trained "
             f"without {key}."
@@ -235,7 +234,7 @@ def _is_integer(value: Any, low: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _is_mapping(value: Any, is_value: Callable[[Any], bool]) -> bool:

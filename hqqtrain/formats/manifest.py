@@ -5,6 +5,7 @@ Disks and copies lose bytes, and most damaged checkpoints would load without an 
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ def check_sealed(folder: Path, rank: int = 0, world_size: int = 1) -> None:
 
 def is_sealed(folder: Path) -> bool:
     """Whether `folder` has a manifest. Folders of older versions may have none."""
-    return (folder / MANIFEST).is_file()
+    return os.path.isfile(folder / MANIFEST)  # False for names that no path can have
 
 
 def file_digest(path: Path) -> FileDigest:

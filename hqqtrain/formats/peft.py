@@ -6,6 +6,7 @@ metadata of adapter_model.safetensors, which stock tools ignore.
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def load_adapter(
     """
     folder, origin = Path(folder), origin or str(folder)
     for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # also for names that no path can have
             raise UserError(f"{origin}: contains no {name}; {_missing_file_advice(folder, name)}")
     config = read_adapter_config(folder / CONFIG, origin)
     resolved: list[LoraConfig] = []
@@ -161,9 +162,9 @@ def load_adapter(
 
 
 def _missing_file_advice(folder: Path, name: str) -> str:
-    if (folder / "adapter" / CONFIG).is_file():
+    if os.path.isfile(folder / "adapter" / CONFIG):
         return f"give the folder of the adapter, {folder / 'adapter'}."
-    if name == WEIGHTS and (folder / "adapter_model.bin").exists():
+    if name == WEIGHTS and os.path.exists(folder / "adapter_model.bin"):
         return (
             "adapter_model.bin is a pickle, which hqqtrain never reads. Load it with PEFT and save "
             "it again with save_pretrained."

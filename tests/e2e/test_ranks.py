@@ -1,5 +1,6 @@
 """Several processes give the run directory, fingerprint, losses and files of one process."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -153,3 +154,22 @@ def test_synthetic_weights_do_not_depend_on_the_number_of_ranks(tmp_path: Path):
     for key in ("fingerprint", "bytes_read"):
         assert three.summary["quantize"][key] == one.summary["quantize"][key]
     assert (one.directory / "quantized" / "tokenizer.json").is_file()
+
+
+def test_two_processes_stop_early_and_return_to_the_best_step(tmp_path: Path):
+    # ZeRO-3 has the only parameters that a checkpoint cannot simply be copied into.
+    words = (
+        *QUICK, "parallel.strategy=zero3", "optim.lr=1", "optim.warmup_steps=0",
+        "optim.schedule=constant", "train.max_steps=20", "eval.every=1", "ckpt.load_best=true",
+        "train.early_stopping_patience=2", "eval.reference=off",
+    )  # fmt: skip
+    two = run(*words, root=tmp_path / "runs", processes=2)
+    assert two.code == 0, two.output
+    train = two.summary["train"]
+    assert train["steps"] == train["best_step"] + 2 < 20
+    assert train["adapter_step"] == train["best_step"]
+    perplexity = two.summary["eval"]["final"]["perplexity"]
+    assert perplexity == pytest.approx(math.exp(train["best_eval_loss"]), rel=1e-6)
+    best = load_file(two.directory / train["best_checkpoint"] / "adapter_model.safetensors")
+    adapter = _tensors(two.directory / "adapter")
+    assert all(torch.equal(adapter[name], best[name]) for name in adapter)

@@ -262,7 +262,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("keys", "tensors", "message"),
     [
-        ({"a_later_key": True}, {}, "a_later_key=true: it is not known here"),
+        ({"a_later_key": True}, {}, "a_later_key=true: PEFT .* does not know this key"),
         ({"a_later_rank": 3}, {}, "a_later_rank=3"),
         ({"use_dora": 1}, {}, "use_dora=1"),
         ({"init_lora_weights": "PiSSA"}, {}, "init_lora_weights=PiSSA"),
@@ -279,6 +279,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         ({"r": "4"}, {}, "r=4: must be an integer"),
         ({"r": True}, {}, "r=true: must be an integer"),
         ({"lora_alpha": None}, {}, "lora_alpha=null: must be a number"),
+        ({"lora_alpha": 10**400}, {}, "must be a number"),
         ({"lora_alpha": float("nan")}, {}, "lora_alpha=NaN: must be a number"),
         ({"rank_pattern": ["q_proj"]}, {}, "rank_pattern=.* must be a mapping"),
         ({"rank_pattern": {"q_proj": 8}}, {}, "gives it the rank 8"),
@@ -338,7 +339,7 @@ def test_keys_without_effect_are_no_obstacle(stock, keys):
         ("[]", "no JSON object"),
         ("", "not a PEFT configuration"),
         ("\x00", "not a PEFT configuration"),
-        (" " * (1 << 24) + "{}", "larger than 16 MiB"),
+        (" " * (1 << 24) + "{}", "larger than 16777216 bytes"),
     ],
     ids=lambda value: value[:10],
 )
@@ -375,3 +376,9 @@ def test_the_advice_for_a_folder_without_an_adapter_fits(stock, tmp_path):
     weights.rename(weights.with_name("adapter_model.bin"))
     with pytest.raises(UserError, match="is a pickle, which hqqtrain never reads"):
         load_adapter(tmp_path / "run" / "adapter")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "x/" * 3000])
+def test_a_name_that_no_folder_has_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match=r"contains no adapter_config\.json"):
+        load_adapter(tmp_path / name)
