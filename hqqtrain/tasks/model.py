@@ -1,5 +1,6 @@
 """The model of a task: plan it, check that it fits, and load it."""
 
+import logging
 from pathlib import Path
 
 from hqqtrain.checkpoint.format import Checkpoint
@@ -13,6 +14,8 @@ from hqqtrain.loading.source_digest import digest_source
 from hqqtrain.rundir.identity import MADE_FROM, SOURCE_KEY
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.resources import check_resources, workload_of
+
+logger = logging.getLogger(__name__)
 
 
 def plan_settings(config: RunConfig) -> PlanSettings:
@@ -89,6 +92,13 @@ def load_or_quantize(
             )
 
     has_quantized = recorder.history.has_quantized(digest)
+    is_outdated = run.layout.has_quantized and not (has_quantized or recorder.history.starts_over)
+    if comm.is_main and is_outdated:
+        logger.warning(
+            "%s: was made from other files than model.name_or_path=%s has now; the model is "
+            "quantized again",
+            run.layout.quantized, config.model.name_or_path,
+        )  # fmt: skip
     if has_quantized:
         loaded = load(run.layout.quantized)
     elif plan.is_packed or quant.cache_dir is None:

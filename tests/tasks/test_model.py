@@ -1,6 +1,7 @@
 """Where a task gets its packed weights from, in order: its own run, the source, the cache."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,19 @@ def test_a_model_that_does_not_fit_is_refused(make_config, start_run, monkeypatc
         plan = plan_model(plan_settings(run.config), run.runtime)
         with pytest.raises(UserError, match="weights and optimizer need"):
             check_fits_run(run, plan)
+
+
+def test_a_run_whose_model_has_changed_quantizes_again_and_says_so(
+    make_config, load, tmp_path: Path, tiny_model: Path, caplog
+):
+    first = load(make_config("quantize"))
+    weights = tiny_model / "model.safetensors"
+    before, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (tmp_path / "runs" / "run" / "status.json").write_text(json.dumps({"status": "failed"}))
+    caplog.set_level("WARNING")
+    again = load(make_config("quantize"))
+    assert "was made from other files than model.name_or_path" in caplog.text
+    assert again.bytes_read == first.bytes_read, "the dense weights are read again"
