@@ -7,8 +7,9 @@ alone, one text at a time, what the product has computed in batches:
 - `eval`: the perplexity of the full-precision model, relative difference;
 - `train`: the loss of one global batch as the loader arranges it, relative difference.
 
-The table has one line for each architecture: trained (packed, or in rows of their own), refused
-with the message, or FAILED. The exit code is 1 if a line says FAILED.
+The table has one line for each architecture: trained with texts that share a row (packed) or have
+rows of their own (rows), refused with the message, FAILED, or untried, if transformers has no small
+model of it to try. The exit code is 1 if a line says FAILED.
 
     python scripts/sweep_architectures.py                    all architectures, about 10 minutes
     python scripts/sweep_architectures.py llama opt mamba2   some of them
@@ -19,6 +20,7 @@ import io
 import json
 import logging
 import math
+import re
 import shutil
 import sys
 import tempfile
@@ -33,7 +35,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hqqtrain.common.errors import UserError, describe_error
@@ -42,12 +44,12 @@ from hqqtrain.config.groups import TrainConfig
 from hqqtrain.data.layout import BatchLayout
 from hqqtrain.data.loader import PackedLoader
 from hqqtrain.data.packing import pack_texts
-from hqqtrain.models.build import build_meta
+from hqqtrain.models import small_copy
+from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.causal_lm import next_token_outputs
 from hqqtrain.models.packing_probe import probe_packing
 from hqqtrain.models.small_copy import small_copies
 from hqqtrain.models.source import TINY_FOLDER
-from hqqtrain.nn.replace import fused_experts
 from hqqtrain.tasks.run import run_task
 
 TEXTS = (
@@ -57,6 +59,7 @@ TEXTS = (
 )
 HELD_OUT = ("a lazy dog may print the value of a list " * 4, "return none while data jumps " * 2)
 MAX_SEQ_LEN = 128
+VOCABULARY = 4096  # of the bundled tokenizer
 TOLERANCE = 1e-3
 """Largest relative difference between the product's figures and those of transformers alone."""
 
@@ -72,6 +75,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "xlm": {"causal": True},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dory": {"n_input_layers": 2, "n_recurrent_layers": 4, "n_output_layers": 2,
+             "num_hidden_layers": 8},
+    "glm4_moe": {"head_dim": 128},
     "falcon_h1": {"mamba_d_head": 64, "mamba_n_heads": 32, "mamba_d_ssm": 2048},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
@@ -97,20 +103,28 @@ class Outcome:
         return f"{self.model_type:26} {self.status:10} {figures}  {self.message}"
 
 
-def small_model(model_type: str) -> PreTrainedModel:
-    """Return a small random model with the vocabulary of the bundled tokenizer."""
+def save_small_model(model_type: str, folder: Path) -> PreTrainedModel | None:
+    """Save a small random model with the bundled tokenizer, and return it; None if none works."""
     config = CONFIG_MAPPING[model_type](**SETTINGS.get(model_type, {}))
-    small = next(small_copies(config, build_meta(config)), None)
-    if small is None:
-        raise UserError("no small model can be built")
-    for inner in (small.config, small.config.get_text_config(decoder=True)):
-        inner.vocab_size = 4096
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small.config).float().eval()
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            torch.nn.init.normal_(parameter, 0, 1 / parameter.shape[-1] ** 0.5)
-    return model
+    for small in small_copies(config, build_meta(config)):
+        for name, value in [*vars(small.config).items()]:
+            if "vocab" in name and value == small_copy.VOCABULARY:
+                setattr(small.config, name, VOCABULARY)
+        torch.manual_seed(0)
+        # Not all small configurations are consistent enough to be saved, or have layers that run.
+        with contextlib.suppress(Exception):
+            model = type(small)(small.config).float().eval()
+            for parameter in model.parameters():
+                if parameter.dim() >= 2:
+                    torch.nn.init.normal_(parameter, 0, 1 / parameter.shape[-1] ** 0.5)
+            tokens = torch.arange(VOCABULARY - 20, VOCABULARY)[None]
+            assert model(input_ids=tokens, use_cache=False).logits.shape[-1] >= VOCABULARY
+            model.save_pretrained(folder)
+            load_hf_config(folder)
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(TINY_FOLDER / file, folder)
+            return model
+    return None
 
 
 @torch.no_grad()
@@ -141,18 +155,31 @@ def loader_loss(model: PreTrainedModel) -> tuple[float, bool]:
     return total / count, probe.is_isolated
 
 
-def run_product(folder: Path, model: Path, skip: list[str]) -> float:
+def run_product(folder: Path, model: Path, skip: str) -> float:
     """Run `task=finetune` and return the perplexity of the full-precision model."""
     arguments = [
         f"model.name_or_path={model}", f"run.root={folder}", "run.name=run", "track.backends=[]",
         f"data.source={folder / 'train'}", f"eval.source={folder / 'held'}", "quant.nbits=4",
         f"train.max_seq_len={MAX_SEQ_LEN}", "train.max_steps=1", "train.global_batch_size=2",
-        "quant.group_size=null", "train.precision=fp32", f"quant.skip={json.dumps(skip)}",
+        "quant.group_size=null", "train.precision=fp32", skip,
     ]  # fmt: skip
     command = compose_command(arguments, False)
     run_task(command.jobs[0].config, arguments)
     summary = json.loads((folder / "run" / "summary.json").read_text())
     return float(summary["eval"]["full_precision"]["perplexity"])
+
+
+def run_as_advised(folder: Path, model: Path) -> float:
+    """Run the product, with other values of `quant.skip` if a message advises them."""
+    skip = "quant.skip=[lm_head]"
+    while True:
+        try:
+            return run_product(folder, model, skip)
+        except UserError as error:
+            advised = re.search(r"quant\.skip='(\[.*?\])'", str(error))
+            if advised is None or skip == f"quant.skip={advised[1]}":
+                raise
+            skip = f"quant.skip={advised[1]}"
 
 
 def try_architecture(model_type: str, folder: Path) -> Outcome:
@@ -164,15 +191,15 @@ def try_architecture(model_type: str, folder: Path) -> Outcome:
     outcome = Outcome(model_type, "")
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            model = small_model(model_type)
+            model = save_small_model(model_type, folder / "model")
+            if model is None:
+                return Outcome(
+                    model_type, "untried", "no small model of it can be saved and called"
+                )
             loss, packs = loader_loss(model)
             outcome.train_difference = abs(loss / mean_loss(model, TEXTS) - 1)
             held_out_loss = mean_loss(model, HELD_OUT)
-            model.save_pretrained(folder / "model")
-            for file in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(TINY_FOLDER / file, folder / "model")
-            skip = ["lm_head", "*.experts"] if fused_experts(model) else ["lm_head"]
-            perplexity = run_product(folder, folder / "model", skip)
+            perplexity = run_as_advised(folder, folder / "model")
             outcome.eval_difference = abs(math.log(perplexity) / held_out_loss - 1)
         outcome.status = "packed" if packs else "rows"
         if not max(outcome.eval_difference, outcome.train_difference) <= TOLERANCE:

@@ -5,6 +5,7 @@ found before any weight is quantized.
 """
 
 import logging
+from collections.abc import Sequence, Set
 
 from torch import nn
 
@@ -12,8 +13,11 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.models.families.positions import shortest_position_table
 from hqqtrain.models.families.structure import text_config
 from hqqtrain.models.fqn import base_model, base_tensors, is_packed
+from hqqtrain.models.weight_access import without_numbers
 from hqqtrain.models.weights.safetensors import SafetensorsReader
 from hqqtrain.models.weights.synthetic import SyntheticReader
+from hqqtrain.nn.hqq_linear import HQQLinear
+from hqqtrain.nn.replace import skip_argument
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +60,28 @@ def _check_positions(model: nn.Module, max_seq_len: int) -> None:
         raise UserError(
             f"train.max_seq_len={max_seq_len}: the model has a table of positions, {name}, for "
             f"{length} tokens; use train.max_seq_len={length} or less."
+        )
+
+
+def check_called_linears(model: nn.Module, read_linears: Set[str], skip: Sequence[str]) -> None:
+    """Check that the code of the model calls all quantized linears, and does not read their weight.
+
+    Args:
+        model: The model, with its quantized linears.
+        read_linears: As in `PackingProbe`.
+        skip: `quant.skip`.
+
+    Raises:
+        UserError: It reads the weight of a quantized linear.
+    """
+    quantized = (name for name, module in model.named_modules() if isinstance(module, HQQLinear))
+    read = [name for name in quantized if without_numbers(name) in read_linears]
+    if read:
+        endings = dict.fromkeys(f"*.{name.rpartition('.')[2]}" for name in read)
+        raise UserError(
+            f"quant.skip={list(skip)}: transformers' {type(base_model(model)).__name__} reads the "
+            f"weight of {read[0]} without calling the layer, so it cannot be quantized or adapted; "
+            f"quantize with {skip_argument([*skip, *endings])}."
         )
 
 

@@ -26,7 +26,7 @@ from hqqtrain.loading.initial_adapter import (
     load_initial_adapter,
     unknown_base_warning,
 )
-from hqqtrain.loading.model_check import check_runnable, check_stored_dtypes
+from hqqtrain.loading.model_check import check_called_linears, check_runnable, check_stored_dtypes
 from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.fqn import base_model, expected_shapes, tied_names
 from hqqtrain.models.packing_probe import PackingProbe, probe_packing
@@ -135,6 +135,10 @@ def plan_model(
             settings.max_seq_len,
             activation_checkpointing=settings.activation_checkpointing,
         )
+    packing = None
+    if settings.executes:
+        packing = probe_packing(hf_config, model, trains=settings.adapts)
+        check_called_linears(model, packing.read_linears, settings.quant.skip)
     lora = None
     if start or settings.adapts:
         model, lora = add_adapter(
@@ -143,10 +147,8 @@ def plan_model(
         cast_adapters(model, PRECISION_DTYPES[settings.adapter.dtype])
     else:
         model.requires_grad_(False)
-    packing = None
     if settings.executes:
         runtime.strategy.check_model(model)
-        packing = probe_packing(hf_config, model)
     return ModelPlan(source, hf_config, reader, model, lora, start, packing)
 
 

@@ -6,7 +6,8 @@ answer depends on the model's code, so it is measured and not looked up.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hqqtrain.common.errors import UserError, describe_error
 from hqqtrain.models.build import build_meta
 from hqqtrain.models.small_copy import VOCABULARY, small_copies
+from hqqtrain.models.weight_access import find_read_linears
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +38,24 @@ class PackingProbe:
     Attributes:
         is_isolated: Whether `position_ids` that restart at 0 keep packed texts apart.
         reason: Why not, as the rest of a sentence that begins with the model; empty if they do.
+        read_linears: Linears whose weight the code of the model reads; see `find_read_linears`.
     """
 
     is_isolated: bool
     reason: str = ""
+    read_linears: frozenset[str] = frozenset()
 
 
 @torch.no_grad()
-def probe_packing(hf_config: PretrainedConfig, model: nn.Module) -> PackingProbe:
+def probe_packing(
+    hf_config: PretrainedConfig, model: nn.Module, *, trains: bool = True
+) -> PackingProbe:
     """Test whether a model keeps packed texts apart. It takes less than a second for most models.
 
     Args:
         hf_config: The configuration of the model.
         model: The model, which may be on the meta device.
+        trains: Whether the model will be trained.
 
     Raises:
         UserError: The model is not causal, or transformers cannot call it with tokens alone.
@@ -67,7 +74,9 @@ def probe_packing(hf_config: PretrainedConfig, model: nn.Module) -> PackingProbe
                 "this config.json: a token sees later ones. Give a causal language model, or set "
                 "is_decoder=true in config.json if the model was trained as one."
             )
-        return _probe_isolation(texts, torch.cat([first, second]))
+        result = _probe_isolation(texts, torch.cat([first, second]))
+        call = partial(texts.logits, texts.first)
+        return replace(result, read_linears=find_read_linears(small, call, trains=trains))
     if failure is None:
         return PackingProbe(False, "could not be tested, because it has no small copy")
     _check_callable(hf_config, failure)

@@ -192,11 +192,11 @@ def _refuse_unused_overrides(
         raise UserError(
             f"quant.overrides={pattern}: has no effect, because quant.skip={config.skip} excludes "
             "every linear layer that it matches. Remove the override, or quantize these layers "
-            f"with {_skip_argument(other_skips)}."
+            f"with {skip_argument(other_skips)}."
         )
 
 
-def _skip_argument(patterns: Sequence[str]) -> str:
+def skip_argument(patterns: Sequence[str]) -> str:
     """Return the command-line argument that sets quant.skip to `patterns`."""
     quoted = [p if p.isidentifier() else f'"{p}"' for p in patterns]  # Hydra needs quotes for globs
     return f"quant.skip='[{','.join(quoted)}]'"
@@ -232,5 +232,5 @@ def _refuse_fused_experts(model: nn.Module, config: QuantConfig) -> None:
         raise UserError(
             f"{name}: {list(param.shape)} are fused mixture-of-experts weights, which cannot be "
             "quantized yet; keep them in full precision with "
-            f"{_skip_argument([*config.skip, *patterns])}."
+            f"{skip_argument([*config.skip, *patterns])}."
         )

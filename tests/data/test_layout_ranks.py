@@ -1,0 +1,46 @@
+"""Ranks whose texts need different numbers of batches train alike, and none waits forever."""
+
+import pytest
+import torch
+from architectures import IN_ROWS, small_config, small_model
+from ranks import on_ranks
+from test_layout import ROWS, make_loader
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
+from hqqtrain.train.losses.model_loss import ModelLoss
+from hqqtrain.train.losses.next_token import NextTokenLoss
+
+pytestmark = pytest.mark.ranks
+
+
+def gradients(comm: Communicator, mesh=None) -> dict[str, torch.Tensor]:
+    """Return the gradients of the sum of the losses of one global batch."""
+    model = small_model(small_config("opt", IN_ROWS["opt"] | {"dropout": 0.0})).train()
+    if mesh is not None:
+        for layer in model.model.decoder.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    loss = ModelLoss(model, NextTokenLoss(), comm, max_tokens=64)
+    loader = make_loader(ROWS, comm.rank, comm.size, micro_batch_size=1)
+    for batch in loader.batches(0):
+        (loss(batch)[0] * comm.size).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return grads if mesh is None else {n: grad.full_tensor() for n, grad in grads.items()}
+
+
+def train(rank: int, comm: Communicator) -> None:
+    counts = [len(list(make_loader(ROWS, r, 2, micro_batch_size=1)._micro_batches(0, r)))
+              for r in range(2)]  # fmt: skip
+    assert len(set(counts)) == 2, (
+        "choose texts of which the ranks need different numbers of batches"
+    )
+    ours, expected = gradients(comm, init_device_mesh("cpu", (2,))), gradients(SINGLE_PROCESS)
+    assert ours.keys() == expected.keys()
+    for name, grad in ours.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_ranks_with_different_numbers_of_batches():
+    assert on_ranks(train, 2) == ["", ""]
