@@ -1,41 +1,19 @@
 """However texts are arranged, a model gets every text once, and as if it were alone."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from architectures import IN_ROWS, PACKED, SMALL, small_config, small_model
+from packed_texts import MAX_SEQ_LEN, ROWS, make_loader, packed_sequences
 
-from hqqtrain.config.groups import TrainConfig
 from hqqtrain.data.layout import BatchLayout, collate_batch
-from hqqtrain.data.loader import PackedLoader
-from hqqtrain.data.packing import IGNORE_INDEX, TokenSequences, plain_text_targets
+from hqqtrain.data.packing import IGNORE_INDEX, TokenSequences
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.evaluation.perplexity import evaluate_perplexity
 from hqqtrain.models.build import build_meta
 from hqqtrain.models.causal_lm import next_token_outputs
 from hqqtrain.models.packing_probe import probe_packing
 from hqqtrain.models.rope import reset_dynamic_rope
-
-LENGTHS = (5, 40, 13, 2, 9, 30, 1, 17, 3, 24, 7, 11)
-MAX_SEQ_LEN = 32
-ROWS = BatchLayout(packs=False)
-
-
-def packed_sequences(lengths=LENGTHS, max_seq_len=MAX_SEQ_LEN) -> TokenSequences:
-    """Texts of random tokens in one stream, which is cut into sequences."""
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    stream = np.random.default_rng(0).integers(2, 500, ends[-1]).astype(np.int32)
-    begin = np.arange(0, len(stream), max_seq_len)
-    end = np.minimum(begin + max_seq_len, len(stream))
-    return TokenSequences(stream, plain_text_targets(stream, starts), starts, begin, end)
-
-
-def make_loader(layout: BatchLayout, rank: int = 0, world_size: int = 1, **train) -> PackedLoader:
-    settings = {"global_batch_size": 6, "micro_batch_size": 2, "max_seq_len": MAX_SEQ_LEN}
-    config = TrainConfig(**settings | train)
-    return PackedLoader(packed_sequences(), config, rank=rank, world_size=world_size, layout=layout)
 
 
 def targets(batches) -> list[int]:
