@@ -21,7 +21,7 @@ from hqqtrain.common.errors import (
     did_you_mean,
 )
 from hqqtrain.common.secrets import mask_secrets
-from hqqtrain.common.stdio import open_missing_streams, tolerate_lost_output
+from hqqtrain.common.stdio import open_missing_streams, tolerate_lost_errors, tolerate_lost_output
 from hqqtrain.compose.command import Command, compose_command
 from hqqtrain.compose.help import help_text
 from hqqtrain.compose.inputs import has_inputs_to_check, is_local, named_inputs
@@ -47,6 +47,7 @@ _FLAGS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code: 0, 1, 2 or 3, as `--help` explains."""
     open_missing_streams()
+    tolerate_lost_errors()
     set_rank_env_from_slurm(os.environ)
     code = _run_with_exit_code(sys.argv[1:] if argv is None else argv)
     _write_exit_code(code)

@@ -30,12 +30,16 @@ def open_missing_streams() -> None:
 
 
 def tolerate_lost_output() -> None:
-    """Drop text that standard output or standard error cannot take, instead of raising an error.
+    """Drop text that standard output cannot take, instead of raising an error.
 
-    Streams that a caller has replaced, as tests do, stay as they are.
+    A stream that a caller has replaced, as tests do, stays as it is.
     """
     if sys.stdout is sys.__stdout__ or sys.__stdout__ is None:
         sys.stdout = _lossy(sys.stdout)
+
+
+def tolerate_lost_errors() -> None:
+    """Do the same for standard error: a message that nobody reads must not change the exit code."""
     if sys.stderr is sys.__stderr__ or sys.__stderr__ is None:
         sys.stderr = _lossy(sys.stderr)
 

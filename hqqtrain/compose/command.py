@@ -48,6 +48,8 @@ class Command:
                 f"task={config.task}: starts from the settings of {run.config_yaml}; the command "
                 "line overrides them."
             )
+            if config.task == "eval":
+                yield from (f"warning: {m}" for m in run_settings.held_out_warnings(run, config))
         unused = list(unused_settings(config, sorted(given)))
         unused += [
             f"{key}: is not used, because model.name_or_path={config.model.name_or_path} is "

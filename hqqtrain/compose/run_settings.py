@@ -4,7 +4,7 @@ A run is measured as it was trained: with its held-out text, its sequence length
 Its config.yaml is the base, and the recipe and the command line override it.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from hqqtrain.common.reading import load_json
 from hqqtrain.common.secrets import MASK
 from hqqtrain.compose.messages import check_type
 from hqqtrain.compose.schema import known_keys
+from hqqtrain.config.groups import AUTO
 from hqqtrain.config.renamed import with_new_names
 from hqqtrain.config.run import RunConfig
-from hqqtrain.rundir.identity import read_yaml
+from hqqtrain.rundir.identity import changed_inputs, read_yaml
 from hqqtrain.rundir.layout import RunLayout
 
 TASKS = ("eval", "export")
@@ -40,11 +41,13 @@ def run_of(config: RunConfig) -> RunLayout | None:
     """Return the run that `model.name_or_path` names, by its folder or its quantized/, if any."""
     if config.model.source != "pretrained":
         return None
-    folder = Path(config.model.name_or_path).expanduser()
-    for run in (RunLayout(folder), RunLayout(folder.parent)):
-        is_named = folder in (run.folder, run.quantized)
-        if is_named and run.config_yaml.is_file() and run.has_quantized:
-            return run
+    named = Path(config.model.name_or_path).expanduser()
+    # The name may be a link to either folder.
+    for folder in (named, named.resolve()):
+        for run in (RunLayout(folder), RunLayout(folder.parent)):
+            is_named = folder in (run.folder, run.quantized)
+            if is_named and run.config_yaml.is_file() and run.has_quantized:
+                return run
     return None
 
 
@@ -76,6 +79,38 @@ def read_run_settings(run: RunLayout, given: Collection[str]) -> dict[str, dict[
             check_type(key, value, f"{run.config_yaml}: ")
             settings.setdefault(group, {})[name] = value
     return settings
+
+
+def held_out_warnings(run: RunLayout, config: RunConfig) -> Iterator[str]:
+    """Yield why text that `config` holds out may be text that `run` was trained on.
+
+    Args:
+        run: The run whose model is evaluated.
+        config: The configuration of the evaluation.
+    """
+    saved = read_yaml(run.config_yaml)
+    inputs, data, evaluation = (saved.get(key) or {} for key in ("inputs", "data", "eval"))
+    trained, measured = data.get("source"), evaluation.get("source")
+    changed = changed_inputs(inputs, config)
+    for key, source in (("data.source", trained), ("eval.source", measured)):
+        value = config.data.source if key == "data.source" else config.eval.source
+        if value == source and key in changed and key in inputs:
+            yield (
+                f"{key}={source}: is not the text that {run.folder} has used: it has changed, or "
+                "a relative path means another file here. The figures cannot be compared with "
+                "those of the run, which may have trained on some of this text."
+            )
+    splits = config.eval.source in (AUTO, config.data.source)
+    shares = data.get("validation"), config.data.validation
+    if config.data.source != trained or not splits:
+        return
+    if measured not in (AUTO, trained):
+        yield f"eval.source={config.eval.source}: {run.folder} was trained on all of {trained}."
+    elif None not in shares and shares[0] != shares[1]:
+        yield (
+            f"data.validation={shares[1]}: {run.folder} held out {shares[0]} and was trained on "
+            "the rest, of which some is measured now."
+        )
 
 
 def settings_of_packed_model(config: RunConfig, given: Collection[str]) -> list[str]:

@@ -7,6 +7,7 @@ modules are equal. So the perplexities of two machines can be compared.
 """
 
 import hashlib
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from hqqtrain.data.sources import load_held_out_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 def load_eval_set(
@@ -58,7 +61,15 @@ def load_eval_set(
     candidates = cut_windows(texts, length)
     if not len(candidates):
         raise UserError(f"{where}: no text in it has a token to predict.")
-    return sample_windows(candidates, evaluation.tokens)
+    windows = sample_windows(candidates, evaluation.tokens)
+    measured, there = (int((each.end - each.begin).sum()) for each in (windows, candidates))
+    if measured < min(evaluation.tokens, there) / 2:
+        logger.warning(
+            "eval.tokens=%d: only %d tokens are measured, because windows of up to %d tokens "
+            "(train.max_seq_len) are measured as a whole; use more tokens or shorter windows",
+            evaluation.tokens, measured, length,
+        )  # fmt: skip
+    return windows
 
 
 def cut_windows(texts: TokenSequences, length: int) -> TokenSequences:

@@ -16,7 +16,9 @@ from hqqtrain.rundir.layout import RunLayout
 
 _ADAPTER = tuple(f"adapter/{name}" for name in ADAPTER_FILES)
 
-TRAINED_RESULTS = ("quantized/manifest.json", *_ADAPTER)
+QUANTIZED = "quantized/manifest.json"
+
+TRAINED_RESULTS = (QUANTIZED, *_ADAPTER)
 """The recorded files of the model that a run has trained. A manifest stands for its folder."""
 
 _RESULTS = ("summary.json", *TRAINED_RESULTS, "export/config.json")
@@ -34,7 +36,27 @@ def missing_results(layout: RunLayout) -> list[str]:
     recorded: Iterable[str] = recorded_results(layout)
     if not recorded and "train" in _read_object(layout.summary_json):
         recorded = _ADAPTER  # a run of the first release has trained
-    return [name for name in recorded if not (layout.folder / name).is_file()]
+    missing = [name for name in recorded if not (layout.folder / name).is_file()]
+    if QUANTIZED in recorded and QUANTIZED not in missing:
+        missing += _missing_weights(layout)
+    return missing
+
+
+def _missing_weights(layout: RunLayout) -> list[str]:
+    """Return the files of quantized/ that are missing or have another size than the manifest says.
+
+    Their contents are verified before weights are loaded.
+    """
+    files = _read_object(layout.folder / QUANTIZED).get("files")
+    return [
+        f"quantized/{name}"
+        for name, entry in (files.items() if isinstance(files, dict) else ())
+        if not _has_size(layout.quantized / name, entry["bytes"])
+    ]
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def check_results(layout: RunLayout, advice: str, names: Iterable[str] = _RESULTS) -> None:

@@ -8,8 +8,9 @@ import pytest
 
 PROGRAM = """
 import logging, sys
-from hqqtrain.common.stdio import open_missing_streams, tolerate_lost_output
+from hqqtrain.common.stdio import open_missing_streams, tolerate_lost_errors, tolerate_lost_output
 open_missing_streams()
+tolerate_lost_errors()
 tolerate_lost_output()
 for _ in range(3):
     print("out" * 10_000)

@@ -11,6 +11,7 @@ from hqqtrain.compose.command import compose_command
 from hqqtrain.compose.compose import compose_config
 from hqqtrain.config.renamed import with_old_names
 from hqqtrain.config.run import RunConfig
+from hqqtrain.rundir.identity import input_digests
 
 TRAINED = (
     "recipe=tiny_2bit", "train.max_seq_len=128", "train.precision=bf16", "eval.tokens=512",
@@ -40,8 +41,12 @@ def _compose(*words: str) -> RunConfig:
 
 
 @pytest.mark.parametrize("task", ["eval", "export"])
-@pytest.mark.parametrize("name", ["runs/mine", "./runs/mine/", "runs/mine/quantized"])
+@pytest.mark.parametrize(
+    "name", ["runs/mine", "./runs/mine/", "runs/mine/quantized", "link", "packed"]
+)
 def test_the_settings_of_the_run_are_the_base(run: Path, task, name):
+    Path("link").symlink_to(run)
+    Path("packed").symlink_to(run / "quantized")
     config = _compose(f"task={task}", f"model.name_or_path={name}")
     trained = _compose(*TRAINED)
     assert config.eval == trained.eval
@@ -125,3 +130,35 @@ def test_the_user_is_told_where_settings_come_from_and_which_are_not_used(run: P
         "warning: quant.nbits: is not used, because model.name_or_path=runs/mine is quantized "
         "already and keeps its settings.",
     ]
+
+
+def _warnings(*words: str) -> str:
+    return " ".join(compose_command(["task=eval", *words], False).notes())
+
+
+def _write_run_on_texts(folder: Path) -> Path:
+    """Write a run on mine.jsonl, whose held-out text is a part of it, with the digests of files."""
+    Path("mine.jsonl").write_text('{"body": "a"}')
+    config = compose_config([*TRAINED, "eval.source=auto"])
+    return _write_run(folder, asdict(config) | {"inputs": input_digests(config)})
+
+
+def test_a_text_that_has_changed_since_the_run_is_named(run: Path):
+    folder = _write_run_on_texts(Path("runs/other"))
+    assert "mine.jsonl" not in _warnings(f"model.name_or_path={folder}")
+    Path("mine.jsonl").write_text('{"body": "b"}')
+    message = _warnings(f"model.name_or_path={folder}")
+    assert "data.source=mine.jsonl: is not the text that runs/other has used" in message
+    assert "mine.jsonl" not in _warnings(f"model.name_or_path={folder}", "data.source=new.jsonl",
+                                         "eval.source=held.txt")  # fmt: skip
+
+
+def test_a_larger_held_out_part_than_that_of_the_run_is_named(run: Path):
+    folder = _write_run_on_texts(Path("runs/other"))
+    message = _warnings(f"model.name_or_path={folder}", "data.validation=0.5")
+    assert "data.validation=0.5: runs/other held out 0.02 and was trained on the rest" in message
+
+
+def test_text_that_the_run_was_trained_on_is_not_held_out(run: Path):
+    message = _warnings(f"model.name_or_path={run}", "eval.source=mine.jsonl")
+    assert "eval.source=mine.jsonl: runs/mine was trained on all of mine.jsonl" in message

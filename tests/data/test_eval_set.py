@@ -66,3 +66,17 @@ def test_the_name_describes_the_held_out_set():
     assert "held-out modules" in dataset_name(EvalConfig(), DataConfig())
     assert dataset_name(EvalConfig(source="a"), DataConfig(source="a")) == "a, held-out part"
     assert dataset_name(EvalConfig(source="a"), DataConfig()) == "a"
+
+
+def test_far_fewer_tokens_than_asked_for_are_a_warning(tokenizer, tmp_path, caplog):
+    """A short window may be the first one by its hash, and no long one fits beside it."""
+    file, warned = tmp_path / "long.txt", set()
+    for words in range(300, 340):
+        file.write_text(" ".join(f"value_{i} = {i}" for i in range(words)))
+        evaluation = EvalConfig(source=str(file), tokens=500)
+        caplog.clear()
+        windows = load_eval_set(evaluation, DataConfig(source="x.txt"), tokenizer, 480)
+        is_far_less = int((windows.end - windows.begin).sum()) < 250
+        assert ("tokens are measured" in caplog.text) == is_far_less
+        warned.add(is_far_less)
+    assert warned == {True, False}

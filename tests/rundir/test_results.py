@@ -72,3 +72,17 @@ def test_nothing_but_results_is_compared(finished: RunDirectory, results):
     status = json.loads(finished.layout.status_json.read_text()) | {"results": results}
     finished.layout.status_json.write_text(json.dumps(status))
     assert recorded_results(finished.layout) == {}
+
+
+def test_deleted_or_cut_weights_are_missing(finished: RunDirectory):
+    folder = finished.layout.quantized
+    (folder / "model.safetensors").write_bytes(b"12345")
+    manifest = {"files": {"model.safetensors": {"bytes": 5, "sha256": "00"}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with finished:
+        finished.write_status("done", exit_code=0)
+    assert finished.is_finished_as_configured()
+    (folder / "model.safetensors").write_bytes(b"1234")
+    assert missing_results(finished.layout) == ["quantized/model.safetensors"]
+    (folder / "model.safetensors").unlink()
+    assert not finished.is_finished_as_configured()

@@ -17,6 +17,8 @@ import time
 import types
 from pathlib import Path
 
+from hqqtrain.rundir.directory import RunDirectory
+
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
@@ -26,14 +28,20 @@ def run_task(config, command):
     if seed in (2, 5):
         return {2: 2, 5: 3}[seed]
     folder.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("RANK", "0") == "0":
+        with RunDirectory(config) as run:
+            run.begin(command)
+    while not (folder / "config.yaml").exists():
+        time.sleep(0.05)
     rank, starts = os.environ.get("RANK", "0"), folder / f"starts-{os.environ.get('RANK', '0')}"
     starts.open("a").write(f"{os.environ.get('SLURM_RESTART_COUNT', '0')}\n")
-    if seed == 1 and not status.exists():
+    if seed == 1 and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         signal.sigwait(SIGNALS)
         if rank == "0":
             (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
             status.write_text(json.dumps({"status": "preempted", "exit_code": 3}, indent=2))
-        while not status.exists():  # all ranks leave together
+        # All ranks leave together.
+        while not (status.exists() and "preempted" in status.read_text()):
             time.sleep(0.05)
         return 3
     count = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
