@@ -233,8 +233,9 @@ def test_a_killed_sweep_resumes_and_quantizes_once(tmp_path):
     """Real runs, two at a time: one fails at first, one finishes, one is killed in training."""
     root = tmp_path / "runs"
     gone, there, other, held_out = (tmp_path / f"{name}.txt" for name in "abcd")
-    for file in (there, other, held_out):
+    for file in (there, other):
         file.write_text(TEXT)
+    held_out.write_text(TEXT.replace("add", "subtract").replace("+", "-"))
     words = ["-m", *QUICK, f"data.source={gone},{there},{other}", f"eval.source={held_out}",
              "train.max_steps=12", "launch.max_parallel_jobs=2", f"run.root={root}"]  # fmt: skip
     env = {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}

@@ -186,7 +186,7 @@ def test_a_job_that_sbatch_refuses_is_one_message(cluster, tmp_path):
 
 def test_a_preempted_run_is_one_run(cluster, tmp_path):
     """Two ranks on two nodes get USR1, which Slurm sends before a time limit."""
-    words = (*QUICK, "train.max_steps=24", "track.backends=[wandb]", "launch.nodes=2")
+    words = (*QUICK, "train.max_steps=12", "track.backends=[wandb]", "launch.nodes=2")
     job = _submit(cluster, tmp_path, *words)
     cluster.wait_until(lambda: len(_steps(tmp_path)) >= 2, SLOW)
     cluster.run("scancel", "--signal=USR1", job)
@@ -194,7 +194,7 @@ def test_a_preempted_run_is_one_run(cluster, tmp_path):
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), _output(tmp_path)
     run = _run_directory(tmp_path)
     assert json.loads((run / "summary.json").read_text())["run"]["world_size"] == 2
-    assert _steps(tmp_path) == list(range(1, 25)), "every step exactly once"
+    assert _steps(tmp_path) == list(range(1, 13)), "every step exactly once"
     offline = [path.name for path in (run / "wandb").glob("offline-run-*")]
     assert len(offline) == 2, "one for each start"
     assert {name.rpartition("-")[2] for name in offline} == {(run / "wandb/run_id").read_text()}
