@@ -60,8 +60,7 @@ def load_or_quantize(
     1. `quantized/` of the run directory, which an earlier process of this run has saved;
     2. the source of the plan, if it is packed;
     3. the entry of `quant.cache_dir`, which another run with the same settings has saved;
-    4. the dense source, which is quantized. The result becomes the entry of `quant.cache_dir`, if
-       that is set.
+    4. the dense source, which is quantized. If `quant.cache_dir` is set, the result is its entry.
 
     Args:
         run: The run. This function calls its recorder's `begin_run`.
@@ -75,7 +74,6 @@ def load_or_quantize(
         if config.task != "eval" or quant.cache_dir:
             companion_files(plan.source.tokenizer)  # a link among them is refused early
     digest = digest or digest_source(plan.source, comm, runtime.preemption)
-    made_from = {MADE_FROM: {SOURCE_KEY: digest}}
 
     def load(packed: Path | None = None) -> LoadedModel:
         """Load the packed weights in the folder `packed`, or the source of the plan if None."""
@@ -92,13 +90,8 @@ def load_or_quantize(
             )
 
     has_quantized = recorder.history.has_quantized(digest)
-    is_outdated = run.layout.has_quantized and not (has_quantized or recorder.history.starts_over)
-    if comm.is_main and is_outdated:
-        logger.warning(
-            "%s: was made from other files than model.name_or_path=%s has now; the model is "
-            "quantized again",
-            run.layout.quantized, config.model.name_or_path,
-        )  # fmt: skip
+    if not has_quantized and not recorder.history.starts_over:
+        _warn_if_outdated(run)
     if has_quantized:
         loaded = load(run.layout.quantized)
     elif plan.is_packed or quant.cache_dir is None:
@@ -110,10 +103,25 @@ def load_or_quantize(
         ) as entry:
             loaded = load(entry.folder if entry.is_complete else None)
             if not entry.is_complete:
-                loaded.save_packed(entry.folder, comm, extra_json=made_from)
+                loaded.save_packed(entry.folder, comm, extra_json=_made_from(digest))
     # This creates the run directory. Bad weights have raised an error above and leave no directory.
     recorder.begin_run(loaded, checkpoint)
     # Save a copy in the run directory, so that the run does not depend on the cache.
     if quant.save and config.task in ("finetune", "quantize") and not has_quantized:
-        loaded.save_packed(run.layout.quantized, comm, extra_json=made_from)
+        loaded.save_packed(run.layout.quantized, comm, extra_json=_made_from(digest))
     return loaded
+
+
+def _warn_if_outdated(run: Run) -> None:
+    """Warn that `quantized/` of the run directory, if there is one, is quantized again."""
+    if run.runtime.comm.is_main and run.layout.has_quantized:
+        logger.warning(
+            "%s: was made from other files than model.name_or_path=%s has now; the model is "
+            "quantized again",
+            run.layout.quantized, run.config.model.name_or_path,
+        )  # fmt: skip
+
+
+def _made_from(digest: str) -> dict[str, dict[str, str]]:
+    """Return the file name and content by which packed weights name their source."""
+    return {MADE_FROM: {SOURCE_KEY: digest}}
