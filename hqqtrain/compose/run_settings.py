@@ -89,12 +89,13 @@ def held_out_warnings(run: RunLayout, config: RunConfig) -> Iterator[str]:
         config: The configuration of the evaluation.
     """
     saved = read_yaml(run.config_yaml)
-    inputs, data, evaluation = (saved.get(key) or {} for key in ("inputs", "data", "eval"))
+    groups = (saved.get(key) for key in ("inputs", "data", "eval"))
+    inputs, data, evaluation = (g if isinstance(g, dict) else {} for g in groups)
     trained, measured = data.get("source"), evaluation.get("source")
-    changed = changed_inputs(inputs, config)
+    values = {"data.source": config.data.source, "eval.source": config.eval.source}
+    changed = changed_inputs(inputs, config, values)
     for key, source in (("data.source", trained), ("eval.source", measured)):
-        value = config.data.source if key == "data.source" else config.eval.source
-        if value == source and key in changed and key in inputs:
+        if values[key] == source and key in changed and key in inputs:
             yield (
                 f"{key}={source}: is not the text that {run.folder} has used: it has changed, or "
                 "a relative path means another file here. The figures cannot be compared with "
@@ -105,7 +106,10 @@ def held_out_warnings(run: RunLayout, config: RunConfig) -> Iterator[str]:
     if config.data.source != trained or not splits:
         return
     if measured not in (AUTO, trained):
-        yield f"eval.source={config.eval.source}: {run.folder} was trained on all of {trained}."
+        yield (
+            f"eval.source={config.eval.source}: {run.folder} was trained on {trained} and held "
+            "out no part of it by data.validation."
+        )
     elif None not in shares and shares[0] != shares[1]:
         yield (
             f"data.validation={shares[1]}: {run.folder} held out {shares[0]} and was trained on "

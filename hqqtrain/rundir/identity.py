@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -144,15 +144,21 @@ def input_digests(config: RunConfig) -> dict[str, str]:
     return {key: _input_digest(key, path) for key, path in _input_paths(config).items()}
 
 
-def changed_inputs(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
+def changed_inputs(
+    saved: Mapping[str, Any], config: RunConfig, keys: Collection[str] | None = None
+) -> list[str]:
     """Return the config keys whose files are others than those in `saved`.
 
     Args:
         saved: The result of `input_digests` that config.yaml contains. The first release has
             recorded `stat_digest`, which is compared with its kind.
         config: The configuration of today's command.
+        keys: The config keys to compare; None: all. The others are not read.
     """
     paths = _input_paths(config)
+    if keys is not None:
+        paths = {key: path for key, path in paths.items() if key in keys}
+        saved = {key: digest for key, digest in saved.items() if key in keys}
     changed = sorted(saved.keys() - paths.keys())
     for key, path in paths.items():
         is_by_content = str(saved.get(key)).startswith("sha256:")

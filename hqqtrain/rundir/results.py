@@ -6,13 +6,12 @@ of the results when the run is done. Runs of the first release have not recorded
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from hqqtrain.common.digest import content_digest
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.inputs import ADAPTER_FILES
-from hqqtrain.common.reading import load_json
 from hqqtrain.rundir.layout import RunLayout
+from hqqtrain.rundir.schema import read_json
 
 _ADAPTER = tuple(f"adapter/{name}" for name in ADAPTER_FILES)
 
@@ -34,7 +33,7 @@ def result_digests(layout: RunLayout) -> dict[str, str]:
 def missing_results(layout: RunLayout) -> list[str]:
     """Return the names of the results that a finished run has recorded and that are missing now."""
     recorded: Iterable[str] = recorded_results(layout)
-    if not recorded and "train" in _read_object(layout.summary_json):
+    if not recorded and "train" in read_json(layout.summary_json):
         recorded = _ADAPTER  # a run of the first release has trained
     missing = [name for name in recorded if not (layout.folder / name).is_file()]
     if QUANTIZED in recorded and QUANTIZED not in missing:
@@ -47,7 +46,7 @@ def _missing_weights(layout: RunLayout) -> list[str]:
 
     Their contents are verified before weights are loaded.
     """
-    files = _read_object(layout.folder / QUANTIZED).get("files")
+    files = read_json(layout.folder / QUANTIZED).get("files")
     return [
         f"quantized/{name}"
         for name, entry in (files.items() if isinstance(files, dict) else ())
@@ -83,16 +82,8 @@ def check_results(layout: RunLayout, advice: str, names: Iterable[str] = _RESULT
 
 def recorded_results(layout: RunLayout) -> Mapping[str, str]:
     """Return name -> digest of the results of a finished run; empty if it has recorded none."""
-    status = _read_object(layout.status_json)
+    status = read_json(layout.status_json)
     results = status.get("results") if status.get("status") == "done" else None
     if not isinstance(results, dict):
         return {}
     return {name: digest for name, digest in results.items() if name in _RESULTS}
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = load_json(path)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

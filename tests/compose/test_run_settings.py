@@ -161,4 +161,13 @@ def test_a_larger_held_out_part_than_that_of_the_run_is_named(run: Path):
 
 def test_text_that_the_run_was_trained_on_is_not_held_out(run: Path):
     message = _warnings(f"model.name_or_path={run}", "eval.source=mine.jsonl")
-    assert "eval.source=mine.jsonl: runs/mine was trained on all of mine.jsonl" in message
+    assert (
+        "eval.source=mine.jsonl: runs/mine was trained on mine.jsonl and held out no part"
+        in message
+    )
+
+
+def test_a_damaged_config_gives_no_warning_and_no_traceback(run: Path):
+    content = {"identity": "x", "inputs": [1], "data": "text", "eval": None}
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    assert "is not the text" not in _warnings(f"model.name_or_path={run}")

@@ -1,4 +1,4 @@
-"""What the choices of `parallel.offload` cover, and copies of groups."""
+"""The choices of `parallel.offload` cover what they name, and copies of groups are independent."""
 
 from dataclasses import asdict, fields, is_dataclass
 

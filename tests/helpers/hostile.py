@@ -1,4 +1,4 @@
-"""What a case of hostile or broken input needs: small inputs that are right, to be broken."""
+"""Small inputs that are right, which cases of hostile or broken input break."""
 
 import json
 import os
