@@ -10,8 +10,8 @@ from pathlib import Path
 from hqqtrain.common.digest import content_digest
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.inputs import ADAPTER_FILES
+from hqqtrain.common.reading import read_json
 from hqqtrain.rundir.layout import RunLayout
-from hqqtrain.rundir.schema import read_json
 
 _ADAPTER = tuple(f"adapter/{name}" for name in ADAPTER_FILES)
 

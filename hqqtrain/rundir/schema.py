@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
-from hqqtrain.common.reading import load_json
+from hqqtrain.common.reading import read_json
 
 SCHEMA = 1
 """Version of summary.json."""
@@ -204,12 +204,3 @@ def read_summary(path: Path) -> Summary:
 def read_status(path: Path) -> Status:
     """Return the content of status.json; an empty `Status` if it is missing or not JSON."""
     return Status.from_json(read_json(path))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in the file at `path`; an empty one if the file has none."""
-    try:
-        content = load_json(path)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -5,6 +5,7 @@ from dataclasses import astuple
 
 import pytest
 
+from hqqtrain.common.reading import read_json
 from hqqtrain.rundir.schema import (
     EvalMetrics,
     ModelMetrics,
@@ -12,7 +13,6 @@ from hqqtrain.rundir.schema import (
     Status,
     Summary,
     TrainMetrics,
-    read_json,
     read_status,
     read_summary,
 )

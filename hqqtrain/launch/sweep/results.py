@@ -17,6 +17,7 @@ from tabulate import tabulate
 
 from hqqtrain.common.errors import DONE, PREEMPTED
 from hqqtrain.common.files import atomic_write
+from hqqtrain.common.reading import read_json
 from hqqtrain.compose.job import Job
 from hqqtrain.launch.slurm.requeue import read_attempt
 from hqqtrain.launch.sweep.sweep import Sweep
@@ -26,7 +27,6 @@ from hqqtrain.rundir.schema import (
     QuantizeMetrics,
     Summary,
     TrainMetrics,
-    read_json,
 )
 
 _STATE_BY_EXIT_CODE = {DONE: "done", PREEMPTED: "preempted", None: "unfinished"}
