@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FEW_TOKENS = 2000
+"""Held-out text with fewer tokens than this gives a perplexity that is mostly noise."""
+
 
 def load_eval_set(
     evaluation: EvalConfig,
@@ -33,8 +36,10 @@ def load_eval_set(
 ) -> TokenSequences | None:
     """Sample windows of at most `max_seq_len` tokens from the held-out texts.
 
-    No window crosses the end of its text. Together the windows have at most `eval.tokens` tokens.
-    This number includes the first token of each window, which is not predicted.
+    No window crosses the end of its text. Together the windows have `eval.tokens` tokens if there
+    are as many: the last window is cut. If `eval.tokens` is a multiple of `max_seq_len`, windows
+    are measured as a whole, and their sum may be smaller. The number includes the first token of
+    each window, which is not predicted.
 
     Args:
         evaluation: The group `eval` of the configuration.
@@ -61,9 +66,16 @@ def load_eval_set(
     candidates = cut_windows(texts, length)
     if not len(candidates):
         raise UserError(f"{where}: no text in it has a token to predict.")
-    windows = sample_windows(candidates, evaluation.tokens)
+    cuts = evaluation.tokens % max_seq_len != 0
+    windows = sample_windows(candidates, evaluation.tokens, cuts=cuts)
     measured, there = (int((each.end - each.begin).sum()) for each in (windows, candidates))
-    if measured < min(evaluation.tokens, there) / 2:
+    if there < min(FEW_TOKENS, evaluation.tokens):
+        logger.warning(
+            "%s: the held-out text has only %d tokens, so its perplexity is mostly noise; hold out "
+            "more text with data.validation, or set eval.source to a longer text",
+            where, there,
+        )  # fmt: skip
+    elif measured < min(evaluation.tokens, there) / 2:
         logger.warning(
             "eval.tokens=%d: only %d tokens are measured, because windows of up to %d tokens "
             "(train.max_seq_len) are measured as a whole; use more tokens or shorter windows",
@@ -86,15 +98,29 @@ def cut_windows(texts: TokenSequences, length: int) -> TokenSequences:
     return replace(texts, begin=begin[has_prediction], end=end[has_prediction])
 
 
-def sample_windows(windows: TokenSequences, max_tokens: int) -> TokenSequences:
+def sample_windows(
+    windows: TokenSequences, max_tokens: int, *, cuts: bool = False
+) -> TokenSequences:
     """Select windows in ascending order of their hashes, up to `max_tokens` tokens in total.
 
     The selected windows keep their original order.
+
+    Args:
+        windows: The windows.
+        max_tokens: Largest number of tokens in total.
+        cuts: Whether the first window that does not fit is cut so that it does. A single token is
+            left out, because it predicts nothing.
     """
     hashes = [_window_hash(windows, index) for index in range(len(windows))]
     order = np.argsort(hashes, kind="stable")
     total_tokens = np.cumsum((windows.end - windows.begin)[order])
-    return windows.select(np.sort(order[total_tokens <= max_tokens]))
+    count = int(np.count_nonzero(total_tokens <= max_tokens))
+    rest = max_tokens - (int(total_tokens[count - 1]) if count else 0)
+    end = windows.end.copy()
+    if cuts and count < len(order) and rest > 1:
+        end[order[count]] = windows.begin[order[count]] + rest
+        count += 1
+    return replace(windows, end=end).select(np.sort(order[:count]))
 
 
 def _window_hash(windows: TokenSequences, index: int) -> bytes:

@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hqqtrain.common.errors import UserError, did_you_mean
-from hqqtrain.data.splits import HELD_OUT_SPLITS, TRAIN, split_files
+from hqqtrain.data.splits import (
+    HELD_OUT_SPLITS,
+    TRAIN,
+    split_files,
+    split_of_name,
+    split_of_path,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +23,12 @@ FORMAT_BY_EXTENSION = {
 
 COMPRESSIONS = (".gz", ".bz2", ".zst")
 """Extensions of compressed files, which follow the extension of a format, as in `a.jsonl.gz`."""
+
+SOURCE_TREE_EXTENSIONS = (".py", ".md", ".rst")
+"""Extensions of source code and its documents, whose names say what they are about."""
+
+MAX_UNTRAINED = 1 / 3
+"""Largest share of the bytes of a folder that names may keep out of the training, unwarned."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,8 @@ def find_files(source: str, format: str, key: str, *, warns: bool = True) -> Sou
     """Find the file `source`, or the files below the folder `source` in sorted order.
 
     Hidden files are left out. Names of files and folders decide the split, as in `datasets`: if
-    some are named after the training split, files without a split are left out, too.
+    some are named after the training split, files without a split are left out, too. In a tree of
+    source code they decide nothing.
 
     Args:
         source: Path of the file or folder. The name of a single file does not matter.
@@ -55,7 +68,12 @@ def find_files(source: str, format: str, key: str, *, warns: bool = True) -> Sou
         return SourceFiles([path], [], _format_of(path, key) if format == "auto" else format)
     if not path.is_dir():
         raise UserError(f"{key}={path}: is neither a file nor a folder; write its text to a file.")
-    all_files = sorted(p for p in path.rglob("*") if not p.is_dir() and not _is_hidden(p, path))
+    all_files, links = _list_folder(path, key)
+    if warns and links:
+        logger.warning(
+            "%s=%s: %d linked folders are not read, such as %s; link or give the files.",
+            key, path, len(links), links[0].relative_to(path),
+        )  # fmt: skip
     extensions = {
         extension
         for extension, its_format in FORMAT_BY_EXTENSION.items()
@@ -76,6 +94,17 @@ def find_files(source: str, format: str, key: str, *, warns: bool = True) -> Sou
         )  # fmt: skip
     common_format = _common_format(files, path, key)
     return _by_split(files, path, common_format, key if warns else None)
+
+
+def _list_folder(folder: Path, key: str) -> tuple[list[Path], list[Path]]:
+    """Return the files below a folder, and the links to other folders, without hidden ones."""
+    try:
+        paths = sorted(p for p in folder.rglob("*") if not _is_hidden(p, folder))
+        folders = {p for p in paths if p.is_dir()}
+        links = [p for p in paths if p in folders and p.is_symlink()]
+    except OSError as error:
+        raise UserError(f"{key}={folder}: cannot be read: {error.strerror}.") from error
+    return [p for p in paths if p not in folders], links
 
 
 def format_extension(file: Path) -> str:
@@ -113,17 +142,58 @@ def _existing_path(source: str, key: str) -> Path:
 
 def _by_split(files: list[Path], root: Path, format: str, key: str | None) -> SourceFiles:
     """Sort the files below `root` by their names, and log what follows if `key` is given."""
+    if _is_source_tree(files, root):
+        _log_ignored_names(files, root, key)
+        return SourceFiles(files, [], format)
     splits = split_files(files, root)
     held_out = next((splits[split] for split in HELD_OUT_SPLITS if split in splits), [])
     train = splits.get(TRAIN) or splits.get(None, [])
     unused = len(files) - len(train) - len(held_out)
     if key and (held_out or unused):
+        untrained = 1 - _bytes(train) / max(_bytes(files), 1)
+        advice = "; rename files or folders that are no splits" if untrained > MAX_UNTRAINED else ""
         example = f", such as {held_out[0].relative_to(root)}" if held_out else ""
-        logger.info(
-            "%s=%s: files by their names: for training %d, held out %d%s, not used %d.",
-            key, root, len(train), len(held_out), example, unused,
+        logger.log(
+            logging.WARNING if untrained > MAX_UNTRAINED else logging.INFO,
+            "%s=%s: files by their names: for training %d, held out %d%s, not used %d; "
+            "%.0f%% of the bytes are not trained on%s.",
+            key, root, len(train), len(held_out), example, unused, 100 * untrained, advice,
         )  # fmt: skip
     return SourceFiles(train, held_out, format)
+
+
+def _is_source_tree(files: list[Path], root: Path) -> bool:
+    """Whether `root` contains source code or documents, in which `train/` is a topic.
+
+    That is so if more than half of the files are. But a folder that consists of folders named after
+    splits, as `train/` and `validation/`, is no source tree. A README has no say.
+    """
+    files = [file for file in files if not file.name.lower().startswith("readme")]
+    documents = [file for file in files if format_extension(file) in SOURCE_TREE_EXTENSIONS]
+    parts = [file.relative_to(root).parts for file in files]
+    top_splits = {split_of_name(names[0]) if len(names) > 1 else None for names in parts}
+    is_split = None not in top_splits and TRAIN in top_splits and len(top_splits) > 1
+    return 2 * len(documents) > len(files) and not is_split
+
+
+def _log_ignored_names(files: list[Path], root: Path, key: str | None) -> None:
+    """Log the names of splits that decide nothing; warn if they may be held-out text."""
+    named = [file for file in files if split_of_path(file, root)]
+    # In a source tree, a text file of such a name may be held-out text all the same.
+    data = [file for file in named if format_extension(file) not in SOURCE_TREE_EXTENSIONS]
+    held_out = [file for file in data if split_of_path(file, root) in HELD_OUT_SPLITS]
+    if key and named:
+        logger.log(
+            logging.WARNING if held_out else logging.INFO,
+            "%s=%s: most files are source code or documents (%s), so names such as %s make no "
+            "split, and all files are used.",
+            key, root, ", ".join(SOURCE_TREE_EXTENSIONS), (held_out or named)[0].relative_to(root),
+        )  # fmt: skip
+
+
+def _bytes(files: list[Path]) -> int:
+    """Return the size of all files that exist; a broken link is reported when it is read."""
+    return sum(file.stat().st_size for file in files if file.exists())
 
 
 def _format_of(file: Path, key: str) -> str:

@@ -1,7 +1,7 @@
-"""Separate held-out texts from training texts by their content.
+"""Hold out a part of the texts, by their content.
 
-A perplexity on text that the model was trained on is worthless. Two texts count as equal if they
-differ in white space only, so a copy is found whatever its name, its format and its line endings.
+Two texts count as equal if they differ in white space only, so copies of a text stay together.
+Near copies may end up in both parts; `overlap.py` finds them.
 """
 
 import hashlib
@@ -16,12 +16,6 @@ import numpy as np
 from hqqtrain.common.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-MAX_OVERLAP = 0.05
-"""Largest share of the held-out characters that may also be in the training text, with a warning.
-
-Independent texts share headings and empty forms: below this share the perplexity is still valid.
-"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ def is_blank(text: str | None) -> bool:
 
 
 def split_by_hash(
-    texts: Iterable[str], share: float, where: str
+    texts: Iterable[str], share: float, where: str, *, logs: bool = True
 ) -> tuple[Iterable[str], Iterable[str]]:
     """Split texts into those to train on and those to hold out, by the hash of each text.
 
@@ -59,13 +53,14 @@ def split_by_hash(
         texts: The texts; they are iterated again whenever a part is.
         share: The share of the texts to hold out, above 0 and below 1.
         where: `key=source` for messages.
+        logs: Whether to log how many texts are held out.
 
     Raises:
         UserError: No text is left to train on.
     """
     hashes = np.fromiter((text_hash(text) for text in texts if not is_blank(text)), np.uint64)
     if len(hashes) == 1:
-        return _split_single(next(text for text in texts if not is_blank(text)), share, where)
+        return _split_single(next(text for text in texts if not is_blank(text)), share, where, logs)
     # Not `ceil(share * n)`: 0.1 * 30 is above 3 in binary fractions.
     count = max(1, ceil(Fraction(str(share)) * len(hashes)))
     threshold = np.sort(hashes)[min(count, len(hashes)) - 1]  # the largest held-out hash
@@ -75,17 +70,18 @@ def split_by_hash(
             f"{where}: its {len(hashes)} text(s) cannot be split into a training and a held-out "
             "part, because all would be held out; set eval.source to another source, or to null."
         )
-    logger.info(
-        "%s: %d of %d texts are held out by their hashes (data.validation=%s).",
-        where, held_out, len(hashes), share,
-    )  # fmt: skip
+    if logs:
+        logger.info(
+            "%s: %d of %d texts are held out by their hashes (data.validation=%s).",
+            where, held_out, len(hashes), share,
+        )  # fmt: skip
     return (
         FilteredTexts(texts, lambda text: not is_blank(text) and text_hash(text) > threshold),
         FilteredTexts(texts, lambda text: not is_blank(text) and text_hash(text) <= threshold),
     )
 
 
-def _split_single(text: str, share: float, where: str) -> tuple[list[str], list[str]]:
+def _split_single(text: str, share: float, where: str, logs: bool) -> tuple[list[str], list[str]]:
     """Hold out the end of the only text: `share` of its characters, cut at the end of a line."""
     latest = len(text) - ceil(Fraction(str(share)) * len(text))
     cut = text.rfind("\n", 0, latest) + 1 or text.find("\n") + 1
@@ -95,42 +91,9 @@ def _split_single(text: str, share: float, where: str) -> tuple[list[str], list[
             f"{where}: its only text has a single line and cannot be split into a training and a "
             "held-out part; set eval.source to another source, or to null."
         )
-    logger.info(
-        "%s: is a single text; its last %d of %d characters are held out (data.validation=%s).",
-        where, len(held_out), len(text), share,
-    )  # fmt: skip
+    if logs:
+        logger.info(
+            "%s: is a single text; its last %d of %d characters are held out (data.validation=%s).",
+            where, len(held_out), len(text), share,
+        )  # fmt: skip
     return [train], [held_out]
-
-
-def check_overlap(train: Iterable[str], held_out: Iterable[str], where: str, fix: str) -> None:
-    """Refuse held-out texts that are also trained on; warn if they are few.
-
-    Args:
-        train: The texts to train on.
-        held_out: The held-out texts.
-        where: The two sources, for messages.
-        fix: Further advice for the error message.
-
-    Raises:
-        UserError: More than `MAX_OVERLAP` of the held-out characters are in equal training texts.
-    """
-    sizes, example = {}, {}
-    for text in held_out:
-        if not is_blank(text):
-            key = text_hash(text)
-            sizes[key], example[key] = len(text), text[:60]
-    shared = {key for text in train if not is_blank(text) and (key := text_hash(text)) in sizes}
-    if not shared:
-        return
-    overlap = sum(sizes[key] for key in shared) / sum(sizes.values())
-    largest = max(sorted(shared), key=sizes.__getitem__)
-    message = (
-        f"{where}: {len(shared)} of {len(sizes)} held-out texts, with {overlap:.1%} of the "
-        f"characters, overlaps with the training text, such as {example[largest]!r}"
-    )
-    if overlap > MAX_OVERLAP:
-        raise UserError(
-            f"{message}. The model would train on held-out text; remove these texts from one of "
-            f"the two{fix}."
-        )
-    logger.warning("%s; the perplexity is slightly too good.", message)

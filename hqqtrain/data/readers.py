@@ -244,6 +244,8 @@ def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, Any]]:
                 rows = range(1, parquet.metadata.num_rows + 1)
                 yield from ((f", row {row}", None) for row in rows)
                 return
+            if schema.names.count(field) > 1:
+                raise UnreadableError(f": has several columns data.text_field={field}.")
             type_ = schema.field(field).type
             if pyarrow.types.is_dictionary(type_):
                 type_ = type_.value_type
@@ -264,7 +266,8 @@ def _open(file: Path) -> io.BufferedReader:
     """Open a file, which is decompressed if its extension says so."""
     if file.suffix.lower() not in COMPRESSIONS:
         return file.open("rb")
-    return io.BufferedReader(pyarrow.input_stream(str(file)))
+    compression = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}[file.suffix.lower()]
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression=compression))
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Any]]]] = {

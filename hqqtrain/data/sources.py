@@ -2,7 +2,7 @@
 
 By default (`eval.source=auto`) the held-out text comes from `data.source`. The standard library is
 split by module name, a hub data set has the splits of its authors, and files and folders may be
-named after a split. Otherwise a hash of each text decides. `held_out.py` checks that two sources
+named after a split. Otherwise a hash of each text decides. `overlap.py` checks that the two parts
 share no text.
 """
 
@@ -16,8 +16,9 @@ from pathlib import Path
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import AUTO, DataConfig, EvalConfig
 from hqqtrain.data.files import FORMAT_BY_EXTENSION, find_files, format_extension
-from hqqtrain.data.held_out import check_overlap, split_by_hash
+from hqqtrain.data.held_out import split_by_hash
 from hqqtrain.data.hub import has_held_out, load_hub_dataset, select_hub_split, text_column
+from hqqtrain.data.overlap import check_overlap
 from hqqtrain.data.readers import FileTexts
 from hqqtrain.data.stdlib import stdlib_texts
 
@@ -59,7 +60,9 @@ def load_training_texts(data: DataConfig, evaluation: EvalConfig) -> Iterable[st
         check_overlap(texts.train, held_out, sources, fix)
         return texts.train
     if texts.held_out is None:
-        return split_by_hash(texts.train, data.validation, where)[0]
+        train, held_out = split_by_hash(texts.train, data.validation, where, logs=False)
+        check_overlap(train, held_out, where, fix=None)
+        return train
     if data.source != STDLIB:  # split by module name, with a few equal one-line modules
         check_overlap(texts.train, texts.held_out, where, ", or set eval.source to another source")
     return texts.train

@@ -29,7 +29,7 @@ class Evaluator:
         reference: The full-precision model, if the KL divergence to it is measured.
         autocast: Makes the context of the forward passes.
         layout: Which texts may share a batch.
-        show_progress: Opens a bar that shows how many tokens this rank has evaluated.
+        show_progress: Opens a bar that shows how many tokens all ranks have evaluated.
     """
 
     held_out: TokenSequences

@@ -61,7 +61,8 @@ def evaluate_perplexity(
         batch_size: Sequences per batch and rank.
         reference: The full-precision model; adds its perplexity and KL(reference || model).
         layout: Which sequences may share a batch.
-        on_batch: Called with the number of predicted tokens after every batch of this rank.
+        on_batch: Called after every batch of this rank, with the number of tokens that all ranks
+            have predicted meanwhile. It does not depend on the rank.
 
     Returns:
         The result over the whole set, the same on all ranks.
@@ -70,10 +71,11 @@ def evaluate_perplexity(
     model.eval()
     # The sum of `_sum_over_tokens` over all batches of this rank.
     sums = torch.zeros(4, dtype=torch.float64, device=comm.device)
-    for batch, weight in _batches_of_this_rank(sequences, batch_size, comm, layout):
-        batch_sums = _sum_over_tokens(model, reference, batch)
-        sums += weight * batch_sums
-        on_batch(int(batch_sums[3]))
+    for batch, weight, tokens_of_ranks in _batches_of_this_rank(
+        sequences, batch_size, comm, layout
+    ):
+        sums += weight * _sum_over_tokens(model, reference, batch)
+        on_batch(tokens_of_ranks)
     model.train(was_training)
     loss, reference_loss, kl, tokens = comm.all_reduce_sum(sums)
     perplexity = _perplexity(loss / tokens)
@@ -89,8 +91,8 @@ def _perplexity(loss: float) -> float:
 
 def _batches_of_this_rank(
     sequences: TokenSequences, batch_size: int, comm: Communicator, layout: BatchLayout
-) -> Iterator[tuple[Batch, int]]:
-    """Yield (batch, weight), the same number of times on every rank.
+) -> Iterator[tuple[Batch, int, int]]:
+    """Yield (batch, weight, targets of all ranks), the same number of times on every rank.
 
     The forward pass of a sharded model is a collective, so a rank without a batch must run it, too.
     It repeats the first batch, with weight 0; all other weights are 1.
@@ -100,7 +102,9 @@ def _batches_of_this_rank(
         index = turn * comm.size + comm.rank  # round robin
         exists = index < len(batches)
         batch = collate_batch(batches[index if exists else 0], has_positions=layout.packs)
-        yield {name: tensor.to(comm.device) for name, tensor in batch.items()}, int(exists)
+        on_device = {name: tensor.to(comm.device) for name, tensor in batch.items()}
+        of_ranks = batches[turn * comm.size : (turn + 1) * comm.size]
+        yield on_device, int(exists), sum(each.target_token_count for each in of_ranks)
 
 
 def _sum_over_tokens(model: nn.Module, reference: nn.Module | None, batch: Batch) -> Tensor:

@@ -51,12 +51,11 @@ class ProgressBars:
 
     @contextmanager
     def show_evaluating(self, held_out: TokenSequences) -> Iterator[Callable[[int], None]]:
-        """Show a bar over this rank's share of the held-out tokens.
+        """Show a bar over the held-out tokens of all ranks.
 
         Yields:
-            A function to call with the number of tokens of each batch.
+            A function to call with the number of tokens of each batch, summed over all ranks.
         """
-        # About this many: the ranks share batches, not tokens.
-        tokens_of_rank = -(-held_out.target_token_count // self._runtime.comm.size)
-        with self._console.progress_bar("evaluating", tokens_of_rank, "token") as bar:
+        tokens = held_out.target_token_count
+        with self._console.progress_bar("evaluating", tokens, "token") as bar:
             yield bar.update

@@ -1,5 +1,6 @@
 """The held-out set: a sample of the whole text, within its size limit, selected by content."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -73,10 +74,71 @@ def test_far_fewer_tokens_than_asked_for_are_a_warning(tokenizer, tmp_path, capl
     file, warned = tmp_path / "long.txt", set()
     for words in range(300, 340):
         file.write_text(" ".join(f"value_{i} = {i}" for i in range(words)))
-        evaluation = EvalConfig(source=str(file), tokens=500)
+        evaluation = EvalConfig(source=str(file), tokens=480)
         caplog.clear()
         windows = load_eval_set(evaluation, DataConfig(source="x.txt"), tokenizer, 480)
-        is_far_less = int((windows.end - windows.begin).sum()) < 250
+        is_far_less = int((windows.end - windows.begin).sum()) < 240
         assert ("tokens are measured" in caplog.text) == is_far_less
         warned.add(is_far_less)
     assert warned == {True, False}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> str:
+    """Return a file of 40 texts of 10 to 2,000 tokens."""
+    file = tmp_path_factory.mktemp("texts") / "a.jsonl"
+    rows = ["\n".join(f"value_{i} = {i * j}" for i in range(5 * j + 2)) for j in range(40)]
+    file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return str(file)
+
+
+def bounds(texts: str, tokenizer, tokens: int, length: int) -> list[tuple[int, int]]:
+    evaluation = EvalConfig(source=texts, tokens=tokens)
+    chosen = load_eval_set(evaluation, DataConfig(source="x.txt"), tokenizer, length)
+    return list(zip(chosen.begin.tolist(), chosen.end.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("length", [64, 256, 2047])
+@pytest.mark.parametrize("tokens", [2, 3, 99, 300, 1000, 4095, 4100])
+def test_exactly_as_many_tokens_as_asked_for(texts, tokenizer, tokens, length):
+    sizes = [end - begin for begin, end in bounds(texts, tokenizer, tokens, length)]
+    assert sum(sizes) in (tokens, tokens - 1)  # a window of one token predicts nothing
+    assert max(sizes) <= length
+    assert min(sizes) > 1
+
+
+def test_only_the_last_window_by_hash_is_cut(texts, tokenizer):
+    whole, cut, everything = (bounds(texts, tokenizer, n, 128) for n in (2048, 2100, 128 * 10**6))
+    assert set(whole) < set(cut)
+    assert sum(end - begin for begin, end in cut) == 2100
+    ((begin, end),) = set(cut) - set(everything)
+    assert any(begin == other[0] and end < other[1] for other in everything)
+    assert cut == sorted(cut)
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(512, 512), (2048, 128), (4096, 64), (4096, 1024)])
+def test_a_multiple_of_the_window_is_measured_in_whole_windows(texts, tokenizer, tokens, length):
+    """Users compare such figures with those of before the last window was cut."""
+    everything = bounds(texts, tokenizer, 10**6 * length, length)
+    stream = load_eval_set(
+        EvalConfig(source=texts), DataConfig(source="x.txt"), tokenizer, length
+    ).stream
+    expected, total = [], 0
+    for begin, end in sorted(
+        everything,
+        key=lambda b: hashlib.sha256(stream[slice(*b)].astype("<i4").tobytes()).digest()[:8],
+    ):
+        total += end - begin
+        if total <= tokens:
+            expected.append((begin, end))
+    assert bounds(texts, tokenizer, tokens, length) == sorted(expected)
+
+
+@pytest.mark.parametrize(("words", "tokens", "hints"), [(50, 4096, 1), (50, 99, 0), (9000, 99, 0)])
+def test_a_tiny_held_out_text_gets_one_hint(tokenizer, tmp_path, caplog, words, tokens, hints):
+    (tmp_path / "a.txt").write_text("\n".join(f"value_{i} = {i}" for i in range(words)))
+    (tmp_path / "b.txt").write_text("another text\n")
+    evaluation = EvalConfig(source=str(tmp_path / "a.txt"), tokens=tokens)
+    load_eval_set(evaluation, DataConfig(source=str(tmp_path / "b.txt")), tokenizer, 64)
+    assert len([line for line in caplog.messages if "mostly noise" in line]) == hints
+    assert len(caplog.messages) == hints

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.data.held_out import check_overlap, split_by_hash, text_hash
+from hqqtrain.data.held_out import split_by_hash, text_hash
 
 TEXTS = [f"text number {i}" for i in range(100)]
 
@@ -48,13 +48,3 @@ def test_the_split_is_logged(caplog):
 
 def test_equal_up_to_white_space():
     assert text_hash(" a\r\n\tb ") == text_hash("a b") != text_hash("ab")
-
-
-def test_overlap_is_measured_in_characters(caplog):
-    held_out = ["x" * 1000, "short", "short"]
-    check_overlap(["another"], held_out, "", "")
-    assert not caplog.text
-    check_overlap(["short", ""], held_out, "", "")
-    assert "1 of 2 held-out texts, with 0.5% of the characters" in caplog.text
-    with pytest.raises(UserError, match=r"99\.5% of the characters.*'xxx"):
-        check_overlap(["x" * 1000], held_out, "", "")

@@ -186,3 +186,15 @@ def test_damaged_parquet_is_named(tmp_path):
     invalid = pa.array([b"\xff"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": invalid}), tmp_path / "bytes")
     assert "not UTF-8" in refusal(tmp_path / "bytes", format="parquet")
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".GZ", gzip.compress), (".Bz2", bz2.compress)])
+def test_compressed_files_in_upper_case(tmp_path, suffix, compress):
+    (tmp_path / f"a.TXT{suffix}").write_bytes(compress(b"x"))
+    assert list(FileTexts([tmp_path / f"a.TXT{suffix}"], "text", "text", "data.source=a")) == ["x"]
+
+
+def test_several_parquet_columns_of_the_name_are_refused(tmp_path):
+    pq.write_table(pa.table([["x"], ["y"]], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: has several columns data\.text_field=text"):
+        list(FileTexts([tmp_path / "a.parquet"], "parquet", "text", "data.source=a"))

@@ -306,7 +306,9 @@ def test_a_few_equal_texts_are_warned_about(tmp_path, caplog):
         ("x-train.jsonl", "x-dev.jsonl"), ("train/a.jsonl", "test/a.jsonl"),
         ("a.jsonl", "DEV.jsonl"),
         ("data/train-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl"),
-        ("train.jsonl.gz", "eval.jsonl.gz"),
+        ("train.jsonl.gz", "eval.jsonl.gz"), ("trainset.jsonl", "valset.jsonl"),
+        ("trainData/a.jsonl", "validationData/a.jsonl"), ("a.jsonl", "held_out.jsonl"),
+        ("a/b.jsonl", "holdout/b.jsonl"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("source", ["auto", "same", "file", None])
@@ -322,6 +324,45 @@ def test_text_under_a_held_out_name_is_never_trained_on(tmp_path, train, held_ou
     if source is not None:
         texts = list(load_held_out_texts(evaluation, data))
         assert texts == [f"{held_out} {i}" for i in range(3)]
+
+
+@pytest.mark.parametrize("texts", [200, 1])
+def test_the_split_by_hash_is_logged_once(tmp_path, caplog, texts):
+    caplog.set_level("INFO")
+    if texts == 1:
+        (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(100)))
+    else:
+        rows = (json.dumps({"text": f"text {i}"}) + "\n" for i in range(texts))
+        (tmp_path / "a.jsonl").write_text("".join(rows))
+    data = DataConfig(source=str(tmp_path))
+    load_training_texts(data, EvalConfig())
+    load_held_out_texts(EvalConfig(), data)
+    assert len([line for line in caplog.messages if "held out" in line]) == 1
+
+
+def test_near_copies_in_a_source_that_is_split_by_hash_are_warned_about(tmp_path, caplog):
+    texts = [
+        f"number {i} has a text of its own, which is {i * i} and not {i**3}" for i in range(40)
+    ]
+    rows = [*texts, *(text.upper() for text in texts)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    data = DataConfig(source=str(tmp_path), validation=0.1)
+    assert len(list(load_training_texts(data, EvalConfig()))) == 72
+    assert "overlaps with the training text" in caplog.text
+    assert "too good" in caplog.text
+
+
+def test_edited_copies_and_pieces_are_refused(tmp_path):
+    lines = [f"value_{i} = function_{i % 7}(argument_{i * i})  # comment {i}" for i in range(60)]
+    (tmp_path / "one.txt").write_text("\n".join(lines))
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in lines))
+    (tmp_path / "paragraphs.txt").write_text("\n".join(lines[20:30]).upper() + " \r\n")
+    for held_out in ("lines.jsonl", "paragraphs.txt"):
+        assert "with 100.0% of the" in overlap_message(tmp_path / "one.txt", tmp_path / held_out)
+    for held_out in ("one.txt", "paragraphs.txt"):
+        assert "of 1 held-out texts" in overlap_message(
+            tmp_path / "lines.jsonl", tmp_path / held_out
+        )
 
 
 def test_rows_that_are_in_both_splits_of_a_folder_are_refused(tmp_path):

@@ -23,6 +23,34 @@ def test_the_split_of_a_file_is_that_of_datasets(tmp_path, folder, name):
     assert (split_of_name(name) or "train") == str(expected)
 
 
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        ("train", "trainset.jsonl trainData x_trainSet TRAINING_DATA XMLTrain.txt"),
+        (
+            "validation",
+            "valset.jsonl validationData devset dev-00000-of-00001.parquet my_corpus_valid.txt "
+            "x.val.jsonl VALSET.txt ValSet valData.json dev_set.txt validset.gz val2017 myVALSet "
+            "validation_split.jsonl.zst VaLiDaTiOn.txt a(val).txt val@2x.txt corpus+dev.txt",
+        ),
+        (
+            "test",
+            "testset testData test_a eval.jsonl held_out.jsonl heldout holdout hold-out HeldOut "
+            "held.out.txt my-heldout-set.parquet holdout_data held_out_03.jsonl evalSet testB.txt",
+        ),
+        (
+            None,
+            "trainer.txt tests devil.txt values.jsonl evaluate.txt contest testify.txt "
+            "upheld_outcome.txt holdouts_of_war.txt trainspotting.txt household.txt Devices.txt a",
+        ),
+    ],
+)  # fmt: skip
+def test_more_spellings_than_those_of_datasets(split, names):
+    assert {name: split_of_name(name) for name in names.split()} == dict.fromkeys(
+        names.split(), split
+    )
+
+
 @pytest.mark.parametrize("folder", ["train", "my-val", "dev_2", "test", "x.eval.y", "latest"])
 def test_the_split_of_a_folder_is_that_of_datasets(tmp_path, folder):
     (tmp_path / folder).mkdir()

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hqqtrain.data.layout import BatchLayout
 from hqqtrain.data.packing import TokenSequences, plain_text_targets
-from hqqtrain.distributed.comm import SINGLE_PROCESS
+from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.evaluation.perplexity import EvalResult, _sum_kl, evaluate_perplexity
 
 LENGTHS = np.array([5, 9, 2, 7, 12])
@@ -54,6 +55,26 @@ def test_perplexity(make_model, sequences: TokenSequences, batch_size: int):
     assert (found.tokens, found.kl, found.reference_perplexity) == (30, None, None)
     assert sum(counts) == 30
     assert model.training
+
+
+class _AloneOf(Communicator):
+    """One of several ranks, the others of which have nothing to add."""
+
+    def all_reduce_sum(self, values: Tensor) -> list[float]:
+        return (values + 1).tolist()
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("layout", [BatchLayout(), BatchLayout(packs=False, max_batched_length=7)])
+def test_every_rank_counts_all_tokens(make_model, sequences, ranks, batch_size, layout):
+    for rank in range(ranks):
+        counts, comm = [], _AloneOf(rank, ranks, torch.device("cpu"))
+        evaluate_perplexity(
+            make_model(), sequences, comm,
+            batch_size=batch_size, layout=layout, on_batch=counts.append,
+        )  # fmt: skip
+        assert sum(counts) == sequences.target_token_count == 30
 
 
 def test_kl_divergence_to_a_reference(make_model, sequences: TokenSequences):

@@ -1,8 +1,12 @@
 """The progress bars: what each counts, and the signals that they let through."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from hqqtrain.common.errors import PreemptedError
+from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.models.source import TINY_FOLDER
 from hqqtrain.tasks.datasets import load_held_out_data
@@ -75,8 +79,11 @@ def test_steps(progress_bars: ProgressBars, console: _Console):
     assert bar.updates == [(1, {"loss": 2.5, "tokens/s": 100.0})]
 
 
-def test_evaluated_tokens(progress_bars: ProgressBars, console: _Console, make_config):
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_evaluated_tokens(console: _Console, make_config, ranks: int):
     held_out = load_held_out_data(make_config(), TINY_FOLDER)
+    runtime = SimpleNamespace(comm=Communicator(0, ranks, torch.device("cpu")))
+    progress_bars = ProgressBars(console, runtime)
     with progress_bars.show_evaluating(held_out) as advance:
         advance(12)
     (bar,) = console.bars

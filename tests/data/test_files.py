@@ -1,0 +1,114 @@
+"""Splits by the names of files: they decide in a folder of data, and not in a source tree."""
+
+from pathlib import Path
+
+import pytest
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import DataConfig, EvalConfig
+from hqqtrain.data.sources import load_held_out_texts, load_training_texts
+
+
+def read(source: Path) -> list[str]:
+    return list(load_training_texts(DataConfig(source=str(source)), EvalConfig(source=None)))
+
+
+def make_files(root: Path, **sizes: int) -> None:
+    """Write files of so many lines below `root`; `__` in a name is a slash, and `0` a dot."""
+    for name, lines in sizes.items():
+        file = root / name.replace("__", "/").replace("0", ".")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(f"{name} {i}\n" for i in range(lines)))
+
+
+CODE = {
+    "pkg__train__loop0py": 9, "pkg__train__step0py": 9, "pkg__model0py": 9, "pkg__eval_set0py": 9,
+    "tests__test_foo0py": 9, "test_main0py": 9, "docs__training0md": 9, "README0md": 9,
+    "requirements-dev0txt": 2, "setup0py": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["auto", "python_stdlib", None])
+def test_in_a_source_tree_names_make_no_split(tmp_path, caplog, source):
+    caplog.set_level("INFO")
+    make_files(tmp_path, **CODE)
+    data, evaluation = DataConfig(source=str(tmp_path)), EvalConfig(source=source)
+    train = list(load_training_texts(data, evaluation))
+    assert len(train) == len(CODE) - (source == "auto")
+    assert "make no split" in caplog.text
+    if source == "auto":
+        (held_out,) = load_held_out_texts(evaluation, data)
+        assert held_out not in train
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train__a0py", "model__b0py", "c0md"), ("train__a0py", "eval_set0py", "test_foo0py"),
+        ("train0py", "eval0py"), ("train__a0py", "tests__test_a0py"), ("training0md", "testing0md"),
+        ("test_a0py", "test_b0py"), ("a__train__x0py", "a__val__y0py"), ("train__a0py",),
+    ],
+)  # fmt: skip
+def test_all_files_of_a_source_tree_are_used(tmp_path, names):
+    make_files(tmp_path, **dict.fromkeys(names, 3))
+    assert len(read(tmp_path)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"train__a0md": 8, "train__b0md": 8, "val__c0md": 8, "README0md": 3},
+        {"train__a0py": 8, "test__x__b0py": 8}, {"train0txt": 9, "held_out0txt": 2, "README0md": 3},
+        {"train0txt": 8, "dev0txt": 8, "prepare0py": 9, "README0md": 9},
+        {"trainset__a0rst": 8, "devset__a0rst": 8},
+    ],
+)  # fmt: skip
+def test_files_of_text_in_a_folder_of_splits_are_split(tmp_path, sizes):
+    make_files(tmp_path, **sizes)
+    texts = "".join(read(tmp_path))
+    assert texts
+    assert all(line.startswith("train") for line in texts.splitlines())
+
+
+def test_held_out_names_that_are_trained_on_are_a_warning(tmp_path, caplog):
+    make_files(tmp_path, a0md=1, b0md=1, c0py=1, validation0txt=5)
+    assert len(read(tmp_path)) == 4
+    (record,) = [r for r in caplog.records if "make no split" in r.message]
+    assert (record.levelname, "validation.txt" in record.message) == ("WARNING", True)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "unused", "level", "percent"),
+    [(20, 0, "INFO", "17%"), (80, 0, "WARNING", "44%"), (10, 90, "WARNING", "50%")],
+)
+def test_a_split_that_drops_much_of_the_text_is_a_warning(
+    tmp_path, caplog, held_out, unused, level, percent
+):
+    caplog.set_level("INFO")
+    (tmp_path / "train.txt").write_bytes(b"train\n" * 100)
+    (tmp_path / "val.txt").write_bytes(b"valid\n" * held_out)
+    (tmp_path / "else.txt").write_bytes(b"other\n" * unused)
+    assert len(read(tmp_path)) == 1
+    (record,) = [r for r in caplog.records if "files by their names" in r.message]
+    assert record.levelname == level
+    assert f"{percent} of the bytes are not trained on" in record.message
+    assert ("rename" in record.message) == (level == "WARNING")
+
+
+def test_linked_folders_are_not_read_and_named(tmp_path, caplog):
+    make_files(tmp_path, data__a0txt=1, other__b0txt=1)
+    (tmp_path / "data" / "part").symlink_to(tmp_path / "other")
+    assert len(read(tmp_path / "data")) == 1
+    assert "1 linked folders are not read, such as part" in caplog.text
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    make_files(tmp_path, a0txt=1)
+
+    def refuse(_: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "part").mkdir()
+    monkeypatch.setattr(Path, "is_symlink", refuse)
+    with pytest.raises(UserError, match="Permission denied"):
+        read(tmp_path)
