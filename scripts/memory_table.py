@@ -2,11 +2,13 @@
 
     python scripts/memory_table.py --write
 
-Nothing is measured. The memory is that of `hqqtrain.loading.memory_estimate`, the estimate that
-every run prints and checks before it reads a weight. `--write` replaces the table in README.md.
+The figures are those of `scripts/measure_memory.py`, if its file is there. Otherwise nothing is
+measured, and the memory is that of `hqqtrain.loading.memory_estimate`, the estimate that every run
+prints and checks before it reads a weight. `--write` replaces the table in README.md.
 """
 
 import argparse
+import csv
 import re
 from pathlib import Path
 
@@ -32,7 +34,16 @@ NBITS = (4, 2)
 LENGTHS = tuple(2**exponent for exponent in range(9, 16))
 """Tokens of a sequence: 512 to 32,768."""
 README = Path(__file__).parents[1] / "README.md"
+MEASURED = README.parent / "kernels/bench/results/memory.csv"
+"""The file of `scripts/measure_memory.py`."""
 BEGIN, END = "<!-- memory table -->\n", "<!-- end of memory table -->"
+
+ESTIMATED = """\
+Nothing in the table is measured: it is the **estimate** that every run prints before it reads a weight, with 10 % to
+spare."""  # noqa: E501
+MEASURED_ON = """\
+The table was **measured** on one {gpu} whose memory was limited to that of the smaller GPU, with random weights
+({date}, torch {torch}, transformers {transformers}; `kernels/bench/results/memory.csv`)."""  # noqa: E501
 
 
 def model_configs() -> dict[str, PretrainedConfig]:
@@ -56,13 +67,16 @@ def model_configs() -> dict[str, PretrainedConfig]:
     }  # fmt: skip
 
 
-def longest_sequences(config: PretrainedConfig, nbits: int) -> dict[int, int | None]:
-    """Return GB of a GPU -> tokens of the longest sequence that fits, or None if none does.
-
-    The run has the defaults, one sequence per forward pass, and eval.reference=off.
-    """
+def memory_run(nbits: int) -> RunConfig:
+    """Return the run of the table: the defaults in bf16, and eval.reference=off."""
     run = RunConfig()
     run.quant.nbits, run.train.precision, run.eval.reference = nbits, "bf16", "off"
+    return run
+
+
+def estimated_lengths(config: PretrainedConfig, nbits: int) -> dict[int, int | None]:
+    """Return GB of a GPU -> tokens of the longest sequence that fits, or None if none does."""
+    run = memory_run(nbits)
     model: nn.Module = build_meta(config, torch.bfloat16)
     quantize_model(model, run.quant, compute_dtype=torch.bfloat16)
     model = get_peft_model(model, lora_config(run.adapter, model), low_cpu_mem_usage=True)
@@ -79,22 +93,46 @@ def longest_sequences(config: PretrainedConfig, nbits: int) -> dict[int, int | N
     return longest
 
 
-def table_row(name: str, config: PretrainedConfig, nbits: int) -> list[str]:
+def measured_lengths(rows: list[dict[str, str]], name: str, nbits: int) -> dict[int, int | None]:
+    """Return the same as `estimated_lengths` from the rows of a file of measurements.
+
+    A GPU with more memory fits what a smaller one fits, which is not measured again.
+    """
+    longest: dict[int, int | None] = dict.fromkeys(GPUS_GB)
+    for row in rows:
+        if (row["model"], row["nbits"]) != (name, str(nbits)) or row["fits"] != "fits":
+            continue
+        for gpu in GPUS_GB:
+            if gpu >= int(row["gpu_gb"]) and int(row["tokens"]) > (longest[gpu] or 0):
+                longest[gpu] = int(row["tokens"])
+    return longest
+
+
+def table_row(name: str, nbits: int, lengths: dict[int, int | None]) -> list[str]:
     """Return a row of the table."""
-    cells = longest_sequences(config, nbits).values()
-    return [name, str(nbits), *("-" if tokens is None else f"{tokens:,}" for tokens in cells)]
+    cells = ("-" if tokens is None else f"{tokens:,}" for tokens in lengths.values())
+    return [name, str(nbits), *cells]
 
 
-def render_table() -> str:
-    """Return the table in Markdown."""
-    headers = ["estimated", "bits", *(f"{gpu} GB" for gpu in GPUS_GB)]
-    rows = [
-        table_row(name, config, nbits)
-        for name, config in model_configs().items()
-        for nbits in NBITS
-    ]
+def render_table(measured: Path = MEASURED) -> str:
+    """Return the table in Markdown, after a sentence that says where its figures come from."""
+    source, origin, rows = "estimated", ESTIMATED, []
+    measurements: list[dict[str, str]] = []
+    if measured.is_file():
+        with measured.open(newline="", encoding="utf-8") as file:
+            measurements = list(csv.DictReader(file))
+        source, origin = "measured", MEASURED_ON.format(**measurements[0])
+    for name, config in model_configs().items():
+        for nbits in NBITS:
+            lengths = (
+                measured_lengths(measurements, name, nbits)
+                if measurements else estimated_lengths(config, nbits)
+            )  # fmt: skip
+            rows.append(table_row(name, nbits, lengths))
+    headers = [source, "bits", *(f"{gpu} GB" for gpu in GPUS_GB)]
     align = ["left", *["right"] * (len(headers) - 1)]
-    return tabulate(rows, headers, tablefmt="pipe", colalign=align, disable_numparse=True)
+    table = tabulate(rows, headers, tablefmt="pipe", colalign=align, disable_numparse=True)
+    return f"{origin}\n\n{table}"
 
 
 def _shipped(name: str) -> PretrainedConfig:

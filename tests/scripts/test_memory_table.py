@@ -1,9 +1,26 @@
-"""The README's table of GPU memory is the one that the script computes."""
+"""The README's table of GPU memory is the one that the scripts compute or have measured."""
 
+import csv
 import re
+from dataclasses import asdict
 
+import measure_memory
 import pytest
-from memory_table import BEGIN, END, GPUS_GB, README, longest_sequences, model_configs, table_row
+import torch
+from measure_memory import Measurement, TrainingStep, measure, try_lengths
+from memory_table import (
+    BEGIN,
+    END,
+    GPUS_GB,
+    MEASURED,
+    README,
+    estimated_lengths,
+    measured_lengths,
+    model_configs,
+    render_table,
+    table_row,
+)
+from transformers import LlamaConfig
 
 
 def _cells(row: str) -> list[str]:
@@ -13,17 +30,22 @@ def _cells(row: str) -> list[str]:
 def _rows() -> list[list[str]]:
     text = README.read_text(encoding="utf-8")
     (table,) = re.findall(f"{re.escape(BEGIN)}(.*?){re.escape(END)}", text, re.DOTALL)
-    return [_cells(line) for line in table.splitlines()]
+    return [_cells(line) for line in table.splitlines() if line.startswith("|")]
 
 
-def test_the_header_says_that_the_figures_are_estimates():
-    header = _rows()[0]
-    assert header == ["estimated", "bits", *(f"{gpu} GB" for gpu in GPUS_GB)]
+def test_the_header_says_where_the_figures_come_from():
+    source = "measured" if MEASURED.is_file() else "estimated"
+    assert _rows()[0] == [source, "bits", *(f"{gpu} GB" for gpu in GPUS_GB)]
+    assert f"**{source.removesuffix('d')}" in README.read_text(encoding="utf-8")
 
 
-def test_a_row_of_the_readme_is_computed():
+def test_a_row_of_the_readme_is_that_of_the_script():
     name = "Llama 3.2 1B"
-    assert table_row(name, model_configs()[name], 4) in _rows()
+    if MEASURED.is_file():
+        lengths = measured_lengths(list(csv.DictReader(MEASURED.open())), name, 4)
+    else:
+        lengths = estimated_lengths(model_configs()[name], 4)
+    assert table_row(name, 4, lengths) in _rows()
 
 
 def test_every_model_has_a_row_for_every_number_of_bits():
@@ -32,8 +54,68 @@ def test_every_model_has_a_row_for_every_number_of_bits():
     ]
 
 
-@pytest.mark.parametrize("nbits", [4])
-def test_a_larger_gpu_never_fits_less(nbits):
-    lengths = list(longest_sequences(model_configs()["Llama 3.2 1B"], nbits).values())
+def test_a_larger_gpu_never_fits_less():
+    lengths = list(estimated_lengths(model_configs()["Llama 3.2 1B"], 4).values())
     known = [length or 0 for length in lengths]
     assert known == sorted(known)
+
+
+def test_each_gpu_starts_with_the_length_that_did_not_fit_on_the_smaller_one():
+    tried = []
+
+    def attempt(gpu, tokens):
+        tried.append((gpu, tokens))
+        return tokens <= {8: 0, 12: 1024, 16: 1024, 24: 4096}[gpu]
+
+    longest = try_lengths(attempt, (8, 12, 16, 24), (512, 1024, 2048, 4096))
+    assert longest == {8: None, 12: 1024, 16: 1024, 24: 4096}
+    assert tried == [(8, 512), (12, 512), (12, 1024), (12, 2048), (16, 2048), (24, 2048), (24, 4096)]  # fmt: skip  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def attempts() -> list[Measurement]:
+    """Attempts with a small model, of which more than 24 tokens run out of memory on 8 GB."""
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    limit = None
+
+    class LimitedStep(TrainingStep):
+        def __call__(self, tokens: int) -> None:
+            super().__call__(tokens)
+            if limit is not None and limit < 12 * 10**9 and tokens > 24:
+                raise torch.OutOfMemoryError
+
+    def limit_memory(_, size):
+        nonlocal limit
+        limit = size
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure_memory, "TrainingStep", LimitedStep)
+        patch.setattr(measure_memory, "limit_memory", limit_memory)
+        rows: list[Measurement] = []
+        measure("small", config, 2, (8, 12), (16, 24, 48), rows.append)
+        return rows
+
+
+def test_a_model_is_loaded_and_trained_until_it_is_out_of_memory(attempts):
+    assert [(row.gpu_gb, row.tokens, row.fits) for row in attempts] == [
+        (8, 0, "fits"), (12, 0, "fits"), (8, 16, "fits"), (8, 24, "fits"),
+        (8, 48, "out of memory"), (12, 48, "fits"),
+    ]  # fmt: skip
+    assert all(row.peak_gib > 0 for row in attempts)
+
+
+def test_the_table_is_rendered_from_a_file_of_measurements(attempts, tmp_path):
+    file = tmp_path / "memory.csv"
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, asdict(attempts[0]))
+        writer.writeheader()
+        writer.writerows(asdict(row) | {"model": "Llama 3 8B"} for row in attempts)
+    table = render_table(file)
+    assert table.startswith("The table was **measured** on one cpu")
+    rows = [_cells(line) for line in table.splitlines() if line.startswith("|")]
+    assert rows[0][0] == "measured"
+    assert ["Llama 3 8B", "2", "24", "48", "48", "48", "48", "48"] in rows
+    assert ["Llama 3 8B", "4", *["-"] * 6] in rows
