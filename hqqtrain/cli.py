@@ -24,7 +24,7 @@ from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.common.stdio import open_missing_streams, tolerate_lost_errors, tolerate_lost_output
 from hqqtrain.compose.command import Command, compose_command
 from hqqtrain.compose.help import help_text
-from hqqtrain.compose.inputs import has_inputs_to_check, is_local, named_inputs
+from hqqtrain.compose.inputs import has_inputs_to_check, list_inputs
 from hqqtrain.compose.recipes import find_recipes
 from hqqtrain.compose.schema import known_keys
 from hqqtrain.config.foreign_names import our_name
@@ -39,7 +39,7 @@ EXIT_CODE_VARIABLE = "HQQTRAIN_EXIT_CODE"
 """launch.sh sets this environment variable to the file that receives the exit code."""
 
 _FLAGS = {
-    "-h": "--help", "--help": "--help", "--check": "--check", "--cfg": "--cfg",
+    "-h": "--help", "--help": "--help", "--check": "--check", "--cfg": "--cfg", "-c": "--cfg",
     "--version": "--version", "-m": "--multirun", "--multirun": "--multirun", "--table": "--table",
 }  # fmt: skip
 
@@ -117,19 +117,32 @@ def _print_notes(command: Command) -> None:
 
 
 def _check(command: Command) -> int:
-    """Print the directories of the runs, and what else was checked, and return the exit code."""
-    checked = ["the configuration", "the run directory"]
-    for job in command.jobs:
-        RunDirectory(job.config).check()
-        if has_inputs_to_check(job.config):
-            from hqqtrain.tasks.check import check_inputs
+    """Print the directories of the runs, and what else was checked, and return the exit code.
 
-            checked += check_inputs(job.config)
+    Raises:
+        UserError: There are faults. The message has a line for each of all jobs.
+    """
+    checked, errors = ["the configuration", "the run directory"], []
+    for job in command.jobs:
+        try:
+            RunDirectory(job.config).check()
+        except UserError as error:
+            errors.append(str(error))
+        if has_inputs_to_check(job.config):
+            from hqqtrain.tasks.run import check_inputs
+
+            try:
+                checked += check_inputs(job.config)
+            except UserError as error:
+                errors.append(str(error))
         checked += [
-            f"{key}={name} is on the hub and was not checked"
-            for key, name in named_inputs(job.config)
-            if not is_local(name)
+            f"{item.key}={item.name} is on the hub and was not checked"
+            for item in list_inputs(job.config)
+            if not item.is_local
         ]
+    if errors:
+        lines = [line for error in errors for line in error.splitlines()]
+        raise UserError("\n".join(dict.fromkeys(lines)))
     if get_rank() == 0:
         print(f"hqqtrain: checked: {'; '.join(dict.fromkeys(checked))}.", file=sys.stderr)
     return _print(command.describe_directories())
@@ -141,9 +154,15 @@ def _split_flags(arguments: list[str]) -> tuple[set[str], list[str]]:
     An override contains a `=`. One that removes a key (`~key`) passes too, because composing the
     configuration refuses it with a better message.
     """
-    flags, overrides = set(), []
+    flags, overrides, previous = set(), [], ""
     for argument in arguments:
-        if argument.startswith("-"):
+        if previous in ("-c", "--cfg") and argument in ("job", "hydra", "all"):  # as in Hydra
+            if argument != "job":
+                raise UserError(
+                    f"{previous} {argument}: {previous} prints the configuration of the run, "
+                    "without Hydra's own; leave the word out."
+                )
+        elif argument.startswith("-"):
             if argument not in _FLAGS:
                 raise UserError(f"{argument}: unknown option.{_suggest(argument)} See --help.")
             flags.add(_FLAGS[argument])
@@ -154,6 +173,7 @@ def _split_flags(arguments: list[str]) -> tuple[set[str], list[str]]:
             raise UserError(f"{argument}: must be key=value.{suggestion} See --help.")
         else:
             overrides.append(argument)
+        previous = argument
     return flags, overrides
 
 

@@ -39,7 +39,7 @@ def tiny_config() -> LlamaConfig:
     """
     return LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=SEQUENCE,
         rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
         pad_token_id=0,
     )  # fmt: skip
@@ -180,7 +180,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(out)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, model_max_length=2048
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, model_max_length=SEQUENCE
     ).save_pretrained(out)
     state = {k: v.to(torch.bfloat16).contiguous().cpu() for k, v in model.state_dict().items()}
     state.pop("lm_head.weight")

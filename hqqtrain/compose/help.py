@@ -19,7 +19,8 @@ _COMMANDS = {
     "--check ...": "check the configuration, local models, data and patterns, and print the run's "
     "directory, without running",
     "--table ...": "write and print the table of a sweep, and its plots, from the results so far",
-    "--cfg ...": "print the whole configuration as YAML, usable as a recipe, without running",
+    "--cfg ..., -c ...": "print the whole configuration as YAML, usable as a recipe, without "
+    "running",
     "--version": "print the version",
 }
 

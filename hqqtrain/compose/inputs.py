@@ -1,4 +1,4 @@
-"""Tell the inputs of a run that are on this machine, which `--check` looks at, from the hub's.
+"""List the inputs of a run, for `--check`, which looks at those on this machine.
 
 Looking at files needs torch and seconds. The bundled model and the standard library need no check,
 and nothing is downloaded.
@@ -7,6 +7,7 @@ and nothing is downloaded.
 import os
 import re
 from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 from hqqtrain.config.groups import AUTO, AdapterConfig, QuantConfig
 from hqqtrain.config.run import RunConfig
@@ -18,6 +19,34 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 _FILE_NAME = re.compile(r".*\.(txt|text|md|py|rst|jsonl?|parquet|csv|gz|bz2|zst)", re.IGNORECASE)
 
 
+class Input(NamedTuple):
+    """An input of a run: its kind, the key that names it, and the name."""
+
+    kind: Literal["model", "adapter", "training text", "held-out text"]
+    key: str
+    name: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the input is bundled, an existing file or folder, or can only be a path."""
+        exists = self.name in BUNDLED or os.path.exists(os.path.expanduser(self.name))
+        return bool(exists or _FILE_NAME.fullmatch(self.name) or not _HUB_NAME.fullmatch(self.name))
+
+
+def list_inputs(config: RunConfig) -> Iterator[Input]:
+    """Yield every input that the task of `config` uses."""
+    data, held_out = config.data.source, config.eval.source
+    yield Input("model", "model.name_or_path", config.model.name_or_path)
+    if config.adapter.init_from and config.task != "quantize":
+        yield Input("adapter", "adapter.init_from", config.adapter.init_from)
+    if config.task == "finetune":
+        yield Input("training text", "data.source", data)
+    if config.task in ("finetune", "eval") and held_out is not None:
+        is_of_data = held_out in (AUTO, data)
+        key = "data.source" if is_of_data else "eval.source"
+        yield Input("held-out text", key, data if is_of_data else held_out)
+
+
 def has_inputs_to_check(config: RunConfig) -> bool:
     """Whether the run reads local files, or selects layers of a model that is on this machine."""
     uses_patterns = (
@@ -25,23 +54,7 @@ def has_inputs_to_check(config: RunConfig) -> bool:
         or bool(config.quant.overrides)
         or config.adapter.target_modules != AdapterConfig().target_modules
     )
-    if config.adapter.init_from or (uses_patterns and is_local(config.model.name_or_path)):
-        return True
-    return any(is_local(name) and name not in BUNDLED for _, name in named_inputs(config))
-
-
-def named_inputs(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield (key, value) of the model and of every text that the task uses."""
-    yield "model.name_or_path", config.model.name_or_path
-    if config.task == "finetune" or (config.task == "eval" and config.eval.source == AUTO):
-        yield "data.source", config.data.source
-    held_out = config.eval.source
-    if config.task in ("finetune", "eval") and held_out not in (None, AUTO, config.data.source):
-        yield "eval.source", str(held_out)
-
-
-def is_local(name: str) -> bool:
-    """Whether `name` is bundled, names a file or folder, or can only be a path."""
-    if name in BUNDLED or os.path.exists(os.path.expanduser(name)) or _FILE_NAME.fullmatch(name):
-        return True
-    return not _HUB_NAME.fullmatch(name)
+    return any(
+        item.is_local and (item.name not in BUNDLED or (item.kind == "model" and uses_patterns))
+        for item in list_inputs(config)
+    )

@@ -7,6 +7,7 @@ told.
 
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
+from typing import Any
 
 from hqqtrain.config.groups import AUTO
 from hqqtrain.config.run import RunConfig
@@ -37,6 +38,9 @@ UNUSED_KEYS = {
 }
 """Globs of keys that each task does not use although `USED_KEYS` covers their group."""
 
+SWITCHED_OFF: dict[str, Any] = {"track.backends": [], "eval.source": None, "eval.reference": "off"}
+"""Values that switch off what a key controls. A task that does not use the key needs no warning."""
+
 _OF_WANDB = ("track.project", "track.entity")
 _OF_FILES = ("data.format", "data.text_field", "data.validation")
 
@@ -51,6 +55,9 @@ def unused_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:
     task, reasons = config.task, dict(_ineffective(config))
     for key in given:
         if not _matches(key, USED_KEYS[task]) or _matches(key, UNUSED_KEYS[task]):
+            group, _, name = key.partition(".")
+            if key in SWITCHED_OFF and getattr(getattr(config, group), name) == SWITCHED_OFF[key]:
+                continue
             yield f"{key}: is not used by task={task}."
         elif key in reasons:
             yield f"{key}: is not used, because {reasons[key]}."

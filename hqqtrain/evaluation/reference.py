@@ -23,12 +23,10 @@ from torch import Tensor, nn
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_write, check_owner
+from hqqtrain.models.causal_lm import MAX_KEPT_BYTES
 from hqqtrain.models.families.structure import output_head
 
 logger = logging.getLogger(__name__)
-
-MAX_BYTES = 1 << 29
-"""Most bytes of hidden states in memory, or in a file. The model is called if it takes more."""
 
 MIN_FLOP = 1 << 38
 """Least number of operations of an evaluation that is worth a file, some seconds on a CPU."""
@@ -107,7 +105,7 @@ class CachedReference(nn.Module):
                 self._heads[0](hidden_states[0]), logits
             )
         kept = sum(states.nbytes for states in self._hidden_states.values())
-        if not self._is_verified or kept + hidden_states[0].nbytes > MAX_BYTES:
+        if not self._is_verified or kept + hidden_states[0].nbytes > MAX_KEPT_BYTES:
             self._keeps = False
             self._hidden_states.clear()
             return
@@ -141,7 +139,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as stream:
             status = os.fstat(fd)
-            if status.st_uid not in (os.getuid(), 0) or status.st_size > 2 * MAX_BYTES:
+            if status.st_uid not in (os.getuid(), 0) or status.st_size > 2 * MAX_KEPT_BYTES:
                 return {}
             hidden_states = safetensors.torch.load(stream.read())
     except FileNotFoundError:

@@ -35,6 +35,8 @@ _ADVICE_BY_PURPOSE = {
     "logits": "a smaller train.micro_batch_size={w.micro_batch_size} or "
     "train.max_seq_len={w.max_seq_len}",
     "working memory": "more GPUs with parallel.strategy=fsdp2",
+    "outputs of the reference model": "a smaller eval.tokens={w.eval_tokens}, or "
+    "eval.reference=off",
 }
 """Advice by purpose of memory; `w` is the workload."""
 
@@ -85,7 +87,7 @@ def check_fits(
             f"parallel.offload={workload.offload}: {local_ranks} ranks would keep "
             f"{estimate.host * local_ranks / GIB:.1f} GiB on the host, which has "
             f"{free.host / GIB:.1f} GiB free. Use more nodes, or a smaller "
-            f"quant.nbits={workload.nbits}."
+            f"quant.nbits={workload.nbits}{' or eval.reference=off' * workload.has_reference}."
         )
     if sum(estimate.device.values()) > WARNING_FRACTION * free_per_rank:
         warnings.append(

@@ -11,7 +11,12 @@ from torch import nn
 
 from hqqtrain.common.text import short
 from hqqtrain.distributed.strategies.base import Strategy
-from hqqtrain.models.causal_lm import MAX_EVALUATION_TOKENS, MAX_TRAINING_LOGITS
+from hqqtrain.models.causal_lm import (
+    MAX_EVALUATION_TOKENS,
+    MAX_KEPT_BYTES,
+    MAX_TRAINING_LOGITS,
+    kept_hidden_bytes,
+)
 from hqqtrain.models.families.structure import find_decoder_layers, text_config
 from hqqtrain.models.fqn import base_model, expected_shapes, is_adapter
 from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS, HQQLinear
@@ -39,6 +44,7 @@ class Workload:
         offloads_activations: Whether activations are offloaded from a GPU to the host.
         evaluates: Whether a held-out text is evaluated.
         has_reference: Whether the full-precision model is in memory, too.
+        eval_tokens: The value of `eval.tokens`.
         export_format: The value of `export.format`.
         new_checkpoints: Largest number of checkpoints by which the run's directory will grow.
         run_root: The value of `run.root`.
@@ -59,6 +65,7 @@ class Workload:
     offloads_activations: bool
     evaluates: bool
     has_reference: bool
+    eval_tokens: int
     export_format: str
     new_checkpoints: int
     run_root: str
@@ -80,7 +87,7 @@ class MemoryEstimate:
     Attributes:
         device: Bytes on the device of one rank, by purpose such as "packed weights".
         disk: Bytes in the run's directory, by purpose.
-        host: Bytes that one rank offloads to the host's memory.
+        host: Bytes of one rank in the host's memory, offloaded or kept there beside a GPU.
     """
 
     device: dict[str, int] = field(default_factory=dict)
@@ -129,10 +136,15 @@ def estimate_memory(
     # With offloading the GPU keeps only what is gathered.
     if strategy.offloads_parameters:
         host, parameters = sum(parameters.values()), dict.fromkeys(parameters, 0)
+    kept = _kept_bytes(workload, model, strategy, world_size, dtype)
+    on_host = strategy.comm.device.type == "cpu"
+    if not on_host:
+        host += kept
     device = parameters | {
         "activations": _activation_bytes(workload, model, dtype) if workload.trains else 0,
         "logits": _logit_bytes(workload, model, dtype, in_chunks=strategy.may_call_head_alone),
         "working memory": _working_bytes(workload, sizes, shards, dtype) + gathered,
+        "outputs of the reference model": kept if on_host else 0,
     }
     return MemoryEstimate(device, _disk_bytes(workload, sizes, dtype), host)
 
@@ -224,6 +236,19 @@ def _logit_bytes(
         num_logits = min(num_logits, MAX_TRAINING_LOGITS)
     training = num_logits * (2 * dtype.itemsize + 3 * 4)
     return max(evaluation if workload.evaluates else 0, training if workload.trains else 0)
+
+
+def _kept_bytes(
+    workload: Workload, model: nn.Module, strategy: Strategy, world_size: int, dtype: torch.dtype
+) -> int:
+    """Return the bytes of hidden states that an evaluation keeps of the full-precision model.
+
+    It keeps none with several processes, or if they need more than `MAX_KEPT_BYTES`.
+    """
+    if not workload.has_reference or world_size > 1 or strategy.shards_parameters:
+        return 0
+    size = kept_hidden_bytes(model, workload.eval_tokens, dtype)
+    return size if size <= MAX_KEPT_BYTES else 0
 
 
 def _working_bytes(workload: Workload, sizes: _Sizes, shards: int, dtype: torch.dtype) -> int:

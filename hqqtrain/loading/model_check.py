@@ -42,8 +42,10 @@ def check_runnable(
     max_positions = getattr(text_config(model), "max_position_embeddings", None)
     if max_positions and max_seq_len > max_positions:
         logger.warning(
-            "train.max_seq_len=%d: the model was made for %d tokens at most",
+            "train.max_seq_len=%d: the model was made for %d tokens at most, and its perplexity on "
+            "longer sequences means little; use train.max_seq_len=%d or less",
             max_seq_len,
+            max_positions,
             max_positions,
         )
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from hqqtrain.common.errors import UserError, describe_error
@@ -21,6 +22,21 @@ MAX_TRAINING_LOGITS = 1 << 24
 
 MAX_EVALUATION_TOKENS = 2048
 """Largest number of tokens whose logits the evaluation converts to fp32 at a time."""
+
+
+MAX_KEPT_BYTES = 1 << 29
+"""Most bytes of hidden states that the evaluation keeps, so as not to call the full-precision model
+again; see `hqqtrain.evaluation.reference`."""
+
+
+def kept_hidden_bytes(model: nn.Module, tokens: int, dtype: torch.dtype) -> int:
+    """Return the bytes of the head's inputs for `tokens` tokens, if they can stand for the logits.
+
+    The head of the evaluated `model` computes the logits from them, so it must be an unquantized
+    layer. Otherwise the result is 0.
+    """
+    head = output_head(model)
+    return tokens * head.in_features * dtype.itemsize if type(head) is nn.Linear else 0
 
 
 def next_token_outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

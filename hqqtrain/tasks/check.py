@@ -1,21 +1,25 @@
 """Check the inputs of a run for `--check`: model folder, patterns, adapter and texts.
 
-Nothing is downloaded and nothing is written. Devices and the number of processes are not checked,
+Every input is checked, so that all faults are reported at once. Nothing is downloaded and nothing
+is written. Devices and the number of processes are not checked,
 because the machine that checks may not be the one that runs.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 
+from hqqtrain.common.errors import UserError
 from hqqtrain.common.text import count
-from hqqtrain.compose.inputs import is_local, named_inputs
-from hqqtrain.config.groups import AUTO, AdapterConfig, OptimConfig, ParallelConfig, TrainConfig
+from hqqtrain.compose.inputs import list_inputs
+from hqqtrain.config.groups import AdapterConfig, OptimConfig, ParallelConfig, TrainConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.sources import load_held_out_texts, load_training_texts
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies.check import RuntimeSettings
+from hqqtrain.formats.peft import load_adapter
 from hqqtrain.loading.plan import plan_model
 from hqqtrain.tasks.model import plan_settings
 from hqqtrain.tracking.console import setup_logging
@@ -25,20 +29,20 @@ def check_inputs(config: RunConfig) -> list[str]:
     """Check the local inputs of `config`, and return one phrase for each that was checked.
 
     Raises:
-        UserError: An input has a fault.
+        UserError: Inputs have faults. The message has a line for each.
     """
     setup_logging()
     logging.getLogger("hqqtrain").setLevel(logging.WARNING)
-    local = [key for key, name in named_inputs(config) if is_local(name)]
-    phrases = [_check_model(config)] if "model.name_or_path" in local else []
-    if "data.source" in local and config.task == "finetune":
-        texts = load_training_texts(config.data, config.eval)
-        phrases.append(_counted(f"data.source={config.data.source}", texts))
-    if config.task in ("finetune", "eval") and config.eval.source is not None:
-        is_of_data = config.eval.source in (AUTO, config.data.source)
-        if is_local(config.data.source if is_of_data else config.eval.source):
-            texts = load_held_out_texts(config.eval, config.data)
-            phrases.append(_counted(f"eval.source={config.eval.source}", texts))
+    phrases, errors = [], []
+    for item in list_inputs(config):
+        if item.is_local:
+            try:
+                phrases.append(_CHECKS[item.kind](config))
+            except UserError as error:
+                errors.append(str(error))
+    if errors:
+        # Two checks find the same fault if they read the same file.
+        raise UserError("\n".join(dict.fromkeys(errors)))
     return phrases
 
 
@@ -56,6 +60,33 @@ def _check_model(config: RunConfig) -> str:
     )
 
 
+def _check_adapter(config: RunConfig) -> str:
+    """Read the adapter, also if the model that it must fit is missing or not on this machine."""
+    folder = Path(config.adapter.init_from or "").expanduser()
+    origin = f"adapter.init_from={folder}"
+    load_adapter(folder, origin=origin)
+    return origin
+
+
+def _check_training_text(config: RunConfig) -> str:
+    texts = load_training_texts(config.data, config.eval)
+    return _counted(f"data.source={config.data.source}", texts)
+
+
+def _check_held_out_text(config: RunConfig) -> str:
+    texts = load_held_out_texts(config.eval, config.data)
+    return _counted(f"eval.source={config.eval.source}", texts)
+
+
 def _counted(key: str, texts: Iterable[str]) -> str:
     """Return `key` with the number of `texts`, which are read one by one and so checked."""
     return f"{key} ({count(sum(1 for _ in texts), 'text')})"
+
+
+_CHECKS: dict[str, Callable[[RunConfig], str]] = {
+    "model": _check_model,
+    "adapter": _check_adapter,
+    "training text": _check_training_text,
+    "held-out text": _check_held_out_text,
+}
+"""The check of each kind of input."""

@@ -16,14 +16,10 @@ from hqqtrain.data.packing import TokenSequences
 from hqqtrain.evaluation.continuations import select_beginnings
 from hqqtrain.evaluation.evaluator import Evaluator
 from hqqtrain.evaluation.perplexity import EvalResult
-from hqqtrain.evaluation.reference import (
-    MAX_BYTES,
-    MIN_FLOP,
-    CachedReference,
-    reference_file,
-)
+from hqqtrain.evaluation.reference import MIN_FLOP, CachedReference, reference_file
 from hqqtrain.loading.model_builder import RunnableModel, build_reference
 from hqqtrain.models.build import build_meta
+from hqqtrain.models.causal_lm import MAX_KEPT_BYTES, kept_hidden_bytes
 from hqqtrain.models.families.structure import output_head
 from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.report.samples import Sample
@@ -145,7 +141,7 @@ class RecordedEvaluation:
     def _open_reference(self, held_out: TokenSequences, source_digest: str | None) -> nn.Module:
         """Return the full-precision model; in one process, with a cache of its outputs.
 
-        Collective.
+        If there is no cache, the log says why. Collective.
         """
         run, model, plan = self._run, self._runnable.model, self._runnable.plan
         config, runtime = run.config, run.runtime
@@ -158,15 +154,21 @@ class RecordedEvaluation:
             return reference
 
         tokens = int((held_out.end - held_out.begin).sum())
-        head = output_head(model)
-        is_large = tokens * getattr(head, "in_features", 0) * runtime.dtype.itemsize > MAX_BYTES
         # The head of the evaluated model serves as that of the reference, if it is not quantized.
-        if (
-            runtime.comm.size > 1
-            or runtime.strategy.shards_parameters
-            or type(head) is not nn.Linear
-            or is_large
-        ):
+        size = kept_hidden_bytes(model, tokens, runtime.dtype)
+        reason = ""
+        if runtime.comm.size > 1 or runtime.strategy.shards_parameters:
+            reason = "its outputs are kept in a single process without sharding only"
+        elif not size:
+            reason = "its outputs are kept only if the head is not quantized"
+        elif size > MAX_KEPT_BYTES:
+            reason = f"its outputs for {tokens} tokens take more than {MAX_KEPT_BYTES >> 20} MiB"
+        if reason:
+            if runtime.comm.is_main:
+                logger.info(
+                    "eval.reference=resident: the full-precision model stays in memory and is "
+                    "called at every evaluation, because %s", reason,
+                )  # fmt: skip
             return load()
         structure = build_meta(plan.hf_config, runtime.dtype)
         parameters = sum(parameter.numel() for parameter in structure.parameters())
@@ -180,7 +182,7 @@ class RecordedEvaluation:
             }
             file = reference_file(Path(config.run.root).expanduser(), plan.source.name, settings)
         run.recorder.record_reference_bytes(0)
-        return CachedReference(structure, head, load, file)
+        return CachedReference(structure, output_head(model), load, file)
 
     def _save_reference(self) -> None:
         """Keep the outputs of the reference model for later runs."""

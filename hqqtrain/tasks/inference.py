@@ -1,5 +1,7 @@
 """The tasks that train nothing: quantize, eval and export."""
 
+import logging
+
 from hqqtrain.formats.base import ModelExport
 from hqqtrain.formats.registry import FORMATS
 from hqqtrain.loading.model_builder import wrap_for_execution
@@ -10,6 +12,8 @@ from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import batch_layout, check_same_text, load_held_out_data
 from hqqtrain.tasks.evaluation import RecordedEvaluation
 from hqqtrain.tasks.model import check_fits_run, load_or_quantize, plan_settings
+
+logger = logging.getLogger(__name__)
 
 
 def quantize(run: Run) -> None:
@@ -63,5 +67,11 @@ def export(run: Run) -> None:
         device=run.runtime.device,
         comm=run.runtime.comm,
     )
+    if run.config.export.format == "dense" and run.runtime.comm.is_main:
+        logger.info(
+            "export.format=dense: weights are written as %s, because train.precision=%s; "
+            "train.precision=fp32, bf16 or fp16 chooses another dtype",
+            run.runtime.precision, run.config.train.precision,
+        )  # fmt: skip
     export_format.write(model, run.layout.export)
     run.recorder.record_export(is_merged=adapter is not None)

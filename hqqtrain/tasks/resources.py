@@ -58,6 +58,7 @@ def workload_of(
         offloads_activations=offloads_activations,
         evaluates=evaluates,
         has_reference=evaluates and config.eval.reference == "resident" and not is_packed,
+        eval_tokens=config.eval.tokens,
         export_format=config.export.format,
         new_checkpoints=1 if has_checkpoints else kept_checkpoints + 1,
         run_root=config.run.root,

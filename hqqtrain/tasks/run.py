@@ -2,8 +2,12 @@
 
 import logging
 import os
+import sys
 
 from hqqtrain.config.run import RunConfig
+
+_TRUE = ("1", "ON", "YES", "TRUE")
+"""Values of USE_HUB_KERNELS that transformers takes for consent, in any case."""
 
 OPENMP_SPIN_COUNT = "10000"
 """Our value of GOMP_SPINCOUNT, unless the user sets it: iterations that a waiting thread spins.
@@ -21,13 +25,35 @@ def run_task(config: RunConfig, arguments: list[str]) -> int:
         config: The resolved configuration.
         arguments: The command-line arguments after `python -m hqqtrain`.
     """
-    # OpenMP reads GOMP_SPINCOUNT when torch is imported, which the import of `dispatch` does.
-    os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)
-    # transformers reads this when it is imported. Where the package `kernels` is installed, it
-    # would download and run code from the hub. A user who sets the variable has agreed to that.
-    os.environ.setdefault("USE_HUB_KERNELS", "NO")
-    # Hide a warning of bitsandbytes, which peft imports: that it fetched no kernels from the hub.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _prepare_imports()
     from hqqtrain.tasks.dispatch import dispatch_task
 
     return dispatch_task(config, arguments)
+
+
+def check_inputs(config: RunConfig) -> list[str]:
+    """Check the local inputs of `config`; see `hqqtrain.tasks.check`."""
+    _prepare_imports()
+    from hqqtrain.tasks import check
+
+    return check.check_inputs(config)
+
+
+def _prepare_imports() -> None:
+    """Make the settings that torch, transformers and bitsandbytes read when they are imported."""
+    # OpenMP reads GOMP_SPINCOUNT when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)
+    # Where Hugging Face's package `kernels` is installed, transformers and bitsandbytes, which peft
+    # imports, would download code from the hub and run it. A user who sets USE_HUB_KERNELS has
+    # agreed to that. bitsandbytes ignores the variable, so the package is hidden from it. In a
+    # clone of this repository, this also hides the folder kernels/, which Python would take for
+    # that package.
+    if os.environ.setdefault("USE_HUB_KERNELS", "NO").upper() in _TRUE:
+        return
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_about_hub_kernels)
+
+
+def _is_not_about_hub_kernels(record: logging.LogRecord) -> bool:
+    """Whether bitsandbytes says anything but that it found no package `kernels`."""
+    return "kernels-community" not in record.getMessage()

@@ -9,10 +9,11 @@ from typing import Any
 
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.config.run import RunConfig
+from hqqtrain.distributed.local import global_numel
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.evaluation.perplexity import EvalResult
 from hqqtrain.loading.model_builder import LoadedModel
-from hqqtrain.models.fqn import base_tensors, is_packed
+from hqqtrain.models.fqn import base_tensors, is_adapter, is_packed
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.quant.error import storage_bits
 from hqqtrain.rundir.identity import package_versions
@@ -55,6 +56,7 @@ class RunSummary:
             )
         )
         self._rows = {key: ResultRow(name) for key, name in MODEL_NAMES.items()}
+        self._adapter_numel = 0
 
     def add_quantization(self, loaded: LoadedModel) -> None:
         """Add the settings, size and cost of the loaded model. Collective.
@@ -78,6 +80,11 @@ class RunSummary:
         )
         self.content = replace(self.content, quantize=quantization)
         self._add_sizes(loaded, packed_bytes, bits_per_weight)
+        self._adapter_numel = sum(
+            global_numel(param)
+            for name, param in loaded.model.named_parameters()
+            if is_adapter(name)
+        )
 
     def add_evaluation(self, dataset: str, model_key: str, result: EvalResult) -> None:
         """Add an evaluation, and that of the full-precision reference model if there is one.
@@ -93,6 +100,8 @@ class RunSummary:
             tokens=result.tokens,
         )
         models: dict[str, Any] = {model_key: ModelMetrics(result.perplexity, result.kl)}
+        if model_key == "final":
+            self._set_adapted_size(self._adapter_numel)
         self._set_row(model_key, perplexity=result.perplexity, kl=result.kl)
         if result.reference_perplexity is not None:
             models["full_precision"] = ModelMetrics(result.reference_perplexity)
@@ -125,11 +134,9 @@ class RunSummary:
             loss=state.loss,
         )
         self.content = replace(self.content, train=training)
-        base = self._rows["quantized"]
-        self._set_row(
-            "final", seconds=state.seconds, bits_per_weight=base.bits_per_weight,
-            gib=(base.gib or 0) + 4 * trainable_count / GIB,  # counted as fp32
-        )  # fmt: skip
+        self._adapter_numel = trainable_count
+        self._set_adapted_size(trainable_count)
+        self._set_row("final", seconds=state.seconds)
 
     def add_best(
         self,
@@ -243,6 +250,12 @@ class RunSummary:
         seconds = None if plan.is_packed else loaded.seconds
         gib = (dense_bytes + packed_bytes) / GIB
         self._set_row("quantized", bits_per_weight=bits_per_weight, gib=gib, seconds=seconds)
+
+    def _set_adapted_size(self, adapter_numel: int) -> None:
+        """Add the size of the quantized model with an adapter, which is counted as fp32."""
+        base = self._rows["quantized"]
+        gib = (base.gib or 0) + 4 * adapter_numel / GIB
+        self._set_row("final", bits_per_weight=base.bits_per_weight, gib=gib)
 
     def _set_row(self, model_key: str, **values: Any) -> None:
         self._rows[model_key] = replace(self._rows[model_key], **values)

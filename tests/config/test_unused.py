@@ -58,3 +58,13 @@ def test_a_key_that_another_one_makes_ineffective():
 
 def test_a_key_is_reported_once():
     assert _unused("quantize", "train.epochs", train={"max_steps": 5}) == ["train.epochs"]
+
+
+def test_switching_off_what_a_task_does_not_do_is_no_mistake():
+    off = {"track": {"backends": []}, "eval": {"source": None, "reference": "off"}}
+    keys = ["track.backends", "eval.source", "eval.reference"]
+    for task in ("quantize", "export"):
+        assert _unused(task, *keys, **off) == []
+        assert _unused(task, *keys) == keys
+    assert _unused("eval", "track.backends", **off) == []
+    assert _unused("eval", "track.backends") == ["track.backends"]

@@ -82,6 +82,12 @@ def test_cfg_is_yaml_that_can_be_a_recipe(tmp_path):
     assert yaml.safe_load(again.stdout) == yaml.safe_load(done.stdout)
 
 
+def test_cfg_as_in_hydra(tmp_path):
+    plain = _hqqtrain("--cfg", "quant.nbits=2", cwd=tmp_path).stdout
+    for words in (["-c"], ["-c", "job"], ["--cfg", "job"]):
+        assert _hqqtrain(*words, "quant.nbits=2", cwd=tmp_path).stdout == plain
+
+
 def test_version(tmp_path):
     assert _hqqtrain("--version", cwd=tmp_path).stdout.startswith("hqqtrain 0.")
 
@@ -94,6 +100,8 @@ def test_version(tmp_path):
         (["quant.nbits=5"], "hqqtrain: quant.nbits=5: allowed are 8, 4, 3, 2, 1."),
         (["tiny_2bit"], "hqqtrain: tiny_2bit: must be key=value. Did you mean 'recipe=tiny_2bit'?"),
         (["--chek", "quant.nbits=2"], "hqqtrain: --chek: unknown option. Did you mean '--check'?"),
+        (["-c", "hydra"], "hqqtrain: -c hydra: -c prints the configuration of the run"),
+        (["job"], "hqqtrain: job: must be key=value."),
         (["quant.nbits=2,3"], "a sweep needs -m"),
         (["run.resume=https://me:pw@host"], "hqqtrain: run.resume=https://***@host: allowed are"),
         (["-m", "quant.nbits=2,7"], "hqqtrain: quant.nbits=7: allowed are"),

@@ -122,7 +122,7 @@ def test_a_model_that_caps_its_logits_is_called_every_time():
 
 
 def test_hidden_states_that_are_too_large_are_not_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(reference, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(reference, "MAX_KEPT_BYTES", 10_000)
     counted = _Counted(_model(0))
     cached = _open(counted, tmp_path / "file")
     assert _evaluate(cached, 1) == _evaluate(cached, 1)

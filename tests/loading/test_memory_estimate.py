@@ -47,7 +47,9 @@ def test_sharding_divides_parameters_only():
     one = estimate(config, model, dtype=torch.float32).device
     four = estimate(config, model, dtype=torch.float32, world_size=4, strategy="fsdp2").device
     ddp = estimate(config, model, dtype=torch.float32, world_size=4, strategy="ddp").device
-    assert ddp == one
+    kept = "outputs of the reference model"  # by a single process only
+    assert ddp == one | {kept: 0}
+    assert one[kept] == config.eval.tokens * 256 * 4
     for part in ("packed weights", "dense weights", "adapter and optimizer", "reference model"):
         assert four[part] == one[part] // 4
     assert four["activations"] == one["activations"]
@@ -168,3 +170,22 @@ def test_an_export_needs_the_disk_of_its_format():
     quantized = estimate(two_bit_config(), model, dtype=torch.bfloat16).disk["quantized/"]
     assert export_bytes("packed") == quantized
     assert export_bytes("dense") == 5770496 * 2 > quantized
+
+
+def _kept(model: torch.nn.Module, strategy: str = "single", **settings) -> int:
+    config = two_bit_config(eval=EvalConfig(**settings))
+    parts = estimate(config, model, dtype=torch.bfloat16, strategy=strategy).device
+    return parts["outputs of the reference model"]
+
+
+def test_the_kept_outputs_of_the_reference_are_counted_where_there_are_any():
+    model = meta_model("tiny", two_bit_config())
+    assert _kept(model, tokens=1000) == 1000 * 256 * 2
+    assert _kept(model, tokens=1000, reference="off") == 0
+    assert _kept(model, tokens=1000, source=None) == 0
+    assert _kept(model, tokens=1000, strategy="fsdp2") == 0
+    assert _kept(model, tokens=1 << 20) == 1 << 29
+    assert _kept(model, tokens=(1 << 20) + 1) == 0
+    quantized_head = two_bit_config()
+    quantized_head.quant.skip = []
+    assert _kept(meta_model("tiny", quantized_head), tokens=1000) == 0

@@ -1,6 +1,7 @@
 """Models that cannot be run as causal language models are refused by name, others are not."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.run import RunConfig
 from hqqtrain.loading.model_check import check_runnable, check_stored_dtypes
 from hqqtrain.models.build import build_meta
 from hqqtrain.models.fqn import expected_shapes
-from hqqtrain.models.source import ModelSource
+from hqqtrain.models.source import TINY_FOLDER, ModelSource
 from hqqtrain.models.weights.synthetic import open_weight_source
 
 
@@ -38,6 +40,19 @@ def test_a_model_with_computed_positions_is_only_warned_about(caplog):
     with caplog.at_level(logging.WARNING):
         check_runnable(random_family("llama"), 65)
     assert "train.max_seq_len=65: the model was made for 64 tokens at most" in caplog.text
+    assert "use train.max_seq_len=64 or less" in caplog.text
+
+
+def test_the_bundled_model_knows_the_length_that_it_was_trained_on(caplog):
+    """Its perplexity is 8 at 512 tokens, and worse with every token more."""
+    script = (Path(__file__).parents[2] / "scripts" / "pretrain_tiny.py").read_text()
+    assert 'EOS, VOCABULARY, SEQUENCE = "<|endoftext|>", 4096, 512\n' in script
+    model = build_meta(AutoConfig.from_pretrained(TINY_FOLDER))
+    with caplog.at_level(logging.WARNING):
+        check_runnable(model, 512)
+        assert not caplog.records
+        check_runnable(model, RunConfig().train.max_seq_len)
+    assert "train.max_seq_len=2048: the model was made for 512 tokens at most" in caplog.text
 
 
 def test_a_model_without_activation_checkpointing():

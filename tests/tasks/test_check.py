@@ -58,6 +58,41 @@ def test_a_fault_of_an_input_is_one_message(words, capsys, override, message):
     assert output.out == ""
 
 
+def test_all_faults_are_reported_at_once(words, capsys, tmp_path):
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "notes.txt").write_text("mine")
+    faults = {
+        "model.name_or_path": "./no-model", "data.source": "no-text.jsonl",
+        "eval.source": "no-held-out.txt", "adapter.init_from": "./no-adapter",
+    }  # fmt: skip
+    kept = [word for word in words if word.partition("=")[0] not in faults]
+    assert main([*kept, *(f"{key}={value}" for key, value in faults.items())]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5
+    for text in ("runs/run: contains files", *(value.lstrip("./") for value in faults.values())):
+        assert sum(text in line for line in lines) == 1, text
+
+
+def test_a_fault_of_training_and_held_out_text_is_one_line(words, capsys):
+    kept = [word for word in words if not word.startswith(("data.", "eval."))]
+    assert main([*kept, "data.source=absent.jsonl"]) == 2
+    assert capsys.readouterr().err.count("absent.jsonl") == 1
+
+
+def test_the_faults_of_all_jobs_of_a_sweep_are_reported(words, capsys):
+    kept = [word for word in words if not word.startswith(("data.source", "run.name"))]
+    assert main([*kept, "-m", "data.source=absent1.jsonl,mine.jsonl,absent2.jsonl"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning: " not in line]
+    assert ["absent1" in lines[0], "absent2" in lines[1], len(lines)] == [True, True, 2]
+
+
+def test_an_adapter_is_checked_although_its_model_is_on_the_hub(words, capsys):
+    kept = [word for word in words if not word.startswith("model.")]
+    hub = ["model.name_or_path=owner/model", "adapter.init_from=./absent"]
+    assert main([*kept, *hub]) == 2
+    assert "adapter.init_from=absent: contains no adapter_config.json" in capsys.readouterr().err
+
+
 def test_a_damaged_model_is_found(words, tiny_model: Path, capsys):
     (tiny_model / "model.safetensors").write_bytes(b"no weights")
     assert main(words) == 2

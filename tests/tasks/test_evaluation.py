@@ -1,5 +1,7 @@
 """The evaluation of a run: with and without the adapter, and each result in the record."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from hqqtrain.evaluation.perplexity import evaluate_perplexity
 from hqqtrain.loading.model_builder import RunnableModel, wrap_for_execution
 from hqqtrain.loading.plan import plan_model
+from hqqtrain.models.families.structure import output_head
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import load_held_out_data
 from hqqtrain.tasks.evaluation import RecordedEvaluation, _decode
@@ -101,3 +104,46 @@ def test_the_end_of_a_text_ends_its_continuation():
 
     assert _decode(Tokenizer(), [1, 2, 9, 3]) == "[1, 2]"
     assert _decode(Tokenizer(), [9, 2, 3]) == "[9, 2, 3]"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_figures_that_are_not_finite_get_a_warning(make_config, start_run, caplog, value):
+    with start_run(make_config(eval={"reference": "off"})) as run:
+        runnable = _runnable(run)
+        held_out = load_held_out_data(run.config, runnable.plan.source.tokenizer)
+        evaluation = RecordedEvaluation(run, runnable, held_out)
+        evaluation.evaluate_as("quantized", adapted=False)
+        assert "held-out text is" not in caplog.text
+        output_head(runnable.model).weight.data.fill_(value)
+        evaluation.evaluate_as("quantized", adapted=False)
+        evaluation.evaluate_during_training()
+    warnings = [text for text in caplog.messages if "held-out text is" in text]
+    models = [text.split(" model: the perplexity on the held-out text is ")[0] for text in warnings]
+    assert models == ["quantized", "trained"]
+    assert all("its figures mean nothing" in text for text in warnings)
+
+
+@pytest.mark.parametrize(
+    ("skip", "processes", "reason"),
+    [
+        (["lm_head"], 1, None),
+        ([], 1, "only if the head is not quantized"),
+        (["lm_head"], 2, "in a single process without sharding only"),
+    ],
+)
+def test_the_log_says_why_the_reference_is_called_again(
+    make_config, start_run, caplog, monkeypatch, skip, processes, reason
+):
+    with start_run(make_config(quant={"skip": skip})) as run:
+        runnable = _runnable(run)
+        held_out = load_held_out_data(run.config, runnable.plan.source.tokenizer)
+        ranks = replace(run.runtime, comm=replace(run.runtime.comm, size=processes))
+        run = replace(run, runtime=ranks)
+        monkeypatch.setattr(
+            "hqqtrain.tasks.evaluation.build_reference", lambda *_: (torch.nn.Identity(), 0)
+        )
+        with caplog.at_level(logging.INFO, logger="hqqtrain"):
+            RecordedEvaluation(run, runnable, held_out)
+    messages = [text for text in caplog.messages if "called at every evaluation" in text]
+    assert len(messages) == (reason is not None)
+    assert all(reason in text for text in messages)

@@ -1,11 +1,13 @@
 """The tasks without training: quantize, eval and export."""
 
+import logging
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hqqtrain.common.errors import UserError
@@ -61,10 +63,22 @@ def test_eval_of_a_run_measures_its_adapter_too(run_task, trained: Path):
     assert set(models) == {"quantized", "final"}
     assert models["quantized"].perplexity != models["final"].perplexity
     assert run.recorder.summary.content.quantize.relative_error is None  # not measured again
+    rows = {row.model: row for row in run.recorder.summary.table_rows()}
+    base, adapted = rows["quantized"], rows["trained"]
+    lora = sum(x.numel() for x in load_file(trained / "adapter/adapter_model.safetensors").values())
+    assert adapted.bits_per_weight == base.bits_per_weight > 4
+    assert adapted.gib == pytest.approx(base.gib + 4 * lora / 2**30)
 
 
-def test_export_merges_the_adapter(run_task, trained: Path):
-    run = run_task("export", model={"name_or_path": str(trained)})
+def test_eval_without_an_adapter_has_no_row_for_one(run_task):
+    rows = [row.model for row in run_task("eval").recorder.summary.table_rows()]
+    assert rows == ["full precision", "quantized"]
+
+
+def test_export_merges_the_adapter_and_names_its_dtype(run_task, trained: Path, caplog):
+    with caplog.at_level(logging.INFO, logger="hqqtrain"):
+        run = run_task("export", model={"name_or_path": str(trained)})
+    assert "weights are written as fp32, because train.precision=fp32;" in caplog.text
     merged = AutoModelForCausalLM.from_pretrained(run.layout.export, dtype=torch.float32)
     base = run_task("export", model={"name_or_path": str(trained / "quantized")})
     plain = AutoModelForCausalLM.from_pretrained(base.layout.export, dtype=torch.float32)

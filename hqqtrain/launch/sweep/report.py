@@ -83,7 +83,8 @@ def _page(sweep: Sweep, rows: Sequence[TableRow], plots: dict[str, Path]) -> str
         for row, line in zip(rows, cells, strict=True)
     ]
     table = render_section("Results", render_wide_table([*headings[:-1], "report"], linked))
-    refresh_seconds = LIVE_SECONDS if counts["unfinished"] or counts["pending"] else None
+    is_live = counts["running"] or counts["unfinished"] or counts["pending"]
+    refresh_seconds = LIVE_SECONDS if is_live else None
     body = [render_plots(svgs), table]
     return render_page(sweep.name, subtitle, body, refresh_seconds=refresh_seconds)
 

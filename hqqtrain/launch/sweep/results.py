@@ -20,6 +20,7 @@ from hqqtrain.common.files import atomic_write
 from hqqtrain.common.reading import read_json
 from hqqtrain.compose.job import Job
 from hqqtrain.launch.slurm.requeue import read_attempt
+from hqqtrain.launch.sweep.lock import is_locked
 from hqqtrain.launch.sweep.sweep import Sweep
 from hqqtrain.rundir.schema import (
     MODEL_NAMES,
@@ -37,14 +38,22 @@ _STATE_BY_STATUS = {"running": "unfinished"}
 
 
 class JobResults:
-    """The sweep's jobs.json: job name -> exit code and its time (seconds since 1970)."""
+    """The sweep's jobs.json: job name -> exit code and its time (seconds since 1970).
+
+    The exit code is null from the start of a job to its end.
+    """
 
     def __init__(self, sweep: Sweep) -> None:
-        self._file = sweep.folder / "jobs.json"
+        self._file, self._sweep = sweep.folder / "jobs.json", sweep
         self._records = {k: v for k, v in read_json(self._file).items() if _is_valid_record(v)}
 
-    def record(self, job: Job, code: int) -> None:
-        """Record that `job` has just ended with exit code `code`."""
+    def forget_start(self, job: Job) -> None:
+        """Forget that an earlier attempt of the sweep has started `job` and did not see its end."""
+        if self._records.get(job.name, {}).get("exit_code", 0) is None:
+            del self._records[job.name]
+
+    def record(self, job: Job, code: int | None) -> None:
+        """Record that `job` has just ended with exit code `code`, or started if that is None."""
         self._records[job.name] = {"exit_code": code, "time": time.time()}
 
     def save(self) -> None:
@@ -52,15 +61,20 @@ class JobResults:
         atomic_write(self._file, json.dumps(self._records, indent=2) + "\n")
 
     def state(self, job: Job) -> str:
-        """Return the state of `job`: done, failed, preempted, unfinished or pending.
+        """Return the state of `job`: running, done, failed, preempted, unfinished or pending.
 
-        The newest of three sources decides: the sweep's own record, the record that a Slurm batch
-        job keeps, and the run's status.json, because a job may also run outside of the sweep. A job
-        counts as done only if its own status.json says so.
+        A job is running from its start to its end, as long as the sweep or one of its jobs lives.
+        Otherwise, the newest of three sources decides: the sweep's own record, the record that a
+        Slurm batch job keeps, and the run's status.json, because a job may also run outside of the
+        sweep. A job counts as done only if its own status.json says so.
         """
+        own = self._records.get(job.name)
         status = job.read_status().status
         by_status = _STATE_BY_STATUS.get(status, status) if isinstance(status, str) else "pending"
-        records = [r for r in (self._records.get(job.name), read_attempt(job.folder)) if r]
+        if own and own["exit_code"] is None and is_locked(self._sweep):
+            has_ended = by_status not in ("pending", "unfinished")
+            return by_status if has_ended and _status_time(job) >= own["time"] else "running"
+        records = [r for r in (own, read_attempt(job.folder)) if r]
         newest = max(records, key=lambda record: record["time"], default=None)
         if newest is None or newest["time"] < _status_time(job):
             return by_status
@@ -74,8 +88,10 @@ class JobResults:
 
 
 def _is_valid_record(record: Any) -> bool:
-    types = {"exit_code": int, "time": int | float}
-    return isinstance(record, dict) and all(isinstance(record.get(k), t) for k, t in types.items())
+    types: dict[str, Any] = {"exit_code": int | None, "time": int | float}
+    return isinstance(record, dict) and all(
+        name in record and isinstance(record[name], kind) for name, kind in types.items()
+    )
 
 
 def _status_time(job: Job) -> float:

@@ -5,20 +5,19 @@ started. If the sweep itself receives a signal, it forwards the signal to all ru
 further job is started.
 """
 
-import fcntl
 import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hqqtrain.common.errors import DONE, FAILED, PREEMPTED, USER_ERROR, UserError
 from hqqtrain.common.files import open_for_append
 from hqqtrain.common.secrets import mask_command
 from hqqtrain.compose.job import Job
+from hqqtrain.launch.sweep.lock import hold_lock
 from hqqtrain.launch.sweep.pool import ProcessPool
 from hqqtrain.launch.sweep.report import create_sweep_folder, print_sweep_table, write_sweep_report
 from hqqtrain.launch.sweep.resources import partition_devices
@@ -106,6 +105,7 @@ class _Runner:
             while self._may_start(pool) or len(pool):
                 while self._may_start(pool) and self.free_device_envs:
                     self._start(pool, self.queue.pop(0))
+                self._write_report()
                 # The pool is empty if a signal arrived before the first job was started.
                 if len(pool):
                     entry, code = pool.wait()
@@ -122,6 +122,7 @@ class _Runner:
         """Queue the job unless it is done. Record a failure if its inputs have changed since."""
         try:
             if not entry.job.is_done():
+                self.results.forget_start(entry.job)
                 self.queue.append(entry)
                 return
             _print(f"{entry.title}: done before{entry.job.format_metrics()}")
@@ -149,9 +150,10 @@ class _Runner:
         launcher = os.environ.get(LAUNCHER_VARIABLE)
         program = [launcher] if launcher else [sys.executable, "-m", "hqqtrain"]
         pool.start(entry, [*program, *entry.job.arguments], {**os.environ, **entry.device_env}, log)
+        self.results.record(entry.job, None)
 
     def _on_end(self, entry: _QueueEntry, code: int, forwarded_signal: int | None) -> None:
-        """Record how a job ended, and write the sweep's files.
+        """Record how a job ended.
 
         Args:
             entry: the job that ended.
@@ -168,7 +170,9 @@ class _Runner:
             result = "preempted" if code == PREEMPTED else f"failed with exit code {code}"
         _print(f"{entry.title}: {result} ({time.monotonic() - entry.started:.0f} s)")
         self._record(entry.job, code)
-        # If the table cannot be written, the other jobs still run.
+
+    def _write_report(self) -> None:
+        """Write the sweep's files. If that fails, the jobs still run."""
         try:
             self.results.save()
             write_sweep_report(self.sweep, self.results)
@@ -216,26 +220,3 @@ def _exit_codes_of_signal(number: int) -> tuple[int, ...]:
 def _print(text: str) -> None:
     """Print at once, so that our lines and the output of the jobs stay in order."""
     print(text, flush=True)
-
-
-@contextmanager
-def hold_lock(sweep: Sweep, on_wait: Callable[[], None]) -> Iterator[int]:
-    """Hold an exclusive lock on the sweep's folder, waiting until it is free.
-
-    Jobs inherit the lock's file descriptor, so the lock stays held as long as any job runs, even
-    if the process of the sweep itself is gone.
-
-    Args:
-        sweep: the sweep whose folder is locked.
-        on_wait: called once if another attempt holds the lock.
-
-    Yields:
-        The file descriptor of the lock.
-    """
-    with open(open_for_append(sweep.folder / ".lock"), "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()

@@ -7,6 +7,7 @@ from sweeps import SUMMARY, make_sweep, write_run_files
 
 from hqqtrain.compose.job import Job
 from hqqtrain.launch.slurm.requeue import begin_attempt, end_attempt
+from hqqtrain.launch.sweep.lock import hold_lock
 from hqqtrain.launch.sweep.results import (
     JobResults,
     format_table,
@@ -50,6 +51,34 @@ def test_the_newest_record_decides_the_state_of_a_job(tmp_path):
     assert read_rows(sweep)[2].status == "failed"
     assert read_rows(sweep)[2].metrics["bits_per_weight"] is None
     assert new.folder.exists() is False
+
+
+def test_a_started_job_is_running_while_the_sweep_or_a_job_lives(tmp_path):
+    sweep = make_sweep(tmp_path, *"abcd")
+    started, loaded, done, waiting = sweep.jobs
+    write_run_files(loaded, "running")
+    results = JobResults(sweep)
+    for job in (started, loaded, done):
+        results.record(job, None)
+    results.save()
+    write_run_files(done, "done", SUMMARY)
+    os.utime(done.folder / "status.json", (2e9, 2e9))
+    with hold_lock(sweep, lambda: None):
+        states = [row.status for row in read_rows(sweep)]
+    assert states == ["running", "running", "done", "pending"]
+    # Now all processes are gone.
+    assert [row.status for row in read_rows(sweep)] == [
+        "unfinished",
+        "unfinished",
+        "done",
+        "pending",
+    ]
+    results.forget_start(started)  # by the next attempt, which will start it later
+    results.record(done, 1)
+    results.forget_start(done)
+    with hold_lock(sweep, lambda: None):
+        assert [results.state(job) for job in (started, waiting)] == ["pending", "pending"]
+    assert results._records[done.name]["exit_code"] == 1
 
 
 def record_in_batch_job(job: Job, code: int | None) -> None:

@@ -1,10 +1,8 @@
-"""Running the jobs of a sweep: failures, preemptions, what is skipped, and the lock of its folder.
+"""Running the jobs of a sweep: failures, preemptions, what is skipped.
 
 A shell script takes the place of launch.sh: the value of `data.source` says how its run ends.
 """
 
-import fcntl
-import os
 import signal
 from dataclasses import replace
 
@@ -14,12 +12,18 @@ from sweeps import make_sweep, write_run_files
 from hqqtrain.common.errors import DONE, FAILED, PREEMPTED, USER_ERROR
 from hqqtrain.launch.sweep import runner
 from hqqtrain.launch.sweep.results import JobResults
-from hqqtrain.launch.sweep.runner import hold_lock, run_sweep
+from hqqtrain.launch.sweep.runner import run_sweep
 
 SCRIPT = """#!/bin/sh
 echo "$*" >>"$STARTED"
 echo "output of $1"
 case "$1" in
+  *looks*)
+    for i in $(seq 100); do
+      grep "${1#data.source=},.*running" "$TABLE" && exit 0
+      sleep 0.1
+    done
+    exit 1 ;;
   *ok*) exit 0 ;; *wrong*) exit 2 ;; *preempted*) exit 3 ;; *killed*) kill -9 $$ ;;
   *) exit 1 ;;
 esac
@@ -86,6 +90,13 @@ def test_a_finished_job_whose_directory_is_damaged_fails_alone(tmp_path, started
     assert "config.yaml: cannot be read" in capfd.readouterr().err
 
 
+def test_a_running_job_is_running_in_the_table(tmp_path, started, monkeypatch):
+    sweep = make_sweep(tmp_path / "runs", "ok", "looks", "looks2")
+    monkeypatch.setenv("TABLE", str(sweep.folder / "results.csv"))
+    assert run_sweep(sweep.jobs) == DONE
+    assert len(started()) == 3
+
+
 def test_a_duplicate_is_announced_and_skipped(tmp_path, started, capfd):
     sweep = make_sweep(tmp_path / "runs", "ok1", "ok2")
     assert run_sweep([*sweep.jobs, replace(sweep.jobs[0])]) == DONE
@@ -119,22 +130,3 @@ def test_a_table_that_cannot_be_written_has_exit_code_2_but_no_job_is_lost(
 def test_a_job_killed_by_the_forwarded_signal_counts_as_preempted():
     assert runner._exit_codes_of_signal(signal.SIGTERM) == (-15, 143)
     assert runner._exit_codes_of_signal(signal.SIGINT) == (-2, 130, FAILED)
-
-
-def test_the_lock_waits_for_the_jobs_of_an_earlier_attempt(tmp_path, monkeypatch):
-    sweep = make_sweep(tmp_path, "a", "b")
-    original, calls, waits = fcntl.flock, [], []
-
-    def busy_once(file, operation: int) -> None:
-        calls.append(operation)
-        if len(calls) == 1:
-            raise BlockingIOError
-        original(file, operation)
-
-    monkeypatch.setattr(runner.fcntl, "flock", busy_once)
-    with hold_lock(sweep, lambda: waits.append(1)) as handle:
-        assert waits == [1]
-        assert calls == [fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_EX]
-        with (sweep.folder / ".lock").open() as other, pytest.raises(BlockingIOError):
-            original(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.fstat(handle)

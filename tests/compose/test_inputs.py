@@ -1,0 +1,63 @@
+"""The inputs of every task, and which of them are on this machine."""
+
+import pytest
+
+from hqqtrain.compose.inputs import Input, has_inputs_to_check, list_inputs
+from hqqtrain.config.run import RunConfig
+
+MODEL = ("model", "model.name_or_path", "tiny")
+TRAINING = ("training text", "data.source", "mine.txt")
+
+
+def _config(task: str, held_out: str | None = "auto", **adapter: str) -> RunConfig:
+    config = RunConfig(task=task)
+    config.data.source, config.eval.source = "mine.txt", held_out
+    for key, value in adapter.items():
+        setattr(config.adapter, key, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("task", "held_out", "expected"),
+    [
+        ("finetune", "auto", [MODEL, TRAINING, ("held-out text", "data.source", "mine.txt")]),
+        ("finetune", "mine.txt", [MODEL, TRAINING, ("held-out text", "data.source", "mine.txt")]),
+        ("finetune", "other", [MODEL, TRAINING, ("held-out text", "eval.source", "other")]),
+        ("finetune", None, [MODEL, TRAINING]),
+        ("eval", "auto", [MODEL, ("held-out text", "data.source", "mine.txt")]),
+        ("eval", "other", [MODEL, ("held-out text", "eval.source", "other")]),
+        ("quantize", "auto", [MODEL]),
+        ("export", "auto", [MODEL]),
+    ],
+)
+def test_the_inputs_of_a_task(task, held_out, expected):
+    assert list(list_inputs(_config(task, held_out))) == expected
+
+
+def test_an_adapter_is_an_input_of_all_tasks_but_quantize():
+    for task in ("finetune", "eval", "export", "quantize"):
+        kinds = [item.kind for item in list_inputs(_config(task, None, init_from="folder"))]
+        assert ("adapter" in kinds) == (task != "quantize")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_local"),
+    [
+        ("tiny", True), ("./absent", True), ("a/b/c", True), ("absent.jsonl", True), ("here", True),
+        ("owner/name", False), ("name", False), ("owner/name:configuration", False),
+    ],
+)  # fmt: skip
+def test_what_is_on_this_machine(name, is_local, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Input("model", "model.name_or_path", name).is_local == is_local
+
+
+def test_bundled_inputs_need_no_check_without_patterns():
+    config = RunConfig()
+    assert not has_inputs_to_check(config)
+    config.quant.skip = ["q_proj"]
+    assert has_inputs_to_check(config)
+    config.model.name_or_path = "owner/name"
+    assert not has_inputs_to_check(config)
+    assert has_inputs_to_check(_config("finetune"))
