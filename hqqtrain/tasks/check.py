@@ -13,7 +13,13 @@ from pathlib import Path
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.text import count
 from hqqtrain.compose.inputs import list_inputs
-from hqqtrain.config.groups import AdapterConfig, OptimConfig, ParallelConfig, TrainConfig
+from hqqtrain.config.groups import (
+    AdapterConfig,
+    OptimConfig,
+    ParallelConfig,
+    QuantConfig,
+    TrainConfig,
+)
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.sources import load_held_out_texts, load_training_texts
 from hqqtrain.distributed.preemption import PreemptionHandler
@@ -52,12 +58,31 @@ def _check_model(config: RunConfig) -> str:
         ParallelConfig(), replace(config.quant, backend="auto", storage_dtype="auto"),
         AdapterConfig(), TrainConfig(precision="fp32"), OptimConfig(), trains=False,
     )  # fmt: skip
-    plan = plan_model(plan_settings(config), Runtime.start(settings, PreemptionHandler(config.run)))
+    runtime = Runtime.start(settings, PreemptionHandler(config.run))
+    try:
+        plan = plan_model(plan_settings(config), runtime)
+    except UserError as error:
+        if not str(error).startswith("quant."):
+            raise
+        raise UserError("\n".join([str(error), *_adapter_faults(config, runtime)])) from error
     adapters = sum(type(module).__name__ == "HQQLoraLinear" for module in plan.model.modules())
     layers = count(plan.num_quantized_linears, "quantized linear layer")
     return (
         f"model.name_or_path={config.model.name_or_path} ({layers}, {count(adapters, 'adapter')})"
     )
+
+
+def _adapter_faults(config: RunConfig, runtime: Runtime) -> list[str]:
+    """Return the fault of `adapter.target_modules`, if any, in spite of one of the keys of quant.
+
+    The model is planned again, without the patterns of quant. Other faults may come from that.
+    """
+    quant = replace(config.quant, skip=QuantConfig().skip, overrides={})
+    try:
+        plan_model(plan_settings(replace(config, quant=quant)), runtime)
+    except UserError as error:
+        return [str(error)] if str(error).startswith("adapter.target_modules") else []
+    return []
 
 
 def _check_adapter(config: RunConfig) -> str:

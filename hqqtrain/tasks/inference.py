@@ -69,8 +69,8 @@ def export(run: Run) -> None:
     )
     if run.config.export.format == "dense" and run.runtime.comm.is_main:
         logger.info(
-            "export.format=dense: weights are written as %s, because train.precision=%s; "
-            "train.precision=fp32, bf16 or fp16 chooses another dtype",
+            "export.format=dense: weights are written as %s, because train.precision=%s; to choose "
+            "the dtype, set train.precision=fp32 or bf16",
             run.runtime.precision, run.config.train.precision,
         )  # fmt: skip
     export_format.write(model, run.layout.export)

@@ -73,6 +73,15 @@ def test_all_faults_are_reported_at_once(words, capsys, tmp_path):
         assert sum(text in line for line in lines) == 1, text
 
 
+def test_the_patterns_of_both_groups_are_checked(words, capsys):
+    assert main([*words, "quant.skip=[nope]", "adapter.target_modules=[nil]"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("quant.skip=nope: matches no linear layer") == 1
+    assert errors.count("adapter.target_modules=nil") == 1
+    assert main([*words, "quant.skip=[nope]", "adapter.target_modules=[q_proj]"]) == 2
+    assert "adapter.target_modules" not in capsys.readouterr().err
+
+
 def test_a_fault_of_training_and_held_out_text_is_one_line(words, capsys):
     kept = [word for word in words if not word.startswith(("data.", "eval."))]
     assert main([*kept, "data.source=absent.jsonl"]) == 2
