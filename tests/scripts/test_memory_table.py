@@ -16,11 +16,14 @@ from memory_table import (
     README,
     estimated_lengths,
     measured_lengths,
+    memory_run,
     model_configs,
     render_table,
     table_row,
 )
 from transformers import LlamaConfig
+
+from hqqtrain.config.run import RunConfig
 
 
 def _cells(row: str) -> list[str]:
@@ -81,6 +84,11 @@ def attempts() -> list[Measurement]:
     )  # fmt: skip
     limit = None
 
+    def fp32_run(nbits: int) -> RunConfig:  # accelerate allows one precision for each process
+        run = memory_run(nbits)
+        run.train.precision = "fp32"
+        return run
+
     class LimitedStep(TrainingStep):
         def __call__(self, tokens: int) -> None:
             super().__call__(tokens)
@@ -93,6 +101,7 @@ def attempts() -> list[Measurement]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure_memory, "TrainingStep", LimitedStep)
+        patch.setattr(measure_memory, "memory_run", fp32_run)
         patch.setattr(measure_memory, "limit_memory", limit_memory)
         rows: list[Measurement] = []
         measure("small", config, 2, (8, 12), (16, 24, 48), rows.append)
