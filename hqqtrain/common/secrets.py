@@ -15,9 +15,13 @@ from hqqtrain.common.shell_secrets import QUOTED, SECRET_WORD, mask_shell_secret
 MASK = "***"
 
 _SECRET_NAME_END = re.compile(
-    rf"(?:{SECRET_WORD}|passwords|secrets|credentials)$", re.IGNORECASE | re.VERBOSE
+    rf"(?:{SECRET_WORD}|passwords|secrets|credentials)(?:\[\w*\])?\+?$",
+    re.IGNORECASE | re.VERBOSE,
 )
-"""Matches the end of a name whose value is a secret, such as `HF_TOKEN` or `track.api_key`."""
+"""Matches the end of a name whose value is a secret, such as `HF_TOKEN` or `track.api_key`.
+
+A shell may append to a variable (`A_TOKEN+=x`) or set one of its elements (`A_TOKEN[0]=x`).
+"""
 
 _TOKENS = re.compile(
     rf"""
@@ -51,7 +55,7 @@ _TOKENS = re.compile(
 HF_HUB_OFFLINE, unmasked."""
 
 _ASSIGNMENT = re.compile(
-    rf"((?:{SECRET_WORD}|passwords|secrets|credentials)=)"
+    rf"((?:{SECRET_WORD}|passwords|secrets|credentials)(?:\[\w*\])?\+?=)"
     rf"""(?:["'][^"']*\Z|(?:{QUOTED}|,(?!\w+=)|[^\s&;,])+)""",
     re.IGNORECASE | re.VERBOSE,
 )

@@ -1,11 +1,14 @@
 """Find secrets in the shell commands of a configuration, such as those of `launch.setup`.
 
-There a secret has no name of its own: it is the argument of an option, or stands where a program
-expects it. A reference, such as `--password "$PASSWORD"`, is no secret.
+There a secret has no name of its own: it is the argument of an option, stands where a program
+expects it, or comes from standard input. A reference, such as `--password "$PASSWORD"`, is no
+secret. The tables of programs are in `hqqtrain/common/shell_programs.py`.
 """
 
 import re
 from collections.abc import Callable
+
+from hqqtrain.common.shell_programs import ARGUMENTS, OPTIONS, PAIRS, READERS, SETTINGS
 
 QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'[^']*'|`[^`]*`|\$\(.*\)|\$\{[^}]*\}|\\.)"""
 """Parts of a shell word that may contain spaces: quotes, substitutions and escapes.
@@ -18,18 +21,26 @@ SECRET_WORD = r"""
       | connection[-_]?string
       | (?:api|access|secret|private|account|shared)[-_]?key | (?<!public)[-_]key
       | (?<![^\W_])pass | (?<=[-_.])(?:pat|auth|dsn)
-      | (?:ssh|db|pg|user|root|admin|smtp|mail|ftp|proxy)pass
+      | (?:ssh|db|pg|user|root|admin|smtp|mail|ftp|proxy|store|key)pass
     )"""
 """Regular expression, in verbose form, of the words that end the name of a secret."""
 
 _REFERENCE = r"""
+    (?! (?:''|""|true|false|null)(?:[\s;&|,)\]]|$) )
     (?! (?P<q>"?)(?:[\w.@-]+[:%])?
-        \$(?:\w+|\{\w+\}|\([^()]*\))
+        \$(?:\w+|\{\w+\}|\((?!\s*(?:echo|printf)\s+[^$\s()]*[\w][^$()]*\))[^()]*\))
         (?P=q)(?=[\s;&|,'")\]]|$) )"""
-"""Fails at a shell word that is a variable or the output of a program, perhaps after `user:`."""
+"""Fails at a shell word that is empty, a boolean, a variable, or the output of a program.
+
+A user's name may stand before it, as in `user:$PASSWORD`.
+The output of `echo` is no reference: it contains the secret itself.
+"""
 
 _WORD = rf"(?:{QUOTED}|[^\s;&|,'\"\])}}])+"
 """A shell word within the text of a list, such as `launch.setup=['a b', c]`."""
+
+_ARGUMENT = rf"{_REFERENCE}(?![-<>#])(?P<secret>{_WORD})"
+"""A word that is the secret, but no option, redirection or comment."""
 
 _COMMAND_REST = rf"(?>{QUOTED}|[^;&|\n])*+"
 """The words after the name of a program, up to the end of its command.
@@ -37,50 +48,84 @@ _COMMAND_REST = rf"(?>{QUOTED}|[^;&|\n])*+"
 It is possessive: a quote that could be read in two ways would need exponential time.
 """
 
-_OPTIONS = {
-    r"curl": r"-[A-Za-z]*[uU]|--user|--proxy-user|--pass",
-    r"xh|https?": r"-a|--auth",
-    r"wget": r"--user|--header-token",
-    r"[\w.-]+\s+(?:registry\s+)?login": r"-p",
-    r"sshpass": r"-p",
-    r"mysql\w*|mariadb[\w-]*": r"-p(?=\S)",
-    r"redis-cli": r"-a|--pass",
-    r"ldap\w+": r"-w",
-    r"smbclient|rpcclient": r"-U",
-    r"unzip|zip|7z": r"-P|-p(?=\S)",
-}
-"""Programs and those of their options, besides the ones named like a secret, that take one."""
+_PIPELINE_REST = r"[^;&\n]{0,200}?"
+"""Further words of a pipeline. Without a limit, long text would need quadratic time."""
+
+_ECHO = rf"\b(?:echo|printf)\s+(?:-\w+\s+)*){_REFERENCE}(?P<secret>{_COMMAND_REST})"
+
+_SECRET_FILE = rf"""
+    >>?\s*["']?[^\s"'<>|;&]*
+    (?: {SECRET_WORD} | credentials | \.netrc | \.pgpass | \.my\.cnf | \.htpasswd )
+    (?![^\s"',;&|\])])"""
+"""A redirection into a file that is named like a secret."""
+
+_GAP = r"(?:\s|\\[nt])+"
+"""Space in a .netrc file, which may be the argument of `printf`."""
 
 _RULES = [
     # --password X, -token X
-    rf"(?P<kept>(?<![\w-])--?[\w.-]{{0,80}}{SECRET_WORD}[\s]+){_REFERENCE}(?!-)(?P<secret>{_WORD})",
+    rf"(?P<kept>(?<![\w-])--?[\w.-]{{0,80}}{SECRET_WORD}[\s]+){_REFERENCE}(?![-<>])"
+    rf"(?P<secret>{_WORD})",
+    # --password-command 'echo X', RESTIC_PASSWORD_COMMAND="printf X"
+    rf"(?P<kept>{SECRET_WORD}[-_](?:command|cmd)(?:\s*=\s*|\s+)['\"]?(?:echo|printf)\s+)"
+    rf"(?!\$\w)(?P<secret>{_WORD})",
     # Authorization: Basic X, PRIVATE-TOKEN: X; the header is quoted as a whole
-    rf"(?P<kept>(?<![\w-])(?:(?:proxy-)?authorization|[\w-]{{1,80}}-{SECRET_WORD})\s*:\s*(?:(?:basic|bearer|token"
-    rf"|digest|apikey)\s+)?){_REFERENCE}(?P<secret>[^\s'\"]+)",
-    # "api_key": "X" and os.environ['A_TOKEN'] = 'X'
-    rf"(?P<kept>(?P<n>['\"])[\w.-]{{0,80}}{SECRET_WORD}(?P=n)\]?\s*[:=]\s*)(?P<secret>{_WORD})",
+    rf"(?P<kept>(?<![\w-])(?:(?:proxy-)?authorization|[\w-]{{1,80}}-{SECRET_WORD}"
+    rf"|(?<=-H\ ['\"])(?:{SECRET_WORD}|auth|key))\s*:\s*"
+    rf"(?:(?:basic|bearer|token|digest|\w*key|oauth)\s+)?){_REFERENCE}(?P<secret>[^\s'\"]+)",
+    # Cookie: a=X; b=Y
+    rf"(?P<kept>(?<![\w-])(?:set-)?cookie\s*:\s*){_REFERENCE}(?P<secret>[^'\"\n]+)",
+    # "api_key": "X", \"api_key\": \"X\" and os.environ['A_TOKEN'] = 'X'
+    rf"(?P<kept>(?P<n>\\*['\"])[\w.-]{{0,80}}{SECRET_WORD}(?P=n)\]?\s*[:=]\s*)(?P<secret>{_WORD})",
     # setenv A_TOKEN X, set -gx A_TOKEN X, aws configure set aws_secret_access_key X
     rf"(?P<kept>\b(?:setenv|set\s+-\w+|config(?:ure)?\s+set)\s+[\w.:/-]{{0,80}}{SECRET_WORD}\s+)"
     rf"{_REFERENCE}(?P<secret>{_WORD})",
-    # wandb login X
-    rf"(?P<kept>\bwandb\s+login\s+(?:-\S+\s+)*){_REFERENCE}(?!-)(?P<secret>{_WORD})",
     # openssl -passin pass:X
     rf"(?P<kept>\bpass:){_REFERENCE}(?P<secret>{_WORD})",
+    # machine h login u password X
+    rf"(?P<kept>\b(?:machine{_GAP}[^\s\\]+|default(?={_GAP}login))"
+    rf"(?:{_GAP}(?:login|account){_GAP}[^\s\\]+)*{_GAP}password{_GAP})"
+    rf"{_REFERENCE}(?P<secret>(?:[^\s\"'\\]|\\(?![nt]).)+)",
     # echo X | docker login --password-stdin
-    rf"(?P<kept>\b(?:echo|printf)\s+(?:-\w+\s+)*){_REFERENCE}(?P<secret>{_COMMAND_REST})"
-    r"(?=\|[^;&|\n]*(?:stdin|login|passwd|passphrase|kinit|sudo\s+-S))",
+    rf"(?P<kept>{_ECHO}(?=\|{_PIPELINE_REST}{READERS})",
+    # echo X > ~/.cache/huggingface/token
+    rf"(?P<kept>{_ECHO.replace('[^;&|', '[^;&|>')}(?={_SECRET_FILE})",
+    # docker login --password-stdin <<< X, read A_TOKEN <<< X
+    rf"(?P<kept>(?:{READERS}|\bread\s+(?:-\w+\s+)*\w*{SECRET_WORD}\b)"
+    rf"(?>(?<=[\s=]){QUOTED}|[^;&|\n<'\"]){{0,200}}+<<<\s*){_REFERENCE}(?P<secret>{_WORD})",
+    # cat <<< X | docker login --password-stdin
+    rf"(?P<kept><<<\s*){_REFERENCE}(?P<secret>{_WORD})(?=\s*\|{_PIPELINE_REST}{READERS})",
+    # docker login --password-stdin <<EOF
+    rf"(?P<kept>{READERS}[^;&|\n<]{{0,200}}+<<-?\s*(?P<n>['\"]?)(?P<end>\w+)(?P=n)[^\n]*\n\s*)"
+    rf"{_REFERENCE}(?P<secret>[\s\S]*?)(?=\n\s*(?P=end)\b)",
+    *(rf"(?P<kept>(?<![\w.-]){words}\s+(?:-[\w-]+\s+)*){_ARGUMENT}" for words in ARGUMENTS),
 ]
 
 _PATTERNS = [re.compile(rule, re.VERBOSE | re.IGNORECASE) for rule in _RULES]
 
+_IN_COMMANDS = [
+    *((program, rf"(?:{options})\s*=?\s*{_REFERENCE}") for program, options in OPTIONS.items()),
+    *(
+        (
+            program,
+            rf"(?:[\w.:/-]*[.:/_-])?(?i:{SECRET_WORD}|pass|auth|key|access_key_id)(?:\s+|=)"
+            rf"{_REFERENCE}(?![-<>])",
+        )
+        for program in SETTINGS
+    ),
+    *(
+        (program, rf"(?:--from-literal[\s=]\s*)?['\"]?(?!-)[\w./-]+=(?!@){_REFERENCE}")
+        for program in PAIRS
+    ),
+]
+"""(program, the words before a secret in its command)."""
+
 _PROGRAMS = [
     (
         re.compile(rf"(?<![\w./-])(?:[\w./-]*/)?(?:{program})(?=\s){_COMMAND_REST}", re.DOTALL),
-        re.compile(
-            rf"(?P<kept>(?<=\s)(?:{options})\s*=?\s*){_REFERENCE}(?P<secret>{_WORD})", re.VERBOSE
-        ),
+        re.compile(rf"(?P<kept>(?<=\s){before})(?P<secret>{_WORD})", re.VERBOSE),
     )
-    for program, options in _OPTIONS.items()
+    for program, before in _IN_COMMANDS
 ]
 
 

@@ -38,6 +38,7 @@ HF, WANDB, COMMIT = "hf_" + "aB3" * 11, "0123456789abcdef" * 2 + "01234567", "e"
         (["a=AKIAIOSFODNN7EXAMPLE"], ["a=***"]),
         ([f"a=wandb_v1_{'aB3' * 11}"], ["a=***"]),
         (["export MY_PASSWORD=mine and='more'"], ["export MY_PASSWORD=***"]),
+        (["MY_PASSWORD+=mine", "MY_TOKEN[0]=mine"], ["MY_PASSWORD+=***", "MY_TOKEN[0]=***"]),
         (
             ["launch.setup=[cd x; export HF_TOKEN='a b' X=1]"],
             ["launch.setup=[cd x; export HF_TOKEN=*** X=1]"],
