@@ -34,6 +34,7 @@ from hqqtrain.launch.slurm.validate import check_same_launch
 from hqqtrain.launch.sweep.runner import run_sweep, show_sweep_table
 from hqqtrain.launch.sweep.sweep import Sweep
 from hqqtrain.rundir.directory import RunDirectory
+from hqqtrain.rundir.saved_state import resume_advice
 
 EXIT_CODE_VARIABLE = "HQQTRAIN_EXIT_CODE"
 """launch.sh sets this environment variable to the file that receives the exit code."""
@@ -64,7 +65,7 @@ def _run_with_exit_code(arguments: list[str]) -> int:
         return USER_ERROR
     except PreemptedError as error:
         if get_rank() == 0:
-            print(f"hqqtrain: {error}; run the same command again to resume.", file=sys.stderr)
+            print(f"hqqtrain: {mask_secrets(str(error))}.", file=sys.stderr)
         return PREEMPTED
     except RankLostError as error:
         print(f"hqqtrain: {mask_secrets(str(error))}", file=sys.stderr)
@@ -107,7 +108,10 @@ def _start(command: Command, arguments: list[str]) -> int:
     signals.listen_for_signals()  # before the import of torch, which takes seconds
     from hqqtrain.tasks.run import run_task
 
-    return run_task(config, arguments)
+    try:
+        return run_task(config, arguments)
+    except PreemptedError as error:
+        raise PreemptedError(f"{error}; {resume_advice(config)}") from error
 
 
 def _print_notes(command: Command) -> None:

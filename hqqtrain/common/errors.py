@@ -6,9 +6,12 @@ from difflib import get_close_matches
 DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 3
 """Exit codes of `python -m hqqtrain` and `./launch.sh`, on which schedulers and sweeps rely.
 
-PREEMPTED means that the run was asked to stop and has saved its state: run the same command again
-to resume.
+PREEMPTED means that the run was asked to stop and has saved its state, if there was any: run the
+same command again to resume.
 """
+
+INTERRUPTED = 130
+"""Exit code of a process that a second Ctrl-C has ended, as shells have it (128 + SIGINT)."""
 
 
 class UserError(ValueError):

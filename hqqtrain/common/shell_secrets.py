@@ -25,15 +25,18 @@ SECRET_WORD = r"""
     )"""
 """Regular expression, in verbose form, of the words that end the name of a secret."""
 
-_REFERENCE = r"""
+COMMAND_OUTPUT = r"""
+    \$\( (?! \s*(?:echo|printf)\s+ (?:-\w+\s+|["']?%\w\S*\s+)* ["']?[^\s$"'()%-] ) [^()]*\)"""
+"""A substitution of the output of a program, but not of `echo`, whose output is in the command."""
+
+_REFERENCE = rf"""
     (?! (?:''|""|true|false|null)(?:[\s;&|,)\]]|$) )
     (?! (?P<q>"?)(?:[\w.@-]+[:%])?
-        \$(?:\w+|\{\w+\}|\((?!\s*(?:echo|printf)\s+[^$\s()]*[\w][^$()]*\))[^()]*\))
+        (?:\$\w+|\$\{{\w+\}}|{COMMAND_OUTPUT})
         (?P=q)(?=[\s;&|,'")\]]|$) )"""
 """Fails at a shell word that is empty, a boolean, a variable, or the output of a program.
 
 A user's name may stand before it, as in `user:$PASSWORD`.
-The output of `echo` is no reference: it contains the secret itself.
 """
 
 _WORD = rf"(?:{QUOTED}|[^\s;&|,'\"\])}}])+"

@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 
 from hqqtrain.common.env import get_rank, get_world_size
+from hqqtrain.common.errors import FAILED, INTERRUPTED
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -63,14 +64,18 @@ def _watch(read_end: int) -> None:
         is_ctrl_c = number[0] == signal.SIGINT and get_world_size() == 1
         if not _FirstSignal.name:
             _FirstSignal.name, _FirstSignal.time = signal.Signals(number[0]).name, now
-            if number[0] == signal.SIGINT and get_rank() == 0:
-                _print_advice()
+            if get_rank() == 0:
+                _acknowledge(number[0])
         elif now - _FirstSignal.time > (CTRL_C_SECONDS if is_ctrl_c else SAME_SIGNAL_SECONDS):
-            os._exit(1)
+            os._exit(INTERRUPTED if number[0] == signal.SIGINT else FAILED)
 
 
-def _print_advice() -> None:
-    """Say how to end at once. The main thread may be busy, so its streams are not used."""
-    text = "\nhqqtrain: ends once its state is saved; press Ctrl-C again to end at once.\n"
+def _acknowledge(number: int) -> None:
+    """Say that the run stops soon. The main thread may be busy, so its streams are not used."""
+    again = "; press Ctrl-C again to end at once" if number == signal.SIGINT else ""
+    text = (
+        f"\nhqqtrain: {signal.Signals(number).name} was received: stopping after this step"
+        f"{again}.\n"
+    )
     with suppress(OSError):
         os.write(2, text.encode())

@@ -48,6 +48,11 @@ class Command:
                 f"task={config.task}: starts from the settings of {run.config_yaml}; the command "
                 "line overrides them."
             )
+            if changed := run_settings.settings_of_recipe(run, config, given):
+                yield (
+                    f"warning: recipe={config.recipe}: replaces settings of the run: "
+                    f"{', '.join(changed)}. Leave the recipe out to keep those of the run."
+                )
             if config.task == "eval":
                 yield from (f"warning: {m}" for m in run_settings.held_out_warnings(run, config))
         unused = list(unused_settings(config, sorted(given)))

@@ -4,6 +4,7 @@ A run is measured as it was trained: with its held-out text, its sequence length
 Its config.yaml is the base, and the recipe and the command line override it.
 """
 
+import json
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +18,7 @@ from hqqtrain.compose.schema import known_keys
 from hqqtrain.config.groups import AUTO
 from hqqtrain.config.renamed import with_new_names
 from hqqtrain.config.run import RunConfig
+from hqqtrain.config.unused import used_settings
 from hqqtrain.rundir.identity import changed_inputs, read_yaml
 from hqqtrain.rundir.layout import RunLayout
 
@@ -79,6 +81,35 @@ def read_run_settings(run: RunLayout, given: Collection[str]) -> dict[str, dict[
             check_type(key, value, f"{run.config_yaml}: ")
             settings.setdefault(group, {})[name] = value
     return settings
+
+
+def settings_of_recipe(run: RunLayout, config: RunConfig, given: Collection[str]) -> list[str]:
+    """Return `key=value (run: value)` of each setting of `run` that the recipe replaces.
+
+    Args:
+        run: The run directory.
+        config: The configuration of the task.
+        given: Dotted keys that the command line sets.
+    """
+    if config.recipe is None:
+        return []
+    replaced = {
+        f"{group}.{name}": (getattr(getattr(config, group), name), value)
+        for group, values in read_run_settings(run, given).items()
+        for name, value in values.items()
+    }
+    different = [key for key, (now, saved) in replaced.items() if now != saved]
+    ignored = settings_of_packed_model(config, different)
+    return [
+        "{}={} (run: {})".format(key, *map(_shown, replaced[key]))
+        for key in used_settings(config, different)
+        if key not in ignored
+    ]
+
+
+def _shown(value: Any) -> str:
+    """Return a value as it is written on a command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def held_out_warnings(run: RunLayout, config: RunConfig) -> Iterator[str]:

@@ -54,13 +54,23 @@ def unused_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:
     """
     task, reasons = config.task, dict(_ineffective(config))
     for key in given:
-        if not _matches(key, USED_KEYS[task]) or _matches(key, UNUSED_KEYS[task]):
+        if not _is_used(key, task):
             group, _, name = key.partition(".")
             if key in SWITCHED_OFF and getattr(getattr(config, group), name) == SWITCHED_OFF[key]:
                 continue
             yield f"{key}: is not used by task={task}."
         elif key in reasons:
             yield f"{key}: is not used, because {reasons[key]}."
+
+
+def used_settings(config: RunConfig, keys: Collection[str]) -> list[str]:
+    """Return those of `keys` that have an effect in a run of `config`."""
+    reasons = dict(_ineffective(config))
+    return [key for key in keys if _is_used(key, config.task) and key not in reasons]
+
+
+def _is_used(key: str, task: str) -> bool:
+    return _matches(key, USED_KEYS[task]) and not _matches(key, UNUSED_KEYS[task])
 
 
 def _matches(key: str, patterns: Collection[str]) -> bool:

@@ -5,6 +5,7 @@ about unknown keys in adapter_config.json. The fingerprint of the base is theref
 metadata of adapter_model.safetensors, which stock tools ignore.
 """
 
+import json
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_directory, atomic_write, atomic_write_json
+from hqqtrain.common.reading import parse_json
 from hqqtrain.formats.adapter_card import AdapterCard, render_card
 from hqqtrain.formats.adapter_config import (
     CONFIG,
@@ -31,8 +33,11 @@ from hqqtrain.formats.writer import save_tensors
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes of LoRA matrices, as safetensors names them."""
 
-_FINGERPRINT_KEY = "hqqtrain_base_fingerprint"
-"""Key of the metadata of adapter_model.safetensors."""
+_FINGERPRINT_KEY, _SCALING_KEY = "hqqtrain_base_fingerprint", "hqqtrain_scaling"
+"""Keys of the metadata of adapter_model.safetensors."""
+
+_SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+"""Keys of adapter_config.json that decide how much an adapter adds to its base."""
 
 _PREFIX = "base_model.model."
 """First parts of PEFT's names, before those of the base model."""
@@ -123,7 +128,9 @@ def write_adapter(
 ) -> None:
     """Write the two files of a stock PEFT adapter into the existing `folder`."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    save_tensors(tensors, folder / WEIGHTS, **{_FINGERPRINT_KEY: base.fingerprint})
+    scaling = json.dumps({key: getattr(config, key) for key in _SCALING}, sort_keys=True)
+    metadata = {_FINGERPRINT_KEY: base.fingerprint, _SCALING_KEY: scaling}
+    save_tensors(tensors, folder / WEIGHTS, **metadata)
     # PEFT holds some lists as sets: sort them, so that equal adapters are equal files.
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     values |= {"base_model_name_or_path": base.name, "revision": base.revision}
@@ -158,7 +165,28 @@ def load_adapter(
         resolved.append(resolve_patterns(config, _check_pairs(matrices, origin), linears, origin))
 
     state, metadata = _read_state(folder / WEIGHTS, check, origin)
+    _check_scaling(config, metadata.get(_SCALING_KEY), origin)
     return Adapter(resolved[0], state, metadata.get(_FINGERPRINT_KEY))
+
+
+def _check_scaling(config: LoraConfig, recorded: str | None, origin: str) -> None:
+    """Refuse a scaling that is not the one with which the matrices were trained.
+
+    PEFT would compute something else without a word. An adapter of another tool, or of the first
+    release, does not record its scaling.
+    """
+    try:
+        values = parse_json(recorded or "{}")
+    except ValueError:
+        values = {}
+    for key, value in values.items() if isinstance(values, dict) else ():
+        now = getattr(config, key) if key in _SCALING else value
+        if (now or None) != (value or None):
+            raise UserError(
+                f"{origin}: {CONFIG} has {key}={json.dumps(now)}, but the adapter was trained with "
+                f"{json.dumps(value)}, as {WEIGHTS} records. Restore {CONFIG}, or train a new "
+                "adapter with the other value."
+            )
 
 
 def _missing_file_advice(folder: Path, name: str) -> str:

@@ -24,6 +24,8 @@ from hqqtrain.nn.lora import (
     register_hqq_linear,
     target_linears,
 )
+from hqqtrain.rundir.layout import RunLayout
+from hqqtrain.rundir.results import TRAINED_RESULTS, check_results
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def load_initial_adapter(
         origin = f"{folder}: the adapter of model.name_or_path={source.name}"
     if not resumed:  # the manifest of `resumed` was checked when the checkpoint was read
         _check_manifest(folder, origin)
+        if (run := RunLayout(folder.resolve().parent)).adapter == folder.resolve():
+            check_results(run, "Restore it, or run its command again.", TRAINED_RESULTS)
     return InitialAdapter(folder, load_adapter(folder, origin=origin, linears=linears), origin)
 
 

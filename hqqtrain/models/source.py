@@ -125,9 +125,12 @@ def _from_folder(name: str, folder: Path) -> ModelSource:
         # Reading a pipe or a device would wait, or fill the memory, without end.
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{path}: neither a file nor a folder; remove it from the model.")
-    run = RunLayout(folder)
+    run, packed_of = RunLayout(folder), RunLayout(folder.resolve().parent)
+    advice = "Restore it, or run its command again."
+    if packed_of.quantized == folder.resolve():
+        check_results(packed_of, advice, TRAINED_RESULTS[:1])
     if run.has_quantized:
-        check_results(run, "Restore it, or run its command again.", TRAINED_RESULTS)
+        check_results(run, advice, TRAINED_RESULTS)
         adapter = run.adapter if run.has_adapter else None
         lacks_adapter = adapter is None and run.read_task() == "finetune"
         return ModelSource(name, run.quantized, "quantized", adapter, lacks_adapter)

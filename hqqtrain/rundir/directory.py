@@ -27,7 +27,12 @@ from hqqtrain.rundir.identity import (
     package_versions,
 )
 from hqqtrain.rundir.layout import RunLayout
-from hqqtrain.rundir.results import check_results, missing_results, result_digests
+from hqqtrain.rundir.results import (
+    check_results,
+    missing_results,
+    result_digests,
+    result_sizes,
+)
 from hqqtrain.rundir.schema import STATES, Status
 from hqqtrain.rundir.yaml_file import read_yaml
 
@@ -197,6 +202,7 @@ class RunDirectory:
             pid=os.getpid(),
             slurm_job=get_slurm_job_id(),
             results=result_digests(self.layout) if status == "done" else None,
+            result_bytes=result_sizes(self.layout) if status == "done" else None,
             time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
         atomic_write_json(self.layout.status_json, content.to_json())

@@ -75,7 +75,8 @@ def _has_type(value: Any, hint: Any) -> bool:
 class Status(JsonObject):
     """status.json. `status` is one of STATES; `time` is ISO 8601.
 
-    `results` has the digests of the results of a run that is done, see `hqqtrain.rundir.results`.
+    `results` and `result_bytes` have the digests and sizes of the results of a run that is done,
+    see `hqqtrain.rundir.results`.
     """
 
     status: str | None = None
@@ -85,6 +86,7 @@ class Status(JsonObject):
     slurm_job: str | None = field(default=None, metadata={"null": True})
     time: str | None = None
     results: dict[str, str] | None = None
+    result_bytes: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,20 @@ def test_a_second_ctrl_c_ends_the_process_at_once(capfd):
         time.sleep(5)
         return 7
 
-    assert _in_child(work) == 1
+    assert _in_child(work) == 130
     assert capfd.readouterr().err.count("press Ctrl-C again") == 1
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_is_acknowledged_while_the_main_thread_is_busy(name, capfd):
+    def work() -> int:
+        os.kill(os.getpid(), signal.Signals[name])
+        time.sleep(0.2)  # as long as a step may take
+        return 7
+
+    assert _in_child(work) == 7
+    error = capfd.readouterr().err
+    assert error.count(f"hqqtrain: {name} was received: stopping after this step") == 1
 
 
 def test_ranks_of_a_launcher_take_a_forwarded_ctrl_c_for_the_same(monkeypatch, capfd):

@@ -70,6 +70,23 @@ def test_the_command_line_and_its_recipe_override_the_run(run: Path):
     assert _compose(*words, "recipe=tiny_2bit").train.max_seq_len == 256
 
 
+def test_the_settings_that_a_recipe_replaces_are_named(run: Path):
+    Path("own.yaml").write_text(
+        "train: {max_seq_len: 99, max_steps: 5, precision: bf16}\n"
+        "quant: {nbits: 3}\ndata: {text_field: text}\neval: {tokens: 77}\n"
+    )
+    words = ("recipe=own.yaml", f"model.name_or_path={run}", "eval.tokens=9")
+    message = _warnings(*words)
+    assert (
+        "warning: recipe=own: replaces settings of the run: train.max_seq_len=99 (run: 128), "
+        "data.text_field=text (run: body). Leave the recipe out" in message
+    )
+    exported = " ".join(compose_command(["task=export", *words], False).notes())
+    assert "replaces settings of the run" not in exported  # it uses none of these
+    Path("own.yaml").write_text("train: {max_seq_len: 128}\n")
+    assert "replaces" not in _warnings(*words)
+
+
 @pytest.mark.parametrize("words", [("task=finetune",), ("task=quantize",)])
 def test_other_tasks_start_from_the_defaults(run: Path, words):
     config = _compose(*words, f"model.name_or_path={run}")

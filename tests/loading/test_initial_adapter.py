@@ -1,11 +1,13 @@
 """Messages about an adapter that does not fit begin with the setting that selected it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,6 +23,8 @@ from hqqtrain.loading.initial_adapter import (
 )
 from hqqtrain.models.source import ModelSource
 from hqqtrain.nn.replace import quantize_model
+from hqqtrain.rundir.layout import RunLayout
+from hqqtrain.rundir.results import result_digests
 
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -132,6 +136,57 @@ def test_an_altered_checkpoint_is_refused(folder):
     weights.write_bytes(content)
     with pytest.raises(UserError, match=r"adapter\.init_from=.*its checksum differs"):
         load_initial_adapter(adapter, source, None)
+
+
+def _edit(folder, **values):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lora_alpha": 64}, "has lora_alpha=64, but the adapter was trained with 4, as"),
+        ({"use_rslora": True}, "has use_rslora=true, but the adapter was trained with false"),
+        ({"alpha_pattern": {"q_proj": 8}}, "has alpha_pattern={.*}, but .* trained with {}"),
+        ({"r": 3}, "gives it the rank 3"),
+        ({"r": 3, "rank_pattern": {"q_proj": 2}}, "has r=3, but the adapter was trained with 2"),
+    ],
+)  # fmt: skip
+def test_an_edited_scaling_is_refused_by_its_key(folder, values, message):
+    source = ModelSource("runs/a", folder.parent, "quantized")
+    _edit(folder, lora_dropout=0.5)  # without effect after the training
+    load_initial_adapter(AdapterConfig(init_from=str(folder)), source, None)
+    _edit(folder, **values)
+    with pytest.raises(UserError, match=rf"adapter\.init_from=.*adapter: .*{message}"):
+        load_initial_adapter(AdapterConfig(init_from=str(folder)), source, None)
+
+
+@pytest.mark.parametrize("record", ["", "{", "[1]", "null", '{"unknown": 1}'])
+def test_a_scaling_that_is_not_recorded_is_accepted(folder, record):
+    weights = folder / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt", "hqqtrain_scaling": record})
+    _edit(folder, lora_alpha=64)
+    source = ModelSource("runs/a", folder.parent, "quantized")
+    start = load_initial_adapter(AdapterConfig(init_from=str(folder)), source, None)
+    assert start.adapter.config.lora_alpha == 64
+
+
+def test_the_adapter_of_a_finished_run_must_be_the_one_that_it_has_written(folder):
+    run = RunLayout(folder.parent)
+    results = {"status": "done", "results": result_digests(run)}
+    run.status_json.write_text(json.dumps(results))
+    source = ModelSource("runs/a/quantized", folder.parent, "quantized")
+    config = AdapterConfig(init_from=str(folder))
+    load_initial_adapter(config, source, None)
+    (folder.parent / "link").symlink_to(folder)
+    for path in (folder / "adapter_config.json", folder / "adapter_model.safetensors"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-2] + b" " + content[-2:])
+        for name in (folder, folder.parent / "link"):
+            with pytest.raises(UserError, match=f"{path.name}: is not what the run has written"):
+                load_initial_adapter(AdapterConfig(init_from=str(name)), source, None)
+        path.write_bytes(content)
 
 
 def test_an_adapter_without_a_recorded_base_causes_a_warning(folder):

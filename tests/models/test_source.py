@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from hqqtrain.common.digest import content_digest
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.models import source
@@ -80,6 +81,21 @@ def test_an_unfinished_run(tmp_path):
     (tmp_path / "status.json").write_text("{}")
     with pytest.raises(UserError, match="a run without quantized/"):
         _resolve(tmp_path)
+
+
+def test_the_packed_weights_of_another_run_are_refused(tmp_path):
+    packed = _quantized(tmp_path / "run" / "quantized")
+    (packed / "manifest.json").write_text("{}")
+    results = {
+        "quantized/manifest.json": content_digest(packed.parent, ["quantized/manifest.json"])
+    }
+    status = json.dumps({"status": "done", "results": results})
+    (packed.parent / "status.json").write_text(status)
+    assert _resolve(packed).path == packed
+    (packed / "manifest.json").write_text("[]")
+    for folder in (packed, packed.parent):
+        with pytest.raises(UserError, match=r"manifest\.json: is not what the run has written"):
+            _resolve(folder)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\x00"])

@@ -1,6 +1,7 @@
 """Results of a finished run that were deleted, edited, or replaced by those of another run."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -74,15 +75,56 @@ def test_nothing_but_results_is_compared(finished: RunDirectory, results):
     assert recorded_results(finished.layout) == {}
 
 
-def test_deleted_or_cut_weights_are_missing(finished: RunDirectory):
-    folder = finished.layout.quantized
-    (folder / "model.safetensors").write_bytes(b"12345")
-    manifest = {"files": {"model.safetensors": {"bytes": 5, "sha256": "00"}}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+@pytest.fixture(params=["quantized/model.safetensors", "export/model-00002-of-00002.safetensors"])
+def weights(finished: RunDirectory, request) -> Path:
+    """Return a file of weights of the finished run."""
+    file = finished.path / request.param
+    file.write_bytes(b"12345")
     with finished:
         finished.write_status("done", exit_code=0)
+    return file
+
+
+def test_a_run_whose_weights_are_as_written_is_done(finished: RunDirectory, weights: Path):
     assert finished.is_finished_as_configured()
-    (folder / "model.safetensors").write_bytes(b"1234")
-    assert missing_results(finished.layout) == ["quantized/model.safetensors"]
-    (folder / "model.safetensors").unlink()
+    (weights.parent / "README.md").write_text("a card")
+    (weights.parent / ".gitattributes").write_text("")
+    assert finished.is_finished_as_configured()
+
+
+def test_deleted_or_cut_weights_are_missing(finished: RunDirectory, weights: Path):
+    weights.write_bytes(b"1234")
+    assert missing_results(finished.layout) == [str(weights.relative_to(finished.path))]
+    weights.unlink()
     assert not finished.is_finished_as_configured()
+
+
+@pytest.mark.parametrize("content", [b"12346", b"123456"])
+def test_other_weights_are_refused(finished: RunDirectory, weights: Path, content: bytes):
+    times = weights.stat()
+    weights.write_bytes(content)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match=f"{weights}: is not what the run has written.*delete it"):
+        finished.is_finished_as_configured()
+
+
+def test_the_other_files_of_an_export_are_results(finished: RunDirectory):
+    tokenizer = finished.layout.export / "tokenizer.json"
+    tokenizer.write_text("{}")
+    with finished:
+        finished.write_status("done", exit_code=0)
+    tokenizer.write_text("[]")
+    with pytest.raises(UserError, match=r"tokenizer\.json: is not what the run has written"):
+        finished.is_finished_as_configured()
+    tokenizer.unlink()
+    assert missing_results(finished.layout) == ["export/tokenizer.json"]
+
+
+def test_checkpoints_may_be_deleted(finished: RunDirectory):
+    folder = finished.layout.checkpoints / "step-00000001"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    with finished:
+        finished.write_status("done", exit_code=0)
+    shutil.rmtree(finished.layout.checkpoints)
+    assert finished.is_finished_as_configured()

@@ -7,10 +7,13 @@ from dataclasses import fields
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.secrets import mask_command, mask_secrets
+from hqqtrain.common.shell_secrets import COMMAND_OUTPUT
 from hqqtrain.config.infra import LaunchConfig
 from hqqtrain.config.run import RunConfig
 
-_REFERENCE = re.compile(r"""\w*=("?)\$(?:\w+|\{\w+\}|\([^()]*\))\1(?=[\s;&|,'"\]]|$)""")
+_REFERENCE = re.compile(
+    rf"""\w*=("?)(?:\$\w+|\$\{{\w+\}}|{COMMAND_OUTPUT})\1(?=[\s;&|,'"\]]|$)""", re.VERBOSE
+)
 """Matches a shell assignment of nothing but another variable, or the output of a program.
 
 The lookahead refuses an addition, as in `X=$(f)pw`, which may be a secret.
