@@ -167,7 +167,9 @@ class _Memo:
         key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
         self._file = cache_folder() / "digests" / f"{key}.json"
         try:
-            content = load_json(self._file)
+            # Somebody else could choose the digests, and so exchange a file unseen.
+            is_own = self._file.lstat().st_uid in (os.getuid(), 0)
+            content = load_json(self._file) if is_own and not self._file.is_symlink() else None
         except (OSError, ValueError):
             content = None
         self._entries: dict[str, Any] = content if isinstance(content, dict) else {}

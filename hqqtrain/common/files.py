@@ -55,6 +55,17 @@ def open_for_append(path: Path) -> int:
     return fd
 
 
+def make_folder(folder: Path) -> None:
+    """Create `folder` if it is missing.
+
+    Raises:
+        OSError: `folder` is a link, so that its files would be written elsewhere, or no folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_symlink():
+        raise OSError(errno.ELOOP, "is a symbolic link", str(folder))
+
+
 def check_owner(folder: Path, where: str) -> None:
     """Check that nobody else has prepared `folder` for us to write into; it may be missing.
 

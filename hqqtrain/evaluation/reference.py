@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.common.files import atomic_write, check_owner
+from hqqtrain.common.files import atomic_write, check_owner, make_folder
 from hqqtrain.models.causal_lm import MAX_KEPT_BYTES
 from hqqtrain.models.families.structure import output_head
 
@@ -91,7 +91,7 @@ class CachedReference(nn.Module):
         if self._file is None or len(self._hidden_states) == self._saved:
             return
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._file.parent)
             check_owner(self._file.parent, f"run.root={self._file.parent.parent}")
             atomic_write(self._file, safetensors.torch.save(self._hidden_states))
         except (OSError, UserError) as error:

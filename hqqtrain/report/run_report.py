@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.common.files import atomic_write
+from hqqtrain.common.files import atomic_write, make_folder
 from hqqtrain.common.text import count
 from hqqtrain.report.html import (
     render_details,
@@ -74,7 +74,7 @@ def write_report(
         The written files by name: the plots, their images as `NAME.png`, and `index`.
     """
     layout = RunLayout(run_dir)
-    layout.report.mkdir(parents=True, exist_ok=True)
+    make_folder(layout.report)
     rows = _read_rows(layout)
     errors = next((found for row in rows if (found := layer_errors(row))), {})
     figures = {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hqqtrain.checkpoint.format import Checkpoint
 from hqqtrain.checkpoint.store import CheckpointStore
-from hqqtrain.common.files import atomic_write_json
+from hqqtrain.common.files import atomic_write_json, make_folder
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.sources import dataset_name
 from hqqtrain.distributed.local import global_numel
@@ -194,7 +194,7 @@ class RunRecorder:
         batch |= {"loss": str(step.loss), "grad_norm": str(step.grad_norm), **details}
         folder = self.directory.layout.nonfinite
         try:
-            folder.mkdir(exist_ok=True)
+            make_folder(folder)
             atomic_write_json(folder / f"batch-{step.batch_index:08}.json", batch)
         except OSError as error:
             logger.error("%s: batch %d was not saved: %s", folder, step.batch_index, error)

@@ -129,3 +129,31 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     for name, message in (("missing", "cannot be read"), ("fifo", "is not a regular file")):
         with pytest.raises(UserError, match=rf"{name}: {message}"):
             content_digest(tmp_path, [name])
+
+
+def test_a_memory_of_somebody_else_is_not_believed(tmp_path, monkeypatch, reads):
+    settle(monkeypatch)
+    (tmp_path / "a").write_text("text")
+    content_digest(tmp_path, ["a"])
+    reads.clear()
+    content_digest(tmp_path, ["a"])
+    assert reads == []
+    if os.getuid() == 0:
+        (memory,) = (tmp_path / "cache" / "digests").iterdir()
+        os.chown(memory, 54321, -1)
+    else:
+        monkeypatch.setattr(module.os, "getuid", lambda: 54321)
+    content_digest(tmp_path, ["a"])
+    assert reads == ["a"]
+
+
+def test_a_memory_behind_a_link_is_not_believed(tmp_path, monkeypatch, reads):
+    settle(monkeypatch)
+    (tmp_path / "a").write_text("text")
+    content_digest(tmp_path, ["a"])
+    (memory,) = (tmp_path / "cache" / "digests").iterdir()
+    memory.rename(tmp_path / "elsewhere")
+    memory.symlink_to(tmp_path / "elsewhere")
+    reads.clear()
+    content_digest(tmp_path, ["a"])
+    assert reads == ["a"]

@@ -112,6 +112,15 @@ def test_a_file_that_cannot_be_trusted_is_made_again(tmp_path, damage):
     assert not file.is_symlink()
 
 
+def test_the_folder_must_not_be_a_link(tmp_path, caplog):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "reference").symlink_to(tmp_path / "victim")
+    cached = _open(_Counted(_model(0)), tmp_path / "reference" / "model.safetensors")
+    _evaluate(cached, 1)
+    cached.save()
+    assert list((tmp_path / "victim").iterdir()) == []
+
+
 def test_a_model_that_caps_its_logits_is_called_every_time():
     counted = _Counted(_model(0, "gemma2"))
     expected = [_evaluate(counted.model, seed) for seed in (1, 2)]

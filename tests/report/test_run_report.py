@@ -112,6 +112,22 @@ def test_the_whole_report(tmp_path):
     assert "epochs" not in page.words
 
 
+def test_a_report_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "victim").mkdir()
+    run = write_run(tmp_path / "run")
+    (run / "report").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="is a symbolic link"):
+        write_report(run, SUMMARY)
+    (run / "report").unlink()
+    (run / "report").mkdir()
+    (tmp_path / "victim" / "page").write_text("mine")
+    (run / "report" / "index.html").symlink_to(tmp_path / "victim" / "page")
+    write_report(run, SUMMARY)
+    assert (tmp_path / "victim" / "page").read_text() == "mine"
+    assert [path.name for path in (tmp_path / "victim").iterdir()] == ["page"]
+
+
 def test_the_same_run_has_the_same_plots(tmp_path):
     first, second = (
         write_report(write_run(tmp_path / name), SUMMARY) for name in ("first", "second")
