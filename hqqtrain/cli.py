@@ -60,7 +60,7 @@ def _run_with_exit_code(arguments: list[str]) -> int:
     try:
         return _run_command(arguments)
     except UserError as error:
-        if get_rank() == 0:  # every rank raises the same error
+        if get_rank() == 0 or error.is_of_one_rank:  # usually every rank raises the same error
             print(f"hqqtrain: {mask_secrets(str(error))}", file=sys.stderr)
         return USER_ERROR
     except PreemptedError as error:

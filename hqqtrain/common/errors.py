@@ -19,7 +19,12 @@ class UserError(ValueError):
 
     The message names the key or file, its value, what is allowed, and the fix.
     Exit code USER_ERROR.
+
+    Attributes:
+        is_of_one_rank: Whether rank 0 may not have the error, so that this rank prints it.
     """
+
+    is_of_one_rank = False
 
 
 class RankLostError(RuntimeError):

@@ -1,5 +1,6 @@
 """The processes of one run: rank, world size and small collectives."""
 
+import errno
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -140,8 +141,17 @@ class Communicator:
 SINGLE_PROCESS = Communicator(0, 1, torch.device("cpu"))
 """For work that one process does by itself, however many ranks the run has."""
 
-_SHARED_ERRORS = {error.__name__: error for error in (UserError, PreemptedError)}
-"""Errors that concern all ranks alike, so that every rank raises them unchanged."""
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Values of `errno` if a disk or a quota is full."""
+
+_SHARED_ERRORS: dict[str, type[Exception]] = {
+    error.__name__: error
+    for error in (UserError, PreemptedError, MemoryError, torch.OutOfMemoryError)
+}
+"""Errors that concern all ranks alike, so that every rank raises them unchanged.
+
+So does a full disk, an OSError.
+"""
 
 
 def serialize_error(error: BaseException | None) -> str:
@@ -151,13 +161,18 @@ def serialize_error(error: BaseException | None) -> str:
     """
     if error is None:
         return ""
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return f"OSError: {error.errno} {error.strerror}: {error.filename}"
     shared = (name for name, cls in _SHARED_ERRORS.items() if isinstance(error, cls))
     return f"{next(shared, type(error).__name__)}: {error}"
 
 
-def deserialize_error(rank: int, text: str) -> UserError | PreemptedError | RankLostError:
+def deserialize_error(rank: int, text: str) -> Exception:
     """Return the error to raise on this rank for `text`, which `serialize_error` made on `rank`."""
     class_name, _, message = text.partition(": ")
+    number, _, description = message.partition(" ")
+    if class_name == "OSError" and number in map(str, FULL_DISK):
+        return OSError(int(number), f"{description}, on rank {rank}")
     if class_name in _SHARED_ERRORS:
         return _SHARED_ERRORS[class_name](message)
     return RankLostError(f"rank {rank} failed: {text}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hqqtrain.common.errors import PreemptedError, RankLostError, UserError
+from hqqtrain.common.errors import RankLostError
 from hqqtrain.compat import default_store
 from hqqtrain.distributed.comm import Communicator, deserialize_error, serialize_error
 
@@ -28,9 +28,6 @@ LOST_AFTER_SECONDS = 20.0
 A thread sends the heartbeats. The long calls of torch and safetensors release the GIL, so they
 delay the thread by seconds at most.
 """
-
-RemoteError = UserError | PreemptedError | RankLostError
-"""Errors that `Heartbeat` raises for another rank."""
 
 _STORE_HOST = -1
 """Key of `Heartbeat._lost` for the process that hosts the store, which is not a rank."""
@@ -54,7 +51,7 @@ class Heartbeat:
         self._store: Any = None  # where the ranks exchange their states, from `__enter__` on
         self._last_read_time = time.monotonic()
         self._last_change_times: dict[int, float] = {}  # rank -> time of its newest state
-        self._raised: RemoteError | None = None  # the error that `check` has raised
+        self._raised: Exception | None = None  # the error that `check` has raised
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -166,7 +163,7 @@ class Heartbeat:
     def _has_left(self, rank: int) -> bool:
         return rank in self._lost or bool(self._states.get(rank, {}).get("has_read_ends"))
 
-    def _remote_error(self) -> RemoteError | None:
+    def _remote_error(self) -> Exception | None:
         """Return the error of another rank that this rank must raise, or None."""
         if not self._others:
             return None

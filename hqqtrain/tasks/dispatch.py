@@ -9,6 +9,7 @@ from hqqtrain.common.env import get_rank
 from hqqtrain.common.errors import PreemptedError
 from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.accelerate_env import relaunch_if_ranks_were_lost
+from hqqtrain.distributed.failure import share_failure
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies.check import RuntimeSettings
@@ -45,7 +46,10 @@ def dispatch_task(config: RunConfig, arguments: list[str]) -> int:
     try:
         with RunRecorder(config, runtime, ["python", "-m", "hqqtrain", *arguments]) as recorder:
             if not recorder.history.is_done():
-                with translate_resource_errors(workload_of(config), runtime.strategy):
+                with (
+                    share_failure(runtime.comm),
+                    translate_resource_errors(workload_of(config), runtime.strategy),
+                ):
                     _TASKS[config.task](Run(config, runtime, recorder))
     except PreemptedError:
         # All ranks raise this error, so all can meet in `shutdown`. After any other error a rank

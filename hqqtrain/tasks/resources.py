@@ -1,6 +1,5 @@
 """Memory and disk of a run: refuse it if it cannot fit, and give advice if it runs out of them."""
 
-import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from torch import nn
 from hqqtrain.common.env import get_local_world_size
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.run import RunConfig
+from hqqtrain.distributed.comm import FULL_DISK
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies.base import Strategy
 from hqqtrain.loading.memory_check import available_memory, check_fits, oom_advice
@@ -97,7 +97,7 @@ def translate_resource_errors(workload: Workload, strategy: Strategy) -> Iterato
             raise
         raise UserError(f"{oom_advice(workload, strategy)} ({error})") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL_DISK:
             raise
         raise UserError(
             f"run.root={workload.run_root}: the disk is full ({error}). Free some space; the same "

@@ -65,3 +65,12 @@ def test_a_single_process_needs_no_group():
     assert SINGLE_PROCESS.run_on_rank0(lambda: 7) == 7
     with pytest.raises(OSError, match="full"):
         _fails_on_rank0(0, SINGLE_PROCESS, OSError("full"))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left", "x"), MemoryError("too much")])
+def test_a_full_disk_or_memory_of_one_rank_is_that_of_all(error):
+    found = deserialize_error(1, serialize_error(error))
+    assert type(found) is type(error)
+    assert getattr(found, "errno", None) == getattr(error, "errno", None)
+    first, second = on_ranks(_fails_on_rank0, 2, error)
+    assert first.partition(":")[0] == second.partition(":")[0] == type(error).__name__

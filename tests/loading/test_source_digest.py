@@ -50,6 +50,26 @@ def test_every_byte_counts_and_only_config_json_for_synthetic_weights(folder):
     assert after[1] == before[1]
 
 
+def write_digest_of_own_files(rank: int, comm: Communicator, folder: Path) -> None:
+    digest_of(folder.parent / f"model{rank or ''}", comm)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_rank_with_other_files_is_named(folder, name: str):
+    own = Path(shutil.copytree(folder, folder.parent / "model1"))
+    assert on_ranks(write_digest_of_own_files, 2, folder) == ["", ""]
+    with (own / name).open("ab") as file:
+        file.write(b" ")
+    message = (
+        f"model.name_or_path=mine: {name} is not the same on rank 1 as on rank 0; use the same "
+        "files on all machines."
+    )
+    assert on_ranks(write_digest_of_own_files, 2, folder) == [message, message]
+    (own / name).unlink()
+    assert on_ranks(write_digest_of_own_files, 2, folder) == [message, message]
+
+
 @pytest.mark.ranks
 def test_an_unreadable_file_is_the_error_of_every_rank(folder):
     (folder / "config.json").unlink()
