@@ -8,6 +8,7 @@ are in memory. The training text is streamed past them.
 import re
 import unicodedata
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -40,6 +41,12 @@ def word_hashes(text: str) -> np.ndarray:
         parts.append(np.fromiter(map(hash, _WORD.findall(folded)), np.int64))
         start = end
     return np.concatenate([np.empty(0, np.int64), *parts]).view(np.uint64)
+
+
+def word_position(text: str, word: int) -> int:
+    """Return the position of a word in a text; about that, if compatibility forms are in it."""
+    found = next(islice(_WORD.finditer(text), word, None), None)
+    return found.start() if found else 0
 
 
 class NgramCounts:

@@ -14,7 +14,7 @@ import numpy as np
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.data.held_out import is_blank
-from hqqtrain.data.ngrams import BLOCK_WORDS, NGRAM_WORDS, NgramCounts, word_hashes
+from hqqtrain.data.ngrams import BLOCK_WORDS, NGRAM_WORDS, NgramCounts, word_hashes, word_position
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ MAX_NGRAM_TEXTS = 10
 NVIDIA's NeMo Curator, which follows GPT-3, has the same limit (`max_matches`).
 """
 
-PASSAGE_WORDS = 512
-"""Long texts are compared in passages of about this many words."""
+PASSAGE_WORDS, PASSAGE_STEP = 512, 64
+"""A longer text is compared in passages of so many words, which begin so many words apart."""
 
 MIN_SHARED = 0.5
 """A passage is shared if at least this share of its words is, as in Cosmopedia's decontamination.
@@ -48,7 +48,7 @@ class Overlap:
         shared_texts: Number of distinct held-out texts that share a passage.
         texts: Number of distinct held-out texts.
         share: Share of the held-out characters, from 0 to 1.
-        example: The beginning of the text that shares most; '' if none does.
+        example: The beginning of what is shared of the text that shares most; '' if none does.
     """
 
     shared_texts: int
@@ -66,7 +66,8 @@ def check_overlap(
         train: The texts to train on.
         held_out: The held-out texts.
         where: The two sources, for messages.
-        fix: Further advice for the error message; None: any overlap is a warning only.
+        fix: Further advice for the error message; None: the two are parts of one source, which are
+            never refused, and a small overlap is a line of the log.
 
     Raises:
         UserError: More than `MAX_OVERLAP` of the held-out characters are also trained on.
@@ -80,7 +81,8 @@ def check_overlap(
         f"{overlap.example!r}"
     )
     if overlap.share <= MAX_OVERLAP:
-        logger.warning("%s; the perplexity is slightly too good.", message)
+        level = logging.INFO if fix is None else logging.WARNING
+        logger.log(level, "%s; the perplexity is slightly too good.", message)
     elif fix is None:
         logger.warning("%s; the perplexity is too good. Remove near copies from it.", message)
     else:
@@ -98,26 +100,43 @@ def measure_overlap(train: Iterable[str], held_out: Iterable[str]) -> Overlap:
     boilerplate count on neither side. N-grams also cross the ends of texts, so that lines in rows
     of their own are found in one text.
     """
-    texts: dict[int, tuple[int, str, np.ndarray]] = {}
+    texts: dict[int, tuple[int, np.ndarray]] = {}
     for text in held_out:
         if not is_blank(text):
             hashes = word_hashes(text)
-            texts.setdefault(_key(text, hashes), (len(text), text[:60], hashes))
+            texts.setdefault(_key(text, hashes), (len(text), hashes))
     if not texts:
         return Overlap(0, 0, 0.0, "")
-    words = [hashes for _, _, hashes in texts.values()]
-    counts = NgramCounts(np.concatenate(words))
+    words = np.concatenate([hashes for _, hashes in texts.values()])
+    lengths = np.array([len(hashes) for _, hashes in texts.values()])
+    counter = NgramCounts(words)
     equal: set[int] = set()
     for keys, block in _blocks(train):
         equal.update(key for key in keys if key in texts)
-        counts.add(keys, block)
-    shares = _shares_of_texts(words, counts.at_words(), counts.texts)
+        counter.add(keys, block)
+    counts = counter.at_words()
+    is_shared = _in_shared_passages(lengths, counts, counter.texts)
+    text_of_word = np.repeat(np.arange(len(texts)), lengths)
+    shares = np.bincount(text_of_word, is_shared, len(texts)) / np.maximum(lengths, 1)
     shares[[key in equal for key in texts]] = 1.0
-    sizes = np.array([size for size, _, _ in texts.values()])
-    example = list(texts.values())[int(np.argmax(shares * sizes))][1] if shares.any() else ""
-    return Overlap(
-        int(np.count_nonzero(shares)), len(texts), float(shares @ sizes / sizes.sum()), example
+    sizes = np.array([size for size, _ in texts.values()])
+    share = float(shares @ sizes / sizes.sum())
+    if not share:
+        return Overlap(0, len(texts), 0.0, "")
+    largest = int(np.argmax(shares * sizes))
+    is_copy = (is_shared & _covered(counts > 0, len(words)))[text_of_word == largest]
+    example = _excerpt(
+        held_out, list(texts)[largest], int(np.argmax(is_copy)) if len(is_copy) else 0
     )
+    return Overlap(int(np.count_nonzero(shares)), len(texts), share, example)
+
+
+def _excerpt(texts: Iterable[str], key: int, word: int) -> str:
+    """Return the beginning of what is shared of the text with a key, from the shared `word` on."""
+    texts = (text for text in texts if not is_blank(text))
+    text = next(text for text in texts if _key(text, word_hashes(text)) == key)
+    start = word_position(text, word) if word else 0
+    return text[start : start + 60]
 
 
 def _key(text: str, words: np.ndarray) -> int:
@@ -148,32 +167,46 @@ def _blocks(texts: Iterable[str]) -> Iterator[tuple[list[int], list[np.ndarray]]
     yield keys, block
 
 
-def _shares_of_texts(texts: list[np.ndarray], counts: np.ndarray, train_texts: int) -> np.ndarray:
-    """Return the share of each text's words that are in shared passages, float [texts].
+def _in_shared_passages(lengths: np.ndarray, counts: np.ndarray, train_texts: int) -> np.ndarray:
+    """Return which held-out words are in shared passages, bool [words].
 
     Args:
-        texts: The words of each held-out text.
+        lengths: Number of words of each held-out text.
         counts: In how many training texts the n-gram at a word is, int64 [n-grams].
         train_texts: Number of training texts.
     """
-    lengths = np.array([len(text) for text in texts])
-    passages = np.maximum(1, lengths // PASSAGE_WORDS)
-    starts = np.cumsum(lengths) - lengths
-    begin = np.concatenate(
-        [
-            start + np.arange(count) * length // count
-            for start, length, count in zip(starts, lengths, passages, strict=True)
-        ]
-    )
-    end = np.append(begin[1:], lengths.sum())
+    begin, end = _passages(lengths)
     is_common = counts > MAX_NGRAM_TEXTS
     is_in_most = is_common | ((counts >= 3) & (2 * counts > train_texts))
+    size = int(lengths.sum())
     # In a small set, boilerplate is what most texts have, unless it is nearly all of a passage.
     is_shared = _are_shared(begin, end, counts, is_in_most, MIN_SHARED)
     is_shared |= _are_shared(begin, end, counts, is_common, 0.9)
-    text_of_passage = np.repeat(np.arange(len(texts)), passages)
-    shared_words = np.bincount(text_of_passage, (end - begin) * is_shared, len(texts))
-    return shared_words / np.maximum(lengths, 1)
+    begin, end = begin[is_shared], end[is_shared]
+    # Passages of a longer text begin and end with what is shared.
+    words = np.arange(size)
+    has_ngram = _covered(counts > 0, size)
+    next_ngram = np.minimum.accumulate(np.where(has_ngram, words, size)[::-1])[::-1]
+    last_ngram = np.maximum.accumulate(np.where(has_ngram, words, -1))
+    is_part = end - begin >= PASSAGE_WORDS
+    begin = np.where(is_part, next_ngram[begin], begin)
+    end = np.where(is_part, last_ngram[end - 1] + 1, end)
+    changes = np.bincount(begin, minlength=size + 1) - np.bincount(end, minlength=size + 1)
+    return np.cumsum(changes)[:-1] > 0
+
+
+def _passages(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the passages of all texts begin and end, int64 [passages] each."""
+    text_end = np.cumsum(lengths)
+    last = np.maximum(lengths - PASSAGE_WORDS, 0)  # where the last passage of a text begins in it
+    counts = -(-last // PASSAGE_STEP) + 1
+    begin = np.concatenate(
+        [
+            end - length + np.minimum(np.arange(count) * PASSAGE_STEP, maximum)
+            for end, length, count, maximum in zip(text_end, lengths, counts, last, strict=True)
+        ]
+    )
+    return begin, np.minimum(begin + PASSAGE_WORDS, np.repeat(text_end, counts))
 
 
 def _are_shared(
