@@ -27,7 +27,7 @@ from hqqtrain.tracking.jsonl import read_metrics
 RECIPE = (
     "recipe=tiny_2bit", "run.name=run", "train.global_batch_size=4", "train.micro_batch_size=2",
     "train.max_seq_len=64", "train.precision=fp32", "adapter.dropout=0.05", "eval.tokens=512",
-    "eval.every=20", "ckpt.every=3", "track.backends=[]",
+    "eval.every=20", "eval.samples=0", "ckpt.every=3", "track.backends=[]",
 )  # fmt: skip
 
 SAVES = 4

@@ -246,6 +246,9 @@ class EvalConfig:
         "loaded as a whole",
         choices=("off", "resident"),
     )
+    samples: int = key(
+        3, "held-out texts whose beginnings each model continues, for the report; 0: none", low=0
+    )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -47,6 +47,7 @@ A group with its defaults does not enter the identity, so earlier runs keep thei
 ADDED_KEYS: dict[str, dict[str, Any]] = {
     "data": {"validation": DataConfig().validation},
     "train": {"early_stopping_patience": None},
+    "eval": {"samples": EvalConfig().samples},
     "ckpt": {"load_best": False},
 }
 """Single keys that the first release did not have, by group, and their defaults; as above."""
@@ -57,8 +58,9 @@ RESULT_KEYS = {"ckpt": ("load_best",)}
 CHANGEABLE_ON_RESUME = frozenset([
     "ckpt.load_best", "train.early_stopping_patience", "train.max_steps", "train.epochs",
     "train.micro_batch_size", "train.activation_checkpointing",
-    "train.on_nonfinite", "eval.every", "quant.backend", "quant.cache_dir", "quant.save",
-    "parallel.strategy", "parallel.hsdp", "parallel.offload", "parallel.consistency_check_every",
+    "train.on_nonfinite", "eval.every", "eval.samples", "quant.backend", "quant.cache_dir",
+    "quant.save", "parallel.strategy", "parallel.hsdp", "parallel.offload",
+    "parallel.consistency_check_every",
 ])  # fmt: skip
 """Keys that may change when a run is resumed under the same `run.name`."""
 

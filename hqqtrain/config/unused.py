@@ -28,7 +28,7 @@ USED_KEYS = {
 }  # fmt: skip
 """Globs of the keys that each task uses, except for those in `UNUSED_KEYS`."""
 
-_TRAINING_ONLY = ("eval.every", "parallel.consistency_check_every")
+_TRAINING_ONLY = ("eval.every", "eval.samples", "parallel.consistency_check_every")
 
 UNUSED_KEYS = {
     "finetune": ("export", "export.*"),
@@ -86,7 +86,7 @@ def _ineffective(config: RunConfig) -> Iterator[tuple[str, str]]:
             (f"train.max_steps={train.max_steps} takes precedence; add train.max_steps=null"),
         )
     if evaluation.source is None:
-        for key in ("eval.every", "eval.tokens", "eval.reference"):
+        for key in ("eval.every", "eval.tokens", "eval.reference", "eval.samples"):
             yield key, "eval.source=null turns the evaluation off"
     if "wandb" not in config.track.backends:
         for key in _OF_WANDB:

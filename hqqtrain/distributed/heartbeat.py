@@ -9,6 +9,7 @@ collective.
 import json
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -33,6 +34,17 @@ _STORE_HOST = -1
 """Key of `Heartbeat._lost` for the process that hosts the store, which is not a rank."""
 
 
+def _pauses() -> Iterator[float]:
+    """Yield the seconds between two looks at the other ranks, after this one has ended.
+
+    Ranks mostly end together, so the first pauses are milliseconds.
+    """
+    seconds = 0.001
+    while True:
+        yield seconds
+        seconds = min(2 * seconds, HEARTBEAT_SECONDS / 5)
+
+
 class Heartbeat:
     """Context around work that each rank does on its own; the body must call `check` often.
 
@@ -52,7 +64,7 @@ class Heartbeat:
         self._last_read_time = time.monotonic()
         self._last_change_times: dict[int, float] = {}  # rank -> time of its newest state
         self._raised: Exception | None = None  # the error that `check` has raised
-        self._stop = threading.Event()
+        self._has_ended_itself, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Heartbeat":
@@ -90,6 +102,7 @@ class Heartbeat:
         # Report only errors of this rank: one that `check` has raised is known to the others.
         own_error = None if error is self._raised else error
         self._end_state = {"ended": True, "fault": serialize_error(own_error)}
+        self._has_ended_itself.set()
         # On KeyboardInterrupt or SystemExit, leave at once.
         if error is None or isinstance(error, Exception):
             self._wait_for_others()
@@ -106,16 +119,21 @@ class Heartbeat:
         also if it has failed itself.
         """
         awaited = self._others if self._comm.rank == 0 else []
+        pauses = _pauses()
         while not (self._reported.get("has_read_ends") and all(map(self._has_left, awaited))):
             if self._is_cut_off():
                 return
-            time.sleep(HEARTBEAT_SECONDS / 5)
+            time.sleep(next(pauses))
 
     def _run(self) -> None:
         """Body of the thread: send heartbeats and read those of others until `_stop` is set."""
-        beats = 0
+        beats, pauses = 0, _pauses()
         try:
-            while not self._stop.wait(HEARTBEAT_SECONDS / (5 if self._end_state else 1)):
+            while not self._stop.is_set():
+                if self._has_ended_itself.is_set():
+                    self._stop.wait(next(pauses))
+                else:
+                    self._has_ended_itself.wait(HEARTBEAT_SECONDS)
                 # The other ranks see by the changed counter that this rank is alive.
                 beats += 1
                 state = {"beat": beats} | self._end_state

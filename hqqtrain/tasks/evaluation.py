@@ -28,8 +28,8 @@ from hqqtrain.tasks.context import Run
 
 logger = logging.getLogger(__name__)
 
-SAMPLES, SAMPLE_TOKENS = 3, 64
-"""Number of samples in the report, and their length, if the batches of the run allow them."""
+SAMPLE_TOKENS = 64
+"""Length of a sample in the report, if the sequences of the run are as long."""
 
 
 class RecordedEvaluation:
@@ -102,12 +102,12 @@ class RecordedEvaluation:
         trained one. The texts have fewer tokens than a batch of the evaluation, so they need no
         more memory.
         """
-        if self._evaluator is None:
+        evaluator, runnable, config = self._evaluator, self._runnable, self._run.config
+        if evaluator is None or not config.eval.samples:
             return
-        evaluator, runnable = self._evaluator, self._runnable
-        tokenizer, train = load_tokenizer(runnable.plan.source.tokenizer), self._run.config.train
+        tokenizer, train = load_tokenizer(runnable.plan.source.tokenizer), config.train
         length = min(SAMPLE_TOKENS, train.max_seq_len)
-        count = min(SAMPLES, train.micro_batch_size * train.max_seq_len // length)
+        count = min(config.eval.samples, train.micro_batch_size * train.max_seq_len // length)
         texts = select_beginnings(evaluator.held_out, count, length)
         prompts, rests = texts.tensor_split([(texts.shape[1] + 1) // 2], dim=1)
 

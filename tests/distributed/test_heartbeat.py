@@ -34,6 +34,16 @@ def one_is_slow(rank: int, comm: Communicator) -> None:
     work(comm, 0.1)  # a second watch has its own keys
 
 
+def all_end_together(rank: int, comm: Communicator) -> None:
+    """The end of work is told at once, and not with the next heartbeat."""
+    heartbeat.HEARTBEAT_SECONDS, heartbeat.LOST_AFTER_SECONDS = 20, 80
+    began = time.monotonic()
+    for _ in range(3):
+        with Heartbeat(comm):
+            pass
+    assert time.monotonic() - began < heartbeat.HEARTBEAT_SECONDS / 2
+
+
 def one_finds_bad_data(rank: int, comm: Communicator) -> None:
     work(comm, 0.5 if rank == 1 else 60, UserError("w: row 3 holds nan") if rank == 1 else None)
 
@@ -84,8 +94,9 @@ def test_preemption_of_one_rank_stops_all():
     assert on_ranks(one_is_preempted, 3) == ["PreemptedError: SIGUSR1"] * 3
 
 
-def test_ranks_leave_together():
-    assert on_ranks(one_is_slow, 3) == [""] * 3
+@pytest.mark.parametrize("case", [one_is_slow, all_end_together])
+def test_ranks_leave_together(case):
+    assert on_ranks(case, 3) == [""] * 3
 
 
 @pytest.mark.parametrize("case", [one_finds_bad_data, one_fails_last, one_reads_late])

@@ -164,7 +164,7 @@ def test_data_is_read_or_refused_with_one_message(case: str, capfd, tmp_path):
     code = run_in_this_process([
         "model.name_or_path=model", "quant.group_size=16", "train.max_steps=1",
         "train.global_batch_size=1", "train.max_seq_len=32", "eval.tokens=256",
-        "track.backends=[]", f"run.root={tmp_path}", *arguments.split(" "),
+        "eval.samples=0", "track.backends=[]", f"run.root={tmp_path}", *arguments.split(" "),
     ])  # fmt: skip
     output = "".join(capfd.readouterr())
     assert code == expected_code, output

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import HELD_OUT, TEXT, free_port
+from runs import HELD_OUT, TEXT, free_port, run_in
 
 from hqqtrain.models.source import TINY_FOLDER
 
@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 QUICK = (
     "train.max_steps=1", "train.global_batch_size=2", "train.max_seq_len=64", "eval.tokens=256",
-    "optim.warmup_steps=0", "track.backends=[]", f"data.source={TEXT}", f"eval.source={HELD_OUT}",
+    "eval.samples=0", "optim.warmup_steps=0", "track.backends=[]", f"data.source={TEXT}",
+    f"eval.source={HELD_OUT}",
 )  # fmt: skip
 
 
@@ -72,6 +73,10 @@ def test_command(number: int, folder: Path):
                       "--main_process_port", str(free_port())]  # fmt: skip
     if "torchrun" in words:
         words[1:1] = ["--master-port", str(free_port())]
+    if words[:3] == ["python", "-m", "hqqtrain"]:
+        done = run_in(folder, *words[3:])
+        assert done.code == 0, done.output
+        return
     done = subprocess.run(
         ["env", *words], cwd=folder, text=True, timeout=300,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
