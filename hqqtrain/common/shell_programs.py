@@ -38,8 +38,10 @@ ARGUMENTS = [
     r"vault\s+login",
     r"rclone\s+obscure",
     # NAME URL ACCESS_KEY SECRET_KEY; both are secrets, and one of them may be a reference
-    rf"mc\s+(?:alias\s+set|config\s+host\s+add)\s+(?:\S+\s+){{0,6}}?{_URL}",
-    rf"mc\s+(?:alias\s+set|config\s+host\s+add)\s+(?:\S+\s+){{0,6}}?{_URL}\s+\S+",
+    rf"mc(?:li)?\s+(?:alias\s+set|config\s+host\s+add)\s+(?:\S+\s+){{0,6}}?{_URL}",
+    rf"mc(?:li)?\s+(?:alias\s+set|config\s+host\s+add)\s+(?:\S+\s+){{0,6}}?{_URL}\s+\S+",
+    r"redis-cli\s+(?:\S+\s+){0,8}?(?:AUTH|CONFIG\s+SET\s+(?:requirepass|masterauth))",
+    r"redis-cli\s+(?:\S+\s+){0,8}?AUTH\s+\S+",
     r"openssl\s+passwd(?:\s+-salt\s+\S+)?",
     r"smbclient\s+\S+",
     r"htpasswd\s+-\w*b\w*\s+(?:(?<!n\s)(?<!n\w\s)\S+\s+)?\S+",
@@ -58,7 +60,7 @@ SETTINGS = [
     r"dvc\s+remote\s+(?:modify|add)",
     r"(?:git|npm|pnpm|yarn|pip3?|conda|mamba|poetry|snow|gcloud|az)\s+config",
     r"p?npm\s+set",
-    r"redis-cli|nmcli|mysqladmin|wg\s+set",
+    r"nmcli|mysqladmin|wg\s+set",
 ]
 """Commands in which the name of a setting is followed by its value, as in `password X`."""
 

@@ -30,11 +30,13 @@ COMMAND_OUTPUT = r"""
 """A substitution of the output of a program, but not of `echo`, whose output is in the command."""
 
 _REFERENCE = rf"""
-    (?! (?:''|""|true|false|null)(?:[\s;&|,)\]]|$) )
+    (?! (?: ''|""|true|false|null|stdin|(?:env|file|fd):[\w./$~{{}}-]+|id=\w[^\s;&|]* )
+        (?:[\s;&|,'")\]]|$) )
     (?! (?P<q>"?)(?:[\w.@-]+[:%])?
         (?:\$\w+|\$\{{\w+\}}|{COMMAND_OUTPUT})
         (?P=q)(?=[\s;&|,'")\]]|$) )"""
-"""Fails at a shell word that is empty, a boolean, a variable, or the output of a program.
+"""Fails at a shell word that is empty, names the place of a secret, or is a variable or the output
+of a program.
 
 A user's name may stand before it, as in `user:$PASSWORD`.
 """
@@ -44,6 +46,9 @@ _WORD = rf"(?:{QUOTED}|[^\s;&|,'\"\])}}])+"
 
 _ARGUMENT = rf"{_REFERENCE}(?![-<>#])(?P<secret>{_WORD})"
 """A word that is the secret, but no option, redirection or comment."""
+
+_SPACE = r"[^\S\n]+"
+"""Space within a line."""
 
 _COMMAND_REST = rf"(?>{QUOTED}|[^;&|\n])*+"
 """The words after the name of a program, up to the end of its command.
@@ -73,7 +78,7 @@ _RULES = [
     rf"(?P<kept>{SECRET_WORD}[-_](?:command|cmd)(?:\s*=\s*|\s+)['\"]?(?:echo|printf)\s+)"
     rf"(?!\$\w)(?P<secret>{_WORD})",
     # Authorization: Basic X, PRIVATE-TOKEN: X; the header is quoted as a whole
-    rf"(?P<kept>(?<![\w-])(?:(?:proxy-)?authorization|[\w-]{{1,80}}-{SECRET_WORD}"
+    rf"(?P<kept>(?<![\w-])(?:(?:proxy-)?authorization|[\w-]{{1,80}}(?:-|(?=-key)){SECRET_WORD}"
     rf"|(?<=-H\ ['\"])(?:{SECRET_WORD}|auth|key))\s*:\s*"
     rf"(?:(?:basic|bearer|token|digest|\w*key|oauth)\s+)?){_REFERENCE}(?P<secret>[^\s'\"]+)",
     # Cookie: a=X; b=Y
@@ -83,12 +88,15 @@ _RULES = [
     # setenv A_TOKEN X, set -gx A_TOKEN X, aws configure set aws_secret_access_key X
     rf"(?P<kept>\b(?:setenv|set\s+-\w+|config(?:ure)?\s+set)\s+[\w.:/-]{{0,80}}{SECRET_WORD}\s+)"
     rf"{_REFERENCE}(?P<secret>{_WORD})",
-    # openssl -passin pass:X
+    # login("X"), login(key="X")
+    r"(?P<kept>\blogin\(\s*(?:\w+\s*=\s*)?)(?P<secret>\\*(?P<n>['\"])[^'\"]+(?P=n))",
+    # openssl -passin pass:X, also in quotes
+    rf"(?P<kept>(?<=['\"])pass:){_REFERENCE}(?P<secret>[^'\"\n]+)",
     rf"(?P<kept>\bpass:){_REFERENCE}(?P<secret>{_WORD})",
     # machine h login u password X
     rf"(?P<kept>\b(?:machine{_GAP}[^\s\\]+|default(?={_GAP}login))"
     rf"(?:{_GAP}(?:login|account){_GAP}[^\s\\]+)*{_GAP}password{_GAP})"
-    rf"{_REFERENCE}(?P<secret>(?:[^\s\"'\\]|\\(?![nt]).)+)",
+    rf"{_REFERENCE}(?P<secret>\"[^\"\n]+\"|(?:[^\s\"'\\]|\\(?![nt]).)+)",
     # echo X | docker login --password-stdin
     rf"(?P<kept>{_ECHO}(?=\|{_PIPELINE_REST}{READERS})",
     # echo X > ~/.cache/huggingface/token
@@ -101,7 +109,10 @@ _RULES = [
     # docker login --password-stdin <<EOF
     rf"(?P<kept>{READERS}[^;&|\n<]{{0,200}}+<<-?\s*(?P<n>['\"]?)(?P<end>\w+)(?P=n)[^\n]*\n\s*)"
     rf"{_REFERENCE}(?P<secret>[\s\S]*?)(?=\n\s*(?P=end)\b)",
-    *(rf"(?P<kept>(?<![\w.-]){words}\s+(?:-[\w-]+\s+)*){_ARGUMENT}" for words in ARGUMENTS),
+    *(
+        rf"(?P<kept>(?<![\w.-]){words}{_SPACE}(?:-[\w-]+{_SPACE})*){_ARGUMENT}"
+        for words in ARGUMENTS
+    ),
 ]
 
 _PATTERNS = [re.compile(rule, re.VERBOSE | re.IGNORECASE) for rule in _RULES]
@@ -112,7 +123,7 @@ _IN_COMMANDS = [
         (
             program,
             rf"(?:[\w.:/-]*[.:/_-])?(?i:{SECRET_WORD}|pass|auth|key|access_key_id)(?:\s+|=)"
-            rf"{_REFERENCE}(?![-<>])",
+            rf"{_REFERENCE}(?![-<>]|(?:basic|digest|custom|none)\b)",
         )
         for program in SETTINGS
     ),
