@@ -243,11 +243,11 @@ def _kept_bytes(
 ) -> int:
     """Return the bytes of hidden states that an evaluation keeps of the full-precision model.
 
-    It keeps none with several processes, or if they need more than `MAX_KEPT_BYTES`.
+    It keeps none if the model is sharded, or if they need more than `MAX_KEPT_BYTES`.
     """
-    if not workload.has_reference or world_size > 1 or strategy.shards_parameters:
+    if not workload.has_reference or strategy.shards_parameters:
         return 0
-    size = kept_hidden_bytes(model, workload.eval_tokens, dtype)
+    size = kept_hidden_bytes(model, -(-workload.eval_tokens // world_size), dtype)
     return size if size <= MAX_KEPT_BYTES else 0
 
 

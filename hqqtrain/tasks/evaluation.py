@@ -139,9 +139,9 @@ class RecordedEvaluation:
         return result.loss
 
     def _open_reference(self, held_out: TokenSequences, source_digest: str | None) -> nn.Module:
-        """Return the full-precision model; in one process, with a cache of its outputs.
+        """Return the full-precision model, with a cache of its outputs if it is not sharded.
 
-        If there is no cache, the log says why. Collective.
+        In one process, a file may keep them. If there is no cache, the log says why. Collective.
         """
         run, model, plan = self._run, self._runnable.model, self._runnable.plan
         config, runtime = run.config, run.runtime
@@ -155,10 +155,10 @@ class RecordedEvaluation:
 
         tokens = int((held_out.end - held_out.begin).sum())
         # The head of the evaluated model serves as that of the reference, if it is not quantized.
-        size = kept_hidden_bytes(model, tokens, runtime.dtype)
+        size = kept_hidden_bytes(model, math.ceil(tokens / runtime.comm.size), runtime.dtype)
         reason = ""
-        if runtime.comm.size > 1 or runtime.strategy.shards_parameters:
-            reason = "its outputs are kept in a single process without sharding only"
+        if runtime.strategy.shards_parameters:
+            reason = f"parallel.strategy={runtime.strategy.name} shards it"
         elif not size:
             reason = "its outputs are kept only if the head is not quantized"
         elif size > MAX_KEPT_BYTES:
@@ -173,7 +173,8 @@ class RecordedEvaluation:
         structure = build_meta(plan.hf_config, runtime.dtype)
         parameters = sum(parameter.numel() for parameter in structure.parameters())
         file = None
-        if source_digest and 2 * parameters * tokens >= MIN_FLOP:
+        # With a file, one rank alone may have to load the model, but loading is a collective.
+        if source_digest and runtime.comm.size == 1 and 2 * parameters * tokens >= MIN_FLOP:
             settings = {
                 "model": [source_digest, plan.source.kind, plan.source.name],
                 "text": held_out.digest(),

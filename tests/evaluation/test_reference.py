@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import on_ranks
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -154,3 +155,23 @@ def test_another_model_text_or_machine_has_another_file(monkeypatch):
     files.add(reference_file(Path("runs"), "org/model", {"model": 0}))
     assert len(files) == 3
     assert all(str(file).startswith("runs/reference/model-") for file in files)
+
+
+def _rank_with_its_batches(rank: int, comm: Communicator) -> None:
+    counted, expected = _Counted(_model(0)), []
+    for cached in (counted.model, _open(counted)):
+        counted.calls = 0
+        for seed in (1, 2):
+            result = evaluate_perplexity(
+                _model(seed), _sequences(), comm, batch_size=5, reference=cached
+            )
+            expected.append(result)
+    assert expected[:2] == expected[2:]
+    # Three batches for two ranks: rank 1 repeats the first one, which it does not have yet.
+    assert counted.calls == 2
+    assert counted.loads == 1
+
+
+@pytest.mark.ranks
+def test_each_rank_keeps_the_outputs_for_its_own_batches():
+    assert on_ranks(_rank_with_its_batches, 2) == ["", ""]

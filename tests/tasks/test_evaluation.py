@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hqqtrain.distributed.strategies.registry import STRATEGIES
 from hqqtrain.evaluation.perplexity import evaluate_perplexity
 from hqqtrain.loading.model_builder import RunnableModel, wrap_for_execution
 from hqqtrain.loading.plan import plan_model
@@ -124,21 +125,21 @@ def test_figures_that_are_not_finite_get_a_warning(make_config, start_run, caplo
 
 
 @pytest.mark.parametrize(
-    ("skip", "processes", "reason"),
+    ("skip", "strategy", "reason"),
     [
-        (["lm_head"], 1, None),
-        ([], 1, "only if the head is not quantized"),
-        (["lm_head"], 2, "in a single process without sharding only"),
+        (["lm_head"], "single", None),
+        ([], "single", "only if the head is not quantized"),
+        (["lm_head"], "fsdp2", "parallel.strategy=fsdp2 shards it"),
     ],
 )
 def test_the_log_says_why_the_reference_is_called_again(
-    make_config, start_run, caplog, monkeypatch, skip, processes, reason
+    make_config, start_run, caplog, monkeypatch, skip, strategy, reason
 ):
     with start_run(make_config(quant={"skip": skip})) as run:
         runnable = _runnable(run)
         held_out = load_held_out_data(run.config, runnable.plan.source.tokenizer)
-        ranks = replace(run.runtime, comm=replace(run.runtime.comm, size=processes))
-        run = replace(run, runtime=ranks)
+        runtime = replace(run.runtime, strategy=STRATEGIES[strategy](run.runtime.comm))
+        run = replace(run, runtime=runtime)
         monkeypatch.setattr(
             "hqqtrain.tasks.evaluation.build_reference", lambda *_: (torch.nn.Identity(), 0)
         )
