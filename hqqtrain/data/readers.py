@@ -9,6 +9,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,6 @@ class FileTexts:
 
     def __init__(self, files: list[Path], format: str, field: str, where: str) -> None:
         self._files, self._format, self._field, self._where = files, format, field, where
-        self._has_warned = False
 
     def __iter__(self) -> Iterator[str]:
         """Yield the texts.
@@ -69,12 +69,11 @@ class FileTexts:
                 yield value
         if is_blank:
             raise self._no_text_error(has_field=texts > 0)
-        if texts < rows and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "%s: %d of %d rows have no text in '%s' and are skipped, such as %s",
-                self._where, rows - texts, rows, self._field, first_skipped,
-            )  # fmt: skip
+        if texts < rows:
+            _warn_once(
+                f"{self._where}: {rows - texts} of {rows} rows have no text in '{self._field}' and "
+                f"are skipped, such as {first_skipped}"
+            )
 
     def _read(self, file: Path) -> Iterator[tuple[str, str | None]]:
         """Yield the place in the file and the text of every row; None for a row without text."""
@@ -102,6 +101,12 @@ class FileTexts:
         if not fields:
             return UserError(f"{self._where}: no text in it; it has no row with a field.")
         return _no_such_field(self._field, fields, self._where)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Log a warning; texts are read several times, as training text and as held-out text."""
+    logger.warning(message)
 
 
 def _no_such_field(field: str, fields: list[str], where: str) -> UserError:

@@ -340,6 +340,15 @@ def test_the_split_by_hash_is_logged_once(tmp_path, caplog, texts):
     assert len([line for line in caplog.messages if "held out" in line]) == 1
 
 
+def test_skipped_rows_are_warned_about_once(tmp_path, caplog):
+    rows = "".join(json.dumps({"text": f"text {i}" if i % 9 else None}) + "\n" for i in range(90))
+    (tmp_path / "a.jsonl").write_text(rows)
+    data = DataConfig(source=str(tmp_path))
+    assert len(list(load_training_texts(data, EvalConfig()))) == 78
+    assert len(list(load_held_out_texts(EvalConfig(), data))) == 2
+    assert len([line for line in caplog.messages if "10 of 90 rows" in line]) == 1
+
+
 def test_near_copies_in_a_source_that_is_split_by_hash_are_warned_about(tmp_path, caplog):
     texts = [
         f"number {i} has a text of its own, which is {i * i} and not {i**3}" for i in range(40)
