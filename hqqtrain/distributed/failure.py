@@ -41,6 +41,8 @@ def share_failure(comm: Communicator) -> Iterator[None]:
     store.set_timeout(timedelta(seconds=WAIT_SECONDS))
     try:
         yield
+    except RankLostError:
+        raise  # it came from another rank
     except Exception as error:
         if isinstance(error, RuntimeError) and _LOST_CONNECTION.search(str(error)):
             raise _error_of_another_rank(store, comm) from error

@@ -6,7 +6,7 @@ import time
 import pytest
 from ranks import on_ranks
 
-from hqqtrain.common.errors import PreemptedError, UserError
+from hqqtrain.common.errors import PreemptedError, RankLostError, UserError
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.failure import share_failure
 
@@ -33,11 +33,22 @@ def test_rank_0_says_why_rank_1_has_failed():
     assert second == "RuntimeError: boom"
 
 
-@pytest.mark.parametrize("error", [UserError("adapter.r=0: too small"), PreemptedError("SIGTERM")])
+@pytest.mark.parametrize(
+    "error", [UserError("r: too small"), PreemptedError("SIGTERM"), MemoryError("all")]
+)
 def test_an_error_that_the_ranks_share_keeps_its_kind(error: Exception):
     first, second = on_ranks(_fail, 2, 1, error)
     assert first == second
     assert str(error) in first
+
+
+def _lose(rank: int, comm: Communicator) -> None:
+    with share_failure(comm):
+        raise RankLostError("rank 5: its store is gone (Connection reset by peer)")
+
+
+def test_what_another_rank_has_said_already_is_kept():
+    assert on_ranks(_lose, 2) == ["rank 5: its store is gone (Connection reset by peer)"] * 2
 
 
 def test_a_rank_that_vanishes_is_a_lost_connection():
