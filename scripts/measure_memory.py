@@ -223,7 +223,7 @@ def limit_memory(device: torch.device, size: int | None) -> None:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         fraction = 1.0 if size is None else max(0.0, size / total)
-        torch.cuda.set_per_process_memory_fraction(fraction, device)
+        torch.cuda.set_per_process_memory_fraction(fraction)  # of the current device
 
 
 def outside_bytes(device: torch.device) -> int:
