@@ -89,3 +89,18 @@ def test_a_packed_export_does_not_drop_the_adapter_of_a_run(folders: dict[str, P
     assert refused.code == 2
     assert "export.format=packed: would leave out the adapter in" in refused.output
     assert not refused.root.exists() or not list(refused.root.glob("*/export"))
+
+
+def test_weights_of_a_finished_export_are_written_again_or_refused(folders: dict[str, Path]):
+    weights = folders["merged"] / "model.safetensors"
+    content, root = weights.read_bytes(), folders["merged"].parents[1]
+    words = ("task=export", f"model.name_or_path={folders['run']}", "train.precision=fp32")
+    weights.write_bytes(content[:-1000])
+    assert run(*QUICK, *words, root=root).code == 0
+    assert weights.read_bytes() == content
+    assert "is done already" in run(*QUICK, *words, root=root).output
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    edited = run(*QUICK, *words, root=root)
+    weights.write_bytes(content)
+    assert edited.code == 2
+    assert f"{weights}: is not what the run has written" in edited.output
