@@ -43,7 +43,8 @@ Nothing in the table is measured: it is the **estimate** that every run prints b
 spare."""  # noqa: E501
 MEASURED_ON = """\
 The table was **measured** on one {gpu} whose memory was limited to that of the smaller GPU, with random weights
-({date}, torch {torch}, transformers {transformers}; `kernels/bench/results/memory.csv`)."""  # noqa: E501
+({date}, torch {torch}, transformers {transformers}; `kernels/bench/results/memory.csv`). Only cells with ~ are
+estimated, as every run does before it reads a weight, with 10 % to spare."""  # noqa: E501
 
 
 def model_configs() -> dict[str, PretrainedConfig]:
@@ -94,23 +95,37 @@ def estimated_lengths(config: PretrainedConfig, nbits: int) -> dict[int, int | N
 
 
 def measured_lengths(rows: list[dict[str, str]], name: str, nbits: int) -> dict[int, int | None]:
-    """Return the same as `estimated_lengths` from the rows of a file of measurements.
+    """Return the same as `estimated_lengths` for the GPUs that `rows` of a file decide.
 
-    A GPU with more memory fits what a smaller one fits, which is not measured again.
+    A GPU fits what a smaller one fits, and not what a larger one does not fit. A length is decided
+    if the next longer one does not fit.
     """
-    longest: dict[int, int | None] = dict.fromkeys(GPUS_GB)
-    for row in rows:
-        if (row["model"], row["nbits"]) != (name, str(nbits)) or row["fits"] != "fits":
-            continue
-        for gpu in GPUS_GB:
-            if gpu >= int(row["gpu_gb"]) and int(row["tokens"]) > (longest[gpu] or 0):
-                longest[gpu] = int(row["tokens"])
+    longest: dict[int, int | None] = {}
+    rows = [row for row in rows if (row["model"], row["nbits"]) == (name, str(nbits))]
+    for gpu in GPUS_GB:
+        fitting = [
+            int(row["tokens"]) for row in rows
+            if row["fits"] == "fits" and int(row["gpu_gb"]) <= gpu and int(row["tokens"])
+        ]  # fmt: skip
+        failing = [
+            int(row["tokens"]) for row in rows
+            if row["fits"] != "fits" and int(row["gpu_gb"]) >= gpu
+        ]  # fmt: skip
+        untried = LENGTHS[LENGTHS.index(max(fitting)) + 1 :] if fitting else LENGTHS
+        if not untried or (failing and min(failing) <= untried[0]):
+            longest[gpu] = max(fitting, default=None)
     return longest
 
 
-def table_row(name: str, nbits: int, lengths: dict[int, int | None]) -> list[str]:
-    """Return a row of the table."""
-    cells = ("-" if tokens is None else f"{tokens:,}" for tokens in lengths.values())
+def table_row(
+    name: str, nbits: int, estimated: dict[int, int | None],
+    measured: dict[int, int | None] | None = None,
+) -> list[str]:  # fmt: skip
+    """Return a row of the table; with measurements, the other cells get the mark `~`."""
+    cells = []
+    for gpu, tokens in (estimated | (measured or {})).items():
+        mark = "~" if measured is not None and gpu not in measured else ""
+        cells.append(mark + ("-" if tokens is None else f"{tokens:,}"))
     return [name, str(nbits), *cells]
 
 
@@ -124,11 +139,8 @@ def render_table(measured: Path = MEASURED) -> str:
         source, origin = "measured", MEASURED_ON.format(**measurements[0])
     for name, config in model_configs().items():
         for nbits in NBITS:
-            lengths = (
-                measured_lengths(measurements, name, nbits)
-                if measurements else estimated_lengths(config, nbits)
-            )  # fmt: skip
-            rows.append(table_row(name, nbits, lengths))
+            found = measured_lengths(measurements, name, nbits) if measurements else None
+            rows.append(table_row(name, nbits, estimated_lengths(config, nbits), found))
     headers = [source, "bits", *(f"{gpu} GB" for gpu in GPUS_GB)]
     align = ["left", *["right"] * (len(headers) - 1)]
     table = tabulate(rows, headers, tablefmt="pipe", colalign=align, disable_numparse=True)
