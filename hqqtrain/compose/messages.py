@@ -1,6 +1,5 @@
 """Turn errors of Hydra, OmegaConf and YAML into messages that name the key, value and fix."""
 
-import copy
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -98,14 +97,17 @@ def check_type(key: str, value: Any, where: str = "") -> None:
         UserError: `value` has another type.
     """
     try:
-        OmegaConf.update(copy.deepcopy(_typed_defaults()), key, value, merge=True)
+        OmegaConf.update(_typed_config(), key, value, merge=True)
     except OmegaConfBaseException as error:
         raise _wrong_value_error(key, value, where, error) from None
 
 
 @cache
-def _typed_defaults() -> DictConfig:
-    """Return the defaults of all keys with their types. Callers must copy them before a change."""
+def _typed_config() -> DictConfig:
+    """Return a configuration with the types of all keys. Its values are those of earlier checks.
+
+    A copy for every check would take most of the time of composing a configuration.
+    """
     return OmegaConf.structured(ComposedConfig)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from runs import EVAL_TOKENS, HELD_OUT, QUICK, TEXT, run
+from runs import EVAL_TOKENS, HELD_OUT, SMALL, TEXT, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +16,7 @@ from hqqtrain.distributed.comm import Communicator
 from hqqtrain.evaluation.perplexity import evaluate_perplexity
 
 # With this learning rate, four steps change the model enough for a comparison.
-TRAINED = (*QUICK, "optim.lr=0.01", "optim.warmup_steps=0", "train.precision=fp32")
+TRAINED = (*SMALL, "optim.lr=0.01", "optim.warmup_steps=0", "train.precision=fp32")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {"run": trained.directory}
     for name, model in {"merged": found["run"], "base": found["run"] / "quantized"}.items():
         words = ("task=export", f"model.name_or_path={model}", "train.precision=fp32")
-        done = run(*QUICK, *words, root=root / name / "runs")
+        done = run(*SMALL, *words, root=root / name / "runs")
         assert done.code == 0, done.output
         found[name] = done.directory / "export"
     return found
@@ -73,7 +73,7 @@ def test_the_export_keeps_dtype_and_tied_embeddings(folders: dict[str, Path]):
 def test_the_packed_export_is_the_quantized_base(folders: dict[str, Path], tmp_path: Path):
     words = ("task=export", "export.format=packed", "train.precision=fp32")
     base = folders["run"] / "quantized"
-    done = run(*QUICK, *words, f"model.name_or_path={base}", root=tmp_path / "runs")
+    done = run(*SMALL, *words, f"model.name_or_path={base}", root=tmp_path / "runs")
     assert done.code == 0, done.output
     written = load_file(done.directory / "export" / "model.safetensors")
     truth = load_file(base / "model.safetensors")
@@ -85,7 +85,7 @@ def test_the_packed_export_is_the_quantized_base(folders: dict[str, Path], tmp_p
 
 def test_a_packed_export_does_not_drop_the_adapter_of_a_run(folders: dict[str, Path], tmp_path):
     words = ("task=export", "export.format=packed", f"model.name_or_path={folders['run']}")
-    refused = run(*QUICK, *words, root=tmp_path / "runs")
+    refused = run(*SMALL, *words, root=tmp_path / "runs")
     assert refused.code == 2
     assert "export.format=packed: would leave out the adapter in" in refused.output
     assert not refused.root.exists() or not list(refused.root.glob("*/export"))
@@ -96,11 +96,11 @@ def test_weights_of_a_finished_export_are_written_again_or_refused(folders: dict
     content, root = weights.read_bytes(), folders["merged"].parents[1]
     words = ("task=export", f"model.name_or_path={folders['run']}", "train.precision=fp32")
     weights.write_bytes(content[:-1000])
-    assert run(*QUICK, *words, root=root).code == 0
+    assert run(*SMALL, *words, root=root).code == 0
     assert weights.read_bytes() == content
-    assert "is done already" in run(*QUICK, *words, root=root).output
+    assert "is done already" in run(*SMALL, *words, root=root).output
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    edited = run(*QUICK, *words, root=root)
+    edited = run(*SMALL, *words, root=root)
     weights.write_bytes(content)
     assert edited.code == 2
     assert f"{weights}: is not what the run has written" in edited.output

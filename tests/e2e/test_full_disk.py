@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from disk import limit_file_size
-from runs import QUICK, run_in_this_process, small_data
+from runs import SMALL, run_in_this_process, small_data
 
 from hqqtrain.checkpoint.format import read_checkpoint, write_checkpoint
 from hqqtrain.formats.peft import save_adapter
@@ -21,7 +21,7 @@ _write_status = RunDirectory.write_status
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
     fixed = ("run.name=run", "train.max_steps=6", "ckpt.every=2", "eval.source=null")
-    return [*QUICK, *small_data(tmp_path), *fixed, f"run.root={tmp_path}"]
+    return [*SMALL, *small_data(tmp_path), *fixed, f"run.root={tmp_path}"]
 
 
 def full_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import QUICK, Finished, run, small_data
+from runs import QUICK, SMALL, Finished, run, small_data
 from safetensors.torch import load_file, save_file
 
 from hqqtrain import models
 
 EXACT = (
-    *QUICK, "train.precision=fp32", "adapter.dropout=0", "optim.warmup_steps=0",
+    *SMALL, "train.precision=fp32", "adapter.dropout=0", "optim.warmup_steps=0",
     "train.micro_batch_size=1", "train.packing=false",
 )  # fmt: skip
 """Gradient accumulation over sequences of unequal length."""
@@ -75,7 +75,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("group_size", "axis"), [("64", 0), ("null", 0), ("32", 1)])
 def test_any_sharding_gives_the_same_bits(tmp_path: Path, group_size: str, axis: int):
-    words = (*QUICK, "task=quantize", f"quant.group_size={group_size}", f"quant.axis={axis}")
+    words = (*SMALL, "task=quantize", f"quant.group_size={group_size}", f"quant.axis={axis}")
     one = run(*words, root=tmp_path / "one" / "runs")
     three = run(*words, root=tmp_path / "three" / "runs", processes=3)
     assert one.code == three.code == 0, one.output + three.output
@@ -101,7 +101,7 @@ def test_sharded_within_nodes_and_replicated_between(alone: Finished, exact: tup
 def test_hybrid_sharding_that_is_impossible_is_refused(
     words: tuple, per_node: int, message: str, tmp_path: Path
 ):
-    hybrid = (*QUICK, "parallel.hsdp=true", *words)
+    hybrid = (*SMALL, "parallel.hsdp=true", *words)
     done = run(*hybrid, root=tmp_path / "runs", processes=4, per_node=per_node)
     assert done.code == 2
     assert done.output.count(message) == 1
@@ -128,7 +128,7 @@ def test_an_error_that_one_rank_finds_is_one_message(tmp_path: Path):
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.gate_proj.weight"][700, 3] = float("nan")
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    words = (*QUICK, f"model.name_or_path={model}", "parallel.strategy=fsdp2")
+    words = (*SMALL, f"model.name_or_path={model}", "parallel.strategy=fsdp2")
     two = run(*words, root=tmp_path / "runs", processes=2)
     assert two.code != 0
     assert two.output.count("hqqtrain: ") == 1
@@ -147,7 +147,7 @@ def test_float_storage_keeps_the_bits_when_sharded(alone: Finished, exact: tuple
 
 
 def test_synthetic_weights_do_not_depend_on_the_number_of_ranks(tmp_path: Path):
-    words = (*QUICK, "task=quantize", "model.source=synthetic")
+    words = (*SMALL, "task=quantize", "model.source=synthetic")
     one = run(*words, root=tmp_path / "one")
     three = run(*words, "parallel.strategy=fsdp2", root=tmp_path / "three", processes=3)
     assert (one.code, three.code) == (0, 0), one.output + three.output

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import QUICK, Finished, run, small_data
+from runs import SMALL, Finished, run, small_data
 from safetensors.torch import load_file
 
 from hqqtrain.tracking.jsonl import read_metrics
 
 WORDS = (
-    *QUICK, "run.name=run", "train.max_steps=12", "train.precision=fp32", "ckpt.every=2",
+    *SMALL, "run.name=run", "train.max_steps=12", "train.precision=fp32", "ckpt.every=2",
     "adapter.dropout=0.1", "train.micro_batch_size=1", "eval.tokens=256", "eval.every=5",
 )  # fmt: skip
 
@@ -96,7 +96,7 @@ def test_stopped_by_a_signal_and_killed(alone: tuple, data: tuple, tmp_path: Pat
 
 
 def test_a_checkpoint_is_saved_before_the_time_limit(data: tuple, tmp_path: Path):
-    words = (*QUICK, *data, "run.name=run", "train.max_steps=100000", "eval.source=null")
+    words = (*SMALL, *data, "run.name=run", "train.max_steps=100000", "eval.source=null")
     done = run(*words, "run.time_limit=0:00:25", root=tmp_path / "runs")
     assert done.code == 3, done.output
     assert status(done) == ("preempted", 3)
@@ -106,7 +106,7 @@ def test_a_checkpoint_is_saved_before_the_time_limit(data: tuple, tmp_path: Path
 
 
 ELASTIC = (
-    *QUICK, "run.name=run", "train.precision=fp32", "train.global_batch_size=6",
+    *SMALL, "run.name=run", "train.precision=fp32", "train.global_batch_size=6",
     "optim.schedule=constant", "eval.source=null", "train.packing=false",
 )  # fmt: skip
 
@@ -204,7 +204,7 @@ def test_resume_never_repeats_a_finished_run(data: tuple, tmp_path: Path):
 
 
 def test_other_held_out_text_is_refused(data: tuple, tmp_path: Path):
-    words = (*QUICK, *data, "run.name=run", "train.max_steps=40", "ckpt.every=2")
+    words = (*SMALL, *data, "run.name=run", "train.max_steps=40", "ckpt.every=2")
     root = tmp_path / "runs"
     stopped = run(*words, root=root, meanwhile=when(root, 2, signal.SIGTERM, 0))
     assert stopped.code == 3, stopped.output
@@ -224,7 +224,7 @@ def test_training_starts_from_the_adapter_of_a_checkpoint(
 ):
     _, whole = alone
     folder = whole.directory / "checkpoints" / "step-00000012"
-    started = run(*QUICK, *data, f"adapter.init_from={folder}", "train.max_steps=1",
+    started = run(*SMALL, *data, f"adapter.init_from={folder}", "train.max_steps=1",
                   f"model.name_or_path={whole.directory}", root=tmp_path / "runs")  # fmt: skip
     assert started.code == 0, started.output
-    assert started.losses()[0] < whole.losses()[0] - 1
+    assert started.losses()[0] < whole.losses()[0] - 0.1

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import QUICK, Finished, launch
+from runs import SMALL, Finished, launch
 
 pytest.importorskip("wandb", reason="an optional tracker: absent on some machines")
 from wandb_file import read_records, wandb_files
 
-WORDS = [word for word in QUICK if not word.startswith(("track.", "train.max_steps"))]
+WORDS = [word for word in SMALL if not word.startswith(("track.", "train.max_steps"))]
 SECRETS = {
     "key of W&B": "5ec4e7" + "0123456789abcdef" * 2 + "ab",
     "token of Hugging Face": "hf_PlantedTokenOfTheEnvironment",

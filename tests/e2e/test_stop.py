@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import QUICK, run, small_data
+from runs import SMALL, run, small_data
 
 WORDS = (
-    *QUICK, "run.name=run", "train.micro_batch_size=2", "eval.tokens=2048", "eval.reference=off",
+    *SMALL, "run.name=run", "train.micro_batch_size=2", "eval.tokens=2048", "eval.reference=off",
 )  # fmt: skip
 LIMIT = 40
 """Seconds from the signal to the end; a rank that waits for a lost one would take longer."""

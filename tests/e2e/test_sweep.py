@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import QUICK, TIMEOUT, fake_task_module
+from runs import SMALL, TIMEOUT, fake_task_module
 
 FAKE_TASK = """
 import json, os, pathlib, signal, time
@@ -236,7 +236,7 @@ def test_a_killed_sweep_resumes_and_quantizes_once(tmp_path):
     for file in (there, other):
         file.write_text(TEXT)
     held_out.write_text(TEXT.replace("add", "subtract").replace("+", "-"))
-    words = ["-m", *QUICK, f"data.source={gone},{there},{other}", f"eval.source={held_out}",
+    words = ["-m", *SMALL, f"data.source={gone},{there},{other}", f"eval.source={held_out}",
              "train.max_steps=12", "launch.max_parallel_jobs=2", f"run.root={root}"]  # fmt: skip
     env = {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     process = start(*words, cwd=tmp_path, **env)

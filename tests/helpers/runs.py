@@ -24,6 +24,7 @@ from unittest import mock
 
 import torch
 from forkserver import fork_context
+from small_model import small_model
 
 from hqqtrain.cli import main
 from hqqtrain.common.signals import SIGNALS
@@ -45,6 +46,8 @@ QUICK = (
 
 Two modules replace the standard library, which takes every rank 5 seconds to tokenize.
 """
+SMALL = (*QUICK, f"model.name_or_path={small_model()}")
+"""The same with a small random model."""
 
 
 NO_REPORT = mock.patch("hqqtrain.tasks.finalize.write_report", return_value={})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster import NODES, Cluster, why_unavailable
-from runs import QUICK
+from runs import SMALL
 
 RANKS = (
     "import os; from hqqtrain.launch.slurm.ranks import set_rank_env_from_slurm;"
@@ -186,7 +186,7 @@ def test_a_job_that_sbatch_refuses_is_one_message(cluster, tmp_path):
 
 def test_a_preempted_run_is_one_run(cluster, tmp_path):
     """Two ranks on two nodes get USR1, which Slurm sends before a time limit."""
-    words = (*QUICK, "train.max_steps=12", "track.backends=[wandb]", "launch.nodes=2")
+    words = (*SMALL, "train.max_steps=12", "track.backends=[wandb]", "launch.nodes=2")
     job = _submit(cluster, tmp_path, *words)
     cluster.wait_until(lambda: len(_steps(tmp_path)) >= 2, SLOW)
     cluster.run("scancel", "--signal=USR1", job)
@@ -201,7 +201,7 @@ def test_a_preempted_run_is_one_run(cluster, tmp_path):
 
 
 def test_a_node_that_dies_costs_no_run(cluster, tmp_path):
-    job = _submit(cluster, tmp_path, *QUICK, "train.max_steps=24", "ckpt.every=2")
+    job = _submit(cluster, tmp_path, *SMALL, "train.max_steps=24", "ckpt.every=2")
     cluster.wait_until(lambda: len(_steps(tmp_path)) >= 5, SLOW)
     node = cluster.job_record(job)["NodeList"]
     cluster.kill_node(node)
@@ -237,7 +237,7 @@ def test_the_table_shows_tasks_that_failed_or_were_preempted(cluster, tmp_path, 
 
 
 def test_a_sweep_is_an_array_and_ends_with_its_table(cluster, tmp_path):
-    words = (*QUICK, "task=quantize", "-m", "quant.nbits=2,3", "launch.max_parallel_jobs=2")
+    words = (*SMALL, "task=quantize", "-m", "quant.nbits=2,3", "launch.max_parallel_jobs=2")
     array, table = _submit_all(cluster, tmp_path, *words)
     for job in (f"{array}_0", f"{array}_1", table):
         assert cluster.wait_for_job(job, SLOW)["JobState"] == "COMPLETED", _output(tmp_path)
