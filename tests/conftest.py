@@ -1,5 +1,6 @@
 """Settings of all tests: Triton kernels run in the interpreter on a machine without a GPU."""
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -63,6 +64,16 @@ def _forget_signals() -> Iterator[None]:
     signals._FirstSignal.name = ""
     yield
     signal.set_wakeup_fd(-1)
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    """Restore the level and the handlers of our logger, which `setup_logging` changes."""
+    logger = logging.getLogger("hqqtrain")
+    level, handlers = logger.level, logger.handlers
+    yield
+    logger.handlers = handlers
+    logger.setLevel(level)
 
 
 def _path(item: pytest.Item) -> str:

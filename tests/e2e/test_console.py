@@ -60,3 +60,20 @@ def test_a_real_run_ends_and_says_so_in_its_directory(tmp_path: Path):
 def test_text_that_only_serves_to_be_read_must_be_written(tmp_path: Path):
     assert _hqqtrain("--help", ">/dev/full 2>&1", tmp_path) == 1
     assert _hqqtrain("--help", "| true", tmp_path) == 0  # the reader has seen enough
+
+
+ABORTING_TASK = """
+import atexit, os, sys, types
+sys.modules["torch"] = types.ModuleType("torch")
+
+def run_task(config, command):
+    atexit.register(os.abort)
+    print("the last words", end="")
+    return 3
+"""
+
+
+def test_a_library_that_aborts_at_the_end_does_not_change_the_exit_code(tmp_path: Path):
+    env = fake_task_module(tmp_path / "fake", ABORTING_TASK)
+    assert _hqqtrain("run.name=run", "> out", tmp_path, **env) == 3
+    assert (tmp_path / "out").read_text().endswith("the last words")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from runs import HELD_OUT, TEXT, free_port, run_in
+from small_model import small_model
 
 from hqqtrain.models.source import TINY_FOLDER
 
@@ -65,7 +66,7 @@ def test_command(number: int, folder: Path):
         given = {word.partition("=")[0] for word in words}
         words += [word for word in QUICK if word.partition("=")[0] not in given]
         if not {"recipe=tiny_2bit", "model.name_or_path"} & {*words, *given}:
-            words.append("model.name_or_path=tiny")  # the command names a large model or none
+            words.append(f"model.name_or_path={small_model()}")  # in place of a large one or none
     if "recipe=sweep_bits" in words:
         words += ["quant.nbits=2", "quant.group_size=64"]  # one of its twelve jobs
     if "accelerate" in words:
