@@ -1,4 +1,4 @@
-"""What the next start of a run that was stopped can use, for the message of the stop."""
+"""Say what the next start of a run that was stopped can use, for the message of the stop."""
 
 from pathlib import Path
 
