@@ -1,4 +1,4 @@
-"""A real Slurm cluster on this machine: munged, slurmctld and two slurmd, run by the tests.
+"""A real Slurm cluster on this machine: munged, slurmctld and one slurmd per node.
 
 At the end every process of the cluster is killed, including its jobs. The tests change nothing else
 in the system, except that they install the packages of Slurm.
@@ -16,8 +16,12 @@ from pathlib import Path
 import psutil
 from runs import free_port
 
-NODES = ("127.0.0.1", "127.0.0.2")
+NODES = tuple(f"127.0.0.{n}" for n in range(1, 7))
+"""Names of the nodes, two per purpose: see the partitions in slurm.conf."""
 FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+PATIENCE = 400
+"""Seconds until a test gives up. All tests wait at the same time, on a machine that may be busy."""
+
 _UNITS = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd"}
 """Program -> systemd unit, for the programs that a package may start as a service."""
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
@@ -61,10 +65,14 @@ def _run_quietly(*command: str) -> None:
 
 
 class Cluster:
-    """A cluster whose files are in `folder`. Use as a context manager."""
+    """A cluster whose files are in `folder`. Use as a context manager, and from any thread.
+
+    At the end of the context, threads that still use the cluster get an error.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.config = folder, folder / "slurm.conf"
+        self._has_ended = False
         outside_slurm = {
             name: value
             for name, value in os.environ.items()
@@ -73,10 +81,12 @@ class Cluster:
         self.environ = {**outside_slurm, "PATH": _PATH, "SLURM_CONF": str(self.config)}
 
     def __enter__(self) -> "Cluster":
-        text = Path(__file__).with_name("slurm.conf").read_text()
-        ports = {f"@PORT{n}@": free_port() for n in ("", 1, 2)}
-        for placeholder, value in {"@DIR@": self.folder, **ports}.items():
-            text = text.replace(placeholder, str(value))
+        text = Path(__file__).with_name("slurm.conf").read_text().replace("@DIR@", str(self.folder))
+        ports: set[int] = set()
+        while len(ports) < text.count("@PORT@"):
+            ports.add(free_port())
+        for port in ports:
+            text = text.replace("@PORT@", str(port), 1)
         self.config.write_text(text)
         for folder in (self.folder / "state", *map(self._spool, NODES)):
             folder.mkdir(parents=True)
@@ -84,19 +94,16 @@ class Cluster:
             self._start_munge()
             self._start("slurmctld", "-D", "-i", node="")
             for node in NODES:
-                self.start_node(node)
+                self._start("slurmd", "-D", "-N", node, node=node)
+            self.wait_until(self._all_nodes_are_idle)
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._has_ended = True
         _kill(self._processes())
-
-    def start_node(self, node: str) -> None:
-        """Start a node's slurmd and wait until the node accepts jobs."""
-        self._start("slurmd", "-D", "-N", node, node=node)
-        self.wait_until(lambda: self.run("sinfo", "-h", "-n", node, "-o", "%T").startswith("idle"))
 
     def kill_node(self, node: str) -> None:
         """Kill everything that runs on a node at once, like a power failure."""
@@ -105,7 +112,7 @@ class Cluster:
     def run(self, *command: str, cwd: Path | None = None, **environ: str) -> str:
         """Run a command as a user and return its output. The command must succeed."""
         completed = subprocess.run(
-            command, cwd=cwd or self.folder, env={**self.environ, **environ}, timeout=120,
+            command, cwd=cwd or self.folder, env={**self.environ, **environ}, timeout=PATIENCE,
             capture_output=True, text=True,
         )  # fmt: skip
         assert completed.returncode == 0, f"{command}: {completed.stdout}{completed.stderr}"
@@ -116,21 +123,32 @@ class Cluster:
         output = self.run("scontrol", "--oneliner", "show", "job", job_id)
         return dict(re.findall(r"(\S+?)=(\S*)", output))
 
-    def wait_for_job(self, job_id: str, seconds: float = 90) -> dict[str, str]:
+    def wait_for_job(self, job_id: str) -> dict[str, str]:
         """Wait until a job has ended and is not requeued, and return its record."""
-        self.wait_until(lambda: self.job_record(job_id)["JobState"] in FINAL_STATES, seconds)
+        self.wait_until(lambda: self.job_record(job_id)["JobState"] in FINAL_STATES, 0.5)
         return self.job_record(job_id)
 
-    def wait_until(self, condition: Callable[[], object], seconds: float = 30) -> None:
-        """Wait until `condition()` is true, for at most `seconds`."""
-        deadline = time.monotonic() + seconds
+    def wait_until(self, condition: Callable[[], object], interval: float = 0.2) -> None:
+        """Wait until `condition()` is true; ask every `interval` seconds."""
+        deadline = time.monotonic() + PATIENCE
         while not condition():
-            assert time.monotonic() < deadline, f"not true within {seconds} s\n{self.logs()}"
-            time.sleep(0.2)
+            assert not self._has_ended, "the cluster has ended"
+            assert time.monotonic() < deadline, f"not true within {PATIENCE} s"
+            time.sleep(interval)
 
-    def logs(self) -> str:
-        files = sorted(self.folder.glob("*.log"))
-        return "\n".join(f"{file.name}:\n{file.read_text()[-2000:]}" for file in files)
+    def report(self, folder: Path) -> str:
+        """Return the records and the outputs of the jobs of `folder`, and the cluster's logs."""
+        show_jobs = subprocess.run(
+            ["scontrol", "--oneliner", "show", "job"], env=self.environ, capture_output=True,
+            text=True,
+        )  # fmt: skip
+        records = [line for line in show_jobs.stdout.splitlines() if f"{folder}/" in line]
+        files = [*sorted(folder.glob("**/*.out")), *sorted(self.folder.glob("*.log"))]
+        texts = [f"{file}:\n{file.read_text(errors='replace')[-8000:]}" for file in files]
+        return "\n\n".join([*records, show_jobs.stderr, *texts])
+
+    def _all_nodes_are_idle(self) -> bool:
+        return self.run("sinfo", "-h", "-N", "-o", "%N %T").count(" idle") >= len(NODES)
 
     def _start_munge(self) -> None:
         key = self.folder / "munge.key"

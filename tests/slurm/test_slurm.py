@@ -1,4 +1,4 @@
-"""launch=slurm and srun with a real Slurm: two slurmd on this machine."""
+"""launch=slurm and srun with a real Slurm on this machine."""
 
 import csv
 import json
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from at_once import at_once
 from cluster import NODES, Cluster, why_unavailable
 from runs import SMALL
 
@@ -18,17 +19,14 @@ RANKS = (
     "names = 'RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT'.split();"
     "print(*[os.environ.get(name, '-') for name in names])"
 )
-SLOW = 200
-"""Timeout in seconds for the start of the program and a short run, on a busy machine."""
 
 
-@pytest.fixture
-def stand_in(tmp_path: Path) -> dict[str, str]:
+def _stand_in(folder: Path) -> dict[str, str]:
     """Return an environment in which the fake tasks of stand_in.py replace the real ones."""
-    (tmp_path / "stand_in").mkdir()
+    (folder / "stand_in").mkdir(exist_ok=True)
     source = Path(__file__).with_name("stand_in.py")
-    shutil.copy(source, tmp_path / "stand_in" / "sitecustomize.py")
-    path = [str(tmp_path / "stand_in"), os.environ.get("PYTHONPATH", "")]
+    shutil.copy(source, folder / "stand_in" / "sitecustomize.py")
+    path = [str(folder / "stand_in"), os.environ.get("PYTHONPATH", "")]
     return {"PYTHONPATH": os.pathsep.join(path)}
 
 
@@ -45,6 +43,15 @@ def _submit_all(cluster: Cluster, folder: Path, *words: str, **environ: str) -> 
     return re.findall(r"(?:submitted jobs? |then )(\d+)", output)
 
 
+def _check_end(
+    cluster: Cluster, job: str, state: str = "COMPLETED", exit_code: str = "0:0", restarts: int = 0
+) -> None:
+    """Wait for the end of a job, and check how it has ended."""
+    ended = cluster.wait_for_job(job)
+    found = (ended["JobState"], ended["ExitCode"], ended["Restarts"])
+    assert found == (state, exit_code, str(restarts))
+
+
 def _run_directory(folder: Path) -> Path:
     """Return the only run directory; `slurm` has the batch files."""
     (found,) = (path for path in (folder / "runs").iterdir() if path.name != "slurm")
@@ -58,7 +65,8 @@ def _output(folder: Path) -> str:
 def _steps(folder: Path) -> list[int]:
     """Return the steps in metrics.jsonl so far."""
     files = (folder / "runs").glob("*/metrics.jsonl")
-    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    complete = [line for file in files for line in file.read_text().split("\n")[:-1]]
+    lines = [json.loads(line) for line in complete]
     return [line["train/global_step"] for line in lines if "train/loss" in line]
 
 
@@ -90,7 +98,8 @@ def test_existing_services_are_left_alone(monkeypatch, there, off):
     assert any("slurm-wlm" in words for words in called)
 
 
-def test_tasks_of_srun_are_ranks(cluster):
+@at_once
+def test_tasks_of_srun_are_ranks(cluster, folder):
     output = cluster.run("srun", "-N2", "--ntasks-per-node=2", sys.executable, "-c", RANKS)
     ranks = sorted(line.split() for line in output.splitlines())
     assert [rank[:4] for rank in ranks] == [
@@ -100,146 +109,159 @@ def test_tasks_of_srun_are_ranks(cluster):
     assert len({rank[5] for rank in ranks}) == 1
 
 
-def test_two_jobs_use_different_ports(cluster):
+@at_once
+def test_two_jobs_use_different_ports(cluster, folder):
     outputs = [cluster.run("srun", "-n2", sys.executable, "-c", RANKS) for _ in range(2)]
     assert len({line.split()[5] for line in "\n".join(outputs).splitlines()}) == 2
 
 
-@pytest.mark.parametrize("command", [["salloc", "-n2"], ["srun", "-n1"]])
-def test_a_shell_of_salloc_and_one_task_are_one_process(cluster, command):
-    assert cluster.run(*command, sys.executable, "-c", RANKS) == "- - - - - -"
+@at_once
+def test_a_shell_of_salloc_and_one_task_are_one_process(cluster, folder):
+    for command in (("salloc", "-n2"), ("srun", "-n1")):
+        assert cluster.run(*command, sys.executable, "-c", RANKS) == "- - - - - -"
 
 
-def test_a_batch_script_is_one_process(cluster, tmp_path):
-    script = tmp_path / "script.sh"
+@at_once
+def test_a_batch_script_is_one_process(cluster, folder):
+    script = folder / "script.sh"
     script.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{RANKS}"\n')
-    cluster.run("sbatch", "--wait", "-n2", f"--output={tmp_path}/out", str(script))
-    assert (tmp_path / "out").read_text().strip() == "- - - - - -"
+    cluster.run("sbatch", "--wait", "-n2", f"--output={folder}/script.out", str(script))
+    assert (folder / "script.out").read_text().strip() == "- - - - - -"
 
 
-def test_ranks_of_another_launcher_are_left_alone(cluster):
+@at_once
+def test_ranks_of_another_launcher_are_left_alone(cluster, folder):
     output = cluster.run("srun", "-n2", "env", "RANK=5", sys.executable, "-c", RANKS)
     assert output.splitlines() == ["5 - - - - -"] * 2
 
 
-def test_a_job_that_receives_usr1_is_requeued_and_resumes(cluster, tmp_path, stand_in):
-    job = _submit(cluster, tmp_path, "launch.nodes=2", "train.seed=1", **stand_in)
-    cluster.wait_until(lambda: len([*tmp_path.glob("runs/*/starts-*")]) == 2)
+@at_once
+def test_a_job_that_receives_usr1_is_requeued_and_resumes(cluster, folder):
+    job = _submit(cluster, folder, "launch.nodes=2", "train.seed=1", **_stand_in(folder))
+    cluster.wait_until(lambda: len([*folder.glob("runs/*/starts-*")]) == 2)
     cluster.run("scancel", "--signal=USR1", job)
-    ended = cluster.wait_for_job(job)
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1")
+    _check_end(cluster, job, restarts=1)
     for rank in (0, 1):
-        assert (_run_directory(tmp_path) / f"starts-{rank}").read_text() == "0\n1\n"
-    assert "preempted; requeued" in _output(tmp_path)
+        assert (_run_directory(folder) / f"starts-{rank}").read_text() == "0\n1\n"
+    assert "preempted; requeued" in _output(folder)
 
 
-def test_a_job_of_higher_priority_preempts_another(cluster, tmp_path, stand_in):
+@at_once
+def test_a_job_of_higher_priority_preempts_another(cluster, folder):
     """Slurm sends SIGTERM and waits for the partition's GraceTime."""
-    words = ("launch.nodes=2", "launch.tasks_per_node=2", "train.seed=1")
-    job = _submit(cluster, tmp_path, *words, **stand_in)
-    cluster.wait_until(lambda: len([*tmp_path.glob("runs/*/starts-*")]) == 4)
-    words = ("launch.nodes=2", "launch.tasks_per_node=2", "launch.partition=urgent")
-    urgent = _submit(cluster, tmp_path, *words, **stand_in)
-    assert cluster.wait_for_job(urgent)["JobState"] == "COMPLETED"
-    ended = cluster.wait_for_job(job)
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1")
+    words = ("launch.nodes=2", "launch.tasks_per_node=2")
+    low = ("launch.partition=low", "train.seed=1")
+    job = _submit(cluster, folder, *words, *low, **_stand_in(folder))
+    cluster.wait_until(lambda: len([*folder.glob("runs/*/starts-*")]) == 4)
+    urgent = _submit(cluster, folder, *words, "launch.partition=urgent", **_stand_in(folder))
+    _check_end(cluster, urgent)
+    _check_end(cluster, job, restarts=1)
 
 
-def test_an_error_ends_the_job_with_its_exit_code(cluster, tmp_path, stand_in):
-    ended = cluster.wait_for_job(_submit(cluster, tmp_path, "train.seed=2", **stand_in))
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
+@at_once
+def test_an_error_ends_the_job_with_its_exit_code(cluster, folder):
+    job = _submit(cluster, folder, "train.seed=2", **_stand_in(folder))
+    _check_end(cluster, job, "FAILED", "2:0")
 
 
-@pytest.mark.parametrize("seed", [4, 5])
-def test_a_job_that_never_saves_is_not_requeued_without_limit(cluster, tmp_path, stand_in, seed):
+@at_once
+def test_a_job_that_never_saves_is_not_requeued_without_limit(cluster, folder):
     """Once with and once without a run directory."""
-    ended = cluster.wait_for_job(_submit(cluster, tmp_path, f"train.seed={seed}", **stand_in))
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "1")
-    assert "not requeued. Set a longer launch.time" in _output(tmp_path)
+    jobs = [_submit(cluster, folder, f"train.seed={seed}", **_stand_in(folder)) for seed in (4, 5)]
+    for job in jobs:
+        _check_end(cluster, job, "FAILED", "3:0", restarts=1)
+        (output,) = (folder / "runs" / "slurm").glob(f"*-{job}.out")
+        assert "not requeued. Set a longer launch.time" in output.read_text()
 
 
-def test_a_job_that_saves_every_other_time_resumes(cluster, tmp_path, stand_in):
-    ended = cluster.wait_for_job(_submit(cluster, tmp_path, "train.seed=6", **stand_in))
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "3")
+@at_once
+def test_a_job_that_saves_every_other_time_resumes(cluster, folder):
+    job = _submit(cluster, folder, "train.seed=6", **_stand_in(folder))
+    _check_end(cluster, job, restarts=3)
 
 
-def test_a_cancelled_job_stays_cancelled(cluster, tmp_path, stand_in):
-    job = _submit(cluster, tmp_path, "train.seed=1", **stand_in)
-    cluster.wait_until(lambda: [*tmp_path.glob("runs/*/starts-*")])
+@at_once
+def test_a_cancelled_job_stays_cancelled(cluster, folder):
+    job = _submit(cluster, folder, "train.seed=1", **_stand_in(folder))
+    cluster.wait_until(lambda: [*folder.glob("runs/*/starts-*")])
     cluster.run("scancel", job)
-    assert cluster.wait_for_job(job)["JobState"] == "CANCELLED"
-    assert cluster.job_record(job)["Restarts"] == "0"
+    ended = cluster.wait_for_job(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
 
 
-def test_the_two_files_of_a_sweep_are_not_submitted_as_one(cluster, tmp_path):
+@at_once
+def test_the_two_files_of_a_sweep_are_not_submitted_as_one(cluster, folder):
     words = ("launch=slurm", "-m", "train.seed=0,1", "launch.dry_run=true")
-    printed = cluster.run(sys.executable, "-m", "hqqtrain", *words, cwd=tmp_path)
-    (tmp_path / "both.sbatch").write_text(printed)
+    printed = cluster.run(sys.executable, "-m", "hqqtrain", *words, cwd=folder)
+    (folder / "both.sbatch").write_text(printed)
     with pytest.raises(AssertionError, match="does not look like a batch script"):
-        cluster.run("sbatch", "both.sbatch", cwd=tmp_path)
+        cluster.run("sbatch", "both.sbatch", cwd=folder)
 
 
-def test_a_job_that_sbatch_refuses_is_one_message(cluster, tmp_path):
+@at_once
+def test_a_job_that_sbatch_refuses_is_one_message(cluster, folder):
     with pytest.raises(AssertionError, match=r"sbatch refuses .*invalid partition"):
-        _submit(cluster, tmp_path, "launch.partition=absent")
+        _submit(cluster, folder, "launch.partition=absent")
 
 
-def test_a_preempted_run_is_one_run(cluster, tmp_path):
+@at_once
+def test_a_preempted_run_is_one_run(cluster, folder):
     """Two ranks on two nodes get USR1, which Slurm sends before a time limit."""
-    words = (*SMALL, "train.max_steps=12", "track.backends=[wandb]", "launch.nodes=2")
-    job = _submit(cluster, tmp_path, *words)
-    cluster.wait_until(lambda: len(_steps(tmp_path)) >= 2, SLOW)
+    words = (*SMALL, "train.max_steps=30", "track.backends=[wandb]", "launch.nodes=2")
+    job = _submit(cluster, folder, *words)
+    cluster.wait_until(lambda: len(_steps(folder)) >= 2)
     cluster.run("scancel", "--signal=USR1", job)
-    ended = cluster.wait_for_job(job, SLOW)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), _output(tmp_path)
-    run = _run_directory(tmp_path)
+    _check_end(cluster, job, restarts=1)
+    run = _run_directory(folder)
     assert json.loads((run / "summary.json").read_text())["run"]["world_size"] == 2
-    assert _steps(tmp_path) == list(range(1, 13)), "every step exactly once"
+    assert _steps(folder) == list(range(1, 31)), "every step exactly once"
     offline = [path.name for path in (run / "wandb").glob("offline-run-*")]
     assert len(offline) == 2, "one for each start"
     assert {name.rpartition("-")[2] for name in offline} == {(run / "wandb/run_id").read_text()}
 
 
-def test_a_node_that_dies_costs_no_run(cluster, tmp_path):
-    job = _submit(cluster, tmp_path, *SMALL, "train.max_steps=24", "ckpt.every=2")
-    cluster.wait_until(lambda: len(_steps(tmp_path)) >= 5, SLOW)
+@at_once
+def test_a_node_that_dies_costs_no_run(cluster, folder):
+    words = (*SMALL, "train.max_steps=60", "ckpt.every=2", "launch.partition=mortal")
+    job = _submit(cluster, folder, *words)
+    cluster.wait_until(lambda: len(_steps(folder)) >= 5)
     node = cluster.job_record(job)["NodeList"]
     cluster.kill_node(node)
-    ended = cluster.wait_for_job(job, SLOW)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), _output(tmp_path)
-    assert ended["NodeList"] != node
-    assert (_run_directory(tmp_path) / "summary.json").exists()
-    assert "resuming from" in _output(tmp_path)
-    cluster.start_node(node)
+    _check_end(cluster, job, restarts=1)
+    assert cluster.job_record(job)["NodeList"] != node
+    assert (_run_directory(folder) / "summary.json").exists()
+    assert "resuming from" in _output(folder)
 
 
-def test_the_table_waits_for_the_requeued_task_of_an_array(cluster, tmp_path, stand_in):
+@at_once
+def test_the_table_waits_for_the_requeued_task_of_an_array(cluster, folder):
     words = ("-m", "train.seed=0,1", "launch.max_parallel_jobs=2")
-    array, table = _submit_all(cluster, tmp_path, *words, **stand_in)
-    cluster.wait_until(lambda: len([*tmp_path.glob("runs/*/starts-0")]) == 2)
+    array, table = _submit_all(cluster, folder, *words, **_stand_in(folder))
+    cluster.wait_until(lambda: len([*folder.glob("runs/*/starts-0")]) == 2)
     cluster.run("scancel", "--signal=USR1", f"{array}_1")
-    cluster.wait_until(lambda: cluster.job_record(f"{array}_1")["Restarts"] == "1")
-    assert cluster.job_record(table)["Reason"] == "Dependency"
-    assert cluster.wait_for_job(f"{array}_0")["Restarts"] == "0"
-    assert cluster.wait_for_job(f"{array}_1")["ExitCode"] == "0:0"
-    assert cluster.wait_for_job(table)["JobState"] == "COMPLETED"
+    _check_end(cluster, f"{array}_0")
+    _check_end(cluster, f"{array}_1", restarts=1)
+    _check_end(cluster, table)
+    assert cluster.job_record(table)["StartTime"] >= cluster.job_record(f"{array}_1")["EndTime"]
 
 
-def test_the_table_shows_tasks_that_failed_or_were_preempted(cluster, tmp_path, stand_in):
+@at_once
+def test_the_table_shows_tasks_that_failed_or_were_preempted(cluster, folder):
     """Also tasks that left no run directory."""
     words = ("-m", "train.seed=0,2,5", "launch.max_parallel_jobs=3")
-    _, table = _submit_all(cluster, tmp_path, *words, **stand_in)
-    assert cluster.wait_for_job(table)["JobState"] == "COMPLETED", _output(tmp_path)
-    (results,) = tmp_path.glob("runs/sweep-*/results.csv")
+    _, table = _submit_all(cluster, folder, *words, **_stand_in(folder))
+    _check_end(cluster, table)
+    (results,) = folder.glob("runs/sweep-*/results.csv")
     with results.open(newline="") as lines:
         states = {row["train.seed"]: row["status"] for row in csv.DictReader(lines)}
     assert states == {"0": "done", "2": "failed", "5": "preempted"}
 
 
-def test_a_sweep_is_an_array_and_ends_with_its_table(cluster, tmp_path):
+@at_once
+def test_a_sweep_is_an_array_and_ends_with_its_table(cluster, folder):
     words = (*SMALL, "task=quantize", "-m", "quant.nbits=2,3", "launch.max_parallel_jobs=2")
-    array, table = _submit_all(cluster, tmp_path, *words)
+    array, table = _submit_all(cluster, folder, *words)
     for job in (f"{array}_0", f"{array}_1", table):
-        assert cluster.wait_for_job(job, SLOW)["JobState"] == "COMPLETED", _output(tmp_path)
-    (results,) = tmp_path.glob("runs/sweep-*/results.csv")
+        _check_end(cluster, job)
+    (results,) = folder.glob("runs/sweep-*/results.csv")
     assert len(results.read_text().splitlines()) == 3
