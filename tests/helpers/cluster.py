@@ -96,7 +96,8 @@ class Cluster:
             for node in NODES:
                 self._start("slurmd", "-D", "-N", node, node=node)
             self.wait_until(self._all_nodes_are_idle)
-        except BaseException:
+        except BaseException as error:
+            error.add_note(self.report(self.folder))
             self.__exit__()
             raise
         return self
@@ -137,18 +138,19 @@ class Cluster:
             time.sleep(interval)
 
     def report(self, folder: Path) -> str:
-        """Return the records and the outputs of the jobs of `folder`, and the cluster's logs."""
+        """Return the cluster's log, and the outputs and records of the jobs in `folder`."""
         show_jobs = subprocess.run(
             ["scontrol", "--oneliner", "show", "job"], env=self.environ, capture_output=True,
             text=True,
         )  # fmt: skip
         records = [line for line in show_jobs.stdout.splitlines() if f"{folder}/" in line]
-        files = [*sorted(folder.glob("**/*.out")), *sorted(self.folder.glob("*.log"))]
-        texts = [f"{file}:\n{file.read_text(errors='replace')[-8000:]}" for file in files]
-        return "\n\n".join([*records, show_jobs.stderr, *texts])
+        files = [self.folder / "daemons.log", *sorted(folder.glob("**/*.out"))]
+        texts = [f"{file}:\n{file.read_text(errors='replace')[-10_000:]}" for file in files]
+        return "\n\n".join([*texts, *records, show_jobs.stderr])
 
     def _all_nodes_are_idle(self) -> bool:
-        return self.run("sinfo", "-h", "-N", "-o", "%N %T").count(" idle") >= len(NODES)
+        states = self.run("sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
+        return {f"{node} idle" for node in NODES} <= set(states)
 
     def _start_munge(self) -> None:
         key = self.folder / "munge.key"
