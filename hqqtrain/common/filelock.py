@@ -117,7 +117,8 @@ def _open_lock(path: Path) -> IO[str]:
     try:
         return open(open_for_append(path), "a", encoding="utf-8")
     except PermissionError:
-        return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), encoding="utf-8")
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        return open(os.open(path, flags), encoding="utf-8")
 
 
 def _is_current(file: IO[str], path: Path) -> bool:

@@ -5,7 +5,9 @@ by those of its subcommands that matter.
 """
 
 OPTIONS = {
-    r"curl": r"-[A-Za-z]*[uU]|--user|--proxy-user|--pass|(?:-b|--cookie)(?=[\s=]*['\"]?[^\s=]+=)",
+    r"curl": r"-[A-Za-z]*[uU]|--user|--proxy-user|--pass|(?:-b|--cookie)(?=[\s=]*['\"]?[^\s=]+=)"
+    r"|(?:-[A-Za-z]*E|--(?:proxy-)?cert)(?=[\s=]*['\"]?[^\s:]+:[^\s:])",
+    r"skopeo|podman|buildah": r"--(?:src-|dest-)?creds",
     r"xh|https?": r"-a|--auth",
     r"wget": r"--user|--header-token",
     r"[\w.-]+\s+(?:registry\s+)?login": r"-p",
@@ -73,7 +75,7 @@ PAIRS = [
 
 READERS = r"""(?:
     (?<![\w-])--?[\w-]*(?:stdin|passphrase-fd|with-token)\b
-    | (?<![\w./-])(?:login|(?:ch|smb)?passwd|kinit|cryptsetup)(?![\w.-])
+    | (?<![\w./-])(?:login|(?:ch|smb|vnc)?passwd|kinit|cryptsetup|su)(?![\w.-])
     | \b(?:sudo\s+(?:-\w+\s+)*-\w*S | secrets?\s+(?:set|put|create) | secret-tool\s+store
       | pass\s+insert)\b
 )"""

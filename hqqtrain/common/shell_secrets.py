@@ -17,7 +17,7 @@ QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'[^']*'|`[^`]*`|\$\(.*\)|\$\{[^}]*\}|\\.)"""
 """
 
 SECRET_WORD = r"""
-    (?: token | passw(?:or)?d | pwd | passphrase | passcode | secret | credential
+    (?: token | jwt | passw(?:or)?d | pwd | passphrase | passcode | secret | credential
       | connection[-_]?string
       | (?:api|access|secret|private|account|shared)[-_]?key | (?<!public)[-_]key
       | (?<![^\W_])pass | (?<=[-_.])(?:pat|auth|dsn)

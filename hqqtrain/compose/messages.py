@@ -1,6 +1,8 @@
 """Turn errors of Hydra, OmegaConf and YAML into messages that name the key, value and fix."""
 
+import os
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -32,6 +34,11 @@ def check_recipe(name: str) -> None:
             raise unknown_recipe_error(name)
     elif not file.is_file():
         known = sorted(find_recipes())
+        if os.path.exists(Path(name).expanduser()):
+            raise UserError(
+                f"recipe={name}: must be a file whose name ends with .yaml or .yml, or one of "
+                f"{', '.join(known)}."
+            )
         siblings = [path.name for path in file.parent.glob("*.y*ml")]
         hint = did_you_mean(file.name, siblings) or did_you_mean(file.stem, known)
         raise UserError(
@@ -81,6 +88,8 @@ def _quoted_example(argument: str) -> str:
     if hint is Any or get_origin(hint) is list:
         items = f'"{value}"' if is_quotable else '"one (1)","another"'
         return f"'{key}=[{items}]'"
+    if get_origin(hint) is dict:  # Hydra reads no key in quotes
+        return f"'{key}={{*.q_proj:{{nbits:4}}}}', where the keys of a mapping have none"
     text = value if is_quotable else "my (1).txt"
     return f"\"{key}='{text}'\""
 

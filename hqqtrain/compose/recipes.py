@@ -29,7 +29,8 @@ def find_recipes() -> dict[str, Path]:
     files: dict[str, Path] = {}
     for _, folder in find_recipe_folders():
         for file in sorted(folder.glob("*.yaml")):
-            files.setdefault(file.stem, file)
+            if file.is_file():  # reading a pipe would wait without end
+                files.setdefault(file.stem, file)
     return files
 
 
@@ -41,7 +42,9 @@ def recipe_file(name: str) -> Path | None:
     if "/" not in name and not name.endswith((".yaml", ".yml")):
         return None
     file = Path(name).expanduser()
-    return file if file.suffix in (".yaml", ".yml") else file.with_name(f"{file.name}.yaml")
+    if file.suffix in (".yaml", ".yml") or not file.name:  # `./` has no name
+        return file
+    return file.with_name(f"{file.name}.yaml")
 
 
 def recipe_name(name: str) -> str:

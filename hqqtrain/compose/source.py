@@ -133,6 +133,8 @@ def _check_content(content: DictConfig, file: Path) -> None:
     plain = OmegaConf.to_container(content, resolve=False)
     assert isinstance(plain, dict)
     settings = {str(key): value for key, value in plain.items() if key != "defaults"}
+    if dotted := [f"{file}: {key}: {_nested_advice(key)}" for key in settings if "." in key]:
+        raise UserError("\n".join(dotted))
     messages = [describe_unknown_key(key) for key in _dotted_keys(settings)]
     if unknown := [f"{file}: {message}" for message in messages if message]:
         raise UserError("\n".join(unknown))
@@ -143,6 +145,12 @@ def _check_content(content: DictConfig, file: Path) -> None:
         )
     for key, value in settings.items():
         check_type(key, value, f"{file}: ")
+
+
+def _nested_advice(key: str) -> str:
+    """Return how to write a dotted key of the command line in a recipe."""
+    group, _, name = key.partition(".")
+    return f"a recipe has a mapping for each group; write {group}: {{{name}: ...}}."
 
 
 def _dotted_keys(settings: dict[str, Any]) -> list[str]:

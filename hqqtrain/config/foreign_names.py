@@ -62,6 +62,9 @@ FOREIGN_NAMES = {
     "text_column_name": "data.text_field", "validation_file": "eval.source",
     "eval_dataset": "eval.source", "val_dataset": "eval.source", "eval_steps": "eval.every",
     "eval_strategy": "eval.every", "evaluation_strategy": "eval.every",
+    "val_set_size": "data.validation", "validation_split": "data.validation",
+    "validation_split_percentage": "data.validation", "val_size": "data.validation",
+    "test_size": "data.validation",
     # distribution, output and tracking
     "fsdp": "parallel.strategy=fsdp2", "deepspeed": "parallel.strategy=zero3",
     "zero_stage": "parallel.strategy=zero3", "ddp": "parallel.strategy=ddp",
@@ -75,18 +78,28 @@ FOREIGN_NAMES = {
 }  # fmt: skip
 """Name in another tool -> our key, with its value where the name implies one."""
 
+_IN_GROUPS = {
+    "model.name": "model.name_or_path", "model.id": "model.name_or_path",
+    "model.path": "model.name_or_path", "data.path": "data.source", "data.name": "data.source",
+    "data.file": "data.source", "data.files": "data.source", "data.train": "data.source",
+    "eval.path": "eval.source", "eval.data": "eval.source", "eval.steps": "eval.every",
+    "eval.interval": "eval.every", "ckpt.steps": "ckpt.every", "ckpt.interval": "ckpt.every",
+}  # fmt: skip
+"""Names that mean one of our keys only as a key of this group."""
+
 _REMARKS = {
     "train.global_batch_size": "accumulation is derived from it, train.micro_batch_size and the "
     "number of processes",
     "train.micro_batch_size": "train.global_batch_size sets the sequences of a step",
     "optim.warmup_steps": "a number of steps",
+    "data.validation": "a share of the texts, below 1",
 }
 """Our key -> how it differs from what other tools have."""
 
 
 def our_name(name: str) -> str | None:
     """Return our key for the dotted `name` of another tool, with a remark; None if unknown."""
-    last = name.rpartition(".")[2].lower().replace("-", "_")
-    ours = FOREIGN_NAMES.get(last)
+    name = name.lower().replace("-", "_")
+    ours = _IN_GROUPS.get(name) or FOREIGN_NAMES.get(name.rpartition(".")[2])
     remark = _REMARKS.get(ours or "")
     return f"'{ours}' ({remark})" if remark else f"'{ours}'" if ours else None

@@ -100,7 +100,7 @@ class AdapterConfig:
     """The adapter that is trained on top of the frozen, quantized weights."""
 
     kind: str = key("lora", "type of adapter", choices=("lora", "rslora", "none"))
-    r: int = key(16, "rank of the two LoRA matrices", low=1)
+    r: int = key(16, "rank of the two LoRA matrices", low=1, high=1 << 20)
     alpha: float = key(
         32.0, "numerator of the scaling: alpha / r, with rslora alpha / sqrt(r)", low=0
     )
@@ -147,7 +147,9 @@ class TrainConfig:
     )
     max_steps: int | None = key(None, "optimizer steps; takes precedence over train.epochs", low=0)
     epochs: float = key(1.0, "passes over the training data", low=0, high=MAX_EPOCHS)
-    global_batch_size: int = key(16, "sequences per optimizer step, over all ranks", low=1)
+    global_batch_size: int = key(
+        16, "sequences per optimizer step, over all ranks", low=1, high=1 << 20
+    )
     micro_batch_size: int = key(1, "most sequences per forward pass of one rank", low=1)
     max_seq_len: int = key(2048, "most tokens per sequence", low=2)
     packing: bool = key(True, "fill each sequence with several texts")

@@ -27,6 +27,9 @@ COMPRESSIONS = (".gz", ".bz2", ".zst")
 SOURCE_TREE_EXTENSIONS = (".py", ".md", ".rst")
 """Extensions of source code and its documents, whose names say what they are about."""
 
+_HIDDEN = (".", "__pycache__")
+"""Beginnings of the names of files and folders that are hidden, or caches of Python."""
+
 MAX_UNTRAINED = 1 / 3
 """Largest share of the bytes of a folder that names may keep out of the training, unwarned."""
 
@@ -98,13 +101,23 @@ def find_files(source: str, format: str, key: str, *, warns: bool = True) -> Sou
 
 def _list_folder(folder: Path, key: str) -> tuple[list[Path], list[Path]]:
     """Return the files below a folder, and the links to other folders, without hidden ones."""
+    files, links, folders = [], [], [folder]
     try:
-        paths = sorted(p for p in folder.rglob("*") if not _is_hidden(p, folder))
-        folders = {p for p in paths if p.is_dir()}
-        links = [p for p in paths if p in folders and p.is_symlink()]
-    except OSError as error:
-        raise UserError(f"{key}={folder}: cannot be read: {error.strerror}.") from error
-    return [p for p in paths if p not in folders], links
+        while folders:
+            for path in folders.pop().iterdir():
+                if path.name.startswith(_HIDDEN):
+                    continue
+                if not path.is_dir():
+                    files.append(path)
+                elif path.is_symlink():
+                    links.append(path)
+                else:
+                    folders.append(path)
+    except OSError as error:  # also of a folder inside: its texts would be missing without a word
+        raise UserError(
+            f"{key}={folder}: {error.filename} cannot be read: {error.strerror}."
+        ) from error
+    return sorted(files), sorted(links)
 
 
 def format_extension(file: Path) -> str:
@@ -217,8 +230,3 @@ def _common_format(files: list[Path], folder: Path, key: str) -> str:
             "with data.format."
         )
     return formats[0]
-
-
-def _is_hidden(path: Path, root: Path) -> bool:
-    """Whether a file below `root`, or a folder between them, is hidden or a cache of Python."""
-    return any(part.startswith((".", "__pycache__")) for part in path.relative_to(root).parts)

@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 MAX_ROW_BYTES = 1 << 28
 """Longest line of a JSON Lines file. A longer one is no row, and would exhaust the memory."""
 
+MAX_DECOMPRESSED_BYTES = 1 << 30
+"""Most bytes of a compressed text, or of a compressed JSON array, which are read at once."""
+
+_BLOCK_BYTES = 1 << 24
+
 _PARQUET_ROWS = 256
 """Rows of a parquet file in memory at a time."""
 
@@ -151,8 +156,7 @@ def _check_text(value: Any, place: str, field: str) -> None:
 
 def _read_text(file: Path, field: str) -> Iterator[tuple[str, str]]:
     """Yield the whole file as one text, with every line ending as a newline."""
-    with _open(file) as stream:
-        content = stream.read()
+    content = _read_all(file)
     encoding = json.detect_encoding(content[:4])  # by the byte order mark, or by bytes of 0
     try:
         text = content.decode(encoding)
@@ -181,8 +185,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         is_array = is_first and line.lstrip().startswith(b"[")
         is_first = False
         if is_array or line.strip() == b"{":
-            with _open(file) as stream:
-                value = _parse_json(stream.read(), "")
+            value = _parse_json(_read_all(file), "")
             rows = value if isinstance(value, list) else [value]
             for number, row in enumerate(rows, start=1):
                 yield f", item {number}", _as_object(row, f", item {number}")
@@ -191,7 +194,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, _as_object(_parse_json(line, place), place)
 
 
-def _parse_json(text: bytes, place: str) -> Any:
+def _parse_json(text: bytes | bytearray, place: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -221,7 +224,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
         encoding = json.detect_encoding(start)
         if not encoding.startswith("utf-8"):
             try:
-                lines = stream.read().decode(encoding).encode().splitlines()
+                lines = _read_all(file).decode(encoding).encode().splitlines()
             except UnicodeError as error:
                 raise UnreadableError(f": not {encoding.upper()} text: {error}.") from error
             yield from enumerate(lines, start=1)
@@ -265,6 +268,20 @@ def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, Any]]:
         raise UnreadableError(f": not a sound parquet file: {str(error).strip()[:200]}") from error
     except UnicodeDecodeError as error:
         raise UnreadableError(f", row {row + 1} or later: not UTF-8 text.") from error
+
+
+def _read_all(file: Path) -> bytearray:
+    """Return the content of a file. A few compressed bytes may stand for more than the memory."""
+    content = bytearray()
+    with _open(file) as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            content += block
+            if len(content) > MAX_DECOMPRESSED_BYTES and file.suffix.lower() in COMPRESSIONS:
+                raise UnreadableError(
+                    f": more than {MAX_DECOMPRESSED_BYTES >> 20} MiB when decompressed, which are "
+                    "read at once; split it into several files, or use JSON Lines."
+                )
+    return content
 
 
 def _open(file: Path) -> io.BufferedReader:

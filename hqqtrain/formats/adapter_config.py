@@ -25,8 +25,11 @@ from hqqtrain.common.time_limit import time_limit
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-_PATTERN_SECONDS = 5.0
-"""Seconds that the patterns of an adapter may take; those of PEFT's users take microseconds."""
+_PATTERN_SECONDS = 2.0
+"""Seconds that the patterns of an adapter may take; those of PEFT's users take microseconds.
+
+`--check` reads an adapter twice.
+"""
 
 _WITHOUT_EFFECT = frozenset([
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out",

@@ -44,7 +44,8 @@ def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapte
         (name, tensor), with Hugging Face's names.
 
     Raises:
-        UserError: `adapter` belongs to another base or to modules that the model does not have.
+        UserError: `adapter` belongs to another base or to modules that the model does not have, or
+            a value is not finite in `dtype`.
     """
     adapted = set(adapter.modules) if adapter else set()
     _check_adapter(adapter, settings)
@@ -53,7 +54,7 @@ def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapte
     for name, tensor in tensors:
         module, _, attribute = name.rpartition(".")
         if module not in settings.modules or attribute not in PACKED_PARAMETERS:
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+            yield name, _round(name, tensor, dtype) if tensor.is_floating_point() else tensor
             continue
         packed = incomplete.setdefault(module, {})
         packed[attribute] = tensor.to(device)
@@ -62,8 +63,25 @@ def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapte
             weight = dequantize_weight(quantized, settings.modules[module].layout, torch.float32)
             if adapter and module in adapted:
                 weight += adapter.delta(module, device)
-            yield f"{module}.weight", weight.to(dtype)
+                if not weight.isfinite().all():
+                    raise UserError(
+                        f"{module}: its weight is infinite or NaN once the adapter is merged; the "
+                        "adapter is damaged or has diverged. Use another checkpoint."
+                    )
+            yield f"{module}.weight", _round(f"{module}.weight", weight, dtype)
     assert not incomplete, f"tensors are missing of {sorted(incomplete)}"
+
+
+def _round(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return `tensor` in `dtype`, in which every finite value must stay finite."""
+    rounded = tensor.to(dtype)
+    if (tensor.isfinite() & ~rounded.isfinite()).any():
+        largest = tensor[tensor.isfinite()].abs().max().item()
+        raise UserError(
+            f"{name}: has the value {largest:g}, which is beyond the range of {dtype}; export with "
+            "train.precision=bf16 or fp32."
+        )
+    return rounded
 
 
 def export_dense(tensors: Tensors, folder: Path, *, hf_config: PretrainedConfig, source: Path,

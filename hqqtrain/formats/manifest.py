@@ -6,6 +6,7 @@ Disks and copies lose bytes, and most damaged checkpoints would load without an 
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -89,7 +90,10 @@ def file_digest(path: Path) -> FileDigest:
 
 def _check_size(path: Path, expected_bytes: int) -> None:
     with _damaged_if_unreadable(path):
-        size = path.stat().st_size
+        status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device would never end
+        raise DamagedError(f"{path}: is not a regular file")
+    size = status.st_size
     if size != expected_bytes:
         raise DamagedError(
             f"{path}: is not what was written ({size} bytes instead of {expected_bytes})"

@@ -154,6 +154,11 @@ def _continue_adapter(
     It gets the ranks and alphas of single modules, which no key of hqqtrain sets.
     """
     saved = start.adapter.config
+    if saved.lora_alpha < 0:
+        raise UserError(
+            f"{start.origin}: was made with lora_alpha={saved.lora_alpha}, and adapter.alpha is "
+            "never negative. It can be evaluated and exported, but not trained further."
+        )
     kind = "rslora" if saved.use_rslora else "lora"
     fixes = {"r": f"adapter.r={saved.r}", "lora_alpha": f"adapter.alpha={saved.lora_alpha}",
              "use_rslora": f"adapter.kind={kind}"}  # fmt: skip

@@ -31,8 +31,11 @@ _RANGES = (
     _Range(
         re.compile(r"_(size|dim|width|features|positions?|embeddings|embd|ctx)s?$"), -1, 1 << 31
     ),
+    _Range(re.compile(r"^num_labels$"), -1, 1 << 16),
     _Range(re.compile(r"^(num|n)_"), -1, 1 << 20),
     _Range(re.compile(r"(_eps|_epsilon)$"), 0, 1),
+    _Range(re.compile(r"(^|_)(dropout|pdrop|layerdrop|prob|(drop|dropout)_rate)$"), 0, 1),
+    _Range(re.compile(r"^(short_|long_)?factor$"), 1e-6, 1e9),
     _Range(re.compile(r"^rope_theta$|^rotary_emb_base$"), 1e-6, 1e15),
 )
 """Numbers that transformers would believe, although no model has them. The first match counts.
@@ -61,12 +64,19 @@ def check_config_json(path: Path, config_json: Mapping[str, Any]) -> None:
         config_json: Its content.
 
     Raises:
-        UserError: A number is out of range, or the file is nested too deeply.
+        UserError: A number is NaN or out of range, or the file is nested too deeply.
     """
     for key, value in _leaves(path, config_json):
         name = key.rpartition(".")[2]
         allowed = next((r for r in _RANGES if r.pattern.search(name)), None)
-        if allowed is None or isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if value != value:
+            raise UserError(
+                f"{path}: {key}={value} is not a number; use the config.json that was saved with "
+                "the weights."
+            )
+        if allowed is None:
             continue
         if not allowed.low <= value <= allowed.high:
             raise UserError(

@@ -58,7 +58,8 @@ def probe_packing(
         trains: Whether the model will be trained.
 
     Raises:
-        UserError: The model is not causal, or transformers cannot call it with tokens alone.
+        UserError: The model is not causal, its logits are not finite, or transformers cannot call
+            it with tokens alone.
     """
     failure: Exception | None = None
     for small in small_copies(hf_config, model):
@@ -68,6 +69,12 @@ def probe_packing(
         except Exception as error:  # any error of the model's code, at these widths
             failure = failure or error
             continue
+        if not (first.isfinite().all() and second.isfinite().all()):
+            raise UserError(
+                f"model_type={hf_config.model_type}: {type(small).__name__} computes NaN or "
+                "infinite logits with this config.json, whatever its weights are. Use the "
+                "config.json that was saved with the weights."
+            )
         if not _are_equal(texts.logits(texts.first, texts.second)[:FIRST_LENGTH], first):
             raise UserError(
                 f"model_type={hf_config.model_type}: {type(small).__name__} is not causal with "

@@ -100,8 +100,9 @@ def inject_adapters(model: PreTrainedModel, config: LoraConfig, targets: Sequenc
         UserError: PEFT refuses a target, as it does some layers of Mamba.
     """
     try:
-        # low_cpu_mem_usage makes PEFT create the adapters on the meta device, too.
-        return get_peft_model(model, config, low_cpu_mem_usage=True)
+        # PEFT creates a matrix on the default device before it moves it to that of the base.
+        with torch.device("meta"):
+            return get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as error:
         reason = str(error)
     ends: dict[str, str] = {}  # last part of a name -> the first target that has it
@@ -122,7 +123,10 @@ def _accepts(model: PreTrainedModel, config: LoraConfig, name: str) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the adapters that the model has already
         try:
-            inject_adapter_in_model(single, model, name.replace(".", "-"), low_cpu_mem_usage=True)
+            with torch.device("meta"):
+                inject_adapter_in_model(
+                    single, model, name.replace(".", "-"), low_cpu_mem_usage=True
+                )
         except ValueError:
             return False
     return True

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hqqtrain.common.files import atomic_write
+from hqqtrain.common.reading import read_bounded
 from hqqtrain.common.secrets import mask_command, mask_secrets
 from hqqtrain.common.threads import call_with_timeout
 from hqqtrain.config.infra import TrackConfig
@@ -37,6 +38,8 @@ INIT_SECONDS, FINISH_SECONDS, UPLOAD_SECONDS = 30.0, 30.0, 600.0
 
 SLACK_SECONDS = 10.0
 """Extra time for wandb's own process to notice that `FINISH_SECONDS` are over."""
+
+_MAX_RUN_ID_BYTES = 1024
 
 FLUSH_SECONDS = 1.0
 """Seconds between two writes of the offline file.
@@ -205,8 +208,8 @@ def read_run_id(run_dir: Path) -> str | None:
     contain it as well, for a run directory that was copied without W&B's files.
     """
     try:
-        run_id = _run_id_file(run_dir).read_text(encoding="utf-8", errors="replace").strip()
-    except (FileNotFoundError, NotADirectoryError):
+        run_id = read_bounded(_run_id_file(run_dir), _MAX_RUN_ID_BYTES).decode().strip()
+    except (OSError, ValueError):  # there is none, or the file is not one of ours
         return None
     return run_id if re.fullmatch(r"[\w-]{1,128}", run_id, re.ASCII) else None
 

@@ -137,3 +137,13 @@ def test_a_file_that_all_ranks_share_has_one_content(tmp_path, monkeypatch):
         (tmp_path / "a").write_text(content) if content else (tmp_path / "a").unlink()
         with pytest.raises(UserError, match=r"^quant\.cache_dir=c: .* as rank 0 does"):
             check_shared_file(tmp_path / "a", digest, "quant.cache_dir=c")
+
+
+def test_a_pipe_of_another_user_is_not_waited_for(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "lock")
+
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(filelock, "open_for_append", refuse)
+    filelock._open_lock(tmp_path / "lock").close()

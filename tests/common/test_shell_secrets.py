@@ -53,6 +53,13 @@ SECRET_COMMANDS = [
     "wget --user=me --password=S3cret x",
     "http -a me:S3cret x",
     "skopeo login -p S3cret",
+    "skopeo copy --src-creds me:S3cret a b",
+    "podman pull --creds=me:S3cret a",
+    "curl --cert me.pem:S3cret x",
+    "curl -sE me.pem:S3cret x",
+    "vncpasswd -f <<< S3cret",
+    "echo S3cret | su - me -c ls",
+    "export JWT=S3cret",
     "smbclient -U me%S3cret //h",
     "MY_ENCRYPTION_KEY=S3cret",
     "az login --service-principal -u a -p S3cret --tenant t",
@@ -227,6 +234,6 @@ def test_an_ordinary_variable_is_no_secret(name: str, monkeypatch):
     ids=range(15),
 )  # fmt: skip
 def test_masking_takes_linear_time(text: str):
-    start = time.perf_counter()
+    start = time.process_time()
     mask_secrets(text)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

@@ -180,3 +180,10 @@ def test_a_message_shows_how_to_quote_an_argument(word, typed):
     assert f"{word}: must be key=value; text with special characters" in str(caught.value)
     assert f"as in {typed}. " in str(caught.value)
     assert compose_config(["launch=slurm", *shlex.split(typed)])
+
+
+def test_a_mapping_with_quoted_keys_gets_an_example_without():
+    message = _message("quant.overrides={'*.q_proj':{nbits:4}}")
+    typed = "'quant.overrides={*.q_proj:{nbits:4}}'"
+    assert f"as in {typed}, where the keys of a mapping have none. " in message
+    assert compose_config(shlex.split(typed)).quant.overrides == {"*.q_proj": {"nbits": 4}}

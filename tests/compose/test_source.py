@@ -1,5 +1,6 @@
 """The user's own recipes: where they are found, what they may extend, and errors in them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,26 @@ def test_errors_in_a_file_name_the_file(recipes):
     assert _message("recipe=./mine.yaml").startswith("mine.yaml: quant.nbit: unknown key")
     assert "Did you mean 'mine.yaml'?" in _message("recipe=./mien.yaml")
     assert "no such recipe" in _message(f"recipe={recipes}")
+
+
+def test_a_pipe_among_the_recipes_is_not_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "mine.yaml")
+    monkeypatch.setenv(RECIPES_VARIABLE, str(tmp_path))
+    assert "mine" not in find_recipes()
+
+
+@pytest.mark.parametrize("name", ["./", "/", "..", "./mine.json", "./folder", "./M.YAML"])
+def test_a_path_that_is_no_yaml_file_is_named(recipes, monkeypatch, name):
+    monkeypatch.chdir(recipes)
+    (recipes / "folder").mkdir()
+    for file in ("mine.json", "M.YAML"):
+        (recipes / file).write_text("quant: {nbits: 2}")
+    assert "no such recipe" in (message := _message(f"recipe={name}")) or ".yaml or .yml" in message
+    assert ("must be a file whose name ends with .yaml" in message) == (name != "..")
+
+
+def test_dotted_keys_in_a_recipe_are_refused_with_the_right_form(recipes):
+    _write(recipes, "mine", "quant.nbits: 2\noptim.lr: 1e-4\n")
+    message = _message("recipe=mine")
+    assert "mine.yaml: quant.nbits: a recipe has a mapping" in message
+    assert "write optim: {lr: ...}." in message

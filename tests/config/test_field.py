@@ -64,3 +64,12 @@ def test_null_is_refused_where_it_is_no_choice():
         axis: int | None = key(1, "axis", choices=(0, 1))
 
     assert list(field_errors("quant", Other(None))) == ["quant.axis=null: allowed are 0, 1."]
+
+
+def test_a_string_with_a_nul_is_no_path():
+    @dataclass
+    class Paths:
+        path: str | None = key(None, "a file")
+
+    (message,) = field_errors("group", Paths("a\0b"))
+    assert message == r"group.path='a\x00b': must not contain a NUL character."

@@ -28,6 +28,8 @@ def test_every_suggestion_is_a_key_and_no_foreign_name_is():
         ("output_dir=x", "run.root"), ("load_in_4bit=true", "quant.nbits=4"),
         ("max_seq_length=512", "train.max_seq_len"), ("dataset=x", "data.source"),
         ("report_to=wandb", "track.backends"), ("warmup_ratio=0.1", "optim.warmup_steps"),
+        ("val_set_size=0.1", "data.validation"), ("model.name=x", "model.name_or_path"),
+        ("data.path=x", "data.source"), ("eval.steps=5", "eval.every"),
     ],
 )  # fmt: skip
 def test_the_error_names_our_key(override, ours):

@@ -1,5 +1,7 @@
 """Splits by the names of files: they decide in a folder of data, and not in a source tree."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,27 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "is_symlink", refuse)
     with pytest.raises(UserError, match="Permission denied"):
         read(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_folder(tmp_path, monkeypatch):
+    """Its texts would be missing from the training without a word; root can read everything."""
+    make_files(tmp_path, a0txt=2, deep__locked__b0txt=2)
+    iterdir = Path.iterdir
+
+    def refuse(folder: Path):
+        if folder.name == "locked":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=r"data\.source=.*deep/locked cannot be read: Permission d"):
+        read(tmp_path)
+
+
+def test_a_very_deep_folder_is_read(tmp_path):
+    make_files(tmp_path, a0txt=2)
+    folder = tmp_path
+    for _ in range(1200):  # more levels than Python recurses
+        folder = folder / "d"
+    os.makedirs(folder)
+    assert len(read(tmp_path)) == 1

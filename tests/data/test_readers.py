@@ -198,3 +198,15 @@ def test_several_parquet_columns_of_the_name_are_refused(tmp_path):
     pq.write_table(pa.table([["x"], ["y"]], names=["text", "text"]), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet: has several columns data\.text_field=text"):
         list(FileTexts([tmp_path / "a.parquet"], "parquet", "text", "data.source=a"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"a word " * 99, b"[" + b" " * 700 + b"]", b"\xff\xfe" + b"a\0" * 99]
+)
+def test_a_compressed_file_is_not_read_beyond_a_limit(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(readers, "MAX_DECOMPRESSED_BYTES", 100)
+    monkeypatch.setattr(readers, "_BLOCK_BYTES", 64)
+    format = "jsonl" if content.startswith((b"[", b"\xff")) else "text"
+    file = write(tmp_path / "a.txt.gz", gzip.compress(content))
+    assert "a.txt.gz: more than 0 MiB when decompressed" in refusal(file, format=format)
+    read(write(tmp_path / "b.txt", b"a word " * 99), format="text")

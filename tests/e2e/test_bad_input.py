@@ -73,7 +73,10 @@ CASES: dict[str, tuple[list[str] | Callable[[Path], list[str]], list[str]]] = {
     "nbits": (["quant.nbits=5"], ["quant.nbits=5", "8, 4, 3, 2, 1"]),
     "group_size": (["quant.group_size=48"], ["quant.group_size=48", "256", "proj"]),
     "skip matches nothing": (["quant.skip=[lm_haed]"], ["quant.skip", "lm_haed"]),
-    "override matches nothing": (["quant.overrides={'*.qq_proj': {nbits: 4}}"], ["*.qq_proj"]),
+    "override matches nothing": (
+        ["quant.overrides={*.qq_proj: {nbits: 4}}"],
+        ["*.qq_proj", "matches no"],
+    ),
     "target matches nothing": (["adapter.target_modules=['*.w1']"], ["target_modules", "*.w1"]),
     "missing model": (["model.name_or_path=./no/such/folder"], ["./no/such/folder"]),
     "truncated": (_truncated, ["model.safetensors"]),

@@ -124,3 +124,24 @@ def test_an_adapter_of_another_model_is_refused(make_trained, tmp_path):
         UserError, match=r"model\.layers\.9\..*not a quantized linear layer of this base"
     ):
         _export(trained, tmp_path / "dense", adapter=stranger)
+
+
+def test_a_value_beyond_the_range_of_the_dtype_is_refused(make_trained):
+    trained = make_trained()
+
+    def export(value: float) -> list[tuple[str, torch.Tensor]]:
+        stream = [("model.norm.weight", torch.full((3,), value))]
+        return list(dense_tensors(stream, trained.settings, dtype=torch.float16))
+
+    assert export(65504)[0][1][0] == 65504
+    assert export(float("-inf"))[0][1][0] == float("-inf")  # as the model has it
+    with pytest.raises(UserError, match=r"model\.norm\.weight: has the value 1e\+05.*float16"):
+        export(1e5)
+
+
+def test_an_adapter_that_makes_a_weight_infinite_is_not_merged(make_trained, tmp_path):
+    trained = make_trained()
+    state = {name: torch.full_like(tensor, 1e38) for name, tensor in trained.adapter.state.items()}
+    with pytest.raises(UserError, match=r"infinite or NaN once the adapter is merged"):
+        _export(trained, tmp_path / "dense", adapter=replace(trained.adapter, state=state))
+    assert not (tmp_path / "dense").exists()

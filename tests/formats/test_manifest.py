@@ -121,3 +121,12 @@ def test_every_rank_finds_a_wrong_size(folder):
     for rank in range(3):
         with pytest.raises(DamagedError, match="e: "):
             check_sealed(folder, rank, 3)
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero"])
+def test_a_listed_file_that_has_no_end_is_not_read(folder, name):
+    os.mkfifo(folder / "pipe")
+    files = {name: {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}}
+    (folder / MANIFEST).write_text(manifest._manifest_text(files))
+    with pytest.raises(DamagedError, match=rf"{name}: is not a regular file"):
+        check_sealed(folder)

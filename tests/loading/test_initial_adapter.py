@@ -87,6 +87,16 @@ def test_another_shape_scaling_or_modules_are_refused(selected, adapter, message
     assert str(error.value).startswith(prefix)
 
 
+def test_a_negative_alpha_gets_no_advice_that_fails(folder):
+    weights = folder / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt"})
+    _edit(folder, lora_alpha=-4)
+    source = ModelSource("owner/name", folder.parent, "dense")
+    start = load_initial_adapter(AdapterConfig(init_from=str(folder)), source, None)
+    with pytest.raises(UserError, match=r"lora_alpha=-4, .*never negative.*evaluated and exported"):
+        _plan(start)
+
+
 def test_another_base_is_refused(selected):
     start, prefix = selected
     with pytest.raises(UserError, match="but this base") as error:

@@ -50,11 +50,20 @@ def build(folder: Path, **changes: Any) -> None:
         {"num_attention_heads": 10**9},
         {"num_key_value_heads": -2},
         {"num_labels": 10**9},
+        {"num_labels": 10**6},
         {"head_dim": -8},
         {"intermediate_size": float("inf")},
         {"max_position_embeddings": 10**12},
         {"rms_norm_eps": -1.0},
         {"rms_norm_eps": float("nan")},
+        {"attention_dropout": 5},
+        {"attention_dropout": -0.1},
+        {"attention_dropout": float("nan")},
+        {"hidden_dropout_prob": 2},
+        {"resid_pdrop": -1},
+        {"unknown_key": float("nan")},
+        {"rope_parameters": {"rope_type": "linear", "factor": 0, "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "linear", "factor": float("nan"), "rope_theta": 1e4}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}},
         {"rope_parameters": {"rope_type": "unknown"}},
         {"rope_parameters": "default"},
@@ -83,6 +92,15 @@ def test_a_value_that_no_model_has(tmp_path, changes):
     with pytest.raises(UserError, match=r"config\.json|model_type") as caught:
         build(tmp_path, **changes)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("key", ["output_attentions", "output_hidden_states", "return_dict"])
+def test_what_a_call_returns_does_not_depend_on_config_json(tmp_path, key):
+    write(tmp_path, json.dumps(LLAMA | {key: key != "return_dict"}))
+    config = load_hf_config(tmp_path)
+    assert (config.return_dict, config.output_hidden_states) == (True, False)
+    assert not config.output_attentions
+    assert build_meta(config).config.return_dict
 
 
 def test_an_unknown_activation_is_named_with_its_key(tmp_path):

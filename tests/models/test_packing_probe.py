@@ -7,6 +7,7 @@ import torch
 from architectures import ENCODERS, IN_ROWS, PACKED, SMALL, small_config, small_model
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.models import packing_probe
 from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.packing_probe import PackingProbe, probe_packing
 from hqqtrain.models.source import shipped_folder
@@ -51,6 +52,14 @@ def test_models_that_let_packed_texts_see_each_other(name):
 def test_models_that_are_not_causal_are_refused(name):
     with pytest.raises(UserError, match=rf"model_type={name}: .*is not causal.*is_decoder=true"):
         probe(name, ENCODERS[name])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_without_finite_logits_is_not_called_an_encoder(monkeypatch, value):
+    logits = torch.full((11, 5), value)
+    monkeypatch.setattr(packing_probe._Texts, "logits", lambda *_, **__: logits)
+    with pytest.raises(UserError, match=r"model_type=llama: .*NaN or infinite logits"):
+        probe("llama", SMALL)
 
 
 def test_a_model_that_needs_more_than_tokens_is_refused():

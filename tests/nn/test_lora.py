@@ -3,6 +3,7 @@
 import copy
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -286,3 +287,24 @@ def test_adapters_of_16_bits(packed: nn.Module, autocast: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         losses = train(model, 8)
     assert losses[-1] < losses[0]
+
+
+def _refuse_memory(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    assert tensor.is_meta
+    return tensor
+
+
+def test_no_matrix_is_allocated_when_adapters_are_put_on_a_model_without_weights():
+    """A rank of 2^20 would need 2 GiB for each matrix A of this model."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(
+            hidden_size=512, intermediate_size=512, num_hidden_layers=1, vocab_size=32,
+            num_attention_heads=4,
+        ))  # fmt: skip
+    quantize_model(model, QuantConfig(nbits=2, group_size=16))
+    config = AdapterConfig(r=1 << 20)
+    with mock.patch.object(torch.nn.init, "kaiming_uniform_", side_effect=_refuse_memory):
+        injected = inject_adapters(
+            model, lora_config(config, model), target_linears(config, model), "target_modules"
+        )
+    assert {p.device.type for p in injected.parameters()} == {"meta"}

@@ -163,6 +163,9 @@ def test_a_saved_id_is_used_and_a_damaged_one_is_ignored(tmp_path):
     for damaged in ("", "not an id", "\0\0\0"):
         (tmp_path / "wandb" / "run_id").write_text(damaged)
         assert read_run_id(tmp_path) is None
+    (tmp_path / "wandb" / "run_id").unlink()
+    os.mkfifo(tmp_path / "wandb" / "run_id")
+    assert read_run_id(tmp_path) is None
 
 
 def test_a_killed_process_leaves_a_readable_file_and_no_process(tmp_path):

@@ -1,6 +1,7 @@
 """The lock of a sweep's folder, which says whether the sweep or one of its jobs lives."""
 
 import fcntl
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -37,7 +38,8 @@ def hold_lock(sweep: Sweep, on_wait: Callable[[], None]) -> Iterator[int]:
 def is_locked(sweep: Sweep) -> bool:
     """Whether a process holds the lock of `sweep`, this one included."""
     try:
-        with open(sweep.folder / LOCK) as file:
+        fd = os.open(sweep.folder / LOCK, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

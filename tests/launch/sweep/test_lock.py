@@ -38,3 +38,10 @@ def test_a_sweep_is_locked_while_one_process_has_the_handle(tmp_path):
     assert is_locked(sweep)
     os.close(inherited)
     assert not is_locked(sweep)
+
+
+def test_a_pipe_in_place_of_the_lock_is_not_waited_for(tmp_path):
+    sweep = make_sweep(tmp_path, "a", "b")
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(sweep.folder / lock.LOCK)
+    assert not is_locked(sweep)
