@@ -36,8 +36,8 @@ def check_recipe(name: str) -> None:
         known = sorted(find_recipes())
         if os.path.exists(Path(name).expanduser()):
             raise UserError(
-                f"recipe={name}: must be a file whose name ends with .yaml or .yml, or one of "
-                f"{', '.join(known)}."
+                f"recipe={name}: no such recipe; it must be a file whose name ends with .yaml or "
+                f".yml, or one of {', '.join(known)}."
             )
         siblings = [path.name for path in file.parent.glob("*.y*ml")]
         hint = did_you_mean(file.name, siblings) or did_you_mean(file.stem, known)
