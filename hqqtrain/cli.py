@@ -15,6 +15,7 @@ from hqqtrain.common.errors import (
     FAILED,
     PREEMPTED,
     USER_ERROR,
+    ErrorCollector,
     PreemptedError,
     RankLostError,
     UserError,
@@ -82,7 +83,15 @@ def _run_command(arguments: list[str]) -> int:
         return _print(help_text())
     if "--version" in flags:
         return _print(f"hqqtrain {__version__}")
-    command = compose_command(overrides, "--multirun" in flags)
+    try:
+        command = compose_command(overrides, "--multirun" in flags)
+    except UserError as error:
+        if "--check" not in flags:
+            raise
+        raise UserError(
+            f"{error}\nThe model, the texts and the run directory are only checked once the "
+            "configuration has no faults."
+        ) from error
     if "--cfg" in flags:
         return _print(command.as_recipes())
     _print_notes(command)
@@ -126,27 +135,21 @@ def _check(command: Command) -> int:
     Raises:
         UserError: There are faults. The message has a line for each of all jobs.
     """
-    checked, errors = ["the configuration", "the run directory"], []
+    checked, errors = ["the configuration", "the run directory"], ErrorCollector()
     for job in command.jobs:
-        try:
+        with errors.collect():
             RunDirectory(job.config).check()
-        except UserError as error:
-            errors.append(str(error))
         if has_inputs_to_check(job.config):
             from hqqtrain.tasks.run import check_inputs
 
-            try:
+            with errors.collect():
                 checked += check_inputs(job.config)
-            except UserError as error:
-                errors.append(str(error))
         checked += [
             f"{item.key}={item.name} is on the hub and was not checked"
             for item in list_inputs(job.config)
             if not item.is_local
         ]
-    if errors:
-        lines = [line for error in errors for line in error.splitlines()]
-        raise UserError("\n".join(dict.fromkeys(lines)))
+    errors.raise_if_any()
     if get_rank() == 0:
         print(f"hqqtrain: checked: {'; '.join(dict.fromkeys(checked))}.", file=sys.stderr)
     return _print(command.describe_directories())

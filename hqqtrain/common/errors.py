@@ -1,6 +1,7 @@
 """Exit codes, and the exceptions that the command line shows as a message without a traceback."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 3
@@ -25,6 +26,31 @@ class UserError(ValueError):
     """
 
     is_of_one_rank = False
+
+
+class ErrorCollector:
+    """Collects the `UserError`s of independent checks, so that the user sees all at once."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Keep the `UserError` that the block raises, if any, and continue after the block."""
+        try:
+            yield
+        except UserError as error:
+            self.lines += str(error).splitlines()
+
+    def raise_if_any(self) -> None:
+        """Raise what was collected as one error.
+
+        Raises:
+            UserError: Something was collected. Several checks may find the same fault: it is one
+                line.
+        """
+        if self.lines:
+            raise UserError("\n".join(dict.fromkeys(self.lines)))
 
 
 class RankLostError(RuntimeError):

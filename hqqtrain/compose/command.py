@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 import yaml
 
-from hqqtrain.common.errors import UserError
+from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.common.text import count
 from hqqtrain.compose import run_settings
 from hqqtrain.compose.compose import parse_overrides
@@ -89,7 +89,11 @@ def compose_command(overrides: list[str], multirun: bool) -> Command:
         UserError: an override is invalid, or two different jobs would share a run directory.
     """
     expanded = expand_jobs(overrides, multirun)
-    jobs = [Job(job_overrides, composed.checked()) for job_overrides, composed in expanded]
+    jobs, errors = [], ErrorCollector()
+    for job_overrides, composed in expanded:
+        with errors.collect():
+            jobs.append(Job(job_overrides, composed.checked()))
+    errors.raise_if_any()
     _refuse_shared_folders(jobs)
     # Without a sweep, the only job has the overrides of the command line unchanged.
     is_sweep = multirun or [job.overrides for job in jobs] != [overrides]

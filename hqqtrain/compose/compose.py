@@ -13,7 +13,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hqqtrain.common.errors import UserError
+from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.compose import run_settings, schema
 from hqqtrain.compose.messages import (
     check_recipe,
@@ -45,8 +45,8 @@ def compose_unchecked(overrides: list[str]) -> schema.ComposedConfig:
         UserError: an argument or recipe cannot be read, names an unknown key or has a wrong type.
     """
     parsed = parse_overrides(overrides)
-    _check_overrides(parsed)
     _register_plugins()
+    _check_overrides(parsed)
     composed = _compose(parsed)
     if composed.task in run_settings.TASKS and (run := run_settings.run_of(composed)):
         given = {override.key_or_group for override in parsed}
@@ -82,12 +82,16 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
     """Parse `key=value` arguments with Hydra's grammar. The last value of a repeated key wins.
 
     Raises:
-        UserError: an argument does not follow the grammar.
+        UserError: arguments do not follow the grammar; a line for each.
     """
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except OverrideParseException as error:
-        raise unreadable_override_error(error) from None
+    parser, parsed, errors = OverridesParser.create(), [], ErrorCollector()
+    for override in overrides:
+        with errors.collect():
+            try:
+                parsed += parser.parse_overrides([override])
+            except OverrideParseException as error:
+                raise unreadable_override_error(error) from None
+    errors.raise_if_any()
     by_key = {override.key_or_group: override for override in parsed}
     if RECIPE_GROUP in by_key and by_key[RECIPE_GROUP].value() is None:
         del by_key[RECIPE_GROUP]  # recipe=null means no recipe, but Hydra would look for one
@@ -105,16 +109,19 @@ def _check_overrides(overrides: list[Override]) -> None:
     """Check every override.
 
     Raises:
-        UserError: with one line for every override that is refused, all at once.
+        UserError: with one line for every override that is refused, and for every value of the
+            others, and of the recipe, that is not allowed.
     """
-    errors = []
+    errors, accepted = ErrorCollector(), []
     for override in overrides:
-        try:
+        with errors.collect():
             _check_override(override)
-        except UserError as error:
-            errors.append(str(error))
-    if errors:
-        raise UserError("\n".join(errors))
+            accepted.append(override)
+    if errors.lines:
+        # Combinations are not checked: the refused overrides may be what they lack.
+        with errors.collect():
+            errors.lines += _compose(accepted).key_errors()
+    errors.raise_if_any()
 
 
 def _check_override(override: Override) -> None:

@@ -9,7 +9,7 @@ from itertools import product
 
 from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 
-from hqqtrain.common.errors import UserError
+from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.compose.compose import compose_unchecked, parse_overrides
 from hqqtrain.compose.schema import ComposedConfig
 
@@ -26,7 +26,12 @@ def expand_jobs(overrides: list[str], multirun: bool) -> list[tuple[list[str], C
         UserError: an argument or the recipe is invalid, or a sweep is not over a list or range.
     """
     combinations = _combinations(parse_overrides(overrides)) if multirun else [overrides]
-    return [job for combination in combinations for job in _expand_recipe_sweep(combination)]
+    jobs, errors = [], ErrorCollector()
+    for combination in combinations:
+        with errors.collect():
+            jobs += _expand_recipe_sweep(combination)
+    errors.raise_if_any()
+    return jobs
 
 
 def _expand_recipe_sweep(overrides: list[str]) -> list[tuple[list[str], ComposedConfig]]:
@@ -36,8 +41,13 @@ def _expand_recipe_sweep(overrides: list[str]) -> list[tuple[list[str], Composed
     swept = [f"{key}={values}" for key, values in composed.sweep.items() if key not in given]
     if not swept:
         return [(overrides, composed)]
-    jobs = [overrides + combination for combination in _combinations(parse_overrides(swept))]
-    return [(job, compose_unchecked(job)) for job in jobs]
+    jobs, errors = [], ErrorCollector()
+    for combination in _combinations(parse_overrides(swept)):
+        with errors.collect():
+            job = overrides + combination
+            jobs.append((job, compose_unchecked(job)))
+    errors.raise_if_any()
+    return jobs
 
 
 def _combinations(overrides: list[Override]) -> list[list[str]]:

@@ -50,8 +50,11 @@ def check_recipe(name: str) -> None:
 def unknown_recipe_error(name: str) -> UserError:
     """Return the error for a `recipe=` that no recipe folder contains."""
     known = sorted(find_recipes())
+    # A file in the working directory is not found by its name, only by its path.
+    files = {path.stem: f"./{path.name}" for path in sorted(Path.cwd().glob("*.y*ml"))}
+    hint = f" Did you mean 'recipe={files[name]}'?" if name in files else did_you_mean(name, known)
     return UserError(
-        f"recipe={name}: no such recipe.{did_you_mean(name, known)} Recipes: {', '.join(known)}. "
+        f"recipe={name}: no such recipe.{hint} Recipes: {', '.join(known)}. "
         f"To add your own, create ./recipes/{name}.yaml or set {RECIPES_VARIABLE} to its folder; "
         f"the path of any YAML file works as well, as in recipe=./{name}.yaml."
     )

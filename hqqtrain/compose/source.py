@@ -16,7 +16,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from yaml import CollectionNode, MappingNode, SafeLoader, YAMLError, compose
 
-from hqqtrain.common.errors import UserError
+from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.common.reading import read_bounded
 from hqqtrain.compose.messages import broken_yaml_error, check_type
 from hqqtrain.compose.recipes import find_recipe_folders, recipe_file
@@ -129,22 +129,25 @@ def _check_expansion(file: Path, text: str) -> None:
 
 
 def _check_content(content: DictConfig, file: Path) -> None:
-    """Refuse unknown keys, all at once, then values of a wrong type."""
+    """Refuse unknown keys and values of a wrong type, all at once."""
     plain = OmegaConf.to_container(content, resolve=False)
     assert isinstance(plain, dict)
     settings = {str(key): value for key, value in plain.items() if key != "defaults"}
-    if dotted := [f"{file}: {key}: {_nested_advice(key)}" for key in settings if "." in key]:
-        raise UserError("\n".join(dotted))
-    messages = [describe_unknown_key(key) for key in _dotted_keys(settings)]
-    if unknown := [f"{file}: {message}" for message in messages if message]:
-        raise UserError("\n".join(unknown))
-    if RECIPE_GROUP in settings:
-        raise UserError(
-            f"{file}: recipe: not allowed here, because the name of the file is the name of the "
-            "recipe; to extend another recipe, use defaults."
-        )
-    for key, value in settings.items():
-        check_type(key, value, f"{file}: ")
+    errors = ErrorCollector()
+    for key, value in _dotted(settings).items():
+        if key in settings and "." in key:
+            errors.lines.append(f"{file}: {key}: {_nested_advice(key)}")
+        elif message := describe_unknown_key(key):
+            errors.lines.append(f"{file}: {message}")
+        elif key == RECIPE_GROUP:
+            errors.lines.append(
+                f"{file}: recipe: not allowed here, because the name of the file is the name of "
+                "the recipe; to extend another recipe, use defaults."
+            )
+        else:
+            with errors.collect():
+                check_type(key, value, f"{file}: ")
+    errors.raise_if_any()
 
 
 def _nested_advice(key: str) -> str:
@@ -153,10 +156,10 @@ def _nested_advice(key: str) -> str:
     return f"a recipe has a mapping for each group; write {group}: {{{name}: ...}}."
 
 
-def _dotted_keys(settings: dict[str, Any]) -> list[str]:
-    """Return the dotted keys: `{quant: {nbits: 2}, task: eval}` -> `quant.nbits`, `task`."""
-    dotted = []
+def _dotted(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return values by dotted keys: `{quant: {nbits: 2}, task: eval}` -> `quant.nbits`, `task`."""
+    dotted: dict[str, Any] = {}
     for name, value in settings.items():
-        keys = [f"{name}.{k}" for k in value] if isinstance(value, dict) else []
-        dotted += keys or [name]
+        is_group = isinstance(value, dict) and value and name != "sweep" and "." not in name
+        dotted |= {f"{name}.{key}": v for key, v in value.items()} if is_group else {name: value}
     return dotted

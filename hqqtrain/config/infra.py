@@ -41,6 +41,9 @@ class TrackConfig:
                     f"track.backends=[{name}]: allowed are {', '.join(TRACKERS)}; metrics.jsonl is "
                     "always written."
                 )
+
+    def combination_errors(self) -> Iterator[str]:
+        """Yield a message if artifacts have no tracker that stores them."""
         if self.artifacts and "wandb" not in self.backends:
             yield (
                 "track.artifacts=true: only W&B stores artifacts; add wandb to track.backends, or "
@@ -149,23 +152,26 @@ class LaunchConfig:
 
     def errors(self) -> Iterator[str]:
         """Yield one message for every value that is not allowed."""
-        if self.backend == "local":
-            yield from self._slurm_only_errors()
-        time_errors = [*duration_errors("launch.time", self.time)]
-        yield from time_errors
-        if self.time and not time_errors and parse_seconds(self.time) <= self.grace:
-            yield f"launch.grace={self.grace}: must be shorter than launch.time={self.time}."
-        if self.gpus_per_node and self.processes_per_node != self.gpus_per_node:
-            yield (
-                f"launch.tasks_per_node={self.processes_per_node}: must be one process for each of "
-                f"launch.gpus_per_node={self.gpus_per_node}; leave it null."
-            )
+        yield from duration_errors("launch.time", self.time)
         for name in ("partition", "account"):
             yield from _control_character_errors(f"launch.{name}", getattr(self, name) or "")
         for option in self.options:
             yield from _control_character_errors("launch.options", option)
             if not re.fullmatch(r"--[a-z][\w-]*(=.*)?|-[A-Za-z]( .*)?", option, re.DOTALL):
                 yield f"launch.options=[{option}]: must be an option of sbatch, such as --qos=low."
+
+    def combination_errors(self) -> Iterator[str]:
+        """Yield one message for every combination of values that is not allowed."""
+        if self.backend == "local":
+            yield from self._slurm_only_errors()
+        is_readable = not any(duration_errors("launch.time", self.time))
+        if self.time and is_readable and parse_seconds(self.time) <= self.grace:
+            yield f"launch.grace={self.grace}: must be shorter than launch.time={self.time}."
+        if self.gpus_per_node and self.processes_per_node != self.gpus_per_node:
+            yield (
+                f"launch.tasks_per_node={self.processes_per_node}: must be one process for each of "
+                f"launch.gpus_per_node={self.gpus_per_node}; leave it null."
+            )
 
     def _slurm_only_errors(self) -> Iterator[str]:
         """Refuse keys that have no effect without Slurm, because none is ignored silently."""

@@ -94,24 +94,28 @@ class RunConfig:
         Raises:
             UserError: with one line for every error, all at once.
         """
+        if errors := [*self.key_errors(), *self._combination_errors()]:
+            raise UserError("\n".join(errors))
+
+    def key_errors(self) -> Iterator[str]:
+        """Yield one message for every value that its key does not allow in any combination."""
         # `task` and `recipe` are in no group: remove the `.` after the empty name of the group.
-        errors = [message.removeprefix(".") for message in field_errors("", self)]
+        yield from (message.removeprefix(".") for message in field_errors("", self))
         for item in fields(self):
             group = getattr(self, item.name)
             if is_dataclass(group):
                 renamed = list(renamed_value_errors(item.name, group))
-                errors += renamed or field_errors(item.name, group)
-                errors += _large_integer_errors(item.name, group)
-                errors += group.errors() if hasattr(group, "errors") else ()
-        errors += self._combination_errors()
-        if errors:
-            raise UserError("\n".join(errors))
+                yield from renamed or field_errors(item.name, group)
+                yield from _large_integer_errors(item.name, group)
+                yield from group.errors() if hasattr(group, "errors") else ()
 
     def _combination_errors(self) -> Iterator[str]:
         """Yield one message for every combination of keys, and every range, that is not allowed."""
         yield from conflict_errors(
             CONFIG_CONFLICTS, {f.name: getattr(self, f.name) for f in fields(self)}
         )
+        yield from self.track.combination_errors()
+        yield from self.launch.combination_errors()
         if self.train.max_grad_norm == 0:
             yield "train.max_grad_norm=0: must be above 0, or null for no clipping."
         if not 0 <= self.adapter.dropout < 1:

@@ -21,6 +21,15 @@ FORMAT_BY_EXTENSION = {
 }  # fmt: skip
 """The format of a file by its extension, for `data.format=auto`."""
 
+TABLE_EXTENSIONS = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
+"""Tables that other programs write. As text, their numbers and commas would be trained on."""
+
+_CONVERT_TABLE = (
+    ' A table must be converted first, for example: python -c "from pyarrow import csv, parquet; '
+    "parquet.write_table(csv.read_csv('a.csv'), 'a.parquet')\"; data.text_field names its column."
+)
+"""The advice for a table, which continues a message."""
+
 COMPRESSIONS = (".gz", ".bz2", ".zst")
 """Extensions of compressed files, which follow the extension of a format, as in `a.jsonl.gz`."""
 
@@ -66,16 +75,16 @@ def find_files(source: str, format: str, key: str, *, warns: bool = True) -> Sou
         UserError: The path is missing or unreadable, has no file of the format, or has files of
             several formats.
     """
-    path = _existing_path(source, key)
+    path, where = _existing_path(source, key), f"{key}={source}"
     if path.is_file():
-        return SourceFiles([path], [], _format_of(path, key) if format == "auto" else format)
+        return SourceFiles([path], [], _format_of(path, where) if format == "auto" else format)
     if not path.is_dir():
-        raise UserError(f"{key}={path}: is neither a file nor a folder; write its text to a file.")
-    all_files, links = _list_folder(path, key)
+        raise UserError(f"{where}: is neither a file nor a folder; write its text to a file.")
+    all_files, links = _list_folder(path, where)
     if warns and links:
         logger.warning(
-            "%s=%s: %d linked folders are not read, such as %s; link or give the files.",
-            key, path, len(links), links[0].relative_to(path),
+            "%s: %d linked folders are not read, such as %s; link or give the files.",
+            where, len(links), links[0].relative_to(path),
         )  # fmt: skip
     extensions = {
         extension
@@ -86,20 +95,22 @@ def find_files(source: str, format: str, key: str, *, warns: bool = True) -> Sou
     if not files:
         contents = ", ".join(sorted({p.suffix or p.name for p in all_files})[:20]) or "nothing"
         allowed = ", ".join(sorted(extensions))
+        tables = {format_extension(file) for file in all_files} & set(TABLE_EXTENSIONS)
         raise UserError(
-            f"{key}={path}: no file to read; the folder contains {contents}; allowed extensions "
-            f"are {allowed}."
+            f"{where}: no file to read; the folder contains {contents}; allowed extensions "
+            f"are {allowed}.{_CONVERT_TABLE if tables else ''}"
         )
     if warns and len(files) < len(all_files):
+        other = next(file for file in all_files if format_extension(file) not in extensions)
         logger.warning(
-            "%s=%s: %d of %d files are read; the others have other extensions.",
-            key, path, len(files), len(all_files),
+            "%s: %d of %d files are read; the others have other extensions, such as %s.",
+            where, len(files), len(all_files), other.relative_to(path),
         )  # fmt: skip
-    common_format = _common_format(files, path, key)
-    return _by_split(files, path, common_format, key if warns else None)
+    common_format = _common_format(files, where)
+    return _by_split(files, path, common_format, where if warns else None)
 
 
-def _list_folder(folder: Path, key: str) -> tuple[list[Path], list[Path]]:
+def _list_folder(folder: Path, where: str) -> tuple[list[Path], list[Path]]:
     """Return the files below a folder, and the links to other folders, without hidden ones."""
     files, links, folders = [], [], [folder]
     try:
@@ -114,9 +125,7 @@ def _list_folder(folder: Path, key: str) -> tuple[list[Path], list[Path]]:
                 else:
                     folders.append(path)
     except OSError as error:  # also of a folder inside: its texts would be missing without a word
-        raise UserError(
-            f"{key}={folder}: {error.filename} cannot be read: {error.strerror}."
-        ) from error
+        raise UserError(f"{where}: {error.filename} cannot be read: {error.strerror}.") from error
     return sorted(files), sorted(links)
 
 
@@ -149,28 +158,28 @@ def _existing_path(source: str, key: str) -> Path:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{key}={source[:200]}: cannot be read: {reason.rstrip('.')}.") from error
     if not exists:
-        raise UserError(f"{key}={path}: no such file or folder.{suggest_similar_name(path)}")
+        raise UserError(f"{key}={source}: no such file or folder.{suggest_similar_name(path)}")
     return path
 
 
-def _by_split(files: list[Path], root: Path, format: str, key: str | None) -> SourceFiles:
-    """Sort the files below `root` by their names, and log what follows if `key` is given."""
+def _by_split(files: list[Path], root: Path, format: str, where: str | None) -> SourceFiles:
+    """Sort the files below `root` by their names, and log what follows if `where` is given."""
     if _is_source_tree(files, root):
-        _log_ignored_names(files, root, key)
+        _log_ignored_names(files, root, where)
         return SourceFiles(files, [], format)
     splits = split_files(files, root)
     held_out = next((splits[split] for split in HELD_OUT_SPLITS if split in splits), [])
     train = splits.get(TRAIN) or splits.get(None, [])
     unused = len(files) - len(train) - len(held_out)
-    if key and (held_out or unused):
+    if where and (held_out or unused):
         untrained = 1 - _bytes(train) / max(_bytes(files), 1)
         advice = "; rename files or folders that are no splits" if untrained > MAX_UNTRAINED else ""
         example = f", such as {held_out[0].relative_to(root)}" if held_out else ""
         logger.log(
             logging.WARNING if untrained > MAX_UNTRAINED else logging.INFO,
-            "%s=%s: files by their names: for training %d, held out %d%s, not used %d; "
+            "%s: files by their names: for training %d, held out %d%s, not used %d; "
             "%.0f%% of the bytes are not trained on%s.",
-            key, root, len(train), len(held_out), example, unused, 100 * untrained, advice,
+            where, len(train), len(held_out), example, unused, 100 * untrained, advice,
         )  # fmt: skip
     return SourceFiles(train, held_out, format)
 
@@ -189,18 +198,18 @@ def _is_source_tree(files: list[Path], root: Path) -> bool:
     return 2 * len(documents) > len(files) and not is_split
 
 
-def _log_ignored_names(files: list[Path], root: Path, key: str | None) -> None:
+def _log_ignored_names(files: list[Path], root: Path, where: str | None) -> None:
     """Log the names of splits that decide nothing; warn if they may be held-out text."""
     named = [file for file in files if split_of_path(file, root)]
     # In a source tree, a text file of such a name may be held-out text all the same.
     data = [file for file in named if format_extension(file) not in SOURCE_TREE_EXTENSIONS]
     held_out = [file for file in data if split_of_path(file, root) in HELD_OUT_SPLITS]
-    if key and named:
+    if where and named:
         logger.log(
             logging.WARNING if held_out else logging.INFO,
-            "%s=%s: most files are source code or documents (%s), so names such as %s make no "
+            "%s: most files are source code or documents (%s), so names such as %s make no "
             "split, and all files are used.",
-            key, root, ", ".join(SOURCE_TREE_EXTENSIONS), (held_out or named)[0].relative_to(root),
+            where, ", ".join(SOURCE_TREE_EXTENSIONS), (held_out or named)[0].relative_to(root),
         )  # fmt: skip
 
 
@@ -209,24 +218,24 @@ def _bytes(files: list[Path]) -> int:
     return sum(file.stat().st_size for file in files if file.exists())
 
 
-def _format_of(file: Path, key: str) -> str:
+def _format_of(file: Path, where: str) -> str:
     """Return the format of a file by its extension; refuse an unknown one."""
     extension = format_extension(file)
-    if extension not in FORMAT_BY_EXTENSION:
-        raise UserError(
-            f"{key}={file}: unknown extension '{file.suffix}'; allowed are "
-            f"{', '.join(FORMAT_BY_EXTENSION)}; "
-            "or set data.format=text, jsonl or parquet."
-        )
-    return FORMAT_BY_EXTENSION[extension]
+    if extension in FORMAT_BY_EXTENSION:
+        return FORMAT_BY_EXTENSION[extension]
+    is_table = extension in TABLE_EXTENSIONS
+    advice = _CONVERT_TABLE if is_table else " Or set data.format=text, jsonl or parquet."
+    raise UserError(
+        f"{where}: unknown extension '{extension}'; allowed are "
+        f"{', '.join(FORMAT_BY_EXTENSION)}, also compressed: {', '.join(COMPRESSIONS)}.{advice}"
+    )
 
 
-def _common_format(files: list[Path], folder: Path, key: str) -> str:
+def _common_format(files: list[Path], where: str) -> str:
     """Return the format that all files have; refuse files of several formats."""
     formats = sorted({FORMAT_BY_EXTENSION[format_extension(file)] for file in files})
     if len(formats) > 1:
         raise UserError(
-            f"{key}={folder}: contains files of {' and '.join(formats)}; choose one "
-            "with data.format."
+            f"{where}: contains files of {' and '.join(formats)}; choose one with data.format."
         )
     return formats[0]

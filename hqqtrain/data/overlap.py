@@ -76,15 +76,17 @@ def check_overlap(
     if not overlap.shared_texts:
         return
     message = (
-        f"{where}: {overlap.shared_texts} of {overlap.texts} held-out texts, with "
-        f"{overlap.share:.1%} of the characters, overlaps with the training text, such as "
+        f"{where}: {overlap.shared_texts} of {overlap.texts} distinct held-out texts, with "
+        f"{overlap.share:.1%} of the characters, overlap with the training text, such as "
         f"{overlap.example!r}"
     )
     if overlap.share <= MAX_OVERLAP:
         level = logging.INFO if fix is None else logging.WARNING
         logger.log(level, "%s; the perplexity is slightly too good.", message)
     elif fix is None:
-        logger.warning("%s; the perplexity is too good. Remove near copies from it.", message)
+        logger.warning(
+            "%s; the perplexity is too good. Remove near copies from the source.", message
+        )
     else:
         raise UserError(
             f"{message}. The model would train on held-out text; remove these texts from one of "
@@ -136,7 +138,7 @@ def _excerpt(texts: Iterable[str], key: int, word: int) -> str:
     texts = (text for text in texts if not is_blank(text))
     text = next(text for text in texts if _key(text, word_hashes(text)) == key)
     start = word_position(text, word) if word else 0
-    return text[start : start + 60]
+    return text[start : start + 60] + ("..." if len(text) > start + 60 else "")
 
 
 def _key(text: str, words: np.ndarray) -> int:

@@ -162,19 +162,21 @@ def _continue_adapter(
     kind = "rslora" if saved.use_rslora else "lora"
     fixes = {"r": f"adapter.r={saved.r}", "lora_alpha": f"adapter.alpha={saved.lora_alpha}",
              "use_rslora": f"adapter.kind={kind}"}  # fmt: skip
-    for key, fix in fixes.items():
-        if getattr(saved, key) != getattr(lora, key):
-            raise UserError(
-                f"{start.origin}: was made with {key}={getattr(saved, key)}, the recipe asks for "
-                f"{getattr(lora, key)}. Use {fix}."
-            )
+    errors = [
+        f"{start.origin}: was made with {key}={getattr(saved, key)}, the configuration asks for "
+        f"{getattr(lora, key)}. Use {fix}."
+        for key, fix in fixes.items()
+        if getattr(saved, key) != getattr(lora, key)
+    ]
     if different := sorted(set(targets) ^ set(start.adapter.modules)):
         selects = "selects" if different[0] in targets else "does not select"
         fix = ",".join(minimal_targets(start.adapter.modules, model))
-        raise UserError(
+        errors.append(
             f"{start.origin}: was trained with other adapter.target_modules: the value now "
             f"{selects} {different[0]}. Use adapter.target_modules=[{fix}]."
         )
+    if errors:
+        raise UserError("\n".join(errors))
     lora.rank_pattern, lora.alpha_pattern = saved.rank_pattern, saved.alpha_pattern
 
 

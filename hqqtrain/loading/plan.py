@@ -189,7 +189,7 @@ def _replace_linears(
         report = quantize_model(model, quant, **dtypes)
         if runtime.comm.is_main:
             logger.info(
-                "quantized: %s with %.1f %% of the weights; in full precision: %d",
+                "plan: %s with %.1f %% of the weights to quantize; %d to keep in full precision",
                 count(len(report.quantized), "linear layer"),
                 100 * report.share,
                 len(report.skipped),

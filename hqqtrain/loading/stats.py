@@ -46,7 +46,7 @@ class LoadStats:
         if self.device_peak_gib:
             memory += f" and {self.device_peak_gib:.2f} GiB of GPU memory"
         return (
-            f"rank {self.rank}: {short(self.bytes_read / 1e9)} GB in {self.seconds:.1f} s "
+            f"rank {self.rank}: loaded {short(self.bytes_read / 1e9)} GB in {self.seconds:.1f} s "
             f"({short(self.gb_per_second)} GB/s; reading took {self.read_seconds:.1f} s), peak "
             f"{memory}"
         )

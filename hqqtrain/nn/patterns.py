@@ -31,18 +31,20 @@ def matching_modules(key: str, patterns: Iterable[str], names: Iterable[str]) ->
         names: Full names of modules.
 
     Raises:
-        UserError: A pattern selects nothing.
+        UserError: Patterns select nothing. The message has a line for each.
     """
-    names = list(names)
+    names, patterns, errors = list(names), list(patterns), []
     for pattern in patterns:
         if not any(matches_pattern(pattern, name) for name in names):
             tags = dict.fromkeys(map(hqq_tag, names))
             ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
-            raise UserError(
+            errors.append(
                 f"{key}={pattern}: matches no linear layer.{did_you_mean(pattern, ends | tags)} "
                 f"Allowed are names, such as {', '.join(list(ends)[:12])}, globs over full names, "
                 f"such as {names[0]}, and tags: {', '.join(list(tags)[:12])}."
             )
+    if errors:
+        raise UserError("\n".join(errors))
     return [name for name in names if any(matches_pattern(p, name) for p in patterns)]
 
 

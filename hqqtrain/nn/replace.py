@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hqqtrain.common.errors import UserError
+from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.config.groups import QuantConfig
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.patterns import matches_pattern, matching_modules, resolve_overrides
@@ -106,21 +106,24 @@ def select_linears(model: nn.Module, config: QuantConfig) -> tuple[dict[str, Qua
     skip_patterns = [p for p in config.skip if p != "lm_head" or "lm_head" in linears]
     # Every other pattern must match something: a linear, or a module with fused experts.
     experts = [name.rpartition(".")[0] for name in fused_experts(model)]
-    skipped = set(matching_modules("quant.skip", skip_patterns, [*linears, *experts]))
+    errors, skipped = ErrorCollector(), set()
+    with errors.collect():
+        skipped |= set(matching_modules("quant.skip", skip_patterns, [*linears, *experts]))
     if head is not None and head in linears and "lm_head" in config.skip:
         skipped.add(head)
-    # Called for its check only: every override must match a linear.
-    matching_modules("quant.overrides", config.overrides, linears)
-    _refuse_unused_overrides(config, linears, skipped)
+    with errors.collect():
+        # Called for its check only: every override must match a linear.
+        matching_modules("quant.overrides", config.overrides, linears)
+        _refuse_unused_overrides(config, linears, skipped)
     # Settings of each linear: those of `config`, with the overrides that match its name.
-    specs = {}
-    for name, linear in linears.items():
+    specs: dict[str, QuantSpec] = {}
+    for name in linears:
         is_quantized, override = resolve_overrides(name, config.overrides)
-        if name in skipped or not is_quantized:
-            continue
-        specs[name] = spec_from_config(config, override)
-        # Called for its check only: group_size must divide.
-        specs[name].layout(linear.out_features, linear.in_features, name)
+        if name not in skipped and is_quantized:
+            specs[name] = spec_from_config(config, override)
+    with errors.collect():
+        _check_group_sizes(specs, linears)
+    errors.raise_if_any()
     if not specs:
         raise UserError(
             f"{type(model).__name__}: has no nn.Linear to quantize: quant.skip={config.skip} and "
@@ -178,6 +181,18 @@ def _refuse_conv1d(model: nn.Module) -> None:
             "as in GPT-2, which stores a weight transposed and cannot be quantized yet; use a "
             "model whose layers are nn.Linear."
         )
+
+
+def _check_group_sizes(specs: Mapping[str, QuantSpec], linears: Mapping[str, nn.Linear]) -> None:
+    """Raise UserError if group sizes do not divide; one line for each, about the first layer."""
+    errors, refused = ErrorCollector(), set()
+    for name, spec in specs.items():
+        if spec not in refused:
+            with errors.collect():
+                refused.add(spec)
+                spec.layout(linears[name].out_features, linears[name].in_features, name)
+                refused.remove(spec)
+    errors.raise_if_any()
 
 
 def _refuse_unused_overrides(

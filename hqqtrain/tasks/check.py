@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from hqqtrain.common.errors import UserError
+from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.common.text import count
 from hqqtrain.compose.inputs import list_inputs
 from hqqtrain.config.groups import (
@@ -39,16 +39,12 @@ def check_inputs(config: RunConfig) -> list[str]:
     """
     setup_logging()
     logging.getLogger("hqqtrain").setLevel(logging.WARNING)
-    phrases, errors = [], []
+    phrases, errors = [], ErrorCollector()
     for item in list_inputs(config):
         if item.is_local:
-            try:
+            with errors.collect():
                 phrases.append(_CHECKS[item.kind](config))
-            except UserError as error:
-                errors.append(str(error))
-    if errors:
-        # Two checks find the same fault if they read the same file.
-        raise UserError("\n".join(dict.fromkeys(errors)))
+    errors.raise_if_any()  # two checks find the same fault if they read the same file
     return phrases
 
 
@@ -75,9 +71,10 @@ def _check_model(config: RunConfig) -> str:
 def _adapter_faults(config: RunConfig, runtime: Runtime) -> list[str]:
     """Return the fault of `adapter.target_modules`, if any, in spite of one of the keys of quant.
 
-    The model is planned again, without the patterns of quant. Other faults may come from that.
+    The model is planned again, with settings that fit every layer. Other faults may come from
+    that.
     """
-    quant = replace(config.quant, skip=QuantConfig().skip, overrides={})
+    quant = QuantConfig(group_size=None)
     try:
         plan_model(plan_settings(replace(config, quant=quant)), runtime)
     except UserError as error:

@@ -24,7 +24,7 @@ from hqqtrain.loading.model_builder import LoadedModel
 from hqqtrain.report.live import LiveReport
 from hqqtrain.report.samples import Sample
 from hqqtrain.rundir.directory import RunDirectory
-from hqqtrain.rundir.schema import LAYER_ERROR_PREFIX
+from hqqtrain.rundir.schema import LAYER_ERROR_PREFIX, MODEL_NAMES
 from hqqtrain.tasks.finalize import finalize_failure, finalize_success
 from hqqtrain.tasks.previous_run import PreviousRun
 from hqqtrain.tasks.progress import ProgressBars
@@ -252,18 +252,21 @@ class RunRecorder:
         dataset = dataset_name(self.config.eval, self.config.data)
         self.summary.add_evaluation(dataset, model_key, result)
         if log:
-            self.log_evaluation(result)
+            self.log_evaluation(result, model_key)
 
-    def log_evaluation(self, result: EvalResult) -> None:
-        """Log an evaluation as a point of the curves `eval/...`."""
+    def log_evaluation(self, result: EvalResult, model_key: str = "final") -> None:
+        """Log an evaluation of `quantized` or `final` as a point of the curves `eval/...`."""
         metrics = {"eval/loss": result.loss, "eval/perplexity": result.perplexity}
         if result.kl is not None:
             metrics["eval/kl"] = result.kl
         self.trackers.log(metrics, self.step_number)
         kl = "" if result.kl is None else f", KL {result.kl:.4f}"
+        # task=eval has no steps, but may measure two models.
+        trains = self.config.task == "finetune"
         logger.info(
-            "step %d: held-out loss %.4f, perplexity %.4g%s",
-            self.step_number, result.loss, result.perplexity, kl,
+            "%s: held-out loss %.4f, perplexity %.4g%s",
+            f"step {self.step_number}" if trains else f"{MODEL_NAMES[model_key]} model",
+            result.loss, result.perplexity, kl,
         )  # fmt: skip
 
     def perplexities(self) -> dict[str, float]:

@@ -85,7 +85,8 @@ class ProgressBar:
         has_numbers = any(isinstance(value, int | float) for value in postfix.values())
         if self._is_bar and has_numbers and self._is_milestone(n):
             self._print_line()
-        if self._prints_lines and time.monotonic() >= self._next_line_time:
+        is_complete = self._units_done == self.total  # the line of `__exit__` follows
+        if self._prints_lines and not is_complete and time.monotonic() >= self._next_line_time:
             self._print_line()
             self._next_line_time = time.monotonic() + LINE_SECONDS
 

@@ -91,3 +91,12 @@ def test_every_job_is_checked_before_the_first_starts():
 
 def test_the_defaults_are_a_command():
     assert compose_command([], multirun=False).jobs[0].config == RunConfig()
+
+
+@pytest.mark.parametrize(
+    "words", [["quant.nbits=2,5,6", "optim.lr=-1"], ["quant.nbits=x,y", "a=1"]]
+)
+def test_the_faults_of_all_jobs_are_reported_at_once(words):
+    with pytest.raises(UserError) as caught:
+        compose_command(words, multirun=True)
+    assert len(str(caught.value).splitlines()) == 3

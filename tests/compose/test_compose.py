@@ -187,3 +187,34 @@ def test_a_mapping_with_quoted_keys_gets_an_example_without():
     typed = "'quant.overrides={*.q_proj:{nbits:4}}'"
     assert f"as in {typed}, where the keys of a mapping have none. " in message
     assert compose_config(shlex.split(typed)).quant.overrides == {"*.q_proj": {"nbits": 4}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "begins"),
+    [
+        (
+            "optim.lr=1e-4x quant.nbits=5 adapter.r=0",
+            ["optim.lr=1e-4x", "quant.nbits=5", "adapter.r=0"],
+        ),
+        (
+            "quant.nbit=2 data.validation=2 quant.nbits=x",
+            ["quant.nbit:", "quant.nbits=x", "data.valid"],
+        ),
+        (
+            "recipe=no_such quant.nbits=5 adapter.r=x",
+            ["recipe=no_such", "adapter.r=x", "quant.nbits=5"],
+        ),
+        ("a=( quant.nbits=2 b=(", ["a=(", "b=("]),
+        ("model=llama9b optim.lrr=2", ["optim.lrr", "model=llama9b"]),
+        # A refused argument may be what a combination lacks.
+        ("eval.evry=5 ckpt.keep_best=2", ["eval.evry"]),
+        ("lanch=slurm launch.nodes=2", ["lanch"]),
+        ("launch.backnd=slurm launch.nodes=2 launch.time=x", ["launch.backnd", "launch.time=x"]),
+        ("track.backens=[wandb] track.backends=[] track.artifacts=true", ["track.backens"]),
+    ],
+)
+def test_all_mistakes_are_reported_at_once(overrides, begins):
+    lines = sorted(_message(*overrides.split()).splitlines())
+    assert len(lines) == len(begins)
+    for line, begin in zip(lines, sorted(begins), strict=True):
+        assert line.startswith(begin)

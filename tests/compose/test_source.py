@@ -174,3 +174,18 @@ def test_dotted_keys_in_a_recipe_are_refused_with_the_right_form(recipes):
     message = _message("recipe=mine")
     assert "mine.yaml: quant.nbits: a recipe has a mapping" in message
     assert "write optim: {lr: ...}." in message
+
+
+def test_all_faults_of_a_recipe_are_reported_at_once(recipes):
+    _write(recipes, "mine", "quant: {nbits: two, nbit: 2, axis: down}\nrecipe: x\ntrain: 3\n")
+    keys = ("quant.nbits=two", "quant.nbit:", "quant.axis=down", "recipe: not", "train=3")
+    lines = _message("recipe=mine", "optim.lr=slow").splitlines()
+    assert len(lines) == 6
+    assert all(sum(key in line for line in lines) == 1 for key in (*keys, "optim.lr=slow"))
+
+
+@pytest.mark.parametrize("extension", ["yaml", "yml"])
+def test_the_name_of_a_file_in_the_working_directory_suggests_its_path(recipes, extension):
+    (recipes.parent / f"mine.{extension}").write_text("quant: {nbits: 3}\n")
+    assert f"Did you mean 'recipe=./mine.{extension}'?" in _message("recipe=mine")
+    assert compose_config([f"recipe=./mine.{extension}"]).quant.nbits == 3

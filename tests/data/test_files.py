@@ -2,12 +2,14 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig
+from hqqtrain.data import files
 from hqqtrain.data.sources import load_held_out_texts, load_training_texts
 
 
@@ -141,3 +143,46 @@ def test_a_very_deep_folder_is_read(tmp_path):
     while folder != tmp_path:  # shutil.rmtree would recurse
         folder.rmdir()
         folder = folder.parent
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.csv.gz", "a.xlsx", "folder"])
+def test_a_table_is_refused_with_the_way_to_convert_it(tmp_path, name):
+    source = tmp_path / name
+    file = source / "a.csv" if name == "folder" else source
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"id,text\n1,a\n")
+    with pytest.raises(UserError, match=r"parquet\.write_table\(csv\.read_csv\('a\.csv'\)"):
+        read(source)
+
+
+def test_the_advice_for_a_table_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text('id,my text\n1,"a, b"\n2,c\n')
+    (command,) = re.findall(r'python -c "(.*)"', files._CONVERT_TABLE)
+    exec(command, {})  # noqa: S102 (the command of our own message)
+    data = DataConfig(source="a.parquet", text_field="my text")
+    assert list(load_training_texts(data, EvalConfig(source=None))) == ["a, b", "c"]
+
+
+def test_other_unknown_extensions_are_not_called_tables(tmp_path):
+    (tmp_path / "a.log.gz").write_bytes(b"a")
+    with pytest.raises(
+        UserError, match=r"unknown extension '\.log'.*\.gz.*data\.format=text, js"
+    ) as e:
+        read(tmp_path / "a.log.gz")
+    assert "table" not in str(e.value)
+
+
+def test_a_file_that_is_not_read_is_named(tmp_path, caplog):
+    make_files(tmp_path, a0txt=1, b__picture0png=1, c0csv=1)
+    read(tmp_path)
+    assert "1 of 3 files are read; the others have other extensions, such as" in caplog.text
+    assert "picture.png" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["./none.txt", "./a.log", "./folder"])
+def test_a_message_has_the_source_as_it_was_written(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    make_files(tmp_path, a0log=1, folder__b0log=1)
+    with pytest.raises(UserError, match=rf"^data\.source={re.escape(source)}: "):
+        list(load_training_texts(DataConfig(source=source), EvalConfig(source=None)))

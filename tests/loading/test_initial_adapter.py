@@ -72,9 +72,9 @@ def _plan(start, *, skip=(), **adapter):
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ({"r": 3}, r"was made with r=2, the recipe asks for 3. Use adapter\.r=2"),
-        ({"alpha": 5}, r"was made with lora_alpha=4, the recipe asks for 5. Use adapter\.alpha=4"),
-        ({"kind": "rslora"}, r"use_rslora=False, the recipe asks for True. Use adapter\.kind=lora"),
+        ({"r": 3}, r"was made with r=2, the configuration asks for 3. Use adapter\.r=2"),
+        ({"alpha": 5}, r"was made with lora_alpha=4, the .* asks for 5. Use adapter\.alpha=4"),
+        ({"kind": "rslora"}, r"use_rslora=False, the .* asks for True. Use adapter\.kind=lora"),
         ({"target_modules": ["q_proj", "v_proj"]}, r"now selects model\.layers\.0\..*\.v_proj"),
         ({"target_modules": ["v_proj"]}, r"select .*q_proj. Use .*target_modules=\[q_proj\]"),
     ],
@@ -95,6 +95,16 @@ def test_a_negative_alpha_gets_no_advice_that_fails(folder):
     start = load_initial_adapter(AdapterConfig(init_from=str(folder)), source, None)
     with pytest.raises(UserError, match=r"lora_alpha=-4, .*never negative.*evaluated and exported"):
         _plan(start)
+
+
+def test_all_differences_are_reported_at_once(selected):
+    start, prefix = selected
+    other = {"r": 3, "alpha": 5, "kind": "rslora", "target_modules": ["v_proj"]}
+    with pytest.raises(UserError) as error:
+        _plan(start, **other)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith(prefix) for line in lines)
 
 
 def test_another_base_is_refused(selected):

@@ -25,7 +25,7 @@ def test_the_rate_is_over_the_whole_loading_time():
 def test_the_line_in_the_log(gpu: float, memory: str):
     stats = LoadStats(1, 4 * 10**9, 1.5, 2.0, 3.25, gpu)
     assert str(stats) == (
-        f"rank 1: 4.00 GB in 2.0 s (2.00 GB/s; reading took 1.5 s), peak {memory}"
+        f"rank 1: loaded 4.00 GB in 2.0 s (2.00 GB/s; reading took 1.5 s), peak {memory}"
     )
 
 

@@ -122,3 +122,24 @@ def test_the_hub_is_not_asked(words, capsys):
     errors = capsys.readouterr().err
     assert "model.name_or_path=owner/model is on the hub and was not checked" in errors
     assert "data.source=owner/texts is on the hub and was not checked" in errors
+
+
+def test_all_faults_of_the_layers_are_reported_at_once(words, capsys):
+    faults = ["quant.skip=[nope,no]", "quant.group_size=7", "adapter.target_modules=[nil,none]"]
+    overrides = "quant.overrides={not:{nbits:2},q_proj:{group_size:9},k_proj:{group_size:9}}"
+    assert main([*words, *faults, overrides]) == 2
+    lines = capsys.readouterr().err.removeprefix("hqqtrain: ").splitlines()
+    begins = (
+        "quant.skip=nope", "quant.skip=no:", "quant.overrides=not", "quant.group_size=7",
+        "quant.group_size=9", "adapter.target_modules=nil", "adapter.target_modules=none",
+    )  # fmt: skip
+    assert len(lines) == len(begins)
+    assert all(sum(line.startswith(begin) for line in lines) == 1 for begin in begins)
+
+
+def test_the_message_about_a_configuration_says_what_was_not_checked(words, capsys):
+    note = "The model, the texts and the run directory are only checked once"
+    assert main([*words, "quant.nbits=5"]) == 2
+    assert capsys.readouterr().err.splitlines()[1].startswith(note)
+    assert main([*words[1:], "quant.nbits=5"]) == 2
+    assert note not in capsys.readouterr().err

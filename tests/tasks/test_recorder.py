@@ -152,3 +152,12 @@ def test_an_error_while_the_last_files_are_written_is_recorded(make_config, star
     with pytest.raises(UserError, match="the disk is full"), start_run(make_config()) as run:
         _begin(run)
     assert json.loads(run.layout.status_json.read_text())["exit_code"] == 2
+
+
+def test_the_log_of_an_evaluation_names_the_models(make_config, start_run, caplog):
+    with start_run(make_config("eval")) as run, caplog.at_level("INFO"):
+        _begin(run)
+        run.recorder.record_evaluation("quantized", EvalResult(10.0, 5))
+        run.recorder.record_evaluation("final", EvalResult(8.0, 5))
+    assert "quantized model: held-out loss 2.3026, perplexity 10" in caplog.messages
+    assert "trained model: held-out loss 2.0794, perplexity 8" in caplog.messages

@@ -187,3 +187,11 @@ def test_the_main_process_logs_once_and_other_ranks_log_errors_only(capsys):
 def fail_after_one(bar) -> None:
     bar.update()
     raise ZeroDivisionError
+
+
+def test_the_last_step_is_one_line_however_slow(capsys, clock):
+    with Console().progress_bar("training", 2, "step") as bar:
+        for _ in range(2):
+            clock[0] += 100
+            bar.update()
+    assert capsys.readouterr().err.count("2/2 steps") == 1
