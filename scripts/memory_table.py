@@ -44,7 +44,7 @@ spare."""  # noqa: E501
 MEASURED_ON = """\
 The table was **measured** on one {gpu} whose memory was limited to that of the smaller GPU, with random weights
 ({date}, torch {torch}, transformers {transformers}; `kernels/bench/results/memory.csv`). Only cells with ~ are
-estimated, as every run does before it reads a weight, with 10 % to spare."""  # noqa: E501
+estimated. Every run makes this estimate, with 10 % to spare, before it reads a weight."""  # noqa: E501
 
 
 def model_configs() -> dict[str, PretrainedConfig]:

@@ -23,15 +23,17 @@ MAX_SECONDS = 20.0
 def select_beginnings(held_out: TokenSequences, count: int, length: int) -> Tensor:
     """Return the first tokens of held-out texts, int64 [at most `count`, at most `length`].
 
-    The texts are spread evenly over those that are long enough; all have the same length.
+    The texts are spread evenly over those that are long enough; all have the same length. No two
+    have the same first half, because that is what a model continues.
     """
     ends = np.append(held_out.starts[1:], len(held_out.stream))
     lengths = ends - held_out.starts
     length = min(length, int(lengths.max()))
     candidates = held_out.starts[lengths >= length]
-    positions = np.linspace(0, len(candidates) - 1, min(count, len(candidates))).astype(int)
-    rows = [held_out.stream[start : start + length] for start in candidates[positions]]
-    return torch.from_numpy(np.stack(rows).astype(np.int64))
+    beginnings = held_out.stream[candidates[:, None] + np.arange(length)]
+    _, firsts = np.unique(beginnings[:, : (length + 1) // 2], axis=0, return_index=True)
+    positions = np.linspace(0, len(firsts) - 1, min(count, len(firsts))).astype(int)
+    return torch.from_numpy(beginnings[np.sort(firsts)[positions]].astype(np.int64))
 
 
 @torch.no_grad()

@@ -126,7 +126,8 @@ def plan_model(
     if start and source.kind == "quantized":
         start.adapter.check_base(read_quantized_settings(source.path).fingerprint, start.origin)
     if start and not resumed and runtime.comm.is_main:
-        logger.info("starting from the adapter in %s", start.folder)
+        verb = "starting from" if settings.adapts else "loading"
+        logger.info("%s the adapter in %s", verb, start.folder)
         if warning := unknown_base_warning(start, source):
             logger.warning(warning)
     if settings.executes:

@@ -21,6 +21,11 @@ def quantize(run: Run) -> None:
     with run.runtime.comm.raise_on_all_ranks():
         plan = plan_model(plan_settings(run.config), run.runtime)
         check_fits_run(run, plan)
+    if plan.initial_adapter and run.runtime.comm.is_main:
+        logger.warning(
+            "task=quantize: saves the quantized base only, without the adapter in %s; to keep both "
+            "in one model, use task=export", plan.initial_adapter.folder,
+        )  # fmt: skip
     load_or_quantize(run, plan)
 
 

@@ -95,3 +95,12 @@ def test_texts_that_are_long_enough_are_taken_at_equal_distances(
     assert rows.shape == shape
     assert rows[:, 0].tolist() == starts
     assert (rows[0] == torch.arange(shape[1]) + starts[0]).all()
+
+
+@pytest.mark.parametrize("changed", [0, 1, 8])
+def test_no_prompt_is_shown_twice(changed):
+    held_out = texts(8, 8, 8)
+    held_out.stream[8:16] = held_out.stream[:8]
+    held_out.stream[16 - changed : 16] += 100  # the second text ends differently, or all of it does
+    rows = select_beginnings(held_out, 3, 8)
+    assert rows[:, 0].tolist() == ([0, 100, 16] if changed == 8 else [0, 16])

@@ -51,6 +51,14 @@ def test_quantize_saves_the_packed_model(run_task):
     assert not run.layout.adapter.exists()
 
 
+def test_quantize_says_that_it_leaves_an_adapter_out(run_task, trained: Path, caplog):
+    with caplog.at_level(logging.INFO):
+        run_task("quantize", model={"name_or_path": str(trained)})
+    (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert f"without the adapter in {trained / 'adapter'}" in warning
+    assert "starting from" not in caplog.text
+
+
 def test_eval_measures_a_model_and_writes_no_weights(run_task):
     run = run_task("eval")
     assert set(run.recorder.summary.content.measured_models()) == {"full_precision", "quantized"}
