@@ -296,7 +296,7 @@ def test_a_few_equal_texts_are_warned_about(tmp_path, caplog):
     data = DataConfig(source=str(tmp_path / "train.jsonl"))
     evaluation = EvalConfig(source=str(tmp_path / "held.jsonl"))
     assert len(list(load_training_texts(data, evaluation))) == 43
-    assert "3 of 43 held-out texts, with 1.3% of the characters" in caplog.text
+    assert "3 of 43 distinct held-out texts, with 1.3% of the characters" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_loading_statistics_are_reported_by_rank(finished: Finished):
     assert 0 < rank["read_seconds"] < rank["seconds"]
     assert 0.05 < rank["host_peak_gib"] < 4
     assert rank["device_peak_gib"] == 0
-    assert "rank 0: 0.0" in finished.output
+    assert "rank 0: loaded 0.0" in finished.output
     assert "GB/s; reading took" in finished.output
 
 
