@@ -167,7 +167,7 @@ def test_a_large_overlap_is_an_error_and_a_small_one_a_warning(caplog):
     check_overlap(["another"], held_out, "", "")
     assert not caplog.text
     check_overlap(["short", ""], held_out, "", "")
-    assert "1 of 2 distinct held-out texts, with 0.5% of the characters" in caplog.text
+    assert "1 of 2 held-out texts, with 0.5% of the characters" in caplog.text
     with pytest.raises(UserError, match=r"99\.5% of the characters.*'xxx"):
         check_overlap(["x" * 1000], held_out, "", "")
     caplog.clear()
