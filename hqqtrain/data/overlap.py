@@ -45,8 +45,8 @@ class Overlap:
     """The part of the held-out text that is also trained on.
 
     Attributes:
-        shared_texts: Number of held-out texts that share a passage.
-        texts: Number of held-out texts.
+        shared_texts: Number of distinct held-out texts that share a passage.
+        texts: Number of distinct held-out texts.
         share: Share of the held-out characters, from 0 to 1.
         example: The beginning of what is shared of the text that shares most; '' if none does.
     """
@@ -77,7 +77,7 @@ def check_overlap(
         return
     message = (
         f"{where}: {overlap.shared_texts} of {overlap.texts} held-out texts, with "
-        f"{overlap.share:.1%} of the characters, overlap with the training text, such as "
+        f"{overlap.share:.1%} of the characters, overlaps with the training text, such as "
         f"{overlap.example!r}"
     )
     if overlap.share <= MAX_OVERLAP:
