@@ -39,6 +39,9 @@ MAX_OVERLAP = 0.05
 Independent texts share headings and empty forms: below this share the perplexity is still valid.
 """
 
+EXAMPLE_CHARACTERS = 60
+"""Length of the beginning of shared text that a message shows."""
+
 
 @dataclass(frozen=True)
 class Overlap:
@@ -78,7 +81,7 @@ def check_overlap(
     message = (
         f"{where}: {overlap.shared_texts} of {overlap.texts} held-out texts, with "
         f"{overlap.share:.1%} of the characters, overlaps with the training text, such as "
-        f"{overlap.example!r}"
+        f"{overlap.example!r}{'...' if len(overlap.example) == EXAMPLE_CHARACTERS else ''}"
     )
     if overlap.share <= MAX_OVERLAP:
         level = logging.INFO if fix is None else logging.WARNING
@@ -138,7 +141,7 @@ def _excerpt(texts: Iterable[str], key: int, word: int) -> str:
     texts = (text for text in texts if not is_blank(text))
     text = next(text for text in texts if _key(text, word_hashes(text)) == key)
     start = word_position(text, word) if word else 0
-    return text[start : start + 60] + ("..." if len(text) > start + 60 else "")
+    return text[start : start + EXAMPLE_CHARACTERS]
 
 
 def _key(text: str, words: np.ndarray) -> int:
