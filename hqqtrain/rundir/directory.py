@@ -3,6 +3,7 @@
 Only rank 0 writes to it. Nothing is written into a directory that contains files but no run.
 """
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,17 @@ from hqqtrain.rundir.results import (
 )
 from hqqtrain.rundir.schema import STATES, Status
 from hqqtrain.rundir.yaml_file import read_yaml
+
+logger = logging.getLogger(__name__)
+
+RELEASE_TIMEOUT = 180.0
+"""Seconds that a job waits for the lock of its own earlier start.
+
+Slurm requeues the job of a silent node. A shared file system releases the locks of a dead node only
+after a lease, of 90 seconds with NFS; and a node that is only slow still has to end its processes.
+"""
+
+_POLL_SECONDS = 1.0
 
 
 class RunDirectory:
@@ -153,7 +165,7 @@ class RunDirectory:
         # Remember which folders are new, to remove them again if no run begins.
         self._new_folders = [p for p in (self.path, *self.path.parents) if not p.exists()]
         try:
-            self._lock = try_lock(self.layout.lock)
+            self._lock = try_lock(self.layout.lock) or self._wait_for_earlier_start()
         except OSError as error:
             raise self._unusable_error(error) from error
         if self._lock is None:
@@ -215,6 +227,22 @@ class RunDirectory:
         """Write summary.json. NaN and infinity, which JSON does not have, become null."""
         assert self._lock is not None, "the run directory is not locked"
         atomic_write_json(self.layout.summary_json, without_nonfinite(summary))
+
+    def _wait_for_earlier_start(self) -> IO[str] | None:
+        """Wait for the lock if an earlier start of this Slurm job holds it; return it or None."""
+        job = get_slurm_job_id()
+        if job is None or self.read_status().slurm_job != job:
+            return None
+        logger.warning(
+            "%s: in use by another process, probably of an earlier start of job %s; waiting for it "
+            "for up to %.0f s.", self.path, job, RELEASE_TIMEOUT,
+        )  # fmt: skip
+        deadline = time.monotonic() + RELEASE_TIMEOUT
+        while time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            if lock := try_lock(self.layout.lock):
+                return lock
+        return None
 
     def _unusable_error(self, error: OSError) -> UserError:
         return UserError(

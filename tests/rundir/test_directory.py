@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -203,6 +205,45 @@ def test_a_directory_in_use_is_locked_until_its_process_dies(tmp_path):
     os.waitpid(child, 0)
     with RunDirectory(config) as run:
         run.write_status("failed", exit_code=1)
+
+
+@pytest.fixture
+def held(tmp_path, monkeypatch) -> Iterator[RunDirectory]:
+    """A run directory that a process of job 7 holds."""
+    monkeypatch.setattr("hqqtrain.rundir.directory.RELEASE_TIMEOUT", 0.3)
+    monkeypatch.setattr("hqqtrain.rundir.directory._POLL_SECONDS", 0.01)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run = RunDirectory(_config(tmp_path)).__enter__()
+    run.begin([])
+    yield run
+    if run._lock is not None:
+        run.__exit__()
+
+
+def test_a_requeued_job_waits_for_a_process_of_its_earlier_start(tmp_path, monkeypatch, held):
+    """Slurm takes a silent node for dead, but its processes may still run."""
+    monkeypatch.setattr("hqqtrain.rundir.directory.RELEASE_TIMEOUT", 60)
+    end = threading.Timer(0.2, held.__exit__)
+    end.start()
+    with RunDirectory(_config(tmp_path)) as run:
+        assert end.finished.is_set()
+        run.begin([])
+
+
+def test_a_requeued_job_waits_for_a_limited_time(tmp_path, held, caplog):
+    with pytest.raises(UserError, match="in use by another process"):
+        RunDirectory(_config(tmp_path)).__enter__()
+    assert "an earlier start of job 7" in caplog.text
+
+
+@pytest.mark.parametrize("job", ["8", None])
+def test_another_job_does_not_wait(tmp_path, monkeypatch, held, caplog, job):
+    monkeypatch.delenv("SLURM_JOB_ID")
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    with pytest.raises(UserError, match="in use by another process"):
+        RunDirectory(_config(tmp_path)).__enter__()
+    assert caplog.text == ""
 
 
 def test_nonfinite_values_become_null_in_the_summary(tmp_path):
