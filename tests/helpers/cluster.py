@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 from runs import free_port
 
-NODES = tuple(f"127.0.0.{n}" for n in range(1, 7))
-"""Names of the nodes, two per purpose: see the partitions in slurm.conf."""
+NODES = tuple(f"127.0.0.{n}" for n in range(1, 9))
+"""Names of the nodes, some for each purpose: see the partitions in slurm.conf."""
 FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 PATIENCE = 400
 """Seconds until a test gives up. All tests wait at the same time, on a machine that may be busy."""
@@ -109,6 +109,10 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """Kill everything that runs on a node at once, like a power failure."""
         _kill(self._processes(node))
+
+    def silence_node(self, node: str) -> None:
+        """Kill a node's slurmd, so that Slurm takes the node for dead; its jobs run on."""
+        _kill([process for process in self._processes(node) if process.name() == "slurmd"])
 
     def run(self, *command: str, cwd: Path | None = None, **environ: str) -> str:
         """Run a command as a user and return its output. The command must succeed."""

@@ -20,6 +20,9 @@ RANKS = (
     "print(*[os.environ.get(name, '-') for name in names])"
 )
 
+MORTAL = ("launch.partition=mortal", "launch.options=[--exclusive]")
+"""A job has a node to itself, which its test may kill."""
+
 
 def _stand_in(folder: Path) -> dict[str, str]:
     """Return an environment in which the fake tasks of stand_in.py replace the real ones."""
@@ -222,7 +225,7 @@ def test_a_preempted_run_is_one_run(cluster, folder):
 
 @at_once
 def test_a_node_that_dies_costs_no_run(cluster, folder):
-    words = (*SMALL, "train.max_steps=60", "ckpt.every=2", "launch.partition=mortal")
+    words = (*SMALL, "train.max_steps=60", "ckpt.every=2", *MORTAL)
     job = _submit(cluster, folder, *words)
     cluster.wait_until(lambda: len(_steps(folder)) >= 5)
     node = cluster.job_record(job)["NodeList"]
@@ -231,6 +234,19 @@ def test_a_node_that_dies_costs_no_run(cluster, folder):
     assert cluster.job_record(job)["NodeList"] != node
     assert (_run_directory(folder) / "summary.json").exists()
     assert "resuming from" in _output(folder)
+
+
+@at_once
+def test_a_job_waits_for_processes_that_outlive_its_node(cluster, folder):
+    """Slurm requeues a job whose node is silent, but its first start may still run there."""
+    job = _submit(cluster, folder, "train.seed=1", *MORTAL, **_stand_in(folder))
+    cluster.wait_until(lambda: [*folder.glob("runs/*/starts-*")])
+    node = cluster.job_record(job)["NodeList"]
+    cluster.silence_node(node)
+    cluster.wait_until(lambda: "in use by another process, probably of an earl" in _output(folder))
+    cluster.kill_node(node)
+    _check_end(cluster, job, restarts=1)
+    assert (_run_directory(folder) / "starts-0").read_text() == "0\n1\n"
 
 
 @at_once
