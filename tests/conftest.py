@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from importlib import util
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Triton reads this when its functions are decorated, so it is set before the first import.
     os.environ["TRITON_INTERPRET"] = "1"
+    if util.find_spec("triton"):
+        import fast_interpreter
+
+        fast_interpreter.speed_up()
 
 pytest_plugins = ["random_models", "quantized_models", "tiny_runs"]
 
