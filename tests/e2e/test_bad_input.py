@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import QUICK, run
+from runs import SMALL, run
 from safetensors.torch import load_file, save_file
 
 from hqqtrain import models
@@ -71,7 +71,7 @@ CASES: dict[str, tuple[list[str] | Callable[[Path], list[str]], list[str]]] = {
     "unknown key": (["quant.nbit=3"], ["quant.nbit", "quant.nbits"]),
     "unknown recipe": (["recipe=tiny_2bits"], ["tiny_2bits", "tiny_2bit"]),
     "nbits": (["quant.nbits=5"], ["quant.nbits=5", "8, 4, 3, 2, 1"]),
-    "group_size": (["quant.group_size=48"], ["quant.group_size=48", "256", "proj"]),
+    "group_size": (["quant.group_size=48"], ["quant.group_size=48", "128", "proj"]),
     "skip matches nothing": (["quant.skip=[lm_haed]"], ["quant.skip", "lm_haed"]),
     "override matches nothing": (
         ["quant.overrides={*.qq_proj: {nbits: 4}}"],
@@ -113,7 +113,7 @@ CASES: dict[str, tuple[list[str] | Callable[[Path], list[str]], list[str]]] = {
 def test_one_message_exit_2_and_nothing_written(case: str, tmp_path: Path):
     given, expected = CASES[case]
     words = given(tmp_path) if callable(given) else given
-    done = run(*QUICK, *words, root=tmp_path / "runs")
+    done = run(*SMALL, *words, root=tmp_path / "runs")
     assert done.code == 2, done.output
     assert "Traceback" not in done.output
     _, message = done.output.split("hqqtrain: ")
@@ -123,7 +123,7 @@ def test_one_message_exit_2_and_nothing_written(case: str, tmp_path: Path):
 
 
 def test_a_directory_of_another_configuration_is_left_alone(tmp_path: Path):
-    words = (*QUICK, "task=quantize", "run.name=mine")
+    words = (*SMALL, "task=quantize", "run.name=mine")
     first = run(*words, root=tmp_path / "runs")
     assert first.code == 0, first.output
     before = {p: p.stat().st_mtime_ns for p in first.directory.rglob("*") if p.is_file()}
@@ -137,14 +137,14 @@ def test_a_directory_of_another_configuration_is_left_alone(tmp_path: Path):
 
 def test_a_root_that_is_a_file(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    done = run(*QUICK, root=tmp_path / "file")
+    done = run(*SMALL, root=tmp_path / "file")
     assert done.code == 2, done.output
     assert "run.root" in done.output
     assert "Traceback" not in done.output
 
 
 def test_a_finished_run_is_not_done_once_its_source_has_changed(tmp_path: Path):
-    words = (*QUICK, "task=quantize", f"model.name_or_path={_copy(tmp_path)}")
+    words = (*SMALL, "task=quantize", f"model.name_or_path={_copy(tmp_path)}")
     first = run(*words, root=tmp_path / "runs")
     assert first.code == 0, first.output
     assert "done already" in run(*words, root=tmp_path / "runs").output

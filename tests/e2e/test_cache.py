@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import QUICK, Finished, run
+from runs import SMALL, Finished, run
 from safetensors.torch import load_file, save_file
 
 from hqqtrain import models
 from hqqtrain.common.filelock import try_lock
 
-QUANTIZE = (*QUICK, "task=quantize", "quant.solver=rtn")
+QUANTIZE = (*SMALL, "task=quantize", "quant.solver=rtn")
 
 
 def entries(cache: Path) -> list[Path]:
@@ -40,7 +40,7 @@ def test_the_second_run_reads_the_entry_of_the_first(made, tmp_path: Path):
     ours, theirs = again.summary["quantize"], first.summary["quantize"]
     assert ours["fingerprint"] == theirs["fingerprint"]
     assert ours["relative_error"] == theirs["relative_error"]
-    assert ours["bytes_read"] < theirs["bytes_read"] / 2
+    assert ours["bytes_read"] < theirs["bytes_read"] * 0.7  # no projection is read
     assert again.directory.name == first.directory.name, (
         "the cache is not part of the identity of a run"
     )
@@ -77,7 +77,7 @@ def test_an_altered_packed_source_is_refused(made, tmp_path: Path):
     tensors = load_file(file)
     tensors["model.layers.0.input_layernorm.weight"][0] += 1
     save_file(tensors, file, {"format": "pt"})
-    done = run(*QUICK, "task=eval", f"model.name_or_path={packed}", root=tmp_path / "runs")
+    done = run(*SMALL, "task=eval", f"model.name_or_path={packed}", root=tmp_path / "runs")
     assert done.code == 2
     assert "is not what was written" in done.output
     assert "Copy it again" in done.output

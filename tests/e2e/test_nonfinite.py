@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from runs import QUICK, TIMEOUT, free_port, run_in_this_process, small_data
+from runs import SMALL, TIMEOUT, free_port, run_in_this_process, small_data
 
 from hqqtrain.tracking.jsonl import read_metrics
 from hqqtrain.train.nonfinite import MAX_REFUSED_IN_A_ROW
 from hqqtrain.train.trainer import Trainer
 
 _WORDS = (
-    *QUICK, "run.name=run", "train.max_steps=8", "eval.source=null", "ckpt.every=3",
+    *SMALL, "run.name=run", "train.max_steps=8", "eval.source=null", "ckpt.every=3",
     "parallel.consistency_check_every=null", "quant.solver=rtn",
 )  # fmt: skip
-LAYER = "model.layers.3.mlp.up_proj"
+LAYER = "model.layers.1.mlp.up_proj"
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_a_gradient_alone_is_traced_to_a_parameter(
     def poisoned(self: Trainer) -> Any:
         is_poisoned = self.state.next_batch_index == 1
         named = self.trainable_parameters.items()
-        param = next(p for n, p in named if "layers.2.self_attn.v_proj.lora_B" in n)
+        param = next(p for n, p in named if "layers.1.self_attn.v_proj.lora_B" in n)
         hook = param.register_hook(lambda g: g * factor) if is_poisoned else None
         try:
             return step(self)
@@ -160,7 +160,7 @@ def test_a_gradient_alone_is_traced_to_a_parameter(
     assert run_in_this_process([*words]) == 2
     errors = capsys.readouterr().err
     assert (
-        "first in the gradient of base_model.model.model.layers.2.self_attn.v_proj.lora_B" in errors
+        "first in the gradient of base_model.model.model.layers.1.self_attn.v_proj.lora_B" in errors
     )
 
 
@@ -178,7 +178,7 @@ def hook(_, __, output):
     return output
 
 def poisoned(self):
-    name = "layers.2.self_attn.v_proj.lora_B.default"
+    name = "layers.1.self_attn.v_proj.lora_B.default"
     module = next(m for n, m in self.engine.model.named_modules() if n.endswith(name))
     module.register_forward_hook(hook)
     return step(self)
@@ -199,4 +199,4 @@ def test_a_gradient_inside_deepspeed_is_traced_to_a_parameter(tmp_path: Path, wo
         command, env={**os.environ, **env}, capture_output=True, text=True, timeout=TIMEOUT
     )
     assert done.returncode == 2, done.stderr
-    assert "gradient of base_model.model.model.layers.2.self_attn.v_proj.lora_B" in done.stderr
+    assert "gradient of base_model.model.model.layers.1.self_attn.v_proj.lora_B" in done.stderr

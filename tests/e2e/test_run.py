@@ -8,7 +8,7 @@ import pytest
 from runs import QUICK, Finished, launch, run
 from safetensors.torch import load_file, save_file
 
-RECIPE = ("recipe=tiny_2bit", "train.max_steps=20", "eval.tokens=2048")
+RECIPE = ("recipe=tiny_2bit", "train.max_steps=20", "train.max_seq_len=128", "eval.tokens=2048")
 """The default recipe with fewer steps and tokens: half a minute on one core."""
 
 
@@ -109,7 +109,7 @@ def test_other_settings_use_another_run_directory(finished: Finished, tmp_path: 
 
 def test_eval_of_a_finished_run_gives_the_same_figures(finished: Finished, tmp_path: Path):
     words = ("task=eval", f"model.name_or_path={finished.directory}", RECIPE[-1])
-    done = run(*words, "train.max_seq_len=256", "train.micro_batch_size=8", "track.backends=[]",
+    done = run(*words, RECIPE[2], "train.micro_batch_size=8", "track.backends=[]",
                root=tmp_path / "runs")  # fmt: skip
     assert done.code == 0, done.output
     assert done.summary["quantize"]["fingerprint"] == finished.summary["quantize"]["fingerprint"]
