@@ -197,7 +197,7 @@ def hub_data(monkeypatch, **splits: list[str]):
         {name: datasets.Dataset.from_dict({"text": rows}) for name, rows in splits.items()}
     )
     monkeypatch.setattr(hub, "_is_hub_reachable", lambda *_: True)
-    monkeypatch.setattr(hub.datasets, "load_dataset", lambda *_: loaded)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: loaded)
 
 
 def test_hub_splits_are_those_of_the_authors(monkeypatch):
@@ -423,7 +423,7 @@ def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_source(monkeypatch,
     monkeypatch.setenv("HF_HOME", str(tmp_path / "file" / "hf"))
     monkeypatch.setattr(hub, "_is_hub_reachable", lambda *_: True)
     monkeypatch.setattr(
-        hub.datasets, "load_dataset", lambda *_: (tmp_path / "file" / "hf").mkdir(parents=True)
+        datasets, "load_dataset", lambda *_: (tmp_path / "file" / "hf").mkdir(parents=True)
     )
     message = error_message("org/name")
     assert message.startswith(f"HF_HOME={tmp_path}/file/hf: the cache of Hugging Face")
