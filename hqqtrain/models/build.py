@@ -81,9 +81,10 @@ def build_meta(hf_config: PretrainedConfig, dtype: torch.dtype | None = None) ->
         with torch.device("meta"), _limited_modules():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     except Exception as error:  # the constructors of models raise anything for a bad configuration
-        where = Path(hf_config.name_or_path, "config.json") if hf_config.name_or_path else ""
+        folder = hf_config.name_or_path
+        where = f"{Path(folder, 'config.json')}: " if folder else ""
         raise UserError(
-            f"{where}: transformers cannot build model_type={hf_config.model_type} from it: "
+            f"{where}transformers cannot build model_type={hf_config.model_type} from it: "
             f"{_first_paragraph(error)}{_entries_of(hf_config, error)}"
         ) from error
     buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
