@@ -6,6 +6,7 @@ at once, and by one rank only.
 
 import os
 import sys
+from difflib import get_close_matches
 
 from hqqtrain import __version__
 from hqqtrain.common import signals
@@ -29,6 +30,7 @@ from hqqtrain.compose.inputs import has_inputs_to_check, list_inputs
 from hqqtrain.compose.recipes import find_recipes
 from hqqtrain.compose.schema import known_keys
 from hqqtrain.config.foreign_names import our_name
+from hqqtrain.config.run import TASKS
 from hqqtrain.launch.slurm.ranks import set_rank_env_from_slurm
 from hqqtrain.launch.slurm.submit import submit_job, submit_sweep
 from hqqtrain.launch.slurm.validate import check_same_launch
@@ -161,8 +163,10 @@ def _split_flags(arguments: list[str]) -> tuple[set[str], list[str]]:
     An override contains a `=`. One that removes a key (`~key`) passes too, because composing the
     configuration refuses it with a better message.
     """
-    flags, overrides, previous = set(), [], ""
+    flags, overrides, previous, errors = set(), [], "", []
     for argument in arguments:
+        # The word after an unknown option is its value, as in `--lr 1e-3` of other tools.
+        is_value = previous.startswith("-") and previous not in _FLAGS and "=" not in previous
         if previous in ("-c", "--cfg") and argument in ("job", "hydra", "all"):  # as in Hydra
             if argument != "job":
                 raise UserError(
@@ -170,25 +174,38 @@ def _split_flags(arguments: list[str]) -> tuple[set[str], list[str]]:
                     "without Hydra's own; leave the word out."
                 )
         elif argument.startswith("-"):
-            if argument not in _FLAGS:
-                raise UserError(f"{argument}: unknown option.{_suggest(argument)} See --help.")
-            flags.add(_FLAGS[argument])
-        elif "=" not in argument and not argument.startswith("~"):
-            # The user may have typed the name of a recipe without `recipe=`.
-            recipes = (f"recipe={name}" for name in find_recipes())
-            suggestion = did_you_mean(f"recipe={argument}", recipes)
-            raise UserError(f"{argument}: must be key=value.{suggestion} See --help.")
-        else:
+            if argument in _FLAGS:
+                flags.add(_FLAGS[argument])
+            else:
+                errors.append(f"{argument}: unknown option.{_suggest(argument)} See --help.")
+        elif "=" in argument or argument.startswith("~"):
             overrides.append(argument)
+        elif not is_value:
+            errors.append(f"{argument}: must be key=value.{_suggest_pair(argument)} See --help.")
         previous = argument
+    if errors:
+        raise UserError("\n".join(errors))
     return flags, overrides
+
+
+def _suggest_pair(word: str) -> str:
+    """Return a hint for a word without `=`: the value of `task` or `recipe`, an option, or a key."""
+    if word in dict(known_keys()):
+        return f" Write {word}=value, without spaces."
+    meanings = {flag.lstrip("-"): flag for flag in _FLAGS if flag.startswith("--")}
+    meanings |= {name: f"recipe={name}" for name in find_recipes()}
+    meanings |= {name: f"task={name}" for name in TASKS}
+    close = get_close_matches(word, meanings, n=1)
+    return f" Did you mean '{meanings[close[0]]}'?" if close else ""
 
 
 def _suggest(option: str) -> str:
     """Return a hint for an unknown option, which may be a key as other tools write it."""
     name, equals, value = option.lstrip("-").partition("=")
     known = [key for key, _ in known_keys()]
-    if name not in known and (ours := our_name(name)):
+    ending = f".{name.replace('-', '_')}"
+    same_name = (f"'{key}'" for key in known if key.endswith(ending))
+    if name not in known and (ours := our_name(name) or next(same_name, None)):
         return f" Did you mean {ours}? Keys have no dashes: key=value."
     if name in known or equals:
         return f" Keys have no dashes: {name}={value if equals else 'value'}."

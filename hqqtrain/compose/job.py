@@ -60,14 +60,14 @@ class Job:
     def format_metrics(self) -> str:
         """Format the main metrics that are known so far; an empty string if none is.
 
-        For example `: 2.50 bits per weight, perplexity 9.100 quantized, perplexity 6.320 final`.
+        For example `: 2.50 bits per weight, perplexity 9.100 quantized, perplexity 6.320 trained`.
         """
         summary = self.read_summary()
         bits = summary.quantize and summary.quantize.bits_per_weight
         parts = [] if bits is None else [f"{bits:.2f} bits per weight"]
         for name, metrics in summary.measured_models().items():
             if metrics.perplexity is not None:
-                parts.append(f"perplexity {metrics.perplexity:.3f} {name.replace('_', ' ')}")
+                parts.append(f"perplexity {metrics.perplexity:.3f} {schema.MODEL_NAMES[name]}")
         return f": {', '.join(parts)}" if parts else ""
 
     def is_done(self) -> bool:

@@ -204,7 +204,7 @@ def _warn_if_not_finite(model_key: str, result: EvalResult) -> None:
                 "%s model: %s on the held-out text is %s, so its figures mean nothing. Check the "
                 "weights and train.precision; more bits (quant.nbits) help if only the quantized "
                 "model is affected.",
-                model_key, name, value,
+                MODEL_NAMES.get(model_key, model_key), name, value,
             )  # fmt: skip
 
 

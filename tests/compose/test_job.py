@@ -76,7 +76,7 @@ def test_figures_that_are_known_are_formatted_in_the_order_of_the_run(tmp_path):
         json.dumps({"quantize": {"bits_per_weight": 2.5}, "eval": evaluation})
     )
     assert job.format_metrics() == (
-        ": 2.50 bits per weight, perplexity 9.100 quantized, perplexity 6.320 final"
+        ": 2.50 bits per weight, perplexity 9.100 quantized, perplexity 6.320 trained"
     )
 
 

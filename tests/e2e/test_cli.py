@@ -191,7 +191,7 @@ def test_a_sweep_runs_each_job_in_a_process_and_continues_after_a_failure(tmp_pa
     lines = done.stdout.splitlines()
     assert len({line.split()[1] for line in lines if line.startswith("job ")}) == 3
     assert any("sweep 1/3: quant.nbits=1: failed with exit code 1" in x for x in lines)
-    success = "sweep 2/3: quant.nbits=2: done: 2.50 bits per weight, perplexity 9.250 final"
+    success = "sweep 2/3: quant.nbits=2: done: 2.50 bits per weight, perplexity 9.250 trained"
     assert any(success in line for line in lines)
     assert done.stderr.startswith("hqqtrain: failed: quant.nbits=1; see out/finetune-")
     assert len(done.stderr.splitlines()) == 1
