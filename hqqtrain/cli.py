@@ -189,7 +189,7 @@ def _split_flags(arguments: list[str]) -> tuple[set[str], list[str]]:
 
 
 def _suggest_pair(word: str) -> str:
-    """Return a hint for a word without `=`: the value of `task` or `recipe`, an option, or a key."""
+    """Return a hint for a word without `=`: a task, a recipe, an option or a key."""
     if word in dict(known_keys()):
         return f" Write {word}=value, without spaces."
     meanings = {flag.lstrip("-"): flag for flag in _FLAGS if flag.startswith("--")}
