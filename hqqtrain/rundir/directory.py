@@ -3,6 +3,7 @@
 Only rank 0 writes to it. Nothing is written into a directory that contains files but no run.
 """
 
+import errno
 import logging
 import os
 import time
@@ -72,6 +73,8 @@ class RunDirectory:
         """
         try:
             is_there = self.path.exists()
+            if not is_there:
+                self._check_creatable()
         except OSError as error:  # such as a path that is too long
             raise self._unusable_error(error) from error
         if is_there and not self.path.is_dir():
@@ -88,6 +91,13 @@ class RunDirectory:
         elif self.path.is_dir() and _has_files(self.path):
             raise UserError(f"{self.path}: contains files, but no run; choose another run.name.")
         self.read_status()
+
+    def _check_creatable(self) -> None:
+        """Raise OSError if the directory cannot be created in the folder above that exists."""
+        above = next(path for path in self.path.absolute().parents if path.exists())
+        number = errno.EACCES if above.is_dir() else errno.ENOTDIR
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise OSError(number, os.strerror(number), str(above))
 
     def lock_token(self) -> str:
         """Return the lock's token, by which `check_shared` recognizes the directory."""

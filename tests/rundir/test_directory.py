@@ -172,6 +172,26 @@ def test_a_file_at_the_path_is_refused(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+def test_a_directory_that_cannot_be_created_is_found_without_creating_it(tmp_path, below):
+    config = _config(tmp_path)
+    root = tmp_path / "a file"
+    root.write_text("x")
+    config.run.root = str(root / below)
+    message = rf"^run\.root={root}.*: cannot be written to .*Not a directory: '{root}'"
+    with pytest.raises(UserError, match=message):
+        RunDirectory(config).check()
+
+
+def test_a_root_without_permission_is_found_by_the_check(tmp_path, monkeypatch):
+    run = RunDirectory(_config(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UserError, match=r"^run\.root=.*cannot be written to .*Permission denied"):
+        run.check()
+    run.path.mkdir(parents=True)
+    run.check()  # a finished run in a read-only folder is only read
+
+
 def test_a_directory_without_a_run_is_removed(tmp_path):
     with pytest.raises(RuntimeError), RunDirectory(_config(tmp_path)):
         raise RuntimeError
