@@ -78,10 +78,11 @@ def check_overlap(
     overlap = measure_overlap(train, held_out)
     if not overlap.shared_texts:
         return
+    dots = "..." if len(overlap.example) == EXAMPLE_CHARACTERS else ""
     message = (
         f"{where}: {overlap.shared_texts} of {overlap.texts} held-out texts, with "
         f"{overlap.share:.1%} of the characters, overlaps with the training text, such as "
-        f"{overlap.example!r}{'...' if len(overlap.example) == EXAMPLE_CHARACTERS else ''}"
+        f"{overlap.example + dots!r}"
     )
     if overlap.share <= MAX_OVERLAP:
         level = logging.INFO if fix is None else logging.WARNING
