@@ -19,6 +19,7 @@ from hqqtrain.compose.messages import (
     check_recipe,
     check_type,
     missing_config_error,
+    several_values_error,
     unreadable_override_error,
 )
 from hqqtrain.compose.recipes import recipe_name
@@ -131,7 +132,7 @@ def _check_override(override: Override) -> None:
         UserError: the override has an unknown key, a wrong type, or is not allowed here.
     """
     if override.is_sweep_override():
-        raise UserError(f"{override.input_line}: must be one value; a sweep needs -m before it.")
+        raise several_values_error(str(override.input_line))
     key, value = override.key_or_group, override.value()
     if not key:
         raise UserError(f"{override.input_line}: has no key before the `=`.")

@@ -1,6 +1,7 @@
 """Turn errors of Hydra, OmegaConf and YAML into messages that name the key, value and fix."""
 
 import os
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -78,6 +79,26 @@ def unreadable_override_error(error: OverrideParseException) -> UserError:
         f"{error.override}: must be key=value; text with special characters needs quotes, as in "
         f"{_quoted_example(error.override)}. {error.message.splitlines()[0]}."
     )
+
+
+def several_values_error(argument: str) -> UserError:
+    """Return the error for values of a sweep, such as `a=1,2`, in the command of a single run."""
+    key, _, value = argument.lstrip("+~").partition("=")
+    hint, advice = dict(known_keys()).get(key), ""
+    if hint is Any or get_origin(hint) is list:
+        advice = f" A list needs brackets, as in '{key}=[{value}]'."
+    elif _is_free_text(key, hint) and "'" not in value:
+        advice = f" A text with commas needs quotes, as in {_quoted_example(argument)}."
+    return UserError(f"{argument}: must be one value; a sweep needs -m before it.{advice}")
+
+
+def _is_free_text(key: str, hint: Any) -> bool:
+    """Whether `key` of type `hint` has text that is not one of several choices."""
+    group, _, name = key.partition(".")
+    if not name or str not in (hint, *(get_args(hint) if isinstance(hint, UnionType) else ())):
+        return False
+    (key_field,) = (f for f in fields(get_type_hints(ComposedConfig)[group]) if f.name == name)
+    return not key_field.metadata.get("choices")
 
 
 def _quoted_example(argument: str) -> str:

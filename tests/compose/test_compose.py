@@ -218,3 +218,26 @@ def test_all_mistakes_are_reported_at_once(overrides, begins):
     assert len(lines) == len(begins)
     for line, begin in zip(lines, sorted(begins), strict=True):
         assert line.startswith(begin)
+
+
+@pytest.mark.parametrize(
+    ("word", "typed", "value"),
+    [
+        ("data.source=a,b.txt", "\"data.source='a,b.txt'\"", "a,b.txt"),
+        ("eval.source=a, b", "\"eval.source='a, b'\"", "a, b"),
+        ("quant.skip=lm_head,q_proj", "'quant.skip=[lm_head,q_proj]'", ["lm_head", "q_proj"]),
+        ("adapter.target_modules=q,v", "'adapter.target_modules=[q,v]'", ["q", "v"]),
+        ("quant.nbits=2,3", "", None),
+        ("task=eval,export", "", None),
+        ("quant.solver=hqq,rtn", "", None),
+        ("quant.overrides={a:null},{b:null}", "", None),
+    ],
+)
+def test_a_list_or_a_text_with_commas_gets_an_example_that_works(word, typed, value):
+    message = _message(word)
+    assert f"{word}: must be one value; a sweep needs -m before it." in message
+    assert ("as in" in message) == bool(typed)
+    if typed:
+        assert message.endswith(f"as in {typed}.")
+        group, _, name = word.partition("=")[0].partition(".")
+        assert getattr(getattr(compose_config(shlex.split(typed)), group), name) == value

@@ -105,7 +105,7 @@ def _status_time(job: Job) -> float:
 COLUMNS = {
     "bits_per_weight": ("bits per\nweight", ".2f"),
     "relative_error": ("relative\nerror", ".4f"),
-    "perplexity_full_precision": ("perplexity\nin full", ",.3f"),
+    "perplexity_full_precision": ("perplexity\nfull precision", ",.3f"),
     "perplexity_quantized": ("perplexity\nquantized", ",.3f"),
     "perplexity_final": ("perplexity\ntrained", ",.3f"),
     "kl_quantized": ("KL\nquantized", ".4f"),
