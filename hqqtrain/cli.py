@@ -10,7 +10,7 @@ from difflib import get_close_matches
 
 from hqqtrain import __version__
 from hqqtrain.common import signals
-from hqqtrain.common.env import get_rank, get_world_size
+from hqqtrain.common.env import check_master_address, check_rank_variables, get_rank, get_world_size
 from hqqtrain.common.errors import (
     DONE,
     FAILED,
@@ -63,7 +63,7 @@ def _run_with_exit_code(arguments: list[str]) -> int:
     try:
         return _run_command(arguments)
     except UserError as error:
-        if get_rank() == 0 or error.is_of_one_rank:  # usually every rank raises the same error
+        if error.is_of_one_rank or get_rank() == 0:  # usually every rank raises the same error
             print(f"hqqtrain: {mask_secrets(str(error))}", file=sys.stderr)
         return USER_ERROR
     except PreemptedError as error:
@@ -85,6 +85,7 @@ def _run_command(arguments: list[str]) -> int:
         return _print(help_text())
     if "--version" in flags:
         return _print(f"hqqtrain {__version__}")
+    check_rank_variables()
     try:
         command = compose_command(overrides, "--multirun" in flags)
     except UserError as error:
@@ -114,6 +115,7 @@ def _start(command: Command, arguments: list[str]) -> int:
     if command.is_sweep:
         return run_sweep(command.jobs)
     config = command.jobs[0].config
+    check_master_address()
     if get_world_size() == 1:  # several ranks let rank 0 look, and share the outcome
         RunDirectory(config).check()
     signals.listen_for_signals()  # before the import of torch, which takes seconds

@@ -6,6 +6,44 @@ the same variables.
 
 import os
 
+from hqqtrain.common.errors import UserError
+
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def check_rank_variables() -> None:
+    """Check the numbers of this process, which an earlier command may have left in the shell.
+
+    Raises:
+        UserError: A variable is no number, or the rank is not below the number of processes.
+    """
+    for name in _NUMBERS:
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdigit()):
+            raise _rank_error(f"{name}={value}: must be a number")
+    rank, size = get_rank(), get_world_size()
+    if "WORLD_SIZE" in os.environ and rank >= size:
+        raise _rank_error(f"RANK={rank}: must be below WORLD_SIZE={size}")
+
+
+def check_master_address() -> None:
+    """Check that several processes know where to meet.
+
+    Raises:
+        UserError: MASTER_ADDR is not set.
+    """
+    if get_world_size() > 1 and not os.environ.get("MASTER_ADDR"):
+        raise _rank_error(f"WORLD_SIZE={get_world_size()}: needs MASTER_ADDR, where they meet")
+
+
+def _rank_error(fault: str) -> UserError:
+    error = UserError(
+        f"{fault}. Launchers such as torchrun set these variables; to run one process, enter: "
+        f"unset {' '.join(_NUMBERS)}"
+    )
+    error.is_of_one_rank = True
+    return error
+
 
 def get_rank() -> int:
     """Return the rank of this process; 0 without a launcher."""

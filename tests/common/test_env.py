@@ -2,14 +2,19 @@
 
 import pytest
 
+from hqqtrain.cli import main
 from hqqtrain.common.env import (
+    check_rank_variables,
     get_local_world_size,
     get_rank,
     get_slurm_job_id,
     get_world_size,
 )
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID")
+NAMES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_JOB_ID",
+    "SLURM_ARRAY_JOB_ID",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +40,28 @@ def test_a_task_of_an_array_has_an_id_of_its_own(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert get_slurm_job_id() == "12_3"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"RANK": "abc"}, "RANK=abc: must be a number."),
+        ({"RANK": "-1"}, "RANK=-1: must be a number."),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=: must be a number."),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK=5: must be below WORLD_SIZE=2."),
+        ({"WORLD_SIZE": "0"}, "RANK=0: must be below WORLD_SIZE=0."),
+    ],
+)
+def test_wrong_numbers_are_one_message(monkeypatch, capsys, values, message):
+    check_rank_variables()
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--check"]) == 2
+    assert capsys.readouterr().err.startswith(f"hqqtrain: {message}")
+
+
+def test_processes_that_have_no_address_to_meet_at(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["recipe=tiny_2bit", f"run.root={tmp_path}"]) == 2
+    assert "hqqtrain: WORLD_SIZE=2: needs MASTER_ADDR" in capsys.readouterr().err
