@@ -1,0 +1,101 @@
+"""Tokenize conversations, with the tokens that are trained.
+
+A rendered chat is tokenized as a whole, as for a prompt. A token is trained if it lies inside a
+trained span. If a token lies across the edge of a span, as a newline that joins those of the header
+before it, the text is tokenized in parts, as at inference, where the model's tokens follow those of
+the prompt.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.data.chat.spans import InexactError, end_markers, trained_spans
+from hqqtrain.data.chat.template import ChatTemplate, Span
+from hqqtrain.data.examples import Conversation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Encoded = tuple[np.ndarray, np.ndarray]
+"""Token ids, int32 [n], and whether each is trained, bool [n]. The first is never trained."""
+
+
+class ChatEncoder:
+    """Encodes conversations.
+
+    Args:
+        tokenizer: A fast tokenizer, which tells the characters of each token.
+        template: The chat template.
+        loss_on: `assistant`, `last`, `completion` or `all`, as for `trained_spans`.
+
+    Raises:
+        UserError: The tokenizer is not a fast one.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate, loss_on: str
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"data.format=chat: {type(tokenizer).__name__} does not tell which characters a "
+                "token has, so no mask is exact; use a model with a tokenizer.json."
+            )
+        self._tokenizer, self._template, self._loss_on = tokenizer, template, loss_on
+
+    def encode(self, conversation: Conversation) -> Encoded:
+        """Return the tokens of a conversation.
+
+        A text that ends inside a trained span, without a token that ends a turn, gets EOS.
+
+        Raises:
+            InexactError: The trained tokens cannot be told.
+            RenderError: The template does not take the messages.
+        """
+        text, spans = trained_spans(self._template, conversation, self._loss_on)
+        ids, targets = self._tokenize(text, spans)
+        eos = self._tokenizer.eos_token_id
+        ends_open = bool(spans) and not text.endswith(end_markers(self._template))
+        if ends_open and spans[-1][1] == len(text) and eos is not None:
+            ids, targets = [*ids, eos], [*targets, True]
+        if targets:
+            targets[0] = False
+        return np.array(ids, np.int32), np.array(targets, bool)
+
+    def _tokenize(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
+        """Return the token ids, and whether each lies inside a span."""
+        encoding = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        targets, place, previous_end = [], 0, 0
+        for begin, end in offsets:
+            # The offsets of most tokenizers leave out the space that a token begins with.
+            begin, previous_end = min(begin, previous_end), end
+            while place < len(spans) and spans[place][1] <= begin:
+                place += 1
+            start, stop = spans[place] if place < len(spans) else (len(text), len(text))
+            if begin < start < end or begin < stop < end:
+                return self._tokenize_parts(text, spans)
+            targets.append(start <= begin < stop)
+        return ids, targets
+
+    def _tokenize_parts(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
+        """Tokenize each span, and the text between the spans, by itself."""
+        ids: list[int] = []
+        targets: list[bool] = []
+        position = 0
+        for begin, end in [*spans, (len(text), len(text))]:
+            for part, is_trained in ((text[position:begin], False), (text[begin:end], True)):
+                tokens = self._tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+                ids += tokens
+                targets += [is_trained] * len(tokens)
+            position = end
+        whole = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if self._tokenizer.decode(ids) != self._tokenizer.decode(whole):
+            raise InexactError(
+                "a token lies across the edge of a trained part, and this tokenizer cannot "
+                "tokenize parts of a text by themselves."
+            )
+        return ids, targets
