@@ -38,13 +38,13 @@ CASES = {
     "everything skipped": Case(["quant.skip=['*']"], ("quant.skip",)),
     "skip is no pattern": Case(["quant.skip=['[']"], ("quant.skip", "[")),
     "override with a wrong value": Case(
-        ["quant.overrides={'*.q_proj': {nbits: 9}}"], ("quant.overrides", "nbits")
+        ["quant.overrides={*.q_proj:{nbits:9}}"], ("quant.overrides", "nbits")
     ),
     "override with a wrong key": Case(
-        ["quant.overrides={'*.q_proj': {nbit: 4}}"], ("quant.overrides", "nbit")
+        ["quant.overrides={*.q_proj:{nbit:4}}"], ("quant.overrides", "nbit")
     ),
     "override that matches nothing": Case(
-        ["quant.overrides={'*.w1': {nbits: 4}}"], ("quant.overrides", "*.w1")
+        ["quant.overrides={*.w1:{nbits:4}}"], ("quant.overrides", "*.w1")
     ),
     "rank 0": Case(["adapter.r=0"], ("adapter.r=0",)),
     "alpha infinite": Case(["adapter.alpha=inf"], ("adapter.alpha",)),

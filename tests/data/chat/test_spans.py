@@ -3,8 +3,9 @@
 import pytest
 from transformers import AutoTokenizer
 
-from hqqtrain.data.chat.spans import InexactError, trained_spans
+from hqqtrain.data.chat.spans import trained_spans
 from hqqtrain.data.chat.template import ChatTemplate
+from hqqtrain.data.chat.turns import InexactError
 from hqqtrain.data.examples import Conversation
 from hqqtrain.models.source import TINY_FOLDER
 
