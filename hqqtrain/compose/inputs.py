@@ -22,7 +22,7 @@ _FILE_NAME = re.compile(r".*\.(txt|text|md|py|rst|jsonl?|parquet|csv|gz|bz2|zst)
 class Input(NamedTuple):
     """An input of a run: its kind, the key that names it, and the name."""
 
-    kind: Literal["model", "adapter", "training text", "held-out text"]
+    kind: Literal["model", "tokenizer", "adapter", "training text", "held-out text"]
     key: str
     name: str
 
@@ -36,12 +36,13 @@ class Input(NamedTuple):
 def list_inputs(config: RunConfig) -> Iterator[Input]:
     """Yield every input that the task of `config` uses."""
     data, held_out = config.data.source, config.eval.source
-    yield Input("model", "model.name_or_path", config.model.name_or_path)
-    if config.adapter.init_from and config.task != "quantize":
+    kind: Literal["model", "tokenizer"] = "tokenizer" if config.task == "data" else "model"
+    yield Input(kind, "model.name_or_path", config.model.name_or_path)
+    if config.adapter.init_from and config.task not in ("quantize", "data"):
         yield Input("adapter", "adapter.init_from", config.adapter.init_from)
-    if config.task == "finetune":
+    if config.task in ("finetune", "data"):
         yield Input("training text", "data.source", data)
-    if config.task in ("finetune", "eval") and held_out is not None:
+    if config.task in ("finetune", "data", "eval") and held_out is not None:
         is_of_data = held_out in (AUTO, data)
         key = "data.source" if is_of_data else "eval.source"
         yield Input("held-out text", key, data if is_of_data else held_out)

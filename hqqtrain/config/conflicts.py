@@ -47,7 +47,7 @@ CONFIG_CONFLICTS = (
         "task=eval needs a text to evaluate on; name one.",
     ),
     Conflict(
-        {"run.resume": ("must",), "task": ("quantize", "eval", "export")},
+        {"run.resume": ("must",), "task": ("quantize", "eval", "export", "data")},
         "task={task} makes no checkpoints; use auto.",
     ),
     Conflict(

@@ -217,6 +217,7 @@ class DataConfig:
         "share of the texts of data.source that eval.source=auto holds out by their hashes, unless "
         "the source has a held-out split",
     )
+    show: int = key(3, "examples that task=data shows; 0: none", low=0, high=1000)
 
     def errors(self) -> Iterator[str]:
         """Yield a message if `validation` is not a share."""
@@ -278,8 +279,7 @@ class ParallelConfig:
     offload: str = key(
         "none",
         "tensors to offload to host memory; activations: those that "
-        "train.activation_checkpointing keeps, "
-        "parameters: those of fsdp2, all: both",
+        "train.activation_checkpointing keeps, parameters: those of fsdp2, all: both",
         choices=("none", "activations", "parameters", "all"),
     )
     consistency_check_every: int | None = key(

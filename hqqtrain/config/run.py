@@ -30,12 +30,13 @@ TASKS = {
     "eval": "evaluate a model, a run or a quantized/, with or without an adapter",
     "export": "write a dense Hugging Face checkpoint (weights dequantized, adapter merged), or "
     "with export.format=packed the quantized base",
+    "data": "print what is trained: figures of the data, and samples with their trained tokens",
 }
 
 NON_RESULT_GROUPS = ("run", "track", "ckpt", "launch", "recipe")
 """Groups that the result does not depend on; they do not enter a run's name."""
 
-_NON_RESULT_KEYS = {"quant": ("cache_dir",)}
+_NON_RESULT_KEYS = {"quant": ("cache_dir",), "data": ("show",)}
 """Single keys of other groups that the result does not depend on."""
 
 ADDED_GROUPS: dict[str, dict[str, Any]] = {"export": asdict(ExportConfig())}
@@ -60,7 +61,7 @@ CHANGEABLE_ON_RESUME = frozenset([
     "train.micro_batch_size", "train.activation_checkpointing",
     "train.on_nonfinite", "eval.every", "eval.samples", "quant.backend", "quant.cache_dir",
     "quant.save", "parallel.strategy", "parallel.hsdp", "parallel.offload",
-    "parallel.consistency_check_every",
+    "parallel.consistency_check_every", "data.show",
 ])  # fmt: skip
 """Keys that may change when a run is resumed under the same `run.name`."""
 
@@ -140,9 +141,13 @@ class RunConfig:
             )
 
     def run_name(self) -> str:
-        """Return `run.name`, or by default the recipe (or task) and a short hash of `identity`."""
+        """Return `run.name`, or by default the recipe (or task) and a short hash of `identity`.
+
+        task=data adds `-data` to `run.name`, so that the same command can look at the data first,
+        and train afterwards.
+        """
         if self.run.name:
-            return self.run.name
+            return f"{self.run.name}-data" if self.task == "data" else self.run.name
         return f"{self.recipe or self.task}-{self.identity()[:8]}"
 
     def identity(self) -> str:

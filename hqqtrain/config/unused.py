@@ -25,16 +25,21 @@ USED_KEYS = {
         "train.max_seq_len", "train.micro_batch_size",
     ),
     "export": (*_EVERY_TASK, "adapter.init_from", "adapter.dtype", "export", "export.*"),
+    "data": (
+        "task", "recipe", "model", "model.*", "data", "data.*", "eval.source", "train.max_seq_len",
+        "train.packing", "launch", "launch.*", "run", "run.*",
+    ),
 }  # fmt: skip
 """Globs of the keys that each task uses, except for those in `UNUSED_KEYS`."""
 
 _TRAINING_ONLY = ("eval.every", "eval.samples", "parallel.consistency_check_every")
 
 UNUSED_KEYS = {
-    "finetune": ("export", "export.*"),
+    "finetune": ("export", "export.*", "data.show"),
     "quantize": _TRAINING_ONLY,
-    "eval": (*_TRAINING_ONLY, "quant.save"),
+    "eval": (*_TRAINING_ONLY, "quant.save", "data.show"),
     "export": (*_TRAINING_ONLY, "quant.save"),
+    "data": (),
 }
 """Globs of keys that each task does not use although `USED_KEYS` covers their group."""
 

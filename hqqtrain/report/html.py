@@ -12,10 +12,11 @@ from hqqtrain.report.text import escape_html
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --muted: #5b6b7f; --line: #e4e8ee;
-        --page: #f6f8fa; --card: #fff; --good: #1f8a70; --bad: #c0392b; --warn: #b7791f; }
+        --page: #f6f8fa; --card: #fff; --good: #1f8a70; --bad: #c0392b; --warn: #b7791f;
+        --mark: #c5ecdd; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6eaf0; --muted: #a3b0c0; --line: #333d4a; --page: #12171e; --card: #1b222c;
-          --good: #4cc38a; --bad: #ff8a7a; --warn: #e5b567; }
+          --good: #4cc38a; --bad: #ff8a7a; --warn: #e5b567; --mark: #1c5544; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
@@ -62,6 +63,8 @@ details summary { cursor: pointer; font-weight: 600; }
            grid-template-columns: repeat(auto-fit, minmax(min(100%, 250px), 1fr)); }
 pre { margin: 0; padding: 8px 10px; background: var(--page); border-radius: 6px; font-size: 12.5px;
       white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; }
+mark { background: var(--mark); color: inherit; border-radius: 3px; }
+mark i { color: var(--muted); font-style: normal; }
 """
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -87,7 +87,9 @@ class RunDirectory:
                     "it by what it points to, or choose another run.root or run.name."
                 )
         if self.layout.config_yaml.is_file():
-            check_same_config(self.path, self.config)
+            # The next look at data replaces the last one, whatever its settings were.
+            if not self.config.task == "data" == self.layout.read_task():
+                check_same_config(self.path, self.config)
         elif self.path.is_dir() and _has_files(self.path):
             raise UserError(f"{self.path}: contains files, but no run; choose another run.name.")
         self.read_status()

@@ -191,6 +191,8 @@ def _input_paths(config: RunConfig) -> dict[str, Path]:
         "data.source": config.data.source,
         "eval.source": None if config.eval.source == AUTO else config.eval.source,
     }
+    if config.task == "data":  # it reads no weights, and a digest of them would
+        values = {key: values[key] for key in ("data.source", "eval.source")}
     paths = {key: Path(value).expanduser() for key, value in values.items() if value}
     return {key: path for key, path in paths.items() if os.path.exists(path)}
 

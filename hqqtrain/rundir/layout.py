@@ -11,7 +11,7 @@
     export/          what task=export writes
     checkpoints/     step-00000100/, ...: complete or absent
     nonfinite/       batches whose loss or gradient was not finite
-    report/          plots and index.html, also during the run
+    report/          plots and index.html, also during the run; data.html of task=data
     wandb/           files of W&B
 """
 
@@ -82,6 +82,10 @@ class RunLayout:
         return self.report / "index.html"
 
     @property
+    def data_html(self) -> Path:
+        return self.report / "data.html"
+
+    @property
     def wandb(self) -> Path:
         return self.folder / "wandb"
 
@@ -120,7 +124,7 @@ class RunLayout:
     def existing_results(self) -> list[Path]:
         """Return those of the paths that a user looks for after a run which exist."""
         paths = [self.quantized, self.adapter, self.export, self.checkpoints]
-        paths += [self.summary_json, self.metrics_jsonl, self.report_html]
+        paths += [self.summary_json, self.metrics_jsonl, self.report_html, self.data_html]
         return [path for path in paths if path.exists()]
 
 

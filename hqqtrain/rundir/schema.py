@@ -182,6 +182,30 @@ class ExportMetrics(JsonObject):
 
 
 @dataclass(frozen=True)
+class DataMetrics(JsonObject):
+    """The `data` part, which task=data writes; see `hqqtrain.data.statistics.DataStatistics`.
+
+    `left_out` has the number of rows that are not trained on, by reason.
+    """
+
+    source: str | None = None
+    format: str | None = None
+    examples: int | None = None
+    tokens: int | None = None
+    trained_tokens: int | None = None
+    sequences: int | None = None
+    max_seq_len: int | None = None
+    padding: float | None = None
+    truncated: int | None = None
+    split: int | None = None
+    untrained: int | None = None
+    duplicates: int | None = None
+    lengths: dict[str, int] | None = None
+    histogram: list[list[int]] | None = None
+    left_out: dict[str, int] | None = None
+
+
+@dataclass(frozen=True)
 class Summary(JsonObject):
     """The content of summary.json. A part that the task did not run is None."""
 
@@ -191,6 +215,7 @@ class Summary(JsonObject):
     eval: EvalMetrics | None = field(default=None, metadata={"part": EvalMetrics})
     train: TrainMetrics | None = field(default=None, metadata={"part": TrainMetrics})
     export: ExportMetrics | None = field(default=None, metadata={"part": ExportMetrics})
+    data: DataMetrics | None = field(default=None, metadata={"part": DataMetrics})
 
     def measured_models(self) -> dict[str, ModelMetrics]:
         """Return the metrics of the measured models, by key and in the order of MODEL_NAMES."""

@@ -13,13 +13,7 @@ from pathlib import Path
 from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.common.text import count
 from hqqtrain.compose.inputs import list_inputs
-from hqqtrain.config.groups import (
-    AdapterConfig,
-    OptimConfig,
-    ParallelConfig,
-    QuantConfig,
-    TrainConfig,
-)
+from hqqtrain.config.groups import QuantConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.sources import load_held_out_texts, load_training_texts
 from hqqtrain.distributed.preemption import PreemptionHandler
@@ -27,6 +21,7 @@ from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies.check import RuntimeSettings
 from hqqtrain.formats.peft import load_adapter
 from hqqtrain.loading.plan import plan_model
+from hqqtrain.tasks.data import load_data_model
 from hqqtrain.tasks.model import plan_settings
 from hqqtrain.tracking.console import setup_logging
 
@@ -50,10 +45,7 @@ def check_inputs(config: RunConfig) -> list[str]:
 
 def _check_model(config: RunConfig) -> str:
     """Plan the model as the run would, and return how many layers and adapters it has."""
-    settings = RuntimeSettings(
-        ParallelConfig(), replace(config.quant, backend="auto", storage_dtype="auto"),
-        AdapterConfig(), TrainConfig(precision="fp32"), OptimConfig(), trains=False,
-    )  # fmt: skip
+    settings = RuntimeSettings.of_any_machine(config.quant)
     runtime = Runtime.start(settings, PreemptionHandler(config.run))
     try:
         plan = plan_model(plan_settings(config), runtime)
@@ -66,6 +58,12 @@ def _check_model(config: RunConfig) -> str:
     return (
         f"model.name_or_path={config.model.name_or_path} ({layers}, {count(adapters, 'adapter')})"
     )
+
+
+def _check_tokenizer(config: RunConfig) -> str:
+    """Load all of the model that task=data needs."""
+    load_data_model(config.model)
+    return f"model.name_or_path={config.model.name_or_path} (its tokenizer)"
 
 
 def _adapter_faults(config: RunConfig, runtime: Runtime) -> list[str]:
@@ -107,6 +105,7 @@ def _counted(key: str, texts: Iterable[str]) -> str:
 
 _CHECKS: dict[str, Callable[[RunConfig], str]] = {
     "model": _check_model,
+    "tokenizer": _check_tokenizer,
     "adapter": _check_adapter,
     "training text": _check_training_text,
     "held-out text": _check_held_out_text,

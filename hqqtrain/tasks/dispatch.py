@@ -14,13 +14,17 @@ from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies.check import RuntimeSettings
 from hqqtrain.tasks.context import Run
+from hqqtrain.tasks.data import show_data
 from hqqtrain.tasks.finetune import finetune
 from hqqtrain.tasks.inference import evaluate, export, quantize
 from hqqtrain.tasks.recorder import RunRecorder
 from hqqtrain.tasks.resources import translate_resource_errors, workload_of
 from hqqtrain.tracking.console import setup_logging
 
-_TASKS = {"finetune": finetune, "quantize": quantize, "eval": evaluate, "export": export}
+_TASKS = {
+    "finetune": finetune, "quantize": quantize, "eval": evaluate, "export": export,
+    "data": show_data,
+}  # fmt: skip
 
 
 def dispatch_task(config: RunConfig, arguments: list[str]) -> int:
@@ -38,14 +42,11 @@ def dispatch_task(config: RunConfig, arguments: list[str]) -> int:
     """
     relaunch_if_ranks_were_lost(arguments)
     setup_logging(get_rank() == 0)
-    settings = RuntimeSettings(
-        config.parallel, config.quant, config.adapter, config.train, config.optim,
-        trains=config.task == "finetune",
-    )  # fmt: skip
-    runtime = Runtime.start(settings, PreemptionHandler(config.run))
+    runtime = Runtime.start(_runtime_settings(config), PreemptionHandler(config.run))
     try:
         with RunRecorder(config, runtime, ["python", "-m", "hqqtrain", *arguments]) as recorder:
-            if not recorder.history.is_done():
+            # A second look at data is a new one, even if the command is the same.
+            if config.task == "data" or not recorder.history.is_done():
                 with (
                     share_failure(runtime.comm),
                     translate_resource_errors(workload_of(config), runtime.strategy),
@@ -58,3 +59,13 @@ def dispatch_task(config: RunConfig, arguments: list[str]) -> int:
         raise
     runtime.comm.shutdown()
     return 0
+
+
+def _runtime_settings(config: RunConfig) -> RuntimeSettings:
+    """Return the settings of the ranks. task=data runs no model, so it needs no GPU of the run."""
+    if config.task == "data":
+        return RuntimeSettings.of_any_machine(config.quant)
+    return RuntimeSettings(
+        config.parallel, config.quant, config.adapter, config.train, config.optim,
+        trains=config.task == "finetune",
+    )  # fmt: skip

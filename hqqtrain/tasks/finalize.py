@@ -38,7 +38,8 @@ def finalize_success(
     trackers.log_summary(content)
     training = summary.content.train
     stopped_early = training.stopped_early if training else None
-    if not summary.is_packed_export:  # its report would show nothing
+    # The report of a packed export would show nothing.
+    if not summary.is_packed_export and not summary.has_data_page:
         # status.json does not say it yet.
         status = Status("done", DONE, stopped_early)
         images = _write_report(directory, summary, status, samples, images=trackers.shows_images)
@@ -67,7 +68,8 @@ def finalize_failure(
     except OSError as write_error:  # such as a full disk; it must not replace the original error
         logger.error("status.json was not written: %s", write_error)
     trackers.finish(exit_code)
-    _write_report(directory, summary, Status(status, exit_code, mask_secrets(cause)))
+    if not summary.has_data_page:
+        _write_report(directory, summary, Status(status, exit_code, mask_secrets(cause)))
 
 
 def _status_and_exit_code(error: BaseException) -> tuple[str, int]:

@@ -143,6 +143,11 @@ class RunRecorder:
             }
             self.trackers.log(errors, 0)
 
+    def begin_without_model(self) -> None:
+        """Write the first files of the run directory for a task that loads no model. Collective."""
+        self.runtime.comm.run_on_rank0(lambda: self.directory.begin(self.command))
+        self._has_begun = True
+
     def _write_first_files(self, loaded: LoadedModel, checkpoint: Checkpoint | None) -> None:
         for stats in loaded.load_stats:
             logger.info("%s", stats)

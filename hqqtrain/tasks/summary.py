@@ -20,6 +20,7 @@ from hqqtrain.rundir.identity import package_versions
 from hqqtrain.rundir.layout import RunLayout
 from hqqtrain.rundir.schema import (
     MODEL_NAMES,
+    DataMetrics,
     EvalMetrics,
     ExportMetrics,
     ModelMetrics,
@@ -185,6 +186,15 @@ class RunSummary:
         )
         form = f"{dtype}, adapter merged" if is_merged else dtype or "packed"
         self._rows["export"] = ResultRow(f"export ({form})", bits_per_weight=bits, gib=size / GIB)
+
+    def add_data(self, metrics: DataMetrics) -> None:
+        """Add the figures of the data."""
+        self.content = replace(self.content, data=metrics)
+
+    @property
+    def has_data_page(self) -> bool:
+        """Whether the run has shown its data, on a page that replaces report/index.html."""
+        return self.content.data is not None
 
     @property
     def is_packed_export(self) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from tabulate import tabulate
 from tqdm import tqdm
@@ -69,7 +69,7 @@ class ProgressBar:
             dynamic_ncols=True,
             file=sys.stderr,
             initial=initial,
-            colour="green" if _has_color() else None,
+            colour="green" if has_color() else None,
         )
         self._units_done, self._postfix = initial, ""
         self._start_time = time.monotonic()
@@ -155,6 +155,11 @@ class Console:
             print("\n" + results_table(rows) + "\n" if rows else "")
             print("\n".join([*(f"wrote {file}" for file in files), *hints]), flush=True)
 
+    def print_text(self, text: str) -> None:
+        """Print text to standard output."""
+        if self.is_main:
+            print(text, flush=True)
+
 
 def results_table(rows: Sequence[ResultRow]) -> str:
     """Format the results as plain text, one line per model. Columns without a value are omitted."""
@@ -203,16 +208,20 @@ def _level_prefix(level: int) -> str:
         return ""
     prefix = f"{logging.getLevelName(level).lower()}: "
     color = _RED if level >= logging.ERROR else _YELLOW
-    return f"\033[{color}m{prefix}\033[0m" if _has_color() else prefix
+    return f"\033[{color}m{prefix}\033[0m" if has_color() else prefix
 
 
-def _has_color() -> bool:
-    """Whether standard error is a terminal with color, and the user allows color.
+def has_color(stream: TextIO | None = None) -> bool:
+    """Whether `stream`, by default standard error, gets color.
 
-    A user forbids it with the environment variable NO_COLOR (https://no-color.org).
+    It does if it is a terminal with color. NO_COLOR (https://no-color.org) forbids color, and
+    FORCE_COLOR (https://force-color.org) asks for it in any case; 0 counts as not set.
     """
-    is_allowed = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return is_allowed and sys.stderr.isatty()
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR", "0") not in ("", "0"):
+        return True
+    return os.environ.get("TERM") != "dumb" and (stream or sys.stderr).isatty()
 
 
 def _short(value: Any) -> str:

@@ -6,6 +6,7 @@ from hqqtrain.compose.inputs import Input, has_inputs_to_check, list_inputs
 from hqqtrain.config.run import RunConfig
 
 MODEL = ("model", "model.name_or_path", "tiny")
+TOKENIZER = ("tokenizer", *MODEL[1:])
 TRAINING = ("training text", "data.source", "mine.txt")
 
 
@@ -28,16 +29,18 @@ def _config(task: str, held_out: str | None = "auto", **adapter: str) -> RunConf
         ("eval", "other", [MODEL, ("held-out text", "eval.source", "other")]),
         ("quantize", "auto", [MODEL]),
         ("export", "auto", [MODEL]),
+        ("data", "auto", [TOKENIZER, TRAINING, ("held-out text", "data.source", "mine.txt")]),
+        ("data", None, [TOKENIZER, TRAINING]),
     ],
 )
 def test_the_inputs_of_a_task(task, held_out, expected):
     assert list(list_inputs(_config(task, held_out))) == expected
 
 
-def test_an_adapter_is_an_input_of_all_tasks_but_quantize():
-    for task in ("finetune", "eval", "export", "quantize"):
+def test_an_adapter_is_an_input_of_all_tasks_but_quantize_and_data():
+    for task in ("finetune", "eval", "export", "quantize", "data"):
         kinds = [item.kind for item in list_inputs(_config(task, None, init_from="folder"))]
-        assert ("adapter" in kinds) == (task != "quantize")
+        assert ("adapter" in kinds) == (task not in ("quantize", "data"))
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,20 @@ def test_automatic_held_out_text_has_the_name_of_the_source_that_it_stands_for()
     assert other[0].identity() != other[1].identity()
 
 
+def test_a_look_at_the_data_of_a_run_has_a_directory_of_its_own():
+    config = RunConfig(task="data")
+    config.run.name = "mine"
+    assert config.run_name() == "mine-data"
+    config.task = "finetune"
+    assert config.run_name() == "mine"
+
+
+def test_the_number_of_shown_examples_changes_no_result():
+    config = RunConfig()
+    config.data.show = 9
+    assert config.identity() == RunConfig().identity()
+
+
 def test_task_changes_the_name():
     assert RunConfig(task="eval").run_name() != RunConfig().run_name()
 

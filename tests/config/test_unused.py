@@ -27,7 +27,8 @@ def test_every_task_has_its_keys_and_every_pattern_matches_a_key():
 @pytest.mark.parametrize(
     ("task", "used", "unused"),
     [
-        ("finetune", ["optim.lr", "eval.tokens", "ckpt.every"], ["export.format"]),
+        ("finetune", ["optim.lr", "eval.tokens", "ckpt.every"],
+         ["export.format", "data.show"]),
         ("quantize", ["quant.nbits", "quant.overrides.q", "train.precision", "model"],
          ["eval.tokens", "eval.source", "optim.lr", "train.max_steps", "data.source", "adapter.r",
           "export.format", "ckpt.every", "track.backends", "train.max_seq_len"]),
@@ -35,6 +36,8 @@ def test_every_task_has_its_keys_and_every_pattern_matches_a_key():
          ["eval.every", "optim.lr", "train.max_steps", "adapter.r", "quant.save", "track.project"]),
         ("export", ["export.format", "adapter.init_from", "quant.nbits"],
          ["eval.tokens", "data.source", "train.max_seq_len", "quant.save"]),
+        ("data", ["data.show", "data.source", "train.max_seq_len", "model.name_or_path"],
+         ["quant.nbits", "optim.lr", "eval.tokens", "adapter.init_from", "parallel.strategy"]),
     ],
 )  # fmt: skip
 def test_the_keys_of_a_task(task, used, unused):

@@ -13,7 +13,7 @@ def _config(root: Path, task: str = "finetune", resume: str = "auto") -> RunConf
     return RunConfig(task=task, run=RunDirConfig(root=str(root), name="mine", resume=resume))
 
 
-@pytest.mark.parametrize("task", ["finetune", "quantize", "eval", "export"])
+@pytest.mark.parametrize("task", ["finetune", "quantize", "eval", "export", "data"])
 def test_without_a_directory_nothing_was_saved(tmp_path: Path, task: str):
     advice = "nothing was saved, and the same command starts from the beginning"
     assert resume_advice(_config(tmp_path, task)) == advice

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hqqtrain.tracking import console
-from hqqtrain.tracking.console import Console, ResultRow, results_table, setup_logging
+from hqqtrain.tracking.console import Console, ResultRow, has_color, results_table, setup_logging
 
 HEADERS = ["model", "perplexity", "KL", "bits per weight", "GiB", "seconds"]
 ROWS = [
@@ -146,8 +146,29 @@ def test_color_needs_a_terminal_and_no_no_color(monkeypatch, setting, is_colored
     assert "step/s" in terminal.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, False),
+        ({"FORCE_COLOR": "1"}, True),
+        ({"FORCE_COLOR": "1", "TERM": "dumb"}, True),
+        ({"FORCE_COLOR": "0"}, False),
+        ({"FORCE_COLOR": ""}, False),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
+    ],
+)
+def test_color_without_a_terminal_is_a_wish_of_the_user(monkeypatch, variables, expected):
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"TERM": "xterm"} | variables).items():
+        monkeypatch.setenv(name, value)
+    assert has_color(io.StringIO()) is expected
+    assert has_color(Terminal()) is (expected or variables.get("FORCE_COLOR", "") in ("", "0"))
+
+
 def test_a_pipe_never_gets_color(capsys, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
     with Console().progress_bar("training", total=1, unit="step") as bar:
         bar.update()
     Console().print_results(ROWS, [Path("a")])

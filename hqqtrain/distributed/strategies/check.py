@@ -46,6 +46,17 @@ class RuntimeSettings:
     optim: OptimConfig
     trains: bool
 
+    @classmethod
+    def of_any_machine(cls, quant: QuantConfig) -> "RuntimeSettings":
+        """Return settings that every machine supports, to look at inputs without running a model.
+
+        Args:
+            quant: The settings that say which layers of the model are quantized.
+        """
+        quant = replace(quant, backend="auto", storage_dtype="auto")
+        train = TrainConfig(precision="fp32")
+        return cls(ParallelConfig(), quant, AdapterConfig(), train, OptimConfig(), trains=False)
+
 
 def check_supported(
     strategy: type[Strategy],

@@ -1,0 +1,179 @@
+"""Figures of tokenized data: counts, lengths, duplicates and a histogram, for task=data.
+
+They are computed from the arrays of `TokenSequences` alone, so they hold for every kind of example,
+with and without packing.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from hqqtrain.data.packing import TokenSequences
+
+MAX_BARS = 12
+"""Largest number of bars in a histogram."""
+
+_LOG_RANGE = 10
+"""A histogram has bars of equal ratios if its largest value is this many times the smallest."""
+
+
+@dataclass(frozen=True)
+class DataStatistics:
+    """Figures of the examples in a data set, and of the sequences that they are trained in.
+
+    Attributes:
+        examples: Number of examples.
+        tokens: Number of tokens in all sequences.
+        trained_tokens: Number of tokens that the loss predicts.
+        sequences: Number of sequences.
+        padding: Share of the positions that sequences of the largest length leave free.
+        truncated: Number of examples that lose tokens, which are in no sequence.
+        split: Number of examples whose tokens are in several sequences.
+        untrained: Number of examples without a trained token.
+        duplicates: Number of examples that have the same tokens as an earlier one.
+        lengths: `min`, `median`, `p95` and `max` of the tokens per example. 95 % of the examples
+            have at most `p95` tokens.
+        histogram: [smallest length, largest length, examples] of each bar.
+    """
+
+    examples: int
+    tokens: int
+    trained_tokens: int
+    sequences: int
+    padding: float
+    truncated: int
+    split: int
+    untrained: int
+    duplicates: int
+    lengths: dict[str, int]
+    histogram: list[list[int]]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """The data of a run, as task=data shows them.
+
+    Attributes:
+        statistics: The figures of the examples.
+        left_out: Reason -> number of rows that became no example, or that are not trained on.
+    """
+
+    statistics: DataStatistics
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+def measure_data(data: "TokenSequences", max_seq_len: int) -> DataStatistics:
+    """Return the figures of `data`, whose sequences have at most `max_seq_len` tokens."""
+    starts, ends = data.starts, example_ends(data)
+    lengths = ends - starts
+    covered, trained = token_masks(data)
+    tokens = int((data.end - data.begin).sum())
+    smallest, median, p95, largest = np.quantile(
+        lengths, (0, 0.5, 0.95, 1), method="inverted_cdf"
+    ).tolist()
+    return DataStatistics(
+        examples=len(starts),
+        tokens=tokens,
+        trained_tokens=int(np.count_nonzero(trained)),
+        sequences=len(data),
+        padding=1 - tokens / (len(data) * max_seq_len),
+        truncated=int(np.count_nonzero(count_true(covered, starts, ends) < lengths)),
+        split=int(np.count_nonzero(count_sequences(data) > 1)),
+        untrained=int(np.count_nonzero(count_true(trained, starts, ends) == 0)),
+        duplicates=count_duplicates(data),
+        lengths={"min": smallest, "median": median, "p95": p95, "max": largest},
+        histogram=histogram(lengths),
+    )
+
+
+def example_ends(data: "TokenSequences") -> np.ndarray:
+    """Return int64 [examples]: the position in the stream after each example."""
+    return np.append(data.starts[1:], len(data.stream))
+
+
+def token_masks(data: "TokenSequences") -> tuple[np.ndarray, np.ndarray]:
+    """Return two masks of the stream, bool [T].
+
+    The first says which tokens are in a sequence, the second which of them the loss predicts. The
+    first token of a sequence is never predicted.
+    """
+    changes = np.zeros(len(data.stream) + 1, np.int8)
+    changes[data.begin] += 1
+    changes[data.end] -= 1
+    covered = np.cumsum(changes[:-1], dtype=np.int8).astype(bool)
+    trained = data.targets & covered
+    trained[data.begin] = False
+    return covered, trained
+
+
+def count_true(mask: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Return int64 [slices]: the number of True values in each slice `mask[begin:end]`."""
+    edges = np.stack([begin, end], axis=1).ravel()
+    # `reduceat` sums from each edge to the next; it needs a value at the last edge, too.
+    counts = np.add.reduceat(np.append(mask, False), edges, dtype=np.int64)[::2]
+    return np.where(end > begin, counts, 0)  # for an empty slice it returns a single value
+
+
+def count_sequences(data: "TokenSequences") -> np.ndarray:
+    """Return int64 [examples]: the number of sequences that have tokens of each example."""
+    first = np.searchsorted(data.starts, data.begin, side="right") - 1
+    last = np.searchsorted(data.starts, data.end - 1, side="right") - 1
+    changes = np.zeros(len(data.starts) + 1, np.int64)
+    np.add.at(changes, first, 1)
+    np.add.at(changes, last + 1, -1)
+    return np.cumsum(changes[:-1])
+
+
+def count_duplicates(data: "TokenSequences") -> int:
+    """Return the number of examples that have the same tokens as an earlier example."""
+    bounds = zip(data.starts.tolist(), example_ends(data).tolist(), strict=True)
+    digests = {
+        hashlib.blake2b(data.stream[start:end].tobytes(), digest_size=16).digest()
+        for start, end in bounds
+    }
+    return len(data.starts) - len(digests)
+
+
+def histogram(values: np.ndarray, max_bars: int = MAX_BARS) -> list[list[int]]:
+    """Return [smallest value, largest value, number of values] of each bar, in ascending order.
+
+    The bars have equal widths, 1, 2 or 5 times a power of ten. If the values differ much, each bar
+    begins at a power of two instead, and ends where the next one begins.
+
+    Args:
+        values: int64 [n], not negative; n is at least 1.
+        max_bars: Largest number of bars.
+    """
+    low, high = int(values.min()), int(values.max())
+    edges = _ratio_edges(low, high, max_bars)
+    if high < _LOG_RANGE * max(low, 1):
+        edges = _width_edges(low, high, max_bars)
+    bars = np.searchsorted(edges, values, side="right") - 1
+    counts = np.bincount(bars, minlength=len(edges) - 1).tolist()
+    return [
+        [begin, end - 1, number]
+        for begin, end, number in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
+
+
+def _width_edges(low: int, high: int, max_bars: int) -> list[int]:
+    """Return the edges of bars of equal width that cover the integers from `low` to `high`."""
+    widths = (factor * 10**power for power in range(19) for factor in (1, 2, 5))
+    width = next(w for w in widths if high // w - low // w < max_bars)
+    return list(range(low // width * width, (high // width + 1) * width + 1, width))
+
+
+def _ratio_edges(low: int, high: int, max_bars: int) -> list[int]:
+    """Return edges as above, each a power of two times the one before; the first may be 0."""
+    for bits in range(1, 64):
+        first = (max(low, 1).bit_length() - 1) // bits
+        last = (high.bit_length() - 1) // bits if high else 0
+        edges = [1 << bits * power for power in range(first, last + 2)]
+        edges = [0, *edges] if low == 0 else edges
+        if len(edges) - 1 <= max_bars:
+            break
+    return edges

@@ -1,0 +1,137 @@
+"""The view of task=data on the console.
+
+A sample may contain anything. Its lines have a margin, so none can pass for a line of ours, and
+control characters are escaped, so none can move the cursor or set a color.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from hqqtrain.report.data_view import DataSample, DataView, Piece
+from hqqtrain.report.text import escape_controls
+
+_BAR_WIDTH = 40
+"""Characters of the longest bar of the histogram."""
+
+_MARGIN = "  | "
+
+_TRAINED, _SPECIAL, _RESET = "\033[32m", "\033[1m", "\033[0m"  # green, bold
+
+_NEWLINE_SIGN = "\u21b5"
+"""Shows a trained line ending, which has no color of its own."""
+
+
+def render_data(view: DataView, *, color: bool, can_show_unicode: bool = True) -> str:
+    """Return the figures and the samples as lines of text.
+
+    Args:
+        view: The data.
+        color: Whether trained tokens are colored. Otherwise marks enclose them.
+        can_show_unicode: Whether the console shows characters beyond ASCII.
+    """
+    figures = view.figures()
+    width = max(map(len, figures))
+    lines = [f"{name:<{width}}  {escape_controls(value)}" for name, value in figures.items()]
+    lines += ["", "examples by their number of tokens", *_bars(view.bars())]
+    if view.samples:
+        lines += ["", *_samples(view, color, _NEWLINE_SIGN if can_show_unicode else "")]
+    return "\n".join(lines) + "\n"
+
+
+def choose_marks(texts: Iterable[str]) -> tuple[str, str]:
+    """Return marks for the beginning and the end of trained text, neither of which is in `texts`.
+
+    They are brackets with a space: `[[ ` and ` ]]`, or more brackets. A bracket of the text beside
+    a mark is no part of it, because the space is on the inner side.
+    """
+    all_texts = list(texts)
+    number = 2
+    while any(
+        mark in text for text in all_texts for mark in ("[" * number + " ", " " + "]" * number)
+    ):
+        number += 1
+    return "[" * number + " ", " " + "]" * number
+
+
+def _bars(bars: Sequence[tuple[str, int]]) -> list[str]:
+    longest = max(number for _, number in bars)
+    width = max(len(label) for label, _ in bars)
+    return [f"  {label:>{width}} | {_bar(number, longest)}{number:,}" for label, number in bars]
+
+
+def _bar(number: int, longest: int) -> str:
+    """Return a bar that is visible for every number but 0."""
+    return "#" * -(-_BAR_WIDTH * number // longest) + " " if number else ""
+
+
+def _samples(view: DataView, color: bool, newline_sign: str) -> list[str]:
+    """Return the lines of all samples, after a line that says what the marks mean."""
+    marks = None
+    if view.is_plain_text:
+        lines = ["All tokens but the first of each example are trained, so none is marked."]
+        color = False
+    elif color:
+        sign = f", and {newline_sign} is a trained line ending" if newline_sign else ""
+        lines = [
+            f"{_TRAINED}Green{_RESET} tokens are trained, {_SPECIAL}bold{_RESET} ones are special "
+            f"tokens{sign}."
+        ]
+    else:
+        marks = choose_marks(
+            escape_controls(text) for sample in view.samples for text in _texts(sample)
+        )
+        lines = [
+            f"Tokens between {marks[0].strip()} and {marks[1].strip()} are trained; the marks and "
+            "the space on their inner side are no part of the text."
+        ]
+    for sample in view.samples:
+        parts = [sample.pieces, sample.last_pieces]
+        texts = [
+            _mark(part, *marks) if marks else _color(part, newline_sign if color else "", color)
+            for part in parts
+        ]
+        lines += ["", sample.title, *_with_margin(texts[0])]
+        if sample.hidden_tokens:
+            lines += [sample.hidden_note, *_with_margin(texts[1])]
+    return lines
+
+
+def _texts(sample: DataSample) -> list[str]:
+    """Return the text of each run of pieces that are trained, or not, alike."""
+    return [text for part in (sample.pieces, sample.last_pieces) for text, _ in _runs(part)]
+
+
+def _runs(pieces: Sequence[Piece]) -> list[tuple[str, bool]]:
+    """Join neighboring pieces that are trained, or not, alike."""
+    runs: list[tuple[str, bool]] = []
+    for piece in pieces:
+        if runs and runs[-1][1] == piece.is_trained:
+            runs[-1] = (runs[-1][0] + piece.text, piece.is_trained)
+        else:
+            runs.append((piece.text, piece.is_trained))
+    return runs
+
+
+def _mark(pieces: Sequence[Piece], begin: str, end: str) -> str:
+    return "".join(
+        f"{begin}{escape_controls(text)}{end}" if is_trained else escape_controls(text)
+        for text, is_trained in _runs(pieces)
+    )
+
+
+def _color(pieces: Sequence[Piece], newline_sign: str, color: bool) -> str:
+    return "".join(_color_piece(piece, newline_sign, color) for piece in pieces)
+
+
+def _color_piece(piece: Piece, newline_sign: str, color: bool) -> str:
+    """Return the text of a piece. Each of its lines sets the color again, after the margin."""
+    text = escape_controls(piece.text)
+    codes = _TRAINED * piece.is_trained + _SPECIAL * piece.is_special
+    if not color or not codes:
+        return text
+    if piece.is_trained:
+        text = text.replace("\n", f"{newline_sign}\n")
+    return "\n".join(f"{codes}{line}{_RESET}" if line else "" for line in text.split("\n"))
+
+
+def _with_margin(text: str) -> list[str]:
+    return [_MARGIN + line for line in text.split("\n")]

@@ -1,0 +1,176 @@
+"""The task `data`: show what a training with the same settings would be trained on.
+
+It reads the configuration and the tokenizer of the model, and no weights.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from hqqtrain.common.secrets import mask_secrets
+from hqqtrain.common.text import count
+from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.run import RunConfig
+from hqqtrain.data.packing import TokenSequences, plain_text_targets
+from hqqtrain.data.statistics import (
+    DataReport,
+    count_sequences,
+    example_ends,
+    measure_data,
+    token_masks,
+)
+from hqqtrain.models.build import load_hf_config
+from hqqtrain.models.source import resolve_source
+from hqqtrain.models.tokenizer import load_tokenizer
+from hqqtrain.report.data_console import render_data
+from hqqtrain.report.data_page import write_data_page
+from hqqtrain.report.data_view import DataSample, DataView, Piece
+from hqqtrain.rundir.schema import DataMetrics
+from hqqtrain.tasks.context import Run
+from hqqtrain.tasks.datasets import check_same_text, load_training_data
+from hqqtrain.tracking.console import has_color
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONSOLE_TOKENS, PAGE_TOKENS = 512, 4096
+"""Most tokens of a sample that the console and the page show; the middle of others is hidden."""
+
+_CONTEXT = 4
+"""Tokens before a piece that are decoded with it. They may decide whether it has a space."""
+
+
+class DataModel(NamedTuple):
+    """What task=data needs of a model: its tokenizer, and the number of its token ids, if known."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    folder: Path
+    vocab_size: int | None
+
+
+def show_data(run: Run) -> None:
+    """Print the figures and samples of the training data, and write them to report/data.html."""
+    comm = run.runtime.comm
+    with comm.raise_on_all_ranks():
+        model = load_data_model(run.config.model)
+        data = load_training_data(run, model.folder, model.vocab_size)
+    check_same_text(run, data)
+    report = DataReport(measure_data(data, run.config.train.max_seq_len))
+    metrics = data_metrics(run.config, report)
+    run.recorder.begin_without_model()
+    run.recorder.summary.add_data(metrics)
+    comm.run_on_rank0(lambda: _show(run, data, metrics, model.tokenizer))
+
+
+def load_data_model(model: ModelConfig) -> DataModel:
+    """Load the tokenizer of `model`, and read its config.json.
+
+    Raises:
+        UserError: The model is missing, or its configuration or its tokenizer cannot be read.
+    """
+    source = resolve_source(model, weights=False)
+    text_config = load_hf_config(source.path).get_text_config(decoder=True)
+    vocab_size = getattr(text_config, "vocab_size", None)
+    return DataModel(load_tokenizer(source.tokenizer), source.tokenizer, vocab_size)
+
+
+def data_metrics(config: RunConfig, report: DataReport) -> DataMetrics:
+    """Return the `data` part of summary.json."""
+    return DataMetrics(
+        source=mask_secrets(config.data.source),
+        format=config.data.format,
+        max_seq_len=config.train.max_seq_len,
+        left_out=dict(report.left_out) or None,
+        **asdict(report.statistics),
+    )
+
+
+def _show(
+    run: Run, data: TokenSequences, metrics: DataMetrics, tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    is_plain_text = np.array_equal(data.targets, plain_text_targets(data.stream, data.starts))
+
+    sampler = Sampler(data, tokenizer)
+    indices = sample_indices(len(data.starts), run.config.data.show)
+
+    def view(max_tokens: int) -> DataView:
+        samples = [sampler.sample(index, max_tokens) for index in indices]
+        return DataView(metrics, is_plain_text, samples)
+
+    text = render_data(
+        view(CONSOLE_TOKENS),
+        color=has_color(sys.stdout),
+        can_show_unicode=(sys.stdout.encoding or "").lower().startswith("utf"),
+    )
+    run.recorder.console.print_text(text)
+    write_data_page(run.layout.folder, view(PAGE_TOKENS), run.config.run_name())
+
+
+def sample_indices(examples: int, number: int) -> list[int]:
+    """Return the indices of `number` examples, evenly spaced from the first one on."""
+    number = min(number, examples)
+    return [index * examples // number for index in range(number)]
+
+
+class Sampler:
+    """Decodes examples of `data`."""
+
+    def __init__(self, data: TokenSequences, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._data, self._tokenizer = data, tokenizer
+        self._ends, self._sequences = example_ends(data), count_sequences(data)
+        self._covered, self._trained = token_masks(data)
+        self._special_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+
+    def sample(self, index: int, max_tokens: int) -> DataSample:
+        """Return the tokens of an example that are in sequences, at most `max_tokens` of them."""
+        tokens = slice(int(self._data.starts[index]), int(self._ends[index]))
+        kept = self._covered[tokens]
+        ids, trained = self._data.stream[tokens][kept], self._trained[tokens][kept]
+        title = self._title(index, len(kept), len(ids), int(np.count_nonzero(trained)))
+        if len(ids) <= max_tokens:
+            return DataSample(title, list(self._pieces(ids, trained)))
+        begin, end = 3 * max_tokens // 4, len(ids) - max_tokens // 4
+        return DataSample(
+            title,
+            list(self._pieces(ids[:begin], trained[:begin])),
+            end - begin,
+            list(self._pieces(ids[end:], trained[end:])),
+        )
+
+    def _title(self, index: int, tokens: int, kept: int, trained: int) -> str:
+        parts = [f"{count(tokens, 'token')}, {trained:,} trained"]
+        if kept < tokens:
+            parts.append(f"{tokens - kept:,} cut off")
+        if self._sequences[index] > 1:
+            parts.append(f"split over {self._sequences[index]:,} sequences")
+        return f"example {index + 1:,} of {len(self._ends):,}: {', '.join(parts)}"
+
+    def _pieces(self, ids: np.ndarray, trained: np.ndarray) -> Iterator[Piece]:
+        """Yield the pieces of neighboring tokens; a special token is a piece of its own."""
+        special = np.isin(ids, list(self._special_ids))
+        changes = (np.diff(trained) != 0) | special[1:] | special[:-1]
+        for begin, end in pairwise([0, *(np.flatnonzero(changes) + 1).tolist(), len(ids)]):
+            if begin < end:
+                text = self._decode(ids, begin, end)
+                # A token that the tokenizer does not have, or one without a text of its own.
+                nameless = "".join(f"<token {token}>" for token in ids[begin:end].tolist())
+                is_special = bool(special[begin]) or not text
+                yield Piece(text or nameless, bool(trained[begin]), is_special)
+
+    def _decode(self, ids: np.ndarray, begin: int, end: int) -> str:
+        """Return the text that the tokens from `begin` to `end` add to those before them."""
+        before = self._text(ids[max(0, begin - _CONTEXT) : begin])
+        text = self._text(ids[max(0, begin - _CONTEXT) : end])
+        if text.startswith(before) and not before.endswith("\N{REPLACEMENT CHARACTER}"):
+            return text[len(before) :]
+        return self._text(ids[begin:end])  # the tokens on both sides may make one character
+
+    def _text(self, ids: np.ndarray) -> str:
+        return self._tokenizer.decode(
+            ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )

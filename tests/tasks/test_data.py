@@ -1,0 +1,245 @@
+"""task=data shows what a training would be trained on, and reads no weights."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import ModelConfig
+from hqqtrain.data.packing import TokenSequences, pack_texts
+from hqqtrain.models.source import TINY_FOLDER
+from hqqtrain.models.tokenizer import load_tokenizer
+from hqqtrain.tasks import data as task
+from hqqtrain.tasks.data import Sampler, load_data_model, sample_indices, show_data
+from hqqtrain.tasks.finetune import finetune
+from hqqtrain.tasks.inference import quantize
+
+
+@pytest.fixture
+def tokenizer():
+    return load_tokenizer(TINY_FOLDER)
+
+
+@pytest.fixture
+def look(make_config, start_run):
+    """Return a function that runs task=data and returns the run."""
+
+    def look(**groups: dict):
+        config = make_config("data", **groups)
+        with start_run(config) as run:
+            show_data(run)
+        return run
+
+    return look
+
+
+def _masked(data: TokenSequences, trained: slice) -> TokenSequences:
+    """Return `data` with the tokens of each example at `trained` as targets, and no others."""
+    targets = np.zeros_like(data.targets)
+    for start, end in zip(data.starts, [*data.starts[1:], len(data.stream)], strict=True):
+        targets[start:end][trained] = True
+    targets[data.starts] = False
+    return replace(data, targets=targets)
+
+
+def test_plain_text_is_shown_as_the_model_gets_it(look, capsys):
+    run = look(data={"show": 1})
+    output = capsys.readouterr().out
+    assert "example 1 of 1: " in output
+    assert "All tokens but the first of each example are trained" in output
+    assert "  | def train_0(x): return x + 0\n  | def train_1(x)" in output
+    assert "<|endoftext|>" in output
+    assert f"wrote {run.layout.data_html}" in output
+    assert "def train_0(x): return x + 0" in run.layout.data_html.read_text(encoding="utf-8")
+
+
+def test_the_run_directory_has_figures_and_a_page_and_nothing_empty(look, tiny_model: Path):
+    run = look()
+    folder = run.layout.folder
+    assert folder.name == "run-data"
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert names == {".lock", "config.yaml", "status.json", "summary.json", "report/data.html"}
+    summary = json.loads(run.layout.summary_json.read_text())
+    assert summary.keys() == {"schema", "run", "data"}
+    assert summary["data"]["source"].endswith("train.txt")
+    assert summary["data"]["examples"] == 1
+    assert "left_out" not in summary["data"]
+    data = load_data(run)
+    assert summary["data"]["trained_tokens"] == data.target_token_count
+    assert summary["data"]["sequences"] == len(data)
+    assert json.loads(run.layout.status_json.read_text())["status"] == "done"
+
+
+def load_data(run) -> TokenSequences:
+    return task.load_training_data(run, TINY_FOLDER)
+
+
+def test_no_weight_is_read(look, tiny_model: Path, capsys):
+    (tiny_model / "model.safetensors").unlink()
+    look()
+    assert "tokens per example" in capsys.readouterr().out
+
+
+def test_no_tracker_is_started(look, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a tracker was started")
+
+    monkeypatch.setattr("hqqtrain.tracking.composite.WandbTracker", fail)
+    assert not look(track={"backends": ["wandb"]}).layout.metrics_jsonl.exists()
+
+
+def test_every_look_is_a_new_one_and_replaces_the_last(look, capsys, tmp_path: Path):
+    look()
+    first = capsys.readouterr().out
+    look()
+    assert capsys.readouterr().out == first
+    (tmp_path / "train.txt").write_text("another text\n" * 9)
+    run = look(train={"max_seq_len": 16})  # other settings, too
+    assert "another text" in capsys.readouterr().out
+    assert "train_0" not in run.layout.data_html.read_text(encoding="utf-8")
+
+
+def test_the_same_command_trains_after_the_look(look, make_config, start_run):
+    looked = look()
+    with start_run(make_config("finetune", eval={"source": None})) as run:
+        finetune(run)
+    assert run.layout.folder.name == "run"
+    assert run.recorder.summary.content.train.steps == 2
+    assert looked.layout.data_html.exists()
+
+
+def test_a_look_does_not_replace_another_run(look, make_config, start_run):
+    with start_run(make_config("quantize", run={"name": "x-data"})) as run:
+        quantize(run)
+    with pytest.raises(UserError, match=r"a run of another configuration: .*task=data"):
+        look(run={"name": "x"})
+
+
+def test_a_token_that_the_model_lacks_is_refused_as_in_a_training(look, tiny_model: Path):
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tiny_model / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
+    with pytest.raises(UserError, match="only 50 embeddings"):
+        look()
+
+
+@pytest.mark.parametrize("color", [False, True])
+def test_the_trained_tokens_of_a_chat_are_marked(look, monkeypatch, capsys, color):
+    def load(run, folder, vocab_size=None) -> TokenSequences:
+        tokenizer = load_tokenizer(folder)
+        data = pack_texts(["def one(x): return 1"] * 2, tokenizer, max_seq_len=64)
+        return _masked(data, slice(4, 6))
+
+    monkeypatch.setattr(task, "load_training_data", load)
+    monkeypatch.setenv("FORCE_COLOR" if color else "NO_COLOR", "1")
+    run = look(data={"show": 5})
+    output = capsys.readouterr().out
+    tokenizer = load_tokenizer(TINY_FOLDER)
+    ids = tokenizer("def one(x): return 1")["input_ids"]
+    begin, middle = tokenizer.decode(ids[:4]), tokenizer.decode(ids[4:6])
+    if color:
+        assert f"  | {begin}\033[32m{middle}\033[0m" in output
+    else:
+        assert f"  | {begin}[[ {middle} ]]" in output
+    assert output.count("\nexample ") == 2
+    assert f"{begin}<mark>{middle}</mark>" in run.layout.data_html.read_text(encoding="utf-8")
+    summary = run.recorder.summary.content.data
+    assert (summary.trained_tokens, summary.duplicates, summary.examples) == (4, 1, 2)
+
+
+def test_color_needs_a_terminal(look, monkeypatch, capsys):
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    colors = []
+    monkeypatch.setattr(task, "render_data", lambda view, color, **_: colors.append(color) or "x")
+    look()
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True)
+    look()
+    assert colors == [False, True]
+
+
+def test_samples_are_spread_evenly():
+    assert sample_indices(100, 3) == [0, 33, 66]
+    assert sample_indices(2, 3) == [0, 1]
+    assert sample_indices(5, 0) == []
+
+
+@pytest.mark.parametrize("trained", [slice(0, 0), slice(3, 8), slice(0, 99)])
+def test_the_pieces_are_the_text(tokenizer, trained):
+    text = "def f(x):\n    return 'é中\U0001f469 <|endoftext|> [[x]]'\n"
+    data = _masked(pack_texts([text], tokenizer, max_seq_len=99), trained)
+    sample = Sampler(data, tokenizer).sample(0, 99)
+    assert "".join(piece.text for piece in sample.pieces) == f"{text}<|endoftext|>"
+    assert [p.text for p in sample.pieces if p.is_special] == ["<|endoftext|>"] * 2
+    kept = data.targets.copy()
+    kept[0] = False
+    expected = tokenizer.decode(data.stream[kept])
+    assert "".join(p.text for p in sample.pieces if p.is_trained) == expected
+
+
+def test_a_character_of_which_a_part_is_trained_is_shown_as_its_bytes(tokenizer):
+    data = pack_texts(["中\U0001f469"], tokenizer, max_seq_len=99)
+    data = _masked(data, slice(1, 99, 2))
+    pieces = Sampler(data, tokenizer).sample(0, 99).pieces
+    assert len(pieces) == len(data.stream) > 6
+    assert {piece.text for piece in pieces} == {"\ufffd", "<|endoftext|>"}
+
+
+def test_a_long_example_is_shown_in_two_parts(tokenizer):
+    text = "".join(f"x{number} = {number}\n" for number in range(99))
+    data = pack_texts([text], tokenizer, max_seq_len=32)
+    tokens = len(data.stream)
+    sample = Sampler(data, tokenizer).sample(0, 40)
+    first, last = ("".join(p.text for p in part) for part in (sample.pieces, sample.last_pieces))
+    assert sample.hidden_tokens == tokens - 40
+    assert (text + "<|endoftext|>").startswith(first)
+    assert (text + "<|endoftext|>").endswith(last)
+    assert first == tokenizer.decode(data.stream[:30])
+    assert f"split over {len(data)} sequences" in sample.title
+
+
+def test_the_title_says_what_is_cut_off(tokenizer):
+    data = pack_texts(["a b c d e f g h i j"], tokenizer, max_seq_len=4, packing=False)
+    sample = Sampler(data, tokenizer).sample(0, 40)
+    assert sample.title == f"example 1 of 1: {len(data.stream)} tokens, 3 trained, " + (
+        f"{len(data.stream) - 4} cut off"
+    )
+    assert "".join(piece.text for piece in sample.pieces) == tokenizer.decode(data.stream[:4])
+
+
+def test_a_token_without_text_is_named(tokenizer):
+    stream = np.array([5, 10**6, 10**6 + 1], np.int32)
+    one = np.array([0])
+    data = TokenSequences(stream, np.array([False, True, True]), one, one, np.array([3]))
+    pieces = Sampler(data, tokenizer).sample(0, 9).pieces
+    assert pieces[-1].text == "<token 1000000><token 1000001>"
+    assert pieces[-1].is_special
+
+
+def test_a_piece_keeps_the_space_that_its_tokenizer_joins_words_with():
+    class Words:
+        """A tokenizer that, as SentencePiece, drops the space before the first word."""
+
+        all_special_ids, added_tokens_decoder = [], {}
+
+        def decode(self, ids: list[int], **_: bool) -> str:
+            return " ".join(f"w{token}" for token in ids)
+
+    zero = np.array([0])
+    targets = np.array([False, False, True, True, False])
+    data = TokenSequences(np.arange(5), targets, zero, zero, np.array([5]))
+    pieces = Sampler(data, Words()).sample(0, 9).pieces
+    assert [piece.text for piece in pieces] == ["w0 w1", " w2 w3", " w4"]
+
+
+def test_the_model_of_a_look_is_its_tokenizer_and_configuration(tiny_model: Path):
+    model = load_data_model(ModelConfig(name_or_path=str(tiny_model)))
+    assert (model.folder, model.vocab_size) == (tiny_model, 4096)
+    synthetic = load_data_model(ModelConfig(name_or_path="Meta-Llama-3-8B", source="synthetic"))
+    assert (synthetic.folder, synthetic.vocab_size) == (TINY_FOLDER, 128256)
+    with pytest.raises(UserError, match="no such folder"):
+        load_data_model(ModelConfig(name_or_path="./absent"))
