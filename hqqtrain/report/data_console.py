@@ -6,7 +6,7 @@ control characters are escaped, so none can move the cursor or set a color.
 
 from collections.abc import Iterable, Sequence
 
-from hqqtrain.report.data_view import DataSample, DataView, Piece
+from hqqtrain.report.data_view import PLAIN_TEXT, DataSample, DataView, Piece
 from hqqtrain.report.text import escape_controls
 
 _BAR_WIDTH = 40
@@ -67,7 +67,7 @@ def _samples(view: DataView, color: bool, newline_sign: str) -> list[str]:
     """Return the lines of all samples, after a line that says what the marks mean."""
     marks = None
     if view.is_plain_text:
-        lines = ["All tokens but the first of each example are trained, so none is marked."]
+        lines = [PLAIN_TEXT]
         color = False
     elif color:
         sign = f", and {newline_sign} is a trained line ending" if newline_sign else ""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hqqtrain.common.files import atomic_write, make_folder
-from hqqtrain.report.data_view import DataSample, DataView, Piece, percent
+from hqqtrain.report.data_view import PLAIN_TEXT, DataSample, DataView, Piece, percent
 from hqqtrain.report.html import (
     render_page,
     render_plots,
@@ -72,8 +72,7 @@ def _render_samples(view: DataView) -> str:
     if not view.samples:
         return ""
     legend = (
-        "<p>All tokens but the first of each example are trained, so none is marked. <b>Bold</b> "
-        "tokens are special tokens.</p>"
+        f"<p>{PLAIN_TEXT} <b>Bold</b> tokens are special tokens.</p>"
         if view.is_plain_text
         else "<p><mark>Marked</mark> tokens are trained, <b>bold</b> ones are special tokens, and "
         f"{_NEWLINE_SIGN.strip()} is a trained line ending.</p>"

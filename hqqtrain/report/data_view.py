@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from hqqtrain.common.text import count
 from hqqtrain.rundir.schema import DataMetrics
 
+PLAIN_TEXT = (
+    "All tokens are trained but the first of each example and of each sequence, so none is marked."
+)
+"""The legend of samples of plain text."""
+
 
 @dataclass(frozen=True)
 class Piece:

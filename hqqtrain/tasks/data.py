@@ -171,6 +171,8 @@ class Sampler:
         return self._text(ids[begin:end])  # the tokens on both sides may make one character
 
     def _text(self, ids: np.ndarray) -> str:
-        return self._tokenizer.decode(
+        text = self._tokenizer.decode(
             ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+        assert isinstance(text, str)  # a list of texts is for a list of lists
+        return text

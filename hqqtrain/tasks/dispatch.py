@@ -5,6 +5,8 @@ which `RunRecorder` hides. Errors in the configuration and data are found before
 written.
 """
 
+import logging
+
 from hqqtrain.common.env import get_rank
 from hqqtrain.common.errors import PreemptedError
 from hqqtrain.config.run import RunConfig
@@ -42,6 +44,8 @@ def dispatch_task(config: RunConfig, arguments: list[str]) -> int:
     """
     relaunch_if_ranks_were_lost(arguments)
     setup_logging(get_rank() == 0)
+    if config.task == "data" and get_rank() == 0:  # the strategy and the backend have no use
+        logging.getLogger("hqqtrain").setLevel(logging.WARNING)
     runtime = Runtime.start(_runtime_settings(config), PreemptionHandler(config.run))
     try:
         with RunRecorder(config, runtime, ["python", "-m", "hqqtrain", *arguments]) as recorder:

@@ -57,7 +57,7 @@ def test_plain_text_is_not_marked():
     view = replace(_view(Piece("a"), Piece("b\n", is_trained=True)), is_plain_text=True)
     for color in (False, True):
         text = render_data(view, color=color)
-        assert "All tokens but the first of each example are trained, so none is marked." in text
+        assert "so none is marked." in text
         assert "  | ab\n" in text
         assert "\033" not in text
 

@@ -50,7 +50,7 @@ def test_plain_text_is_shown_as_the_model_gets_it(look, capsys):
     run = look(data={"show": 1})
     output = capsys.readouterr().out
     assert "example 1 of 1: " in output
-    assert "All tokens but the first of each example are trained" in output
+    assert "All tokens are trained but the first of each example" in output
     assert "  | def train_0(x): return x + 0\n  | def train_1(x)" in output
     assert "<|endoftext|>" in output
     assert f"wrote {run.layout.data_html}" in output
