@@ -112,7 +112,7 @@ def test_values_with_special_characters():
         ("quant=3", "quant=3: must be a mapping of keys, such as those of quant in --help."),
         ("quant={nbit:3}", "nbit"),
         ("quant.nbits=5", "quant.nbits=5: allowed are 8, 4, 3, 2, 1."),
-        ("task=finetun", "task=finetun: allowed are finetune, quantize, eval, export."),
+        ("task=finetun", "task=finetun: allowed are finetune, quantize, eval, export, data."),
         ("model=llama9b", "model=llama9b: no such option. Did you mean 'llama8b'? Allowed are"),
         ("recipe=tiny_2bits", "recipe=tiny_2bits: no such recipe. Did you mean 'tiny_2bit'?"),
         ("recipe=../tiny_2bit", "recipe=../tiny_2bit: no such recipe."),
