@@ -4,6 +4,7 @@ A model's folder often contains copies of the same weights in other formats, and
 files. Nothing reads these, so they do not count.
 """
 
+import glob
 from pathlib import Path
 
 _MODEL_PATTERNS = (
@@ -37,3 +38,21 @@ def text_files(folder: Path) -> list[str]:
     """Return the relative names of all files below `folder` that are not hidden."""
     relative = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(str(p) for p in relative if not any(part.startswith(".") for part in p.parts))
+
+
+def is_pattern(path: Path) -> bool:
+    """Whether a path that does not exist is a pattern of names, such as `texts/*.jsonl`."""
+    return any(map(glob.has_magic, path.parts))
+
+
+def pattern_root(pattern: Path) -> Path:
+    """Return the folder below which all files of a pattern are."""
+    parts = pattern.parts
+    first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    return Path(*parts[:first])
+
+
+def matching_files(pattern: Path) -> list[Path]:
+    """Return the files that match a pattern, sorted, without hidden ones; `**` is any folders."""
+    found = map(Path, glob.glob(str(pattern), recursive=True))
+    return sorted(path for path in found if path.is_file())

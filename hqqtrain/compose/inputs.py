@@ -16,7 +16,9 @@ BUNDLED = ("tiny", "python_stdlib")
 """The model and the text that every installation has."""
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
-_FILE_NAME = re.compile(r".*\.(txt|text|md|py|rst|jsonl?|parquet|csv|gz|bz2|zst)", re.IGNORECASE)
+_FILE_NAME = re.compile(
+    r".*\.(txt|text|md|py|rst|jsonl?|ndjson|parquet|[ct]sv|arrow|feather|gz|bz2|zst)", re.IGNORECASE
+)
 
 
 class Input(NamedTuple):

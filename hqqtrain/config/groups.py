@@ -200,18 +200,29 @@ class OptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """The training text."""
+    """The training data."""
 
     source: str = key(
         "python_stdlib",
-        "python_stdlib, a file or folder, or the name of a data set on the hub (name:config)",
+        "python_stdlib, a file, folder or pattern (texts/*.jsonl), or the name of a data set on "
+        "the hub (name:config)",
     )
     format: str = key(
         "auto",
-        "format of local files; auto: by file extension",
-        choices=("auto", "text", "jsonl", "parquet"),
+        "format of the rows; auto: by their columns; text: data.text_field, chat: messages or "
+        "conversations, alpaca: instruction, input and output, completion: prompt and completion, "
+        "tokens: input_ids and labels",
+        choices=("auto", "text", "chat", "alpaca", "completion", "tokens"),
     )
-    text_field: str = key("text", "column or JSON field that contains the text")
+    file_type: str = key(
+        "auto",
+        "type of local files; auto: by file extension; text: each file is one text",
+        choices=("auto", "text", "jsonl", "csv", "parquet", "arrow"),
+    )
+    text_field: str = key("text", "column or JSON field that contains the text, in format text")
+    max_bad_rows: int = key(
+        0, "most rows that may be left out because they cannot be read; more are an error", low=0
+    )
     validation: float = key(
         0.02,
         "share of the texts of data.source that eval.source=auto holds out by their hashes, unless "

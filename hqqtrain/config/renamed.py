@@ -19,6 +19,12 @@ RENAMED_KEYS = {
 RENAMED_VALUES = {("train.objective", "sft"): "next_token"}
 """(dotted key, old value) -> new value."""
 
+MOVED_VALUES = {
+    ("data.format", "jsonl"): ("data.file_type", "auto"),
+    ("data.format", "parquet"): ("data.file_type", "auto"),
+}
+"""(dotted key, old value) -> the key of the same group that has this value now, and its default."""
+
 
 def renamed_value_errors(group: str, config: Any) -> Iterator[str]:
     """Yield one message for every key of `group` that has an old value, with the new one.
@@ -31,6 +37,10 @@ def renamed_value_errors(group: str, config: Any) -> Iterator[str]:
         key_group, _, name = dotted.partition(".")
         if key_group == group and getattr(config, name) == old:
             yield f"{dotted}={old}: is called {new} now; use {dotted}={new}."
+    for (dotted, old), (new_key, _) in MOVED_VALUES.items():
+        key_group, _, name = dotted.partition(".")
+        if key_group == group and getattr(config, name) == old:
+            yield f"{dotted}={old}: is a value of {new_key} now; use {new_key}={old}."
 
 
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,6 +50,8 @@ def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
         _move(renamed, old, new)
     for (dotted, old_value), new_value in RENAMED_VALUES.items():
         _replace(renamed, dotted, old_value, new_value)
+    for (dotted, value), (new_key, default) in MOVED_VALUES.items():
+        _move_value(renamed, dotted, new_key, value, default)
     return renamed
 
 
@@ -53,6 +65,8 @@ def with_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
         _move(renamed, new, old)
     for (dotted, old_value), new_value in RENAMED_VALUES.items():
         _replace(renamed, dotted, new_value, old_value)
+    for (dotted, value), (new_key, default) in MOVED_VALUES.items():
+        _move_value(renamed, new_key, dotted, value, default)
     return renamed
 
 
@@ -69,3 +83,17 @@ def _replace(values: dict[str, Any], dotted: str, old: Any, new: Any) -> None:
     group, _, name = dotted.partition(".")
     if isinstance(values.get(group), dict) and values[group].get(name) == old:
         values[group][name] = new
+
+
+def _move_value(values: dict[str, Any], source: str, target: str, value: Any, default: Any) -> None:
+    """Move `value` of the dotted key `source` to `target`, if that has its default, in place.
+
+    Both keys are in the same group and have the same default.
+    """
+    group, _, name = source.partition(".")
+    target_name = target.partition(".")[2]
+    settings = values.get(group)
+    if not isinstance(settings, dict) or settings.get(name) != value:
+        return
+    if settings.get(target_name, default) == default:
+        settings |= {name: default, target_name: value}

@@ -47,7 +47,9 @@ SWITCHED_OFF: dict[str, Any] = {"track.backends": [], "eval.source": None, "eval
 """Values that switch off what a key controls. A task that does not use the key needs no warning."""
 
 _OF_WANDB = ("track.project", "track.entity")
-_OF_FILES = ("data.format", "data.text_field", "data.validation")
+_OF_FILES = (
+    "data.format", "data.file_type", "data.text_field", "data.max_bad_rows", "data.validation",
+)  # fmt: skip
 
 
 def unused_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:

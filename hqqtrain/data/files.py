@@ -1,10 +1,12 @@
-"""Find the text files that a source names, and sort them into a training and a held-out part."""
+"""Find the files that a source names, and sort them into a training and a held-out part."""
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from hqqtrain.common.errors import UserError, did_you_mean
+from hqqtrain.common.inputs import is_pattern, matching_files, pattern_root
 from hqqtrain.data.splits import (
     HELD_OUT_SPLITS,
     TRAIN,
@@ -12,26 +14,25 @@ from hqqtrain.data.splits import (
     split_of_name,
     split_of_path,
 )
+from hqqtrain.data.streams import COMPRESSIONS
 
 logger = logging.getLogger(__name__)
 
-FORMAT_BY_EXTENSION = {
+FILE_TYPE_BY_EXTENSION = {
     ".txt": "text", ".md": "text", ".py": "text", ".rst": "text", ".text": "text",
-    ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet",
+    ".csv": "csv", ".tsv": "csv", ".arrow": "arrow", ".feather": "arrow",
 }  # fmt: skip
-"""The format of a file by its extension, for `data.format=auto`."""
+"""The type of a file by its extension, for `data.file_type=auto`."""
 
-TABLE_EXTENSIONS = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
-"""Tables that other programs write. As text, their numbers and commas would be trained on."""
+TABLE_TYPES = ("csv", "arrow")
+"""Types of files that are left out of a folder that also has files of other types."""
 
-_CONVERT_TABLE = (
-    ' A table must be converted first, for example: python -c "from pyarrow import csv, parquet; '
-    "parquet.write_table(csv.read_csv('a.csv'), 'a.parquet')\"; data.text_field names its column."
-)
-"""The advice for a table, which continues a message."""
+SPREADSHEETS = (".xlsx", ".xls", ".ods")
+"""Tables in files that only other programs read."""
 
-COMPRESSIONS = (".gz", ".bz2", ".zst")
-"""Extensions of compressed files, which follow the extension of a format, as in `a.jsonl.gz`."""
+_CONVERT_SPREADSHEET = " A spreadsheet must be saved as CSV in UTF-8, whose columns are read."
+"""The advice for a spreadsheet, which continues a message."""
 
 SOURCE_TREE_EXTENSIONS = (".py", ".md", ".rst")
 """Extensions of source code and its documents, whose names say what they are about."""
@@ -50,64 +51,88 @@ class SourceFiles:
     Attributes:
         train: The files to train on.
         held_out: The files that are held out by their names.
-        format: The format of all files: `text`, `jsonl` or `parquet`.
+        file_type: The type of all files: `text`, `jsonl`, `csv`, `parquet` or `arrow`.
     """
 
     train: list[Path]
     held_out: list[Path]
-    format: str
+    file_type: str
 
 
-def find_files(source: str, format: str, key: str, *, warns: bool = True) -> SourceFiles:
-    """Find the file `source`, or the files below the folder `source` in sorted order.
+def find_files(source: str, file_type: str, key: str, *, warns: bool = True) -> SourceFiles:
+    """Find the file `source`, the files below the folder, or those that match the pattern.
 
-    Hidden files are left out. Names of files and folders decide the split, as in `datasets`: if
-    some are named after the training split, files without a split are left out, too. In a tree of
-    source code they decide nothing.
+    The files are sorted, and hidden ones are left out. Names of files and folders decide the split,
+    as in `datasets`: if some are named after the training split, files without a split are left
+    out, too. In a tree of source code they decide nothing.
 
     Args:
-        source: Path of the file or folder. The name of a single file does not matter.
-        format: `auto`, `text`, `jsonl` or `parquet`.
+        source: Path of the file or folder, or a pattern such as `texts/*.jsonl`. The name of a
+            single file does not matter.
+        file_type: `auto`, `text`, `jsonl`, `csv`, `parquet` or `arrow`.
         key: The config key that contains `source`, for messages.
         warns: Whether to log which files are not read.
 
     Raises:
-        UserError: The path is missing or unreadable, has no file of the format, or has files of
-            several formats.
+        UserError: The path is missing or unreadable, has no file of the type, or has files of
+            several types.
     """
     path, where = _existing_path(source, key), f"{key}={source}"
     if path.is_file():
-        return SourceFiles([path], [], _format_of(path, where) if format == "auto" else format)
-    if not path.is_dir():
+        return SourceFiles([path], [], _type_of(path, where) if file_type == "auto" else file_type)
+    if path.is_dir():
+        all_files, links = _list_folder(path, where)
+        if warns and links:
+            logger.warning(
+                "%s: %d linked folders are not read, such as %s; link or give the files.",
+                where, len(links), links[0].relative_to(path),
+            )  # fmt: skip
+    elif is_pattern(path):
+        all_files, path = matching_files(path), pattern_root(path)
+    else:
         raise UserError(f"{where}: is neither a file nor a folder; write its text to a file.")
-    all_files, links = _list_folder(path, where)
-    if warns and links:
-        logger.warning(
-            "%s: %d linked folders are not read, such as %s; link or give the files.",
-            where, len(links), links[0].relative_to(path),
-        )  # fmt: skip
-    extensions = {
-        extension
-        for extension, its_format in FORMAT_BY_EXTENSION.items()
-        if format in ("auto", its_format)
-    }
-    files = [file for file in all_files if format_extension(file) in extensions]
-    if not files:
-        contents = ", ".join(sorted({p.suffix or p.name for p in all_files})[:20]) or "nothing"
-        allowed = ", ".join(sorted(extensions))
-        tables = {format_extension(file) for file in all_files} & set(TABLE_EXTENSIONS)
-        raise UserError(
-            f"{where}: no file to read; the folder contains {contents}; allowed extensions "
-            f"are {allowed}.{_CONVERT_TABLE if tables else ''}"
-        )
+    files, file_type = _files_of_one_type(all_files, file_type, where)
     if warns and len(files) < len(all_files):
-        other = next(file for file in all_files if format_extension(file) not in extensions)
+        other = sorted(set(all_files) - set(files))[0]
         logger.warning(
             "%s: %d of %d files are read; the others have other extensions, such as %s.",
             where, len(files), len(all_files), other.relative_to(path),
         )  # fmt: skip
-    common_format = _common_format(files, where)
-    return _by_split(files, path, common_format, where if warns else None)
+    return _by_split(files, path, file_type, where if warns else None)
+
+
+def _files_of_one_type(files: list[Path], file_type: str, where: str) -> tuple[list[Path], str]:
+    """Return the files that are read, and their type.
+
+    Raises:
+        UserError: No file has the type, or they have several.
+    """
+    extensions = {
+        extension
+        for extension, its_type in FILE_TYPE_BY_EXTENSION.items()
+        if file_type in ("auto", its_type)
+    }
+    by_type: dict[str, list[Path]] = {}
+    for file in files:
+        if (extension := format_extension(file)) in extensions:
+            by_type.setdefault(FILE_TYPE_BY_EXTENSION[extension], []).append(file)
+    if not by_type:
+        contents = ", ".join(sorted({p.suffix or p.name for p in files})[:20]) or "nothing"
+        is_spreadsheet = {format_extension(file) for file in files} & set(SPREADSHEETS)
+        raise UserError(
+            f"{where}: no file to read; the folder contains {contents}; allowed extensions "
+            f"are {', '.join(sorted(extensions))}.{_CONVERT_SPREADSHEET if is_spreadsheet else ''}"
+        )
+    others = {name for name in by_type if name not in TABLE_TYPES}
+    if others:  # tables beside texts are seldom meant to be trained on
+        by_type = {name: by_type[name] for name in by_type if name in others}
+    if len(by_type) > 1:
+        raise UserError(
+            f"{where}: contains files of {' and '.join(sorted(by_type))}; choose one with "
+            "data.file_type."
+        )
+    ((file_type, chosen),) = by_type.items()
+    return chosen, file_type
 
 
 def _list_folder(folder: Path, where: str) -> tuple[list[Path], list[Path]]:
@@ -115,18 +140,39 @@ def _list_folder(folder: Path, where: str) -> tuple[list[Path], list[Path]]:
     files, links, folders = [], [], [folder]
     try:
         while folders:
+            files_here: list[Path] = []
             for path in folders.pop().iterdir():
                 if path.name.startswith(_HIDDEN):
                     continue
                 if not path.is_dir():
-                    files.append(path)
+                    files_here.append(path)
                 elif path.is_symlink():
                     links.append(path)
                 else:
                     folders.append(path)
+            files += _without_files_of_datasets(files_here)
     except OSError as error:  # also of a folder inside: its texts would be missing without a word
         raise UserError(f"{where}: {error.filename} cannot be read: {error.strerror}.") from error
     return sorted(files), sorted(links)
+
+
+def _without_files_of_datasets(files: list[Path]) -> list[Path]:
+    """Return the files of a folder without those that `datasets` keeps beside its data.
+
+    `Dataset.save_to_disk` lists its data in state.json. Files of its cache are copies of the data.
+    """
+    by_name = {file.name: file for file in files if file.name != "dataset_dict.json"}
+    if "dataset_info.json" not in by_name:
+        return list(by_name.values())
+    try:
+        state = json.loads(by_name["state.json"].read_bytes())
+        return [by_name[str(item["filename"])] for item in state["_data_files"]]
+    except (KeyError, TypeError, ValueError, OSError):  # the cache of a data set of the hub
+        return [
+            file
+            for name, file in by_name.items()
+            if name not in ("dataset_info.json", "state.json") and not name.startswith("cache-")
+        ]
 
 
 def format_extension(file: Path) -> str:
@@ -157,16 +203,19 @@ def _existing_path(source: str, key: str) -> Path:
         # The name is too long or has a NUL, a folder is not readable, or ~user does not exist.
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{key}={source[:200]}: cannot be read: {reason.rstrip('.')}.") from error
-    if not exists:
+    if not exists and is_pattern(path):
+        if not matching_files(path):
+            raise UserError(f"{key}={source}: no file matches this pattern.")
+    elif not exists:
         raise UserError(f"{key}={source}: no such file or folder.{suggest_similar_name(path)}")
     return path
 
 
-def _by_split(files: list[Path], root: Path, format: str, where: str | None) -> SourceFiles:
+def _by_split(files: list[Path], root: Path, file_type: str, where: str | None) -> SourceFiles:
     """Sort the files below `root` by their names, and log what follows if `where` is given."""
     if _is_source_tree(files, root):
         _log_ignored_names(files, root, where)
-        return SourceFiles(files, [], format)
+        return SourceFiles(files, [], file_type)
     splits = split_files(files, root)
     held_out = next((splits[split] for split in HELD_OUT_SPLITS if split in splits), [])
     train = splits.get(TRAIN) or splits.get(None, [])
@@ -181,7 +230,7 @@ def _by_split(files: list[Path], root: Path, format: str, where: str | None) -> 
             "%.0f%% of the bytes are not trained on%s.",
             where, len(train), len(held_out), example, unused, 100 * untrained, advice,
         )  # fmt: skip
-    return SourceFiles(train, held_out, format)
+    return SourceFiles(train, held_out, file_type)
 
 
 def _is_source_tree(files: list[Path], root: Path) -> bool:
@@ -218,24 +267,15 @@ def _bytes(files: list[Path]) -> int:
     return sum(file.stat().st_size for file in files if file.exists())
 
 
-def _format_of(file: Path, where: str) -> str:
-    """Return the format of a file by its extension; refuse an unknown one."""
+def _type_of(file: Path, where: str) -> str:
+    """Return the type of a file by its extension; refuse an unknown one."""
     extension = format_extension(file)
-    if extension in FORMAT_BY_EXTENSION:
-        return FORMAT_BY_EXTENSION[extension]
-    is_table = extension in TABLE_EXTENSIONS
-    advice = _CONVERT_TABLE if is_table else " Or set data.format=text, jsonl or parquet."
+    if extension in FILE_TYPE_BY_EXTENSION:
+        return FILE_TYPE_BY_EXTENSION[extension]
+    types = ", ".join(dict.fromkeys(FILE_TYPE_BY_EXTENSION.values()))
+    advice = f" Or set data.file_type to one of {types}."
     raise UserError(
         f"{where}: unknown extension '{extension}'; allowed are "
-        f"{', '.join(FORMAT_BY_EXTENSION)}, also compressed: {', '.join(COMPRESSIONS)}.{advice}"
+        f"{', '.join(FILE_TYPE_BY_EXTENSION)}; text, JSON and CSV files also compressed: "
+        f"{', '.join(COMPRESSIONS)}.{_CONVERT_SPREADSHEET if extension in SPREADSHEETS else advice}"
     )
-
-
-def _common_format(files: list[Path], where: str) -> str:
-    """Return the format that all files have; refuse files of several formats."""
-    formats = sorted({FORMAT_BY_EXTENSION[format_extension(file)] for file in files})
-    if len(formats) > 1:
-        raise UserError(
-            f"{where}: contains files of {' and '.join(formats)}; choose one with data.format."
-        )
-    return formats[0]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.data.held_out import is_blank
+from hqqtrain.data.examples import Example
+from hqqtrain.data.held_out import ExampleTexts, is_blank
 from hqqtrain.data.ngrams import BLOCK_WORDS, NGRAM_WORDS, NgramCounts, word_hashes, word_position
 
 logger = logging.getLogger(__name__)
@@ -61,13 +62,13 @@ class Overlap:
 
 
 def check_overlap(
-    train: Iterable[str], held_out: Iterable[str], where: str, fix: str | None
+    train: Iterable[Example], held_out: Iterable[Example], where: str, fix: str | None
 ) -> None:
     """Refuse held-out texts that are also trained on; warn if they are few.
 
     Args:
-        train: The texts to train on.
-        held_out: The held-out texts.
+        train: The examples to train on.
+        held_out: The held-out examples.
         where: The two sources, for messages.
         fix: Further advice for the error message; None: the two are parts of one source, which are
             never refused, and a small overlap is a line of the log.
@@ -75,7 +76,7 @@ def check_overlap(
     Raises:
         UserError: More than `MAX_OVERLAP` of the held-out characters are also trained on.
     """
-    overlap = measure_overlap(train, held_out)
+    overlap = measure_overlap(ExampleTexts(train), ExampleTexts(held_out))
     if not overlap.shared_texts:
         return
     dots = "..." if len(overlap.example) == EXAMPLE_CHARACTERS else ""

@@ -1,4 +1,4 @@
-"""Load the texts of `data.source` and `eval.source`, without any text in both.
+"""Load the examples of `data.source` and `eval.source`, without any text in both.
 
 By default (`eval.source=auto`) the held-out text comes from `data.source`. The standard library is
 split by module name, a hub data set has the splits of its authors, and files and folders may be
@@ -10,16 +10,23 @@ import logging
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import AUTO, DataConfig, EvalConfig
-from hqqtrain.data.files import FORMAT_BY_EXTENSION, find_files, format_extension
+from hqqtrain.data.examples import Example
+from hqqtrain.data.files import FILE_TYPE_BY_EXTENSION, find_files, format_extension
+from hqqtrain.data.formats import text
+from hqqtrain.data.formats.format import Format
+from hqqtrain.data.formats.registry import choose_format, fits
 from hqqtrain.data.held_out import split_by_hash
-from hqqtrain.data.hub import has_held_out, load_hub_dataset, select_hub_split, text_column
+from hqqtrain.data.hub import HubRows, has_held_out, load_hub_dataset, select_hub_split
 from hqqtrain.data.overlap import check_overlap
-from hqqtrain.data.readers import FileTexts
+from hqqtrain.data.readers import TEXT_COLUMN, FileRows
+from hqqtrain.data.row_examples import RowExamples
+from hqqtrain.data.rows import Rows
 from hqqtrain.data.stdlib import stdlib_texts
 
 logger = logging.getLogger(__name__)
@@ -31,26 +38,26 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class SourceTexts:
-    """The texts of a source; each part may be iterated several times.
+    """The examples of a source; each part may be iterated several times.
 
     Attributes:
-        train: The texts to train on; all texts if the source has no split.
-        held_out: The texts that the source itself holds out; None if it has no split.
+        train: The examples to train on; all of them if the source has no split.
+        held_out: The examples that the source itself holds out; None if it has no split.
     """
 
-    train: Iterable[str]
-    held_out: Iterable[str] | None
+    train: Iterable[Example]
+    held_out: Iterable[Example] | None
 
 
-def load_training_texts(data: DataConfig, evaluation: EvalConfig) -> Iterable[str]:
-    """Load the texts to train on: those of `data.source` that are not held out for `evaluation`.
+def load_training_texts(data: DataConfig, evaluation: EvalConfig) -> Iterable[Any]:
+    """Load the examples to train on: those of `data.source` that are not held out for `evaluation`.
 
     Raises:
         UserError: The source cannot be read, contains no text, cannot be split, or overlaps with
             the held-out text.
     """
     where = f"data.source={data.source}"
-    texts = _open_source(data.source, data.format, data.text_field, "data.source")
+    texts = _open_source(data.source, data, "data.source")
     if evaluation.source is None:
         return texts.train
     if not evaluates_on_training_source(evaluation, data):
@@ -68,24 +75,24 @@ def load_training_texts(data: DataConfig, evaluation: EvalConfig) -> Iterable[st
     return texts.train
 
 
-def load_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Iterable[str]:
-    """Load the held-out texts, none of which is in `load_training_texts(data, evaluation)`.
+def load_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Iterable[Any]:
+    """Load the held-out examples, none of which is in `load_training_texts(data, evaluation)`.
 
     Raises:
         UserError: The source cannot be read, contains no text, or cannot be split.
     """
     assert evaluation.source is not None
     if evaluates_on_training_source(evaluation, data):
-        texts = _open_source(data.source, data.format, data.text_field, "data.source", warns=False)
+        texts = _open_source(data.source, data, "data.source", warns=False)
         if texts.held_out is not None:
             if data.source != STDLIB:
                 _warn_if_unused(data)
             return texts.held_out
         return split_by_hash(texts.train, data.validation, f"data.source={data.source}")[1]
-    # data.format describes data.source; a known extension of eval.source takes precedence.
-    has_known_extension = format_extension(Path(evaluation.source)) in FORMAT_BY_EXTENSION
-    format = "auto" if has_known_extension else data.format
-    texts = _open_source(evaluation.source, format, data.text_field, "eval.source", evaluates=True)
+    # data.file_type describes data.source; a known extension of eval.source takes precedence.
+    if format_extension(Path(evaluation.source)) in FILE_TYPE_BY_EXTENSION:
+        data = replace(data, file_type=AUTO)
+    texts = _open_source(evaluation.source, data, "eval.source", evaluates=True)
     return texts.train if texts.held_out is None else texts.held_out
 
 
@@ -114,42 +121,78 @@ def dataset_name(evaluation: EvalConfig, data: DataConfig) -> str:
 
 
 def _open_source(
-    source: str, format: str, field: str, key: str, *, warns: bool = True, evaluates: bool = False
+    source: str, data: DataConfig, key: str, *, warns: bool = True, evaluates: bool = False
 ) -> SourceTexts:
     """Open a source of any kind.
 
     Args:
         source: A value of `data.source` or `eval.source`.
-        format: The format of local files.
-        field: The column or JSON field that contains the text.
+        data: The group `data` of the configuration, which says what the rows and files are.
         key: The config key that contains `source`, for messages.
         warns: Whether to log which files are not read.
         evaluates: Whether only the held-out texts are needed, or all if none are.
 
     Raises:
-        UserError: The source cannot be found or has no files or splits of the kind.
+        UserError: The source cannot be found, has no files or splits of the kind, or its rows have
+            no format.
     """
     where = f"{key}={source}"
     if source == STDLIB:
-        return SourceTexts(*([text for _, text in stdlib_texts(s)] for s in ("train", "held_out")))
+        parts = ([content for _, content in stdlib_texts(s)] for s in ("train", "held_out"))
+        return SourceTexts(*parts)
+
+    def examples(rows: Rows, kind: str) -> RowExamples:
+        format = _format_of(rows, data, where, is_own=key == "data.source")
+        return RowExamples(rows, format, where, data.max_bad_rows, kind)
+
     if not _is_hub_name(source):
-        files = find_files(source, format, key, warns=warns)
+        files = find_files(source, data.file_type, key, warns=warns)
         if not files.train and not evaluates:
             raise UserError(
                 f"{where}: no file to train on; by its name, {files.held_out[0]} is held-out text. "
                 "Rename it, or give the file itself."
             )
-        train, held_out = (
-            FileTexts(part, files.format, field, where) if part else None
-            for part in (files.train, files.held_out)
+        of_train, of_held_out = (
+            examples(FileRows(part, files.file_type, where), kind) if part else None
+            for part, kind in ((files.train, "rows"), (files.held_out, "held-out rows"))
         )
-        return SourceTexts(train or [], held_out)
+        return SourceTexts(of_train or [], of_held_out)
     splits = load_hub_dataset(source, key)
     names = ("held_out",) if evaluates else ("train", *["held_out"] * has_held_out(splits))
-    parts = [
-        text_column(select_hub_split(splits, split, source, key), field, where) for split in names
-    ]
-    return SourceTexts(parts[0], parts[1] if len(parts) > 1 else None)
+    train, *held_out = (
+        examples(
+            HubRows(select_hub_split(splits, split, source, key), where),
+            "rows" if split == "train" else "held-out rows",
+        )
+        for split in names
+    )
+    return SourceTexts(train, held_out[0] if held_out else None)
+
+
+def _format_of(rows: Rows, data: DataConfig, where: str, *, is_own: bool) -> Format:
+    """Return the format of rows.
+
+    Args:
+        rows: The rows.
+        data: The group `data` of the configuration.
+        where: `key=source` for messages.
+        is_own: Whether the rows are those of `data.source`, which `data.format` describes. For
+            others it holds if it fits them.
+
+    Raises:
+        UserError: The rows do not have the format.
+    """
+    if isinstance(rows, FileRows) and rows.file_type == text.NAME:
+        if data.format not in (AUTO, text.NAME) and is_own:
+            raise UserError(
+                f"data.format={data.format}: {where} has files of plain text, which have no "
+                "columns; use auto, or set data.file_type to the type of the files."
+            )
+        return text.text_format(TEXT_COLUMN)
+    name = data.format
+    if not is_own and name != AUTO and not fits(rows, name, data.text_field):
+        name = AUTO
+    return choose_format(rows, name, data.text_field, where)
 
 
 def _warn_if_unused(data: DataConfig) -> None:
@@ -169,7 +212,7 @@ def _is_hub_name(source: str) -> bool:
     """
     try:
         path = Path(source).expanduser()
-        has_known_extension = format_extension(path) in FORMAT_BY_EXTENSION
+        has_known_extension = format_extension(path) in FILE_TYPE_BY_EXTENSION
         if path.exists() or has_known_extension or not _HUB_NAME.fullmatch(source):
             return False
         return path.parent == Path() or not path.parent.exists()

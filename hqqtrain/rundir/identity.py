@@ -17,7 +17,14 @@ from typing import Any
 from hqqtrain.common.digest import content_digest
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import stat_digest
-from hqqtrain.common.inputs import adapter_files, model_files, text_files
+from hqqtrain.common.inputs import (
+    adapter_files,
+    is_pattern,
+    matching_files,
+    model_files,
+    pattern_root,
+    text_files,
+)
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.config.groups import AUTO
 from hqqtrain.config.renamed import with_new_names
@@ -194,10 +201,17 @@ def _input_paths(config: RunConfig) -> dict[str, Path]:
     if config.task == "data":  # it reads no weights, and a digest of them would
         values = {key: values[key] for key in ("data.source", "eval.source")}
     paths = {key: Path(value).expanduser() for key, value in values.items() if value}
-    return {key: path for key, path in paths.items() if os.path.exists(path)}
+    return {
+        key: path
+        for key, path in paths.items()
+        if os.path.exists(path) or (is_pattern(path) and matching_files(path))
+    }
 
 
 def _input_digest(key: str, path: Path) -> str:
+    if not path.exists():
+        root = pattern_root(path)
+        return content_digest(root, [str(p.relative_to(root)) for p in matching_files(path)])
     if not path.is_dir():
         return content_digest(path.parent, [path.name])
     files = {SOURCE_KEY: model_files, "adapter.init_from": adapter_files}.get(key, text_files)

@@ -15,6 +15,7 @@ from hqqtrain.common.text import count
 from hqqtrain.compose.inputs import list_inputs
 from hqqtrain.config.groups import QuantConfig
 from hqqtrain.config.run import RunConfig
+from hqqtrain.data.examples import Example
 from hqqtrain.data.sources import load_held_out_texts, load_training_texts
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime
@@ -98,7 +99,7 @@ def _check_held_out_text(config: RunConfig) -> str:
     return _counted(f"eval.source={config.eval.source}", texts)
 
 
-def _counted(key: str, texts: Iterable[str]) -> str:
+def _counted(key: str, texts: Iterable[Example]) -> str:
     """Return `key` with the number of `texts`, which are read one by one and so checked."""
     return f"{key} ({count(sum(1 for _ in texts), 'text')})"
 

@@ -29,6 +29,19 @@ def test_an_old_value_is_refused_with_the_new_one_named():
         compose_config(["train.objective=sft"])
 
 
+@pytest.mark.parametrize("value", ["jsonl", "parquet"])
+def test_a_value_that_moved_is_refused_with_its_key_and_read_in_old_files(value: str):
+    with pytest.raises(UserError, match=rf"^data\.format={value}: .* use data\.file_type={value}"):
+        compose_config([f"data.format={value}"])
+    old = {"data": {"format": value, "source": "x"}}
+    new = {"data": {"format": "auto", "file_type": value, "source": "x"}}
+    assert with_new_names(old) == new
+    assert with_new_names(new) == new
+    assert with_old_names(new) == {"data": {"format": value, "file_type": "auto", "source": "x"}}
+    chat = {"data": {"format": "chat", "file_type": value}}
+    assert with_old_names(chat) == chat
+
+
 def test_new_names_are_keys_and_old_ones_are_none():
     keys = {key for key, _ in known_keys()}
     assert set(RENAMED_KEYS.values()) <= keys

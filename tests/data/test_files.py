@@ -1,15 +1,17 @@
 """Splits by the names of files: they decide in a folder of data, and not in a source tree."""
 
 import errno
+import gzip
+import json
 import os
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig
-from hqqtrain.data import files
 from hqqtrain.data.sources import load_held_out_texts, load_training_texts
 
 
@@ -145,32 +147,67 @@ def test_a_very_deep_folder_is_read(tmp_path):
         folder = folder.parent
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.csv.gz", "a.xlsx", "folder"])
-def test_a_table_is_refused_with_the_way_to_convert_it(tmp_path, name):
+@pytest.mark.parametrize("name", ["a.XLSX", "a.ods", "folder"])
+def test_a_spreadsheet_is_refused_with_the_way_to_save_it(tmp_path, name):
     source = tmp_path / name
-    file = source / "a.csv" if name == "folder" else source
+    file = source / "a.xlsx" if name == "folder" else source
     file.parent.mkdir(exist_ok=True)
-    file.write_bytes(b"id,text\n1,a\n")
-    with pytest.raises(UserError, match=r"parquet\.write_table\(csv\.read_csv\('a\.csv'\)"):
+    file.write_bytes(b"PK")
+    with pytest.raises(UserError, match="must be saved as CSV"):
         read(source)
 
 
-def test_the_advice_for_a_table_works(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("a.csv").write_text('id,my text\n1,"a, b"\n2,c\n')
-    (command,) = re.findall(r'python -c "(.*)"', files._CONVERT_TABLE)
-    exec(command, {})  # noqa: S102 (the command of our own message)
-    data = DataConfig(source="a.parquet", text_field="my text")
+@pytest.mark.parametrize("name", ["a.csv", "a.CSV", "a.csv.gz", "folder"])
+def test_a_table_is_read(tmp_path, name):
+    source = tmp_path / name
+    file = source / "a.csv" if name == "folder" else source
+    file.parent.mkdir(exist_ok=True)
+    content = b'id,my text\n1,"a, b"\n2,c\n'
+    file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    data = DataConfig(source=str(source), text_field="my text")
     assert list(load_training_texts(data, EvalConfig(source=None))) == ["a, b", "c"]
+
+
+def test_a_pattern_selects_files_which_names_split(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_files(tmp_path, a__b0txt=1, a__c0txt=1, a__d__e0txt=1, a__x0md=1, a__0h0txt=1)
+    for pattern, names in {
+        "a/*.txt": "bc", "./a/[!c].txt": "b", "a/**/*.txt": "bce", "~/a/?.md": "x",
+    }.items():  # fmt: skip
+        monkeypatch.setenv("HOME", str(tmp_path))
+        texts = list(load_training_texts(DataConfig(source=pattern), EvalConfig(source=None)))
+        assert [text.split("0")[0][-1] for text in texts] == list(names), pattern
+    with pytest.raises(UserError, match=r"data\.source=a/\*\.csv: no file matches this pattern"):
+        read(Path("a/*.csv"))
+    make_files(tmp_path, s__train0jsonl=0, s__test0jsonl=0)
+    for name in ("train", "test"):
+        (tmp_path / "s" / f"{name}.jsonl").write_text(json.dumps({"text": name}))
+    data = DataConfig(source="s/*.jsonl")
+    assert list(load_training_texts(data, EvalConfig())) == ["train"]
+    assert list(load_held_out_texts(EvalConfig(), data)) == ["test"]
+
+
+def test_what_save_to_disk_writes_is_read(tmp_path):
+    rows = [{"text": f"text {i}", "n": i} for i in range(9)]
+    data = datasets.Dataset.from_list(rows)
+    data.save_to_disk(tmp_path / "one", num_shards=2)
+    (tmp_path / "one" / "cache-0123.arrow").write_bytes(b"a copy")
+    assert read(tmp_path / "one") == [row["text"] for row in rows]
+    datasets.DatasetDict(train=data, test=datasets.Dataset.from_list([{"text": "x"}])).save_to_disk(
+        tmp_path / "splits"
+    )
+    both = DataConfig(source=str(tmp_path / "splits")), EvalConfig()
+    assert list(load_training_texts(*both)) == [row["text"] for row in rows]
+    assert list(load_held_out_texts(*reversed(both))) == ["x"]
 
 
 def test_other_unknown_extensions_are_not_called_tables(tmp_path):
     (tmp_path / "a.log.gz").write_bytes(b"a")
     with pytest.raises(
-        UserError, match=r"unknown extension '\.log'.*\.gz.*data\.format=text, js"
+        UserError, match=r"unknown extension '\.log'.*\.gz.*data\.file_type to one of text, js"
     ) as e:
         read(tmp_path / "a.log.gz")
-    assert "table" not in str(e.value)
+    assert "spreadsheet" not in str(e.value)
 
 
 def test_a_file_that_is_not_read_is_named(tmp_path, caplog):

@@ -1,7 +1,9 @@
-"""Readers: one field of every row, whatever the other columns, encodings and line endings are."""
+"""Readers: rows of every type of file, whatever the columns, encodings and line endings are."""
 
 import bz2
+import csv
 import gzip
+import io
 import json
 from pathlib import Path
 
@@ -10,12 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.data import readers
-from hqqtrain.data.readers import FileTexts
+from hqqtrain.data import streams
+from hqqtrain.data.formats.text import text_format
+from hqqtrain.data.readers import FileRows
+from hqqtrain.data.row_examples import RowExamples
+
+
+def texts_of(*files: Path, format: str = "jsonl", field: str = "text") -> RowExamples:
+    rows = FileRows(list(files), format, "data.source=x")
+    return RowExamples(rows, text_format(field), "data.source=x")
 
 
 def read(*files: Path, format: str = "jsonl", field: str = "text") -> list[str]:
-    return list(FileTexts(list(files), format, field, "data.source=x"))
+    return list(texts_of(*files, format=format, field=field))
 
 
 def refusal(*files: Path, format: str = "jsonl", field: str = "text") -> str:
@@ -80,7 +89,7 @@ def test_a_row_without_text_is_named(tmp_path, value, kind):
 
 def test_rows_whose_text_is_missing_or_null_are_skipped_with_a_warning(tmp_path, caplog):
     file = write(tmp_path / "a.jsonl", rows({"text": None}, {"x": 1}, {"text": "a"}, {"text": ""}))
-    texts = FileTexts([file], "jsonl", "text", "data.source=x")
+    texts = texts_of(file)
     assert list(texts) == list(texts) == ["a", ""]
     assert caplog.text.count("2 of 4 rows have no text in 'text' and are skipped") == 1
     assert "a.jsonl, line 1" in caplog.text
@@ -140,7 +149,7 @@ def test_bad_json_is_named_with_its_line(tmp_path, content, reason):
 
 
 def test_a_line_that_is_too_long_for_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr(streams, "MAX_ROW_BYTES", 1 << 20)
     content = rows({"text": "a"}) + '{"text": "' + "x" * (1 << 20)
     assert "a.jsonl, line 2: longer than 1 MiB" in refusal(write(tmp_path / "a.jsonl", content))
     bomb = gzip.compress(b"x" * (1 << 22))
@@ -191,22 +200,93 @@ def test_damaged_parquet_is_named(tmp_path):
 @pytest.mark.parametrize(("suffix", "compress"), [(".GZ", gzip.compress), (".Bz2", bz2.compress)])
 def test_compressed_files_in_upper_case(tmp_path, suffix, compress):
     (tmp_path / f"a.TXT{suffix}").write_bytes(compress(b"x"))
-    assert list(FileTexts([tmp_path / f"a.TXT{suffix}"], "text", "text", "data.source=a")) == ["x"]
+    assert read(tmp_path / f"a.TXT{suffix}", format="text") == ["x"]
 
 
 def test_several_parquet_columns_of_the_name_are_refused(tmp_path):
     pq.write_table(pa.table([["x"], ["y"]], names=["text", "text"]), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet: has several columns data\.text_field=text"):
-        list(FileTexts([tmp_path / "a.parquet"], "parquet", "text", "data.source=a"))
+        read(tmp_path / "a.parquet", format="parquet")
 
 
 @pytest.mark.parametrize(
     "content", [b"a word " * 99, b"[" + b" " * 700 + b"]", b"\xff\xfe" + b"a\0" * 99]
 )
 def test_a_compressed_file_is_not_read_beyond_a_limit(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(readers, "MAX_DECOMPRESSED_BYTES", 100)
-    monkeypatch.setattr(readers, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(streams, "MAX_DECOMPRESSED_BYTES", 100)
+    monkeypatch.setattr(streams, "_BLOCK_BYTES", 64)
     format = "jsonl" if content.startswith((b"[", b"\xff")) else "text"
     file = write(tmp_path / "a.txt.gz", gzip.compress(content))
     assert "a.txt.gz: more than 0 MiB when decompressed" in refusal(file, format=format)
     read(write(tmp_path / "b.txt", b"a word " * 99), format="text")
+
+
+CSV_ROWS = [
+    {"text": "plain", "id": "1"}, {"text": 'a "quote", and a comma', "id": "2"},
+    {"text": "two\nlines", "id": "3"}, {"text": "Grüße \u4f60", "id": ""},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_csv_as_programs_write_it(tmp_path, delimiter, end, encoding):
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, ["id", "text"], delimiter=delimiter, lineterminator=end)
+    writer.writeheader()
+    writer.writerows({**row, "text": row["text"].replace("\n", end)} for row in CSV_ROWS)
+    for name in ("a.csv", "a.csv.gz"):
+        content = stream.getvalue().encode(encoding)
+        file = write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content)
+        rows = FileRows([file], "csv", "data.source=x")
+        assert [row for _, row in rows.read(["text"])] == CSV_ROWS
+        assert rows.column_names() == ["id", "text"]
+    assert read(file, format="csv") == [row["text"] for row in CSV_ROWS]
+
+
+def test_the_place_of_a_csv_row_is_the_line_where_it_begins(tmp_path):
+    file = write(tmp_path / "a.csv", 'text,n\n"one\ntwo",1\n\nthree,2\n')
+    places = [place for place, _ in FileRows([file], "csv", "x").read(None)]
+    assert places == [f"{file}, line 2", f"{file}, line 5"]
+
+
+def test_a_tab_separates_a_tsv_with_commas_in_its_header(tmp_path):
+    file = write(tmp_path / "a.tsv", "a, b, c\ttext\n1\tx,y\n")
+    assert read(file, format="csv") == ["x,y"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("text,n\nx,1\ny\n", "a.csv, line 3: has 1 fields, but the first row names 2"),
+        ("text\nx, y\n", "a.csv, line 2: has 2 fields, but the first row names 1"),
+        ('text,n\nx,1\n"y,2\nz,3\n', "a.csv, line 3: no sound CSV: unexpected end of data"),
+        ('text,n\n"x" y,1\n', "a.csv, line 2: no sound CSV"),
+        ('"text\nx\n', "a.csv, line 1: no sound CSV"),
+        ("text,text\nx,y\n", "a.csv: has several columns 'text'"),
+        (b"text\nGr\xfc\n", "a.csv, line 2: not UTF-8 text, byte 2 is 0xfc"),
+        ("text\n", "every row of 'text' is empty"), ("body\nx\n", "it has body"),
+    ],
+)  # fmt: skip
+def test_bad_csv_is_named_with_its_line(tmp_path, content, reason):
+    assert reason in refusal(write(tmp_path / "a.csv", content), format="csv")
+
+
+def test_rows_after_a_bad_one_can_be_read(tmp_path):
+    for name, content in (
+        ("jsonl", '{"text": "a"}\n{"text": \n[1]\n{"text": "b"}\n'),
+        ("csv", 'text,n\na,1\n"b" c,2\nd\nb,3\n'),
+    ):
+        rows = list(FileRows([write(tmp_path / name, content)], name, "x").read(None))
+        assert [row["text"] for _, row in rows if isinstance(row, dict)] == ["a", "b"]
+        assert len(rows) == 4
+
+
+def test_the_head_and_the_columns_are_those_of_the_first_rows_of_several_files(tmp_path):
+    files = [write(tmp_path / "empty", ""), write(tmp_path / "a", rows({"x": 1}) * 500),
+             write(tmp_path / "b", rows({"y": 2}))]  # fmt: skip
+    found = FileRows(files, "jsonl", "data.source=x")
+    assert found.column_names() == ["x", "y"]
+    assert found.head(None) == [*[{"x": 1}] * 100, {"y": 2}]
+    broken = FileRows([files[1], tmp_path / "none", files[2]], "jsonl", "data.source=x")
+    assert broken.column_names() == ["x"]  # whoever reads the rows gets the error

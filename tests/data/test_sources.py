@@ -67,13 +67,13 @@ def test_json_lines_and_parquet(tmp_path):
     expected = [row["body"] for row in rows]
     assert read(tmp_path / "a.jsonl", text_field="body") == expected
     assert read(tmp_path / "a.parquet", text_field="body") == expected
-    assert read(tmp_path, text_field="body", format="parquet") == expected
+    assert read(tmp_path, text_field="body", file_type="parquet") == expected
 
 
-def test_format_overrides_the_extension_of_a_file(tmp_path):
+def test_the_file_type_overrides_the_extension_of_a_file(tmp_path):
     (tmp_path / "dump.data").write_text('{"text": "x"}\n')
-    assert read(tmp_path / "dump.data", format="jsonl") == ["x"]
-    assert read(tmp_path / "dump.data", format="text") == ['{"text": "x"}\n']
+    assert read(tmp_path / "dump.data", file_type="jsonl") == ["x"]
+    assert read(tmp_path / "dump.data", file_type="text") == ['{"text": "x"}\n']
 
 
 def test_a_changed_file_is_read_again(tmp_path):
@@ -119,8 +119,8 @@ def test_an_unknown_extension_lists_the_known_ones(tmp_path):
 def test_mixed_formats_ask_for_a_choice(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "a.jsonl").write_text('{"text": "y"}')
-    assert "data.format" in error_message(tmp_path)
-    assert read(tmp_path, format="jsonl") == ["y"]
+    assert "data.file_type" in error_message(tmp_path)
+    assert read(tmp_path, file_type="jsonl") == ["y"]
 
 
 def test_a_missing_column_lists_the_existing_ones(tmp_path):

@@ -1,0 +1,1 @@
+"""The formats of rows: which columns each has, and how a row becomes an example."""

@@ -1,0 +1,133 @@
+"""Turn the rows of a source into examples, and count the rows that cannot be used."""
+
+import logging
+from collections.abc import Iterator
+from functools import cache
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.common.text import count
+from hqqtrain.data.examples import Example
+from hqqtrain.data.formats import text
+from hqqtrain.data.formats.format import Format
+from hqqtrain.data.formats.registry import no_such_column
+from hqqtrain.data.held_out import is_blank
+from hqqtrain.data.readers import FileRows
+from hqqtrain.data.rows import Row, RowError, Rows
+
+logger = logging.getLogger(__name__)
+
+SHOWN_BAD_ROWS = 5
+
+
+class RowExamples:
+    """The examples of rows, in order. Every iteration reads the rows again.
+
+    Rows without text are left out, as are up to `max_bad_rows` rows that do not fit the format.
+
+    Args:
+        rows: The rows of files or of a hub data set.
+        format: Their format.
+        where: `key=source` for messages, such as `data.source=texts`.
+        max_bad_rows: Largest number of rows that may be bad.
+        kind: What the rows are, for the log: `rows` or `held-out rows`.
+    """
+
+    def __init__(
+        self, rows: Rows, format: Format, where: str, max_bad_rows: int = 0, kind: str = "rows"
+    ) -> None:
+        self._rows, self._format, self._where = rows, format, where
+        self._max_bad_rows, self._kind = max_bad_rows, kind
+
+    def __iter__(self) -> Iterator[Example]:
+        """Yield the examples.
+
+        Raises:
+            UserError: A file cannot be read, too many rows are bad, or no row has any text.
+        """
+        rows = examples = bad_rows = 0
+        bad: list[str] = []
+        first_skipped, blank = "", True
+        for place, row in self._rows.read(self._format.columns, self._format.text_column):
+            rows += 1
+            try:
+                example = self._parse(row)
+            except RowError as error:
+                bad_rows += 1
+                bad.append(f"{place}: {str(error).rstrip('.')}")
+                del bad[SHOWN_BAD_ROWS:]
+                if bad_rows > self._max_bad_rows:
+                    raise self._bad_row_error(place, error, bad) from error
+                continue
+            if example is None:
+                first_skipped = first_skipped or place
+                continue
+            examples += 1
+            blank = blank and is_blank(example)
+            yield example
+        if blank:
+            raise self._no_text_error(has_text=examples > 0, bad=bad)
+        self._log(rows, rows - examples - bad_rows, first_skipped, bad_rows, bad)
+
+    def _parse(self, row: Row | RowError) -> Example | None:
+        if isinstance(row, RowError):
+            raise row
+        return self._format.parse(row)
+
+    def _log(
+        self, rows: int, skipped: int, first_skipped: str, bad_rows: int, bad: list[str]
+    ) -> None:
+        """Log what was read, and what was not; each line once, because rows are read again."""
+        is_files = isinstance(self._rows, FileRows) and self._rows.file_type == text.NAME
+        columns = "" if is_files else f" ({', '.join(self._format.columns)})"
+        noun = self._kind.replace("rows", "files") if is_files else self._kind
+        noun = noun.removesuffix("s") if rows == 1 else noun
+        _log_once(logging.INFO, f"{self._where}: {rows:,} {noun} of {self._format.name}{columns}.")
+        if skipped:
+            _log_once(
+                logging.WARNING,
+                f"{self._where}: {skipped} of {rows} rows have no text in "
+                f"'{self._format.text_column}' and are skipped, such as {first_skipped}",
+            )
+        if bad:
+            _log_once(
+                logging.WARNING,
+                f"{self._where}: {bad_rows} of {rows} rows cannot be read and are left out "
+                f"(data.max_bad_rows={self._max_bad_rows}), such as {'; '.join(bad)}.",
+            )
+
+    def _bad_row_error(self, place: str, error: RowError, bad: list[str]) -> UserError:
+        """Return the error for one bad row too many."""
+        limit = f"data.max_bad_rows={self._max_bad_rows}"
+        if not self._max_bad_rows:
+            reason = str(error).rstrip(".")
+            return UserError(
+                f"{self._where}: cannot read {place}: {reason}. To leave out bad rows, set "
+                "data.max_bad_rows."
+            )
+        return UserError(
+            f"{self._where}: more than {count(self._max_bad_rows, 'row')} cannot be read "
+            f"({limit}), such as {'; '.join(bad)}."
+        )
+
+    def _no_text_error(self, *, has_text: bool, bad: list[str]) -> UserError:
+        """Return the error for rows none of which has text."""
+        column = self._format.text_column
+        if isinstance(self._rows, FileRows) and self._rows.is_empty():
+            return UserError(f"{self._where}: no text in it; every file is empty.")
+        if bad:
+            return UserError(f"{self._where}: no row can be read, such as {'; '.join(bad)}.")
+        columns = self._rows.column_names()
+        if column is None:
+            return UserError(f"{self._where}: no text in it; it has no row of text.")
+        if isinstance(self._rows, FileRows) and self._rows.file_type == text.NAME:
+            return UserError(f"{self._where}: no text in it; every row is empty.")
+        if has_text or column in columns:
+            return UserError(f"{self._where}: no text in it; every row of '{column}' is empty.")
+        if not columns:
+            return UserError(f"{self._where}: no text in it; it has no row with a field.")
+        return no_such_column(column, columns, self._where)
+
+
+@cache
+def _log_once(level: int, message: str) -> None:
+    logger.log(level, "%s", message)
