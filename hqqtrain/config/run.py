@@ -17,11 +17,11 @@ from hqqtrain.config.groups import (
     ExportConfig,
     ModelConfig,
     OptimConfig,
-    ParallelConfig,
     QuantConfig,
     TrainConfig,
 )
 from hqqtrain.config.infra import CheckpointConfig, LaunchConfig, RunDirConfig, TrackConfig
+from hqqtrain.config.parallel import ParallelConfig
 from hqqtrain.config.renamed import renamed_value_errors, with_old_names
 
 TASKS = {

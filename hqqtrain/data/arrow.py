@@ -141,7 +141,7 @@ def _open_arrow(file: Path) -> Iterator[tuple[Any, Iterator[pyarrow.RecordBatch]
 
 @contextmanager
 def _readable(kind: str) -> Iterator[None]:
-    """Translate the errors of damaged files. Those of pyarrow may be an `OSError` without a code."""
+    """Translate the errors of damaged files, of which some are an `OSError` without a code."""
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 import psutil
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import ParallelConfig, TrainConfig
+from hqqtrain.config.groups import TrainConfig
+from hqqtrain.config.parallel import ParallelConfig
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ import pytest
 
 from hqqtrain.config import groups
 from hqqtrain.config.field import field_errors
-from hqqtrain.config.groups import ParallelConfig, QuantConfig
+from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.parallel import ParallelConfig
 
 
 @pytest.mark.parametrize(

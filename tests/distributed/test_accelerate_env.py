@@ -3,7 +3,8 @@
 import pytest
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import ParallelConfig, TrainConfig
+from hqqtrain.config.groups import TrainConfig
+from hqqtrain.config.parallel import ParallelConfig
 from hqqtrain.distributed.accelerate_env import reconcile_accelerate_config
 
 PLAIN = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}

@@ -6,14 +6,9 @@ import pytest
 import torch
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import (
-    AdapterConfig,
-    OptimConfig,
-    ParallelConfig,
-    QuantConfig,
-    TrainConfig,
-)
+from hqqtrain.config.groups import AdapterConfig, OptimConfig, QuantConfig, TrainConfig
 from hqqtrain.config.infra import RunDirConfig
+from hqqtrain.config.parallel import ParallelConfig
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies.check import RuntimeSettings

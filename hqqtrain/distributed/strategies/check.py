@@ -11,13 +11,8 @@ from hqqtrain.config.conflicts import (
     Conflict,
     conflict_errors,
 )
-from hqqtrain.config.groups import (
-    AdapterConfig,
-    OptimConfig,
-    ParallelConfig,
-    QuantConfig,
-    TrainConfig,
-)
+from hqqtrain.config.groups import AdapterConfig, OptimConfig, QuantConfig, TrainConfig
+from hqqtrain.config.parallel import ParallelConfig
 from hqqtrain.distributed.strategies.base import BITSANDBYTES_OPTIMIZERS, Capabilities, Strategy
 from hqqtrain.distributed.strategies.registry import STRATEGIES
 

@@ -7,13 +7,8 @@ import pytest
 import torch
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import (
-    AdapterConfig,
-    OptimConfig,
-    ParallelConfig,
-    QuantConfig,
-    TrainConfig,
-)
+from hqqtrain.config.groups import AdapterConfig, OptimConfig, QuantConfig, TrainConfig
+from hqqtrain.config.parallel import ParallelConfig
 from hqqtrain.distributed.strategies import check
 from hqqtrain.distributed.strategies.check import RuntimeSettings, check_supported
 from hqqtrain.distributed.strategies.registry import STRATEGIES

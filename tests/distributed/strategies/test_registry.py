@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import torch
 
-from hqqtrain.config.groups import ParallelConfig
+from hqqtrain.config.parallel import ParallelConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.distributed.strategies.registry import STRATEGIES, resolve_strategy
 
