@@ -100,6 +100,8 @@ def _ineffective(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield key, "track.backends does not contain wandb"
     if evaluation.source not in (AUTO, config.data.source):
         yield "data.validation", "eval.source names another text than data.source"
+    if config.data.format not in (AUTO, "text"):
+        yield "data.text_field", f"the columns of data.format={config.data.format} have fixed names"
     if {config.data.source, evaluation.source} <= {"python_stdlib", AUTO, None}:
         for key in _OF_FILES:
             yield key, "python_stdlib is text of one form"

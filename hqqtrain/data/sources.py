@@ -20,7 +20,7 @@ from hqqtrain.data.examples import Example
 from hqqtrain.data.files import FILE_TYPE_BY_EXTENSION, find_files, format_extension
 from hqqtrain.data.formats import text
 from hqqtrain.data.formats.format import Format
-from hqqtrain.data.formats.registry import choose_format, fits
+from hqqtrain.data.formats.registry import DEFAULT_TEXT_FIELD, choose_format, fits
 from hqqtrain.data.held_out import split_by_hash
 from hqqtrain.data.hub import HubRows, has_held_out, load_hub_dataset, select_hub_split
 from hqqtrain.data.overlap import check_overlap
@@ -177,7 +177,7 @@ def _format_of(rows: Rows, data: DataConfig, where: str, *, is_own: bool) -> For
         data: The group `data` of the configuration.
         where: `key=source` for messages.
         is_own: Whether the rows are those of `data.source`, which `data.format` describes. For
-            others it holds if it fits them.
+            others it holds if it fits them, and so does `data.text_field`.
 
     Raises:
         UserError: The rows do not have the format.
@@ -189,10 +189,11 @@ def _format_of(rows: Rows, data: DataConfig, where: str, *, is_own: bool) -> For
                 "columns; use auto, or set data.file_type to the type of the files."
             )
         return text.text_format(TEXT_COLUMN)
-    name = data.format
-    if not is_own and name != AUTO and not fits(rows, name, data.text_field):
-        name = AUTO
-    return choose_format(rows, name, data.text_field, where)
+    name, field = data.format, data.text_field
+    if not is_own:
+        name = name if name != AUTO and fits(rows, name, field) else AUTO
+        field = field if fits(rows, text.NAME, field) else DEFAULT_TEXT_FIELD
+    return choose_format(rows, name, field, where)
 
 
 def _warn_if_unused(data: DataConfig) -> None:

@@ -1,6 +1,15 @@
 """Which files a model's folder, an adapter and a folder of texts stand for."""
 
-from hqqtrain.common.inputs import adapter_files, model_files, text_files
+from pathlib import Path
+
+from hqqtrain.common.inputs import (
+    adapter_files,
+    is_pattern,
+    matching_files,
+    model_files,
+    pattern_root,
+    text_files,
+)
 
 
 def _touch(folder, *names):
@@ -29,3 +38,17 @@ def test_a_run_stands_for_its_base_and_its_adapter(tmp_path):
 def test_hidden_files_are_no_text(tmp_path):
     _touch(tmp_path, "b.txt", "a/c.txt", ".git/d.txt", "a/.e.txt")
     assert text_files(tmp_path) == ["a/c.txt", "b.txt"]
+
+
+def test_a_pattern_stands_for_files_below_its_root(tmp_path):
+    _touch(tmp_path, "b.txt", "a.txt", "c.md", ".d.txt", "x/e.txt", "x/y/f.txt", "z.txt/g.md")
+    for pattern, names in {
+        "*.txt": ["a.txt", "b.txt"], "[ac].*": ["a.txt", "c.md"], "x/**/*": ["x/e.txt", "x/y/f.txt"],
+        "?/*.txt": ["x/e.txt"], "*.csv": [],
+    }.items():  # fmt: skip
+        assert is_pattern(tmp_path / pattern)
+        found = matching_files(tmp_path / pattern)
+        assert [str(file.relative_to(tmp_path)) for file in found] == names, pattern
+    assert pattern_root(tmp_path / "x" / "*" / "y.txt") == tmp_path / "x"
+    assert pattern_root(Path("*.txt")) == Path()
+    assert not is_pattern(tmp_path / "a.txt")

@@ -53,6 +53,8 @@ def test_a_key_that_another_one_makes_ineffective():
     text = {"data": {"source": "mine.txt"}}
     assert _unused("finetune", "data.text_field") == ["data.text_field"]
     assert _unused("finetune", "data.text_field", **text) == []
+    chat = {"data": {"source": "mine.jsonl", "format": "chat"}}
+    assert _unused("finetune", "data.text_field", **chat) == ["data.text_field"]
     assert _unused("finetune", "data.validation") == ["data.validation"]  # split by module names
     assert _unused("finetune", "data.validation", **text, eval={"source": "auto"}) == []
     other = {"source": "other.txt"}

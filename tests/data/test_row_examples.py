@@ -103,6 +103,9 @@ def test_the_held_out_source_has_a_format_of_its_own(tmp_path):
         for name, expected in (("held.txt", "plain text"), ("held.jsonl", "a row of text")):
             evaluation = EvalConfig(source=str(tmp_path / name))
             assert list(load_held_out_texts(evaluation, data)) == [expected]
+    data = DataConfig(source="x.txt", text_field="body")
+    evaluation = EvalConfig(source=str(tmp_path / "held.jsonl"))
+    assert list(load_held_out_texts(evaluation, data)) == ["a row of text"]
     evaluation = EvalConfig(source=str(tmp_path / "both.jsonl"))
     for format, kind in (("text", str), ("chat", Conversation)):
         (example,) = load_held_out_texts(evaluation, DataConfig(format=format))

@@ -11,6 +11,7 @@ from hqqtrain.config.run import CHANGEABLE_ON_RESUME, RunConfig
 from hqqtrain.rundir import identity
 from hqqtrain.rundir.directory import RunDirectory
 from hqqtrain.rundir.identity import (
+    changed_inputs,
     check_same_config,
     git_revision,
     input_digests,
@@ -112,6 +113,19 @@ def test_digests_of_the_inputs_follow_the_files(tmp_path):
     assert input_digests(config) != first
     text.unlink()
     assert input_digests(config) == {}
+
+
+def test_digests_of_a_pattern_follow_the_files_that_match(tmp_path):
+    for name in ("a.txt", "b.txt", "c.md"):
+        (tmp_path / name).write_text(name)
+    config = RunConfig(data=DataConfig(source=str(tmp_path / "*.txt")))
+    digests = [input_digests(config)["data.source"]]
+    (tmp_path / "c.md").write_text("other")
+    digests.append(input_digests(config)["data.source"])
+    (tmp_path / "b.txt").write_text("other")
+    digests.append(input_digests(config)["data.source"])
+    assert digests[0] == digests[1] != digests[2]
+    assert changed_inputs({"data.source": digests[0]}, config) == ["data.source"]
 
 
 def test_versions_are_those_of_installed_packages(monkeypatch):

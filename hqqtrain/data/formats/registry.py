@@ -39,7 +39,7 @@ _KNOWN_COLUMNS = frozenset({
 })  # fmt: skip
 """Columns whose values in the first rows matter: a column of nulls is none."""
 
-_DEFAULT_TEXT_FIELD = next(f.default for f in fields(DataConfig) if f.name == "text_field")
+DEFAULT_TEXT_FIELD: str = next(f.default for f in fields(DataConfig) if f.name == "text_field")
 
 
 def choose_format(rows: Rows, name: str, text_field: str, where: str) -> Format:
@@ -65,8 +65,8 @@ def choose_format(rows: Rows, name: str, text_field: str, where: str) -> Format:
                 f"{_listed(columns)}. Use the format of the rows, or auto."
             )
         return found
-    if text_field != _DEFAULT_TEXT_FIELD and text_field in columns:
-        return text.text_format(text_field)
+    if text_field != DEFAULT_TEXT_FIELD:
+        return text.text_format(text_field)  # a column that was named, or the error without it
     for present in (_filled(rows, columns, text_field), columns):
         if found := detect_format(present, text_field, where):
             return found
@@ -126,7 +126,7 @@ def _listed(columns: list[str]) -> str:
 
 def _text_column(rows: Rows, columns: list[str], text_field: str) -> str:
     """Return `data.text_field`, or the only column of text if the default names no column."""
-    if text_field in columns or text_field != _DEFAULT_TEXT_FIELD:
+    if text_field in columns or text_field != DEFAULT_TEXT_FIELD:
         return text_field
     return text.only_text_column(rows.head(None)) or text_field
 
