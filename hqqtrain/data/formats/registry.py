@@ -1,7 +1,6 @@
 """Find the format of a source, by its name or by the columns of its first rows."""
 
 from collections.abc import Callable, Collection
-from dataclasses import fields
 
 from hqqtrain.common.errors import UserError, did_you_mean
 from hqqtrain.config.groups import AUTO, DataConfig
@@ -39,7 +38,7 @@ _KNOWN_COLUMNS = frozenset({
 })  # fmt: skip
 """Columns whose values in the first rows matter: a column of nulls is none."""
 
-DEFAULT_TEXT_FIELD: str = next(f.default for f in fields(DataConfig) if f.name == "text_field")
+DEFAULT_TEXT_FIELD = DataConfig().text_field
 
 
 def choose_format(rows: Rows, name: str, text_field: str, where: str) -> Format:
