@@ -27,6 +27,7 @@ _COMMANDS = {
 _EXAMPLES = (
     "./launch.sh",
     "./launch.sh recipe=llama8b_2bit quant.group_size=32",
+    "python -m hqqtrain task=data data.source=./mine.jsonl model.name_or_path=./my-model",
     "python -m hqqtrain recipe=tiny_2bit quant.nbits=3 train.max_steps=300",
     "python -m hqqtrain -m recipe=tiny_2bit quant.nbits=2,3,4 quant.group_size=32,64",
     "accelerate launch --multi_gpu --num_processes 8 -m hqqtrain recipe=llama70b_2bit",

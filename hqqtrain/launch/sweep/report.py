@@ -91,7 +91,8 @@ def _page(sweep: Sweep, rows: Sequence[TableRow], plots: dict[str, Path]) -> str
 
 def _report_link(folder: Path, job_folder: Path) -> Link | str:
     """Return a link from the page in `folder` to the report of a job, if that exists."""
-    report = RunLayout(job_folder).report_html
-    if not report.is_file():
-        return job_folder.name
-    return Link(job_folder.name, os.path.relpath(report, folder))
+    layout = RunLayout(job_folder)
+    for page in (layout.report_html, layout.data_html):
+        if page.is_file():
+            return Link(job_folder.name, os.path.relpath(page, folder))
+    return job_folder.name

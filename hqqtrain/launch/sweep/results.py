@@ -120,10 +120,23 @@ COLUMNS = {
 `quantize_seconds` of a job that reads quantized weights from the cache is their loading time.
 """
 
+DATA_COLUMNS = {
+    "examples": ("examples", ",.0f"),
+    "trained_tokens": ("trained\ntokens", ",.0f"),
+    "sequences": ("sequences", ",.0f"),
+    "padding": ("padding", ".1%"),
+    "truncated": ("truncated\nexamples", ",.0f"),
+    "split": ("split\nexamples", ",.0f"),
+}
+"""The same for task=data, which measures nothing else."""
+
 
 @dataclass(frozen=True)
 class TableRow:
-    """One job: its values of the swept keys and, if it is done, its metrics (see `COLUMNS`)."""
+    """One job: its values of the swept keys and, if it is done, its metrics.
+
+    The names of the metrics are those of `COLUMNS`, and for task=data of `DATA_COLUMNS`, too.
+    """
 
     swept_values: dict[str, str]
     metrics: dict[str, float | None]
@@ -145,7 +158,10 @@ def read_rows(sweep: Sweep, results: JobResults | None = None) -> list[TableRow]
 
 
 def summary_metrics(summary: Summary) -> dict[str, float | None]:
-    """Return the metrics that COLUMNS names; None where one was not measured or is not finite."""
+    """Return the metrics of a row; None where one was not measured or is not finite."""
+    if summary.data:
+        measured = {name: _finite(getattr(summary.data, name)) for name in DATA_COLUMNS}
+        return dict.fromkeys(COLUMNS) | measured
     quantize, train = summary.quantize or QuantizeMetrics(), summary.train or TrainMetrics()
     peaks = [p for p in (quantize.peak_memory_gib, train.peak_memory_gib) if p is not None]
     metrics = {
@@ -167,9 +183,11 @@ def format_csv(rows: Sequence[TableRow]) -> str:
     """Return the table as CSV, with unrounded numbers and an empty cell for a missing one."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*rows[0].swept_values, *COLUMNS, "status", "folder"])
+    columns = _columns(rows)
+    writer.writerow([*rows[0].swept_values, *columns, "status", "folder"])
     for row in rows:
-        writer.writerow([*row.swept_values.values(), *row.metrics.values(), row.status, row.folder])
+        numbers = [row.metrics.get(name) for name in columns]
+        writer.writerow([*row.swept_values.values(), *numbers, row.status, row.folder])
     return text.getvalue()
 
 
@@ -177,12 +195,21 @@ def format_cells(rows: Sequence[TableRow]) -> tuple[list[str], list[list[str]]]:
     """Return (headings, rows of cells) for people: rounded, with a dash for a missing number."""
     # A line break after the group keeps the columns of the swept keys narrow.
     swept_headings = [key.replace(".", ".\n") for key in rows[0].swept_values]
-    headings = [heading for heading, _ in COLUMNS.values()]
+    columns = _columns(rows)
+    headings = [heading for heading, _ in columns.values()]
     cells = []
     for row in rows:
-        numbers = [_format_cell(row.metrics[name], spec) for name, (_, spec) in COLUMNS.items()]
+        numbers = [_format_cell(row.metrics.get(name), spec) for name, (_, spec) in columns.items()]
         cells.append([*row.swept_values.values(), *numbers, row.status, row.folder])
     return [*swept_headings, *headings, "status", "folder"], cells
+
+
+def _columns(rows: Sequence[TableRow]) -> dict[str, tuple[str, str]]:
+    """Return the columns of the table: those of the task of the jobs, which have been measured."""
+    measured = {name for row in rows for name, value in row.metrics.items() if value is not None}
+    if not measured & DATA_COLUMNS.keys():
+        return COLUMNS
+    return COLUMNS | DATA_COLUMNS if measured & COLUMNS.keys() else DATA_COLUMNS
 
 
 def _format_cell(value: float | None, format_spec: str) -> str:

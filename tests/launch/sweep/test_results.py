@@ -10,6 +10,7 @@ from hqqtrain.launch.slurm.requeue import begin_attempt, end_attempt
 from hqqtrain.launch.sweep.lock import hold_lock
 from hqqtrain.launch.sweep.results import (
     JobResults,
+    format_csv,
     format_table,
     read_rows,
     summary_metrics,
@@ -28,6 +29,23 @@ def test_every_figure_has_its_column():
     assert (
         summary_metrics(Summary(train=TrainMetrics(seconds=float("nan"))))["train_seconds"] is None
     )
+
+
+def test_a_sweep_of_data_has_the_columns_of_data(tmp_path):
+    sweep = make_sweep(tmp_path, *"abc")
+    data = {"examples": 4, "trained_tokens": 1234, "sequences": 2, "padding": 0.5, "truncated": 1}
+    write_run_files(sweep.jobs[0], "done", {"data": data})
+    write_run_files(sweep.jobs[1], "failed")
+    rows = read_rows(sweep)
+    header, first, *_ = format_csv(rows).splitlines()
+    names = "examples,trained_tokens,sequences,padding,truncated,split,status,folder"
+    assert header.endswith(f",{names}")
+    assert first.startswith("a,4,1234,2,0.5,1,,done,")
+    assert "perplexity" not in format_table(rows)
+    assert "50.0%" in format_table(rows)
+    write_run_files(sweep.jobs[2], "done", SUMMARY)
+    for name in ("perplexity", "sequences"):
+        assert name in format_table(read_rows(sweep))
 
 
 def test_the_newest_record_decides_the_state_of_a_job(tmp_path):

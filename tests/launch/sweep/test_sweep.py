@@ -27,6 +27,11 @@ def test_jobs_share_quantized_weights_and_a_group():
     assert [job.overrides[-1] for job in sweep.jobs] == ["quant.nbits=2", "quant.nbits=3"]
 
 
+def test_a_look_at_data_has_no_weights_to_share():
+    jobs = plan("task=data", "train.max_seq_len=64,128")
+    assert [job.shared_overrides for job in Sweep.from_jobs(jobs).jobs] == [(), ()]
+
+
 @pytest.mark.parametrize("given", ["quant.cache_dir=mine", "quant.cache_dir=null"])
 def test_keys_that_the_user_set_are_kept(given):
     sweep = Sweep.from_jobs(plan(given, "track.group=ours", "quant.nbits=2,3"))
