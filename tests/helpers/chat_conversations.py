@@ -1,5 +1,6 @@
 """The conversations of the table of chat templates; no text in them is a marker of a template."""
 
+import json
 from typing import Any
 
 Message = dict[str, Any]
@@ -35,9 +36,10 @@ def assistant(content: str | None, **more: Any) -> Message:
     return {"role": "assistant", "content": content, **more}
 
 
-def call(number: int, city: str) -> dict[str, Any]:
-    """A tool call as OpenAI writes it; Mistral's templates want nine letters and digits in its id."""
-    function = {"name": "get_weather", "arguments": {"city": city}}
+def call(number: int, city: str, as_json: bool = False) -> dict[str, Any]:
+    """A tool call; Mistral's templates want nine letters and digits in its id."""
+    arguments = {"city": city}
+    function = {"name": "get_weather", "arguments": json.dumps(arguments) if as_json else arguments}
     return {"id": f"callid00{number}", "type": "function", "function": function}
 
 
@@ -54,99 +56,88 @@ def tagged(message: Message, thought: str) -> Message:
     return {**message, "content": f"<think>\n{thought}\n</think>\n\n{message['content']}"}
 
 
+HEIGHT, SURVEY = "Height above the sea counts.", "The survey of 2020."
 RAIN, SUN = "rain all day", "bright sunshine"
 TAKE = assistant("Take one, it will pour.")
 
+ROW_BY_NAME: dict[str, list[Message]] = {
+    "one": [ASK_1, ANSWER_1],
+    "system": [SYSTEM, ASK_1, ANSWER_1],
+    "turns": [ASK_1, ANSWER_1, ASK_2, ANSWER_2, ASK_3, ANSWER_3],
+    "system_turns": [SYSTEM, ASK_1, ANSWER_1, ASK_2, ANSWER_2],
+    "repeated": [user("Yes."), assistant("Yes."), user("Yes."), assistant("Yes.")],
+    "padded": [
+        user("  Which one? \n"),
+        assistant("\n  Everest, of course. \n\n"),
+        ASK_2,
+        assistant(" About nine kilometers.\n"),
+    ],
+    "unicode": [
+        user("Wie heißt der höchste Berg? 🏔️"),
+        assistant("珠穆朗玛峰 — Чомолунгма, एवरेस्ट 🏔️"),
+        user("E\u0301 ou é\u00a0?"),
+        assistant("Dvě možnosti: e\u0301\u200d, é…"),
+    ],
+    "lines": [ASK_1, assistant("First:\n\n- one\n- two\n\n\nLast."), ASK_2, ANSWER_2],
+    "empty_first": [ASK_1, assistant(""), ASK_2, ANSWER_2],
+    "empty_last": [ASK_1, ANSWER_1, ASK_2, assistant("")],
+    "thinking_one": [ASK_1, thinking(ANSWER_1, HEIGHT)],
+    "thinking": [ASK_1, thinking(ANSWER_1, HEIGHT), ASK_2, thinking(ANSWER_2, SURVEY)],
+    "thinking_last": [ASK_1, ANSWER_1, ASK_2, thinking(ANSWER_2, SURVEY)],
+    "think_tags": [ASK_1, tagged(ANSWER_1, HEIGHT), ASK_2, tagged(ANSWER_2, SURVEY)],
+    "tools": [
+        ASK_WEATHER,
+        assistant("", tool_calls=[call(1, "Oslo")]),
+        result(1, RAIN),
+        TAKE,
+        ASK_2,
+        ANSWER_2,
+    ],
+    "tools_null": [
+        ASK_WEATHER,
+        assistant(None, tool_calls=[call(1, "Oslo")]),
+        result(1, RAIN),
+        TAKE,
+    ],
+    "tools_json": [  # OpenAI's form: arguments as a string, and no content
+        ASK_WEATHER,
+        assistant(None, tool_calls=[call(1, "Oslo", as_json=True)]),
+        result(1, RAIN),
+        TAKE,
+    ],
+    "tools_text": [
+        ASK_WEATHER,
+        assistant("Let me look.", tool_calls=[call(1, "Oslo")]),
+        result(1, RAIN),
+        TAKE,
+    ],
+    "tools_parallel": [
+        ASK_WEATHER,
+        assistant("", tool_calls=[call(1, "Oslo"), call(2, "Bern")]),
+        result(1, RAIN),
+        result(2, SUN),
+        TAKE,
+    ],
+    "tools_twice": [
+        SYSTEM,
+        ASK_WEATHER,
+        assistant("", tool_calls=[call(1, "Oslo")]),
+        result(1, RAIN),
+        assistant("", tool_calls=[call(2, "Bern")]),
+        result(2, SUN),
+        TAKE,
+    ],
+    "thinking_tools": [
+        ASK_WEATHER,
+        thinking(assistant("", tool_calls=[call(1, "Oslo")]), "I need the weather."),
+        result(1, RAIN),
+        thinking(TAKE, "Rain means an umbrella."),
+        ASK_2,
+        thinking(ANSWER_2, SURVEY),
+    ],
+}
 CONVERSATIONS: dict[str, Conversation] = {
-    "one": ([ASK_1, ANSWER_1], None),
-    "system": ([SYSTEM, ASK_1, ANSWER_1], None),
-    "turns": ([ASK_1, ANSWER_1, ASK_2, ANSWER_2, ASK_3, ANSWER_3], None),
-    "system_turns": ([SYSTEM, ASK_1, ANSWER_1, ASK_2, ANSWER_2], None),
-    "repeated": ([user("Yes."), assistant("Yes."), user("Yes."), assistant("Yes.")], None),
-    "padded": (
-        [
-            user("  Which one? \n"),
-            assistant("\n  Everest, of course. \n\n"),
-            ASK_2,
-            assistant(" About nine kilometers.\n"),
-        ],
-        None,
-    ),
-    "unicode": (
-        [
-            user("Wie heißt der höchste Berg? 🏔️"),
-            assistant("珠穆朗玛峰 — Чомолунгма, एवरेस्ट 🏔️"),
-            user("E\u0301 ou é\u00a0?"),
-            assistant("Dvě možnosti: e\u0301\u200d, é…"),
-        ],
-        None,
-    ),
-    "lines": ([ASK_1, assistant("First:\n\n- one\n- two\n\n\nLast."), ASK_2, ANSWER_2], None),
-    "empty_first": ([ASK_1, assistant(""), ASK_2, ANSWER_2], None),
-    "empty_last": ([ASK_1, ANSWER_1, ASK_2, assistant("")], None),
-    "tools": (
-        [ASK_WEATHER, assistant("", tool_calls=[call(1, "Oslo")]), result(1, RAIN), TAKE]
-        + [ASK_2, ANSWER_2],
-        [WEATHER],
-    ),
-    "tools_null": (
-        [ASK_WEATHER, assistant(None, tool_calls=[call(1, "Oslo")]), result(1, RAIN), TAKE],
-        [WEATHER],
-    ),
-    "tools_text": (
-        [
-            ASK_WEATHER,
-            assistant("Let me look.", tool_calls=[call(1, "Oslo")]),
-            result(1, RAIN),
-            TAKE,
-        ],
-        [WEATHER],
-    ),
-    "tools_parallel": (
-        [
-            ASK_WEATHER,
-            assistant("", tool_calls=[call(1, "Oslo"), call(2, "Bern")]),
-            result(1, RAIN),
-            result(2, SUN),
-            TAKE,
-        ],
-        [WEATHER],
-    ),
-    "tools_twice": (
-        [
-            SYSTEM,
-            ASK_WEATHER,
-            assistant("", tool_calls=[call(1, "Oslo")]),
-            result(1, RAIN),
-            assistant("", tool_calls=[call(2, "Bern")]),
-            result(2, SUN),
-            TAKE,
-        ],
-        [WEATHER],
-    ),
-    "thinking_one": ([ASK_1, thinking(ANSWER_1, "Height above the sea counts.")], None),
-    "thinking": (
-        [ASK_1, thinking(ANSWER_1, "Height above the sea counts."), ASK_2]
-        + [thinking(ANSWER_2, "The survey of 2020.")],
-        None,
-    ),
-    "thinking_last": ([ASK_1, ANSWER_1, ASK_2, thinking(ANSWER_2, "The survey of 2020.")], None),
-    "think_tags": (
-        [ASK_1, tagged(ANSWER_1, "Height above the sea counts."), ASK_2]
-        + [tagged(ANSWER_2, "The survey of 2020.")],
-        None,
-    ),
-    "thinking_tools": (
-        [
-            ASK_WEATHER,
-            thinking(assistant("", tool_calls=[call(1, "Oslo")]), "I need the weather."),
-            result(1, RAIN),
-            thinking(TAKE, "Rain means an umbrella."),
-            ASK_2,
-            thinking(ANSWER_2, "The survey of 2020."),
-        ],
-        [WEATHER],
-    ),
+    name: (row, [WEATHER] if "tools" in name else None) for name, row in ROW_BY_NAME.items()
 }
 
 

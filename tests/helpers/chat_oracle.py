@@ -5,19 +5,32 @@ does neither: it looks for the header that stands before the assistant's text an
 that ends it, in conversations whose texts contain no marker.
 """
 
-from chat_conversations import CONVERSATIONS
 from chat_facts import FACTS, Facts
 
 Span = tuple[int, int]
 
 
-def expected_spans(name: str, conversation: str, text: str) -> list[Span]:
+def expected_spans(name: str, text: str) -> list[Span]:
     """Return the spans of all assistant turns with something to train, in order."""
-    messages, _ = CONVERSATIONS[conversation]
-    results = [m["content"] for m in messages if m["role"] == "tool"]
-    facts, spans, at = FACTS[name], [], 0
+    return [(start, end) for start, end in _turns(FACTS[name], text) if start < end]
+
+
+def expected_text(name: str, text: str) -> str:
+    """Return what is trained of a text, with EOS where a last turn has no end of its own."""
+    facts, turns = FACTS[name], _turns(FACTS[name], text)
+    is_open = turns[-1][1] == len(text) and not text.endswith(facts.ends or "\0")
+    trained = [text[start:end] for start, end in turns]
+    return "".join(trained) + facts.eos_token * is_open
+
+
+def _turns(facts: Facts, text: str) -> list[Span]:
+    """Return the spans of all assistant turns, those without any text too."""
+    spans, at = [], 0
     while found := _first(facts.headers, text, at):
         header, after = found
+        if text.startswith(facts.no_turn, after):
+            at = after
+            continue
         start = header if facts.trains_header else after
         if facts.opening and text.startswith(facts.opening, after):
             start = after + len(facts.opening)
@@ -25,16 +38,21 @@ def expected_spans(name: str, conversation: str, text: str) -> list[Span]:
         if end is None:  # a header without a turn: the template always adds the prompt
             break
         at = max(end, after)
-        # Some templates write the result of a tool below the assistant's header.
-        if end > start and not any(word in text[start:end] for word in results):
-            spans.append((start, end))
+        spans.append((start, end))
     return spans
 
 
-def reason_to_refuse(name: str, conversation: str) -> str | None:
+def reason_to_refuse(name: str, conversation: str, text: str) -> str | None:
     """Return why a conversation must be refused with a template; None where it must be exact."""
-    refused = FACTS[name].refused
-    return refused.get(conversation) or refused.get("*")
+    facts = FACTS[name]
+    for known in (conversation, "*"):
+        if known in facts.refused:
+            return facts.refused[known]
+    if facts.opening and not facts.marks:
+        starts = [start for start, _ in _turns(facts, text)]
+        if not all(text.endswith(facts.opening, 0, start) for start in starts):
+            return f"The prompt at inference ends with {facts.opening!r}, which a turn lacks."
+    return None
 
 
 def _end_of_turn(facts: Facts, text: str, start: int) -> int | None:

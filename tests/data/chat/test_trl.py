@@ -4,6 +4,8 @@ TRL masks by the marks of the template, or of its own variant of the template. `
 else it trains, and the tests check that it does: an entry that TRL mends fails here.
 """
 
+# ruff: noqa: RUF001 - DeepSeek's markers are written with a fullwidth bar
+
 from itertools import groupby
 
 import pytest
@@ -56,6 +58,19 @@ def runs_of(tokenizer, ids: list[int], chosen: list[bool]) -> list[str]:
     return [tokenizer.decode([i for i, _ in run]) for wanted, run in groups if wanted]
 
 
+def follow_a_prompt(name: str, row: str, ids: list[int]) -> list[bool]:
+    """Whether the tokens begin with those of the prompt at inference, for each answer of a row."""
+    tokenizer, (messages, tools) = tokenizer_for(name), CONVERSATIONS[row]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    prompts = [
+        tokenizer.apply_chat_template(
+            messages[:i], tools=tools, add_generation_prompt=True, return_dict=False
+        )
+        for i in answers
+    ]
+    return [ids[: len(prompt)] == prompt for prompt in prompts]
+
+
 @pytest.mark.parametrize("name", ONLY_TRL)
 def test_assistant_tokens_are_those_of_trl_but_for_what_the_table_says(name):
     tokenizer, more = tokenizer_for(name), set()
@@ -65,7 +80,11 @@ def test_assistant_tokens_are_those_of_trl_but_for_what_the_table_says(name):
             messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )
         ids, targets = ours(name, "assistant", example(row))
-        assert ids == theirs["input_ids"], row
+        if ids != theirs["input_ids"]:  # TRL trains a token that lies across the end of a prompt
+            assert tokenizer.decode(ids) == tokenizer.decode(theirs["input_ids"]), row
+            ours_follow = follow_a_prompt(name, row, ids)
+            assert ours_follow > follow_a_prompt(name, row, theirs["input_ids"]), row
+            continue
         mask = [bool(m) for m in theirs["assistant_masks"]]
         assert not any(t and not m for t, m in zip(targets, mask, strict=True)), row
         only = [m and not t for t, m in zip(targets, mask, strict=True)]
