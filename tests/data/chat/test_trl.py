@@ -40,7 +40,10 @@ ONLY_TRL: dict[str, tuple[set[str], str]] = {
     "trl/qwen3_5_nothink_training": ({"\n", "<think>\n\n</think>\n\n"}, f"{LINE}, and {PROMPT}"),
     "trl/phi3_training": ({"\n", "\n<|endoftext|>"}, f"{LINE}, and the end of the whole text"),
     "trl/deepseekv3_training": ({"<｜Assistant｜>", "<｜tool▁outputs▁end｜>"}, PROMPT),
-    "trl/deepseek_r1_distill_training": ({"<｜Assistant｜>"}, PROMPT),
+    "trl/deepseek_r1_distill_training": (
+        {"<｜Assistant｜>", "<｜Assistant｜><think>\n"},
+        PROMPT,
+    ),
     "trl/gptoss_training": ({"<|start|>assistant"}, PROMPT),
     "trl/muse_glimmer_training": ({"<|start|>assistant"}, PROMPT),
 }
