@@ -26,7 +26,7 @@ from memory_table import GPUS_GB, LENGTHS, NBITS, memory_run, model_configs
 from transformers import PretrainedConfig
 
 from hqqtrain.data.layout import Batch, collate_batch
-from hqqtrain.data.packing import TokenSequences, plain_text_targets
+from hqqtrain.data.sequences import TokenSequences, plain_text_targets
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime, peak_memory_bytes
 from hqqtrain.distributed.strategies.check import RuntimeSettings

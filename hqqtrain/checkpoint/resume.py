@@ -7,7 +7,7 @@ from hqqtrain.checkpoint.format import Checkpoint, read_checkpoint
 from hqqtrain.checkpoint.store import CheckpointStore
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.text import count
-from hqqtrain.data.packing import TokenSequences
+from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.formats.manifest import DamagedError
 

@@ -42,7 +42,7 @@ def field_errors(group: str, config: Any) -> Iterator[str]:
         elif isinstance(value, str) and not value.strip():
             null = "; use null for the default" if item.default is None else ""
             yield f"{shown}: must not be empty{null}."
-        elif isinstance(value, str) and "\0" in value:
+        elif isinstance(value, str | list) and any("\0" in str(part) for part in value):
             yield f"{group}.{item.name}={value!r}: must not contain a NUL character."
         elif isinstance(value, float) and not isfinite(value):
             yield f"{shown}: must be finite."

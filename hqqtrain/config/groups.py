@@ -223,6 +223,23 @@ class DataConfig:
     max_bad_rows: int = key(
         0, "most rows that may be left out because they cannot be read; more are an error", low=0
     )
+    chat_template: str = key(
+        AUTO,
+        "how chats are written as text; auto: by the tokenizer's own template; or chatml, gemma, "
+        "llama3, mistral, plain, or the path of a .jinja file",
+    )
+    loss_on: str = key(
+        AUTO,
+        "the tokens that are trained; auto: all of plain text, the answers of the assistant in "
+        "chats, and completions of prompts; last: only the last answer",
+        choices=(AUTO, "assistant", "last", "completion", "all"),
+    )
+    on_long: str = key(
+        AUTO,
+        "an example with more than train.max_seq_len tokens; auto: plain text is split if texts "
+        "are packed, and other examples are truncated",
+        choices=(AUTO, "truncate", "split", "drop", "error"),
+    )
     validation: float = key(
         0.02,
         "share of the texts of data.source that eval.source=auto holds out by their hashes, unless "

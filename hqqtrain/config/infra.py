@@ -208,6 +208,9 @@ def duration_errors(where: str, text: str | None) -> Iterator[str]:
 
 
 def _control_character_errors(where: str, text: str) -> Iterator[str]:
-    """Refuse characters that would end a line of the batch script and start another."""
-    if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", text):
+    """Refuse characters that would end a line of the batch script and start another.
+
+    NUL is refused in every key.
+    """
+    if re.search(r"[\x01-\x1f\x7f-\x9f\u2028\u2029]", text):
         yield f"{where}={text!r}: must not contain line breaks or other control characters."

@@ -46,7 +46,17 @@ A group with its defaults does not enter the identity, so earlier runs keep thei
 """
 
 ADDED_KEYS: dict[str, dict[str, Any]] = {
-    "data": {"validation": DataConfig().validation, "file_type": "auto", "max_bad_rows": 0},
+    "data": {
+        name: getattr(DataConfig(), name)
+        for name in (
+            "validation",
+            "file_type",
+            "max_bad_rows",
+            "chat_template",
+            "loss_on",
+            "on_long",
+        )  # fmt: skip
+    },
     "train": {"early_stopping_patience": None},
     "eval": {"samples": EvalConfig().samples},
     "ckpt": {"load_best": False},

@@ -8,14 +8,14 @@ modules are equal. So the perplexities of two machines can be compared.
 
 import hashlib
 import logging
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig
-from hqqtrain.data.packing import TokenSequences, pack_texts
+from hqqtrain.data.packing import cut_long, encode_stream
+from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.sources import load_held_out_texts
 
 if TYPE_CHECKING:
@@ -59,11 +59,9 @@ def load_eval_set(
         return None
     length = min(max_seq_len, evaluation.tokens)
     where = f"eval.source={evaluation.source}"
-    texts = pack_texts(
-        load_held_out_texts(evaluation, data), tokenizer, max_seq_len=length,
-        vocab_size=vocab_size, where=where,
-    )  # fmt: skip
-    candidates = cut_windows(texts, length)
+    examples = load_held_out_texts(evaluation, data)
+    tokens = encode_stream(examples, tokenizer, data, vocab_size, where)
+    candidates = cut_windows(tokens, length)
     if not len(candidates):
         raise UserError(f"{where}: no text in it has a token to predict.")
     cuts = evaluation.tokens % max_seq_len != 0
@@ -84,18 +82,9 @@ def load_eval_set(
     return windows
 
 
-def cut_windows(texts: TokenSequences, length: int) -> TokenSequences:
-    """Cut every text from its start into windows of `length` tokens; drop windows of one token."""
-    ends = np.append(texts.starts[1:], len(texts.stream))
-    # A window begins every `length` tokens of a text.
-    begin = np.concatenate(
-        [np.arange(start, end, length) for start, end in zip(texts.starts, ends, strict=True)]
-    )
-    # A window ends no later than its text, which is the last one that starts at or before it.
-    text_of_window = np.searchsorted(texts.starts, begin, side="right") - 1
-    end = np.minimum(begin + length, ends[text_of_window])
-    has_prediction = end - begin > 1
-    return replace(texts, begin=begin[has_prediction], end=end[has_prediction])
+def cut_windows(examples: TokenSequences, length: int) -> TokenSequences:
+    """Cut every example from its start into windows of `length` tokens that predict a token."""
+    return cut_long(examples, length, "split", "eval.source")
 
 
 def sample_windows(
@@ -120,7 +109,8 @@ def sample_windows(
     if cuts and count < len(order) and rest > 1:
         end[order[count]] = windows.begin[order[count]] + rest
         count += 1
-    return replace(windows, end=end).select(np.sort(order[:count]))
+    chosen = np.sort(order[:count])
+    return windows.with_bounds(windows.begin[chosen], end[chosen])
 
 
 def _window_hash(windows: TokenSequences, index: int) -> bytes:

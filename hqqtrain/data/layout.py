@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hqqtrain.data.packing import IGNORE_INDEX, TokenSequences
+from hqqtrain.data.sequences import IGNORE_INDEX, TokenSequences
 
 Batch = dict[str, Tensor]
 """The inputs of a model by name, and `labels`, each [sequences, tokens]; see `collate_batch`."""

@@ -14,7 +14,7 @@ import torch
 from hqqtrain.config.groups import TrainConfig
 from hqqtrain.data.layout import PACKED, Batch, BatchLayout, collate_batch
 from hqqtrain.data.order import SampleOrder
-from hqqtrain.data.packing import IGNORE_INDEX, TokenSequences
+from hqqtrain.data.sequences import IGNORE_INDEX, TokenSequences
 
 
 class DataLoader(Protocol):

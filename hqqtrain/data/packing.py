@@ -1,170 +1,146 @@
-"""Turn texts into sequences of tokens, stored as one flat array and packed without waste.
+"""Turn examples into sequences of tokens, stored as one flat array and packed without waste.
 
-With packing, all texts form one stream, each text ends with EOS, and the stream is cut every
+With packing, all plain texts form one stream, each text ends with EOS, and the stream is cut every
 `max_seq_len` tokens. A long text spans several sequences, and short texts share one. The last
 sequence may be shorter; it is dropped only if it has a single token, which predicts nothing.
-Without packing, every text becomes one sequence and is truncated.
-
-Texts that share a sequence do not see each other. `position_ids` restart at 0 with every text, and
-transformers v5 derives the block-diagonal mask from them, provided that it gets neither an
-attention mask nor a cache. So **call the model with use_cache=False**. A sequence of a single text
-keeps the fast causal kernel. Padding works the same way: each pad token is a text of its own.
-Models that ignore `position_ids` get every text in a row of its own (`hqqtrain/data/layout.py`).
+Chats and other examples are not cut at such places: several of them share a sequence where they fit
+as a whole. Without packing, every example becomes one sequence. `data.on_long` says what happens to
+one that is too long; by default it is truncated.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import pairwise
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.data.tokenization import check_token_ids, tokenize_texts
+from hqqtrain.config.groups import AUTO, DataConfig
+from hqqtrain.data.best_fit import best_fit
+from hqqtrain.data.encoding import encode_examples
+from hqqtrain.data.examples import Example
+from hqqtrain.data.sequences import TokenSequences
+from hqqtrain.data.tokenization import check_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORE_INDEX = -100
-"""The label of a token that is not predicted, which the loss ignores."""
 
-
-@dataclass(frozen=True)
-class TokenSequences:
-    """A list of token sequences, which does not depend on the world size.
-
-    Attributes:
-        stream: int32 [T], the tokens of all texts.
-        targets: bool [T], whether the loss predicts each token. The first token of a sequence is
-            never predicted, whatever its target is.
-        starts: int64 [texts], the position in the stream where each text starts, ascending.
-        begin: int64 [n], the position in the stream where each sequence begins.
-        end: int64 [n], the position after the last token of each sequence.
-    """
-
-    stream: np.ndarray
-    targets: np.ndarray
-    starts: np.ndarray
-    begin: np.ndarray
-    end: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.begin)
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return (self[index] for index in range(len(self)))
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return `input_ids`, `labels` and `position_ids`, int64 [length], for transformers.
-
-        A label has the position of its own token, because the loss shifts labels. The first token
-        of the sequence, and every token that is no target, has the label `IGNORE_INDEX`.
-        """
-        begin, end = int(self.begin[index]), int(self.end[index])
-        tokens = self.stream[begin:end].astype(np.int64)
-        labels = np.where(self.targets[begin:end], tokens, IGNORE_INDEX)
-        labels[:1] = IGNORE_INDEX  # no token of the sequence precedes the first one
-        return {
-            "input_ids": torch.from_numpy(tokens),
-            "labels": torch.from_numpy(labels),
-            "position_ids": torch.from_numpy(self._positions(begin, end)),
-        }
-
-    @cached_property
-    def target_token_count(self) -> int:
-        """Number of predicted tokens in all sequences."""
-        bounds = zip(self.begin.tolist(), self.end.tolist(), strict=True)
-        return sum(int(np.count_nonzero(self.targets[begin + 1 : end])) for begin, end in bounds)
-
-    def digest(self) -> str:
-        """Return the sha256 of tokens, targets, and the boundaries of texts and sequences.
-
-        The targets of plain text are left out, because they follow from its boundaries. So the
-        digest equals that in older checkpoints, which was computed before targets existed.
-        """
-        arrays = [self.stream, self.starts, self.begin, self.end]
-        if not np.array_equal(self.targets, plain_text_targets(self.stream, self.starts)):
-            arrays.append(self.targets)
-        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-
-    def select(self, indices: Sequence[int] | np.ndarray) -> "TokenSequences":
-        """Return only the sequences at `indices`, which share the stream."""
-        return replace(self, begin=self.begin[indices], end=self.end[indices])
-
-    def split_texts(self) -> "TokenSequences":
-        """Return the texts in these sequences, each as a sequence of its own.
-
-        A text of a single token predicts nothing and is left out.
-        """
-        bounds = []
-        for begin, end in zip(self.begin.tolist(), self.end.tolist(), strict=True):
-            first_text, end_text = np.searchsorted(self.starts, (begin + 1, end))
-            cuts = [begin, *self.starts[first_text:end_text].tolist(), end]
-            bounds += [pair for pair in pairwise(cuts) if pair[1] - pair[0] > 1]
-        begin, end = np.array(bounds, np.int64).reshape(-1, 2).T
-        return replace(self, begin=begin, end=end)
-
-    def _positions(self, begin: int, end: int) -> np.ndarray:
-        """Return the position of every token of a sequence within its text."""
-        # The positions of the first text count from `begin`, even if it started before. Those of
-        # the other texts count from their start, which is inside the sequence.
-        first_text, end_text = np.searchsorted(self.starts, (begin + 1, end))
-        starts = np.concatenate([[begin], self.starts[first_text:end_text]])
-        # Subtract from each token's index in the stream the last start at or before it.
-        stream_indices = np.arange(begin, end)
-        text_of_token = np.searchsorted(starts, stream_indices, side="right") - 1
-        return stream_indices - starts[text_of_token]
-
-
-def pack_texts(
-    texts: Iterable[str],
+def pack_examples(
+    examples: Iterable[Example],
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_seq_len: int,
     packing: bool = True,
+    data: DataConfig | None = None,
     vocab_size: int | None = None,
     where: str = "data.source",
     on_batch: Callable[[], object] = lambda: None,
 ) -> TokenSequences:
-    """Tokenize `texts` and cut them into sequences of at most `max_seq_len` tokens.
+    """Tokenize examples and arrange them in sequences of at most `max_seq_len` tokens.
 
     Args:
-        texts: The texts; blank ones are skipped.
+        examples: Examples of one kind; blank texts are skipped.
         tokenizer: The tokenizer of the model.
         max_seq_len: Largest number of tokens in a sequence.
-        packing: Whether texts share sequences; otherwise every text is truncated.
+        packing: Whether examples share sequences.
+        data: The group `data` of the configuration, for `chat_template`, `loss_on` and `on_long`.
         vocab_size: Number of token ids that the model knows; None if there is no model.
-        where: The source of the texts, for messages.
-        on_batch: Called before every batch of texts; it may raise to stop.
+        where: The source of the examples, for messages.
+        on_batch: Called now and then; it may raise to stop.
 
     Raises:
-        UserError: No sequence has a token to predict, the model does not know a token, or the
-            tokenizer fails.
+        UserError: No sequence has a token to predict, the model does not know a token, an example
+            is longer than `data.on_long=error` allows, or the examples cannot be tokenized.
     """
-    stream, starts = tokenize_texts(texts, tokenizer, where, on_batch)
+    data, iterator = data or DataConfig(), iter(examples)
+    first = list(islice(iterator, 1))
+    is_plain_text = all(isinstance(example, str) for example in first)
+    examples = chain(first, iterator)
+    tokens = encode_stream(examples, tokenizer, data, vocab_size, where, on_batch)
+    if packing and is_plain_text and data.on_long in (AUTO, "split"):
+        begin = np.arange(0, len(tokens.stream), max_seq_len)
+        end = np.minimum(begin + max_seq_len, len(tokens.stream))
+        predicts = end - begin > 1
+        sequences = replace(tokens, begin=begin[predicts], end=end[predicts])
+    else:
+        parts = cut_long(tokens, max_seq_len, data.on_long, where)
+        sequences = _packed(parts, max_seq_len) if packing else parts
+    if not len(sequences):
+        raise UserError(f"{where}: no text in it has a token to predict.")
+    return sequences
+
+
+def encode_stream(
+    examples: Iterable[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    data: DataConfig,
+    vocab_size: int | None,
+    where: str,
+    on_batch: Callable[[], object] = lambda: None,
+) -> TokenSequences:
+    """Tokenize examples, each into a sequence of its own, of any length; see `pack_examples`."""
+    ids, targets = [np.empty(0, np.int32)], [np.empty(0, bool)]  # they allow no examples
+    for ids_of_example, targets_of_example in encode_examples(
+        examples, tokenizer, data, where, on_batch
+    ):
+        ids.append(ids_of_example)
+        targets.append(targets_of_example)
+    lengths = np.array([len(each) for each in ids[1:]], np.int64)
+    stream, starts = np.concatenate(ids), np.cumsum(lengths) - lengths
     if vocab_size is not None:
         check_token_ids(stream, tokenizer, vocab_size, where)
-    if packing:
-        begin = np.arange(0, len(stream), max_seq_len)
-        end = np.minimum(begin + max_seq_len, len(stream))
-    else:
-        next_starts = np.append(starts, len(stream))[1:]
-        begin, end = starts, np.minimum(starts + max_seq_len, next_starts)
-    has_prediction = end - begin > 1  # a single token predicts nothing
-    if not has_prediction.any():
-        raise UserError(f"{where}: no text in it has a token to predict.")
-    targets = plain_text_targets(stream, starts)
-    return TokenSequences(stream, targets, starts, begin[has_prediction], end[has_prediction])
+    return TokenSequences(stream, np.concatenate(targets), starts, starts, starts + lengths)
 
 
-def plain_text_targets(stream: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Return bool [T]: whether a token is not the first of its text.
+def cut_long(tokens: TokenSequences, max_seq_len: int, on_long: str, where: str) -> TokenSequences:
+    """Return sequences of at most `max_seq_len` tokens, each of which has a token to predict.
 
-    No token of the same text precedes the first one, so the loss does not predict it.
+    Args:
+        tokens: The tokens of each example, as a sequence.
+        max_seq_len: Largest number of tokens.
+        on_long: `data.on_long`; `auto` truncates.
+        where: The source of the examples, for messages.
+
+    Raises:
+        UserError: `on_long` is `error`, and an example is longer.
     """
-    targets = np.ones(len(stream), dtype=bool)
-    targets[starts] = False
-    return targets
+    lengths = tokens.end - tokens.begin
+    is_long = lengths > max_seq_len
+    if is_long.any() and on_long == "error":
+        number = int(is_long.argmax())
+        raise UserError(
+            f"{where}: example {number + 1} has {lengths[number]} tokens, more than "
+            f"train.max_seq_len={max_seq_len}; so have {int(is_long.sum())} of {len(lengths)}. Set "
+            "data.on_long=truncate, split or drop, or a larger train.max_seq_len."
+        )
+    begin, end = tokens.begin, tokens.end
+    if on_long == "drop":
+        begin, end = begin[~is_long], end[~is_long]
+    elif on_long == "split":
+        counts = -(-lengths // max_seq_len)
+        first_piece = np.cumsum(counts) - counts
+        piece = np.arange(counts.sum()) - np.repeat(first_piece, counts)  # within its example
+        begin = np.repeat(begin, counts) + piece * max_seq_len
+        end = np.minimum(begin + max_seq_len, np.repeat(end, counts))
+    else:
+        end = np.minimum(end, begin + max_seq_len)
+    return tokens.with_bounds(begin, end)
+
+
+def _packed(parts: TokenSequences, max_seq_len: int) -> TokenSequences:
+    """Let parts of examples share sequences, with little padding; see `best_fit`."""
+    lengths = parts.end - parts.begin
+    bins = best_fit(lengths, max_seq_len)
+    order = [item for items in bins for item in items]
+    spans = [slice(parts.begin[item], parts.end[item]) for item in order]
+    empty = slice(0, 0)  # it allows no parts
+    stream = np.concatenate([parts.stream[span] for span in [empty, *spans]])
+    targets = np.concatenate([parts.targets[span] for span in [empty, *spans]])
+    ends = np.cumsum(lengths[order])
+    starts = ends - lengths[order]
+    targets[starts] = False  # no token of the same part precedes the first one
+    last = np.cumsum([len(items) for items in bins], dtype=np.int64) - 1
+    end = ends[last]
+    return TokenSequences(stream, targets, starts, np.append(0, end)[:-1], end)

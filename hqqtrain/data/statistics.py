@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from hqqtrain.data.packing import TokenSequences
+    from hqqtrain.data.sequences import TokenSequences
 
 MAX_BARS = 12
 """Largest number of bars in a histogram."""

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import psutil
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_BATCH_TEXTS = 256
 """Largest number of texts in one call of the tokenizer."""
@@ -40,13 +42,13 @@ _BASE_BYTES, _BYTES_PER_CHARACTER = 1 << 28, 600
 _POLL_SECONDS = 0.05
 
 
-def tokenize_texts(
+def encode_texts(
     texts: Iterable[str],
     tokenizer: "PreTrainedTokenizerBase",
     where: str = "data.source",
     on_batch: Callable[[], object] = lambda: None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenize every text that is not blank, with its special tokens.
+) -> Iterator[np.ndarray]:
+    """Yield the tokens of every text that is not blank, int32 [n], with its special tokens.
 
     Every text ends with EOS, whether or not the tokenizer adds it.
 
@@ -56,25 +58,17 @@ def tokenize_texts(
         where: The source of the texts, for messages.
         on_batch: Called before every batch of texts; it may raise to stop.
 
-    Returns:
-        The tokens of all texts, int32 [T], and the start of each text, int64 [texts].
-
     Raises:
         UserError: The tokenizer fails, or needs too much time or memory.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
         logger.warning("the tokenizer has no EOS token: texts are joined without one.")
-    encoded = []
     for batch in _batches(texts):
         on_batch()
         for ids in _encode(batch, tokenizer, where):
             lacks_eos = eos is not None and (not ids or ids[-1] != eos)
-            encoded.append(np.array([*ids, eos] if lacks_eos else ids, np.int32))
-    lengths = np.array([len(ids) for ids in encoded], np.int64)
-    stream = np.concatenate([np.empty(0, np.int32), *encoded])  # the empty array allows no texts
-    starts = np.cumsum(lengths) - lengths
-    return stream, starts
+            yield np.array([*ids, eos] if lacks_eos else ids, np.int32)
 
 
 def check_token_ids(
@@ -125,7 +119,7 @@ def _encode(batch: list[str], tokenizer: "PreTrainedTokenizerBase", where: str) 
     """Return the token ids of every text."""
 
     def call(texts: list[str], **options: bool) -> list[list[int]]:
-        encodings = _watch(
+        encodings = watch(
             lambda: tokenizer(texts, return_attention_mask=False, verbose=False, **options),
             sum(map(len, texts)),
             where,
@@ -146,32 +140,42 @@ def _encode(batch: list[str], tokenizer: "PreTrainedTokenizerBase", where: str) 
 def cut_text(text: str, length: int) -> list[str]:
     """Cut a text into pieces of at most `length` characters, where tokens end, too, if possible.
 
-    That is after the last line ending before other text, or before the last space after a word.
+    That is after the last single line ending between other text, or else after the last line ending
+    before other text, or before the last space after a word. Some tokenizers split several line
+    endings before other text, and some join them.
     """
+
+    def ends_line(i: int) -> bool:
+        return text[i - 1] == "\n" and not text[i].isspace()
+
+    def ends_only_line(i: int) -> bool:
+        return ends_line(i) and not text[i - 2].isspace()
+
+    def ends_word(i: int) -> bool:
+        return text[i] == " " and not text[i - 1].isspace()
+
     pieces, start = [], 0
     while len(text) - start > length:
-        end = start + length
-        for position in range(end, start + 1, -1):
-            if text[position - 1] == "\n" and not text[position].isspace():
-                end = position
-                break
-        else:
-            for position in range(end, start + 1, -1):
-                if text[position] == " " and not text[position - 1].isspace():
-                    end = position
-                    break
+        places = range(start + length, start + 1, -1)
+        found = (
+            place
+            for test in (ends_only_line, ends_line, ends_word)
+            for place in places
+            if test(place)
+        )
+        end = next(found, start + length)
         pieces.append(text[start:end])
         start = end
     return [*pieces, text[start:]]
 
 
-def _watch(call: Callable[[], Any], characters: int, where: str) -> Any:
+def watch(call: Callable[[], T], characters: int, where: str) -> T:
     """Return the result of `call`, a call of the tokenizer on so many characters.
 
     Raises:
         UserError: The call fails, or takes more CPU time or memory than any sound tokenizer.
     """
-    results: list[Any] = []
+    results: list[T] = []
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -198,6 +202,8 @@ def _watch(call: Callable[[], Any], characters: int, where: str) -> Any:
             )
         thread.join(_POLL_SECONDS)
     if errors:
+        if isinstance(errors[0], UserError):
+            raise errors[0]
         raise UserError(
             f"{where}: the tokenizer of the model cannot encode its text: "
             f"{str(errors[0])[:200] or type(errors[0]).__name__}"

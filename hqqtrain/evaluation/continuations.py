@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hqqtrain.data.layout import collate_batch
-from hqqtrain.data.packing import IGNORE_INDEX, TokenSequences
+from hqqtrain.data.sequences import IGNORE_INDEX, TokenSequences
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.models.causal_lm import next_token_outputs
 

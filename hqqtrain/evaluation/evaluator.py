@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hqqtrain.data.layout import PACKED, BatchLayout
-from hqqtrain.data.packing import TokenSequences
+from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.evaluation.continuations import continue_greedily

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hqqtrain.data.layout import PACKED, Batch, BatchLayout, collate_batch
-from hqqtrain.data.packing import IGNORE_INDEX, TokenSequences
+from hqqtrain.data.sequences import IGNORE_INDEX, TokenSequences
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.models.causal_lm import MAX_EVALUATION_TOKENS, next_token_outputs
 

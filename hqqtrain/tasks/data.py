@@ -16,7 +16,7 @@ from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.common.text import count
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.config.run import RunConfig
-from hqqtrain.data.packing import TokenSequences, plain_text_targets
+from hqqtrain.data.sequences import TokenSequences, plain_text_targets
 from hqqtrain.data.statistics import (
     DataReport,
     count_sequences,

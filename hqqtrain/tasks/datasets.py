@@ -7,7 +7,8 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.eval_set import load_eval_set
 from hqqtrain.data.layout import BatchLayout
-from hqqtrain.data.packing import TokenSequences, pack_texts
+from hqqtrain.data.packing import pack_examples
+from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.sources import load_training_texts
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.loading.plan import ModelPlan
@@ -59,11 +60,12 @@ def load_training_data(
         PreemptedError: This rank has received a signal; checked between batches of texts.
     """
     config = run.config
-    return pack_texts(
+    return pack_examples(
         load_training_texts(config.data, config.eval),
         load_tokenizer(tokenizer_folder),
         max_seq_len=config.train.max_seq_len,
         packing=config.train.packing,
+        data=config.data,
         vocab_size=vocab_size,
         where=f"data.source={config.data.source}",
         on_batch=run.runtime.preemption.check_local,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hqqtrain.data.layout import PACKED, BatchLayout
-from hqqtrain.data.packing import TokenSequences
+from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.evaluation.continuations import select_beginnings
 from hqqtrain.evaluation.evaluator import Evaluator
 from hqqtrain.evaluation.perplexity import EvalResult

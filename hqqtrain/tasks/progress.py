@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from hqqtrain.data.packing import TokenSequences
+from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.tracking.console import Console, ProgressBar
 

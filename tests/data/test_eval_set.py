@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 import hqqtrain
 from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.data.eval_set import load_eval_set
-from hqqtrain.data.packing import IGNORE_INDEX
+from hqqtrain.data.sequences import IGNORE_INDEX
 from hqqtrain.data.sources import dataset_name
 
 TINY = Path(hqqtrain.__file__).parent / "models" / "tiny"

@@ -7,7 +7,7 @@ from architectures import IN_ROWS, PACKED, SMALL, small_config, small_model
 from packed_texts import MAX_SEQ_LEN, ROWS, make_loader, packed_sequences
 
 from hqqtrain.data.layout import BatchLayout, collate_batch
-from hqqtrain.data.packing import IGNORE_INDEX, TokenSequences
+from hqqtrain.data.sequences import IGNORE_INDEX, TokenSequences
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.evaluation.perplexity import evaluate_perplexity
 from hqqtrain.models.build import build_meta

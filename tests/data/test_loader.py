@@ -6,7 +6,7 @@ import torch
 
 from hqqtrain.config.groups import TrainConfig
 from hqqtrain.data.loader import PackedLoader
-from hqqtrain.data.packing import IGNORE_INDEX, TokenSequences, plain_text_targets
+from hqqtrain.data.sequences import IGNORE_INDEX, TokenSequences, plain_text_targets
 
 LENGTHS = np.array([5, 9, 2, 7, 3, 8, 6, 4, 11, 10])
 

@@ -7,7 +7,7 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 
-from hqqtrain.data.packing import TokenSequences
+from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.statistics import (
     count_duplicates,
     count_sequences,

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import hqqtrain
 from hqqtrain.common.errors import UserError
 from hqqtrain.data import tokenization
-from hqqtrain.data.packing import pack_texts
-from hqqtrain.data.tokenization import cut_text, tokenize_texts
+from hqqtrain.data.packing import pack_examples
+from hqqtrain.data.tokenization import cut_text, encode_texts
 
 TINY = Path(hqqtrain.__file__).parent / "models" / "tiny"
 
@@ -33,20 +33,20 @@ def test_an_expensive_pattern_is_refused(monkeypatch):
     # The regular expressions of `tokenizers` limit the steps of one match, but not of a search.
     pattern = pre_tokenizers.Split(Regex("a*a*b$"), "isolated")
     with pytest.raises(UserError, match=r"data\.source=x: the tokenizer has used .* too expensive"):
-        tokenize_texts(["a" * 1200 + "bc"], hostile(pre_tokenizer=pattern), "data.source=x")
+        list(encode_texts(["a" * 1200 + "bc"], hostile(pre_tokenizer=pattern), "data.source=x"))
 
 
 def test_a_pattern_that_exceeds_the_limit_of_a_match_is_refused():
     pattern = pre_tokenizers.Split(Regex("(a|aa|a?a)+$"), "isolated")
     with pytest.raises(UserError, match=r"data\.source: the tokenizer .* cannot encode its text"):
-        tokenize_texts(["a" * 34 + "!"], hostile(pre_tokenizer=pattern))
+        list(encode_texts(["a" * 34 + "!"], hostile(pre_tokenizer=pattern)))
 
 
 def test_a_tokenizer_that_fills_the_memory_is_refused(monkeypatch):
     monkeypatch.setattr(tokenization, "_BASE_BYTES", 1 << 23)
     doubling = normalizers.Sequence([normalizers.Replace("a", "aa")] * 20)
     with pytest.raises(UserError, match="MiB for 1 characters"):
-        tokenize_texts(["a"], hostile(normalizer=doubling))
+        list(encode_texts(["a"], hostile(normalizer=doubling)))
 
 
 def test_a_tokenizer_that_fails_is_one_message(tokenizer, monkeypatch):
@@ -55,16 +55,16 @@ def test_a_tokenizer_that_fails_is_one_message(tokenizer, monkeypatch):
 
     monkeypatch.setattr(type(tokenizer), "__call__", fail)
     with pytest.raises(UserError, match=r"data\.source: the tokenizer .* cannot encode .* word"):
-        tokenize_texts(["x"], tokenizer)
+        list(encode_texts(["x"], tokenizer))
 
 
 def test_tokens_beyond_the_vocabulary_are_named(tokenizer):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     plain, special = ["def f(x): pass"], ["<|im_start|> def f(x): pass"]
-    pack_texts(plain, tokenizer, max_seq_len=8, vocab_size=4096)  # only tokens in use matter
-    pack_texts(special, tokenizer, max_seq_len=8, vocab_size=4097)
+    pack_examples(plain, tokenizer, max_seq_len=8, vocab_size=4096)  # only tokens in use matter
+    pack_examples(special, tokenizer, max_seq_len=8, vocab_size=4097)
     with pytest.raises(UserError) as caught:
-        pack_texts(special, tokenizer, max_seq_len=8, vocab_size=4096, where="data.source=x")
+        pack_examples(special, tokenizer, max_seq_len=8, vocab_size=4096, where="data.source=x")
     for part in ("data.source=x", "'<|im_start|>'", "4096 embeddings", "id 4096"):
         assert part in str(caught.value)
 
@@ -78,11 +78,11 @@ def test_a_long_text_has_the_tokens_of_the_whole(monkeypatch, tokenizer, adds):
     )
     text = (TINY.parent.parent / "data" / "packing.py").read_text()
     texts = [text, "x = 1", text[:500]]
-    whole, starts = tokenize_texts(texts, tokenizer)
+    whole = list(encode_texts(texts, tokenizer))
     monkeypatch.setattr(tokenization, "MAX_BATCH_CHARACTERS", 300)
-    pieces, starts_of_pieces = tokenize_texts(texts, tokenizer)
-    assert np.array_equal(pieces, whole)
-    assert np.array_equal(starts_of_pieces, starts)
+    pieces = list(encode_texts(texts, tokenizer))
+    assert len(pieces) == len(whole) == 3
+    assert all(map(np.array_equal, pieces, whole))
 
 
 def test_text_is_cut_where_tokens_end():

@@ -6,7 +6,7 @@ import torch
 from ranks import on_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hqqtrain.data.packing import TokenSequences, plain_text_targets
+from hqqtrain.data.sequences import TokenSequences, plain_text_targets
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.evaluation import continuations
 from hqqtrain.evaluation.continuations import continue_greedily, select_beginnings

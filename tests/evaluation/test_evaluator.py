@@ -9,7 +9,7 @@ import torch
 
 from hqqtrain.common.errors import PreemptedError
 from hqqtrain.config.infra import RunDirConfig
-from hqqtrain.data.packing import TokenSequences, plain_text_targets
+from hqqtrain.data.sequences import TokenSequences, plain_text_targets
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.evaluation.evaluator import Evaluator

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hqqtrain.data.layout import BatchLayout
-from hqqtrain.data.packing import TokenSequences, plain_text_targets
+from hqqtrain.data.sequences import TokenSequences, plain_text_targets
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.evaluation.perplexity import EvalResult, _sum_kl, evaluate_perplexity
 

@@ -9,7 +9,7 @@ from ranks import on_ranks
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hqqtrain.data.packing import TokenSequences, plain_text_targets
+from hqqtrain.data.sequences import TokenSequences, plain_text_targets
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.evaluation import reference
 from hqqtrain.evaluation.perplexity import EvalResult, evaluate_perplexity

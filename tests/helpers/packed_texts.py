@@ -5,7 +5,7 @@ import numpy as np
 from hqqtrain.config.groups import TrainConfig
 from hqqtrain.data.layout import BatchLayout
 from hqqtrain.data.loader import PackedLoader
-from hqqtrain.data.packing import TokenSequences, plain_text_targets
+from hqqtrain.data.sequences import TokenSequences, plain_text_targets
 
 LENGTHS = (5, 40, 13, 2, 9, 30, 1, 17, 3, 24, 7, 11)
 MAX_SEQ_LEN = 32

@@ -14,7 +14,7 @@ from hqqtrain.checkpoint.snapshot import StateSnapshot
 from hqqtrain.config.groups import OptimConfig, TrainConfig
 from hqqtrain.config.infra import RunDirConfig
 from hqqtrain.data.loader import PackedLoader
-from hqqtrain.data.packing import TokenSequences, plain_text_targets
+from hqqtrain.data.sequences import TokenSequences, plain_text_targets
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.train.losses.model_loss import ModelLoss

@@ -10,7 +10,8 @@ import pytest
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import ModelConfig
-from hqqtrain.data.packing import TokenSequences, pack_texts
+from hqqtrain.data.packing import pack_examples
+from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.models.source import TINY_FOLDER
 from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.tasks import data as task
@@ -130,7 +131,7 @@ def test_a_token_that_the_model_lacks_is_refused_as_in_a_training(look, tiny_mod
 def test_the_trained_tokens_of_a_chat_are_marked(look, monkeypatch, capsys, color):
     def load(run, folder, vocab_size=None) -> TokenSequences:
         tokenizer = load_tokenizer(folder)
-        data = pack_texts(["def one(x): return 1"] * 2, tokenizer, max_seq_len=64)
+        data = pack_examples(["def one(x): return 1"] * 2, tokenizer, max_seq_len=64)
         return _masked(data, slice(4, 6))
 
     monkeypatch.setattr(task, "load_training_data", load)
@@ -171,7 +172,7 @@ def test_samples_are_spread_evenly():
 @pytest.mark.parametrize("trained", [slice(0, 0), slice(3, 8), slice(0, 99)])
 def test_the_pieces_are_the_text(tokenizer, trained):
     text = "def f(x):\n    return 'é中\U0001f469 <|endoftext|> [[x]]'\n"
-    data = _masked(pack_texts([text], tokenizer, max_seq_len=99), trained)
+    data = _masked(pack_examples([text], tokenizer, max_seq_len=99), trained)
     sample = Sampler(data, tokenizer).sample(0, 99)
     assert "".join(piece.text for piece in sample.pieces) == f"{text}<|endoftext|>"
     assert [p.text for p in sample.pieces if p.is_special] == ["<|endoftext|>"] * 2
@@ -182,7 +183,7 @@ def test_the_pieces_are_the_text(tokenizer, trained):
 
 
 def test_a_character_of_which_a_part_is_trained_is_shown_as_its_bytes(tokenizer):
-    data = pack_texts(["中\U0001f469"], tokenizer, max_seq_len=99)
+    data = pack_examples(["中\U0001f469"], tokenizer, max_seq_len=99)
     data = _masked(data, slice(1, 99, 2))
     pieces = Sampler(data, tokenizer).sample(0, 99).pieces
     assert len(pieces) == len(data.stream) > 6
@@ -191,7 +192,7 @@ def test_a_character_of_which_a_part_is_trained_is_shown_as_its_bytes(tokenizer)
 
 def test_a_long_example_is_shown_in_two_parts(tokenizer):
     text = "".join(f"x{number} = {number}\n" for number in range(99))
-    data = pack_texts([text], tokenizer, max_seq_len=32)
+    data = pack_examples([text], tokenizer, max_seq_len=32)
     tokens = len(data.stream)
     sample = Sampler(data, tokenizer).sample(0, 40)
     first, last = ("".join(p.text for p in part) for part in (sample.pieces, sample.last_pieces))
@@ -203,7 +204,7 @@ def test_a_long_example_is_shown_in_two_parts(tokenizer):
 
 
 def test_the_title_says_what_is_cut_off(tokenizer):
-    data = pack_texts(["a b c d e f g h i j"], tokenizer, max_seq_len=4, packing=False)
+    data = pack_examples(["a b c d e f g h i j"], tokenizer, max_seq_len=4, packing=False)
     sample = Sampler(data, tokenizer).sample(0, 40)
     assert sample.title == f"example 1 of 1: {len(data.stream)} tokens, 3 trained, " + (
         f"{len(data.stream) - 4} cut off"

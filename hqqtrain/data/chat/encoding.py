@@ -38,11 +38,7 @@ class ChatEncoder:
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate, loss_on: str
     ) -> None:
-        if not tokenizer.is_fast:
-            raise UserError(
-                f"data.format=chat: {type(tokenizer).__name__} does not tell which characters a "
-                "token has, so no mask is exact; use a model with a tokenizer.json."
-            )
+        check_is_fast(tokenizer)
         self._tokenizer, self._template, self._loss_on = tokenizer, template, loss_on
 
     def encode(self, conversation: Conversation) -> Encoded:
@@ -55,7 +51,7 @@ class ChatEncoder:
             RenderError: The template does not take the messages.
         """
         text, spans = trained_spans(self._template, conversation, self._loss_on)
-        ids, targets = self._tokenize(text, spans)
+        ids, targets = encode_spans(self._tokenizer, text, spans)
         eos = self._tokenizer.eos_token_id
         ends_open = bool(spans) and not text.endswith(end_markers(self._template))
         if ends_open and spans[-1][1] == len(text) and eos is not None:
@@ -64,39 +60,70 @@ class ChatEncoder:
             targets[0] = False
         return np.array(ids, np.int32), np.array(targets, bool)
 
-    def _tokenize(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
-        """Return the token ids, and whether each lies inside a span."""
-        encoding = self._tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        targets, place, previous_end = [], 0, 0
-        for begin, end in offsets:
-            # The offsets of most tokenizers leave out the space that a token begins with.
-            begin, previous_end = min(begin, previous_end), end
-            while place < len(spans) and spans[place][1] <= begin:
-                place += 1
-            start, stop = spans[place] if place < len(spans) else (len(text), len(text))
-            if begin < start < end or begin < stop < end:
-                return self._tokenize_parts(text, spans)
-            targets.append(start <= begin < stop)
-        return ids, targets
 
-    def _tokenize_parts(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
-        """Tokenize each span, and the text between the spans, by itself."""
-        ids: list[int] = []
-        targets: list[bool] = []
-        position = 0
-        for begin, end in [*spans, (len(text), len(text))]:
-            for part, is_trained in ((text[position:begin], False), (text[begin:end], True)):
-                tokens = self._tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-                ids += tokens
-                targets += [is_trained] * len(tokens)
-            position = end
-        whole = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if self._tokenizer.decode(ids) != self._tokenizer.decode(whole):
-            raise InexactError(
-                "a token lies across the edge of a trained part, and this tokenizer cannot "
-                "tokenize parts of a text by themselves."
-            )
-        return ids, targets
+def encode_spans(
+    tokenizer: "PreTrainedTokenizerBase", text: str, spans: list[Span]
+) -> tuple[list[int], list[bool]]:
+    """Return the token ids of a text, and whether each lies inside a span.
+
+    Args:
+        tokenizer: A fast tokenizer, which adds no special tokens here.
+        text: The text.
+        spans: Parts of the text, in order.
+
+    Raises:
+        InexactError: A token lies across the edge of a span.
+    """
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, targets, place, previous_end = encoding["input_ids"], [], 0, 0
+    for begin, end in encoding["offset_mapping"]:
+        # The offsets of most tokenizers leave out the space that a token begins with.
+        begin, previous_end = min(begin, previous_end), end
+        while place < len(spans) and spans[place][1] <= begin:
+            place += 1
+        start, stop = spans[place] if place < len(spans) else (len(text), len(text))
+        if begin < start < end or begin < stop < end:
+            return _encode_parts(tokenizer, text, spans, ids)
+        targets.append(start <= begin < stop)
+    return ids, targets
+
+
+def _encode_parts(
+    tokenizer: "PreTrainedTokenizerBase", text: str, spans: list[Span], whole: list[int]
+) -> tuple[list[int], list[bool]]:
+    """Tokenize each span, and the text between the spans, by itself.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+        spans: Parts of the text, in order.
+        whole: The token ids of the whole text.
+    """
+    ids: list[int] = []
+    targets: list[bool] = []
+    position = 0
+    for begin, end in [*spans, (len(text), len(text))]:
+        for part, is_trained in ((text[position:begin], False), (text[begin:end], True)):
+            tokens = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += tokens
+            targets += [is_trained] * len(tokens)
+        position = end
+    if tokenizer.decode(ids) != tokenizer.decode(whole):
+        raise InexactError(
+            "a token lies across the edge of a trained part, and this tokenizer cannot tokenize "
+            "parts of a text by themselves."
+        )
+    return ids, targets
+
+
+def check_is_fast(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a tokenizer that does not tell which characters its tokens have.
+
+    Raises:
+        UserError: It is not a fast tokenizer.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"data.loss_on: {type(tokenizer).__name__} does not tell which characters a token has, "
+            "so the trained tokens cannot be told; use a model with a tokenizer.json."
+        )

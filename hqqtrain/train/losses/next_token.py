@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hqqtrain.data.packing import IGNORE_INDEX
+from hqqtrain.data.sequences import IGNORE_INDEX
 
 
 class NextTokenLoss:

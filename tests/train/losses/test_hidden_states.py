@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from hqqtrain.data.packing import IGNORE_INDEX
+from hqqtrain.data.sequences import IGNORE_INDEX
 from hqqtrain.models.causal_lm import next_token_outputs
 from hqqtrain.models.families.structure import output_head
 from hqqtrain.train.losses.hidden_states import (

@@ -15,7 +15,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from hqqtrain.data.packing import IGNORE_INDEX
+from hqqtrain.data.sequences import IGNORE_INDEX
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.train.losses import model_loss as module
 from hqqtrain.train.losses.model_loss import ChunkedLoss, ModelLoss

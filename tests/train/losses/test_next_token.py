@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hqqtrain.data.packing import IGNORE_INDEX
+from hqqtrain.data.sequences import IGNORE_INDEX
 from hqqtrain.train.losses.next_token import NextTokenLoss
 
 

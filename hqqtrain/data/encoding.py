@@ -1,0 +1,155 @@
+"""Turn examples of every kind into tokens, with those that are trained.
+
+The tokens of plain text are all trained but the first. A chat trains what the assistant says, a
+prompt with a completion trains the completion, and tokens bring their own labels. `data.loss_on`
+changes that.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import AUTO, DataConfig
+from hqqtrain.data.chat.encoding import ChatEncoder, Encoded, check_is_fast, encode_spans
+from hqqtrain.data.chat.library import chat_template_source
+from hqqtrain.data.chat.template import ChatTemplate, RenderError
+from hqqtrain.data.chat.turns import InexactError
+from hqqtrain.data.examples import Completion, Conversation, Example, Tokens, text_of
+from hqqtrain.data.sequences import IGNORE_INDEX
+from hqqtrain.data.tokenization import encode_texts, watch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LOSS_ON = {
+    str: ("text", ("all",)),
+    Completion: ("prompts and completions", ("completion", "all")),
+    Conversation: ("chats", ("assistant", "last", "all")),
+    Tokens: ("tokens with labels", ()),
+}
+"""Kind of example -> its name, and the values of `data.loss_on`, of which the first is default."""
+
+
+def encode_examples(
+    examples: Iterable[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    data: DataConfig,
+    where: str = "data.source",
+    on_batch: Callable[[], object] = lambda: None,
+) -> Iterator[Encoded]:
+    """Yield the token ids of every example, int32 [n], and whether each is trained, bool [n].
+
+    Blank texts are left out. The first token of an example is never trained.
+
+    Args:
+        examples: Examples of one kind.
+        tokenizer: The tokenizer of the model.
+        data: The group `data` of the configuration, for `chat_template` and `loss_on`.
+        where: The source of the examples, for messages.
+        on_batch: Called now and then; it may raise to stop.
+
+    Raises:
+        UserError: The setting does not fit the examples, the tokenizer fails, or the trained tokens
+            of a chat cannot be told.
+    """
+    iterator: Iterator[Any] = iter(examples)
+    first = next(iterator, None)
+    if first is None:
+        return
+    loss_on, rest = _check_loss_on(first, data, where), chain([first], iterator)
+    if isinstance(first, str):
+        for ids in encode_texts(rest, tokenizer, where, on_batch):
+            yield ids, np.arange(len(ids)) > 0
+        return
+    encoder = ExampleEncoder(tokenizer, data.chat_template, loss_on, where)
+    for number, example in enumerate(rest, start=1):
+        if number % 64 == 1:
+            on_batch()
+        call = partial(encoder.encode, example, number)
+        yield watch(call, len(text_of(example)), where)
+
+
+def _check_loss_on(example: Example, data: DataConfig, where: str) -> str:
+    """Return `data.loss_on` for the kind of an example; refuse one that it does not have."""
+    kind, allowed = _LOSS_ON[type(example)]
+    if isinstance(example, Conversation) and example.completion_start is not None:
+        kind, allowed = "prompts and completions", ("completion", *allowed)
+    if data.loss_on != AUTO and data.loss_on not in allowed:
+        raise UserError(
+            f"data.loss_on={data.loss_on}: the rows of {where} are {kind}; allowed are "
+            f"{', '.join([AUTO, *allowed])}."
+        )
+    return data.loss_on if data.loss_on != AUTO else (*allowed, "")[0]
+
+
+class ExampleEncoder:
+    """Encodes examples of one kind that is not plain text.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        chat_template: `data.chat_template`.
+        loss_on: A value that the kind of example has.
+        where: The source of the examples, for messages.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", chat_template: str, loss_on: str, where: str
+    ) -> None:
+        self._tokenizer, self._loss_on, self._where = tokenizer, loss_on, where
+        self._chat_template = chat_template
+        check_is_fast(tokenizer)
+        self._chats = cache(self._make_chat_encoder)
+
+    def encode(self, example: Completion | Conversation | Tokens, number: int) -> Encoded:
+        """Return the tokens of the example of a number from 1.
+
+        Raises:
+            UserError: The template refuses a chat, or its trained tokens cannot be told.
+        """
+        try:
+            match example:
+                case Conversation():
+                    return self._chats().encode(example)
+                case Completion():
+                    return self._encode_completion(example)
+                case Tokens():
+                    return _encode_tokens(example)
+        except (RenderError, InexactError) as error:
+            place = f"{self._where}, example {number}"
+            raise UserError(f"{place}: {str(error).rstrip('.')}.") from error
+
+    def _make_chat_encoder(self) -> ChatEncoder:
+        template = ChatTemplate(self._tokenizer, chat_template_source(self._chat_template))
+        return ChatEncoder(self._tokenizer, template, self._loss_on)
+
+    def _tokens_before_text(self) -> list[int]:
+        """Return the special tokens that the tokenizer puts before a text, such as BOS."""
+        plain, whole = (
+            self._tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True)
+        )
+        starts = range(len(whole) - len(plain) + 1)
+        return next((whole[:i] for i in starts if whole[i : i + len(plain)] == plain), [])
+
+    def _encode_completion(self, example: Completion) -> Encoded:
+        """Return the tokens of a prompt and its completion, which ends with EOS."""
+        text = example.prompt + example.completion
+        begin = 0 if self._loss_on == "all" else len(example.prompt)
+        ids, targets = encode_spans(self._tokenizer, text, [(begin, len(text))])
+        first = self._tokens_before_text()
+        ids, targets = [*first, *ids], [*[False] * len(first), *targets]
+        eos = self._tokenizer.eos_token_id
+        if eos is not None and ids[-1:] != [eos]:
+            ids, targets = [*ids, eos], [*targets, True]
+        targets[:1] = [False]
+        return np.array(ids, np.int32), np.array(targets, bool)
+
+
+def _encode_tokens(example: Tokens) -> Encoded:
+    ids, labels = np.array(example.input_ids, np.int32), np.array(example.labels, np.int64)
+    targets = labels != IGNORE_INDEX
+    targets[:1] = False
+    return ids, targets

@@ -1,0 +1,120 @@
+"""Tokens of every kind of example, and the values of data.loss_on that each has."""
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import DataConfig
+from hqqtrain.data.encoding import encode_examples
+from hqqtrain.data.examples import Completion, Conversation, Tokens
+from hqqtrain.models.source import TINY_FOLDER
+
+CHAT = Conversation(
+    (
+        {"role": "user", "content": "Which word?"},
+        {"role": "assistant", "content": "This one."},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "That one."},
+    )
+)
+PAIR = Conversation(CHAT.messages, completion_start=3)
+COMPLETION = Completion("def add(a, b):", "\n    return a + b")
+TOKENS = Tokens((5, 6, 7, 8), (-100, 6, -100, 8))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(TINY_FOLDER)
+
+
+def trained(tokenizer, example, **data) -> str:
+    """Return the text of the trained tokens of an example."""
+    ((ids, targets),) = encode_examples([example], tokenizer, DataConfig(**data))
+    assert ids.dtype == np.int32
+    assert targets.dtype == bool
+    assert not targets[:1].any()
+    return tokenizer.decode(ids[targets])
+
+
+@pytest.mark.parametrize(
+    ("example", "loss_on", "expected"),
+    [
+        (CHAT, "auto", "This one.<|im_end|>That one.<|im_end|>"),
+        (CHAT, "assistant", "This one.<|im_end|>That one.<|im_end|>"),
+        (CHAT, "last", "That one.<|im_end|>"),
+        (PAIR, "auto", "That one.<|im_end|>"),
+        (PAIR, "completion", "That one.<|im_end|>"),
+        (PAIR, "assistant", "This one.<|im_end|>That one.<|im_end|>"),
+        (COMPLETION, "auto", "\n    return a + b<eos>"),
+        (COMPLETION, "completion", "\n    return a + b<eos>"),
+    ],
+)
+def test_what_is_trained(tokenizer, example, loss_on: str, expected: str):
+    text = trained(tokenizer, example, chat_template="chatml", loss_on=loss_on)
+    assert text == expected.replace("<eos>", tokenizer.eos_token)
+
+
+@pytest.mark.parametrize("example", ["plain text", CHAT, PAIR, COMPLETION])
+def test_all_is_every_token_but_the_first(tokenizer, example):
+    data = DataConfig(chat_template="chatml", loss_on="all")
+    ((_, targets),) = encode_examples([example], tokenizer, data)
+    assert targets.tolist() == [False] + [True] * (len(targets) - 1)
+
+
+def test_tokens_bring_their_labels(tokenizer):
+    ((ids, targets),) = encode_examples([TOKENS], tokenizer, DataConfig())
+    assert ids.tolist() == [5, 6, 7, 8]
+    assert targets.tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("example", "loss_on", "allowed"),
+    [
+        ("text", "assistant", "auto, all"),
+        (CHAT, "completion", "auto, assistant, last, all"),
+        (COMPLETION, "last", "auto, completion, all"),
+        (TOKENS, "all", "auto"),
+    ],
+)
+def test_a_value_that_the_examples_do_not_have_is_refused(tokenizer, example, loss_on, allowed):
+    with pytest.raises(UserError, match=rf"data.loss_on={loss_on}: .*allowed are {allowed}\."):
+        list(encode_examples([example], tokenizer, DataConfig(loss_on=loss_on)))
+
+
+def test_a_completion_begins_with_the_tokens_that_a_text_begins_with(tokenizer, monkeypatch):
+    """As a prompt at inference: BOS, where the tokenizer adds one, but no EOS before the answer."""
+
+    class AddsBos:
+        is_fast, eos_token_id = True, tokenizer.eos_token_id
+
+        def __call__(self, text, add_special_tokens=True, **options):
+            encoding = dict(tokenizer(text, add_special_tokens=False, **options))
+            if add_special_tokens:
+                encoding["input_ids"] = [1, *encoding["input_ids"], 2]
+            return encoding
+
+    ((ids, targets),) = encode_examples([COMPLETION], AddsBos(), DataConfig())
+    prompt = tokenizer(COMPLETION.prompt, add_special_tokens=False)["input_ids"]
+    assert ids[: len(prompt) + 1].tolist() == [1, *prompt]
+    assert ids[-1] == tokenizer.eos_token_id
+    assert targets.tolist() == [False] * (len(prompt) + 1) + [True] * (len(ids) - len(prompt) - 1)
+
+
+def test_an_example_that_cannot_be_rendered_is_named(tokenizer):
+    odd = Conversation(({"role": "user", "content": "Q"}, {"role": "critic", "content": "A"}))
+    data = DataConfig(chat_template="gemma")
+    with pytest.raises(UserError, match=r"data.source=x, example 2: .*system, user and assistant"):
+        list(encode_examples([CHAT, odd], tokenizer, data, "data.source=x"))
+
+
+def test_a_tokenizer_without_offsets_is_refused(tokenizer):
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UserError, match=r"data.loss_on: Slow .*tokenizer.json"):
+        list(encode_examples([COMPLETION], Slow(), DataConfig()))
+
+
+def test_no_examples_are_no_tokens(tokenizer):
+    assert list(encode_examples([], tokenizer, DataConfig())) == []
