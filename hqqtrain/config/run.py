@@ -55,7 +55,7 @@ ADDED_KEYS: dict[str, dict[str, Any]] = {
             "chat_template",
             "loss_on",
             "on_long",
-        )  # fmt: skip
+        )
     },
     "train": {"early_stopping_patience": None},
     "eval": {"samples": EvalConfig().samples},

@@ -4,8 +4,8 @@ import pytest
 
 from hqqtrain.data.examples import Tokens
 from hqqtrain.data.formats import tokens
-from hqqtrain.data.packing import IGNORE_INDEX
 from hqqtrain.data.rows import RowError
+from hqqtrain.data.sequences import IGNORE_INDEX
 
 
 def parse(**row: object) -> Tokens:
