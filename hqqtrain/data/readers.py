@@ -79,13 +79,17 @@ class FileRows:
         return list(names)
 
     def head(self, columns: Columns) -> list[Row]:
-        """Return the first rows of the first files."""
+        """Return the needed columns of the first rows of the first files."""
         rows: list[Row] = []
         for file in self.files[:_HEAD_FILES]:
             try:
                 if _size(file):
-                    found = _READERS[self.file_type](file, columns, None)
-                    rows += [r for _, r in islice(found, HEAD_ROWS) if isinstance(r, dict)]
+                    found = islice(_READERS[self.file_type](file, columns, None), HEAD_ROWS)
+                    rows += [
+                        {k: v for k, v in row.items() if columns is None or k in columns}
+                        for _, row in found
+                        if isinstance(row, dict)
+                    ]
             except (OSError, UnreadableError):
                 break
         return rows

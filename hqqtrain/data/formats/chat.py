@@ -16,14 +16,14 @@ from hqqtrain.data.formats.format import (
     from_json,
     kind_of,
 )
-from hqqtrain.data.formats.tool_calls import parse_tools, tool_calls_of
+from hqqtrain.data.formats.tool_calls import TOOL_COLUMNS, parse_tools, tool_calls_of
 from hqqtrain.data.rows import Row, RowError, quote
 
 NAME, NEEDS = "chat", "messages, or conversations, as lists of messages"
 
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
 
-SYSTEM, TOOLS = "system", "tools"
+SYSTEM = "system"
 
 ROLES = {
     "system": "system", "developer": "system",
@@ -44,7 +44,7 @@ def match(columns: Collection[str]) -> Format | None:
     column = first_of(MESSAGE_COLUMNS, columns)
     if column is None:
         return None
-    others = tuple(name for name in (SYSTEM, TOOLS) if name in columns)
+    others = tuple(name for name in (SYSTEM, *TOOL_COLUMNS) if name in columns)
     return Format(NAME, (column, *others), lambda row: parse(row, column))
 
 
@@ -61,7 +61,7 @@ def parse(row: Row, column: str) -> Conversation:
             raise RowError(f"has a column {SYSTEM} and also a first message of that role")
         messages = (Message(role="system", content=system), *messages)
         untrained = frozenset(index + 1 for index in untrained)
-    return Conversation(messages, parse_tools(row.get(TOOLS), TOOLS), None, untrained)
+    return Conversation(messages, parse_tools(row), None, untrained)
 
 
 def parse_messages(value: Any, name: str) -> tuple[tuple[Message, ...], frozenset[int]]:

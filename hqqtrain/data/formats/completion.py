@@ -3,9 +3,9 @@
 from collections.abc import Collection
 
 from hqqtrain.data.examples import Completion, Conversation
-from hqqtrain.data.formats.chat import TOOLS, parse_messages
+from hqqtrain.data.formats.chat import parse_messages
 from hqqtrain.data.formats.format import Format, check_text, kind_of
-from hqqtrain.data.formats.tool_calls import parse_tools
+from hqqtrain.data.formats.tool_calls import TOOL_COLUMNS, parse_tools
 from hqqtrain.data.rows import Row, RowError
 
 NAME, NEEDS = "completion", "prompt and completion, as texts or as lists of messages"
@@ -17,7 +17,7 @@ def match(columns: Collection[str]) -> Format | None:
     """Return the format of rows with these columns; None if they are no completions."""
     if not {PROMPT, COMPLETION} <= set(columns):
         return None
-    others = (TOOLS,) if TOOLS in columns else ()
+    others = (name for name in TOOL_COLUMNS if name in columns)
     return Format(NAME, (PROMPT, COMPLETION, *others), parse)
 
 
@@ -33,7 +33,7 @@ def parse(row: Row) -> Completion | Conversation:
         after, excluded = parse_messages(completion, COMPLETION)
         start = len(before)
         untrained = frozenset(start + index for index in excluded)
-        return Conversation(before + after, parse_tools(row.get(TOOLS), TOOLS), start, untrained)
+        return Conversation(before + after, parse_tools(row), start, untrained)
     if isinstance(prompt, list | dict) or isinstance(completion, list | dict):
         raise RowError(
             f"{PROMPT} is {kind_of(prompt)} and {COMPLETION} is {kind_of(completion)}; both must "

@@ -6,6 +6,7 @@ from hqqtrain.common.errors import UserError, did_you_mean
 from hqqtrain.config.groups import AUTO, DataConfig
 from hqqtrain.data.formats import alpaca, chat, completion, text, tokens
 from hqqtrain.data.formats.format import Format
+from hqqtrain.data.formats.tool_calls import TOOL_COLUMNS
 from hqqtrain.data.rows import Rows
 
 FORMATS: dict[str, Callable[[Collection[str]], Format | None]] = {
@@ -20,23 +21,24 @@ The order is that of the detection. Text is found before tokens, which may be of
 NEEDS = {module.NAME: module.NEEDS for module in (text, chat, alpaca, completion, tokens)}
 """Name -> the columns that a format needs, for messages."""
 
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+
 _UNSUPPORTED = (
     ({"chosen", "rejected"}, "preference pairs"),
     ({"preferred_output", "non_preferred_output"}, "preference pairs"),
     ({"prompt", "completion", "label"}, "completions with a rating"),
     ({"prompt", "completions", "labels"}, "steps with ratings"),
-    *(({name}, "images, audio or video") for name in ("image", "images", "audio", "audios",
-                                                      "video", "videos")),
+    *(({name}, "images, audio or video") for name in _MEDIA),
 )  # fmt: skip
 """Columns, and what rows with all of them are, which training on the next token cannot use."""
 
 _KNOWN_COLUMNS = frozenset({
-    *chat.MESSAGE_COLUMNS, chat.SYSTEM, chat.TOOLS, alpaca.INSTRUCTION, *alpaca.INPUT_COLUMNS,
+    *chat.MESSAGE_COLUMNS, chat.SYSTEM, *TOOL_COLUMNS, alpaca.INSTRUCTION, *alpaca.INPUT_COLUMNS,
     *alpaca.OUTPUT_COLUMNS, completion.PROMPT, completion.COMPLETION, tokens.INPUT_IDS,
     tokens.LABELS, "chosen", "rejected", "preferred_output", "non_preferred_output", "label",
-    "completions",
+    "completions", *_MEDIA,
 })  # fmt: skip
-"""Columns whose values in the first rows matter: a column of nulls is none."""
+"""Columns whose values in the first rows matter: a column of nulls or empty lists is none."""
 
 DEFAULT_TEXT_FIELD = DataConfig().text_field
 
@@ -66,9 +68,10 @@ def choose_format(rows: Rows, name: str, text_field: str, where: str) -> Format:
         return found
     if text_field != DEFAULT_TEXT_FIELD:
         return text.text_format(text_field)  # a column that was named, or the error without it
-    for present in (_filled(rows, columns, text_field), columns):
-        if found := detect_format(present, text_field, where):
-            return found
+    filled = _filled(rows, columns, text_field)
+    # If nothing is filled, the columns tell at least how the rows are meant.
+    if found := detect_format(filled or columns, text_field, where):
+        return found
     return text.text_format(_text_column(rows, columns, text_field))
 
 
@@ -90,15 +93,17 @@ def detect_format(columns: Collection[str], text_field: str, where: str) -> Form
         UserError: The columns are those of a kind of rows that is not supported.
     """
     matching = {name: found for name, match in FORMATS.items() if (found := match(columns))}
+    has_text = text_field in columns
     for unsupported, kind in _UNSUPPORTED:
-        if unsupported <= set(columns):
-            usable = [*matching, *([text.NAME] if text_field in columns else [])]
+        # Columns beside a text do not matter, unless it may be the text of these columns.
+        if unsupported <= set(columns) and (matching or not has_text):
+            usable = [*matching, *([text.NAME] if has_text else [])]
             hint = f" To use its other columns, set data.format={'|'.join(usable)}."
             raise UserError(
                 f"{where}: has {kind} ({', '.join(sorted(unsupported))}), which are not supported; "
                 f"{describe_formats()}.{hint if usable else ''}"
             )
-    if text_field in columns:
+    if has_text:
         matching.pop(tokens.NAME, None)
         return next(iter(matching.values()), text.text_format(text_field))
     return next(iter(matching.values()), None)
@@ -131,9 +136,10 @@ def _text_column(rows: Rows, columns: list[str], text_field: str) -> str:
 
 
 def _filled(rows: Rows, columns: list[str], text_field: str) -> list[str]:
-    """Return the columns without those that are null in all of the first rows.
+    """Return the columns without those that are empty in all of the first rows.
 
-    Only the columns that matter for the format are looked at.
+    Only the columns that matter for the format are looked at. Messages that are plain text are no
+    chat.
     """
     known = [name for name in columns if name in _KNOWN_COLUMNS]
     if not known or known == [text_field]:
@@ -142,5 +148,11 @@ def _filled(rows: Rows, columns: list[str], text_field: str) -> list[str]:
     return [
         name
         for name in columns
-        if name not in known or any(row.get(name) is not None for row in first)
+        if name not in known or any(_is_filled(name, row.get(name)) for row in first)
     ]
+
+
+def _is_filled(name: str, value: object) -> bool:
+    if name in chat.MESSAGE_COLUMNS and isinstance(value, str):
+        return value.lstrip().startswith(("[", "{"))
+    return value is not None and value != []

@@ -3,7 +3,10 @@
 from typing import Any
 
 from hqqtrain.data.formats.format import check_json, from_json, kind_of
-from hqqtrain.data.rows import RowError, quote
+from hqqtrain.data.rows import Row, RowError, quote
+
+TOOL_COLUMNS = ("tools", "functions")
+"""The columns of tools; the second is OpenAI's older name."""
 
 
 def tool_calls_of(message: dict[str, Any], place: str) -> list[dict[str, Any]]:
@@ -44,16 +47,17 @@ def _parse_call(call: Any, place: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def parse_tools(value: Any, name: str) -> tuple[dict[str, Any], ...] | None:
-    """Return the JSON schemas of tools; None if there are none.
+def parse_tools(row: Row) -> tuple[dict[str, Any], ...] | None:
+    """Return the JSON schemas of the tools of a row; None if there are none.
 
     Args:
-        value: A list of schemas, or JSON text of one.
-        name: The name of the value, for messages.
+        row: The row. Its tools are a list of schemas, or JSON text of one.
 
     Raises:
-        RowError: It is something else.
+        RowError: They are something else.
     """
+    name = next((name for name in TOOL_COLUMNS if row.get(name)), TOOL_COLUMNS[0])
+    value = row.get(name)
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     tools = from_json(value, name)

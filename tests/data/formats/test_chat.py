@@ -118,6 +118,8 @@ def test_older_spellings_of_calls():
 def test_tools_are_schemas_or_their_json():
     for tools in ([TOOL], [TOOL["function"]], json.dumps([TOOL]), [json.dumps(TOOL)]):
         assert parse(messages=list(TURNS), tools=tools).tools == (TOOL,)
+        assert parse(messages=list(TURNS), functions=tools).tools == (TOOL,)
+        assert parse(messages=list(TURNS), functions=tools, tools=None).tools == (TOOL,)
     for none in (None, [], "", "[]"):
         assert parse(messages=list(TURNS), tools=none).tools is None
 

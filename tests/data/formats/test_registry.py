@@ -57,7 +57,8 @@ def test_every_format_of_the_configuration_is_known():
         ("instruction context response category", "alpaca"),
         ("prompt completion", "completion"), ("prompt completion tools", "completion"),
         ("input_ids", "tokens"), ("input_ids labels attention_mask", "tokens"),
-        ("input_ids text", "text"), ("question answer", None), ("prompt answer", None),
+        ("input_ids text", "text"), ("text image", "text"), ("text chosen rejected", "text"),
+        ("question answer", None), ("prompt answer", None),
         ("instruction", None), ("", None),
     ],
 )  # fmt: skip
@@ -75,6 +76,7 @@ def test_columns_tell_the_format(columns, expected):
         ("prompt completion label", "completions with a rating (completion, label, prompt)"),
         ("prompt completions labels", "steps with ratings"),
         ("messages images", "images, audio or video (images)"),
+        ("messages images text", "images, audio or video (images)"),
     ],
 )  # fmt: skip
 def test_other_kinds_of_rows_are_refused_by_name(columns, kind):
@@ -96,6 +98,14 @@ def test_columns_of_nulls_do_not_count():
     assert choose({"text": "a", "messages": None}, {"text": "b"}) == ("text", "text")
     assert choose({"messages": None}, {"messages": CHAT}) == ("chat", "messages")
     assert choose({"text": None}) == ("text", "text")
+    assert choose({"messages": None}) == ("chat", "messages")
+    assert choose({"messages": CHAT, "images": []}) == ("chat", "messages")
+
+
+def test_a_conversation_that_is_plain_text_is_no_chat():
+    assert choose({"conversation": "A: Hi", "text": "a"}) == ("text", "text")
+    assert choose({"conversation": "A: Hi", "n": 1}) == ("text", "text")  # an error when it is read
+    assert choose({"conversation": '[{"role": "user"}]'}) == ("chat", "conversation")
 
 
 def test_a_named_column_of_text_goes_before_other_formats():
