@@ -9,11 +9,11 @@ import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from hqqtrain.config.groups import AUTO, AdapterConfig, QuantConfig
+from hqqtrain.config.groups import AUTO, BUILT_IN_SOURCES, AdapterConfig, QuantConfig
 from hqqtrain.config.run import RunConfig
 
-BUNDLED = ("tiny", "python_stdlib")
-"""The model and the text that every installation has."""
+BUNDLED = ("tiny", *BUILT_IN_SOURCES)
+"""The model and the data that every installation has."""
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 _FILE_NAME = re.compile(

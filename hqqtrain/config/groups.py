@@ -23,6 +23,10 @@ EXPORT_FORMATS = ("dense", "packed")
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
+BUILT_IN_SOURCES = ("python_stdlib", "python_stdlib_chat")
+"""Values of data.source and eval.source that every installation has. They have splits and a form
+of their own."""
+
 AUTO = "auto"
 """The value of eval.source that holds out a part of data.source."""
 
@@ -204,8 +208,8 @@ class DataConfig:
 
     source: str = key(
         "python_stdlib",
-        "python_stdlib, a file, folder or pattern (texts/*.jsonl), or the name of a data set on "
-        "the hub (name:config)",
+        "python_stdlib or python_stdlib_chat, a file, folder or pattern (texts/*.jsonl), or the "
+        "name of a data set on the hub (name:config)",
     )
     format: str = key(
         "auto",

@@ -20,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from hqqtrain.common.errors import UserError, did_you_mean
 from hqqtrain.common.hf_cache import hf_cache_error
+from hqqtrain.config.groups import BUILT_IN_SOURCES
 from hqqtrain.data.arrow import BATCH_ROWS, rows_of_batch
 from hqqtrain.data.files import suggest_similar_name
 from hqqtrain.data.rows import HEAD_ROWS, Row, RowError
@@ -202,7 +203,7 @@ def _describe_refusal(name: str, key: str, status: int) -> str:
 
 def _describe_unreachable(source: str, key: str) -> str:
     """Return the error message if the hub does not answer and the cache lacks the data set."""
-    hint = suggest_similar_name(Path(source)) or did_you_mean(source, ["python_stdlib"])
+    hint = suggest_similar_name(Path(source)) or did_you_mean(source, BUILT_IN_SOURCES)
     return (
         f"{key}={source}: no file or folder of that name exists, the hub does not answer, and the "
         f"data set is not cached; give a path, or python_stdlib, which needs no network.{hint}"

@@ -73,15 +73,23 @@ class RowExamples:
             raise row
         return self._format.parse(row)
 
+    def describe_format(self) -> str:
+        """Return the format with the columns that it reads, as `chat (messages)`."""
+        columns = "" if self._is_text_files else f" ({', '.join(self._format.columns)})"
+        return f"{self._format.name}{columns}"
+
+    @property
+    def _is_text_files(self) -> bool:
+        """Whether each row is a file of plain text."""
+        return isinstance(self._rows, FileRows) and self._rows.file_type == text.NAME
+
     def _log(
         self, rows: int, skipped: int, first_skipped: str, bad_rows: int, bad: list[str]
     ) -> None:
         """Log what was read, and what was not; each line once, because rows are read again."""
-        is_files = isinstance(self._rows, FileRows) and self._rows.file_type == text.NAME
-        columns = "" if is_files else f" ({', '.join(self._format.columns)})"
-        noun = self._kind.replace("rows", "files") if is_files else self._kind
+        noun = self._kind.replace("rows", "files") if self._is_text_files else self._kind
         noun = noun.removesuffix("s") if rows == 1 else noun
-        _log_once(logging.INFO, f"{self._where}: {rows:,} {noun} of {self._format.name}{columns}.")
+        _log_once(logging.INFO, f"{self._where}: {rows:,} {noun} of {self.describe_format()}.")
         if skipped:
             _log_once(
                 logging.WARNING,
@@ -119,7 +127,7 @@ class RowExamples:
         columns = self._rows.column_names()
         if column is None:
             return UserError(f"{self._where}: no text in it; it has no row of text.")
-        if isinstance(self._rows, FileRows) and self._rows.file_type == text.NAME:
+        if self._is_text_files:
             return UserError(f"{self._where}: no text in it; every row is empty.")
         if has_text or column in columns:
             return UserError(f"{self._where}: no text in it; every row of '{column}' is empty.")

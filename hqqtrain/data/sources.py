@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import AUTO, DataConfig, EvalConfig
+from hqqtrain.config.groups import AUTO, BUILT_IN_SOURCES, DataConfig, EvalConfig
 from hqqtrain.data.examples import Example
 from hqqtrain.data.files import FILE_TYPE_BY_EXTENSION, find_files, format_extension
-from hqqtrain.data.formats import text
+from hqqtrain.data.formats import chat, text
 from hqqtrain.data.formats.format import Format
 from hqqtrain.data.formats.registry import DEFAULT_TEXT_FIELD, choose_format, fits
 from hqqtrain.data.held_out import split_by_hash
@@ -28,10 +28,9 @@ from hqqtrain.data.readers import TEXT_COLUMN, FileRows
 from hqqtrain.data.row_examples import RowExamples
 from hqqtrain.data.rows import Rows
 from hqqtrain.data.stdlib import stdlib_texts
+from hqqtrain.data.stdlib_chat import stdlib_conversations
 
 logger = logging.getLogger(__name__)
-
-STDLIB = "python_stdlib"
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -70,7 +69,7 @@ def load_training_texts(data: DataConfig, evaluation: EvalConfig) -> Iterable[An
         train, held_out = split_by_hash(texts.train, data.validation, where, logs=False)
         check_overlap(train, held_out, where, fix=None)
         return train
-    if data.source != STDLIB:  # split by module name, with a few equal one-line modules
+    if data.source not in BUILT_IN_SOURCES:  # split by module name; a few short modules are equal
         check_overlap(texts.train, texts.held_out, where, ", or set eval.source to another source")
     return texts.train
 
@@ -85,7 +84,7 @@ def load_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Iterable[An
     if evaluates_on_training_source(evaluation, data):
         texts = _open_source(data.source, data, "data.source", warns=False)
         if texts.held_out is not None:
-            if data.source != STDLIB:
+            if data.source not in BUILT_IN_SOURCES:
                 _warn_if_unused(data)
             return texts.held_out
         return split_by_hash(texts.train, data.validation, f"data.source={data.source}")[1]
@@ -100,7 +99,7 @@ def evaluates_on_training_source(evaluation: EvalConfig, data: DataConfig) -> bo
     """Whether the held-out text is a part of `data.source`."""
     if evaluation.source in (AUTO, data.source):
         return True
-    if STDLIB in (evaluation.source, data.source):
+    if {evaluation.source, data.source} & set(BUILT_IN_SOURCES):
         return False
     try:
         return Path(data.source).expanduser().samefile(Path(str(evaluation.source)).expanduser())
@@ -115,8 +114,8 @@ def dataset_name(evaluation: EvalConfig, data: DataConfig) -> str:
     """
     is_part = evaluates_on_training_source(evaluation, data)
     source = data.source if is_part else str(evaluation.source)
-    if source == STDLIB:
-        return f"python_stdlib {sys.version.split()[0]}, held-out modules"
+    if source in BUILT_IN_SOURCES:
+        return f"{source} {sys.version.split()[0]}, held-out modules"
     return f"{source}, held-out part" if is_part else source
 
 
@@ -137,9 +136,8 @@ def _open_source(
             no format.
     """
     where = f"{key}={source}"
-    if source == STDLIB:
-        parts = ([content for _, content in stdlib_texts(s)] for s in ("train", "held_out"))
-        return SourceTexts(*parts)
+    if source in BUILT_IN_SOURCES:
+        return SourceTexts(*(_built_in(source, split) for split in ("train", "held_out")))
 
     def examples(rows: Rows, kind: str) -> RowExamples:
         format = _format_of(rows, data, where, is_own=key == "data.source")
@@ -167,6 +165,26 @@ def _open_source(
         for split in names
     )
     return SourceTexts(train, held_out[0] if held_out else None)
+
+
+def _built_in(source: str, split: str) -> list[Example]:
+    """Return the examples of `split`, `train` or `held_out`, of a source that is built in."""
+    if source == "python_stdlib_chat":
+        return list(stdlib_conversations(split))
+    return [content for _, content in stdlib_texts(split)]
+
+
+def source_format(data: DataConfig) -> str:
+    """Return the format of the rows of `data.source`, as `chat (messages)`.
+
+    Raises:
+        UserError: The source cannot be read, or its rows have no format.
+    """
+    if data.source in BUILT_IN_SOURCES:
+        return chat.NAME if data.source == "python_stdlib_chat" else text.NAME
+    texts = _open_source(data.source, data, "data.source", warns=False)
+    assert isinstance(texts.train, RowExamples)
+    return texts.train.describe_format()
 
 
 def _format_of(rows: Rows, data: DataConfig, where: str, *, is_own: bool) -> Format:

@@ -17,6 +17,7 @@ from hqqtrain.common.text import count
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.sequences import TokenSequences, plain_text_targets
+from hqqtrain.data.sources import source_format
 from hqqtrain.data.statistics import (
     DataReport,
     count_sequences,
@@ -58,10 +59,11 @@ def show_data(run: Run) -> None:
     comm = run.runtime.comm
     with comm.raise_on_all_ranks():
         model = load_data_model(run.config.model)
+        format = source_format(run.config.data)
         data = load_training_data(run, model.folder, model.vocab_size)
     check_same_text(run, data)
     report = DataReport(measure_data(data, run.config.train.max_seq_len))
-    metrics = data_metrics(run.config, report)
+    metrics = data_metrics(run.config, format, report)
     run.recorder.begin_without_model()
     run.recorder.summary.add_data(metrics)
     comm.run_on_rank0(lambda: _show(run, data, metrics, model.tokenizer))
@@ -79,11 +81,11 @@ def load_data_model(model: ModelConfig) -> DataModel:
     return DataModel(load_tokenizer(source.tokenizer), source.tokenizer, vocab_size)
 
 
-def data_metrics(config: RunConfig, report: DataReport) -> DataMetrics:
+def data_metrics(config: RunConfig, format: str, report: DataReport) -> DataMetrics:
     """Return the `data` part of summary.json."""
     return DataMetrics(
         source=mask_secrets(config.data.source),
-        format=config.data.format,
+        format=format,
         max_seq_len=config.train.max_seq_len,
         left_out=dict(report.left_out) or None,
         **asdict(report.statistics),

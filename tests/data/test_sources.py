@@ -15,7 +15,13 @@ import pytest
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.data import hub, sources
-from hqqtrain.data.sources import load_held_out_texts, load_training_texts
+from hqqtrain.data.examples import Conversation
+from hqqtrain.data.sources import (
+    dataset_name,
+    load_held_out_texts,
+    load_training_texts,
+    source_format,
+)
 from hqqtrain.data.stdlib import is_held_out, stdlib_modules
 
 NO_EVAL = EvalConfig(source=None)
@@ -464,3 +470,28 @@ def test_nothing_is_written_to_the_working_directory(tmp_path):
     )  # fmt: skip
     assert done.stdout.strip() == "['x']", done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_conversations_about_the_standard_library_are_built_in():
+    data = DataConfig(source="python_stdlib_chat")
+    train = list(load_training_texts(data, EvalConfig()))
+    held_out = list(load_held_out_texts(EvalConfig(), data))
+    assert len(train) > len(held_out) > 0
+    assert all(isinstance(example, Conversation) for example in (*train, *held_out))
+    assert list(load_held_out_texts(EvalConfig(source=data.source), DataConfig())) == held_out
+    assert dataset_name(EvalConfig(), data).startswith("python_stdlib_chat 3.")
+    assert not {e.messages[-1]["content"] for e in train} & {
+        e.messages[-1]["content"] for e in held_out
+    }
+
+
+def test_the_format_of_a_source_is_that_of_its_rows(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"content": "x"}) + "\n")
+    chat = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    (tmp_path / "b.jsonl").write_text(json.dumps(chat) + "\n")
+    for source, expected in {
+        "python_stdlib": "text", "python_stdlib_chat": "chat", tmp_path / "a.txt": "text",
+        tmp_path / "a.jsonl": "text (content)", tmp_path / "b.jsonl": "chat (messages)",
+    }.items():  # fmt: skip
+        assert source_format(DataConfig(source=str(source))) == expected

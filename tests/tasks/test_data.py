@@ -67,6 +67,7 @@ def test_the_run_directory_has_figures_and_a_page_and_nothing_empty(look, tiny_m
     summary = json.loads(run.layout.summary_json.read_text())
     assert summary.keys() == {"schema", "run", "data"}
     assert summary["data"]["source"].endswith("train.txt")
+    assert summary["data"]["format"] == "text"
     assert summary["data"]["examples"] == 1
     assert "left_out" not in summary["data"]
     data = load_data(run)
