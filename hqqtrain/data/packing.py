@@ -37,6 +37,7 @@ def pack_examples(
     vocab_size: int | None = None,
     where: str = "data.source",
     on_batch: Callable[[], object] = lambda: None,
+    on_parts: Callable[[TokenSequences], object] = lambda parts: None,
 ) -> TokenSequences:
     """Tokenize examples and arrange them in sequences of at most `max_seq_len` tokens.
 
@@ -49,6 +50,8 @@ def pack_examples(
         vocab_size: Number of token ids that the model knows; None if there is no model.
         where: The source of the examples, for messages.
         on_batch: Called now and then; it may raise to stop.
+        on_parts: Called with all tokens of all examples, in order, and as sequences the parts of
+            the examples that are trained on. Parts of texts that are cut are those in a sequence.
 
     Raises:
         UserError: No sequence has a token to predict, the model does not know a token, an example
@@ -63,12 +66,13 @@ def pack_examples(
         begin = np.arange(0, len(tokens.stream), max_seq_len)
         end = np.minimum(begin + max_seq_len, len(tokens.stream))
         predicts = end - begin > 1
-        sequences = replace(tokens, begin=begin[predicts], end=end[predicts])
+        parts = sequences = replace(tokens, begin=begin[predicts], end=end[predicts])
     else:
         parts = cut_long(tokens, max_seq_len, data.on_long, where)
         sequences = _packed(parts, max_seq_len) if packing else parts
     if not len(sequences):
         raise UserError(f"{where}: no text in it has a token to predict.")
+    on_parts(parts)
     return sequences
 
 

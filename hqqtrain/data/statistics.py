@@ -31,8 +31,9 @@ class DataStatistics:
         trained_tokens: Number of tokens that the loss predicts.
         sequences: Number of sequences.
         padding: Share of the positions that sequences of the largest length leave free.
-        truncated: Number of examples that lose tokens, which are in no sequence.
-        split: Number of examples whose tokens are in several sequences.
+        truncated: Number of examples that lose some of their tokens, which are in no sequence.
+        dropped: Number of examples that are in no sequence at all.
+        split: Number of examples that are trained on in several parts.
         untrained: Number of examples without a trained token.
         duplicates: Number of examples that have the same tokens as an earlier one.
         lengths: `min`, `median`, `p95` and `max` of the tokens per example. 95 % of the examples
@@ -46,6 +47,7 @@ class DataStatistics:
     sequences: int
     padding: float
     truncated: int
+    dropped: int
     split: int
     untrained: int
     duplicates: int
@@ -66,12 +68,21 @@ class DataReport:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-def measure_data(data: "TokenSequences", max_seq_len: int) -> DataStatistics:
-    """Return the figures of `data`, whose sequences have at most `max_seq_len` tokens."""
-    starts, ends = data.starts, example_ends(data)
+def measure_data(
+    parts: "TokenSequences", packed: "TokenSequences", max_seq_len: int
+) -> DataStatistics:
+    """Return the figures of examples.
+
+    Args:
+        parts: All tokens of the examples, and the parts that are trained on as sequences.
+        packed: The sequences that these parts share.
+        max_seq_len: The largest length of a sequence.
+    """
+    starts, ends = parts.starts, example_ends(parts)
     lengths = ends - starts
-    covered, trained = token_masks(data)
-    tokens = int((data.end - data.begin).sum())
+    covered, trained = token_masks(parts)
+    kept = count_true(covered, starts, ends)
+    tokens = int((parts.end - parts.begin).sum())
     smallest, median, p95, largest = np.quantile(
         lengths, (0, 0.5, 0.95, 1), method="inverted_cdf"
     ).tolist()
@@ -79,12 +90,13 @@ def measure_data(data: "TokenSequences", max_seq_len: int) -> DataStatistics:
         examples=len(starts),
         tokens=tokens,
         trained_tokens=int(np.count_nonzero(trained)),
-        sequences=len(data),
-        padding=1 - tokens / (len(data) * max_seq_len),
-        truncated=int(np.count_nonzero(count_true(covered, starts, ends) < lengths)),
-        split=int(np.count_nonzero(count_sequences(data) > 1)),
+        sequences=len(packed),
+        padding=1 - tokens / (len(packed) * max_seq_len),
+        truncated=int(np.count_nonzero((kept > 0) & (kept < lengths))),
+        dropped=int(np.count_nonzero(kept == 0)),
+        split=int(np.count_nonzero(count_parts(parts) > 1)),
         untrained=int(np.count_nonzero(count_true(trained, starts, ends) == 0)),
-        duplicates=count_duplicates(data),
+        duplicates=count_duplicates(parts),
         lengths={"min": smallest, "median": median, "p95": p95, "max": largest},
         histogram=histogram(lengths),
     )
@@ -118,7 +130,7 @@ def count_true(mask: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarr
     return np.where(end > begin, counts, 0)  # for an empty slice it returns a single value
 
 
-def count_sequences(data: "TokenSequences") -> np.ndarray:
+def count_parts(data: "TokenSequences") -> np.ndarray:
     """Return int64 [examples]: the number of sequences that have tokens of each example."""
     first = np.searchsorted(data.starts, data.begin, side="right") - 1
     last = np.searchsorted(data.starts, data.end - 1, side="right") - 1

@@ -197,6 +197,7 @@ class DataMetrics(JsonObject):
     max_seq_len: int | None = None
     padding: float | None = None
     truncated: int | None = None
+    dropped: int | None = None
     split: int | None = None
     untrained: int | None = None
     duplicates: int | None = None

@@ -16,11 +16,11 @@ from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.common.text import count
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.config.run import RunConfig
-from hqqtrain.data.sequences import TokenSequences, plain_text_targets
+from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.sources import source_format
 from hqqtrain.data.statistics import (
     DataReport,
-    count_sequences,
+    count_parts,
     example_ends,
     measure_data,
     token_masks,
@@ -60,13 +60,15 @@ def show_data(run: Run) -> None:
     with comm.raise_on_all_ranks():
         model = load_data_model(run.config.model)
         format = source_format(run.config.data)
-        data = load_training_data(run, model.folder, model.vocab_size)
-    check_same_text(run, data)
-    report = DataReport(measure_data(data, run.config.train.max_seq_len))
+        found: list[TokenSequences] = []
+        packed = load_training_data(run, model.folder, model.vocab_size, found.append)
+    check_same_text(run, packed)
+    (parts,) = found
+    report = DataReport(measure_data(parts, packed, run.config.train.max_seq_len))
     metrics = data_metrics(run.config, format, report)
     run.recorder.begin_without_model()
     run.recorder.summary.add_data(metrics)
-    comm.run_on_rank0(lambda: _show(run, data, metrics, model.tokenizer))
+    comm.run_on_rank0(lambda: _show(run, parts, metrics, model.tokenizer))
 
 
 def load_data_model(model: ModelConfig) -> DataModel:
@@ -93,16 +95,14 @@ def data_metrics(config: RunConfig, format: str, report: DataReport) -> DataMetr
 
 
 def _show(
-    run: Run, data: TokenSequences, metrics: DataMetrics, tokenizer: "PreTrainedTokenizerBase"
+    run: Run, parts: TokenSequences, metrics: DataMetrics, tokenizer: "PreTrainedTokenizerBase"
 ) -> None:
-    is_plain_text = np.array_equal(data.targets, plain_text_targets(data.stream, data.starts))
-
-    sampler = Sampler(data, tokenizer)
-    indices = sample_indices(len(data.starts), run.config.data.show)
+    sampler = Sampler(parts, tokenizer)
+    indices = sample_indices(len(parts.starts), run.config.data.show)
 
     def view(max_tokens: int) -> DataView:
         samples = [sampler.sample(index, max_tokens) for index in indices]
-        return DataView(metrics, is_plain_text, samples)
+        return DataView(metrics, parts.is_plain_text, samples)
 
     text = render_data(
         view(CONSOLE_TOKENS),
@@ -120,20 +120,24 @@ def sample_indices(examples: int, number: int) -> list[int]:
 
 
 class Sampler:
-    """Decodes examples of `data`."""
+    """Decodes examples, of which `parts` has all tokens, and as sequences those to train on."""
 
-    def __init__(self, data: TokenSequences, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._data, self._tokenizer = data, tokenizer
-        self._ends, self._sequences = example_ends(data), count_sequences(data)
-        self._covered, self._trained = token_masks(data)
+    def __init__(self, parts: TokenSequences, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._stream, self._starts, self._ends = parts.stream, parts.starts, example_ends(parts)
+        self._tokenizer, self._counts = tokenizer, count_parts(parts)
+        self._covered, self._trained = token_masks(parts)
         self._special_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     def sample(self, index: int, max_tokens: int) -> DataSample:
-        """Return the tokens of an example that are in sequences, at most `max_tokens` of them."""
-        tokens = slice(int(self._data.starts[index]), int(self._ends[index]))
+        """Return at most `max_tokens` tokens of an example that are trained on.
+
+        An example that is in no sequence is shown as a whole.
+        """
+        tokens = slice(int(self._starts[index]), int(self._ends[index]))
         kept = self._covered[tokens]
-        ids, trained = self._data.stream[tokens][kept], self._trained[tokens][kept]
-        title = self._title(index, len(kept), len(ids), int(np.count_nonzero(trained)))
+        title = self._title(index, kept, int(np.count_nonzero(self._trained[tokens])))
+        kept = kept if kept.any() else ~kept
+        ids, trained = self._stream[tokens][kept], self._trained[tokens][kept]
         if len(ids) <= max_tokens:
             return DataSample(title, list(self._pieces(ids, trained)))
         begin, end = 3 * max_tokens // 4, len(ids) - max_tokens // 4
@@ -144,12 +148,14 @@ class Sampler:
             list(self._pieces(ids[end:], trained[end:])),
         )
 
-    def _title(self, index: int, tokens: int, kept: int, trained: int) -> str:
-        parts = [f"{count(tokens, 'token')}, {trained:,} trained"]
-        if kept < tokens:
-            parts.append(f"{tokens - kept:,} cut off")
-        if self._sequences[index] > 1:
-            parts.append(f"split over {self._sequences[index]:,} sequences")
+    def _title(self, index: int, kept: np.ndarray, trained: int) -> str:
+        parts = [count(len(kept), "token"), f"{trained:,} trained"]
+        if not kept.any():
+            parts.append("in no sequence")
+        elif not kept.all():
+            parts.append(f"{np.count_nonzero(~kept):,} cut off")
+        if self._counts[index] > 1:
+            parts.append(f"split into {self._counts[index]:,} parts")
         return f"example {index + 1:,} of {len(self._ends):,}: {', '.join(parts)}"
 
     def _pieces(self, ids: np.ndarray, trained: np.ndarray) -> Iterator[Piece]:

@@ -1,6 +1,7 @@
 """The tokenized datasets of a run: training data and held-out set."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from hqqtrain.common.errors import UserError
@@ -45,7 +46,10 @@ def batch_layout(config: RunConfig, plan: ModelPlan, comm: Communicator) -> Batc
 
 
 def load_training_data(
-    run: Run, tokenizer_folder: Path, vocab_size: int | None = None
+    run: Run,
+    tokenizer_folder: Path,
+    vocab_size: int | None = None,
+    on_parts: Callable[[TokenSequences], object] = lambda parts: None,
 ) -> TokenSequences:
     """Tokenize and pack `data.source`, except for held-out texts.
 
@@ -53,6 +57,7 @@ def load_training_data(
         run: The run.
         tokenizer_folder: The folder of the model's tokenizer.
         vocab_size: Number of token ids that the model knows; None if there is no model.
+        on_parts: Called with the tokens of the examples, as by `pack_examples`.
 
     Raises:
         UserError: The text cannot be read, overlaps with the held-out text, or has a token that the
@@ -69,6 +74,7 @@ def load_training_data(
         vocab_size=vocab_size,
         where=f"data.source={config.data.source}",
         on_batch=run.runtime.preemption.check_local,
+        on_parts=on_parts,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.statistics import (
     count_duplicates,
-    count_sequences,
+    count_parts,
     example_ends,
     histogram,
     measure_data,
@@ -52,17 +52,20 @@ def test_the_figures_are_those_of_a_count_of_single_tokens(seed):
     trained = {i for begin, end in bounds for i in range(begin + 1, end) if data.targets[i]}
     pieces = [sum(b < end and start < e for b, e in bounds) for start, end in texts]
     contents = Counter(tuple(data.stream[start:end].tolist()) for start, end in texts)
-    found = measure_data(data, max_seq_len=8)
+    found = measure_data(data, data, max_seq_len=8)
     assert found.examples == len(texts)
     assert found.tokens == len(covered)
     assert found.trained_tokens == len(trained) == data.target_token_count
     assert found.sequences == len(bounds)
     assert found.padding == pytest.approx(1 - len(covered) / (8 * len(bounds)))
-    assert found.truncated == sum(not covered.issuperset(range(*text)) for text in texts)
+    lost = [len(covered.intersection(range(*text))) - (text[1] - text[0]) for text in texts]
+    dropped = sum(covered.isdisjoint(range(*text)) for text in texts)
+    assert found.dropped == dropped
+    assert found.truncated == sum(number < 0 for number in lost) - dropped
     assert found.split == sum(number > 1 for number in pieces)
     assert found.untrained == sum(trained.isdisjoint(range(*text)) for text in texts)
     assert found.duplicates == sum(number - 1 for number in contents.values())
-    assert count_sequences(data).tolist() == pieces
+    assert count_parts(data).tolist() == pieces
     lengths = sorted(end - start for start, end in texts)
     assert (found.lengths["min"], found.lengths["max"]) == (lengths[0], lengths[-1])
     p95 = found.lengths["p95"]

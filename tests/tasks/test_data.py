@@ -128,28 +128,82 @@ def test_a_token_that_the_model_lacks_is_refused_as_in_a_training(look, tiny_mod
         look()
 
 
-@pytest.mark.parametrize("color", [False, True])
-def test_the_trained_tokens_of_a_chat_are_marked(look, monkeypatch, capsys, color):
-    def load(run, folder, vocab_size=None) -> TokenSequences:
-        tokenizer = load_tokenizer(folder)
-        data = pack_examples(["def one(x): return 1"] * 2, tokenizer, max_seq_len=64)
-        return _masked(data, slice(4, 6))
+def _write_rows(file: Path, *rows: dict) -> dict:
+    """Write rows as JSON Lines, and return the settings of the group `data` that read them."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"source": str(file), "chat_template": "chatml", "show": 9}
 
-    monkeypatch.setattr(task, "load_training_data", load)
+
+def _chat(*texts: str) -> dict:
+    roles = ("user", "assistant")
+    return {
+        "messages": [
+            {"role": roles[number % 2], "content": text} for number, text in enumerate(texts)
+        ]
+    }
+
+
+NO_EVAL = {"eval": {"source": None}}
+
+
+@pytest.mark.parametrize("color", [False, True])
+def test_completions_are_marked(look, monkeypatch, capsys, tmp_path: Path, color):
     monkeypatch.setenv("FORCE_COLOR" if color else "NO_COLOR", "1")
-    run = look(data={"show": 5})
+    row = {"prompt": "def one(x):", "completion": " return 1"}
+    data = _write_rows(tmp_path / "rows.jsonl", row, row)
+    run = look(data=data, **NO_EVAL)
     output = capsys.readouterr().out
-    tokenizer = load_tokenizer(TINY_FOLDER)
-    ids = tokenizer("def one(x): return 1")["input_ids"]
-    begin, middle = tokenizer.decode(ids[:4]), tokenizer.decode(ids[4:6])
     if color:
-        assert f"  | {begin}\033[32m{middle}\033[0m" in output
+        end = "\033[32m\033[1m<|endoftext|>\033[0m"
+        assert f"  | def one(x):\033[32m return 1\033[0m{end}\n" in output
     else:
-        assert f"  | {begin}[[ {middle} ]]" in output
+        assert "  | def one(x):[[  return 1<|endoftext|> ]]\n" in output
     assert output.count("\nexample ") == 2
-    assert f"{begin}<mark>{middle}</mark>" in run.layout.data_html.read_text(encoding="utf-8")
+    page = run.layout.data_html.read_text(encoding="utf-8")
+    assert "def one(x):<mark> return 1</mark><mark><b>&lt;|endoftext|&gt;</b></mark>" in page
     summary = run.recorder.summary.content.data
-    assert (summary.trained_tokens, summary.duplicates, summary.examples) == (4, 1, 2)
+    assert (summary.examples, summary.duplicates) == (2, 1)
+    assert summary.format == "completion (prompt, completion)"
+
+
+def test_the_answers_of_a_chat_are_marked(look, capsys, tmp_path: Path):
+    data = _write_rows(tmp_path / "rows.jsonl", _chat("hello", "good day", "and", "more"))
+    run = look(data=data, train={"max_seq_len": 200}, **NO_EVAL)
+    output = capsys.readouterr().out
+    assert "hello<|im_end|>\n  | <|im_start|>assistant\n  | [[ good day<|im_end|> ]]\n" in output
+    assert "assistant\n  | [[ more<|im_end|> ]]" in output
+    assert run.recorder.summary.content.data.format == "chat (messages)"
+
+
+@pytest.mark.parametrize(
+    ("on_long", "expected"),
+    [
+        ("auto", {"truncated": 1, "dropped": 1, "split": 0, "sequences": 3}),
+        ("drop", {"truncated": 0, "dropped": 2, "split": 0, "sequences": 2}),
+        ("split", {"truncated": 1, "dropped": 0, "split": 1, "sequences": 4}),
+    ],
+)
+def test_examples_that_are_too_long_are_counted_as_they_are_in_the_source(
+    look, capsys, tmp_path: Path, on_long, expected
+):
+    """Packing arranges parts anew. The figures are about the examples before that."""
+    long = " ".join(map(str, range(40)))
+    rows = [
+        {"prompt": "a", "completion": " b"},  # 3 tokens
+        {"prompt": "a", "completion": f" {long}"},  # 60 tokens
+        {"prompt": "a" * 3, "completion": f" {long[:60]}"},  # 32 tokens
+        {"prompt": long, "completion": " b"},  # 60 tokens, the first 58 of which are not trained
+    ]
+    data = _write_rows(tmp_path / "rows.jsonl", *rows) | {"on_long": on_long}
+    run = look(data=data, train={"max_seq_len": 32}, **NO_EVAL)
+    found = run.recorder.summary.content.data
+    packed = load_data(run)
+    assert found.examples == 4
+    assert found.trained_tokens == packed.target_token_count
+    assert found.tokens == int((packed.end - packed.begin).sum())
+    assert found.sequences == len(packed)
+    assert {name: getattr(found, name) for name in expected} == expected
+    assert "example 4 of 4: " in capsys.readouterr().out
 
 
 def test_color_needs_a_terminal(look, monkeypatch, capsys):
@@ -201,7 +255,7 @@ def test_a_long_example_is_shown_in_two_parts(tokenizer):
     assert (text + "<|endoftext|>").startswith(first)
     assert (text + "<|endoftext|>").endswith(last)
     assert first == tokenizer.decode(data.stream[:30])
-    assert f"split over {len(data)} sequences" in sample.title
+    assert f"split into {len(data)} parts" in sample.title
 
 
 def test_the_title_says_what_is_cut_off(tokenizer):
