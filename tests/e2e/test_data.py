@@ -42,3 +42,14 @@ def test_check_needs_no_weights(tmp_path: Path):
     assert "(its tokenizer)" in done.output
     assert "mine-data" in done.output
     assert run(*words, "task=quantize", root=tmp_path / "runs").code == 2
+
+
+def test_the_chats_of_the_tiny_recipe_fit_and_train_their_answers(tmp_path: Path):
+    done = run("recipe=tiny_chat", "task=data", "data.show=1", root=tmp_path / "runs")
+    assert done.code == 0, done.output
+    found = done.summary["data"]
+    assert 150 < found["examples"] < 1000
+    assert 0.2 < found["trained_tokens"] / found["tokens"] < 0.5
+    assert (found["truncated"], found["dropped"], found["untrained"]) == (0, 0, 0)
+    assert found["padding"] < 0.2
+    assert "<|im_start|>assistant\n  | [[ " in done.output

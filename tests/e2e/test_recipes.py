@@ -15,6 +15,8 @@ EXPECTED_BILLIONS = {
     "tiny": (0.004, 0.006),
     "meta-llama/Meta-Llama-3-8B": (8.0, 8.1),
     "meta-llama/Meta-Llama-3-70B": (70.0, 71.0),
+    "meta-llama/Meta-Llama-3-8B-Instruct": (8.0, 8.1),
+    "Qwen/Qwen3-8B": (8.1, 8.2),
 }
 
 
@@ -28,6 +30,7 @@ def _configs() -> list:
 
 def test_the_documented_recipes_exist():
     documented = {"tiny_2bit", "llama8b_4bit", "llama8b_2bit", "llama70b_2bit", "sweep_bits"}
+    documented |= {"tiny_chat", "llama8b_chat_4bit", "qwen3_chat"}
     assert documented <= find_recipes().keys()
 
 
@@ -56,6 +59,15 @@ def test_the_names_of_recipes_agree_with_nbits():
     for name in find_recipes():
         if name.endswith("bit"):
             assert compose_config([f"recipe={name}"]).quant.nbits == int(name[-4])
+
+
+def test_recipes_of_chats_train_the_answers():
+    for name in find_recipes():
+        if "chat" in name:
+            data = compose_config([f"recipe={name}"]).data
+            assert (data.format, data.loss_on) in [("auto", "auto"), ("chat", "assistant")]
+            # The tiny model is the only one without a chat template of its own.
+            assert data.chat_template == ("chatml" if name == "tiny_chat" else "auto")
 
 
 def test_the_default_recipe_needs_no_network():
