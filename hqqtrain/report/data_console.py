@@ -1,9 +1,12 @@
 """The view of task=data on the console.
 
 A sample may contain anything. Its lines have a margin, so none can pass for a line of ours, and
-control characters are escaped, so none can move the cursor or set a color.
+control characters are escaped, so none can move the cursor or set a color. Long lines are wrapped
+here, because a terminal would begin their rest without the margin.
 """
 
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 from hqqtrain.report.data_view import PLAIN_TEXT, DataSample, DataView, Piece
@@ -12,7 +15,11 @@ from hqqtrain.report.text import escape_controls
 _BAR_WIDTH = 40
 """Characters of the longest bar of the histogram."""
 
-_MARGIN = "  | "
+_MARGIN, _WRAPPED_MARGIN = "  | ", "  : "
+"""Before each line of a sample, and before the rest of a line that is too long."""
+
+_MIN_WIDTH = 20
+"""Fewest columns of the text of a sample; a terminal with less wraps it once more."""
 
 _TRAINED, _SPECIAL, _RESET = "\033[32m", "\033[1m", "\033[0m"  # green, bold
 
@@ -20,20 +27,25 @@ _NEWLINE_SIGN = "\u21b5"
 """Shows a trained line ending, which has no color of its own."""
 
 
-def render_data(view: DataView, *, color: bool, can_show_unicode: bool = True) -> str:
+def render_data(
+    view: DataView, *, color: bool, can_show_unicode: bool = True, columns: int | None = None
+) -> str:
     """Return the figures and the samples as lines of text.
 
     Args:
         view: The data.
         color: Whether trained tokens are colored. Otherwise marks enclose them.
         can_show_unicode: Whether the console shows characters beyond ASCII.
+        columns: Width of the terminal; None: lines may have any length.
     """
     figures = view.figures()
     width = max(map(len, figures))
     lines = [f"{name:<{width}}  {escape_controls(value)}" for name, value in figures.items()]
     lines += ["", "examples by their number of tokens", *_bars(view.bars())]
     if view.samples:
-        lines += ["", *_samples(view, color, _NEWLINE_SIGN if can_show_unicode else "")]
+        sign = _NEWLINE_SIGN if can_show_unicode else ""
+        text_width = max(_MIN_WIDTH, columns - len(_MARGIN)) if columns else None
+        lines += ["", *_samples(view, color, sign, text_width)]
     return "\n".join(lines) + "\n"
 
 
@@ -63,7 +75,7 @@ def _bar(number: int, longest: int) -> str:
     return "#" * -(-_BAR_WIDTH * number // longest) + " " if number else ""
 
 
-def _samples(view: DataView, color: bool, newline_sign: str) -> list[str]:
+def _samples(view: DataView, color: bool, newline_sign: str, width: int | None) -> list[str]:
     """Return the lines of all samples, after a line that says what the marks mean."""
     marks = None
     if view.is_plain_text:
@@ -89,9 +101,9 @@ def _samples(view: DataView, color: bool, newline_sign: str) -> list[str]:
             _mark(part, *marks) if marks else _color(part, newline_sign if color else "", color)
             for part in parts
         ]
-        lines += ["", sample.title, *_with_margin(texts[0])]
+        lines += ["", sample.title, *_with_margin(texts[0], width)]
         if sample.hidden_tokens:
-            lines += [sample.hidden_note, *_with_margin(texts[1])]
+            lines += [sample.hidden_note, *_with_margin(texts[1], width)]
     return lines
 
 
@@ -133,5 +145,32 @@ def _color_piece(piece: Piece, newline_sign: str, color: bool) -> str:
     return "\n".join(f"{codes}{line}{_RESET}" if line else "" for line in text.split("\n"))
 
 
-def _with_margin(text: str) -> list[str]:
-    return [_MARGIN + line for line in text.split("\n")]
+def _with_margin(text: str, width: int | None) -> list[str]:
+    lines = []
+    for line in text.split("\n"):
+        first, *rest = wrap_colored(line, width) if width else [line]
+        lines += [_MARGIN + first, *(_WRAPPED_MARGIN + part for part in rest)]
+    return lines
+
+
+def wrap_colored(line: str, width: int) -> list[str]:
+    """Cut a line into parts of at most `width` columns, each of which sets its colors again."""
+    parts, part, used, codes = [], "", 0, ""
+    for item in re.findall("\033\\[\\d+m|.", line):
+        if item.startswith("\033"):
+            codes = "" if item == _RESET else codes + item
+        elif used + _columns(item) > width:
+            parts.append(part + (_RESET if codes else ""))
+            part, used = codes, 0
+        used += 0 if item.startswith("\033") else _columns(item)
+        part += item
+    return [*parts, part]
+
+
+def _columns(character: str) -> int:
+    """Return the columns of a character on a terminal; those of a tab, at most."""
+    if character == "\t":
+        return 8
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1

@@ -3,6 +3,7 @@
 It reads the configuration and the tokenizer of the model, and no weights.
 """
 
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -108,6 +109,7 @@ def _show(
         view(CONSOLE_TOKENS),
         color=has_color(sys.stdout),
         can_show_unicode=(sys.stdout.encoding or "").lower().startswith("utf"),
+        columns=shutil.get_terminal_size().columns if sys.stdout.isatty() else None,
     )
     run.recorder.console.print_text(text)
     write_data_page(run.layout.folder, view(PAGE_TOKENS), run.config.run_name())

@@ -2,6 +2,7 @@
 
 import random
 import re
+import unicodedata
 from dataclasses import replace
 
 import pytest
@@ -132,6 +133,28 @@ def test_escaped_text_stands_for_one_text(seed):
     draw = random.Random(seed)
     text = "".join(draw.choices("\\xuU1bn\x1b\n\t\u202e\U000e0001\ud800é", k=draw.randint(0, 12)))
     assert _unescape(escape_controls(text)) == text
+
+
+@pytest.mark.parametrize("color", [False, True])
+@pytest.mark.parametrize("columns", [1, 24, 33, 80])
+def test_a_long_line_is_wrapped_with_its_margin_and_its_colors(color, columns):
+    """A terminal would begin the rest of a line without a margin, where it could pass for ours."""
+    text = "x" * 76 + "example 2 of 2: " + "中文" * 40 + "e\u0301" * 50 + "\tb" * 9
+    pieces = (Piece("a" * 30), Piece(text, is_trained=True), Piece("b" * 90, is_special=True))
+    shown = render_data(_view(*pieces), color=color, columns=columns)
+    lines = shown.split("example 1 of 2: 9 tokens, 3 trained\n")[1].splitlines()
+    plain = [re.sub(r"\033\[\d+m", "", line) for line in lines]
+    assert [line[:4] for line in plain] == ["  | ", *["  : "] * (len(lines) - 1)]
+    body = "".join(line[4:] for line in plain)
+    assert body == "a" * 30 + (text if color else f"[[ {text} ]]") + "b" * 90
+    for line in plain:
+        wide = sum(unicodedata.east_asian_width(c) == "W" for c in line)
+        thin = sum(unicodedata.category(c) == "Mn" for c in line)
+        assert len(line) + wide - thin + 7 * line.count("\t") <= max(columns, 24)
+    if color:
+        for line in lines:
+            assert line.count("\033[0m") == 0 or line.endswith("\033[0m")
+            assert "\033[32m" in line or "\033[1m" in line or set(line[4:]) <= {"a"}
 
 
 def test_ordinary_text_is_not_escaped():
