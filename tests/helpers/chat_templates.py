@@ -32,9 +32,7 @@ UNMENDED: dict[str, set[str]] = {
     "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": CALLS_WITHOUT_TEXT,
     "Qwen-Qwen3-0.6B": CALLS_WITHOUT_TEXT,
     "Qwen-Qwen3-0.6B@a55ee1": CALLS_WITHOUT_TEXT,
-    "Qwen-QwQ-32B@16488a": {"tools_null", "tools_json"},
     "trl/qwen3": CALLS_WITHOUT_TEXT,
-    "ai21labs-AI21-Jamba2-3B": {"tools_null", "tools_json"},
     "allenai-Olmo-3-7B-Instruct": CALLS_WITHOUT_TEXT - {"tools_json"},
     "mistralai-Mistral-7B-Instruct-v0.3": {"tools", "thinking_tools"},
     "mistralai-Mistral-Nemo-Instruct-2407": {"tools", "thinking_tools"},
@@ -44,20 +42,14 @@ UNMENDED: dict[str, set[str]] = {
     "microsoft-Phi-3-small-8k-instruct": {"empty_first"},
     "microsoft-Phi-3.5-mini-instruct": {"empty_first"},
     "microsoft-Phi-4-mini-reasoning": EVERY,
-    "deepseek-ai-DeepSeek-V2.5": {"tools_json"},
-    "trl-internal-testing-tiny-DeepseekV3ForCausalLM-0528": {"tools_json"},
     "tiiuae-falcon-7b-instruct": {"lines"},
     "zai-org-GLM-4.5-Air": {"thinking", "think_tags", "thinking_tools"},
     "GLM-4.6": {"thinking", "think_tags", "thinking_tools"},
     "openai-gpt-oss-120b": {"empty_first", "thinking_tools"},
     "trl/cohere2": EVERY,
     "trl/cohere2_training": EVERY,
-    "trl/deepseekv3": {"tools_json"},
-    "trl/deepseek_r1_distill": {"tools_json"},
     "trl/qwen3_5_nothink_training": {row for row in EVERY if row.startswith("think")},
     "trl/nemotron_3_nano_training": EVERY - {"thinking_one"},
-    "trl/deepseekv3_training": {"tools_null", "tools_json"},
-    "trl/deepseek_r1_distill_training": {"tools_json"},
     "trl/gptoss_training": {"thinking_tools"},
 }
 """Conversations that the masks get wrong or refuse wrongly; whoever mends them takes them out."""
@@ -75,28 +67,15 @@ def template_source(name: str) -> str:
 
 
 @lru_cache
-def render(name: str, conversation: str, add_generation_prompt: bool = False) -> str | None:
-    """Return a conversation as transformers renders it; None where the template raises.
-
-    A null content is an empty one where the template cannot read it, or writes the word None.
-    """
+def render(name: str, conversation: str) -> str | None:
+    """Return a conversation as transformers renders it; None where the template raises."""
     messages, tools = CONVERSATIONS[conversation]
-    text = _render(name, messages, tools, add_generation_prompt)
-    if any(m["content"] is None for m in messages) and (text is None or "None" in text):
-        messages = [{**m, "content": m["content"] or ""} for m in messages]
-        text = _render(name, messages, tools, add_generation_prompt)
-    return text
-
-
-def _render(
-    name: str, messages: list[Message], tools: list[dict[str, Any]] | None, prompt: bool
-) -> str | None:
     try:
         rendered, _ = render_jinja_template(
-            conversations=[messages],
+            # `apply_chat_template` leaves nulls out, too
+            conversations=[[{k: v for k, v in m.items() if v is not None} for m in messages]],
             tools=tools,
             chat_template=template_source(name),
-            add_generation_prompt=prompt,
             bos_token=FACTS[name].bos,
             eos_token=FACTS[name].eos_token,
         )
