@@ -7,8 +7,9 @@ and nothing is downloaded.
 import os
 import re
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from hqqtrain.config.data_sources import source_paths
 from hqqtrain.config.groups import AUTO, BUILT_IN_SOURCES, AdapterConfig, QuantConfig
 from hqqtrain.config.run import RunConfig
 
@@ -37,7 +38,7 @@ class Input(NamedTuple):
 
 def list_inputs(config: RunConfig) -> Iterator[Input]:
     """Yield every input that the task of `config` uses."""
-    data, held_out = config.data.source, config.eval.source
+    held_out, data = config.eval.source, _source_to_check(config.data.source)
     kind: Literal["model", "tokenizer"] = "tokenizer" if config.task == "data" else "model"
     yield Input(kind, "model.name_or_path", config.model.name_or_path)
     if config.adapter.init_from and config.task not in ("quantize", "data"):
@@ -45,9 +46,18 @@ def list_inputs(config: RunConfig) -> Iterator[Input]:
     if config.task in ("finetune", "data"):
         yield Input("training text", "data.source", data)
     if config.task in ("finetune", "data", "eval") and held_out is not None:
-        is_of_data = held_out in (AUTO, data)
+        is_of_data = held_out in (AUTO, config.data.source)
         key = "data.source" if is_of_data else "eval.source"
         yield Input("held-out text", key, data if is_of_data else held_out)
+
+
+def _source_to_check(source: Any) -> str:
+    """Return the source that decides whether all of `data.source` can be checked.
+
+    That is one that is not on this machine, or one that every installation has only if all are.
+    """
+    inputs = [Input("training text", "data.source", path) for path in source_paths(source)]
+    return min(inputs, key=lambda item: (item.is_local, item.name in BUNDLED)).name
 
 
 def has_inputs_to_check(config: RunConfig) -> bool:

@@ -1,7 +1,7 @@
 """Turn errors of Hydra, OmegaConf and YAML into messages that name the key, value and fix."""
 
 import os
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -85,7 +85,7 @@ def several_values_error(argument: str) -> UserError:
     """Return the error for values of a sweep, such as `a=1,2`, in the command of a single run."""
     key, _, value = argument.lstrip("+~").partition("=")
     hint, advice = dict(known_keys()).get(key), ""
-    if hint is Any or get_origin(hint) is list:
+    if _is_list(key, hint):
         advice = f" A list needs brackets, as in '{key}=[{value}]'."
     elif _is_free_text(key, hint) and "'" not in value:
         advice = f" A text with commas needs quotes, as in {_quoted_example(argument)}."
@@ -94,11 +94,23 @@ def several_values_error(argument: str) -> UserError:
 
 def _is_free_text(key: str, hint: Any) -> bool:
     """Whether `key` of type `hint` has text that is not one of several choices."""
-    group, _, name = key.partition(".")
-    if not name or str not in (hint, *(get_args(hint) if isinstance(hint, UnionType) else ())):
+    types = (hint, *(get_args(hint) if isinstance(hint, UnionType) else ()))
+    is_text = str in types or (hint is Any and isinstance(_field(key).default, str))
+    if "." not in key or not is_text:
         return False
-    (key_field,) = (f for f in fields(get_type_hints(ComposedConfig)[group]) if f.name == name)
-    return not key_field.metadata.get("choices")
+    return not _field(key).metadata.get("choices")
+
+
+def _is_list(key: str, hint: Any) -> bool:
+    """Whether `key` of type `hint` is a list by default."""
+    is_union = hint is Any and "." in key and _field(key).default is MISSING
+    return is_union or get_origin(hint) is list
+
+
+def _field(key: str) -> Field:
+    """Return the dataclass field of a dotted key."""
+    group, _, name = key.partition(".")
+    return next(f for f in fields(get_type_hints(ComposedConfig)[group]) if f.name == name)
 
 
 def _quoted_example(argument: str) -> str:
@@ -109,7 +121,7 @@ def _quoted_example(argument: str) -> str:
     key, _, value = argument.lstrip("+~").partition("=")
     is_quotable = bool(value) and not set(value) & set("'\"[]{}\\$`!")
     hint = dict(known_keys()).get(key)
-    if hint is Any or get_origin(hint) is list:
+    if _is_list(key, hint):
         items = f'"{value}"' if is_quotable else '"one (1)","another"'
         return f"'{key}=[{items}]'"
     if get_origin(hint) is dict:  # Hydra reads no key in quotes

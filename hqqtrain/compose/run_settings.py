@@ -124,9 +124,10 @@ def held_out_warnings(run: RunLayout, config: RunConfig) -> Iterator[str]:
     inputs, data, evaluation = (g if isinstance(g, dict) else {} for g in groups)
     trained, measured = data.get("source"), evaluation.get("source")
     values = {"data.source": config.data.source, "eval.source": config.eval.source}
-    changed = changed_inputs(inputs, config, values)
+    changed = {name.partition("[")[0] for name in changed_inputs(inputs, config, values)}
+    recorded = {str(name).partition("[")[0] for name in inputs}
     for key, source in (("data.source", trained), ("eval.source", measured)):
-        if values[key] == source and key in changed and key in inputs:
+        if values[key] == source and key in changed and key in recorded:
             yield (
                 f"{key}={source}: is not the text that {run.folder} has used: it has changed, or "
                 "a relative path means another file here. The figures cannot be compared with "

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from hqqtrain.config.data_sources import FILE_TYPES, FORMATS, source_errors
 from hqqtrain.config.field import key
 from hqqtrain.config.overrides import override_errors
 
@@ -206,22 +207,23 @@ class OptimConfig:
 class DataConfig:
     """The training data."""
 
-    source: str = key(
+    source: Any = key(  # str | list[str | dict], a union that OmegaConf does not have
         "python_stdlib",
-        "python_stdlib or python_stdlib_chat, a file, folder or pattern (texts/*.jsonl), or the "
-        "name of a data set on the hub (name:config)",
+        "python_stdlib or python_stdlib_chat, a file, folder or pattern (texts/*.jsonl), the name "
+        "of a data set on the hub (name:config), or a list of these: [a.jsonl, {path: b.csv, "
+        "repeats: 2}]",
     )
     format: str = key(
         "auto",
         "format of the rows; auto: by their columns; text: data.text_field, chat: messages or "
         "conversations, alpaca: instruction, input and output, completion: prompt and completion, "
         "tokens: input_ids and labels",
-        choices=("auto", "text", "chat", "alpaca", "completion", "tokens"),
+        choices=FORMATS,
     )
     file_type: str = key(
         "auto",
         "type of local files; auto: by file extension; text: each file is one text",
-        choices=("auto", "text", "jsonl", "csv", "parquet", "arrow"),
+        choices=FILE_TYPES,
     )
     text_field: str = key("text", "column or JSON field that contains the text, in format text")
     max_bad_rows: int = key(
@@ -252,7 +254,8 @@ class DataConfig:
     show: int = key(3, "examples that task=data shows; 0: none", low=0, high=1000)
 
     def errors(self) -> Iterator[str]:
-        """Yield a message if `validation` is not a share."""
+        """Yield a message for every fault of `source`, and if `validation` is not a share."""
+        yield from source_errors(self.source)
         if not 0 < self.validation < 1:
             yield (
                 f"data.validation={self.validation}: must be above 0 and below 1; to train on all "

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
+from hqqtrain.config.data_sources import describe_source, source_paths
 from hqqtrain.config.groups import AUTO, BUILT_IN_SOURCES
 from hqqtrain.config.run import RunConfig
 
@@ -102,6 +103,6 @@ def _ineffective(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "data.validation", "eval.source names another text than data.source"
     if config.data.format not in (AUTO, "text"):
         yield "data.text_field", f"the columns of data.format={config.data.format} have fixed names"
-    if {config.data.source, evaluation.source} <= {*BUILT_IN_SOURCES, AUTO, None}:
+    if {*source_paths(config.data.source), evaluation.source} <= {*BUILT_IN_SOURCES, AUTO, None}:
         for key in _OF_FILES:
-            yield key, f"{config.data.source} is built in"
+            yield key, f"{describe_source(config.data.source)} is built in"

@@ -7,45 +7,25 @@ share no text.
 """
 
 import logging
-import re
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.data_sources import describe_source, listed_sources, source_paths
 from hqqtrain.config.groups import AUTO, BUILT_IN_SOURCES, DataConfig, EvalConfig
 from hqqtrain.data.examples import Example
-from hqqtrain.data.files import FILE_TYPE_BY_EXTENSION, find_files, format_extension
+from hqqtrain.data.files import FILE_TYPE_BY_EXTENSION, format_extension
 from hqqtrain.data.formats import chat, text
-from hqqtrain.data.formats.format import Format
-from hqqtrain.data.formats.registry import DEFAULT_TEXT_FIELD, choose_format, fits
-from hqqtrain.data.held_out import split_by_hash
-from hqqtrain.data.hub import HubRows, has_held_out, load_hub_dataset, select_hub_split
+from hqqtrain.data.held_out import FilteredTexts, is_blank, split_by_hash
+from hqqtrain.data.mixture import ChainedExamples, RepeatedExamples, repeats_of_weights
 from hqqtrain.data.overlap import check_overlap
-from hqqtrain.data.readers import TEXT_COLUMN, FileRows
 from hqqtrain.data.row_examples import RowExamples
-from hqqtrain.data.rows import Rows
-from hqqtrain.data.stdlib import stdlib_texts
-from hqqtrain.data.stdlib_chat import stdlib_conversations
+from hqqtrain.data.single_source import SourceTexts, open_source
 
 logger = logging.getLogger(__name__)
-
-_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
-
-
-@dataclass(frozen=True)
-class SourceTexts:
-    """The examples of a source; each part may be iterated several times.
-
-    Attributes:
-        train: The examples to train on; all of them if the source has no split.
-        held_out: The examples that the source itself holds out; None if it has no split.
-    """
-
-    train: Iterable[Example]
-    held_out: Iterable[Example] | None
 
 
 def load_training_texts(data: DataConfig, evaluation: EvalConfig) -> Iterable[Any]:
@@ -55,23 +35,23 @@ def load_training_texts(data: DataConfig, evaluation: EvalConfig) -> Iterable[An
         UserError: The source cannot be read, contains no text, cannot be split, or overlaps with
             the held-out text.
     """
-    where = f"data.source={data.source}"
-    texts = _open_source(data.source, data, "data.source")
+    where = f"data.source={describe_source(data.source)}"
+    texts = _open_training_sources(data)
     if evaluation.source is None:
-        return texts.train
+        return _repeated(texts.train, data)
     if not evaluates_on_training_source(evaluation, data):
         held_out = load_held_out_texts(evaluation, data)
         sources = f"eval.source={evaluation.source}, {where}"
         fix = ", or set eval.source=auto, which holds out a part of data.source"
         check_overlap(texts.train, held_out, sources, fix)
-        return texts.train
+        return _repeated(texts.train, data)
     if texts.held_out is None:
         train, held_out = split_by_hash(texts.train, data.validation, where, logs=False)
         check_overlap(train, held_out, where, fix=None)
-        return train
-    if data.source not in BUILT_IN_SOURCES:  # split by module name; a few short modules are equal
+        return _repeated(train, data)
+    if not _is_built_in(data):  # split by module name; a few short modules are equal
         check_overlap(texts.train, texts.held_out, where, ", or set eval.source to another source")
-    return texts.train
+    return _repeated(texts.train, data)
 
 
 def load_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Iterable[Any]:
@@ -82,16 +62,17 @@ def load_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Iterable[An
     """
     assert evaluation.source is not None
     if evaluates_on_training_source(evaluation, data):
-        texts = _open_source(data.source, data, "data.source", warns=False)
+        texts = _open_training_sources(data, warns=False)
         if texts.held_out is not None:
-            if data.source not in BUILT_IN_SOURCES:
+            if not _is_built_in(data):
                 _warn_if_unused(data)
             return texts.held_out
-        return split_by_hash(texts.train, data.validation, f"data.source={data.source}")[1]
+        where = f"data.source={describe_source(data.source)}"
+        return split_by_hash(texts.train, data.validation, where)[1]
     # data.file_type describes data.source; a known extension of eval.source takes precedence.
     if format_extension(Path(evaluation.source)) in FILE_TYPE_BY_EXTENSION:
         data = replace(data, file_type=AUTO)
-    texts = _open_source(evaluation.source, data, "eval.source", evaluates=True)
+    texts = open_source(evaluation.source, data, "eval.source", evaluates=True)
     return texts.train if texts.held_out is None else texts.held_out
 
 
@@ -99,10 +80,11 @@ def evaluates_on_training_source(evaluation: EvalConfig, data: DataConfig) -> bo
     """Whether the held-out text is a part of `data.source`."""
     if evaluation.source in (AUTO, data.source):
         return True
-    if {evaluation.source, data.source} & set(BUILT_IN_SOURCES):
-        return False
+    paths = source_paths(data.source)
+    if len(paths) > 1 or {evaluation.source, *paths} & set(BUILT_IN_SOURCES):
+        return paths == [evaluation.source]
     try:
-        return Path(data.source).expanduser().samefile(Path(str(evaluation.source)).expanduser())
+        return Path(paths[0]).expanduser().samefile(Path(str(evaluation.source)).expanduser())
     except (OSError, ValueError, RuntimeError):  # one of them is no path
         return False
 
@@ -113,65 +95,71 @@ def dataset_name(evaluation: EvalConfig, data: DataConfig) -> str:
     The name of the standard library contains the Python version, which decides its text.
     """
     is_part = evaluates_on_training_source(evaluation, data)
-    source = data.source if is_part else str(evaluation.source)
+    source = describe_source(data.source) if is_part else str(evaluation.source)
     if source in BUILT_IN_SOURCES:
         return f"{source} {sys.version.split()[0]}, held-out modules"
     return f"{source}, held-out part" if is_part else source
 
 
-def _open_source(
-    source: str, data: DataConfig, key: str, *, warns: bool = True, evaluates: bool = False
-) -> SourceTexts:
-    """Open a source of any kind.
+def _open_training_sources(data: DataConfig, *, warns: bool = True) -> SourceTexts:
+    """Open all sources of `data.source`. If some have a held-out split, only that is held out."""
+    opened = [
+        open_source(path, settings, "data.source", warns=warns)
+        for path, settings in _settings_of_sources(data)
+    ]
+    if len(opened) == 1:
+        return opened[0]
+    held_out = [texts.held_out for texts in opened if texts.held_out is not None]
+    return SourceTexts(
+        ChainedExamples([texts.train for texts in opened]),
+        ChainedExamples(held_out) if held_out else None,
+    )
 
-    Args:
-        source: A value of `data.source` or `eval.source`.
-        data: The group `data` of the configuration, which says what the rows and files are.
-        key: The config key that contains `source`, for messages.
-        warns: Whether to log which files are not read.
-        evaluates: Whether only the held-out texts are needed, or all if none are.
+
+def _settings_of_sources(data: DataConfig) -> Iterator[tuple[str, DataConfig]]:
+    """Yield the path of each source, and the settings that hold for it."""
+    for source in listed_sources(data.source):
+        own = {name: getattr(source, name) for name in ("format", "file_type", "text_field")}
+        yield source.path, replace(data, **{k: value for k, value in own.items() if value})
+
+
+def _is_built_in(data: DataConfig) -> bool:
+    """Whether all sources are built in."""
+    return set(source_paths(data.source)) <= set(BUILT_IN_SOURCES)
+
+
+def _repeated(train: Iterable[Example], data: DataConfig) -> Iterable[Example]:
+    """Return the examples to train on, as often as the sources of `data.source` say.
 
     Raises:
-        UserError: The source cannot be found, has no files or splits of the kind, or its rows have
-            no format.
+        UserError: A source with a weight has no example to train on.
     """
-    where = f"{key}={source}"
-    if source in BUILT_IN_SOURCES:
-        return SourceTexts(*(_built_in(source, split) for split in ("train", "held_out")))
-
-    def examples(rows: Rows, kind: str) -> RowExamples:
-        format = _format_of(rows, data, where, is_own=key == "data.source")
-        return RowExamples(rows, format, where, data.max_bad_rows, kind)
-
-    if not _is_hub_name(source):
-        files = find_files(source, data.file_type, key, warns=warns)
-        if not files.train and not evaluates:
-            raise UserError(
-                f"{where}: no file to train on; by its name, {files.held_out[0]} is held-out text. "
-                "Rename it, or give the file itself."
-            )
-        of_train, of_held_out = (
-            examples(FileRows(part, files.file_type, where), kind) if part else None
-            for part, kind in ((files.train, "rows"), (files.held_out, "held-out rows"))
-        )
-        return SourceTexts(of_train or [], of_held_out)
-    splits = load_hub_dataset(source, key)
-    names = ("held_out",) if evaluates else ("train", *["held_out"] * has_held_out(splits))
-    train, *held_out = (
-        examples(
-            HubRows(select_hub_split(splits, split, source, key), where),
-            "rows" if split == "train" else "held-out rows",
-        )
-        for split in names
+    sources = listed_sources(data.source)
+    repeats = [source.repeats for source in sources]
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not weights and set(repeats) == {1}:
+        return train
+    parts = _parts_of(train)
+    if len(parts) != len(sources):  # all sources together have a single text, which is cut
+        return train
+    if weights:
+        counts = [sum(not is_blank(example) for example in part) for part in parts]
+        if not all(counts):
+            empty = sources[counts.index(0)].path
+            raise UserError(f"data.source={empty}: has a weight, but nothing to train on.")
+        repeats = repeats_of_weights(counts, weights)
+    for source, number in zip(sources, repeats, strict=True):
+        logger.info("data.source=%s: is used %.4g times in an epoch.", source.path, number)
+    return ChainedExamples(
+        [RepeatedExamples(part, number) for part, number in zip(parts, repeats, strict=True)]
     )
-    return SourceTexts(train, held_out[0] if held_out else None)
 
 
-def _built_in(source: str, split: str) -> list[Example]:
-    """Return the examples of `split`, `train` or `held_out`, of a source that is built in."""
-    if source == "python_stdlib_chat":
-        return list(stdlib_conversations(split))
-    return [content for _, content in stdlib_texts(split)]
+def _parts_of(train: Iterable[Example]) -> Sequence[Iterable[Example]]:
+    """Return the examples of each source."""
+    if isinstance(train, FilteredTexts):
+        return [replace(train, examples=part) for part in _parts_of(train.examples)]
+    return train.parts if isinstance(train, ChainedExamples) else [train]
 
 
 def source_format(data: DataConfig) -> str:
@@ -180,38 +168,15 @@ def source_format(data: DataConfig) -> str:
     Raises:
         UserError: The source cannot be read, or its rows have no format.
     """
-    if data.source in BUILT_IN_SOURCES:
-        return chat.NAME if data.source == "python_stdlib_chat" else text.NAME
-    texts = _open_source(data.source, data, "data.source", warns=False)
-    assert isinstance(texts.train, RowExamples)
-    return texts.train.describe_format()
-
-
-def _format_of(rows: Rows, data: DataConfig, where: str, *, is_own: bool) -> Format:
-    """Return the format of rows.
-
-    Args:
-        rows: The rows.
-        data: The group `data` of the configuration.
-        where: `key=source` for messages.
-        is_own: Whether the rows are those of `data.source`, which `data.format` describes. For
-            others it holds if it fits them, and so does `data.text_field`.
-
-    Raises:
-        UserError: The rows do not have the format.
-    """
-    if isinstance(rows, FileRows) and rows.file_type == text.NAME:
-        if data.format not in (AUTO, text.NAME) and is_own:
-            raise UserError(
-                f"data.format={data.format}: {where} has files of plain text, which have no "
-                "columns; use auto, or set data.file_type to the type of the files."
-            )
-        return text.text_format(TEXT_COLUMN)
-    name, field = data.format, data.text_field
-    if not is_own:
-        name = name if name != AUTO and fits(rows, name, field) else AUTO
-        field = field if fits(rows, text.NAME, field) else DEFAULT_TEXT_FIELD
-    return choose_format(rows, name, field, where)
+    formats = []
+    for path, settings in _settings_of_sources(data):
+        if path in BUILT_IN_SOURCES:
+            formats.append(chat.NAME if path == "python_stdlib_chat" else text.NAME)
+            continue
+        texts = open_source(path, settings, "data.source", warns=False)
+        assert isinstance(texts.train, RowExamples)
+        formats.append(texts.train.describe_format())
+    return " + ".join(dict.fromkeys(formats))
 
 
 def _warn_if_unused(data: DataConfig) -> None:
@@ -222,18 +187,3 @@ def _warn_if_unused(data: DataConfig) -> None:
             "data.validation=%s: has no effect, because data.source has a held-out split.",
             data.validation,
         )
-
-
-def _is_hub_name(source: str) -> bool:
-    """Whether `source` is the name of a hub data set: neither an existing path nor like a path.
-
-    A source is like a path if it has the extension of a text file, or if its folder exists.
-    """
-    try:
-        path = Path(source).expanduser()
-        has_known_extension = format_extension(path) in FILE_TYPE_BY_EXTENSION
-        if path.exists() or has_known_extension or not _HUB_NAME.fullmatch(source):
-            return False
-        return path.parent == Path() or not path.parent.exists()
-    except (OSError, ValueError, RuntimeError):  # no such user in ~user, or too long a name
-        return False

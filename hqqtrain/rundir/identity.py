@@ -26,6 +26,7 @@ from hqqtrain.common.inputs import (
     text_files,
 )
 from hqqtrain.common.secrets import mask_secrets
+from hqqtrain.config.data_sources import source_paths
 from hqqtrain.config.groups import AUTO
 from hqqtrain.config.renamed import with_new_names
 from hqqtrain.config.run import (
@@ -164,8 +165,8 @@ def changed_inputs(
     """
     paths = _input_paths(config)
     if keys is not None:
-        paths = {key: path for key, path in paths.items() if key in keys}
-        saved = {key: digest for key, digest in saved.items() if key in keys}
+        paths = {key: path for key, path in paths.items() if _key(key) in keys}
+        saved = {key: digest for key, digest in saved.items() if _key(key) in keys}
     changed = sorted(saved.keys() - paths.keys())
     for key, path in paths.items():
         is_by_content = str(saved.get(key)).startswith("sha256:")
@@ -190,16 +191,31 @@ def is_made_from(folder: Path, config: RunConfig, digest: str) -> bool:
     return bool(recorded == (stat_digest(path) if path else None))
 
 
+_DATA_KEYS = ("data.source", "eval.source")
+
+
+def _key(name: str) -> str:
+    """Return the config key of an input, which is one of several: `data.source[1]`."""
+    return name.partition("[")[0]
+
+
+def _source_paths(source: Any) -> dict[str, str]:
+    """Return name -> path of the sources of `data.source`."""
+    if not isinstance(source, list):
+        return {"data.source": str(source)}
+    return {f"data.source[{i}]": path for i, path in enumerate(source_paths(source))}
+
+
 def _input_paths(config: RunConfig) -> dict[str, Path]:
     """Return config key -> local path of the inputs that exist on this machine."""
     values = {
         SOURCE_KEY: config.model.name_or_path,
         "adapter.init_from": config.adapter.init_from,
-        "data.source": config.data.source,
+        **_source_paths(config.data.source),
         "eval.source": None if config.eval.source == AUTO else config.eval.source,
     }
     if config.task == "data":  # it reads no weights, and a digest of them would
-        values = {key: values[key] for key in ("data.source", "eval.source")}
+        values = {key: path for key, path in values.items() if _key(key) in _DATA_KEYS}
     paths = {key: Path(value).expanduser() for key, value in values.items() if value}
     return {
         key: path

@@ -13,6 +13,7 @@ from pathlib import Path
 from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.common.text import count
 from hqqtrain.compose.inputs import list_inputs
+from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.groups import QuantConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.examples import Example
@@ -91,7 +92,7 @@ def _check_adapter(config: RunConfig) -> str:
 
 def _check_training_text(config: RunConfig) -> str:
     texts = load_training_texts(config.data, config.eval)
-    return _counted(f"data.source={config.data.source}", texts)
+    return _counted(f"data.source={describe_source(config.data.source)}", texts)
 
 
 def _check_held_out_text(config: RunConfig) -> str:

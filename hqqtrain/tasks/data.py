@@ -15,6 +15,7 @@ import numpy as np
 
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.common.text import count
+from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.sequences import TokenSequences
@@ -87,7 +88,7 @@ def load_data_model(model: ModelConfig) -> DataModel:
 def data_metrics(config: RunConfig, format: str, report: DataReport) -> DataMetrics:
     """Return the `data` part of summary.json."""
     return DataMetrics(
-        source=mask_secrets(config.data.source),
+        source=mask_secrets(describe_source(config.data.source)),
         format=format,
         max_seq_len=config.train.max_seq_len,
         left_out=dict(report.left_out) or None,

@@ -1,0 +1,58 @@
+"""Mix several sources: examples of some are used more often than those of others in an epoch."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from hqqtrain.data.examples import Example, text_of
+
+
+@dataclass(frozen=True)
+class ChainedExamples:
+    """The examples of several sources, one source after the other."""
+
+    parts: Sequence[Iterable[Example]]
+
+    def __iter__(self) -> Iterator[Example]:
+        for part in self.parts:
+            yield from part
+
+
+@dataclass(frozen=True)
+class RepeatedExamples:
+    """Examples that are used several times.
+
+    Attributes:
+        examples: The examples.
+        repeats: How often each is used. A fraction is the share of them that is used once more;
+            hashes of their text decide which.
+    """
+
+    examples: Iterable[Example]
+    repeats: float
+
+    def __iter__(self) -> Iterator[Example]:
+        whole, share = int(self.repeats), self.repeats % 1
+        for _ in range(whole):
+            yield from self.examples
+        if share:
+            limit = share * 2**64
+            yield from (e for e in self.examples if _hash(text_of(e)) < limit)
+
+
+def repeats_of_weights(counts: Sequence[int], weights: Sequence[float]) -> list[float]:
+    """Return how often sources are used, so that their examples are in proportion to weights.
+
+    Each is used at least once, and one of them exactly once.
+
+    Args:
+        counts: Number of examples of each source, at least 1.
+        weights: Weight of each source.
+    """
+    rates = [weight / count for count, weight in zip(counts, weights, strict=True)]
+    return [rate / min(rates) for rate in rates]
+
+
+def _hash(text: str) -> int:
+    """Return 64 bits of a text, which do not depend on those that decide what is held out."""
+    return int.from_bytes(hashlib.sha256(f"repeat {text}".encode()).digest()[:8], "big")

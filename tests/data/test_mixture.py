@@ -1,0 +1,106 @@
+"""Several sources: each as often as its settings say, and nothing held out is trained on."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import DataConfig, EvalConfig
+from hqqtrain.data.examples import Completion
+from hqqtrain.data.mixture import RepeatedExamples, repeats_of_weights
+from hqqtrain.data.sources import dataset_name, load_held_out_texts, load_training_texts
+
+NO_EVAL = EvalConfig(source=None)
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """Files `a.jsonl` and `b.jsonl` of 40 and 10 texts, and `c.jsonl` of completions."""
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("a", 40), ("b", 10)):
+        rows = ({"text": f"{name} {i} has {i * i}"} for i in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "c.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
+    return tmp_path
+
+
+def counts(source: object, evaluation: EvalConfig = NO_EVAL) -> Counter:
+    examples = load_training_texts(DataConfig(source=source, validation=0.1), evaluation)
+    return Counter(e[:1] if isinstance(e, str) else e for e in examples)
+
+
+def test_sources_follow_each_other_and_have_formats_of_their_own(sources):
+    found = counts(["a.jsonl", "b.jsonl", {"path": "c.jsonl", "format": "completion"}])
+    assert found == {"a": 40, "b": 10, Completion("p", "c"): 1}
+    with pytest.raises(UserError, match=r"data\.format=chat: data\.source=c\.jsonl lacks"):
+        counts(["a.jsonl", {"path": "c.jsonl", "format": "chat"}])
+    with pytest.raises(UserError, match=r"data\.text_field=body: data\.source=a\.jsonl"):
+        counts([{"path": "a.jsonl", "text_field": "body"}, "b.jsonl"])
+    with pytest.raises(UserError, match=r"data\.source=no\.jsonl: no such file"):
+        counts(["a.jsonl", "no.jsonl"])
+
+
+def test_repeats(sources, caplog):
+    caplog.set_level("INFO")
+    assert counts(["a.jsonl", {"path": "b.jsonl", "repeats": 3}]) == {"a": 40, "b": 30}
+    assert counts([{"path": "b.jsonl", "repeats": 2}]) == {"b": 20}
+    assert "data.source=b.jsonl: is used 3 times in an epoch." in caplog.text
+
+
+def test_weights_are_shares_of_the_examples_of_an_epoch(sources):
+    def weighted(a: float, b: float) -> Counter:
+        return counts([{"path": "a.jsonl", "weight": a}, {"path": "b.jsonl", "weight": b}])
+
+    assert weighted(1, 1) == {"a": 40, "b": 40}
+    assert weighted(0.5, 0.5) == {"a": 40, "b": 40}
+    assert weighted(8, 1) == {"a": 80, "b": 10}
+    assert weighted(4, 1) == {"a": 40, "b": 10}
+    (sources / "b.jsonl").write_text('{"text": ""}\n{"text": "b"}\n')
+    assert weighted(1, 1)["b"] == 40  # blank texts do not count
+
+
+@pytest.mark.parametrize(
+    "source", [["a.jsonl", "b.jsonl"], ["a.jsonl", {"path": "b.jsonl", "repeats": 4}]]
+)
+def test_what_is_held_out_is_not_trained_on_and_not_repeated(sources, source):
+    data = DataConfig(source=source, validation=0.1)
+    held_out = list(load_held_out_texts(EvalConfig(), data))
+    train = list(load_training_texts(data, EvalConfig()))
+    repeats = 4 if isinstance(source[1], dict) else 1
+    assert len(held_out) == len(set(held_out)) == 5
+    assert not set(held_out) & set(train)
+    assert len(set(train)) == 45
+    assert all(n == (repeats if text[0] == "b" else 1) for text, n in Counter(train).items())
+    assert dataset_name(EvalConfig(), data) == "a.jsonl + b.jsonl, held-out part"
+
+
+def test_a_split_of_one_source_is_what_is_held_out(sources):
+    (sources / "d").mkdir()
+    (sources / "d" / "train.jsonl").write_text('{"text": "one"}\n')
+    (sources / "d" / "test.jsonl").write_text('{"text": "two"}\n')
+    data = DataConfig(source=["a.jsonl", {"path": "d", "repeats": 2}])
+    assert list(load_held_out_texts(EvalConfig(), data)) == ["two"]
+    assert counts(data.source, EvalConfig()) == {"a": 40, "o": 2}
+
+
+def test_a_source_that_is_also_held_out_is_refused(sources):
+    with pytest.raises(UserError, match="10 of 10 held-out texts"):
+        counts(["a.jsonl", "b.jsonl"], EvalConfig(source="b.jsonl"))
+
+
+def test_a_fraction_uses_some_examples_once_more_and_always_the_same():
+    examples = [f"text {i}" for i in range(2000)]
+    mixed = RepeatedExamples(examples, 1.25)
+    found = list(mixed)
+    assert found == list(mixed)
+    assert found[:2000] == examples
+    assert 400 < len(found) - 2000 < 600
+    assert len(set(found[2000:])) == len(found) - 2000
+    half = list(RepeatedExamples(examples, 0.5))
+    assert set(found[2000:]) < set(half)
+
+
+def test_the_smallest_number_of_repeats_is_one():
+    assert repeats_of_weights([40, 10], [1, 1]) == [1, 4]
+    assert repeats_of_weights([10, 10, 5], [1, 2, 1]) == [1, 2, 2]
