@@ -1,6 +1,7 @@
 """The config groups that define a result, one dataclass each, with the help text of every key.
 
-`parallel.py` has the group `parallel`, and `infra.py` those that do not change the result.
+`export.py` and `parallel.py` have the groups of these names, and `infra.py` those that do not
+change the result.
 """
 
 from collections.abc import Iterator
@@ -16,11 +17,9 @@ NBITS = (8, 4, 3, 2, 1)
 MAX_EPOCHS = 1_000_000
 """Upper bound of `train.epochs`: beyond any training, and the number of steps stays an integer."""
 
-# The registries of solvers and export formats import torch, so their names are repeated here. A
-# test fails if the two lists differ.
+# The registry of solvers imports torch, so its names are repeated here. A test fails if the two
+# lists differ.
 SOLVERS = ("least_squares", "hqq", "rtn")
-
-EXPORT_FORMATS = ("dense", "packed")
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
@@ -286,16 +285,4 @@ class EvalConfig:
     )
     samples: int = key(
         3, "held-out texts whose beginnings each model continues, for the report; 0: none", low=0
-    )
-
-
-@dataclass(kw_only=True, slots=True)
-class ExportConfig:
-    """The format that task=export writes."""
-
-    format: str = key(
-        "dense",
-        "dense: a Hugging Face checkpoint, weights dequantized and adapter merged; packed: the "
-        "quantized base, as in a run's quantized/, without an adapter",
-        choices=EXPORT_FORMATS,
     )

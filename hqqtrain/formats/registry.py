@@ -1,7 +1,7 @@
 """The formats of `export.format`, by name.
 
 To add a format, write its writer, register it here, and add its name to
-`hqqtrain.config.groups.EXPORT_FORMATS`, which the command line reads without torch.
+`hqqtrain.config.export.EXPORT_FORMATS`, which the command line reads without torch.
 """
 
 from collections.abc import Callable

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config import groups
+from hqqtrain.config import export
 from hqqtrain.formats.base import ModelExport
 from hqqtrain.formats.packed import model_tensors, read_quantized_settings
 from hqqtrain.formats.registry import FORMATS
@@ -25,7 +25,7 @@ def _model_export(trained, **changes) -> ModelExport:
 
 def test_the_configuration_allows_the_registered_formats():
     """The configuration repeats the names because the command line must not import torch."""
-    assert tuple(FORMATS) == groups.EXPORT_FORMATS
+    assert tuple(FORMATS) == export.EXPORT_FORMATS
     assert all(name == export_format.name for name, export_format in FORMATS.items())
 
 

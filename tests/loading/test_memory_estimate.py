@@ -5,7 +5,8 @@ import torch
 from memory_estimates import GIB, estimate, meta_model, two_bit_config
 from peft import get_peft_model
 
-from hqqtrain.config.groups import EvalConfig, ExportConfig
+from hqqtrain.config.export import ExportConfig
+from hqqtrain.config.groups import EvalConfig
 from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.source import shipped_folder
 from hqqtrain.nn.lora import lora_config
