@@ -11,6 +11,7 @@ from hqqtrain.data.layout import BatchLayout
 from hqqtrain.data.packing import pack_examples
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.sources import load_training_texts
+from hqqtrain.data.statistics import DataStatistics, measure_data
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.loading.plan import ModelPlan
 from hqqtrain.models.fqn import base_model
@@ -64,8 +65,8 @@ def load_training_data(
             model does not know.
         PreemptedError: This rank has received a signal; checked between batches of texts.
     """
-    config = run.config
-    return pack_examples(
+    config, found = run.config, list[TokenSequences]()
+    packed = pack_examples(
         load_training_texts(config.data, config.eval),
         load_tokenizer(tokenizer_folder),
         max_seq_len=config.train.max_seq_len,
@@ -74,8 +75,36 @@ def load_training_data(
         vocab_size=vocab_size,
         where=f"data.source={config.data.source}",
         on_batch=run.runtime.preemption.check_local,
-        on_parts=on_parts,
+        on_parts=found.append,
     )
+    (parts,) = found
+    on_parts(parts)
+    if config.task == "finetune" and run.runtime.comm.is_main and not parts.is_plain_text:
+        _log_figures(config, measure_data(parts, packed, config.train.max_seq_len))
+    return packed
+
+
+def _log_figures(config: RunConfig, data: DataStatistics) -> None:
+    """Log how many tokens of the examples are trained, and what is left out."""
+    where, length = f"data.source={config.data.source}", config.train.max_seq_len
+    logger.info(
+        "%s: %s examples; %s of %s tokens are trained (%.0f %%), in %s sequences of up to %d "
+        "tokens with %.1f %% padding; task=data shows them",
+        where, f"{data.examples:,}", f"{data.trained_tokens:,}", f"{data.tokens:,}",
+        100 * data.trained_tokens / data.tokens, f"{data.sequences:,}", length, 100 * data.padding,
+    )  # fmt: skip
+    if data.truncated:
+        logger.warning(
+            "%s: %d of %d examples have more than %d tokens and are truncated; see data.on_long "
+            "and train.max_seq_len",
+            where, data.truncated, data.examples, length,
+        )  # fmt: skip
+    if data.dropped:
+        logger.warning(
+            "%s: %d of %d examples are left out: none of their first %d tokens is trained, or they "
+            "are longer and data.on_long=drop",
+            where, data.dropped, data.examples, length,
+        )  # fmt: skip
 
 
 def load_held_out_data(

@@ -1,33 +1,21 @@
 """No kernel spills registers, on any GPU that we support, whether or not this machine has one."""
 
 import ast
-import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from compiled_record import CAPABILITIES, compile_for, recorded
 
 import hqqtrain_kernels
 
 pytest.importorskip("triton", reason="Triton is not installed here")
-PROGRAM = Path(__file__).with_name("compiled.py")
 KERNELS = Path(hqqtrain_kernels.__file__).parent
 SPILLS = "spills"
 
 
-def compile_for(capability: int, folder: Path) -> list[dict]:
-    """Run `compiled.py`, in its own process, because Triton's interpreter is enabled in ours."""
-    env = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, PROGRAM, str(capability)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **env},
-    )
-    assert process.returncode == 0, process.stderr
-    return [json.loads(line) for line in process.stdout.splitlines()]
+FEW = (SPILLS, "dequantize", "M=16")
+"""Cases that are compiled in every run, whatever is recorded."""
 
 
 def spill_messages(compiled: list[dict]) -> list[str]:
@@ -63,14 +51,27 @@ def ptxas_supports(capability: int) -> bool:
     return any(f"sm_{capability}" in one.stdout for one in helps)
 
 
-@pytest.mark.parametrize("capability", [90, 80, 86, 100])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_no_kernel_spills(capability: int, tmp_path: Path) -> None:
     if not ptxas_supports(capability):
         pytest.skip(f"Triton's ptxas does not know sm_{capability}")
-    compiled = compile_for(capability, tmp_path)
+    compiled = recorded(capability) or compile_for(capability, cache=tmp_path)
     ours = [one for one in compiled if one["case"] != SPILLS]
     assert spill_messages(ours) == []
     assert {one["kernel"] for one in ours} == launched_kernels()
     # One kernel is made to spill, which proves that the check works.
     (message,) = spill_messages([one for one in compiled if one["case"] == SPILLS])
     assert message.startswith(f"spills: spills spills {compiled[0]['stack']} bytes on sm_")
+
+
+def test_the_record_has_what_is_compiled_now(tmp_path: Path) -> None:
+    if not recorded(80):
+        pytest.skip("a source has changed since the record was made")
+    compiled = compile_for(80, *FEW, cache=tmp_path)
+    assert len({one["kernel"] for one in compiled}) > 2
+    assert all(one in recorded(80) for one in compiled)
+
+
+def test_a_change_of_a_source_makes_the_record_useless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compiled_record.version", lambda name: "0")
+    assert recorded(90) == []
