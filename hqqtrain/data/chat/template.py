@@ -90,6 +90,12 @@ class ChatTemplate:
         ends = [text.rfind(token) + len(token) for token in self._special_tokens if token in text]
         return max([0, *ends, *(match.end() for match in _MARKER.finditer(text))])
 
+    def from_last_special(self, text: str) -> str:
+        """Return a text from its last special token on; an empty string if it has none."""
+        starts = [text.rfind(token) for token in self._special_tokens if token in text]
+        start = max([-1, *starts, *(match.start() for match in _MARKER.finditer(text))])
+        return text[start:] if start >= 0 else ""
+
     @cached_property
     def _special_tokens(self) -> frozenset[str]:
         added = self._tokenizer.added_tokens_decoder.values()

@@ -3,9 +3,12 @@
 See `spans.py` for what makes it exact.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.data.chat.template import ChatTemplate, RenderError, Span
@@ -17,6 +20,8 @@ PROBE = "\ue0b7probe\ue0b7"
 """A content in private-use characters, which no text of a data set begins or ends with."""
 
 USER_PROBE = "\ue0b8user\ue0b8"
+
+_TOOL = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {}}}
 
 
 class InexactError(UserError):
@@ -46,9 +51,10 @@ class RenderedChat:
         is_prefix = self.text.startswith(prompt)
         if is_prefix and whole.startswith(prompt) and self.text.startswith(whole):
             return len(prompt), self.end_of_turn(len(prompt), len(whole))
-        begin, end = self._changed_by_content(turn)
+        other = _with_other_words(self.conversation.messages[turn], turn)
+        begin, end = self._changed_by(other, turn)
         start = len(prompt) if is_prefix else self._end_of_header(turn, prompt, begin)
-        return start, self._end_after(turn, end)
+        return start, self._end_after(turn, end, other)
 
     def end_of_turn(self, start: int, end: int) -> int:
         """Return the end of the token that ends the turn from `start` to `end`, if there is one.
@@ -64,19 +70,25 @@ class RenderedChat:
                 return self._end_of_markers(position + len(marker), end)
         return end
 
-    def end_of_prompt(self, turn: int) -> int:
-        """Return the end of what a prompt for this turn has in common with the text.
+    def begin_of_answer(self, turn: int, mark: int) -> int:
+        """Return where the answer begins in a turn that is marked from `mark` on.
 
-        Where both differ from some character on, it ends with the last special token before.
+        That is after the generation prompt, or what of it is marked. A turn that goes on otherwise
+        than the prompt ends, as with an empty thought, begins at its mark.
         """
         try:
             prompt = self._render(self.conversation.messages[:turn], add_generation_prompt=True)
         except RenderError:
-            return 0
-        shared = _shared_length(prompt, self.text)
-        if shared == len(prompt):
-            return shared
-        return self.template.end_of_last_special(prompt[:shared])
+            return mark
+        if self.text.startswith(prompt):
+            return max(mark, len(prompt))
+        header = self._header(turn, prompt)
+        lengths = range(len(header), 0, -1)
+        before = next((k for k in lengths if self.text.endswith(header[:k], 0, mark)), 0)
+        if self.text.startswith(header[before:], mark):
+            return mark + len(header) - before
+        shared = 0 if before else _shared_length(header, self.text[mark:])
+        return mark + self.template.end_of_last_special(header[:shared])
 
     def marks_by_turn(self, marks: list[Span]) -> dict[int, list[Span]]:
         """Return the marks of every message of the assistant."""
@@ -93,19 +105,26 @@ class RenderedChat:
         return found
 
     def _end_of_markers(self, start: int, end: int) -> int:
-        """Return the end of the tokens directly at `start`, or `end` if other text follows them."""
-        while marker := self.template.first_special(self.text[start:end]):
-            start += len(marker)
+        """Return `start`, or `end` if words follow there that the template does not always add."""
         rest = self.text[start:end].strip()
-        return end if self.template.first_special(rest) != rest else start
+        if rest == end_of_text(self.template).strip():
+            return start
+        while marker := self.template.first_special(rest):
+            rest = rest[len(marker) :].strip()
+        return end if rest else start
 
-    def _end_of_header(self, turn: int, prompt: str, begin: int) -> int:
-        """Return the end of the last generation prompt before `begin`."""
+    def _header(self, turn: int, prompt: str) -> str:
+        """Return what a generation prompt adds to the messages before a turn."""
         try:
             before = self._render(self.conversation.messages[:turn])
         except RenderError:
             before = prompt
-        header = prompt[len(before) :] if prompt.startswith(before) else ""
+        return prompt[len(before) :] if prompt.startswith(before) else ""
+
+    def _end_of_header(self, turn: int, prompt: str, begin: int) -> int:
+        """Return the end of the last generation prompt before `begin`."""
+        # A template without one writes the header, as `[/INST]`, at the end of the message before.
+        header = self._header(turn, prompt) or self.template.from_last_special(prompt)
         if not header:
             raise inexact(turn, "later turns change it, and no header shows where it begins")
         start = self.text.rfind(header, 0, begin)
@@ -115,9 +134,22 @@ class RenderedChat:
             )
         return start + len(header)
 
-    def _end_after(self, turn: int, content_end: int) -> int:
-        """Return the end of the first token after the content that ends a turn."""
-        positions = [(self.text.find(marker, content_end), marker) for marker in self.end_markers]
+    def _end_after(self, turn: int, words_end: int, other: Message) -> int:
+        """Return the end of a turn whose own words end at `words_end`.
+
+        What follows them is what follows them if the conversation ends with this turn, or else
+        ends with the first token that ends a turn.
+        """
+        before = self.conversation.messages[:turn]
+        try:
+            short = self._render([*before, self.conversation.messages[turn]])
+            _, end = _difference(short, self._render([*before, other]))
+        except RenderError:
+            pass
+        else:
+            if self.text.startswith(short[end:], words_end):
+                return self.end_of_turn(words_end, words_end + len(short) - end)
+        positions = [(self.text.find(marker, words_end), marker) for marker in self.end_markers]
         ends = [position + len(marker) for position, marker in positions if position >= 0]
         if ends:
             return min(ends)
@@ -125,26 +157,21 @@ class RenderedChat:
             return len(self.text)
         raise inexact(turn, "later turns change it, and no token ends it")
 
-    def _changed_by_content(self, turn: int) -> Span:
-        """Return the part of the text that another content of the message would replace."""
+    def _changed_by(self, other: Message, turn: int) -> Span:
+        """Return the part of the text that another message `turn` would replace."""
         messages = list(self.conversation.messages)
-        if (
-            not isinstance(messages[turn].get("content"), str)
-            or not messages[turn]["content"].strip()
-        ):
-            raise inexact(turn, "later turns change it, and it has no content to find it by")
-        messages[turn] = {**messages[turn], "content": PROBE}
+        messages[turn] = other
         try:
-            other = self._render(messages)
+            text = self._render(messages)
         except RenderError as error:
             raise inexact(turn, f"another content cannot be rendered: {error}") from error
-        begin = _shared_length(self.text, other)
-        tail = _shared_length(self.text[begin:][::-1], other[begin:][::-1])
-        if other == self.text:
+        if text == self.text:
             raise inexact(turn, "the chat template leaves out its content")
-        if other[begin : len(other) - tail] != PROBE:
+        begin, end = _difference(self.text, text)
+        replaced = text[begin : len(text) - (len(self.text) - end)]
+        if other.get("content") == PROBE and replaced != PROBE:
             raise inexact(turn, "its content changes other parts of the text, too")
-        return begin, len(self.text) - tail
+        return begin, end
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         if not messages and not add_generation_prompt:
@@ -158,27 +185,86 @@ class RenderedChat:
 def end_markers(template: ChatTemplate) -> tuple[str, ...]:
     """Return the tokens that end a turn of the assistant: the last turn, and one before others."""
     user, answer = {"role": "user", "content": USER_PROBE}, {"role": ASSISTANT, "content": PROBE}
-    return tuple(dict.fromkeys(_ends_of_probes(template, user, answer)))
-
-
-def _ends_of_probes(template: ChatTemplate, user: Message, answer: Message) -> Iterator[str]:
-    def render(*messages: Message, add_generation_prompt: bool = False) -> str:
-        try:
-            return template.render(messages, add_generation_prompt=add_generation_prompt)
-        except RenderError:
-            return ""
-
-    if marker := template.first_special(render(user, answer).rpartition(PROBE)[2].lstrip()):
-        yield marker
-    between = render(user, answer, user).rpartition(PROBE)[2].partition(USER_PROBE)[0].lstrip()
+    before = _render_probes(template, user)
+    after = _render_probes(template, user, answer).rpartition(PROBE)[2]
+    last, rest = _specials(template, after)
+    between = _render_probes(template, user, answer, user).rpartition(PROBE)[2]
+    between = between.partition(USER_PROBE)[0].lstrip()
+    following, header = _specials(template, between)
+    shared = [one for one, other in zip(last, following, strict=False) if one == other]
+    if shared and last[0] == following[0]:
+        # A template that always adds a prompt begins its header with the second token.
+        return ("".join(shared[:1] if rest else shared),)
     marker = template.first_special(between)
     # If no token ends the answer, the first one begins the header of the next turn: it is its only
-    # one, as in `[INST] `, or the header of the assistant begins with it, too.
-    prompt, before = render(user, add_generation_prompt=True), render(user)
-    header = prompt.removeprefix(before) if before else ""
-    is_header = between == marker or not between.removeprefix(marker).strip()
-    if marker and not is_header and marker != template.first_special(header):
-        yield marker
+    # one, as in `[INST] `, or another header begins with it, too.
+    prompt = _render_probes(template, user, add_generation_prompt=True)
+    prompt = prompt.removeprefix(before) if before else ""
+    is_earlier = marker in before.partition(USER_PROBE)[0]
+    is_header = not between.removeprefix(marker).strip() or (
+        is_earlier and len(following) == 1 and not template.from_last_special(header)
+    )
+    if marker and not is_header and marker != template.first_special(prompt):
+        return (*last[:1], marker)
+    return tuple(last[:1])
+
+
+@lru_cache(maxsize=16)
+def end_of_text(template: ChatTemplate) -> str:
+    """Return what a template adds after the token that ends the last turn, such as a prompt."""
+    user, answer = {"role": "user", "content": USER_PROBE}, {"role": ASSISTANT, "content": PROBE}
+    after = _render_probes(template, user, answer).rpartition(PROBE)[2].lstrip()
+    return next((after[len(m) :] for m in end_markers(template) if after.startswith(m)), "")
+
+
+def _render_probes(
+    template: ChatTemplate, *messages: Message, add_generation_prompt: bool = False
+) -> str:
+    """Return the text of a short chat; some templates need a system message, or tools, for it."""
+    system = {"role": "system", "content": "probe"}
+    for tools in (None, [_TOOL]):
+        for chat in (messages, (system, *messages)):
+            with suppress(RenderError):
+                return template.render(chat, tools, add_generation_prompt=add_generation_prompt)
+    return ""
+
+
+def _specials(template: ChatTemplate, text: str) -> tuple[list[str], str]:
+    """Return the special tokens with which a text begins, and the rest of it."""
+    rest, found = text.strip(), []
+    while marker := template.first_special(rest):
+        found.append(marker)
+        rest = rest[len(marker) :]
+    return found, rest.strip()
+
+
+def _with_other_words(message: Message, turn: int) -> Message:
+    """Return a message with another content, or with other arguments if it only calls tools."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    is_blank = content is None or (isinstance(content, str) and not content.strip())
+    if calls and is_blank:
+        return {**message, "tool_calls": [_with_other_arguments(call) for call in calls]}
+    if not is_blank and not isinstance(content, str):
+        raise inexact(turn, "later turns change it, and it has no content to find it by")
+    return {**message, "content": PROBE}
+
+
+def _with_other_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a call of a tool with other arguments, of the same names and in the same form."""
+    function = call.get("function") or call
+    given: Any = function.get("arguments")
+    is_text = isinstance(given, str)
+    with suppress(ValueError):
+        given = json.loads(given) if is_text else given
+    other: Any = dict.fromkeys(given or ("probe",), PROBE) if isinstance(given, dict) else PROBE
+    changed = {**function, "arguments": json.dumps(other) if is_text else other}
+    return {**call, "function": changed} if "function" in call else changed
+
+
+def _difference(text: str, other: str) -> Span:
+    """Return the part of a text that differs from another text."""
+    begin = _shared_length(text, other)
+    return begin, len(text) - _shared_length(text[begin:][::-1], other[begin:][::-1])
 
 
 def _shared_length(one: str, other: str) -> int:

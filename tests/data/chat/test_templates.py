@@ -10,7 +10,6 @@ from chat_conversations import CONVERSATIONS
 from chat_facts import FACTS
 from chat_oracle import expected_spans, expected_text
 from chat_templates import (
-    UNMENDED,
     exact_conversations,
     example,
     refusal,
@@ -86,22 +85,8 @@ def test_spans_equal_the_oracle(name):
         assert marked(text, spans) == marked(text, expected_spans(name, text)), row
 
 
-@pytest.mark.parametrize("mended", UNMENDED)
-def test_what_is_still_to_mend_is_still_wrong(mended):
-    tokenizer = tokenizer_for(mended)
-    encoder = ChatEncoder(tokenizer, ChatTemplate(tokenizer, None), "assistant")
-    for row in (row for row in UNMENDED[mended] if renders(mended, row)):
-        try:
-            ids, targets = encoder.encode(example(row))
-        except ValueError:
-            continue
-        trained = tokenizer.decode(ids[targets])
-        assert refusal(mended, row) or trained != expected_text(mended, render(mended, row)), row
-
-
 def test_turns_that_cannot_be_told_are_refused(name):
-    rows = (row for row in CONVERSATIONS if row not in UNMENDED.get(name, ()))
-    rows = [row for row in rows if renders(name, row) and refusal(name, row)]
+    rows = [row for row in CONVERSATIONS if renders(name, row) and refusal(name, row)]
     template = ChatTemplate(tokenizer_for(name), None)
     for row in rows:
         with pytest.raises(InexactError, match=r"message \d") as error:
