@@ -96,7 +96,7 @@ def test_version(tmp_path):
     ("words", "message"),
     [
         (["quant.nbit=2"], "hqqtrain: quant.nbit: unknown key. Did you mean 'quant.nbits'?"),
-        (["recipe=tiny"], "hqqtrain: recipe=tiny: no such recipe. Did you mean 'tiny_2bit'?"),
+        (["recipe=tiny"], "hqqtrain: recipe=tiny: no such recipe. Did you mean 'tiny_chat'?"),
         (["quant.nbits=5"], "hqqtrain: quant.nbits=5: allowed are 8, 4, 3, 2, 1."),
         (["tiny_2bit"], "hqqtrain: tiny_2bit: must be key=value. Did you mean 'recipe=tiny_2bit'?"),
         (["--chek", "quant.nbits=2"], "hqqtrain: --chek: unknown option. Did you mean '--check'?"),
