@@ -119,8 +119,9 @@ class ExampleEncoder:
                 case Tokens():
                     return _encode_tokens(example)
         except (RenderError, InexactError) as error:
-            place = f"{self._where}, example {number}"
-            raise UserError(f"{place}: {str(error).rstrip('.')}.") from error
+            place = example.place or f"example {number}"
+            reason = str(error).rstrip(".")
+            raise UserError(f"{self._where}, {place}: {reason}.") from error
 
     def _make_chat_encoder(self) -> ChatEncoder:
         template = ChatTemplate(self._tokenizer, chat_template_source(self._chat_template))

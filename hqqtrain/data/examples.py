@@ -4,7 +4,7 @@ Plain text stays a `str`. The other kinds keep what a row says of the parts that
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]
@@ -13,10 +13,11 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A prompt and the text that continues it."""
+    """A prompt and the text that continues it; `place` is where the row is, for messages."""
 
     prompt: str
     completion: str
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +30,23 @@ class Conversation:
         completion_start: Index of the first message of the completion, if the row has a prompt and
             a completion of messages.
         untrained: Indices of assistant messages that the row excludes, as OpenAI's `weight: 0`.
+        place: Where the row is, such as `a.jsonl, line 7`, for messages.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None = None
     completion_start: int | None = None
     untrained: frozenset[int] = frozenset()
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A row that is tokenized already. A label of -100 is not trained."""
+    """A row that is tokenized already. A label of -100 is not trained; `place` as above."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    place: str = field(default="", compare=False)
 
 
 Example = str | Completion | Conversation | Tokens

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 from hqqtrain.common.errors import UserError
@@ -63,7 +64,7 @@ class RowExamples:
                 continue
             examples += 1
             blank = blank and is_blank(example)
-            yield example
+            yield example if isinstance(example, str) else replace(example, place=place)
         if blank:
             raise self._no_text_error(has_text=examples > 0, bad=bad)
         self._log(rows, rows - examples - bad_rows, first_skipped, bad_rows, bad)

@@ -61,6 +61,20 @@ def test_an_example_that_trains_nothing_is_left_out_with_a_warning(words: tuple,
     assert (data["examples"], data["dropped"]) == (48, 1)
 
 
+def test_a_chat_that_the_template_refuses_is_named_by_its_line(words: tuple, tmp_path: Path):
+    done = run(*words, "data.chat_template=gemma", root=tmp_path / "runs")
+    assert done.code == 0, done.output
+    file = tmp_path / "odd.jsonl"
+    odd = {"messages": [{"role": "tool", "content": "4"}, {"role": "assistant", "content": "5"}]}
+    file.write_text(json.dumps(odd) + "\n")
+    refused = run(*words, f"data.source={file}", "data.chat_template=gemma", "eval.source=null",
+                  root=tmp_path / "refused")  # fmt: skip
+    assert refused.code == 2
+    assert "odd.jsonl, line 1: " in refused.output
+    assert "the roles system, user and assistant" in refused.output
+    assert "Traceback" not in refused.output
+
+
 def test_a_killed_run_on_two_ranks_ends_with_the_same_bits(
     words: tuple, whole: Finished, tmp_path: Path
 ):
