@@ -7,8 +7,8 @@ changes that.
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from itertools import count, groupby
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -46,7 +46,7 @@ def encode_examples(
     Blank texts are left out. The first token of an example is never trained.
 
     Args:
-        examples: Examples of one kind.
+        examples: The examples. Those of several sources may be of several kinds.
         tokenizer: The tokenizer of the model.
         data: The group `data` of the configuration, for `chat_template` and `loss_on`.
         where: The source of the examples, for messages.
@@ -56,28 +56,31 @@ def encode_examples(
         UserError: The setting does not fit the examples, the tokenizer fails, or the trained tokens
             of a chat cannot be told.
     """
-    iterator: Iterator[Any] = iter(examples)
-    first = next(iterator, None)
-    if first is None:
-        return
-    loss_on, rest = _check_loss_on(first, data, where), chain([first], iterator)
-    if isinstance(first, str):
-        for ids in encode_texts(rest, tokenizer, where, on_batch):
-            yield ids, np.arange(len(ids)) > 0
-        return
-    encoder = ExampleEncoder(tokenizer, data.chat_template, loss_on, where)
-    for number, example in enumerate(rest, start=1):
-        if number % 64 == 1:
-            on_batch()
-        call = partial(encoder.encode, example, number)
-        yield watch(call, len(text_of(example)), where)
+    numbers = count(1)
+    for (kind, allowed), of_kind in groupby(examples, _kind):
+        loss_on, rest = _check_loss_on(kind, allowed, data, where), cast(Iterator[Any], of_kind)
+        if allowed == _LOSS_ON[str][1]:
+            for ids in encode_texts(rest, tokenizer, where, on_batch):
+                yield ids, np.arange(len(ids)) > 0
+            continue
+        encoder = ExampleEncoder(tokenizer, data.chat_template, loss_on, where)
+        for example in rest:
+            if (number := next(numbers)) % 64 == 1:
+                on_batch()
+            call = partial(encoder.encode, example, number)
+            yield watch(call, len(text_of(example)), where)
 
 
-def _check_loss_on(example: Example, data: DataConfig, where: str) -> str:
-    """Return `data.loss_on` for the kind of an example; refuse one that it does not have."""
+def _kind(example: Example) -> tuple[str, tuple[str, ...]]:
+    """Return the name of the kind of an example, and the values of `data.loss_on` that it has."""
     kind, allowed = _LOSS_ON[type(example)]
     if isinstance(example, Conversation) and example.completion_start is not None:
-        kind, allowed = "prompts and completions", ("completion", *allowed)
+        return "prompts and completions", ("completion", *allowed)
+    return kind, allowed
+
+
+def _check_loss_on(kind: str, allowed: tuple[str, ...], data: DataConfig, where: str) -> str:
+    """Return `data.loss_on` for a kind of examples; refuse one that it does not have."""
     if data.loss_on != AUTO and data.loss_on not in allowed:
         raise UserError(
             f"data.loss_on={data.loss_on}: the rows of {where} are {kind}; allowed are "

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.data_sources import describe_source, listed_sources, source_paths
@@ -28,7 +27,7 @@ from hqqtrain.data.single_source import SourceTexts, open_source
 logger = logging.getLogger(__name__)
 
 
-def load_training_texts(data: DataConfig, evaluation: EvalConfig) -> Iterable[Any]:
+def load_training_texts(data: DataConfig, evaluation: EvalConfig) -> Iterable[Example]:
     """Load the examples to train on: those of `data.source` that are not held out for `evaluation`.
 
     Raises:
@@ -54,7 +53,7 @@ def load_training_texts(data: DataConfig, evaluation: EvalConfig) -> Iterable[An
     return _repeated(texts.train, data)
 
 
-def load_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Iterable[Any]:
+def load_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Iterable[Example]:
     """Load the held-out examples, none of which is in `load_training_texts(data, evaluation)`.
 
     Raises:
@@ -149,7 +148,8 @@ def _repeated(train: Iterable[Example], data: DataConfig) -> Iterable[Example]:
             raise UserError(f"data.source={empty}: has a weight, but nothing to train on.")
         repeats = repeats_of_weights(counts, weights)
     for source, number in zip(sources, repeats, strict=True):
-        logger.info("data.source=%s: is used %.4g times in an epoch.", source.path, number)
+        times = "once" if number == 1 else f"{number:.4g} times"
+        logger.info("data.source=%s: is used %s in an epoch.", source.path, times)
     return ChainedExamples(
         [RepeatedExamples(part, number) for part, number in zip(parts, repeats, strict=True)]
     )

@@ -118,3 +118,14 @@ def test_a_tokenizer_without_offsets_is_refused(tokenizer):
 
 def test_no_examples_are_no_tokens(tokenizer):
     assert list(encode_examples([], tokenizer, DataConfig())) == []
+
+
+def test_kinds_of_several_sources_are_encoded_as_each_alone(tokenizer):
+    data = DataConfig(chat_template="chatml")
+    mixed = ["a text", "another", CHAT, TOKENS, COMPLETION, PAIR, CHAT, "a text"]
+    together = list(encode_examples(mixed, tokenizer, data))
+    alone = [next(encode_examples([example], tokenizer, data)) for example in mixed]
+    assert len(together) == len(mixed)
+    for (ids, targets), (expected_ids, expected_targets) in zip(together, alone, strict=True):
+        assert ids.tolist() == expected_ids.tolist()
+        assert targets.tolist() == expected_targets.tolist()

@@ -77,6 +77,15 @@ def _folder(tmp_path_factory):
         "csv/a.csv": "text\nx y\n\"a, b\"\nc d\n",
         "mixed/a.txt": "x", "mixed/b.jsonl": _json(ROWS), "hidden/.a.txt": "x",
         "list.jsonl": _json([{"text": ["a"]}]), "chat.jsonl": _json([{"messages": []}]),
+        "turns.jsonl": _json([
+            {"messages": [{"role": "user", "content": f"What is {i}?"},
+                          {"role": "assistant", "content": f"{i} is a number."}]}
+            for i in range(60)
+        ]),
+        "alpaca.csv": "instruction,output\n" + "".join(f'"Say, {i}",x {i}\n' for i in range(60)),
+        "completions.jsonl": _json([{"prompt": f"a {i}", "completion": "b"} for i in range(60)]),
+        "tokens.jsonl": _json([{"input_ids": [5, i], "labels": [-100, i]} for i in range(60)]),
+        "unknown.jsonl": _json([{"input_ids": [5, 5000]}]),
         "pairs.jsonl": _json([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         "number.jsonl": _json([*ROWS, {"text": 2}]), "null.jsonl": _json([{"text": None}] * 9),
         "types.jsonl": _json([ROWS[0] | {"x": 1}, ROWS[1] | {"x": "y"}, ROWS[2] | {"x": None}]),
@@ -133,6 +142,26 @@ CASES: dict[str, tuple[str, int, str]] = {
     "cut off": ("data.source=cut.jsonl.gz", 2, "cut.jsonl.gz"),
     "no such field": ("data.source=rows.jsonl data.text_field=tex", 2, "it has text. Did you mean"),
     "chat": ("data.source=chat.jsonl", 2, "line 1: messages is an empty list"),
+    "a chat": (
+        "data.source=turns.jsonl data.chat_template=chatml train.max_seq_len=64",
+        0,
+        "60 rows of chat (messages)",
+    ),
+    "a chat without a template": ("data.source=turns.jsonl", 2, "data.chat_template"),
+    "instructions": (
+        "data.source=alpaca.csv train.max_seq_len=64",
+        0,
+        "60 rows of alpaca (instruction, output)",
+    ),
+    "completions": ("data.source=completions.jsonl", 0, "60 rows of completion (prompt, com"),
+    "tokens": ("data.source=tokens.jsonl", 0, "60 rows of tokens (input_ids, labels)"),
+    "unknown tokens": ("data.source=unknown.jsonl eval.source=rows.jsonl", 2, "the id 5000"),
+    "several sources": ("data.source=[{path:rows.jsonl,repeats:2},alpaca.csv]", 0, "used 2 times"),
+    "several sources, of which one is wrong": (
+        "data.source=[{path:rows.jsonl,repeat:2},alpaca.csv]",
+        2,
+        "Did you mean 'repeats'?",
+    ),
     "pairs": ("data.source=pairs.jsonl", 2, "has preference pairs (chosen, rejected)"),
     "a list": ("data.source=list.jsonl", 2, "line 1: data.text_field=text is a list"),
     "a number": ("data.source=number.jsonl", 2, "line 61: data.text_field=text is a number"),
