@@ -7,7 +7,7 @@ here, because a terminal would begin their rest without the margin.
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from hqqtrain.report.data_view import PLAIN_TEXT, DataSample, DataView, Piece
 from hqqtrain.report.text import escape_controls
@@ -77,34 +77,34 @@ def _bar(number: int, longest: int) -> str:
 
 def _samples(view: DataView, color: bool, newline_sign: str, width: int | None) -> list[str]:
     """Return the lines of all samples, after a line that says what the marks mean."""
-    marks = None
+    legend, render = _style(view, color, newline_sign)
+    lines = [legend]
+    for sample in view.samples:
+        lines += ["", sample.title, *_with_margin(render(sample.pieces), width)]
+        if sample.hidden_tokens:
+            lines += [sample.hidden_note, *_with_margin(render(sample.last_pieces), width)]
+    return lines
+
+
+def _style(
+    view: DataView, color: bool, newline_sign: str
+) -> tuple[str, Callable[[Sequence[Piece]], str]]:
+    """Return a line that says how trained tokens are shown, and a function that shows pieces."""
     if view.is_plain_text:
-        lines = [PLAIN_TEXT]
-        color = False
-    elif color:
+        return PLAIN_TEXT, lambda pieces: escape_controls("".join(piece.text for piece in pieces))
+    if color:
         sign = f", and {newline_sign} is a trained line ending" if newline_sign else ""
-        lines = [
+        return (
             f"{_TRAINED}Green{_RESET} tokens are trained, {_SPECIAL}bold{_RESET} ones are special "
             f"tokens{sign}."
-        ]
-    else:
-        marks = choose_marks(
-            escape_controls(text) for sample in view.samples for text in _texts(sample)
-        )
-        lines = [
-            f"Tokens between {marks[0].strip()} and {marks[1].strip()} are trained; the marks and "
-            "the space on their inner side are no part of the text."
-        ]
-    for sample in view.samples:
-        parts = [sample.pieces, sample.last_pieces]
-        texts = [
-            _mark(part, *marks) if marks else _color(part, newline_sign if color else "", color)
-            for part in parts
-        ]
-        lines += ["", sample.title, *_with_margin(texts[0], width)]
-        if sample.hidden_tokens:
-            lines += [sample.hidden_note, *_with_margin(texts[1], width)]
-    return lines
+        ), lambda pieces: "".join(_color(piece, newline_sign) for piece in pieces)
+    begin, end = choose_marks(
+        escape_controls(text) for sample in view.samples for text in _texts(sample)
+    )
+    return (
+        f"Tokens between {begin.strip()} and {end.strip()} are trained; the marks and the space on "
+        "their inner side are no part of the text."
+    ), lambda pieces: _mark(pieces, begin, end)
 
 
 def _texts(sample: DataSample) -> list[str]:
@@ -130,15 +130,11 @@ def _mark(pieces: Sequence[Piece], begin: str, end: str) -> str:
     )
 
 
-def _color(pieces: Sequence[Piece], newline_sign: str, color: bool) -> str:
-    return "".join(_color_piece(piece, newline_sign, color) for piece in pieces)
-
-
-def _color_piece(piece: Piece, newline_sign: str, color: bool) -> str:
+def _color(piece: Piece, newline_sign: str) -> str:
     """Return the text of a piece. Each of its lines sets the color again, after the margin."""
     text = escape_controls(piece.text)
     codes = _TRAINED * piece.is_trained + _SPECIAL * piece.is_special
-    if not color or not codes:
+    if not codes:
         return text
     if piece.is_trained:
         text = text.replace("\n", f"{newline_sign}\n")

@@ -11,7 +11,8 @@ import pytest
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.data.packing import pack_examples
-from hqqtrain.data.sequences import TokenSequences
+from hqqtrain.data.sequences import IGNORE_INDEX, TokenSequences
+from hqqtrain.data.statistics import token_masks
 from hqqtrain.models.source import TINY_FOLDER
 from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.tasks import data as task
@@ -175,6 +176,11 @@ def test_the_answers_of_a_chat_are_marked(look, capsys, tmp_path: Path):
     assert run.recorder.summary.content.data.format == "chat (messages)"
 
 
+def predicted(labels: list[int]) -> list[int]:
+    """Return the labels of tokens that the loss predicts."""
+    return [label for label in labels if label != IGNORE_INDEX]
+
+
 @pytest.mark.parametrize(
     ("on_long", "expected"),
     [
@@ -197,7 +203,11 @@ def test_examples_that_are_too_long_are_counted_as_they_are_in_the_source(
     data = _write_rows(tmp_path / "rows.jsonl", *rows) | {"on_long": on_long}
     run = look(data=data, train={"max_seq_len": 32}, **NO_EVAL)
     found = run.recorder.summary.content.data
-    packed = load_data(run)
+    kept: list[TokenSequences] = []
+    packed = task.load_training_data(run, TINY_FOLDER, on_parts=kept.append)
+    _, trained = token_masks(kept[0])
+    labels = [label for sequence in packed for label in sequence["labels"].tolist()]
+    assert sorted(kept[0].stream[trained].tolist()) == sorted(predicted(labels))
     assert found.examples == 4
     assert found.trained_tokens == packed.target_token_count
     assert found.tokens == int((packed.end - packed.begin).sum())
