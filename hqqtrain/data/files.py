@@ -166,7 +166,8 @@ def _without_files_of_datasets(files: list[Path]) -> list[Path]:
         return list(by_name.values())
     try:
         state = json.loads(by_name["state.json"].read_bytes())
-        return [by_name[str(item["filename"])] for item in state["_data_files"]]
+        # A file that is missing is an error when it is read.
+        return [by_name["state.json"].parent / item["filename"] for item in state["_data_files"]]
     except (KeyError, TypeError, ValueError, OSError):  # the cache of a data set of the hub
         return [
             file

@@ -118,7 +118,7 @@ def _read_json(file: Path, columns: Columns, text_column: str | None) -> PlacedR
             try:
                 value = _parse_json(read_all(file))
             except RowError as error:
-                raise UnreadableError(f": {error}") from error
+                raise UnreadableError(_describe_bad_array(content, number, error)) from error
             rows = value if isinstance(value, list) else [value]
             for number, row in enumerate(rows, start=1):
                 yield f", item {number}", _as_row(row)
@@ -144,6 +144,14 @@ def _parse_json(text: bytes | bytearray, *, is_line: bool = False) -> Any:
         raise RowError(f"not valid JSON: {error.msg}, {line}column {error.colno}.") from error
     except ValueError as error:  # a number of thousands of digits
         raise RowError(f"not valid JSON: {error}.") from error
+
+
+def _describe_bad_array(line: bytes, number: int, error: RowError) -> str:
+    """Return why a file is no JSON array: each line is one, as its first line, or the error."""
+    try:
+        return f", line {number}: {_as_row(_parse_json(line))}"
+    except RowError:
+        return f": {error}"
 
 
 def _as_row(value: Any) -> Row | RowError:
@@ -198,9 +206,9 @@ def _open_csv(file: Path) -> Any:
 
 
 def _header(table: Any) -> list[str]:
-    """Return the names of the columns, the first row of a table."""
+    """Return the names of the columns, the first row of a table that is not empty."""
     try:
-        return [name.strip() for name in next(table, [])]
+        return next(([name.strip() for name in row] for row in table if row), [])
     except csv.Error as error:
         raise UnreadableError(f", line 1: no sound CSV: {error}.") from error
 

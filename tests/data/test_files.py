@@ -193,6 +193,9 @@ def test_what_save_to_disk_writes_is_read(tmp_path):
     data.save_to_disk(tmp_path / "one", num_shards=2)
     (tmp_path / "one" / "cache-0123.arrow").write_bytes(b"a copy")
     assert read(tmp_path / "one") == [row["text"] for row in rows]
+    (tmp_path / "one" / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*00001-of-00002\.arrow: No such file"):
+        read(tmp_path / "one")
     datasets.DatasetDict(train=data, test=datasets.Dataset.from_list([{"text": "x"}])).save_to_disk(
         tmp_path / "splits"
     )

@@ -141,6 +141,7 @@ def test_zstandard(tmp_path):
         ('[{"text": "a"}, {"text": }]', "a.jsonl: not valid JSON: Expecting value, line 1, column"),
         (b"\xff\xfe{", "not UTF-16 text"),
         ("a,b\n1,2\n", "line 1: not valid JSON"),
+        ('[{"text": "a"}]\n[{"text": "b"}]\n', 'line 1: an object such as {"text": ...} is needed'),
         *((empty, "no row with a field") for empty in ("\n \n", "[]", "{}")),
     ],
 )  # fmt: skip
@@ -265,6 +266,7 @@ def test_a_tab_separates_a_tsv_with_commas_in_its_header(tmp_path):
         ('"text\nx\n', "a.csv, line 1: no sound CSV"),
         ("text,text\nx,y\n", "a.csv: has several columns 'text'"),
         (b"text\nGr\xfc\n", "a.csv, line 2: not UTF-8 text, byte 2 is 0xfc"),
+        ("\n\nx\n1\n", "it has x"),
         ("text\n", "every row of 'text' is empty"), ("body\nx\n", "it has body"),
     ],
 )  # fmt: skip
