@@ -8,6 +8,9 @@ from typing import Any
 from hqqtrain.data.examples import Example
 from hqqtrain.data.rows import Row, RowError, quote
 
+MAX_DEPTH = 100
+"""Deepest nesting of lists and objects in a row; templates and hashes follow it recursively."""
+
 
 @dataclass(frozen=True)
 class Format:
@@ -72,13 +75,25 @@ def check_json(value: Any, name: str) -> None:
         RowError: There is such a value.
     """
     try:
-        check_characters(json.dumps(value, ensure_ascii=False), name)
+        encoded = json.dumps(value, ensure_ascii=False)
+        check_characters(encoded, name)
+        if encoded.count("[") + encoded.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+            raise RecursionError
     except RecursionError as error:
         raise RowError(f"{name} is too deeply nested") from error
     except (TypeError, ValueError) as error:
         if isinstance(error, RowError):
             raise
         raise RowError(f"{name} has a value that JSON does not have: {error}") from error
+
+
+def _depth(value: Any) -> int:
+    """Return how deeply lists and objects are nested in a value."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, list | tuple | dict)]:
+        depth += 1
+        level = [i for item in level for i in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def from_json(value: Any, name: str) -> Any:

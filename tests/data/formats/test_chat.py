@@ -190,13 +190,16 @@ def test_bad_tools_are_named(tools, reason):
     assert reason in refusal(messages=list(TURNS), tools=tools)
 
 
-def test_deep_nesting_is_refused():
+@pytest.mark.parametrize("levels", [120, 900, 100_000])
+def test_deep_nesting_is_refused(levels):
     deep: dict = {}
-    for _ in range(100_000):
+    for _ in range(levels):
         deep = {"a": deep}
     call = {"name": "f", "arguments": deep}
     assert "too deeply nested" in refusal(messages=[{"role": "assistant", "tool_calls": [call]}])
     assert "too deeply nested" in refusal(messages="[" * 100_000)
+    many = {"role": "assistant", "content": "[{" * 500}  # brackets in a text are no nesting
+    assert parse(messages=[many] * 200).messages == (many,) * 200
 
 
 def test_rows_without_messages_are_no_chats():
