@@ -3,6 +3,7 @@
 import pytest
 
 from hqqtrain.compose.inputs import Input, has_inputs_to_check, list_inputs
+from hqqtrain.config.groups import DataConfig
 from hqqtrain.config.run import RunConfig
 
 MODEL = ("model", "model.name_or_path", "tiny")
@@ -64,3 +65,16 @@ def test_bundled_inputs_need_no_check_without_patterns():
     config.model.name_or_path = "owner/name"
     assert not has_inputs_to_check(config)
     assert has_inputs_to_check(_config("finetune"))
+
+
+def test_of_several_sources_the_one_that_cannot_be_checked_decides(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    mine = str(tmp_path / "a.txt")
+    for source, name, is_local in (
+        (["python_stdlib", mine], mine, True),
+        ([mine, {"path": "org/name", "repeats": 2}, "python_stdlib"], "org/name", False),
+        ([{"path": "python_stdlib"}], "python_stdlib", True),
+    ):
+        config = RunConfig(data=DataConfig(source=source))
+        (found,) = (item for item in list_inputs(config) if item.kind == "training text")
+        assert (found.name, found.is_local) == (name, is_local)

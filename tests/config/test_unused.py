@@ -55,6 +55,10 @@ def test_a_key_that_another_one_makes_ineffective():
     assert _unused("finetune", "data.text_field", **text) == []
     chat = {"data": {"source": "mine.jsonl", "format": "chat"}}
     assert _unused("finetune", "data.text_field", **chat) == ["data.text_field"]
+    built_in = {"data": {"source": ["python_stdlib", {"path": "python_stdlib_chat"}]}}
+    assert _unused("finetune", "data.format", **built_in) == ["data.format"]
+    mixed = {"data": {"source": ["python_stdlib", "mine.txt"]}}
+    assert _unused("finetune", "data.format", **mixed) == []
     assert _unused("finetune", "data.validation") == ["data.validation"]  # split by module names
     assert _unused("finetune", "data.validation", **text, eval={"source": "auto"}) == []
     other = {"source": "other.txt"}

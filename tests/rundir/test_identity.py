@@ -128,6 +128,20 @@ def test_digests_of_a_pattern_follow_the_files_that_match(tmp_path):
     assert changed_inputs({"data.source": digests[0]}, config) == ["data.source"]
 
 
+def test_digests_of_several_sources_have_their_places(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    source = [str(tmp_path / "a"), {"path": str(tmp_path / "b"), "repeats": 2}, "org/name"]
+    config = RunConfig(data=DataConfig(source=source))
+    digests = input_digests(config)
+    assert list(digests) == ["data.source[0]", "data.source[1]"]
+    assert changed_inputs(digests, config) == []
+    (tmp_path / "b").write_text("other")
+    assert changed_inputs(digests, config) == ["data.source[1]"]
+    assert changed_inputs(digests, config, ["data.source"]) == ["data.source[1]"]
+    assert changed_inputs(digests, config, ["eval.source"]) == []
+
+
 def test_versions_are_those_of_installed_packages(monkeypatch):
     versions = package_versions()
     assert {"python", "torch", "numpy"} <= versions.keys()
