@@ -42,10 +42,19 @@ def apply_activation_checkpointing(
         # but older releases lack the new name.
         warnings.simplefilter("ignore", FutureWarning)
         base.gradient_checkpointing_enable(options)
+    # transformers lets the output of the embeddings require gradients. Some models, such as GIT, add
+    # to it in place, which PyTorch refuses for a tensor that no operation has computed.
+    base.disable_input_require_grads()
+    base.get_input_embeddings().register_forward_hook(_require_grad)
     if not offload:
         return
     replaced = replace_checkpoint_function(base, partial(_offloaded, options))
     assert replaced, "this version of transformers keeps the checkpoint function elsewhere"
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Return a copy of the output that requires gradients and may be changed in place."""
+    return output.requires_grad_(True).clone()
 
 
 def _offloaded(options: dict[str, Any], function: Any, *inputs: Any) -> Any:

@@ -46,6 +46,17 @@ def test_checkpointed_layers(offload: bool, monkeypatch: pytest.MonkeyPatch) -> 
     assert layers == ([(2, 20, 32)] * 2 if offload else [])
 
 
+def test_the_output_of_the_embeddings_may_be_changed_in_place() -> None:
+    """GIT adds the embeddings of the positions to it."""
+    torch.manual_seed(0)
+    model, inputs = LlamaForCausalLM(LlamaConfig(**SIZES)).train(), make_inputs()
+    apply_activation_checkpointing(model, offload=False)
+    embeddings = model.get_input_embeddings().requires_grad_(False)
+    embeddings.register_forward_hook(lambda module, inputs, output: output.add_(1.0))
+    reference(model, inputs).backward()
+    assert model.lm_head.weight.grad is not None
+
+
 @pytest.mark.gpu
 def test_offloaded_inputs_leave_the_gpu() -> None:
     config = LlamaConfig(**SIZES | {"hidden_size": 512, "num_hidden_layers": 8})
