@@ -42,8 +42,8 @@ def apply_activation_checkpointing(
         # but older releases lack the new name.
         warnings.simplefilter("ignore", FutureWarning)
         base.gradient_checkpointing_enable(options)
-    # transformers lets the output of the embeddings require gradients. Some models, such as GIT, add
-    # to it in place, which PyTorch refuses for a tensor that no operation has computed.
+    # transformers lets the output of the embeddings require gradients. Some models, such as GIT,
+    # add to it in place, which PyTorch refuses for a tensor that no operation has computed.
     base.disable_input_require_grads()
     base.get_input_embeddings().register_forward_hook(_require_grad)
     if not offload:
