@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.eval_set import load_eval_set
 from hqqtrain.data.layout import BatchLayout
@@ -73,7 +74,7 @@ def load_training_data(
         packing=config.train.packing,
         data=config.data,
         vocab_size=vocab_size,
-        where=f"data.source={config.data.source}",
+        where=f"data.source={describe_source(config.data.source)}",
         on_batch=run.runtime.preemption.check_local,
         on_parts=found.append,
     )
@@ -86,7 +87,7 @@ def load_training_data(
 
 def _log_figures(config: RunConfig, data: DataStatistics) -> None:
     """Log how many tokens of the examples are trained, and what is left out."""
-    where, length = f"data.source={config.data.source}", config.train.max_seq_len
+    where, length = f"data.source={describe_source(config.data.source)}", config.train.max_seq_len
     logger.info(
         "%s: %s examples; %s of %s tokens are trained (%.0f %%), in %s sequences of up to %d "
         "tokens with %.1f %% padding; task=data shows them",
@@ -128,7 +129,8 @@ def check_same_text(run: Run, *texts: TokenSequences | None) -> None:
     digests_of_ranks = run.runtime.comm.all_gather_object(digests)
     if any(of_rank != digests for of_rank in digests_of_ranks):
         raise UserError(
-            f"data.source={run.config.data.source}, eval.source={run.config.eval.source}: "
+            f"data.source={describe_source(run.config.data.source)}, "
+            f"eval.source={run.config.eval.source}: "
             "the text is not the same on all ranks; use the same files and the same Python "
             "version on all machines."
         )
