@@ -56,14 +56,16 @@ def encode_examples(
         UserError: The setting does not fit the examples, the tokenizer fails, or the trained tokens
             of a chat cannot be told.
     """
-    numbers = count(1)
+    numbers, encoders = count(1), dict[str, ExampleEncoder]()
     for (kind, allowed), of_kind in groupby(examples, _kind):
         loss_on, rest = _check_loss_on(kind, allowed, data, where), cast(Iterator[Any], of_kind)
         if allowed == _LOSS_ON[str][1]:
             for ids in encode_texts(rest, tokenizer, where, on_batch):
                 yield ids, np.arange(len(ids)) > 0
             continue
-        encoder = ExampleEncoder(tokenizer, data.chat_template, loss_on, where)
+        if kind not in encoders:
+            encoders[kind] = ExampleEncoder(tokenizer, data.chat_template, loss_on, where)
+        encoder = encoders[kind]
         for example in rest:
             if (number := next(numbers)) % 64 == 1:
                 on_batch()

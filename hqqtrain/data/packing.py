@@ -70,8 +70,13 @@ def pack_examples(
     else:
         parts = cut_long(tokens, max_seq_len, data.on_long, where)
         sequences = _packed(parts, max_seq_len) if packing else parts
-    if not len(sequences):
+    if not len(sequences) and is_plain_text:
         raise UserError(f"{where}: no text in it has a token to predict.")
+    if not len(sequences):
+        raise UserError(
+            f"{where}: none of its examples has a trained token among its first {max_seq_len} "
+            "(train.max_seq_len); task=data with a larger train.max_seq_len shows what is trained."
+        )
     on_parts(parts)
     return sequences
 

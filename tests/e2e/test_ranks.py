@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import QUICK, SMALL, Finished, run, small_data
+from runs import SMALL, Finished, run, small_data
 from safetensors.torch import load_file, save_file
 
 from hqqtrain import models
@@ -159,7 +159,7 @@ def test_synthetic_weights_do_not_depend_on_the_number_of_ranks(tmp_path: Path):
 def test_two_processes_stop_early_and_return_to_the_best_step(tmp_path: Path):
     # ZeRO-3 has the only parameters that a checkpoint cannot simply be copied into.
     words = (
-        *QUICK, "parallel.strategy=zero3", "optim.lr=1", "optim.warmup_steps=0",
+        *SMALL, "parallel.strategy=zero3", "optim.lr=10", "optim.warmup_steps=0",
         "optim.schedule=constant", "train.max_steps=20", "eval.every=1", "ckpt.load_best=true",
         "train.early_stopping_patience=2", "eval.reference=off",
     )  # fmt: skip

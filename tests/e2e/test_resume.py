@@ -97,10 +97,10 @@ def test_stopped_by_a_signal_and_killed(alone: tuple, data: tuple, tmp_path: Pat
 
 def test_a_checkpoint_is_saved_before_the_time_limit(data: tuple, tmp_path: Path):
     words = (*SMALL, *data, "run.name=run", "train.max_steps=100000", "eval.source=null")
-    done = run(*words, "run.time_limit=0:00:15", root=tmp_path / "runs")
+    done = run(*words, "run.time_limit=0:00:12", root=tmp_path / "runs")
     assert done.code == 3, done.output
     assert status(done) == ("preempted", 3)
-    assert "run.time_limit=0:00:15" in done.output
+    assert "run.time_limit=0:00:12" in done.output
     checkpoint = max((done.directory / "checkpoints").glob("step-*"))
     assert json.loads((checkpoint / "state.json").read_text())["step"] == len(done.losses())
 

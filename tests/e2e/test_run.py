@@ -8,7 +8,13 @@ import pytest
 from runs import QUICK, Finished, launch, run
 from safetensors.torch import load_file, save_file
 
-RECIPE = ("recipe=tiny_2bit", "train.max_steps=20", "train.max_seq_len=128", "eval.tokens=2048")
+RECIPE = (
+    "recipe=tiny_2bit",
+    "train.max_steps=20",
+    "train.max_seq_len=128",
+    "eval.samples=1",
+    "eval.tokens=2048",
+)
 """The default recipe with fewer steps and tokens: half a minute on one core."""
 
 

@@ -15,7 +15,7 @@ import pytest
 from chat_conversations import CONVERSATIONS, Message, texts_of
 from chat_facts import FACTS, Facts
 from chat_oracle import reason_to_refuse
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -85,11 +85,25 @@ def example(row: str | None = None, messages: list[Message] | None = None, **mor
     return examples.Conversation(tuple(messages or ()), tools and tuple(tools), **more)
 
 
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""The pattern of Llama 3's tokenizer, for which line endings do not depend on what follows."""
+
+
 @lru_cache
-def _base_tokenizer() -> str:
+def _base_tokenizer(looks_ahead: bool) -> str:
     """A byte-level BPE over the conversations' words, as JSON."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if not looks_ahead:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=700,
@@ -108,10 +122,16 @@ def markers_of(facts: Facts) -> list[str]:
 
 
 @lru_cache
-def tokenizer_for(name: str) -> PreTrainedTokenizerFast:
-    """Return a real fast tokenizer with one template and its markers as special tokens."""
+def tokenizer_for(name: str, looks_ahead: bool = True) -> PreTrainedTokenizerFast:
+    """Return a real fast tokenizer with one template and its markers as special tokens.
+
+    Args:
+        name: The template.
+        looks_ahead: Whether a word changes the tokens of the whitespace before it, as in GPT-2's
+            tokenizer; otherwise the tokenizer is like Llama 3's.
+    """
     facts = FACTS[name]
-    tokenizer = Tokenizer.from_str(_base_tokenizer())
+    tokenizer = Tokenizer.from_str(_base_tokenizer(looks_ahead))
     tokenizer.add_special_tokens([AddedToken(m, special=True) for m in markers_of(facts)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

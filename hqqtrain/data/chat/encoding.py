@@ -2,10 +2,11 @@
 
 A rendered chat is tokenized as a whole, as for a prompt. A token is trained if it lies inside a
 trained span. If a token lies across the edge of a span, as a newline that joins those of the header
-before it, the text is tokenized in parts, as at inference, where the model's tokens follow those of
-the prompt.
+before it, or if the first word of an answer changes the tokens of the header, the text is tokenized
+in parts. So it is at inference, where the model's tokens follow those of the prompt.
 """
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,7 +87,31 @@ def encode_spans(
         if begin < start < end or begin < stop < end:
             return _encode_parts(tokenizer, text, spans, ids)
         targets.append(start <= begin < stop)
+    if any(_looks_ahead(tokenizer, text, start) for start, _ in spans):
+        return _encode_parts(tokenizer, text, spans, ids)
     return ids, targets
+
+
+def _looks_ahead(tokenizer: "PreTrainedTokenizerBase", text: str, place: int) -> bool:
+    """Whether whitespace before a place has other tokens than at the end of a prompt.
+
+    The pattern of GPT-2's tokenizer leaves the last whitespace before a word to that word, so two
+    line endings are two tokens before a word, and one at the end of a prompt.
+    """
+    start = len(text[:place].rstrip())
+    if place - start < 2 or place == len(text):
+        return False
+    return _splits_whitespace(tokenizer, text[start:place], text[place])
+
+
+@lru_cache(maxsize=4096)
+def _splits_whitespace(tokenizer: "PreTrainedTokenizerBase", space: str, following: str) -> bool:
+    """Whether `following` changes the tokens of the whitespace before it."""
+    alone, whole = (
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for text in (f"x{space}", f"x{space}{following}")
+    )
+    return bool(whole[: len(alone)] != alone)
 
 
 def _encode_parts(

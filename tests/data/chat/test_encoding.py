@@ -5,6 +5,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hqqtrain.data.chat.encoding import ChatEncoder
+from hqqtrain.data.chat.library import chat_template_source, template_names
 from hqqtrain.data.chat.template import ChatTemplate
 from hqqtrain.data.examples import Conversation
 from hqqtrain.models.source import TINY_FOLDER
@@ -58,6 +59,19 @@ def test_the_space_that_a_token_begins_with_is_on_its_side(tokenizer):
     assert trained_text(tokenizer, ids, targets) == [f"Hello\n{tokenizer.eos_token}"]
     prompt = tokenizer("USER: Hello?\nASSISTANT: ", add_special_tokens=False)["input_ids"]
     assert ids[: len(prompt)].tolist() == prompt
+
+
+@pytest.mark.parametrize("name", template_names())
+@pytest.mark.parametrize("content", ["Hello", "1", "- a", "(x)", "\u4f60"])
+def test_the_tokens_before_an_answer_are_those_of_the_prompt(tokenizer, name: str, content: str):
+    """Also where the header ends with two line endings, as in Llama 3's template."""
+    template = ChatTemplate(tokenizer, chat_template_source(name))
+    chat = conversation("Q?", content)
+    ids, targets = ChatEncoder(tokenizer, template, "assistant").encode(chat)
+    prompt = template.render(chat.messages[:1], add_generation_prompt=True)
+    expected = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert ids[: len(expected)].tolist() == expected
+    assert targets.argmax() == len(expected)
 
 
 def test_a_text_without_a_token_that_ends_the_turn_gets_eos(tokenizer):

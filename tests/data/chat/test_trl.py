@@ -50,7 +50,7 @@ ONLY_TRL: dict[str, tuple[set[str], str]] = {
 
 
 def ours(name: str, loss_on: str, row) -> tuple[list[int], list[bool]]:
-    tokenizer = tokenizer_for(name)
+    tokenizer = tokenizer_for(name, looks_ahead=False)
     ids, targets = ChatEncoder(tokenizer, ChatTemplate(tokenizer, None), loss_on).encode(row)
     return [int(i) for i in ids], [bool(t) for t in targets]
 
@@ -63,7 +63,7 @@ def runs_of(tokenizer, ids: list[int], chosen: list[bool]) -> list[str]:
 
 def follow_a_prompt(name: str, row: str, ids: list[int]) -> list[bool]:
     """Whether the tokens begin with those of the prompt at inference, for each answer of a row."""
-    tokenizer, (messages, tools) = tokenizer_for(name), CONVERSATIONS[row]
+    tokenizer, (messages, tools) = tokenizer_for(name, looks_ahead=False), CONVERSATIONS[row]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     prompts = [
         tokenizer.apply_chat_template(
@@ -76,7 +76,7 @@ def follow_a_prompt(name: str, row: str, ids: list[int]) -> list[bool]:
 
 @pytest.mark.parametrize("name", ONLY_TRL)
 def test_assistant_tokens_are_those_of_trl_but_for_what_the_table_says(name):
-    tokenizer, more = tokenizer_for(name), set()
+    tokenizer, more = tokenizer_for(name, looks_ahead=False), set()
     for row in exact_conversations(name):
         messages, tools = CONVERSATIONS[row]
         theirs = tokenizer.apply_chat_template(
@@ -124,7 +124,7 @@ def test_assistant_only_loss_of_the_trainer_is_ours(tmp_path):
     name, rows = "trl/llama3_training", ["one", "turns", "system_turns", "unicode", "padded"]
     theirs = sft_rows(
         tmp_path,
-        tokenizer_for(name),
+        tokenizer_for(name, looks_ahead=False),
         [{"messages": CONVERSATIONS[row][0]} for row in rows],
         assistant_only_loss=True,
     )
@@ -133,7 +133,7 @@ def test_assistant_only_loss_of_the_trainer_is_ours(tmp_path):
 
 def test_assistant_only_loss_trains_another_text_than_the_model_s_template_makes(tmp_path):
     """TRL puts its variant of Qwen3's template in: it adds empty thoughts to earlier answers."""
-    tokenizer = tokenizer_for("trl/qwen3")
+    tokenizer = tokenizer_for("trl/qwen3", looks_ahead=False)
     rows = [{"messages": CONVERSATIONS["turns"][0]}]
     ((ids, _),) = sft_rows(tmp_path, tokenizer, rows, assistant_only_loss=True)
     own_text = render("trl/qwen3", "turns")
@@ -152,7 +152,7 @@ COMPLETIONS = {
 @pytest.mark.parametrize("name", ["meta-llama-Llama-3.2-3B-Instruct", "Qwen-Qwen2.5-7B-Instruct"])
 def test_completion_only_loss_of_the_trainer_is_ours_but_for_other_turns(name, tmp_path):
     """TRL trains all that follows the prompt: line breaks, headers, and the user's turns."""
-    tokenizer = tokenizer_for(name)
+    tokenizer = tokenizer_for(name, looks_ahead=False)
     rows = [{"prompt": prompt, "completion": rest} for prompt, rest in COMPLETIONS.values()]
     for (prompt, rest), (their_ids, mask) in zip(
         COMPLETIONS.values(), sft_rows(tmp_path, tokenizer, rows), strict=True

@@ -86,28 +86,31 @@ def assert_same_loss(model, tokenizer, examples: list[Example], theirs: float) -
     "name", ["trl/llama3_training", "trl/cohere_training", "trl/glm4moe_training"]
 )
 def test_assistant_only_loss(model, name, tmp_path):
-    tokenizer, rows = tokenizer_for(name), [{"messages": CONVERSATIONS[row][0]} for row in CHATS]
+    tokenizer, rows = (
+        tokenizer_for(name, looks_ahead=False),
+        [{"messages": CONVERSATIONS[row][0]} for row in CHATS],
+    )
     theirs = their_loss(model, tokenizer, rows, tmp_path, assistant_only_loss=True)
     assert_same_loss(model, tokenizer, [example(row) for row in CHATS], theirs)
 
 
 @pytest.mark.parametrize("name", ["microsoft-phi-4", "trl/cohere"])
 def test_completion_only_loss_of_messages(model, name, tmp_path):
-    tokenizer = tokenizer_for(name)
+    tokenizer = tokenizer_for(name, looks_ahead=False)
     rows = [{"prompt": prompt, "completion": rest} for prompt, rest in PAIRS]
     examples = [example(messages=a + b, completion_start=len(a)) for a, b in PAIRS]
     assert_same_loss(model, tokenizer, examples, their_loss(model, tokenizer, rows, tmp_path))
 
 
 def test_completion_only_loss_of_texts(model, tmp_path):
-    tokenizer = tokenizer_for("microsoft-phi-4")
+    tokenizer = tokenizer_for("microsoft-phi-4", looks_ahead=False)
     rows = [{"prompt": prompt, "completion": rest} for prompt, rest in TEXTS]
     theirs = their_loss(model, tokenizer, rows, tmp_path)
     assert_same_loss(model, tokenizer, [Completion(*pair) for pair in TEXTS], theirs)
 
 
 def test_loss_with_the_line_break_that_trl_trains_is_another(model, tmp_path):
-    tokenizer = tokenizer_for("trl/gemma_training")
+    tokenizer = tokenizer_for("trl/gemma_training", looks_ahead=False)
     rows = [{"messages": CONVERSATIONS["turns"][0]}]
     theirs = their_loss(model, tokenizer, rows, tmp_path, assistant_only_loss=True)
     assert abs(our_loss(model, tokenizer, [example("turns")], False) - theirs) > 1e-2
