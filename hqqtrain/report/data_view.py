@@ -1,4 +1,4 @@
-"""What task=data shows, on the console and on its page: figures, and samples of the examples."""
+"""The figures and samples that task=data shows, on the console and on its page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -49,7 +49,7 @@ _CONTEXT = 4
 
 
 class DataModel(NamedTuple):
-    """What task=data needs of a model: its tokenizer, and the number of its token ids, if known."""
+    """The tokenizer of a model, its folder, and the number of its token ids, if known."""
 
     tokenizer: "PreTrainedTokenizerBase"
     folder: Path

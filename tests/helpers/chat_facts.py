@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True)
 class Facts:
-    """What a person reads in one template.
+    """The facts that a person reads in one template.
 
     Attributes:
         headers: What stands right before the assistant's text: its header, or the end of what

@@ -1,4 +1,4 @@
-"""What task=data shows in tests: figures, a chat, and text that tries to do harm."""
+"""The view of task=data in tests: figures, a chat, and text that tries to do harm."""
 
 from hqqtrain.report.data_view import Piece
 from hqqtrain.rundir.schema import DataMetrics

@@ -14,7 +14,7 @@ MAX_DEPTH = 100
 
 @dataclass(frozen=True)
 class Format:
-    """What the rows of a source are.
+    """A kind of rows that a source may have.
 
     Attributes:
         name: The name of the format, as in `data.format`.
