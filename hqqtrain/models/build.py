@@ -52,7 +52,7 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
     except Exception as error:  # the constructors of configurations raise anything
         raise UserError(_unreadable_message(path, config_json, error)) from error
     config.__dict__.pop("quantization_config", None)
-    # What a call returns is the caller's choice: every caller here wants an object with logits.
+    # The caller chooses the form of an output; every caller here wants an object with logits.
     config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     check_implementations(path, config)
     return config

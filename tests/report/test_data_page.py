@@ -2,41 +2,16 @@
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from data_views import CHAT, HOSTILE, METRICS
+from parsed_html import Parsed
 
 from hqqtrain.report.data_page import plot_lengths, render_data_page, write_data_page
 from hqqtrain.report.data_view import DataSample, DataView, Piece
 
 MARKUP = "</pre><script>alert('1')</script><img src=x onerror=alert(2)><!-- &amp; </mark>"
-
-
-class Parsed(HTMLParser):
-    """The tags, attributes and text of a page."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text = ""
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def _view(*pieces: Piece, title: str = "example 1 of 2", **keys) -> DataView:

@@ -18,8 +18,6 @@ from hqqtrain.data.chat.template import ChatTemplate, RenderError, Span
 from hqqtrain.data.chat.turns import ASSISTANT, USER_PROBE, RenderedChat, end_markers, inexact
 from hqqtrain.data.examples import Conversation, Message
 
-LOSS_ON = ("assistant", "last", "completion", "all")
-
 
 def trained_spans(
     template: ChatTemplate, conversation: Conversation, loss_on: str
