@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from functools import cache
 from importlib import util
 from pathlib import Path
 
@@ -52,12 +53,12 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by folder before `-m` selects, skip what needs a GPU, and put long files first."""
     for item in items:
-        folder = _path(item).partition("/")[0]
+        folder = _path(item.path).partition("/")[0]
         if folder in MARKED_FOLDERS:
             item.add_marker(folder)
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-    items.sort(key=_place)
+    items.sort(key=lambda item: _place(item.path))
 
 
 @pytest.fixture(autouse=True)
@@ -81,11 +82,13 @@ def _restore_logging() -> Iterator[None]:
     logger.setLevel(level)
 
 
-def _path(item: pytest.Item) -> str:
-    return item.path.relative_to(Path(__file__).parent).as_posix()
+@cache
+def _path(file: Path) -> str:
+    return file.relative_to(Path(__file__).parent).as_posix()
 
 
-def _place(item: pytest.Item) -> int:
+@cache
+def _place(file: Path) -> int:
     """Return the index of the first entry of LONG_FIRST that matches; other files come last."""
-    matches = (i for i, start in enumerate(LONG_FIRST) if _path(item).startswith(start))
+    matches = (i for i, start in enumerate(LONG_FIRST) if _path(file).startswith(start))
     return next(matches, len(LONG_FIRST))

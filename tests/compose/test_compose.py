@@ -7,7 +7,7 @@ import pytest
 from hqqtrain.common.errors import UserError
 from hqqtrain.compose.compose import compose_config
 from hqqtrain.compose.messages import check_type
-from hqqtrain.compose.schema import known_keys
+from hqqtrain.compose.schema import describe_unknown_key, known_keys
 from hqqtrain.config.infra import parse_seconds
 from hqqtrain.config.run import RunConfig
 
@@ -133,10 +133,11 @@ def test_every_mistake_gets_one_message(override, expected):
 
 
 def test_every_key_with_a_letter_missing_is_refused_and_suggested():
+    assert "Did you mean 'quant.nbits'?" in _message("quant.nbit=1")
     for key, _ in known_keys():
         group, _, name = key.rpartition(".")
         if len(name) > 4 and group:
-            assert f"Did you mean '{key}'?" in _message(f"{key[:-1]}=1"), key
+            assert f"Did you mean '{key}'?" in str(describe_unknown_key(key[:-1])), key
 
 
 def test_a_failed_composition_does_not_affect_the_next():

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.e2e
 def test_one_command_measures_ours_and_the_peers_and_writes_a_csv(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "kernels/bench/run.py", "--smoke", "--csv", "out/rows.csv"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -58,8 +58,8 @@ def quantized(case: tuple, comm: Communicator, strategy: str) -> tuple[str, int,
     return total.hexdigest(settings), reader.bytes_read, reader.total_bytes
 
 
-def quantize_all(rank: int, comm: Communicator, folder: Path, strategy: str) -> None:
-    answers = [quantized(case, comm, strategy) for case in CASES]
+def quantize_all(rank: int, comm: Communicator, folder: Path, strategy: str, every: int) -> None:
+    answers = [quantized(case, comm, strategy) for case in CASES[::every]]
     (folder / f"{rank}.json").write_text(json.dumps(answers))
 
 
@@ -68,17 +68,20 @@ def alone() -> list[tuple[str, int, int]]:
     return [quantized(case, SINGLE_PROCESS, "single") for case in CASES]
 
 
-@pytest.mark.parametrize(("size", "strategy"), [
-    (2, "fsdp2"), (3, "fsdp2"), (4, "fsdp2"), (3, "ddp"), (3, "spread"), (4, "hybrid"),
+# Every third case has all values of nbits, of group_size and of axis.
+@pytest.mark.parametrize(("size", "strategy", "every"), [
+    (3, "fsdp2", 1), (2, "fsdp2", 3), (4, "fsdp2", 3), (3, "ddp", 3), (3, "spread", 3),
+    (4, "hybrid", 3),
 ])  # fmt: skip
 def test_fingerprint_does_not_depend_on_ranks(
-    size: int, strategy: str, alone: list, tmp_path: Path
+    size: int, strategy: str, every: int, alone: list, tmp_path: Path
 ) -> None:
-    assert on_ranks(quantize_all, size, tmp_path, strategy) == [""] * size
+    assert on_ranks(quantize_all, size, tmp_path, strategy, every) == [""] * size
     by_rank = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
-    for number, case in enumerate(CASES):
+    expected = [fingerprint for fingerprint, *_ in alone][::every]
+    for number, case in enumerate(CASES[::every]):
         answers = [found[number] for found in by_rank]
-        assert {answer[0] for answer in answers} == {alone[number][0]}, case
+        assert {answer[0] for answer in answers} == {expected[number]}, case
         assert sum(answer[1] for answer in answers) <= 1.05 * answers[0][2], case
 
 

@@ -47,6 +47,7 @@ def record(tree: Path, out: Path) -> None:
     subprocess.run([sys.executable, "-c", code, *words], check=True, cwd=SCRIPTS)
 
 
+@pytest.mark.e2e
 def test_trees_that_differ_in_a_loss_or_in_the_name_of_a_key(tmp_path, capsys):
     trees = {"old": {}, "renamed": {"key": "quant.storage_dtype"}, "changed": {"loss": "0.2"}}
     for name, options in trees.items():

@@ -42,6 +42,7 @@ def test_the_package_for_kernels_of_the_hub_is_hidden_without_consent(tmp_path, 
     assert "another message" in done.stderr
 
 
+@pytest.mark.e2e
 def test_a_check_in_a_clone_says_nothing_about_the_folder_kernels(tmp_path):
     (tmp_path / "mine.txt").write_text("def f(x): return x")
     done = subprocess.run(
