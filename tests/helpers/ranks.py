@@ -19,15 +19,17 @@ def _run(
     rank: int, size: int, port: int, messages: Any, case: Callable[..., None], *arguments: Any
 ) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
     try:
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+        torch.distributed.barrier()  # a rank that ended at once would leave others half connected
         case(rank, Communicator(rank, size, CPU), *arguments)
         messages.put((rank, ""))
     except (ReplicaMismatchError, RankLostError, UserError) as error:
         messages.put((rank, str(error)))
     except Exception as error:
         messages.put((rank, f"{type(error).__name__}: {error}"))
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def on_ranks(
