@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.data.chat.end_markers import end_markers
 from hqqtrain.data.chat.spans import trained_spans
 from hqqtrain.data.chat.template import ChatTemplate, Span
-from hqqtrain.data.chat.turns import InexactError, end_markers
+from hqqtrain.data.chat.turns import InexactError
 from hqqtrain.data.examples import Conversation
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ every span has a proof, of one of three kinds:
 A turn for which all of them fail is refused by its number.
 """
 
+from hqqtrain.data.chat.end_markers import ASSISTANT, USER_PROBE, end_markers
 from hqqtrain.data.chat.template import ChatTemplate, RenderError, Span
-from hqqtrain.data.chat.turns import ASSISTANT, USER_PROBE, RenderedChat, end_markers, inexact
+from hqqtrain.data.chat.turns import RenderedChat, inexact
 from hqqtrain.data.examples import Conversation, Message
 
 

@@ -7,21 +7,12 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.data.chat.end_markers import ASSISTANT, PROBE, end_of_text
 from hqqtrain.data.chat.template import ChatTemplate, RenderError, Span
 from hqqtrain.data.examples import Conversation, Message
-
-ASSISTANT = "assistant"
-
-PROBE = "\ue0b7probe\ue0b7"
-"""A content in private-use characters, which no text of a data set begins or ends with."""
-
-USER_PROBE = "\ue0b8user\ue0b8"
-
-_TOOL = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {}}}
 
 
 class InexactError(UserError):
@@ -179,63 +170,6 @@ class RenderedChat:
         return self.template.render(
             messages, self.conversation.tools, add_generation_prompt=add_generation_prompt
         )
-
-
-@lru_cache(maxsize=16)
-def end_markers(template: ChatTemplate) -> tuple[str, ...]:
-    """Return the tokens that end a turn of the assistant: the last turn, and one before others."""
-    user, answer = {"role": "user", "content": USER_PROBE}, {"role": ASSISTANT, "content": PROBE}
-    before = _render_probes(template, user)
-    after = _render_probes(template, user, answer).rpartition(PROBE)[2]
-    last, rest = _specials(template, after)
-    between = _render_probes(template, user, answer, user).rpartition(PROBE)[2]
-    between = between.partition(USER_PROBE)[0].lstrip()
-    following, header = _specials(template, between)
-    shared = [one for one, other in zip(last, following, strict=False) if one == other]
-    if shared and last[0] == following[0]:
-        # A template that always adds a prompt begins its header with the second token.
-        return ("".join(shared[:1] if rest else shared),)
-    marker = template.first_special(between)
-    # If no token ends the answer, the first one begins the header of the next turn: it is its only
-    # one, as in `[INST] `, or another header begins with it, too.
-    prompt = _render_probes(template, user, add_generation_prompt=True)
-    prompt = prompt.removeprefix(before) if before else ""
-    is_earlier = marker in before.partition(USER_PROBE)[0]
-    is_header = not between.removeprefix(marker).strip() or (
-        is_earlier and len(following) == 1 and not template.from_last_special(header)
-    )
-    if marker and not is_header and marker != template.first_special(prompt):
-        return (*last[:1], marker)
-    return tuple(last[:1])
-
-
-@lru_cache(maxsize=16)
-def end_of_text(template: ChatTemplate) -> str:
-    """Return what a template adds after the token that ends the last turn, such as a prompt."""
-    user, answer = {"role": "user", "content": USER_PROBE}, {"role": ASSISTANT, "content": PROBE}
-    after = _render_probes(template, user, answer).rpartition(PROBE)[2].lstrip()
-    return next((after[len(m) :] for m in end_markers(template) if after.startswith(m)), "")
-
-
-def _render_probes(
-    template: ChatTemplate, *messages: Message, add_generation_prompt: bool = False
-) -> str:
-    """Return the text of a short chat; some templates need a system message, or tools, for it."""
-    system = {"role": "system", "content": "probe"}
-    for tools in (None, [_TOOL]):
-        for chat in (messages, (system, *messages)):
-            with suppress(RenderError):
-                return template.render(chat, tools, add_generation_prompt=add_generation_prompt)
-    return ""
-
-
-def _specials(template: ChatTemplate, text: str) -> tuple[list[str], str]:
-    """Return the special tokens with which a text begins, and the rest of it."""
-    rest, found = text.strip(), []
-    while marker := template.first_special(rest):
-        found.append(marker)
-        rest = rest[len(marker) :]
-    return found, rest.strip()
 
 
 def _with_other_words(message: Message, turn: int) -> Message:
