@@ -51,6 +51,11 @@ CONFIG_CONFLICTS = (
         "task={task} makes no checkpoints; use auto.",
     ),
     Conflict(
+        {"data.streaming": (True,), "train.max_steps": (None,), "task": ("finetune",)},
+        "the number of steps of train.epochs is not known before all data has been read; set "
+        "train.max_steps, which the learning rate needs, too.",
+    ),
+    Conflict(
         {"train.on_nonfinite": ("rollback",), "ckpt.every": (None,)},
         "needs checkpoints to return to; set ckpt.every.",
     ),

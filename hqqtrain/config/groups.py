@@ -250,6 +250,18 @@ class DataConfig:
         "share of the texts of data.source that eval.source=auto holds out by their hashes, unless "
         "the source has a held-out split",
     )
+    streaming: bool = key(
+        False,
+        "read and tokenize the data while the model is trained, for data that does not fit on the "
+        "disk or takes too long to tokenize; needs train.max_steps",
+    )
+    shuffle_buffer: int = key(
+        1000,
+        "with data.streaming, number of sequences of train.max_seq_len tokens that are packed and "
+        "shuffled together, in memory; 0: sequences are in the order of the data",
+        low=0,
+        high=1 << 24,
+    )
     show: int = key(3, "examples that task=data shows; 0: none", low=0, high=1000)
 
     def errors(self) -> Iterator[str]:

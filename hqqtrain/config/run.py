@@ -55,6 +55,8 @@ ADDED_KEYS: dict[str, dict[str, Any]] = {
             "chat_template",
             "loss_on",
             "on_long",
+            "streaming",
+            "shuffle_buffer",
         )
     },
     "train": {"early_stopping_patience": None},

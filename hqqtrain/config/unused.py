@@ -99,6 +99,14 @@ def _ineffective(config: RunConfig) -> Iterator[tuple[str, str]]:
     if "wandb" not in config.track.backends:
         for key in _OF_WANDB:
             yield key, "track.backends does not contain wandb"
+    yield from _ineffective_data(config)
+
+
+def _ineffective_data(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield (key, reason) for every key of the group `data` that another key makes ineffective."""
+    evaluation = config.eval
+    if not config.data.streaming:
+        yield "data.shuffle_buffer", "data.streaming=false shuffles all sequences"
     if evaluation.source not in (AUTO, config.data.source):
         yield "data.validation", "eval.source names another text than data.source"
     if config.data.format not in (AUTO, "text"):

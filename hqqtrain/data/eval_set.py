@@ -17,6 +17,7 @@ from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.data.packing import cut_long, encode_stream
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.sources import load_held_out_texts
+from hqqtrain.data.streamed_sources import streamed_held_out_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +60,8 @@ def load_eval_set(
         return None
     length = min(max_seq_len, evaluation.tokens)
     where = f"eval.source={evaluation.source}"
-    examples = load_held_out_texts(evaluation, data)
+    load = streamed_held_out_texts if data.streaming else load_held_out_texts
+    examples = load(evaluation, data)
     tokens = encode_stream(examples, tokenizer, data, vocab_size, where)
     candidates = cut_windows(tokens, length)
     if not len(candidates):

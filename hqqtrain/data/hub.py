@@ -29,18 +29,22 @@ from hqqtrain.data.splits import HELD_OUT_SPLITS, TRAIN, split_of_name
 if TYPE_CHECKING:
     import datasets
 
+    Split = datasets.Dataset | datasets.IterableDataset
+    Splits = datasets.DatasetDict | datasets.IterableDatasetDict
+
 logger = logging.getLogger(__name__)
 
 REACH_SECONDS = 10.0
 """Timeout of the first request to the hub."""
 
 
-def load_hub_dataset(source: str, key: str) -> datasets.DatasetDict:
+def load_hub_dataset(source: str, key: str, *, streaming: bool = False) -> Splits:
     """Load all splits of a data set.
 
     Args:
         source: `name`, or `name:configuration` if the data set has several configurations.
         key: The config key that contains `source`, for messages.
+        streaming: Whether rows are downloaded only when they are read.
 
     Raises:
         UserError: The hub does not answer and the data set is not cached, the name or the
@@ -52,7 +56,8 @@ def load_hub_dataset(source: str, key: str) -> datasets.DatasetDict:
     datasets.disable_progress_bars()
     try:
         with _datasets_offline(not _is_hub_reachable(name, key)):
-            splits = datasets.load_dataset(name, configuration or None)
+            options = {"streaming": True} if streaming else {}
+            splits = datasets.load_dataset(name, configuration or None, **options)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(f"{key}={source}: {error}") from error
     except ConnectionError as error:
@@ -67,7 +72,7 @@ def load_hub_dataset(source: str, key: str) -> datasets.DatasetDict:
     return splits
 
 
-def find_hub_split(splits: datasets.DatasetDict, *names: str) -> datasets.Dataset | None:
+def find_hub_split(splits: Splits, *names: str) -> Split | None:
     """Return the first of the splits `names` that the data set has; None if it has none of them.
 
     A split may have another name, such as `dev` or `test_sft`, if no second one is of its kind.
@@ -81,9 +86,7 @@ def find_hub_split(splits: datasets.DatasetDict, *names: str) -> datasets.Datase
     return None
 
 
-def select_hub_split(
-    splits: datasets.DatasetDict, split: str, source: str, key: str
-) -> datasets.Dataset:
+def select_hub_split(splits: Splits, split: str, source: str, key: str) -> Split:
     """Return the data set's own split for `split`, which is `train` or `held_out`.
 
     For `held_out` this is the validation or the test split. If a data set has a single split, that
@@ -103,7 +106,7 @@ def select_hub_split(
     )
 
 
-def has_held_out(splits: datasets.DatasetDict) -> bool:
+def has_held_out(splits: Splits) -> bool:
     """Whether the data set has a train split and also a validation or test split."""
     kinds = ((TRAIN,), HELD_OUT_SPLITS)
     return all(find_hub_split(splits, *names) is not None for names in kinds)
@@ -113,11 +116,11 @@ class HubRows:
     """The rows of a split. Reading them in batches is 50 times faster than row by row.
 
     Args:
-        rows: The split.
+        rows: The split, which may be streamed.
         where: `key=source` for messages.
     """
 
-    def __init__(self, rows: datasets.Dataset, where: str) -> None:
+    def __init__(self, rows: Split, where: str) -> None:
         self._rows, self._where = rows, where
 
     def read(
@@ -128,28 +131,39 @@ class HubRows:
         Raises:
             UserError: `text_column` contains something else than text.
         """
-        feature = self._rows.features.get(text_column)
+        feature = (self._rows.features or {}).get(text_column)
         kind = getattr(feature, "dtype", "string")
         if kind not in ("string", "large_string", "null"):
             raise UserError(
                 f"data.text_field={text_column}: contains {feature}, not text, in {self._where}."
             )
         split = f" of the split {self._rows.split}" if self._rows.split else ""
-        for number, row in enumerate(self._iterate(columns), start=1):
-            yield f"row {number}{split}", row
+        number = 0
+        try:
+            for number, row in enumerate(self._iterate(columns), start=1):
+                yield f"row {number}{split}", row
+        except Exception as error:
+            if hasattr(self._rows, "__len__"):
+                raise
+            # A streamed split is downloaded here. The errors depend on the library for HTTP.
+            raise UserError(
+                f"{self._where}: cannot read row {number + 1}{split}: "
+                f"{' '.join(str(error).split())[:200]}. The same command resumes its run."
+            ) from error
 
     def column_names(self) -> list[str]:
         """Return the names of the columns."""
-        return list(self._rows.column_names)
+        # A streamed split may know its columns only from its rows.
+        return list(self._rows.column_names or next(iter(self._rows), {}))
 
     def head(self, columns: Collection[str] | None) -> list[Row]:
         """Return the first rows."""
         return list(islice(self._iterate(columns), HEAD_ROWS))
 
     def _iterate(self, columns: Collection[str] | None) -> Iterator[Row]:
-        names = [n for n in self._rows.column_names if columns is None or n in columns]
+        names = [n for n in self.column_names() if columns is None or n in columns]
         if not names:
-            yield from ({} for _ in range(len(self._rows)))
+            yield from ({} for _ in self._rows)
             return
         for batch in self._rows.select_columns(names).with_format("arrow").iter(BATCH_ROWS):
             yield from rows_of_batch(batch)

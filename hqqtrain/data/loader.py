@@ -2,13 +2,14 @@
 
 A step trains on one global batch, which does not depend on the number of ranks. Rank r of n takes
 its sequences r, r + n, r + 2n, ... in micro-batches of at most `micro_batch_size` sequences. The
-trainer knows only the `DataLoader` protocol, so a loader that streams its data would be another
-class with the same methods.
+trainer knows only the `DataLoader` protocol. `StreamingLoader` (`streaming.py`) loads data that is
+read while the model is trained.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from hqqtrain.config.groups import TrainConfig
@@ -41,6 +42,9 @@ class DataLoader(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` has returned."""
 
+    def close(self) -> None:
+        """Stop reading ahead, if the loader does."""
+
 
 class PackedLoader:
     """Loads batches of sequences that are in memory, in a shuffled order.
@@ -70,8 +74,7 @@ class PackedLoader:
         self._sequences, self._device, self._layout = sequences, device, layout
         self._rank, self._world_size = rank, world_size
         self._order = SampleOrder(len(sequences), config.seed)
-        self._global_batch_size = config.global_batch_size
-        self._micro_batch_size, self._max_seq_len = config.micro_batch_size, config.max_seq_len
+        self._config = config
         self.total_steps = (
             self._order.steps(config.epochs, config.global_batch_size)
             if config.max_steps is None
@@ -79,28 +82,20 @@ class PackedLoader:
         )
 
     def batches(self, batch_index: int) -> Iterator[Batch]:
-        micro_batches = self._micro_batches(batch_index, self._rank)
-        count = len(micro_batches)
-        if not self._layout.packs:
-            # Forward and backward passes of a sharded model are collectives, so all ranks need the
-            # same number. A rank with fewer micro-batches repeats one without its labels.
-            ranks = range(self._world_size)
-            count = max(len(self._micro_batches(batch_index, rank)) for rank in ranks)
-        for index in range(count):
-            is_repeated = index >= len(micro_batches)
-            sequences = micro_batches[-1 if is_repeated else index]
-            batch = collate_batch(sequences, has_positions=self._layout.packs)
-            if is_repeated:
-                batch["labels"].fill_(IGNORE_INDEX)
-            yield {
-                name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()
-            }
+        return batches_of_rank(
+            self._sequences.select(self._sample_indices(batch_index)),
+            self._config,
+            self._layout,
+            rank=self._rank,
+            world_size=self._world_size,
+            device=self._device,
+        )
 
     def target_token_count(self, batch_index: int) -> int:
         return self._sequences.select(self._sample_indices(batch_index)).target_token_count
 
     def epoch(self, batch_index: int) -> float:
-        return self._order.epoch(batch_index, self._global_batch_size)
+        return self._order.epoch(batch_index, self._config.global_batch_size)
 
     def describe(self, batch_index: int) -> dict[str, Any]:
         """Return the indices of the batch's sequences as `samples`, their token ids as `tokens`."""
@@ -114,12 +109,48 @@ class PackedLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
 
-    def _micro_batches(self, batch_index: int, rank: int) -> list[TokenSequences]:
-        """Return the sequences of each micro-batch of a rank."""
-        samples = self._sample_indices(batch_index)[rank :: self._world_size]
-        return self._layout.training_batches(
-            self._sequences.select(samples), self._micro_batch_size, self._max_seq_len
-        )
+    def close(self) -> None:
+        pass
 
     def _sample_indices(self, batch_index: int) -> list[int]:
-        return self._order.indices(batch_index, self._global_batch_size)
+        return self._order.indices(batch_index, self._config.global_batch_size)
+
+
+def batches_of_rank(
+    sequences: TokenSequences,
+    config: TrainConfig,
+    layout: BatchLayout,
+    *,
+    rank: int,
+    world_size: int,
+    device: torch.device | str,
+) -> Iterator[Batch]:
+    """Yield the micro-batches of a rank, on its device.
+
+    Args:
+        sequences: The sequences of the global batch.
+        config: For `micro_batch_size` and `max_seq_len`.
+        layout: Which texts may share a row, and a batch.
+        rank: The rank.
+        world_size: Number of ranks.
+        device: Device of the batches.
+    """
+
+    def micro_batches_of(rank: int) -> list[TokenSequences]:
+        own = sequences.select(np.arange(rank, len(sequences), world_size))
+        return layout.training_batches(own, config.micro_batch_size, config.max_seq_len)
+
+    micro_batches = micro_batches_of(rank)
+    count = len(micro_batches)
+    if not layout.packs:
+        # Forward and backward passes of a sharded model are collectives, so all ranks need the
+        # same number. A rank with fewer micro-batches repeats one without its labels.
+        count = max(len(micro_batches_of(rank)) for rank in range(world_size))
+    for index in range(count):
+        is_repeated = index >= len(micro_batches)
+        batch = collate_batch(
+            micro_batches[-1 if is_repeated else index], has_positions=layout.packs
+        )
+        if is_repeated:
+            batch["labels"].fill_(IGNORE_INDEX)
+        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

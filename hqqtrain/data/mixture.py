@@ -36,8 +36,12 @@ class RepeatedExamples:
         for _ in range(whole):
             yield from self.examples
         if share:
-            limit = share * 2**64
-            yield from (e for e in self.examples if _hash(text_of(e)) < limit)
+            yield from (e for e in self.examples if is_repeated(e, share))
+
+
+def is_repeated(example: Example, share: float) -> bool:
+    """Whether an example is in the `share` of all examples that is used once more."""
+    return _hash(text_of(example)) < share * 2**64
 
 
 def repeats_of_weights(counts: Sequence[int], weights: Sequence[float]) -> list[float]:

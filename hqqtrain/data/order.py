@@ -29,8 +29,8 @@ class SampleOrder:
         # All epochs form one endless sequence, of which a step takes the next positions.
         for position in range(start, start + global_batch_size):
             epoch, index_in_epoch = divmod(position, self.sample_count)
-            permutation = _permutation(self.sample_count, self.seed, epoch)
-            indices.append(int(permutation[index_in_epoch]))
+            order = permutation(self.sample_count, self.seed, epoch)
+            indices.append(int(order[index_in_epoch]))
         return indices
 
     def epoch(self, steps: int, global_batch_size: int) -> float:
@@ -44,10 +44,11 @@ class SampleOrder:
 
 
 @lru_cache(maxsize=4)
-def _permutation(sample_count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the shuffled indices of one epoch, the same with every release of numpy.
+def permutation(sample_count: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the shuffled indices of one epoch, int64 [sample_count].
 
-    numpy guarantees that the numbers of RandomState never change; those of Generator may.
+    They are the same with every release of numpy, which guarantees that the numbers of RandomState
+    never change; those of Generator may.
     """
     bit_generator = np.random.MT19937(np.random.SeedSequence((seed, epoch)))
     return np.random.RandomState(bit_generator).permutation(sample_count)

@@ -69,7 +69,7 @@ def pack_examples(
         parts = sequences = replace(tokens, begin=begin[predicts], end=end[predicts])
     else:
         parts = cut_long(tokens, max_seq_len, data.on_long, where)
-        sequences = _packed(parts, max_seq_len) if packing else parts
+        sequences = pack_parts(parts, max_seq_len) if packing else parts
     if not len(sequences) and is_plain_text:
         raise UserError(f"{where}: no text in it has a token to predict.")
     if not len(sequences):
@@ -138,7 +138,7 @@ def cut_long(tokens: TokenSequences, max_seq_len: int, on_long: str, where: str)
     return tokens.with_bounds(begin, end)
 
 
-def _packed(parts: TokenSequences, max_seq_len: int) -> TokenSequences:
+def pack_parts(parts: TokenSequences, max_seq_len: int) -> TokenSequences:
     """Let parts of examples share sequences, with little padding; see `best_fit`."""
     lengths = parts.end - parts.begin
     bins = best_fit(lengths, max_seq_len)

@@ -64,6 +64,10 @@ class FileRows:
             except UnreadableError as error:
                 raise UserError(f"{self._where}: cannot read {file}{error}") from error
 
+    def single_files(self) -> Iterator["FileRows"]:
+        """Yield the rows of each file, in order."""
+        return (FileRows([file], self.file_type, self._where) for file in self.files)
+
     def is_empty(self) -> bool:
         """Whether every file has 0 bytes."""
         return not any(file.stat().st_size for file in self.files)

@@ -4,6 +4,9 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.text import count
@@ -18,6 +21,24 @@ from hqqtrain.data.rows import Row, RowError, Rows
 logger = logging.getLogger(__name__)
 
 SHOWN_BAD_ROWS = 5
+
+
+class Position(NamedTuple):
+    """A position in the rows of a source: after some rows of a file.
+
+    Attributes:
+        file: Index of the file; 0 if the rows are not in files.
+        row: Number of the rows of that file before the position.
+        bad_rows: Number of bad rows of the source before the position.
+    """
+
+    file: int = 0
+    row: int = 0
+    bad_rows: int = 0
+
+
+BEGINNING = Position()
+"""The position before the first row."""
 
 
 class RowExamples:
@@ -40,15 +61,22 @@ class RowExamples:
         self._max_bad_rows, self._kind = max_bad_rows, kind
 
     def __iter__(self) -> Iterator[Example]:
-        """Yield the examples.
+        """Yield the examples; see `read`."""
+        return (example for _, example in self.read())
+
+    def read(self, start: Position = BEGINNING) -> Iterator[tuple[Position, Example]]:
+        """Yield the examples from a position on, each with the position after it.
+
+        Files before the position are not read. The rows before it in its file are read, but they
+        are not parsed.
 
         Raises:
             UserError: A file cannot be read, too many rows are bad, or no row has any text.
         """
-        rows = examples = bad_rows = 0
-        bad: list[str] = []
+        rows = examples = 0
+        bad_rows, bad = start.bad_rows, list[str]()
         first_skipped, blank = "", True
-        for place, row in self._rows.read(self._format.columns, self._format.text_column):
+        for file, number, (place, row) in self._rows_from(start):
             rows += 1
             try:
                 example = self._parse(row)
@@ -64,10 +92,23 @@ class RowExamples:
                 continue
             examples += 1
             blank = blank and is_blank(example)
-            yield example if isinstance(example, str) else replace(example, place=place)
+            placed = example if isinstance(example, str) else replace(example, place=place)
+            yield Position(file, number, bad_rows), placed
+        if start != BEGINNING:
+            return  # what was before it is unknown
         if blank:
             raise self._no_text_error(has_text=examples > 0, bad=bad)
         self._log(rows, rows - examples - bad_rows, first_skipped, bad_rows, bad)
+
+    def _rows_from(self, start: Position) -> Iterator[tuple[int, int, tuple[str, Row | RowError]]]:
+        """Yield the index of the file, the number of the row in it, and the row with its place."""
+        rows = self._rows
+        files: list[Rows] = [*rows.single_files()] if isinstance(rows, FileRows) else [rows]
+        for file in range(start.file, len(files)):
+            skipped = start.row if file == start.file else 0
+            found = files[file].read(self._format.columns, self._format.text_column)
+            for number, row in enumerate(islice(found, skipped, None), start=skipped + 1):
+                yield file, number, row
 
     def _parse(self, row: Row | RowError) -> Example | None:
         if isinstance(row, RowError):
@@ -78,6 +119,16 @@ class RowExamples:
         """Return the format with the columns that it reads, as `chat (messages)`."""
         columns = "" if self._is_text_files else f" ({', '.join(self._format.columns)})"
         return f"{self._format.name}{columns}"
+
+    @property
+    def is_plain_text(self) -> bool:
+        """Whether the examples are plain texts."""
+        return self._format.name == text.NAME
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of the rows, if they are in files."""
+        return self._rows.files if isinstance(self._rows, FileRows) else []
 
     @property
     def _is_text_files(self) -> bool:

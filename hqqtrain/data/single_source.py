@@ -71,7 +71,7 @@ def open_source(
             for part, kind in ((files.train, "rows"), (files.held_out, "held-out rows"))
         )
         return SourceTexts(of_train or [], of_held_out)
-    splits = load_hub_dataset(source, key)
+    splits = load_hub_dataset(source, key, streaming=data.streaming and key == "data.source")
     names = ("held_out",) if evaluates else ("train", *["held_out"] * has_held_out(splits))
     train, *held_out = (
         examples(

@@ -35,7 +35,7 @@ def load_training_texts(data: DataConfig, evaluation: EvalConfig) -> Iterable[Ex
             the held-out text.
     """
     where = f"data.source={describe_source(data.source)}"
-    texts = _open_training_sources(data)
+    texts = open_training_sources(data)
     if evaluation.source is None:
         return _repeated(texts.train, data)
     if not evaluates_on_training_source(evaluation, data):
@@ -61,7 +61,7 @@ def load_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Iterable[Ex
     """
     assert evaluation.source is not None
     if evaluates_on_training_source(evaluation, data):
-        texts = _open_training_sources(data, warns=False)
+        texts = open_training_sources(data, warns=False)
         if texts.held_out is not None:
             if not _is_built_in(data):
                 _warn_if_unused(data)
@@ -100,11 +100,11 @@ def dataset_name(evaluation: EvalConfig, data: DataConfig) -> str:
     return f"{source}, held-out part" if is_part else source
 
 
-def _open_training_sources(data: DataConfig, *, warns: bool = True) -> SourceTexts:
+def open_training_sources(data: DataConfig, *, warns: bool = True) -> SourceTexts:
     """Open all sources of `data.source`. If some have a held-out split, only that is held out."""
     opened = [
         open_source(path, settings, "data.source", warns=warns)
-        for path, settings in _settings_of_sources(data)
+        for path, settings in settings_of_sources(data)
     ]
     if len(opened) == 1:
         return opened[0]
@@ -115,7 +115,7 @@ def _open_training_sources(data: DataConfig, *, warns: bool = True) -> SourceTex
     )
 
 
-def _settings_of_sources(data: DataConfig) -> Iterator[tuple[str, DataConfig]]:
+def settings_of_sources(data: DataConfig) -> Iterator[tuple[str, DataConfig]]:
     """Yield the path of each source, and the settings that hold for it."""
     for source in listed_sources(data.source):
         own = {name: getattr(source, name) for name in ("format", "file_type", "text_field")}
@@ -169,7 +169,7 @@ def source_format(data: DataConfig) -> str:
         UserError: The source cannot be read, or its rows have no format.
     """
     formats = []
-    for path, settings in _settings_of_sources(data):
+    for path, settings in settings_of_sources(data):
         if path in BUILT_IN_SOURCES:
             formats.append(chat.NAME if path == "python_stdlib_chat" else text.NAME)
             continue

@@ -185,15 +185,19 @@ def watch(call: Callable[[], T], characters: int, where: str) -> T:
             errors.append(error)
 
     max_seconds = _BASE_SECONDS + characters * _SECONDS_PER_CHARACTER
-    max_bytes = _BASE_BYTES + characters * _BYTES_PER_CHARACTER
+    max_bytes: float = _BASE_BYTES + characters * _BYTES_PER_CHARACTER
+    clock = time.process_time
+    if threading.current_thread() is not threading.main_thread():
+        # A training in the same process takes processor time and memory, too: limit the real time.
+        max_seconds, max_bytes, clock = 20 * max_seconds, float("inf"), time.monotonic
     memory = psutil.Process().memory_info
-    start_seconds, start_bytes = time.process_time(), memory().rss
+    start_seconds, start_bytes = clock(), memory().rss
     # A daemon, because the interpreter would wait for any other thread at its end.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(_POLL_SECONDS)
     while thread.is_alive():
-        seconds, grown = time.process_time() - start_seconds, memory().rss - start_bytes
+        seconds, grown = clock() - start_seconds, memory().rss - start_bytes
         if seconds > max_seconds or grown > max_bytes:
             raise UserError(
                 f"{where}: the tokenizer has used {seconds:.0f} s and {grown / 2**20:.0f} MiB for "

@@ -18,6 +18,7 @@ from hqqtrain.config.groups import QuantConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.examples import Example
 from hqqtrain.data.sources import load_held_out_texts, load_training_texts
+from hqqtrain.data.streamed_sources import first_training_texts, streamed_held_out_texts
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies.check import RuntimeSettings
@@ -91,12 +92,14 @@ def _check_adapter(config: RunConfig) -> str:
 
 
 def _check_training_text(config: RunConfig) -> str:
-    texts = load_training_texts(config.data, config.eval)
+    load = first_training_texts if config.data.streaming else load_training_texts
+    texts = load(config.data, config.eval)
     return _counted(f"data.source={describe_source(config.data.source)}", texts)
 
 
 def _check_held_out_text(config: RunConfig) -> str:
-    texts = load_held_out_texts(config.eval, config.data)
+    load = streamed_held_out_texts if config.data.streaming else load_held_out_texts
+    texts = load(config.eval, config.data)
     return _counted(f"eval.source={config.eval.source}", texts)
 
 

@@ -13,6 +13,7 @@ from hqqtrain.data.packing import pack_examples
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.sources import load_training_texts
 from hqqtrain.data.statistics import DataStatistics, measure_data
+from hqqtrain.data.streamed_sources import first_training_texts
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.loading.plan import ModelPlan
 from hqqtrain.models.fqn import base_model
@@ -53,7 +54,7 @@ def load_training_data(
     vocab_size: int | None = None,
     on_parts: Callable[[TokenSequences], object] = lambda parts: None,
 ) -> TokenSequences:
-    """Tokenize and pack `data.source`, except for held-out texts.
+    """Tokenize and pack `data.source`, except for held-out texts; with streaming, its first rows.
 
     Args:
         run: The run.
@@ -67,8 +68,9 @@ def load_training_data(
         PreemptedError: This rank has received a signal; checked between batches of texts.
     """
     config, found = run.config, list[TokenSequences]()
+    load = first_training_texts if config.data.streaming else load_training_texts
     packed = pack_examples(
-        load_training_texts(config.data, config.eval),
+        load(config.data, config.eval),
         load_tokenizer(tokenizer_folder),
         max_seq_len=config.train.max_seq_len,
         packing=config.train.packing,

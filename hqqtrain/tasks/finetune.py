@@ -1,6 +1,7 @@
 """The task `finetune`: quantize the model, train adapters on it, evaluate and save."""
 
 from collections.abc import Mapping
+from contextlib import closing
 
 from torch import nn
 
@@ -12,7 +13,9 @@ from hqqtrain.checkpoint.resume import (
     find_checkpoint,
 )
 from hqqtrain.common.secrets import mask_secrets
-from hqqtrain.data.loader import PackedLoader
+from hqqtrain.data.layout import BatchLayout
+from hqqtrain.data.loader import DataLoader, PackedLoader
+from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.distributed.local import full_tensor
 from hqqtrain.formats.adapter_card import AdapterCard
 from hqqtrain.formats.peft import BaseModelRef, save_adapter
@@ -30,6 +33,7 @@ from hqqtrain.tasks.datasets import (
 )
 from hqqtrain.tasks.evaluation import RecordedEvaluation
 from hqqtrain.tasks.model import check_fits_run, load_or_quantize, plan_settings
+from hqqtrain.tasks.streaming import stream_training_data
 from hqqtrain.tasks.training import AdapterTraining, build_trainer, evaluate_trained
 from hqqtrain.train.best_evaluation import BestEvaluation
 
@@ -55,6 +59,56 @@ def finetune(run: Run) -> None:
     source_digest = digest_source(plan.source, comm, runtime.preemption)
     history.check_checkpoint(checkpoint, source_digest)
     has_quantized = history.has_quantized(source_digest)
+    loader: DataLoader
+    if config.data.streaming:
+        loader, held_out, digests = stream_training_data(run, plan, layout, checkpoint)
+    else:
+        loader, held_out, digests = load_in_memory(run, plan, layout)
+    with comm.raise_on_all_ranks():
+        check_resumable(checkpoint, digests, loader.total_steps)
+        check_fits_run(run, plan, has_quantized=has_quantized, has_checkpoints=bool(checkpoint))
+    # All checks have passed, so `run.resume=never` may delete the old results.
+    history.delete_results()
+    loaded = load_or_quantize(run, plan, checkpoint, source_digest)
+    runnable = wrap_for_execution(loaded, runtime.strategy)
+    evaluation = RecordedEvaluation(run, runnable, held_out, layout, source_digest)
+    if not recorder.has_evaluated("quantized"):
+        evaluation.evaluate_as("quantized", adapted=False)
+    trainer, best = build_trainer(run, runnable.model, loader), BestEvaluation()
+    parts: dict[str, Stateful] = {"record": recorder, "best_evaluation": best}
+    if config.data.streaming:  # otherwise the index of the batch is enough
+        parts["loader"] = loader
+    contents = checkpoint_contents(run, runnable, digests, source_digest, parts)
+    with (
+        closing(loader),
+        CheckpointManager(
+            trainer, contents, recorder.checkpoints, config.ckpt, comm, runtime.preemption
+        ) as checkpoints,
+    ):
+        AdapterTraining(run, runnable.model, trainer, evaluation, checkpoints, best).train(
+            checkpoint
+        )
+    recorder.record_training(trainer.state, list(trainer.trainable_parameters.values()))
+    patience = config.train.early_stopping_patience
+    stopped_early = best.stall_reason(patience) if trainer.stopped_early else None
+    adapter_step = evaluate_trained(run, evaluation, trainer, best)
+    recorder.record_best(best, adapter_step=adapter_step, stopped_early=stopped_early)
+    save_trained_adapter(run, runnable, trainer.trainable_parameters, adapter_step)
+    evaluation.record_samples()
+
+
+def load_in_memory(
+    run: Run, plan: ModelPlan, layout: BatchLayout
+) -> tuple[PackedLoader, TokenSequences | None, dict[str, str]]:
+    """Tokenize the data of a run on every rank. Collective.
+
+    Returns:
+        The loader, the held-out set, and a digest of each by its key.
+
+    Raises:
+        UserError: The data cannot be read, or is not the same on all ranks.
+    """
+    config, comm = run.config, run.runtime.comm
     with comm.raise_on_all_ranks():
         vocab_size = vocabulary_size(plan.model)
         training_data = load_training_data(run, plan.source.tokenizer, vocab_size)
@@ -68,31 +122,8 @@ def finetune(run: Run) -> None:
             layout=layout,
         )
         digests = dataset_digests(training_data, held_out)
-        check_resumable(checkpoint, digests, loader.total_steps)
-        check_fits_run(run, plan, has_quantized=has_quantized, has_checkpoints=bool(checkpoint))
     check_same_text(run, training_data, held_out)
-    # All checks have passed, so `run.resume=never` may delete the old results.
-    history.delete_results()
-    loaded = load_or_quantize(run, plan, checkpoint, source_digest)
-    runnable = wrap_for_execution(loaded, runtime.strategy)
-    evaluation = RecordedEvaluation(run, runnable, held_out, layout, source_digest)
-    if not recorder.has_evaluated("quantized"):
-        evaluation.evaluate_as("quantized", adapted=False)
-    trainer, best = build_trainer(run, runnable.model, loader), BestEvaluation()
-    contents = checkpoint_contents(run, runnable, digests, source_digest, best)
-    with CheckpointManager(
-        trainer, contents, recorder.checkpoints, config.ckpt, comm, runtime.preemption
-    ) as checkpoints:
-        AdapterTraining(run, runnable.model, trainer, evaluation, checkpoints, best).train(
-            checkpoint
-        )
-    recorder.record_training(trainer.state, list(trainer.trainable_parameters.values()))
-    patience = config.train.early_stopping_patience
-    stopped_early = best.stall_reason(patience) if trainer.stopped_early else None
-    adapter_step = evaluate_trained(run, evaluation, trainer, best)
-    recorder.record_best(best, adapter_step=adapter_step, stopped_early=stopped_early)
-    save_trained_adapter(run, runnable, trainer.trainable_parameters, adapter_step)
-    evaluation.record_samples()
+    return loader, held_out, digests
 
 
 def checkpoint_contents(
@@ -100,16 +131,16 @@ def checkpoint_contents(
     runnable: RunnableModel,
     digests: Mapping[str, str],
     source_digest: str,
-    best: BestEvaluation,
+    parts: Mapping[str, Stateful],
 ) -> CheckpointContents:
     """Return what a checkpoint of `run` contains in addition to the state of the trainer.
 
     Args:
-        run: The run. A checkpoint also contains the state of its recorder.
+        run: The run.
         runnable: The model that is trained.
         digests: The digests of the run's datasets, from `dataset_digests`.
         source_digest: The digest of the model's files.
-        best: The best evaluation so far.
+        parts: The parts whose state a checkpoint contains, too, by their key.
     """
     plan, runtime = runnable.plan, run.runtime
     assert plan.lora is not None
@@ -123,7 +154,6 @@ def checkpoint_contents(
     }
     revision = run.config.model.revision
     base = BaseModelRef(_base_name(plan), revision, runnable.settings.fingerprint)
-    parts: dict[str, Stateful] = {"record": run.recorder, "best_evaluation": best}
     return CheckpointContents(plan.lora, base, parts, provenance)
 
 

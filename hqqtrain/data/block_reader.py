@@ -1,0 +1,80 @@
+"""Read blocks of sequences on a thread, while the device trains on the block before.
+
+One block is trained on, one is ready, and one is being read: memory is bounded by three.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.data.block_stream import Block
+
+MAX_WAIT_SECONDS = 20 * 60.0
+"""Longest wait for a block. It is shorter than the time-out of the ranks that wait meanwhile."""
+
+_POLL_SECONDS = 0.2
+
+
+class BlockReader:
+    """Reads blocks ahead.
+
+    Args:
+        blocks: The blocks; only the thread iterates them.
+        where: `key=source`, for messages.
+    """
+
+    def __init__(self, blocks: Iterator[Block], where: str) -> None:
+        self._blocks, self._where = blocks, where
+        self._queue: queue.Queue[Block | BaseException] = queue.Queue(1)
+        self._stop = threading.Event()
+        # A daemon, because the interpreter would wait for any other thread at its end.
+        self._thread = threading.Thread(target=self._run, name="data", daemon=True)
+        self._thread.start()
+
+    def next(self, check: Callable[[], object] = lambda: None) -> Block:
+        """Return the next block; call `check`, which may raise, while waiting for it.
+
+        Raises:
+            UserError: The data cannot be read, or no block comes for `MAX_WAIT_SECONDS`.
+        """
+        deadline = time.monotonic() + MAX_WAIT_SECONDS
+        while True:
+            try:
+                block = self._queue.get(timeout=_POLL_SECONDS)
+                break
+            except queue.Empty:
+                check()
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{self._where}: no data has come for {MAX_WAIT_SECONDS / 60:.0f} minutes; "
+                        "check the disk or the network. The same command resumes the run."
+                    ) from None
+        if isinstance(block, BaseException):
+            self._put(block)  # for the next call
+            raise block
+        return block
+
+    def close(self) -> None:
+        """Stop the thread after its current example."""
+        self._stop.set()
+        self._thread.join(5)
+
+    def _run(self) -> None:
+        try:
+            for block in self._blocks:
+                if not self._put(block):
+                    return
+        except BaseException as error:  # also a panic of the tokenizer, which is in Rust
+            self._put(error)
+
+    def _put(self, item: Block | BaseException) -> bool:
+        """Wait until there is room for a block, and return whether it is still needed."""
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=_POLL_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -1,0 +1,208 @@
+"""Turn an endless stream of examples into blocks of sequences, packed and shuffled.
+
+A block is what is tokenized, packed and shuffled together, so memory does not depend on the size of
+the data. A block is a function of the state before it, which is small: the place in the sources and
+the tokens that the block before it has left over. To resume a run, one block is read again.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.data_sources import describe_source
+from hqqtrain.config.groups import AUTO, DataConfig, TrainConfig
+from hqqtrain.data.chat.encoding import Encoded
+from hqqtrain.data.encoding import encode_examples
+from hqqtrain.data.example_stream import ExampleStream, Place, StreamPlace
+from hqqtrain.data.examples import Example
+from hqqtrain.data.order import permutation
+from hqqtrain.data.packing import cut_long, pack_parts
+from hqqtrain.data.sequences import TokenSequences
+from hqqtrain.data.tokenization import check_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UNSHUFFLED_BLOCK = 1000
+"""Sequences of a block with `data.shuffle_buffer=0`, which are packed together."""
+
+EMPTY = np.empty(0, np.int32), np.empty(0, bool)
+"""No tokens."""
+
+
+@dataclass(frozen=True)
+class BlockState:
+    """The state before a block.
+
+    Attributes:
+        block: Number of blocks before it.
+        place: The place of its first example.
+        rest: Tokens of plain text that did not fill a sequence of the block before it.
+    """
+
+    block: int
+    place: StreamPlace
+    rest: Encoded = EMPTY
+
+    def to_json(self) -> dict[str, Any]:
+        ids, targets = self.rest
+        return {
+            "block": self.block,
+            "examples": self.place.examples,
+            "places": [list(place) for place in self.place.places],
+            "rest": {"tokens": ids.tolist(), "starts": np.flatnonzero(~targets).tolist()},
+        }
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> "BlockState":
+        ids = np.array(state["rest"]["tokens"], np.int32)
+        targets = np.ones(len(ids), bool)
+        targets[state["rest"]["starts"]] = False
+        places = tuple(Place(*place) for place in state["places"])
+        return cls(state["block"], StreamPlace(state["examples"], places), (ids, targets))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Sequences that were packed and shuffled together.
+
+    Attributes:
+        sequences: The sequences, in the order in which they are trained.
+        state: The state before the block.
+        passes: Number of complete passes over the data before its last example.
+    """
+
+    sequences: TokenSequences
+    state: BlockState
+    passes: int
+
+
+class BlockStream:
+    """Reads blocks of sequences, without end.
+
+    Args:
+        examples: The examples.
+        tokenizer: The tokenizer of the model, which no other thread may use.
+        train: The group `train` of the configuration, for the sequences and the seed.
+        data: The group `data` of the configuration.
+        vocab_size: Number of token ids that the model knows; None if there is no model.
+    """
+
+    def __init__(
+        self, examples: ExampleStream, tokenizer: "PreTrainedTokenizerBase", train: TrainConfig,
+        data: DataConfig, vocab_size: int | None = None,
+    ) -> None:  # fmt: skip
+        self._examples, self._tokenizer, self._vocab_size = examples, tokenizer, vocab_size
+        self._train, self._data = train, data
+        self._where = f"data.source={describe_source(data.source)}"
+        self._block_size = data.shuffle_buffer or UNSHUFFLED_BLOCK
+        self._is_cut = train.packing and data.on_long in (AUTO, "split") and examples.is_plain_text
+
+    def read(self, state: BlockState | None = None) -> Iterator[Block]:
+        """Yield blocks from a state on; some may have no sequence.
+
+        Raises:
+            UserError: The data cannot be read or tokenized, or has nothing to train on.
+        """
+        state = state or BlockState(0, self._examples.start())
+        passes = state.place.passes  # at the last sequence
+        for examples, place, ends_pass in self._groups(state.place):
+            sequences, rest = self._sequences([state.rest, *examples], state.place, ends_pass)
+            passes_of_block = place.passes - ends_pass
+            passes = passes_of_block if len(sequences) else passes
+            if passes_of_block > passes + 1:
+                raise UserError(
+                    f"{self._where}: none of its examples has a trained token among its first "
+                    f"{self._train.max_seq_len} (train.max_seq_len)."
+                )
+            yield Block(self._shuffled(sequences, state.block), state, passes_of_block)
+            state = BlockState(state.block + 1, place, rest)
+
+    def _groups(self, start: StreamPlace) -> Iterator[tuple[list[Encoded], StreamPlace, bool]]:
+        """Yield the tokens of the examples of each block, in order.
+
+        With them come the place after them, and whether a pass ends there: a pass over a single
+        source ends with the end of a block, as an epoch ends without streaming.
+        """
+        places = deque[StreamPlace]()  # after each example that the tokenizer has taken
+
+        def examples() -> Iterator[Example]:
+            for place, example in self._examples.read(start):
+                places.append(place)
+                yield example
+
+        group, tokens, last = list[Encoded](), 0, start
+        max_tokens = self._block_size * self._train.max_seq_len
+        for encoded in encode_examples(examples(), self._tokenizer, self._data, self._where):
+            place = places.popleft()
+            if self._examples.has_passes and place.passes > last.passes:
+                yield group, StreamPlace(last.examples, (Place(place.passes),)), True
+                group, tokens = [], 0
+            group.append(encoded)
+            tokens, last = tokens + len(encoded[0]), place
+            is_full = not self._train.packing and len(group) >= self._block_size
+            if is_full or tokens >= max_tokens:
+                yield group, last, False
+                group, tokens = [], 0
+
+    def _sequences(
+        self, encoded: list[Encoded], start: StreamPlace, ends_pass: bool
+    ) -> tuple[TokenSequences, Encoded]:
+        """Return the sequences of examples, and the tokens that are left over.
+
+        Args:
+            encoded: The tokens left over before, and those of the examples.
+            start: The place of the first example.
+            ends_pass: Whether no tokens may be left over.
+        """
+        ids, targets = (np.concatenate(arrays) for arrays in zip(*encoded, strict=True))
+        where, length = self._where, self._train.max_seq_len
+        if self._vocab_size is not None:
+            check_token_ids(ids, self._tokenizer, self._vocab_size, where)
+        if self._is_cut:
+            end = len(ids) if ends_pass else len(ids) - len(ids) % length
+            begins = np.arange(0, end, length)
+            ends = np.minimum(begins + length, end)
+            predicts = ends - begins > 1
+            starts = np.flatnonzero(~targets)
+            cut = TokenSequences(ids, targets, starts, begins[predicts], ends[predicts])
+            return cut, (ids[end:], targets[end:])
+        lengths = np.array([len(each) for each, _ in encoded[1:]], np.int64)
+        starts = np.cumsum(lengths) - lengths
+        if start.examples:
+            where = f"{where}, after the first {start.examples:,} examples"
+        whole = TokenSequences(ids, targets, starts, starts, starts + lengths)
+        parts = cut_long(whole, length, self._data.on_long, where)
+        return pack_parts(parts, length) if self._train.packing and len(parts) else parts, EMPTY
+
+    def _shuffled(self, sequences: TokenSequences, block: int) -> TokenSequences:
+        """Return the sequences of a block in the order in which they are trained.
+
+        If all data is a single block, it is the order of each epoch without streaming.
+        """
+        if not self._data.shuffle_buffer or not len(sequences):
+            return sequences
+        return sequences.select(permutation(len(sequences), self._train.seed, block))
+
+
+def concatenate(parts: list[TokenSequences]) -> TokenSequences:
+    """Return the sequences of `parts`, with a stream that has no other tokens."""
+    streams, targets, starts, lengths = [], [], [], []
+    size = 0
+    for part in parts:
+        for begin, end in zip(part.begin.tolist(), part.end.tolist(), strict=True):
+            streams.append(part.stream[begin:end])
+            targets.append(part.targets[begin:end])
+            first, last = np.searchsorted(part.starts, (begin, end))
+            starts.append(part.starts[first:last] - begin + size)
+            lengths.append(end - begin)
+            size += end - begin
+    ends = np.cumsum(lengths)
+    return TokenSequences(
+        np.concatenate(streams), np.concatenate(targets), np.concatenate(starts),
+        ends - lengths, ends,
+    )  # fmt: skip

@@ -1,0 +1,196 @@
+"""The data loader of `data.streaming`: rank 0 reads the data, and all ranks get each global batch.
+
+A single reader makes the global batch independent of the number of ranks, and only one machine
+needs the files. Tokens are small: a global batch of a million tokens has 5 MB.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import TrainConfig
+from hqqtrain.data.block_reader import BlockReader
+from hqqtrain.data.block_stream import Block, BlockState, BlockStream, concatenate
+from hqqtrain.data.layout import PACKED, Batch, BatchLayout
+from hqqtrain.data.loader import batches_of_rank
+from hqqtrain.data.sequences import TokenSequences
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+REPORTED_WAIT = 0.05
+"""Share of the time that training may wait for data without a warning."""
+
+
+def run_alone(work: Callable[[], T]) -> T:
+    """Return the result of `work`, as `Communicator.run_on_rank0` does for a single process."""
+    return work()
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The sequences of an optimizer step.
+
+    Attributes:
+        sequences: The sequences, of all ranks.
+        samples: The block of each sequence, and its index in the block.
+        passes: Number of complete passes over the data.
+    """
+
+    sequences: TokenSequences
+    samples: list[tuple[int, int]]
+    passes: int
+
+
+class StreamingLoader:
+    """Loads batches of sequences that are read while the model is trained; see `DataLoader`.
+
+    Batches can only be asked for in order; those that are left out are read and dropped.
+
+    Args:
+        open_blocks: Opens the data. Only rank 0 does.
+        where: `key=source`, for messages.
+        config: Batch sizes and number of steps.
+        run_on_rank0: Calls a function on rank 0 and returns its result, or raises its error, on
+            all ranks.
+        rank: This rank.
+        world_size: Number of ranks; a divisor of `train.global_batch_size`.
+        device: Device of the batches.
+        layout: Which texts may share a row, and a batch.
+    """
+
+    def __init__(
+        self, open_blocks: Callable[[], BlockStream], where: str, config: TrainConfig,
+        run_on_rank0: Callable[[Callable[[], Any]], Any] = run_alone, *,
+        rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu",
+        layout: BatchLayout = PACKED,
+    ) -> None:  # fmt: skip
+        assert config.max_steps is not None
+        self.total_steps = config.max_steps
+        self._open_blocks, self._where, self._config = open_blocks, where, config
+        self._run_on_rank0, self._layout, self._device = run_on_rank0, layout, device
+        self._rank, self._world_size = rank, world_size
+        self._batch_index = -1  # the last batch that was asked for
+        self._batch: GlobalBatch | None = None
+        self._next_index, self._offset = 0, 0  # the batch to read, and its first sequence
+        self._resumed: Mapping[str, Any] = {}
+        self._reader: BlockReader | None = None
+        self._block: Block | None = None
+        self._waited, self._last_report = 0.0, time.monotonic()
+
+    def start(self, check: Callable[[], object] = lambda: None) -> None:
+        """Start to read, and wait for the first block; only rank 0 must call this.
+
+        Args:
+            check: Called while waiting; it may raise.
+
+        Raises:
+            UserError: The data cannot be read, or is not that of the loaded state.
+        """
+        state = BlockState.from_json(self._resumed["state"]) if self._resumed else None
+        self._reader = BlockReader(self._open_blocks().read(state), self._where)
+        self._block = self._reader.next(check)
+        if self._resumed and self._block.sequences.digest() != self._resumed["digest"]:
+            raise UserError(
+                f"{self._where}: its text is not that of the checkpoint any more. Choose another "
+                "run.name, or run.resume=never."
+            )
+        self._last_report = time.monotonic()
+
+    def batches(self, batch_index: int) -> Iterator[Batch]:
+        return batches_of_rank(
+            self._load(batch_index).sequences,
+            self._config,
+            self._layout,
+            rank=self._rank,
+            world_size=self._world_size,
+            device=self._device,
+        )
+
+    def target_token_count(self, batch_index: int) -> int:
+        return self._load(batch_index).sequences.target_token_count
+
+    def epoch(self, batch_index: int) -> float:
+        """Return the number of complete passes over the data, because its size is not known."""
+        return float(self._batch.passes) if self._batch else 0.0
+
+    def describe(self, batch_index: int) -> dict[str, Any]:
+        """Return [block, index in the block] of the sequences as `samples`, and their `tokens`."""
+        batch = self._load(batch_index)
+        tokens = [sequence["input_ids"].tolist() for sequence in batch.sequences]
+        return {"samples": batch.samples, "tokens": tokens}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the next batch begins: the state before a block, and how much is used."""
+        if self._block is None:  # another rank than 0, or before the start
+            return dict(self._resumed)
+        return {
+            "batch_index": self._next_index,
+            "state": self._block.state.to_json(),
+            "digest": self._block.sequences.digest(),
+            "sequence": self._offset,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        assert self._reader is None, "call it before `start`"
+        self._resumed = state
+        self._next_index, self._offset = state["batch_index"], state["sequence"]
+
+    def close(self) -> None:
+        if self._reader:
+            self._reader.close()
+
+    def _load(self, batch_index: int) -> GlobalBatch:
+        """Return a global batch: the current one, or a later one. Collective."""
+        if self._batch is None or batch_index != self._batch_index:
+            self._batch = self._run_on_rank0(lambda: self._read(batch_index))
+            self._batch_index = batch_index
+        return self._batch
+
+    def _read(self, batch_index: int) -> GlobalBatch:
+        """Read the batches up to one with an index, and return that."""
+        assert batch_index >= self._next_index, "batches cannot be read again"
+        size = self._config.global_batch_size
+        for _ in range(self._next_index, batch_index):
+            self._take(size)
+        self._next_index = batch_index + 1
+        parts, samples, passes = self._take(size)
+        return GlobalBatch(concatenate(parts), samples, passes)
+
+    def _take(self, number: int) -> tuple[list[TokenSequences], list[tuple[int, int]], int]:
+        """Return the next sequences, where they are in their blocks, and the number of passes."""
+        assert self._block is not None
+        parts, samples = list[TokenSequences](), list[tuple[int, int]]()
+        while len(samples) < number:
+            if self._offset == len(self._block.sequences):
+                self._block, self._offset = self._next_block(), 0
+                continue
+            end = min(self._offset + number - len(samples), len(self._block.sequences))
+            indices = range(self._offset, end)
+            parts.append(self._block.sequences.select(list(indices)))
+            samples += [(self._block.state.block, index) for index in indices]
+            self._offset = end
+        return parts, samples, self._block.passes
+
+    def _next_block(self) -> Block:
+        """Return the next block, and log if training waits too long for data."""
+        assert self._reader is not None
+        started = time.monotonic()
+        block = self._reader.next()
+        now = time.monotonic()
+        self._waited += now - started
+        elapsed = now - self._last_report
+        if self._waited > max(1.0, REPORTED_WAIT * elapsed):
+            logger.warning(
+                "%s: training has waited %.0f s for data, %.0f %% of its time since the last block "
+                "of sequences; tokenize the data first (data.streaming=false) if it fits",
+                self._where, self._waited, 100 * self._waited / elapsed,
+            )  # fmt: skip
+        self._waited, self._last_report = 0.0, now
+        return block

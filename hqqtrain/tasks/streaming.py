@@ -1,0 +1,72 @@
+"""The data of a training with `data.streaming`, which rank 0 reads for all ranks."""
+
+from hqqtrain.checkpoint.format import Checkpoint
+from hqqtrain.config.data_sources import describe_source
+from hqqtrain.data.block_stream import BlockStream
+from hqqtrain.data.layout import BatchLayout
+from hqqtrain.data.sequences import TokenSequences
+from hqqtrain.data.streamed_sources import (
+    check_streamed_overlap,
+    open_training_stream,
+    source_digest,
+)
+from hqqtrain.data.streaming import StreamingLoader
+from hqqtrain.distributed.heartbeat import Heartbeat
+from hqqtrain.loading.plan import ModelPlan
+from hqqtrain.models.causal_lm import vocabulary_size
+from hqqtrain.models.tokenizer import load_tokenizer
+from hqqtrain.tasks.context import Run
+from hqqtrain.tasks.datasets import load_held_out_data
+
+
+def stream_training_data(
+    run: Run, plan: ModelPlan, layout: BatchLayout, checkpoint: Checkpoint | None
+) -> tuple[StreamingLoader, TokenSequences | None, dict[str, str]]:
+    """Start to read `data.source`, from the beginning or where `checkpoint` was. Collective.
+
+    Args:
+        run: The run.
+        plan: The model.
+        layout: Which texts may share a row, and a batch.
+        checkpoint: The checkpoint to resume from.
+
+    Returns:
+        The loader, the held-out set, and a digest of each by its key.
+
+    Raises:
+        UserError: The data cannot be read, overlaps with the held-out text, or has changed.
+        PreemptedError: A rank was asked to stop.
+    """
+    config, comm, preemption = run.config, run.runtime.comm, run.runtime.preemption
+    folder, vocab_size = plan.source.tokenizer, vocabulary_size(plan.model)
+
+    def load() -> tuple[TokenSequences | None, dict[str, str]]:
+        check_streamed_overlap(config.data, config.eval)
+        held_out = load_held_out_data(config, folder, vocab_size)
+        eval_digest = held_out.digest() if held_out else ""
+        return held_out, {"data.source": source_digest(config.data), "eval.source": eval_digest}
+
+    def open_blocks() -> BlockStream:
+        stream = open_training_stream(config.data, config.eval, config.train.seed)
+        # The reader has a tokenizer of its own, because a tokenizer serves one thread at a time.
+        return BlockStream(stream, load_tokenizer(folder), config.train, config.data, vocab_size)
+
+    loader = StreamingLoader(
+        open_blocks, f"data.source={describe_source(config.data.source)}", config.train,
+        comm.run_on_rank0,
+        rank=comm.rank, world_size=comm.size, device=comm.device, layout=layout,
+    )  # fmt: skip
+    if checkpoint:
+        loader.load_state_dict(checkpoint.state["loader"])
+    # The first block, and the rows before it, may take longer than a collective may wait.
+    with Heartbeat(comm) as heartbeat:
+        data = load() if comm.is_main else None
+
+        def check() -> None:
+            heartbeat.check()
+            preemption.check_local()
+
+        if comm.is_main:
+            loader.start(check)
+    held_out, digests = comm.run_on_rank0(lambda: data) or (None, {})
+    return loader, held_out, digests

@@ -1,0 +1,164 @@
+"""Blocks of a stream: the sequences of training without streaming, and bounded memory."""
+
+import json
+import tracemalloc
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import DataConfig, EvalConfig, TrainConfig
+from hqqtrain.data.block_stream import Block, BlockState, BlockStream, concatenate
+from hqqtrain.data.example_stream import ExampleStream, StreamPart, StreamSource
+from hqqtrain.data.packing import pack_examples
+from hqqtrain.data.sequences import TokenSequences
+from hqqtrain.data.sources import load_training_texts
+from hqqtrain.data.streamed_sources import open_training_stream
+from hqqtrain.models.source import TINY_FOLDER
+from hqqtrain.models.tokenizer import load_tokenizer
+
+LENGTH = 24
+NO_EVAL = EvalConfig(source=None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(TINY_FOLDER)
+
+
+@pytest.fixture(params=["text", "chat"])
+def source(request, tmp_path: Path) -> str:
+    """Return a file of rows of different lengths, some longer than a sequence."""
+    rows: list[dict] = [{"text": f"row {i} " * (1 + i % 9)} for i in range(60)]
+    if request.param == "chat":
+        rows = [
+            {"prompt": f"What is {i}? " * (1 + i % 4), "completion": "It is " + "I " * (i % 7)}
+            for i in range(60)
+        ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def blocks_of(tokenizer, data: DataConfig, state: BlockState | None = None, **train) -> Iterator:
+    config = TrainConfig(**{"max_seq_len": LENGTH, "seed": 3} | train)
+    return BlockStream(open_training_stream(data, NO_EVAL), tokenizer, config, data).read(state)
+
+
+def content(sequences: TokenSequences) -> list[tuple]:
+    return [
+        tuple(map(tuple, (each["input_ids"].tolist(), each["labels"].tolist(),
+                          each["position_ids"].tolist())))
+        for each in sequences
+    ]  # fmt: skip
+
+
+def one_pass(blocks: Iterator[Block]) -> list[tuple]:
+    found: list[tuple] = []
+    for block in blocks:
+        if block.passes:
+            return found
+        found += content(block.sequences)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_pass_in_one_block_has_the_sequences_of_training_without_streaming(
+    tokenizer, source, packing
+):
+    data = DataConfig(source=source, streaming=True, shuffle_buffer=0)
+    expected = pack_examples(
+        load_training_texts(data, NO_EVAL), tokenizer, max_seq_len=LENGTH, packing=packing
+    )
+    assert one_pass(blocks_of(tokenizer, data, packing=packing)) == content(expected)
+    assert len(expected) > 30
+
+
+@pytest.mark.parametrize("buffer", [1, 4, 15])
+def test_blocks_have_the_same_tokens(tokenizer, source, buffer):
+    """Plain text is the same stream in the same order; others are packed in other company."""
+    data = DataConfig(source=source, streaming=True, shuffle_buffer=buffer)
+    expected = content(
+        pack_examples(load_training_texts(data, NO_EVAL), tokenizer, max_seq_len=LENGTH)
+    )
+    found = one_pass(blocks_of(tokenizer, data))
+    assert len(found) >= len(expected)
+    if "prompt" not in Path(source).read_text():
+        assert sorted(found) == sorted(expected)
+
+    def trained(sequences: list[tuple]) -> list[int]:
+        return sorted(label for _, labels, _ in sequences for label in labels if label >= 0)
+
+    assert trained(found) == trained(expected)
+
+
+def test_every_pass_is_shuffled_anew(tokenizer, source):
+    blocks = islice(blocks_of(tokenizer, DataConfig(source=source, shuffle_buffer=500)), 2)
+    first, second = (content(block.sequences) for block in blocks)
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+@pytest.mark.parametrize(("buffer", "number"), [(0, 4), (5, 14)])
+def test_blocks_continue_from_every_state(tokenizer, source, buffer, number):
+    data = DataConfig(source=source, shuffle_buffer=buffer)
+    blocks = list(islice(blocks_of(tokenizer, data), number))
+    assert blocks[-1].passes > 0
+    for index, block in enumerate(blocks):
+        state = BlockState.from_json(json.loads(json.dumps(block.state.to_json())))
+        rest = list(islice(blocks_of(tokenizer, data, state), min(2, number - index)))
+        for ours, theirs in zip(rest, blocks[index : index + 2], strict=True):
+            assert ours.sequences.digest() == theirs.sequences.digest()
+            assert ours.state.to_json() == theirs.state.to_json()
+            assert ours.passes == theirs.passes
+
+
+def test_the_memory_of_a_source_without_end_is_constant(tokenizer):
+    class Endless:
+        def __iter__(self):
+            return (f"row {number} " * 40 for number in count())
+
+    stream = ExampleStream([StreamSource("data.source=endless", [StreamPart(Endless())])])
+    train = TrainConfig(max_seq_len=64)
+    blocks = BlockStream(stream, tokenizer, train, DataConfig(shuffle_buffer=50)).read()
+    tracemalloc.start()
+    peaks = []
+    for _ in range(3):
+        tracemalloc.reset_peak()
+        assert all(45 <= len(block.sequences) <= 60 for block in islice(blocks, 10))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+    assert peaks[2] < 1.2 * peaks[1]
+    assert peaks[2] < 5e6
+
+
+def test_what_is_not_trained_is_an_error(tokenizer, tmp_path):
+    file = tmp_path / "a.jsonl"
+    row = {"prompt": "a long prompt " * 40, "completion": "x"}
+    file.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="none of its examples has a trained token"):
+        list(blocks_of(tokenizer, DataConfig(source=str(file))))
+    data = DataConfig(source=str(file), on_long="error")
+    with pytest.raises(UserError, match=r"example 1 has \d+ tokens"):
+        list(blocks_of(tokenizer, data))
+
+
+def test_a_token_that_the_model_does_not_have_is_an_error(tokenizer, source):
+    data = DataConfig(source=source)
+    stream = open_training_stream(data, NO_EVAL)
+    with pytest.raises(UserError, match="only 20 embeddings"):
+        next(BlockStream(stream, tokenizer, TrainConfig(), data, vocab_size=20).read())
+
+
+def test_sequences_are_concatenated_without_the_rest_of_their_stream(tokenizer, source):
+    block = next(blocks_of(tokenizer, DataConfig(source=source, shuffle_buffer=8)))
+    picked = [block.sequences.select([i]) for i in (3, 1)] + [block.sequences.select([0, 2])]
+    joined = concatenate(picked)
+    assert content(joined) == [content(block.sequences)[i] for i in (3, 1, 0, 2)]
+    assert len(joined.stream) == np.sum(joined.end - joined.begin)
+    assert content(joined.split_texts()) == [
+        each for part in picked for each in content(part.split_texts())
+    ]

@@ -1,0 +1,202 @@
+"""The streaming loader: any number of ranks, resuming at every batch, errors of the reader."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from ranks import on_ranks
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import DataConfig, EvalConfig, TrainConfig
+from hqqtrain.data.block_stream import Block, BlockStream
+from hqqtrain.data.layout import PACKED, BatchLayout
+from hqqtrain.data.loader import PackedLoader
+from hqqtrain.data.packing import pack_examples
+from hqqtrain.data.sources import load_training_texts
+from hqqtrain.data.streamed_sources import open_training_stream
+from hqqtrain.data.streaming import StreamingLoader, run_alone
+from hqqtrain.distributed.comm import Communicator
+from hqqtrain.models.source import TINY_FOLDER
+from hqqtrain.models.tokenizer import load_tokenizer
+
+NO_EVAL = EvalConfig(source=None)
+TRAIN = TrainConfig(max_steps=20, global_batch_size=4, micro_batch_size=2, max_seq_len=24, seed=1)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": f"row {i} " * (1 + i % 9)}) + "\n"
+                            for i in range(60)))  # fmt: skip
+    return str(file)
+
+
+def make_loader(
+    source: str, state: dict | None = None, *, buffer: int = 6, run_on_rank0: Callable = run_alone,
+    rank: int = 0, world_size: int = 1, layout: BatchLayout = PACKED,
+) -> StreamingLoader:  # fmt: skip
+    data = DataConfig(source=source, shuffle_buffer=buffer, streaming=True)
+
+    def open_blocks() -> BlockStream:
+        stream = open_training_stream(data, NO_EVAL)
+        return BlockStream(stream, load_tokenizer(TINY_FOLDER), TRAIN, data)
+
+    loader = StreamingLoader(
+        open_blocks, f"data.source={source}", TRAIN, run_on_rank0,
+        rank=rank, world_size=world_size, layout=layout,
+    )  # fmt: skip
+    if state:
+        loader.load_state_dict(json.loads(json.dumps(state)))
+    if rank == 0:
+        loader.start()
+    return loader
+
+
+def content(batches: Iterator) -> list[list[list[int]]]:
+    return [batch[name].tolist() for batch in batches for name in ("input_ids", "labels")]
+
+
+@pytest.mark.parametrize("layout", [PACKED, BatchLayout(packs=False)])
+def test_batches_are_those_of_data_in_memory_if_the_buffer_has_all_of_it(rows, layout):
+    data = DataConfig(source=rows)
+    sequences = pack_examples(
+        load_training_texts(data, NO_EVAL), load_tokenizer(TINY_FOLDER), max_seq_len=24
+    )
+    in_memory = PackedLoader(sequences, TRAIN, layout=layout)
+    streamed = make_loader(rows, buffer=1000, layout=layout)
+    assert len(sequences) < 15 * 4
+    for index in range(20):  # more than a pass
+        assert content(streamed.batches(index)) == content(in_memory.batches(index))
+        assert streamed.target_token_count(index) == in_memory.target_token_count(index)
+        assert streamed.describe(index)["tokens"] == in_memory.describe(index)["tokens"]
+        assert streamed.epoch(index) == (index * 4 + 3) // len(sequences)
+    assert streamed.total_steps == 20
+    streamed.close()
+
+
+@pytest.mark.parametrize("layout", [PACKED, BatchLayout(packs=False)])
+def test_ranks_share_the_global_batches_of_one_process(rows, layout):
+    alone = make_loader(rows, layout=layout)
+    shared: dict[int, object] = {}
+    loaders = [
+        make_loader(
+            rows, rank=rank, world_size=2, layout=layout,
+            run_on_rank0=(lambda work: shared.setdefault(0, work())) if rank == 0
+            else (lambda work: shared.pop(0)),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for index in range(12):
+        whole = alone.describe(index)["tokens"]
+        parts = [content(loader.batches(index)) for loader in loaders]
+        assert [loader.describe(index)["tokens"] for loader in loaders] == [whole, whole]
+        targets = sum(label >= 0 for part in parts for labels in part[1::2] for row in labels
+                      for label in row)  # fmt: skip
+        assert targets == loaders[1].target_token_count(index) == alone.target_token_count(index)
+        assert len(parts[0]) == len(parts[1])  # all ranks run the same number of micro-batches
+    alone.close()
+    loaders[0].close()
+
+
+def test_a_resumed_loader_gives_the_same_rest_at_every_batch(rows):
+    loader = make_loader(rows)
+    states, batches = [], []
+    for index in range(14):
+        states.append(json.loads(json.dumps(loader.state_dict())))
+        batches.append((content(loader.batches(index)), loader.epoch(index + 1)))
+    loader.close()
+    assert batches[-1][1] >= 1.0
+    for begin, state in enumerate(states[1:], start=1):
+        resumed = make_loader(rows, state)
+        assert resumed.state_dict() == state
+        for index in range(begin, min(begin + 4, 14)):
+            assert (content(resumed.batches(index)), resumed.epoch(index + 1)) == batches[index]
+        resumed.close()
+
+
+def test_batches_that_are_skipped_are_read_and_dropped(rows):
+    loader, other = make_loader(rows), make_loader(rows)
+    for index in range(8):
+        last = content(loader.batches(index))
+    assert content(other.batches(7)) == last
+    assert other.state_dict() == loader.state_dict()
+    for each in (loader, other):
+        each.close()
+
+
+def test_changed_text_is_refused_when_the_run_resumes(rows):
+    loader = make_loader(rows)
+    list(loader.batches(0))
+    state = loader.state_dict()
+    loader.close()
+    Path(rows).write_text(Path(rows).read_text().replace("row 3 ", "raw 3 "))
+    with pytest.raises(UserError, match="its text is not that of the checkpoint any more"):
+        make_loader(rows, state)
+
+
+def test_an_error_of_the_reader_reaches_the_training_once_it_needs_the_row(rows):
+    lines = [*Path(rows).read_text().splitlines() * 6, '{"text"']
+    Path(rows).write_text("\n".join(lines))
+    loader = make_loader(rows)
+    with pytest.raises(UserError, match=r"cannot read .*rows\.jsonl, line 361: "):
+        read_batches(loader, 200)
+    with pytest.raises(UserError, match="line 361"):  # also if it is asked again
+        list(loader.batches(200))
+
+
+def read_batches(loader: StreamingLoader, number: int) -> None:
+    for index in range(number):
+        list(loader.batches(index))
+
+
+def _read_a_bad_row(rank: int, comm: Communicator, file: str) -> None:
+    loader = make_loader(file, rank=rank, world_size=comm.size, run_on_rank0=comm.run_on_rank0)
+    read_batches(loader, 2000)
+
+
+@pytest.mark.ranks
+def test_an_error_in_row_1000_reaches_both_ranks(tmp_path: Path):
+    lines = [json.dumps({"text": f"row {i}"}) for i in range(999)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*lines, '{"text"', *lines]))
+    first, second = on_ranks(_read_a_bad_row, 2, str(tmp_path / "rows.jsonl"))
+    assert "rows.jsonl, line 1000: " in first
+    assert first == second
+
+
+class _SlowBlocks:
+    """A data set whose second block takes a while."""
+
+    def __init__(self, blocks: Iterator[Block], seconds: float) -> None:
+        self._blocks, self._seconds = blocks, seconds
+
+    def read(self, state: object) -> Iterator[Block]:
+        yield next(self._blocks)
+        time.sleep(self._seconds)
+        yield from self._blocks
+
+
+def test_the_log_says_how_long_training_waits_for_data(rows, caplog):
+    data = DataConfig(source=rows, shuffle_buffer=6)
+    stream = BlockStream(
+        open_training_stream(data, NO_EVAL), load_tokenizer(TINY_FOLDER), TRAIN, data
+    )
+    before = set(threading.enumerate())
+    slow = _SlowBlocks(stream.read(), 1.2)
+    loader = StreamingLoader(lambda: slow, "data.source=rows", TRAIN)
+    loader.start()
+    read_batches(loader, 3)
+    (record,) = [r for r in caplog.records if "has waited 1 s for data, " in r.message]
+    assert record.levelname == "WARNING"
+    loader.close()
+    assert set(threading.enumerate()) <= before
+
+
+def test_data_that_does_not_come_ends_the_training(rows, monkeypatch):
+    loader = make_loader(rows)
+    loader.close()  # the thread reads no more
+    monkeypatch.setattr("hqqtrain.data.block_reader.MAX_WAIT_SECONDS", 0.3)
+    with pytest.raises(UserError, match="no data has come for"):
+        read_batches(loader, 20)
