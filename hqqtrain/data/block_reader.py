@@ -14,7 +14,7 @@ from hqqtrain.data.block_stream import Block
 MAX_WAIT_SECONDS = 20 * 60.0
 """Longest wait for a block. It is shorter than the time-out of the ranks that wait meanwhile."""
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.05
 
 
 class BlockReader:

@@ -96,8 +96,12 @@ class StreamSource:
     parts: Sequence[StreamPart]
     weight: float = 1.0
 
-    def read(self, start: Place) -> Iterator[tuple[Place, Example]]:
+    def read(self, start: Place, *, logs: bool = True) -> Iterator[tuple[Place, Example]]:
         """Yield examples without end, from a place on, each with the place after it.
+
+        Args:
+            start: The place.
+            logs: Whether to log that a pass begins.
 
         Raises:
             UserError: A pass has no example, or the source cannot be read.
@@ -113,7 +117,8 @@ class StreamSource:
                 raise UserError(
                     f"{self.name}: has no example to train on; all are empty or held out."
                 )
-            logger.info("%s: its end is reached; pass %d begins.", self.name, place.passes + 2)
+            if logs:
+                logger.info("%s: its end is reached; pass %d begins.", self.name, place.passes + 2)
             place, has_examples = Place(place.passes + 1), False
 
 
@@ -145,19 +150,28 @@ class ExampleStream:
 
     def first_pass(self) -> Iterator[Example]:
         """Yield the examples until a source begins again."""
-        for place, example in self.read(self.start()):
+        for place, example in self.read(self.start(), logs=False):
             if any(of_source.passes for of_source in place.places):
                 return
             yield example
 
-    def read(self, start: StreamPlace) -> Iterator[tuple[StreamPlace, Example]]:
+    def read(
+        self, start: StreamPlace, *, logs: bool = True
+    ) -> Iterator[tuple[StreamPlace, Example]]:
         """Yield examples without end, from a place on, each with the place after it.
+
+        Args:
+            start: The place.
+            logs: Whether to log that a pass over a source begins.
 
         Raises:
             UserError: A source has no example to train on, or cannot be read.
         """
         places = list(start.places)
-        readers = [source.read(place) for source, place in zip(self._sources, places, strict=True)]
+        readers = [
+            source.read(place, logs=logs)
+            for source, place in zip(self._sources, places, strict=True)
+        ]
         number = start.examples
         while True:
             source = self._choose(number)

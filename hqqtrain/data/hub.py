@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -29,8 +29,8 @@ from hqqtrain.data.splits import HELD_OUT_SPLITS, TRAIN, split_of_name
 if TYPE_CHECKING:
     import datasets
 
-    Split = datasets.Dataset | datasets.IterableDataset
-    Splits = datasets.DatasetDict | datasets.IterableDatasetDict
+    Split: TypeAlias = datasets.Dataset | datasets.IterableDataset
+    Splits: TypeAlias = datasets.DatasetDict | datasets.IterableDatasetDict
 
 logger = logging.getLogger(__name__)
 

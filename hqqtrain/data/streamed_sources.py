@@ -118,8 +118,15 @@ def first_training_texts(data: DataConfig, evaluation: EvalConfig) -> Iterable[E
     return FirstExamples(stream.first_pass(), max_examples=SHOWN_EXAMPLES)
 
 
-def streamed_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Iterable[Example]:
+def streamed_held_out_texts(
+    evaluation: EvalConfig, data: DataConfig, *, logs: bool = True
+) -> Iterable[Example]:
     """Load enough held-out examples to measure `eval.tokens` tokens; see `load_held_out_texts`.
+
+    Args:
+        evaluation: The group `eval` of the configuration.
+        data: The group `data` of the configuration.
+        logs: Whether to log how many texts are measured.
 
     Raises:
         UserError: The source cannot be read, or no text of its first GiB is held out.
@@ -140,8 +147,10 @@ def streamed_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Iterabl
             f"{data.validation}); use a larger data.validation, set eval.source to another source "
             "or to null, or set data.streaming=false, which holds out at least one."
         )
-    logger.info(
-        "%s: texts are held out by their hashes (data.validation=%s); the first %d are measured.",
+    if logs:
+        logger.info(
+            "%s: texts are held out by their hashes (data.validation=%s); the first %d are "
+            "measured.",
         where, data.validation, len(found),
     )  # fmt: skip
     return found
@@ -157,7 +166,7 @@ def check_streamed_overlap(data: DataConfig, evaluation: EvalConfig) -> None:
         return
     stream = open_training_stream(data, evaluation)
     beginning = FirstExamples(stream.first_pass(), max_read=COMPARED_CHARACTERS)
-    held_out = list(streamed_held_out_texts(evaluation, data))
+    held_out = list(streamed_held_out_texts(evaluation, data, logs=False))
     where, fix = f"data.source={describe_source(data.source)}", None
     if not evaluates_on_training_source(evaluation, data):
         where, fix = f"eval.source={evaluation.source}, {where}", ", or set eval.source=auto"

@@ -1,5 +1,7 @@
 """The data of a training with `data.streaming`, which rank 0 reads for all ranks."""
 
+import logging
+
 from hqqtrain.checkpoint.format import Checkpoint
 from hqqtrain.config.data_sources import describe_source
 from hqqtrain.data.block_stream import BlockStream
@@ -17,6 +19,8 @@ from hqqtrain.models.causal_lm import vocabulary_size
 from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import load_held_out_data
+
+logger = logging.getLogger(__name__)
 
 
 def stream_training_data(
@@ -51,8 +55,9 @@ def stream_training_data(
         # The reader has a tokenizer of its own, because a tokenizer serves one thread at a time.
         return BlockStream(stream, load_tokenizer(folder), config.train, config.data, vocab_size)
 
+    where = f"data.source={describe_source(config.data.source)}"
     loader = StreamingLoader(
-        open_blocks, f"data.source={describe_source(config.data.source)}", config.train,
+        open_blocks, where, config.train,
         comm.run_on_rank0,
         rank=comm.rank, world_size=comm.size, device=comm.device, layout=layout,
     )  # fmt: skip
@@ -68,5 +73,6 @@ def stream_training_data(
 
         if comm.is_main:
             loader.start(check)
+            logger.info("%s: the first sequences are ready; more are read during training", where)
     held_out, digests = comm.run_on_rank0(lambda: data) or (None, {})
     return loader, held_out, digests

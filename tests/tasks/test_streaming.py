@@ -1,0 +1,81 @@
+"""A training on streamed data: its files, its checkpoints, and its errors before any work."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from hqqtrain.common.errors import PreemptedError, UserError
+from hqqtrain.distributed.preemption import PreemptionHandler
+from hqqtrain.tasks.data import show_data
+from hqqtrain.tasks.evaluation import RecordedEvaluation
+from hqqtrain.tasks.finetune import finetune
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": f"def f_{i}(x): return {i} * x"}) + "\n"
+                            for i in range(60)))  # fmt: skip
+    return str(file)
+
+
+@pytest.fixture
+def train(make_config, start_run, rows):
+    """Return a function that trains for three steps, and returns the losses and the adapter."""
+
+    def run_named(name: str, **data: object) -> tuple[list[float], dict]:
+        settings = {"source": rows, "streaming": True, "shuffle_buffer": 4} | data
+        config = make_config(data=settings, run={"name": name}, train={"max_steps": 3})
+        with start_run(config) as run:
+            finetune(run)
+            folder = run.layout.folder
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses = [line["train/loss"] for line in lines if "train/loss" in line]
+        tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+        return losses, {name: tensor.tolist() for name, tensor in tensors.items()}
+
+    return run_named
+
+
+def test_a_buffer_for_all_data_gives_the_bits_of_a_training_without_streaming(train):
+    assert train("streamed", shuffle_buffer=1000) == train("memory", streaming=False)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch, tmp_path):
+    whole = train("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordedEvaluation, "evaluate_as", lambda *_, **__: None)
+        patch.setattr(PreemptionHandler, "stop_reason", "SIGUSR1 was received")
+        with pytest.raises(PreemptedError):
+            train("stopped")
+    (folder,) = (tmp_path / "runs" / "stopped" / "checkpoints").iterdir()
+    state = json.loads((folder / "state.json").read_text())["loader"]
+    assert (state["batch_index"], state["sequence"]) == (1, 2)
+    assert train("stopped") == whole
+
+
+def test_other_files_are_refused_when_the_run_resumes(train, make_config, start_run, rows):
+    train("run")
+    with Path(rows).open("a") as file:
+        file.write('{"text": "one more"}\n')
+    data = {"source": rows, "streaming": True, "shuffle_buffer": 4}
+    config = make_config(data=data, train={"max_steps": 4})
+    with start_run(config) as run, pytest.raises(UserError, match=r"other text than data\.source"):
+        finetune(run)
+
+
+def test_a_bad_row_ends_the_run_before_anything_is_quantized(train, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 7}\n')
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 2"):
+        train("run", source=str(tmp_path / "bad.jsonl"))
+    assert not (tmp_path / "runs" / "run" / "quantized").exists()
+
+
+def test_the_first_examples_are_shown(make_config, start_run, rows, capsys, monkeypatch):
+    monkeypatch.setattr("hqqtrain.data.streamed_sources.SHOWN_EXAMPLES", 7)
+    config = make_config("data", data={"source": rows, "streaming": True}, eval={"source": None})
+    with start_run(config) as run:
+        show_data(run)
+    assert "example 1 of 7" in capsys.readouterr().out
