@@ -24,7 +24,14 @@ FOREIGN_NAMES = {
     "lora_target": "adapter.target_modules", "lora_target_modules": "adapter.target_modules",
     "use_rslora": "adapter.kind=rslora", "init_lora_weights": "adapter.init",
     "adapter_name_or_path": "adapter.init_from", "lora_model_dir": "adapter.init_from",
-    "peft_model_id": "adapter.init_from",
+    "peft_model_id": "adapter.init_from", "lora_modules_to_save": "adapter.modules_to_save",
+    "additional_target": "adapter.modules_to_save",
+    # tokens
+    "tokens": "data.add_tokens", "add_special_tokens": "data.add_tokens",
+    "new_special_tokens": "data.add_tokens", "additional_special_tokens": "data.add_tokens",
+    "extra_special_tokens": "data.add_tokens", "special_tokens": "data.add_tokens",
+    "setup_chat_format": "data.add_tokens=auto", "resize_vocab": "data.add_tokens",
+    "trainable_token_indices": "data.add_tokens",
     # training
     "learning_rate": "optim.lr", "lr_rate": "optim.lr", "lr_scheduler": "optim.schedule",
     "lr_scheduler_type": "optim.schedule", "scheduler": "optim.schedule",

@@ -31,6 +31,11 @@ AUTO = "auto"
 """The value of eval.source that holds out a part of data.source."""
 
 
+def _is_names(value: Any) -> bool:
+    """Whether `value` is a list of strings that are not blank."""
+    return isinstance(value, list) and all(isinstance(x, str) and x.strip() for x in value)
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """The model and the source of its weights."""
@@ -127,12 +132,17 @@ class AdapterConfig:
         "[q_proj,v_proj], or all-linear (all but the head); also globs",
         factory=lambda: ["*"],
     )
+    modules_to_save: list[str] = key(
+        help="small modules to train in full and save with the adapter, as in PEFT: names such as "
+        "[norm,lm_head]; also globs",
+        factory=list,
+    )
 
     def errors(self) -> Iterator[str]:
         """Yield a message if `target_modules` is neither a name nor a list of names."""
         names = self.target_modules
         names = names if isinstance(names, list) else [names]
-        if not names or not all(isinstance(name, str) and name for name in names):
+        if not names or not _is_names(names):
             shown = "null" if self.target_modules is None else self.target_modules
             yield (
                 f"adapter.target_modules={shown}: must be a list of names, such as "
@@ -233,6 +243,11 @@ class DataConfig:
         "how chats are written as text; auto: by the tokenizer's own template; or chatml, gemma, "
         "llama3, mistral, plain, or the path of a .jinja file",
     )
+    add_tokens: Any = key(  # list[str] | str | None, a union that OmegaConf does not have
+        None,
+        "tokens to add to the tokenizer, whose embeddings are trained: a list; or auto: the "
+        "markers of the chat template that are no tokens yet",
+    )
     loss_on: str = key(
         AUTO,
         "the tokens that are trained; auto: all of plain text, the answers of the assistant in "
@@ -265,8 +280,14 @@ class DataConfig:
     show: int = key(3, "examples that task=data shows; 0: none", low=0, high=1000)
 
     def errors(self) -> Iterator[str]:
-        """Yield a message for every fault of `source`, and if `validation` is not a share."""
+        """Yield a message for every fault of `source`, `add_tokens` and `validation`."""
         yield from source_errors(self.source)
+        tokens = self.add_tokens
+        if tokens not in (None, AUTO) and not _is_names(tokens):
+            yield (
+                f"data.add_tokens={tokens}: must be a list of tokens, such as "
+                "['<|im_start|>','<|im_end|>'], or auto or null."
+            )
         if not 0 < self.validation < 1:
             yield (
                 f"data.validation={self.validation}: must be above 0 and below 1; to train on all "

@@ -5,6 +5,7 @@ prompt with a completion trains the completion, and tokens bring their own label
 changes that.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from itertools import count, groupby
@@ -16,6 +17,7 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import AUTO, DataConfig
 from hqqtrain.data.chat.encoding import ChatEncoder, Encoded, check_is_fast, encode_spans
 from hqqtrain.data.chat.library import chat_template_source
+from hqqtrain.data.chat.markers import missing_markers
 from hqqtrain.data.chat.template import ChatTemplate, RenderError
 from hqqtrain.data.chat.turns import InexactError
 from hqqtrain.data.examples import Completion, Conversation, Example, Tokens, text_of
@@ -24,6 +26,8 @@ from hqqtrain.data.tokenization import encode_texts, watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _LOSS_ON = {
     str: ("text", ("all",)),
@@ -130,6 +134,12 @@ class ExampleEncoder:
 
     def _make_chat_encoder(self) -> ChatEncoder:
         template = ChatTemplate(self._tokenizer, chat_template_source(self._chat_template))
+        if missing := missing_markers(template, self._tokenizer):
+            _warn_once(
+                f"{', '.join(missing)}: the tokenizer does not have these markers of the chat "
+                "template as tokens, so they are trained as ordinary text; data.add_tokens=auto "
+                "adds them"
+            )
         return ChatEncoder(self._tokenizer, template, self._loss_on)
 
     def _tokens_before_text(self) -> list[int]:
@@ -152,6 +162,12 @@ class ExampleEncoder:
             ids, targets = [*ids, eos], [*targets, True]
         targets[:1] = [False]
         return np.array(ids, np.int32), np.array(targets, bool)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Log a warning once, because the held-out text has the same template."""
+    logger.warning(message)
 
 
 def _encode_tokens(example: Tokens) -> Encoded:

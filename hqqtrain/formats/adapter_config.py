@@ -49,9 +49,7 @@ _REASONS = {
     "bias": "biases of the base are trained, too",
     "layer_replication": "layers of the base are repeated",
     "lora_bias": "the matrices B have biases",
-    "modules_to_save": "whole modules of the base are trained, too",
     "target_parameters": "parameters that are not linear layers are adapted",
-    "trainable_token_indices": "embeddings of single tokens are trained, too",
     "use_dora": "the norms of the weights' rows are trained, too (DoRA)",
 }
 """The meaning of the keys that are refused most often."""
@@ -254,6 +252,10 @@ def _is_indices(value: Any) -> bool:
     return value is None or all(_is_integer(item, 0) for item in items)
 
 
+def _lists_of(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else [value] if value else []
+
+
 _NAMES = ("base_model_name_or_path", "revision", "inference_mode", "task_type")
 """Further keys that `LoraConfig` gets."""
 
@@ -272,5 +274,15 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "exclude_modules": (_is_names, "a string or a list of strings"),
     "layers_to_transform": (_is_indices, "an integer or a list of integers"),
     "layers_pattern": (_is_names, "a string or a list of strings"),
+    "modules_to_save": (
+        lambda value: value is None or (isinstance(value, list) and _is_names(value)),
+        "a list of strings",
+    ),
+    "trainable_token_indices": (
+        lambda value: isinstance(value, dict | list | None) and all(
+            isinstance(ids, list) and ids and _is_indices(ids) for ids in _lists_of(value)
+        ),
+        "a list of token ids, or a mapping of modules to such lists",
+    ),
 }  # fmt: skip
 """Keys that say what plain LoRA computes: their check and their allowed values."""

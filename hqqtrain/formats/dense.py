@@ -48,12 +48,16 @@ def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapte
             a value is not finite in `dtype`.
     """
     adapted = set(adapter.modules) if adapter else set()
+    replaced = set(adapter.base_tensors) if adapter else set()
     _check_adapter(adapter, settings)
     # Collect the W_q, scale and zero of a layer until all three have arrived.
     incomplete: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors:
         module, _, attribute = name.rpartition(".")
         if module not in settings.modules or attribute not in PACKED_PARAMETERS:
+            if adapter and name in replaced:
+                tensor = adapter.replaced(name, tensor)
+                replaced.remove(name)
             yield name, _round(name, tensor, dtype) if tensor.is_floating_point() else tensor
             continue
         packed = incomplete.setdefault(module, {})
@@ -69,6 +73,11 @@ def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapte
                         "adapter is damaged or has diverged. Use another checkpoint."
                     )
             yield f"{module}.weight", _round(f"{module}.weight", weight, dtype)
+    if replaced:
+        raise UserError(
+            f"adapter: has trained {min(replaced)}, which this base does not have, or has "
+            "quantized; use an adapter of this model."
+        )
     assert not incomplete, f"tensors are missing of {sorted(incomplete)}"
 
 

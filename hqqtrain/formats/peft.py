@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -28,6 +29,8 @@ from hqqtrain.formats.adapter_config import (
     read_adapter_config,
     resolve_patterns,
 )
+from hqqtrain.formats.base_parts import TOKENS_SUFFIX, read_base_parts
+from hqqtrain.formats.companions import copy_companion_files
 from hqqtrain.formats.writer import save_tensors
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -50,7 +53,7 @@ class Adapter:
     Attributes:
         config: PEFT's configuration. Its patterns are full names of modules.
         state: The tensors by PEFT's names: `base_model.model.<module>.lora_A.weight` [r, in] and
-            `.lora_B.weight` [out, r].
+            `.lora_B.weight` [out, r], and those of `base_parts.py`.
         fingerprint: The fingerprint of the quantized base that the adapter was trained on. None
             if the file does not record it, as in adapters of other tools.
     """
@@ -77,6 +80,31 @@ class Adapter:
         """Return what merging adds to a weight: scaling * B A, fp32 [out_features, in_features]."""
         A, B = (self.state[f"{_PREFIX}{module}.lora_{x}.weight"].to(device).float() for x in "AB")
         return self.scaling(module) * (B @ A)
+
+    @property
+    def token_ids(self) -> set[int]:
+        """The ids of all tokens whose embeddings the adapter has trained."""
+        tokens: Any = self.config.trainable_token_indices or {}
+        return {id for ids in tokens.values() for id in ids}
+
+    @property
+    def base_tensors(self) -> list[str]:
+        """Names of the tensors of the base that the adapter replaces, as a whole or in part."""
+        tokens: Any = self.config.trainable_token_indices or {}
+        names = (name.removeprefix(_PREFIX) for name in self.state if ".lora_" not in name)
+        full = [name for name in names if not name.endswith(TOKENS_SUFFIX)]
+        return [*full, *(f"{module}.weight" for module in tokens)]
+
+    def replaced(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the base as the adapter has trained it; itself if it has not."""
+        if (full := self.state.get(f"{_PREFIX}{name}")) is not None:
+            return full.to(tensor.device)
+        tokens: Any = self.config.trainable_token_indices or {}
+        module = name.removesuffix(".weight")
+        if module not in tokens or name == module:
+            return tensor
+        rows = self.state[f"{_PREFIX}{module}{TOKENS_SUFFIX}"].to(tensor.device).float()
+        return tensor.float().index_copy(0, torch.tensor(tokens[module]).to(rows.device), rows)
 
     def check_base(self, fingerprint: str, origin: str) -> None:
         """Check that the adapter was trained on the base with this fingerprint.
@@ -107,7 +135,7 @@ class BaseModelRef:
 
 
 def save_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, folder: Path, *,
-                 card: AdapterCard) -> None:  # fmt: skip
+                 card: AdapterCard, tokenizer: Path | None = None) -> None:  # fmt: skip
     """Write a stock PEFT adapter with a README.md, completely or not at all.
 
     Args:
@@ -115,12 +143,15 @@ def save_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, folder: 
         config: PEFT's configuration.
         folder: The folder to create or replace.
         card: The content of README.md, with the name of the base.
+        tokenizer: The folder of a tokenizer to save with the adapter.
     """
     with atomic_directory(folder) as partial:
         write_adapter(
             partial, state, config, BaseModelRef(card.base, card.revision, card.fingerprint)
         )
         atomic_write(partial / "README.md", render_card(card))
+        if tokenizer:
+            copy_companion_files(tokenizer, partial)
 
 
 def write_adapter(
@@ -139,8 +170,9 @@ def write_adapter(
 
 
 def load_adapter(
-    folder: Path, *, origin: str = "", linears: Mapping[str, tuple[int, int]] | None = None
-) -> Adapter:
+    folder: Path, *, origin: str = "", linears: Mapping[str, tuple[int, int]] | None = None,
+    tensors: Mapping[str, tuple[int, ...]] | None = None,
+) -> Adapter:  # fmt: skip
     """Read a PEFT LoRA adapter from a folder.
 
     Args:
@@ -149,10 +181,11 @@ def load_adapter(
         linears: (out_features, in_features) of every linear layer of the model that may have an
             adapter, by its name. The adapter must fit, which is checked before its tensors are
             read. By default the adapter is read for no model in particular.
+        tensors: The shapes of all tensors of the model, for what the adapter trains of its base.
 
     Raises:
         UserError: A file is missing or damaged, the adapter does not fit the model, or it is more
-            than the two LoRA matrices of each linear layer, which hqqtrain cannot merge.
+            than hqqtrain can merge.
     """
     folder, origin = Path(folder), origin or str(folder)
     for name in (CONFIG, WEIGHTS):
@@ -161,8 +194,12 @@ def load_adapter(
     config = read_adapter_config(folder / CONFIG, origin)
     resolved: list[LoraConfig] = []
 
-    def check(matrices: Mapping[str, tuple[int, ...]]) -> None:
-        resolved.append(resolve_patterns(config, _check_pairs(matrices, origin), linears, origin))
+    def check(shapes: Mapping[str, tuple[int, ...]]) -> None:
+        matrices = {name: shape for name, shape in shapes.items() if ".lora_" in name}
+        others = {k.removeprefix(_PREFIX): v for k, v in shapes.items() if k not in matrices}
+        parts = read_base_parts(config, others, tensors, origin)
+        plain = resolve_patterns(config, _check_pairs(matrices, origin), linears, origin)
+        resolved.append(parts.add_to(plain))
 
     state, metadata = _read_state(folder / WEIGHTS, check, origin)
     _check_scaling(config, metadata.get(_SCALING_KEY), origin)
@@ -231,12 +268,6 @@ def _check_pairs(matrices: Mapping[str, tuple[int, ...]], origin: str) -> dict[s
     pairs: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in matrices.items():
         match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", name)
-        if ".lora_" not in name:
-            raise UserError(
-                f"{origin}: {WEIGHTS}: {name} {list(shape)} is a weight of the base, not one of a "
-                "pair of LoRA matrices. Train the adapter without changing the base, or save it "
-                "with save_embedding_layers=False."
-            )
         if match is None or len(shape) != 2:
             raise UserError(
                 f"{origin}: {WEIGHTS}: {name} {list(shape)} is not one of a pair of LoRA matrices."

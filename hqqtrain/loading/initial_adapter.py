@@ -4,18 +4,22 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel
-from torch import nn
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import AdapterConfig
 from hqqtrain.distributed.local import copy_from_full
+from hqqtrain.formats.base_parts import TOKENS_SUFFIX
 from hqqtrain.formats.manifest import DamagedError, check_sealed, is_sealed
 from hqqtrain.formats.peft import Adapter, load_adapter
-from hqqtrain.models.fqn import is_adapter, peft_key
+from hqqtrain.models.fqn import is_adapter, original_module, peft_key, strip_wrappers
 from hqqtrain.models.source import ModelSource
+from hqqtrain.models.weights.base import WeightSource
 from hqqtrain.nn.lora import (
     init_adapters,
     inject_adapters,
@@ -48,6 +52,7 @@ def load_initial_adapter(
     source: ModelSource,
     resumed: Path | None,
     linears: Mapping[str, tuple[int, int]] | None = None,
+    tensors: Mapping[str, tuple[int, ...]] | None = None,
 ) -> InitialAdapter | None:
     """Load the adapter to start from, or return None if the run starts with fresh adapters.
 
@@ -59,6 +64,7 @@ def load_initial_adapter(
         source: The model's source.
         resumed: The folder of the checkpoint, if the run resumes.
         linears: The linear layers that the adapter must fit, see `load_adapter`.
+        tensors: The tensors of the model, see `load_adapter`.
 
     Raises:
         UserError: The adapter cannot be read, is missing, is not plain LoRA or does not fit, or a
@@ -87,7 +93,8 @@ def load_initial_adapter(
         _check_manifest(folder, origin)
         if (run := RunLayout(folder.resolve().parent)).adapter == folder.resolve():
             check_results(run, "Restore it, or run its command again.", TRAINED_RESULTS)
-    return InitialAdapter(folder, load_adapter(folder, origin=origin, linears=linears), origin)
+    adapter = load_adapter(folder, origin=origin, linears=linears, tensors=tensors)
+    return InitialAdapter(folder, adapter, origin)
 
 
 def _check_manifest(folder: Path, origin: str) -> None:
@@ -114,7 +121,12 @@ def unknown_base_warning(start: InitialAdapter, source: ModelSource) -> str:
 
 
 def add_adapter(
-    model: PreTrainedModel, config: AdapterConfig, start: InitialAdapter | None, *, adapts: bool
+    model: PreTrainedModel,
+    config: AdapterConfig,
+    start: InitialAdapter | None,
+    token_ids: Sequence[int] = (),
+    *,
+    adapts: bool,
 ) -> tuple[PeftModel, LoraConfig]:
     """Add an adapter to `model`, without values.
 
@@ -122,6 +134,7 @@ def add_adapter(
         model: The quantized model on the meta device, changed in place.
         config: The group `adapter` of the configuration.
         start: The existing adapter, if any.
+        token_ids: The ids of new tokens, whose embeddings a new adapter trains.
         adapts: Whether the adapter is that of `config`, to be trained. Otherwise it is `start`.
 
     Returns:
@@ -132,7 +145,8 @@ def add_adapter(
             PEFT refuses a module.
     """
     if adapts:
-        targets, lora = target_linears(config, model), lora_config(config, model)
+        ids = {*token_ids, *(start.adapter.token_ids if start else ())}
+        targets, lora = target_linears(config, model), lora_config(config, model, sorted(ids))
         names = config.target_modules
         shown = f"[{','.join(names)}]" if isinstance(names, list) else names
         origin = f"adapter.target_modules={shown}"
@@ -175,6 +189,12 @@ def _continue_adapter(
             f"{start.origin}: was trained with other adapter.target_modules: the value now "
             f"{selects} {different[0]}. Use adapter.target_modules=[{fix}]."
         )
+    saved_modules, modules = saved.modules_to_save or [], lora.modules_to_save or []
+    if set(saved_modules) != set(modules):
+        errors.append(
+            f"{start.origin}: was trained with other adapter.modules_to_save. Use "
+            f"adapter.modules_to_save=[{','.join(saved_modules)}]."
+        )
     if errors:
         raise UserError("\n".join(errors))
     lora.rank_pattern, lora.alpha_pattern = saved.rank_pattern, saved.alpha_pattern
@@ -186,6 +206,7 @@ def initialize_adapters(
     fingerprint: str,
     config: AdapterConfig,
     seed: int,
+    reader: WeightSource | None = None,
 ) -> None:
     """Write the initial values of every adapter in `model`, sharded or not.
 
@@ -195,14 +216,52 @@ def initialize_adapters(
         fingerprint: Fingerprint of the quantized base in `model`.
         config: Settings of the adapters.
         seed: Seed of fresh values, `train.seed`.
+        reader: The weights of the base; needed if parts of it are trained.
 
     Raises:
         UserError: `start` was trained on another base.
     """
     init_adapters(model, seed, config.init, write=copy_from_full)
+    if start is not None:
+        start.adapter.check_base(fingerprint, start.origin)
+    for module_name, module in model.named_modules():
+        base_name = strip_wrappers(module_name)
+        if not isinstance(module, ModulesToSaveWrapper | TrainableTokensWrapper):
+            continue
+        assert reader is not None
+        if isinstance(module, ModulesToSaveWrapper):
+            for name, param in module.modules_to_save["default"].named_parameters():
+                full = _base_values(param, reader.read(f"{base_name}.{name}"), module)
+                copy_from_full(param, full)
+        elif not module.token_adapter.tied_adapter:
+            ids = module.token_adapter.token_indices["default"]
+            rows = reader.read(f"{base_name}.weight", [slice(id, id + 1) for id in ids])
+            param = module.token_adapter.trainable_tokens_delta["default"]
+            full = _base_values(param, rows, module)
+            module.token_adapter.trainable_tokens_original["default"].copy_(full)
+            if start is not None:
+                full = _with_rows_of(start.adapter, base_name, ids, full)
+            copy_from_full(param, full)
     if start is None:
         return
-    start.adapter.check_base(fingerprint, start.origin)
     for name, param in model.named_parameters():
-        if is_adapter(name):
+        if is_adapter(name) and "trainable_tokens_delta" not in name:
             copy_from_full(param, start.adapter.state[peft_key(name)])
+
+
+def _base_values(param: Tensor, values: Tensor, wrapper: nn.Module) -> Tensor:
+    """Return values of the base in the dtype of `param`, rounded as those that the base has."""
+    dtype = next(original_module(wrapper).parameters()).dtype
+    return values.to(dtype).to(param.dtype)
+
+
+def _with_rows_of(adapter: Adapter, module: str, ids: Sequence[int], rows: Tensor) -> Tensor:
+    """Return the rows of the tokens `ids`, with the values of `adapter` where it has them."""
+    tokens: Any = adapter.config.trainable_token_indices or {}
+    saved = adapter.state.get(f"base_model.model.{module}{TOKENS_SUFFIX}")
+    if saved is None:
+        return rows
+    result, place = rows.clone(), {id: index for index, id in enumerate(ids)}
+    for row, id in zip(saved, tokens[module], strict=True):
+        result[place[id]] = row.to(result)
+    return result

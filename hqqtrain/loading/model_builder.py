@@ -174,7 +174,9 @@ def build_model(
     )
     settings = _fingerprinted_settings(model, source, fingerprint, comm)
     if plan.lora is not None:
-        initialize_adapters(model, plan.initial_adapter, settings.fingerprint, adapter, seed)
+        initialize_adapters(
+            model, plan.initial_adapter, settings.fingerprint, adapter, seed, reader
+        )
     if is_packed:
         layer_errors, relative_error = read_quantization_errors(packed)
     else:

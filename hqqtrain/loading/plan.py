@@ -5,7 +5,7 @@ before a long task begins. It takes seconds for a model of any size.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from hqqtrain.loading.initial_adapter import (
 )
 from hqqtrain.loading.model_check import check_called_linears, check_runnable, check_stored_dtypes
 from hqqtrain.models.build import build_meta, load_hf_config
+from hqqtrain.models.embedding_rows import add_embedding_rows
 from hqqtrain.models.fqn import base_model, expected_shapes, tied_names
 from hqqtrain.models.packing_probe import PackingProbe, probe_packing
 from hqqtrain.models.source import ModelSource, resolve_source
@@ -88,6 +89,7 @@ class PlanSettings:
             if one exists already.
         executes: Whether the task calls the model. Tasks that only save it can use every strategy.
         activation_checkpointing: Whether the model is trained with activation checkpointing.
+        prepare_tokenizer: Returns a source with the tokenizer that the run uses.
     """
 
     model: ModelConfig
@@ -97,6 +99,7 @@ class PlanSettings:
     adapts: bool
     executes: bool
     activation_checkpointing: bool = False
+    prepare_tokenizer: Callable[[ModelSource], ModelSource] = lambda source: source
 
 
 def plan_model(
@@ -112,9 +115,10 @@ def plan_model(
     Raises:
         UserError: The model, the checkpoint, a pattern or the adapter has a fault.
     """
-    source = resolve_source(settings.model)
+    source = settings.prepare_tokenizer(resolve_source(settings.model))
     hf_config = load_hf_config(source.path)
-    model: nn.Module = build_meta(hf_config, runtime.dtype)
+    built = build_meta(hf_config, runtime.dtype)
+    model: nn.Module = add_embedding_rows(hf_config, built, source.added_token_ids, runtime.dtype)
     # A packed checkpoint has the tensors of quantized linears. A dense one is checked before they
     # are quantized, so that its faults come before those of the settings of its linears.
     if source.kind == "quantized":
@@ -122,7 +126,9 @@ def plan_model(
     reader = _open_checked(source, hf_config, model, runtime)
     if source.kind != "quantized":
         _replace_linears(model, source, settings.quant, runtime)
-    start = load_initial_adapter(settings.adapter, source, resumed, packed_linears(model))
+    start = load_initial_adapter(
+        settings.adapter, source, resumed, packed_linears(model), expected_shapes(model)
+    )
     if start and source.kind == "quantized":
         start.adapter.check_base(read_quantized_settings(source.path).fingerprint, start.origin)
     if start and not resumed and runtime.comm.is_main:
@@ -143,7 +149,11 @@ def plan_model(
     lora = None
     if start or settings.adapts:
         model, lora = add_adapter(
-            base_model(model), settings.adapter, start, adapts=settings.adapts
+            base_model(model),
+            settings.adapter,
+            start,
+            source.added_token_ids,
+            adapts=settings.adapts,
         )
         cast_adapters(model, PRECISION_DTYPES[settings.adapter.dtype])
     else:

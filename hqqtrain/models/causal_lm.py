@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hqqtrain.common.errors import UserError, describe_error
 from hqqtrain.models.families.positions import first_position
 from hqqtrain.models.families.structure import input_embeddings, output_head, text_config
-from hqqtrain.models.fqn import base_model
+from hqqtrain.models.fqn import base_model, original_module
 
 MAX_TRAINING_LOGITS = 1 << 24
 """Largest number of logits of one chunk of the training loss, about 200 MB with their gradients."""
@@ -86,7 +86,7 @@ def vocabulary_size(model: nn.Module) -> int:
 
     This is the number of rows of the embeddings, or of the head if it has fewer.
     """
-    embeddings, head = input_embeddings(model), output_head(model)
+    embeddings, head = (original_module(f(model)) for f in (input_embeddings, output_head))
     rows = [text_config(model).vocab_size]
     if isinstance(embeddings, nn.Embedding):
         rows = [embeddings.num_embeddings]

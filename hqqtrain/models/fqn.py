@@ -5,7 +5,7 @@ in a checkpoint do not contain these parts.
 """
 
 from collections.abc import Iterator
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -14,8 +14,14 @@ from transformers import PreTrainedModel
 from hqqtrain.compat import WRAPPER_NAMES, persistent_buffers
 from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS, HQQLinear
 
-_WRAPPERS = {"base_layer", *WRAPPER_NAMES}
+_WRAPPERS = {"base_layer", "original_module", "token_adapter", *WRAPPER_NAMES}
 """Parts of FQNs that PEFT, torch.compile, activation checkpointing and FSDP add."""
+
+_COPIES = ("modules_to_save", "trainable_tokens_delta", "trainable_tokens_original")
+"""Parts of the FQNs of what PEFT trains beside LoRA: copies of modules and of embeddings."""
+
+_ADAPTER_PARTS = {"default", "base_layer", "modules_to_save", *WRAPPER_NAMES}
+"""Parts of FQNs that PEFT leaves out when it saves an adapter."""
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -31,7 +37,7 @@ def strip_wrappers(name: str) -> str:
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter belongs to an adapter, and so not to a base checkpoint."""
-    return any(part.startswith("lora_") for part in name.split("."))
+    return any(part.startswith("lora_") or part in _COPIES for part in name.split("."))
 
 
 def peft_key(name: str) -> str:
@@ -39,7 +45,12 @@ def peft_key(name: str) -> str:
 
     The name contains neither wrappers nor PEFT's name of the adapter, `default`.
     """
-    return ".".join(p for p in name.split(".") if p not in _WRAPPERS and p != "default")
+    return ".".join(part for part in name.split(".") if part not in _ADAPTER_PARTS)
+
+
+def original_module(module: Any) -> Any:
+    """Return the module of the base inside the wrapper with which PEFT trains a copy of it."""
+    return getattr(module, "original_module", module)
 
 
 def is_packed(module: nn.Module, attribute: str) -> TypeGuard[HQQLinear]:
@@ -99,10 +110,12 @@ def retie_weights(model: nn.Module) -> None:
     root = base_model(model)
     for target, source in tied_names(root).items():
         path, _, attribute = target.rpartition(".")
-        module = root.get_submodule(path)
+        module = original_module(root.get_submodule(path))
         # A quantized linear has no parameter `weight` that could be tied.
         if isinstance(getattr(module, attribute, None), nn.Parameter):
-            setattr(module, attribute, root.get_parameter(source))
+            path, _, source_attribute = source.rpartition(".")
+            tied_to = original_module(root.get_submodule(path))
+            setattr(module, attribute, getattr(tied_to, source_attribute))
 
 
 def untie_weight(model: PreTrainedModel, name: str) -> None:

@@ -32,6 +32,8 @@ class ModelSource:
         adapter: The folder of the adapter, if `name` is a run's directory that has one.
         lacks_adapter: Whether `name` is the directory of a run that trains an adapter, which is
             missing.
+        tokenizer_folder: The folder of a tokenizer to use instead of the model's own.
+        added_token_ids: The ids of its tokens that the model's own tokenizer does not have.
     """
 
     name: str
@@ -39,10 +41,14 @@ class ModelSource:
     kind: Literal["dense", "quantized", "synthetic"]
     adapter: Path | None = None
     lacks_adapter: bool = False
+    tokenizer_folder: Path | None = None
+    added_token_ids: tuple[int, ...] = ()
 
     @property
     def tokenizer(self) -> Path:
         """The folder of the tokenizer; synthetic models use the bundled one."""
+        if self.tokenizer_folder:
+            return self.tokenizer_folder
         return TINY_FOLDER if self.kind == "synthetic" else self.path
 
 

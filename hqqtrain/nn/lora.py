@@ -21,6 +21,7 @@ from hqqtrain.compat import register_lora_layer
 from hqqtrain.config.groups import AdapterConfig
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.patterns import matching_modules
+from hqqtrain.nn.trained_base import cast_trained_base, modules_to_save, trained_tokens
 
 _ALL_LINEAR = "all-linear"
 """PEFT's name for every linear layer but the head."""
@@ -68,12 +69,21 @@ def packed_linears(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def lora_config(adapter: AdapterConfig, model: nn.Module) -> LoraConfig:
+def lora_config(
+    adapter: AdapterConfig, model: PreTrainedModel, token_ids: Sequence[int] = ()
+) -> LoraConfig:
     """Build PEFT's configuration of `adapter` for the packed linears of `model`.
 
+    Args:
+        adapter: The group `adapter` of the configuration.
+        model: The model, with its packed linears.
+        token_ids: The ids of tokens whose embeddings are trained.
+
     Raises:
-        UserError: A name or pattern of adapter.target_modules matches no packed linear.
+        UserError: A name or pattern of adapter.target_modules matches no packed linear, or one of
+            adapter.modules_to_save selects a module that cannot be trained.
     """
+    modules = modules_to_save(adapter.modules_to_save, model) if adapter.modules_to_save else []
     config = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT only divides it, so a float works
@@ -81,6 +91,8 @@ def lora_config(adapter: AdapterConfig, model: nn.Module) -> LoraConfig:
         use_rslora=adapter.kind == "rslora",
         init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
         target_modules=minimal_targets(target_linears(adapter, model), model),
+        modules_to_save=modules or None,
+        trainable_token_indices=trained_tokens(model, token_ids, modules) or None,
         task_type="CAUSAL_LM",
     )
     return register_hqq_linear(config)
@@ -140,6 +152,7 @@ def register_hqq_linear(config: LoraConfig) -> LoraConfig:
 
 def cast_adapters(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the parameters of all adapters to `dtype`, independently of the model's dtype."""
+    cast_trained_base(model, dtype)
     for module in model.modules():
         if isinstance(module, HQQLoraLinear):
             module.lora_A.to(dtype)

@@ -22,13 +22,16 @@ def matches_pattern(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or name.endswith(f".{pattern}") or hqq_tag(name) == pattern
 
 
-def matching_modules(key: str, patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+def matching_modules(
+    key: str, patterns: Iterable[str], names: Iterable[str], kind: str = "linear layer"
+) -> list[str]:
     """Return the `names` that any of `patterns` selects, in their order.
 
     Args:
         key: The config key that contains the patterns, for messages.
         patterns: Ends of names, globs or tags.
         names: Full names of modules.
+        kind: What the modules are, for messages.
 
     Raises:
         UserError: Patterns select nothing. The message has a line for each.
@@ -39,7 +42,7 @@ def matching_modules(key: str, patterns: Iterable[str], names: Iterable[str]) ->
             tags = dict.fromkeys(map(hqq_tag, names))
             ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
             errors.append(
-                f"{key}={pattern}: matches no linear layer.{did_you_mean(pattern, ends | tags)} "
+                f"{key}={pattern}: matches no {kind}.{did_you_mean(pattern, ends | tags)} "
                 f"Allowed are names, such as {', '.join(list(ends)[:12])}, globs over full names, "
                 f"such as {names[0]}, and tags: {', '.join(list(tags)[:12])}."
             )

@@ -65,7 +65,7 @@ def _check_model(config: RunConfig) -> str:
 
 def _check_tokenizer(config: RunConfig) -> str:
     """Load all of the model that task=data needs."""
-    load_data_model(config.model)
+    load_data_model(config.model, config.data)
     return f"model.name_or_path={config.model.name_or_path} (its tokenizer)"
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.common.text import count
 from hqqtrain.config.data_sources import describe_source
-from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.groups import DataConfig, ModelConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.sources import source_format
@@ -36,6 +36,7 @@ from hqqtrain.report.data_view import DataSample, DataView, Piece
 from hqqtrain.rundir.schema import DataMetrics
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import check_same_text, load_training_data
+from hqqtrain.tasks.tokenizer import prepare_tokenizer
 from hqqtrain.tracking.console import has_color
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def show_data(run: Run) -> None:
     """Print the figures and samples of the training data, and write them to report/data.html."""
     comm = run.runtime.comm
     with comm.raise_on_all_ranks():
-        model = load_data_model(run.config.model)
+        model = load_data_model(run.config.model, run.config.data)
         format = source_format(run.config.data)
         found: list[TokenSequences] = []
         packed = load_training_data(run, model.folder, model.vocab_size, found.append)
@@ -73,15 +74,17 @@ def show_data(run: Run) -> None:
     comm.run_on_rank0(lambda: _show(run, parts, metrics, model.tokenizer))
 
 
-def load_data_model(model: ModelConfig) -> DataModel:
-    """Load the tokenizer of `model`, and read its config.json.
+def load_data_model(model: ModelConfig, data: DataConfig) -> DataModel:
+    """Load the tokenizer of `model` with the tokens of `data`, and read its config.json.
 
     Raises:
         UserError: The model is missing, or its configuration or its tokenizer cannot be read.
     """
-    source = resolve_source(model, weights=False)
+    source = prepare_tokenizer(resolve_source(model, weights=False), data)
     text_config = load_hf_config(source.path).get_text_config(decoder=True)
     vocab_size = getattr(text_config, "vocab_size", None)
+    if vocab_size is not None:
+        vocab_size = max(vocab_size, *(id + 1 for id in source.added_token_ids), 0)
     return DataModel(load_tokenizer(source.tokenizer), source.tokenizer, vocab_size)
 
 

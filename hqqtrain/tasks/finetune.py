@@ -185,7 +185,10 @@ def save_trained_adapter(
         best_step=step if run.config.ckpt.load_best else None,
         **{key: getattr(quantization, key) for key in keys},
     )
-    run.runtime.comm.run_on_rank0(lambda: save_adapter(state, lora, folder, card=card))
+    tokenizer = plan.source.tokenizer_folder
+    run.runtime.comm.run_on_rank0(
+        lambda: save_adapter(state, lora, folder, card=card, tokenizer=tokenizer)
+    )
 
 
 def _base_name(plan: ModelPlan) -> str:

@@ -1,9 +1,11 @@
 """The model of a task: plan it, check that it fits, and load it."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from hqqtrain.checkpoint.format import Checkpoint
+from hqqtrain.config.groups import DataConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.formats.companions import companion_files
 from hqqtrain.formats.packed import check_quantized
@@ -14,6 +16,7 @@ from hqqtrain.loading.source_digest import digest_source
 from hqqtrain.rundir.identity import MADE_FROM, SOURCE_KEY
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.resources import check_resources, workload_of
+from hqqtrain.tasks.tokenizer import prepare_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,11 @@ def plan_settings(config: RunConfig) -> PlanSettings:
         executes=config.task in ("finetune", "eval"),
         activation_checkpointing=config.task == "finetune"
         and config.train.activation_checkpointing,
+        # The other tasks have no data: they take the tokenizer as it was saved.
+        prepare_tokenizer=partial(
+            prepare_tokenizer,
+            data=config.data if config.task in ("finetune", "eval") else DataConfig(),
+        ),
     )
 
 

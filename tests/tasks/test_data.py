@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.groups import DataConfig, ModelConfig
 from hqqtrain.data.packing import pack_examples
 from hqqtrain.data.sequences import IGNORE_INDEX, TokenSequences
 from hqqtrain.data.statistics import token_masks
@@ -303,9 +303,11 @@ def test_a_piece_keeps_the_space_that_its_tokenizer_joins_words_with():
 
 
 def test_the_model_of_a_look_is_its_tokenizer_and_configuration(tiny_model: Path):
-    model = load_data_model(ModelConfig(name_or_path=str(tiny_model)))
+    model = load_data_model(ModelConfig(name_or_path=str(tiny_model)), DataConfig())
     assert (model.folder, model.vocab_size) == (tiny_model, 4096)
-    synthetic = load_data_model(ModelConfig(name_or_path="Meta-Llama-3-8B", source="synthetic"))
+    synthetic = load_data_model(
+        ModelConfig(name_or_path="Meta-Llama-3-8B", source="synthetic"), DataConfig()
+    )
     assert (synthetic.folder, synthetic.vocab_size) == (TINY_FOLDER, 128256)
     with pytest.raises(UserError, match="no such folder"):
-        load_data_model(ModelConfig(name_or_path="./absent"))
+        load_data_model(ModelConfig(name_or_path="./absent"), DataConfig())

@@ -58,8 +58,8 @@ def _begins_header(template: ChatTemplate, marker: str, between: str) -> bool:
         marker: The token.
         between: The text between an answer and the words of the user that follow it.
     """
-    before = _render_probes(template, _USER)
-    prompt = _render_probes(template, _USER, add_generation_prompt=True)
+    before = render_probes(template, _USER)
+    prompt = render_probes(template, _USER, add_generation_prompt=True)
     if before and marker == template.first_special(prompt.removeprefix(before)):
         return True  # it begins the header of the assistant, too
     if not between.removeprefix(marker).strip():
@@ -71,10 +71,10 @@ def _begins_header(template: ChatTemplate, marker: str, between: str) -> bool:
 
 def _text_after_answer(template: ChatTemplate, *messages: Message) -> str:
     """Return what follows the words of an answer, which `messages` follow."""
-    return _render_probes(template, _USER, _ANSWER, *messages).rpartition(PROBE)[2]
+    return render_probes(template, _USER, _ANSWER, *messages).rpartition(PROBE)[2]
 
 
-def _render_probes(
+def render_probes(
     template: ChatTemplate, *messages: Message, add_generation_prompt: bool = False
 ) -> str:
     """Return the text of a short chat; some templates need a system message, or tools, for it."""

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.models.build import load_hf_config
+from hqqtrain.models.embedding_rows import vocabulary_tensors
 from hqqtrain.models.families.structure import text_config
 from hqqtrain.models.fqn import expected_shapes
 from hqqtrain.models.source import ModelSource
 from hqqtrain.models.weights.names import match_names, match_packed_names
+from hqqtrain.models.weights.resized import ResizedReader
 from hqqtrain.models.weights.safetensors import SafetensorsReader
 
 _CHUNK_NUMEL = {"cuda": 1 << 23, "cpu": 1 << 19}
@@ -51,7 +53,10 @@ def open_weight_source(
             model is smaller than that of the bundled tokenizer.
     """
     if source.kind != "synthetic":
-        reader = SafetensorsReader(source.path, pin_memory=device.type == "cuda")
+        pin_memory = device.type == "cuda"
+        reader = SafetensorsReader(source.path, pin_memory=pin_memory)
+        if source.added_token_ids:
+            reader = ResizedReader(source.path, vocabulary_tensors(model), pin_memory=pin_memory)
         match = match_packed_names if source.kind == "quantized" else match_names
         reader.use_names(match(model, reader.names, reader.have_same_values))
         return reader

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hqqtrain.models.causal_lm import next_token_outputs
 from hqqtrain.models.families.structure import output_head
-from hqqtrain.models.fqn import base_model
+from hqqtrain.models.fqn import base_model, original_module
 
 PROBE_TOKENS = 8
 """Number of tokens in the forward pass that tests whether the model changes its logits."""
@@ -53,7 +53,7 @@ def returns_head_output(model: nn.Module, device: torch.device) -> bool:
     Some models cap or scale the output of the head. Then head and hidden states alone do not
     determine the loss.
     """
-    vocabulary = output_head(model).out_features
+    vocabulary = original_module(output_head(model)).out_features
     tokens = torch.arange(PROBE_TOKENS, device=device)[None] % vocabulary
     with _output_head_replaced(model, scale=PROBE_SCALE) as replacement:
         logits = model(input_ids=tokens, use_cache=False).logits

@@ -12,7 +12,7 @@ from hqqtrain.data.layout import Batch
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.models.causal_lm import MAX_TRAINING_LOGITS, next_token_outputs
 from hqqtrain.models.families.structure import output_head
-from hqqtrain.models.fqn import base_model
+from hqqtrain.models.fqn import base_model, original_module
 from hqqtrain.train.losses.hidden_states import (
     next_token_hidden_states,
     returns_head_output,
@@ -52,7 +52,7 @@ class ModelLoss:
     ) -> None:
         self._model, self._loss, self._head = model, loss, output_head(model)
         self._autocast = autocast
-        vocabulary = getattr(self._head, "out_features", 0)
+        vocabulary = getattr(original_module(self._head), "out_features", 0)
         has_many_logits = max_tokens * vocabulary > MAX_TRAINING_LOGITS
         wants_chunks = has_many_logits and may_call_head_alone
         self.is_chunked = wants_chunks and _all_return_head_output(model, comm)
