@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.config.data_sources import source_paths
-from hqqtrain.config.groups import AUTO, BUILT_IN_SOURCES, AdapterConfig, QuantConfig
+from hqqtrain.config.groups import AUTO, BUILT_IN_SOURCES, QuantConfig
 from hqqtrain.config.run import RunConfig
 
 BUNDLED = ("tiny", *BUILT_IN_SOURCES)

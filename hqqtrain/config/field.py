@@ -50,3 +50,8 @@ def field_errors(group: str, config: Any) -> Iterator[str]:
             yield f"{shown}: must be at least {low}."
         elif high is not None and value is not None and value > high:
             yield f"{shown}: must be at most {high:,}."
+
+
+def is_names(value: Any) -> bool:
+    """Whether `value` is a list of strings that are not blank."""
+    return isinstance(value, list) and all(isinstance(x, str) and x.strip() for x in value)

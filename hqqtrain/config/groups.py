@@ -1,7 +1,7 @@
 """The config groups that define a result, one dataclass each, with the help text of every key.
 
-`export.py` and `parallel.py` have the groups of these names, and `infra.py` those that do not
-change the result.
+`adapter.py`, `export.py` and `parallel.py` have the groups of these names, and `infra.py` those
+that do not change the result.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hqqtrain.config.data_sources import FILE_TYPES, FORMATS, source_errors
-from hqqtrain.config.field import key
+from hqqtrain.config.field import is_names, key
 from hqqtrain.config.overrides import override_errors
 
 NBITS = (8, 4, 3, 2, 1)
@@ -29,11 +29,6 @@ of their own."""
 
 AUTO = "auto"
 """The value of eval.source that holds out a part of data.source."""
-
-
-def _is_names(value: Any) -> bool:
-    """Whether `value` is a list of strings that are not blank."""
-    return isinstance(value, list) and all(isinstance(x, str) and x.strip() for x in value)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,52 +97,6 @@ class QuantConfig:
         choices = {"nbits": NBITS, "axis": (0, 1), "solver": SOLVERS}
         for pattern, settings in self.overrides.items():
             yield from override_errors(f"quant.overrides[{pattern}]", settings, choices)
-
-
-@dataclass(kw_only=True, slots=True)
-class AdapterConfig:
-    """The adapter that is trained on top of the frozen, quantized weights."""
-
-    kind: str = key("lora", "type of adapter", choices=("lora", "rslora", "none"))
-    r: int = key(16, "rank of the two LoRA matrices", low=1, high=1 << 20)
-    alpha: float = key(
-        32.0, "numerator of the scaling: alpha / r, with rslora alpha / sqrt(r)", low=0
-    )
-    dropout: float = key(0.0, "dropout probability on the adapter's input", low=0)
-    dtype: str = key(
-        "fp32",
-        "dtype of adapters, their gradients and optimizer state; bf16 loses small updates",
-        choices=("fp32", "bf16"),
-    )
-    init: str = key(
-        "default",
-        "initialization; default: PEFT's init_lora_weights=True, gaussian: its 'gaussian'",
-        choices=("default", "gaussian"),
-    )
-    init_from: str | None = key(
-        None, "folder of a PEFT adapter to train further, or with task=eval to measure"
-    )
-    target_modules: Any = key(  # list[str] | str, a union that OmegaConf does not have
-        help="quantized linear layers that get an adapter, as in PEFT: names such as "
-        "[q_proj,v_proj], or all-linear (all but the head); also globs",
-        factory=lambda: ["*"],
-    )
-    modules_to_save: list[str] = key(
-        help="small modules to train in full and save with the adapter, as in PEFT: names such as "
-        "[norm,lm_head]; also globs",
-        factory=list,
-    )
-
-    def errors(self) -> Iterator[str]:
-        """Yield a message if `target_modules` is neither a name nor a list of names."""
-        names = self.target_modules
-        names = names if isinstance(names, list) else [names]
-        if not names or not _is_names(names):
-            shown = "null" if self.target_modules is None else self.target_modules
-            yield (
-                f"adapter.target_modules={shown}: must be a list of names, such as "
-                "[q_proj,v_proj], or all-linear."
-            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -283,7 +232,7 @@ class DataConfig:
         """Yield a message for every fault of `source`, `add_tokens` and `validation`."""
         yield from source_errors(self.source)
         tokens = self.add_tokens
-        if tokens not in (None, AUTO) and not _is_names(tokens):
+        if tokens not in (None, AUTO) and not is_names(tokens):
             yield (
                 f"data.add_tokens={tokens}: must be a list of tokens, such as "
                 "['<|im_start|>','<|im_end|>'], or auto or null."

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.config.conflicts import CONFIG_CONFLICTS, conflict_errors
 from hqqtrain.config.export import ExportConfig
 from hqqtrain.config.field import field_errors, key
 from hqqtrain.config.groups import (
     AUTO,
-    AdapterConfig,
     DataConfig,
     EvalConfig,
     ModelConfig,

@@ -10,13 +10,12 @@ from collections import Counter
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hqqtrain.common.text import count
 from hqqtrain.distributed.bit_exactness import view_as_integers
 from hqqtrain.distributed.comm import Communicator
-from hqqtrain.distributed.local import is_sharded, local_tensor
+from hqqtrain.distributed.local import is_sharded, local_tensor, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +46,7 @@ class ConsistencyChecker:
     """
 
     def __init__(self, model: nn.Module, comm: Communicator) -> None:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # FSDP2 leaves the root unsharded after forward; reshard, or we would checksum a
-                # buffer that is freed.
-                module.reshard()
+        reshard(model)  # otherwise we would checksum a buffer that is freed
         self._comm = comm
         self._params = dict(model.named_parameters())
         self._frozen = [name for name, p in self._params.items() if not p.requires_grad]

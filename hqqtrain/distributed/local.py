@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hqqtrain.compat import is_fsdp1_flattened, zero3_shape, zero3_shard
@@ -67,6 +68,17 @@ def local_tensor(param: Tensor) -> Tensor:
         return shard
     param = param.detach()
     return param.to_local() if isinstance(param, DTensor) else param
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 has gathered, so that the parameters of `model` are shards again.
+
+    FSDP2 leaves the root unsharded after a forward pass without a backward pass, as in an
+    evaluation. Its gathered parameters are other objects than the shards, which are trained.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_sharded(param: Tensor) -> bool:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import AdapterConfig
+from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.distributed.local import copy_from_full
 from hqqtrain.formats.base_parts import TOKENS_SUFFIX
 from hqqtrain.formats.manifest import DamagedError, check_sealed, is_sealed
@@ -144,6 +145,8 @@ def add_adapter(
         UserError: `start` has another rank, scaling or other modules than `config` asks for, or
             PEFT refuses a module.
     """
+    if start:
+        _refuse_tied_modules(start, model)
     if adapts:
         ids = {*token_ids, *(start.adapter.token_ids if start else ())}
         targets, lora = target_linears(config, model), lora_config(config, model, sorted(ids))
@@ -158,6 +161,18 @@ def add_adapter(
         lora.base_model_name_or_path = None  # PEFT would warn that this model has another name
         register_hqq_linear(lora)
     return inject_adapters(model, lora, targets, origin), lora
+
+
+def _refuse_tied_modules(start: InitialAdapter, model: PreTrainedModel) -> None:
+    """Refuse an adapter with a module in full whose weight is tied to another module."""
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    for module in start.adapter.config.modules_to_save or ():
+        if f"{module}.weight" in tied:
+            raise UserError(
+                f"{start.origin}: modules_to_save has {module}, whose weight is tied to another "
+                "module of this model; PEFT trains a copy of one of the two. Use an adapter that "
+                "was trained without it."
+            )
 
 
 def _continue_adapter(
@@ -224,24 +239,13 @@ def initialize_adapters(
     init_adapters(model, seed, config.init, write=copy_from_full)
     if start is not None:
         start.adapter.check_base(fingerprint, start.origin)
-    for module_name, module in model.named_modules():
-        base_name = strip_wrappers(module_name)
-        if not isinstance(module, ModulesToSaveWrapper | TrainableTokensWrapper):
-            continue
-        assert reader is not None
-        if isinstance(module, ModulesToSaveWrapper):
-            for name, param in module.modules_to_save["default"].named_parameters():
-                full = _base_values(param, reader.read(f"{base_name}.{name}"), module)
-                copy_from_full(param, full)
-        elif not module.token_adapter.tied_adapter:
-            ids = module.token_adapter.token_indices["default"]
-            rows = reader.read(f"{base_name}.weight", [slice(id, id + 1) for id in ids])
-            param = module.token_adapter.trainable_tokens_delta["default"]
-            full = _base_values(param, rows, module)
-            module.token_adapter.trainable_tokens_original["default"].copy_(full)
-            if start is not None:
-                full = _with_rows_of(start.adapter, base_name, ids, full)
-            copy_from_full(param, full)
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and reader is not None:
+            for attribute, param in module.modules_to_save["default"].named_parameters():
+                values = reader.read(f"{strip_wrappers(name)}.{attribute}")
+                copy_from_full(param, _base_values(param, values, module))
+        elif isinstance(module, TrainableTokensWrapper) and reader is not None:
+            _initialize_tokens(module.token_adapter, strip_wrappers(name), start, reader)
     if start is None:
         return
     for name, param in model.named_parameters():
@@ -249,9 +253,24 @@ def initialize_adapters(
             copy_from_full(param, start.adapter.state[peft_key(name)])
 
 
+def _initialize_tokens(
+    layer: TrainableTokensLayer, name: str, start: InitialAdapter | None, reader: WeightSource
+) -> None:
+    """Write the rows of the module `name` that are trained: those of `start`, or of the base."""
+    if layer.tied_adapter:  # its rows are those of another module
+        return
+    ids, param = layer.token_indices["default"], layer.trainable_tokens_delta["default"]
+    rows = _base_values(param, reader.read(f"{name}.weight", [slice(i, i + 1) for i in ids]), layer)
+    layer.trainable_tokens_original["default"].copy_(rows)
+    if start is not None:
+        rows = _with_rows_of(start.adapter, name, ids, rows)
+    copy_from_full(param, rows)
+
+
 def _base_values(param: Tensor, values: Tensor, wrapper: nn.Module) -> Tensor:
-    """Return values of the base in the dtype of `param`, rounded as those that the base has."""
-    dtype = next(original_module(wrapper).parameters()).dtype
+    """Return values of the base in the dtype of `param`, rounded as in the base of `wrapper`."""
+    base = wrapper.base_layer if isinstance(wrapper, TrainableTokensLayer) else wrapper
+    dtype = next(original_module(base).parameters()).dtype
     return values.to(dtype).to(param.dtype)
 
 

@@ -7,6 +7,7 @@ Weights, gradients and optimizer state are exact; activations follow the formula
 from dataclasses import dataclass, field
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from hqqtrain.common.text import short
@@ -143,7 +144,9 @@ def estimate_memory(
     device = parameters | {
         "activations": _activation_bytes(workload, model, dtype) if workload.trains else 0,
         "logits": _logit_bytes(workload, model, dtype, in_chunks=strategy.may_call_head_alone),
-        "working memory": _working_bytes(workload, sizes, shards, dtype) + gathered,
+        "working memory": _working_bytes(workload, sizes, shards, dtype)
+        + gathered
+        + (_token_bytes(model, dtype) if workload.trains else 0),
         "outputs of the reference model": kept if on_host else 0,
     }
     return MemoryEstimate(device, _disk_bytes(workload, sizes, dtype), host)
@@ -263,6 +266,16 @@ def _working_bytes(workload: Workload, sizes: _Sizes, shards: int, dtype: torch.
     quantizing = (copies * dtype.itemsize + 2) * sizes.largest // shards
     computing = 2 * dtype.itemsize * sizes.largest
     return max(quantizing, computing)
+
+
+def _token_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Return the bytes to train rows of embeddings: PEFT copies the whole weight, and its gradient.
+
+    The embeddings and the head do not do so at the same time, so the larger one counts.
+    """
+    layers = (m.base_layer for m in model.modules() if isinstance(m, TrainableTokensLayer))
+    sizes = (sum(param.numel() for param in layer.parameters()) for layer in layers)
+    return 2 * dtype.itemsize * max(sizes, default=0)
 
 
 def _disk_bytes(workload: Workload, sizes: _Sizes, dtype: torch.dtype) -> dict[str, int]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.reading import load_json
-from hqqtrain.config.groups import AdapterConfig
+from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.distributed.bit_exactness import check_bit_exactness
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.local import full_tensor

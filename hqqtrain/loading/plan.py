@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.text import count
-from hqqtrain.config.groups import AdapterConfig, ModelConfig, QuantConfig
+from hqqtrain.config.adapter import AdapterConfig
+from hqqtrain.config.groups import ModelConfig, QuantConfig
 from hqqtrain.distributed.runtime import PRECISION_DTYPES, Runtime
 from hqqtrain.formats.packed import ModuleSettings, read_quantized_settings
 from hqqtrain.loading.initial_adapter import (
@@ -28,7 +29,7 @@ from hqqtrain.loading.initial_adapter import (
 )
 from hqqtrain.loading.model_check import check_called_linears, check_runnable, check_stored_dtypes
 from hqqtrain.models.build import build_meta, load_hf_config
-from hqqtrain.models.embedding_rows import add_embedding_rows
+from hqqtrain.models.embedding_rows import add_embedding_rows, check_head_is_dense
 from hqqtrain.models.fqn import base_model, expected_shapes, tied_names
 from hqqtrain.models.packing_probe import PackingProbe, probe_packing
 from hqqtrain.models.source import ModelSource, resolve_source
@@ -117,8 +118,7 @@ def plan_model(
     """
     source = settings.prepare_tokenizer(resolve_source(settings.model))
     hf_config = load_hf_config(source.path)
-    built = build_meta(hf_config, runtime.dtype)
-    model: nn.Module = add_embedding_rows(hf_config, built, source.added_token_ids, runtime.dtype)
+    model: nn.Module = _build_with_new_tokens(source, hf_config, runtime.dtype)
     # A packed checkpoint has the tensors of quantized linears. A dense one is checked before they
     # are quantized, so that its faults come before those of the settings of its linears.
     if source.kind == "quantized":
@@ -161,6 +161,18 @@ def plan_model(
     if settings.executes:
         runtime.strategy.check_model(model)
     return ModelPlan(source, hf_config, reader, model, lora, start, packing)
+
+
+def _build_with_new_tokens(
+    source: ModelSource, hf_config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Build the model on the meta device, with rows for the tokens that were added."""
+    model = build_meta(hf_config, dtype)
+    if not source.added_token_ids:
+        return model
+    if source.kind == "quantized":
+        check_head_is_dense(model, read_quantized_settings(source.path).modules)
+    return add_embedding_rows(hf_config, model, source.added_token_ids, dtype)
 
 
 def _open_checked(

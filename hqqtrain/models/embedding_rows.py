@@ -1,6 +1,6 @@
 """Embeddings for new tokens: a model with more rows than its checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import nn
@@ -39,6 +39,21 @@ def add_embedding_rows(
             "them in transformers (model.resize_token_embeddings), or set data.add_tokens=null."
         )
     return resized
+
+
+def check_head_is_dense(model: nn.Module, quantized: Container[str]) -> None:
+    """Check that the head is not among the modules that are `quantized`.
+
+    Raises:
+        UserError: It is, so it can get no rows for new tokens.
+    """
+    head = output_head(model)
+    name = next((name for name, module in model.named_modules() if module is head), "")
+    if name in quantized:
+        raise UserError(
+            f"data.add_tokens: {name} is quantized, so it can get no rows for new tokens; use "
+            "a model that was quantized with lm_head in quant.skip."
+        )
 
 
 def vocabulary_tensors(model: nn.Module) -> dict[str, int]:

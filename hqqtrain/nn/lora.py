@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.compat import register_lora_layer
-from hqqtrain.config.groups import AdapterConfig
+from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.patterns import matching_modules
 from hqqtrain.nn.trained_base import cast_trained_base, modules_to_save, trained_tokens

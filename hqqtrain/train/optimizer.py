@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from hqqtrain.common.text import count
 from hqqtrain.config.groups import OptimConfig
-from hqqtrain.distributed.local import local_tensor
+from hqqtrain.distributed.local import local_tensor, reshard
 from hqqtrain.models.fqn import peft_key
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     When a model is loaded, only its adapters are set to require a gradient.
     """
+    reshard(model)
     named = model.named_parameters()
     return {peft_key(name): param for name, param in named if param.requires_grad}
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hqqtrain.data.layout import Batch
 from hqqtrain.data.loader import DataLoader
 from hqqtrain.distributed.comm import Communicator
-from hqqtrain.distributed.local import copy_from_full
+from hqqtrain.distributed.local import copy_from_full, reshard
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import peak_memory_bytes
 from hqqtrain.train.engine import Engine
@@ -156,6 +156,7 @@ class Trainer:
 
     def load_parameters(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy full tensors by name into the trainable parameters that they name. Collective."""
+        reshard(self.engine.model)
         for name, param in self.trainable_parameters.items():
             if name in tensors:
                 copy_from_full(param, tensors[name])

@@ -6,6 +6,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig
+from hqqtrain.data import encoding
 from hqqtrain.data.encoding import encode_examples
 from hqqtrain.data.examples import Completion, Conversation, Tokens
 from hqqtrain.models.source import TINY_FOLDER
@@ -53,6 +54,15 @@ def trained(tokenizer, example, **data) -> str:
 def test_what_is_trained(tokenizer, example, loss_on: str, expected: str):
     text = trained(tokenizer, example, chat_template="chatml", loss_on=loss_on)
     assert text == expected.replace("<eos>", tokenizer.eos_token)
+
+
+def test_markers_that_are_no_tokens_are_named_once(tokenizer, caplog):
+    encoding._warn_once.cache_clear()
+    for template in ("chatml", "chatml", "plain"):
+        trained(tokenizer, CHAT, chat_template=template)
+    (message,) = [r.getMessage() for r in caplog.records if "markers" in r.getMessage()]
+    assert message.startswith("<|im_start|>, <|im_end|>: the tokenizer does not have")
+    assert "data.add_tokens=auto" in message
 
 
 @pytest.mark.parametrize("example", ["plain text", CHAT, PAIR, COMPLETION])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import AdapterConfig, OptimConfig, QuantConfig, TrainConfig
+from hqqtrain.config.adapter import AdapterConfig
+from hqqtrain.config.groups import OptimConfig, QuantConfig, TrainConfig
 from hqqtrain.config.infra import RunDirConfig
 from hqqtrain.config.parallel import ParallelConfig
 from hqqtrain.distributed.preemption import PreemptionHandler

@@ -27,8 +27,6 @@ from hqqtrain.formats.peft import load_adapter
         {"bias": "all"},
         {"bias": "lora_only"},
         {"lora_bias": True},
-        {"modules_to_save": ["lm_head"]},
-        {"trainable_token_indices": [1, 2]},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "pissa_niter_2"},
         {"init_lora_weights": "olora"},
@@ -129,7 +127,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         ({}, {f"{Q}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}, "the dtype I8"),
         ({}, {f"{Q}.lora_A.weight": ..., f"{Q}.lora_B.weight": ...}, "no matrices of .*q_proj"),
         ({}, {f"{Q}.lora_magnitude_vector": torch.ones(32)}, "is not one of a pair"),
-        ({}, {"lm_head.weight": torch.ones(96, 32)}, "is a weight of the base, not one"),
+        ({}, {"lm_head.weight": torch.ones(96, 32)}, "a weight of the base, which modules_to_save"),
         (
             {"target_modules": ["q_proj", "down_proj", "w1"]},
             {f"{Q}.w1.lora_A.weight": torch.ones(4, 8), f"{Q}.w1.lora_B.weight": torch.ones(8, 4)},
@@ -144,6 +142,64 @@ def test_hostile_adapters_are_refused(stock, keys, tensors, message, monkeypatch
     with pytest.raises(UserError, match=message) as error:
         load_adapter(stock(keys, **tensors), origin="adapter.init_from=a", linears=linears)
     assert str(error.value).startswith("adapter.init_from=a: ")
+
+
+MODELS = {"tied": {"tie_word_embeddings": True}, "untied": {"tie_word_embeddings": False}}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("tokens", [[3, 5], {"embed_tokens": [5]}], ids=str)
+def test_what_peft_trains_of_the_base_is_read(make_model, tmp_path, model, tokens):
+    dense = make_model("qwen2", **MODELS[model])
+    shapes = {name: tuple(param.shape) for name, param in dense.named_parameters()}
+    config = {"modules_to_save": ["model.norm"], "trainable_token_indices": tokens}
+    stock = save_stock_adapter(tmp_path / "a", dense, **config)
+    with torch.no_grad():
+        for param in stock.parameters():
+            if param.requires_grad:
+                param.normal_()
+    stock.save_pretrained(tmp_path / "a")
+    adapter = load_adapter(tmp_path / "a", tensors=shapes)
+    ids = tokens if isinstance(tokens, list) else tokens["embed_tokens"]
+    assert adapter.config.trainable_token_indices == {"model.embed_tokens": ids}
+    assert adapter.config.modules_to_save == ["model.norm"]
+    assert adapter.base_tensors == ["model.norm.weight", "model.embed_tokens.weight"]
+    merged = stock.merge_and_unload()
+    base = {name: param.clone() for name, param in merged.named_parameters()}
+    base["model.embed_tokens.weight"][ids] = 0
+    for name in adapter.base_tensors:
+        found = adapter.replaced(name, base[name])
+        assert torch.equal(found, merged.get_parameter(name)), name
+    assert adapter.replaced("model.layers.0.x", base["model.norm.weight"]) is not None
+
+
+ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+NORM = "base_model.model.model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("keys", "tensors", "message"),
+    [
+        ({"modules_to_save": ["norm"]}, {}, "modules_to_save has norm, but no tensor"),
+        ({"modules_to_save": "norm"}, {}, "must be a list of strings"),
+        (
+            {"modules_to_save": ["norm"]},
+            {NORM: torch.ones(31)},
+            r"\[31\], but the model has \[32\]",
+        ),
+        ({"trainable_token_indices": [1]}, {}, "is set, but no row is saved"),
+        ({"trainable_token_indices": [-1]}, {}, "a list of token ids"),
+        ({"trainable_token_indices": {"embed_tokens": 3}}, {}, "a list of token ids"),
+        ({"trainable_token_indices": [1]}, {ROWS: torch.ones(2, 32)}, "a row for each of the tok"),
+        ({"trainable_token_indices": [1]}, {ROWS: torch.ones(1, 31)}, "belongs to another model"),
+        ({"trainable_token_indices": [96]}, {ROWS: torch.ones(1, 32)}, "only 96 rows"),
+        ({}, {ROWS: torch.ones(1, 32)}, "a row for each of the tokens"),
+    ],
+)
+def test_parts_of_another_base_are_refused(stock, keys, tensors, message):
+    shapes = {"model.norm.weight": (32,), "model.embed_tokens.weight": (96, 32)}
+    with pytest.raises(UserError, match=message):
+        load_adapter(stock(keys, **tensors), linears=LAYERS, tensors=shapes)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import AdapterConfig
+from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.formats.adapter_card import AdapterCard
 from hqqtrain.formats.dense import dense_tensors, export_dense
 from hqqtrain.formats.packed import model_tensors, read_quantized_settings

@@ -16,7 +16,7 @@ from stock_adapters import save_stock_adapter
 from transformers import AutoModelForCausalLM
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import AdapterConfig
+from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.formats.adapter_card import AdapterCard
 from hqqtrain.formats.dense import dense_tensors, export_dense
 from hqqtrain.formats.packed import model_tensors

@@ -3,7 +3,8 @@
 import torch
 from peft import PeftModel, get_peft_model
 
-from hqqtrain.config.groups import AdapterConfig, QuantConfig
+from hqqtrain.config.adapter import AdapterConfig
+from hqqtrain.config.groups import QuantConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.distributed.strategies.registry import STRATEGIES

@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
 
-from hqqtrain.config.groups import AdapterConfig, QuantConfig
+from hqqtrain.config.adapter import AdapterConfig
+from hqqtrain.config.groups import QuantConfig
 from hqqtrain.formats.fingerprint import Fingerprint
 from hqqtrain.formats.packed import QuantizedSettings, model_tensors, save_quantized
 from hqqtrain.formats.peft import Adapter

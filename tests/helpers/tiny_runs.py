@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.config.groups import (
-    AdapterConfig,
     DataConfig,
     EvalConfig,
     ModelConfig,

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import AdapterConfig, QuantConfig
+from hqqtrain.config.adapter import AdapterConfig
+from hqqtrain.config.groups import QuantConfig
 from hqqtrain.formats.manifest import seal
 from hqqtrain.formats.peft import BaseModelRef, write_adapter
 from hqqtrain.loading.initial_adapter import (
@@ -85,6 +86,18 @@ def test_another_shape_scaling_or_modules_are_refused(selected, adapter, message
     with pytest.raises(UserError, match=message) as error:
         _plan(start, **adapter)
     assert str(error.value).startswith(prefix)
+
+
+def test_a_tied_module_in_full_is_refused(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    source = ModelSource("owner/name", tmp_path, "dense")
+    start = load_initial_adapter(AdapterConfig(init_from=str(tmp_path)), source, None)
+    tied = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+    for adapts in (True, False):
+        with pytest.raises(UserError, match="lm_head, whose weight is tied"):
+            add_adapter(tied, AdapterConfig(), start, adapts=adapts)
 
 
 def test_a_negative_alpha_gets_no_advice_that_fails(folder):

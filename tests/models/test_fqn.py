@@ -5,7 +5,8 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from hqqtrain.config.groups import AdapterConfig, QuantConfig
+from hqqtrain.config.adapter import AdapterConfig
+from hqqtrain.config.groups import QuantConfig
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.loading.load import load_model
 from hqqtrain.models.build import build_meta, load_hf_config

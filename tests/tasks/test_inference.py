@@ -223,7 +223,6 @@ def test_a_stock_adapter_computes_what_peft_computes(
         {"init_lora_weights": "pissa"},
         {"alora_invocation_tokens": [5]},
         {"use_dora": True},
-        {"modules_to_save": ["embed_tokens"]},
     ],
     ids=lambda lora: next(iter(lora)),
 )

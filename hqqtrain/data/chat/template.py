@@ -4,10 +4,13 @@ A template comes with a model, so it is foreign code. The sandbox gives it neith
 Python nor files, and bounds its loops.
 """
 
+import itertools
+import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -24,6 +27,45 @@ Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "\ue0b7probe\ue0b7"
 _MARKER = re.compile(r"<[|\uff5c/]?[^<>\s]{1,40}[|\uff5c]?>|\[/?[A-Z_]{2,40}\]")
+
+
+_FUNCTION = {"name": "probe", "arguments": {"probe": _PROBE}}
+_CALL_PROBE: tuple[Message, ...] = (
+    {"role": "user", "content": "probe"},
+    {"role": "assistant", "tool_calls": [{"type": "function", "function": _FUNCTION}]},
+)
+_TOOL_PROBE = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "probe",
+        "parameters": {"type": "object", "properties": {"probe": {"type": "string"}}},
+    },
+}
+_JSON_ARGUMENTS = re.compile(rf'\{{\s*"probe"\s*:\s*"{_PROBE}"\s*\}}')
+_PYTHON_ARGUMENTS = f"'probe': '{_PROBE}'"
+
+
+class CallForm(NamedTuple):
+    """How a template reads the calls of tools in a message.
+
+    Attributes:
+        is_text: Whether the arguments are JSON text, and not an object.
+        needs_null: Whether the content beside calls is null, and not missing.
+    """
+
+    is_text: bool
+    needs_null: bool
+
+    def is_shown(self, text: str) -> bool:
+        """Whether the arguments of the probe are in a rendered text, and not as Python's dict."""
+        if self.is_text:
+            return bool(_JSON_ARGUMENTS.search(text))
+        return _PROBE in text and _PYTHON_ARGUMENTS not in text
+
+
+_CALL_FORMS = tuple(CallForm(*form) for form in itertools.product((False, True), repeat=2))
+"""The forms in the order in which they are tried. DeepSeek V3 joins text, and asks for null."""
 
 
 class RenderError(ValueError):
@@ -113,9 +155,25 @@ class ChatTemplate:
         Such a template loops over the parts of a content, and would leave out a string.
         """
         given = {key: value for key, value in message.items() if value is not None}
+        if calls := given.get("tool_calls"):
+            form = self._call_form
+            if form.is_text:
+                given["tool_calls"] = [_with_text_arguments(call) for call in calls]
+            if form.needs_null and not given.get("content"):
+                given["content"] = None
         if self._needs_parts and isinstance(given.get("content"), str):
             given["content"] = [{"type": "text", "text": given["content"]}]
         return given
+
+    @cached_property
+    def _call_form(self) -> "CallForm":
+        """The first form of calls that the template renders with their arguments."""
+        for form in _CALL_FORMS:
+            self.__dict__["_call_form"] = form
+            with suppress(RenderError):
+                if form.is_shown(self.render(_CALL_PROBE, [_TOOL_PROBE])):
+                    return form
+        return _CALL_FORMS[0]
 
     @cached_property
     def _needs_parts(self) -> bool:
@@ -155,3 +213,13 @@ class ChatTemplate:
             raise RenderError(f"{type(error).__name__}: {error}") from error
         (text,), spans = rendered
         return text, [(begin, end) for begin, end in spans[0]] if marks else []
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a call of a tool with its arguments as JSON text."""
+    function = call.get("function", call)
+    if isinstance(function.get("arguments"), str):
+        return call
+    text = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
+    changed = {**function, "arguments": text}
+    return {**call, "function": changed} if "function" in call else changed

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.config.conflicts import (
     BF16_ADAPTERS_IN_FP16,
     PAGED_OPTIMIZERS,
     Conflict,
     conflict_errors,
 )
-from hqqtrain.config.groups import AdapterConfig, OptimConfig, QuantConfig, TrainConfig
+from hqqtrain.config.groups import OptimConfig, QuantConfig, TrainConfig
 from hqqtrain.config.parallel import ParallelConfig
 from hqqtrain.distributed.strategies.base import BITSANDBYTES_OPTIMIZERS, Capabilities, Strategy
 from hqqtrain.distributed.strategies.registry import STRATEGIES

@@ -1,6 +1,7 @@
 """Rendering of conversations: the same text as transformers', in its sandbox."""
 
 import pytest
+from chat_templates import template_source
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hqqtrain.common.errors import UserError
@@ -86,3 +87,28 @@ def test_special_tokens_of_a_text(tokenizer):
     assert template.first_special("text<s>") == ""
     assert template.end_of_last_special("a<s>b<|x|>c") == len("a<s>b<|x|>")
     assert template.end_of_last_special("a < b > c") == 0
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Malmö"}}}
+CALLED = '{"city": "Malmö"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("yujiepan-deepseek-v3-tiny-random", f"weather\n```json\n{CALLED}\n```"),
+        ("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", f"weather\n```json\n{CALLED}\n```"),
+        ("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", f"weather\n```json\n{CALLED}\n```"),  # tojson
+        ("tencent-DeepSeek-V3.1-Terminus-W4AFP8", f"weather<\uff5ctool\u2581sep\uff5c>{CALLED}"),
+        ("deepseek-ai-DeepSeek-V3.1", f"weather<\uff5ctool\u2581sep\uff5c>{CALLED}"),  # tojson
+        ("trl/qwen3", CALLED),
+    ],
+)
+@pytest.mark.parametrize("content", ["", None])
+def test_arguments_are_given_in_the_form_that_the_template_reads(name, shown, content):
+    tokenizer = AutoTokenizer.from_pretrained(TINY_FOLDER)
+    template = ChatTemplate(tokenizer, template_source(name))
+    call = {"role": "assistant", "content": content, "tool_calls": [CALL]}
+    text = template.render([{"role": "user", "content": "Rain?"}, call])
+    assert text.count(shown) == 1
+    assert CALL["function"]["arguments"] == {"city": "Malmö"}  # the message stays as it was

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import AdapterConfig, OptimConfig, QuantConfig, TrainConfig
+from hqqtrain.config.adapter import AdapterConfig
+from hqqtrain.config.groups import OptimConfig, QuantConfig, TrainConfig
 from hqqtrain.config.parallel import ParallelConfig
 from hqqtrain.distributed.strategies import check
 from hqqtrain.distributed.strategies.check import RuntimeSettings, check_supported

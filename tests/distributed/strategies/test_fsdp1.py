@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributed import destroy_process_group
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hqqtrain.config.groups import AdapterConfig, QuantConfig
+from hqqtrain.config.adapter import AdapterConfig
+from hqqtrain.config.groups import QuantConfig
 from hqqtrain.distributed.bit_exactness import check_bit_exactness
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.distributed.local import is_sharded

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import LlamaConfig
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import AdapterConfig, QuantConfig
+from hqqtrain.config.adapter import AdapterConfig
+from hqqtrain.config.groups import QuantConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.distributed.local import copy_from_full, full_tensor, local_tensor
 from hqqtrain.distributed.strategies.fsdp1 import FSDP1
