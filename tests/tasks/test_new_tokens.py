@@ -20,6 +20,10 @@ TOKENS = ["<|im_start|>", "<|im_end|>"]
 IDS = [4096, 4097]
 
 
+ONCE_TIED = pytest.mark.parametrize("base", [True], ids=["tied"], indirect=True)
+ONCE_UNTIED = pytest.mark.parametrize("base", [False], ids=["untied"], indirect=True)
+
+
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def base(request, tmp_path: Path) -> Path:
     """Return the folder of a random Llama whose tokenizer lacks the markers of chatml."""
@@ -92,6 +96,7 @@ def test_stock_peft_on_the_exported_base_equals_the_merged_export(
     assert AutoTokenizer.from_pretrained(exports["merged"]).convert_tokens_to_ids(TOKENS) == IDS
 
 
+@ONCE_TIED
 def test_a_resumed_run_has_the_same_bits(settings, make_config, start_run):
     def train(name: str, steps: int) -> dict[str, torch.Tensor]:
         config = make_config(**settings, run={"name": name}, train={"max_steps": steps})
@@ -107,6 +112,7 @@ def test_a_resumed_run_has_the_same_bits(settings, make_config, start_run):
         assert torch.equal(tensor, resumed[name]), name
 
 
+@ONCE_UNTIED
 def test_training_continues_from_the_run_and_evaluates_it(settings, make_config, start_run):
     with start_run(make_config(**settings)) as run:
         finetune(run)
@@ -123,6 +129,7 @@ def test_training_continues_from_the_run_and_evaluates_it(settings, make_config,
     assert config["modules_to_save"] == ["model.norm"]
 
 
+@ONCE_UNTIED
 def test_a_base_without_the_rows_is_refused(base, settings, make_config, start_run):
     with start_run(make_config(**settings)) as run:
         finetune(run)
