@@ -75,7 +75,7 @@ CHANGEABLE_ON_RESUME = frozenset([
     "train.micro_batch_size", "train.activation_checkpointing",
     "train.on_nonfinite", "eval.every", "eval.samples", "quant.backend", "quant.cache_dir",
     "quant.save", "parallel.strategy", "parallel.hsdp", "parallel.offload",
-    "parallel.consistency_check_every", "data.show",
+    "parallel.consistency_check_every", "data.show", "data.max_bad_rows",
 ])  # fmt: skip
 """Keys that may change when a run is resumed under the same `run.name`."""
 

@@ -89,10 +89,8 @@ def _ineffective(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield (key, reason) for every key that another key makes ineffective."""
     train, evaluation = config.train, config.eval
     if train.max_steps is not None:
-        yield (
-            "train.epochs",
-            (f"train.max_steps={train.max_steps} takes precedence; add train.max_steps=null"),
-        )
+        fix = "" if config.data.streaming else "; add train.max_steps=null"
+        yield "train.epochs", f"train.max_steps={train.max_steps} takes precedence{fix}"
     if evaluation.source is None:
         for key in ("eval.every", "eval.tokens", "eval.reference", "eval.samples"):
             yield key, "eval.source=null turns the evaluation off"

@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterator
 from hqqtrain.common.errors import UserError
 from hqqtrain.data.block_stream import Block
 
-MAX_WAIT_SECONDS = 20 * 60.0
-"""Longest wait for a block. It is shorter than the time-out of the ranks that wait meanwhile."""
-
 _POLL_SECONDS = 0.05
 
 
@@ -33,13 +30,19 @@ class BlockReader:
         self._thread = threading.Thread(target=self._run, name="data", daemon=True)
         self._thread.start()
 
-    def next(self, check: Callable[[], object] = lambda: None) -> Block:
-        """Return the next block; call `check`, which may raise, while waiting for it.
+    def next(
+        self, check: Callable[[], object] = lambda: None, *, max_seconds: float | None
+    ) -> Block:
+        """Wait for the next block and return it.
+
+        Args:
+            check: Called while waiting; it may raise.
+            max_seconds: Longest wait; None: without end.
 
         Raises:
-            UserError: The data cannot be read, or no block comes for `MAX_WAIT_SECONDS`.
+            UserError: The data cannot be read, or no block comes in time.
         """
-        deadline = time.monotonic() + MAX_WAIT_SECONDS
+        deadline = float("inf") if max_seconds is None else time.monotonic() + max_seconds
         while True:
             try:
                 block = self._queue.get(timeout=_POLL_SECONDS)
@@ -48,8 +51,8 @@ class BlockReader:
                 check()
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"{self._where}: no data has come for {MAX_WAIT_SECONDS / 60:.0f} minutes; "
-                        "check the disk or the network. The same command resumes the run."
+                        f"{self._where}: no data has come for {max_seconds:.0f} seconds; check the "
+                        "disk or the network. The same command resumes the run."
                     ) from None
         if isinstance(block, BaseException):
             self._put(block)  # for the next call

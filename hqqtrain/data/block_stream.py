@@ -8,6 +8,7 @@ the tokens that the block before it has left over. To resume a run, one block is
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,6 +80,11 @@ class Block:
     sequences: TokenSequences
     state: BlockState
     passes: int
+
+    @cached_property
+    def digest(self) -> str:
+        """The digest of the sequences."""
+        return self.sequences.digest()
 
 
 class BlockStream:

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
+from pathlib import Path
 from typing import NamedTuple
 
 from hqqtrain.common.errors import UserError
@@ -118,7 +119,11 @@ class StreamSource:
                     f"{self.name}: has no example to train on; all are empty or held out."
                 )
             if logs:
-                logger.info("%s: its end is reached; pass %d begins.", self.name, place.passes + 2)
+                logger.info(
+                    "%s: its end is reached; reading begins again, for pass %d.",
+                    self.name,
+                    place.passes + 2,
+                )
             place, has_examples = Place(place.passes + 1), False
 
 
@@ -138,6 +143,13 @@ class ExampleStream:
     def is_plain_text(self) -> bool:
         """Whether all examples are plain texts."""
         return all(part.is_plain_text for source in self._sources for part in source.parts)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of the sources, in the order in which they are read."""
+        parts = [part for source in self._sources for part in source.parts]
+        read = [part.examples.files for part in parts if isinstance(part.examples, RowExamples)]
+        return [file for files in read for file in files]
 
     @property
     def has_passes(self) -> bool:

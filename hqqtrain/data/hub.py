@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -36,6 +37,15 @@ logger = logging.getLogger(__name__)
 
 REACH_SECONDS = 10.0
 """Timeout of the first request to the hub."""
+
+
+@cache
+def stream_hub_dataset(source: str, key: str) -> Splits:
+    """Return all splits of a data set, whose rows are downloaded when they are read.
+
+    The hub is asked once per process. Arguments and errors are those of `load_hub_dataset`.
+    """
+    return load_hub_dataset(source, key, streaming=True)
 
 
 def load_hub_dataset(source: str, key: str, *, streaming: bool = False) -> Splits:

@@ -12,7 +12,13 @@ from hqqtrain.data.files import FILE_TYPE_BY_EXTENSION, find_files, format_exten
 from hqqtrain.data.formats import text
 from hqqtrain.data.formats.format import Format
 from hqqtrain.data.formats.registry import DEFAULT_TEXT_FIELD, choose_format, fits
-from hqqtrain.data.hub import HubRows, has_held_out, load_hub_dataset, select_hub_split
+from hqqtrain.data.hub import (
+    HubRows,
+    has_held_out,
+    load_hub_dataset,
+    select_hub_split,
+    stream_hub_dataset,
+)
 from hqqtrain.data.readers import TEXT_COLUMN, FileRows
 from hqqtrain.data.row_examples import RowExamples
 from hqqtrain.data.rows import Rows
@@ -71,7 +77,8 @@ def open_source(
             for part, kind in ((files.train, "rows"), (files.held_out, "held-out rows"))
         )
         return SourceTexts(of_train or [], of_held_out)
-    splits = load_hub_dataset(source, key, streaming=data.streaming and key == "data.source")
+    is_streamed = data.streaming and key == "data.source"
+    splits = (stream_hub_dataset if is_streamed else load_hub_dataset)(source, key)
     names = ("held_out",) if evaluates else ("train", *["held_out"] * has_held_out(splits))
     train, *held_out = (
         examples(

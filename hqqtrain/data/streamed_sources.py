@@ -15,14 +15,13 @@ from fractions import Fraction
 from itertools import islice
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.data_sources import describe_source, listed_sources
+from hqqtrain.config.data_sources import describe_source, listed_sources, source_paths
 from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.data.example_stream import ExampleStream, StreamPart, StreamSource
 from hqqtrain.data.examples import Example, text_of
 from hqqtrain.data.held_out import is_blank, text_hash
 from hqqtrain.data.mixture import is_repeated
 from hqqtrain.data.overlap import check_overlap
-from hqqtrain.data.row_examples import RowExamples
 from hqqtrain.data.single_source import SourceTexts, open_source
 from hqqtrain.data.sources import (
     evaluates_on_training_source,
@@ -90,7 +89,9 @@ def open_training_stream(data: DataConfig, evaluation: EvalConfig, seed: int = 0
     Raises:
         UserError: The source cannot be opened.
     """
-    opened = _open_sources(data)
+    opened = [
+        open_source(path, settings, "data.source") for path, settings in settings_of_sources(data)
+    ]
     keeps = _training_filter(opened, data, evaluation)
     sources = []
     for source, texts in zip(listed_sources(data.source), opened, strict=True):
@@ -110,8 +111,8 @@ def first_training_texts(data: DataConfig, evaluation: EvalConfig) -> Iterable[E
     Raises:
         UserError: The source cannot be opened, or overlaps with the held-out text.
     """
-    check_streamed_overlap(data, evaluation)
     stream = open_training_stream(data, evaluation)
+    check_streamed_overlap(stream, data, evaluation)
     logger.info(
         "data.streaming=true: the first %d examples of data.source stand for all.", SHOWN_EXAMPLES
     )
@@ -156,7 +157,7 @@ def streamed_held_out_texts(
     return found
 
 
-def check_streamed_overlap(data: DataConfig, evaluation: EvalConfig) -> None:
+def check_streamed_overlap(stream: ExampleStream, data: DataConfig, evaluation: EvalConfig) -> None:
     """Compare the held-out text with the beginning of the training text; see `check_overlap`.
 
     Raises:
@@ -164,7 +165,6 @@ def check_streamed_overlap(data: DataConfig, evaluation: EvalConfig) -> None:
     """
     if evaluation.source is None:
         return
-    stream = open_training_stream(data, evaluation)
     beginning = FirstExamples(stream.first_pass(), max_read=COMPARED_CHARACTERS)
     held_out = list(streamed_held_out_texts(evaluation, data, logs=False))
     where, fix = f"data.source={describe_source(data.source)}", None
@@ -173,24 +173,14 @@ def check_streamed_overlap(data: DataConfig, evaluation: EvalConfig) -> None:
     check_overlap(beginning, held_out, where, fix)
 
 
-def source_digest(data: DataConfig) -> str:
-    """Return the sha256 of the names and sizes of the files of `data.source`, in hex.
+def stream_digest(stream: ExampleStream, data: DataConfig) -> str:
+    """Return the sha256 of the sources, and of the names and sizes of their files, in hex.
 
     The content is not read as a whole. When a run resumes, the block that it continues in is
     compared, too.
     """
-    files: list[list[object]] = []
-    for source, texts in zip(listed_sources(data.source), _open_sources(data), strict=True):
-        read = texts.train.files if isinstance(texts.train, RowExamples) else []
-        files.append([source.path, [(file.name, file.stat().st_size) for file in read]])
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
-def _open_sources(data: DataConfig) -> list[SourceTexts]:
-    return [
-        open_source(path, settings, "data.source", warns=False)
-        for path, settings in settings_of_sources(data)
-    ]
+    files = [(file.name, file.stat().st_size) for file in stream.files]
+    return hashlib.sha256(json.dumps([source_paths(data.source), files]).encode()).hexdigest()
 
 
 def _training_filter(

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MAX_WAIT_SECONDS = 20 * 60.0
+"""Longest wait for data during training: less than the time-out of the ranks that wait, too."""
+
 REPORTED_WAIT = 0.05
 """Share of the time that training may wait for data without a warning."""
 
@@ -94,9 +97,13 @@ class StreamingLoader:
             UserError: The data cannot be read, or is not that of the loaded state.
         """
         state = BlockState.from_json(self._resumed["state"]) if self._resumed else None
+        if state and state.place.examples:
+            examples = f"{state.place.examples:,} examples"
+            logger.info("%s: the run continues after its first %s", self._where, examples)
         self._reader = BlockReader(self._open_blocks().read(state), self._where)
-        self._block = self._reader.next(check)
-        if self._resumed and self._block.sequences.digest() != self._resumed["digest"]:
+        self._block = self._reader.next(check, max_seconds=None)
+        if self._resumed and self._block.digest != self._resumed["digest"]:
+            self.close()
             raise UserError(
                 f"{self._where}: its text is not that of the checkpoint any more. Choose another "
                 "run.name, or run.resume=never."
@@ -133,7 +140,7 @@ class StreamingLoader:
         return {
             "batch_index": self._next_index,
             "state": self._block.state.to_json(),
-            "digest": self._block.sequences.digest(),
+            "digest": self._block.digest,
             "sequence": self._offset,
         }
 
@@ -182,7 +189,7 @@ class StreamingLoader:
         """Return the next block, and log if training waits too long for data."""
         assert self._reader is not None
         started = time.monotonic()
-        block = self._reader.next()
+        block = self._reader.next(max_seconds=MAX_WAIT_SECONDS)
         now = time.monotonic()
         self._waited += now - started
         elapsed = now - self._last_report

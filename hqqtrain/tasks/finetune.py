@@ -64,30 +64,28 @@ def finetune(run: Run) -> None:
         loader, held_out, digests = stream_training_data(run, plan, layout, checkpoint)
     else:
         loader, held_out, digests = load_in_memory(run, plan, layout)
-    with comm.raise_on_all_ranks():
-        check_resumable(checkpoint, digests, loader.total_steps)
-        check_fits_run(run, plan, has_quantized=has_quantized, has_checkpoints=bool(checkpoint))
-    # All checks have passed, so `run.resume=never` may delete the old results.
-    history.delete_results()
-    loaded = load_or_quantize(run, plan, checkpoint, source_digest)
-    runnable = wrap_for_execution(loaded, runtime.strategy)
-    evaluation = RecordedEvaluation(run, runnable, held_out, layout, source_digest)
-    if not recorder.has_evaluated("quantized"):
-        evaluation.evaluate_as("quantized", adapted=False)
-    trainer, best = build_trainer(run, runnable.model, loader), BestEvaluation()
-    parts: dict[str, Stateful] = {"record": recorder, "best_evaluation": best}
-    if config.data.streaming:  # otherwise the index of the batch is enough
-        parts["loader"] = loader
-    contents = checkpoint_contents(run, runnable, digests, source_digest, parts)
-    with (
-        closing(loader),
-        CheckpointManager(
+    with closing(loader):
+        with comm.raise_on_all_ranks():
+            check_resumable(checkpoint, digests, loader.total_steps)
+            check_fits_run(run, plan, has_quantized=has_quantized, has_checkpoints=bool(checkpoint))
+        # All checks have passed, so `run.resume=never` may delete the old results.
+        history.delete_results()
+        loaded = load_or_quantize(run, plan, checkpoint, source_digest)
+        runnable = wrap_for_execution(loaded, runtime.strategy)
+        evaluation = RecordedEvaluation(run, runnable, held_out, layout, source_digest)
+        if not recorder.has_evaluated("quantized"):
+            evaluation.evaluate_as("quantized", adapted=False)
+        trainer, best = build_trainer(run, runnable.model, loader), BestEvaluation()
+        parts: dict[str, Stateful] = {"record": recorder, "best_evaluation": best}
+        if config.data.streaming:  # otherwise the index of the batch is enough
+            parts["loader"] = loader
+        contents = checkpoint_contents(run, runnable, digests, source_digest, parts)
+        with CheckpointManager(
             trainer, contents, recorder.checkpoints, config.ckpt, comm, runtime.preemption
-        ) as checkpoints,
-    ):
-        AdapterTraining(run, runnable.model, trainer, evaluation, checkpoints, best).train(
-            checkpoint
-        )
+        ) as checkpoints:
+            AdapterTraining(run, runnable.model, trainer, evaluation, checkpoints, best).train(
+                checkpoint
+            )
     recorder.record_training(trainer.state, list(trainer.trainable_parameters.values()))
     patience = config.train.early_stopping_patience
     stopped_early = best.stall_reason(patience) if trainer.stopped_early else None

@@ -10,7 +10,7 @@ from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.streamed_sources import (
     check_streamed_overlap,
     open_training_stream,
-    source_digest,
+    stream_digest,
 )
 from hqqtrain.data.streaming import StreamingLoader
 from hqqtrain.distributed.heartbeat import Heartbeat
@@ -44,14 +44,7 @@ def stream_training_data(
     config, comm, preemption = run.config, run.runtime.comm, run.runtime.preemption
     folder, vocab_size = plan.source.tokenizer, vocabulary_size(plan.model)
 
-    def load() -> tuple[TokenSequences | None, dict[str, str]]:
-        check_streamed_overlap(config.data, config.eval)
-        held_out = load_held_out_data(config, folder, vocab_size)
-        eval_digest = held_out.digest() if held_out else ""
-        return held_out, {"data.source": source_digest(config.data), "eval.source": eval_digest}
-
     def open_blocks() -> BlockStream:
-        stream = open_training_stream(config.data, config.eval, config.train.seed)
         # The reader has a tokenizer of its own, because a tokenizer serves one thread at a time.
         return BlockStream(stream, load_tokenizer(folder), config.train, config.data, vocab_size)
 
@@ -63,16 +56,21 @@ def stream_training_data(
     )  # fmt: skip
     if checkpoint:
         loader.load_state_dict(checkpoint.state["loader"])
+
+    def check() -> None:
+        heartbeat.check()
+        preemption.check_local()
+
+    found: tuple[TokenSequences | None, dict[str, str]] = None, {}
     # The first block, and the rows before it, may take longer than a collective may wait.
     with Heartbeat(comm) as heartbeat:
-        data = load() if comm.is_main else None
-
-        def check() -> None:
-            heartbeat.check()
-            preemption.check_local()
-
         if comm.is_main:
+            stream = open_training_stream(config.data, config.eval, config.train.seed)
+            check_streamed_overlap(stream, config.data, config.eval)
+            held_out = load_held_out_data(config, folder, vocab_size)
+            digests = {"data.source": stream_digest(stream, config.data)}
+            found = held_out, digests | {"eval.source": held_out.digest() if held_out else ""}
             loader.start(check)
             logger.info("%s: the first sequences are ready; more are read during training", where)
-    held_out, digests = comm.run_on_rank0(lambda: data) or (None, {})
+    held_out, digests = comm.run_on_rank0(lambda: found)
     return loader, held_out, digests

@@ -58,7 +58,7 @@ def test_each_pass_has_every_row_once_and_in_order(sources, caplog):
     stream = stream_of(sources["folder"])
     assert first(stream, 36) == rows * 3
     assert list(stream.first_pass()) == rows
-    assert "its end is reached; pass 2 begins." in caplog.text
+    assert "its end is reached; reading begins again, for pass 2." in caplog.text
 
 
 def test_repeats_are_those_without_streaming(sources):

@@ -1,7 +1,6 @@
 """The streaming loader: any number of ranks, resuming at every batch, errors of the reader."""
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from ranks import on_ranks
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig, TrainConfig
-from hqqtrain.data.block_stream import Block, BlockStream
+from hqqtrain.data.block_stream import Block, BlockState, BlockStream
 from hqqtrain.data.layout import PACKED, BatchLayout
 from hqqtrain.data.loader import PackedLoader
 from hqqtrain.data.packing import pack_examples
@@ -169,34 +168,33 @@ def test_an_error_in_row_1000_reaches_both_ranks(tmp_path: Path):
 class _SlowBlocks:
     """A data set whose second block takes a while."""
 
-    def __init__(self, blocks: Iterator[Block], seconds: float) -> None:
+    def __init__(self, blocks: BlockStream, seconds: float) -> None:
         self._blocks, self._seconds = blocks, seconds
 
-    def read(self, state: object) -> Iterator[Block]:
-        yield next(self._blocks)
-        time.sleep(self._seconds)
-        yield from self._blocks
+    def read(self, state: BlockState | None) -> Iterator[Block]:
+        for number, block in enumerate(self._blocks.read(state)):
+            time.sleep(self._seconds if number == 1 else 0)
+            yield block
 
 
-def test_the_log_says_how_long_training_waits_for_data(rows, caplog):
+@pytest.fixture
+def slow_loader(rows) -> Iterator[StreamingLoader]:
     data = DataConfig(source=rows, shuffle_buffer=6)
-    stream = BlockStream(
-        open_training_stream(data, NO_EVAL), load_tokenizer(TINY_FOLDER), TRAIN, data
-    )
-    before = set(threading.enumerate())
-    slow = _SlowBlocks(stream.read(), 1.2)
-    loader = StreamingLoader(lambda: slow, "data.source=rows", TRAIN)
+    stream = open_training_stream(data, NO_EVAL)
+    blocks = BlockStream(stream, load_tokenizer(TINY_FOLDER), TRAIN, data)
+    loader = StreamingLoader(lambda: _SlowBlocks(blocks, 1.2), "data.source=rows", TRAIN)
     loader.start()
-    read_batches(loader, 3)
+    yield loader
+    loader.close()
+
+
+def test_the_log_says_how_long_training_waits_for_data(slow_loader, caplog):
+    read_batches(slow_loader, 3)
     (record,) = [r for r in caplog.records if "has waited 1 s for data, " in r.message]
     assert record.levelname == "WARNING"
-    loader.close()
-    assert set(threading.enumerate()) <= before
 
 
-def test_data_that_does_not_come_ends_the_training(rows, monkeypatch):
-    loader = make_loader(rows)
-    loader.close()  # the thread reads no more
-    monkeypatch.setattr("hqqtrain.data.block_reader.MAX_WAIT_SECONDS", 0.3)
-    with pytest.raises(UserError, match="no data has come for"):
-        read_batches(loader, 20)
+def test_data_that_does_not_come_ends_the_training(slow_loader, monkeypatch):
+    monkeypatch.setattr("hqqtrain.data.streaming.MAX_WAIT_SECONDS", 0.3)
+    with pytest.raises(UserError, match="no data has come for 0 seconds"):
+        read_batches(slow_loader, 3)

@@ -1,5 +1,7 @@
 """Tokenization: within limits of time and memory, and only with tokens that the model knows."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,32 @@ def test_a_tokenizer_that_fills_the_memory_is_refused(monkeypatch):
     doubling = normalizers.Sequence([normalizers.Replace("a", "aa")] * 20)
     with pytest.raises(UserError, match="MiB for 1 characters"):
         list(encode_texts(["a"], hostile(normalizer=doubling)))
+
+
+def test_a_training_beside_the_tokenizer_does_not_count(monkeypatch):
+    """A thread that reads data shares its process with a training, which is busy and fills memory.
+
+    The limits are those of real time then.
+    """
+    monkeypatch.setattr(tokenization, "_BASE_SECONDS", 0.1)
+    monkeypatch.setattr(tokenization, "_BASE_BYTES", 1 << 20)
+    ends = time.monotonic() + 0.5
+
+    def train() -> list[bytes]:
+        memory = [bytes(1 << 24)]
+        while time.monotonic() < ends:
+            memory[0].count(b"x")
+        return memory
+
+    with pytest.raises(UserError, match="too expensive"):
+        tokenization.watch(train, 1, "data.source=x")
+    ends = time.monotonic() + 0.5
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(tokenization.watch, train, 1, "data.source=x").result()
+    monkeypatch.setattr(tokenization, "_BASE_SECONDS", 0.005)
+    ends = time.monotonic() + 0.5
+    with ThreadPoolExecutor() as pool, pytest.raises(UserError, match="too expensive"):
+        pool.submit(tokenization.watch, train, 1, "data.source=x").result()
 
 
 def test_a_tokenizer_that_fails_is_one_message(tokenizer, monkeypatch):
