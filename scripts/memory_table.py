@@ -43,8 +43,10 @@ Nothing in the table is measured: it is the **estimate** that every run prints b
 spare."""  # noqa: E501
 MEASURED_ON = """\
 The table was **measured** on one {gpu} whose memory was limited to that of the smaller GPU, with random weights
-({date}, torch {torch}, transformers {transformers}; `kernels/bench/results/memory.csv`). Only cells with ~ are
-estimated. Every run makes this estimate, with 10 % to spare, before it reads a weight."""  # noqa: E501
+({date}, torch {torch}, transformers {transformers}; `kernels/bench/results/memory.csv`). Every run makes an
+estimate of its own, with 10 % to spare, before it reads a weight."""  # noqa: E501
+
+PARTLY_ESTIMATED = " Cells with ~ are only estimated."
 
 
 def model_configs() -> dict[str, PretrainedConfig]:
@@ -141,6 +143,8 @@ def render_table(measured: Path = MEASURED) -> str:
         for nbits in NBITS:
             found = measured_lengths(measurements, name, nbits) if measurements else None
             rows.append(table_row(name, nbits, estimated_lengths(config, nbits), found))
+    if any(cell.startswith("~") for row in rows for cell in row):
+        origin += PARTLY_ESTIMATED
     headers = [source, "bits", *(f"{gpu} GB" for gpu in GPUS_GB)]
     align = ["left", *["right"] * (len(headers) - 1)]
     table = tabulate(rows, headers, tablefmt="pipe", colalign=align, disable_numparse=True)

@@ -136,3 +136,4 @@ def test_the_table_is_rendered_from_a_file_of_measurements(attempts, tmp_path, m
     others = [cell for row in rows[2:] for cell in row[2:] if row[0] != "Llama 3 8B"]
     assert len(others) == 12
     assert all(cell.startswith("~") for cell in others)
+    assert "Cells with ~" in table
