@@ -14,16 +14,21 @@ from hqqtrain.data.block_stream import Block
 _POLL_SECONDS = 0.05
 
 
+class _StoppedError(Exception):
+    """The reader is closed."""
+
+
 class BlockReader:
     """Reads blocks ahead.
 
     Args:
-        blocks: The blocks; only the thread iterates them.
+        read: Returns the blocks, which only the thread iterates; gets a function that it must call
+            now and then, and that raises to stop.
         where: `key=source`, for messages.
     """
 
-    def __init__(self, blocks: Iterator[Block], where: str) -> None:
-        self._blocks, self._where = blocks, where
+    def __init__(self, read: Callable[[Callable[[], None]], Iterator[Block]], where: str) -> None:
+        self._read, self._where = read, where
         self._queue: queue.Queue[Block | BaseException] = queue.Queue(1)
         self._stop = threading.Event()
         # A daemon, because the interpreter would wait for any other thread at its end.
@@ -60,24 +65,27 @@ class BlockReader:
         return block
 
     def close(self) -> None:
-        """Stop the thread after its current example."""
+        """Stop the thread, which ends after the texts that it is tokenizing."""
         self._stop.set()
         self._thread.join(5)
 
     def _run(self) -> None:
         try:
-            for block in self._blocks:
-                if not self._put(block):
-                    return
+            for block in self._read(self._raise_if_stopped):
+                self._put(block)
+                self._raise_if_stopped()
         except BaseException as error:  # also a panic of the tokenizer, which is in Rust
             self._put(error)
 
-    def _put(self, item: Block | BaseException) -> bool:
-        """Wait until there is room for a block, and return whether it is still needed."""
+    def _raise_if_stopped(self) -> None:
+        if self._stop.is_set():
+            raise _StoppedError
+
+    def _put(self, item: Block | BaseException) -> None:
+        """Wait until there is room for a block, or until the reader is closed."""
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=_POLL_SECONDS)
-                return True
+                return
             except queue.Full:
                 continue
-        return False

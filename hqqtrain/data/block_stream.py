@@ -6,7 +6,7 @@ the tokens that the block before it has left over. To resume a run, one block is
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -108,15 +108,21 @@ class BlockStream:
         self._block_size = data.shuffle_buffer or UNSHUFFLED_BLOCK
         self._is_cut = train.packing and data.on_long in (AUTO, "split") and examples.is_plain_text
 
-    def read(self, state: BlockState | None = None) -> Iterator[Block]:
+    def read(
+        self, state: BlockState | None = None, on_batch: Callable[[], object] = lambda: None
+    ) -> Iterator[Block]:
         """Yield blocks from a state on; some may have no sequence.
+
+        Args:
+            state: The state before the first block; None: the beginning.
+            on_batch: Called now and then; it may raise to stop.
 
         Raises:
             UserError: The data cannot be read or tokenized, or has nothing to train on.
         """
         state = state or BlockState(0, self._examples.start())
         passes = state.place.passes  # at the last sequence
-        for examples, place, ends_pass in self._groups(state.place):
+        for examples, place, ends_pass in self._groups(state.place, on_batch):
             sequences, rest = self._sequences([state.rest, *examples], state.place, ends_pass)
             passes_of_block = place.passes - ends_pass
             passes = passes_of_block if len(sequences) else passes
@@ -128,7 +134,9 @@ class BlockStream:
             yield Block(self._shuffled(sequences, state.block), state, passes_of_block)
             state = BlockState(state.block + 1, place, rest)
 
-    def _groups(self, start: StreamPlace) -> Iterator[tuple[list[Encoded], StreamPlace, bool]]:
+    def _groups(
+        self, start: StreamPlace, on_batch: Callable[[], object]
+    ) -> Iterator[tuple[list[Encoded], StreamPlace, bool]]:
         """Yield the tokens of the examples of each block, in order.
 
         With them come the place after them, and whether a pass ends there: a pass over a single
@@ -143,7 +151,9 @@ class BlockStream:
 
         group, tokens, last = list[Encoded](), 0, start
         max_tokens = self._block_size * self._train.max_seq_len
-        for encoded in encode_examples(examples(), self._tokenizer, self._data, self._where):
+        for encoded in encode_examples(
+            examples(), self._tokenizer, self._data, self._where, on_batch
+        ):
             place = places.popleft()
             if self._examples.has_passes and place.passes > last.passes:
                 yield group, StreamPlace(last.examples, (Place(place.passes),)), True

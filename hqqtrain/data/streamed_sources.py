@@ -20,7 +20,7 @@ from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.data.example_stream import ExampleStream, StreamPart, StreamSource
 from hqqtrain.data.examples import Example, text_of
 from hqqtrain.data.held_out import is_blank, text_hash
-from hqqtrain.data.mixture import is_repeated
+from hqqtrain.data.mixture import ChainedExamples, is_repeated
 from hqqtrain.data.overlap import check_overlap
 from hqqtrain.data.single_source import SourceTexts, open_source
 from hqqtrain.data.sources import (
@@ -138,9 +138,8 @@ def streamed_held_out_texts(
     enough = CHARACTERS_PER_TOKEN * evaluation.tokens
     texts = open_training_sources(data, warns=False)
     if texts.held_out is not None:
-        return FirstExamples(texts.held_out, max_characters=enough)
-    is_held_out = _hash_filter(data.validation)
-    found = list(FirstExamples(texts.train, is_held_out, max_characters=enough))
+        return _first_of_each(texts.held_out, enough)
+    found = list(_first_of_each(texts.train, enough, _hash_filter(data.validation)))
     where = f"data.source={describe_source(data.source)}"
     if not found:
         raise UserError(
@@ -152,8 +151,8 @@ def streamed_held_out_texts(
         logger.info(
             "%s: texts are held out by their hashes (data.validation=%s); the first %d are "
             "measured.",
-        where, data.validation, len(found),
-    )  # fmt: skip
+            where, data.validation, len(found),
+        )  # fmt: skip
     return found
 
 
@@ -192,6 +191,17 @@ def _training_filter(
         return lambda example: True
     is_held_out = _hash_filter(data.validation)
     return lambda example: not is_held_out(example)
+
+
+def _first_of_each(
+    examples: Iterable[Example],
+    max_characters: int,
+    keeps: Callable[[Example], bool] = lambda example: True,
+) -> ChainedExamples:
+    """Return the first examples of each source, with about the same number of characters."""
+    parts = examples.parts if isinstance(examples, ChainedExamples) else [examples]
+    share = -(-max_characters // len(parts))
+    return ChainedExamples([FirstExamples(part, keeps, max_characters=share) for part in parts])
 
 
 def _repeating(share: float, keeps: Callable[[Example], bool]) -> Callable[[Example], bool]:

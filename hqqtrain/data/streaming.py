@@ -85,7 +85,7 @@ class StreamingLoader:
         self._resumed: Mapping[str, Any] = {}
         self._reader: BlockReader | None = None
         self._block: Block | None = None
-        self._waited, self._last_report = 0.0, time.monotonic()
+        self._last_report = time.monotonic()
 
     def start(self, check: Callable[[], object] = lambda: None) -> None:
         """Start to read, and wait for the first block; only rank 0 must call this.
@@ -100,14 +100,18 @@ class StreamingLoader:
         if state and state.place.examples:
             examples = f"{state.place.examples:,} examples"
             logger.info("%s: the run continues after its first %s", self._where, examples)
-        self._reader = BlockReader(self._open_blocks().read(state), self._where)
-        self._block = self._reader.next(check, max_seconds=None)
-        if self._resumed and self._block.digest != self._resumed["digest"]:
+        blocks = self._open_blocks()
+        self._reader = BlockReader(lambda on_batch: blocks.read(state, on_batch), self._where)
+        try:
+            self._block = self._reader.next(check, max_seconds=None)
+            if self._resumed and self._block.digest != self._resumed["digest"]:
+                raise UserError(
+                    f"{self._where}: its text is not that of the checkpoint any more. Choose "
+                    "another run.name, or run.resume=never."
+                )
+        except BaseException:
             self.close()
-            raise UserError(
-                f"{self._where}: its text is not that of the checkpoint any more. Choose another "
-                "run.name, or run.resume=never."
-            )
+            raise
         self._last_report = time.monotonic()
 
     def batches(self, batch_index: int) -> Iterator[Batch]:
@@ -191,13 +195,12 @@ class StreamingLoader:
         started = time.monotonic()
         block = self._reader.next(max_seconds=MAX_WAIT_SECONDS)
         now = time.monotonic()
-        self._waited += now - started
-        elapsed = now - self._last_report
-        if self._waited > max(1.0, REPORTED_WAIT * elapsed):
+        waited, elapsed = now - started, now - self._last_report
+        if waited > max(1.0, REPORTED_WAIT * elapsed):
             logger.warning(
                 "%s: training has waited %.0f s for data, %.0f %% of its time since the last block "
                 "of sequences; tokenize the data first (data.streaming=false) if it fits",
-                self._where, self._waited, 100 * self._waited / elapsed,
+                self._where, waited, 100 * waited / elapsed,
             )  # fmt: skip
-        self._waited, self._last_report = 0.0, now
+        self._last_report = now
         return block

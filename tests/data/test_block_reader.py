@@ -1,7 +1,7 @@
 """The thread that reads blocks ahead: how many, its errors, and its end."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -24,14 +24,14 @@ def test_one_block_is_ready_and_one_is_being_read():
     begun: list[int] = []
     third = threading.Event()
 
-    def blocks() -> Iterator[Block]:
+    def blocks(_: Callable[[], None]) -> Iterator[Block]:
         for number in range(100):
             begun.append(number)
             if number == 2:
                 third.set()
             yield block(number)
 
-    reader = BlockReader(blocks(), "data.source=x")
+    reader = BlockReader(blocks, "data.source=x")
     assert reader.next(max_seconds=9).state.block == 0
     assert third.wait(9)
     assert [reader.next(max_seconds=9).state.block for _ in range(5)] == [1, 2, 3, 4, 5]
@@ -40,11 +40,11 @@ def test_one_block_is_ready_and_one_is_being_read():
 
 
 def test_an_error_comes_after_the_blocks_before_it_and_stays():
-    def blocks() -> Iterator[Block]:
+    def blocks(_: Callable[[], None]) -> Iterator[Block]:
         yield block(0)
         raise UserError("a bad row")
 
-    reader = BlockReader(blocks(), "data.source=x")
+    reader = BlockReader(blocks, "data.source=x")
     assert reader.next(max_seconds=9).state.block == 0
     for _ in range(3):
         with pytest.raises(UserError, match="a bad row"):
@@ -54,7 +54,7 @@ def test_an_error_comes_after_the_blocks_before_it_and_stays():
 def test_waiting_has_an_end_and_can_be_stopped():
     release = threading.Event()
 
-    def blocks() -> Iterator[Block]:
+    def blocks(_: Callable[[], None]) -> Iterator[Block]:
         release.wait(30)
         yield block(0)
 
@@ -62,12 +62,28 @@ def test_waiting_has_an_end_and_can_be_stopped():
         raise PreemptedError("SIGTERM was received")
 
     before = threading.active_count()
-    reader = BlockReader(blocks(), "data.source=x")
+    reader = BlockReader(blocks, "data.source=x")
     with pytest.raises(UserError, match="no data has come for 0 seconds; check the disk"):
         reader.next(max_seconds=0.01)
     with pytest.raises(PreemptedError):
         reader.next(stop, max_seconds=None)
     release.set()
     assert reader.next(max_seconds=9).state.block == 0
+    reader.close()
+    assert threading.active_count() <= before
+
+
+def test_a_reader_that_is_closed_stops_within_a_block():
+    begun = threading.Event()
+
+    def blocks(on_batch: Callable[[], None]) -> Iterator[Block]:
+        while True:
+            begun.set()
+            on_batch()
+        yield block(0)
+
+    before = threading.active_count()
+    reader = BlockReader(blocks, "data.source=x")
+    assert begun.wait(9)
     reader.close()
     assert threading.active_count() <= before

@@ -59,6 +59,16 @@ def test_the_standard_library_is_split_by_its_modules(monkeypatch):
     assert list(streamed_held_out_texts(EvalConfig(), data)) == ["text of c"]
 
 
+def test_every_source_has_a_part_of_the_held_out_texts(tmp_path):
+    source = [
+        write(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(900)]) for name in "abc"
+    ]
+    data = DataConfig(source=source, validation=0.1, streaming=True)
+    held_out = list(streamed_held_out_texts(EvalConfig(tokens=10), data))
+    assert {text[0] for text in held_out} == set("abc")
+    assert 3 * 50 <= sum(map(len, held_out)) <= 200
+
+
 def test_held_out_text_in_the_beginning_of_the_training_text_is_refused(tmp_path):
     rows = [f"This is the text of row number {i}, and no other row has it." for i in range(50)]
     data = DataConfig(source=write(tmp_path / "a.jsonl", rows), streaming=True)

@@ -171,8 +171,8 @@ class _SlowBlocks:
     def __init__(self, blocks: BlockStream, seconds: float) -> None:
         self._blocks, self._seconds = blocks, seconds
 
-    def read(self, state: BlockState | None) -> Iterator[Block]:
-        for number, block in enumerate(self._blocks.read(state)):
+    def read(self, state: BlockState | None, on_batch: Callable) -> Iterator[Block]:
+        for number, block in enumerate(self._blocks.read(state, on_batch)):
             time.sleep(self._seconds if number == 1 else 0)
             yield block
 
