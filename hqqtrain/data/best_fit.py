@@ -1,9 +1,11 @@
 """Pack examples of different lengths into sequences with little padding, without cutting them."""
 
+from array import array
+
 import numpy as np
 
 
-def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Distribute items over bins, by best-fit decreasing.
 
     From the longest to the shortest, each item goes into the fullest bin that has room for it. The
@@ -15,12 +17,14 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
         capacity: Largest sum of the lengths in a bin.
 
     Returns:
-        The indices of the items of each bin, ascending; bins ascend by their first item.
+        The items, bin after bin, int64 [n], and the position after the last item of each bin,
+        int64 [bins]. The items of a bin ascend, and the bins ascend by their first item.
     """
-    bins: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # the bins with so much room
+    bin_of_item = np.empty(len(lengths), np.int64)
+    by_room = [array("q") for _ in range(capacity + 1)]  # the bins with so much room
     rooms = 0  # bit r is set if there is a bin with room for exactly r
-    for item in np.argsort(-lengths, kind="stable").tolist():
+    bins = 0
+    for item in np.argsort(-lengths, kind="stable"):
         length = int(lengths[item])
         enough = rooms >> length
         if enough:
@@ -29,9 +33,22 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
             if not by_room[room]:
                 rooms ^= 1 << room
         else:
-            number, room = len(bins), capacity
-            bins.append([])
-        bins[number].append(item)
-        by_room[room - length].append(number)
-        rooms |= 1 << (room - length)
-    return sorted(sorted(items) for items in bins)
+            number, room = bins, capacity
+            bins += 1
+        bin_of_item[item] = number
+        if room > length:  # a full bin gets no more items
+            by_room[room - length].append(number)
+            rooms |= 1 << (room - length)
+    return _grouped(bin_of_item, bins)
+
+
+def _grouped(bin_of_item: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the items by bin, and where each bin ends; see `best_fit`."""
+    by_bin = np.argsort(bin_of_item, kind="stable")
+    sizes = np.bincount(bin_of_item, minlength=bins)
+    first_items = by_bin[np.cumsum(sizes) - sizes]
+    order = np.argsort(first_items, kind="stable")
+    rank_of_bin = np.empty(bins, np.int64)
+    rank_of_bin[order] = np.arange(bins)
+    items = np.argsort(rank_of_bin[bin_of_item], kind="stable")
+    return items, np.cumsum(sizes[order])

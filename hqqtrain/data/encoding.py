@@ -44,6 +44,7 @@ def encode_examples(
     data: DataConfig,
     where: str = "data.source",
     on_batch: Callable[[], object] = lambda: None,
+    workers: int = 1,
 ) -> Iterator[Encoded]:
     """Yield the token ids of every example, int32 [n], and whether each is trained, bool [n].
 
@@ -55,6 +56,7 @@ def encode_examples(
         data: The group `data` of the configuration, for `chat_template` and `loss_on`.
         where: The source of the examples, for messages.
         on_batch: Called now and then; it may raise to stop.
+        workers: Number of processes that encode examples other than plain text, if there are many.
 
     Raises:
         UserError: The setting does not fit the examples, the tokenizer fails, or the trained tokens

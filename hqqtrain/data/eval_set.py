@@ -8,6 +8,8 @@ modules are equal. So the perplexities of two machines can be compared.
 
 import hashlib
 import logging
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +36,10 @@ def load_eval_set(
     tokenizer: "PreTrainedTokenizerBase",
     max_seq_len: int,
     vocab_size: int | None = None,
+    *,
+    on_batch: Callable[[], object] = lambda: None,
+    folder: Path | None = None,
+    workers: int = 1,
 ) -> TokenSequences | None:
     """Sample windows of at most `max_seq_len` tokens from the held-out texts.
 
@@ -48,6 +54,9 @@ def load_eval_set(
         tokenizer: The tokenizer of the model.
         max_seq_len: Largest number of tokens in a window.
         vocab_size: Number of token ids that the model knows; None if there is no model.
+        on_batch: Called now and then; it may raise to stop.
+        folder: Where to write the tokens, as for `pack_examples`.
+        workers: Number of processes, as for `pack_examples`.
 
     Returns:
         The windows, or None if eval.source is null.
@@ -62,7 +71,9 @@ def load_eval_set(
     where = f"eval.source={evaluation.source}"
     load = streamed_held_out_texts if data.streaming else load_held_out_texts
     examples = load(evaluation, data)
-    tokens = encode_stream(examples, tokenizer, data, vocab_size, where)
+    tokens = encode_stream(
+        examples, tokenizer, data, vocab_size, where, on_batch, folder=folder, workers=workers
+    )
     candidates = cut_windows(tokens, length)
     if not len(candidates):
         raise UserError(f"{where}: no text in it has a token to predict.")

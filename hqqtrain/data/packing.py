@@ -6,11 +6,15 @@ sequence may be shorter; it is dropped only if it has a single token, which pred
 Chats and other examples are not cut at such places: several of them share a sequence where they fit
 as a whole. Without packing, every example becomes one sequence. `data.on_long` says what happens to
 one that is too long; by default it is truncated.
+
+With a folder, the tokens are files that are mapped, also while they are packed: memory is needed
+for a few numbers per example only.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,10 +25,14 @@ from hqqtrain.data.best_fit import best_fit
 from hqqtrain.data.encoding import encode_examples
 from hqqtrain.data.examples import Example
 from hqqtrain.data.sequences import TokenSequences
+from hqqtrain.data.token_files import TokenWriter
 from hqqtrain.data.tokenization import check_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+EXAMPLES, PACKED = "examples", "packed"
+"""Names of the files with all tokens of the examples, and with those of shared sequences."""
 
 
 def pack_examples(
@@ -38,6 +46,8 @@ def pack_examples(
     where: str = "data.source",
     on_batch: Callable[[], object] = lambda: None,
     on_parts: Callable[[TokenSequences], object] = lambda parts: None,
+    folder: Path | None = None,
+    workers: int = 1,
 ) -> TokenSequences:
     """Tokenize examples and arrange them in sequences of at most `max_seq_len` tokens.
 
@@ -52,6 +62,9 @@ def pack_examples(
         on_batch: Called now and then; it may raise to stop.
         on_parts: Called with all tokens of all examples, in order, and as sequences the parts of
             the examples that are trained on. Parts of texts that are cut are those in a sequence.
+        folder: Where to write the tokens of the examples, as `EXAMPLES`, and those of sequences
+            that several examples share as a whole, as `PACKED`; None: they stay in memory.
+        workers: Number of processes that encode examples other than plain text.
 
     Raises:
         UserError: No sequence has a token to predict, the model does not know a token, an example
@@ -61,7 +74,9 @@ def pack_examples(
     first = list(islice(iterator, 1))
     is_plain_text = all(isinstance(example, str) for example in first)
     examples = chain(first, iterator)
-    tokens = encode_stream(examples, tokenizer, data, vocab_size, where, on_batch)
+    tokens = encode_stream(
+        examples, tokenizer, data, vocab_size, where, on_batch, folder=folder, workers=workers
+    )
     if packing and is_plain_text and data.on_long in (AUTO, "split"):
         begin = np.arange(0, len(tokens.stream), max_seq_len)
         end = np.minimum(begin + max_seq_len, len(tokens.stream))
@@ -69,7 +84,7 @@ def pack_examples(
         parts = sequences = replace(tokens, begin=begin[predicts], end=end[predicts])
     else:
         parts = cut_long(tokens, max_seq_len, data.on_long, where)
-        sequences = pack_parts(parts, max_seq_len) if packing else parts
+        sequences = pack_parts(parts, max_seq_len, folder) if packing else parts
     if not len(sequences) and is_plain_text:
         raise UserError(f"{where}: no text in it has a token to predict.")
     if not len(sequences):
@@ -88,19 +103,18 @@ def encode_stream(
     vocab_size: int | None,
     where: str,
     on_batch: Callable[[], object] = lambda: None,
+    *,
+    folder: Path | None = None,
+    workers: int = 1,
 ) -> TokenSequences:
     """Tokenize examples, each into a sequence of its own, of any length; see `pack_examples`."""
-    ids, targets = [np.empty(0, np.int32)], [np.empty(0, bool)]  # they allow no examples
-    for ids_of_example, targets_of_example in encode_examples(
-        examples, tokenizer, data, where, on_batch
-    ):
-        ids.append(ids_of_example)
-        targets.append(targets_of_example)
-    lengths = np.array([len(each) for each in ids[1:]], np.int64)
-    stream, starts = np.concatenate(ids), np.cumsum(lengths) - lengths
+    writer = TokenWriter(folder, EXAMPLES)
+    for ids, targets in encode_examples(examples, tokenizer, data, where, on_batch, workers):
+        writer.append(ids, targets)
+    tokens = writer.finish()
     if vocab_size is not None:
-        check_token_ids(stream, tokenizer, vocab_size, where)
-    return TokenSequences(stream, np.concatenate(targets), starts, starts, starts + lengths)
+        check_token_ids(tokens.stream, tokenizer, vocab_size, where)
+    return tokens
 
 
 def cut_long(tokens: TokenSequences, max_seq_len: int, on_long: str, where: str) -> TokenSequences:
@@ -138,18 +152,19 @@ def cut_long(tokens: TokenSequences, max_seq_len: int, on_long: str, where: str)
     return tokens.with_bounds(begin, end)
 
 
-def pack_parts(parts: TokenSequences, max_seq_len: int) -> TokenSequences:
-    """Let parts of examples share sequences, with little padding; see `best_fit`."""
-    lengths = parts.end - parts.begin
-    bins = best_fit(lengths, max_seq_len)
-    order = [item for items in bins for item in items]
-    spans = [slice(parts.begin[item], parts.end[item]) for item in order]
-    empty = slice(0, 0)  # it allows no parts
-    stream = np.concatenate([parts.stream[span] for span in [empty, *spans]])
-    targets = np.concatenate([parts.targets[span] for span in [empty, *spans]])
-    ends = np.cumsum(lengths[order])
-    starts = ends - lengths[order]
-    targets[starts] = False  # no token of the same part precedes the first one
-    last = np.cumsum([len(items) for items in bins], dtype=np.int64) - 1
-    end = ends[last]
-    return TokenSequences(stream, targets, starts, np.append(0, end)[:-1], end)
+def pack_parts(
+    parts: TokenSequences, max_seq_len: int, folder: Path | None = None
+) -> TokenSequences:
+    """Let parts of examples share sequences, with little padding; see `best_fit`.
+
+    The tokens are copied, in the order of the sequences.
+    """
+    items, last = best_fit(parts.end - parts.begin, max_seq_len)
+    writer = TokenWriter(folder, PACKED)
+    for begin, end in zip(parts.begin[items], parts.end[items], strict=True):
+        targets = parts.targets[begin:end].copy()
+        targets[0] = False  # no token of the same part precedes the first one
+        writer.append(parts.stream[begin:end], targets)
+    packed = writer.finish()
+    end = packed.end[last - 1]
+    return replace(packed, begin=np.append(0, end)[:-1], end=end)

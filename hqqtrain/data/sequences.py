@@ -8,7 +8,7 @@ Models that ignore `position_ids` get every text in a row of its own (`hqqtrain/
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -18,6 +18,9 @@ import torch
 
 IGNORE_INDEX = -100
 """The label of a token that is not predicted, which the loss ignores."""
+
+CHUNK_TOKENS = 1 << 22
+"""Most tokens of a stream that are in memory at a time, unless the stream itself is."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +67,25 @@ class TokenSequences:
     @property
     def is_plain_text(self) -> bool:
         """Whether every token but the first of a text is trained."""
-        return np.array_equal(self.targets, plain_text_targets(self.stream, self.starts))
+        for first, last in chunks(len(self.stream)):
+            texts = slice(*np.searchsorted(self.starts, (first, last)))
+            expected = plain_text_targets(self.stream[first:last], self.starts[texts] - first)
+            if not np.array_equal(self.targets[first:last], expected):
+                return False
+        return True
 
     def with_bounds(self, begin: np.ndarray, end: np.ndarray) -> "TokenSequences":
         """Return the sequences from `begin` to `end` of the stream that have a token to predict."""
-        before = np.append(0, np.cumsum(self.targets))
-        predicts = before[end] - before[np.minimum(begin + 1, end)] > 0
+        predicts = self._count_targets(begin, end) > 0
         return replace(self, begin=begin[predicts], end=end[predicts])
 
     @cached_property
     def target_token_count(self) -> int:
         """Number of predicted tokens in all sequences."""
-        bounds = zip(self.begin.tolist(), self.end.tolist(), strict=True)
-        return sum(int(np.count_nonzero(self.targets[begin + 1 : end])) for begin, end in bounds)
+        if len(self) * self.max_len < CHUNK_TOKENS:  # such as the sequences of a step
+            bounds = zip(self.begin.tolist(), self.end.tolist(), strict=True)
+            return sum(int(np.count_nonzero(self.targets[b + 1 : e])) for b, e in bounds)
+        return int(self._count_targets(self.begin, self.end).sum())
 
     def digest(self) -> str:
         """Return the sha256 of tokens, targets, and the boundaries of texts and sequences.
@@ -84,10 +93,29 @@ class TokenSequences:
         The targets of plain text are left out, because they follow from its boundaries. So the
         digest equals that in older checkpoints, which was computed before targets existed.
         """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         arrays = [self.stream, self.starts, self.begin, self.end]
         if not self.is_plain_text:
             arrays.append(self.targets)
-        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+        sha256 = hashlib.sha256()
+        for array in arrays:
+            for first, last in chunks(len(array)):
+                sha256.update(np.ascontiguousarray(array[first:last]))
+        return sha256.hexdigest()
+
+    @cached_property
+    def max_len(self) -> int:
+        """The length of the longest sequence, in tokens."""
+        return int((self.end - self.begin).max(initial=0))
+
+    def _count_targets(self, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """Return int64 [n]: the number of targets from `begin + 1` to `end` of the stream."""
+        return count_slices(
+            lambda first, last: self.targets[first:last], np.minimum(begin + 1, end), end
+        )
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "TokenSequences":
         """Return only the sequences at `indices`, which share the stream."""
@@ -126,3 +154,36 @@ def plain_text_targets(stream: np.ndarray, starts: np.ndarray) -> np.ndarray:
     targets = np.ones(len(stream), dtype=bool)
     targets[starts] = False
     return targets
+
+
+def chunks(length: int) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of slices of at most `CHUNK_TOKENS` items, which together cover `length`."""
+    for first in range(0, length, CHUNK_TOKENS):
+        yield first, min(first + CHUNK_TOKENS, length)
+
+
+def count_slices(
+    mask: Callable[[int, int], np.ndarray], begin: np.ndarray, end: np.ndarray
+) -> np.ndarray:
+    """Return int64 [n]: the number of True values in each slice of a long mask.
+
+    Args:
+        mask: Returns the part of the mask from a first index to a last one, bool [last - first].
+        begin: int64 [n], the first index of each slice.
+        end: int64 [n], the index after each slice.
+    """
+    edges = np.concatenate([begin, end])
+    order = np.argsort(edges, kind="stable")
+    edges = edges[order]
+    before = np.empty(len(edges), np.int64)  # the number of True values before each edge
+    total = done = 0
+    for first, last in chunks(int(edges[-1]) if len(edges) else 0):
+        values = mask(first, last)
+        stop = int(np.searchsorted(edges, last, side="left"))
+        counts = np.append(0, np.cumsum(values, dtype=np.int64))
+        before[done:stop] = total + counts[edges[done:stop] - first]
+        total, done = total + int(counts[-1]), stop
+    before[done:] = total
+    counts = np.empty_like(before)
+    counts[order] = before
+    return counts[len(begin) :] - counts[: len(begin)]

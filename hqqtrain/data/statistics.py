@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hqqtrain.data.sequences import count_slices
+
 if TYPE_CHECKING:
     from hqqtrain.data.sequences import TokenSequences
 
@@ -80,8 +82,10 @@ def measure_data(
     """
     starts, ends = parts.starts, example_ends(parts)
     lengths = ends - starts
-    covered, trained = token_masks(parts)
-    kept = count_true(covered, starts, ends)
+    kept, trained = (
+        count_slices(lambda *part, i=index: token_masks(parts, *part)[i], starts, ends)
+        for index in range(2)
+    )
     tokens = int((parts.end - parts.begin).sum())
     smallest, median, p95, largest = np.quantile(
         lengths, (0, 0.5, 0.95, 1), method="inverted_cdf"
@@ -89,13 +93,13 @@ def measure_data(
     return DataStatistics(
         examples=len(starts),
         tokens=tokens,
-        trained_tokens=int(np.count_nonzero(trained)),
+        trained_tokens=int(trained.sum()),
         sequences=len(packed),
         padding=1 - tokens / (len(packed) * max_seq_len),
         truncated=int(np.count_nonzero((kept > 0) & (kept < lengths))),
         dropped=int(np.count_nonzero(kept == 0)),
         split=int(np.count_nonzero(count_parts(parts) > 1)),
-        untrained=int(np.count_nonzero(count_true(trained, starts, ends) == 0)),
+        untrained=int(np.count_nonzero(trained == 0)),
         duplicates=count_duplicates(parts),
         lengths={"min": smallest, "median": median, "p95": p95, "max": largest},
         histogram=histogram(lengths),
@@ -107,27 +111,21 @@ def example_ends(data: "TokenSequences") -> np.ndarray:
     return np.append(data.starts[1:], len(data.stream))
 
 
-def token_masks(data: "TokenSequences") -> tuple[np.ndarray, np.ndarray]:
-    """Return two masks of the stream, bool [T].
+def token_masks(data: "TokenSequences", first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return two masks of a part of the stream, bool [last - first].
 
     The first says which tokens are in a sequence, the second which of them the loss predicts. The
     first token of a sequence is never predicted.
     """
-    changes = np.zeros(len(data.stream) + 1, np.int8)
-    changes[data.begin] += 1
-    changes[data.end] -= 1
+    near = (data.begin < last) & (data.end > first)
+    begin, end = data.begin[near], data.end[near]
+    changes = np.zeros(last - first + 1, np.int8)
+    changes[np.maximum(begin, first) - first] += 1
+    changes[np.minimum(end, last) - first] -= 1
     covered = np.cumsum(changes[:-1], dtype=np.int8).astype(bool)
-    trained = data.targets & covered
-    trained[data.begin] = False
+    trained = data.targets[first:last] & covered
+    trained[begin[begin >= first] - first] = False
     return covered, trained
-
-
-def count_true(mask: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Return int64 [slices]: the number of True values in each slice `mask[begin:end]`."""
-    edges = np.stack([begin, end], axis=1).ravel()
-    # `reduceat` sums from each edge to the next; it needs a value at the last edge, too.
-    counts = np.add.reduceat(np.append(mask, False), edges, dtype=np.int64)[::2]
-    return np.where(end > begin, counts, 0)  # for an empty slice it returns a single value
 
 
 def count_parts(data: "TokenSequences") -> np.ndarray:
@@ -142,12 +140,11 @@ def count_parts(data: "TokenSequences") -> np.ndarray:
 
 def count_duplicates(data: "TokenSequences") -> int:
     """Return the number of examples that have the same tokens as an earlier example."""
-    bounds = zip(data.starts.tolist(), example_ends(data).tolist(), strict=True)
-    digests = {
-        hashlib.blake2b(data.stream[start:end].tobytes(), digest_size=16).digest()
-        for start, end in bounds
-    }
-    return len(data.starts) - len(digests)
+    digests = np.empty(len(data.starts), "S16")  # a set of objects would take ten times the memory
+    for index, (start, end) in enumerate(zip(data.starts, example_ends(data), strict=True)):
+        tokens = data.stream[start:end]
+        digests[index] = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+    return len(digests) - len(np.unique(digests))
 
 
 def histogram(values: np.ndarray, max_bars: int = MAX_BARS) -> list[list[int]]:

@@ -16,6 +16,7 @@ import psutil
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.data.held_out import is_blank
+from hqqtrain.data.sequences import chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +86,7 @@ def check_token_ids(
     Raises:
         UserError: A token id is `vocab_size` or larger.
     """
-    largest = int(stream.max(initial=0))
+    largest = max((int(stream[first:last].max()) for first, last in chunks(len(stream))), default=0)
     if largest >= vocab_size:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise UserError(

@@ -131,7 +131,7 @@ class Sampler:
     def __init__(self, parts: TokenSequences, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._stream, self._starts, self._ends = parts.stream, parts.starts, example_ends(parts)
         self._tokenizer, self._counts = tokenizer, count_parts(parts)
-        self._covered, self._trained = token_masks(parts)
+        self._parts = parts
         self._special_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     def sample(self, index: int, max_tokens: int) -> DataSample:
@@ -140,10 +140,10 @@ class Sampler:
         An example that is in no sequence is shown as a whole.
         """
         tokens = slice(int(self._starts[index]), int(self._ends[index]))
-        kept = self._covered[tokens]
-        title = self._title(index, kept, int(np.count_nonzero(self._trained[tokens])))
+        kept, trained = token_masks(self._parts, tokens.start, tokens.stop)
+        title = self._title(index, kept, int(np.count_nonzero(trained)))
         kept = kept if kept.any() else ~kept
-        ids, trained = self._stream[tokens][kept], self._trained[tokens][kept]
+        ids, trained = self._stream[tokens][kept], trained[kept]
         if len(ids) <= max_tokens:
             return DataSample(title, list(self._pieces(ids, trained)))
         begin, end = 3 * max_tokens // 4, len(ids) - max_tokens // 4

@@ -76,7 +76,7 @@ def test_the_figures_are_those_of_a_count_of_single_tokens(seed):
 
 def test_the_masks_are_those_of_the_labels():
     data = _random_data(7)
-    covered, trained = token_masks(data)
+    covered, trained = token_masks(data, 0, len(data.stream))
     for index in range(len(data)):
         place = slice(int(data.begin[index]), int(data.end[index]))
         assert covered[place].all()

@@ -205,7 +205,7 @@ def test_examples_that_are_too_long_are_counted_as_they_are_in_the_source(
     found = run.recorder.summary.content.data
     kept: list[TokenSequences] = []
     packed = task.load_training_data(run, TINY_FOLDER, on_parts=kept.append)
-    _, trained = token_masks(kept[0])
+    _, trained = token_masks(kept[0], 0, len(kept[0].stream))
     labels = [label for sequence in packed for label in sequence["labels"].tolist()]
     assert sorted(kept[0].stream[trained].tolist()) == sorted(predicted(labels))
     assert found.examples == 4
