@@ -70,7 +70,7 @@ def check_shared_lock(path: Path, token: str, key: str) -> None:
     Raises:
         UserError: the token does not appear within `VISIBILITY_TIMEOUT` seconds.
     """
-    if not _becomes_true(lambda: read_lock_token(path) == token):
+    if not becomes_true(lambda: read_lock_token(path) == token):
         raise UserError(
             f"{key}: {socket.gethostname()} does not see the file that rank 0 wrote to "
             f"{path.parent}. All nodes need one shared folder."
@@ -95,14 +95,14 @@ def check_shared_file(path: Path, sha256: str, key: str) -> None:
         except OSError:
             return False
 
-    if not _becomes_true(is_same):
+    if not becomes_true(is_same):
         raise UserError(
             f"{key}: {socket.gethostname()} does not see {path} as rank 0 does. All nodes need one "
             "shared folder."
         )
 
 
-def _becomes_true(condition: Callable[[], bool]) -> bool:
+def becomes_true(condition: Callable[[], bool]) -> bool:
     """Wait for at most `VISIBILITY_TIMEOUT` seconds until `condition` is true; return whether."""
     deadline = time.monotonic() + VISIBILITY_TIMEOUT
     while not condition():

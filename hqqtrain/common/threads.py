@@ -44,6 +44,13 @@ def call_with_timeout(seconds: float, call: Callable[[], None], child_process_pr
         raise errors[0]
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, which a scheduler may limit."""
+    process = psutil.Process()
+    has_affinity = hasattr(process, "cpu_affinity")  # not on macOS
+    return len(process.cpu_affinity()) if has_affinity else psutil.cpu_count() or 1
+
+
 class BackgroundExecutor:
     """Runs one job at a time on its own thread; `wait` raises the error of a failed job."""
 

@@ -226,6 +226,16 @@ class DataConfig:
         low=0,
         high=1 << 24,
     )
+    workers: int | None = key(
+        None,
+        "processes that encode chats and completions, if there are many; null: one per usable core",
+        low=1,
+        high=512,
+    )
+    cache_dir: str | None = key(
+        None,
+        "folder of tokenized data that runs share; null: <run.root>/tokens",
+    )
     show: int = key(3, "examples that task=data shows; 0: none", low=0, high=1000)
 
     def errors(self) -> Iterator[str]:

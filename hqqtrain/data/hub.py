@@ -8,6 +8,7 @@ a data set is loaded: the start of a run on local files is 0.7 seconds of CPU ti
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from hqqtrain.common.digest import content_digest
 from hqqtrain.common.errors import UserError, did_you_mean
 from hqqtrain.common.hf_cache import hf_cache_error
 from hqqtrain.config.groups import BUILT_IN_SOURCES
@@ -80,6 +82,23 @@ def load_hub_dataset(source: str, key: str, *, streaming: bool = False) -> Split
             message += " Write it as name:configuration."
         raise UserError(f"{key}={source}: {message}") from error
     return splits
+
+
+def hub_digest(source: str, key: str) -> str:
+    """Return the digest of all splits of a data set, as the local cache has them.
+
+    Raises:
+        UserError: As for `load_hub_dataset`.
+    """
+    sha256 = hashlib.sha256()
+    for name, split in load_hub_dataset(source, key).items():
+        files = [Path(str(file["filename"])) for file in split.cache_files]
+        if not files:  # the split is in memory
+            digests = [str(split.to_dict())]
+        else:
+            digests = [content_digest(file.parent, [file.name]) for file in files]
+        sha256.update(repr([str(name), split.num_rows, digests]).encode())
+    return f"sha256:{sha256.hexdigest()}"
 
 
 def find_hub_split(splits: Splits, *names: str) -> Split | None:

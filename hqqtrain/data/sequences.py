@@ -103,7 +103,7 @@ class TokenSequences:
         sha256 = hashlib.sha256()
         for array in arrays:
             for first, last in chunks(len(array)):
-                sha256.update(np.ascontiguousarray(array[first:last]))
+                sha256.update(np.ascontiguousarray(array[first:last]).data)
         return sha256.hexdigest()
 
     @cached_property

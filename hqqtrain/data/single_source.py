@@ -65,7 +65,7 @@ def open_source(
         format = _format_of(rows, data, where, is_own=key == "data.source")
         return RowExamples(rows, format, where, data.max_bad_rows, kind)
 
-    if not _is_hub_name(source):
+    if not is_hub_name(source):
         files = find_files(source, data.file_type, key, warns=warns)
         if not files.train and not evaluates:
             raise UserError(
@@ -124,7 +124,7 @@ def _format_of(rows: Rows, data: DataConfig, where: str, *, is_own: bool) -> For
     return choose_format(rows, name, field, where)
 
 
-def _is_hub_name(source: str) -> bool:
+def is_hub_name(source: str) -> bool:
     """Whether `source` is the name of a hub data set: neither an existing path nor like a path.
 
     A source is like a path if it has the extension of a text file, or if its folder exists.

@@ -45,8 +45,8 @@ class TokenWriter:
 
     def append(self, ids: np.ndarray, targets: np.ndarray) -> None:
         """Append the tokens of a text, int32 [n], and whether each is trained, bool [n]."""
-        self._files[0].write(np.ascontiguousarray(ids, np.int32))
-        self._files[1].write(np.ascontiguousarray(targets, bool))
+        self._files[0].write(np.ascontiguousarray(ids, np.int32).data)
+        self._files[1].write(np.ascontiguousarray(targets, bool).data)
         self._ends.append(self._ends[-1] + len(ids))
 
     def finish(self) -> TokenSequences:
@@ -75,7 +75,7 @@ def save_sequences(
         with _create(folder, f"{name}.bounds") as file:
             for values in (each.starts, each.begin, each.end):
                 for first, last in chunks(len(values)):
-                    file.write(np.ascontiguousarray(values[first:last], np.int64))
+                    file.write(np.ascontiguousarray(values[first:last], np.int64).data)
         counts = {"tokens": len(each.stream), "texts": len(each.starts), "sequences": len(each)}
         entries[name] = {**counts, "digest": each.digest()}
     atomic_write_json(folder / INDEX, {"sequences": entries, **description})

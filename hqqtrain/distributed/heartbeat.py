@@ -9,7 +9,7 @@ collective.
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -92,6 +92,22 @@ class Heartbeat:
         self._raised = self._remote_error()
         if self._raised:
             raise self._raised
+
+    def wait_for(self, rank: int, on_wait: Callable[[], object]) -> None:
+        """Wait until another rank has left the context without an error.
+
+        Args:
+            rank: The rank.
+            on_wait: Called again and again; it may raise to stop.
+
+        Raises:
+            UserError, PreemptedError, RankLostError: As for `check`.
+        """
+        while rank != self._comm.rank and not self._has_ended(rank):
+            on_wait()
+            self.check()
+            self._stop.wait(HEARTBEAT_SECONDS / 5)
+        self.check()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None,

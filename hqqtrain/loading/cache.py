@@ -5,13 +5,10 @@ again. An entry is a folder like `quantized/`, named by a hash of its inputs; it
 absent. A run that needs an entry while another run writes it waits for the other run.
 """
 
-import errno
 import hashlib
 import itertools
 import json
 import logging
-import os
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +19,8 @@ from typing import IO
 import torch
 
 from hqqtrain import __version__
-from hqqtrain.common.errors import UserError
-from hqqtrain.common.filelock import (
-    check_shared_file,
-    check_shared_lock,
-    read_lock_token,
-    try_lock,
-)
+from hqqtrain.common.cache_entry import is_complete_entry, lock_entry, lock_path
+from hqqtrain.common.filelock import check_shared_file, check_shared_lock, read_lock_token
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.formats.manifest import MANIFEST, file_digest
@@ -89,13 +81,13 @@ def cache_entry(
         _check_shared_entry(folder, cache_dir, comm)
         yield CacheEntry(folder, True)
         return
-    lock_path = folder.with_name(f".{folder.name}.lock")
-    with _hold_lock(lock_path, cache_dir, comm, preemption) as lock_file:
+    lock = lock_path(folder)
+    with _hold_lock(lock, cache_dir, comm, preemption) as lock_file:
         # Rank 0 decides, and its token in the lock file proves that all ranks see the same folder.
-        observed = (read_lock_token(lock_path), _is_complete(folder) if comm.is_main else False)
+        observed = (read_lock_token(lock), comm.is_main and _is_complete(folder))
         token, is_complete = comm.all_gather_object(observed)[0]
         with comm.raise_on_all_ranks():
-            check_shared_lock(lock_path, token, f"quant.cache_dir={cache_dir}")
+            check_shared_lock(lock, token, f"quant.cache_dir={cache_dir}")
         # A complete entry is only read, so release the lock: other runs may read it, too.
         if lock_file and is_complete:
             lock_file.close()
@@ -107,24 +99,7 @@ def cache_entry(
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether the entry in `folder` exists and may be trusted.
-
-    Raises:
-        UserError: The entry is a link; or everybody may write to the cache, and the entry belongs
-            neither to this user nor to the owner of the cache.
-    """
-    if folder.is_symlink():
-        raise UserError(f"{folder}: is a symbolic link, and no entry of the cache is; remove it.")
-    if not (folder / "config.json").is_file():
-        return False
-    cache, owner = folder.parent.stat(), folder.stat().st_uid
-    if cache.st_mode & stat.S_IWOTH and owner not in (os.getuid(), 0, cache.st_uid):
-        raise UserError(
-            f"quant.cache_dir={folder.parent}: everybody may write to it, and {folder.name} "
-            f"belongs to another user (uid {owner}). Choose another folder, or have the owner of "
-            "the cache run chmod o-w on it."
-        )
-    return True
+    return is_complete_entry(folder, "config.json", "quant.cache_dir")
 
 
 def _check_shared_entry(folder: Path, cache_dir: str, comm: Communicator) -> None:
@@ -139,7 +114,7 @@ def _check_shared_entry(folder: Path, cache_dir: str, comm: Communicator) -> Non
 
 @contextmanager
 def _hold_lock(
-    lock_path: Path, cache_dir: str, comm: Communicator, preemption: PreemptionHandler
+    lock: Path, cache_dir: str, comm: Communicator, preemption: PreemptionHandler
 ) -> Iterator[IO[str] | None]:
     """Hold the lock of an entry, which rank 0 locks for all ranks. Collective.
 
@@ -150,11 +125,11 @@ def _hold_lock(
     """
     for attempt in itertools.count():
         with comm.raise_on_all_ranks():
-            lock_file = _try_lock(lock_path, cache_dir) if comm.is_main else None
+            lock_file = lock_entry(lock, f"quant.cache_dir={cache_dir}") if comm.is_main else None
         if comm.all_gather_object(lock_file is not None)[0]:
             break
         if comm.is_main and attempt == 0:
-            logger.info("quant.cache_dir: waiting for another run, which has %s", lock_path)
+            logger.info("quant.cache_dir: waiting for another run, which has %s", lock)
         preemption.check(comm)
         time.sleep(POLL_SECONDS)
     try:
@@ -162,19 +137,6 @@ def _hold_lock(
     finally:
         if lock_file:
             lock_file.close()
-
-
-def _try_lock(lock_path: Path, cache_dir: str) -> IO[str] | None:
-    """Return the locked file; None if another run has locked it."""
-    try:
-        lock_path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(lock_path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(lock_path.parent))
-        return try_lock(lock_path)
-    except OSError as error:
-        raise UserError(
-            f"quant.cache_dir={cache_dir}: cannot be written to ({error}); choose another."
-        ) from error
 
 
 def _entry_name(

@@ -152,6 +152,12 @@ def input_digests(config: RunConfig) -> dict[str, str]:
     return {key: _input_digest(key, path) for key, path in _input_paths(config).items()}
 
 
+def data_digests(config: RunConfig) -> dict[str, str]:
+    """Return `input_digests` of those inputs that are data."""
+    paths = _input_paths(config)
+    return {key: _input_digest(key, paths[key]) for key in paths if _key(key) in _DATA_KEYS}
+
+
 def changed_inputs(
     saved: Mapping[str, Any], config: RunConfig, keys: Collection[str] | None = None
 ) -> list[str]:

@@ -63,8 +63,8 @@ def show_data(run: Run) -> None:
     with comm.raise_on_all_ranks():
         model = load_data_model(run.config.model, run.config.data)
         format = source_format(run.config.data)
-        found: list[TokenSequences] = []
-        packed = load_training_data(run, model.folder, model.vocab_size, found.append)
+    found: list[TokenSequences] = []
+    packed = load_training_data(run, model.folder, model.vocab_size, found.append)
     check_same_text(run, packed)
     (parts,) = found
     report = DataReport(measure_data(parts, packed, run.config.train.max_seq_len))

@@ -3,23 +3,28 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.threads import usable_cores
 from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.eval_set import load_eval_set
 from hqqtrain.data.layout import BatchLayout
-from hqqtrain.data.packing import pack_examples
+from hqqtrain.data.packing import EXAMPLES, PACKED, pack_examples
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.sources import load_training_texts
 from hqqtrain.data.statistics import DataStatistics, measure_data
 from hqqtrain.data.streamed_sources import first_training_texts
+from hqqtrain.data.tokenization import check_token_ids
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.loading.plan import ModelPlan
 from hqqtrain.models.fqn import base_model
 from hqqtrain.models.rope import max_batched_length
 from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.tasks.context import Run
+from hqqtrain.tasks.token_cache import cached_tokens
+from hqqtrain.tasks.token_identity import token_identity
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +59,9 @@ def load_training_data(
     vocab_size: int | None = None,
     on_parts: Callable[[TokenSequences], object] = lambda parts: None,
 ) -> TokenSequences:
-    """Tokenize and pack `data.source`, except for held-out texts; with streaming, its first rows.
+    """Tokenize and pack `data.source`, except for held-out texts, unless a run has. Collective.
+
+    With streaming, only the first rows are read.
 
     Args:
         run: The run.
@@ -65,26 +72,43 @@ def load_training_data(
     Raises:
         UserError: The text cannot be read, overlaps with the held-out text, or has a token that the
             model does not know.
-        PreemptedError: This rank has received a signal; checked between batches of texts.
+        PreemptedError: A rank has received a signal; checked between batches of texts.
     """
-    config, found = run.config, list[TokenSequences]()
-    load = first_training_texts if config.data.streaming else load_training_texts
-    packed = pack_examples(
-        load(config.data, config.eval),
-        load_tokenizer(tokenizer_folder),
-        max_seq_len=config.train.max_seq_len,
-        packing=config.train.packing,
-        data=config.data,
-        vocab_size=vocab_size,
-        where=f"data.source={describe_source(config.data.source)}",
-        on_batch=run.runtime.preemption.check_local,
-        on_parts=found.append,
-    )
-    (parts,) = found
-    on_parts(parts)
-    if config.task == "finetune" and run.runtime.comm.is_main and not parts.is_plain_text:
-        _log_figures(config, measure_data(parts, packed, config.train.max_seq_len))
-    return packed
+    config, comm = run.config, run.runtime.comm
+    length, packing = config.train.max_seq_len, config.train.packing
+    where = f"data.source={describe_source(config.data.source)}"
+    with comm.raise_on_all_ranks():
+        tokenizer = load_tokenizer(tokenizer_folder)
+
+    def identity() -> dict[str, Any]:
+        settings = {"train.max_seq_len": length, "train.packing": packing}
+        return token_identity(config, tokenizer, tokenizer_folder, **settings)
+
+    def build(folder: Path, on_batch: Callable[[], object]) -> dict[str, TokenSequences]:
+        parts = list[TokenSequences]()
+        packed = pack_examples(
+            load_training_texts(config.data, config.eval),
+            tokenizer,
+            max_seq_len=length,
+            packing=packing,
+            data=config.data,
+            where=where,
+            on_batch=on_batch,
+            on_parts=parts.append,
+            folder=folder,
+            workers=config.data.workers or usable_cores(),
+        )
+        shares = packed.stream is not parts[0].stream
+        return {EXAMPLES: parts[0], PACKED: packed} if shares else {EXAMPLES: packed}
+
+    cached = cached_tokens(run, "train", identity, build)
+    with comm.raise_on_all_ranks():
+        if vocab_size is not None:
+            check_token_ids(cached.sequences.stream, tokenizer, vocab_size, where)
+        on_parts(cached.parts)
+        if config.task == "finetune" and comm.is_main and not cached.parts.is_plain_text:
+            _log_figures(config, measure_data(cached.parts, cached.sequences, length))
+    return cached.sequences
 
 
 def _log_figures(config: RunConfig, data: DataStatistics) -> None:
@@ -111,11 +135,37 @@ def _log_figures(config: RunConfig, data: DataStatistics) -> None:
 
 
 def load_held_out_data(
-    config: RunConfig, tokenizer_folder: Path, vocab_size: int | None = None
+    run: Run, tokenizer_folder: Path, vocab_size: int | None = None
 ) -> TokenSequences | None:
-    """Tokenize a sample of at most `eval.tokens` tokens of `eval.source`; None if that is null."""
-    tokenizer = load_tokenizer(tokenizer_folder)
-    return load_eval_set(config.eval, config.data, tokenizer, config.train.max_seq_len, vocab_size)
+    """Return a sample of at most `eval.tokens` tokens of `eval.source`. Collective.
+
+    It is None if `eval.source` is null. The tokens of an earlier run with the same text are reused.
+    """
+    config, comm = run.config, run.runtime.comm
+    if config.eval.source is None:
+        return None
+    length = config.train.max_seq_len
+    with comm.raise_on_all_ranks():
+        tokenizer = load_tokenizer(tokenizer_folder)
+
+    def identity() -> dict[str, Any]:
+        settings = {"train.max_seq_len": length, "eval.tokens": config.eval.tokens}
+        return token_identity(config, tokenizer, tokenizer_folder, **settings)
+
+    def build(folder: Path, on_batch: Callable[[], object]) -> dict[str, TokenSequences]:
+        windows = load_eval_set(
+            config.eval, config.data, tokenizer, length, on_batch=on_batch, folder=folder,
+            workers=config.data.workers or usable_cores(),
+        )  # fmt: skip
+        assert windows is not None
+        return {EXAMPLES: windows}
+
+    windows = cached_tokens(run, "eval", identity, build).sequences
+    with comm.raise_on_all_ranks():
+        if vocab_size is not None:
+            where = f"eval.source={config.eval.source}"
+            check_token_ids(windows.stream, tokenizer, vocab_size, where)
+    return windows
 
 
 def check_same_text(run: Run, *texts: TokenSequences | None) -> None:

@@ -107,10 +107,10 @@ def load_in_memory(
         UserError: The data cannot be read, or is not the same on all ranks.
     """
     config, comm = run.config, run.runtime.comm
+    vocab_size = vocabulary_size(plan.model)
+    training_data = load_training_data(run, plan.source.tokenizer, vocab_size)
+    held_out = load_held_out_data(run, plan.source.tokenizer, vocab_size)
     with comm.raise_on_all_ranks():
-        vocab_size = vocabulary_size(plan.model)
-        training_data = load_training_data(run, plan.source.tokenizer, vocab_size)
-        held_out = load_held_out_data(config, plan.source.tokenizer, vocab_size)
         loader = PackedLoader(
             training_data,
             config.train,

@@ -37,10 +37,8 @@ def evaluate(run: Run) -> None:
     with run.runtime.comm.raise_on_all_ranks():
         plan = plan_model(plan_settings(run.config), run.runtime)
     layout = batch_layout(run.config, plan, run.runtime.comm)
+    held_out = load_held_out_data(run, plan.source.tokenizer, vocabulary_size(plan.model))
     with run.runtime.comm.raise_on_all_ranks():
-        held_out = load_held_out_data(
-            run.config, plan.source.tokenizer, vocabulary_size(plan.model)
-        )
         check_fits_run(run, plan)
     check_same_text(run, held_out)
     source_digest = digest_source(plan.source, run.runtime.comm, run.runtime.preemption)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from hqqtrain.common import cache_entry as cache_entries
 from hqqtrain.common.errors import PreemptedError, UserError
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.distributed.preemption import PreemptionHandler
@@ -122,7 +123,7 @@ def test_an_entry_that_this_user_cannot_lock_is_read(run: Run, tmp_path: Path, m
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(module, "try_lock", refuse)
+    monkeypatch.setattr(cache_entries, "try_lock", refuse)
     with _entry(run, tmp_path / "cache") as again:
         assert again == CacheEntry(entry.folder, True)
     with (
@@ -159,7 +160,7 @@ def test_the_entry_of_a_stranger_is_refused_where_everybody_may_write(
     cache = tmp_path / "cache"
     with _entry(run, cache) as entry:
         _make(entry)
-    monkeypatch.setattr(module.os, "getuid", lambda: 54321)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
     with _entry(run, cache) as same:
         assert same.is_complete  # only its owner may write to the cache
     cache.chmod(0o1777)

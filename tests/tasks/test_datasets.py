@@ -32,13 +32,13 @@ def test_the_training_data_is_the_text_of_the_source(make_config, start_run):
     assert max(sequences.end - sequences.begin) == 32
 
 
-def test_held_out_data_ends_after_the_tokens_that_were_asked_for(make_config):
-    config = make_config()
-    sequences = load_held_out_data(config, TINY_FOLDER)
-    assert sequences is not None
-    assert sum(sequences.end - sequences.begin) <= 64
-    config.eval.source = None
-    assert load_held_out_data(config, TINY_FOLDER) is None
+def test_held_out_data_ends_after_the_tokens_that_were_asked_for(make_config, start_run):
+    with start_run(make_config()) as run:
+        sequences = load_held_out_data(run, TINY_FOLDER)
+        assert sequences is not None
+        assert sum(sequences.end - sequences.begin) <= 64
+        run.config.eval.source = None
+        assert load_held_out_data(run, TINY_FOLDER) is None
 
 
 def test_a_signal_stops_the_tokenizer(make_config, start_run, monkeypatch):

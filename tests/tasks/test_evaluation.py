@@ -27,7 +27,7 @@ def _runnable(run: Run) -> RunnableModel:
 def test_both_parts_are_recorded(make_config, start_run, reference: str):
     with start_run(make_config(eval={"reference": reference})) as run:
         runnable = _runnable(run)
-        held_out = load_held_out_data(run.config, runnable.plan.source.tokenizer)
+        held_out = load_held_out_data(run, runnable.plan.source.tokenizer)
         evaluation = RecordedEvaluation(run, runnable, held_out)
         evaluation.evaluate_as("quantized", adapted=False)
         for name, param in runnable.model.named_parameters():
@@ -65,7 +65,7 @@ def test_without_a_held_out_set_nothing_is_measured(make_config, start_run):
 def test_each_model_continues_the_same_texts(make_config, start_run, reference: str):
     with start_run(make_config(eval={"reference": reference})) as run:
         runnable = _runnable(run)
-        held_out = load_held_out_data(run.config, runnable.plan.source.tokenizer)
+        held_out = load_held_out_data(run, runnable.plan.source.tokenizer)
         evaluation = RecordedEvaluation(run, runnable, held_out)
         evaluation.record_samples()
         # A fresh adapter changes nothing.
@@ -91,7 +91,7 @@ def test_the_shortest_texts_still_have_a_beginning(make_config, start_run, token
     config = make_config(eval={"tokens": tokens}, train={"max_seq_len": length})
     with start_run(config) as run:
         runnable = _runnable(run)
-        held_out = load_held_out_data(run.config, runnable.plan.source.tokenizer)
+        held_out = load_held_out_data(run, runnable.plan.source.tokenizer)
         RecordedEvaluation(run, runnable, held_out).record_samples()
         assert run.recorder.samples
 
@@ -111,7 +111,7 @@ def test_the_end_of_a_text_ends_its_continuation():
 def test_figures_that_are_not_finite_get_a_warning(make_config, start_run, caplog, value):
     with start_run(make_config(eval={"reference": "off"})) as run:
         runnable = _runnable(run)
-        held_out = load_held_out_data(run.config, runnable.plan.source.tokenizer)
+        held_out = load_held_out_data(run, runnable.plan.source.tokenizer)
         evaluation = RecordedEvaluation(run, runnable, held_out)
         evaluation.evaluate_as("quantized", adapted=False)
         assert "held-out text is" not in caplog.text
@@ -137,7 +137,7 @@ def test_the_log_says_why_the_reference_is_called_again(
 ):
     with start_run(make_config(quant={"skip": skip})) as run:
         runnable = _runnable(run)
-        held_out = load_held_out_data(run.config, runnable.plan.source.tokenizer)
+        held_out = load_held_out_data(run, runnable.plan.source.tokenizer)
         runtime = replace(run.runtime, strategy=STRATEGIES[strategy](run.runtime.comm))
         run = replace(run, runtime=runtime)
         monkeypatch.setattr(

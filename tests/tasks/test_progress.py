@@ -80,8 +80,10 @@ def test_steps(progress_bars: ProgressBars, console: _Console):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
-def test_evaluated_tokens(console: _Console, make_config, ranks: int):
-    held_out = load_held_out_data(make_config(), TINY_FOLDER)
+def test_evaluated_tokens(console: _Console, make_config, start_run, ranks: int):
+    with start_run(make_config()) as run:
+        held_out = load_held_out_data(run, TINY_FOLDER)
+    assert held_out is not None
     runtime = SimpleNamespace(comm=Communicator(0, ranks, torch.device("cpu")))
     progress_bars = ProgressBars(console, runtime)
     with progress_bars.show_evaluating(held_out) as advance:

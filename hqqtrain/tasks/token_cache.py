@@ -1,0 +1,199 @@
+"""Tokenized data in a folder that runs share, which one process writes and all ranks map.
+
+An entry is named by a hash of everything that decides its tokens, so a changed file or setting gets
+another one. Rank 0 finds or writes it, while the others wait without a collective, which would time
+out. Machines that do not share the folder write an entry of their own afterwards.
+"""
+
+import hashlib
+import json
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hqqtrain.common.cache_entry import is_complete_entry, lock_entry, lock_path
+from hqqtrain.common.errors import UserError
+from hqqtrain.common.filelock import becomes_true
+from hqqtrain.common.files import atomic_directory, check_owner
+from hqqtrain.data.packing import EXAMPLES, PACKED
+from hqqtrain.data.sequences import TokenSequences
+from hqqtrain.data.token_files import (
+    INDEX,
+    DamagedStoreError,
+    describe_store,
+    map_sequences,
+    save_sequences,
+)
+from hqqtrain.distributed.heartbeat import Heartbeat
+from hqqtrain.tasks.context import Run
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+"""Seconds between two attempts to lock an entry that another run writes."""
+
+Build = Callable[[Path, Callable[[], object]], Mapping[str, TokenSequences]]
+"""Writes the tokens into a folder and returns them by the names of their files.
+
+Its second argument must be called now and then; it may raise to stop.
+"""
+
+
+@dataclass(frozen=True)
+class CachedTokens:
+    """The mapped sequences of an entry, which are checked when they are mapped."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        _ = self.sequences
+
+    @cached_property
+    def sequences(self) -> TokenSequences:
+        """The sequences to train on, or the windows to evaluate on."""
+        names = describe_store(self.folder)["sequences"]
+        return map_sequences(self.folder, PACKED) if PACKED in names else self.parts
+
+    @cached_property
+    def parts(self) -> TokenSequences:
+        """All tokens of the examples, and as sequences the parts that are trained on."""
+        return map_sequences(self.folder, EXAMPLES)
+
+    def repeat_log(self) -> None:
+        """Log what was logged when the entry was written."""
+        for level, message in describe_store(self.folder).get("log", []):
+            logger.log(level, "%s", message)
+
+
+def cached_tokens(
+    run: Run, kind: str, identity: Callable[[], Mapping[str, Any]], build: Build
+) -> CachedTokens:
+    """Find the entry for some data, or write it. Collective.
+
+    Args:
+        run: The run.
+        kind: `train` or `eval`, the first part of the name.
+        identity: Returns everything that decides the tokens, as JSON. It is called on rank 0.
+        build: Writes the tokens. It is called on one rank of each machine at most.
+
+    Raises:
+        UserError: `identity` or `build` has raised it, or the folder cannot be written to or
+            trusted.
+        PreemptedError: A rank was asked to stop.
+    """
+    comm, check_signal = run.runtime.comm, run.runtime.preemption.check_local
+    cache = _Cache(run, build)
+    cached, name = None, ""
+    with Heartbeat(comm) as heartbeat:
+        if comm.is_main:
+            made_from = identity()
+            digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+            name = f"{kind}-{digest[:24]}"
+            cached = cache.find_or_write(name, made_from, heartbeat)
+        else:
+            heartbeat.wait_for(0, check_signal)
+    name, made_from = comm.all_gather_object((name, made_from if comm.is_main else {}))[0]
+    sees = cached is not None or becomes_true((cache.root / name / INDEX).is_file)
+    hosts = comm.all_gather_object("" if sees else socket.gethostname())
+    writers = {host: rank for rank, host in reversed(list(enumerate(hosts))) if host}
+    if writers:
+        with Heartbeat(comm) as heartbeat:
+            if comm.rank in writers.values():
+                cached = cache.find_or_write(name, made_from, heartbeat)
+            else:
+                for writer in writers.values():
+                    heartbeat.wait_for(writer, check_signal)
+    with comm.raise_on_all_ranks():
+        return cached or cache.open(name)
+
+
+class _Cache:
+    """The entries in `data.cache_dir`."""
+
+    def __init__(self, run: Run, build: Build) -> None:
+        config = run.config
+        self._run, self._build = run, build
+        self.root = Path(config.run.root) / "tokens"
+        self._where = f"run.root={config.run.root}"
+        if config.data.cache_dir is not None:
+            self.root = Path(config.data.cache_dir).expanduser()
+            self._where = f"data.cache_dir={config.data.cache_dir}"
+
+    def open(self, name: str) -> CachedTokens:
+        """Map an entry that another rank has found or written.
+
+        Raises:
+            UserError: It is damaged.
+        """
+        try:
+            return CachedTokens(self.root / name)
+        except DamagedStoreError as error:
+            raise UserError(f"{self._where}: {error}. Remove the folder.") from error
+
+    def find_or_write(
+        self, name: str, made_from: Mapping[str, Any], heartbeat: Heartbeat
+    ) -> CachedTokens:
+        """Return an entry, which is written if it is absent or damaged."""
+
+        def check() -> None:
+            self._run.runtime.preemption.check_local()
+            heartbeat.check()
+
+        folder, lock = self.root / name, lock_path(self.root / name)
+        check_owner(self.root, self._where)
+        if cached := self._find(folder):
+            return cached
+        waits = False
+        while (locked := lock_entry(lock, self._where)) is None:
+            if not waits:
+                logger.info("%s: waiting for another run, which has %s", self._where, lock)
+            waits = True
+            check()
+            time.sleep(POLL_SECONDS)
+        with locked:
+            if cached := self._find(folder):  # another run has written it meanwhile
+                return cached
+            logger.info("data.cache_dir: tokens are written to %s", folder)
+            with atomic_directory(folder) as temporary, _kept_log() as log:
+                sequences = self._build(temporary, check)
+                save_sequences(temporary, sequences, made_from=made_from, log=log)
+        return self.open(name)
+
+    def _find(self, folder: Path) -> CachedTokens | None:
+        """Return the entry in `folder`; None if it is absent or damaged."""
+        if not is_complete_entry(folder, INDEX, self._where.partition("=")[0]):
+            return None
+        try:
+            cached = CachedTokens(folder)
+        except DamagedStoreError as error:
+            logger.warning("%s: %s. The tokens are written again.", self._where, error)
+            return None
+        cached.repeat_log()
+        logger.info("data.cache_dir: tokens are reused from %s", folder)
+        return cached
+
+
+class _LogKeeper(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.kept: list[tuple[int, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.kept.append((record.levelno, record.getMessage()))
+
+
+@contextmanager
+def _kept_log() -> Iterator[list[tuple[int, str]]]:
+    """Yield a list that gets the level and the message of every line that is logged."""
+    keeper, root = _LogKeeper(), logging.getLogger("hqqtrain")
+    root.addHandler(keeper)
+    try:
+        yield keeper.kept
+    finally:
+        root.removeHandler(keeper)
