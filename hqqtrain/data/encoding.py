@@ -7,7 +7,7 @@ changes that.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from functools import cache
 from itertools import count, groupby
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,9 +20,10 @@ from hqqtrain.data.chat.library import chat_template_source
 from hqqtrain.data.chat.markers import missing_markers
 from hqqtrain.data.chat.template import ChatTemplate, RenderError
 from hqqtrain.data.chat.turns import InexactError
-from hqqtrain.data.examples import Completion, Conversation, Example, Tokens, text_of
+from hqqtrain.data.encoding_pool import encode_in_order
+from hqqtrain.data.examples import Completion, Conversation, Example, Tokens
 from hqqtrain.data.sequences import IGNORE_INDEX
-from hqqtrain.data.tokenization import encode_texts, watch
+from hqqtrain.data.tokenization import encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,12 +72,9 @@ def encode_examples(
             continue
         if kind not in encoders:
             encoders[kind] = ExampleEncoder(tokenizer, data.chat_template, loss_on, where)
-        encoder = encoders[kind]
-        for example in rest:
-            if (number := next(numbers)) % 64 == 1:
-                on_batch()
-            call = partial(encoder.encode, example, number)
-            yield watch(call, len(text_of(example)), where)
+        numbered = ((next(numbers), example) for example in rest)
+        processes = workers if allowed else 1  # tokens are only copied
+        yield from encode_in_order(encoders[kind], numbered, processes, on_batch)
 
 
 def _kind(example: Example) -> tuple[str, tuple[str, ...]]:
@@ -110,10 +108,14 @@ class ExampleEncoder:
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", chat_template: str, loss_on: str, where: str
     ) -> None:
-        self._tokenizer, self._loss_on, self._where = tokenizer, loss_on, where
+        self._tokenizer, self._loss_on, self.where = tokenizer, loss_on, where
         self._chat_template = chat_template
         check_is_fast(tokenizer)
         self._chats = cache(self._make_chat_encoder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments = (self._tokenizer, self._chat_template, self._loss_on, self.where)
+        return ExampleEncoder, arguments  # for another process, which has its own cache
 
     def encode(self, example: Completion | Conversation | Tokens, number: int) -> Encoded:
         """Return the tokens of the example of a number from 1.
@@ -132,7 +134,7 @@ class ExampleEncoder:
         except (RenderError, InexactError) as error:
             place = example.place or f"example {number}"
             reason = str(error).rstrip(".")
-            raise UserError(f"{self._where}, {place}: {reason}.") from error
+            raise UserError(f"{self.where}, {place}: {reason}.") from error
 
     def _make_chat_encoder(self) -> ChatEncoder:
         template = ChatTemplate(self._tokenizer, chat_template_source(self._chat_template))

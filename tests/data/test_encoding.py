@@ -2,26 +2,15 @@
 
 import numpy as np
 import pytest
+from chat_examples import CHAT, COMPLETION, PAIR, TOKENS
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig
 from hqqtrain.data import encoding
 from hqqtrain.data.encoding import encode_examples
-from hqqtrain.data.examples import Completion, Conversation, Tokens
+from hqqtrain.data.examples import Conversation
 from hqqtrain.models.source import TINY_FOLDER
-
-CHAT = Conversation(
-    (
-        {"role": "user", "content": "Which word?"},
-        {"role": "assistant", "content": "This one."},
-        {"role": "user", "content": "And?"},
-        {"role": "assistant", "content": "That one."},
-    )
-)
-PAIR = Conversation(CHAT.messages, completion_start=3)
-COMPLETION = Completion("def add(a, b):", "\n    return a + b")
-TOKENS = Tokens((5, 6, 7, 8), (-100, 6, -100, 8))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,160 @@
+"""Encode chats and completions in several processes, as if one had done it.
+
+Most of the time of a chat goes into its template, which runs in Python. The order of the examples
+and the first error are those of a single process.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.common.signals import SIGNALS
+from hqqtrain.data.chat.encoding import Encoded
+from hqqtrain.data.examples import text_of
+from hqqtrain.data.tokenization import watch
+
+if TYPE_CHECKING:
+    from hqqtrain.data.encoding import ExampleEncoder
+
+Numbered = tuple[int, Any]
+"""An example, and its number from 1."""
+
+SERIAL_CHARACTERS = 1 << 24
+"""Characters that one process encodes before others are started, which takes them some seconds."""
+
+BATCH_CHARACTERS, BATCH_EXAMPLES = 1 << 18, 256
+"""Largest part of the examples that a process gets at a time, unless a single one is longer."""
+
+_POLL_SECONDS = 0.2
+
+
+def encode_in_order(
+    encoder: "ExampleEncoder",
+    examples: Iterator[Numbered],
+    workers: int,
+    on_batch: Callable[[], object],
+) -> Iterator[Encoded]:
+    """Yield the tokens of every example, in order.
+
+    Args:
+        encoder: The encoder of the examples.
+        examples: The examples with their numbers.
+        workers: Number of processes, if there are many examples.
+        on_batch: Called now and then; it may raise to stop.
+
+    Raises:
+        UserError: An example cannot be encoded, or a process was killed.
+    """
+    characters = 0
+    for number, example in examples:
+        if number % 64 == 1:
+            on_batch()
+        yield _encode(encoder, (number, example))
+        characters += len(text_of(example)) if workers > 1 else 0
+        if characters > SERIAL_CHARACTERS:
+            yield from _encode_in_processes(encoder, examples, workers, on_batch)
+
+
+def _encode(encoder: "ExampleEncoder", numbered: Numbered) -> Encoded:
+    number, example = numbered
+    call = partial(encoder.encode, example, number)
+    return watch(call, len(text_of(example)), encoder.where)
+
+
+def _encode_in_processes(
+    encoder: "ExampleEncoder",
+    examples: Iterator[Numbered],
+    workers: int,
+    on_batch: Callable[[], object],
+) -> Iterator[Encoded]:
+    """Yield the tokens of examples; see `encode_in_order`."""
+    reader = _Reader(examples)
+    pending: deque[Future[list[Encoded]]] = deque()
+    # Threads of this process may hold locks, which a forked process could never take.
+    pool = ProcessPoolExecutor(workers, start_method(), _start_worker, (encoder,))
+    try:
+        while True:
+            while len(pending) < 2 * workers and (batch := reader.next_batch()):
+                pending.append(pool.submit(_encode_batch, batch))
+            if not pending:
+                break
+            yield from _result(pending.popleft(), on_batch)
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"data.workers={workers}: a process that encodes {encoder.where} was killed, maybe "
+            "for lack of memory; set a smaller number, such as 1."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    if reader.error:
+        raise reader.error
+
+
+class _Reader:
+    """Reads batches of examples.
+
+    An error of reading is kept, because examples that were read before may have errors, too.
+    """
+
+    def __init__(self, examples: Iterator[Numbered]) -> None:
+        self._examples = examples
+        self.error: Exception | None = None
+
+    def next_batch(self) -> list[Numbered]:
+        """Return the next examples; none at the end, or after an error."""
+        batch: list[Numbered] = []
+        characters = 0
+        try:
+            while not self.error and characters < BATCH_CHARACTERS and len(batch) < BATCH_EXAMPLES:
+                batch.append(next(self._examples))
+                characters += len(text_of(batch[-1][1]))
+        except StopIteration:
+            pass
+        except Exception as error:
+            self.error = error
+        return batch
+
+
+def start_method() -> Any:
+    """Return the context of multiprocessing that starts the processes."""
+    return multiprocessing.get_context("spawn")
+
+
+def _result(future: Future[list[Encoded]], on_batch: Callable[[], object]) -> list[Encoded]:
+    """Wait for a batch. Signals stop the wait through `on_batch`."""
+    while True:
+        on_batch()
+        if wait([future], _POLL_SECONDS).done:
+            return future.result()
+
+
+_encoders: list["ExampleEncoder"] = []
+"""The encoder of a worker."""
+
+
+def _start_worker(encoder: "ExampleEncoder") -> None:
+    """Prepare a worker. It ends with its parent, which alone acts on signals."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoders[:] = [encoder]
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_batch(batch: list[Numbered]) -> list[Encoded]:
+    return [_encode(_encoders[0], numbered) for numbered in batch]
