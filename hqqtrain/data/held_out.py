@@ -22,10 +22,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FilteredTexts:
-    """The examples that `keeps` selects by their text; every iteration filters them again."""
+    """The examples that `keeps` selects by their text; every iteration filters them again.
+
+    Their number is only for the progress that is shown; 0 if it is unknown.
+    """
 
     examples: Iterable[Example]
     keeps: Callable[[str], bool]
+    number: int = 0
+
+    def __length_hint__(self) -> int:
+        return self.number
 
     def __iter__(self) -> Iterator[Example]:
         return (example for example in self.examples if self.keeps(text_of(example)))
@@ -91,8 +98,14 @@ def split_by_hash(
             where, held_out, len(hashes), share,
         )  # fmt: skip
     return (
-        FilteredTexts(examples, lambda text: not is_blank(text) and text_hash(text) > threshold),
-        FilteredTexts(examples, lambda text: not is_blank(text) and text_hash(text) <= threshold),
+        FilteredTexts(
+            examples,
+            lambda text: not is_blank(text) and text_hash(text) > threshold,
+            len(hashes) - held_out,
+        ),
+        FilteredTexts(
+            examples, lambda text: not is_blank(text) and text_hash(text) <= threshold, held_out
+        ),
     )
 
 

@@ -47,7 +47,7 @@ class DataLoader(Protocol):
 
 
 class PackedLoader:
-    """Loads batches of sequences that are in memory, in a shuffled order.
+    """Loads batches of sequences that are in memory or in mapped files, in a shuffled order.
 
     Every rank has all sequences. So a global batch is a function of the seed and of its index: a
     resumed run asks for its next index, no state is saved, and ranks need not communicate.

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import length_hint
 
 from hqqtrain.data.examples import Example, text_of
 
@@ -12,6 +13,11 @@ class ChainedExamples:
     """The examples of several sources, one source after the other."""
 
     parts: Sequence[Iterable[Example]]
+
+    def __length_hint__(self) -> int:
+        """Return the number of examples; 0 if that of a source is unknown."""
+        numbers = [length_hint(part) for part in self.parts]
+        return sum(numbers) if all(numbers) else 0
 
     def __iter__(self) -> Iterator[Example]:
         for part in self.parts:
@@ -30,6 +36,9 @@ class RepeatedExamples:
 
     examples: Iterable[Example]
     repeats: float
+
+    def __length_hint__(self) -> int:
+        return round(length_hint(self.examples) * self.repeats)
 
     def __iter__(self) -> Iterator[Example]:
         whole, share = int(self.repeats), self.repeats % 1

@@ -59,6 +59,11 @@ class RowExamples:
     ) -> None:
         self._rows, self._format, self._where = rows, format, where
         self._max_bad_rows, self._kind = max_bad_rows, kind
+        self._number = 0
+
+    def __length_hint__(self) -> int:
+        """Return the number of examples; 0 before they were read once."""
+        return self._number
 
     def __iter__(self) -> Iterator[Example]:
         """Yield the examples; see `read`."""
@@ -98,6 +103,7 @@ class RowExamples:
             return  # what was before it is unknown
         if blank:
             raise self._no_text_error(has_text=examples > 0, bad=bad)
+        self._number = examples
         self._log(rows, rows - examples - bad_rows, first_skipped, bad_rows, bad)
 
     def _rows_from(self, start: Position) -> Iterator[tuple[int, int, tuple[str, Row | RowError]]]:

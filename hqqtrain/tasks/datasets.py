@@ -87,7 +87,9 @@ def load_training_data(
     def build(folder: Path, on_batch: Callable[[], object]) -> dict[str, TokenSequences]:
         parts = list[TokenSequences]()
         packed = pack_examples(
-            load_training_texts(config.data, config.eval),
+            run.recorder.progress_bars.count_tokenized(
+                load_training_texts(config.data, config.eval)
+            ),
             tokenizer,
             max_seq_len=length,
             packing=packing,

@@ -1,11 +1,19 @@
 """The progress bars of a run, which shows one at a time."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from operator import length_hint
+from typing import TypeVar
 
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.tracking.console import Console, ProgressBar
+
+T = TypeVar("T")
+
+TOKENIZING_SECONDS = 3.0
+"""Seconds until a bar shows the progress of the tokenizer."""
 
 
 class ProgressBars:
@@ -35,6 +43,23 @@ class ProgressBars:
                 self._runtime.preemption.check_local()
 
             yield on_layer
+
+    def count_tokenized(self, examples: Iterable[T]) -> Iterator[T]:
+        """Yield examples that are tokenized meanwhile, and count them on a bar.
+
+        The bar appears after some seconds: most data take less, and need none.
+        """
+        start, done, bar = time.monotonic(), 0, None
+        with ExitStack() as stack:
+            for example in examples:
+                if bar:
+                    bar.update()
+                elif time.monotonic() - start > TOKENIZING_SECONDS:
+                    total = max(length_hint(examples), done) or None
+                    bar = self._console.progress_bar("tokenizing", total, "example", done)
+                    stack.enter_context(bar)
+                done += 1
+                yield example
 
     @contextmanager
     def show_training(self, total_steps: int, steps_taken: int = 0) -> Iterator[None]:
