@@ -61,6 +61,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _place(item.path))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what runs cache for this user in a folder that all processes of the session share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["HQQTRAIN_CACHE"] = str(folder / "hqqtrain-cache")
+    yield
+    del os.environ["HQQTRAIN_CACHE"]
+
+
 @pytest.fixture(autouse=True)
 def _forget_signals() -> Iterator[None]:
     """Let no test see the signal of an earlier one, which all code of this process would obey.

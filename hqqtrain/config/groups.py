@@ -234,7 +234,7 @@ class DataConfig:
     )
     cache_dir: str | None = key(
         None,
-        "folder of tokenized data that runs share; null: <run.root>/tokens",
+        "folder of tokenized data that runs share; null: ~/.cache/hqqtrain/tokens",
     )
     show: int = key(3, "examples that task=data shows; 0: none", low=0, high=1000)
 

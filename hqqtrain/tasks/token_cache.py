@@ -8,6 +8,7 @@ out. Machines that do not share the folder write an entry of their own afterward
 import hashlib
 import json
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hqqtrain.common.cache_entry import is_complete_entry, lock_entry, lock_path
+from hqqtrain.common.digest import cache_folder
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.filelock import becomes_true
 from hqqtrain.common.files import atomic_directory, check_owner
@@ -30,6 +32,7 @@ from hqqtrain.data.token_files import (
     map_sequences,
     save_sequences,
 )
+from hqqtrain.distributed.comm import FULL_DISK
 from hqqtrain.distributed.heartbeat import Heartbeat
 from hqqtrain.tasks.context import Run
 
@@ -119,11 +122,12 @@ class _Cache:
     def __init__(self, run: Run, build: Build) -> None:
         config = run.config
         self._run, self._build = run, build
-        self.root = Path(config.run.root) / "tokens"
-        self._where = f"run.root={config.run.root}"
+        self._where = "data.cache_dir=null"
         if config.data.cache_dir is not None:
             self.root = Path(config.data.cache_dir).expanduser()
             self._where = f"data.cache_dir={config.data.cache_dir}"
+        else:
+            self.root = _default_root(Path(config.run.root))
 
     def open(self, name: str) -> CachedTokens:
         """Map an entry that another rank has found or written.
@@ -160,9 +164,14 @@ class _Cache:
             if cached := self._find(folder):  # another run has written it meanwhile
                 return cached
             logger.info("data.cache_dir: tokens are written to %s", folder)
-            with atomic_directory(folder) as temporary, _kept_log() as log:
-                sequences = self._build(temporary, check)
-                save_sequences(temporary, sequences, made_from=made_from, log=log)
+            try:
+                with atomic_directory(folder) as temporary, _kept_log() as log:
+                    sequences = self._build(temporary, check)
+                    save_sequences(temporary, sequences, made_from=made_from, log=log)
+            except OSError as error:
+                if error.errno in FULL_DISK and not error.filename:
+                    raise OSError(error.errno, error.strerror, str(self.root)) from error
+                raise
         return self.open(name)
 
     def _find(self, folder: Path) -> CachedTokens | None:
@@ -177,6 +186,19 @@ class _Cache:
         cached.repeat_log()
         logger.info("data.cache_dir: tokens are reused from %s", folder)
         return cached
+
+
+def _default_root(run_root: Path) -> Path:
+    """Return the folder for `data.cache_dir=null`: in the user's cache, if that can be written to.
+
+    Data may be private, and the folder of all runs may not be. It is the next best.
+    """
+    root = cache_folder() / "tokens"
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return run_root / "tokens"
+    return root if os.access(root, os.W_OK) else run_root / "tokens"
 
 
 class _LogKeeper(logging.Handler):

@@ -27,8 +27,9 @@ from hqqtrain.tasks.token_cache import cached_tokens
 
 
 @pytest.fixture
-def load(make_config, start_run, monkeypatch):
+def load(make_config, start_run, monkeypatch, tmp_path: Path):
     """Return a function that loads the data of a run, and counts those that it encodes."""
+    monkeypatch.setenv("HQQTRAIN_CACHE", str(tmp_path / "home"))
     calls: list[str] = []
     for name in ("pack_examples", "load_eval_set"):
         real = getattr(datasets, name)
@@ -55,7 +56,7 @@ def load(make_config, start_run, monkeypatch):
 
 
 def _entries(tmp_path: Path) -> list[Path]:
-    return sorted(path.parent for path in (tmp_path / "runs" / "tokens").glob(f"*/{INDEX}"))
+    return sorted(path.parent for path in (tmp_path / "home" / "tokens").glob(f"*/{INDEX}"))
 
 
 def test_a_later_run_reuses_the_tokens(load, tmp_path: Path, caplog):
@@ -113,7 +114,7 @@ def test_nothing_of_a_killed_writer_is_trusted(load, tmp_path: Path):
         entry.rename(partial)
         (partial / INDEX).unlink()
     assert load("two") == (*first[:2], 2)
-    assert not list((tmp_path / "runs" / "tokens").glob("*.partial"))
+    assert not list((tmp_path / "home" / "tokens").glob("*.partial"))
 
 
 def test_a_folder_that_cannot_be_written_to_is_read(load, tmp_path: Path, monkeypatch):
@@ -129,6 +130,13 @@ def test_a_folder_that_cannot_be_written_to_is_read(load, tmp_path: Path, monkey
     settings = {"cache_dir": str(cache), "on_long": "drop"}
     with pytest.raises(UserError, match=r"data\.cache_dir=.* cannot be written to"):
         load("three", data=settings)
+
+
+def test_a_home_that_cannot_be_written_to(load, tmp_path: Path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HQQTRAIN_CACHE", str(tmp_path / "file"))
+    load()
+    assert len(list((tmp_path / "runs" / "tokens").glob(f"*/{INDEX}"))) == 2
 
 
 def test_planted_links_are_refused(load, tmp_path: Path):
