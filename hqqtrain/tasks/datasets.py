@@ -11,7 +11,7 @@ from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.eval_set import load_eval_set
 from hqqtrain.data.layout import BatchLayout
-from hqqtrain.data.packing import EXAMPLES, PACKED, pack_examples
+from hqqtrain.data.packing import pack_examples
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.sources import load_training_texts
 from hqqtrain.data.statistics import DataStatistics, measure_data
@@ -23,7 +23,7 @@ from hqqtrain.models.fqn import base_model
 from hqqtrain.models.rope import max_batched_length
 from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.tasks.context import Run
-from hqqtrain.tasks.token_cache import cached_tokens
+from hqqtrain.tasks.token_cache import CachedTokens, TokenizedData, cached_tokens
 from hqqtrain.tasks.token_identity import token_identity
 
 logger = logging.getLogger(__name__)
@@ -84,12 +84,11 @@ def load_training_data(
         settings = {"train.max_seq_len": length, "train.packing": packing}
         return token_identity(config, tokenizer, tokenizer_folder, **settings)
 
-    def build(folder: Path, on_batch: Callable[[], object]) -> dict[str, TokenSequences]:
+    def build(folder: Path | None, on_batch: Callable[[], object]) -> TokenizedData:
+        load = first_training_texts if config.data.streaming else load_training_texts
         parts = list[TokenSequences]()
         packed = pack_examples(
-            run.recorder.progress_bars.count_tokenized(
-                load_training_texts(config.data, config.eval)
-            ),
+            run.recorder.progress_bars.count_tokenized(load(config.data, config.eval)),
             tokenizer,
             max_seq_len=length,
             packing=packing,
@@ -100,17 +99,21 @@ def load_training_data(
             folder=folder,
             workers=config.data.workers or usable_cores(),
         )
-        shares = packed.stream is not parts[0].stream
-        return {EXAMPLES: parts[0], PACKED: packed} if shares else {EXAMPLES: packed}
+        return TokenizedData(parts[0], packed)
 
-    cached = cached_tokens(run, "train", identity, build)
+    data: TokenizedData | CachedTokens
+    if config.data.streaming:  # rows that were not read yet cannot give an entry a name
+        with comm.raise_on_all_ranks():
+            data = build(None, run.runtime.preemption.check_local)
+    else:
+        data = cached_tokens(run, "train", identity, build)
     with comm.raise_on_all_ranks():
         if vocab_size is not None:
-            check_token_ids(cached.sequences.stream, tokenizer, vocab_size, where)
-        on_parts(cached.parts)
-        if config.task == "finetune" and comm.is_main and not cached.parts.is_plain_text:
-            _log_figures(config, measure_data(cached.parts, cached.sequences, length))
-    return cached.sequences
+            check_token_ids(data.sequences.stream, tokenizer, vocab_size, where)
+        on_parts(data.parts)
+        if config.task == "finetune" and comm.is_main and not data.parts.is_plain_text:
+            _log_figures(config, measure_data(data.parts, data.sequences, length))
+    return data.sequences
 
 
 def _log_figures(config: RunConfig, data: DataStatistics) -> None:
@@ -146,21 +149,23 @@ def load_held_out_data(
     config, comm = run.config, run.runtime.comm
     if config.eval.source is None:
         return None
-    length = config.train.max_seq_len
+    if config.data.streaming:  # as for training data
+        with comm.raise_on_all_ranks():
+            return sample_held_out_data(config, tokenizer_folder, vocab_size)
     with comm.raise_on_all_ranks():
         tokenizer = load_tokenizer(tokenizer_folder)
 
     def identity() -> dict[str, Any]:
-        settings = {"train.max_seq_len": length, "eval.tokens": config.eval.tokens}
-        return token_identity(config, tokenizer, tokenizer_folder, **settings)
+        lengths = {"train.max_seq_len": config.train.max_seq_len, "eval.tokens": config.eval.tokens}
+        return token_identity(config, tokenizer, tokenizer_folder, **lengths)
 
-    def build(folder: Path, on_batch: Callable[[], object]) -> dict[str, TokenSequences]:
+    def build(folder: Path | None, on_batch: Callable[[], object]) -> TokenizedData:
         windows = load_eval_set(
-            config.eval, config.data, tokenizer, length, on_batch=on_batch, folder=folder,
-            workers=config.data.workers or usable_cores(),
+            config.eval, config.data, tokenizer, config.train.max_seq_len, on_batch=on_batch,
+            folder=folder, workers=config.data.workers or usable_cores(),
         )  # fmt: skip
         assert windows is not None
-        return {EXAMPLES: windows}
+        return TokenizedData(windows, windows)
 
     windows = cached_tokens(run, "eval", identity, build).sequences
     with comm.raise_on_all_ranks():
@@ -168,6 +173,14 @@ def load_held_out_data(
             where = f"eval.source={config.eval.source}"
             check_token_ids(windows.stream, tokenizer, vocab_size, where)
     return windows
+
+
+def sample_held_out_data(
+    config: RunConfig, tokenizer_folder: Path, vocab_size: int | None
+) -> TokenSequences | None:
+    """Tokenize a sample of `eval.source` in the memory of this rank; see `load_held_out_data`."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    return load_eval_set(config.eval, config.data, tokenizer, config.train.max_seq_len, vocab_size)
 
 
 def check_same_text(run: Run, *texts: TokenSequences | None) -> None:

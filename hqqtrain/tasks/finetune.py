@@ -98,7 +98,7 @@ def finetune(run: Run) -> None:
 def load_in_memory(
     run: Run, plan: ModelPlan, layout: BatchLayout
 ) -> tuple[PackedLoader, TokenSequences | None, dict[str, str]]:
-    """Tokenize the data of a run on every rank. Collective.
+    """Find or make the tokens of a run, and map them on every rank. Collective.
 
     Returns:
         The loader, the held-out set, and a digest of each by its key.

@@ -18,7 +18,7 @@ from hqqtrain.loading.plan import ModelPlan
 from hqqtrain.models.causal_lm import vocabulary_size
 from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.tasks.context import Run
-from hqqtrain.tasks.datasets import load_held_out_data
+from hqqtrain.tasks.datasets import sample_held_out_data
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def stream_training_data(
         if comm.is_main:
             stream = open_training_stream(config.data, config.eval, config.train.seed)
             check_streamed_overlap(stream, config.data, config.eval)
-            held_out = load_held_out_data(config, folder, vocab_size)
+            held_out = sample_held_out_data(config, folder, vocab_size)
             digests = {"data.source": stream_digest(stream, config.data)}
             found = held_out, digests | {"eval.source": held_out.digest() if held_out else ""}
             loader.start(check)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hqqtrain.common.cache_entry import is_complete_entry, lock_entry, lock_path
 from hqqtrain.common.digest import cache_folder
@@ -41,11 +41,16 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 """Seconds between two attempts to lock an entry that another run writes."""
 
-Build = Callable[[Path, Callable[[], object]], Mapping[str, TokenSequences]]
-"""Writes the tokens into a folder and returns them by the names of their files.
 
-Its second argument must be called now and then; it may raise to stop.
-"""
+class TokenizedData(NamedTuple):
+    """All tokens of the examples, with the parts that are trained on, and the sequences to use."""
+
+    parts: TokenSequences
+    sequences: TokenSequences
+
+
+Build = Callable[[Path, Callable[[], object]], TokenizedData]
+"""Writes the tokens into a folder. It calls its second argument now and then, which may raise."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +171,11 @@ class _Cache:
             logger.info("data.cache_dir: tokens are written to %s", folder)
             try:
                 with atomic_directory(folder) as temporary, _kept_log() as log:
-                    sequences = self._build(temporary, check)
-                    save_sequences(temporary, sequences, made_from=made_from, log=log)
+                    parts, sequences = self._build(temporary, check)
+                    by_name = {EXAMPLES: parts}
+                    if sequences.stream is not parts.stream:
+                        by_name[PACKED] = sequences
+                    save_sequences(temporary, by_name, made_from=made_from, log=log)
             except OSError as error:
                 if error.errno in FULL_DISK and not error.filename:
                     raise OSError(error.errno, error.strerror, str(self.root)) from error

@@ -35,7 +35,7 @@ Entries of other versions are not read any more.
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 """Packages that turn text into tokens."""
 
-_NO_TOKENS = ("show", "workers", "cache_dir")
+_NO_TOKENS = ("show", "workers", "cache_dir", "streaming", "shuffle_buffer")
 """Keys of `data` that do not change any token."""
 
 

@@ -23,7 +23,7 @@ from hqqtrain.tasks import datasets
 from hqqtrain.tasks import token_cache as module
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import load_held_out_data, load_training_data
-from hqqtrain.tasks.token_cache import cached_tokens
+from hqqtrain.tasks.token_cache import TokenizedData, cached_tokens
 
 
 @pytest.fixture
@@ -173,7 +173,8 @@ def _build(note: Path):
         writer = TokenWriter(folder, EXAMPLES)
         for length in (5, 3):
             writer.append(np.arange(length, dtype=np.int32), np.arange(length) > 0)
-        return {EXAMPLES: writer.finish()}
+        tokens = writer.finish()
+        return TokenizedData(tokens, tokens)
 
     return build
 
