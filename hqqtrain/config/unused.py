@@ -27,8 +27,8 @@ USED_KEYS = {
     ),
     "export": (*_EVERY_TASK, "adapter.init_from", "adapter.dtype", "export", "export.*"),
     "data": (
-        "task", "recipe", "model", "model.*", "data", "data.*", "eval.source", "train.max_seq_len",
-        "train.packing", "launch", "launch.*", "run", "run.*",
+        "task", "recipe", "model", "model.*", "data", "data.*", "eval.source", "eval.tokens",
+        "train.max_seq_len", "train.packing", "launch", "launch.*", "run", "run.*",
     ),
 }  # fmt: skip
 """Globs of the keys that each task uses, except for those in `UNUSED_KEYS`."""

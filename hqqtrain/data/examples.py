@@ -65,6 +65,25 @@ def text_of(example: Example) -> str:
             return " ".join(map(str, example.input_ids))
 
 
+def has_empty_answer(example: Example) -> bool:
+    """Whether an example has an answer or completion, but no word in it, so that only its end is
+    trained."""
+    match example:
+        case Completion():
+            return not example.completion.strip()
+        case Conversation():
+            answers = [
+                message
+                for index, message in enumerate(example.messages)
+                if message["role"] == "assistant"
+                and index >= (example.completion_start or 0)
+                and index not in example.untrained
+            ]
+            return bool(answers) and not any(text.strip() for text in _texts(answers))
+        case _:
+            return False
+
+
 def _texts(value: Any) -> Iterator[str]:
     """Yield every string in the values of a message, but for its role."""
     if isinstance(value, str):

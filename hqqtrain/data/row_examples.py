@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.text import count
-from hqqtrain.data.examples import Example
+from hqqtrain.data.examples import Example, has_empty_answer
 from hqqtrain.data.formats import text
 from hqqtrain.data.formats.format import Format
 from hqqtrain.data.formats.registry import no_such_column
@@ -41,6 +41,20 @@ BEGINNING = Position()
 """The position before the first row."""
 
 
+class RowCounts(NamedTuple):
+    """Numbers of rows of a source that are unusual.
+
+    Attributes:
+        bad: Rows that are left out because they cannot be read.
+        blank: Rows without text, which are left out, too.
+        empty_answers: Rows with an answer without a word; see `has_empty_answer`.
+    """
+
+    bad: int = 0
+    blank: int = 0
+    empty_answers: int = 0
+
+
 class RowExamples:
     """The examples of rows, in order. Every iteration reads the rows again.
 
@@ -52,6 +66,9 @@ class RowExamples:
         where: `key=source` for messages, such as `data.source=texts`.
         max_bad_rows: Largest number of rows that may be bad.
         kind: What the rows are, for the log: `rows` or `held-out rows`.
+
+    Attributes:
+        counts: What the last iteration over all rows has counted.
     """
 
     def __init__(
@@ -59,7 +76,7 @@ class RowExamples:
     ) -> None:
         self._rows, self._format, self._where = rows, format, where
         self._max_bad_rows, self._kind = max_bad_rows, kind
-        self._number = 0
+        self._number, self.counts = 0, RowCounts()
 
     def __length_hint__(self) -> int:
         """Return the number of examples; 0 before they were read once."""
@@ -78,9 +95,9 @@ class RowExamples:
         Raises:
             UserError: A file cannot be read, too many rows are bad, or no row has any text.
         """
-        rows = examples = 0
+        rows = examples = blanks = empty = 0
         bad_rows, bad = start.bad_rows, list[str]()
-        first_skipped, blank = "", True
+        first_skipped = ""
         for file, number, (place, row) in self._rows_from(start):
             rows += 1
             try:
@@ -96,15 +113,23 @@ class RowExamples:
                 first_skipped = first_skipped or place
                 continue
             examples += 1
-            blank = blank and is_blank(example)
+            blanks += is_blank(example)
+            empty += has_empty_answer(example)
             placed = example if isinstance(example, str) else replace(example, place=place)
             yield Position(file, number, bad_rows), placed
         if start != BEGINNING:
             return  # what was before it is unknown
-        if blank:
+        if blanks == examples:
             raise self._no_text_error(has_text=examples > 0, bad=bad)
-        self._number = examples
-        self._log(rows, rows - examples - bad_rows, first_skipped, bad_rows, bad)
+        self._number, skipped = examples, rows - examples - bad_rows
+        self.counts = RowCounts(bad_rows, skipped + blanks, empty)
+        self._log(rows, skipped, first_skipped, bad_rows, bad)
+        if empty:
+            _log_once(
+                logging.WARNING,
+                f"{self._where}: {empty} of {rows} rows have an answer without a word, of which "
+                "only the end is trained",
+            )
 
     def _rows_from(self, start: Position) -> Iterator[tuple[int, int, tuple[str, Row | RowError]]]:
         """Yield the index of the file, the number of the row in it, and the row with its place."""

@@ -8,6 +8,7 @@ share no text.
 
 import logging
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from hqqtrain.data.formats import chat, text
 from hqqtrain.data.held_out import FilteredTexts, is_blank, split_by_hash
 from hqqtrain.data.mixture import ChainedExamples, RepeatedExamples, repeats_of_weights
 from hqqtrain.data.overlap import check_overlap
-from hqqtrain.data.row_examples import RowExamples
+from hqqtrain.data.row_examples import RowCounts, RowExamples
 from hqqtrain.data.single_source import SourceTexts, open_source
 
 logger = logging.getLogger(__name__)
@@ -177,6 +178,23 @@ def source_format(data: DataConfig) -> str:
         assert isinstance(texts.train, RowExamples)
         formats.append(texts.train.describe_format())
     return " + ".join(dict.fromkeys(formats))
+
+
+def count_rows(data: DataConfig) -> RowCounts:
+    """Return the numbers of unusual rows of `data.source`, held-out rows included.
+
+    Raises:
+        UserError: The source cannot be read, or too many of its rows.
+    """
+    totals = RowCounts()
+    for path, settings in settings_of_sources(data):
+        if path in BUILT_IN_SOURCES:
+            continue
+        rows = open_source(path, settings, "data.source", warns=False).train
+        assert isinstance(rows, RowExamples)
+        deque(rows, maxlen=0)  # read them all
+        totals = RowCounts(*map(sum, zip(totals, rows.counts, strict=True)))
+    return totals
 
 
 def _warn_if_unused(data: DataConfig) -> None:

@@ -63,11 +63,15 @@ class DataReport:
 
     Attributes:
         statistics: The figures of the examples.
-        left_out: Reason -> number of rows that became no example, or that are not trained on.
+        left_out: Reason -> number of rows that became no example.
+        empty_answers: Number of rows of which only the end of an answer is trained.
+        held_out: `examples`, `tokens` and `measured_tokens` of the held-out text, if there is any.
     """
 
     statistics: DataStatistics
     left_out: Mapping[str, int] = field(default_factory=dict)
+    empty_answers: int = 0
+    held_out: Mapping[str, int] | None = None
 
 
 def measure_data(

@@ -5,7 +5,7 @@ number is drawn, and a run with samples has the same results as one without.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -36,10 +36,46 @@ def select_beginnings(held_out: TokenSequences, count: int, length: int) -> Tens
     return torch.from_numpy(beginnings[np.sort(firsts)[positions]].astype(np.int64))
 
 
+def select_prompts(
+    held_out: TokenSequences, count: int, max_tokens: int, new_tokens: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Return prompts of held-out chats, and the answers that follow them, each int64 [length].
+
+    A prompt is a chat up to its last answer, so it ends with the header of the assistant, as the
+    prompt of a template does. The answer begins with the last tokens of the chat that are trained.
+
+    Args:
+        held_out: The held-out examples.
+        count: Largest number of prompts; fewer if the chats are long.
+        max_tokens: Largest number of tokens of a batch with all prompts and their continuations.
+        new_tokens: Tokens of a continuation.
+    """
+    ends = np.append(held_out.starts[1:], len(held_out.stream))
+    found: dict[bytes, tuple[Tensor, Tensor]] = {}  # no prompt twice
+    for start, end in zip(held_out.starts.tolist(), ends.tolist(), strict=True):
+        trained = np.flatnonzero(held_out.targets[start:end])
+        if not len(trained) or trained[0] <= 1:
+            continue
+        stop = int(trained[-1]) + 1
+        gaps = np.flatnonzero(np.diff(trained) > 1)
+        begin = int(trained[gaps[-1] + 1] if len(gaps) else trained[0])
+        tokens = held_out.stream[start:end].astype(np.int64)
+        prompt, answer = tokens[:begin], tokens[begin:stop]
+        found.setdefault(prompt.tobytes(), (torch.from_numpy(prompt), torch.from_numpy(answer)))
+    for number in range(count, 0, -1):
+        fitting = [
+            pair for pair in found.values() if len(pair[0]) + new_tokens <= max_tokens // number
+        ]
+        if len(fitting) >= number:
+            positions = np.linspace(0, len(fitting) - 1, number).astype(int)
+            return [fitting[position] for position in positions]
+    return []
+
+
 @torch.no_grad()
 def continue_greedily(
     model: nn.Module,
-    prompts: Tensor,
+    prompts: Sequence[Tensor] | Tensor,
     comm: Communicator,
     *,
     new_tokens: int,
@@ -52,7 +88,7 @@ def continue_greedily(
 
     Args:
         model: Causal language model, sharded or not.
-        prompts: int64 [n, length].
+        prompts: n prompts, each int64 [length].
         comm: All ranks of the run.
         new_tokens: Tokens per prompt; fewer if they take more than `MAX_SECONDS`.
         on_token: Called after every token of all prompts.
@@ -62,30 +98,34 @@ def continue_greedily(
     """
     was_training = model.training
     model.eval()
-    tokens, started = prompts.to(comm.device), time.monotonic()
+    texts, started = [prompt.to(comm.device) for prompt in prompts], time.monotonic()
+    taken: list[Tensor] = []
     for _ in range(new_tokens):
-        # The last row is rank 0's wish to stop, so that all ranks take the same number of tokens.
-        next_tokens = torch.empty(len(tokens) + 1, dtype=torch.int64, device=comm.device)
-        next_tokens[:-1] = _most_likely(model, tokens)
+        # The last number is rank 0's wish to stop, so that all ranks take equally many tokens.
+        next_tokens = torch.empty(len(texts) + 1, dtype=torch.int64, device=comm.device)
+        next_tokens[:-1] = _most_likely(model, texts)
         next_tokens[-1] = time.monotonic() - started > MAX_SECONDS
         comm.broadcast(next_tokens, 0)
-        tokens = torch.cat([tokens, next_tokens[:-1, None]], dim=1)
+        taken.append(next_tokens[:-1])
+        texts = [torch.cat(pair) for pair in zip(texts, next_tokens[:-1, None], strict=True)]
         on_token()
         if next_tokens[-1]:
             break
     model.train(was_training)
-    return tokens[:, prompts.shape[1] :].cpu()
+    return torch.stack(taken, dim=1).cpu()
 
 
-def _most_likely(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Return the most likely next token of each row of `tokens`, int64 [n]."""
+def _most_likely(model: nn.Module, texts: Sequence[Tensor]) -> Tensor:
+    """Return the most likely next token of each text, int64 [n]."""
     # `next_token_outputs` drops the output at the last position, so add one that has no influence.
-    rows = torch.cat([tokens, tokens[:, -1:]], dim=1).cpu()
-    labels = torch.full((rows.shape[1],), IGNORE_INDEX)
-    # Each row is one text without padding, for which every model counts the positions itself.
+    rows = [torch.cat([text, text[-1:]]).cpu() for text in texts]
+    # Every model counts the positions itself. No token sees the padding on the right of its text.
     batch = collate_batch(
-        ({"input_ids": row, "labels": labels} for row in rows), has_positions=False
+        ({"input_ids": row, "labels": torch.full_like(row, IGNORE_INDEX)} for row in rows),
+        has_positions=False,
     )
-    on_device = {name: tensor.to(tokens.device) for name, tensor in batch.items()}
+    on_device = {name: tensor.to(texts[0].device) for name, tensor in batch.items()}
     logits, _ = next_token_outputs(model, on_device)
-    return logits.unflatten(0, (len(tokens), -1))[:, -1].argmax(dim=-1)
+    last = torch.tensor([len(text) - 1 for text in texts], device=logits.device)
+    rows_of = torch.arange(len(texts), device=logits.device)
+    return logits.unflatten(0, (len(texts), -1))[rows_of, last].argmax(dim=-1)

@@ -1,6 +1,6 @@
 """Evaluate a model on one held-out set: before, during and after its training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -41,12 +41,14 @@ class Evaluator:
     layout: BatchLayout = PACKED
     show_progress: ShowProgress = lambda _: nullcontext(lambda _: None)
 
-    def continue_texts(self, model: nn.Module, prompts: Tensor, new_tokens: int) -> Tensor:
+    def continue_texts(
+        self, model: nn.Module, prompts: Sequence[Tensor], new_tokens: int
+    ) -> Tensor:
         """Return the most likely continuations, int64 [n, at most `new_tokens`]. Collective.
 
         Args:
             model: The model.
-            prompts: The beginnings of texts, int64 [n, length].
+            prompts: The beginnings of n texts, each int64 [length].
             new_tokens: Tokens per prompt.
 
         Raises:

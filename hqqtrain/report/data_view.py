@@ -86,6 +86,13 @@ class DataView:
         }
         for reason, number in (data.left_out or {}).items():
             figures[f"left out: {reason}"] = f"{number:,}"
+        if data.empty_answers:
+            figures["answers without a word"] = f"{data.empty_answers:,}, only the end is trained"
+        if data.held_out:
+            figures["held out"] = "{examples:,} examples of {tokens:,} tokens".format(
+                **data.held_out
+            )
+            figures["held-out tokens to measure"] = f"{data.held_out['measured_tokens']:,}"
         return figures
 
     def bars(self) -> list[tuple[str, int]]:

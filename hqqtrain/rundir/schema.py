@@ -185,7 +185,8 @@ class ExportMetrics(JsonObject):
 class DataMetrics(JsonObject):
     """The `data` part, which task=data writes; see `hqqtrain.data.statistics.DataStatistics`.
 
-    `left_out` has the number of rows that are not trained on, by reason.
+    `left_out` has the number of rows that became no example, by reason. `held_out` has the
+    `examples` and `tokens` of the held-out text, and those of its tokens that are measured.
     """
 
     source: str | None = None
@@ -204,6 +205,8 @@ class DataMetrics(JsonObject):
     lengths: dict[str, int] | None = None
     histogram: list[list[int]] | None = None
     left_out: dict[str, int] | None = None
+    empty_answers: int | None = None
+    held_out: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.groups import DataConfig, ModelConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.sequences import TokenSequences
-from hqqtrain.data.sources import source_format
+from hqqtrain.data.sources import count_rows, source_format
 from hqqtrain.data.statistics import (
     DataReport,
     count_parts,
@@ -35,7 +35,11 @@ from hqqtrain.report.data_page import write_data_page
 from hqqtrain.report.data_view import DataSample, DataView, Piece
 from hqqtrain.rundir.schema import DataMetrics
 from hqqtrain.tasks.context import Run
-from hqqtrain.tasks.datasets import check_same_text, load_training_data
+from hqqtrain.tasks.datasets import (
+    check_same_text,
+    load_held_out_data,
+    load_training_data,
+)
 from hqqtrain.tasks.tokenizer import prepare_tokenizer
 from hqqtrain.tracking.console import has_color
 
@@ -65,9 +69,18 @@ def show_data(run: Run) -> None:
         format = source_format(run.config.data)
     found: list[TokenSequences] = []
     packed = load_training_data(run, model.folder, model.vocab_size, found.append)
-    check_same_text(run, packed)
+    with comm.raise_on_all_ranks():
+        held_out = load_held_out_data(run.config, model.folder, model.vocab_size)
+        rows = count_rows(run.config.data)
+    check_same_text(run, packed, held_out)
     (parts,) = found
-    report = DataReport(measure_data(parts, packed, run.config.train.max_seq_len))
+    counts = {"bad rows": rows.bad, "rows without text": rows.blank}
+    report = DataReport(
+        measure_data(parts, packed, run.config.train.max_seq_len),
+        {reason: number for reason, number in counts.items() if number},
+        rows.empty_answers,
+        _held_out_figures(held_out) if held_out else None,
+    )
     metrics = data_metrics(run.config, format, report)
     run.recorder.begin_without_model()
     run.recorder.summary.add_data(metrics)
@@ -95,8 +108,19 @@ def data_metrics(config: RunConfig, format: str, report: DataReport) -> DataMetr
         format=format,
         max_seq_len=config.train.max_seq_len,
         left_out=dict(report.left_out) or None,
+        empty_answers=report.empty_answers or None,
+        held_out=dict(report.held_out) if report.held_out else None,
         **asdict(report.statistics),
     )
+
+
+def _held_out_figures(held_out: TokenSequences) -> dict[str, int]:
+    """Return the figures of the held-out examples; the sequences are what is measured."""
+    return {
+        "examples": len(held_out.starts),
+        "tokens": len(held_out.stream),
+        "measured_tokens": int((held_out.end - held_out.begin).sum()),
+    }
 
 
 def _show(

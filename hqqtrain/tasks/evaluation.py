@@ -5,15 +5,17 @@
 
 import logging
 import math
+from collections.abc import Container, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from hqqtrain.config.run import RunConfig
 from hqqtrain.data.layout import PACKED, BatchLayout
 from hqqtrain.data.sequences import TokenSequences
-from hqqtrain.evaluation.continuations import select_beginnings
+from hqqtrain.evaluation.continuations import select_beginnings, select_prompts
 from hqqtrain.evaluation.evaluator import Evaluator
 from hqqtrain.evaluation.perplexity import EvalResult
 from hqqtrain.evaluation.reference import MIN_FLOP, CachedReference, reference_file
@@ -105,17 +107,22 @@ class RecordedEvaluation:
         evaluator, runnable, config = self._evaluator, self._runnable, self._run.config
         if evaluator is None or not config.eval.samples:
             return
-        tokenizer, train = load_tokenizer(runnable.plan.source.tokenizer), config.train
-        length = min(SAMPLE_TOKENS, train.max_seq_len)
-        count = min(config.eval.samples, train.micro_batch_size * train.max_seq_len // length)
-        texts = select_beginnings(evaluator.held_out, count, length)
-        prompts, rests = texts.tensor_split([(texts.shape[1] + 1) // 2], dim=1)
+        tokenizer = load_tokenizer(runnable.plan.source.tokenizer)
+        texts = _select_texts(evaluator.held_out, config)
+        prompts, rests = ([pair[i] for pair in texts] for i in (0, 1))
+        is_chat = not evaluator.held_out.is_plain_text
+        ends = {tokenizer.eos_token_id}
+        if is_chat:  # the token that ends a turn, unless it is ordinary text
+            ends |= {int(rest[-1]) for rest in rests} & set(tokenizer.added_tokens_decoder)
+        new_tokens = len(rests[0])
+        if is_chat:  # an answer may be short
+            new_tokens = min(SAMPLE_TOKENS, config.train.max_seq_len) // 2
 
-        def decode(tokens: Tensor) -> list[str]:
-            return [_decode(tokenizer, row) for row in tokens.tolist()]
+        def decode(rows: Iterable[Tensor]) -> list[str]:
+            return [_decode(tokenizer, row[:new_tokens].tolist(), ends) for row in rows]
 
         def continuations(model: nn.Module) -> list[str]:
-            return decode(evaluator.continue_texts(model, prompts, rests.shape[1]))
+            return decode(evaluator.continue_texts(model, prompts, new_tokens))
 
         columns = {"held-out text": decode(rests)}
         if evaluator.reference is not None:
@@ -124,9 +131,10 @@ class RecordedEvaluation:
         with runnable.adapter_disabled():
             columns[MODEL_NAMES["quantized"]] = continuations(runnable.model)
         columns[MODEL_NAMES["final"]] = continuations(runnable.model)
+        shown = [_decode(tokenizer, row.tolist(), set() if is_chat else ends) for row in prompts]
         self._recorder.samples = [
             Sample(prompt, {name: column[row] for name, column in columns.items()})
-            for row, prompt in enumerate(decode(prompts))
+            for row, prompt in enumerate(shown)
         ]
 
     def evaluate_during_training(self) -> float | None:
@@ -208,8 +216,23 @@ def _warn_if_not_finite(model_key: str, result: EvalResult) -> None:
             )  # fmt: skip
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    """Return the text of `tokens` up to the end of the first text."""
-    if tokenizer.eos_token_id in tokens[1:]:
-        tokens = tokens[: tokens.index(tokenizer.eos_token_id, 1)]
-    return str(tokenizer.decode(tokens))
+def _select_texts(held_out: TokenSequences, config: RunConfig) -> list[tuple[Tensor, Tensor]]:
+    """Return the prompts to continue, and what follows each of them in the held-out text."""
+    train = config.train
+    length, max_tokens = (
+        min(SAMPLE_TOKENS, train.max_seq_len),
+        train.micro_batch_size * train.max_seq_len,
+    )
+    if not held_out.is_plain_text:
+        chats = select_prompts(held_out, config.eval.samples, max_tokens, length // 2)
+        if chats:
+            return chats
+    texts = select_beginnings(held_out, min(config.eval.samples, max_tokens // length), length)
+    prompts, rests = texts.tensor_split([(texts.shape[1] + 1) // 2], dim=1)
+    return list(zip(prompts, rests, strict=True))
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: Container[int]) -> str:
+    """Return the text of `tokens` up to the first of the tokens `ends` after the first token."""
+    end = next((i for i, token in enumerate(tokens) if i and token in ends), len(tokens))
+    return str(tokenizer.decode(tokens[:end]))

@@ -36,8 +36,8 @@ def test_every_task_has_its_keys_and_every_pattern_matches_a_key():
          ["eval.every", "optim.lr", "train.max_steps", "adapter.r", "quant.save", "track.project"]),
         ("export", ["export.format", "adapter.init_from", "quant.nbits"],
          ["eval.tokens", "data.source", "train.max_seq_len", "quant.save"]),
-        ("data", ["data.show", "data.source", "train.max_seq_len", "model.name_or_path"],
-         ["quant.nbits", "optim.lr", "eval.tokens", "adapter.init_from", "parallel.strategy"]),
+        ("data", ["data.show", "data.source", "train.max_seq_len", "model.source", "eval.tokens"],
+         ["quant.nbits", "optim.lr", "eval.every", "adapter.init_from", "parallel.strategy"]),
     ],
 )  # fmt: skip
 def test_the_keys_of_a_task(task, used, unused):

@@ -8,7 +8,7 @@ import pytest
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.data.examples import Conversation
-from hqqtrain.data.sources import load_held_out_texts, load_training_texts
+from hqqtrain.data.sources import count_rows, load_held_out_texts, load_training_texts
 
 NO_EVAL = EvalConfig(source=None)
 
@@ -51,6 +51,25 @@ def test_some_bad_rows_are_left_out_and_named_once(tmp_path, caplog):
     assert "6 of 11 rows cannot be read and are left out (data.max_bad_rows=6)" in record.message
     assert all(f"a.jsonl, line {line}: " in record.message for line in range(4, 9))
     assert "line 9" not in record.message  # five are named
+
+
+def test_unusual_rows_are_counted_and_answers_without_a_word_named(tmp_path, caplog):
+    silent = [{"role": "user", "content": "say nothing"}, {"role": "assistant", "content": " "}]
+    call = {**silent[1], "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    rows = [silent, [*silent, *silent], [silent[0], call], [*silent, silent[0], call], silent[:1]]
+    lines = [*chats(3), BAD[0], *(json.dumps({"messages": row}) for row in rows)]
+    file = tmp_path / "a.jsonl"
+    load(file, lines, max_bad_rows=1)
+    load(file, lines, max_bad_rows=1)
+    (message,) = [m for m in caplog.messages if "without a word" in m]
+    assert message.startswith(f"data.source={file}: 2 of 9 rows have an answer without a word")
+    assert count_rows(DataConfig(source=str(file), max_bad_rows=1)) == (1, 0, 2)
+    pairs = tmp_path / "b.jsonl"
+    pairs.write_text('{"prompt": "a", "completion": ""}\n{"prompt": "a", "completion": "b"}')
+    assert count_rows(DataConfig(source=[str(file), str(pairs)], max_bad_rows=1)) == (1, 0, 3)
+    texts = tmp_path / "c.jsonl"
+    texts.write_text('{"text": null}\n{"text": " "}\n{"text": "b"}')
+    assert count_rows(DataConfig(source=str(texts))) == (0, 2, 0)
 
 
 def test_one_bad_row_too_many(tmp_path):

@@ -9,7 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hqqtrain.data.sequences import TokenSequences, plain_text_targets
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.evaluation import continuations
-from hqqtrain.evaluation.continuations import continue_greedily, select_beginnings
+from hqqtrain.evaluation.continuations import (
+    continue_greedily,
+    select_beginnings,
+    select_prompts,
+)
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
@@ -43,6 +47,30 @@ def test_the_continuations_are_those_of_transformers(model):
     found = continue_greedily(model, prompts, SINGLE_PROCESS, new_tokens=9)
     assert found.tolist() == expected[:, 7:].tolist()
     assert len(set(map(tuple, found.tolist()))) == 3
+
+
+def test_prompts_of_different_lengths_are_continued_as_alone(model):
+    prompts = [torch.tensor([5, 6, 7, 8, 9, 10]), torch.tensor([3]), torch.tensor([11, 12])]
+    found = continue_greedily(model, prompts, SINGLE_PROCESS, new_tokens=5)
+    for prompt, row in zip(prompts, found, strict=True):
+        alone = continue_greedily(model, prompt[None], SINGLE_PROCESS, new_tokens=5)
+        assert row.tolist() == alone[0].tolist()
+
+
+def test_a_prompt_of_a_chat_ends_where_its_last_answer_begins():
+    chats = texts(10, 12, 4, 30)
+    chats.targets[:] = False
+    for span in (slice(3, 5), slice(7, 9), slice(14, 17), slice(30, 40), slice(45, 56)):
+        chats.targets[span] = True
+    found = select_prompts(chats, 3, max_tokens=36, new_tokens=2)  # 12 tokens for each of three
+    assert [(p.tolist(), a.tolist()) for p, a in found] == [
+        ([*range(7)], [7, 8]), ([*range(10, 14)], [14, 15, 16])
+    ]  # fmt: skip
+    assert len(select_prompts(chats, 3, max_tokens=100, new_tokens=2)) == 3
+    assert select_prompts(chats, 3, max_tokens=5, new_tokens=2) == []
+    chats.stream[10:14] = chats.stream[:4]
+    chats.targets[:10] = [False] * 4 + [True] * 6
+    assert len(select_prompts(chats, 2, max_tokens=40, new_tokens=2)) == 1  # the same prompt
 
 
 def _rank_with_another_model(rank: int, comm: Communicator) -> None:

@@ -48,6 +48,26 @@ def _masked(data: TokenSequences, trained: slice) -> TokenSequences:
     return replace(data, targets=targets)
 
 
+def test_left_out_rows_and_held_out_text_have_figures(look, tmp_path, capsys):
+    rows = [{"prompt": f"p{i}", "completion": "" if i == 3 else f"c{i}"} for i in range(9)]
+    lines = [*map(json.dumps, rows), "no json", json.dumps({"prompt": "p", "completion": 5})]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    data = {"source": str(tmp_path / "pairs.jsonl"), "max_bad_rows": 2, "show": 0}
+    run = look(data=data, eval={"source": "auto", "tokens": 3})
+    output = capsys.readouterr().out
+    assert "left out: bad rows                2" in output
+    assert "answers without a word            1, only the end is trained" in output
+    metrics = run.recorder.summary.content.data
+    assert metrics.left_out == {"bad rows": 2}
+    assert metrics.empty_answers == 1
+    assert metrics.examples + metrics.held_out["examples"] == 9
+    assert 0 < metrics.held_out["measured_tokens"] <= 3 < metrics.held_out["tokens"]
+    assert (
+        f"held out                          1 examples of {metrics.held_out['tokens']} tok"
+        in output
+    )
+
+
 def test_plain_text_is_shown_as_the_model_gets_it(look, capsys):
     run = look(data={"show": 1})
     output = capsys.readouterr().out

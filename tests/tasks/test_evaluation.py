@@ -1,5 +1,6 @@
 """The evaluation of a run: with and without the adapter, and each result in the record."""
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -98,13 +99,33 @@ def test_the_shortest_texts_still_have_a_beginning(make_config, start_run, token
 
 def test_the_end_of_a_text_ends_its_continuation():
     class Tokenizer:
-        eos_token_id = 9
-
         def decode(self, tokens):
             return tokens
 
-    assert _decode(Tokenizer(), [1, 2, 9, 3]) == "[1, 2]"
-    assert _decode(Tokenizer(), [9, 2, 3]) == "[9, 2, 3]"
+    assert _decode(Tokenizer(), [1, 2, 9, 3], {9}) == "[1, 2]"
+    assert _decode(Tokenizer(), [9, 2, 3], {9}) == "[9, 2, 3]"
+    assert _decode(Tokenizer(), [1, 2, 9, 3], set()) == "[1, 2, 9, 3]"
+
+
+def test_a_prompt_of_a_chat_ends_with_the_header_of_the_assistant(make_config, start_run, tmp_path):
+    turns = [("user", "One?"), ("assistant", "1."), ("user", "Two?"), ("assistant", "22.")]
+    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(chat))
+    data = {"chat_template": "chatml", "add_tokens": "auto"}
+    config = make_config(
+        data=data, eval={"source": str(tmp_path / "chats.jsonl"), "reference": "off"},
+        train={"max_seq_len": 64},
+    )  # fmt: skip
+    with start_run(config) as run:
+        runnable = _runnable(run)
+        held_out = load_held_out_data(run.config, runnable.plan.source.tokenizer)
+        RecordedEvaluation(run, runnable, held_out).record_samples()
+    (sample,) = run.recorder.samples
+    assert sample.prompt == (
+        "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n1.<|im_end|>\n"
+        "<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert sample.continuations["held-out text"] == "22."
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
