@@ -69,8 +69,8 @@ def show_data(run: Run) -> None:
         format = source_format(run.config.data)
     found: list[TokenSequences] = []
     packed = load_training_data(run, model.folder, model.vocab_size, found.append)
+    held_out = load_held_out_data(run, model.folder, model.vocab_size)
     with comm.raise_on_all_ranks():
-        held_out = load_held_out_data(run.config, model.folder, model.vocab_size)
         rows = count_rows(run.config.data)
     check_same_text(run, packed, held_out)
     (parts,) = found

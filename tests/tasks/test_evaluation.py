@@ -118,7 +118,7 @@ def test_a_prompt_of_a_chat_ends_with_the_header_of_the_assistant(make_config, s
     )  # fmt: skip
     with start_run(config) as run:
         runnable = _runnable(run)
-        held_out = load_held_out_data(run.config, runnable.plan.source.tokenizer)
+        held_out = load_held_out_data(run, runnable.plan.source.tokenizer)
         RecordedEvaluation(run, runnable, held_out).record_samples()
     (sample,) = run.recorder.samples
     assert sample.prompt == (
