@@ -5,11 +5,12 @@ the data. A block is a function of the state before it, which is small: the plac
 the tokens that the block before it has left over. To resume a run, one block is read again.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,11 +23,14 @@ from hqqtrain.data.example_stream import ExampleStream, Place, StreamPlace
 from hqqtrain.data.examples import Example
 from hqqtrain.data.order import permutation
 from hqqtrain.data.packing import cut_long, pack_parts
+from hqqtrain.data.row_examples import SHOWN_BAD_ROWS
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.tokenization import check_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 UNSHUFFLED_BLOCK = 1000
 """Sequences of a block with `data.shuffle_buffer=0`, which are packed together."""
@@ -43,11 +47,13 @@ class BlockState:
         block: Number of blocks before it.
         place: The place of its first example.
         rest: Tokens of plain text that did not fill a sequence of the block before it.
+        refused: Number of examples before it, in the same pass, that the template has refused.
     """
 
     block: int
     place: StreamPlace
     rest: Encoded = EMPTY
+    refused: int = 0
 
     def to_json(self) -> dict[str, Any]:
         ids, targets = self.rest
@@ -55,6 +61,7 @@ class BlockState:
             "block": self.block,
             "examples": self.place.examples,
             "places": [list(place) for place in self.place.places],
+            "refused": self.refused,
             "rest": {"tokens": ids.tolist(), "starts": np.flatnonzero(~targets).tolist()},
         }
 
@@ -64,7 +71,8 @@ class BlockState:
         targets = np.ones(len(ids), bool)
         targets[state["rest"]["starts"]] = False
         places = tuple(Place(*place) for place in state["places"])
-        return cls(state["block"], StreamPlace(state["examples"], places), (ids, targets))
+        place = StreamPlace(state["examples"], places)
+        return cls(state["block"], place, (ids, targets), state["refused"])
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,23 @@ class Block:
     def digest(self) -> str:
         """The digest of the sequences."""
         return self.sequences.digest()
+
+
+class _Group(NamedTuple):
+    """The examples of a block.
+
+    Attributes:
+        examples: Their tokens, in order.
+        place: The place after them.
+        ends_pass: Whether a pass ends with them: that over a single source ends with the end of a
+            block, as an epoch ends without streaming.
+        refused: Number of examples of the pass up to `place` that the template has refused.
+    """
+
+    examples: list[Encoded]
+    place: StreamPlace
+    ends_pass: bool
+    refused: int
 
 
 class BlockStream:
@@ -122,7 +147,7 @@ class BlockStream:
         """
         state = state or BlockState(0, self._examples.start())
         passes = state.place.passes  # at the last sequence
-        for examples, place, ends_pass in self._groups(state.place, on_batch):
+        for examples, place, ends_pass, refused in self._groups(state, on_batch):
             sequences, rest = self._sequences([state.rest, *examples], state.place, ends_pass)
             passes_of_block = place.passes - ends_pass
             passes = passes_of_block if len(sequences) else passes
@@ -132,38 +157,52 @@ class BlockStream:
                     f"{self._train.max_seq_len} (train.max_seq_len)."
                 )
             yield Block(self._shuffled(sequences, state.block), state, passes_of_block)
-            state = BlockState(state.block + 1, place, rest)
+            state = BlockState(state.block + 1, place, rest, refused)
 
-    def _groups(
-        self, start: StreamPlace, on_batch: Callable[[], object]
-    ) -> Iterator[tuple[list[Encoded], StreamPlace, bool]]:
-        """Yield the tokens of the examples of each block, in order.
-
-        With them come the place after them, and whether a pass ends there: a pass over a single
-        source ends with the end of a block, as an epoch ends without streaming.
-        """
+    def _groups(self, start: BlockState, on_batch: Callable[[], object]) -> Iterator[_Group]:
+        """Yield the tokens of the examples of each block, in order."""
         places = deque[StreamPlace]()  # after each example that the tokenizer has taken
+        refused, refused_pass = start.refused, start.place.passes
 
         def examples() -> Iterator[Example]:
-            for place, example in self._examples.read(start):
+            for place, example in self._examples.read(start.place):
                 places.append(place)
                 yield example
 
-        group, tokens, last = list[Encoded](), 0, start
+        def count_refused(error: UserError) -> None:
+            nonlocal refused, refused_pass
+            passes = places[-1].passes  # the place after the example
+            refused, refused_pass = (refused if passes == refused_pass else 0) + 1, passes
+            self._check_refused(refused, error)
+
+        group, tokens, last = list[Encoded](), 0, start.place
         max_tokens = self._block_size * self._train.max_seq_len
         for encoded in encode_examples(
-            examples(), self._tokenizer, self._data, self._where, on_batch
+            examples(), self._tokenizer, self._data, self._where, on_batch,
+            on_refused=count_refused,
         ):
             place = places.popleft()
             if self._examples.has_passes and place.passes > last.passes:
-                yield group, StreamPlace(last.examples, (Place(place.passes),)), True
+                yield _Group(group, StreamPlace(last.examples, (Place(place.passes),)), True, 0)
                 group, tokens = [], 0
             group.append(encoded)
             tokens, last = tokens + len(encoded[0]), place
             is_full = not self._train.packing and len(group) >= self._block_size
             if is_full or tokens >= max_tokens:
-                yield group, last, False
+                yield _Group(group, last, False, refused if last.passes == refused_pass else 0)
                 group, tokens = [], 0
+
+    def _check_refused(self, refused: int, error: UserError) -> None:
+        """Log an example that the template refuses, as a bad row of which so many are allowed.
+
+        Without streaming these examples are an error before the training. Here it has begun, and
+        the source must not change before it resumes.
+        """
+        limit = self._data.max_bad_rows
+        if refused > limit:
+            raise UserError(f"{error} To leave out such rows, set data.max_bad_rows above {limit}.")
+        if refused <= SHOWN_BAD_ROWS:
+            logger.warning("left out (data.max_bad_rows=%d): %s", limit, error)
 
     def _sequences(
         self, encoded: list[Encoded], start: StreamPlace, ends_pass: bool

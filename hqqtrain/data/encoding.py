@@ -46,6 +46,7 @@ def encode_examples(
     where: str = "data.source",
     on_batch: Callable[[], object] = lambda: None,
     workers: int = 1,
+    on_refused: Callable[[UserError], object] | None = None,
 ) -> Iterator[Encoded]:
     """Yield the token ids of every example, int32 [n], and whether each is trained, bool [n].
 
@@ -58,6 +59,9 @@ def encode_examples(
         where: The source of the examples, for messages.
         on_batch: Called now and then; it may raise to stop.
         workers: Number of processes that encode examples other than plain text, if there are many.
+        on_refused: Called with the error of an example that the template refuses, or whose trained
+            tokens cannot be told; the example has no tokens then. None: the error is raised. It
+            needs a single worker.
 
     Raises:
         UserError: The setting does not fit the examples, the tokenizer fails, or the trained tokens
@@ -71,7 +75,9 @@ def encode_examples(
                 yield ids, np.arange(len(ids)) > 0
             continue
         if kind not in encoders:
-            encoders[kind] = ExampleEncoder(tokenizer, data.chat_template, loss_on, where)
+            encoders[kind] = ExampleEncoder(
+                tokenizer, data.chat_template, loss_on, where, on_refused
+            )
         numbered = ((next(numbers), example) for example in rest)
         processes = workers if allowed else 1  # tokens are only copied
         yield from encode_in_order(encoders[kind], numbered, processes, on_batch)
@@ -103,13 +109,15 @@ class ExampleEncoder:
         chat_template: `data.chat_template`.
         loss_on: A value that the kind of example has.
         where: The source of the examples, for messages.
+        on_refused: As for `encode_examples`.
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", chat_template: str, loss_on: str, where: str
-    ) -> None:
+        self, tokenizer: "PreTrainedTokenizerBase", chat_template: str, loss_on: str, where: str,
+        on_refused: Callable[[UserError], object] | None = None,
+    ) -> None:  # fmt: skip
         self._tokenizer, self._loss_on, self.where = tokenizer, loss_on, where
-        self._chat_template = chat_template
+        self._chat_template, self._on_refused = chat_template, on_refused
         check_is_fast(tokenizer)
         self._chats = cache(self._make_chat_encoder)
 
@@ -134,7 +142,11 @@ class ExampleEncoder:
         except (RenderError, InexactError) as error:
             place = example.place or f"example {number}"
             reason = str(error).rstrip(".")
-            raise UserError(f"{self.where}, {place}: {reason}.") from error
+            refusal = UserError(f"{self.where}, {place}: {reason}.")
+            if self._on_refused is None:
+                raise refusal from error
+            self._on_refused(refusal)
+            return np.empty(0, np.int32), np.empty(0, bool)
 
     def _make_chat_encoder(self) -> ChatEncoder:
         template = ChatTemplate(self._tokenizer, chat_template_source(self._chat_template))

@@ -116,7 +116,8 @@ class StreamSource:
                     yield Place(place.passes, part, *position), example
             if not has_examples:
                 raise UserError(
-                    f"{self.name}: has no example to train on; all are empty or held out."
+                    f"{self.name}: has no example to train on; all are empty or held out "
+                    "(data.validation)."
                 )
             if logs:
                 logger.info(

@@ -162,3 +162,36 @@ def test_sequences_are_concatenated_without_the_rest_of_their_stream(tokenizer, 
     assert content(joined.split_texts()) == [
         each for part in picked for each in content(part.split_texts())
     ]
+
+
+def chats_of(tmp_path: Path, rows: int, refused: set[int]) -> str:
+    """Write chats, some of which the template chatml of the library refuses."""
+    lines = []
+    for number in range(rows):
+        role = "tool" if number in refused else "user"
+        messages = [{"role": role, "content": f"What is {number}?"}]
+        messages += [{"role": "assistant", "content": f"It is {number}."}]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    (tmp_path / "chat.jsonl").write_text("".join(lines))
+    return str(tmp_path / "chat.jsonl")
+
+
+def test_chats_that_the_template_refuses_count_as_bad_rows_of_a_pass(tokenizer, tmp_path, caplog):
+    file = chats_of(tmp_path, 12, {0, 5, 11})
+    settings = {"source": file, "chat_template": "gemma", "shuffle_buffer": 3}
+    data = DataConfig(**settings, max_bad_rows=3)
+    blocks = list(islice(blocks_of(tokenizer, data, max_seq_len=64), 12))
+    assert blocks[-1].passes > 1
+    assert caplog.text.count("chat.jsonl, line 6: ") == blocks[-1].passes + 1
+    assert max(block.state.refused for block in blocks) >= 2
+    for index, block in enumerate(blocks[:-1]):
+        state = BlockState.from_json(block.state.to_json())
+        (same, after) = islice(blocks_of(tokenizer, data, state, max_seq_len=64), 2)
+        assert same.digest == block.digest
+        assert after.state.to_json() == blocks[index + 1].state.to_json()
+    trained = {label for block in blocks for each in block.sequences for label in
+               each["labels"].tolist() if label >= 0}  # fmt: skip
+    assert trained
+    few = DataConfig(**settings, max_bad_rows=2)
+    with pytest.raises(UserError, match=r"line 12: .* set data\.max_bad_rows above 2\."):
+        list(blocks_of(tokenizer, few, max_seq_len=64))
