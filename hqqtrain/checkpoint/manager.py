@@ -128,6 +128,19 @@ class CheckpointManager:
             self._require_written()
             self._preemption.raise_preempted(self._comm)
 
+    def save_before_stop(self, eval_loss: float | None) -> None:
+        """Save a checkpoint of the last step, unless there is one, because the run must stop.
+
+        Args:
+            eval_loss: The held-out loss, if it was measured after this step.
+
+        Raises:
+            UserError: The checkpoint could not be written.
+        """
+        if self._trainer.state.steps not in (0, self._saved_step):
+            self.save(eval_loss)
+        self._require_written()
+
     def save(self, eval_loss: float | None = None) -> None:
         """Copy the state of all ranks; rank 0 writes it while training continues."""
         start = time.perf_counter()

@@ -178,7 +178,11 @@ class BlockStream:
         group, tokens, last = list[Encoded](), 0, start.place
         max_tokens = self._block_size * self._train.max_seq_len
         for encoded in encode_examples(
-            examples(), self._tokenizer, self._data, self._where, on_batch,
+            examples(),
+            self._tokenizer,
+            self._data,
+            self._where,
+            on_batch,
             on_refused=count_refused,
         ):
             place = places.popleft()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hqqtrain.common.errors import UserError
+from hqqtrain.common.errors import PreemptedError, UserError
 from hqqtrain.config.groups import TrainConfig
 from hqqtrain.data.block_reader import BlockReader
 from hqqtrain.data.block_stream import Block, BlockState, BlockStream, concatenate
@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 MAX_WAIT_SECONDS = 20 * 60.0
 """Longest wait for data during training: less than the time-out of the ranks that wait, too."""
+
+PATIENCE_SECONDS = 5.0
+"""Seconds that a request to stop waits for data, so that the step may still be taken."""
 
 REPORTED_WAIT = 0.05
 """Share of the time that training may wait for data without a warning."""
@@ -62,6 +65,7 @@ class StreamingLoader:
         config: Batch sizes and number of steps.
         run_on_rank0: Calls a function on rank 0 and returns its result, or raises its error, on
             all ranks.
+        check: Called on rank 0 while it waits for data; it may raise to stop.
         rank: This rank.
         world_size: Number of ranks; a divisor of `train.global_batch_size`.
         device: Device of the batches.
@@ -70,14 +74,16 @@ class StreamingLoader:
 
     def __init__(
         self, open_blocks: Callable[[], BlockStream], where: str, config: TrainConfig,
-        run_on_rank0: Callable[[Callable[[], Any]], Any] = run_alone, *,
+        run_on_rank0: Callable[[Callable[[], Any]], Any] = run_alone,
+        check: Callable[[], object] = lambda: None, *,
         rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu",
         layout: BatchLayout = PACKED,
     ) -> None:  # fmt: skip
         assert config.max_steps is not None
         self.total_steps = config.max_steps
         self._open_blocks, self._where, self._config = open_blocks, where, config
-        self._run_on_rank0, self._layout, self._device = run_on_rank0, layout, device
+        self._run_on_rank0, self._check = run_on_rank0, check
+        self._layout, self._device = layout, device
         self._rank, self._world_size = rank, world_size
         self._batch_index = -1  # the last batch that was asked for
         self._batch: GlobalBatch | None = None
@@ -167,11 +173,15 @@ class StreamingLoader:
     def _read(self, batch_index: int) -> GlobalBatch:
         """Read the batches up to one with an index, and return that."""
         assert batch_index >= self._next_index, "batches cannot be read again"
-        size = self._config.global_batch_size
-        for _ in range(self._next_index, batch_index):
-            self._take(size)
+        size, before = self._config.global_batch_size, (self._block, self._offset)
+        try:
+            for _ in range(self._next_index, batch_index):
+                self._take(size)
+            parts, samples, passes = self._take(size)
+        except PreemptedError:
+            self._block, self._offset = before  # where the run resumes
+            raise
         self._next_index = batch_index + 1
-        parts, samples, passes = self._take(size)
         return GlobalBatch(concatenate(parts), samples, passes)
 
     def _take(self, number: int) -> tuple[list[TokenSequences], list[tuple[int, int]], int]:
@@ -193,7 +203,12 @@ class StreamingLoader:
         """Return the next block, and log if training waits too long for data."""
         assert self._reader is not None
         started = time.monotonic()
-        block = self._reader.next(max_seconds=MAX_WAIT_SECONDS)
+
+        def check() -> None:
+            if time.monotonic() - started > PATIENCE_SECONDS:
+                self._check()
+
+        block = self._reader.next(check, max_seconds=MAX_WAIT_SECONDS)
         now = time.monotonic()
         waited, elapsed = now - started, now - self._last_report
         if waited > max(1.0, REPORTED_WAIT * elapsed):

@@ -51,7 +51,7 @@ def stream_training_data(
     where = f"data.source={describe_source(config.data.source)}"
     loader = StreamingLoader(
         open_blocks, where, config.train,
-        comm.run_on_rank0,
+        comm.run_on_rank0, preemption.check_local,
         rank=comm.rank, world_size=comm.size, device=comm.device, layout=layout,
     )  # fmt: skip
     if checkpoint:

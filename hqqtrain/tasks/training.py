@@ -101,15 +101,20 @@ class AdapterTraining:
         self._make_up_evaluation(checkpoint)
         every = self._run.config.parallel.consistency_check_every
         checker = ConsistencyChecker(self._model, self._run.runtime.comm) if every else None
+        eval_loss = None
         with self._run.recorder.progress_bars.show_training(
             trainer.loader.total_steps, trainer.state.steps
         ):
-            for step in trainer.run(lambda: self._restore_best(checkpoints.roll_back())):
-                self._log_step(step)
-                eval_loss, must_stop = self._evaluate_if_due()
-                if checker and every and (step.number % every == 0 or trainer.is_over):
-                    checker.check()
-                checkpoints.after_step(eval_loss, stop_requested=must_stop)
+            try:
+                for step in trainer.run(lambda: self._restore_best(checkpoints.roll_back())):
+                    self._log_step(step)
+                    eval_loss, must_stop = self._evaluate_if_due()
+                    if checker and every and (step.number % every == 0 or trainer.is_over):
+                        checker.check()
+                    checkpoints.after_step(eval_loss, stop_requested=must_stop)
+            except PreemptedError:  # also while waiting for the data of a step, on all ranks
+                checkpoints.save_before_stop(eval_loss)
+                raise
         if checker and checker.checks:
             checker.report(trainer.state.seconds)
         checkpoints.wait_for_write()

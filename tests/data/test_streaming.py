@@ -1,5 +1,6 @@
 """The streaming loader: any number of ranks, resuming at every batch, errors of the reader."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from ranks import on_ranks
 
-from hqqtrain.common.errors import UserError
+from hqqtrain.common.errors import PreemptedError, UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig, TrainConfig
 from hqqtrain.data.block_stream import Block, BlockState, BlockStream
 from hqqtrain.data.layout import PACKED, BatchLayout
@@ -177,12 +178,18 @@ class _SlowBlocks:
             yield block
 
 
+def stop() -> None:
+    raise PreemptedError("SIGTERM was received")
+
+
 @pytest.fixture
 def slow_loader(rows) -> Iterator[StreamingLoader]:
     data = DataConfig(source=rows, shuffle_buffer=6)
     stream = open_training_stream(data, NO_EVAL)
     blocks = BlockStream(stream, load_tokenizer(TINY_FOLDER), TRAIN, data)
-    loader = StreamingLoader(lambda: _SlowBlocks(blocks, 1.2), "data.source=rows", TRAIN)
+    loader = StreamingLoader(
+        lambda: _SlowBlocks(blocks, 1.2), "data.source=rows", TRAIN, check=stop
+    )
     loader.start()
     yield loader
     loader.close()
@@ -198,3 +205,19 @@ def test_data_that_does_not_come_ends_the_training(slow_loader, monkeypatch):
     monkeypatch.setattr("hqqtrain.data.streaming.MAX_WAIT_SECONDS", 0.3)
     with pytest.raises(UserError, match="no data has come for 0 seconds"):
         read_batches(slow_loader, 3)
+
+
+def test_a_request_to_stop_does_not_wait_for_data_and_loses_none(slow_loader, rows, monkeypatch):
+    monkeypatch.setattr("hqqtrain.data.streaming.PATIENCE_SECONDS", 0.2)
+    index, before = 0, slow_loader.state_dict()
+    with contextlib.suppress(PreemptedError):
+        while index < 20:
+            list(slow_loader.batches(index))
+            index, before = index + 1, slow_loader.state_dict()
+    assert 0 < index < 20
+    assert slow_loader.state_dict() == before
+    resumed, whole = make_loader(rows, before), make_loader(rows)
+    next_index = before["batch_index"]
+    assert content(resumed.batches(next_index)) == content(whole.batches(next_index))
+    for loader in (resumed, whole):
+        loader.close()

@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from hqqtrain.common.errors import PreemptedError, UserError
+from hqqtrain.data.streaming import GlobalBatch, StreamingLoader
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.tasks.data import show_data
 from hqqtrain.tasks.evaluation import RecordedEvaluation
@@ -25,9 +26,11 @@ def rows(tmp_path: Path) -> str:
 def train(make_config, start_run, rows):
     """Return a function that trains for three steps, and returns the losses and the adapter."""
 
-    def run_named(name: str, **data: object) -> tuple[list[float], dict]:
+    def run_named(name: str, every: int | None = 1, **data: object) -> tuple[list[float], dict]:
         settings = {"source": rows, "streaming": True, "shuffle_buffer": 4} | data
-        config = make_config(data=settings, run={"name": name}, train={"max_steps": 3})
+        config = make_config(
+            data=settings, run={"name": name}, train={"max_steps": 3}, ckpt={"every": every}
+        )
         with start_run(config) as run:
             finetune(run)
             folder = run.layout.folder
@@ -54,6 +57,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch, tmp_path)
     state = json.loads((folder / "state.json").read_text())["loader"]
     assert (state["batch_index"], state["sequence"]) == (1, 2)
     assert train("stopped") == whole
+
+
+def test_a_run_that_stops_while_it_waits_for_data_has_saved_its_steps(train, monkeypatch, tmp_path):
+    whole = train("whole")
+    read = StreamingLoader._read
+
+    def read_until_the_signal(loader: StreamingLoader, batch_index: int) -> GlobalBatch:
+        if batch_index == 2:
+            raise PreemptedError("SIGTERM was received")
+        return read(loader, batch_index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamingLoader, "_read", read_until_the_signal)
+        with pytest.raises(PreemptedError):
+            train("stopped", every=None)
+    (folder,) = (tmp_path / "runs" / "stopped" / "checkpoints").iterdir()
+    assert folder.name == "step-00000002"
+    assert train("stopped", every=None) == whole
 
 
 def test_other_files_are_refused_when_the_run_resumes(train, make_config, start_run, rows):
