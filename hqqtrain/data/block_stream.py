@@ -229,7 +229,7 @@ class BlockStream:
             predicts = ends - begins > 1
             starts = np.flatnonzero(~targets)
             cut = TokenSequences(ids, targets, starts, begins[predicts], ends[predicts])
-            return cut, (ids[end:], targets[end:])
+            return cut, (ids[end:].copy(), targets[end:].copy())  # not all of the block
         lengths = np.array([len(each) for each, _ in encoded[1:]], np.int64)
         starts = np.cumsum(lengths) - lengths
         if start.examples:

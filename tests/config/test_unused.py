@@ -65,6 +65,13 @@ def test_a_key_that_another_one_makes_ineffective():
     assert _unused("finetune", "data.validation", **text, eval=other) == ["data.validation"]
 
 
+def test_keys_that_streaming_makes_ineffective():
+    in_memory, streamed = ["data.shuffle_buffer"], ["data.workers", "data.cache_dir"]
+    assert _unused("finetune", *in_memory, *streamed) == in_memory
+    streaming = {"data": {"streaming": True}}
+    assert _unused("finetune", *in_memory, *streamed, **streaming) == streamed
+
+
 def test_a_key_is_reported_once():
     assert _unused("quantize", "train.epochs", train={"max_steps": 5}) == ["train.epochs"]
 
