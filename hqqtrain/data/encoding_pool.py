@@ -88,6 +88,7 @@ def _encode_in_processes(
                 break
             yield from _result(pending.popleft(), on_batch)
     except BrokenProcessPool as error:
+        on_batch()  # Ctrl-C reaches a process that is just starting, too
         raise UserError(
             f"data.workers={workers}: a process that encodes {encoder.where} was killed, maybe "
             "for lack of memory; set a smaller number, such as 1."

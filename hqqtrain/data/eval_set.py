@@ -113,7 +113,8 @@ def sample_windows(
         cuts: Whether the first window that does not fit is cut so that it does. A single token is
             left out, because it predicts nothing.
     """
-    hashes = [_window_hash(windows, index) for index in range(len(windows))]
+    count = len(windows)
+    hashes = np.fromiter((_window_hash(windows, index) for index in range(count)), "S8", count)
     order = np.argsort(hashes, kind="stable")
     total_tokens = np.cumsum((windows.end - windows.begin)[order])
     count = int(np.count_nonzero(total_tokens <= max_tokens))

@@ -57,7 +57,7 @@ def load_training_data(
     run: Run,
     tokenizer_folder: Path,
     vocab_size: int | None = None,
-    on_parts: Callable[[TokenSequences], object] = lambda parts: None,
+    on_parts: Callable[[TokenSequences], object] | None = None,
 ) -> TokenSequences:
     """Tokenize and pack `data.source`, except for held-out texts, unless a run has. Collective.
 
@@ -110,7 +110,8 @@ def load_training_data(
     with comm.raise_on_all_ranks():
         if vocab_size is not None:
             check_token_ids(data.sequences.stream, tokenizer, vocab_size, where)
-        on_parts(data.parts)
+        if on_parts:
+            on_parts(data.parts)
         if config.task == "finetune" and comm.is_main and not data.parts.is_plain_text:
             _log_figures(config, measure_data(data.parts, data.sequences, length))
     return data.sequences

@@ -52,14 +52,14 @@ class ProgressBars:
         start, done, bar = time.monotonic(), 0, None
         with ExitStack() as stack:
             for example in examples:
-                if bar:
-                    bar.update()
-                elif time.monotonic() - start > TOKENIZING_SECONDS:
-                    total = max(length_hint(examples), done) or None
+                if not bar and time.monotonic() - start > TOKENIZING_SECONDS:
+                    total = length_hint(examples) or None
                     bar = self._console.progress_bar("tokenizing", total, "example", done)
                     stack.enter_context(bar)
-                done += 1
                 yield example
+                done += 1
+                if bar:
+                    bar.update()
 
     @contextmanager
     def show_training(self, total_steps: int, steps_taken: int = 0) -> Iterator[None]:

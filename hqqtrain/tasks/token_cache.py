@@ -23,6 +23,7 @@ from hqqtrain.common.digest import cache_folder
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.filelock import becomes_true
 from hqqtrain.common.files import atomic_directory, check_owner
+from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.data.packing import EXAMPLES, PACKED
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.token_files import (
@@ -75,8 +76,10 @@ class CachedTokens:
 
     def repeat_log(self) -> None:
         """Log what was logged when the entry was written."""
-        for level, message in describe_store(self.folder).get("log", []):
-            logger.log(level, "%s", message)
+        for line in describe_store(self.folder).get("log", []):
+            match line:
+                case [int(level), str(message)]:
+                    logger.log(level, "%s", message)
 
 
 def cached_tokens(
@@ -175,7 +178,8 @@ class _Cache:
                     by_name = {EXAMPLES: parts}
                     if sequences.stream is not parts.stream:
                         by_name[PACKED] = sequences
-                    save_sequences(temporary, by_name, made_from=made_from, log=log)
+                    said = mask_secrets({"made_from": made_from, "log": log})
+                    save_sequences(temporary, by_name, **said)
             except OSError as error:
                 if error.errno in FULL_DISK and not error.filename:
                     raise OSError(error.errno, error.strerror, str(self.root)) from error
@@ -188,6 +192,7 @@ class _Cache:
             return None
         try:
             cached = CachedTokens(folder)
+            _ = cached.parts  # which only this rank checks
         except DamagedStoreError as error:
             logger.warning("%s: %s. The tokens are written again.", self._where, error)
             return None
@@ -201,10 +206,10 @@ def _default_root(run_root: Path) -> Path:
 
     Data may be private, and the folder of all runs may not be. It is the next best.
     """
-    root = cache_folder() / "tokens"
     try:
+        root = cache_folder() / "tokens"
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home
         return run_root / "tokens"
     return root if os.access(root, os.W_OK) else run_root / "tokens"
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from hqqtrain.common.digest import content_digest
 from hqqtrain.common.inputs import model_files
-from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.config.data_sources import source_paths
 from hqqtrain.config.groups import AUTO, BUILT_IN_SOURCES
 from hqqtrain.config.run import RunConfig
@@ -60,7 +59,7 @@ def token_identity(
         "tokenizer": _tokenizer_identity(tokenizer, folder),
         "chat_template": chat_template_source(config.data.chat_template),
         "contents": dict(_contents(config)),
-        "data": {**data, "source": mask_secrets(str(config.data.source))},
+        "data": {**data, "source": str(config.data.source)},
         "eval.source": config.eval.source,
         **settings,
     }

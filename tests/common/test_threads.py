@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from hqqtrain.common.threads import BackgroundExecutor, call_with_timeout
+from hqqtrain.common.threads import BackgroundExecutor, call_with_timeout, usable_cores
 
 
 def test_a_call_that_returns_in_time_has_run():
@@ -82,3 +82,11 @@ def test_two_jobs_at_a_time_are_a_mistake_of_the_caller():
     with pytest.raises(AssertionError):
         executor.start(lambda: None)
     executor.close()
+
+
+def test_the_cores_that_a_scheduler_leaves(monkeypatch):
+    assert 1 <= usable_cores() <= psutil.cpu_count()
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda _: [3], raising=False)
+    assert usable_cores() == 1
+    monkeypatch.delattr(psutil.Process, "cpu_affinity")
+    assert usable_cores() == psutil.cpu_count()

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from operator import length_hint
 
 import pytest
 
@@ -104,3 +105,16 @@ def test_a_fraction_uses_some_examples_once_more_and_always_the_same():
 def test_the_smallest_number_of_repeats_is_one():
     assert repeats_of_weights([40, 10], [1, 1]) == [1, 4]
     assert repeats_of_weights([10, 10, 5], [1, 2, 1]) == [1, 2, 2]
+
+
+def test_the_number_of_examples_is_known_before_they_are_tokenized(sources):
+    """It is a hint for the progress, and exact unless an example is repeated by a fraction."""
+    for source in ("a.jsonl", ["a.jsonl", "b.jsonl"], [{"path": "a.jsonl", "repeats": 3}]):
+        data = DataConfig(source=source, validation=0.1)
+        examples = load_training_texts(data, EvalConfig())
+        assert length_hint(examples) in (len(list(examples)), 0)
+    examples = load_training_texts(DataConfig(source="a.jsonl", validation=0.1), EvalConfig())
+    assert length_hint(examples) == 36
+    rows = load_training_texts(DataConfig(source="a.jsonl"), NO_EVAL)
+    assert length_hint(rows) == 0
+    assert len(list(rows)) == length_hint(rows) == 40

@@ -214,6 +214,22 @@ def test_hub_splits_are_those_of_the_authors(monkeypatch):
     assert list(load_held_out_texts(both[1], DataConfig())) == ["d"]
 
 
+def test_the_digest_of_a_hub_data_set_is_that_of_its_rows(monkeypatch, tmp_path):
+    digests = []
+    for rows in (["a", "b"], ["a", "c"], ["a", "b"]):
+        hub_data(monkeypatch, train=rows, test=["d"])
+        digests.append(hub.hub_digest("org/name", "data.source"))
+    assert digests[0] == digests[2] != digests[1]
+    for rows in (["a", "b"], ["a", "c"]):  # the files of the cache
+        datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / rows[1])
+        split = datasets.Dataset.load_from_disk(str(tmp_path / rows[1]))
+        assert split.cache_files
+        loaded = datasets.DatasetDict({"train": split})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, loaded=loaded: loaded)
+        digests.append(hub.hub_digest("org/name", "data.source"))
+    assert len(set(digests)) == 4
+
+
 def test_a_hub_data_set_with_one_split_is_split_by_hash(monkeypatch):
     hub_data(monkeypatch, train=[f"text {i}" for i in range(50)])
     both = DataConfig(source="org/name"), EvalConfig(source="org/name")

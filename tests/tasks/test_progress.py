@@ -69,6 +69,22 @@ def test_a_signal_stops_between_two_layers(progress_bars: ProgressBars, monkeypa
             on_layer("k_proj")
 
 
+def test_examples_that_are_tokenized(progress_bars: ProgressBars, console: _Console, monkeypatch):
+    """A bar appears once it took some time, and counts what was done before."""
+    now = iter([0.0, 1.0, 2.0, 3.1])
+    monkeypatch.setattr("hqqtrain.tasks.progress.time.monotonic", lambda: next(now))
+    examples = list("abcdef")
+    assert list(progress_bars.count_tokenized(examples)) == examples
+    (bar,) = console.bars
+    assert bar.settings == ("tokenizing", 6, "example", 2)
+    assert len(bar.updates) == 4
+
+
+def test_small_data_has_no_bar(progress_bars: ProgressBars, console: _Console):
+    assert list(progress_bars.count_tokenized("ab")) == ["a", "b"]
+    assert console.bars == []
+
+
 def test_steps(progress_bars: ProgressBars, console: _Console):
     metrics = {"train/loss": 2.5, "train/tokens_per_second": 100.0, "train/epoch": 0.5}
     progress_bars.advance_training(metrics)  # no bar yet: nothing to advance

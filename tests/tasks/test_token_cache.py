@@ -237,3 +237,13 @@ def _write_together(rank: int, comm: Communicator, folder: Path) -> None:
 @pytest.mark.ranks
 def test_one_rank_writes_for_all_that_share_its_disk(tmp_path: Path):
     assert on_ranks(_write_together, 2, tmp_path) == ["", ""]
+
+
+def test_secrets_of_a_source_are_not_written_down(load, tmp_path: Path):
+    secret = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
+    (tmp_path / f"{secret}.txt").write_text("def f(x):\n    return x\n" * 9)
+    load(data={"source": str(tmp_path / f"{secret}.txt")})
+    texts = [(entry / INDEX).read_text() for entry in _entries(tmp_path)]
+    assert len(texts) == 2
+    assert secret not in "".join(texts)
+    assert "held_out.txt" in texts[1]
