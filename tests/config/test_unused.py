@@ -51,7 +51,8 @@ def test_a_key_that_another_one_makes_ineffective():
     assert _unused("finetune", "eval.tokens", eval={"source": None}) == ["eval.tokens"]
     of_store, streamed = ["data.workers", "data.cache_dir"], {"data": {"streaming": True}}
     assert (_unused("finetune", *of_store), _unused("finetune", *of_store, **streamed)) == (
-        [], of_store
+        [],
+        of_store,
     )
     assert _unused("finetune", "track.project", track={"backends": []}) == ["track.project"]
     text = {"data": {"source": "mine.txt"}}

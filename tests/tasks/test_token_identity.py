@@ -16,10 +16,11 @@ from hqqtrain.tasks.token_identity import token_identity
 @pytest.fixture
 def identity(make_config):
     """Return a function that returns the identity of a configuration as text."""
+    tiny = load_tokenizer(TINY_FOLDER)
 
     def find(folder: Path = TINY_FOLDER, settings: dict[str, Any] | None = None, **groups) -> str:
-        config = make_config(**groups)
-        found = token_identity(config, load_tokenizer(folder), folder, **(settings or {}))
+        tokenizer = tiny if folder == TINY_FOLDER else load_tokenizer(folder)
+        found = token_identity(make_config(**groups), tokenizer, folder, **(settings or {}))
         return json.dumps(found, sort_keys=True)
 
     return find
@@ -40,7 +41,7 @@ def test_keys_and_contents_that_change_tokens(identity, tmp_path: Path, monkeypa
         found.append(identity(data={"chat_template": str(template)}))
     for data in ({"loss_on": "all"}, {"on_long": "drop"}, {"validation": 0.5}, {"format": "text"}):
         found.append(identity(data=data))
-    for source in (None, "auto", "python_stdlib"):
+    for source in (None, "auto", str(tmp_path / "t.jinja")):
         found.append(identity(eval={"source": source}))
     found.append(identity(settings={"train.packing": False}))
     (tmp_path / "held_out.txt").write_text("def other(): pass")
@@ -70,5 +71,3 @@ def test_the_standard_library_is_known_by_its_contents(identity, monkeypatch):
     assert identity(data={"source": "python_stdlib"}) == found
     texts["held_out"] = [("c", "e")]
     assert identity(data={"source": "python_stdlib"}) != found
-
-
