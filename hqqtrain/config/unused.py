@@ -108,9 +108,6 @@ def _ineffective_data(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "data.cache_dir", "data.streaming=true keeps no tokens"
     else:
         yield "data.shuffle_buffer", "data.streaming=false shuffles all sequences"
-    else:
-        for key in ("data.workers", "data.cache_dir"):
-            yield key, "data.streaming=true keeps no tokens"
     if evaluation.source not in (AUTO, config.data.source):
         yield "data.validation", "eval.source names another text than data.source"
     if config.data.format not in (AUTO, "text"):
