@@ -7,7 +7,7 @@ changes that.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import count, groupby
 from typing import TYPE_CHECKING, Any, cast
 
@@ -110,20 +110,23 @@ class ExampleEncoder:
         loss_on: A value that the kind of example has.
         where: The source of the examples, for messages.
         on_refused: As for `encode_examples`.
+        warns: Whether to warn of markers that are no tokens.
     """
 
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", chat_template: str, loss_on: str, where: str,
-        on_refused: Callable[[UserError], object] | None = None,
+        on_refused: Callable[[UserError], object] | None = None, *, warns: bool = True,
     ) -> None:  # fmt: skip
         self._tokenizer, self._loss_on, self.where = tokenizer, loss_on, where
         self._chat_template, self._on_refused = chat_template, on_refused
+        self._warns = warns
         check_is_fast(tokenizer)
         self._chats = cache(self._make_chat_encoder)
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = (self._tokenizer, self._chat_template, self._loss_on, self.where)
-        return ExampleEncoder, arguments  # for another process, which has its own cache
+        # For another process, which has its own cache, and no handlers for its log.
+        return partial(ExampleEncoder, warns=False), arguments
 
     def encode(self, example: Completion | Conversation | Tokens, number: int) -> Encoded:
         """Return the tokens of the example of a number from 1.
@@ -150,7 +153,7 @@ class ExampleEncoder:
 
     def _make_chat_encoder(self) -> ChatEncoder:
         template = ChatTemplate(self._tokenizer, chat_template_source(self._chat_template))
-        if missing := missing_markers(template, self._tokenizer):
+        if self._warns and (missing := missing_markers(template, self._tokenizer)):
             _warn_once(
                 f"{', '.join(missing)}: the tokenizer does not have these markers of the chat "
                 "template as tokens, so they are trained as ordinary text; data.add_tokens=auto "

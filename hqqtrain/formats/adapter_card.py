@@ -15,6 +15,7 @@ class AdapterCard:
         group_size: Weights that share a scale; None: a whole row or column.
         metrics: Name -> value of the results, as the card shows them.
         best_step: The optimizer step that was chosen for its loss; None: the last one.
+        has_new_tokens: Whether the embeddings of new tokens are trained.
     """
 
     base: str
@@ -27,6 +28,7 @@ class AdapterCard:
     revision: str | None = None
     metrics: dict[str, float] | None = None
     best_step: int | None = None
+    has_new_tokens: bool = False
 
 
 def render_card(card: AdapterCard) -> str:
@@ -41,6 +43,12 @@ def render_card(card: AdapterCard) -> str:
         step = (
             f"It is the adapter after optimizer step {card.best_step}, which had the lowest loss\n"
             "on held-out text (`ckpt.load_best`).\n\n"
+        )
+    tokens = ""
+    if card.has_new_tokens:
+        tokens = (
+            "\nIt has embeddings of new tokens, and this folder has their tokenizer. A model that "
+            "lacks\nthem needs `model.resize_token_embeddings(len(tokenizer))` first.\n"
         )
     table = ""
     if card.metrics:
@@ -76,4 +84,4 @@ With PEFT, on a dense model that holds the *dequantized* weights of this base:
 from peft import PeftModel
 model = PeftModel.from_pretrained(model, "<this folder>")
 ```
-"""
+{tokens}"""

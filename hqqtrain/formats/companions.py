@@ -45,10 +45,14 @@ def companion_modes(source: Path) -> Mapping[str, int]:
     }
 
 
-def copy_companion_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer and generation files; links into the hub's cache become regular files."""
+def copy_companion_files(source: Path, folder: Path, *, leave_out: str = "") -> None:
+    """Copy tokenizer and generation files; links into the hub's cache become regular files.
+
+    The file named `leave_out` is not copied.
+    """
     for name, path in companion_files(source).items():
-        shutil.copyfile(path, folder / name)
+        if name != leave_out:
+            shutil.copyfile(path, folder / name)
 
 
 def _is_blob(path: Path) -> bool:

@@ -151,7 +151,7 @@ def save_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, folder: 
         )
         atomic_write(partial / "README.md", render_card(card))
         if tokenizer:
-            copy_companion_files(tokenizer, partial)
+            copy_companion_files(tokenizer, partial, leave_out="generation_config.json")
 
 
 def write_adapter(

@@ -158,8 +158,8 @@ def _entry_name(
         "layout": LAYOUT_VERSION,
         "version": __version__,
     }
-    if source.added_token_ids:  # rows may have been added for them
-        inputs["tokens"] = max(source.added_token_ids)
+    if source.trained_token_ids:  # the packed weights have rows for them
+        inputs["tokens"] = max(source.trained_token_ids)
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     short_name = source.name.rstrip("/").rpartition("/")[2]
     return f"{short_name}-{digest[:24]}"

@@ -152,7 +152,7 @@ def plan_model(
             base_model(model),
             settings.adapter,
             start,
-            source.added_token_ids,
+            source.trained_token_ids,
             adapts=settings.adapts,
         )
         cast_adapters(model, PRECISION_DTYPES[settings.adapter.dtype])
@@ -168,11 +168,11 @@ def _build_with_new_tokens(
 ) -> PreTrainedModel:
     """Build the model on the meta device, with rows for the tokens that were added."""
     model = build_meta(hf_config, dtype)
-    if not source.added_token_ids:
+    if not source.trained_token_ids:
         return model
     if source.kind == "quantized":
         check_head_is_dense(model, read_quantized_settings(source.path).modules)
-    return add_embedding_rows(hf_config, model, source.added_token_ids, dtype)
+    return add_embedding_rows(hf_config, model, source.trained_token_ids, dtype)
 
 
 def _open_checked(

@@ -33,7 +33,8 @@ class ModelSource:
         lacks_adapter: Whether `name` is the directory of a run that trains an adapter, which is
             missing.
         tokenizer_folder: The folder of a tokenizer to use instead of the model's own.
-        added_token_ids: The ids of its tokens that the model's own tokenizer does not have.
+        trained_token_ids: The ids of its tokens whose embeddings are trained. The model may have no
+            rows for them yet.
     """
 
     name: str
@@ -42,7 +43,7 @@ class ModelSource:
     adapter: Path | None = None
     lacks_adapter: bool = False
     tokenizer_folder: Path | None = None
-    added_token_ids: tuple[int, ...] = ()
+    trained_token_ids: tuple[int, ...] = ()
 
     @property
     def tokenizer(self) -> Path:

@@ -21,7 +21,12 @@ from hqqtrain.compat import register_lora_layer
 from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.patterns import matching_modules
-from hqqtrain.nn.trained_base import cast_trained_base, modules_to_save, trained_tokens
+from hqqtrain.nn.trained_base import (
+    cast_trained_base,
+    modules_to_save,
+    set_tie_flag,
+    trained_tokens,
+)
 
 _ALL_LINEAR = "all-linear"
 """PEFT's name for every linear layer but the head."""
@@ -111,6 +116,8 @@ def inject_adapters(model: PreTrainedModel, config: LoraConfig, targets: Sequenc
     Raises:
         UserError: PEFT refuses a target, as it does some layers of Mamba.
     """
+    if config.trainable_token_indices:
+        set_tie_flag(model)
     try:
         # PEFT creates a matrix on the default device before it moves it to that of the base.
         with torch.device("meta"):

@@ -4,7 +4,7 @@ PEFT trains copies of them: `modules_to_save` of whole modules, and `trainable_t
 single rows of the embeddings and the head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,35 +68,56 @@ def trained_tokens(
     if not ids:
         return {}
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    by_module = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
+    tied = model.all_tied_weights_keys
     fix = "set data.add_tokens=null, so that the markers are trained as ordinary text"
     is_plain = type(embeddings).forward is nn.Embedding.forward or hasattr(
         embeddings, "embed_scale"
     )
-    if not isinstance(embeddings, nn.Embedding) or not is_plain:
+    if (
+        not isinstance(embeddings, nn.Embedding)
+        or not is_plain
+        or _weight(embeddings, names) in tied
+    ):
         raise UserError(
             f"data.add_tokens: PEFT cannot train rows of {type(embeddings).__name__}; {fix}."
         )
-    modules = [by_module[embeddings]]
-    if head is not None:
-        name = by_module[head]
+    modules = [names[embeddings]]
+    if head is not None and names[head] not in trained_modules:
+        name = names[head]
         if isinstance(head, HQQLinear):
             raise UserError(
                 f"data.add_tokens: {name} is quantized, so its rows of new tokens cannot be "
                 "trained; leave lm_head in quant.skip."
             )
-        if f"{name}.weight" not in model.all_tied_weights_keys:
-            # The checkpoint may have its own values for a head that its config.json ties.
-            model.config.tie_word_embeddings = False
-            if name not in trained_modules and (
-                head.bias is not None or type(head) is not nn.Linear
-            ):
-                raise UserError(
-                    f"data.add_tokens: PEFT trains no rows of {name}, which is more than a weight "
-                    f"(a bias); add adapter.modules_to_save=[{name.rpartition('.')[2]}], or {fix}."
-                )
-            modules.append(name)
+        is_tied = _weight(head, names) in tied
+        if type(head) is not nn.Linear or head.bias is not None:
+            full = f"add adapter.modules_to_save=[{name.rpartition('.')[2]}], or "
+            raise UserError(
+                f"data.add_tokens: PEFT trains no rows of {name}, which is more than a weight; "
+                f"{'' if is_tied else full}{fix}."
+            )
+        modules += [] if is_tied else [name]
     return {name: sorted(ids) for name in modules if name not in trained_modules}
+
+
+def _weight(module: nn.Module, names: Mapping[nn.Module, str]) -> str:
+    """Return the name of the weight of a module."""
+    return f"{names[module]}.weight"
+
+
+def set_tie_flag(model: PreTrainedModel) -> None:
+    """Write into the configuration of `model` whether its head is tied to its embeddings.
+
+    PEFT asks there whether the rows of the head follow those of the embeddings. A checkpoint may
+    have its own values for a head that its config.json ties, and the configuration of a
+    vision-language model may say it in a part that PEFT does not read.
+    """
+    head = model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    model.config.tie_word_embeddings = (
+        head is not None and _weight(head, names) in model.all_tied_weights_keys
+    )
 
 
 def cast_trained_base(model: nn.Module, dtype: torch.dtype) -> None:

@@ -97,7 +97,7 @@ def load_data_model(model: ModelConfig, data: DataConfig) -> DataModel:
     text_config = load_hf_config(source.path).get_text_config(decoder=True)
     vocab_size = getattr(text_config, "vocab_size", None)
     if vocab_size is not None:
-        vocab_size = max(vocab_size, *(id + 1 for id in source.added_token_ids), 0)
+        vocab_size = max(vocab_size, *(id + 1 for id in source.trained_token_ids), 0)
     return DataModel(load_tokenizer(source.tokenizer), source.tokenizer, vocab_size)
 
 

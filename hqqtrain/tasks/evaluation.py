@@ -168,7 +168,7 @@ class RecordedEvaluation:
         if runtime.strategy.shards_parameters:
             reason = f"parallel.strategy={runtime.strategy.name} shards it"
         elif not size:
-            reason = "its outputs are kept only if the head is not quantized"
+            reason = "its outputs are kept only if the head is neither quantized nor trained"
         elif size > MAX_KEPT_BYTES:
             reason = f"its outputs for {tokens} tokens take more than {MAX_KEPT_BYTES >> 20} MiB"
         if reason:

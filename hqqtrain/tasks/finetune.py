@@ -181,6 +181,7 @@ def save_trained_adapter(
         revision=run.config.model.revision,
         metrics=recorder.perplexities(),
         best_step=step if run.config.ckpt.load_best else None,
+        has_new_tokens=bool(lora.trainable_token_indices),
         **{key: getattr(quantization, key) for key in keys},
     )
     tokenizer = plan.source.tokenizer_folder

@@ -39,16 +39,16 @@ def prepare_tokenizer(source: ModelSource, data: DataConfig) -> ModelSource:
     if template is None and not data.add_tokens:
         return source
     tokenizer = load_tokenizer(source.tokenizer)
-    ids = add_tokens(tokenizer, data, template)
+    size, ids = len(tokenizer), add_tokens(tokenizer, data, template)
     _folders.append(TemporaryDirectory(prefix="hqqtrain-tokenizer-"))
     folder = Path(_folders[-1].name)
     copy_companion_files(source.tokenizer, folder)
-    if ids:
+    if len(tokenizer) > size:
         tokenizer.save_pretrained(folder)
     if template is not None:
         # transformers prefers this file to a template in tokenizer_config.json.
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    return replace(source, tokenizer_folder=folder, added_token_ids=ids)
+    return replace(source, tokenizer_folder=folder, trained_token_ids=ids)
 
 
 def add_tokens(
@@ -56,7 +56,8 @@ def add_tokens(
 ) -> tuple[int, ...]:
     """Add the tokens of `data.add_tokens` to `tokenizer` as special tokens; return their ids.
 
-    Tokens that it has already stay as they are.
+    A listed token that the tokenizer has already stays as it is. Its id is returned, too, because
+    base models often have tokens that were never trained. With `auto`, only new ones are returned.
 
     Args:
         tokenizer: The tokenizer, changed in place.
@@ -67,21 +68,29 @@ def add_tokens(
         UserError: The tokenizer does not make a single token of one of them.
     """
     if data.add_tokens == AUTO:
-        new = missing_markers(ChatTemplate(tokenizer, template), tokenizer)
+        tokens = missing_markers(ChatTemplate(tokenizer, template), tokenizer)
     else:
-        new = [token for token in data.add_tokens or () if not is_token(token, tokenizer)]
-    new = list(dict.fromkeys(new))
+        tokens = list(dict.fromkeys(data.add_tokens or ()))
+    new = [token for token in tokens if not is_token(token, tokenizer)]
     tokenizer.add_tokens(
         [AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True
     )
-    for token in new:
-        if not is_token(token, tokenizer):
-            raise UserError(
-                f"data.add_tokens={token}: the tokenizer of the model cannot make it a token; "
-                "choose another text, without spaces around it."
-            )
-    vocabulary = tokenizer.get_added_vocab()
-    ids = tuple(vocabulary[token] for token in new)
-    if new:
-        logger.info("data.add_tokens: %s: %s", count(len(new), "new token"), ", ".join(new))
+    ids = tuple(_single_id(token, tokenizer) for token in tokens)
+    if tokens:
+        logger.info(
+            "data.add_tokens: the embeddings of %s are trained (%d new): %s",
+            count(len(tokens), "token"), len(new), ", ".join(tokens),
+        )  # fmt: skip
     return ids
+
+
+def _single_id(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of a text that must be a token."""
+    added = tokenizer.get_added_vocab()
+    ids = [added[token]] if token in added else tokenizer(token, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise UserError(
+            f"data.add_tokens={token}: the tokenizer of the model cannot make it a token; choose "
+            "another text, without spaces around it."
+        )
+    return ids[0]

@@ -4,6 +4,7 @@ One of them is model FLOPs utilization (MFU): the fraction of the GPU's peak FLO
 uses.
 """
 
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from hqqtrain.nn.hqq_linear import HQQLinear
@@ -54,7 +55,11 @@ def flops_per_token(model: nn.Module) -> int:
     are not counted, because they matter for long sequences only.
     """
     total = 0
+    # Of a module that is trained in full, only PEFT's copy computes.
+    unused = {m.original_module for m in model.modules() if isinstance(m, ModulesToSaveWrapper)}
     for module in model.modules():
+        if module in unused:
+            continue
         if isinstance(module, HQQLinear):
             total += 4 * module.out_features * module.in_features
         elif isinstance(module, nn.Linear):

@@ -30,6 +30,8 @@ def test_every_suggestion_is_a_key_and_no_foreign_name_is():
         ("report_to=wandb", "track.backends"), ("warmup_ratio=0.1", "optim.warmup_steps"),
         ("val_set_size=0.1", "data.validation"), ("model.name=x", "model.name_or_path"),
         ("data.path=x", "data.source"), ("eval.steps=5", "eval.every"),
+        ("tokens=[a]", "data.add_tokens"), ("new_special_tokens=[a]", "data.add_tokens"),
+        ("lora_modules_to_save=[a]", "adapter.modules_to_save"),
     ],
 )  # fmt: skip
 def test_the_error_names_our_key(override, ours):

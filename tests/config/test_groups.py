@@ -4,7 +4,7 @@ from dataclasses import asdict, fields, is_dataclass
 
 import pytest
 
-from hqqtrain.config import groups
+from hqqtrain.config import adapter, groups
 from hqqtrain.config.field import field_errors
 from hqqtrain.config.groups import QuantConfig
 from hqqtrain.config.parallel import ParallelConfig
@@ -26,7 +26,8 @@ def test_offload_covers_what_its_name_says(offload, activations, parameters):
 
 
 def test_every_group_has_sound_defaults_and_a_help_text_for_every_key():
-    classes = [item for item in vars(groups).values() if is_dataclass(item)]
+    items = {**vars(groups), **vars(adapter)}.values()
+    classes = [item for item in items if is_dataclass(item)]
     assert len(classes) > 5
     for group in classes:
         assert group.__doc__

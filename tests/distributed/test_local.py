@@ -3,13 +3,13 @@
 import pytest
 import torch
 from fake_group import fake_rank
-from ranks import CPU
+from ranks import CPU, on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from hqqtrain.distributed.comm import SINGLE_PROCESS
+from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.distributed.local import (
     copy_from_full,
     full_tensor,
@@ -19,7 +19,9 @@ from hqqtrain.distributed.local import (
     local_tensor,
     materialize,
     replica_group,
+    reshard,
 )
+from hqqtrain.train.optimizer import trainable_parameters
 
 FULL = torch.arange(30.0).view(10, 3)
 
@@ -98,3 +100,23 @@ def test_offloaded_parameters_are_on_the_host_and_buffers_are_not():
     materialize(model, torch.device("meta"), offload=True)  # meta stands in for a GPU
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert {b.device.type for b in model.buffers()} == {"meta"}
+
+
+def _evaluates_and_takes_other_values(rank: int, comm: Communicator) -> None:
+    model, x = nn.Linear(3, 4), torch.ones(1, 3)
+    fully_shard(model, mesh=init_device_mesh("cpu", (comm.size,)))
+    with torch.no_grad():
+        model(x)  # leaves the root unsharded, because no backward pass follows
+    params = trainable_parameters(model)
+    assert all(is_sharded(param) for param in params.values())
+    with torch.no_grad():
+        model(x)
+        reshard(model)
+        for param in params.values():
+            copy_from_full(param, torch.ones(param.shape))
+        assert torch.equal(model(x), torch.full((1, 4), 4.0))
+
+
+@pytest.mark.ranks
+def test_parameters_are_shards_again_after_an_evaluation():
+    assert on_ranks(_evaluates_and_takes_other_values, 2) == ["", ""]

@@ -31,7 +31,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return (
         *(word for word in SMALL if not word.startswith(("data.", "eval.source"))),
-        f"data.source={file}", "data.chat_template=chatml", "data.validation=0.1", "run.name=run",
+        f"data.source={file}", "data.chat_template=chatml", "data.add_tokens=auto",
+        "adapter.modules_to_save=[norm]", "data.validation=0.1", "run.name=run",
         f"train.max_steps={STEPS}", "train.max_seq_len=128", "train.precision=fp32", "ckpt.every=2",
     )  # fmt: skip
 

@@ -60,3 +60,9 @@ def test_a_hostile_name_stays_one_string(base):
     found = _front_matter(replace(CARD, base=base))
     assert found["base_model"] == base
     assert found["library_name"] == "peft"
+
+
+def test_new_tokens_are_named():
+    text = render_card(replace(CARD, has_new_tokens=True))
+    assert "`model.resize_token_embeddings(len(tokenizer))` first" in text
+    assert "resize" not in render_card(CARD)

@@ -190,3 +190,23 @@ def test_the_kept_outputs_of_the_reference_are_counted_where_there_are_any():
     quantized_head = two_bit_config()
     quantized_head.quant.skip = []
     assert _kept(meta_model("tiny", quantized_head), tokens=1000) == 0
+
+
+def test_what_is_trained_of_the_base_is_counted():
+    def parts(**adapter: object) -> dict[str, int]:
+        config = two_bit_config()
+        for key, value in adapter.items():
+            setattr(config.adapter, key, value)
+        model = build_meta(load_hf_config(shipped_folder("tiny")))
+        quantize_model(model, config.quant)
+        lora = lora_config(config.adapter, model, ids)
+        model = get_peft_model(model, lora, low_cpu_mem_usage=True)
+        return estimate(config, model, dtype=torch.bfloat16).device
+
+    ids: list[int] = []
+    plain, with_norm = parts(), parts(modules_to_save=["norm"])
+    assert with_norm["adapter and optimizer"] - plain["adapter and optimizer"] == 256 * 16
+    ids = [1, 2, 3]
+    with_tokens = parts()
+    assert with_tokens["adapter and optimizer"] - plain["adapter and optimizer"] == 3 * 256 * 16
+    assert with_tokens["working memory"] - plain["working memory"] == 2 * 4096 * 256 * 2

@@ -11,7 +11,7 @@ from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.config.groups import QuantConfig
 from hqqtrain.nn.lora import cast_adapters, lora_config
 from hqqtrain.nn.replace import quantize_model
-from hqqtrain.nn.trained_base import modules_to_save, trained_tokens
+from hqqtrain.nn.trained_base import modules_to_save, set_tie_flag, trained_tokens
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
@@ -68,6 +68,10 @@ def test_a_name_that_peft_would_also_find_elsewhere_is_refused():
 def test_the_rows_of_a_quantized_head_or_one_with_a_bias_are_refused():
     with pytest.raises(UserError, match="lm_head is quantized"):
         trained_tokens(_model(skip=()), [1], [])
+    tied = _model(tie_word_embeddings=True)
+    tied.lm_head.bias = nn.Parameter(torch.zeros(32))
+    with pytest.raises(UserError, match=r"more than a weight; set data\.add_tokens=null"):
+        trained_tokens(tied, [1], [])
     model = _model()
     model.lm_head = nn.Linear(16, 32)
     with pytest.raises(UserError, match="modules_to_save=\\[lm_head\\]"):
@@ -89,3 +93,11 @@ def test_modules_in_fp32_compute_in_the_dtype_of_the_model():
     torch.testing.assert_close(logits, expected, atol=0.02, rtol=0.02)
     logits.float().sum().backward()
     assert all(param.grad is not None for param in trained.values())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_configuration_says_whether_the_head_is_tied(tied):
+    model = _model(tie_word_embeddings=tied)
+    model.config.tie_word_embeddings = not tied
+    set_tie_flag(model)
+    assert model.config.tie_word_embeddings is tied

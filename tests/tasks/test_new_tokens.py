@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hqqtrain.common.errors import UserError
@@ -20,21 +20,25 @@ TOKENS = ["<|im_start|>", "<|im_end|>"]
 IDS = [4096, 4097]
 
 
-ONCE_TIED = pytest.mark.parametrize("base", [True], ids=["tied"], indirect=True)
-ONCE_UNTIED = pytest.mark.parametrize("base", [False], ids=["untied"], indirect=True)
+ONCE_TIED = pytest.mark.parametrize("base", ["tied"], indirect=True)
+ONCE_UNTIED = pytest.mark.parametrize("base", ["untied"], indirect=True)
 
 
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(params=["tied", "untied", "own head"])
 def base(request, tmp_path: Path) -> Path:
     """Return the folder of a random Llama whose tokenizer lacks the markers of chatml."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-        tie_word_embeddings=request.param,
+        tie_word_embeddings=request.param != "untied",
     )  # fmt: skip
     folder = tmp_path / "base"
     LlamaForCausalLM(config).save_pretrained(folder)
+    if request.param == "own head":  # in spite of the tie in config.json
+        file = folder / "model.safetensors"
+        head = {"lm_head.weight": torch.randn(4096, 32) / 50}
+        save_file(load_file(file) | head, file, {"format": "pt"})
     for file in TINY_FOLDER.glob("tokenizer*"):
         shutil.copy(file, folder)
     return folder

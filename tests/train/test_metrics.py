@@ -1,6 +1,7 @@
 """Metrics of a step by the names that users rely on, and FLOPs that can be counted by hand."""
 
 import pytest
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from hqqtrain.config.groups import QuantConfig
@@ -46,3 +47,10 @@ def test_utilization_is_a_share_of_all_devices():
     model = nn.Linear(1000, 1000, bias=False)
     assert mfu_per_token_rate(model, "NVIDIA H200", 2) == 6e6 / (2 * 989e12)
     assert mfu_per_token_rate(model, "cpu", 1) is None
+
+
+def test_the_original_of_a_module_that_is_trained_in_full_takes_no_flops():
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16))
+    quantize_model(model, QuantConfig(group_size=32, skip=["1"]))
+    model[1] = ModulesToSaveWrapper(model[1], "default")
+    assert flops_per_token(model) == 4 * 64 * 32 + 6 * 32 * 16

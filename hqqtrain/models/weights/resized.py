@@ -19,15 +19,16 @@ class ResizedReader(SafetensorsReader):
     draws rows from a narrow normal distribution around this mean; without the random numbers, all
     ranks and all later runs have the same rows.
 
-    Args:
-        folder: The folder of the checkpoint.
-        rows: Number of rows of each tensor that has a row for every token, by name.
-        pin_memory: As in `SafetensorsReader`.
+    Args and attributes are those of `SafetensorsReader`.
     """
 
-    def __init__(self, folder: Path, rows: Mapping[str, int], *, pin_memory: bool = False) -> None:
+    def __init__(self, folder: Path, *, pin_memory: bool = False) -> None:
         super().__init__(folder, pin_memory=pin_memory)
-        self._rows, self._means = dict(rows), dict[str, Tensor]()
+        self._rows, self._means = dict[str, int](), dict[str, Tensor]()
+
+    def resize(self, rows: Mapping[str, int]) -> None:
+        """Add rows to tensors; `rows` has their numbers of rows, by name."""
+        self._rows = dict(rows)
 
     def shape(self, name: str) -> tuple[int, ...]:
         stored = super().shape(name)

@@ -16,7 +16,7 @@ from hqqtrain.models.build import load_hf_config
 from hqqtrain.models.embedding_rows import vocabulary_tensors
 from hqqtrain.models.families.structure import text_config
 from hqqtrain.models.fqn import expected_shapes
-from hqqtrain.models.source import ModelSource
+from hqqtrain.models.source import TINY_FOLDER, ModelSource
 from hqqtrain.models.weights.names import match_names, match_packed_names
 from hqqtrain.models.weights.resized import ResizedReader
 from hqqtrain.models.weights.safetensors import SafetensorsReader
@@ -53,15 +53,15 @@ def open_weight_source(
             model is smaller than that of the bundled tokenizer.
     """
     if source.kind != "synthetic":
-        pin_memory = device.type == "cuda"
-        reader = SafetensorsReader(source.path, pin_memory=pin_memory)
-        if source.added_token_ids:
-            reader = ResizedReader(source.path, vocabulary_tensors(model), pin_memory=pin_memory)
+        reader_class = ResizedReader if source.trained_token_ids else SafetensorsReader
+        reader = reader_class(source.path, pin_memory=device.type == "cuda")
         match = match_packed_names if source.kind == "quantized" else match_names
         reader.use_names(match(model, reader.names, reader.have_same_values))
+        if isinstance(reader, ResizedReader):
+            reader.resize(vocabulary_tensors(model))
         return reader
     vocab_size = text_config(model).vocab_size
-    tokenizer_size = load_hf_config(source.tokenizer).vocab_size
+    tokenizer_size = load_hf_config(TINY_FOLDER).vocab_size
     if vocab_size < tokenizer_size:
         raise UserError(
             f"model.source=synthetic: the bundled tokenizer needs a vocabulary of {tokenizer_size} "

@@ -14,7 +14,8 @@ def reader(tmp_path, monkeypatch):
     monkeypatch.setattr(resized, "_CHUNK_ROWS", 3)
     tensors = {"embed": torch.randn(7, 4).bfloat16(), "bias": torch.randn(7), "norm": torch.ones(4)}
     save_file(tensors, tmp_path / "model.safetensors")
-    reader = ResizedReader(tmp_path, {"embed": 9, "bias": 9})
+    reader = ResizedReader(tmp_path)
+    reader.resize({"embed": 9, "bias": 9})
     return reader, tensors
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -157,3 +158,20 @@ def test_chunks_of_any_loss_and_its_gradient():
     for mine, theirs in zip(ours, torch.autograd.grad(whole, [hidden, head.weight]), strict=True):
         torch.testing.assert_close(mine, theirs)
     assert loss.sizes[3:] == [2, 4, 4]  # computed again in the backward pass
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_with_trained_rows_is_chunked(tied: bool, widths: list[int]) -> None:
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied))
+    tokens = {"model.embed_tokens": [3, 90]} | ({} if tied else {"lm_head": [3, 90]})
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens)
+    model, inputs = get_peft_model(base, config).train(), batch()
+    loss = ModelLoss(model, NextTokenLoss(), SINGLE_PROCESS, max_tokens=40)
+    assert loss.is_chunked
+    trained = [param for param in model.parameters() if param.requires_grad]
+    expected, (found, _) = reference(model, inputs), loss(inputs)
+    torch.testing.assert_close(found, expected)
+    wanted = torch.autograd.grad(expected, trained)
+    for ours, theirs in zip(torch.autograd.grad(found, trained), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
