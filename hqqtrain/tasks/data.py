@@ -18,6 +18,7 @@ from hqqtrain.common.text import count
 from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.groups import DataConfig, ModelConfig
 from hqqtrain.config.run import RunConfig
+from hqqtrain.data.row_examples import RowCounts
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.sources import count_rows, source_format
 from hqqtrain.data.statistics import (
@@ -71,7 +72,8 @@ def show_data(run: Run) -> None:
     packed = load_training_data(run, model.folder, model.vocab_size, found.append)
     held_out = load_held_out_data(run, model.folder, model.vocab_size)
     with comm.raise_on_all_ranks():
-        rows = count_rows(run.config.data)
+        streams = run.config.data.streaming  # then only the first rows are read
+        rows = RowCounts() if streams else count_rows(run.config.data)
     check_same_text(run, packed, held_out)
     (parts,) = found
     counts = {"bad rows": rows.bad, "rows without text": rows.blank}

@@ -117,6 +117,19 @@ def test_a_request_to_stop_saves_and_stops(store: CheckpointStore):
     assert store.steps() == [1]
 
 
+def test_a_stop_between_steps_saves_the_last_one_once(store: CheckpointStore):
+    trainer = make_trainer()
+    with make_manager(trainer, store, every=None) as manager:
+        manager.save_before_stop(None)
+        assert store.steps() == []  # there is nothing to restore before the first step
+        trainer.step()
+        manager.save_before_stop(1.5)
+        manager.save_before_stop(None)
+    checkpoint = store.newest_intact()
+    assert checkpoint is not None
+    assert (store.steps(), checkpoint.state["eval_loss"]) == ([1], 1.5)
+
+
 def test_rolling_back_restores_parameters_optimizer_and_counters(store: CheckpointStore):
     trainer = make_trainer("rollback")
     poison(trainer, 3)

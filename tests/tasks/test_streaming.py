@@ -83,6 +83,7 @@ def test_a_bad_row_ends_the_run_before_anything_is_quantized(train, tmp_path):
 
 def test_the_first_examples_are_shown(make_config, start_run, rows, capsys, monkeypatch):
     monkeypatch.setattr("hqqtrain.data.streamed_sources.SHOWN_EXAMPLES", 7)
+    Path(rows).write_text(Path(rows).read_text() + "{\n")  # the end is not read
     config = make_config("data", data={"source": rows, "streaming": True}, eval={"source": None})
     with start_run(config) as run:
         show_data(run)

@@ -49,6 +49,9 @@ class _Checkpoints:
         if stop_requested:
             raise PreemptedError("SIGUSR1 was received")
 
+    def save_before_stop(self, eval_loss: float | None) -> None:
+        assert eval_loss == self.after[-1][0]
+
     def roll_back(self) -> None: ...
 
     def wait_for_write(self) -> None: ...
