@@ -162,9 +162,9 @@ class ExampleStream:
         return StreamPlace(0, (Place(),) * len(self._sources))
 
     def first_pass(self) -> Iterator[Example]:
-        """Yield the examples until a source begins again."""
+        """Yield the examples until all sources have begun again."""
         for place, example in self.read(self.start(), logs=False):
-            if any(of_source.passes for of_source in place.places):
+            if place.passes:
                 return
             yield example
 

@@ -81,6 +81,16 @@ def test_weights_are_the_shares_of_the_examples(tmp_path):
     assert all(Counter(found[i : i + 100])["b"] < 75 for i in range(0, 3000, 100))  # well mixed
 
 
+def test_a_pass_over_sources_with_weights_has_all_rows_of_each(tmp_path):
+    source = [
+        {"path": write(tmp_path / "a.jsonl", ["a"]), "weight": 1},
+        {"path": write(tmp_path / "b.jsonl", [f"b{i}" for i in range(30)]), "weight": 1},
+    ]
+    found = Counter(stream_of(source).first_pass())
+    assert found.pop("a") > 10
+    assert set(found) == {f"b{i}" for i in range(30)}
+
+
 def test_a_source_without_end_needs_no_pass():
     class Endless:
         def __iter__(self):
