@@ -4,6 +4,7 @@ Most of the time of a chat goes into its template, which runs in Python. The ord
 and the first error are those of a single process.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.kept_log import Line, kept_log
 from hqqtrain.common.signals import SIGNALS
 from hqqtrain.data.chat.encoding import Encoded
 from hqqtrain.data.examples import text_of
@@ -24,8 +26,13 @@ from hqqtrain.data.tokenization import watch
 if TYPE_CHECKING:
     from hqqtrain.data.encoding import ExampleEncoder
 
+logger = logging.getLogger(__name__)
+
 Numbered = tuple[int, Any]
 """An example, and its number from 1."""
+
+Batch = tuple[list[Encoded], list[Line]]
+"""The tokens of some examples, and what was logged meanwhile."""
 
 SERIAL_CHARACTERS = 1 << 24
 """Characters that one process encodes before others are started, which takes them some seconds."""
@@ -54,13 +61,23 @@ def encode_in_order(
         UserError: An example cannot be encoded, or a process was killed.
     """
     characters = 0
-    for number, example in examples:
-        if number % 64 == 1:
-            on_batch()
-        yield _encode(encoder, (number, example))
-        characters += len(text_of(example)) if workers > 1 else 0
-        if characters > SERIAL_CHARACTERS:
-            yield from _encode_in_processes(encoder, examples, workers, on_batch)
+    with kept_log() as lines:
+        for number, example in examples:
+            if number % 64 == 1:
+                on_batch()
+            yield _encode(encoder, (number, example))
+            characters += len(text_of(example)) if workers > 1 else 0
+            if characters > SERIAL_CHARACTERS:
+                break
+        else:
+            return
+    for encoded, logged in _encode_in_processes(encoder, examples, workers, on_batch):
+        # A line that every process would log once appears once.
+        for level, message in dict.fromkeys(logged):
+            if (level, message) not in lines:
+                logger.log(level, "%s", message)
+                lines.append((level, message))
+        yield from encoded
 
 
 def _encode(encoder: "ExampleEncoder", numbered: Numbered) -> Encoded:
@@ -74,10 +91,10 @@ def _encode_in_processes(
     examples: Iterator[Numbered],
     workers: int,
     on_batch: Callable[[], object],
-) -> Iterator[Encoded]:
-    """Yield the tokens of examples; see `encode_in_order`."""
+) -> Iterator[Batch]:
+    """Yield the tokens of examples in batches; see `encode_in_order`."""
     reader = _Reader(examples)
-    pending: deque[Future[list[Encoded]]] = deque()
+    pending: deque[Future[Batch]] = deque()
     # Threads of this process may hold locks, which a forked process could never take.
     pool = ProcessPoolExecutor(workers, start_method(), _start_worker, (encoder,))
     try:
@@ -86,7 +103,7 @@ def _encode_in_processes(
                 pending.append(pool.submit(_encode_batch, batch))
             if not pending:
                 break
-            yield from _result(pending.popleft(), on_batch)
+            yield _result(pending.popleft(), on_batch)
     except BrokenProcessPool as error:
         on_batch()  # Ctrl-C reaches a process that is just starting, too
         raise UserError(
@@ -129,7 +146,7 @@ def start_method() -> Any:
     return multiprocessing.get_context("spawn")
 
 
-def _result(future: Future[list[Encoded]], on_batch: Callable[[], object]) -> list[Encoded]:
+def _result(future: Future[Batch], on_batch: Callable[[], object]) -> Batch:
     """Wait for a batch. Signals stop the wait through `on_batch`."""
     while True:
         on_batch()
@@ -146,6 +163,9 @@ def _start_worker(encoder: "ExampleEncoder") -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    own = logging.getLogger("hqqtrain")
+    own.propagate = False  # the parent logs for it
+    own.setLevel(logging.INFO)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoders[:] = [encoder]
 
@@ -157,5 +177,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_batch(batch: list[Numbered]) -> list[Encoded]:
-    return [_encode(_encoders[0], numbered) for numbered in batch]
+def _encode_batch(batch: list[Numbered]) -> Batch:
+    with kept_log() as lines:
+        return [_encode(_encoders[0], numbered) for numbered in batch], lines

@@ -11,8 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +22,7 @@ from hqqtrain.common.digest import cache_folder
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.filelock import becomes_true
 from hqqtrain.common.files import atomic_directory, check_owner
+from hqqtrain.common.kept_log import kept_log
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.data.packing import EXAMPLES, PACKED
 from hqqtrain.data.sequences import TokenSequences
@@ -173,7 +173,7 @@ class _Cache:
                 return cached
             logger.info("data.cache_dir: tokens are written to %s", folder)
             try:
-                with atomic_directory(folder) as temporary, _kept_log() as log:
+                with atomic_directory(folder) as temporary, kept_log() as log:
                     parts, sequences = self._build(temporary, check)
                     by_name = {EXAMPLES: parts}
                     if sequences.stream is not parts.stream:
@@ -212,23 +212,3 @@ def _default_root(run_root: Path) -> Path:
     except (OSError, RuntimeError):  # RuntimeError: this user has no home
         return run_root / "tokens"
     return root if os.access(root, os.W_OK) else run_root / "tokens"
-
-
-class _LogKeeper(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.kept: list[tuple[int, str]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.kept.append((record.levelno, record.getMessage()))
-
-
-@contextmanager
-def _kept_log() -> Iterator[list[tuple[int, str]]]:
-    """Yield a list that gets the level and the message of every line that is logged."""
-    keeper, root = _LogKeeper(), logging.getLogger("hqqtrain")
-    root.addHandler(keeper)
-    try:
-        yield keeper.kept
-    finally:
-        root.removeHandler(keeper)

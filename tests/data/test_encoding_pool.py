@@ -94,3 +94,9 @@ def test_a_small_input_starts_no_process(encode, monkeypatch):
     monkeypatch.setattr(module, "SERIAL_CHARACTERS", 1 << 24)
     monkeypatch.setattr(module, "ProcessPoolExecutor", None)
     assert len(encode(CHATS, 2)) == len(CHATS)
+
+
+def test_a_line_of_every_process_is_logged_once(encode, caplog, capfd):
+    encode(CHATS, 3)
+    assert caplog.text.count("trained as ordinary text") <= 1
+    assert "ordinary text" not in capfd.readouterr().err
