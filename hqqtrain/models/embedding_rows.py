@@ -14,7 +14,10 @@ from hqqtrain.models.fqn import base_tensors, original_module
 
 
 def add_embedding_rows(
-    hf_config: PretrainedConfig, model: PreTrainedModel, ids: Sequence[int], dtype: torch.dtype
+    hf_config: PretrainedConfig,
+    model: PreTrainedModel,
+    ids: Sequence[int],
+    dtype: torch.dtype | None,
 ) -> PreTrainedModel:
     """Return `model`, or one with more rows in embeddings and head, for the tokens `ids`.
 
@@ -22,7 +25,7 @@ def add_embedding_rows(
         hf_config: The configuration of the model; its vocabulary grows, too.
         model: The model on the meta device.
         ids: The ids of the tokens.
-        dtype: The dtype of the parameters.
+        dtype: The dtype of the parameters; None: the one in the configuration.
 
     Raises:
         UserError: The model cannot get more rows.

@@ -149,7 +149,7 @@ def test_figures_that_are_not_finite_get_a_warning(make_config, start_run, caplo
     ("skip", "strategy", "reason"),
     [
         (["lm_head"], "single", None),
-        ([], "single", "only if the head is not quantized"),
+        ([], "single", "only if the head is neither quantized nor trained"),
         (["lm_head"], "fsdp2", "parallel.strategy=fsdp2 shards it"),
     ],
 )

@@ -1,6 +1,7 @@
 """Refusals of spans that are not exact, by templates made for it; see also test_templates.py."""
 
 import pytest
+from chat_templates import template_source
 from transformers import AutoTokenizer
 
 from hqqtrain.data.chat.spans import trained_spans
@@ -108,3 +109,21 @@ def test_only_the_wanted_turns_must_be_exact():
 
 def test_a_conversation_without_an_answer_trains_nothing():
     assert spans(loop("{{ m.content }}<|end|>"), Conversation(CHAT.messages[:1])) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "loss_on"),
+    [
+        ("yujiepan-deepseek-v3-tiny-random", "assistant"),
+        ("deepseek-ai-DeepSeek-V2.5", "last"),
+    ],
+)
+def test_calls_of_templates_that_join_text_are_trained(name, loss_on):
+    function = {"name": "rain", "arguments": {"city": "Oslo"}}
+    calls = [{"type": "function", "function": function}]
+    call = {"role": "assistant", "content": None, "tool_calls": calls}
+    chat = Conversation(({"role": "user", "content": "Rain?"}, call))
+    template = ChatTemplate(AutoTokenizer.from_pretrained(TINY_FOLDER), template_source(name))
+    text, ((begin, end),) = trained_spans(template, chat, loss_on)
+    assert 'rain\n```json\n{"city": "Oslo"}\n```' in text[begin:end]
+    assert "Rain?" not in text[begin:end]
