@@ -28,6 +28,10 @@ class UserError(ValueError):
     is_of_one_rank = False
 
 
+class DataError(UserError):
+    """Data cannot be read while the model is trained. All ranks raise the error, before a step."""
+
+
 class ErrorCollector:
     """Collects the `UserError`s of independent checks, so that the user sees all at once."""
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hqqtrain.common.errors import PreemptedError, UserError
+from hqqtrain.common.errors import DataError, UserError
 from hqqtrain.config.groups import TrainConfig
 from hqqtrain.data.block_reader import BlockReader
 from hqqtrain.data.block_stream import Block, BlockState, BlockStream, concatenate
@@ -164,9 +164,17 @@ class StreamingLoader:
             self._reader.close()
 
     def _load(self, batch_index: int) -> GlobalBatch:
-        """Return a global batch: the current one, or a later one. Collective."""
+        """Return a global batch: the current one, or a later one. Collective.
+
+        Raises:
+            DataError: The data cannot be read; on all ranks.
+            PreemptedError: Rank 0 was asked to stop while it waited for data; on all ranks.
+        """
         if self._batch is None or batch_index != self._batch_index:
-            self._batch = self._run_on_rank0(lambda: self._read(batch_index))
+            try:
+                self._batch = self._run_on_rank0(lambda: self._read(batch_index))
+            except UserError as error:
+                raise DataError(str(error)) from error
             self._batch_index = batch_index
         return self._batch
 
@@ -178,7 +186,7 @@ class StreamingLoader:
             for _ in range(self._next_index, batch_index):
                 self._take(size)
             parts, samples, passes = self._take(size)
-        except PreemptedError:
+        except Exception:
             self._block, self._offset = before  # where the run resumes
             raise
         self._next_index = batch_index + 1

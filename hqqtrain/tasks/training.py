@@ -12,7 +12,7 @@ from torch import nn
 from hqqtrain.checkpoint.format import Checkpoint
 from hqqtrain.checkpoint.manager import CheckpointManager
 from hqqtrain.checkpoint.resume import load_best
-from hqqtrain.common.errors import PreemptedError
+from hqqtrain.common.errors import DataError, PreemptedError
 from hqqtrain.data.loader import DataLoader
 from hqqtrain.distributed.consistency import ConsistencyChecker
 from hqqtrain.tasks.context import Run
@@ -112,7 +112,7 @@ class AdapterTraining:
                     if checker and every and (step.number % every == 0 or trainer.is_over):
                         checker.check()
                     checkpoints.after_step(eval_loss, stop_requested=must_stop)
-            except PreemptedError:  # also while waiting for the data of a step, on all ranks
+            except (PreemptedError, DataError):  # before a step that lacks its data, on all ranks
                 checkpoints.save_before_stop(eval_loss)
                 raise
         if checker and checker.checks:

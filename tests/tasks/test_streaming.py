@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from hqqtrain.common.errors import PreemptedError, UserError
+from hqqtrain.common.errors import DataError, PreemptedError, UserError
 from hqqtrain.data.streaming import GlobalBatch, StreamingLoader
 from hqqtrain.tasks.data import show_data
 from hqqtrain.tasks.finetune import finetune
@@ -79,6 +79,18 @@ def test_a_bad_row_ends_the_run_before_anything_is_quantized(train, tmp_path):
     with pytest.raises(UserError, match=r"bad\.jsonl, line 2"):
         train("run", source=str(tmp_path / "bad.jsonl"))
     assert not (tmp_path / "runs" / "run" / "quantized").exists()
+
+
+def test_a_run_that_met_a_bad_row_resumes_if_bad_rows_are_allowed(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("hqqtrain.data.streamed_sources.COMPARED_CHARACTERS", 100)
+    lines = [json.dumps({"prompt": f"def f_{i}(x):", "completion": " return x"}) for i in range(60)]
+    lines[25] = '{"prompt": 7, "completion": "x"}'
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match="line 26"):
+        train("run", every=None)
+    assert (tmp_path / "runs" / "run" / "checkpoints" / "step-00000002").exists()
+    losses, _ = train("run", every=None, max_bad_rows=1)
+    assert len(losses) == 3
 
 
 def test_the_first_examples_are_shown(make_config, start_run, rows, capsys, monkeypatch):
