@@ -34,7 +34,7 @@ Numbered = tuple[int, Any]
 Batch = tuple[list[Encoded], list[Line]]
 """The tokens of some examples, and what was logged meanwhile."""
 
-SERIAL_CHARACTERS = 1 << 24
+SERIAL_CHARACTERS = 1 << 23
 """Characters that one process encodes before others are started, which takes them some seconds."""
 
 BATCH_CHARACTERS, BATCH_EXAMPLES = 1 << 18, 256
