@@ -213,7 +213,10 @@ def _source_paths(source: Any) -> dict[str, str]:
 
 
 def _input_paths(config: RunConfig) -> dict[str, Path]:
-    """Return config key -> local path of the inputs that exist on this machine."""
+    """Return config key -> local path of the inputs that are files or folders of this machine.
+
+    Others, such as pipes and the home of a user that does not exist, are left to their readers.
+    """
     values = {
         SOURCE_KEY: config.model.name_or_path,
         "adapter.init_from": config.adapter.init_from,
@@ -222,11 +225,13 @@ def _input_paths(config: RunConfig) -> dict[str, Path]:
     }
     if config.task == "data":  # it reads no weights, and a digest of them would
         values = {key: path for key, path in values.items() if _key(key) in _DATA_KEYS}
-    paths = {key: Path(value).expanduser() for key, value in values.items() if value}
+    paths = {key: Path(os.path.expanduser(value)) for key, value in values.items() if value}
     return {
         key: path
         for key, path in paths.items()
-        if os.path.exists(path) or (is_pattern(path) and matching_files(path))
+        if os.path.isfile(path)
+        or os.path.isdir(path)
+        or (is_pattern(path) and matching_files(path))
     }
 
 

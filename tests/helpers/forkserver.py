@@ -13,7 +13,7 @@ from hqqtrain.tasks.run import OPENMP_SPIN_COUNT
 
 PRELOADED = [
     "hqqtrain.tasks.dispatch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama",
-    "pytest", "wandb",
+    "hqqtrain.compose.compose", "pytest", "wandb",
 ]  # fmt: skip
 """Modules that neither start a thread nor read RANK: a fork would copy what they have read."""
 
