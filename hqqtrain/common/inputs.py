@@ -9,6 +9,7 @@ from pathlib import Path
 
 _MODEL_PATTERNS = (
     "*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "vocab.*", "merges.txt",
+    "additional_chat_templates/*.jinja",
 )  # fmt: skip
 """Files of a model's folder that this program or its tokenizer may read."""
 
@@ -26,7 +27,8 @@ def model_files(folder: Path) -> list[str]:
         return base + [f"adapter/{name}" for name in adapter_files(folder / "adapter")]
     left_out = {path for pattern in _OTHER_FORMATS for path in folder.glob(pattern)}
     found = {path for pattern in _MODEL_PATTERNS for path in folder.glob(pattern)} - left_out
-    return sorted(path.name for path in found if path.is_file() and not path.name.startswith("."))
+    files = (path for path in found if path.is_file() and not path.name.startswith("."))
+    return sorted(str(path.relative_to(folder)) for path in files)
 
 
 def adapter_files(folder: Path) -> list[str]:

@@ -4,16 +4,15 @@ With packing, all plain texts form one stream, each text ends with EOS, and the 
 `max_seq_len` tokens. A long text spans several sequences, and short texts share one. The last
 sequence may be shorter; it is dropped only if it has a single token, which predicts nothing.
 Chats and other examples are not cut at such places: several of them share a sequence where they fit
-as a whole. Without packing, every example becomes one sequence. `data.on_long` says what happens to
+as a whole, and so do plain texts beside them. Without packing, every example becomes one sequence. `data.on_long` says what happens to
 one that is too long; by default it is truncated.
 
 With a folder, the tokens are files that are mapped, also while they are packed: memory is needed
 for a few numbers per example only.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +51,7 @@ def pack_examples(
     """Tokenize examples and arrange them in sequences of at most `max_seq_len` tokens.
 
     Args:
-        examples: Examples of one kind; blank texts are skipped.
+        examples: Examples; blank texts are skipped.
         tokenizer: The tokenizer of the model.
         max_seq_len: Largest number of tokens in a sequence.
         packing: Whether examples share sequences.
@@ -70,13 +69,17 @@ def pack_examples(
         UserError: No sequence has a token to predict, the model does not know a token, an example
             is longer than `data.on_long=error` allows, or the examples cannot be tokenized.
     """
-    data, iterator = data or DataConfig(), iter(examples)
-    first = list(islice(iterator, 1))
-    is_plain_text = all(isinstance(example, str) for example in first)
-    examples = chain(first, iterator)
+    data, kinds = data or DataConfig(), set[type]()
+
+    def noted() -> Iterator[Example]:
+        for example in examples:
+            kinds.add(type(example))
+            yield example
+
     tokens = encode_stream(
-        examples, tokenizer, data, vocab_size, where, on_batch, folder=folder, workers=workers
+        noted(), tokenizer, data, vocab_size, where, on_batch, folder=folder, workers=workers
     )
+    is_plain_text = kinds <= {str}
     if packing and is_plain_text and data.on_long in (AUTO, "split"):
         begin = np.arange(0, len(tokens.stream), max_seq_len)
         end = np.minimum(begin + max_seq_len, len(tokens.stream))

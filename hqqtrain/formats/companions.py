@@ -10,9 +10,12 @@ from pathlib import Path
 
 from hqqtrain.common.errors import UserError
 
+ADDITIONAL_TEMPLATES = "additional_chat_templates"
+"""The folder with the templates of a tokenizer that has several, such as one for tools."""
+
 _PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "chat_template.*", "generation_config.json",
+    "*.model", "chat_template.*", f"{ADDITIONAL_TEMPLATES}/*.jinja", "generation_config.json",
 )  # fmt: skip
 """Files to copy from the source model: tokenizer, chat template and generation settings."""
 
@@ -34,7 +37,7 @@ def companion_files(source: Path) -> dict[str, Path]:
                 f"{path}: is a link to {target}, which is outside of the model's folder, so it is "
                 "not copied into the results. Replace the link by a copy of the file, or remove it."
             )
-        files[path.name] = target
+        files[str(path.relative_to(source))] = target
     return files
 
 
@@ -52,6 +55,7 @@ def copy_companion_files(source: Path, folder: Path, *, leave_out: str = "") -> 
     """
     for name, path in companion_files(source).items():
         if name != leave_out:
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)
 
 

@@ -25,7 +25,7 @@ from hqqtrain.rundir.identity import data_digests
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """Raise it with every change of this program that changes tokens, their targets or their order.
 
 Entries of other versions are not read any more.
@@ -66,11 +66,20 @@ def token_identity(
 
 
 def _tokenizer_identity(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> list[Any]:
-    """Return what the tokenizer is: its files, and what may be added to it after loading."""
+    """Return what the tokenizer is: its files, and what transformers has made of them.
+
+    The files alone do not decide it: config.json chooses the class of some tokenizers.
+    """
     weights = (".safetensors", ".index.json", "config.json")
     names = [n for n in model_files(folder) if n == _OWN_CONFIG or not n.endswith(weights)]
-    added = hashlib.sha256(repr(sorted(tokenizer.get_added_vocab().items())).encode()).hexdigest()
-    return [type(tokenizer).__name__, content_digest(folder, names), added]
+    loaded = repr([
+        sorted(tokenizer.get_added_vocab().items()),
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else "",
+    ])  # fmt: skip
+    digest = hashlib.sha256(loaded.encode(errors="surrogatepass")).hexdigest()
+    return [type(tokenizer).__name__, content_digest(folder, names), digest]
 
 
 _OWN_CONFIG = "tokenizer_config.json"

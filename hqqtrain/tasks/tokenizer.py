@@ -5,6 +5,7 @@ the tokens that it was trained with.
 """
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from hqqtrain.config.groups import AUTO, DataConfig
 from hqqtrain.data.chat.library import chat_template_source
 from hqqtrain.data.chat.markers import is_token, missing_markers
 from hqqtrain.data.chat.template import ChatTemplate
-from hqqtrain.formats.companions import copy_companion_files
+from hqqtrain.formats.companions import ADDITIONAL_TEMPLATES, copy_companion_files
 from hqqtrain.models.source import ModelSource
 from hqqtrain.models.tokenizer import load_tokenizer
 
@@ -43,9 +44,13 @@ def prepare_tokenizer(source: ModelSource, data: DataConfig) -> ModelSource:
     _folders.append(TemporaryDirectory(prefix="hqqtrain-tokenizer-"))
     folder = Path(_folders[-1].name)
     copy_companion_files(source.tokenizer, folder)
+    if (config := source.tokenizer / "config.json").is_file():
+        # transformers chooses the class of some tokenizers by the type of the model.
+        shutil.copyfile(config, folder / config.name)
     if len(tokenizer) > size:
         tokenizer.save_pretrained(folder)
     if template is not None:
+        shutil.rmtree(folder / ADDITIONAL_TEMPLATES, ignore_errors=True)
         # transformers prefers this file to a template in tokenizer_config.json.
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return replace(source, tokenizer_folder=folder, trained_token_ids=ids)

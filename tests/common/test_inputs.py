@@ -52,3 +52,10 @@ def test_a_pattern_stands_for_files_below_its_root(tmp_path):
     assert pattern_root(tmp_path / "x" / "*" / "y.txt") == tmp_path / "x"
     assert pattern_root(Path("*.txt")) == Path()
     assert not is_pattern(tmp_path / "a.txt")
+
+
+def test_every_chat_template_counts(tmp_path):
+    _touch(tmp_path, "additional_chat_templates/tool_use.jinja", "chat_template.jinja")
+    assert model_files(tmp_path) == [
+        "additional_chat_templates/tool_use.jinja", "chat_template.jinja",
+    ]  # fmt: skip

@@ -163,3 +163,12 @@ def _texts_of_batch(batch) -> list[Row]:
 def _until_last_label(row: Row) -> Row:
     last = max(i for i, label in enumerate(row[1]) if label != IGNORE_INDEX)
     return row[0][: last + 1], row[1][: last + 1]
+
+
+@pytest.mark.parametrize("text_is_first", [True, False])
+def test_chats_beside_plain_text_are_packed_as_a_whole(tokenizer, text_is_first):
+    texts = [f"a plain text of number {number}" for number in range(9)]
+    examples = [*texts, *chats(9)] if text_is_first else [*chats(9), *texts]
+    length = max(len(ids) for ids, _ in encoded(examples, tokenizer))
+    packed = pack(examples, tokenizer, length)
+    assert sorted(rows(packed)) == sorted(encoded(examples, tokenizer))

@@ -74,3 +74,11 @@ def test_what_is_no_file_is_left_out(source: Path):
     os.mkfifo(source / "vocab.txt")
     (source / "merges.txt").symlink_to("missing")
     assert list(companion_files(source)) == ["tokenizer.json"]
+
+
+def test_the_folder_of_several_chat_templates_is_copied(source: Path, tmp_path: Path):
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    copy(source, tmp_path / "out")
+    copied = tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja"
+    assert copied.read_text() == "{{ tools }}"

@@ -1,14 +1,19 @@
 """The tokenizer that a run trains with is the one that it saves."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig
+from hqqtrain.config.run import RunConfig
 from hqqtrain.data.chat.library import chat_template_source
 from hqqtrain.models.source import TINY_FOLDER, ModelSource
+from hqqtrain.models.tokenizer import load_tokenizer
+from hqqtrain.tasks.token_identity import token_identity
 from hqqtrain.tasks.tokenizer import prepare_tokenizer
 
 CHAT = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
@@ -80,3 +85,45 @@ def test_markers_need_a_template(source):
 def test_add_tokens_is_a_list_or_auto(tokens, is_allowed):
     errors = list(DataConfig(add_tokens=tokens).errors())
     assert [error.startswith("data.add_tokens=") for error in errors] == [True] * (not is_allowed)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a tokenizer whose class follows from config.json alone, with a template for tools."""
+    folder = tmp_path / "model"
+    (folder / "additional_chat_templates").mkdir(parents=True)
+    shutil.copy(TINY_FOLDER / "tokenizer.json", folder)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    (folder / "chat_template.jinja").write_text("default")
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    return folder
+
+
+@pytest.mark.parametrize("tokens", [None, ("<|new|>",)])
+def test_a_template_changes_no_token(folder: Path, tokens):
+    source = ModelSource("model", folder, "dense")
+    data = DataConfig(chat_template="chatml", add_tokens=tokens)
+    before, after = load_tokenizer(folder), load_tokenizer(prepare_tokenizer(source, data).tokenizer)
+    assert type(after) is type(before)
+    text = "It's 12345,\n\n  and e\u0301te\u0301."
+    assert after(text)["input_ids"] == before(text)["input_ids"]
+    assert after.get_chat_template(None, [{}]) == after.get_chat_template()  # that of `data`
+    assert before.get_chat_template(None, [{}]) == "tools"
+
+
+def test_whatever_changes_the_loaded_tokenizer_changes_its_identity(folder: Path):
+    def identity() -> str:
+        found = token_identity(RunConfig(), load_tokenizer(folder), folder)["tokenizer"]
+        return json.dumps(found)
+
+    seen = {identity()}
+    for name, content in (
+        ("config.json", '{"model_type": "gpt2"}'),
+        ("additional_chat_templates/tool_use.jinja", "other"),
+        ("chat_template.jinja", "another"),
+    ):
+        (folder / name).write_text(content)
+        seen.add(identity())
+    assert len(seen) == 4
+    assert identity() in seen
