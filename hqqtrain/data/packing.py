@@ -4,8 +4,8 @@ With packing, all plain texts form one stream, each text ends with EOS, and the 
 `max_seq_len` tokens. A long text spans several sequences, and short texts share one. The last
 sequence may be shorter; it is dropped only if it has a single token, which predicts nothing.
 Chats and other examples are not cut at such places: several of them share a sequence where they fit
-as a whole, and so do plain texts beside them. Without packing, every example becomes one sequence. `data.on_long` says what happens to
-one that is too long; by default it is truncated.
+as a whole, and so do plain texts beside them. Without packing, every example becomes one sequence.
+`data.on_long` says what happens to one that is too long; by default it is truncated.
 
 With a folder, the tokens are files that are mapped, also while they are packed: memory is needed
 for a few numbers per example only.

@@ -24,6 +24,7 @@ from hqqtrain.common.filelock import becomes_true
 from hqqtrain.common.files import atomic_directory, check_owner
 from hqqtrain.common.kept_log import kept_log
 from hqqtrain.common.secrets import mask_secrets
+from hqqtrain.config.data_sources import describe_source
 from hqqtrain.data.packing import EXAMPLES, PACKED
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.token_files import (
@@ -90,7 +91,8 @@ def cached_tokens(
     Args:
         run: The run.
         kind: `train` or `eval`, the first part of the name.
-        identity: Returns everything that decides the tokens, as JSON. It is called on rank 0.
+        identity: Returns everything that decides the tokens, as JSON. It is called on ranks that
+            write, and on rank 0.
         build: Writes the tokens. It is called on one rank of each machine at most.
 
     Raises:
@@ -99,17 +101,17 @@ def cached_tokens(
         PreemptedError: A rank was asked to stop.
     """
     comm, check_signal = run.runtime.comm, run.runtime.preemption.check_local
-    cache = _Cache(run, build)
-    cached, name = None, ""
+    cached, name, made_from = None, "", dict[str, Any]()
+    cache = _Cache(run, identity, build)
     with Heartbeat(comm) as heartbeat:
         if comm.is_main:
-            made_from = identity()
+            made_from = dict(identity())
             digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
             name = f"{kind}-{digest[:24]}"
             cached = cache.find_or_write(name, made_from, heartbeat)
         else:
             heartbeat.wait_for(0, check_signal)
-    name, made_from = comm.all_gather_object((name, made_from if comm.is_main else {}))[0]
+    name, made_from = comm.all_gather_object((name, made_from))[0]
     sees = cached is not None or becomes_true((cache.root / name / INDEX).is_file)
     hosts = comm.all_gather_object("" if sees else socket.gethostname())
     writers = {host: rank for rank, host in reversed(list(enumerate(hosts))) if host}
@@ -127,9 +129,9 @@ def cached_tokens(
 class _Cache:
     """The entries in `data.cache_dir`."""
 
-    def __init__(self, run: Run, build: Build) -> None:
+    def __init__(self, run: Run, identity: Callable[[], Mapping[str, Any]], build: Build) -> None:
         config = run.config
-        self._run, self._build = run, build
+        self._run, self._identity, self._build = run, identity, build
         self._where = "data.cache_dir=null"
         if config.data.cache_dir is not None:
             self.root = Path(config.data.cache_dir).expanduser()
@@ -174,7 +176,7 @@ class _Cache:
             logger.info("data.cache_dir: tokens are written to %s", folder)
             try:
                 with atomic_directory(folder) as temporary, kept_log() as log:
-                    parts, sequences = self._build(temporary, check)
+                    parts, sequences = self._build_unchanged(temporary, made_from, check)
                     by_name = {EXAMPLES: parts}
                     if sequences.stream is not parts.stream:
                         by_name[PACKED] = sequences
@@ -185,6 +187,32 @@ class _Cache:
                     raise OSError(error.errno, error.strerror, str(self.root)) from error
                 raise
         return self.open(name)
+
+    def _build_unchanged(
+        self, folder: Path, made_from: Mapping[str, Any], check: Callable[[], object]
+    ) -> TokenizedData:
+        """Write the tokens of the contents in `made_from`, from which the entry has its name.
+
+        Raises:
+            UserError: This machine has other contents, or they have changed meanwhile.
+        """
+        where = f"data.source={describe_source(self._run.config.data.source)}"
+
+        def is_same() -> bool:
+            return bool(self._identity().get("contents") == made_from.get("contents"))
+
+        if not (self._run.runtime.comm.is_main or is_same()):
+            raise UserError(
+                f"{where}: the text is not the same on all machines; use the same files and the "
+                "same Python version, also for eval.source."
+            )
+        data = self._build(folder, check)
+        if not is_same():
+            raise UserError(
+                f"{where}: its files, or those of eval.source, have changed while their tokens "
+                "were made. Start the command again."
+            )
+        return data
 
     def _find(self, folder: Path) -> CachedTokens | None:
         """Return the entry in `folder`; None if it is absent or damaged."""

@@ -7,6 +7,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,7 @@ def _contents(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"{key}={path}", hub_digest(path, key)
 
 
+@cache
 def _stdlib_digest() -> str:
     """Return the digest of the standard library, from which the built-in sources are made."""
     sha256 = hashlib.sha256()

@@ -14,7 +14,7 @@ from hqqtrain.common.cache_entry import lock_path
 from hqqtrain.common.errors import PreemptedError, UserError
 from hqqtrain.common.filelock import try_lock
 from hqqtrain.config.run import RunConfig
-from hqqtrain.data.packing import EXAMPLES
+from hqqtrain.data.packing import EXAMPLES, PACKED
 from hqqtrain.data.token_files import INDEX, TokenWriter
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.distributed.preemption import PreemptionHandler
@@ -105,6 +105,33 @@ def test_a_damaged_entry_is_written_again(load, tmp_path: Path, file: str, caplo
     assert "The tokens are written again." in caplog.text
     assert path.read_bytes() == content or file == INDEX
     assert load("three")[2] == 0
+
+
+@pytest.mark.parametrize("name", [EXAMPLES, PACKED])
+def test_damage_of_chats_that_share_sequences(load, tmp_path: Path, name: str):
+    """The tokens of the examples, which task=data shows, have files of their own."""
+    chats = tmp_path / "chats.jsonl"
+    rows = [json.dumps({"prompt": f"{i}? ", "completion": "ab " * (1 + i % 5)}) for i in range(30)]
+    chats.write_text("\n".join(rows))
+    data = {"data": {"source": str(chats)}, "eval": {"source": "auto"}}
+    first = load("one", **data)
+    path = _entries(tmp_path)[1] / f"{name}.tokens"
+    path.write_bytes(path.read_bytes()[:-4])
+    assert load("two", **data) == (*first[:2], 1)
+
+
+def test_data_that_change_while_they_are_tokenized_are_an_error(load, tmp_path: Path, monkeypatch):
+    """Otherwise the entry of the old content would have the tokens of the new one."""
+    real = datasets.load_training_texts
+
+    def change(*args):
+        (tmp_path / "train.txt").open("a").write("one = more\n")
+        return real(*args)
+
+    monkeypatch.setattr(datasets, "load_training_texts", change)
+    with pytest.raises(UserError, match="changed while their tokens"):
+        load("one")
+    assert not _entries(tmp_path)
 
 
 def test_nothing_of_a_killed_writer_is_trusted(load, tmp_path: Path):
@@ -225,6 +252,12 @@ def _write_together(rank: int, comm: Communicator, folder: Path) -> None:
     found = cached_tokens(own, "train", lambda: {}, _build(folder / f"note {rank}"))
     assert found.sequences.stream.tolist() == expected
     assert (folder / f"note {rank}").read_text() == "written\n"
+
+    # Its entry would have the name of the text of rank 0, also once the files are the same.
+    name = "shared" if rank == 0 else "other"
+    with pytest.raises(UserError, match="not the same on all machines"):
+        cached_tokens(own, "eval", lambda: {"contents": name}, _build(folder / "note"))
+    assert not list(Path(own.config.data.cache_dir).glob("eval-*")) or rank == 0
 
     def fail(*_: object) -> None:
         raise UserError(f"a row of rank {rank} is bad")

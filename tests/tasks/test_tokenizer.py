@@ -104,7 +104,10 @@ def folder(tmp_path: Path) -> Path:
 def test_a_template_changes_no_token(folder: Path, tokens):
     source = ModelSource("model", folder, "dense")
     data = DataConfig(chat_template="chatml", add_tokens=tokens)
-    before, after = load_tokenizer(folder), load_tokenizer(prepare_tokenizer(source, data).tokenizer)
+    before, after = (
+        load_tokenizer(folder),
+        load_tokenizer(prepare_tokenizer(source, data).tokenizer),
+    )
     assert type(after) is type(before)
     text = "It's 12345,\n\n  and e\u0301te\u0301."
     assert after(text)["input_ids"] == before(text)["input_ids"]
