@@ -99,7 +99,7 @@ def _contents(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"{key}={path}", hub_digest(path, key)
 
 
-@cache
+@cache  # reading it takes a second, and it is the same for the whole process
 def _stdlib_digest() -> str:
     """Return the digest of the standard library, from which the built-in sources are made."""
     sha256 = hashlib.sha256()

@@ -64,10 +64,15 @@ def test_the_tokenizer_and_not_the_rest_of_its_folder(identity, tmp_path: Path):
     assert identity(copy) != same
 
 
-def test_the_standard_library_is_known_by_its_contents(identity, monkeypatch):
-    texts = {"train": [("a", "b")], "held_out": [("c", "d")]}
-    monkeypatch.setattr(module, "stdlib_texts", lambda split: texts[split])
-    found = identity(data={"source": "python_stdlib"})
-    assert identity(data={"source": "python_stdlib"}) == found
-    texts["held_out"] = [("c", "e")]
-    assert identity(data={"source": "python_stdlib"}) != found
+def test_the_standard_library_is_known_by_its_contents(identity, monkeypatch, request):
+    request.addfinalizer(module._stdlib_digest.cache_clear)
+
+    def identity_of(**texts: list) -> str:
+        monkeypatch.setattr(module, "stdlib_texts", texts.__getitem__)
+        module._stdlib_digest.cache_clear()
+        return identity(data={"source": "python_stdlib"})
+
+    train = [("a", "b")]
+    found = identity_of(train=train, held_out=[("c", "d")])
+    assert identity_of(train=train, held_out=[("c", "d")]) == found
+    assert identity_of(train=train, held_out=[("c", "e")]) != found
