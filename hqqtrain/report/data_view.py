@@ -89,10 +89,10 @@ class DataView:
         if data.empty_answers:
             figures["answers without a word"] = f"{data.empty_answers:,}, only the end is trained"
         if data.held_out:
-            figures["held out"] = "{examples:,} examples of {tokens:,} tokens".format(
-                **data.held_out
+            figures["held-out examples"] = f"{data.held_out['examples']:,}"
+            figures["held-out tokens"] = (
+                "{tokens:,}, of which {measured_tokens:,} are measured".format(**data.held_out)
             )
-            figures["held-out tokens to measure"] = f"{data.held_out['measured_tokens']:,}"
         return figures
 
     def bars(self) -> list[tuple[str, int]]:
