@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from hqqtrain.common.cache_entry import is_complete_entry, lock_entry, lock_path
 from hqqtrain.common.digest import cache_folder
-from hqqtrain.common.errors import UserError
+from hqqtrain.common.errors import PreemptedError, UserError
 from hqqtrain.common.filelock import becomes_true
 from hqqtrain.common.files import atomic_directory, check_owner
 from hqqtrain.common.kept_log import kept_log
@@ -169,6 +169,8 @@ class _Cache:
                 logger.info("%s: waiting for another run, which has %s", self._where, lock)
             waits = True
             check()
+            if reason := self._run.runtime.preemption.stop_reason:  # also a time limit
+                raise PreemptedError(reason)
             time.sleep(POLL_SECONDS)
         with locked:
             if cached := self._find(folder):  # another run has written it meanwhile

@@ -1,5 +1,6 @@
 """Tokens are written by one process, reused by others, and never trusted blindly."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -237,6 +238,29 @@ def test_a_signal_ends_the_wait_for_another_run(tmp_path: Path, monkeypatch):
     with pytest.raises(PreemptedError):
         cached_tokens(*arguments)
     assert lock is not None
+
+
+def test_a_time_limit_ends_the_wait_for_another_run(tmp_path: Path, monkeypatch):
+    run = _run(SINGLE_PROCESS, tmp_path)
+    arguments = (run, "train", dict, _build(tmp_path / "note"))
+    entry = cached_tokens(*arguments).folder
+    shutil.rmtree(entry)
+    lock = try_lock(lock_path(entry))
+    monkeypatch.setattr(PreemptionHandler, "stop_reason", "run.time_limit is nearly reached")
+    with pytest.raises(PreemptedError, match="time_limit"):
+        cached_tokens(*arguments)
+    assert lock is not None
+
+
+def test_a_full_disk_is_reported_with_the_folder_and_leaves_nothing(tmp_path: Path):
+    def build(folder: Path, _):
+        (folder / "half").write_text("half of the tokens")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as error:
+        cached_tokens(_run(SINGLE_PROCESS, tmp_path), "train", dict, build)
+    assert error.value.filename == str(tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
 def _write_together(rank: int, comm: Communicator, folder: Path) -> None:
