@@ -130,6 +130,7 @@ class BlockStream:
         self._examples, self._tokenizer, self._vocab_size = examples, tokenizer, vocab_size
         self._train, self._data = train, data
         self._where = f"data.source={describe_source(data.source)}"
+        self._has_warned = False  # that examples are too long
         self._block_size = data.shuffle_buffer or UNSHUFFLED_BLOCK
         self._is_cut = train.packing and data.on_long in (AUTO, "split") and examples.is_plain_text
 
@@ -234,9 +235,23 @@ class BlockStream:
         starts = np.cumsum(lengths) - lengths
         if start.examples:
             where = f"{where}, after the first {start.examples:,} examples"
+        self._warn_of_long(lengths)
         whole = TokenSequences(ids, targets, starts, starts, starts + lengths)
         parts = cut_long(whole, length, self._data.on_long, where)
         return pack_parts(parts, length) if self._train.packing and len(parts) else parts, EMPTY
+
+    def _warn_of_long(self, lengths: np.ndarray) -> None:
+        """Warn of the first block that has examples which are too long."""
+        length, on_long = self._train.max_seq_len, self._data.on_long
+        number = int(np.count_nonzero(lengths > length))
+        if number and not self._has_warned and on_long in (AUTO, "truncate", "drop"):
+            self._has_warned = True
+            logger.warning(
+                "%s: %d of %d examples that were read together have more than %d tokens and are "
+                "%s; later ones are not reported; see data.on_long and train.max_seq_len",
+                self._where, number, len(lengths), length,
+                "left out" if on_long == "drop" else "truncated",
+            )  # fmt: skip
 
     def _shuffled(self, sequences: TokenSequences, block: int) -> TokenSequences:
         """Return the sequences of a block in the order in which they are trained.

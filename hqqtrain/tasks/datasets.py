@@ -112,9 +112,14 @@ def load_training_data(
             check_token_ids(data.sequences.stream, tokenizer, vocab_size, where)
         if on_parts:
             on_parts(data.parts)
-        if config.task == "finetune" and comm.is_main and not data.parts.is_plain_text:
+        if config.task == "finetune" and comm.is_main and _is_notable(data.parts):
             _log_figures(config, measure_data(data.parts, data.sequences, length))
     return data.sequences
+
+
+def _is_notable(parts: TokenSequences) -> bool:
+    """Whether some tokens are not trained; of plain text that is cut, only the last may not be."""
+    return not parts.is_plain_text or len(parts.stream) - int((parts.end - parts.begin).sum()) > 1
 
 
 def _log_figures(config: RunConfig, data: DataStatistics) -> None:

@@ -195,3 +195,16 @@ def test_chats_that_the_template_refuses_count_as_bad_rows_of_a_pass(tokenizer, 
     few = DataConfig(**settings, max_bad_rows=2)
     with pytest.raises(UserError, match=r"line 12: .* set data\.max_bad_rows above 2\."):
         list(blocks_of(tokenizer, few, max_seq_len=64))
+
+
+@pytest.mark.parametrize(("on_long", "done"), [("auto", "truncated"), ("drop", "left out")])
+def test_the_first_examples_that_are_too_long_are_reported(
+    tokenizer, tmp_path, caplog, on_long, done
+):
+    rows = [{"prompt": "What? " * number, "completion": "That."} for number in (1, 30, 2, 40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(source=str(tmp_path / "rows.jsonl"), on_long=on_long)
+    list(islice(blocks_of(tokenizer, data), 3))
+    (message,) = [line for line in caplog.messages if "that were read together" in line]
+    assert "2 of 4 examples" in message
+    assert f"more than {LENGTH} tokens and are {done};" in message

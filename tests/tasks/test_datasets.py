@@ -32,6 +32,19 @@ def test_the_training_data_is_the_text_of_the_source(make_config, start_run):
     assert max(sequences.end - sequences.begin) == 32
 
 
+def test_the_log_says_that_plain_text_is_truncated(make_config, start_run, tmp_path, caplog):
+    """That of rows, each of which is a sequence; a packed stream loses nothing."""
+    rows = [{"text": "a word " * number} for number in (3, 40, 5, 50, 4, 6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": str(tmp_path / "rows.jsonl")}
+    for packing in (True, False):
+        config = make_config(data=data, eval={"source": None}, train={"packing": packing})
+        config.run.name = f"packing-{packing}"
+        with start_run(config) as run:
+            load_training_data(run, TINY_FOLDER)
+        assert ("2 of 6 examples have more than 32 tokens" in caplog.text) == (not packing)
+
+
 def test_held_out_data_ends_after_the_tokens_that_were_asked_for(make_config, start_run):
     with start_run(make_config()) as run:
         sequences = load_held_out_data(run, TINY_FOLDER)
