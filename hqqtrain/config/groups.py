@@ -185,7 +185,10 @@ class DataConfig:
     )
     text_field: str = key("text", "column or JSON field that contains the text, in format text")
     max_bad_rows: int = key(
-        0, "most rows that may be left out because they cannot be read; more are an error", low=0
+        0,
+        "most rows that may be left out because they cannot be read, or because the chat template "
+        "does not take them; more are an error",
+        low=0,
     )
     chat_template: str = key(
         AUTO,

@@ -18,12 +18,11 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.groups import AUTO, DataConfig, TrainConfig
 from hqqtrain.data.chat.encoding import Encoded
-from hqqtrain.data.encoding import encode_examples
+from hqqtrain.data.encoding import check_refused, encode_examples
 from hqqtrain.data.example_stream import ExampleStream, Place, StreamPlace
 from hqqtrain.data.examples import Example
 from hqqtrain.data.order import permutation
 from hqqtrain.data.packing import cut_long, pack_parts
-from hqqtrain.data.row_examples import SHOWN_BAD_ROWS
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.tokenization import check_token_ids
 
@@ -174,7 +173,7 @@ class BlockStream:
             nonlocal refused, refused_pass
             passes = places[-1].passes  # the place after the example
             refused, refused_pass = (refused if passes == refused_pass else 0) + 1, passes
-            self._check_refused(refused, error)
+            check_refused(refused, self._data.max_bad_rows, error)
 
         group, tokens, last = list[Encoded](), 0, start.place
         max_tokens = self._block_size * self._train.max_seq_len
@@ -196,18 +195,6 @@ class BlockStream:
             if is_full or tokens >= max_tokens:
                 yield _Group(group, last, False, refused if last.passes == refused_pass else 0)
                 group, tokens = [], 0
-
-    def _check_refused(self, refused: int, error: UserError) -> None:
-        """Log an example that the template refuses, as a bad row of which so many are allowed.
-
-        Without streaming these examples are an error before the training. Here it has begun, and
-        the source must not change before it resumes.
-        """
-        limit = self._data.max_bad_rows
-        if refused > limit:
-            raise UserError(f"{error} To leave out such rows, set data.max_bad_rows above {limit}.")
-        if refused <= SHOWN_BAD_ROWS:
-            logger.warning("left out (data.max_bad_rows=%d): %s", limit, error)
 
     def _sequences(
         self, encoded: list[Encoded], start: StreamPlace, ends_pass: bool

@@ -20,8 +20,9 @@ from hqqtrain.data.chat.library import chat_template_source
 from hqqtrain.data.chat.markers import missing_markers
 from hqqtrain.data.chat.template import ChatTemplate, RenderError
 from hqqtrain.data.chat.turns import InexactError
-from hqqtrain.data.encoding_pool import encode_in_order
+from hqqtrain.data.encoding_pool import EncodedOrRefused, encode_in_order
 from hqqtrain.data.examples import Completion, Conversation, Example, Tokens
+from hqqtrain.data.row_examples import SHOWN_BAD_ROWS
 from hqqtrain.data.sequences import IGNORE_INDEX
 from hqqtrain.data.tokenization import encode_texts
 
@@ -60,14 +61,14 @@ def encode_examples(
         on_batch: Called now and then; it may raise to stop.
         workers: Number of processes that encode examples other than plain text, if there are many.
         on_refused: Called with the error of an example that the template refuses, or whose trained
-            tokens cannot be told; the example has no tokens then. None: the error is raised. It
-            needs a single worker.
+            tokens cannot be told; the example has no tokens then. None: such an example is left
+            out, and counts as a bad row.
 
     Raises:
-        UserError: The setting does not fit the examples, the tokenizer fails, or the trained tokens
-            of a chat cannot be told.
+        UserError: The setting does not fit the examples, the tokenizer fails, or more than
+            `data.max_bad_rows` examples are refused.
     """
-    numbers, encoders = count(1), dict[str, ExampleEncoder]()
+    numbers, encoders, refused = count(1), dict[str, ExampleEncoder](), 0
     for (kind, allowed), of_kind in groupby(examples, _kind):
         loss_on, rest = _check_loss_on(kind, allowed, data, where), cast(Iterator[Any], of_kind)
         if allowed == _LOSS_ON[str][1]:
@@ -75,12 +76,38 @@ def encode_examples(
                 yield ids, np.arange(len(ids)) > 0
             continue
         if kind not in encoders:
-            encoders[kind] = ExampleEncoder(
-                tokenizer, data.chat_template, loss_on, where, on_refused
-            )
+            encoders[kind] = ExampleEncoder(tokenizer, data.chat_template, loss_on, where)
         numbered = ((next(numbers), example) for example in rest)
         processes = workers if allowed else 1  # tokens are only copied
-        yield from encode_in_order(encoders[kind], numbered, processes, on_batch)
+        for encoded in encode_in_order(encoders[kind], numbered, processes, on_batch):
+            if not isinstance(encoded, UserError):
+                yield encoded
+            elif on_refused is None:
+                refused += 1
+                check_refused(refused, data.max_bad_rows, encoded)
+            else:
+                on_refused(encoded)
+                yield np.empty(0, np.int32), np.empty(0, bool)
+
+
+def check_refused(refused: int, max_bad_rows: int, error: UserError) -> None:
+    """Log an example that is refused, as one of the bad rows that are left out.
+
+    Args:
+        refused: Number of examples that are refused, with this one.
+        max_bad_rows: `data.max_bad_rows`.
+        error: Why this one is refused.
+
+    Raises:
+        UserError: There are more than `max_bad_rows`.
+    """
+    if refused > max_bad_rows:
+        raise UserError(
+            f"{error} Set data.max_bad_rows above {max_bad_rows} to leave such rows out, or "
+            "another data.chat_template."
+        ) from error
+    if refused <= SHOWN_BAD_ROWS:
+        logger.warning("left out (data.max_bad_rows=%d): %s", max_bad_rows, error)
 
 
 def _kind(example: Example) -> tuple[str, tuple[str, ...]]:
@@ -109,17 +136,15 @@ class ExampleEncoder:
         chat_template: `data.chat_template`.
         loss_on: A value that the kind of example has.
         where: The source of the examples, for messages.
-        on_refused: As for `encode_examples`.
         warns: Whether to warn of markers that are no tokens.
     """
 
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", chat_template: str, loss_on: str, where: str,
-        on_refused: Callable[[UserError], object] | None = None, *, warns: bool = True,
+        *, warns: bool = True,
     ) -> None:  # fmt: skip
         self._tokenizer, self._loss_on, self.where = tokenizer, loss_on, where
-        self._chat_template, self._on_refused = chat_template, on_refused
-        self._warns = warns
+        self._chat_template, self._warns = chat_template, warns
         check_is_fast(tokenizer)
         self._chats = cache(self._make_chat_encoder)
 
@@ -128,11 +153,11 @@ class ExampleEncoder:
         # For another process, which has its own cache, and no handlers for its log.
         return partial(ExampleEncoder, warns=False), arguments
 
-    def encode(self, example: Completion | Conversation | Tokens, number: int) -> Encoded:
-        """Return the tokens of the example of a number from 1.
+    def encode(self, example: Completion | Conversation | Tokens, number: int) -> EncodedOrRefused:
+        """Return the tokens of the example of a number from 1, or why it is refused.
 
-        Raises:
-            UserError: The template refuses a chat, or its trained tokens cannot be told.
+        An example is refused if the template does not take it, or if its trained tokens cannot be
+        told.
         """
         try:
             match example:
@@ -145,11 +170,7 @@ class ExampleEncoder:
         except (RenderError, InexactError) as error:
             place = example.place or f"example {number}"
             reason = str(error).rstrip(".")
-            refusal = UserError(f"{self.where}, {place}: {reason}.")
-            if self._on_refused is None:
-                raise refusal from error
-            self._on_refused(refusal)
-            return np.empty(0, np.int32), np.empty(0, bool)
+            return UserError(f"{self.where}, {place}: {reason}.")
 
     def _make_chat_encoder(self) -> ChatEncoder:
         template = ChatTemplate(self._tokenizer, chat_template_source(self._chat_template))

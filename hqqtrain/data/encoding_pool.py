@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 Numbered = tuple[int, Any]
 """An example, and its number from 1."""
 
-Batch = tuple[list[Encoded], list[Line]]
+EncodedOrRefused = Encoded | UserError
+"""The tokens of an example, or why it is refused."""
+
+Batch = tuple[list[EncodedOrRefused], list[Line]]
 """The tokens of some examples, and what was logged meanwhile."""
 
 SERIAL_CHARACTERS = 1 << 23
@@ -48,8 +51,8 @@ def encode_in_order(
     examples: Iterator[Numbered],
     workers: int,
     on_batch: Callable[[], object],
-) -> Iterator[Encoded]:
-    """Yield the tokens of every example, in order.
+) -> Iterator[EncodedOrRefused]:
+    """Yield the tokens of every example, or why it is refused, in order.
 
     Args:
         encoder: The encoder of the examples.
@@ -58,7 +61,7 @@ def encode_in_order(
         on_batch: Called now and then; it may raise to stop.
 
     Raises:
-        UserError: An example cannot be encoded, or a process was killed.
+        UserError: The tokenizer fails, or a process was killed.
     """
     characters = 0
     with kept_log() as lines:
@@ -80,7 +83,7 @@ def encode_in_order(
         yield from encoded
 
 
-def _encode(encoder: "ExampleEncoder", numbered: Numbered) -> Encoded:
+def _encode(encoder: "ExampleEncoder", numbered: Numbered) -> EncodedOrRefused:
     number, example = numbered
     call = partial(encoder.encode, example, number)
     return watch(call, len(text_of(example)), encoder.where)

@@ -193,7 +193,7 @@ def test_chats_that_the_template_refuses_count_as_bad_rows_of_a_pass(tokenizer, 
                each["labels"].tolist() if label >= 0}  # fmt: skip
     assert trained
     few = DataConfig(**settings, max_bad_rows=2)
-    with pytest.raises(UserError, match=r"line 12: .* set data\.max_bad_rows above 2\."):
+    with pytest.raises(UserError, match=r"line 12: .* Set data\.max_bad_rows above 2"):
         list(blocks_of(tokenizer, few, max_seq_len=64))
 
 

@@ -107,6 +107,16 @@ def test_an_example_that_cannot_be_rendered_is_named(tokenizer):
         list(encode_examples([CHAT, odd], tokenizer, data, "data.source=x"))
 
 
+def test_examples_that_are_refused_are_left_out_as_bad_rows(tokenizer, caplog):
+    odd = Conversation(({"role": "user", "content": "Q"}, {"role": "critic", "content": "A"}))
+    data = DataConfig(chat_template="gemma", max_bad_rows=1)
+    ((ids, _),) = encode_examples([odd, CHAT], tokenizer, data)
+    assert ids.tolist() == next(encode_examples([CHAT], tokenizer, data))[0].tolist()
+    assert "left out (data.max_bad_rows=1): data.source, example 1: " in caplog.text
+    with pytest.raises(UserError, match=r"example 3: .* Set data\.max_bad_rows above 1"):
+        list(encode_examples([odd, CHAT, odd], tokenizer, data))
+
+
 def test_a_tokenizer_without_offsets_is_refused(tokenizer):
     class Slow:
         is_fast = False
