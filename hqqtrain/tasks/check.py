@@ -8,6 +8,7 @@ because the machine that checks may not be the one that runs.
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 
 from hqqtrain.common.errors import ErrorCollector, UserError
@@ -16,9 +17,14 @@ from hqqtrain.compose.inputs import list_inputs
 from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.groups import QuantConfig
 from hqqtrain.config.run import RunConfig
+from hqqtrain.data.encoding import encode_examples
 from hqqtrain.data.examples import Example
 from hqqtrain.data.sources import load_held_out_texts, load_training_texts
-from hqqtrain.data.streamed_sources import first_training_texts, streamed_held_out_texts
+from hqqtrain.data.streamed_sources import (
+    SHOWN_EXAMPLES,
+    first_training_texts,
+    streamed_held_out_texts,
+)
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies.check import RuntimeSettings
@@ -93,8 +99,23 @@ def _check_adapter(config: RunConfig) -> str:
 
 def _check_training_text(config: RunConfig) -> str:
     load = first_training_texts if config.data.streaming else load_training_texts
-    texts = load(config.data, config.eval)
-    return _counted(f"data.source={describe_source(config.data.source)}", texts)
+    texts, where = (
+        load(config.data, config.eval),
+        f"data.source={describe_source(config.data.source)}",
+    )
+    checked = _counted(where, texts)
+    if any(item.kind in ("model", "tokenizer") and item.is_local for item in list_inputs(config)):
+        _check_chats(config, texts, where)
+    return checked
+
+
+def _check_chats(config: RunConfig, texts: Iterable[Example], where: str) -> None:
+    """Encode the first examples other than plain text, which the chat template may refuse."""
+    first = (each for each in islice(texts, SHOWN_EXAMPLES) if not isinstance(each, str))
+    if (example := next(first, None)) is not None:
+        tokenizer = load_data_model(config.model, config.data).tokenizer
+        for _ in encode_examples(chain([example], first), tokenizer, config.data, where):
+            pass
 
 
 def _check_held_out_text(config: RunConfig) -> str:

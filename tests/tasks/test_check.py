@@ -36,6 +36,19 @@ def test_what_was_checked_goes_to_standard_error_and_the_directory_to_standard_o
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_chat_that_the_template_refuses_is_found(words, capsys, tmp_path):
+    good = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    bad = [good[0], {"role": "tool", "content": "22"}, good[1]]
+    rows = "".join(json.dumps({"messages": each}) + "\n" for each in (good, good, bad))
+    (tmp_path / "chat.jsonl").write_text(rows)
+    words = [*words, "data.source=chat.jsonl", "eval.source=null"]
+    assert main([*words, "data.chat_template=gemma"]) == 2
+    assert "chat.jsonl, line 3: the template gemma has the roles" in capsys.readouterr().err
+    assert main(words) == 2
+    assert "data.chat_template=auto: the tokenizer of the model has no" in capsys.readouterr().err
+    assert main([*words, "data.chat_template=chatml"]) == 0
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
