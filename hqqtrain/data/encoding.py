@@ -169,6 +169,7 @@ class ExampleEncoder:
                     return _encode_tokens(example)
         except (RenderError, InexactError) as error:
             place = example.place or f"example {number}"
+            place = place.removeprefix(f"{self.where.partition('=')[2]}, ")  # `where` has the file
             reason = str(error).rstrip(".")
             return UserError(f"{self.where}, {place}: {reason}.")
 

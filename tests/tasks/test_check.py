@@ -43,7 +43,10 @@ def test_a_chat_that_the_template_refuses_is_found(words, capsys, tmp_path):
     (tmp_path / "chat.jsonl").write_text(rows)
     words = [*words, "data.source=chat.jsonl", "eval.source=null"]
     assert main([*words, "data.chat_template=gemma"]) == 2
-    assert "chat.jsonl, line 3: the template gemma has the roles" in capsys.readouterr().err
+    assert (
+        "data.source=chat.jsonl, line 3: the template gemma has the roles"
+        in capsys.readouterr().err
+    )
     assert main(words) == 2
     assert "data.chat_template=auto: the tokenizer of the model has no" in capsys.readouterr().err
     assert main([*words, "data.chat_template=chatml"]) == 0
