@@ -80,11 +80,17 @@ def load_eval_set(
     cuts = evaluation.tokens % max_seq_len != 0
     windows = sample_windows(candidates, evaluation.tokens, cuts=cuts)
     measured, there = (int((each.end - each.begin).sum()) for each in (windows, candidates))
+    _warn_of_few_tokens(measured, there, evaluation, length)
+    return windows
+
+
+def _warn_of_few_tokens(measured: int, there: int, evaluation: EvalConfig, length: int) -> None:
+    """Log if few tokens are `measured` of those that are `there`, in windows of `length`."""
     if there < min(FEW_TOKENS, evaluation.tokens):
         logger.warning(
-            "%s: the held-out text has only %d tokens, so its perplexity is mostly noise; hold out "
-            "more text with data.validation, or set eval.source to a longer text",
-            where, there,
+            "eval.source=%s: the held-out text has only %d tokens, so its perplexity is mostly "
+            "noise; hold out more text with data.validation, or set eval.source to a longer text",
+            evaluation.source, there,
         )  # fmt: skip
     elif measured < min(evaluation.tokens, there) / 2:
         logger.warning(
@@ -92,7 +98,6 @@ def load_eval_set(
             "(train.max_seq_len) are measured as a whole; use more tokens or shorter windows",
             evaluation.tokens, measured, length,
         )  # fmt: skip
-    return windows
 
 
 def cut_windows(examples: TokenSequences, length: int) -> TokenSequences:

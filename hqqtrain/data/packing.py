@@ -81,10 +81,7 @@ def pack_examples(
     )
     is_plain_text = kinds <= {str}
     if packing and is_plain_text and data.on_long in (AUTO, "split"):
-        begin = np.arange(0, len(tokens.stream), max_seq_len)
-        end = np.minimum(begin + max_seq_len, len(tokens.stream))
-        predicts = end - begin > 1
-        parts = sequences = replace(tokens, begin=begin[predicts], end=end[predicts])
+        parts = sequences = cut_stream(tokens, max_seq_len)
     else:
         parts = cut_long(tokens, max_seq_len, data.on_long, where)
         sequences = pack_parts(parts, max_seq_len, folder) if packing else parts
@@ -97,6 +94,14 @@ def pack_examples(
         )
     on_parts(parts)
     return sequences
+
+
+def cut_stream(tokens: TokenSequences, max_seq_len: int) -> TokenSequences:
+    """Cut the stream of all texts every `max_seq_len` tokens; a single token is left out."""
+    begin = np.arange(0, len(tokens.stream), max_seq_len)
+    end = np.minimum(begin + max_seq_len, len(tokens.stream))
+    predicts = end - begin > 1
+    return replace(tokens, begin=begin[predicts], end=end[predicts])
 
 
 def encode_stream(

@@ -21,7 +21,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class BaseParts:
-    """What an adapter trains of its base.
+    """The parts of its base that an adapter trains.
 
     Attributes:
         modules: Sorted names of the modules that it has in full.

@@ -70,18 +70,16 @@ def load_training_data(
         on_parts: Called with the tokens of the examples, as by `pack_examples`.
 
     Raises:
-        UserError: The text cannot be read, overlaps with the held-out text, or has a token that the
-            model does not know.
+        UserError: The text cannot be read, overlaps with the held-out text, or has unknown tokens.
         PreemptedError: A rank has received a signal; checked between batches of texts.
     """
-    config, comm = run.config, run.runtime.comm
-    length, packing = config.train.max_seq_len, config.train.packing
+    config, comm, length = run.config, run.runtime.comm, run.config.train.max_seq_len
     where = f"data.source={describe_source(config.data.source)}"
     with comm.raise_on_all_ranks():
         tokenizer = load_tokenizer(tokenizer_folder)
 
     def identity() -> dict[str, Any]:
-        settings = {"train.max_seq_len": length, "train.packing": packing}
+        settings = {"train.max_seq_len": length, "train.packing": config.train.packing}
         return token_identity(config, tokenizer, tokenizer_folder, **settings)
 
     def build(folder: Path | None, on_batch: Callable[[], object]) -> TokenizedData:
@@ -91,7 +89,7 @@ def load_training_data(
             run.recorder.progress_bars.count_tokenized(load(config.data, config.eval)),
             tokenizer,
             max_seq_len=length,
-            packing=packing,
+            packing=config.train.packing,
             data=config.data,
             where=where,
             on_batch=on_batch,

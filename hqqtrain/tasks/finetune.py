@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import closing
+from pathlib import Path
 
 from torch import nn
 
@@ -59,11 +60,14 @@ def finetune(run: Run) -> None:
     source_digest = digest_source(plan.source, comm, runtime.preemption)
     history.check_checkpoint(checkpoint, source_digest)
     has_quantized = history.has_quantized(source_digest)
+    tokenizer, vocab_size = plan.source.tokenizer, vocabulary_size(plan.model)
     loader: DataLoader
     if config.data.streaming:
-        loader, held_out, digests = stream_training_data(run, plan, layout, checkpoint)
+        loader, held_out, digests = stream_training_data(
+            run, tokenizer, vocab_size, layout, checkpoint
+        )
     else:
-        loader, held_out, digests = load_in_memory(run, plan, layout)
+        loader, held_out, digests = load_tokens(run, tokenizer, vocab_size, layout)
     with closing(loader):
         with comm.raise_on_all_ranks():
             check_resumable(checkpoint, digests, loader.total_steps)
@@ -95,10 +99,16 @@ def finetune(run: Run) -> None:
     evaluation.record_samples()
 
 
-def load_in_memory(
-    run: Run, plan: ModelPlan, layout: BatchLayout
+def load_tokens(
+    run: Run, tokenizer_folder: Path, vocab_size: int, layout: BatchLayout
 ) -> tuple[PackedLoader, TokenSequences | None, dict[str, str]]:
     """Find or make the tokens of a run, and map them on every rank. Collective.
+
+    Args:
+        run: The run.
+        tokenizer_folder: The folder of the model's tokenizer.
+        vocab_size: Number of token ids that the model knows.
+        layout: Which texts may share a row, and a batch.
 
     Returns:
         The loader, the held-out set, and a digest of each by its key.
@@ -107,9 +117,8 @@ def load_in_memory(
         UserError: The data cannot be read, or is not the same on all ranks.
     """
     config, comm = run.config, run.runtime.comm
-    vocab_size = vocabulary_size(plan.model)
-    training_data = load_training_data(run, plan.source.tokenizer, vocab_size)
-    held_out = load_held_out_data(run, plan.source.tokenizer, vocab_size)
+    training_data = load_training_data(run, tokenizer_folder, vocab_size)
+    held_out = load_held_out_data(run, tokenizer_folder, vocab_size)
     with comm.raise_on_all_ranks():
         loader = PackedLoader(
             training_data,

@@ -1,6 +1,7 @@
 """The data of a training with `data.streaming`, which rank 0 reads for all ranks."""
 
 import logging
+from pathlib import Path
 
 from hqqtrain.checkpoint.format import Checkpoint
 from hqqtrain.config.data_sources import describe_source
@@ -14,8 +15,6 @@ from hqqtrain.data.streamed_sources import (
 )
 from hqqtrain.data.streaming import StreamingLoader
 from hqqtrain.distributed.heartbeat import Heartbeat
-from hqqtrain.loading.plan import ModelPlan
-from hqqtrain.models.causal_lm import vocabulary_size
 from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import sample_held_out_data
@@ -24,13 +23,18 @@ logger = logging.getLogger(__name__)
 
 
 def stream_training_data(
-    run: Run, plan: ModelPlan, layout: BatchLayout, checkpoint: Checkpoint | None
+    run: Run,
+    tokenizer_folder: Path,
+    vocab_size: int,
+    layout: BatchLayout,
+    checkpoint: Checkpoint | None,
 ) -> tuple[StreamingLoader, TokenSequences | None, dict[str, str]]:
     """Start to read `data.source`, from the beginning or where `checkpoint` was. Collective.
 
     Args:
         run: The run.
-        plan: The model.
+        tokenizer_folder: The folder of the model's tokenizer.
+        vocab_size: Number of token ids that the model knows.
         layout: Which texts may share a row, and a batch.
         checkpoint: The checkpoint to resume from.
 
@@ -42,11 +46,12 @@ def stream_training_data(
         PreemptedError: A rank was asked to stop.
     """
     config, comm, preemption = run.config, run.runtime.comm, run.runtime.preemption
-    folder, vocab_size = plan.source.tokenizer, vocabulary_size(plan.model)
 
     def open_blocks() -> BlockStream:
         # The reader has a tokenizer of its own, because a tokenizer serves one thread at a time.
-        return BlockStream(stream, load_tokenizer(folder), config.train, config.data, vocab_size)
+        return BlockStream(
+            stream, load_tokenizer(tokenizer_folder), config.train, config.data, vocab_size
+        )
 
     where = f"data.source={describe_source(config.data.source)}"
     loader = StreamingLoader(
@@ -67,7 +72,7 @@ def stream_training_data(
         if comm.is_main:
             stream = open_training_stream(config.data, config.eval, config.train.seed)
             check_streamed_overlap(stream, config.data, config.eval)
-            held_out = sample_held_out_data(config, folder, vocab_size)
+            held_out = sample_held_out_data(config, tokenizer_folder, vocab_size)
             digests = {"data.source": stream_digest(stream, config.data)}
             found = held_out, digests | {"eval.source": held_out.digest() if held_out else ""}
             loader.start(check)
