@@ -55,7 +55,7 @@ def flops_per_token(model: nn.Module) -> int:
     are not counted, because they matter for long sequences only.
     """
     total = 0
-    # Of a module that is trained in full, only PEFT's copy computes.
+    # If a module is trained in full, only PEFT's copy of it computes.
     unused = {m.original_module for m in model.modules() if isinstance(m, ModulesToSaveWrapper)}
     for module in model.modules():
         if module in unused:

@@ -1,4 +1,4 @@
-"""What is trained of the base is selected as PEFT selects it, or refused with the fix."""
+"""Parts of the base that are trained are selected as PEFT selects them, or refused with the fix."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What decides tokens is in the name of their entry, and nothing else."""
+"""The name of an entry has everything that decides its tokens, and nothing else."""
 
 import json
 import shutil
