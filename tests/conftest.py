@@ -1,5 +1,6 @@
 """Settings of all tests: Triton kernels run in the interpreter on a machine without a GPU."""
 
+import gc
 import logging
 import os
 import signal
@@ -59,6 +60,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
     items.sort(key=lambda item: _place(item.path))
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collection pass over all modules and tests, which took 5 % of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

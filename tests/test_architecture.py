@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,11 @@ def _name(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
 
+@cache
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def test_modules_are_found():
     assert len(MODULES) > 40
 
@@ -53,14 +59,14 @@ def test_files_are_short(file):
 
 @pytest.mark.parametrize("file", EVERY_MODULE, ids=_name)
 def test_every_module_has_a_docstring(file):
-    assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+    assert ast.get_docstring(_tree(file))
 
 
 @pytest.mark.parametrize("file", MODULES, ids=_name)
 def test_only_the_command_line_and_the_console_print(file):
     if _name(file) in MAY_PRINT or file.parent in (ROOT / "scripts", ROOT / "kernels" / "bench"):
         return
-    nodes = ast.walk(ast.parse(file.read_text("utf-8")))
+    nodes = ast.walk(_tree(file))
     calls = (node for node in nodes if isinstance(node, ast.Call))
     print_lines = [call.lineno for call in calls if ast.unparse(call.func) == "print"]
     assert print_lines == []
@@ -78,9 +84,10 @@ def _is_private(name: str) -> bool:
     return name.startswith("_") and not name.endswith("__") and name.strip("_").isidentifier()
 
 
-def _own_private_names(trees: list[ast.Module]) -> set[str]:
+@cache
+def _own_private_names() -> set[str]:
     """Return the private functions, methods and attributes that our own code defines."""
-    nodes = [node for tree in trees for node in ast.walk(tree)]
+    nodes = [node for file in PRODUCT for node in ast.walk(_tree(file))]
     methods = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
     attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
     of_self = [node for node in attributes if ast.unparse(node.value) == "self"]
@@ -106,14 +113,13 @@ def _foreign_private_names(tree: ast.Module, own: set[str]) -> list[str]:
 
 
 PRODUCT = _files("*.py", "hqqtrain", "kernels/hqqtrain_kernels")
-OWN_PRIVATE_NAMES = _own_private_names([ast.parse(file.read_text("utf-8")) for file in PRODUCT])
 
 
 @pytest.mark.parametrize("file", PRODUCT, ids=_name)
 def test_only_compat_uses_private_parts_of_other_libraries(file):
     if file.name == "compat.py":
         return
-    names = _foreign_private_names(ast.parse(file.read_text("utf-8")), OWN_PRIVATE_NAMES)
+    names = _foreign_private_names(_tree(file), _own_private_names())
     assert names == [], "put these into compat.py, under public names and with tests"
 
 
@@ -122,7 +128,7 @@ def test_only_compat_uses_private_parts_of_other_libraries(file):
     "from torch.distributed import _get", "self._buffers", "getattr(module, '_hf_hook')",
 ])  # fmt: skip
 def test_private_parts_are_found(code):
-    assert _foreign_private_names(ast.parse(code), OWN_PRIVATE_NAMES)
+    assert _foreign_private_names(ast.parse(code), _own_private_names())
 
 
 def test_the_recipe_folder_has_only_recipes():

@@ -69,6 +69,8 @@ def test_command(number: int, folder: Path):
             words.append(f"model.name_or_path={small_model()}")  # in place of a large one or none
     if "recipe=sweep_bits" in words:
         words += ["quant.nbits=2", "quant.group_size=64"]  # one of its twelve jobs
+    if "-m" in words[3:]:
+        words.append("quant.nbits=2")  # one of its two jobs
     if "accelerate" in words:
         words[2:2] = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
                       "--main_process_port", str(free_port())]  # fmt: skip

@@ -7,13 +7,16 @@ imports. So all tests that start ranks use the context of this module.
 import functools
 import multiprocessing
 import os
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from unittest import mock
 
 from hqqtrain.tasks.run import OPENMP_SPIN_COUNT
 
 PRELOADED = [
     "hqqtrain.tasks.dispatch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama",
-    "hqqtrain.compose.compose", "pytest", "wandb",
+    "hqqtrain.compose.compose", "pytest", "wandb", "warm",
 ]  # fmt: skip
 """Modules that neither start a thread nor read RANK: a fork would copy what they have read."""
 
@@ -24,4 +27,7 @@ def fork_context() -> ForkServerContext:
     os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)  # as `run_task` does
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with mock.patch.dict(os.environ, PYTHONPATH=path):  # the server has no other way to find `warm`
+        forkserver.ensure_running()
     return context
