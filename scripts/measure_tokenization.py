@@ -124,7 +124,9 @@ def measure(kind: str, options: argparse.Namespace, folder: Path) -> dict[str, o
     corpus = folder / f"{kind}.jsonl"
     write_corpus(corpus, kind, int(options.tokens))
     alone = tokenizer_speed(tokenizer, texts_of(corpus, SAMPLE_TEXTS))
-    data = DataConfig(source=str(corpus), chat_template=options.chat_template)
+    data = DataConfig(
+        source=str(corpus), chat_template=options.chat_template, workers=options.workers
+    )
     store, parts = folder / kind, list[TokenSequences]()
     store.mkdir()
     with peak_memory() as peak:
@@ -132,7 +134,7 @@ def measure(kind: str, options: argparse.Namespace, folder: Path) -> dict[str, o
         packed = pack_examples(
             load_training_texts(data, EvalConfig(source=None)),
             tokenizer, max_seq_len=options.max_seq_len, data=data, on_parts=parts.append,
-            folder=store, workers=options.workers,
+            folder=store,
         )  # fmt: skip
         shares = packed.stream is not parts[0].stream
         save_sequences(store, {EXAMPLES: parts[0], **({PACKED: packed} if shares else {})})

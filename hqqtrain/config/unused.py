@@ -104,7 +104,6 @@ def _ineffective_data(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield (key, reason) for every key of the group `data` that another key makes ineffective."""
     evaluation = config.eval
     if config.data.streaming:
-        yield "data.workers", "data.streaming=true tokenizes in one thread"
         yield "data.cache_dir", "data.streaming=true keeps no tokens"
     else:
         yield "data.shuffle_buffer", "data.streaming=false shuffles all sequences"

@@ -18,7 +18,7 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.groups import AUTO, DataConfig, TrainConfig
 from hqqtrain.data.chat.encoding import Encoded
-from hqqtrain.data.encoding import check_refused, encode_examples
+from hqqtrain.data.encoding import check_refused, encode_or_refuse
 from hqqtrain.data.example_stream import ExampleStream, Place, StreamPlace
 from hqqtrain.data.examples import Example
 from hqqtrain.data.order import permutation
@@ -161,39 +161,34 @@ class BlockStream:
 
     def _groups(self, start: BlockState, on_batch: Callable[[], object]) -> Iterator[_Group]:
         """Yield the tokens of the examples of each block, in order."""
-        places = deque[StreamPlace]()  # after each example that the tokenizer has taken
-        refused, refused_pass = start.refused, start.place.passes
+        places = deque[StreamPlace]()  # after each example that was read ahead
 
         def examples() -> Iterator[Example]:
             for place, example in self._examples.read(start.place):
                 places.append(place)
                 yield example
 
-        def count_refused(error: UserError) -> None:
-            nonlocal refused, refused_pass
-            passes = places[-1].passes  # the place after the example
-            refused, refused_pass = (refused if passes == refused_pass else 0) + 1, passes
-            check_refused(refused, self._data.max_bad_rows, error)
-
-        group, tokens, last = list[Encoded](), 0, start.place
+        group, tokens = list[Encoded](), 0
+        last, refused = start.place, start.refused
         max_tokens = self._block_size * self._train.max_seq_len
-        for encoded in encode_examples(
-            examples(),
-            self._tokenizer,
-            self._data,
-            self._where,
-            on_batch,
-            on_refused=count_refused,
+        for encoded in encode_or_refuse(
+            examples(), self._tokenizer, self._data, self._where, on_batch
         ):
             place = places.popleft()
-            if self._examples.has_passes and place.passes > last.passes:
-                yield _Group(group, StreamPlace(last.examples, (Place(place.passes),)), True, 0)
-                group, tokens = [], 0
+            if place.passes > last.passes:
+                refused = 0
+                if self._examples.has_passes:
+                    yield _Group(group, StreamPlace(last.examples, (Place(place.passes),)), True, 0)
+                    group, tokens = [], 0
+            if isinstance(encoded, UserError):
+                refused += 1
+                check_refused(refused, self._data.max_bad_rows, encoded)
+                encoded = EMPTY
             group.append(encoded)
             tokens, last = tokens + len(encoded[0]), place
             is_full = not self._train.packing and len(group) >= self._block_size
             if is_full or tokens >= max_tokens:
-                yield _Group(group, last, False, refused if last.passes == refused_pass else 0)
+                yield _Group(group, last, False, refused)
                 group, tokens = [], 0
 
     def _sequences(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.threads import usable_cores
 from hqqtrain.config.groups import AUTO, DataConfig
 from hqqtrain.data.chat.encoding import ChatEncoder, Encoded, check_is_fast, encode_spans
 from hqqtrain.data.chat.library import chat_template_source
@@ -31,13 +32,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOSS_ON = {
+_ALLOWED = {
     str: ("text", ("all",)),
     Completion: ("prompts and completions", ("completion", "all")),
     Conversation: ("chats", ("assistant", "last", "all")),
     Tokens: ("tokens with labels", ()),
 }
-"""Kind of example -> its name, and the values of `data.loss_on`, of which the first is default."""
+"""Kind of example -> its name, and the values of `data.loss_on` that it has, the default first."""
 
 
 def encode_examples(
@@ -46,48 +47,59 @@ def encode_examples(
     data: DataConfig,
     where: str = "data.source",
     on_batch: Callable[[], object] = lambda: None,
-    workers: int = 1,
-    on_refused: Callable[[UserError], object] | None = None,
 ) -> Iterator[Encoded]:
     """Yield the token ids of every example, int32 [n], and whether each is trained, bool [n].
 
-    Blank texts are left out. The first token of an example is never trained.
+    Blank texts are left out, and so are the first `data.max_bad_rows` examples that are refused.
+    The first token of an example is never trained.
 
     Args:
         examples: The examples. Those of several sources may be of several kinds.
         tokenizer: The tokenizer of the model.
-        data: The group `data` of the configuration, for `chat_template` and `loss_on`.
+        data: The group `data` of the configuration.
         where: The source of the examples, for messages.
         on_batch: Called now and then; it may raise to stop.
-        workers: Number of processes that encode examples other than plain text, if there are many.
-        on_refused: Called with the error of an example that the template refuses, or whose trained
-            tokens cannot be told; the example has no tokens then. None: such an example is left
-            out, and counts as a bad row.
 
     Raises:
-        UserError: The setting does not fit the examples, the tokenizer fails, or more than
+        UserError: `data.loss_on` does not fit the examples, the tokenizer fails, or more than
             `data.max_bad_rows` examples are refused.
     """
-    numbers, encoders, refused = count(1), dict[str, ExampleEncoder](), 0
-    for (kind, allowed), of_kind in groupby(examples, _kind):
-        loss_on, rest = _check_loss_on(kind, allowed, data, where), cast(Iterator[Any], of_kind)
-        if allowed == _LOSS_ON[str][1]:
+    refused = 0
+    for encoded in encode_or_refuse(examples, tokenizer, data, where, on_batch):
+        if isinstance(encoded, UserError):
+            refused += 1
+            check_refused(refused, data.max_bad_rows, encoded)
+        else:
+            yield encoded
+
+
+def encode_or_refuse(
+    examples: Iterable[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    data: DataConfig,
+    where: str,
+    on_batch: Callable[[], object],
+) -> Iterator[EncodedOrRefused]:
+    """Yield the tokens of every example, or why it is refused; see `encode_examples`.
+
+    An example is refused if the chat template does not take it, or if its trained tokens cannot be
+    told. Several processes encode chats and completions, if there are many; they read ahead.
+
+    Raises:
+        UserError: `data.loss_on` does not fit the examples, or the tokenizer fails.
+    """
+    encoder = ExampleEncoder(tokenizer, data.chat_template, data.loss_on, where)
+    numbers, workers = count(1), data.workers or usable_cores()
+    for kind, group in groupby(_checked(examples, data.loss_on, where), _text_or_tokens):
+        rest = cast(Iterator[Any], group)
+        if kind is str:
             for ids in encode_texts(rest, tokenizer, where, on_batch):
                 yield ids, np.arange(len(ids)) > 0
             continue
-        if kind not in encoders:
-            encoders[kind] = ExampleEncoder(tokenizer, data.chat_template, loss_on, where)
+        check_is_fast(tokenizer)
         numbered = ((next(numbers), example) for example in rest)
-        processes = workers if allowed else 1  # tokens are only copied
-        for encoded in encode_in_order(encoders[kind], numbered, processes, on_batch):
-            if not isinstance(encoded, UserError):
-                yield encoded
-            elif on_refused is None:
-                refused += 1
-                check_refused(refused, data.max_bad_rows, encoded)
-            else:
-                on_refused(encoded)
-                yield np.empty(0, np.int32), np.empty(0, bool)
+        processes = 1 if kind is Tokens else workers  # tokens are only copied
+        yield from encode_in_order(encoder, numbered, processes, on_batch)
 
 
 def check_refused(refused: int, max_bad_rows: int, error: UserError) -> None:
@@ -110,31 +122,38 @@ def check_refused(refused: int, max_bad_rows: int, error: UserError) -> None:
         logger.warning("left out (data.max_bad_rows=%d): %s", max_bad_rows, error)
 
 
-def _kind(example: Example) -> tuple[str, tuple[str, ...]]:
+def _allowed(example: Example) -> tuple[str, tuple[str, ...]]:
     """Return the name of the kind of an example, and the values of `data.loss_on` that it has."""
-    kind, allowed = _LOSS_ON[type(example)]
+    kind, allowed = _ALLOWED[type(example)]
     if isinstance(example, Conversation) and example.completion_start is not None:
         return "prompts and completions", ("completion", *allowed)
     return kind, allowed
 
 
-def _check_loss_on(kind: str, allowed: tuple[str, ...], data: DataConfig, where: str) -> str:
-    """Return `data.loss_on` for a kind of examples; refuse one that it does not have."""
-    if data.loss_on != AUTO and data.loss_on not in allowed:
-        raise UserError(
-            f"data.loss_on={data.loss_on}: the rows of {where} are {kind}; allowed are "
-            f"{', '.join([AUTO, *allowed])}."
-        )
-    return data.loss_on if data.loss_on != AUTO else (*allowed, "")[0]
+def _checked(examples: Iterable[Example], loss_on: str, where: str) -> Iterator[Example]:
+    """Yield the examples, and refuse one that does not have the value of `data.loss_on`."""
+    for example in examples:
+        kind, allowed = _allowed(example)
+        if loss_on not in (AUTO, *allowed):
+            raise UserError(
+                f"data.loss_on={loss_on}: the rows of {where} are {kind}; allowed are "
+                f"{', '.join([AUTO, *allowed])}."
+            )
+        yield example
+
+
+def _text_or_tokens(example: Example) -> type | None:
+    """Return the type of an example that is encoded without a template."""
+    return type(example) if isinstance(example, str | Tokens) else None
 
 
 class ExampleEncoder:
-    """Encodes examples of one kind that is not plain text.
+    """Encodes examples that are not plain text.
 
     Args:
         tokenizer: The tokenizer of the model.
         chat_template: `data.chat_template`.
-        loss_on: A value that the kind of example has.
+        loss_on: `data.loss_on`, which the examples must have.
         where: The source of the examples, for messages.
         warns: Whether to warn of markers that are no tokens.
     """
@@ -145,8 +164,7 @@ class ExampleEncoder:
     ) -> None:  # fmt: skip
         self._tokenizer, self._loss_on, self.where = tokenizer, loss_on, where
         self._chat_template, self._warns = chat_template, warns
-        check_is_fast(tokenizer)
-        self._chats = cache(self._make_chat_encoder)
+        self._chat_encoder = cache(self._make_chat_encoder)
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = (self._tokenizer, self._chat_template, self._loss_on, self.where)
@@ -154,17 +172,16 @@ class ExampleEncoder:
         return partial(ExampleEncoder, warns=False), arguments
 
     def encode(self, example: Completion | Conversation | Tokens, number: int) -> EncodedOrRefused:
-        """Return the tokens of the example of a number from 1, or why it is refused.
-
-        An example is refused if the template does not take it, or if its trained tokens cannot be
-        told.
-        """
+        """Return the tokens of the example of a number from 1, or why it is refused."""
+        loss_on = self._loss_on
+        if loss_on == AUTO:
+            loss_on = next(iter(_allowed(example)[1]), "")
         try:
             match example:
                 case Conversation():
-                    return self._chats().encode(example)
+                    return self._chat_encoder(loss_on).encode(example)
                 case Completion():
-                    return self._encode_completion(example)
+                    return self._encode_completion(example, loss_on)
                 case Tokens():
                     return _encode_tokens(example)
         except (RenderError, InexactError) as error:
@@ -173,7 +190,7 @@ class ExampleEncoder:
             reason = str(error).rstrip(".")
             return UserError(f"{self.where}, {place}: {reason}.")
 
-    def _make_chat_encoder(self) -> ChatEncoder:
+    def _make_chat_encoder(self, loss_on: str) -> ChatEncoder:
         template = ChatTemplate(self._tokenizer, chat_template_source(self._chat_template))
         if self._warns and (missing := missing_markers(template, self._tokenizer)):
             _warn_once(
@@ -181,7 +198,7 @@ class ExampleEncoder:
                 "template as tokens, so they are trained as ordinary text; data.add_tokens=auto "
                 "adds them"
             )
-        return ChatEncoder(self._tokenizer, template, self._loss_on)
+        return ChatEncoder(self._tokenizer, template, loss_on)
 
     def _tokens_before_text(self) -> list[int]:
         """Return the special tokens that the tokenizer puts before a text, such as BOS."""
@@ -191,10 +208,10 @@ class ExampleEncoder:
         starts = range(len(whole) - len(plain) + 1)
         return next((whole[:i] for i in starts if whole[i : i + len(plain)] == plain), [])
 
-    def _encode_completion(self, example: Completion) -> Encoded:
+    def _encode_completion(self, example: Completion, loss_on: str) -> Encoded:
         """Return the tokens of a prompt and its completion, which ends with EOS."""
         text = example.prompt + example.completion
-        begin = 0 if self._loss_on == "all" else len(example.prompt)
+        begin = 0 if loss_on == "all" else len(example.prompt)
         ids, targets = encode_spans(self._tokenizer, text, [(begin, len(text))])
         first = self._tokens_before_text()
         ids, targets = [*first, *ids], [*[False] * len(first), *targets]

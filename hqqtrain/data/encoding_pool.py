@@ -1,7 +1,8 @@
 """Encode chats and completions in several processes, as if one had done it.
 
 Most of the time of a chat goes into its template, which runs in Python. The order of the examples
-and the first error are those of a single process.
+and the first error are those of a single process. The examples may be without end: only a few
+batches for each process are read ahead.
 """
 
 import logging
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,8 @@ from hqqtrain.data.examples import text_of
 from hqqtrain.data.tokenization import watch
 
 if TYPE_CHECKING:
+    from multiprocessing.queues import Queue
+
     from hqqtrain.data.encoding import ExampleEncoder
 
 logger = logging.getLogger(__name__)
@@ -64,7 +68,7 @@ def encode_in_order(
         UserError: The tokenizer fails, or a process was killed.
     """
     characters = 0
-    with kept_log() as lines:
+    with kept_log() if workers > 1 else nullcontext(list[Line]()) as lines:
         for number, example in examples:
             if number % 64 == 1:
                 on_batch()
@@ -99,7 +103,13 @@ def _encode_in_processes(
     reader = _Reader(examples)
     pending: deque[Future[Batch]] = deque()
     # Threads of this process may hold locks, which a forked process could never take.
-    pool = ProcessPoolExecutor(workers, start_method(), _start_worker, (encoder,))
+    context = start_method()
+    # Through a queue, because a process whose arguments do not fit into a pipe is waited for.
+    encoders = context.Queue()
+    encoders.cancel_join_thread()
+    for _ in range(workers):
+        encoders.put(encoder)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoders,))
     try:
         while True:
             while len(pending) < 2 * workers and (batch := reader.next_batch()):
@@ -161,7 +171,7 @@ _encoders: list["ExampleEncoder"] = []
 """The encoder of a worker."""
 
 
-def _start_worker(encoder: "ExampleEncoder") -> None:
+def _start_worker(encoders: "Queue[ExampleEncoder]") -> None:
     """Prepare a worker. It ends with its parent, which alone acts on signals."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -170,7 +180,7 @@ def _start_worker(encoder: "ExampleEncoder") -> None:
     own.propagate = False  # the parent logs for it
     own.setLevel(logging.INFO)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoders[:] = [encoder]
+    _encoders[:] = [encoders.get()]
 
 
 def _end_with_parent() -> None:

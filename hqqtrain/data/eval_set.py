@@ -39,7 +39,6 @@ def load_eval_set(
     *,
     on_batch: Callable[[], object] = lambda: None,
     folder: Path | None = None,
-    workers: int = 1,
 ) -> TokenSequences | None:
     """Sample windows of at most `max_seq_len` tokens from the held-out texts.
 
@@ -56,7 +55,6 @@ def load_eval_set(
         vocab_size: Number of token ids that the model knows; None if there is no model.
         on_batch: Called now and then; it may raise to stop.
         folder: Where to write the tokens, as for `pack_examples`.
-        workers: Number of processes, as for `pack_examples`.
 
     Returns:
         The windows, or None if eval.source is null.
@@ -71,9 +69,7 @@ def load_eval_set(
     where = f"eval.source={evaluation.source}"
     load = streamed_held_out_texts if data.streaming else load_held_out_texts
     examples = load(evaluation, data)
-    tokens = encode_stream(
-        examples, tokenizer, data, vocab_size, where, on_batch, folder=folder, workers=workers
-    )
+    tokens = encode_stream(examples, tokenizer, data, vocab_size, where, on_batch, folder=folder)
     candidates = cut_windows(tokens, length)
     if not len(candidates):
         raise UserError(f"{where}: no text in it has a token to predict.")

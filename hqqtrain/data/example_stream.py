@@ -7,7 +7,6 @@ examples before it.
 """
 
 import hashlib
-import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.data.examples import Example
 from hqqtrain.data.held_out import is_blank
 from hqqtrain.data.row_examples import Position, RowExamples
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,12 +94,8 @@ class StreamSource:
     parts: Sequence[StreamPart]
     weight: float = 1.0
 
-    def read(self, start: Place, *, logs: bool = True) -> Iterator[tuple[Place, Example]]:
+    def read(self, start: Place) -> Iterator[tuple[Place, Example]]:
         """Yield examples without end, from a place on, each with the place after it.
-
-        Args:
-            start: The place.
-            logs: Whether to log that a pass begins.
 
         Raises:
             UserError: A pass has no example, or the source cannot be read.
@@ -118,12 +111,6 @@ class StreamSource:
                 raise UserError(
                     f"{self.name}: has no example to train on; all are empty or held out "
                     "(data.validation)."
-                )
-            if logs:
-                logger.info(
-                    "%s: its end is reached; reading begins again, for pass %d.",
-                    self.name,
-                    place.passes + 2,
                 )
             place, has_examples = Place(place.passes + 1), False
 
@@ -163,28 +150,19 @@ class ExampleStream:
 
     def first_pass(self) -> Iterator[Example]:
         """Yield the examples until all sources have begun again."""
-        for place, example in self.read(self.start(), logs=False):
+        for place, example in self.read(self.start()):
             if place.passes:
                 return
             yield example
 
-    def read(
-        self, start: StreamPlace, *, logs: bool = True
-    ) -> Iterator[tuple[StreamPlace, Example]]:
+    def read(self, start: StreamPlace) -> Iterator[tuple[StreamPlace, Example]]:
         """Yield examples without end, from a place on, each with the place after it.
-
-        Args:
-            start: The place.
-            logs: Whether to log that a pass over a source begins.
 
         Raises:
             UserError: A source has no example to train on, or cannot be read.
         """
         places = list(start.places)
-        readers = [
-            source.read(place, logs=logs)
-            for source, place in zip(self._sources, places, strict=True)
-        ]
+        readers = [source.read(place) for source, place in zip(self._sources, places, strict=True)]
         number = start.examples
         while True:
             source = self._choose(number)

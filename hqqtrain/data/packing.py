@@ -46,7 +46,6 @@ def pack_examples(
     on_batch: Callable[[], object] = lambda: None,
     on_parts: Callable[[TokenSequences], object] = lambda parts: None,
     folder: Path | None = None,
-    workers: int = 1,
 ) -> TokenSequences:
     """Tokenize examples and arrange them in sequences of at most `max_seq_len` tokens.
 
@@ -55,7 +54,7 @@ def pack_examples(
         tokenizer: The tokenizer of the model.
         max_seq_len: Largest number of tokens in a sequence.
         packing: Whether examples share sequences.
-        data: The group `data` of the configuration, for `chat_template`, `loss_on` and `on_long`.
+        data: The group `data` of the configuration.
         vocab_size: Number of token ids that the model knows; None if there is no model.
         where: The source of the examples, for messages.
         on_batch: Called now and then; it may raise to stop.
@@ -63,7 +62,6 @@ def pack_examples(
             the examples that are trained on. Parts of texts that are cut are those in a sequence.
         folder: Where to write the tokens of the examples, as `EXAMPLES`, and those of sequences
             that several examples share as a whole, as `PACKED`; None: they stay in memory.
-        workers: Number of processes that encode examples other than plain text.
 
     Raises:
         UserError: No sequence has a token to predict, the model does not know a token, an example
@@ -76,9 +74,7 @@ def pack_examples(
             kinds.add(type(example))
             yield example
 
-    tokens = encode_stream(
-        noted(), tokenizer, data, vocab_size, where, on_batch, folder=folder, workers=workers
-    )
+    tokens = encode_stream(noted(), tokenizer, data, vocab_size, where, on_batch, folder=folder)
     is_plain_text = kinds <= {str}
     if packing and is_plain_text and data.on_long in (AUTO, "split"):
         parts = sequences = cut_stream(tokens, max_seq_len)
@@ -113,11 +109,10 @@ def encode_stream(
     on_batch: Callable[[], object] = lambda: None,
     *,
     folder: Path | None = None,
-    workers: int = 1,
 ) -> TokenSequences:
     """Tokenize examples, each into a sequence of its own, of any length; see `pack_examples`."""
     writer = TokenWriter(folder, EXAMPLES)
-    for ids, targets in encode_examples(examples, tokenizer, data, where, on_batch, workers):
+    for ids, targets in encode_examples(examples, tokenizer, data, where, on_batch):
         writer.append(ids, targets)
     tokens = writer.finish()
     if vocab_size is not None:

@@ -115,8 +115,10 @@ class StreamingLoader:
                     f"{self._where}: its text is not that of the checkpoint any more. Choose "
                     "another run.name, or run.resume=never."
                 )
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, UserError):
+                check()  # see `_next_block`
             raise
         self._last_report = time.monotonic()
 
@@ -190,6 +192,8 @@ class StreamingLoader:
             self._block, self._offset = before  # where the run resumes
             raise
         self._next_index = batch_index + 1
+        if self._batch and passes > self._batch.passes:
+            logger.info("%s: pass %d over the data begins", self._where, passes + 1)
         return GlobalBatch(concatenate(parts), samples, passes)
 
     def _take(self, number: int) -> tuple[list[TokenSequences], list[tuple[int, int]], int]:
@@ -216,7 +220,12 @@ class StreamingLoader:
             if time.monotonic() - started > PATIENCE_SECONDS:
                 self._check()
 
-        block = self._reader.next(check, max_seconds=MAX_WAIT_SECONDS)
+        try:
+            block = self._reader.next(check, max_seconds=MAX_WAIT_SECONDS)
+        except UserError:
+            # A signal to all processes also ends those that are just starting to encode.
+            self._check()
+            raise
         now = time.monotonic()
         waited, elapsed = now - started, now - self._last_report
         if waited > max(1.0, REPORTED_WAIT * elapsed):

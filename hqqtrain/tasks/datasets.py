@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.common.threads import usable_cores
 from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.eval_set import load_eval_set
@@ -95,7 +94,6 @@ def load_training_data(
             on_batch=on_batch,
             on_parts=parts.append,
             folder=folder,
-            workers=config.data.workers or usable_cores(),
         )
         return TokenizedData(parts[0], packed)
 
@@ -166,7 +164,7 @@ def load_held_out_data(
     def build(folder: Path | None, on_batch: Callable[[], object]) -> TokenizedData:
         windows = load_eval_set(
             config.eval, config.data, tokenizer, config.train.max_seq_len, on_batch=on_batch,
-            folder=folder, workers=config.data.workers or usable_cores(),
+            folder=folder,
         )  # fmt: skip
         assert windows is not None
         return TokenizedData(windows, windows)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forkserver import fork_context
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig, TrainConfig
+from hqqtrain.data import encoding_pool
 from hqqtrain.data.block_stream import Block, BlockState, BlockStream, concatenate
 from hqqtrain.data.example_stream import ExampleStream, StreamPart, StreamSource
 from hqqtrain.data.packing import pack_examples
@@ -193,6 +195,31 @@ def test_chats_that_the_template_refuses_count_as_bad_rows_of_a_pass(tokenizer, 
                each["labels"].tolist() if label >= 0}  # fmt: skip
     assert trained
     few = DataConfig(**settings, max_bad_rows=2)
+    with pytest.raises(UserError, match=r"line 12: .* Set data\.max_bad_rows above 2"):
+        list(blocks_of(tokenizer, few, max_seq_len=64))
+
+
+def test_several_processes_give_the_blocks_of_one(tokenizer, tmp_path, monkeypatch, caplog):
+    """They read ahead, beyond the end of a pass, but states and warnings are the same."""
+    monkeypatch.setattr(encoding_pool, "SERIAL_CHARACTERS", 100)
+    monkeypatch.setattr(encoding_pool, "BATCH_EXAMPLES", 3)
+    monkeypatch.setattr(encoding_pool, "start_method", fork_context)
+    file = chats_of(tmp_path, 14, {0, 5, 11})
+    settings = {"chat_template": "gemma", "shuffle_buffer": 3, "max_bad_rows": 3}
+    found = []
+    for workers in (1, 2):
+        data = DataConfig(source=file, workers=workers, **settings)
+        blocks = list(islice(blocks_of(tokenizer, data, max_seq_len=64), 12))
+        resumed = blocks_of(tokenizer, data, blocks[4].state, max_seq_len=64)
+        blocks += islice(resumed, 3)
+        found.append([
+            [(block.digest, block.state.to_json(), block.passes) for block in blocks],
+            [line for line in caplog.messages if line.startswith("left out")],
+        ])  # fmt: skip
+        caplog.clear()
+    assert found[0] == found[1]
+    assert blocks[11].passes > 2
+    few = DataConfig(source=file, workers=2, **settings | {"max_bad_rows": 2})
     with pytest.raises(UserError, match=r"line 12: .* Set data\.max_bad_rows above 2"):
         list(blocks_of(tokenizer, few, max_seq_len=64))
 

@@ -33,10 +33,10 @@ def encode(monkeypatch):
     monkeypatch.setattr(module, "BATCH_EXAMPLES", 3)
     monkeypatch.setattr(module, "start_method", fork_context)
     tokenizer = AutoTokenizer.from_pretrained(TINY_FOLDER)
-    data = DataConfig(chat_template="chatml")
 
     def encode(examples, workers: int, on_batch=lambda: None) -> list:
-        found = encode_examples(examples, tokenizer, data, on_batch=on_batch, workers=workers)
+        data = DataConfig(chat_template="chatml", workers=workers)
+        found = encode_examples(examples, tokenizer, data, on_batch=on_batch)
         return [(ids.tolist(), targets.tolist()) for ids, targets in found]
 
     return encode

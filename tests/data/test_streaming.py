@@ -37,6 +37,7 @@ def rows(tmp_path: Path) -> str:
 def make_loader(
     source: str, state: dict | None = None, *, buffer: int = 6, run_on_rank0: Callable = run_alone,
     rank: int = 0, world_size: int = 1, layout: BatchLayout = PACKED,
+    check: Callable[[], object] = lambda: None,
 ) -> StreamingLoader:  # fmt: skip
     data = DataConfig(source=source, shuffle_buffer=buffer, streaming=True)
 
@@ -51,7 +52,7 @@ def make_loader(
     if state:
         loader.load_state_dict(json.loads(json.dumps(state)))
     if rank == 0:
-        loader.start()
+        loader.start(check)
     return loader
 
 
@@ -147,6 +148,29 @@ def test_an_error_of_the_reader_reaches_the_training_once_it_needs_the_row(rows)
         list(loader.batches(200))
 
 
+def test_a_request_to_stop_comes_before_an_error_of_the_reader(rows, monkeypatch):
+    """A signal may have killed a process that encodes."""
+    Path(rows).write_text(Path(rows).read_text() * 6 + '{"text"')
+    loader = make_loader(rows)
+    monkeypatch.setattr(loader, "_check", stop)
+    with pytest.raises(PreemptedError):
+        read_batches(loader, 200)
+    Path(rows).write_text('{"text"')
+    with pytest.raises(PreemptedError):
+        make_loader(rows, check=stop)
+
+
+def test_a_pass_is_logged_when_training_begins_it(rows, caplog):
+    caplog.set_level("INFO")
+    loader = make_loader(rows)
+    for index in range(30):
+        list(loader.batches(index))
+        begun = [line for line in caplog.messages if line.endswith("over the data begins")]
+        assert len(begun) == int(loader.epoch(index)), index
+    assert begun[0] == f"data.source={rows}: pass 2 over the data begins"
+    loader.close()
+
+
 def read_batches(loader: StreamingLoader, number: int) -> None:
     for index in range(number):
         list(loader.batches(index))
@@ -202,6 +226,7 @@ def test_the_log_says_how_long_training_waits_for_data(slow_loader, caplog):
 
 
 def test_data_that_does_not_come_ends_the_training(slow_loader, monkeypatch):
+    monkeypatch.setattr(slow_loader, "_check", lambda: None)
     monkeypatch.setattr("hqqtrain.data.streaming.MAX_WAIT_SECONDS", 0.3)
     with pytest.raises(UserError, match="no data has come for 0 seconds"):
         read_batches(slow_loader, 3)
