@@ -14,7 +14,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from hqqtrain.data.rows import Row, RowError
-from hqqtrain.data.streams import UnreadableError
+from hqqtrain.data.text_files import UnreadableError
 
 BATCH_ROWS = 256
 """Rows of a table in memory at a time."""

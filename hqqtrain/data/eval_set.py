@@ -19,7 +19,7 @@ from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.data.packing import cut_long, encode_stream
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.sources import load_held_out_texts
-from hqqtrain.data.streamed_sources import streamed_held_out_texts
+from hqqtrain.data.streaming.sources import streamed_held_out_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from hqqtrain.data.splits import (
     split_of_name,
     split_of_path,
 )
-from hqqtrain.data.streams import COMPRESSIONS
+from hqqtrain.data.text_files import COMPRESSIONS
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any
 from hqqtrain.common.errors import UserError
 from hqqtrain.data.arrow import arrow_columns, arrow_rows, parquet_columns, parquet_rows
 from hqqtrain.data.rows import HEAD_ROWS, Row, RowError
-from hqqtrain.data.streams import (
+from hqqtrain.data.text_files import (
     MAX_ROW_BYTES,
     UnreadableError,
     read_all,

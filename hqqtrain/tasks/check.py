@@ -20,7 +20,7 @@ from hqqtrain.config.run import RunConfig
 from hqqtrain.data.encoding import encode_examples
 from hqqtrain.data.examples import Example
 from hqqtrain.data.sources import load_held_out_texts, load_training_texts
-from hqqtrain.data.streamed_sources import (
+from hqqtrain.data.streaming.sources import (
     SHOWN_EXAMPLES,
     first_training_texts,
     streamed_held_out_texts,

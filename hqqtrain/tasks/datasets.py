@@ -14,7 +14,7 @@ from hqqtrain.data.packing import pack_examples
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.sources import load_training_texts
 from hqqtrain.data.statistics import DataStatistics, measure_data
-from hqqtrain.data.streamed_sources import first_training_texts
+from hqqtrain.data.streaming.sources import first_training_texts
 from hqqtrain.data.tokenization import check_token_ids
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.loading.plan import ModelPlan

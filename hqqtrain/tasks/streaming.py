@@ -5,15 +5,15 @@ from pathlib import Path
 
 from hqqtrain.checkpoint.format import Checkpoint
 from hqqtrain.config.data_sources import describe_source
-from hqqtrain.data.block_stream import BlockStream
 from hqqtrain.data.layout import BatchLayout
 from hqqtrain.data.sequences import TokenSequences
-from hqqtrain.data.streamed_sources import (
+from hqqtrain.data.streaming.blocks import BlockStream
+from hqqtrain.data.streaming.loader import StreamingLoader
+from hqqtrain.data.streaming.sources import (
     check_streamed_overlap,
     open_training_stream,
     stream_digest,
 )
-from hqqtrain.data.streaming import StreamingLoader
 from hqqtrain.distributed.heartbeat import Heartbeat
 from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.tasks.context import Run

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.data import streams
+from hqqtrain.data import text_files
 from hqqtrain.data.formats.text import text_format
 from hqqtrain.data.readers import FileRows
 from hqqtrain.data.row_examples import RowExamples
@@ -150,7 +150,7 @@ def test_bad_json_is_named_with_its_line(tmp_path, content, reason):
 
 
 def test_a_line_that_is_too_long_for_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(streams, "MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 1 << 20)
     content = rows({"text": "a"}) + '{"text": "' + "x" * (1 << 20)
     assert "a.jsonl, line 2: longer than 1 MiB" in refusal(write(tmp_path / "a.jsonl", content))
     bomb = gzip.compress(b"x" * (1 << 22))
@@ -214,8 +214,8 @@ def test_several_parquet_columns_of_the_name_are_refused(tmp_path):
     "content", [b"a word " * 99, b"[" + b" " * 700 + b"]", b"\xff\xfe" + b"a\0" * 99]
 )
 def test_a_compressed_file_is_not_read_beyond_a_limit(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(streams, "MAX_DECOMPRESSED_BYTES", 100)
-    monkeypatch.setattr(streams, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(text_files, "MAX_DECOMPRESSED_BYTES", 100)
+    monkeypatch.setattr(text_files, "_BLOCK_BYTES", 64)
     format = "jsonl" if content.startswith((b"[", b"\xff")) else "text"
     file = write(tmp_path / "a.txt.gz", gzip.compress(content))
     assert "a.txt.gz: more than 0 MiB when decompressed" in refusal(file, format=format)

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from hqqtrain.common.errors import DataError, PreemptedError, UserError
-from hqqtrain.data.streaming import GlobalBatch, StreamingLoader
+from hqqtrain.data.streaming.loader import GlobalBatch, StreamingLoader
 from hqqtrain.tasks.data import show_data
 from hqqtrain.tasks.finetune import finetune
 
@@ -82,7 +82,7 @@ def test_a_bad_row_ends_the_run_before_anything_is_quantized(train, tmp_path):
 
 
 def test_a_run_that_met_a_bad_row_resumes_if_bad_rows_are_allowed(train, tmp_path, monkeypatch):
-    monkeypatch.setattr("hqqtrain.data.streamed_sources.COMPARED_CHARACTERS", 100)
+    monkeypatch.setattr("hqqtrain.data.streaming.sources.COMPARED_CHARACTERS", 100)
     lines = [json.dumps({"prompt": f"def f_{i}(x):", "completion": " return x"}) for i in range(60)]
     lines[25] = '{"prompt": 7, "completion": "x"}'
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
@@ -94,7 +94,7 @@ def test_a_run_that_met_a_bad_row_resumes_if_bad_rows_are_allowed(train, tmp_pat
 
 
 def test_the_first_examples_are_shown(make_config, start_run, rows, capsys, monkeypatch):
-    monkeypatch.setattr("hqqtrain.data.streamed_sources.SHOWN_EXAMPLES", 7)
+    monkeypatch.setattr("hqqtrain.data.streaming.sources.SHOWN_EXAMPLES", 7)
     Path(rows).write_text(Path(rows).read_text() + "{\n")  # the end is not read
     config = make_config("data", data={"source": rows, "streaming": True}, eval={"source": None})
     with start_run(config) as run:

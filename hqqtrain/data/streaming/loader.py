@@ -14,11 +14,11 @@ import torch
 
 from hqqtrain.common.errors import DataError, UserError
 from hqqtrain.config.groups import TrainConfig
-from hqqtrain.data.block_reader import BlockReader
-from hqqtrain.data.block_stream import Block, BlockState, BlockStream, concatenate
 from hqqtrain.data.layout import PACKED, Batch, BatchLayout
 from hqqtrain.data.loader import batches_of_rank
 from hqqtrain.data.sequences import TokenSequences
+from hqqtrain.data.streaming.blocks import Block, BlockState, BlockStream, concatenate
+from hqqtrain.data.streaming.reader import BlockReader
 
 logger = logging.getLogger(__name__)
 

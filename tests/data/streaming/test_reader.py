@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from hqqtrain.common.errors import PreemptedError, UserError
-from hqqtrain.data.block_reader import BlockReader
-from hqqtrain.data.block_stream import Block, BlockState
-from hqqtrain.data.example_stream import Place, StreamPlace
 from hqqtrain.data.sequences import TokenSequences
+from hqqtrain.data.streaming.blocks import Block, BlockState
+from hqqtrain.data.streaming.examples import Place, StreamPlace
+from hqqtrain.data.streaming.reader import BlockReader
 
 NONE = np.empty(0, np.int64)
 

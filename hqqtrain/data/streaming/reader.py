@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.data.block_stream import Block
+from hqqtrain.data.streaming.blocks import Block
 
 _POLL_SECONDS = 0.05
 

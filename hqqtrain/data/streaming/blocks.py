@@ -19,11 +19,11 @@ from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.groups import AUTO, DataConfig, TrainConfig
 from hqqtrain.data.chat.encoding import Encoded
 from hqqtrain.data.encoding import check_refused, encode_or_refuse
-from hqqtrain.data.example_stream import ExampleStream, Place, StreamPlace
 from hqqtrain.data.examples import Example
 from hqqtrain.data.order import permutation
 from hqqtrain.data.packing import cut_long, pack_parts
 from hqqtrain.data.sequences import TokenSequences
+from hqqtrain.data.streaming.examples import ExampleStream, Place, StreamPlace
 from hqqtrain.data.tokenization import check_token_ids
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from forkserver import fork_context
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig, TrainConfig
 from hqqtrain.data import encoding_pool
-from hqqtrain.data.block_stream import Block, BlockState, BlockStream, concatenate
-from hqqtrain.data.example_stream import ExampleStream, StreamPart, StreamSource
 from hqqtrain.data.packing import pack_examples
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.sources import load_training_texts
-from hqqtrain.data.streamed_sources import open_training_stream
+from hqqtrain.data.streaming.blocks import Block, BlockState, BlockStream, concatenate
+from hqqtrain.data.streaming.examples import ExampleStream, StreamPart, StreamSource
+from hqqtrain.data.streaming.sources import open_training_stream
 from hqqtrain.models.source import TINY_FOLDER
 from hqqtrain.models.tokenizer import load_tokenizer
 

@@ -11,13 +11,13 @@ from ranks import on_ranks
 
 from hqqtrain.common.errors import PreemptedError, UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig, TrainConfig
-from hqqtrain.data.block_stream import Block, BlockState, BlockStream
 from hqqtrain.data.layout import PACKED, BatchLayout
 from hqqtrain.data.loader import PackedLoader
 from hqqtrain.data.packing import pack_examples
 from hqqtrain.data.sources import load_training_texts
-from hqqtrain.data.streamed_sources import open_training_stream
-from hqqtrain.data.streaming import StreamingLoader, run_alone
+from hqqtrain.data.streaming.blocks import Block, BlockState, BlockStream
+from hqqtrain.data.streaming.loader import StreamingLoader, run_alone
+from hqqtrain.data.streaming.sources import open_training_stream
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.models.source import TINY_FOLDER
 from hqqtrain.models.tokenizer import load_tokenizer
@@ -227,13 +227,13 @@ def test_the_log_says_how_long_training_waits_for_data(slow_loader, caplog):
 
 def test_data_that_does_not_come_ends_the_training(slow_loader, monkeypatch):
     monkeypatch.setattr(slow_loader, "_check", lambda: None)
-    monkeypatch.setattr("hqqtrain.data.streaming.MAX_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr("hqqtrain.data.streaming.loader.MAX_WAIT_SECONDS", 0.3)
     with pytest.raises(UserError, match="no data has come for 0 seconds"):
         read_batches(slow_loader, 3)
 
 
 def test_a_request_to_stop_does_not_wait_for_data_and_loses_none(slow_loader, rows, monkeypatch):
-    monkeypatch.setattr("hqqtrain.data.streaming.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("hqqtrain.data.streaming.loader.PATIENCE_SECONDS", 0.2)
     index, before = 0, slow_loader.state_dict()
     with contextlib.suppress(PreemptedError):
         while index < 20:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from hqqtrain.data import streams
-from hqqtrain.data.streams import UnreadableError, read_lines, read_text, with_newlines
+from hqqtrain.data import text_files
+from hqqtrain.data.text_files import UnreadableError, read_lines, read_text, with_newlines
 
 TEXT = "first é\n\nthird 😀\n"
 ENCODINGS = {
@@ -45,7 +45,7 @@ def test_a_compressed_file_is_read(tmp_path: Path, suffix: str, compress, monkey
     file.write_bytes(compress(TEXT.encode()))
     assert read_text(file) == TEXT
     assert b"".join(line for _, line in read_lines(file)) == TEXT.encode()
-    monkeypatch.setattr(streams, "MAX_DECOMPRESSED_BYTES", 8)
+    monkeypatch.setattr(text_files, "MAX_DECOMPRESSED_BYTES", 8)
     with pytest.raises(UnreadableError, match="when decompressed"):
         read_text(file)
 
@@ -56,7 +56,7 @@ def test_what_is_no_text_is_refused(tmp_path: Path, monkeypatch):
     with pytest.raises(UnreadableError, match="not UTF-8 text, byte 5 is 0xff"):
         read_text(file)
     file.write_bytes(b"x" * 100)
-    monkeypatch.setattr(streams, "MAX_ROW_BYTES", 64)
+    monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 64)
     with pytest.raises(UnreadableError, match="line 1: longer than"):
         list(read_lines(file))
 

@@ -10,7 +10,7 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.data import hub
 from hqqtrain.data.sources import load_held_out_texts, load_training_texts
-from hqqtrain.data.streamed_sources import (
+from hqqtrain.data.streaming.sources import (
     FirstExamples,
     first_training_texts,
     open_training_stream,

@@ -9,8 +9,8 @@ import pytest
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig
-from hqqtrain.data.example_stream import ExampleStream, StreamPart, StreamSource
-from hqqtrain.data.streamed_sources import open_training_stream
+from hqqtrain.data.streaming.examples import ExampleStream, StreamPart, StreamSource
+from hqqtrain.data.streaming.sources import open_training_stream
 
 
 def write(file: Path, rows: list[str]) -> str:

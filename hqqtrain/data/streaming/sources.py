@@ -17,7 +17,6 @@ from itertools import islice
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.data_sources import describe_source, listed_sources, source_paths
 from hqqtrain.config.groups import DataConfig, EvalConfig
-from hqqtrain.data.example_stream import ExampleStream, StreamPart, StreamSource
 from hqqtrain.data.examples import Example, text_of
 from hqqtrain.data.held_out import is_blank, text_hash
 from hqqtrain.data.mixture import ChainedExamples, is_repeated
@@ -29,6 +28,7 @@ from hqqtrain.data.sources import (
     open_training_sources,
     settings_of_sources,
 )
+from hqqtrain.data.streaming.examples import ExampleStream, StreamPart, StreamSource
 
 logger = logging.getLogger(__name__)
 

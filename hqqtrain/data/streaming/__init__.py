@@ -1,0 +1,1 @@
+"""Training on data that are read while the model is trained: `data.streaming`."""
