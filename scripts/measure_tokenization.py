@@ -26,7 +26,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hqqtrain.common.threads import usable_cores
 from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.data.packing import EXAMPLES, PACKED, pack_examples
-from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.sources import load_training_texts
 from hqqtrain.data.stdlib import stdlib_texts
 from hqqtrain.data.token_files import map_sequences, save_sequences
@@ -127,22 +126,22 @@ def measure(kind: str, options: argparse.Namespace, folder: Path) -> dict[str, o
     data = DataConfig(
         source=str(corpus), chat_template=options.chat_template, workers=options.workers
     )
-    store, parts = folder / kind, list[TokenSequences]()
+    store = folder / kind
     store.mkdir()
     with peak_memory() as peak:
         start = time.perf_counter()
-        packed = pack_examples(
+        parts, packed = pack_examples(
             load_training_texts(data, EvalConfig(source=None)),
-            tokenizer, max_seq_len=options.max_seq_len, data=data, on_parts=parts.append,
+            tokenizer, max_seq_len=options.max_seq_len, data=data,
             folder=store,
         )  # fmt: skip
-        shares = packed.stream is not parts[0].stream
-        save_sequences(store, {EXAMPLES: parts[0], **({PACKED: packed} if shares else {})})
+        shares = packed.stream is not parts.stream
+        save_sequences(store, {EXAMPLES: parts, **({PACKED: packed} if shares else {})})
         seconds = time.perf_counter() - start
         start = time.perf_counter()
         mapped = map_sequences(store, PACKED if shares else EXAMPLES)
         check_seconds = time.perf_counter() - start
-    tokens = len(parts[0].stream)
+    tokens = len(parts.stream)
     corpus.unlink()
     return {
         "kind": kind,

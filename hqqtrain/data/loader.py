@@ -2,8 +2,8 @@
 
 A step trains on one global batch, which does not depend on the number of ranks. Rank r of n takes
 its sequences r, r + n, r + 2n, ... in micro-batches of at most `micro_batch_size` sequences. The
-trainer knows only the `DataLoader` protocol. `StreamingLoader` (`streaming.py`) loads data that is
-read while the model is trained.
+trainer knows only the `DataLoader` protocol. `StreamingLoader` loads data that is read while the
+model is trained.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,6 +35,12 @@ class DataLoader(Protocol):
 
     def describe(self, batch_index: int) -> dict[str, Any]:
         """Return JSON values that show which text a global batch has, for an error report."""
+
+    def trains(self, token_id: int) -> bool:
+        """Whether the loss predicts a token anywhere in the data; only rank 0 may ask.
+
+        If the data is read while the model is trained, only the part that is in memory counts.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed loader needs in addition to the index of the batch, as JSON."""
@@ -102,6 +108,9 @@ class PackedLoader:
         samples = self._sample_indices(batch_index)
         tokens = [self._sequences[index]["input_ids"].tolist() for index in samples]
         return {"samples": samples, "tokens": tokens}
+
+    def trains(self, token_id: int) -> bool:
+        return self._sequences.trains(token_id)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

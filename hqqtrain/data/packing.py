@@ -14,7 +14,7 @@ for a few numbers per example only.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,19 @@ EXAMPLES, PACKED = "examples", "packed"
 """Names of the files with all tokens of the examples, and with those of shared sequences."""
 
 
+class TokenizedData(NamedTuple):
+    """The tokens of examples.
+
+    Attributes:
+        parts: All tokens of all examples, in order, and as sequences the parts of the examples that
+            are trained on. Parts of texts that are cut are those in a sequence.
+        sequences: The sequences to train on, or the windows to evaluate on.
+    """
+
+    parts: TokenSequences
+    sequences: TokenSequences
+
+
 def pack_examples(
     examples: Iterable[Example],
     tokenizer: "PreTrainedTokenizerBase",
@@ -44,9 +57,8 @@ def pack_examples(
     vocab_size: int | None = None,
     where: str = "data.source",
     on_batch: Callable[[], object] = lambda: None,
-    on_parts: Callable[[TokenSequences], object] = lambda parts: None,
     folder: Path | None = None,
-) -> TokenSequences:
+) -> TokenizedData:
     """Tokenize examples and arrange them in sequences of at most `max_seq_len` tokens.
 
     Args:
@@ -58,8 +70,6 @@ def pack_examples(
         vocab_size: Number of token ids that the model knows; None if there is no model.
         where: The source of the examples, for messages.
         on_batch: Called now and then; it may raise to stop.
-        on_parts: Called with all tokens of all examples, in order, and as sequences the parts of
-            the examples that are trained on. Parts of texts that are cut are those in a sequence.
         folder: Where to write the tokens of the examples, as `EXAMPLES`, and those of sequences
             that several examples share as a whole, as `PACKED`; None: they stay in memory.
 
@@ -88,8 +98,7 @@ def pack_examples(
             f"{where}: none of its examples has a trained token among its first {max_seq_len} "
             "(train.max_seq_len); task=data with a larger train.max_seq_len shows what is trained."
         )
-    on_parts(parts)
-    return sequences
+    return TokenizedData(parts, sequences)
 
 
 def cut_stream(tokens: TokenSequences, max_seq_len: int) -> TokenSequences:

@@ -87,6 +87,13 @@ class TokenSequences:
             return sum(int(np.count_nonzero(self.targets[b + 1 : e])) for b, e in bounds)
         return int(self._count_targets(self.begin, self.end).sum())
 
+    def trains(self, token_id: int) -> bool:
+        """Whether a token is among the targets of the texts."""
+        return any(
+            bool((self.targets[first:last] & (self.stream[first:last] == token_id)).any())
+            for first, last in chunks(len(self.stream))
+        )
+
     def digest(self) -> str:
         """Return the sha256 of tokens, targets, and the boundaries of texts and sequences.
 

@@ -27,6 +27,7 @@ class ModelExport:
         tokenizer: The folder from which to copy the tokenizer and generation settings.
         source_dtype: Returns the dtype of a tensor in the source, or None if the source lacks it.
         adapter: The adapter that belongs to the model, if any.
+        adapter_folder: Its folder.
         dtype: The dtype of dense weights.
         device: The device on which to dequantize and merge.
         comm: The ranks that write together.
@@ -38,6 +39,7 @@ class ModelExport:
     tokenizer: Path
     source_dtype: Callable[[str], torch.dtype | None]
     adapter: Adapter | None = None
+    adapter_folder: Path | None = None
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
     comm: Communicator = SINGLE_PROCESS

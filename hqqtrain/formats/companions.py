@@ -13,15 +13,23 @@ from hqqtrain.common.errors import UserError
 ADDITIONAL_TEMPLATES = "additional_chat_templates"
 """The folder with the templates of a tokenizer that has several, such as one for tools."""
 
+GENERATION_CONFIG = "generation_config.json"
+"""The file with the generation settings of a model."""
+
 _PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "chat_template.*", f"{ADDITIONAL_TEMPLATES}/*.jinja", "generation_config.json",
+    "*.model", "chat_template.*", f"{ADDITIONAL_TEMPLATES}/*.jinja", GENERATION_CONFIG,
 )  # fmt: skip
 """Files to copy from the source model: tokenizer, chat template and generation settings."""
 
 
-def companion_files(source: Path) -> dict[str, Path]:
+def companion_files(source: Path, adapter: Path | None = None) -> dict[str, Path]:
     """Return name -> real path of the files in `source` that a saved model needs, too.
+
+    Args:
+        source: The folder of the model, or of its tokenizer.
+        adapter: The folder of an adapter that is merged. Its generation settings take precedence,
+            because it may be trained to end its turns with a token that the base does not stop at.
 
     Raises:
         UserError: One of them is a link that leads out of the model's folder, and not to the files
@@ -38,25 +46,21 @@ def companion_files(source: Path) -> dict[str, Path]:
                 "not copied into the results. Replace the link by a copy of the file, or remove it."
             )
         files[str(path.relative_to(source))] = target
+    if adapter:
+        files |= {k: v for k, v in companion_files(adapter).items() if k == GENERATION_CONFIG}
     return files
 
 
-def companion_modes(source: Path) -> Mapping[str, int]:
+def companion_modes(files: Mapping[str, Path]) -> dict[str, int]:
     """Return the widest permissions of each copy: those of the file, and the owner may write."""
-    return {
-        name: path.stat().st_mode & 0o666 | 0o600 for name, path in companion_files(source).items()
-    }
+    return {name: path.stat().st_mode & 0o666 | 0o600 for name, path in files.items()}
 
 
-def copy_companion_files(source: Path, folder: Path, *, leave_out: str = "") -> None:
-    """Copy tokenizer and generation files; links into the hub's cache become regular files.
-
-    The file named `leave_out` is not copied.
-    """
-    for name, path in companion_files(source).items():
-        if name != leave_out:
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / name)
+def copy_companion_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy the files that `companion_files` has found; links become regular files."""
+    for name, path in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
 
 
 def _is_blob(path: Path) -> bool:

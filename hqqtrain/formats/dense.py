@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_write_json
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
-from hqqtrain.formats.companions import companion_modes, copy_companion_files
+from hqqtrain.formats.companions import companion_files, companion_modes, copy_companion_files
 from hqqtrain.formats.packed import QuantizedSettings, dense_config_json
 from hqqtrain.formats.peft import Adapter
 from hqqtrain.formats.writer import MAX_SHARD_BYTES, collective_atomic_directory, write_shards
@@ -94,7 +94,8 @@ def _round(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def export_dense(tensors: Tensors, folder: Path, *, hf_config: PretrainedConfig, source: Path,
-                 dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES,
+                 dtype: torch.dtype, adapter: Path | None = None,
+                 max_shard_bytes: int = MAX_SHARD_BYTES,
                  comm: Communicator = SINGLE_PROCESS) -> int:  # fmt: skip
     """Write a checkpoint for `AutoModelForCausalLM.from_pretrained`, completely or not at all.
 
@@ -104,6 +105,7 @@ def export_dense(tensors: Tensors, folder: Path, *, hf_config: PretrainedConfig,
         hf_config: The configuration of the model.
         source: The folder from which to copy the tokenizer and generation settings.
         dtype: The dtype of the floating-point tensors in `tensors`.
+        adapter: The folder of the merged adapter, whose generation settings take precedence.
         max_shard_bytes: The largest size of a file.
         comm: The ranks that write together.
 
@@ -117,13 +119,13 @@ def export_dense(tensors: Tensors, folder: Path, *, hf_config: PretrainedConfig,
             names.add(name)
             yield name, tensor
 
-    modes = companion_modes(source)
-    with collective_atomic_directory(folder, comm, modes) as partial:
+    companions = companion_files(source, adapter)
+    with collective_atomic_directory(folder, comm, companion_modes(companions)) as partial:
         written = write_shards(with_recorded_names(), partial, max_bytes=max_shard_bytes, comm=comm)
         if comm.is_main:
             config_json = dense_config_json(_export_config(hf_config, dtype, names))
             atomic_write_json(partial / "config.json", config_json)
-            copy_companion_files(source, partial)
+            copy_companion_files(companions, partial)
     return written.bytes
 
 

@@ -34,15 +34,18 @@ class DamagedError(Exception):
 
 
 def seal(folder: Path, known_digests: Mapping[str, FileDigest] = MappingProxyType({})) -> None:
-    """Write the sizes and sha256 of all files of `folder` into its manifest.json.
+    """Write the sizes and sha256 of all files of `folder`, and of its folders, into manifest.json.
 
     Args:
         folder: The folder to seal.
-        known_digests: File name -> result of `file_digest`, for files that need not be read again.
+        known_digests: Name of a file -> result of `file_digest`, for files that need not be read
+            again.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    files = {}
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        name = file.relative_to(folder).as_posix()
+        files[name] = known_digests.get(name) or file_digest(file)
     path = folder / MANIFEST
-    files = {name: known_digests.get(name) or file_digest(folder / name) for name in names}
     path.write_text(_manifest_text(files), encoding="utf-8")
     fsync_path(path)
 

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_write_json
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
-from hqqtrain.formats.companions import companion_modes, copy_companion_files
+from hqqtrain.formats.companions import companion_files, companion_modes, copy_companion_files
 from hqqtrain.formats.manifest import DamagedError, check_sealed, is_sealed, seal
 from hqqtrain.formats.writer import MAX_SHARD_BYTES, collective_atomic_directory, write_shards
 from hqqtrain.models.fqn import base_model, base_tensors, strip_wrappers
@@ -204,7 +204,8 @@ def save_quantized(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
     Returns:
         The bytes of all tensors.
     """
-    with collective_atomic_directory(folder, comm, companion_modes(source)) as partial:
+    companions = companion_files(source)
+    with collective_atomic_directory(folder, comm, companion_modes(companions)) as partial:
         written = write_shards(
             tensors, partial, max_bytes=max_shard_bytes, comm=comm, compute_checksums=True
         )
@@ -214,7 +215,7 @@ def save_quantized(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
             atomic_write_json(partial / "config.json", config_json)
             for name, content in extra_json.items():
                 atomic_write_json(partial / name, content)
-            copy_companion_files(source, partial)
+            copy_companion_files(companions, partial)
             seal(partial, known_digests=written.digests)
     return written.bytes
 

@@ -30,7 +30,11 @@ from hqqtrain.formats.adapter_config import (
     resolve_patterns,
 )
 from hqqtrain.formats.base_parts import TOKENS_SUFFIX, read_base_parts
-from hqqtrain.formats.companions import copy_companion_files
+from hqqtrain.formats.companions import (
+    GENERATION_CONFIG,
+    companion_files,
+    copy_companion_files,
+)
 from hqqtrain.formats.writer import save_tensors
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -135,7 +139,8 @@ class BaseModelRef:
 
 
 def save_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, folder: Path, *,
-                 card: AdapterCard, tokenizer: Path | None = None) -> None:  # fmt: skip
+                 card: AdapterCard, tokenizer: Path | None = None,
+                 generation_config: Mapping[str, Any] | None = None) -> None:  # fmt: skip
     """Write a stock PEFT adapter with a README.md, completely or not at all.
 
     Args:
@@ -144,6 +149,7 @@ def save_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, folder: 
         folder: The folder to create or replace.
         card: The content of README.md, with the name of the base.
         tokenizer: The folder of a tokenizer to save with the adapter.
+        generation_config: The generation settings, if they are not those of the base.
     """
     with atomic_directory(folder) as partial:
         write_adapter(
@@ -151,7 +157,11 @@ def save_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, folder: 
         )
         atomic_write(partial / "README.md", render_card(card))
         if tokenizer:
-            copy_companion_files(tokenizer, partial, leave_out="generation_config.json")
+            files = companion_files(tokenizer)
+            files.pop(GENERATION_CONFIG, None)
+            copy_companion_files(files, partial)
+        if generation_config:
+            atomic_write_json(partial / GENERATION_CONFIG, generation_config)
 
 
 def write_adapter(

@@ -58,6 +58,7 @@ def write_dense(export: ModelExport, folder: Path) -> int:
         folder,
         hf_config=export.hf_config,
         source=export.tokenizer,
+        adapter=export.adapter_folder,
         dtype=export.dtype,
         comm=export.comm,
     )

@@ -68,17 +68,16 @@ def show_data(run: Run) -> None:
     with comm.raise_on_all_ranks():
         model = load_data_model(run.config.model, run.config.data)
         format = source_format(run.config.data)
-    found: list[TokenSequences] = []
-    packed = load_training_data(run, model.folder, model.vocab_size, found.append)
+    data = load_training_data(run, model.folder, model.vocab_size)
     held_out = load_held_out_data(run, model.folder, model.vocab_size)
     with comm.raise_on_all_ranks():
         streams = run.config.data.streaming  # then only the first rows are read
         rows = RowCounts() if streams else count_rows(run.config.data)
-    check_same_text(run, packed, held_out)
-    (parts,) = found
+        parts = data.parts
+    check_same_text(run, data.sequences, held_out)
     counts = {"bad rows": rows.bad, "rows without text": rows.blank}
     report = DataReport(
-        measure_data(parts, packed, run.config.train.max_seq_len),
+        measure_data(parts, data.sequences, run.config.train.max_seq_len),
         {reason: number for reason, number in counts.items() if number},
         rows.empty_answers,
         _held_out_figures(held_out) if held_out else None,

@@ -1,16 +1,18 @@
 """The tokenized datasets of a run: training data and held-out set."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.eval_set import load_eval_set
 from hqqtrain.data.layout import BatchLayout
-from hqqtrain.data.packing import pack_examples
+from hqqtrain.data.packing import TokenizedData, pack_examples
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.sources import load_training_texts
 from hqqtrain.data.statistics import DataStatistics, measure_data
@@ -22,7 +24,7 @@ from hqqtrain.models.fqn import base_model
 from hqqtrain.models.rope import max_batched_length
 from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.tasks.context import Run
-from hqqtrain.tasks.token_cache import CachedTokens, TokenizedData, cached_tokens
+from hqqtrain.tasks.token_cache import CachedTokens, cached_tokens
 from hqqtrain.tasks.token_identity import token_identity
 
 logger = logging.getLogger(__name__)
@@ -56,8 +58,7 @@ def load_training_data(
     run: Run,
     tokenizer_folder: Path,
     vocab_size: int | None = None,
-    on_parts: Callable[[TokenSequences], object] | None = None,
-) -> TokenSequences:
+) -> TokenizedData | CachedTokens:
     """Tokenize and pack `data.source`, except for held-out texts, unless a run has. Collective.
 
     With streaming, only the first rows are read.
@@ -66,7 +67,6 @@ def load_training_data(
         run: The run.
         tokenizer_folder: The folder of the model's tokenizer.
         vocab_size: Number of token ids that the model knows; None if there is no model.
-        on_parts: Called with the tokens of the examples, as by `pack_examples`.
 
     Raises:
         UserError: The text cannot be read, overlaps with the held-out text, or has unknown tokens.
@@ -74,17 +74,12 @@ def load_training_data(
     """
     config, comm, length = run.config, run.runtime.comm, run.config.train.max_seq_len
     where = f"data.source={describe_source(config.data.source)}"
-    with comm.raise_on_all_ranks():
-        tokenizer = load_tokenizer(tokenizer_folder)
 
-    def identity() -> dict[str, Any]:
-        settings = {"train.max_seq_len": length, "train.packing": config.train.packing}
-        return token_identity(config, tokenizer, tokenizer_folder, **settings)
-
-    def build(folder: Path | None, on_batch: Callable[[], object]) -> TokenizedData:
+    def build(
+        tokenizer: PreTrainedTokenizerBase, folder: Path | None, on_batch: Callable[[], object]
+    ) -> TokenizedData:
         load = first_training_texts if config.data.streaming else load_training_texts
-        parts = list[TokenSequences]()
-        packed = pack_examples(
+        return pack_examples(
             run.recorder.progress_bars.count_tokenized(load(config.data, config.eval)),
             tokenizer,
             max_seq_len=length,
@@ -92,25 +87,15 @@ def load_training_data(
             data=config.data,
             where=where,
             on_batch=on_batch,
-            on_parts=parts.append,
             folder=folder,
         )
-        return TokenizedData(parts[0], packed)
 
-    data: TokenizedData | CachedTokens
-    if config.data.streaming:  # rows that were not read yet cannot give an entry a name
-        with comm.raise_on_all_ranks():
-            data = build(None, run.runtime.preemption.check_local)
-    else:
-        data = cached_tokens(run, "train", identity, build)
+    settings = {"train.max_seq_len": length, "train.packing": config.train.packing}
+    data = _find_or_build(run, "train", build, settings, where, tokenizer_folder, vocab_size)
     with comm.raise_on_all_ranks():
-        if vocab_size is not None:
-            check_token_ids(data.sequences.stream, tokenizer, vocab_size, where)
-        if on_parts:
-            on_parts(data.parts)
         if config.task == "finetune" and comm.is_main and _is_notable(data.parts):
             _log_figures(config, measure_data(data.parts, data.sequences, length))
-    return data.sequences
+    return data
 
 
 def _is_notable(parts: TokenSequences) -> bool:
@@ -148,33 +133,65 @@ def load_held_out_data(
 
     It is None if `eval.source` is null. The tokens of an earlier run with the same text are reused.
     """
-    config, comm = run.config, run.runtime.comm
+    config, length = run.config, run.config.train.max_seq_len
     if config.eval.source is None:
         return None
-    if config.data.streaming:  # as for training data
-        with comm.raise_on_all_ranks():
-            return sample_held_out_data(config, tokenizer_folder, vocab_size)
-    with comm.raise_on_all_ranks():
-        tokenizer = load_tokenizer(tokenizer_folder)
 
-    def identity() -> dict[str, Any]:
-        lengths = {"train.max_seq_len": config.train.max_seq_len, "eval.tokens": config.eval.tokens}
-        return token_identity(config, tokenizer, tokenizer_folder, **lengths)
-
-    def build(folder: Path | None, on_batch: Callable[[], object]) -> TokenizedData:
+    def build(
+        tokenizer: PreTrainedTokenizerBase, folder: Path | None, on_batch: Callable[[], object]
+    ) -> TokenizedData:
         windows = load_eval_set(
-            config.eval, config.data, tokenizer, config.train.max_seq_len, on_batch=on_batch,
-            folder=folder,
-        )  # fmt: skip
+            config.eval, config.data, tokenizer, length, on_batch=on_batch, folder=folder
+        )
         assert windows is not None
         return TokenizedData(windows, windows)
 
-    windows = cached_tokens(run, "eval", identity, build).sequences
+    settings = {"train.max_seq_len": length, "eval.tokens": config.eval.tokens}
+    where = f"eval.source={config.eval.source}"
+    return _find_or_build(
+        run, "eval", build, settings, where, tokenizer_folder, vocab_size
+    ).sequences
+
+
+def _find_or_build(
+    run: Run,
+    kind: str,
+    build: Callable[[PreTrainedTokenizerBase, Path | None, Callable[[], object]], TokenizedData],
+    settings: Mapping[str, object],
+    where: str,
+    tokenizer_folder: Path,
+    vocab_size: int | None,
+) -> TokenizedData | CachedTokens:
+    """Return the tokens of some data: those of an earlier run, or new ones. Collective.
+
+    Args:
+        run: The run.
+        kind: `train` or `eval`; see `cached_tokens`.
+        build: Makes the tokens with a tokenizer, and writes them into a folder, or keeps them in
+            memory; see `cached_tokens`.
+        settings: The settings that the tokens depend on, by config key; see `token_identity`.
+        where: `key=source`, for messages.
+        tokenizer_folder: The folder of the model's tokenizer.
+        vocab_size: Number of token ids that the model knows; None if there is no model.
+
+    Raises:
+        UserError: The data cannot be read, or has a token that the model does not know.
+        PreemptedError: A rank has received a signal.
+    """
+    config, comm = run.config, run.runtime.comm
+    data: TokenizedData | CachedTokens
+    with comm.raise_on_all_ranks():
+        tokenizer = load_tokenizer(tokenizer_folder)
+    if config.data.streaming:  # rows that were not read yet cannot give an entry a name
+        with comm.raise_on_all_ranks():
+            data = build(tokenizer, None, run.runtime.preemption.check_local)
+    else:
+        identity = partial(token_identity, config, tokenizer, tokenizer_folder, **settings)
+        data = cached_tokens(run, kind, identity, partial(build, tokenizer))
     with comm.raise_on_all_ranks():
         if vocab_size is not None:
-            where = f"eval.source={config.eval.source}"
-            check_token_ids(windows.stream, tokenizer, vocab_size, where)
-    return windows
+            check_token_ids(data.sequences.stream, tokenizer, vocab_size, where)
+    return data
 
 
 def sample_held_out_data(

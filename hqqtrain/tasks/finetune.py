@@ -33,6 +33,7 @@ from hqqtrain.tasks.datasets import (
     load_training_data,
 )
 from hqqtrain.tasks.evaluation import RecordedEvaluation
+from hqqtrain.tasks.generation_config import trained_generation_config
 from hqqtrain.tasks.model import check_fits_run, load_or_quantize, plan_settings
 from hqqtrain.tasks.streaming import stream_training_data
 from hqqtrain.tasks.training import AdapterTraining, build_trainer, evaluate_trained
@@ -95,7 +96,7 @@ def finetune(run: Run) -> None:
     stopped_early = best.stall_reason(patience) if trainer.stopped_early else None
     adapter_step = evaluate_trained(run, evaluation, trainer, best)
     recorder.record_best(best, adapter_step=adapter_step, stopped_early=stopped_early)
-    save_trained_adapter(run, runnable, trainer.trainable_parameters, adapter_step)
+    save_trained_adapter(run, runnable, loader, trainer.trainable_parameters, adapter_step)
     evaluation.record_samples()
 
 
@@ -117,7 +118,7 @@ def load_tokens(
         UserError: The data cannot be read, or is not the same on all ranks.
     """
     config, comm = run.config, run.runtime.comm
-    training_data = load_training_data(run, tokenizer_folder, vocab_size)
+    training_data = load_training_data(run, tokenizer_folder, vocab_size).sequences
     held_out = load_held_out_data(run, tokenizer_folder, vocab_size)
     with comm.raise_on_all_ranks():
         loader = PackedLoader(
@@ -167,6 +168,7 @@ def checkpoint_contents(
 def save_trained_adapter(
     run: Run,
     runnable: RunnableModel,
+    loader: DataLoader,
     trainable_parameters: Mapping[str, nn.Parameter],
     step: int,
 ) -> None:
@@ -175,6 +177,7 @@ def save_trained_adapter(
     Args:
         run: The run whose directory gets the adapter.
         runnable: The trained model.
+        loader: The loader of the data on which it was trained.
         trainable_parameters: Its adapter, by PEFT's names.
         step: The optimizer step after which the adapter has these values.
     """
@@ -193,9 +196,15 @@ def save_trained_adapter(
         has_new_tokens=bool(lora.trainable_token_indices),
         **{key: getattr(quantization, key) for key in keys},
     )
-    tokenizer = plan.source.tokenizer_folder
     run.runtime.comm.run_on_rank0(
-        lambda: save_adapter(state, lora, folder, card=card, tokenizer=tokenizer)
+        lambda: save_adapter(
+            state,
+            lora,
+            folder,
+            card=card,
+            tokenizer=plan.source.tokenizer_folder,
+            generation_config=trained_generation_config(plan, loader),
+        )
     )
 
 

@@ -66,6 +66,7 @@ def export(run: Run) -> None:
         tokenizer=plan.source.tokenizer,
         source_dtype=plan.source_dtype,
         adapter=adapter.adapter if adapter else None,
+        adapter_folder=adapter.folder if adapter else None,
         dtype=run.runtime.dtype,
         device=run.runtime.device,
         comm=run.runtime.comm,

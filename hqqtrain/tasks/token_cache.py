@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hqqtrain.common.cache_entry import is_complete_entry, lock_entry, lock_path
 from hqqtrain.common.digest import cache_folder
@@ -25,7 +25,7 @@ from hqqtrain.common.files import atomic_directory, check_owner
 from hqqtrain.common.kept_log import kept_log
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.config.data_sources import describe_source
-from hqqtrain.data.packing import EXAMPLES, PACKED
+from hqqtrain.data.packing import EXAMPLES, PACKED, TokenizedData
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.token_files import (
     INDEX,
@@ -42,13 +42,6 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 """Seconds between two attempts to lock an entry that another run writes."""
-
-
-class TokenizedData(NamedTuple):
-    """All tokens of the examples, with the parts that are trained on, and the sequences to use."""
-
-    parts: TokenSequences
-    sequences: TokenSequences
 
 
 Build = Callable[[Path, Callable[[], object]], TokenizedData]

@@ -16,9 +16,13 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.common.text import count
 from hqqtrain.config.groups import AUTO, DataConfig
 from hqqtrain.data.chat.library import chat_template_source
-from hqqtrain.data.chat.markers import is_token, missing_markers
+from hqqtrain.data.chat.markers import is_token, missing_markers, single_id
 from hqqtrain.data.chat.template import ChatTemplate
-from hqqtrain.formats.companions import ADDITIONAL_TEMPLATES, copy_companion_files
+from hqqtrain.formats.companions import (
+    ADDITIONAL_TEMPLATES,
+    companion_files,
+    copy_companion_files,
+)
 from hqqtrain.models.source import ModelSource
 from hqqtrain.models.tokenizer import load_tokenizer
 
@@ -43,7 +47,7 @@ def prepare_tokenizer(source: ModelSource, data: DataConfig) -> ModelSource:
     size, ids = len(tokenizer), add_tokens(tokenizer, data, template)
     _folders.append(TemporaryDirectory(prefix="hqqtrain-tokenizer-"))
     folder = Path(_folders[-1].name)
-    copy_companion_files(source.tokenizer, folder)
+    copy_companion_files(companion_files(source.tokenizer), folder)
     if (config := source.tokenizer / "config.json").is_file():
         # transformers chooses the class of some tokenizers by the type of the model.
         shutil.copyfile(config, folder / config.name)
@@ -91,11 +95,9 @@ def add_tokens(
 
 def _single_id(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id of a text that must be a token."""
-    added = tokenizer.get_added_vocab()
-    ids = [added[token]] if token in added else tokenizer(token, add_special_tokens=False).input_ids
-    if len(ids) != 1:
+    if (token_id := single_id(token, tokenizer)) is None:
         raise UserError(
             f"data.add_tokens={token}: the tokenizer of the model cannot make it a token; choose "
             "another text, without spaces around it."
         )
-    return ids[0]
+    return token_id

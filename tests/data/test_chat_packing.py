@@ -42,7 +42,9 @@ def chats(count: int) -> list[Conversation]:
 
 def pack(examples, tokenizer, length: int, *, packing=True, **data) -> TokenSequences:
     config = DataConfig(chat_template="chatml", **data)
-    return pack_examples(examples, tokenizer, max_seq_len=length, packing=packing, data=config)
+    return pack_examples(
+        examples, tokenizer, max_seq_len=length, packing=packing, data=config
+    ).sequences
 
 
 def encoded(examples, tokenizer) -> list[Row]:

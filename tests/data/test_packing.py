@@ -43,7 +43,7 @@ def expected_stream(tokenizer) -> list[list[int]]:
 
 @pytest.mark.parametrize("length", [2, 7, 16, 1000])
 def test_packed_sequences_contain_every_token_once(tokenizer, length):
-    sequences = pack_examples(TEXTS, tokenizer, max_seq_len=length)
+    sequences = pack_examples(TEXTS, tokenizer, max_seq_len=length).sequences
     tokens = torch.cat([sequences[i]["input_ids"] for i in range(len(sequences))]).tolist()
     whole = list(chain.from_iterable(expected_stream(tokenizer)))
     assert tokens == whole[: len(tokens)]
@@ -54,7 +54,7 @@ def test_packed_sequences_contain_every_token_once(tokenizer, length):
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("length", [2, 7, 16, 1000])
 def test_tokens_counts_the_labels_and_labels_are_the_inputs(tokenizer, length, packing):
-    sequences = pack_examples(TEXTS, tokenizer, max_seq_len=length, packing=packing)
+    sequences = pack_examples(TEXTS, tokenizer, max_seq_len=length, packing=packing).sequences
     labels = [row["labels"] for row in (sequences[i] for i in range(len(sequences)))]
     assert sequences.target_token_count == sum(int((row != IGNORE_INDEX).sum()) for row in labels)
     for row in (sequences[i] for i in range(len(sequences))):
@@ -65,21 +65,21 @@ def test_tokens_counts_the_labels_and_labels_are_the_inputs(tokenizer, length, p
 
 def test_positions_restart_with_every_text_and_every_sequence(tokenizer):
     lengths = [len(ids) for ids in expected_stream(tokenizer)]
-    one = pack_examples(TEXTS, tokenizer, max_seq_len=10_000)[0]["position_ids"]
+    one = pack_examples(TEXTS, tokenizer, max_seq_len=10_000).sequences[0]["position_ids"]
     assert one.tolist() == [p for n in lengths for p in range(n)]
-    cut = pack_examples(TEXTS, tokenizer, max_seq_len=9)
+    cut = pack_examples(TEXTS, tokenizer, max_seq_len=9).sequences
     assert all(cut[i]["position_ids"][0] == 0 for i in range(len(cut)))
 
 
 def test_without_packing_a_sequence_is_one_truncated_text(tokenizer):
-    sequences = pack_examples(TEXTS, tokenizer, max_seq_len=12, packing=False)
+    sequences = pack_examples(TEXTS, tokenizer, max_seq_len=12, packing=False).sequences
     expected = [ids[:12] for ids in expected_stream(tokenizer)]
     assert [sequences[i]["input_ids"].tolist() for i in range(len(sequences))] == expected
 
 
 def test_tokens_that_are_no_targets_have_no_label(tokenizer):
     """A mask leaves out any token, such as those of a prompt, and the positions stay."""
-    plain = pack_examples(TEXTS, tokenizer, max_seq_len=16)
+    plain = pack_examples(TEXTS, tokenizer, max_seq_len=16).sequences
     masked = replace(plain, targets=plain.targets & (plain.stream % 2 == 0))
     for i in range(len(plain)):
         before, after = plain[i], masked[i]
@@ -94,7 +94,7 @@ def test_tokens_that_are_no_targets_have_no_label(tokenizer):
 
 def test_the_digest_of_plain_text_does_not_depend_on_targets(tokenizer):
     """Checkpoints of earlier versions have the digest of the other arrays alone."""
-    plain = pack_examples(TEXTS, tokenizer, max_seq_len=16)
+    plain = pack_examples(TEXTS, tokenizer, max_seq_len=16).sequences
     arrays = (plain.stream, plain.starts, plain.begin, plain.end)
     assert plain.digest() == hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
     masked = replace(plain, targets=np.zeros_like(plain.targets))
@@ -108,7 +108,7 @@ def test_blank_texts_only_is_an_error(tokenizer):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_text_has_the_same_logits_in_a_batch_and_alone(tokenizer, model, packing):
-    sequences = pack_examples(TEXTS, tokenizer, max_seq_len=70, packing=packing)
+    sequences = pack_examples(TEXTS, tokenizer, max_seq_len=70, packing=packing).sequences
     rows = [sequences[i] for i in range(len(sequences))]
     batch = collate_batch(rows)
     assert len(rows) > 1
@@ -125,7 +125,7 @@ def test_a_text_has_the_same_logits_in_a_batch_and_alone(tokenizer, model, packi
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_tokens(tokenizer, model):
-    sequences = pack_examples(TEXTS, tokenizer, max_seq_len=10_000)
+    sequences = pack_examples(TEXTS, tokenizer, max_seq_len=10_000).sequences
     batch = collate_batch([sequences[0]])
     total = 0.0
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_tokens(tokenizer, model):
 
 
 def test_select_keeps_the_sequences(tokenizer):
-    sequences = pack_examples(TEXTS, tokenizer, max_seq_len=8)
+    sequences = pack_examples(TEXTS, tokenizer, max_seq_len=8).sequences
     some = sequences.select(np.array([2, 0]))
     assert len(some) == 2
     assert torch.equal(some[0]["input_ids"], sequences[2]["input_ids"])
@@ -151,6 +151,6 @@ def test_a_tokenizer_that_adds_its_own_eos_gets_no_second_one(tokenizer):
             return {"input_ids": [[5, 6, 0] for _ in texts]}
 
     assert (
-        pack_examples(["a", "b"], AddsEos(), max_seq_len=6)[0]["input_ids"].tolist()
+        pack_examples(["a", "b"], AddsEos(), max_seq_len=6).sequences[0]["input_ids"].tolist()
         == [5, 6, 0] * 2
     )

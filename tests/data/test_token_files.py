@@ -11,8 +11,7 @@ from transformers import AutoTokenizer
 
 from hqqtrain.config.groups import DataConfig
 from hqqtrain.data import sequences as module
-from hqqtrain.data.packing import EXAMPLES, PACKED, pack_examples
-from hqqtrain.data.sequences import TokenSequences
+from hqqtrain.data.packing import EXAMPLES, PACKED, TokenizedData, pack_examples
 from hqqtrain.data.token_files import (
     INDEX,
     DamagedStoreError,
@@ -27,7 +26,7 @@ ARRAYS = ("stream", "targets", "starts", "begin", "end")
 TEXTS = ["def f(x):\n    return x\n" * n for n in (1, 5, 2, 9, 3)]
 
 
-def _pack(examples: list, packing: bool, **options) -> TokenSequences:
+def _pack(examples: list, packing: bool, **options) -> TokenizedData:
     return pack_examples(
         examples, AutoTokenizer.from_pretrained(TINY_FOLDER), max_seq_len=29, packing=packing,
         data=DataConfig(chat_template="chatml"), **options,
@@ -38,14 +37,13 @@ def _pack(examples: list, packing: bool, **options) -> TokenSequences:
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("examples", [TEXTS, [CHAT, COMPLETION, TOKENS] * 5])
 def test_the_same_sequences_as_in_memory(tmp_path, monkeypatch, examples, packing, chunk):
-    in_memory = _pack(examples, packing)
+    in_memory = _pack(examples, packing).sequences
     digest = in_memory.digest()
     monkeypatch.setattr(module, "CHUNK_TOKENS", chunk)
-    parts: list[TokenSequences] = []
-    written = _pack(examples, packing, folder=tmp_path, on_parts=parts.append)
-    shares = written.stream is not parts[0].stream
+    parts, written = _pack(examples, packing, folder=tmp_path)
+    shares = written.stream is not parts.stream
     assert shares == (packing and examples is not TEXTS)
-    save_sequences(tmp_path, {EXAMPLES: parts[0], **({PACKED: written} if shares else {})})
+    save_sequences(tmp_path, {EXAMPLES: parts, **({PACKED: written} if shares else {})})
     mapped = map_sequences(tmp_path, PACKED if shares else EXAMPLES)
     for name in ARRAYS:
         ours, expected = getattr(mapped, name), getattr(in_memory, name)

@@ -21,8 +21,9 @@ def source(tmp_path: Path) -> Path:
 
 
 def copy(source: Path, target: Path) -> dict[str, int]:
-    with atomic_directory(target, companion_modes(source)) as partial:
-        copy_companion_files(source, partial)
+    files = companion_files(source)
+    with atomic_directory(target, companion_modes(files)) as partial:
+        copy_companion_files(files, partial)
     return {path.name: path.stat().st_mode & 0o777 for path in target.iterdir()}
 
 
@@ -31,9 +32,8 @@ def copy(source: Path, target: Path) -> dict[str, int]:
 def test_a_link_out_of_the_folder_is_refused(source: Path, name: str, target: str):
     (source.parent / "secret").write_text("secret")
     (source / name).symlink_to(target)
-    for use in (companion_files, companion_modes):
-        with pytest.raises(UserError, match=rf"{name}: is a link to .*outside"):
-            use(source)
+    with pytest.raises(UserError, match=rf"{name}: is a link to .*outside"):
+        companion_files(source)
 
 
 def test_a_chain_of_links_is_followed_to_its_end(source: Path):

@@ -22,17 +22,25 @@ def folder(tmp_path):
     for name in "abcde":
         (tmp_path / name).write_bytes(name.encode() * 100)
     (tmp_path / "empty").touch()
-    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "most").mkdir(parents=True)
+    (tmp_path / "inner" / "f").write_text("f")
     seal(tmp_path)
     return tmp_path
 
 
 def test_the_manifest_has_size_and_sha256_of_every_file(folder):
     files = json.loads((folder / MANIFEST).read_text())["files"]
-    assert sorted(files) == ["a", "b", "c", "d", "e", "empty"]
+    assert sorted(files) == ["a", "b", "c", "d", "e", "empty", "inner/f"]
     assert files["a"] == {"bytes": 100, "sha256": hashlib.sha256(b"a" * 100).hexdigest()}
     assert files["empty"] == {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
     assert is_sealed(folder)
+    check_sealed(folder)
+
+
+def test_a_manifest_of_an_older_version_has_no_files_of_inner_folders(folder):
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    del files["inner/f"]
+    (folder / MANIFEST).write_text(manifest._manifest_text(files))
     check_sealed(folder)
 
 
@@ -57,9 +65,9 @@ def test_known_digests_are_not_computed_again(tmp_path):
 
 
 def test_every_changed_byte_is_found(folder):
-    for name in ("a", "b", MANIFEST):
+    for name in ("a", "inner/f", MANIFEST):
         whole = (folder / name).read_bytes()
-        for at in (0, len(whole) // 2, len(whole) - 1):
+        for at in {0, len(whole) // 2, len(whole) - 1}:
             changed = bytearray(whole)
             changed[at] ^= 1
             (folder / name).write_bytes(changed)
@@ -113,7 +121,7 @@ def test_ranks_check_every_file_exactly_once_between_them(folder, monkeypatch):
     )
     for rank in range(4):
         check_sealed(folder, rank, 4)
-    assert sorted(seen) == ["a", "b", "c", "d", "e", "empty"]
+    assert sorted(seen) == ["a", "b", "c", "d", "e", "empty", "f"]
 
 
 def test_every_rank_finds_a_wrong_size(folder):

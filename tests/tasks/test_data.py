@@ -96,7 +96,7 @@ def test_the_run_directory_has_figures_and_a_page_and_nothing_empty(look, tiny_m
 
 
 def load_data(run) -> TokenSequences:
-    return task.load_training_data(run, TINY_FOLDER)
+    return task.load_training_data(run, TINY_FOLDER).sequences
 
 
 def test_no_weight_is_read(look, tiny_model: Path, capsys):
@@ -221,11 +221,11 @@ def test_examples_that_are_too_long_are_counted_as_they_are_in_the_source(
     data = _write_rows(tmp_path / "rows.jsonl", *rows) | {"on_long": on_long}
     run = look(data=data, train={"max_seq_len": 32}, **NO_EVAL)
     found = run.recorder.summary.content.data
-    kept: list[TokenSequences] = []
-    packed = task.load_training_data(run, TINY_FOLDER, on_parts=kept.append)
-    _, trained = token_masks(kept[0], 0, len(kept[0].stream))
+    tokens = task.load_training_data(run, TINY_FOLDER)
+    parts, packed = tokens.parts, tokens.sequences
+    _, trained = token_masks(parts, 0, len(parts.stream))
     labels = [label for sequence in packed for label in sequence["labels"].tolist()]
-    assert sorted(kept[0].stream[trained].tolist()) == sorted(predicted(labels))
+    assert sorted(parts.stream[trained].tolist()) == sorted(predicted(labels))
     assert found.examples == 4
     assert found.trained_tokens == packed.target_token_count
     assert found.tokens == int((packed.end - packed.begin).sum())
@@ -255,7 +255,7 @@ def test_samples_are_spread_evenly():
 @pytest.mark.parametrize("trained", [slice(0, 0), slice(3, 8), slice(0, 99)])
 def test_the_pieces_are_the_text(tokenizer, trained):
     text = "def f(x):\n    return 'é中\U0001f469 <|endoftext|> [[x]]'\n"
-    data = _masked(pack_examples([text], tokenizer, max_seq_len=99), trained)
+    data = _masked(pack_examples([text], tokenizer, max_seq_len=99).sequences, trained)
     sample = Sampler(data, tokenizer).sample(0, 99)
     assert "".join(piece.text for piece in sample.pieces) == f"{text}<|endoftext|>"
     assert [p.text for p in sample.pieces if p.is_special] == ["<|endoftext|>"] * 2
@@ -266,7 +266,7 @@ def test_the_pieces_are_the_text(tokenizer, trained):
 
 
 def test_a_character_of_which_a_part_is_trained_is_shown_as_its_bytes(tokenizer):
-    data = pack_examples(["中\U0001f469"], tokenizer, max_seq_len=99)
+    data = pack_examples(["中\U0001f469"], tokenizer, max_seq_len=99).sequences
     data = _masked(data, slice(1, 99, 2))
     pieces = Sampler(data, tokenizer).sample(0, 99).pieces
     assert len(pieces) == len(data.stream) > 6
@@ -275,7 +275,7 @@ def test_a_character_of_which_a_part_is_trained_is_shown_as_its_bytes(tokenizer)
 
 def test_a_long_example_is_shown_in_two_parts(tokenizer):
     text = "".join(f"x{number} = {number}\n" for number in range(99))
-    data = pack_examples([text], tokenizer, max_seq_len=32)
+    data = pack_examples([text], tokenizer, max_seq_len=32).sequences
     tokens = len(data.stream)
     sample = Sampler(data, tokenizer).sample(0, 40)
     first, last = ("".join(p.text for p in part) for part in (sample.pieces, sample.last_pieces))
@@ -287,7 +287,7 @@ def test_a_long_example_is_shown_in_two_parts(tokenizer):
 
 
 def test_the_title_says_what_is_cut_off(tokenizer):
-    data = pack_examples(["a b c d e f g h i j"], tokenizer, max_seq_len=4, packing=False)
+    data = pack_examples(["a b c d e f g h i j"], tokenizer, max_seq_len=4, packing=False).sequences
     sample = Sampler(data, tokenizer).sample(0, 40)
     assert sample.title == f"example 1 of 1: {len(data.stream)} tokens, 3 trained, " + (
         f"{len(data.stream) - 4} cut off"

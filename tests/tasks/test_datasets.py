@@ -26,7 +26,7 @@ from hqqtrain.tasks.model import plan_settings
 
 def test_the_training_data_is_the_text_of_the_source(make_config, start_run):
     with start_run(make_config()) as run:
-        sequences = load_training_data(run, TINY_FOLDER)
+        sequences = load_training_data(run, TINY_FOLDER).sequences
     text = load_tokenizer(TINY_FOLDER).decode(sequences.stream)
     assert "def train_0(x): return x + 0" in text
     assert max(sequences.end - sequences.begin) == 32
@@ -74,7 +74,7 @@ class _TwoRanks(Communicator):
 
 def test_ranks_with_another_text_are_refused(make_config, start_run):
     with start_run(make_config()) as run:
-        training, comm = load_training_data(run, TINY_FOLDER), run.runtime.comm
+        training, comm = load_training_data(run, TINY_FOLDER).sequences, run.runtime.comm
         check_same_text(run, training, None)
         other = replace(run.runtime, comm=_TwoRanks(0, 2, comm.device))
         with pytest.raises(UserError, match=r"data\.source=.*not the same on all ranks"):

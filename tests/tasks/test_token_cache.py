@@ -47,7 +47,7 @@ def load(make_config, start_run, monkeypatch, tmp_path: Path):
         config.run.name = name
         with start_run(config) as run:
             training, held_out = (
-                load_training_data(run, TINY_FOLDER),
+                load_training_data(run, TINY_FOLDER).sequences,
                 load_held_out_data(run, TINY_FOLDER),
             )
         assert held_out is not None

@@ -31,6 +31,11 @@ def missing_markers(template: ChatTemplate, tokenizer: "PreTrainedTokenizerBase"
 
 def is_token(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether `text` is a single token."""
-    if text in tokenizer.get_added_vocab():
-        return True
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1
+    return single_id(text, tokenizer) is not None
+
+
+def single_id(text: str, tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """Return the id of a text that is a single token; None if it is not."""
+    added = tokenizer.get_added_vocab()
+    ids = [added[text]] if text in added else tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[0] if len(ids) == 1 else None

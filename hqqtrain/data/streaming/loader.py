@@ -145,6 +145,10 @@ class StreamingLoader:
         tokens = [sequence["input_ids"].tolist() for sequence in batch.sequences]
         return {"samples": batch.samples, "tokens": tokens}
 
+    def trains(self, token_id: int) -> bool:
+        assert self._block is not None
+        return self._block.sequences.trains(token_id)
+
     def state_dict(self) -> dict[str, Any]:
         """Return where the next batch begins: the state before a block, and how much is used."""
         if self._block is None:  # another rank than 0, or before the start

@@ -70,7 +70,7 @@ def their_loss(model, tokenizer, rows: list[dict], folder: Path, **settings) -> 
 
 
 def our_loss(model, tokenizer, examples: list[Example], packing: bool) -> float:
-    sequences = pack_examples(examples, tokenizer, max_seq_len=1024, packing=packing)
+    sequences = pack_examples(examples, tokenizer, max_seq_len=1024, packing=packing).sequences
     loss = ModelLoss(model, NextTokenLoss(), SINGLE_PROCESS, max_tokens=4096)
     with torch.no_grad():
         summed, count = loss(collate_batch(sequences, has_positions=True))

@@ -74,7 +74,7 @@ def test_a_pass_in_one_block_has_the_sequences_of_training_without_streaming(
     data = DataConfig(source=source, streaming=True, shuffle_buffer=0)
     expected = pack_examples(
         load_training_texts(data, NO_EVAL), tokenizer, max_seq_len=LENGTH, packing=packing
-    )
+    ).sequences
     assert one_pass(blocks_of(tokenizer, data, packing=packing)) == content(expected)
     assert len(expected) > 30
 
@@ -84,7 +84,7 @@ def test_blocks_have_the_same_tokens(tokenizer, source, buffer):
     """Plain text is the same stream in the same order; others are packed in other company."""
     data = DataConfig(source=source, streaming=True, shuffle_buffer=buffer)
     expected = content(
-        pack_examples(load_training_texts(data, NO_EVAL), tokenizer, max_seq_len=LENGTH)
+        pack_examples(load_training_texts(data, NO_EVAL), tokenizer, max_seq_len=LENGTH).sequences
     )
     found = one_pass(blocks_of(tokenizer, data))
     assert len(found) >= len(expected)

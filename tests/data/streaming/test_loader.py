@@ -65,7 +65,7 @@ def test_batches_are_those_of_data_in_memory_if_the_buffer_has_all_of_it(rows, l
     data = DataConfig(source=rows)
     sequences = pack_examples(
         load_training_texts(data, NO_EVAL), load_tokenizer(TINY_FOLDER), max_seq_len=24
-    )
+    ).sequences
     in_memory = PackedLoader(sequences, TRAIN, layout=layout)
     streamed = make_loader(rows, buffer=1000, layout=layout)
     assert len(sequences) < 15 * 4

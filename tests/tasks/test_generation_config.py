@@ -1,0 +1,105 @@
+"""A model that was trained to end its turns with a token of its own stops there when it is used."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from chat_examples import CHAT, COMPLETION
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from hqqtrain.config.groups import DataConfig, TrainConfig
+from hqqtrain.data.chat.library import chat_template_source
+from hqqtrain.data.loader import PackedLoader
+from hqqtrain.data.packing import pack_examples
+from hqqtrain.models.source import TINY_FOLDER
+from hqqtrain.tasks.finetune import finetune
+from hqqtrain.tasks.generation_config import trained_generation_config
+from hqqtrain.tasks.inference import export
+
+EOS, END = 0, 4096
+"""The ids of EOS, and of `<|im_end|>`, which is added to the tokenizer."""
+
+
+def _settings(
+    folder: Path, example: object, template: str | None = "chatml", *, adds: bool = True, **config
+) -> dict | None:
+    """Return the settings of a model in `folder` that was trained on an example."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_FOLDER)
+    if adds:
+        tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = template and chat_template_source(template)
+    tokenizer.save_pretrained(folder)
+    data = DataConfig(chat_template=template or "auto")
+    packed = pack_examples([example], tokenizer, max_seq_len=64, data=data)
+    loader = PackedLoader(packed.sequences, TrainConfig(max_steps=1))
+    source = SimpleNamespace(tokenizer=folder)
+    plan = SimpleNamespace(source=source, hf_config=SimpleNamespace(**config))
+    return trained_generation_config(plan, loader)
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "expected"),
+    [
+        ({"eos_token_id": 0, "top_k": 5}, {}, {"eos_token_id": [0, END], "top_k": 5}),
+        ({"eos_token_id": [2, 0]}, {"eos_token_id": 7}, {"eos_token_id": [2, 0, END]}),
+        ({"eos_token_id": END}, {"eos_token_id": 0}, None),
+        ({"eos_token_id": [0, END]}, {"eos_token_id": 0}, None),
+        ({"top_k": 5}, {"eos_token_id": 0}, {"eos_token_id": [0, END], "top_k": 5}),
+        (None, {"eos_token_id": 0, "bos_token_id": 1, "pad_token_id": None},
+         {"eos_token_id": [0, END], "bos_token_id": 1}),
+        (None, {}, {"eos_token_id": [END]}),
+    ],
+)  # fmt: skip
+def test_the_token_joins_those_of_the_base(tmp_path: Path, file, config, expected):
+    if file is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(file))
+    assert _settings(tmp_path, CHAT, **config) == expected
+
+
+@pytest.mark.parametrize(
+    ("example", "template", "adds"),
+    [
+        ("def f(x): return x", "chatml", True),
+        ("def f(x): return x", None, True),
+        (COMPLETION, "chatml", True),
+        (CHAT, "chatml", False),  # the marker is ordinary text
+        (CHAT, "plain", True),
+    ],
+)
+def test_settings_stay_if_no_other_token_was_trained(tmp_path: Path, example, template, adds):
+    assert _settings(tmp_path, example, template, adds=adds, eos_token_id=EOS) is None
+
+
+def test_an_export_of_a_streamed_run_stops_at_the_end_of_a_turn(
+    tmp_path: Path, make_config, start_run, caplog
+):
+    caplog.set_level("INFO")
+    base = tmp_path / "base"
+    shutil.copytree(TINY_FOLDER, base)
+    own = {"eos_token_id": EOS, "temperature": 0.7, "do_sample": True}
+    (base / "generation_config.json").write_text(json.dumps(own))
+    rows = json.dumps({"messages": CHAT.messages}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(rows * 8)
+    settings = {
+        "model": {"name_or_path": str(base)}, "eval": {"source": None}, "train": {"max_steps": 1},
+        "data": {"source": str(tmp_path / "rows.jsonl"), "streaming": True,
+                 "chat_template": "chatml", "add_tokens": ["<|im_end|>"]},
+    }  # fmt: skip
+    with start_run(make_config(**settings)) as run:
+        finetune(run)
+    message = f"end its turns with <|im_end|>, so eos_token_id is [{EOS}, {END}]"
+    assert message in caplog.text
+    source = {"name_or_path": str(run.layout.folder)}
+    with start_run(make_config("export", model=source, run={"name": "export"})) as exported:
+        export(exported)
+    found = GenerationConfig.from_pretrained(exported.layout.export)
+    assert (found.eos_token_id, found.temperature) == ([EOS, END], 0.7)
+    model = AutoModelForCausalLM.from_pretrained(exported.layout.export)
+    written = model.generate(
+        torch.tensor([[5, 6, 7]]), max_new_tokens=9, do_sample=False, temperature=None,
+        sequence_bias={(END,): 1e4},
+    )  # fmt: skip
+    assert written.tolist() == [[5, 6, 7, END]]
