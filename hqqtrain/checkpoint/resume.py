@@ -96,8 +96,8 @@ def _load_chosen(
 def dataset_digests(training: TokenSequences, held_out: TokenSequences | None) -> dict[str, str]:
     """Return a digest of each dataset by the configuration key that names it."""
     return {
-        "data.source": training.digest(),
-        "eval.source": held_out.digest() if held_out else "",
+        "data.source": training.digest,
+        "eval.source": held_out.digest if held_out else "",
     }
 
 

@@ -1,7 +1,7 @@
 """Folders of a cache that several runs, and maybe several users, share.
 
 An entry is a folder that is complete or absent. A complete one is only read, so a user need not be
-allowed to write to it. A run that needs one that is absent locks it, and writes it.
+allowed to write to it. A run that finds none locks its name, and writes it.
 """
 
 import errno

@@ -104,7 +104,8 @@ def _encode_in_processes(
     pending: deque[Future[Batch]] = deque()
     # Threads of this process may hold locks, which a forked process could never take.
     context = start_method()
-    # Through a queue, because a process whose arguments do not fit into a pipe is waited for.
+    # The start of a process takes until it has read arguments that do not fit into a pipe, as the
+    # encoder. From a queue all processes read theirs at the same time.
     encoders = context.Queue()
     encoders.cancel_join_thread()
     for _ in range(workers):
@@ -125,6 +126,7 @@ def _encode_in_processes(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        encoders.close()
     if reader.error:
         raise reader.error
 

@@ -18,8 +18,7 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.data.packing import cut_long, encode_stream
 from hqqtrain.data.sequences import TokenSequences
-from hqqtrain.data.sources import load_held_out_texts
-from hqqtrain.data.streaming.sources import streamed_held_out_texts
+from hqqtrain.data.texts import held_out_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +34,6 @@ def load_eval_set(
     data: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
     max_seq_len: int,
-    vocab_size: int | None = None,
     *,
     on_batch: Callable[[], object] = lambda: None,
     folder: Path | None = None,
@@ -52,7 +50,6 @@ def load_eval_set(
         data: The group `data` of the configuration.
         tokenizer: The tokenizer of the model.
         max_seq_len: Largest number of tokens in a window.
-        vocab_size: Number of token ids that the model knows; None if there is no model.
         on_batch: Called now and then; it may raise to stop.
         folder: Where to write the tokens, as for `pack_examples`.
 
@@ -60,16 +57,14 @@ def load_eval_set(
         The windows, or None if eval.source is null.
 
     Raises:
-        UserError: The source cannot be read or contains no text, or the model does not know one of
-            its tokens.
+        UserError: The source cannot be read or tokenized, or contains no text.
     """
     if evaluation.source is None:
         return None
     length = min(max_seq_len, evaluation.tokens)
     where = f"eval.source={evaluation.source}"
-    load = streamed_held_out_texts if data.streaming else load_held_out_texts
-    examples = load(evaluation, data)
-    tokens = encode_stream(examples, tokenizer, data, vocab_size, where, on_batch, folder=folder)
+    examples = held_out_texts(evaluation, data)
+    tokens = encode_stream(examples, tokenizer, data, where, on_batch, folder)
     candidates = cut_windows(tokens, length)
     if not len(candidates):
         raise UserError(f"{where}: no text in it has a token to predict.")

@@ -25,7 +25,6 @@ from hqqtrain.data.encoding import encode_examples
 from hqqtrain.data.examples import Example
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.token_files import TokenWriter
-from hqqtrain.data.tokenization import check_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +53,6 @@ def pack_examples(
     max_seq_len: int,
     packing: bool = True,
     data: DataConfig | None = None,
-    vocab_size: int | None = None,
     where: str = "data.source",
     on_batch: Callable[[], object] = lambda: None,
     folder: Path | None = None,
@@ -67,15 +65,14 @@ def pack_examples(
         max_seq_len: Largest number of tokens in a sequence.
         packing: Whether examples share sequences.
         data: The group `data` of the configuration.
-        vocab_size: Number of token ids that the model knows; None if there is no model.
         where: The source of the examples, for messages.
         on_batch: Called now and then; it may raise to stop.
         folder: Where to write the tokens of the examples, as `EXAMPLES`, and those of sequences
             that several examples share as a whole, as `PACKED`; None: they stay in memory.
 
     Raises:
-        UserError: No sequence has a token to predict, the model does not know a token, an example
-            is longer than `data.on_long=error` allows, or the examples cannot be tokenized.
+        UserError: No sequence has a token to predict, an example is longer than
+            `data.on_long=error` allows, or the examples cannot be tokenized.
     """
     data, kinds = data or DataConfig(), set[type]()
 
@@ -84,10 +81,10 @@ def pack_examples(
             kinds.add(type(example))
             yield example
 
-    tokens = encode_stream(noted(), tokenizer, data, vocab_size, where, on_batch, folder=folder)
+    tokens = encode_stream(noted(), tokenizer, data, where, on_batch, folder)
     is_plain_text = kinds <= {str}
-    if packing and is_plain_text and data.on_long in (AUTO, "split"):
-        parts = sequences = cut_stream(tokens, max_seq_len)
+    if is_plain_text and cuts_texts(data, packing=packing):
+        parts = sequences = cut_stream(tokens, max_seq_len, len(tokens.stream))
     else:
         parts = cut_long(tokens, max_seq_len, data.on_long, where)
         sequences = pack_parts(parts, max_seq_len, folder) if packing else parts
@@ -101,10 +98,18 @@ def pack_examples(
     return TokenizedData(parts, sequences)
 
 
-def cut_stream(tokens: TokenSequences, max_seq_len: int) -> TokenSequences:
-    """Cut the stream of all texts every `max_seq_len` tokens; a single token is left out."""
-    begin = np.arange(0, len(tokens.stream), max_seq_len)
-    end = np.minimum(begin + max_seq_len, len(tokens.stream))
+def cuts_texts(data: DataConfig, *, packing: bool) -> bool:
+    """Whether plain texts form one stream, which is cut whatever the lengths of the texts are."""
+    return packing and data.on_long in (AUTO, "split")
+
+
+def cut_stream(tokens: TokenSequences, max_seq_len: int, length: int) -> TokenSequences:
+    """Cut the first `length` tokens of the stream of all texts every `max_seq_len` tokens.
+
+    A single token is left out.
+    """
+    begin = np.arange(0, length, max_seq_len)
+    end = np.minimum(begin + max_seq_len, length)
     predicts = end - begin > 1
     return replace(tokens, begin=begin[predicts], end=end[predicts])
 
@@ -113,20 +118,15 @@ def encode_stream(
     examples: Iterable[Example],
     tokenizer: "PreTrainedTokenizerBase",
     data: DataConfig,
-    vocab_size: int | None,
     where: str,
-    on_batch: Callable[[], object] = lambda: None,
-    *,
-    folder: Path | None = None,
+    on_batch: Callable[[], object],
+    folder: Path | None,
 ) -> TokenSequences:
     """Tokenize examples, each into a sequence of its own, of any length; see `pack_examples`."""
     writer = TokenWriter(folder, EXAMPLES)
     for ids, targets in encode_examples(examples, tokenizer, data, where, on_batch):
         writer.append(ids, targets)
-    tokens = writer.finish()
-    if vocab_size is not None:
-        check_token_ids(tokens.stream, tokenizer, vocab_size, where)
-    return tokens
+    return writer.finish()
 
 
 def cut_long(tokens: TokenSequences, max_seq_len: int, on_long: str, where: str) -> TokenSequences:

@@ -94,16 +94,13 @@ class TokenSequences:
             for first, last in chunks(len(self.stream))
         )
 
+    @cached_property
     def digest(self) -> str:
-        """Return the sha256 of tokens, targets, and the boundaries of texts and sequences.
+        """The sha256 of tokens, targets, and the boundaries of texts and sequences.
 
         The targets of plain text are left out, because they follow from its boundaries. So the
         digest equals that in older checkpoints, which was computed before targets existed.
         """
-        return self._digest
-
-    @cached_property
-    def _digest(self) -> str:
         arrays = [self.stream, self.starts, self.begin, self.end]
         if not self.is_plain_text:
             arrays.append(self.targets)
@@ -151,6 +148,25 @@ class TokenSequences:
         stream_indices = np.arange(begin, end)
         text_of_token = np.searchsorted(starts, stream_indices, side="right") - 1
         return stream_indices - starts[text_of_token]
+
+
+def concatenate(parts: list[TokenSequences]) -> TokenSequences:
+    """Return the sequences of `parts`, with a stream that has no other tokens."""
+    streams, targets, starts, lengths = [], [], [], []
+    size = 0
+    for part in parts:
+        for begin, end in zip(part.begin.tolist(), part.end.tolist(), strict=True):
+            streams.append(part.stream[begin:end])
+            targets.append(part.targets[begin:end])
+            first, last = np.searchsorted(part.starts, (begin, end))
+            starts.append(part.starts[first:last] - begin + size)
+            lengths.append(end - begin)
+            size += end - begin
+    ends = np.cumsum(lengths)
+    return TokenSequences(
+        np.concatenate(streams), np.concatenate(targets), np.concatenate(starts),
+        ends - lengths, ends,
+    )  # fmt: skip
 
 
 def plain_text_targets(stream: np.ndarray, starts: np.ndarray) -> np.ndarray:

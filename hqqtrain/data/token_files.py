@@ -77,7 +77,7 @@ def save_sequences(
                 for first, last in chunks(len(values)):
                     file.write(np.ascontiguousarray(values[first:last], np.int64).data)
         counts = {"tokens": len(each.stream), "texts": len(each.starts), "sequences": len(each)}
-        entries[name] = {**counts, "digest": each.digest()}
+        entries[name] = {**counts, "digest": each.digest}
     atomic_write_json(folder / INDEX, {"sequences": entries, **description})
 
 
@@ -100,7 +100,7 @@ def map_sequences(folder: Path, name: str) -> TokenSequences:
         raise DamagedStoreError(f"{folder / name}.bounds: has other content than was written")
     sequences = TokenSequences(stream, targets.view(bool), starts, begin, end)
     if any(int(targets[a:b].max()) > 1 for a, b in chunks(tokens)) or (
-        sequences.digest() != entry.get("digest")
+        sequences.digest != entry.get("digest")
     ):
         raise DamagedStoreError(f"{folder / name}.*: have other content than was written")
     return sequences

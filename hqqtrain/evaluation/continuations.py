@@ -101,7 +101,7 @@ def continue_greedily(
     texts, started = [prompt.to(comm.device) for prompt in prompts], time.monotonic()
     taken: list[Tensor] = []
     for _ in range(new_tokens):
-        # The last number is rank 0's wish to stop, so that all ranks take equally many tokens.
+        # The last number is rank 0's request to stop: all ranks take the same number of tokens.
         next_tokens = torch.empty(len(texts) + 1, dtype=torch.int64, device=comm.device)
         next_tokens[:-1] = _most_likely(model, texts)
         next_tokens[-1] = time.monotonic() - started > MAX_SECONDS
@@ -126,6 +126,5 @@ def _most_likely(model: nn.Module, texts: Sequence[Tensor]) -> Tensor:
     )
     on_device = {name: tensor.to(texts[0].device) for name, tensor in batch.items()}
     logits, _ = next_token_outputs(model, on_device)
-    last = torch.tensor([len(text) - 1 for text in texts], device=logits.device)
-    rows_of = torch.arange(len(texts), device=logits.device)
-    return logits.unflatten(0, (len(texts), -1))[rows_of, last].argmax(dim=-1)
+    last = [len(text) - 1 for text in texts]
+    return logits.unflatten(0, (len(texts), -1))[range(len(texts)), last].argmax(dim=-1)

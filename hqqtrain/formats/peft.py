@@ -86,29 +86,31 @@ class Adapter:
         return self.scaling(module) * (B @ A)
 
     @property
-    def token_ids(self) -> set[int]:
-        """The ids of all tokens whose embeddings the adapter has trained."""
-        tokens: Any = self.config.trainable_token_indices or {}
-        return {id for ids in tokens.values() for id in ids}
+    def tokens(self) -> dict[str, list[int]]:
+        """Module -> ids of the tokens whose rows of it the adapter has trained."""
+        tokens: Any = self.config.trainable_token_indices
+        return tokens or {}
+
+    def token_rows(self, module: str) -> torch.Tensor:
+        """Return the trained rows of a module in `tokens`, in the order of their ids."""
+        return self.state[f"{_PREFIX}{module}{TOKENS_SUFFIX}"]
 
     @property
     def base_tensors(self) -> list[str]:
         """Names of the tensors of the base that the adapter replaces, as a whole or in part."""
-        tokens: Any = self.config.trainable_token_indices or {}
         names = (name.removeprefix(_PREFIX) for name in self.state if ".lora_" not in name)
         full = [name for name in names if not name.endswith(TOKENS_SUFFIX)]
-        return [*full, *(f"{module}.weight" for module in tokens)]
+        return [*full, *(f"{module}.weight" for module in self.tokens)]
 
     def replaced(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the base as the adapter has trained it; itself if it has not."""
         if (full := self.state.get(f"{_PREFIX}{name}")) is not None:
             return full.to(tensor.device)
-        tokens: Any = self.config.trainable_token_indices or {}
         module = name.removesuffix(".weight")
-        if module not in tokens or name == module:
+        if module not in self.tokens or name == module:
             return tensor
-        rows = self.state[f"{_PREFIX}{module}{TOKENS_SUFFIX}"].to(tensor.device).float()
-        return tensor.float().index_copy(0, torch.tensor(tokens[module]).to(rows.device), rows)
+        rows = self.token_rows(module).to(tensor.device).float()
+        return tensor.float().index_copy(0, torch.tensor(self.tokens[module]).to(rows.device), rows)
 
     def check_base(self, fingerprint: str, origin: str) -> None:
         """Check that the adapter was trained on the base with this fingerprint.

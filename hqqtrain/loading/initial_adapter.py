@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.distributed.local import copy_from_full
-from hqqtrain.formats.base_parts import TOKENS_SUFFIX
 from hqqtrain.formats.manifest import DamagedError, check_sealed, is_sealed
 from hqqtrain.formats.peft import Adapter, load_adapter
 from hqqtrain.models.fqn import is_adapter, original_module, peft_key, strip_wrappers
@@ -148,7 +147,8 @@ def add_adapter(
     if start:
         _refuse_tied_modules(start, model)
     if adapts:
-        ids = {*token_ids, *(start.adapter.token_ids if start else ())}
+        started = start.adapter.tokens.values() if start else ()
+        ids = {*token_ids, *chain.from_iterable(started)}
         targets, lora = target_linears(config, model), lora_config(config, model, sorted(ids))
         names = config.target_modules
         shown = f"[{','.join(names)}]" if isinstance(names, list) else names
@@ -276,11 +276,9 @@ def _base_values(param: Tensor, values: Tensor, wrapper: nn.Module) -> Tensor:
 
 def _with_rows_of(adapter: Adapter, module: str, ids: Sequence[int], rows: Tensor) -> Tensor:
     """Return the rows of the tokens `ids`, with the values of `adapter` where it has them."""
-    tokens: Any = adapter.config.trainable_token_indices or {}
-    saved = adapter.state.get(f"base_model.model.{module}{TOKENS_SUFFIX}")
-    if saved is None:
+    if module not in adapter.tokens:
         return rows
     result, place = rows.clone(), {id: index for index, id in enumerate(ids)}
-    for row, id in zip(saved, tokens[module], strict=True):
+    for row, id in zip(adapter.token_rows(module), adapter.tokens[module], strict=True):
         result[place[id]] = row.to(result)
     return result

@@ -19,12 +19,8 @@ from hqqtrain.config.groups import QuantConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.encoding import encode_examples
 from hqqtrain.data.examples import Example
-from hqqtrain.data.sources import load_held_out_texts, load_training_texts
-from hqqtrain.data.streaming.sources import (
-    SHOWN_EXAMPLES,
-    first_training_texts,
-    streamed_held_out_texts,
-)
+from hqqtrain.data.streaming.sources import SHOWN_EXAMPLES
+from hqqtrain.data.texts import held_out_texts, training_texts
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies.check import RuntimeSettings
@@ -98,11 +94,8 @@ def _check_adapter(config: RunConfig) -> str:
 
 
 def _check_training_text(config: RunConfig) -> str:
-    load = first_training_texts if config.data.streaming else load_training_texts
-    texts, where = (
-        load(config.data, config.eval),
-        f"data.source={describe_source(config.data.source)}",
-    )
+    texts = training_texts(config.data, config.eval)
+    where = f"data.source={describe_source(config.data.source)}"
     checked = _counted(where, texts)
     if any(item.kind in ("model", "tokenizer") and item.is_local for item in list_inputs(config)):
         _check_chats(config, texts, where)
@@ -119,8 +112,7 @@ def _check_chats(config: RunConfig, texts: Iterable[Example], where: str) -> Non
 
 
 def _check_held_out_text(config: RunConfig) -> str:
-    load = streamed_held_out_texts if config.data.streaming else load_held_out_texts
-    texts = load(config.eval, config.data)
+    texts = held_out_texts(config.eval, config.data)
     return _counted(f"eval.source={config.eval.source}", texts)
 
 

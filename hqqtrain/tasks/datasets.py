@@ -14,9 +14,8 @@ from hqqtrain.data.eval_set import load_eval_set
 from hqqtrain.data.layout import BatchLayout
 from hqqtrain.data.packing import TokenizedData, pack_examples
 from hqqtrain.data.sequences import TokenSequences
-from hqqtrain.data.sources import load_training_texts
 from hqqtrain.data.statistics import DataStatistics, measure_data
-from hqqtrain.data.streaming.sources import first_training_texts
+from hqqtrain.data.texts import training_texts
 from hqqtrain.data.tokenization import check_token_ids
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.loading.plan import ModelPlan
@@ -78,9 +77,9 @@ def load_training_data(
     def build(
         tokenizer: PreTrainedTokenizerBase, folder: Path | None, on_batch: Callable[[], object]
     ) -> TokenizedData:
-        load = first_training_texts if config.data.streaming else load_training_texts
+        texts = training_texts(config.data, config.eval)
         return pack_examples(
-            run.recorder.progress_bars.count_tokenized(load(config.data, config.eval)),
+            run.recorder.progress_bars.count_tokenized(texts),
             tokenizer,
             max_seq_len=length,
             packing=config.train.packing,
@@ -195,11 +194,14 @@ def _find_or_build(
 
 
 def sample_held_out_data(
-    config: RunConfig, tokenizer_folder: Path, vocab_size: int | None
+    config: RunConfig, tokenizer_folder: Path, vocab_size: int
 ) -> TokenSequences | None:
     """Tokenize a sample of `eval.source` in the memory of this rank; see `load_held_out_data`."""
     tokenizer = load_tokenizer(tokenizer_folder)
-    return load_eval_set(config.eval, config.data, tokenizer, config.train.max_seq_len, vocab_size)
+    windows = load_eval_set(config.eval, config.data, tokenizer, config.train.max_seq_len)
+    if windows is not None:
+        check_token_ids(windows.stream, tokenizer, vocab_size, f"eval.source={config.eval.source}")
+    return windows
 
 
 def check_same_text(run: Run, *texts: TokenSequences | None) -> None:
@@ -211,7 +213,7 @@ def check_same_text(run: Run, *texts: TokenSequences | None) -> None:
     Raises:
         UserError: The text of some ranks differs.
     """
-    digests = [text.digest() if text else "" for text in texts]
+    digests = [text.digest if text else "" for text in texts]
     digests_of_ranks = run.runtime.comm.all_gather_object(digests)
     if any(of_rank != digests for of_rank in digests_of_ranks):
         raise UserError(

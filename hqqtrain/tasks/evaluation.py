@@ -110,12 +110,10 @@ class RecordedEvaluation:
         tokenizer = load_tokenizer(runnable.plan.source.tokenizer)
         texts = _select_texts(evaluator.held_out, config)
         prompts, rests = ([pair[i] for pair in texts] for i in (0, 1))
+        ends, new_tokens = {tokenizer.eos_token_id}, len(rests[0])
         is_chat = not evaluator.held_out.is_plain_text
-        ends = {tokenizer.eos_token_id}
-        if is_chat:  # the token that ends a turn, unless it is ordinary text
+        if is_chat:  # an answer may be short, and ends with a token, unless that is ordinary text
             ends |= {int(rest[-1]) for rest in rests} & set(tokenizer.added_tokens_decoder)
-        new_tokens = len(rests[0])
-        if is_chat:  # an answer may be short
             new_tokens = min(SAMPLE_TOKENS, config.train.max_seq_len) // 2
 
         def decode(rows: Iterable[Tensor]) -> list[str]:
@@ -185,7 +183,7 @@ class RecordedEvaluation:
         if source_digest and runtime.comm.size == 1 and 2 * parameters * tokens >= MIN_FLOP:
             settings = {
                 "model": [source_digest, plan.source.kind, plan.source.name],
-                "text": held_out.digest(),
+                "text": held_out.digest,
                 "batch_size": config.train.micro_batch_size,
                 "precision": [str(runtime.dtype), config.train.precision, str(runtime.device)],
             }

@@ -42,8 +42,9 @@ def trained_generation_config(plan: ModelPlan, loader: DataLoader) -> dict[str, 
     eos = settings.get("eos_token_id", [])
     eos = eos if isinstance(eos, list) else [eos]
     markers = end_markers(ChatTemplate(tokenizer))
-    found = [(marker, single_id(marker, tokenizer)) for marker in markers]
-    new = {id: marker for marker, id in found if id not in (None, *eos) and loader.trains(id)}
+    found = ((single_id(marker, tokenizer), marker) for marker in markers)
+    ids = {id: marker for id, marker in found if id is not None and id not in eos}
+    new = {id: marker for id, marker in ids.items() if loader.trains(id)}
     if not new:
         return None
     settings["eos_token_id"] = [*eos, *new]

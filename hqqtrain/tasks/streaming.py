@@ -46,17 +46,9 @@ def stream_training_data(
         PreemptedError: A rank was asked to stop.
     """
     config, comm, preemption = run.config, run.runtime.comm, run.runtime.preemption
-
-    def open_blocks() -> BlockStream:
-        # The reader has a tokenizer of its own, because a tokenizer serves one thread at a time.
-        return BlockStream(
-            stream, load_tokenizer(tokenizer_folder), config.train, config.data, vocab_size
-        )
-
     where = f"data.source={describe_source(config.data.source)}"
     loader = StreamingLoader(
-        open_blocks, where, config.train,
-        comm.run_on_rank0, preemption.check_local,
+        where, config.train, comm.run_on_rank0, preemption.check_local,
         rank=comm.rank, world_size=comm.size, device=comm.device, layout=layout,
     )  # fmt: skip
     if checkpoint:
@@ -74,8 +66,12 @@ def stream_training_data(
             check_streamed_overlap(stream, config.data, config.eval)
             held_out = sample_held_out_data(config, tokenizer_folder, vocab_size)
             digests = {"data.source": stream_digest(stream, config.data)}
-            found = held_out, digests | {"eval.source": held_out.digest() if held_out else ""}
-            loader.start(check)
+            found = held_out, digests | {"eval.source": held_out.digest if held_out else ""}
+            # The reader has a tokenizer of its own, because one serves one thread at a time.
+            tokenizer = load_tokenizer(tokenizer_folder)
+            loader.start(
+                BlockStream(stream, tokenizer, config.train, config.data, vocab_size), check
+            )
             logger.info("%s: the first sequences are ready; more are read during training", where)
     held_out, digests = comm.run_on_rank0(lambda: found)
     return loader, held_out, digests

@@ -35,6 +35,9 @@ Entries of other versions are not read any more.
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 """Packages that turn text into tokens."""
 
+_OF_THE_MODEL = (".safetensors", ".index.json", "config.json")
+"""Ends of names of files that do not belong to the tokenizer."""
+
 _NO_TOKENS = ("show", "workers", "cache_dir", "streaming", "shuffle_buffer")
 """Keys of `data` that do not change any token."""
 
@@ -71,8 +74,8 @@ def _tokenizer_identity(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> l
 
     The files alone do not decide it: config.json chooses the class of some tokenizers.
     """
-    weights = (".safetensors", ".index.json", "config.json")
-    names = [n for n in model_files(folder) if n == _OWN_CONFIG or not n.endswith(weights)]
+    files = model_files(folder)
+    names = [n for n in files if n == "tokenizer_config.json" or not n.endswith(_OF_THE_MODEL)]
     loaded = repr([
         sorted(tokenizer.get_added_vocab().items()),
         tokenizer.chat_template,
@@ -81,9 +84,6 @@ def _tokenizer_identity(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> l
     ])  # fmt: skip
     digest = hashlib.sha256(loaded.encode(errors="surrogatepass")).hexdigest()
     return [type(tokenizer).__name__, content_digest(folder, names), digest]
-
-
-_OWN_CONFIG = "tokenizer_config.json"
 
 
 def _contents(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -42,5 +42,5 @@ def test_the_digest_depends_on_the_targets_unless_they_are_those_of_plain_text()
     assert plain.is_plain_text
     masked = sequences([0, 1, 1, 0, 1, 1, 0, 0, 1])
     assert not masked.is_plain_text
-    assert masked.digest() != plain.digest()
-    assert sequences().digest() == plain.digest()
+    assert masked.digest != plain.digest
+    assert sequences().digest == plain.digest

@@ -38,7 +38,7 @@ def _pack(examples: list, packing: bool, **options) -> TokenizedData:
 @pytest.mark.parametrize("examples", [TEXTS, [CHAT, COMPLETION, TOKENS] * 5])
 def test_the_same_sequences_as_in_memory(tmp_path, monkeypatch, examples, packing, chunk):
     in_memory = _pack(examples, packing).sequences
-    digest = in_memory.digest()
+    digest = in_memory.digest
     monkeypatch.setattr(module, "CHUNK_TOKENS", chunk)
     parts, written = _pack(examples, packing, folder=tmp_path)
     shares = written.stream is not parts.stream
@@ -49,7 +49,7 @@ def test_the_same_sequences_as_in_memory(tmp_path, monkeypatch, examples, packin
         ours, expected = getattr(mapped, name), getattr(in_memory, name)
         assert ours.dtype == expected.dtype
         assert ours.tolist() == expected.tolist()
-    assert mapped.digest() == written.digest() == digest
+    assert mapped.digest == written.digest == digest
     assert mapped.is_plain_text == in_memory.is_plain_text
     assert mapped.target_token_count == in_memory.target_token_count
     assert not mapped.stream.flags.writeable

@@ -13,7 +13,7 @@ import hqqtrain
 from hqqtrain.common.errors import UserError
 from hqqtrain.data import tokenization
 from hqqtrain.data.packing import pack_examples
-from hqqtrain.data.tokenization import cut_text, encode_texts
+from hqqtrain.data.tokenization import check_token_ids, cut_text, encode_texts
 
 TINY = Path(hqqtrain.__file__).parent / "models" / "tiny"
 
@@ -89,10 +89,14 @@ def test_a_tokenizer_that_fails_is_one_message(tokenizer, monkeypatch):
 def test_tokens_beyond_the_vocabulary_are_named(tokenizer):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     plain, special = ["def f(x): pass"], ["<|im_start|> def f(x): pass"]
-    pack_examples(plain, tokenizer, max_seq_len=8, vocab_size=4096)  # only tokens in use matter
-    pack_examples(special, tokenizer, max_seq_len=8, vocab_size=4097)
+    plain, special = (
+        pack_examples(texts, tokenizer, max_seq_len=8).sequences.stream
+        for texts in (plain, special)
+    )
+    check_token_ids(plain, tokenizer, 4096, "data.source=x")  # only tokens in use matter
+    check_token_ids(special, tokenizer, 4097, "data.source=x")
     with pytest.raises(UserError) as caught:
-        pack_examples(special, tokenizer, max_seq_len=8, vocab_size=4096, where="data.source=x")
+        check_token_ids(special, tokenizer, 4096, "data.source=x")
     for part in ("data.source=x", "'<|im_start|>'", "4096 embeddings", "id 4096"):
         assert part in str(caught.value)
 

@@ -51,7 +51,7 @@ def load(make_config, start_run, monkeypatch, tmp_path: Path):
                 load_held_out_data(run, TINY_FOLDER),
             )
         assert held_out is not None
-        return training.digest(), held_out.digest(), len(calls)
+        return training.digest, held_out.digest, len(calls)
 
     return load
 
@@ -123,13 +123,13 @@ def test_damage_of_chats_that_share_sequences(load, tmp_path: Path, name: str):
 
 def test_data_that_change_while_they_are_tokenized_are_an_error(load, tmp_path: Path, monkeypatch):
     """Otherwise the entry of the old content would have the tokens of the new one."""
-    real = datasets.load_training_texts
+    real = datasets.training_texts
 
     def change(*args):
         (tmp_path / "train.txt").open("a").write("one = more\n")
         return real(*args)
 
-    monkeypatch.setattr(datasets, "load_training_texts", change)
+    monkeypatch.setattr(datasets, "training_texts", change)
     with pytest.raises(UserError, match="changed while their tokens"):
         load("one")
     assert not _entries(tmp_path)

@@ -169,7 +169,7 @@ class ChatTemplate:
     def _call_form(self) -> "CallForm":
         """The first form of calls that the template renders with their arguments."""
         for form in _CALL_FORMS:
-            self.__dict__["_call_form"] = form
+            self.__dict__["_call_form"] = form  # `render` reads it
             with suppress(RenderError):
                 if form.is_shown(self.render(_CALL_PROBE, [_TOOL_PROBE])):
                     return form
@@ -178,7 +178,7 @@ class ChatTemplate:
     @cached_property
     def _needs_parts(self) -> bool:
         """Whether the template leaves out a content that is a string, but not one in parts."""
-        self.__dict__["_needs_parts"] = False
+        self.__dict__["_needs_parts"] = False  # `render` reads it
         as_text = self._renders_probe(_PROBE)
         return not as_text and self._renders_probe([{"type": "text", "text": _PROBE}])
 

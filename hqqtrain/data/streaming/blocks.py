@@ -21,7 +21,7 @@ from hqqtrain.data.chat.encoding import Encoded
 from hqqtrain.data.encoding import check_refused, encode_or_refuse
 from hqqtrain.data.examples import Example
 from hqqtrain.data.order import permutation
-from hqqtrain.data.packing import cut_long, pack_parts
+from hqqtrain.data.packing import cut_long, cut_stream, cuts_texts, pack_parts
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.streaming.examples import ExampleStream, Place, StreamPlace
 from hqqtrain.data.tokenization import check_token_ids
@@ -91,7 +91,7 @@ class Block:
     @cached_property
     def digest(self) -> str:
         """The digest of the sequences."""
-        return self.sequences.digest()
+        return self.sequences.digest
 
 
 class _Group(NamedTuple):
@@ -131,7 +131,7 @@ class BlockStream:
         self._where = f"data.source={describe_source(data.source)}"
         self._has_warned = False  # that examples are too long
         self._block_size = data.shuffle_buffer or UNSHUFFLED_BLOCK
-        self._is_cut = train.packing and data.on_long in (AUTO, "split") and examples.is_plain_text
+        self._is_cut = examples.is_plain_text and cuts_texts(data, packing=train.packing)
 
     def read(
         self, state: BlockState | None = None, on_batch: Callable[[], object] = lambda: None
@@ -207,12 +207,10 @@ class BlockStream:
             check_token_ids(ids, self._tokenizer, self._vocab_size, where)
         if self._is_cut:
             end = len(ids) if ends_pass else len(ids) - len(ids) % length
-            begins = np.arange(0, end, length)
-            ends = np.minimum(begins + length, end)
-            predicts = ends - begins > 1
             starts = np.flatnonzero(~targets)
-            cut = TokenSequences(ids, targets, starts, begins[predicts], ends[predicts])
-            return cut, (ids[end:].copy(), targets[end:].copy())  # not all of the block
+            texts = TokenSequences(ids, targets, starts, starts, np.append(starts[1:], len(ids)))
+            # The rest is copied, because a view would keep the whole block in memory.
+            return cut_stream(texts, length, end), (ids[end:].copy(), targets[end:].copy())
         lengths = np.array([len(each) for each, _ in encoded[1:]], np.int64)
         starts = np.cumsum(lengths) - lengths
         if start.examples:
@@ -243,22 +241,3 @@ class BlockStream:
         if not self._data.shuffle_buffer or not len(sequences):
             return sequences
         return sequences.select(permutation(len(sequences), self._train.seed, block))
-
-
-def concatenate(parts: list[TokenSequences]) -> TokenSequences:
-    """Return the sequences of `parts`, with a stream that has no other tokens."""
-    streams, targets, starts, lengths = [], [], [], []
-    size = 0
-    for part in parts:
-        for begin, end in zip(part.begin.tolist(), part.end.tolist(), strict=True):
-            streams.append(part.stream[begin:end])
-            targets.append(part.targets[begin:end])
-            first, last = np.searchsorted(part.starts, (begin, end))
-            starts.append(part.starts[first:last] - begin + size)
-            lengths.append(end - begin)
-            size += end - begin
-    ends = np.cumsum(lengths)
-    return TokenSequences(
-        np.concatenate(streams), np.concatenate(targets), np.concatenate(starts),
-        ends - lengths, ends,
-    )  # fmt: skip

@@ -16,8 +16,8 @@ from hqqtrain.common.errors import DataError, UserError
 from hqqtrain.config.groups import TrainConfig
 from hqqtrain.data.layout import PACKED, Batch, BatchLayout
 from hqqtrain.data.loader import batches_of_rank
-from hqqtrain.data.sequences import TokenSequences
-from hqqtrain.data.streaming.blocks import Block, BlockState, BlockStream, concatenate
+from hqqtrain.data.sequences import TokenSequences, concatenate
+from hqqtrain.data.streaming.blocks import Block, BlockState, BlockStream
 from hqqtrain.data.streaming.reader import BlockReader
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,6 @@ class StreamingLoader:
     Batches can only be asked for in order; those that are left out are read and dropped.
 
     Args:
-        open_blocks: Opens the data. Only rank 0 does.
         where: `key=source`, for messages.
         config: Batch sizes and number of steps.
         run_on_rank0: Calls a function on rank 0 and returns its result, or raises its error, on
@@ -73,7 +72,7 @@ class StreamingLoader:
     """
 
     def __init__(
-        self, open_blocks: Callable[[], BlockStream], where: str, config: TrainConfig,
+        self, where: str, config: TrainConfig,
         run_on_rank0: Callable[[Callable[[], Any]], Any] = run_alone,
         check: Callable[[], object] = lambda: None, *,
         rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu",
@@ -81,7 +80,7 @@ class StreamingLoader:
     ) -> None:  # fmt: skip
         assert config.max_steps is not None
         self.total_steps = config.max_steps
-        self._open_blocks, self._where, self._config = open_blocks, where, config
+        self._where, self._config = where, config
         self._run_on_rank0, self._check = run_on_rank0, check
         self._layout, self._device = layout, device
         self._rank, self._world_size = rank, world_size
@@ -93,10 +92,11 @@ class StreamingLoader:
         self._block: Block | None = None
         self._last_report = time.monotonic()
 
-    def start(self, check: Callable[[], object] = lambda: None) -> None:
+    def start(self, blocks: BlockStream, check: Callable[[], object] = lambda: None) -> None:
         """Start to read, and wait for the first block; only rank 0 must call this.
 
         Args:
+            blocks: The data, which only a thread of the loader uses from now on.
             check: Called while waiting; it may raise.
 
         Raises:
@@ -106,7 +106,6 @@ class StreamingLoader:
         if state and state.place.examples:
             examples = f"{state.place.examples:,} examples"
             logger.info("%s: the run continues after its first %s", self._where, examples)
-        blocks = self._open_blocks()
         self._reader = BlockReader(lambda on_batch: blocks.read(state, on_batch), self._where)
         try:
             self._block = self._reader.next(check, max_seconds=None)

@@ -14,9 +14,9 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig, TrainConfig
 from hqqtrain.data import encoding_pool
 from hqqtrain.data.packing import pack_examples
-from hqqtrain.data.sequences import TokenSequences
+from hqqtrain.data.sequences import TokenSequences, concatenate
 from hqqtrain.data.sources import load_training_texts
-from hqqtrain.data.streaming.blocks import Block, BlockState, BlockStream, concatenate
+from hqqtrain.data.streaming.blocks import Block, BlockState, BlockStream
 from hqqtrain.data.streaming.examples import ExampleStream, StreamPart, StreamSource
 from hqqtrain.data.streaming.sources import open_training_stream
 from hqqtrain.models.source import TINY_FOLDER
@@ -113,7 +113,7 @@ def test_blocks_continue_from_every_state(tokenizer, source, buffer, number):
         state = BlockState.from_json(json.loads(json.dumps(block.state.to_json())))
         rest = list(islice(blocks_of(tokenizer, data, state), min(2, number - index)))
         for ours, theirs in zip(rest, blocks[index : index + 2], strict=True):
-            assert ours.sequences.digest() == theirs.sequences.digest()
+            assert ours.sequences.digest == theirs.sequences.digest
             assert ours.state.to_json() == theirs.state.to_json()
             assert ours.passes == theirs.passes
 

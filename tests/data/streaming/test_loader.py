@@ -40,19 +40,15 @@ def make_loader(
     check: Callable[[], object] = lambda: None,
 ) -> StreamingLoader:  # fmt: skip
     data = DataConfig(source=source, shuffle_buffer=buffer, streaming=True)
-
-    def open_blocks() -> BlockStream:
-        stream = open_training_stream(data, NO_EVAL)
-        return BlockStream(stream, load_tokenizer(TINY_FOLDER), TRAIN, data)
-
     loader = StreamingLoader(
-        open_blocks, f"data.source={source}", TRAIN, run_on_rank0,
+        f"data.source={source}", TRAIN, run_on_rank0,
         rank=rank, world_size=world_size, layout=layout,
     )  # fmt: skip
     if state:
         loader.load_state_dict(json.loads(json.dumps(state)))
     if rank == 0:
-        loader.start(check)
+        stream = open_training_stream(data, NO_EVAL)
+        loader.start(BlockStream(stream, load_tokenizer(TINY_FOLDER), TRAIN, data), check)
     return loader
 
 
@@ -211,10 +207,8 @@ def slow_loader(rows) -> Iterator[StreamingLoader]:
     data = DataConfig(source=rows, shuffle_buffer=6)
     stream = open_training_stream(data, NO_EVAL)
     blocks = BlockStream(stream, load_tokenizer(TINY_FOLDER), TRAIN, data)
-    loader = StreamingLoader(
-        lambda: _SlowBlocks(blocks, 1.2), "data.source=rows", TRAIN, check=stop
-    )
-    loader.start()
+    loader = StreamingLoader("data.source=rows", TRAIN, check=stop)
+    loader.start(_SlowBlocks(blocks, 1.2))
     yield loader
     loader.close()
 
