@@ -143,7 +143,7 @@ def _checked(examples: Iterable[Example], loss_on: str, where: str) -> Iterator[
 
 
 def _text_or_tokens(example: Example) -> type | None:
-    """Return the type of an example that is encoded without a template."""
+    """Return the type of plain text and of tokens; None for what several processes may encode."""
     return type(example) if isinstance(example, str | Tokens) else None
 
 

@@ -159,7 +159,7 @@ def _repeated(train: Iterable[Example], data: DataConfig) -> Iterable[Example]:
 def _parts_of(train: Iterable[Example]) -> Sequence[Iterable[Example]]:
     """Return the examples of each source."""
     if isinstance(train, FilteredTexts):
-        return [replace(train, examples=part) for part in _parts_of(train.examples)]
+        return [replace(train, examples=part, number=0) for part in _parts_of(train.examples)]
     return train.parts if isinstance(train, ChainedExamples) else [train]
 
 

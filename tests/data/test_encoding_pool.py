@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from chat_examples import CHAT, COMPLETION, TOKENS
+from chat_examples import CHAT, COMPLETION, PAIR, TOKENS
 from forkserver import fork_context
 from transformers import AutoTokenizer
 
@@ -45,6 +45,15 @@ def encode(monkeypatch):
 def test_the_tokens_and_their_order(encode):
     examples = [*CHATS, "a text", COMPLETION, TOKENS, CHAT, *CHATS]
     assert encode(examples, 2) == encode(examples, 1)
+
+
+def test_kinds_that_alternate_share_the_processes(encode, monkeypatch):
+    """As the chats and completions of sources that are mixed by weights."""
+    started = []
+    monkeypatch.setattr(module, "start_method", lambda: started.append(0) or fork_context())
+    examples = [CHAT, COMPLETION, PAIR] * 6
+    assert encode(examples, 2) == encode(examples, 1)
+    assert len(started) == 1
 
 
 def _then(examples: list, error: Exception) -> Iterator:
