@@ -185,6 +185,7 @@ class StreamingLoader:
 
     def _read(self, batch_index: int) -> GlobalBatch:
         """Read the batches up to one with an index, and return that."""
+        assert self._block is not None
         assert batch_index >= self._next_index, "batches cannot be read again"
         size, before = self._config.global_batch_size, (self._block, self._offset)
         try:
@@ -195,7 +196,7 @@ class StreamingLoader:
             self._block, self._offset = before  # where the run resumes
             raise
         self._next_index = batch_index + 1
-        if self._batch and passes > self._batch.passes:
+        if passes > before[0].passes:
             logger.info("%s: pass %d over the data begins", self._where, passes + 1)
         return GlobalBatch(concatenate(parts), samples, passes)
 
