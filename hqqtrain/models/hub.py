@@ -26,8 +26,12 @@ TIMEOUT_SECONDS = 10.0
 _CONFIG_PATTERNS = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 """Files of configuration and tokenizer."""
 
-_IGNORED_PATTERNS = ["*/*", "consolidated*", "*.fp16*"]
-"""Copies of the same weights in other formats, which many repositories contain, too."""
+_IGNORED_PATTERNS = [
+    *(f"*/{pattern}" for pattern in ("*.json", "tokenizer*", "*.model", "*.txt", "*.safetensors")),
+    "consolidated*", "*.fp16*",
+]  # fmt: skip
+"""Copies of the same weights in other formats, which many repositories contain, too. Chat templates
+for tools may also be in a folder."""
 
 _HUB_ERRORS = (
     HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError,

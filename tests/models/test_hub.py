@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import close_session, constants, errors
+from huggingface_hub.utils import filter_repo_objects
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import ModelConfig
@@ -39,6 +40,24 @@ def hub_at(monkeypatch):
 
     yield point
     close_session()
+
+
+def test_the_files_of_the_model_and_all_of_its_chat_templates_are_downloaded():
+    needed = [
+        "config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "tokenizer.model",
+        "merges.txt", "chat_template.jinja", "additional_chat_templates/tool_use.jinja",
+    ]  # fmt: skip
+    others = [
+        "consolidated.safetensors", "model.fp16.safetensors", "original/tokenizer.model",
+        "onnx/config.json", "onnx/model.onnx", "original/consolidated.00.pth", "tf_model.h5",
+        "metal/model.safetensors", "original/params.json", "onnx/merges.txt",
+    ]  # fmt: skip
+    found = filter_repo_objects(
+        [*needed, *others],
+        allow_patterns=[*hub._CONFIG_PATTERNS, "*.safetensors"],
+        ignore_patterns=hub._IGNORED_PATTERNS,
+    )
+    assert list(found) == needed
 
 
 def test_a_hub_that_refuses_connections(hub_at):
