@@ -23,10 +23,10 @@ EOS, END = 0, 4096
 """The ids of EOS, and of `<|im_end|>`, which is added to the tokenizer."""
 
 
-def _settings(
-    folder: Path, example: object, template: str | None = "chatml", *, adds: bool = True, **config
-) -> dict | None:
-    """Return the settings of a model in `folder` that was trained on an example."""
+def _loader(
+    folder: Path, example: object, template: str | None = "chatml", *, adds: bool = True
+) -> PackedLoader:
+    """Save a tokenizer, and return the loader of an example that it has encoded."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_FOLDER)
     if adds:
         tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
@@ -34,29 +34,32 @@ def _settings(
     tokenizer.save_pretrained(folder)
     data = DataConfig(chat_template=template or "auto")
     packed = pack_examples([example], tokenizer, max_seq_len=64, data=data)
-    loader = PackedLoader(packed.sequences, TrainConfig(max_steps=1))
+    return PackedLoader(packed.sequences, TrainConfig(max_steps=1))
+
+
+def _settings(folder: Path, loader: PackedLoader, **config: object) -> dict | None:
+    """Return the settings of a model in `folder`, with these values in its config.json."""
     source = SimpleNamespace(tokenizer=folder)
     plan = SimpleNamespace(source=source, hf_config=SimpleNamespace(**config))
     return trained_generation_config(plan, loader)
 
 
-@pytest.mark.parametrize(
-    ("file", "config", "expected"),
-    [
-        ({"eos_token_id": 0, "top_k": 5}, {}, {"eos_token_id": [0, END], "top_k": 5}),
-        ({"eos_token_id": [2, 0]}, {"eos_token_id": 7}, {"eos_token_id": [2, 0, END]}),
-        ({"eos_token_id": END}, {"eos_token_id": 0}, None),
-        ({"eos_token_id": [0, END]}, {"eos_token_id": 0}, None),
-        ({"top_k": 5}, {"eos_token_id": 0}, {"eos_token_id": [0, END], "top_k": 5}),
-        (None, {"eos_token_id": 0, "bos_token_id": 1, "pad_token_id": None},
-         {"eos_token_id": [0, END], "bos_token_id": 1}),
-        (None, {}, {"eos_token_id": [END]}),
-    ],
-)  # fmt: skip
-def test_the_token_joins_those_of_the_base(tmp_path: Path, file, config, expected):
-    if file is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(file))
-    assert _settings(tmp_path, CHAT, **config) == expected
+def test_the_token_joins_those_of_the_base(tmp_path: Path):
+    loader, file = _loader(tmp_path, CHAT), tmp_path / "generation_config.json"
+    from_config = {"eos_token_id": 0, "bos_token_id": 1, "pad_token_id": None}
+    assert _settings(tmp_path, loader, **from_config) == {
+        "eos_token_id": [0, END], "bos_token_id": 1,
+    }  # fmt: skip
+    assert _settings(tmp_path, loader) == {"eos_token_id": [END]}
+    for own, expected in [
+        ({"eos_token_id": 3, "top_k": 5}, {"eos_token_id": [3, END], "top_k": 5}),
+        ({"eos_token_id": [2, 0]}, {"eos_token_id": [2, 0, END]}),
+        ({"eos_token_id": END}, None),
+        ({"eos_token_id": [0, END]}, None),
+        ({"top_k": 5}, {"eos_token_id": [0, END], "top_k": 5}),
+    ]:
+        file.write_text(json.dumps(own))
+        assert _settings(tmp_path, loader, eos_token_id=0) == expected, own
 
 
 @pytest.mark.parametrize(
@@ -70,7 +73,8 @@ def test_the_token_joins_those_of_the_base(tmp_path: Path, file, config, expecte
     ],
 )
 def test_settings_stay_if_no_other_token_was_trained(tmp_path: Path, example, template, adds):
-    assert _settings(tmp_path, example, template, adds=adds, eos_token_id=EOS) is None
+    loader = _loader(tmp_path, example, template, adds=adds)
+    assert _settings(tmp_path, loader, eos_token_id=EOS) is None
 
 
 def test_an_export_of_a_streamed_run_stops_at_the_end_of_a_turn(
