@@ -107,6 +107,7 @@ def cached_tokens(
     name, made_from = comm.all_gather_object((name, made_from))[0]
     sees = cached is not None or becomes_true((cache.root / name / INDEX).is_file)
     hosts = comm.all_gather_object("" if sees else socket.gethostname())
+    # The first rank of each machine that does not see the entry.
     writers = {host: rank for rank, host in reversed(list(enumerate(hosts))) if host}
     if writers:
         with Heartbeat(comm) as heartbeat:
