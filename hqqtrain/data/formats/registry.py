@@ -24,13 +24,33 @@ NEEDS = {module.NAME: module.NEEDS for module in (text, chat, alpaca, completion
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 _UNSUPPORTED = (
-    ({"chosen", "rejected"}, "preference pairs"),
-    ({"preferred_output", "non_preferred_output"}, "preference pairs"),
-    ({"prompt", "completion", "label"}, "completions with a rating"),
-    ({"prompt", "completions", "labels"}, "steps with ratings"),
-    *(({name}, "images, audio or video") for name in _MEDIA),
-)  # fmt: skip
-"""Columns, and what rows with all of them are, which training on the next token cannot use."""
+    (
+        {"chosen", "rejected"},
+        "preference pairs",
+        " To train on the chosen answers, rename the column chosen: to messages if it has whole "
+        "chats, to completion if it only answers the column prompt, or to text.",
+    ),
+    (
+        {"preferred_output", "non_preferred_output"},
+        "preference pairs",
+        " To train on the preferred answers, write rows with one list of messages: those of input "
+        "and of preferred_output.",
+    ),
+    (
+        {"prompt", "completion", "label"},
+        "completions with a rating",
+        " To train on the good ones, keep the rows whose label is true, and remove the column "
+        "label.",
+    ),
+    (
+        {"prompt", "completions", "labels"},
+        "steps with ratings",
+        " To train on whole answers, join the completions of each row in a column completion.",
+    ),
+    *(({name}, "images, audio or video", "") for name in _MEDIA),
+)
+"""Columns, what rows with all of them are, which training on the next token cannot use, and how to
+make other rows of them."""
 
 _KNOWN_COLUMNS = frozenset({
     *chat.MESSAGE_COLUMNS, chat.SYSTEM, *TOOL_COLUMNS, alpaca.INSTRUCTION, *alpaca.INPUT_COLUMNS,
@@ -94,14 +114,14 @@ def detect_format(columns: Collection[str], text_field: str, where: str) -> Form
     """
     matching = {name: found for name, match in FORMATS.items() if (found := match(columns))}
     has_text = text_field in columns
-    for unsupported, kind in _UNSUPPORTED:
+    for unsupported, kind, advice in _UNSUPPORTED:
         # Columns beside a text do not matter, unless it may be the text of these columns.
         if unsupported <= set(columns) and (matching or not has_text):
             usable = [*matching, *([text.NAME] if has_text else [])]
             hint = f" To use its other columns, set data.format={'|'.join(usable)}."
             raise UserError(
                 f"{where}: has {kind} ({', '.join(sorted(unsupported))}), which are not supported; "
-                f"{describe_formats()}.{hint if usable else ''}"
+                f"{describe_formats()}.{advice}{hint if usable else ''}"
             )
     if has_text:
         matching.pop(tokens.NAME, None)

@@ -86,6 +86,23 @@ def test_other_kinds_of_rows_are_refused_by_name(columns, kind):
     assert "alpaca (instruction, output and maybe input)" in str(caught.value)
 
 
+def test_rows_that_are_refused_are_read_after_the_change_that_the_message_names():
+    pair = {"chosen": CHAT, "rejected": CHAT}
+    assert "rename the column chosen: to messages if it has whole chats" in refusal(pair)
+    assert choose({"messages": CHAT, "rejected": CHAT}) == ("chat", "messages")
+    assert "to completion if it only answers the column prompt" in refusal(pair)
+    row = {"prompt": "a", "completion": "b", "rejected": "c"}
+    assert choose(row) == ("completion", "prompt", "completion")
+    assert choose({"text": "a", "rejected": "b"}) == ("text", "text")
+    openai = {"input": {}, "preferred_output": CHAT, "non_preferred_output": CHAT}
+    assert "one list of messages: those of input and of preferred_output" in refusal(openai)
+    rated = {"prompt": "a", "completion": "b", "label": True}
+    assert "keep the rows whose label is true, and remove the column label" in refusal(rated)
+    steps = {"prompt": "a", "completions": ["b"], "labels": [True]}
+    assert "join the completions of each row in a column completion" in refusal(steps)
+    assert choose({"prompt": "a", "completion": "b", "labels": [True]})[0] == "completion"
+
+
 def test_pairs_beside_messages_can_be_read_if_the_format_is_named():
     row = {"messages": CHAT, "chosen": "a", "rejected": "b", "text": "c"}
     assert "To use its other columns, set data.format=chat|text." in refusal(row)
