@@ -15,7 +15,7 @@ from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.common.text import count
 from hqqtrain.compose.inputs import list_inputs
 from hqqtrain.config.data_sources import describe_source
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.groups import DataConfig, EvalConfig, QuantConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.encoding import encode_examples
 from hqqtrain.data.examples import Example
@@ -94,16 +94,40 @@ def _check_adapter(config: RunConfig) -> str:
 
 
 def _check_training_text(config: RunConfig) -> str:
-    texts = training_texts(config.data, config.eval)
-    where = f"data.source={describe_source(config.data.source)}"
-    checked = _counted(where, texts)
-    if any(item.kind in ("model", "tokenizer") and item.is_local for item in list_inputs(config)):
-        _check_chats(config, texts, where)
-    return checked
+    """Read the training text, and encode its first chats.
+
+    The first fault may be one of the held-out text, which is read before. So if there is one, each
+    source is read alone, for the faults of all of them.
+    """
+    data, errors = config.data, ErrorCollector()
+    with errors.collect():
+        texts, checked = _read_training_text(data, config.eval)
+    if not errors.lines:
+        _check_chats(config, texts, f"data.source={describe_source(data.source)}")
+        return checked
+    for source in data.source if isinstance(data.source, list) else [data.source]:
+        with errors.collect():
+            alone = replace(data, source=[source])
+            texts, _ = _read_training_text(alone, replace(config.eval, source=None))
+            _check_chats(config, texts, f"data.source={describe_source(alone.source)}")
+    raise UserError("\n".join(dict.fromkeys(errors.lines)))
+
+
+def _read_training_text(data: DataConfig, evaluation: EvalConfig) -> tuple[Iterable[Example], str]:
+    """Return the examples to train on, all of which were read, and a phrase with their number."""
+    texts = training_texts(data, evaluation)
+    return texts, _counted(f"data.source={describe_source(data.source)}", texts)
 
 
 def _check_chats(config: RunConfig, texts: Iterable[Example], where: str) -> None:
-    """Encode the first examples other than plain text, which the chat template may refuse."""
+    """Encode the first examples other than plain text, which the chat template may refuse.
+
+    Nothing is encoded if the tokenizer is not on this machine.
+    """
+    if not any(
+        item.kind in ("model", "tokenizer") and item.is_local for item in list_inputs(config)
+    ):
+        return
     first = (each for each in islice(texts, SHOWN_EXAMPLES) if not isinstance(each, str))
     if (example := next(first, None)) is not None:
         tokenizer = load_data_model(config.model, config.data).tokenizer

@@ -104,6 +104,37 @@ def test_a_fault_of_training_and_held_out_text_is_one_line(words, capsys):
     assert capsys.readouterr().err.count("absent.jsonl") == 1
 
 
+def test_bad_rows_of_every_source_and_of_the_held_out_text_are_reported_at_once(
+    words, capsys, tmp_path
+):
+    bad, good = {"prompt": 1, "completion": "c"}, {"prompt": "p", "completion": "c"}
+    for name, rows in (("a", [good, bad]), ("b", [bad]), ("c", [good, good, bad])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = [*(x for x in words if not x.startswith(("data.", "eval."))), "task=data"]
+    places = ["a.jsonl: cannot read a.jsonl, line 2", "c.jsonl: cannot read c.jsonl, line 3"]
+    for sources, more in (("a.jsonl", []), ("[a.jsonl, mine.jsonl, b.jsonl]", ["b.jsonl, line 1"])):
+        assert main([*kept, f"data.source={sources}", "eval.source=c.jsonl"]) == 2
+        errors = [x for x in capsys.readouterr().err.splitlines() if "warning: " not in x]
+        assert len(errors) == 2 + len(more)
+        assert all(sum(place in x for x in errors) == 1 for place in (*places, *more)), errors
+
+
+def test_a_refused_chat_is_reported_beside_a_bad_held_out_row(words, capsys, tmp_path):
+    chat = [{"role": "tool", "content": "22"}, {"role": "assistant", "content": "A"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    (tmp_path / "held.jsonl").write_text("no json\n")
+    kept = [*(x for x in words if not x.startswith(("data.", "eval."))), "task=data"]
+    kept += ["data.source=chat.jsonl", "eval.source=held.jsonl", "data.chat_template=gemma"]
+    assert main(kept) == 2
+    errors = [x for x in capsys.readouterr().err.splitlines() if "warning: " not in x]
+    assert len(errors) == 2
+    for fault in (
+        "data.source=chat.jsonl, line 1: the template gemma has the roles",
+        "eval.source=held.jsonl: cannot read held.jsonl, line 1",
+    ):
+        assert sum(fault in line for line in errors) == 1, errors
+
+
 def test_the_faults_of_all_jobs_of_a_sweep_are_reported(words, capsys):
     kept = [word for word in words if not word.startswith(("data.source", "run.name"))]
     assert main([*kept, "-m", "data.source=absent1.jsonl,mine.jsonl,absent2.jsonl"]) == 2
@@ -145,7 +176,7 @@ def test_all_faults_of_the_layers_are_reported_at_once(words, capsys):
     overrides = "quant.overrides={not:{nbits:2},q_proj:{group_size:9},k_proj:{group_size:9}}"
     assert main([*words, *faults, overrides]) == 2
     lines = capsys.readouterr().err.splitlines()
-    lines = [x.removeprefix("hqqtrain: ") for x in lines if not x.startswith("warning: ")]
+    lines = [x.removeprefix("hqqtrain: error: ") for x in lines if not x.startswith("warning: ")]
     begins = (
         "quant.skip=nope", "quant.skip=no:", "quant.overrides=not", "quant.group_size=7",
         "quant.group_size=9", "adapter.target_modules=nil", "adapter.target_modules=none",
