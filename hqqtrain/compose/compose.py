@@ -122,6 +122,7 @@ def _check_overrides(overrides: list[Override]) -> None:
         # Combinations are not checked: the refused overrides may be what they lack.
         with errors.collect():
             errors.lines += _compose(accepted).key_errors()
+        errors.lines += schema.list_known_keys(override.key_or_group for override in overrides)
     errors.raise_if_any()
 
 

@@ -3,7 +3,7 @@
 The dataclasses declare the keys, so this module does not repeat any.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, get_origin, get_type_hints
@@ -53,27 +53,39 @@ def describe_unknown_key(key: str) -> str | None:
     """Return None if the dotted `key` exists, otherwise a message that suggests similar keys."""
     if key in RENAMED_KEYS:
         return f"{key}: is called {RENAMED_KEYS[key]} now; use that name."
+    if (missing := _missing_part(key)) is None:
+        return None
+    group, allowed = missing
+    if not allowed:
+        return f"{key}: unknown key; {group} is a single value and has no keys."
+    suggestion = our_name(key) or _similar_key(key, group, allowed)
+    return f"{key}: unknown key.{f' Did you mean {suggestion}?' if suggestion else ''}"
+
+
+def list_known_keys(keys: Iterable[str]) -> list[str]:
+    """Return a line for each group that lacks some of `keys`, with the keys that it has."""
+    lines = []
+    for key in keys:
+        group, allowed = _missing_part(key) or ("", [])
+        if allowed and key not in RENAMED_KEYS:
+            title = f"Keys of {group}" if group else "Groups and keys"
+            shown = [name for name in allowed if group or name not in ("recipe", "sweep")]
+            lines.append(f"{title}: {', '.join(shown)}.")
+    return list(dict.fromkeys(lines))
+
+
+def _missing_part(key: str) -> tuple[str, list[str]] | None:
+    """Return the part of a dotted key that exists, and the keys below it; None if all exists."""
     type_: Any = ComposedConfig
     names = key.split(".")
     for depth, name in enumerate(names):
         hints = get_type_hints(type_) if is_dataclass(type_) else {}
         if name not in hints:
-            return _unknown_key_message(key, ".".join(names[:depth]), list(hints))
+            return ".".join(names[:depth]), list(hints)
         type_ = hints[name]
         if get_origin(type_) is dict:  # its keys are the user's own, such as names of layers
             return None
     return None
-
-
-def _unknown_key_message(key: str, group: str, allowed: list[str]) -> str:
-    """Return the message for `key`, of which the part `group` exists and has the keys `allowed`."""
-    if not allowed:
-        return f"{key}: unknown key; {group} is a single value and has no keys."
-    title = f"Keys of {group}" if group else "Groups and keys"
-    shown = [name for name in allowed if group or name not in ("recipe", "sweep")]
-    suggestion = our_name(key) or _similar_key(key, group, allowed)
-    hint = f" Did you mean {suggestion}?" if suggestion else ""
-    return f"{key}: unknown key.{hint} {title}: {', '.join(shown)}."
 
 
 def _similar_key(key: str, group: str, allowed: list[str]) -> str | None:

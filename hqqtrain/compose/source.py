@@ -20,7 +20,7 @@ from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.common.reading import read_bounded
 from hqqtrain.compose.messages import broken_yaml_error, check_type
 from hqqtrain.compose.recipes import find_recipe_folders, recipe_file
-from hqqtrain.compose.schema import describe_unknown_key
+from hqqtrain.compose.schema import describe_unknown_key, list_known_keys
 
 RECIPE_GROUP = "recipe"
 """Hydra's config group of the recipes."""
@@ -147,6 +147,7 @@ def _check_content(content: DictConfig, file: Path) -> None:
         else:
             with errors.collect():
                 check_type(key, value, f"{file}: ")
+    errors.lines += list_known_keys(_dotted(settings))
     errors.raise_if_any()
 
 

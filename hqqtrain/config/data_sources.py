@@ -81,6 +81,8 @@ def source_errors(source: Any) -> Iterator[str]:
                 yield f"{key}={path}: has no weight; give weights to all sources, or to none."
         elif any(weights):
             yield f"{key}={path}: has no weight; give weights to all sources, or to none."
+    if any(isinstance(item, dict) and item.keys() - {*KEYS} for item in source):
+        yield f"Keys of a source: {', '.join(KEYS)}."
 
 
 def _setting_errors(key: str, item: dict[str, Any]) -> Iterator[str]:
@@ -88,7 +90,7 @@ def _setting_errors(key: str, item: dict[str, Any]) -> Iterator[str]:
     for name, value in item.items():
         if name not in KEYS:
             hint = did_you_mean(str(name), KEYS)
-            yield f"{key}.{name}: unknown key.{hint} Keys of a source: {', '.join(KEYS)}."
+            yield f"{key}.{name}: unknown key.{hint}"
         elif name in ("repeats", "weight") and value is not None:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not isfinite(value) or value <= 0:

@@ -94,9 +94,15 @@ def test_the_defaults_are_a_command():
 
 
 @pytest.mark.parametrize(
-    "words", [["quant.nbits=2,5,6", "optim.lr=-1"], ["quant.nbits=x,y", "a=1"]]
+    ("words", "begins"),
+    [
+        (["quant.nbits=2,5,6", "optim.lr=-1"], ["quant.nbits=5", "quant.nbits=6", "optim.lr=-1"]),
+        (["quant.nbits=x,y", "a=1"], ["quant.nbits=x", "quant.nbits=y", "a: ", "Groups and keys"]),
+    ],
 )
-def test_the_faults_of_all_jobs_are_reported_at_once(words):
+def test_the_faults_of_all_jobs_are_reported_at_once(words, begins):
     with pytest.raises(UserError) as caught:
         compose_command(words, multirun=True)
-    assert len(str(caught.value).splitlines()) == 3
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(begins)
+    assert all(sum(line.startswith(begin) for line in lines) == 1 for begin in begins)

@@ -91,14 +91,14 @@ def test_values_with_special_characters():
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("quant.nbit=2", "quant.nbit: unknown key. Did you mean 'quant.nbits'? Keys of quant: nb"),
+        ("quant.nbit=2", "quant.nbit: unknown key. Did you mean 'quant.nbits'?\nKeys of quant: nb"),
         ("qant.nbits=2", "qant.nbits: unknown key. Did you mean 'quant.nbits'?"),
         ("nbits=2", "nbits: unknown key. Did you mean 'quant.nbits'?"),
         ("quant.lr=1", "quant.lr: unknown key. Did you mean 'optim.lr'?"),
         ("track.backend=x", "track.backend: unknown key. Did you mean 'track.backends'?"),
         ("+quant.nbit=2", "quant.nbit: unknown key."),
         ("++quant.nbit=2", "quant.nbit: unknown key."),
-        ("zzz=1", "zzz: unknown key. Groups and keys: task, model, quant"),
+        ("zzz=1", "zzz: unknown key.\nGroups and keys: task, model, quant"),
         ("quant.nbits.x=1", "quant.nbits.x: unknown key; quant.nbits is a single value"),
         ("hydra.mode=MULTIRUN", "hydra.mode: unknown key."),
         ("quant.nbits=two", "quant.nbits=two: must be an integer."),
@@ -215,10 +215,27 @@ def test_a_mapping_with_quoted_keys_gets_an_example_without():
     ],
 )
 def test_all_mistakes_are_reported_at_once(overrides, begins):
-    lines = sorted(_message(*overrides.split()).splitlines())
+    lines = _message(*overrides.split()).splitlines()
+    lines = sorted(x for x in lines if not x.startswith(("Keys of ", "Groups and keys: ")))
     assert len(lines) == len(begins)
     for line, begin in zip(lines, sorted(begins), strict=True):
         assert line.startswith(begin)
+
+
+def test_the_known_keys_are_listed_once_after_all_mistakes(tmp_path):
+    words = ["quant.nbit=2", "zzz=1", "quant.groups=5", "qant.nbits=2", "quant.nbits=5"]
+    lines = _message(*words).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "quant.nbit", "zzz", "quant.groups", "qant.nbits", "quant.nbits=5", "Keys of quant",
+        "Groups and keys",
+    ]  # fmt: skip
+    (tmp_path / "mine.yaml").write_text("quant: {nbit: 2, groups: 5, nbits: 5}\nzzz: 1")
+    lines = _message(f"recipe={tmp_path}/mine.yaml").splitlines()
+    assert [line.startswith(str(tmp_path)) for line in lines] == [True, True, True, False, False]
+    assert "Keys of" not in _message("quant.nbits.x=1", "quant.storage=x")
+    sources = "data.source=[{path: a, wieght: 1}, {path: b, x: 1}]"
+    assert _message(sources).splitlines()[-1].startswith("Keys of a source: path, repeats")
+    assert _message(sources).count("Keys of") == 1
 
 
 @pytest.mark.parametrize(

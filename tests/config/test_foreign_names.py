@@ -32,11 +32,25 @@ def test_every_suggestion_is_a_key_and_no_foreign_name_is():
         ("data.path=x", "data.source"), ("eval.steps=5", "eval.every"),
         ("tokens=[a]", "data.add_tokens"), ("new_special_tokens=[a]", "data.add_tokens"),
         ("lora_modules_to_save=[a]", "adapter.modules_to_save"),
+        ("stage=sft", "data.format"), ("finetuning_type=lora", "adapter.kind"),
+        ("template=qwen", "data.chat_template"), ("neat_packing=true", "train.packing"),
+        ("interleave_probs=1", "data.source"),
+        ("lora_target_linear=true", "adapter.target_modules=all-linear"),
+        ("overwrite_output_dir=true", "run.resume=never"), ("do_train=true", "task=finetune"),
     ],
 )  # fmt: skip
 def test_the_error_names_our_key(override, ours):
     with pytest.raises(UserError, match=rf"unknown key. Did you mean '{ours}'"):
         compose_config([override])
+
+
+def test_a_remark_is_about_the_name_or_about_our_key():
+    assert our_name("stage") == (
+        "'data.format' (chat for sft, text for pt; preference training, such as dpo, is not "
+        "supported)"
+    )
+    assert our_name("dataset_type") == "'data.format'"
+    assert "no full fine-tuning" in str(our_name("finetuning_type"))
 
 
 def test_our_own_names_are_found_as_before():
@@ -57,6 +71,7 @@ def test_all_mistakes_of_a_command_are_reported_at_once():
     lines = str(caught.value).splitlines()
     assert [line.split(":")[0] for line in lines] == [
         "train.checkpointing", "quant.storage", "lora_r", "quant.nbits=four",
+        "Groups and keys",
     ]  # fmt: skip
 
 
