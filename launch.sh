@@ -17,7 +17,7 @@ trap '' PIPE
 
 say() { echo "launch.sh: $1" >&2 || true; }
 
-die() { say "$1"; exit 1; }
+die() { say "error: $1"; exit 1; }
 
 find_python() { # print the first suitable Python
   local candidates=(python3 python3.13 python3.12 python3.11) candidate

@@ -26,7 +26,7 @@ from hqqtrain.cli import main
 )  # fmt: skip
 def test_every_word_that_is_no_setting_gets_a_hint(capsys, words, hints):
     assert main(words.split()) == 2
-    lines = capsys.readouterr().err.removeprefix("hqqtrain: ").splitlines()
+    lines = capsys.readouterr().err.removeprefix("hqqtrain: error: ").splitlines()
     assert len(lines) == len(hints)
     for line, hint in zip(lines, hints, strict=True):
         assert line.startswith(hint)

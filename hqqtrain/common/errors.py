@@ -1,8 +1,11 @@
 """Exit codes, and the exceptions that the command line shows as a message without a traceback."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+
+from hqqtrain.common.secrets import mask_secrets
 
 DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 3
 """Exit codes of `python -m hqqtrain` and `./launch.sh`, on which schedulers and sweeps rely.
@@ -70,6 +73,11 @@ class PreemptedError(RuntimeError):
     The message says which. All ranks raise the error, or learn of it as a lost rank while the model
     is loaded. Exit code PREEMPTED.
     """
+
+
+def print_error(message: object) -> None:
+    """Print an error to standard error, as `hqqtrain: error: ...`, with secrets masked."""
+    print(f"hqqtrain: error: {mask_secrets(str(message))}", file=sys.stderr, flush=True)
 
 
 def describe_error(error: BaseException) -> str:

@@ -57,11 +57,11 @@ def test_wrong_numbers_are_one_message(monkeypatch, capsys, values, message):
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     assert main(["--check"]) == 2
-    assert capsys.readouterr().err.startswith(f"hqqtrain: {message}")
+    assert capsys.readouterr().err.startswith(f"hqqtrain: error: {message}")
 
 
 def test_processes_that_have_no_address_to_meet_at(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["recipe=tiny_2bit", f"run.root={tmp_path}"]) == 2
-    assert "hqqtrain: WORLD_SIZE=2: needs MASTER_ADDR" in capsys.readouterr().err
+    assert "hqqtrain: error: WORLD_SIZE=2: needs MASTER_ADDR" in capsys.readouterr().err

@@ -21,23 +21,26 @@ def test_exit_codes_are_those_that_the_documentation_promises():
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("error", "code", "begin"),
     [
-        (UserError("quant.nbits=5: wrong"), USER_ERROR),
-        (PreemptedError("SIGUSR1 received"), PREEMPTED),
-        (RankLostError("rank 1 has failed"), FAILED),
-        (KeyboardInterrupt(), FAILED),
+        (UserError("quant.nbits=5: wrong"), USER_ERROR, "hqqtrain: error: quant.nbits=5"),
+        (UserError("https://me:pw@host: wrong"), USER_ERROR, "hqqtrain: error: https://***@host"),
+        (PreemptedError("SIGUSR1 received"), PREEMPTED, "hqqtrain: SIGUSR1"),
+        (RankLostError("rank 1 has failed"), FAILED, "hqqtrain: error: rank 1"),
+        (KeyboardInterrupt(), FAILED, "hqqtrain: interrupted"),
     ],
 )
-def test_an_error_ends_the_command_with_its_code_and_no_traceback(error, code, monkeypatch, capsys):
+def test_an_error_ends_the_command_with_its_code_and_no_traceback(
+    error, code, begin, monkeypatch, capsys
+):
     def fail(words: list[str]) -> int:
         raise error
 
     monkeypatch.setattr(cli, "_run_command", fail)
     assert cli.main(["task=eval"]) == code
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("hqqtrain: ")
-    assert str(error) in line
+    assert line.startswith(begin)
+    assert str(error).replace("me:pw", "***") in line
 
 
 def test_did_you_mean_is_silent_when_nothing_is_near():

@@ -116,7 +116,7 @@ def test_one_message_exit_2_and_nothing_written(case: str, tmp_path: Path):
     done = run(*SMALL, *words, root=tmp_path / "runs")
     assert done.code == 2, done.output
     assert "Traceback" not in done.output
-    _, message = done.output.split("hqqtrain: ")
+    _, message = done.output.split("hqqtrain: error: ")
     for word in expected:
         assert word in message
     assert not (tmp_path / "runs").exists()

@@ -95,17 +95,32 @@ def test_version(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["quant.nbit=2"], "hqqtrain: quant.nbit: unknown key. Did you mean 'quant.nbits'?"),
-        (["recipe=tiny"], "hqqtrain: recipe=tiny: no such recipe. Did you mean 'tiny_chat'?"),
-        (["quant.nbits=5"], "hqqtrain: quant.nbits=5: allowed are 8, 4, 3, 2, 1."),
-        (["tiny_2bit"], "hqqtrain: tiny_2bit: must be key=value. Did you mean 'recipe=tiny_2bit'?"),
-        (["--chek", "quant.nbits=2"], "hqqtrain: --chek: unknown option. Did you mean '--check'?"),
-        (["-c", "hydra"], "hqqtrain: -c hydra: -c prints the configuration of the run"),
-        (["job"], "hqqtrain: job: must be key=value."),
+        (["quant.nbit=2"], "hqqtrain: error: quant.nbit: unknown key. Did you mean 'quant.nbits'?"),
+        (
+            ["recipe=tiny"],
+            "hqqtrain: error: recipe=tiny: no such recipe. Did you mean 'tiny_chat'?",
+        ),
+        (["quant.nbits=5"], "hqqtrain: error: quant.nbits=5: allowed are 8, 4, 3, 2, 1."),
+        (
+            ["tiny_2bit"],
+            "hqqtrain: error: tiny_2bit: must be key=value. Did you mean 'recipe=tiny_2bit'?",
+        ),
+        (
+            ["--chek", "quant.nbits=2"],
+            "hqqtrain: error: --chek: unknown option. Did you mean '--check'?",
+        ),
+        (["-c", "hydra"], "hqqtrain: error: -c hydra: -c prints the configuration of the run"),
+        (["job"], "hqqtrain: error: job: must be key=value."),
         (["quant.nbits=2,3"], "a sweep needs -m"),
-        (["run.resume=https://me:pw@host"], "hqqtrain: run.resume=https://***@host: allowed are"),
-        (["-m", "quant.nbits=2,7"], "hqqtrain: quant.nbits=7: allowed are"),
-        (["-m", "quant.nbits=2,3", "run.name=x"], "hqqtrain: run.name=x: every job of a sweep"),
+        (
+            ["run.resume=https://me:pw@host"],
+            "hqqtrain: error: run.resume=https://***@host: allowed are",
+        ),
+        (["-m", "quant.nbits=2,7"], "hqqtrain: error: quant.nbits=7: allowed are"),
+        (
+            ["-m", "quant.nbits=2,3", "run.name=x"],
+            "hqqtrain: error: run.name=x: every job of a sweep",
+        ),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(tmp_path, words, message):
@@ -172,7 +187,7 @@ def test_the_task_receives_config_and_command_and_returns_the_exit_code(tmp_path
         done = _hqqtrain(f"quant.nbits={nbits}", "run.root=out", cwd=tmp_path, **fake_task)
         assert done.returncode == code
         assert f"quant.nbits={nbits} run.root=out" in done.stdout
-    assert "hqqtrain: data.source=x: no such file." in done.stderr
+    assert "hqqtrain: error: data.source=x: no such file." in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -193,7 +208,7 @@ def test_a_sweep_runs_each_job_in_a_process_and_continues_after_a_failure(tmp_pa
     assert any("sweep 1/3: quant.nbits=1: failed with exit code 1" in x for x in lines)
     success = "sweep 2/3: quant.nbits=2: done: 2.50 bits per weight, perplexity 9.250 trained"
     assert any(success in line for line in lines)
-    assert done.stderr.startswith("hqqtrain: failed: quant.nbits=1; see out/finetune-")
+    assert done.stderr.startswith("hqqtrain: error: quant.nbits=1: failed; see out/finetune-")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -205,5 +205,5 @@ def test_data_is_read_or_refused_with_one_message(case: str, capfd, tmp_path):
     assert expected_output in output
     assert "Traceback" not in output
     if expected_code == 2:
-        assert output.count("hqqtrain: ") == 1
+        assert output.count("hqqtrain: error: ") == 1
         assert list(tmp_path.iterdir()) == []

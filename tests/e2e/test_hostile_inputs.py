@@ -53,7 +53,7 @@ def test_one_message_or_the_right_result(name: str, prepared: Path, tmp_path: Pa
     assert done.code == (2 if expected else 0), done.output
     assert "Traceback" not in done.output
     if expected:
-        _, _, message = done.output.rpartition("hqqtrain: ")
+        _, _, message = done.output.rpartition("hqqtrain: error: ")
         for word in expected:
             assert word in message
 

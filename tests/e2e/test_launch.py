@@ -278,9 +278,10 @@ def test_a_mistake_is_one_message_before_anything_is_launched(ready):
     done = ready.launch("recipe=tiny_2bit", "quant.nbit=3", NPROC="2")
     assert done.returncode == 2
     assert ready.calls == []
-    first, second = done.stderr.splitlines()
+    first, second, last = done.stderr.splitlines()
     assert "Did you mean 'quant.nbits'?" in first
-    assert "only checked once the configuration has no faults" in second
+    assert second.startswith("Keys of quant: ")
+    assert "only checked once the configuration has no faults" in last
 
 
 def test_a_sweep_is_started_as_one_process(ready):

@@ -131,7 +131,7 @@ def test_an_error_that_one_rank_finds_is_one_message(tmp_path: Path):
     words = (*SMALL, f"model.name_or_path={model}", "parallel.strategy=fsdp2")
     two = run(*words, root=tmp_path / "runs", processes=2)
     assert two.code != 0
-    assert two.output.count("hqqtrain: ") == 1
+    assert two.output.count("hqqtrain: error: ") == 1
     assert "gate_proj.weight: row 700" in two.output
     assert not (tmp_path / "runs").exists()
 

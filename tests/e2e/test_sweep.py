@@ -105,7 +105,7 @@ def test_each_of_several_parallel_jobs_writes_its_own_log(tmp_path, fake):
         arguments = command.removeprefix("$ python -m hqqtrain ")
         assert arguments in text.partition("threads 3 ")[2]
     (failed,) = errors.splitlines()
-    assert failed == f"hqqtrain: failed: {logs[0][0]}; see {logs[0][1]}"
+    assert failed == f"hqqtrain: error: {logs[0][0]}: failed; see {logs[0][1]}"
     assert [row["status"] for row in results(tmp_path / "out")] == ["failed", "done", "done"]
 
 
@@ -160,7 +160,7 @@ def test_a_table_that_cannot_be_written_is_an_error_at_the_end(tmp_path, fake):
     assert "results.csv" not in output
     *warnings, last = errors.splitlines()
     assert all("was not written" in line for line in warnings)
-    assert re.match(r"hqqtrain: out/sweep-\S+: the table was not written", last)
+    assert re.match(r"hqqtrain: error: out/sweep-\S+: the table was not written", last)
     code, _, errors = finish(start("--table", *words, cwd=tmp_path, **fake))
     assert (code, len(errors.splitlines())) == (2, 1)
     assert "the table was not written" in errors

@@ -99,13 +99,14 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         code, is_requeued = end_attempt(folder, int(arguments[2]), job)
     except OSError as error:
-        _print(f"run.root={folder.parent}: cannot be written to ({error}); not requeued.")
+        _print(f"error: run.root={folder.parent}: cannot be written to ({error}); not requeued.")
         return USER_ERROR if arguments[0] == "begin" else int(arguments[2])
     if is_requeued:
         _print("preempted; requeued, and will resume.")  # before scontrol: Slurm then kills us
         result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
         if result.returncode:
-            _print(f"requeueing failed: {result.stderr.strip()}; repeat the command to resume.")
+            reason = result.stderr.strip()
+            _print(f"error: requeueing failed: {reason}; repeat the command to resume.")
     elif code == PREEMPTED:
         _print(
             f"preempted {MAX_ATTEMPTS_WITHOUT_PROGRESS} times in a row, each time without a new "

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hqqtrain.common.errors import DONE, FAILED, PREEMPTED, USER_ERROR, UserError
+from hqqtrain.common.errors import DONE, FAILED, PREEMPTED, USER_ERROR, UserError, print_error
 from hqqtrain.common.files import open_for_append
 from hqqtrain.common.secrets import mask_command
 from hqqtrain.compose.job import Job
@@ -115,7 +115,7 @@ class _Runner:
         for job in self.failed:
             output = job.folder if self.is_sequential else self.sweep.log_file(job)
             where = output if output.exists() else "the messages above"
-            print(f"hqqtrain: failed: {self.sweep.label(job)}; see {where}", file=sys.stderr)
+            print_error(f"{self.sweep.label(job)}: failed; see {where}")
         return self._exit_code_of_jobs() or table_code
 
     def _queue_unless_done(self, entry: _QueueEntry) -> None:
@@ -128,7 +128,7 @@ class _Runner:
             _print(f"{entry.title}: done before{entry.job.format_metrics()}")
             self._record(entry.job, DONE)
         except UserError as error:
-            print(f"hqqtrain: {error}", file=sys.stderr, flush=True)
+            print_error(error)
             self._record(entry.job, USER_ERROR)
 
     def _may_start(self, pool: ProcessPool) -> bool:
@@ -195,7 +195,7 @@ class _Runner:
             print_sweep_table(self.sweep, self.results)
             self.results.save()
         except (UserError, OSError) as error:
-            print(f"hqqtrain: {error}", file=sys.stderr, flush=True)
+            print_error(error)
             return USER_ERROR
         return DONE
 

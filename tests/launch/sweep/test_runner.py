@@ -3,6 +3,7 @@
 A shell script takes the place of launch.sh: the value of `data.source` says how its run ends.
 """
 
+import re
 import signal
 from dataclasses import replace
 
@@ -60,8 +61,8 @@ def test_a_failed_job_is_named_and_does_not_end_the_sweep(tmp_path, started, cap
     assert _exit_codes(sweep) == [1, 2, -signal.SIGKILL, 0]
     shown, errors = capfd.readouterr()
     assert "sweep 1/4: data.source=bad: failed with exit code 1 (" in shown
-    failed = [line for line in errors.splitlines() if line.startswith("hqqtrain: failed: ")]
-    assert [line.split("=")[1].split(";")[0] for line in failed] == ["bad", "wrong", "killed"]
+    failed = re.findall(r"^hqqtrain: error: data.source=(\w+): failed; see ", errors, re.M)
+    assert failed == ["bad", "wrong", "killed"]
 
 
 def test_a_preempted_job_ends_the_sweep_with_its_code(tmp_path, started):
