@@ -193,10 +193,11 @@ class ExampleEncoder:
     def _make_chat_encoder(self, loss_on: str) -> ChatEncoder:
         template = ChatTemplate(self._tokenizer, chat_template_source(self._chat_template))
         if self._warns and (missing := missing_markers(template, self._tokenizer)):
-            _warn_once(
+            _log_once(
+                logging.WARNING,
                 f"{', '.join(missing)}: the tokenizer does not have these markers of the chat "
                 "template as tokens, so they are trained as ordinary text; data.add_tokens=auto "
-                "adds them"
+                "adds them",
             )
         return ChatEncoder(self._tokenizer, template, loss_on)
 
@@ -210,6 +211,13 @@ class ExampleEncoder:
 
     def _encode_completion(self, example: Completion, loss_on: str) -> Encoded:
         """Return the tokens of a prompt and its completion, which ends with EOS."""
+        if self._warns and self._tokenizer.chat_template:
+            _log_once(
+                logging.INFO,
+                "prompts and completions that are texts, also those of data.format=alpaca, are "
+                "trained as they are, without the chat template; it writes rows of messages: "
+                "data.format=chat, or a prompt and a completion that are lists of messages",
+            )
         text = example.prompt + example.completion
         begin = 0 if loss_on == "all" else len(example.prompt)
         ids, targets = encode_spans(self._tokenizer, text, [(begin, len(text))])
@@ -223,9 +231,9 @@ class ExampleEncoder:
 
 
 @cache
-def _warn_once(message: str) -> None:
-    """Log a warning once, because the held-out text has the same template."""
-    logger.warning(message)
+def _log_once(level: int, message: str) -> None:
+    """Log a message once, because the held-out text has the same template."""
+    logger.log(level, "%s", message)
 
 
 def _encode_tokens(example: Tokens) -> Encoded:

@@ -24,6 +24,7 @@ from hqqtrain.common.filelock import becomes_true
 from hqqtrain.common.files import atomic_directory, check_owner
 from hqqtrain.common.kept_log import kept_log
 from hqqtrain.common.secrets import mask_secrets
+from hqqtrain.common.text import format_bytes
 from hqqtrain.config.data_sources import describe_source
 from hqqtrain.data.packing import EXAMPLES, PACKED, TokenizedData
 from hqqtrain.data.sequences import TokenSequences
@@ -67,6 +68,12 @@ class CachedTokens:
     def parts(self) -> TokenSequences:
         """All tokens of the examples, and as sequences the parts that are trained on."""
         return map_sequences(self.folder, EXAMPLES)
+
+    def describe(self) -> str:
+        """Return the number of tokens and the size of the entry, as `1,234 tokens (0.25 GiB)`."""
+        tokens = describe_store(self.folder)["sequences"][EXAMPLES]["tokens"]
+        size = sum(file.stat().st_size for file in self.folder.iterdir())
+        return f"{tokens:,} tokens ({format_bytes(size)})"
 
     def repeat_log(self) -> None:
         """Log what was logged when the entry was written."""
@@ -169,7 +176,6 @@ class _Cache:
         with locked:
             if cached := self._find(folder):  # another run has written it meanwhile
                 return cached
-            logger.info("data.cache_dir: tokens are written to %s", folder)
             try:
                 with atomic_directory(folder) as temporary, kept_log() as log:
                     parts, sequences = self._build_unchanged(temporary, made_from, check)
@@ -182,7 +188,9 @@ class _Cache:
                 if error.errno in FULL_DISK and not error.filename:
                     raise OSError(error.errno, error.strerror, str(self.root)) from error
                 raise
-        return self.open(name)
+        cached = self.open(name)
+        logger.info("data.cache_dir: %s are written to %s", cached.describe(), folder)
+        return cached
 
     def _build_unchanged(
         self, folder: Path, made_from: Mapping[str, Any], check: Callable[[], object]
@@ -221,7 +229,7 @@ class _Cache:
             logger.warning("%s: %s. The tokens are written again.", self._where, error)
             return None
         cached.repeat_log()
-        logger.info("data.cache_dir: tokens are reused from %s", folder)
+        logger.info("data.cache_dir: %s are reused from %s", cached.describe(), folder)
         return cached
 
 

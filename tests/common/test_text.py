@@ -2,7 +2,7 @@
 
 import pytest
 
-from hqqtrain.common.text import count, short
+from hqqtrain.common.text import count, format_bytes, short
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,11 @@ def test_a_noun_agrees_with_its_number(number, noun, text):
 )
 def test_a_small_number_is_not_rounded_to_zero(number, text):
     assert short(number) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(3 << 29, "1.50 GiB"), (1 << 27, "0.12 GiB"), (50 << 20, "50.00 MiB"), (1 << 15, "0.031 MiB")],
+)
+def test_a_size_has_a_unit_that_fits(size, text):
+    assert format_bytes(size) == text

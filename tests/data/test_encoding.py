@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig
 from hqqtrain.data import encoding
+from hqqtrain.data.chat.library import chat_template_source
 from hqqtrain.data.encoding import encode_examples
 from hqqtrain.data.examples import Conversation
 from hqqtrain.models.source import TINY_FOLDER
@@ -46,12 +47,29 @@ def test_what_is_trained(tokenizer, example, loss_on: str, expected: str):
 
 
 def test_markers_that_are_no_tokens_are_named_once(tokenizer, caplog):
-    encoding._warn_once.cache_clear()
+    encoding._log_once.cache_clear()
     for template in ("chatml", "chatml", "plain"):
         trained(tokenizer, CHAT, chat_template=template)
     (message,) = [r.getMessage() for r in caplog.records if "markers" in r.getMessage()]
     assert message.startswith("<|im_start|>, <|im_end|>: the tokenizer does not have")
     assert "data.add_tokens=auto" in message
+
+
+def test_completions_that_bypass_the_template_of_the_model_are_mentioned_once(tokenizer, caplog):
+    caplog.set_level("INFO")
+    encoding._log_once.cache_clear()
+    assert tokenizer.chat_template is None
+    trained(tokenizer, COMPLETION)
+    assert caplog.messages == []
+    instruct = AutoTokenizer.from_pretrained(TINY_FOLDER)
+    instruct.chat_template = chat_template_source("chatml")
+    trained(instruct, PAIR)
+    trained(instruct, CHAT)
+    assert [text for text in caplog.messages if "chat template; it writes" in text] == []
+    trained(instruct, COMPLETION)
+    trained(instruct, COMPLETION)
+    (message,) = [text for text in caplog.messages if "are trained as they are" in text]
+    assert "without the chat template; it writes rows of messages: data.format=chat" in message
 
 
 @pytest.mark.parametrize("example", ["plain text", CHAT, PAIR, COMPLETION])
@@ -85,7 +103,7 @@ def test_a_completion_begins_with_the_tokens_that_a_text_begins_with(tokenizer, 
     """As a prompt at inference: BOS, where the tokenizer adds one, but no EOS before the answer."""
 
     class AddsBos:
-        is_fast, eos_token_id = True, tokenizer.eos_token_id
+        is_fast, eos_token_id, chat_template = True, tokenizer.eos_token_id, None
 
         def __call__(self, text, add_special_tokens=True, **options):
             encoding = dict(tokenizer(text, add_special_tokens=False, **options))

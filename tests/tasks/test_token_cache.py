@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,18 +57,31 @@ def load(make_config, start_run, monkeypatch, tmp_path: Path):
     return load
 
 
+SIZE = r"([\d,]+) tokens \(([\d.]+) MiB\)"
+
+
 def _entries(tmp_path: Path) -> list[Path]:
     return sorted(path.parent for path in (tmp_path / "home" / "tokens").glob(f"*/{INDEX}"))
 
 
 def test_a_later_run_reuses_the_tokens(load, tmp_path: Path, caplog):
+    caplog.set_level("INFO")
     first = load("one")
     assert first[2] == 2
+    (eval_entry, train_entry) = _entries(tmp_path)
+    lines = [line for line in caplog.messages if "are written to" in line]
+    for line, entry in zip(lines, (train_entry, eval_entry), strict=True):
+        tokens, size = re.fullmatch(
+            rf"data.cache_dir: {SIZE} are written to {entry}", line
+        ).groups()
+        assert int(tokens.replace(",", "")) == np.fromfile(entry / f"{EXAMPLES}.tokens", "i4").size
+        files = sum(file.stat().st_size for file in entry.iterdir())
+        assert float(size) == pytest.approx(files / 2**20, rel=0.1)
     assert [path.name.partition("-")[0] for path in _entries(tmp_path)] == ["eval", "train"]
     caplog.clear()
     assert load("two", optim={"lr": 0.5}, data={"workers": 3}) == (*first[:2], 0)
-    lines = [line for line in caplog.messages if "tokens are reused from" in line]
-    assert len(lines) == 2
+    reused = [re.search(SIZE + " are reused from (.*)", line) for line in caplog.messages]
+    assert len([found for found in reused if found]) == 2
     assert "train.txt: 1 file of text." in caplog.text  # as in the first run
 
 
