@@ -214,9 +214,9 @@ class ExampleEncoder:
         if self._warns and self._tokenizer.chat_template:
             _log_once(
                 logging.INFO,
-                "prompts and completions that are texts, also those of data.format=alpaca, are "
-                "trained as they are, without the chat template; it writes rows of messages: "
-                "data.format=chat, or a prompt and a completion that are lists of messages",
+                "prompts and completions that are texts, as in data.format=alpaca, are trained "
+                "without the chat template of the model; to use it, write rows of messages "
+                "(data.format=chat), or a prompt and a completion that are lists of messages",
             )
         text = example.prompt + example.completion
         begin = 0 if loss_on == "all" else len(example.prompt)

@@ -16,6 +16,7 @@ class AdapterCard:
         metrics: Name -> value of the results, as the card shows them.
         best_step: The optimizer step that was chosen for its loss; None: the last one.
         has_new_tokens: Whether the embeddings of new tokens are trained.
+        has_tokenizer: Whether a tokenizer is saved with the adapter.
     """
 
     base: str
@@ -29,6 +30,7 @@ class AdapterCard:
     metrics: dict[str, float] | None = None
     best_step: int | None = None
     has_new_tokens: bool = False
+    has_tokenizer: bool = False
 
 
 def render_card(card: AdapterCard) -> str:
@@ -44,11 +46,16 @@ def render_card(card: AdapterCard) -> str:
             f"It is the adapter after optimizer step {card.best_step}, which had the lowest loss\n"
             "on held-out text (`ckpt.load_best`).\n\n"
         )
-    tokens = ""
+    tokenizer = f"Its tokenizer is that of `{card.base}`{revision}, without changes.\n"
+    if card.has_tokenizer:
+        tokenizer = (
+            "Its tokenizer is in this folder: that of the base, with the chat template and the new "
+            "tokens\nof the training.\n"
+        )
     if card.has_new_tokens:
-        tokens = (
-            "\nIt has embeddings of new tokens, and this folder has their tokenizer. A model that "
-            "lacks\nthem needs `model.resize_token_embeddings(len(tokenizer))` first.\n"
+        tokenizer += (
+            "The adapter has embeddings of new tokens. A model that lacks them needs\n"
+            "`model.resize_token_embeddings(len(tokenizer))` first.\n"
         )
     table = ""
     if card.metrics:
@@ -84,4 +91,5 @@ With PEFT, on a dense model that holds the *dequantized* weights of this base:
 from peft import PeftModel
 model = PeftModel.from_pretrained(model, "<this folder>")
 ```
-{tokens}"""
+
+{tokenizer}"""

@@ -10,6 +10,7 @@ from hqqtrain.report.run_report import write_report
 from hqqtrain.report.samples import Sample
 from hqqtrain.rundir.directory import RunDirectory
 from hqqtrain.rundir.schema import Status
+from hqqtrain.tasks.hints import usage_hints
 from hqqtrain.tasks.summary import RunSummary
 from hqqtrain.tracking.composite import CompositeTracker
 from hqqtrain.tracking.console import Console
@@ -46,7 +47,7 @@ def finalize_success(
         trackers.log_images(images)
     if directory.layout.adapter.exists():
         trackers.log_artifact(directory.layout.adapter)
-    hints = summary.hints(directory.layout) + trackers.hints()
+    hints = usage_hints(summary.content, directory.layout) + trackers.hints()
     trackers.finish(DONE)
     # The status comes last: until then, the same command resumes the run and finishes it again.
     directory.write_status("done", exit_code=DONE, cause=stopped_early or "")

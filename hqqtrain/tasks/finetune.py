@@ -185,6 +185,7 @@ def save_trained_adapter(
     # All ranks gather the tensors in the same order: each `full_tensor` is a collective.
     state = {name: full_tensor(param).cpu() for name, param in trainable_parameters.items()}
     lora, folder = plan.lora, run.layout.adapter
+    tokenizer = plan.source.tokenizer_folder
     assert lora is not None
     quantization = recorder.summary.content.quantize
     keys = ("fingerprint", "nbits", "group_size", "axis", "solver", "bits_per_weight")
@@ -194,6 +195,7 @@ def save_trained_adapter(
         metrics=recorder.perplexities(),
         best_step=step if run.config.ckpt.load_best else None,
         has_new_tokens=bool(lora.trainable_token_indices),
+        has_tokenizer=tokenizer is not None,
         **{key: getattr(quantization, key) for key in keys},
     )
     run.runtime.comm.run_on_rank0(

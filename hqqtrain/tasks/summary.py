@@ -17,7 +17,6 @@ from hqqtrain.models.fqn import base_tensors, is_adapter, is_packed
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.quant.error import storage_bits
 from hqqtrain.rundir.identity import package_versions
-from hqqtrain.rundir.layout import RunLayout
 from hqqtrain.rundir.schema import (
     MODEL_NAMES,
     DataMetrics,
@@ -201,16 +200,6 @@ class RunSummary:
         """Whether the run has only exported weights that were quantized before."""
         quantize, export = self.content.quantize, self.content.export
         return export is not None and quantize is not None and quantize.relative_error is None
-
-    def hints(self, layout: RunLayout) -> list[str]:
-        """Return lines that tell how to use the results."""
-        export = self.content.export
-        if export is None:
-            return []
-        folder = str(layout.export)
-        if export.format == "dense":
-            return [f"load it: transformers.AutoModelForCausalLM.from_pretrained({folder!r})"]
-        return [f"use it: model.name_or_path={folder}"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the content and the table rows so far, as JSON values."""

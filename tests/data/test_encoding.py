@@ -65,11 +65,11 @@ def test_completions_that_bypass_the_template_of_the_model_are_mentioned_once(to
     instruct.chat_template = chat_template_source("chatml")
     trained(instruct, PAIR)
     trained(instruct, CHAT)
-    assert [text for text in caplog.messages if "chat template; it writes" in text] == []
+    assert [text for text in caplog.messages if "without the chat template" in text] == []
     trained(instruct, COMPLETION)
     trained(instruct, COMPLETION)
-    (message,) = [text for text in caplog.messages if "are trained as they are" in text]
-    assert "without the chat template; it writes rows of messages: data.format=chat" in message
+    (message,) = [text for text in caplog.messages if "without the chat template" in text]
+    assert "to use it, write rows of messages (data.format=chat)" in message
 
 
 @pytest.mark.parametrize("example", ["plain text", CHAT, PAIR, COMPLETION])

@@ -62,6 +62,15 @@ def test_a_hostile_name_stays_one_string(base):
     assert found["library_name"] == "peft"
 
 
+def test_the_tokenizer_is_named():
+    assert "Its tokenizer is that of `owner/name`, without changes." in render_card(CARD)
+    at_commit = render_card(replace(CARD, revision="v1"))
+    assert "Its tokenizer is that of `owner/name` at revision `v1`, without" in at_commit
+    text = render_card(replace(CARD, has_tokenizer=True))
+    assert "Its tokenizer is in this folder" in text
+    assert "without changes" not in text
+
+
 def test_new_tokens_are_named():
     text = render_card(replace(CARD, has_new_tokens=True))
     assert "`model.resize_token_embeddings(len(tokenizer))` first" in text

@@ -1,0 +1,60 @@
+"""What the end of a run says about its results can be pasted into a shell."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from hqqtrain.compose.compose import compose_config
+from hqqtrain.rundir.layout import RunLayout
+from hqqtrain.rundir.schema import ExportMetrics, Summary, TrainMetrics
+from hqqtrain.tasks.hints import usage_hints
+
+TRAINED = Summary(train=TrainMetrics(steps=2))
+
+
+def _trained_layout(folder: Path) -> RunLayout:
+    """Return the layout of a run with the files that say that it has weights and an adapter."""
+    layout = RunLayout(folder)
+    for file in (layout.quantized / "config.json", layout.adapter / "adapter_config.json"):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    return layout
+
+
+@pytest.mark.parametrize("name", ["mine", "my (1) run", "it's", "a,b", "a=b", "größe", "$x", "1e3"])
+def test_the_command_exports_the_run(tmp_path: Path, monkeypatch, name: str):
+    monkeypatch.chdir(tmp_path)
+    (hint,) = usage_hints(TRAINED, _trained_layout(Path("runs") / name))
+    python, *words = shlex.split(hint.partition("load: ")[2])
+    assert words[:3] == ["-m", "hqqtrain", "task=export"]
+    assert python in ("python", sys.executable)
+    (tmp_path / "runs" / name / "config.yaml").write_text("task: finetune\n")
+    config = compose_config(words[3:])
+    assert config.model.name_or_path == f"runs/{name}"
+
+
+def test_the_interpreter_is_named_unless_it_is_the_one_on_the_path(tmp_path: Path, monkeypatch):
+    layout = _trained_layout(tmp_path / "x")
+    monkeypatch.setattr("shutil.which", lambda name: sys.executable)
+    assert f": python -m hqqtrain task=export model.name_or_path={tmp_path}/x" in "".join(
+        usage_hints(TRAINED, layout)
+    )
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert f": {sys.executable} -m hqqtrain " in "".join(usage_hints(TRAINED, layout))
+
+
+def test_nothing_is_said_about_what_cannot_be_exported(tmp_path: Path):
+    layout = _trained_layout(tmp_path / "x")
+    assert usage_hints(Summary(), layout) == []
+    (layout.quantized / "config.json").unlink()  # quant.save=false
+    assert usage_hints(TRAINED, layout) == []
+
+
+def test_an_export_says_how_to_load_it(tmp_path: Path):
+    layout = RunLayout(Path("runs/x"))
+    (dense,) = usage_hints(Summary(export=ExportMetrics("dense")), layout)
+    assert dense == "load it: transformers.AutoModelForCausalLM.from_pretrained('runs/x/export')"
+    (packed,) = usage_hints(Summary(export=ExportMetrics("packed")), layout)
+    assert packed == "use it: model.name_or_path=runs/x/export"
