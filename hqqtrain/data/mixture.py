@@ -1,11 +1,35 @@
 """Mix several sources: examples of some are used more often than those of others in an epoch."""
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import length_hint
+from typing import NamedTuple
 
 from hqqtrain.data.examples import Example, text_of
+from hqqtrain.data.held_out import is_blank
+
+logger = logging.getLogger(__name__)
+
+
+class SourceUse(NamedTuple):
+    """How an epoch uses a source.
+
+    Attributes:
+        source: The path or name of the source.
+        examples: Number of its examples, but for those that are held out.
+        repeats: How often each is used; see `RepeatedExamples`.
+        used: Number of examples in an epoch that come from it.
+    """
+
+    source: str
+    examples: int
+    repeats: float
+    used: int
+
+    def __str__(self) -> str:
+        return f"{self.examples:,} x {self.repeats:.4g} of {self.source}"
 
 
 @dataclass(frozen=True)
@@ -24,28 +48,54 @@ class ChainedExamples:
             yield from part
 
 
-@dataclass(frozen=True)
 class RepeatedExamples:
     """Examples that are used several times.
 
-    Attributes:
+    Args:
         examples: The examples.
         repeats: How often each is used. A fraction is the share of them that is used once more;
             hashes of their text decide which.
+        source: The path or name of their source.
+
+    Attributes:
+        use: What the last iteration over all examples has counted. Blank texts do not count.
     """
 
-    examples: Iterable[Example]
-    repeats: float
+    def __init__(self, examples: Iterable[Example], repeats: float, source: str = "") -> None:
+        self._examples = examples
+        self.use = SourceUse(source, 0, repeats, 0)
 
     def __length_hint__(self) -> int:
-        return round(length_hint(self.examples) * self.repeats)
+        return round(length_hint(self._examples) * self.use.repeats)
 
     def __iter__(self) -> Iterator[Example]:
-        whole, share = int(self.repeats), self.repeats % 1
-        for _ in range(whole):
-            yield from self.examples
-        if share:
-            yield from (e for e in self.examples if is_repeated(e, share))
+        whole, share = int(self.use.repeats), self.use.repeats % 1
+        examples = used = 0
+        for number in range(whole + (share > 0)):
+            for example in self._examples:
+                is_used = number < whole or is_repeated(example, share)
+                if is_used:
+                    yield example
+                if not (isinstance(example, str) and is_blank(example)):
+                    examples += number == 0
+                    used += is_used
+        self.use = self.use._replace(examples=examples, used=used)
+
+
+@dataclass(frozen=True)
+class EpochExamples(ChainedExamples):
+    """The examples of an epoch. The log says how often each source is used, once all are read."""
+
+    parts: Sequence[RepeatedExamples]
+
+    def __iter__(self) -> Iterator[Example]:
+        yield from super().__iter__()
+        uses = ", ".join(map(str, self.uses()))
+        logger.info("data.source: the examples of an epoch are %s", uses)
+
+    def uses(self) -> list[SourceUse]:
+        """Return how each source was used in the last iteration over all examples."""
+        return [part.use for part in self.parts]
 
 
 def is_repeated(example: Example, share: float) -> bool:

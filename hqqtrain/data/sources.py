@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
+from operator import length_hint
 from pathlib import Path
 
 from hqqtrain.common.errors import UserError
@@ -20,7 +21,12 @@ from hqqtrain.data.examples import Example
 from hqqtrain.data.files import FILE_TYPE_BY_EXTENSION, format_extension
 from hqqtrain.data.formats import chat, text
 from hqqtrain.data.held_out import FilteredTexts, is_blank, split_by_hash
-from hqqtrain.data.mixture import ChainedExamples, RepeatedExamples, repeats_of_weights
+from hqqtrain.data.mixture import (
+    ChainedExamples,
+    EpochExamples,
+    RepeatedExamples,
+    repeats_of_weights,
+)
 from hqqtrain.data.overlap import check_overlap
 from hqqtrain.data.row_examples import RowCounts, RowExamples
 from hqqtrain.data.single_source import SourceTexts, open_source
@@ -137,7 +143,7 @@ def _repeated(train: Iterable[Example], data: DataConfig) -> Iterable[Example]:
     sources = listed_sources(data.source)
     repeats = [source.repeats for source in sources]
     weights = [source.weight for source in sources if source.weight is not None]
-    if not weights and set(repeats) == {1}:
+    if len(sources) == 1 and repeats == [1]:
         return train
     parts = _parts_of(train)
     if len(parts) != len(sources):  # all sources together have a single text, which is cut
@@ -148,18 +154,22 @@ def _repeated(train: Iterable[Example], data: DataConfig) -> Iterable[Example]:
             empty = sources[counts.index(0)].path
             raise UserError(f"data.source={empty}: has a weight, but nothing to train on.")
         repeats = repeats_of_weights(counts, weights)
-    for source, number in zip(sources, repeats, strict=True):
-        times = "once" if number == 1 else f"{number:.4g} times"
-        logger.info("data.source=%s: is used %s in an epoch.", source.path, times)
-    return ChainedExamples(
-        [RepeatedExamples(part, number) for part, number in zip(parts, repeats, strict=True)]
+    return EpochExamples(
+        [
+            RepeatedExamples(part, number, source.path)
+            for part, number, source in zip(parts, repeats, sources, strict=True)
+        ]
     )
 
 
 def _parts_of(train: Iterable[Example]) -> Sequence[Iterable[Example]]:
     """Return the examples of each source."""
     if isinstance(train, FilteredTexts):
-        return [replace(train, examples=part, number=0) for part in _parts_of(train.examples)]
+        parts = _parts_of(train.examples)
+        share = train.number / (sum(map(length_hint, parts)) or 1)
+        return [
+            replace(train, examples=part, number=round(share * length_hint(part))) for part in parts
+        ]
     return train.parts if isinstance(train, ChainedExamples) else [train]
 
 

@@ -1,6 +1,7 @@
 """Several sources: each as often as its settings say, and nothing held out is trained on."""
 
 import json
+import re
 from collections import Counter
 from operator import length_hint
 
@@ -46,7 +47,39 @@ def test_repeats(sources, caplog):
     caplog.set_level("INFO")
     assert counts(["a.jsonl", {"path": "b.jsonl", "repeats": 3}]) == {"a": 40, "b": 30}
     assert counts([{"path": "b.jsonl", "repeats": 2}]) == {"b": 20}
-    assert "data.source=b.jsonl: is used 3 times in an epoch." in caplog.text
+    assert caplog.messages[-1] == "data.source: the examples of an epoch are 10 x 2 of b.jsonl"
+    caplog.clear()
+    assert counts(["a.jsonl"]) == {"a": 40}
+    assert "epoch" not in caplog.text
+
+
+def test_the_log_says_how_often_each_source_is_used(sources, caplog):
+    caplog.set_level("INFO")
+    for source, expected in (
+        (["a.jsonl", {"path": "b.jsonl", "repeats": 3}], "40 x 1 of a.jsonl, 10 x 3 of b.jsonl"),
+        (["b.jsonl", "a.jsonl"], "10 x 1 of b.jsonl, 40 x 1 of a.jsonl"),
+        (
+            [{"path": "a.jsonl", "weight": 2}, {"path": "b.jsonl", "weight": 2}],
+            "40 x 1 of a.jsonl, 10 x 4 of b.jsonl",
+        ),
+    ):
+        caplog.clear()
+        counts(source)
+        (message,) = [text for text in caplog.messages if "epoch" in text]
+        assert message == f"data.source: the examples of an epoch are {expected}"
+    caplog.clear()
+    counts(["a.jsonl", "b.jsonl"], EvalConfig())
+    numbers = re.findall(r"(\d+) x 1", caplog.text)
+    assert sum(map(int, numbers)) == 45  # 5 are held out
+
+
+def test_the_use_of_a_source_counts_the_examples_that_are_encoded(sources):
+    mixed = RepeatedExamples(["one", " \n", "two", Completion("", "")], 2.5, "a")
+    found = [example for example in mixed if example != " \n"]
+    assert mixed.use == ("a", 3, 2.5, len(found))
+    half = RepeatedExamples([f"text {i}" for i in range(100)], 0.5, "b")
+    assert len(list(half)) == half.use.used
+    assert half.use.examples == 100
 
 
 def test_weights_are_shares_of_the_examples_of_an_epoch(sources):
