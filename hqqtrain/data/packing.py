@@ -11,7 +11,7 @@ With a folder, the tokens are files that are mapped, also while they are packed:
 for a few numbers per example only.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,6 +23,7 @@ from hqqtrain.config.groups import AUTO, DataConfig
 from hqqtrain.data.best_fit import best_fit
 from hqqtrain.data.encoding import encode_examples
 from hqqtrain.data.examples import Example
+from hqqtrain.data.mixture import SourceUse
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.token_files import TokenWriter
 
@@ -40,10 +41,12 @@ class TokenizedData(NamedTuple):
         parts: All tokens of all examples, in order, and as sequences the parts of the examples that
             are trained on. Parts of texts that are cut are those in a sequence.
         sequences: The sequences to train on, or the windows to evaluate on.
+        uses: How an epoch uses each source, in the order of the examples; empty for one source.
     """
 
     parts: TokenSequences
     sequences: TokenSequences
+    uses: Sequence[SourceUse] = ()
 
 
 def pack_examples(

@@ -156,7 +156,7 @@ def _repeated(train: Iterable[Example], data: DataConfig) -> Iterable[Example]:
         repeats = repeats_of_weights(counts, weights)
     return EpochExamples(
         [
-            RepeatedExamples(part, number, source.path)
+            RepeatedExamples(part, float(number), source.path)
             for part, number, source in zip(parts, repeats, sources, strict=True)
         ]
     )

@@ -5,7 +5,7 @@ with and without packing.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ import numpy as np
 from hqqtrain.data.sequences import count_slices
 
 if TYPE_CHECKING:
+    from hqqtrain.data.mixture import SourceUse
     from hqqtrain.data.sequences import TokenSequences
 
 MAX_BARS = 12
@@ -66,12 +67,14 @@ class DataReport:
         left_out: Reason -> number of rows that became no example.
         empty_answers: Number of rows of which only the end of an answer is trained.
         held_out: `examples`, `tokens` and `measured_tokens` of the held-out text, if there is any.
+        uses: How an epoch uses each source, if there are several.
     """
 
     statistics: DataStatistics
     left_out: Mapping[str, int] = field(default_factory=dict)
     empty_answers: int = 0
     held_out: Mapping[str, int] | None = None
+    uses: "Sequence[SourceUse]" = ()
 
 
 def measure_data(

@@ -80,7 +80,7 @@ def _samples(view: DataView, color: bool, newline_sign: str, width: int | None) 
     legend, render = _style(view, color, newline_sign)
     lines = [legend]
     for sample in view.samples:
-        lines += ["", sample.title, *_with_margin(render(sample.pieces), width)]
+        lines += ["", escape_controls(sample.title), *_with_margin(render(sample.pieces), width)]
         if sample.hidden_tokens:
             lines += [sample.hidden_note, *_with_margin(render(sample.last_pieces), width)]
     return lines

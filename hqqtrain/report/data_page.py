@@ -83,7 +83,7 @@ def _render_samples(view: DataView) -> str:
 
 def _render_sample(sample: DataSample, marks: bool) -> str:
     html = "".join(_render_piece(piece, marks) for piece in sample.pieces)
-    html = f"<h3>{escape_html(sample.title)}</h3>{_pre(html)}"
+    html = f"<h3>{escape_html(escape_controls(sample.title))}</h3>{_pre(html)}"
     if sample.hidden_tokens:
         rest = "".join(_render_piece(piece, marks) for piece in sample.last_pieces)
         html += f"<p>{escape_html(sample.hidden_note)}</p>{_pre(rest)}"

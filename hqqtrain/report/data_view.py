@@ -71,6 +71,7 @@ class DataView:
             "source": data.source or "",
             "format": data.format or "",
             "examples": f"{data.examples:,}",
+            **self._examples_by_source(),
             "exact duplicates": _counted(data.duplicates, data.examples),
             "truncated examples": _counted(data.truncated, data.examples),
             "split examples": _counted(data.split, data.examples),
@@ -94,6 +95,14 @@ class DataView:
                 "{tokens:,}, of which {measured_tokens:,} are measured".format(**data.held_out)
             )
         return figures
+
+    def _examples_by_source(self) -> dict[str, str]:
+        if not self.metrics.sources:
+            return {}
+        uses = (
+            "{examples:,} x {repeats:.4g} of {source}".format(**s) for s in self.metrics.sources
+        )
+        return {"examples by source": ", ".join(uses)}
 
     def bars(self) -> list[tuple[str, int]]:
         """Return the histogram of the lengths: `64-127` and the number of examples."""

@@ -185,11 +185,14 @@ class ExportMetrics(JsonObject):
 class DataMetrics(JsonObject):
     """The `data` part, which task=data writes; see `hqqtrain.data.statistics.DataStatistics`.
 
+    If there are several sources, or one that is repeated, `sources` has the fields of
+    `hqqtrain.data.mixture.SourceUse` for each.
     `left_out` has the number of rows that became no example, by reason. `held_out` has the
     `examples` and `tokens` of the held-out text, and those of its tokens that are measured.
     """
 
     source: str | None = None
+    sources: list[dict[str, Any]] | None = None
     format: str | None = None
     examples: int | None = None
     tokens: int | None = None

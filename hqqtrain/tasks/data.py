@@ -5,9 +5,10 @@ It reads the configuration and the tokenizer of the model, and no weights.
 
 import shutil
 import sys
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +19,7 @@ from hqqtrain.common.text import count
 from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.groups import DataConfig, ModelConfig
 from hqqtrain.config.run import RunConfig
+from hqqtrain.data.mixture import SourceUse
 from hqqtrain.data.row_examples import RowCounts
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.sources import count_rows, source_format
@@ -73,7 +75,7 @@ def show_data(run: Run) -> None:
     with comm.raise_on_all_ranks():
         streams = run.config.data.streaming  # then only the first rows are read
         rows = RowCounts() if streams else count_rows(run.config.data)
-        parts = data.parts
+        parts, uses = data.parts, data.uses
     check_same_text(run, data.sequences, held_out)
     counts = {"bad rows": rows.bad, "rows without text": rows.blank}
     report = DataReport(
@@ -81,11 +83,13 @@ def show_data(run: Run) -> None:
         {reason: number for reason, number in counts.items() if number},
         rows.empty_answers,
         _held_out_figures(held_out) if held_out else None,
+        uses,
     )
     metrics = data_metrics(run.config, format, report)
     run.recorder.begin_without_model()
     run.recorder.summary.add_data(metrics)
-    comm.run_on_rank0(lambda: _show(run, parts, metrics, model.tokenizer))
+    sampler = Sampler(parts, model.tokenizer, uses)
+    comm.run_on_rank0(lambda: _show(run, sampler, metrics))
 
 
 def load_data_model(model: ModelConfig, data: DataConfig) -> DataModel:
@@ -106,6 +110,7 @@ def data_metrics(config: RunConfig, format: str, report: DataReport) -> DataMetr
     """Return the `data` part of summary.json."""
     return DataMetrics(
         source=mask_secrets(describe_source(config.data.source)),
+        sources=mask_secrets([use._asdict() for use in report.uses]) or None,
         format=format,
         max_seq_len=config.train.max_seq_len,
         left_out=dict(report.left_out) or None,
@@ -124,10 +129,8 @@ def _held_out_figures(held_out: TokenSequences) -> dict[str, int]:
     }
 
 
-def _show(
-    run: Run, parts: TokenSequences, metrics: DataMetrics, tokenizer: "PreTrainedTokenizerBase"
-) -> None:
-    sampler = Sampler(parts, tokenizer)
+def _show(run: Run, sampler: "Sampler", metrics: DataMetrics) -> None:
+    parts = sampler.parts
     indices = sample_indices(len(parts.starts), run.config.data.show)
 
     def view(max_tokens: int) -> DataView:
@@ -151,12 +154,26 @@ def sample_indices(examples: int, number: int) -> list[int]:
 
 
 class Sampler:
-    """Decodes examples, of which `parts` has all tokens, and as sequences those to train on."""
+    """Decodes examples.
 
-    def __init__(self, parts: TokenSequences, tokenizer: "PreTrainedTokenizerBase") -> None:
+    Args:
+        parts: All tokens of the examples, and as sequences those to train on.
+        tokenizer: The tokenizer that has made them.
+        uses: How each source is used, in the order of the examples. The samples name no source if
+            its numbers do not add up, because the chat template has refused some examples.
+    """
+
+    def __init__(
+        self,
+        parts: TokenSequences,
+        tokenizer: "PreTrainedTokenizerBase",
+        uses: Sequence[SourceUse] = (),
+    ) -> None:
         self._stream, self._starts, self._ends = parts.stream, parts.starts, example_ends(parts)
         self._tokenizer, self._counts = tokenizer, count_parts(parts)
-        self._parts = parts
+        self.parts = parts
+        used = sum(use.used for use in uses)
+        self._uses = uses if used == len(self._ends) and len(uses) > 1 else ()
         self._special_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     def sample(self, index: int, max_tokens: int) -> DataSample:
@@ -165,7 +182,7 @@ class Sampler:
         An example that is in no sequence is shown as a whole.
         """
         tokens = slice(int(self._starts[index]), int(self._ends[index]))
-        kept, trained = token_masks(self._parts, tokens.start, tokens.stop)
+        kept, trained = token_masks(self.parts, tokens.start, tokens.stop)
         title = self._title(index, kept, int(np.count_nonzero(trained)))
         kept = kept if kept.any() else ~kept
         ids, trained = self._stream[tokens][kept], trained[kept]
@@ -187,7 +204,13 @@ class Sampler:
             parts.append(f"{np.count_nonzero(~kept):,} cut off")
         if self._counts[index] > 1:
             parts.append(f"split into {self._counts[index]:,} parts")
-        return f"example {index + 1:,} of {len(self._ends):,}: {', '.join(parts)}"
+        source = f", from {self._source_of(index)}" if self._uses else ""
+        return f"example {index + 1:,} of {len(self._ends):,}{source}: {', '.join(parts)}"
+
+    def _source_of(self, index: int) -> str:
+        """Return the source of an example; the examples are in the order of the sources."""
+        ends = list(accumulate(use.used for use in self._uses))
+        return mask_secrets(self._uses[bisect_right(ends, index)].source)
 
     def _pieces(self, ids: np.ndarray, trained: np.ndarray) -> Iterator[Piece]:
         """Yield the pieces of neighboring tokens; a special token is a piece of its own."""

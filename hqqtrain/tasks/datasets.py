@@ -12,6 +12,7 @@ from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.eval_set import load_eval_set
 from hqqtrain.data.layout import BatchLayout
+from hqqtrain.data.mixture import EpochExamples
 from hqqtrain.data.packing import TokenizedData, pack_examples
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.statistics import DataStatistics, measure_data
@@ -78,7 +79,7 @@ def load_training_data(
         tokenizer: PreTrainedTokenizerBase, folder: Path | None, on_batch: Callable[[], object]
     ) -> TokenizedData:
         texts = training_texts(config.data, config.eval)
-        return pack_examples(
+        tokens = pack_examples(
             run.recorder.progress_bars.count_tokenized(texts),
             tokenizer,
             max_seq_len=length,
@@ -87,6 +88,9 @@ def load_training_data(
             where=where,
             on_batch=on_batch,
             folder=folder,
+        )
+        return (
+            tokens._replace(uses=examples.uses()) if isinstance(examples, EpochExamples) else tokens
         )
 
     settings = {"train.max_seq_len": length, "train.packing": config.train.packing}

@@ -26,6 +26,7 @@ from hqqtrain.common.kept_log import kept_log
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.common.text import format_bytes
 from hqqtrain.config.data_sources import describe_source
+from hqqtrain.data.mixture import SourceUse
 from hqqtrain.data.packing import EXAMPLES, PACKED, TokenizedData
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.token_files import (
@@ -68,6 +69,16 @@ class CachedTokens:
     def parts(self) -> TokenSequences:
         """All tokens of the examples, and as sequences the parts that are trained on."""
         return map_sequences(self.folder, EXAMPLES)
+
+    @property
+    def uses(self) -> list[SourceUse]:
+        """How an epoch uses each source, in the order of the examples; empty for one source."""
+        uses = []
+        for use in describe_store(self.folder).get("uses", []):
+            match use:
+                case {"source": str(), "examples": int(), "repeats": float(), "used": int()}:
+                    uses.append(SourceUse(**use))
+        return uses
 
     def describe(self) -> str:
         """Return the number of tokens and the size of the entry, as `1,234 tokens (0.25 GiB)`."""
@@ -178,11 +189,12 @@ class _Cache:
                 return cached
             try:
                 with atomic_directory(folder) as temporary, kept_log() as log:
-                    parts, sequences = self._build_unchanged(temporary, made_from, check)
-                    by_name = {EXAMPLES: parts}
-                    if sequences.stream is not parts.stream:
-                        by_name[PACKED] = sequences
-                    said = mask_secrets({"made_from": made_from, "log": log})
+                    data = self._build_unchanged(temporary, made_from, check)
+                    by_name = {EXAMPLES: data.parts}
+                    if data.sequences.stream is not data.parts.stream:
+                        by_name[PACKED] = data.sequences
+                    uses = [use._asdict() for use in data.uses]
+                    said = mask_secrets({"made_from": made_from, "uses": uses, "log": log})
                     save_sequences(temporary, by_name, **said)
             except OSError as error:
                 if error.errno in FULL_DISK and not error.filename:

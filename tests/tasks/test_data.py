@@ -1,6 +1,7 @@
 """task=data shows what a training would be trained on, and reads no weights."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -192,6 +193,51 @@ def test_the_answers_of_a_chat_are_marked(look, capsys, tmp_path: Path):
     assert "hello<|im_end|>\n  | <|im_start|>assistant\n  | [[ good day<|im_end|> ]]\n" in output
     assert "assistant\n  | [[ more<|im_end|> ]]" in output
     assert run.recorder.summary.content.data.format == "chat (messages)"
+
+
+def test_samples_and_figures_name_their_source(look, capsys, monkeypatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    for name, number in (("a", 2), ("b\x1b[2J", 3)):
+        rows = [{"prompt": "p", "completion": f" {name[0]} {i}"} for i in range(number)]
+        _write_rows(tmp_path / f"{name}.jsonl", *rows)
+    source = [{"path": "a.jsonl", "weight": 4}, {"path": "b\x1b[2J.jsonl", "weight": 3}]
+    for _ in range(2):  # the second time, the tokens are reused
+        run = look(data={"source": source, "show": 9}, **NO_EVAL)
+        output = capsys.readouterr().out
+        titles = [line for line in output.splitlines() if line.startswith("example ")]
+        assert [title.partition(":")[0] for title in titles] == [
+            *(f"example {i} of 7, from a.jsonl" for i in (1, 2, 3, 4)),
+            *(f"example {i} of 7, from b\\x1b[2J.jsonl" for i in (5, 6, 7)),
+        ]
+        assert re.findall(r"  \| p ([ab]) ", output) == [*"aaaa", *"bbb"]
+        assert re.search(
+            r"examples by source +2 x 2 of a.jsonl, 3 x 1 of b\\x1b\[2J.jsonl\n", output
+        )
+        page = run.layout.data_html.read_text(encoding="utf-8")
+        assert "example 7 of 7, from b\\x1b[2J.jsonl: " in page
+        assert run.recorder.summary.content.data.sources[0] == {
+            "source": "a.jsonl", "examples": 2, "repeats": 2.0, "used": 4,
+        }  # fmt: skip
+
+
+def test_samples_name_no_source_if_the_template_has_refused_some(look, capsys, tmp_path: Path):
+    tool = {"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    data = _write_rows(tmp_path / "a.jsonl", _chat("a", "b"), tool)
+    _write_rows(tmp_path / "b.jsonl", _chat("c", "d"))
+    source = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    look(data=data | {"source": source, "chat_template": "gemma", "max_bad_rows": 1}, **NO_EVAL)
+    output = capsys.readouterr().out
+    assert "example 2 of 2: " in output
+    assert ", from " not in output
+
+
+def test_one_source_is_not_repeated_in_the_figures(look, capsys, tmp_path: Path):
+    data = _write_rows(tmp_path / "rows.jsonl", _chat("a", "b"), _chat("c", "d"))
+    run = look(data=data, **NO_EVAL)
+    output = capsys.readouterr().out
+    assert "examples by source" not in output
+    assert "example 1 of 2: " in output
+    assert "sources" not in run.recorder.summary.content.data.to_json()
 
 
 def predicted(labels: list[int]) -> list[int]:
