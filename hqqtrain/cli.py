@@ -21,7 +21,7 @@ from hqqtrain.common.errors import (
     RankLostError,
     UserError,
     did_you_mean,
-    print_error,
+    error_line,
 )
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.common.stdio import open_missing_streams, tolerate_lost_errors, tolerate_lost_output
@@ -65,14 +65,14 @@ def _run_with_exit_code(arguments: list[str]) -> int:
         return _run_command(arguments)
     except UserError as error:
         if error.is_of_one_rank or get_rank() == 0:  # usually every rank raises the same error
-            print_error(error)
+            print(error_line(error), file=sys.stderr)
         return USER_ERROR
     except PreemptedError as error:
         if get_rank() == 0:
             print(f"hqqtrain: {mask_secrets(str(error))}.", file=sys.stderr)
         return PREEMPTED
     except RankLostError as error:
-        print_error(error)
+        print(error_line(error), file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("hqqtrain: interrupted.", file=sys.stderr)
@@ -262,6 +262,7 @@ def _print(text: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # `--help | head`: the reader has seen enough
             return DONE
-        print_error(f"standard output: cannot be written to ({error}).")
+        message = f"standard output: cannot be written to ({error})."
+        print(error_line(message), file=sys.stderr)
         return FAILED
     return DONE

@@ -1,6 +1,5 @@
 """Exit codes, and the exceptions that the command line shows as a message without a traceback."""
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -75,9 +74,9 @@ class PreemptedError(RuntimeError):
     """
 
 
-def print_error(message: object) -> None:
-    """Print an error to standard error, as `hqqtrain: error: ...`, with secrets masked."""
-    print(f"hqqtrain: error: {mask_secrets(str(message))}", file=sys.stderr, flush=True)
+def error_line(message: object) -> str:
+    """Return an error as the command line shows it, `hqqtrain: error: ...`, with secrets masked."""
+    return f"hqqtrain: error: {mask_secrets(str(message))}"
 
 
 def describe_error(error: BaseException) -> str:

@@ -3,9 +3,8 @@
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import length_hint
-from typing import NamedTuple
 
 from hqqtrain.data.examples import Example, text_of
 from hqqtrain.data.held_out import is_blank
@@ -13,7 +12,8 @@ from hqqtrain.data.held_out import is_blank
 logger = logging.getLogger(__name__)
 
 
-class SourceUse(NamedTuple):
+@dataclass(frozen=True)
+class SourceUse:
     """How an epoch uses a source.
 
     Attributes:
@@ -79,7 +79,7 @@ class RepeatedExamples:
                 if not (isinstance(example, str) and is_blank(example)):
                     examples += number == 0
                     used += is_used
-        self.use = self.use._replace(examples=examples, used=used)
+        self.use = replace(self.use, examples=examples, used=used)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def data_metrics(config: RunConfig, format: str, report: DataReport) -> DataMetr
     """Return the `data` part of summary.json."""
     return DataMetrics(
         source=mask_secrets(describe_source(config.data.source)),
-        sources=mask_secrets([use._asdict() for use in report.uses]) or None,
+        sources=mask_secrets([asdict(use) for use in report.uses]) or None,
         format=format,
         max_seq_len=config.train.max_seq_len,
         left_out=dict(report.left_out) or None,

@@ -89,9 +89,8 @@ def load_training_data(
             on_batch=on_batch,
             folder=folder,
         )
-        return (
-            tokens._replace(uses=examples.uses()) if isinstance(examples, EpochExamples) else tokens
-        )
+        uses = examples.uses() if isinstance(examples, EpochExamples) else ()
+        return TokenizedData(tokens.parts, tokens.sequences, uses)
 
     settings = {"train.max_seq_len": length, "train.packing": config.train.packing}
     data = _find_or_build(run, "train", build, settings, where, tokenizer_folder, vocab_size)

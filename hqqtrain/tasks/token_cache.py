@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ class _Cache:
                     by_name = {EXAMPLES: data.parts}
                     if data.sequences.stream is not data.parts.stream:
                         by_name[PACKED] = data.sequences
-                    uses = [use._asdict() for use in data.uses]
+                    uses = [asdict(use) for use in data.uses]
                     said = mask_secrets({"made_from": made_from, "uses": uses, "log": log})
                     save_sequences(temporary, by_name, **said)
             except OSError as error:

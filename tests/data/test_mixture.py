@@ -10,7 +10,7 @@ import pytest
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig
 from hqqtrain.data.examples import Completion
-from hqqtrain.data.mixture import RepeatedExamples, repeats_of_weights
+from hqqtrain.data.mixture import RepeatedExamples, SourceUse, repeats_of_weights
 from hqqtrain.data.sources import dataset_name, load_held_out_texts, load_training_texts
 
 NO_EVAL = EvalConfig(source=None)
@@ -76,7 +76,7 @@ def test_the_log_says_how_often_each_source_is_used(sources, caplog):
 def test_the_use_of_a_source_counts_the_examples_that_are_encoded(sources):
     mixed = RepeatedExamples(["one", " \n", "two", Completion("", "")], 2.5, "a")
     found = [example for example in mixed if example != " \n"]
-    assert mixed.use == ("a", 3, 2.5, len(found))
+    assert mixed.use == SourceUse("a", 3, 2.5, len(found))
     half = RepeatedExamples([f"text {i}" for i in range(100)], 0.5, "b")
     assert len(list(half)) == half.use.used
     assert half.use.examples == 100

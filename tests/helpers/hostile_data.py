@@ -145,20 +145,20 @@ HOSTILE_FILES = {
     "a character beyond 16 bits": HostileFile("a.jsonl", _lines(_chat("\U0001f600", "x")), 1),
     "a very long line": HostileFile("a.jsonl", _lines(_chat("a " * (5 << 20), "b")) + CHATS, 4),
     "a null in place of the messages": HostileFile(
-        "a.jsonl", CHATS + '{"messages": null}', "line 4: messages is null there"
+        "a.jsonl", CHATS + '{"messages": null}', "line 4: messages is null, not"
     ),
     "a null content": HostileFile(
         "a.jsonl", _lines(CHAT, _chat("a", None)), "line 2: messages[1] has no content"
     ),
     "a null message": HostileFile("a.jsonl", '{"messages": [null]}', "messages[0] is null"),
     "rows of two formats": HostileFile(
-        "a.jsonl", CHATS + '{"prompt": "a", "completion": "b"}', "line 4: messages is null there"
+        "a.jsonl", CHATS + '{"prompt": "a", "completion": "b"}', "line 4: messages is null, not"
     ),
     "rows of two formats, of which one is left out": HostileFile(
         "a.jsonl", CHATS + '{"text": "a"}\n', 3, settings={"max_bad_rows": 1}
     ),
     "a content that changes its type": HostileFile(
-        "a.jsonl", CHATS + _lines(_chat("a", 5)), "line 4: messages[1].content is a number there"
+        "a.jsonl", CHATS + _lines(_chat("a", 5)), "line 4: messages[1].content is a number, not"
     ),
     "an empty file": HostileFile("a.jsonl", "", "no text in it; every file is empty"),
     "an empty table": HostileFile("a.csv", "", "no text in it; every file is empty"),

@@ -78,7 +78,7 @@ def parse_messages(value: Any, name: str) -> tuple[tuple[Message, ...], frozense
     if isinstance(items, dict):
         items = _transposed(items)
     if not isinstance(items, list):
-        raise RowError(f"{name} is {kind_of(items)} there, not a list of messages: {quote(items)}")
+        raise RowError(f"{name} is {kind_of(items)}, not a list of messages: {quote(items)}")
     if not items:
         raise RowError(f"{name} is an empty list")
     places = [f"{name}[{index}]" for index in range(len(items))]

@@ -52,7 +52,7 @@ def check_text(value: object, name: str) -> str:
         RowError: It is something else, or has half a character.
     """
     if not isinstance(value, str):
-        raise RowError(f"{name} is {kind_of(value)} there, not text: {quote(value)}")
+        raise RowError(f"{name} is {kind_of(value)}, not text: {quote(value)}")
     if not value.isascii():
         check_characters(value, name)
     return value
@@ -64,7 +64,7 @@ def check_characters(value: str, name: str) -> None:
         value.encode()
     except UnicodeEncodeError as error:
         raise RowError(
-            f"{name} has {value[error.start]!a}, which is no character, but half of one in UTF-16"
+            f"{name} has {value[error.start]!a}, which is half of a character in UTF-16"
         ) from error
 
 
@@ -100,7 +100,7 @@ def from_json(value: Any, name: str) -> Any:
     """Return a value, which is parsed if it is JSON text, as lists are in CSV files.
 
     Raises:
-        RowError: It is text, but no JSON.
+        RowError: It is text, but not JSON.
     """
     if not isinstance(value, str):
         return value
@@ -109,4 +109,4 @@ def from_json(value: Any, name: str) -> Any:
     except RecursionError as error:
         raise RowError(f"{name} is too deeply nested") from error
     except ValueError as error:
-        raise RowError(f"{name} is text, but no JSON: {quote(value)}") from error
+        raise RowError(f"{name} is text, but not JSON: {quote(value)}") from error

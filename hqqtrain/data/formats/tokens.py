@@ -38,7 +38,7 @@ def parse(row: Row) -> Tokens:
         raise RowError(f"{INPUT_IDS} is an empty list")
     for index, token in enumerate(ids):
         if not 0 <= token <= _MAX_ID:
-            raise RowError(f"{INPUT_IDS}[{index}] is {token}, which is no token id")
+            raise RowError(f"{INPUT_IDS}[{index}] is {token}, which is not a token id")
     labels = ids if row.get(LABELS) is None else _integers(row, LABELS)
     _check_length(labels, ids, LABELS)
     for index, (label, token) in enumerate(zip(labels, ids, strict=True)):
@@ -60,7 +60,7 @@ def parse(row: Row) -> Tokens:
 def _integers(row: Row, name: str) -> tuple[int, ...]:
     values: Any = from_json(row.get(name), name)
     if not isinstance(values, list):
-        raise RowError(f"{name} is {kind_of(values)} there, not a list of integers")
+        raise RowError(f"{name} is {kind_of(values)}, not a list of integers")
     for index, value in enumerate(values):
         if type(value) is not int:
             raise RowError(f"{name}[{index}] is {kind_of(value)}, not an integer: {value!r:.60}")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hqqtrain.common.errors import DONE, FAILED, PREEMPTED, USER_ERROR, UserError, print_error
+from hqqtrain.common.errors import DONE, FAILED, PREEMPTED, USER_ERROR, UserError, error_line
 from hqqtrain.common.files import open_for_append
 from hqqtrain.common.secrets import mask_command
 from hqqtrain.compose.job import Job
@@ -115,7 +115,8 @@ class _Runner:
         for job in self.failed:
             output = job.folder if self.is_sequential else self.sweep.log_file(job)
             where = output if output.exists() else "the messages above"
-            print_error(f"{self.sweep.label(job)}: failed; see {where}")
+            message = f"{self.sweep.label(job)}: failed; see {where}"
+            print(error_line(message), file=sys.stderr)
         return self._exit_code_of_jobs() or table_code
 
     def _queue_unless_done(self, entry: _QueueEntry) -> None:
@@ -128,7 +129,7 @@ class _Runner:
             _print(f"{entry.title}: done before{entry.job.format_metrics()}")
             self._record(entry.job, DONE)
         except UserError as error:
-            print_error(error)
+            print(error_line(error), file=sys.stderr, flush=True)
             self._record(entry.job, USER_ERROR)
 
     def _may_start(self, pool: ProcessPool) -> bool:
@@ -195,7 +196,7 @@ class _Runner:
             print_sweep_table(self.sweep, self.results)
             self.results.save()
         except (UserError, OSError) as error:
-            print_error(error)
+            print(error_line(error), file=sys.stderr, flush=True)
             return USER_ERROR
         return DONE
 

@@ -50,7 +50,7 @@ def test_the_prompt(input, output):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"instruction": None}, "instruction is null there, not text"),
+        ({"instruction": None}, "instruction is null, not text"),
         ({"instruction": " "}, "instruction is empty"), ({"output": None}, "output is null"),
         ({"input": 5}, "input is a number"), ({"output": ["a"]}, "output is a list"),
         ({"history": [["a", "b"]]}, "has a history, which the Alpaca prompt cannot show"),

@@ -154,28 +154,28 @@ def test_a_sequence_of_objects_that_datasets_has_turned_into_lists():
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        (None, "messages is null there, not a list of messages"), ([], "messages is an empty list"),
-        ("Hello", "messages is text, but no JSON"), ("[{'role': 'user'}]", "but no JSON"),
-        (7, "messages is a number there"), ({"role": "user"}, "messages is an object"),
+        (None, "messages is null, not a list of messages"), ([], "messages is an empty list"),
+        ("Hello", "messages is text, but not JSON"), ("[{'role': 'user'}]", "but not JSON"),
+        (7, "messages is a number, not"), ({"role": "user"}, "messages is an object"),
         (["Hi"], "messages[0] is text, not an object"),
         ([{"content": "a"}], "messages[0] has no role; its keys are content"),
         ([{"role": None, "content": "a"}], "messages[0] has no role"),
-        ([{"role": 3, "content": "a"}], "messages[0].role is a number there, not text"),
+        ([{"role": 3, "content": "a"}], "messages[0].role is a number, not text"),
         ([{"role": "moderator", "content": "a"}], "messages[0].role is 'moderator'; known are"),
         ([TURNS[0], {"role": "assistant"}], "messages[1] has no content"),
         ([{"role": "user", "content": None}], "messages[0] has no content"),
-        ([{"role": "user", "content": 5}], "messages[0].content is a number there, not text: 5"),
+        ([{"role": "user", "content": 5}], "messages[0].content is a number, not text: 5"),
         ([{"role": "user", "content": {"a": 1}}], "messages[0].content is an object"),
         ([{"role": "user", "content": [3]}], "messages[0] has a part that is a number"),
         ([{"role": "user", "content": "\ud800"}], "messages[0].content has '\\ud800'"),
         ([{"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]}], "without the name"),
         ([{"role": "assistant", "content": "", "tool_calls": 3}], "is a number, not a list of cal"),
-        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], "no JSON"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], "not JSON"),
         ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}],
          "arguments is a list, not an object"),
         ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": "\udfff"}}]}],
          "messages has '\\udfff'"),
-        ([{"from": "function_call", "value": "look"}], "is text, but no JSON"),
+        ([{"from": "function_call", "value": "look"}], "is text, but not JSON"),
     ],
 )  # fmt: skip
 def test_bad_messages_are_named(messages, reason):
@@ -184,7 +184,7 @@ def test_bad_messages_are_named(messages, reason):
 
 @pytest.mark.parametrize(
     ("tools", "reason"),
-    [("[", "tools is text, but no JSON"), ({"a": 1}, "tools is an object"), ([5], "has a number")],
+    [("[", "tools is text, but not JSON"), ({"a": 1}, "tools is an object"), ([5], "has a number")],
 )
 def test_bad_tools_are_named(tools, reason):
     assert reason in refusal(messages=list(TURNS), tools=tools)

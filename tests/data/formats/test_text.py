@@ -24,5 +24,5 @@ def test_text_is_read_as_it_is():
     parse = text_format("body").parse
     assert parse({"body": " a\r\n", "text": "b"}) == " a\r\n"
     assert parse({"body": None}) is parse({"text": "b"}) is None
-    with pytest.raises(RowError, match=r"data\.text_field=body is binary there, not text: b'a'"):
+    with pytest.raises(RowError, match=r"data\.text_field=body is binary, not text: b'a'"):
         parse({"body": b"a"})
