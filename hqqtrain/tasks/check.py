@@ -136,8 +136,10 @@ def _check_chats(config: RunConfig, texts: Iterable[Example], where: str) -> Non
 
 
 def _check_held_out_text(config: RunConfig) -> str:
-    texts = held_out_texts(config.eval, config.data)
-    return _counted(f"eval.source={config.eval.source}", texts)
+    texts, where = held_out_texts(config.eval, config.data), f"eval.source={config.eval.source}"
+    checked = _counted(where, texts)
+    _check_chats(config, texts, where)
+    return checked
 
 
 def _counted(key: str, texts: Iterable[Example]) -> str:

@@ -89,7 +89,7 @@ def load_training_data(
             on_batch=on_batch,
             folder=folder,
         )
-        uses = examples.uses() if isinstance(examples, EpochExamples) else ()
+        uses = texts.uses() if isinstance(texts, EpochExamples) else ()
         return TokenizedData(tokens.parts, tokens.sequences, uses)
 
     settings = {"train.max_seq_len": length, "train.packing": config.train.packing}

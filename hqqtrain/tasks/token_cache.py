@@ -76,8 +76,13 @@ class CachedTokens:
         uses = []
         for use in describe_store(self.folder).get("uses", []):
             match use:
-                case {"source": str(), "examples": int(), "repeats": float(), "used": int()}:
-                    uses.append(SourceUse(**use))
+                case {
+                    "source": str(source),
+                    "examples": int(examples),
+                    "repeats": float(repeats),
+                    "used": int(used),
+                }:
+                    uses.append(SourceUse(source, examples, repeats, used))
         return uses
 
     def describe(self) -> str:

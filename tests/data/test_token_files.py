@@ -40,7 +40,7 @@ def test_the_same_sequences_as_in_memory(tmp_path, monkeypatch, examples, packin
     in_memory = _pack(examples, packing).sequences
     digest = in_memory.digest
     monkeypatch.setattr(module, "CHUNK_TOKENS", chunk)
-    parts, written = _pack(examples, packing, folder=tmp_path)
+    parts, written, _ = _pack(examples, packing, folder=tmp_path)
     shares = written.stream is not parts.stream
     assert shares == (packing and examples is not TEXTS)
     save_sequences(tmp_path, {EXAMPLES: parts, **({PACKED: written} if shares else {})})

@@ -52,6 +52,15 @@ def test_a_chat_that_the_template_refuses_is_found(words, capsys, tmp_path):
     assert main([*words, "data.chat_template=chatml"]) == 0
 
 
+def test_a_held_out_chat_that_the_template_refuses_is_found(words, capsys, tmp_path):
+    chat = [{"role": "tool", "content": "22"}, {"role": "assistant", "content": "A"}]
+    (tmp_path / "held.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    words = [*words, "task=data", "eval.source=held.jsonl", "data.chat_template=gemma"]
+    assert main(words) == 2
+    (error,) = [x for x in capsys.readouterr().err.splitlines() if "warning: " not in x]
+    assert "eval.source=held.jsonl, line 1: the template gemma has the roles" in error
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
