@@ -82,9 +82,9 @@ def test_text_that_looks_like_a_date_or_a_number_is_text(tmp_path):
 def test_a_row_without_text_is_named(tmp_path, value, kind):
     good = write(tmp_path / "a.jsonl", rows({"text": "fine"}))
     bad = write(tmp_path / "b.jsonl", rows({"text": "fine"}, {}, {"text": value}))
-    assert f"b.jsonl, line 3: data.text_field=text is {kind} there" in refusal(good, bad)
+    assert f"b.jsonl, line 3: data.text_field=text is {kind}, not text: " in refusal(good, bad)
     array = write(tmp_path / "c.json", json.dumps([{"text": "fine"}, {"text": value}]))
-    assert f"c.json, item 2: data.text_field=text is {kind} there" in refusal(array)
+    assert f"c.json, item 2: data.text_field=text is {kind}, not text: " in refusal(array)
 
 
 def test_rows_whose_text_is_missing_or_null_are_skipped_with_a_warning(tmp_path, caplog):
