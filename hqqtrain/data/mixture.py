@@ -84,9 +84,16 @@ class RepeatedExamples:
 
 @dataclass(frozen=True)
 class EpochExamples(ChainedExamples):
-    """The examples of an epoch. The log says how often each source is used, once all are read."""
+    """The examples of an epoch. The log says how often each source is used, once all are read.
+
+    Their number is only for the progress that is shown; 0: it is that of the parts, if known.
+    """
 
     parts: Sequence[RepeatedExamples]
+    number: int = 0
+
+    def __length_hint__(self) -> int:
+        return self.number or super().__length_hint__()
 
     def __iter__(self) -> Iterator[Example]:
         yield from super().__iter__()

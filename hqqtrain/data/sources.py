@@ -158,18 +158,15 @@ def _repeated(train: Iterable[Example], data: DataConfig) -> Iterable[Example]:
         [
             RepeatedExamples(part, float(number), source.path)
             for part, number, source in zip(parts, repeats, sources, strict=True)
-        ]
+        ],
+        number=length_hint(train) if set(repeats) == {1} else 0,
     )
 
 
 def _parts_of(train: Iterable[Example]) -> Sequence[Iterable[Example]]:
     """Return the examples of each source."""
     if isinstance(train, FilteredTexts):
-        parts = _parts_of(train.examples)
-        share = train.number / (sum(map(length_hint, parts)) or 1)
-        return [
-            replace(train, examples=part, number=round(share * length_hint(part))) for part in parts
-        ]
+        return [replace(train, examples=part, number=0) for part in _parts_of(train.examples)]
     return train.parts if isinstance(train, ChainedExamples) else [train]
 
 
