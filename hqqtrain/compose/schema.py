@@ -10,7 +10,7 @@ from typing import Any, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 
-from hqqtrain.config.foreign_names import our_name
+from hqqtrain.config.foreign_names import our_name, reason_to_leave_out
 from hqqtrain.config.renamed import RENAMED_KEYS
 from hqqtrain.config.run import RunConfig
 
@@ -58,6 +58,8 @@ def describe_unknown_key(key: str) -> str | None:
     group, allowed = missing
     if not allowed:
         return f"{key}: unknown key; {group} is a single value and has no keys."
+    if reason := reason_to_leave_out(key):
+        return f"{key}: unknown key. Leave it out: {reason}."
     suggestion = our_name(key) or _similar_key(key, group, allowed)
     return f"{key}: unknown key.{f' Did you mean {suggestion}?' if suggestion else ''}"
 

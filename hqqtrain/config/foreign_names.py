@@ -122,6 +122,31 @@ FOREIGN_NAMES = {
 }  # fmt: skip
 """Name in another tool -> our key, with its value where the name implies one."""
 
+NEEDLESS_NAMES = {
+    **dict.fromkeys(
+        ("flash_attention", "flash_attn", "attn_implementation", "use_flash_attention_2"),
+        "transformers chooses the attention, as attn_implementation in config.json says",
+    ),
+    **dict.fromkeys(
+        ("max_samples", "max_train_samples"),
+        "all rows are used; train.max_steps limits the training",
+    ),
+    **dict.fromkeys(
+        ("eval_sample_packing", "eval_packing"),
+        "held-out text is measured in windows of train.max_seq_len tokens",
+    ),
+    **dict.fromkeys(
+        ("pad_to_sequence_len", "pad_to_multiple_of"), "a batch is padded to its longest sequence"
+    ),
+    **dict.fromkeys(
+        ("shuffle_dataset", "shuffle_merged_datasets"), "sequences are shuffled, by train.seed"
+    ),
+    "logging_steps": "every step is logged",
+    "plot_loss": "report/ has the plots of every run",
+    "trust_remote_code": "code of a model or of a data set is never run",
+}
+"""Name in another tool -> why we have no such key."""
+
 _IN_GROUPS = {
     "model.name": "model.name_or_path", "model.id": "model.name_or_path",
     "model.path": "model.name_or_path", "data.path": "data.source", "data.name": "data.source",
@@ -151,6 +176,11 @@ _REMARKS = {
     "layers_to_transform": "globs, such as model.layers.3.*",
 }
 """Our key, or a name of another tool -> how the two differ."""
+
+
+def reason_to_leave_out(name: str) -> str | None:
+    """Return why there is no key for the dotted `name` of another tool; None if there may be."""
+    return NEEDLESS_NAMES.get(name.lower().replace("-", "_").rpartition(".")[2])
 
 
 def our_name(name: str) -> str | None:

@@ -103,7 +103,7 @@ def _style(
     )
     return (
         f"Tokens between {begin.strip()} and {end.strip()} are trained; the marks and the space on "
-        "their inner side are no part of the text."
+        "their inner side are not part of the text."
     ), lambda pieces: _mark(pieces, begin, end)
 
 

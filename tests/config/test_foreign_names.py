@@ -1,19 +1,24 @@
 """Names of other tools: each leads to a key of ours that exists."""
 
+import re
+
 import pytest
 
 from hqqtrain.cli import main
 from hqqtrain.common.errors import UserError
 from hqqtrain.compose.compose import compose_config
 from hqqtrain.compose.schema import known_keys
-from hqqtrain.config.foreign_names import FOREIGN_NAMES, our_name
+from hqqtrain.config.foreign_names import FOREIGN_NAMES, NEEDLESS_NAMES, our_name
 
 KEYS = {key for key, _ in known_keys()}
 
 
 def test_every_suggestion_is_a_key_and_no_foreign_name_is():
     assert {ours.partition("=")[0] for ours in FOREIGN_NAMES.values()} <= KEYS
-    assert not FOREIGN_NAMES.keys() & KEYS
+    assert not (FOREIGN_NAMES.keys() | NEEDLESS_NAMES.keys()) & KEYS
+    assert not FOREIGN_NAMES.keys() & NEEDLESS_NAMES.keys()
+    names = set(re.findall(r"\b[a-z]+\.[a-z_]+\b", " ".join(NEEDLESS_NAMES.values())))
+    assert names - {"config.json"} <= KEYS
 
 
 @pytest.mark.parametrize(
@@ -42,6 +47,12 @@ def test_every_suggestion_is_a_key_and_no_foreign_name_is():
 def test_the_error_names_our_key(override, ours):
     with pytest.raises(UserError, match=rf"unknown key. Did you mean '{ours}'"):
         compose_config([override])
+
+
+@pytest.mark.parametrize("key", ["logging_steps", "train.max_samples", "train.logging-steps"])
+def test_a_name_without_a_counterpart_is_to_be_left_out(key):
+    with pytest.raises(UserError, match=rf"^{key}: unknown key. Leave it out: \w+"):
+        compose_config([f"{key}=1"])
 
 
 def test_a_remark_is_about_the_name_or_about_our_key():

@@ -156,7 +156,11 @@ CASES: dict[str, tuple[str, int, str]] = {
     "completions": ("data.source=completions.jsonl", 0, "60 rows of completion (prompt, com"),
     "tokens": ("data.source=tokens.jsonl", 0, "60 rows of tokens (input_ids, labels)"),
     "unknown tokens": ("data.source=unknown.jsonl eval.source=rows.jsonl", 2, "the id 5000"),
-    "several sources": ("data.source=[{path:rows.jsonl,repeats:2},alpaca.csv]", 0, "x 2 of rows.jsonl, "),
+    "several sources": (
+        "data.source=[{path:rows.jsonl,repeats:2},alpaca.csv]",
+        0,
+        "x 2 of rows.jsonl, ",
+    ),
     "several sources, of which one is wrong": (
         "data.source=[{path:rows.jsonl,repeat:2},alpaca.csv]",
         2,
