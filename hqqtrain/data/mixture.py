@@ -29,7 +29,7 @@ class SourceUse:
     used: int
 
     def __str__(self) -> str:
-        return f"{self.examples:,} x {self.repeats:.4g} of {self.source}"
+        return f"{self.used:,} ({self.examples:,} x {self.repeats:.4g}) of {self.source}"
 
 
 @dataclass(frozen=True)

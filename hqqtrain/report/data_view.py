@@ -100,7 +100,8 @@ class DataView:
         if not self.metrics.sources:
             return {}
         uses = (
-            "{examples:,} x {repeats:.4g} of {source}".format(**s) for s in self.metrics.sources
+            "{used:,} ({examples:,} x {repeats:.4g}) of {source}".format(**s)
+            for s in self.metrics.sources
         )
         return {"examples by source": ", ".join(uses)}
 

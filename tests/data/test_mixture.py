@@ -47,7 +47,7 @@ def test_repeats(sources, caplog):
     caplog.set_level("INFO")
     assert counts(["a.jsonl", {"path": "b.jsonl", "repeats": 3}]) == {"a": 40, "b": 30}
     assert counts([{"path": "b.jsonl", "repeats": 2}]) == {"b": 20}
-    assert caplog.messages[-1] == "data.source: the examples of an epoch are 10 x 2 of b.jsonl"
+    assert caplog.messages[-1] == "data.source: the examples of an epoch are 20 (10 x 2) of b.jsonl"
     caplog.clear()
     assert counts(["a.jsonl"]) == {"a": 40}
     assert "epoch" not in caplog.text
@@ -56,11 +56,14 @@ def test_repeats(sources, caplog):
 def test_the_log_says_how_often_each_source_is_used(sources, caplog):
     caplog.set_level("INFO")
     for source, expected in (
-        (["a.jsonl", {"path": "b.jsonl", "repeats": 3}], "40 x 1 of a.jsonl, 10 x 3 of b.jsonl"),
-        (["b.jsonl", "a.jsonl"], "10 x 1 of b.jsonl, 40 x 1 of a.jsonl"),
+        (
+            ["a.jsonl", {"path": "b.jsonl", "repeats": 3}],
+            "40 (40 x 1) of a.jsonl, 30 (10 x 3) of b.jsonl",
+        ),
+        (["b.jsonl", "a.jsonl"], "10 (10 x 1) of b.jsonl, 40 (40 x 1) of a.jsonl"),
         (
             [{"path": "a.jsonl", "weight": 2}, {"path": "b.jsonl", "weight": 2}],
-            "40 x 1 of a.jsonl, 10 x 4 of b.jsonl",
+            "40 (40 x 1) of a.jsonl, 40 (10 x 4) of b.jsonl",
         ),
     ):
         caplog.clear()

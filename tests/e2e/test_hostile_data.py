@@ -159,7 +159,7 @@ CASES: dict[str, tuple[str, int, str]] = {
     "several sources": (
         "data.source=[{path:rows.jsonl,repeats:2},alpaca.csv]",
         0,
-        "x 2 of rows.jsonl, ",
+        " x 2) of rows.jsonl, ",
     ),
     "several sources, of which one is wrong": (
         "data.source=[{path:rows.jsonl,repeat:2},alpaca.csv]",

@@ -211,7 +211,7 @@ def test_samples_and_figures_name_their_source(look, capsys, monkeypatch, tmp_pa
         ]
         assert re.findall(r"  \| p ([ab]) ", output) == [*"aaaa", *"bbb"]
         assert re.search(
-            r"examples by source +2 x 2 of a.jsonl, 3 x 1 of b\\x1b\[2J.jsonl\n", output
+            r"examples by source +4 \(2 x 2\) of a.jsonl, 3 \(3 x 1\) of b\\x1b\[2J.jsonl\n", output
         )
         page = run.layout.data_html.read_text(encoding="utf-8")
         assert "example 7 of 7, from b\\x1b[2J.jsonl: " in page
