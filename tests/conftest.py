@@ -30,7 +30,8 @@ LONG_FIRST = (
     "slurm/", "e2e/test_readme.py", "e2e/test_resume.py", "kernels/test_compiled.py",
     "e2e/test_run.py", "e2e/test_ranks.py", "e2e/test_nonfinite.py", "loading/test_load.py",
     "kernels/test_quantize_triton.py", "e2e/test_sweep.py", "e2e/test_stop.py", "e2e/",
-    "kernels/test_linear_triton.py",
+    "kernels/test_linear_triton.py", "quant/test_quantize.py", "tasks/test_finetune.py",
+    "distributed/strategies/", "kernels/",
 )  # fmt: skip
 """Beginnings of paths, the longest files first.
 
