@@ -52,24 +52,26 @@ def test_no_test_folder_is_a_package():
     assert _files("__init__.py", "tests") == []
 
 
-@pytest.mark.parametrize("file", MODULES, ids=_name)
-def test_files_are_short(file):
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+def test_files_are_short():
+    lengths = {_name(file): len(file.read_text("utf-8").splitlines()) for file in MODULES}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
 
 
-@pytest.mark.parametrize("file", EVERY_MODULE, ids=_name)
-def test_every_module_has_a_docstring(file):
-    assert ast.get_docstring(_tree(file))
+def test_every_module_has_a_docstring():
+    assert [_name(file) for file in EVERY_MODULE if not ast.get_docstring(_tree(file))] == []
 
 
-@pytest.mark.parametrize("file", MODULES, ids=_name)
-def test_only_the_command_line_and_the_console_print(file):
-    if _name(file) in MAY_PRINT or file.parent in (ROOT / "scripts", ROOT / "kernels" / "bench"):
-        return
-    nodes = ast.walk(_tree(file))
-    calls = (node for node in nodes if isinstance(node, ast.Call))
-    print_lines = [call.lineno for call in calls if ast.unparse(call.func) == "print"]
-    assert print_lines == []
+def test_only_the_command_line_and_the_console_print():
+    folders = (ROOT / "scripts", ROOT / "kernels" / "bench")
+    silent = [f for f in MODULES if _name(f) not in MAY_PRINT and f.parent not in folders]
+    nodes = ((file, node) for file in silent for node in ast.walk(_tree(file)))
+    calls = [(file, node) for file, node in nodes if isinstance(node, ast.Call)]
+    prints = [(_name(file), call.lineno) for file, call in calls if _is_print(call)]
+    assert prints == []
+
+
+def _is_print(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Name) and call.func.id == "print"
 
 
 PRIVATE_OF_MODULES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
@@ -115,12 +117,12 @@ def _foreign_private_names(tree: ast.Module, own: set[str]) -> list[str]:
 PRODUCT = _files("*.py", "hqqtrain", "kernels/hqqtrain_kernels")
 
 
-@pytest.mark.parametrize("file", PRODUCT, ids=_name)
-def test_only_compat_uses_private_parts_of_other_libraries(file):
-    if file.name == "compat.py":
-        return
-    names = _foreign_private_names(_tree(file), _own_private_names())
-    assert names == [], "put these into compat.py, under public names and with tests"
+def test_only_compat_uses_private_parts_of_other_libraries():
+    files = [file for file in PRODUCT if file.name != "compat.py"]
+    own = _own_private_names()
+    names = {_name(file): _foreign_private_names(_tree(file), own) for file in files}
+    found = {name: lines for name, lines in names.items() if lines}
+    assert found == {}, "put these into compat.py, under public names and with tests"
 
 
 @pytest.mark.parametrize("code", [
