@@ -80,9 +80,10 @@ def check_overlap(
     if not overlap.shared_texts:
         return
     dots = "..." if len(overlap.example) == EXAMPLE_CHARACTERS else ""
+    verb = "overlaps" if overlap.shared_texts == 1 else "overlap"
     message = (
         f"{where}: {overlap.shared_texts} of {overlap.texts} held-out texts, with "
-        f"{overlap.share:.1%} of the characters, overlaps with the training text, such as "
+        f"{overlap.share:.1%} of the characters, {verb} with the training text, such as "
         f"{overlap.example + dots!r}"
     )
     if overlap.share <= MAX_OVERLAP:

@@ -379,7 +379,7 @@ def test_near_copies_in_a_source_that_is_split_by_hash_are_warned_about(tmp_path
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     data = DataConfig(source=str(tmp_path), validation=0.1)
     assert len(list(load_training_texts(data, EvalConfig()))) == 72
-    assert "overlaps with the training text" in caplog.text
+    assert "overlap with the training text" in caplog.text
     assert "too good" in caplog.text
 
 
