@@ -92,6 +92,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     text = load_eval_set(EvalConfig(tokens=options.tokens), DataConfig(), tokenizer, SEQUENCE)
+    assert text is not None
     processes = Communicator(0, 1, torch.device("cpu"))
 
     def perplexity(model: nn.Module) -> float:

@@ -130,7 +130,7 @@ def measure(kind: str, options: argparse.Namespace, folder: Path) -> dict[str, o
     store.mkdir()
     with peak_memory() as peak:
         start = time.perf_counter()
-        parts, packed = pack_examples(
+        parts, packed, _ = pack_examples(
             load_training_texts(data, EvalConfig(source=None)),
             tokenizer, max_seq_len=options.max_seq_len, data=data,
             folder=store,

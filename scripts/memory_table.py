@@ -11,11 +11,11 @@ import argparse
 import csv
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model
 from tabulate import tabulate
-from torch import nn
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from hqqtrain.config.run import RunConfig
@@ -51,9 +51,13 @@ PARTLY_ESTIMATED = " Cells with ~ are only estimated."
 
 def model_configs() -> dict[str, PretrainedConfig]:
     """Return the shapes of well-known models by name, as their config.json has them."""
-    llama = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
-    qwen = {"vocab_size": 152064, "hidden_size": 5120, "num_attention_heads": 40,
-            "num_key_value_heads": 8}  # fmt: skip
+    llama: dict[str, Any] = {
+        "vocab_size": 128256,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    }
+    qwen: dict[str, Any] = {"vocab_size": 152064, "hidden_size": 5120, "num_attention_heads": 40,
+                            "num_key_value_heads": 8}  # fmt: skip
     return {
         "Llama 3.2 1B": LlamaConfig(
             hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
@@ -80,9 +84,9 @@ def memory_run(nbits: int) -> RunConfig:
 def estimated_lengths(config: PretrainedConfig, nbits: int) -> dict[int, int | None]:
     """Return GB of a GPU -> tokens of the longest sequence that fits, or None if none does."""
     run = memory_run(nbits)
-    model: nn.Module = build_meta(config, torch.bfloat16)
-    quantize_model(model, run.quant, compute_dtype=torch.bfloat16)
-    model = get_peft_model(model, lora_config(run.adapter, model), low_cpu_mem_usage=True)
+    base = build_meta(config, torch.bfloat16)
+    quantize_model(base, run.quant, compute_dtype=torch.bfloat16)
+    model = get_peft_model(base, lora_config(run.adapter, base), low_cpu_mem_usage=True)
     cast_adapters(model, torch.float32)
     longest: dict[int, int | None] = dict.fromkeys(GPUS_GB)
     for length in LENGTHS:

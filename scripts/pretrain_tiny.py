@@ -40,8 +40,8 @@ def tiny_config() -> LlamaConfig:
     return LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
         num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=SEQUENCE,
-        rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
-        pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
 
 
@@ -220,7 +220,8 @@ def main() -> None:
     stream = encode(tokenizer, library * args.stdlib_repeats + packages)
     print(f"{len(library)} + {len(packages)} files, {len(stream) / 1e6:.1f} M tokens", flush=True)
 
-    model = LlamaForCausalLM(tiny_config()).cuda()
+    model = LlamaForCausalLM(tiny_config())
+    torch.nn.Module.cuda(model)
     tokens = train(model, stream, args)
     parameters = sum(p.numel() for p in model.parameters())
     summary = {

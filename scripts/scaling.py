@@ -171,10 +171,10 @@ def _model(name: str, nbits: int, group_size: int) -> tuple[RunConfig, nn.Module
     config.train.max_seq_len = TOKENS
     folder = shipped_folder(name)
     assert folder is not None, name
-    model = build_meta(load_hf_config(folder), torch.bfloat16)
-    quantize_model(model, config.quant)
+    base = build_meta(load_hf_config(folder), torch.bfloat16)
+    quantize_model(base, config.quant)
     model = get_peft_model(
-        base_model(model), lora_config(config.adapter, model), low_cpu_mem_usage=True
+        base_model(base), lora_config(config.adapter, base), low_cpu_mem_usage=True
     )
     cast_adapters(model, torch.bfloat16)
     return config, model

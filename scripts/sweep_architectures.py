@@ -147,7 +147,7 @@ def loader_loss(model: PreTrainedModel) -> tuple[float, bool]:
     """Return the loss of the training texts as the loader arranges them, and whether it packs."""
     probe = probe_packing(model.config, model)
     tokenizer = AutoTokenizer.from_pretrained(TINY_FOLDER)
-    sequences = pack_examples(TEXTS, tokenizer, max_seq_len=10 * MAX_SEQ_LEN)
+    sequences = pack_examples(TEXTS, tokenizer, max_seq_len=10 * MAX_SEQ_LEN).sequences
     config = TrainConfig(global_batch_size=1, max_seq_len=10 * MAX_SEQ_LEN)
     loader = PackedLoader(sequences, config, layout=BatchLayout(probe.is_isolated))
     total, count = 0.0, 0

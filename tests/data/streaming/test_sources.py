@@ -73,7 +73,7 @@ def test_held_out_text_in_the_beginning_of_the_training_text_is_refused(tmp_path
     rows = [f"This is the text of row number {i}, and no other row has it." for i in range(50)]
     data = DataConfig(source=write(tmp_path / "a.jsonl", rows), streaming=True)
     evaluation = EvalConfig(source=write(tmp_path / "b.jsonl", rows[:20]))
-    with pytest.raises(UserError, match="overlaps? with the training text"):
+    with pytest.raises(UserError, match="overlap with the training text"):
         first_training_texts(data, evaluation)
     other = EvalConfig(source=write(tmp_path / "b.jsonl", ["Nothing of this is in the other."] * 3))
     assert list(first_training_texts(data, other)) == rows
