@@ -1,4 +1,4 @@
-"""What the end of a run says about its results can be pasted into a shell."""
+"""The last lines of a run, which say how to use its results, can be pasted into a shell."""
 
 import shlex
 import sys
