@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 
 def walk(tree: Path, words: Sequence[str], folder: Path) -> dict[str, list[str]]:
@@ -83,7 +84,9 @@ def main() -> None:
     threading.setprofile(hook)
     sys.setprofile(hook)
     try:
-        runpy.run_module("hqqtrain", run_name="__main__", alter_sys=True)
+        # A run ends with os._exit, after which nothing could be written.
+        with mock.patch("os._exit", sys.exit):
+            runpy.run_module("hqqtrain", run_name="__main__", alter_sys=True)
     finally:
         sys.setprofile(None)
         files = {"called": hook.called, "chain": hook.chain}

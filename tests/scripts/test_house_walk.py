@@ -18,7 +18,7 @@ def test_what_imports_call_is_left_out(tmp_path: Path) -> None:
     files = walk(
         tmp_path,
         {
-            "hqqtrain/__main__.py": "from hqqtrain.cli import main\nmain()\n",
+            "hqqtrain/__main__.py": "import os, hqqtrain.cli as c\nc.main()\nos._exit(0)\n",
             "hqqtrain/cli.py": """
                 from hqqtrain.keys import key
                 import sys
