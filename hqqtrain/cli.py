@@ -24,13 +24,18 @@ from hqqtrain.common.errors import (
     error_line,
 )
 from hqqtrain.common.secrets import mask_secrets
-from hqqtrain.common.stdio import open_missing_streams, tolerate_lost_errors, tolerate_lost_output
+from hqqtrain.common.stdio import (
+    escape_unencodable,
+    open_missing_streams,
+    tolerate_lost_errors,
+    tolerate_lost_output,
+)
 from hqqtrain.compose.command import Command, compose_command
 from hqqtrain.compose.help import help_text
 from hqqtrain.compose.inputs import has_inputs_to_check, list_inputs
 from hqqtrain.compose.recipes import find_recipes
 from hqqtrain.compose.schema import known_keys
-from hqqtrain.config.foreign_names import our_name
+from hqqtrain.config.foreign_names import our_name, reason_to_leave_out
 from hqqtrain.config.run import TASKS
 from hqqtrain.launch.slurm.ranks import set_rank_env_from_slurm
 from hqqtrain.launch.slurm.submit import submit_job, submit_sweep
@@ -53,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code: 0, 1, 2 or 3, as `--help` explains."""
     open_missing_streams()
     tolerate_lost_errors()
+    escape_unencodable()
     set_rank_env_from_slurm(os.environ)
     code = _run_with_exit_code(sys.argv[1:] if argv is None else argv)
     _write_exit_code(code)
@@ -155,8 +161,9 @@ def _check(command: Command) -> int:
             if not item.is_local
         ]
     errors.raise_if_any()
-    if get_rank() == 0:
-        print(f"hqqtrain: checked: {'; '.join(dict.fromkeys(checked))}.", file=sys.stderr)
+    if get_rank() > 0:  # the other ranks have the same
+        return DONE
+    print(f"hqqtrain: checked: {'; '.join(dict.fromkeys(checked))}.", file=sys.stderr)
     return _print(command.describe_directories())
 
 
@@ -208,6 +215,8 @@ def _suggest(option: str) -> str:
     known = [key for key, _ in known_keys()]
     ending = f".{name.replace('-', '_')}"
     same_name = (f"'{key}'" for key in known if key.endswith(ending))
+    if name not in known and (reason := reason_to_leave_out(name)):
+        return f" Leave it out: {reason}."
     if name not in known and (ours := our_name(name) or next(same_name, None)):
         return f" Did you mean {ours}? Keys have no dashes: key=value."
     if name in known or equals:

@@ -18,6 +18,11 @@ from hqqtrain.cli import main
         ("--group-size=64", ["--group-size=64: unknown option. Did you mean 'quant.group_size'?"]),
         ("--quant.nbits=2", ["--quant.nbits=2: unknown option. Keys have no dashes: quant.nb"]),
         (
+            "--logging_steps 10 --max-samples=9",
+            ["--logging_steps: unknown option. Leave it out: every step is logged.",
+             "--max-samples=9: unknown option. Leave it out: all rows are used; train.max_steps"],
+        ),
+        (
             "--learning-rate 1e-4 --epochs 3 --chek --nbits=2",
             ["--learning-rate: unknown option. Did you mean 'optim.lr'", "--epochs: unknown",
              "--chek: unknown option. Did you mean '--check'?", "--nbits=2: unknown option."],

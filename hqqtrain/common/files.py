@@ -149,13 +149,14 @@ def atomic_directory(
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON.
+    """Write `value` as indented JSON. Names of files that are not UTF-8 are escaped.
 
     Raises:
         ValueError: `value` contains NaN or infinity, which JSON does not have.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    atomic_write(path, text + "\n")
+    # Half of a surrogate pair becomes `\\udcff`, which is its escape sequence in JSON, too.
+    atomic_write(path, f"{text}\n".encode(errors="backslashreplace"))
 
 
 def without_nonfinite(value: Any) -> Any:

@@ -29,6 +29,15 @@ def open_missing_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
+def escape_unencodable() -> None:
+    """Let standard output escape the characters that its encoding lacks.
+
+    Otherwise a name of a file that the terminal cannot show would be an error.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def tolerate_lost_output() -> None:
     """Drop text that standard output cannot take, instead of raising an error.
 

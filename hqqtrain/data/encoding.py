@@ -5,6 +5,7 @@ prompt with a completion trains the completion, and tokens bring their own label
 changes that.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
@@ -64,11 +65,10 @@ def encode_examples(
         UserError: `data.loss_on` does not fit the examples, the tokenizer fails, or more than
             `data.max_bad_rows` examples are refused.
     """
-    refused = 0
+    refused = set[str]()
     for encoded in encode_or_refuse(examples, tokenizer, data, where, on_batch):
         if isinstance(encoded, UserError):
-            refused += 1
-            check_refused(refused, data.max_bad_rows, encoded)
+            add_refused(refused, data.max_bad_rows, encoded)
         else:
             yield encoded
 
@@ -102,23 +102,28 @@ def encode_or_refuse(
         yield from encode_in_order(encoder, numbered, processes, on_batch)
 
 
-def check_refused(refused: int, max_bad_rows: int, error: UserError) -> None:
-    """Log an example that is refused, as one of the bad rows that are left out.
+def add_refused(refused: set[str], max_bad_rows: int, error: UserError) -> None:
+    """Count an example that is refused, and log it as one of the bad rows that are left out.
 
     Args:
-        refused: Number of examples that are refused, with this one.
+        refused: Digests of those that were refused before, to which this one is added. An example
+            that is used several times counts once.
         max_bad_rows: `data.max_bad_rows`.
-        error: Why this one is refused.
+        error: Why this one is refused, and where it is.
 
     Raises:
         UserError: There are more than `max_bad_rows`.
     """
-    if refused > max_bad_rows:
+    digest = hashlib.sha256(str(error).encode(errors="surrogatepass")).hexdigest()[:16]
+    if digest in refused:
+        return
+    refused.add(digest)
+    if len(refused) > max_bad_rows:
         raise UserError(
             f"{error} Set data.max_bad_rows above {max_bad_rows} to leave such rows out, or "
             "another data.chat_template."
         ) from error
-    if refused <= SHOWN_BAD_ROWS:
+    if len(refused) <= SHOWN_BAD_ROWS:
         logger.warning("left out (data.max_bad_rows=%d): %s", max_bad_rows, error)
 
 

@@ -16,6 +16,8 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_any
 from typing import TYPE_CHECKING, Any
 
 from hqqtrain.common.errors import UserError
@@ -110,7 +112,8 @@ def _encode_in_processes(
     encoders.cancel_join_thread()
     for _ in range(workers):
         encoders.put(encoder)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoders,))
+    end, ending = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoders, end))
     try:
         while True:
             while len(pending) < 2 * workers and (batch := reader.next_batch()):
@@ -125,8 +128,12 @@ def _encode_in_processes(
             "for lack of memory; set a smaller number, such as 1."
         ) from error
     finally:
+        # If one was killed, the pool waits for the others, which ignore the signal that it sends
+        # them, and may wait for a lock that nobody releases.
+        ending.send_bytes(b"end")
         pool.shutdown(wait=True, cancel_futures=True)
-        encoders.close()
+        for item in (encoders, end, ending):
+            item.close()
     if reader.error:
         raise reader.error
 
@@ -173,22 +180,23 @@ _encoders: list["ExampleEncoder"] = []
 """The encoder of a worker."""
 
 
-def _start_worker(encoders: "Queue[ExampleEncoder]") -> None:
-    """Prepare a worker. It ends with its parent, which alone acts on signals."""
+def _start_worker(encoders: "Queue[ExampleEncoder]", end: Connection) -> None:
+    """Prepare a worker. It ends with its parent, which alone acts on signals, or once `end` has
+    bytes, which nobody reads."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     own = logging.getLogger("hqqtrain")
     own.propagate = False  # the parent logs for it
     own.setLevel(logging.INFO)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_wait_for_end, args=(end,), daemon=True).start()
     _encoders[:] = [encoders.get()]
 
 
-def _end_with_parent() -> None:
+def _wait_for_end(end: Connection) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
+    wait_for_any([end, parent.sentinel])
     os._exit(1)
 
 

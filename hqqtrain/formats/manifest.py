@@ -119,12 +119,20 @@ def _read_manifest(folder: Path) -> dict[str, FileDigest]:
         with _damaged_if_unreadable(path):
             text = read_bounded(path, MAX_JSON_BYTES).decode()
         files = parse_json(text)["files"]
-        intact = text == _manifest_text(files)
-    except (ValueError, KeyError, TypeError):
+        intact = text == _manifest_text(files) and all(map(_is_entry, files.items()))
+    except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
         raise DamagedError(f"{path}: is not what was written")
     return files
+
+
+def _is_entry(item: tuple[str, Any]) -> bool:
+    """Whether an entry has a name that a file can have, and a digest."""
+    match item:
+        case str(name), {"bytes": int(), "sha256": str()}:
+            return "\0" not in name
+    return False
 
 
 def _manifest_text(files: Mapping[str, FileDigest]) -> str:

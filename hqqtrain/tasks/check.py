@@ -15,9 +15,9 @@ from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.common.text import count
 from hqqtrain.compose.inputs import list_inputs
 from hqqtrain.config.data_sources import describe_source
-from hqqtrain.config.groups import DataConfig, EvalConfig, QuantConfig
+from hqqtrain.config.groups import QuantConfig
 from hqqtrain.config.run import RunConfig
-from hqqtrain.data.encoding import encode_examples
+from hqqtrain.data.encoding import add_refused, encode_or_refuse
 from hqqtrain.data.examples import Example
 from hqqtrain.data.streaming.sources import SHOWN_EXAMPLES
 from hqqtrain.data.texts import held_out_texts, training_texts
@@ -94,34 +94,33 @@ def _check_adapter(config: RunConfig) -> str:
 
 
 def _check_training_text(config: RunConfig) -> str:
-    """Read the training text, and encode its first chats.
+    """Read the training text, and encode the first chats of each source.
 
     The first fault may be one of the held-out text, which is read before. So if there is one, each
     source is read alone, for the faults of all of them.
     """
-    data, errors = config.data, ErrorCollector()
+    data, errors, checked, refused = config.data, ErrorCollector(), "", set[str]()
     with errors.collect():
-        texts, checked = _read_training_text(data, config.eval)
-    if not errors.lines:
-        _check_chats(config, texts, f"data.source={describe_source(data.source)}")
-        return checked
+        texts = training_texts(data, config.eval)
+        checked = _counted(f"data.source={describe_source(data.source)}", texts)
     for source in data.source if isinstance(data.source, list) else [data.source]:
+        alone = replace(data, source=[source])
+        where = f"data.source={describe_source(alone.source)}"
         with errors.collect():
-            alone = replace(data, source=[source])
-            texts, _ = _read_training_text(alone, replace(config.eval, source=None))
-            _check_chats(config, texts, f"data.source={describe_source(alone.source)}")
-    raise UserError("\n".join(dict.fromkeys(errors.lines)))
+            texts = training_texts(alone, replace(config.eval, source=None))
+            if not checked:
+                _counted(where, texts)
+            _check_chats(config, texts, where, refused)
+    errors.raise_if_any()
+    return checked
 
 
-def _read_training_text(data: DataConfig, evaluation: EvalConfig) -> tuple[Iterable[Example], str]:
-    """Return the examples to train on, all of which were read, and a phrase with their number."""
-    texts = training_texts(data, evaluation)
-    return texts, _counted(f"data.source={describe_source(data.source)}", texts)
-
-
-def _check_chats(config: RunConfig, texts: Iterable[Example], where: str) -> None:
+def _check_chats(
+    config: RunConfig, texts: Iterable[Example], where: str, refused: set[str]
+) -> None:
     """Encode the first examples other than plain text, which the chat template may refuse.
 
+    Those that are left out are added to `refused`, because data.max_bad_rows counts them all.
     Nothing is encoded if the tokenizer is not on this machine.
     """
     if not any(
@@ -130,15 +129,17 @@ def _check_chats(config: RunConfig, texts: Iterable[Example], where: str) -> Non
         return
     first = (each for each in islice(texts, SHOWN_EXAMPLES) if not isinstance(each, str))
     if (example := next(first, None)) is not None:
-        tokenizer = load_data_model(config.model, config.data).tokenizer
-        for _ in encode_examples(chain([example], first), tokenizer, config.data, where):
-            pass
+        tokenizer, data = load_data_model(config.model, config.data).tokenizer, config.data
+        chats = chain([example], first)
+        for encoded in encode_or_refuse(chats, tokenizer, data, where, on_batch=lambda: None):
+            if isinstance(encoded, UserError):
+                add_refused(refused, data.max_bad_rows, encoded)
 
 
 def _check_held_out_text(config: RunConfig) -> str:
     texts, where = held_out_texts(config.eval, config.data), f"eval.source={config.eval.source}"
     checked = _counted(where, texts)
-    _check_chats(config, texts, where)
+    _check_chats(config, texts, where, set())
     return checked
 
 

@@ -8,6 +8,7 @@ token, such as `<|im_end|>`, and would write the next turn, too, if that token i
 import logging
 from typing import Any
 
+from hqqtrain.common.files import without_nonfinite
 from hqqtrain.common.reading import read_json
 from hqqtrain.data.chat.end_markers import end_markers
 from hqqtrain.data.chat.markers import single_id
@@ -38,9 +39,10 @@ def trained_generation_config(plan: ModelPlan, loader: DataLoader) -> dict[str, 
         return None
     settings = {key: getattr(plan.hf_config, key, None) for key in _FROM_CONFIG}
     settings = {key: value for key, value in settings.items() if value is not None}
-    settings |= read_json(plan.source.tokenizer / GENERATION_CONFIG)
-    eos = settings.get("eos_token_id", [])
-    eos = eos if isinstance(eos, list) else [eos]
+    # A file that anybody wrote may have NaN, which cannot be written, and anything as EOS.
+    settings |= without_nonfinite(read_json(plan.source.tokenizer / GENERATION_CONFIG))
+    eos = settings.get("eos_token_id")
+    eos = [id for id in (eos if isinstance(eos, list) else [eos]) if type(id) is int]
     markers = end_markers(ChatTemplate(tokenizer))
     found = ((single_id(marker, tokenizer), marker) for marker in markers)
     ids = {id: marker for id, marker in found if id is not None and id not in eos}

@@ -27,6 +27,9 @@ def usage_hints(summary: Summary, layout: RunLayout) -> list[str]:
 def _model_argument(folder: Path) -> str:
     """Return the argument that selects a model, quoted for Hydra and for a shell."""
     path = str(folder)
-    if not re.fullmatch(r"[A-Za-z0-9_./+@-]+", path):
-        path = "'" + path.replace("'", r"\'") + "'"
+    # A word without a slash may be another value: null, true, 1e5.
+    if "/" not in path or not re.fullmatch(r"[A-Za-z0-9_./+@-]+", path):
+        # Hydra reads backslashes as such only where none of these follows.
+        path = re.sub(r"(\\*)('|\$\{)", r"\1\1\\\2", path)
+        path = "'" + re.sub(r"(\\+)\Z", r"\1\1", path) + "'"
     return shlex.quote(f"model.name_or_path={path}")

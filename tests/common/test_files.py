@@ -104,6 +104,14 @@ def test_json_round_trips(tmp_path):
     assert os.listdir(tmp_path) == [path.name]
 
 
+def test_a_name_that_is_not_utf_8_is_written(tmp_path):
+    """As that of a file of texts, which summary.json has."""
+    name = os.fsdecode(b"bad\xff.jsonl")
+    atomic_write_json(tmp_path / "a.json", {name: [name, "ü", r"\udcff"]})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {name: [name, "ü", r"\udcff"]}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_json_lacks_are_refused(tmp_path, value):
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -1,5 +1,6 @@
 """Text that the console cannot take is dropped; every case is a process with real streams."""
 
+import io
 import os
 import subprocess
 import sys
@@ -70,3 +71,15 @@ def test_a_stream_that_a_caller_has_replaced_stays(capsys):
     replaced = sys.stdout
     tolerate_lost_output()
     assert sys.stdout is replaced
+
+
+@pytest.mark.parametrize("name", ["résumé", os.fsdecode(b"bad\xff")])
+def test_a_command_that_only_prints_escapes_a_name_too(monkeypatch, name):
+    from hqqtrain.common.stdio import escape_unencodable
+
+    buffer = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, "ascii"))
+    escape_unencodable()
+    sys.stdout.write(name)
+    sys.stdout.flush()
+    assert buffer.getvalue().decode("ascii") == ascii(name).strip("'")

@@ -135,6 +135,17 @@ def test_examples_that_are_refused_are_left_out_as_bad_rows(tokenizer, caplog):
         list(encode_examples([odd, CHAT, odd], tokenizer, data))
 
 
+def test_an_example_that_is_repeated_is_one_bad_row(tokenizer, caplog):
+    """As with `repeats` or `weight` of its source."""
+    messages = ({"role": "user", "content": "Q"}, {"role": "critic", "content": "A"})
+    odd, other = (Conversation(messages, place=f"a.jsonl, line {line}") for line in (3, 4))
+    data = DataConfig(chat_template="gemma", max_bad_rows=1)
+    assert len(list(encode_examples([odd, CHAT, odd, CHAT, odd], tokenizer, data))) == 2
+    assert caplog.text.count("line 3") == 1
+    with pytest.raises(UserError, match="line 4"):
+        list(encode_examples([odd, CHAT, odd, other], tokenizer, data))
+
+
 def test_a_tokenizer_without_offsets_is_refused(tokenizer):
     class Slow:
         is_fast = False

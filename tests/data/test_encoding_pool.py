@@ -2,8 +2,10 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 from chat_examples import CHAT, COMPLETION, PAIR, TOKENS
 from forkserver import fork_context
@@ -109,3 +111,19 @@ def test_a_line_of_every_process_is_logged_once(encode, caplog, capfd):
     encode(CHATS, 3)
     assert caplog.text.count("trained as ordinary text") <= 1
     assert "ordinary text" not in capfd.readouterr().err
+
+
+def test_an_idle_worker_that_is_killed_is_an_error(encode, monkeypatch):
+    """It had the lock of the queue, for which the other one waits, and that ignores SIGTERM."""
+    monkeypatch.setattr(module, "_encode_batch", _kill_the_other_process)
+    with pytest.raises(UserError, match=r"data\.workers=2: a process .* was killed"):
+        encode(CHATS, 2)
+
+
+def _kill_the_other_process(batch: list) -> list:
+    if batch[0][0] == 2:  # the first one; the other process encodes the next ones meanwhile
+        time.sleep(0.3)  # and then it waits for a batch
+        for other in psutil.Process(os.getppid()).children():
+            if other.pid != os.getpid():
+                other.kill()
+    return [], []

@@ -16,6 +16,8 @@ from hqqtrain.formats.manifest import (
     seal,
 )
 
+DIGEST = {"bytes": 1, "sha256": ""}
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -110,6 +112,17 @@ def test_a_manifest_that_was_edited_is_damage(folder):
     text = (folder / MANIFEST).read_text()
     (folder / MANIFEST).write_text(text.replace('"bytes": 100', '"bytes": 101', 1))
     with pytest.raises(DamagedError, match=MANIFEST):
+        check_sealed(folder)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{"a": 5}, {"a": {}}, [], 5, None, {"a\0": DIGEST}, {"a": {"bytes": "1", "sha256": ""}}],
+)
+def test_a_manifest_that_we_would_not_write_is_damage(folder, files):
+    """Although its own checksum is right."""
+    (folder / MANIFEST).write_text(manifest._manifest_text(files))
+    with pytest.raises(DamagedError, match=rf"{MANIFEST}: is not what was written"):
         check_sealed(folder)
 
 

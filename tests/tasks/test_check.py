@@ -36,6 +36,15 @@ def test_what_was_checked_goes_to_standard_error_and_the_directory_to_standard_o
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_only_one_rank_says_what_was_checked(words, capsys, monkeypatch):
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    words = [word for word in words if not word.startswith("model.")]
+    assert main([*words, "model.name_or_path=owner/model"]) == 0
+    output = capsys.readouterr()
+    assert (output.out, "checked" in output.err) == ("", False)
+
+
 def test_a_chat_that_the_template_refuses_is_found(words, capsys, tmp_path):
     good = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     bad = [good[0], {"role": "tool", "content": "22"}, good[1]]
@@ -50,6 +59,31 @@ def test_a_chat_that_the_template_refuses_is_found(words, capsys, tmp_path):
     assert main(words) == 2
     assert "data.chat_template=auto: the tokenizer of the model has no" in capsys.readouterr().err
     assert main([*words, "data.chat_template=chatml"]) == 0
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_refused_chats_of_every_source_are_reported_at_once(
+    words, capsys, tmp_path, monkeypatch, streaming
+):
+    """Also that of a source after one with more chats than are encoded."""
+    monkeypatch.setattr("hqqtrain.tasks.check.SHOWN_EXAMPLES", 4)
+    good = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    bad = [good[0], {"role": "tool", "content": "22"}, good[1]]
+    for name, chats in (("a", [good, bad]), ("b", [good] * 5), ("c", [bad, good])):
+        rows = [{"messages": each} for each in chats]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*words, "task=data", "eval.source=null", "data.chat_template=gemma"]
+    words += [f"data.streaming={streaming}", "data.source=[a.jsonl,b.jsonl,c.jsonl]"]
+    assert main(words) == 2
+    errors = [x for x in capsys.readouterr().err.splitlines() if "warning: " not in x]
+    assert len(errors) == 2
+    for place, error in zip(("a.jsonl, line 2", "c.jsonl, line 1"), errors, strict=True):
+        assert f"data.source={place}: the template gemma has the roles" in error
+    assert main([*words, "data.max_bad_rows=1"]) == 2  # they are counted together
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "c.jsonl, line 1: " in error
+    assert "Set data.max_bad_rows above 1" in error
+    assert main([*words, "data.max_bad_rows=2"]) == 0
 
 
 def test_a_held_out_chat_that_the_template_refuses_is_found(words, capsys, tmp_path):

@@ -3,6 +3,8 @@
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -23,7 +25,11 @@ def _trained_layout(folder: Path) -> RunLayout:
     return layout
 
 
-@pytest.mark.parametrize("name", ["mine", "my (1) run", "it's", "a,b", "a=b", "größe", "$x", "1e3"])
+@pytest.mark.parametrize(
+    "name",
+    ["mine", "my (1) run", "it's", "a,b", "a=b", "größe", "$x", "1e3", "${x}", "a\\b", "a b\\",
+     r"a\\'b", r"\${x}", "a\\\\"],
+)  # fmt: skip
 def test_the_command_exports_the_run(tmp_path: Path, monkeypatch, name: str):
     monkeypatch.chdir(tmp_path)
     (hint,) = usage_hints(TRAINED, _trained_layout(Path("runs") / name))
@@ -43,6 +49,17 @@ def test_the_interpreter_is_named_unless_it_is_the_one_on_the_path(tmp_path: Pat
     )
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert f": {sys.executable} -m hqqtrain " in "".join(usage_hints(TRAINED, layout))
+
+
+@pytest.mark.parametrize("name", ["null", "1e5", "true", "007", "x"])
+def test_a_folder_is_no_number(name: str):
+    (hint,) = usage_hints(Summary(export=ExportMetrics("packed")), _layout_of_export(Path(name)))
+    (word,) = shlex.split(hint.partition(": ")[2])
+    assert compose_config([word, "task=eval"]).model.name_or_path == name
+
+
+def _layout_of_export(export: Path) -> Any:
+    return SimpleNamespace(export=export)
 
 
 def test_nothing_is_said_about_what_cannot_be_exported(tmp_path: Path):

@@ -18,7 +18,7 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.groups import AUTO, DataConfig, TrainConfig
 from hqqtrain.data.chat.encoding import Encoded
-from hqqtrain.data.encoding import check_refused, encode_or_refuse
+from hqqtrain.data.encoding import add_refused, encode_or_refuse
 from hqqtrain.data.examples import Example
 from hqqtrain.data.order import permutation
 from hqqtrain.data.packing import cut_long, cut_stream, cuts_texts, pack_parts
@@ -46,13 +46,14 @@ class BlockState:
         block: Number of blocks before it.
         place: The place of its first example.
         rest: Tokens of plain text that did not fill a sequence of the block before it.
-        refused: Number of examples before it, in the same pass, that the template has refused.
+        refused: Digests of the examples before it, in the same pass, that the template has
+            refused; see `add_refused`.
     """
 
     block: int
     place: StreamPlace
     rest: Encoded = EMPTY
-    refused: int = 0
+    refused: frozenset[str] = frozenset()
 
     def to_json(self) -> dict[str, Any]:
         ids, targets = self.rest
@@ -60,7 +61,7 @@ class BlockState:
             "block": self.block,
             "examples": self.place.examples,
             "places": [list(place) for place in self.place.places],
-            "refused": self.refused,
+            "refused_rows": sorted(self.refused),
             "rest": {"tokens": ids.tolist(), "starts": np.flatnonzero(~targets).tolist()},
         }
 
@@ -71,7 +72,7 @@ class BlockState:
         targets[state["rest"]["starts"]] = False
         places = tuple(Place(*place) for place in state["places"])
         place = StreamPlace(state["examples"], places)
-        return cls(state["block"], place, (ids, targets), state["refused"])
+        return cls(state["block"], place, (ids, targets), frozenset(state.get("refused_rows", ())))
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,13 @@ class _Group(NamedTuple):
         place: The place after them.
         ends_pass: Whether a pass ends with them: that over a single source ends with the end of a
             block, as an epoch ends without streaming.
-        refused: Number of examples of the pass up to `place` that the template has refused.
+        refused: Digests of the examples of the pass up to `place` that the template has refused.
     """
 
     examples: list[Encoded]
     place: StreamPlace
     ends_pass: bool
-    refused: int
+    refused: frozenset[str]
 
 
 class BlockStream:
@@ -169,26 +170,26 @@ class BlockStream:
                 yield example
 
         group, tokens = list[Encoded](), 0
-        last, refused = start.place, start.refused
+        last, refused = start.place, set(start.refused)
         max_tokens = self._block_size * self._train.max_seq_len
         for encoded in encode_or_refuse(
             examples(), self._tokenizer, self._data, self._where, on_batch
         ):
             place = places.popleft()
             if place.passes > last.passes:
-                refused = 0
+                refused.clear()
                 if self._examples.has_passes:
-                    yield _Group(group, StreamPlace(last.examples, (Place(place.passes),)), True, 0)
+                    after = StreamPlace(last.examples, (Place(place.passes),))
+                    yield _Group(group, after, True, frozenset())
                     group, tokens = [], 0
             if isinstance(encoded, UserError):
-                refused += 1
-                check_refused(refused, self._data.max_bad_rows, encoded)
+                add_refused(refused, self._data.max_bad_rows, encoded)
                 encoded = EMPTY
             group.append(encoded)
             tokens, last = tokens + len(encoded[0]), place
             is_full = not self._train.packing and len(group) >= self._block_size
             if is_full or tokens >= max_tokens:
-                yield _Group(group, last, False, refused)
+                yield _Group(group, last, False, frozenset(refused))
                 group, tokens = [], 0
 
     def _sequences(

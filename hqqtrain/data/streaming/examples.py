@@ -148,12 +148,9 @@ class ExampleStream:
         """Return the place before the first example."""
         return StreamPlace(0, (Place(),) * len(self._sources))
 
-    def first_pass(self) -> Iterator[Example]:
-        """Yield the examples until all sources have begun again."""
-        for place, example in self.read(self.start()):
-            if place.passes:
-                return
-            yield example
+    def first_pass(self) -> "FirstPass":
+        """Return the examples until all sources have begun again."""
+        return FirstPass(self)
 
     def read(self, start: StreamPlace) -> Iterator[tuple[StreamPlace, Example]]:
         """Yield examples without end, from a place on, each with the place after it.
@@ -177,3 +174,16 @@ class ExampleStream:
         digest = hashlib.blake2b(f"{self._seed} {number}".encode(), digest_size=7).digest()
         share = int.from_bytes(digest, "big") / 2**56  # below 1, and exact
         return bisect_right(self._bounds, share * self._bounds[-1], hi=len(self._bounds) - 1)
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """The examples of a stream until all sources have begun again; every iteration reads them."""
+
+    stream: ExampleStream
+
+    def __iter__(self) -> Iterator[Example]:
+        for place, example in self.stream.read(self.stream.start()):
+            if place.passes:
+                return
+            yield example

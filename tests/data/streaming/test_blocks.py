@@ -185,7 +185,7 @@ def test_chats_that_the_template_refuses_count_as_bad_rows_of_a_pass(tokenizer, 
     blocks = list(islice(blocks_of(tokenizer, data, max_seq_len=64), 12))
     assert blocks[-1].passes > 1
     assert caplog.text.count("chat.jsonl, line 6: ") == blocks[-1].passes + 1
-    assert max(block.state.refused for block in blocks) >= 2
+    assert max(len(block.state.refused) for block in blocks) >= 2
     for index, block in enumerate(blocks[:-1]):
         state = BlockState.from_json(block.state.to_json())
         (same, after) = islice(blocks_of(tokenizer, data, state, max_seq_len=64), 2)
@@ -197,6 +197,26 @@ def test_chats_that_the_template_refuses_count_as_bad_rows_of_a_pass(tokenizer, 
     few = DataConfig(**settings, max_bad_rows=2)
     with pytest.raises(UserError, match=r"line 12: .* Set data\.max_bad_rows above 2"):
         list(blocks_of(tokenizer, few, max_seq_len=64))
+
+
+@pytest.mark.parametrize("keys", [({"repeats": 3}, {}), ({"weight": 3}, {"weight": 1})])
+def test_a_chat_that_is_used_several_times_in_a_pass_is_one_bad_row(tokenizer, tmp_path, keys):
+    """Whether or not the run was resumed between its uses."""
+    odd, more = (tmp_path / name for name in ("odd", "more"))
+    for folder in (odd, more):
+        folder.mkdir()
+    files = chats_of(odd, 3, {1}), chats_of(more, 20, set())
+    source = [{"path": file, **each} for file, each in zip(files, keys, strict=True)]
+    data = DataConfig(
+        source=source, chat_template="gemma", shuffle_buffer=1, max_bad_rows=1, streaming=True
+    )
+    blocks = list(islice(blocks_of(tokenizer, data, max_seq_len=64), 30))
+    states = [block.state.to_json() for block in blocks]
+    assert max(len(block.state.refused) for block in blocks) == 1
+    for index in (5, 9, 14):
+        state = BlockState.from_json(json.loads(json.dumps(states[index])))
+        resumed = islice(blocks_of(tokenizer, data, state, max_seq_len=64), 8)
+        assert [block.state.to_json() for block in resumed] == states[index : index + 8]
 
 
 def test_several_processes_give_the_blocks_of_one(tokenizer, tmp_path, monkeypatch, caplog):
