@@ -6,6 +6,7 @@ from math import isfinite
 from typing import Any
 
 from hqqtrain.common.errors import did_you_mean
+from hqqtrain.config.foreign_names import reason_to_leave_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,8 @@ def _setting_errors(key: str, item: dict[str, Any]) -> Iterator[str]:
     """Yield one message for every fault in the settings of one source."""
     for name, value in item.items():
         if name not in KEYS:
-            hint = did_you_mean(str(name), KEYS)
+            reason = reason_to_leave_out(str(name))
+            hint = f" Leave it out: {reason}." if reason else did_you_mean(str(name), KEYS)
             yield f"{key}.{name}: unknown key.{hint}"
         elif name in ("repeats", "weight") and value is not None:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)

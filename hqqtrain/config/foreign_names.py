@@ -141,6 +141,11 @@ NEEDLESS_NAMES = {
     **dict.fromkeys(
         ("shuffle_dataset", "shuffle_merged_datasets"), "sequences are shuffled, by train.seed"
     ),
+    **dict.fromkeys(
+        ("split", "dataset_split", "train_split", "dataset_train_split", "dataset_test_split"),
+        "splits are told by the names of files and of the splits of a data set; data.source can "
+        "name a single file, and data.validation is the share that is held out otherwise",
+    ),
     "logging_steps": "every step is logged",
     "plot_loss": "report/ has the plots of every run",
     "trust_remote_code": "code of a model or of a data set is never run",

@@ -71,6 +71,11 @@ def encode_examples(
             add_refused(refused, data.max_bad_rows, encoded)
         else:
             yield encoded
+    if len(refused) > SHOWN_BAD_ROWS:
+        logger.warning(
+            "%s: %d examples in all are left out (data.max_bad_rows=%d), for reasons as above",
+            where, len(refused), data.max_bad_rows,
+        )  # fmt: skip
 
 
 def encode_or_refuse(

@@ -94,11 +94,22 @@ def pack_examples(
     if not len(sequences) and is_plain_text:
         raise UserError(f"{where}: no text in it has a token to predict.")
     if not len(sequences):
-        raise UserError(
-            f"{where}: none of its examples has a trained token among its first {max_seq_len} "
-            "(train.max_seq_len); task=data with a larger train.max_seq_len shows what is trained."
-        )
+        raise nothing_trained(where, data.on_long, max_seq_len)
     return TokenizedData(parts, sequences)
+
+
+def nothing_trained(where: str, on_long: str, max_seq_len: int) -> UserError:
+    """Return the error for examples that are no plain text and make no sequence."""
+    fault = f"none of its examples has a trained token among its first {max_seq_len}"
+    if on_long == "drop":
+        fault = (
+            "data.on_long=drop leaves out longer examples, and no other example has a trained "
+            f"token; longer are those of more than {max_seq_len} tokens"
+        )
+    return UserError(
+        f"{where}: {fault} (train.max_seq_len); task=data with a larger train.max_seq_len shows "
+        "what is trained."
+    )
 
 
 def cuts_texts(data: DataConfig, *, packing: bool) -> bool:

@@ -48,9 +48,10 @@ def render_card(card: AdapterCard) -> str:
         )
     tokenizer = f"Its tokenizer is that of `{card.base}`{revision}, without changes.\n"
     if card.has_tokenizer:
+        changes = "chat template and the new tokens" if card.has_new_tokens else "chat template"
         tokenizer = (
-            "Its tokenizer is in this folder: that of the base, with the chat template and the new "
-            "tokens\nof the training.\n"
+            f"Its tokenizer is in this folder: that of the base, with the {changes}\n"
+            "of the training.\n"
         )
     if card.has_new_tokens:
         tokenizer += (

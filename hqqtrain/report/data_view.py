@@ -92,7 +92,8 @@ class DataView:
         if data.held_out:
             figures["held-out examples"] = f"{data.held_out['examples']:,}"
             figures["held-out tokens"] = (
-                "{tokens:,}, of which {measured_tokens:,} are measured".format(**data.held_out)
+                "{tokens:,}, of which an evaluation reads {measured_tokens:,} and predicts "
+                "{predicted_tokens:,}".format(**data.held_out)
             )
         return figures
 

@@ -15,7 +15,7 @@ from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.common.text import count
 from hqqtrain.compose.inputs import list_inputs
 from hqqtrain.config.data_sources import describe_source
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.groups import AUTO, QuantConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.encoding import add_refused, encode_or_refuse
 from hqqtrain.data.examples import Example
@@ -139,6 +139,8 @@ def _check_chats(
 def _check_held_out_text(config: RunConfig) -> str:
     texts, where = held_out_texts(config.eval, config.data), f"eval.source={config.eval.source}"
     checked = _counted(where, texts)
+    if config.eval.source == AUTO:  # a fault of both parts is one line
+        where = f"data.source={describe_source(config.data.source)}"
     _check_chats(config, texts, where, set())
     return checked
 

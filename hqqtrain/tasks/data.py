@@ -121,11 +121,15 @@ def data_metrics(config: RunConfig, format: str, report: DataReport) -> DataMetr
 
 
 def _held_out_figures(held_out: TokenSequences) -> dict[str, int]:
-    """Return the figures of the held-out examples; the sequences are what is measured."""
+    """Return the figures of the held-out examples; the sequences are what is measured.
+
+    The perplexity is that of the predicted tokens: in chats, those of the answers.
+    """
     return {
         "examples": len(held_out.starts),
         "tokens": len(held_out.stream),
         "measured_tokens": int((held_out.end - held_out.begin).sum()),
+        "predicted_tokens": held_out.target_token_count,
     }
 
 

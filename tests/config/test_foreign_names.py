@@ -49,10 +49,17 @@ def test_the_error_names_our_key(override, ours):
         compose_config([override])
 
 
-@pytest.mark.parametrize("key", ["logging_steps", "train.max_samples", "train.logging-steps"])
+@pytest.mark.parametrize(
+    "key", ["logging_steps", "train.max_samples", "train.logging-steps", "data.split"]
+)
 def test_a_name_without_a_counterpart_is_to_be_left_out(key):
     with pytest.raises(UserError, match=rf"^{key}: unknown key. Leave it out: \w+"):
         compose_config([f"{key}=1"])
+
+
+def test_a_source_has_the_hints_of_the_keys():
+    with pytest.raises(UserError, match=r"data\.source\[0\]\.split: unknown key. Leave it out: "):
+        compose_config(["data.source=[{path: a.jsonl, split: train}]"])
 
 
 def test_a_remark_is_about_the_name_or_about_our_key():

@@ -84,6 +84,11 @@ def test_packing_keeps_every_chat_whole(tokenizer):
     assert (sequences.end - sequences.begin).mean() > 0.9 * 1000
 
 
+def test_dropping_all_examples_is_said(tokenizer):
+    with pytest.raises(UserError, match=r"data\.on_long=drop leaves out longer .* than 8 tokens"):
+        pack(chats(3), tokenizer, 8, on_long="drop")
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_truncation_at_every_length_keeps_the_labels_before_it(tokenizer, packing: bool):
     examples = chats(3)

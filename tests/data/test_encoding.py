@@ -146,6 +146,17 @@ def test_an_example_that_is_repeated_is_one_bad_row(tokenizer, caplog):
         list(encode_examples([odd, CHAT, odd, other], tokenizer, data))
 
 
+def test_the_number_of_refused_examples_is_logged_if_not_all_are_named(tokenizer, caplog):
+    messages = ({"role": "user", "content": "Q"}, {"role": "critic", "content": "A"})
+    odd = [Conversation(messages, place=f"a.jsonl, line {line}") for line in range(7)]
+    data = DataConfig(chat_template="gemma", max_bad_rows=9)
+    list(encode_examples([CHAT, *odd[:5]], tokenizer, data))
+    assert len(caplog.messages) == 5
+    list(encode_examples([CHAT, *odd, *odd], tokenizer, data))
+    assert "data.source: 7 examples in all are left out (data.max_bad_rows=9)" in caplog.text
+    assert len(caplog.messages) == 5 + 5 + 1
+
+
 def test_a_tokenizer_without_offsets_is_refused(tokenizer):
     class Slow:
         is_fast = False

@@ -69,6 +69,10 @@ def test_the_tokenizer_is_named():
     text = render_card(replace(CARD, has_tokenizer=True))
     assert "Its tokenizer is in this folder" in text
     assert "without changes" not in text
+    assert "new tokens" not in text
+    assert "new tokens\nof the training" in render_card(
+        replace(CARD, has_tokenizer=True, has_new_tokens=True)
+    )
 
 
 def test_new_tokens_are_named():

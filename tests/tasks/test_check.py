@@ -145,6 +145,8 @@ def test_a_fault_of_training_and_held_out_text_is_one_line(words, capsys):
     kept = [word for word in words if not word.startswith(("data.", "eval."))]
     assert main([*kept, "data.source=absent.jsonl"]) == 2
     assert capsys.readouterr().err.count("absent.jsonl") == 1
+    assert main([*kept, "data.source=python_stdlib_chat", "data.loss_on=completion"]) == 2
+    assert capsys.readouterr().err.count("data.loss_on=completion") == 1
 
 
 def test_bad_rows_of_every_source_and_of_the_held_out_text_are_reported_at_once(

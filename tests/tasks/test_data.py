@@ -63,8 +63,10 @@ def test_left_out_rows_and_held_out_text_have_figures(look, tmp_path, capsys):
     assert metrics.empty_answers == 1
     assert metrics.examples + metrics.held_out["examples"] == 9
     assert 0 < metrics.held_out["measured_tokens"] <= 3 < metrics.held_out["tokens"]
-    tokens = metrics.held_out["tokens"]
-    assert f"held-out tokens                   {tokens}, of which " in output
+    held_out = metrics.held_out
+    assert 0 < held_out["predicted_tokens"] < held_out["measured_tokens"]
+    assert f"held-out tokens                   {held_out['tokens']}, of which an eval" in output
+    assert f"and predicts {held_out['predicted_tokens']}" in output
 
 
 def test_plain_text_is_shown_as_the_model_gets_it(look, capsys):

@@ -21,7 +21,13 @@ from hqqtrain.data.chat.encoding import Encoded
 from hqqtrain.data.encoding import add_refused, encode_or_refuse
 from hqqtrain.data.examples import Example
 from hqqtrain.data.order import permutation
-from hqqtrain.data.packing import cut_long, cut_stream, cuts_texts, pack_parts
+from hqqtrain.data.packing import (
+    cut_long,
+    cut_stream,
+    cuts_texts,
+    nothing_trained,
+    pack_parts,
+)
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.streaming.examples import ExampleStream, Place, StreamPlace
 from hqqtrain.data.tokenization import check_token_ids
@@ -153,10 +159,7 @@ class BlockStream:
             passes_of_block = place.passes - ends_pass
             passes = passes_of_block if len(sequences) else passes
             if passes_of_block > passes + 1:
-                raise UserError(
-                    f"{self._where}: none of its examples has a trained token among its first "
-                    f"{self._train.max_seq_len} (train.max_seq_len)."
-                )
+                raise nothing_trained(self._where, self._data.on_long, self._train.max_seq_len)
             yield Block(self._shuffled(sequences, state.block), state, passes_of_block)
             state = BlockState(state.block + 1, place, rest, refused)
 
