@@ -12,6 +12,7 @@ from hqqtrain.cli import main
         ("check quant.nbits=2", ["check: must be key=value. Did you mean '--check'?"]),
         ("finetun", ["finetun: must be key=value. Did you mean 'task=finetune'?"]),
         ("tiny_2bits", ["tiny_2bits: must be key=value. Did you mean 'recipe=tiny_2bit'?"]),
+        ("non\x1b[2Ksense", [r"non\x1b[2Ksense: must be key=value. See --help."]),
         ("nonsense", ["nonsense: must be key=value. See --help."]),
         ("quant.nbits 2", ["quant.nbits: must be key=value. Write quant.nbits=value", "2: m"]),
         ("--nbits=2", ["--nbits=2: unknown option. Did you mean 'quant.nbits'? Keys"]),

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 
 from hqqtrain.common.secrets import mask_secrets
+from hqqtrain.common.text import escape_terminal
 
 DONE, FAILED, USER_ERROR, PREEMPTED = 0, 1, 2, 3
 """Exit codes of `python -m hqqtrain` and `./launch.sh`, on which schedulers and sweeps rely.
@@ -75,8 +76,11 @@ class PreemptedError(RuntimeError):
 
 
 def error_line(message: object) -> str:
-    """Return an error as the command line shows it, `hqqtrain: error: ...`, with secrets masked."""
-    return f"hqqtrain: error: {mask_secrets(str(message))}"
+    """Return an error as the command line shows it, `hqqtrain: error: ...`.
+
+    Secrets are masked, and control characters are escaped.
+    """
+    return f"hqqtrain: error: {escape_terminal(mask_secrets(str(message)))}"
 
 
 def describe_error(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from hqqtrain.common.secrets import mask_secrets
+from hqqtrain.common.text import escape_terminal
 
 FIRST_LINE_SECONDS, LINE_SECONDS = 5.0, 60.0
 """Without a terminal: seconds until the first plain line, and between two lines."""
@@ -191,13 +192,12 @@ def setup_logging(is_main: bool = True) -> None:
 
 
 class _BarHandler(logging.Handler):
-    """Prints a record with secrets masked, without disturbing the progress bars."""
+    """Prints a record with secrets masked and control characters escaped, above the bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(
-                _level_prefix(record.levelno) + mask_secrets(self.format(record)), file=sys.stderr
-            )
+            message = escape_terminal(mask_secrets(self.format(record)))
+            tqdm.write(_level_prefix(record.levelno) + message, file=sys.stderr)
         except Exception:
             self.handleError(record)
 

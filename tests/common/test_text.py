@@ -1,8 +1,8 @@
-"""Numbers in messages."""
+"""Numbers and names in messages."""
 
 import pytest
 
-from hqqtrain.common.text import count, format_bytes, short
+from hqqtrain.common.text import count, escape_terminal, format_bytes, short
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,9 @@ def test_a_small_number_is_not_rounded_to_zero(number, text):
 )
 def test_a_size_has_a_unit_that_fits(size, text):
     assert format_bytes(size) == text
+
+
+def test_only_characters_that_steer_a_terminal_are_escaped():
+    assert escape_terminal("a\x1b[31m\r\u202eb\x9b\0") == r"a\x1b[31m\r\u202eb\x9b\x00"
+    for text in ("two\n\tlines", "größe 状態 \N{GRINNING FACE}", r"C:\x1b \d"):
+        assert escape_terminal(text) == text

@@ -199,6 +199,8 @@ def test_the_main_process_logs_once_and_other_ranks_log_errors_only(capsys):
     logger.info("hello %d", 1)
     logger.warning("careful with %s", "https://me:pw@host")
     assert capsys.readouterr().err == "hello 1\nwarning: careful with https://***@host\n"
+    logger.info("rows of %s", "a\x1b[2Kred.jsonl")
+    assert capsys.readouterr().err == "rows of a\\x1b[2Kred.jsonl\n"
     setup_logging(is_main=False)
     logger.warning("careful")
     logger.error("broken")
