@@ -102,6 +102,7 @@ def test_a_field_that_does_not_exist_lists_those_that_do(tmp_path):
     for format, file in files.items():
         message = refusal(file, format=format)
         assert "data.text_field=text: data.source=x has no such column" in message
+        assert "rename the columns, such as question to prompt" in message
         assert "it has prompt, texts. Did you mean 'texts'?" in message
 
 

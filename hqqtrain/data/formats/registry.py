@@ -139,7 +139,8 @@ def no_such_column(field: str, columns: list[str], where: str) -> UserError:
     similar = did_you_mean(field, filter(str.isprintable, columns))
     return UserError(
         f"data.text_field={field}: {where} has no such column; it has {_listed(columns)}.{similar} "
-        f"By their columns, {describe_formats()}."
+        f"By their columns, {describe_formats()}. Name a column of text with data.text_field, or "
+        "rename the columns, such as question to prompt and answer to completion."
     )
 
 

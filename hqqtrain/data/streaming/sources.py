@@ -114,7 +114,8 @@ def first_training_texts(data: DataConfig, evaluation: EvalConfig) -> Iterable[E
     stream = open_training_stream(data, evaluation)
     check_streamed_overlap(stream, data, evaluation)
     logger.info(
-        "data.streaming=true: the first %d examples of data.source stand for all.", SHOWN_EXAMPLES
+        "data.streaming=true: the figures are those of the first examples, at most %s.",
+        f"{SHOWN_EXAMPLES:,}",
     )
     return FirstExamples(stream.first_pass(), max_examples=SHOWN_EXAMPLES)
 
