@@ -1,4 +1,4 @@
-"""Measure perplexity, and the KL divergence to the full-precision model, on a held-out set.
+"""Measure perplexity, and the distance to the full-precision model, on a held-out set.
 
 Both models run on the same batch, and their logits are compared in slices. So only the logits of a
 slice ever exist in fp32.
@@ -28,12 +28,15 @@ class EvalResult:
         tokens: Number of predicted tokens.
         kl: KL(reference || model) in nats per token; None without a reference.
         reference_perplexity: Perplexity of the reference model; None without one.
+        top1_agreement: Share of the tokens for which the model and the reference have the same most
+            likely next token, from 0 to 1; None without a reference.
     """
 
     perplexity: float
     tokens: int
     kl: float | None = None
     reference_perplexity: float | None = None
+    top1_agreement: float | None = None
 
     @property
     def loss(self) -> float:
@@ -59,7 +62,8 @@ def evaluate_perplexity(
         sequences: The tokenized held-out set, the same on all ranks.
         comm: All ranks of the run.
         batch_size: Sequences per batch and rank.
-        reference: The full-precision model; adds its perplexity and KL(reference || model).
+        reference: The full-precision model; adds its perplexity, KL(reference || model) and
+            the top-1 agreement.
         layout: Which sequences may share a batch.
         on_batch: Called after every batch of this rank, with the number of tokens that all ranks
             have predicted meanwhile. It does not depend on the rank.
@@ -70,18 +74,19 @@ def evaluate_perplexity(
     was_training = model.training
     model.eval()
     # The sum of `_sum_over_tokens` over all batches of this rank.
-    sums = torch.zeros(4, dtype=torch.float64, device=comm.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=comm.device)
     for batch, weight, tokens_of_ranks in _batches_of_this_rank(
         sequences, batch_size, comm, layout
     ):
         sums += weight * _sum_over_tokens(model, reference, batch)
         on_batch(tokens_of_ranks)
     model.train(was_training)
-    loss, reference_loss, kl, tokens = comm.all_reduce_sum(sums)
+    loss, reference_loss, kl, agreeing, tokens = comm.all_reduce_sum(sums)
     perplexity = _perplexity(loss / tokens)
     if reference is None:
         return EvalResult(perplexity, int(tokens))
-    return EvalResult(perplexity, int(tokens), kl / tokens, _perplexity(reference_loss / tokens))
+    reference_perplexity = _perplexity(reference_loss / tokens)
+    return EvalResult(perplexity, int(tokens), kl / tokens, reference_perplexity, agreeing / tokens)
 
 
 def _perplexity(loss: float) -> float:
@@ -108,14 +113,18 @@ def _batches_of_this_rank(
 
 
 def _sum_over_tokens(model: nn.Module, reference: nn.Module | None, batch: Batch) -> Tensor:
-    """Return float64 [4]: loss, reference loss, KL and number of tokens, summed over the batch."""
+    """Return float64 [5], summed over the batch.
+
+    These are the loss, the loss of the reference, KL, the number of tokens for which both have the
+    same most likely next token, and the number of tokens.
+    """
     logits, labels = next_token_outputs(model, batch)
     reference_logits = next_token_outputs(reference, batch)[0] if reference else None
     is_target = labels != IGNORE_INDEX
     if not is_target.all():  # there is padding; otherwise the copies are saved
         logits, labels = logits[is_target], labels[is_target]
         reference_logits = None if reference_logits is None else reference_logits[is_target]
-    sums = torch.zeros(4, dtype=torch.float64, device=labels.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=labels.device)
     for start in range(0, len(labels), MAX_EVALUATION_TOKENS):
         tokens = slice(start, start + MAX_EVALUATION_TOKENS)
         log_q = F.log_softmax(logits[tokens].float(), dim=-1)
@@ -124,7 +133,8 @@ def _sum_over_tokens(model: nn.Module, reference: nn.Module | None, batch: Batch
             log_p = F.log_softmax(reference_logits[tokens].float(), dim=-1)
             sums[1] += F.nll_loss(log_p, labels[tokens], reduction="sum")
             sums[2] += _sum_kl(log_p, log_q)
-    sums[3] = len(labels)
+            sums[3] += (logits[tokens].argmax(-1) == reference_logits[tokens].argmax(-1)).sum()
+    sums[4] = len(labels)
     return sums
 
 

@@ -122,6 +122,10 @@ def key_numbers(summary: Mapping[str, Any], rows: Rows = ()) -> dict[str, str]:
         if quantized > full_precision:
             closed = (quantized - trained) / (quantized - full_precision)
             numbers["of the gap closed"] = f"{closed:.0%}"
+    for key in ("quantized", "final"):
+        agreement = summary.get("eval", {}).get(key, {}).get("top1_agreement")
+        if agreement is not None:
+            numbers[f"top-1 agreement, {MODEL_NAMES[key]}"] = f"{agreement:.1%}"
     bits = summary.get("quantize", {}).get("bits_per_weight")
     if bits is not None:
         numbers["bits per weight"] = format_number(float(bits))

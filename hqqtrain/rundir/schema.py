@@ -129,11 +129,14 @@ class QuantizeMetrics(JsonObject):
 class ModelMetrics(JsonObject):
     """The metrics of one model. `kl` is in nats per token, against the full-precision model.
 
-    `perplexity` is null if it is not finite, because JSON has no infinity.
+    `top1_agreement` is the share of the tokens for which this model and the full-precision one have
+    the same most likely next token. `perplexity` is null if it is not finite, because JSON has no
+    infinity.
     """
 
     perplexity: float | None = field(default=None, metadata={"null": True})
     kl: float | None = None
+    top1_agreement: float | None = None
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ def save_trained_adapter(
     card = AdapterCard(
         base=_base_name(plan),
         revision=run.config.model.revision,
-        metrics=recorder.perplexities(),
+        metrics=recorder.card_metrics(),
         best_step=step if run.config.ckpt.load_best else None,
         has_new_tokens=bool(lora.trainable_token_indices),
         has_tokenizer=tokenizer is not None,

@@ -264,19 +264,30 @@ class RunRecorder:
         metrics = {"eval/loss": result.loss, "eval/perplexity": result.perplexity}
         if result.kl is not None:
             metrics["eval/kl"] = result.kl
+        if result.top1_agreement is not None:
+            metrics["eval/top1_agreement"] = result.top1_agreement
         self.trackers.log(metrics, self.step_number)
-        kl = "" if result.kl is None else f", KL {result.kl:.4f}"
+        distance = "" if result.kl is None else f", KL {result.kl:.4f}"
+        if result.top1_agreement is not None:
+            distance += f", top-1 agreement {result.top1_agreement:.1%}"
         # task=eval has no steps, but may measure two models.
         trains = self.config.task == "finetune"
         logger.info(
             "%s: held-out loss %.4f, perplexity %.4g%s",
             f"step {self.step_number}" if trains else f"{MODEL_NAMES[model_key]} model",
-            result.loss, result.perplexity, kl,
+            result.loss, result.perplexity, distance,
         )  # fmt: skip
 
-    def perplexities(self) -> dict[str, float]:
-        """Return the perplexities so far, by "perplexity, <model>", for the model card."""
+    def card_metrics(self) -> dict[str, float]:
+        """Return the figures of the evaluations so far, for the model card.
+
+        The names are "perplexity, <model>" and the like. The distances of the full-precision model
+        to itself are left out.
+        """
+        figures: dict[str, float | None] = {}
         rows = self.summary.table_rows()
-        return {
-            f"perplexity, {row.model}": row.perplexity for row in rows if row.perplexity is not None
-        }
+        figures |= {f"perplexity, {row.model}": row.perplexity for row in rows}
+        compared = [row for row in rows if row.model != MODEL_NAMES["full_precision"]]
+        figures |= {f"KL, {row.model}": row.kl for row in compared}
+        figures |= {f"top-1 agreement, {row.model}": row.top1_agreement for row in compared}
+        return {name: value for name, value in figures.items() if value is not None}

@@ -99,10 +99,17 @@ class RunSummary:
             dataset=mask_secrets(dataset),
             tokens=result.tokens,
         )
-        models: dict[str, Any] = {model_key: ModelMetrics(result.perplexity, result.kl)}
+        models: dict[str, Any] = {
+            model_key: ModelMetrics(result.perplexity, result.kl, result.top1_agreement)
+        }
         if model_key == "final":
             self._set_adapted_size(self._adapter_numel)
-        self._set_row(model_key, perplexity=result.perplexity, kl=result.kl)
+        self._set_row(
+            model_key,
+            perplexity=result.perplexity,
+            kl=result.kl,
+            top1_agreement=result.top1_agreement,
+        )
         if result.reference_perplexity is not None:
             models["full_precision"] = ModelMetrics(result.reference_perplexity)
             # The KL divergence of the reference to itself is 0.

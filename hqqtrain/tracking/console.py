@@ -37,6 +37,7 @@ class ResultRow:
     model: str
     perplexity: float | None = None
     kl: float | None = None
+    top1_agreement: float | None = None
     bits_per_weight: float | None = None
     gib: float | None = None
     seconds: float | None = None
@@ -164,8 +165,8 @@ class Console:
 
 def results_table(rows: Sequence[ResultRow]) -> str:
     """Format the results as plain text, one line per model. Columns without a value are omitted."""
-    formats = {"model": "", "perplexity": ".3f", "KL": ".4f", "bits per weight": ".2f",
-               "GiB": ".3f", "seconds": ".1f"}  # fmt: skip
+    formats = {"model": "", "perplexity": ".3f", "KL": ".4f", "top-1": ".1%",
+               "bits per weight": ".2f", "GiB": ".3f", "seconds": ".1f"}  # fmt: skip
     columns = dict(zip(formats, zip(*map(astuple, rows), strict=True), strict=True))
     shown = [name for name, cells in columns.items() if any(cell is not None for cell in cells)]
     return tabulate(

@@ -85,7 +85,21 @@ def test_kl_divergence_to_a_reference(make_model, sequences: TokenSequences):
     assert found.kl == pytest.approx(float(kl), rel=1e-4)
     nll = F.nll_loss(log_p, labels(sequences))
     assert found.reference_perplexity == pytest.approx(math.exp(nll), rel=1e-5)
-    assert evaluate(model, sequences, 2, reference=model).kl == 0
+    agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean()
+    assert found.top1_agreement == pytest.approx(float(agreement), abs=1e-12)
+    # Two unrelated models would rarely agree; one that differs a little agrees for some tokens.
+    similar = make_model()
+    similar.load_state_dict(model.state_dict())
+    similar.lm_head.weight.data += (
+        torch.randn_like(similar.lm_head.weight) * 0.5 * similar.lm_head.weight.std()
+    )
+    other = log_probabilities(similar, sequences)
+    agreement = float((other.argmax(-1) == log_q.argmax(-1)).double().mean())
+    assert 0 < agreement < 1
+    found = evaluate(model, sequences, 2, reference=similar)
+    assert found.top1_agreement == pytest.approx(agreement, abs=1e-12)
+    same = evaluate(model, sequences, 2, reference=model)
+    assert (same.kl, same.top1_agreement) == (0, 1)
 
 
 def test_logits_are_compared_in_slices(make_model, sequences: TokenSequences, monkeypatch):

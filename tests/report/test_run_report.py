@@ -20,7 +20,7 @@ SUMMARY = {
             "versions": {"torch": "2.13.0"}},
     "quantize": {"bits_per_weight": 2.5, "relative_error": 0.11, "weights": 4718592},
     "eval": {"tokens": 9, "dataset": "held-out", "full_precision": {"perplexity": 8.0},
-             "quantized": {"perplexity": 16.0, "kl": 0.6}, "final": {"perplexity": 10.0}},
+             "quantized": {"perplexity": 16.0, "kl": 0.6, "top1_agreement": 0.5}, "final": {"perplexity": 10.0}},
     "train": {"steps": 3, "loss": 2.3},
 }  # fmt: skip
 CONFIG = {
@@ -225,6 +225,8 @@ def test_key_numbers():
     figures = key_numbers(SUMMARY)
     assert figures["of the gap closed"] == "75%"
     assert figures["bits per weight"] == "2.5"
+    assert figures["top-1 agreement, quantized"] == "50.0%"
+    assert "top-1 agreement, trained" not in figures  # it was not measured
     losses = [{"train/global_step": s, "eval/loss": abs(s - 20) + 1} for s in (0, 10, 20, 30)]
     assert key_numbers({}, losses) == {"step with the lowest held-out loss": "20"}
     result = {"train": {"steps": 40, "best_step": 30, "adapter_step": 30}}

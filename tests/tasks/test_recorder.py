@@ -80,17 +80,20 @@ def test_every_evaluation_is_a_line_of_the_log(begun: Run, caplog):
         begun.recorder.log_step(20, METRICS)
         begun.recorder.log_evaluation(EvalResult(10.0, 5, 0.25))
         begun.recorder.log_evaluation(EvalResult(float("inf"), 5))
+        begun.recorder.log_evaluation(EvalResult(10.0, 5, 0.25, 9.0, 0.925))
     assert "step 20: held-out loss 2.3026, perplexity 10, KL 0.2500" in caplog.messages
     assert "step 20: held-out loss inf, perplexity inf" in caplog.messages
+    assert caplog.messages[-1].endswith("KL 0.2500, top-1 agreement 92.5%")
 
 
 def test_a_step_is_logged_under_its_number(begun: Run):
     begun.recorder.log_step(3, METRICS)
-    begun.recorder.log_evaluation(EvalResult(10.0, 5, 0.25))
+    begun.recorder.log_evaluation(EvalResult(10.0, 5, 0.25, 9.0, 0.925))
     *_, step, evaluation = _metrics(begun)
     assert step["train/loss"] == 2.5
     assert evaluation["train/global_step"] == 3
     assert (evaluation["eval/perplexity"], evaluation["eval/kl"]) == (10.0, 0.25)
+    assert evaluation["eval/top1_agreement"] == 0.925
 
 
 def test_evaluations_are_part_of_the_summary(begun: Run):
@@ -100,7 +103,12 @@ def test_evaluations_are_part_of_the_summary(begun: Run):
     recorder.record_reference_bytes(77)
     assert recorder.has_evaluated("quantized")
     assert recorder.summary.content.eval.bytes_read == 77
-    assert recorder.perplexities() == {"perplexity, quantized": 10.0}
+    assert recorder.card_metrics() == {"perplexity, quantized": 10.0}
+    recorder.record_evaluation("final", EvalResult(8.0, 5, 0.25, 7.0, 0.9))
+    assert recorder.card_metrics() == {
+        "perplexity, full precision": 7.0, "perplexity, quantized": 10.0,
+        "perplexity, trained": 8.0, "KL, trained": 0.25, "top-1 agreement, trained": 0.9,
+    }  # fmt: skip
 
 
 def test_a_batch_that_is_not_finite_is_saved(begun: Run, monkeypatch, caplog):

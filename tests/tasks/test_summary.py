@@ -67,12 +67,13 @@ def test_quantization_counts_the_bits_of_every_layer(make_config, start_run):
 
 def test_an_evaluation_adds_the_reference(summary: RunSummary):
     summary.add_reference_bytes(1000)
-    summary.add_evaluation("text", "quantized", EvalResult(9.0, 50, 0.5, 7.0))
+    summary.add_evaluation("text", "quantized", EvalResult(9.0, 50, 0.5, 7.0, 0.9))
     summary.add_evaluation("text", "final", EvalResult(8.0, 50))
     evaluation = summary.content.to_json()["eval"]
     assert evaluation == {
         "dataset": "text", "tokens": 50, "bytes_read": 1000, "full_precision": {"perplexity": 7.0},
-        "quantized": {"perplexity": 9.0, "kl": 0.5}, "final": {"perplexity": 8.0},
+        "quantized": {"perplexity": 9.0, "kl": 0.5, "top1_agreement": 0.9},
+        "final": {"perplexity": 8.0},
     }  # fmt: skip
     rows = [(row.model, row.perplexity, row.kl) for row in summary.table_rows()]
     expected = [("full precision", 7.0, 0.0), ("quantized", 9.0, 0.5), ("trained", 8.0, None)]

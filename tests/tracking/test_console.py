@@ -12,11 +12,11 @@ import pytest
 from hqqtrain.tracking import console
 from hqqtrain.tracking.console import Console, ResultRow, has_color, results_table, setup_logging
 
-HEADERS = ["model", "perplexity", "KL", "bits per weight", "GiB", "seconds"]
+HEADERS = ["model", "perplexity", "KL", "top-1", "bits per weight", "GiB", "seconds"]
 ROWS = [
-    ResultRow("full precision", 7.6146, None, 16.0, 0.0107),
-    ResultRow("quantized", 15.3, 0.6312, 2.5, 0.004, 1.33),
-    ResultRow("trained", 9.875, 0.2, 2.5, 0.005, 88.0),
+    ResultRow("full precision", 7.6146, None, None, 16.0, 0.0107),
+    ResultRow("quantized", 15.3, 0.6312, 0.412, 2.5, 0.004, 1.33),
+    ResultRow("trained", 9.875, 0.2, 0.7349, 2.5, 0.005, 88.0),
 ]
 
 
@@ -38,8 +38,8 @@ def logging_restored():
 def test_the_table_shows_every_figure_and_a_dash_for_a_missing_one():
     lines = results_table(ROWS).splitlines()
     assert re.split(r"  +", lines[0].strip()) == HEADERS
-    assert lines[2].split() == ["full", "precision", "7.615", "-", "16.00", "0.011", "-"]
-    assert lines[4].split() == ["trained", "9.875", "0.2000", "2.50", "0.005", "88.0"]
+    assert lines[2].split() == ["full", "precision", "7.615", "-", "-", "16.00", "0.011", "-"]
+    assert lines[4].split() == ["trained", "9.875", "0.2000", "73.5%", "2.50", "0.005", "88.0"]
 
 
 def test_results_go_to_standard_output_of_the_main_process_only(capsys):
