@@ -20,7 +20,8 @@ SUMMARY = {
             "versions": {"torch": "2.13.0"}},
     "quantize": {"bits_per_weight": 2.5, "relative_error": 0.11, "weights": 4718592},
     "eval": {"tokens": 9, "dataset": "held-out", "full_precision": {"perplexity": 8.0},
-             "quantized": {"perplexity": 16.0, "kl": 0.6, "top1_agreement": 0.5}, "final": {"perplexity": 10.0}},
+             "quantized": {"perplexity": 16.0, "kl": 0.6, "top1_agreement": 0.5},
+             "final": {"perplexity": 10.0}},
     "train": {"steps": 3, "loss": 2.3},
 }  # fmt: skip
 CONFIG = {

@@ -78,6 +78,16 @@ def test_eval_of_a_run_measures_its_adapter_too(run_task, trained: Path):
     assert adapted.gib == pytest.approx(base.gib + 4 * lora / 2**30)
 
 
+def test_eval_has_the_bits_that_the_training_measured(run_task):
+    """The training evaluates after its steps and other evaluations, task=eval in a fresh model."""
+    run = run_task("finetune", eval={"every": 1})
+    measured = run.recorder.summary.content.measured_models()
+    again = run_task("eval", model={"name_or_path": str(run.layout.folder)})
+    models = again.recorder.summary.content.measured_models()
+    assert models["final"].perplexity == measured["final"].perplexity
+    assert models["quantized"].perplexity == measured["quantized"].perplexity
+
+
 def test_eval_without_an_adapter_has_no_row_for_one(run_task):
     rows = [row.model for row in run_task("eval").recorder.summary.table_rows()]
     assert rows == ["full precision", "quantized"]
