@@ -95,15 +95,15 @@ def run_product(words: list[str], root: Path) -> dict[str, Any] | str:
         root: The folder for the run directory.
 
     Returns:
-        The summary, or the last line of the output of a run that failed.
+        The summary, or the message of a run that failed: its first line with "error", else its last.
     """
     command = [sys.executable, "-m", "hqqtrain", *words, f"run.root={root}", "run.name=run"]
     process = subprocess.run(
         command, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     if process.returncode:
-        lines = process.stdout.strip().splitlines()
-        return lines[-1].strip() if lines else f"exit code {process.returncode}"
+        lines = process.stdout.strip().splitlines() or [f"exit code {process.returncode}"]
+        return next((line for line in lines if "error:" in line), lines[-1]).strip()
     return json.loads((root / "run" / "summary.json").read_text())
 
 

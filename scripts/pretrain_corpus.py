@@ -40,8 +40,8 @@ def permissive_license(package: Distribution) -> str | None:
     excludes the package.
     """
     fields = package.metadata
-    short = [fields.get("License-Expression"), fields.get("License")]
-    names = [name for name in short if name and "\n" not in name]
+    short = [*(fields.get_all("License-Expression") or []), *(fields.get_all("License") or [])]
+    names = [name for name in short if "\n" not in name]
     names += [c for c in fields.get_all("Classifier") or [] if c.startswith("License ::")]
     named = " ".join(names)
     if "GPL" in named or "General Public" in named:

@@ -1,7 +1,7 @@
 """Train a small Llama from installed Python sources, on one GPU.
 
     python scripts/pretrain_tiny.py --out hqqtrain/models/tiny
-    python scripts/pretrain_tiny.py --out FOLDER --size 16m --minutes 7
+    python scripts/pretrain_tiny.py --out FOLDER --size 16m --minutes 6
 
 The first command makes the bundled model, the second the model of 16.8 M parameters with which
 solvers are compared. The default recipe needs a model of our own because it must run without a

@@ -1,12 +1,13 @@
 """scripts/compare_quality.py runs the product for every row, and shows its figures."""
 
 import dataclasses
+import subprocess
 
 import compare_quality
 import pytest
 from compare_quality import figures, main, parse_arguments, run_words
 
-from hqqtrain.compose.compose import compose_command
+from hqqtrain.compose.command import compose_command
 
 SUMMARY = {
     "quantize": {"seconds": 2.0, "peak_memory_gib": 0.5},
@@ -30,7 +31,7 @@ def test_the_product_accepts_the_words_of_each_data_free_row(tmp_path):
     options = parse_arguments(["tiny_model", "train.precision=fp32", "--axis", "0"])
     assert len(options.rows) == 3
     for row in options.rows:
-        words = run_words("hqqtrain/tiny", row, 3, 0, options)
+        words = run_words("tiny", row, 3, 0, options)
         quant = compose_command([*words, f"run.root={tmp_path}"], False).jobs[0].config.quant
         assert (f"solver={quant.solver}", quant.nbits, quant.axis) == (row, 3, 0)
         assert getattr(quant, "calibration", None) is None
@@ -73,6 +74,18 @@ def test_one_table_with_failures_below_it(monkeypatch, capsys):
     assert "Failed: two, bad, 2 bits, axis 1: no such solver" in rows
 
 
-def test_the_last_line_of_a_failed_run_is_returned(tmp_path):
-    message = compare_quality.run_product(["quant.nbit=4"], tmp_path)
-    assert "quant.nbit" in message
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("1 s loading\nhqqtrain: error: no file\nKeys: a, b\n", "hqqtrain: error: no file"),
+        ("Traceback:\n  ValueError\n", "ValueError"),
+        ("", "exit code 3"),
+    ],
+)
+def test_message_of_a_failed_run(tmp_path, monkeypatch, output, message):
+    def run(command, **options):
+        assert command[1:] == ["-m", "hqqtrain", "a=1", f"run.root={tmp_path}", "run.name=run"]
+        return subprocess.CompletedProcess(command, 3, output)
+
+    monkeypatch.setattr("subprocess.run", run)
+    assert compare_quality.run_product(["a=1"], tmp_path) == message
