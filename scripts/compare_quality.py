@@ -95,7 +95,7 @@ def run_product(words: list[str], root: Path) -> dict[str, Any] | str:
         root: The folder for the run directory.
 
     Returns:
-        The summary, or the message of a run that failed: its first line with "error", else its last.
+        The summary, or the message of a run that failed: its first "error:" line, else its last.
     """
     command = [sys.executable, "-m", "hqqtrain", *words, f"run.root={root}", "run.name=run"]
     process = subprocess.run(
