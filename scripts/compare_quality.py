@@ -29,7 +29,7 @@ from typing import Any
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 
 DATA_FREE = ("solver=rtn", "solver=hqq", "solver=least_squares")
 CALIBRATED = ("solver=least_squares", "solver=gptq")

@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.config.data_sources import source_paths
-from hqqtrain.config.groups import AUTO, BUILT_IN_SOURCES, QuantConfig
+from hqqtrain.config.groups import AUTO, BUILT_IN_SOURCES
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.config.run import RunConfig
 
 BUNDLED = ("tiny", *BUILT_IN_SOURCES)

@@ -10,6 +10,9 @@ from dataclasses import MISSING, field, fields
 from math import isfinite
 from typing import Any
 
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+"""Allowed values of the keys that name a dtype."""
+
 
 def key(default: Any = MISSING, help: str = "", *, choices: tuple = (), low: float | None = None,
         high: float | None = None, factory: Any = MISSING) -> Any:  # fmt: skip

@@ -1,7 +1,7 @@
 """The config groups that define a result, one dataclass each, with the help text of every key.
 
-`adapter.py`, `export.py` and `parallel.py` have the groups of these names, and `infra.py` those
-that do not change the result.
+`quant.py`, `adapter.py`, `export.py` and `parallel.py` have the groups of these names, and
+`infra.py` those that do not change the result.
 """
 
 from collections.abc import Iterator
@@ -9,19 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hqqtrain.config.data_sources import FILE_TYPES, FORMATS, source_errors
-from hqqtrain.config.field import is_names, key
-from hqqtrain.config.overrides import override_errors
-
-NBITS = (8, 4, 3, 2, 1)
+from hqqtrain.config.field import DTYPES, is_names, key
 
 MAX_EPOCHS = 1_000_000
 """Upper bound of `train.epochs`: beyond any training, and the number of steps stays an integer."""
-
-# The registry of solvers imports torch, so its names are repeated here. A test fails if the two
-# lists differ.
-SOLVERS = ("least_squares", "hqq", "rtn")
-
-DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 BUILT_IN_SOURCES = ("python_stdlib", "python_stdlib_chat")
 """Values of data.source and eval.source that every installation has. They have splits and a form
@@ -45,58 +36,6 @@ class ModelConfig:
         "the fly, to try any model size without a download",
         choices=("pretrained", "synthetic"),
     )
-
-
-@dataclass(kw_only=True, slots=True)
-class QuantConfig:
-    """How the weights of linear layers are quantized."""
-
-    nbits: int = key(4, "bits per quantized weight", choices=NBITS)
-    group_size: int | None = key(
-        64, "weights that share a scale and a zero; null: a whole row or column", low=2
-    )
-    axis: int = key(1, "1: groups run along a row; 0: down a column", choices=(0, 1))
-    solver: str = key(
-        "least_squares",
-        "algorithm that fits scale and zero; rtn: round to nearest",
-        choices=SOLVERS,
-    )
-    storage_dtype: str = key(
-        "auto",
-        "dtype as which the packed W_q is stored in memory; the bits are the same",
-        choices=("auto", "uint8", "bf16", "fp16", "fp32"),
-    )
-    compute_dtype: str = key("auto", "dtype of dequantized weights", choices=DTYPES)
-    meta_dtype: str = key(
-        "auto", "dtype of scale and zero; auto: fp32 at 8 bits, otherwise bf16", choices=DTYPES
-    )
-    skip: list[str] = key(
-        help="linear layers to leave in full precision: names (q_proj), globs or hqq tags",
-        factory=lambda: ["lm_head"],
-    )
-    overrides: dict[str, Any] = key(
-        help="settings of single layers: name (q_proj), glob or hqq tag -> {nbits: 4, ...}; null "
-        "instead of settings: full precision",
-        factory=dict,
-    )
-    backend: str = key(
-        "auto",
-        "implementation of quantization and of products with packed weights; auto: Triton kernels "
-        "where they run, otherwise PyTorch",
-        choices=("auto", "triton", "torch"),
-    )
-    save: bool = key(True, "save the quantized model in quantized/")
-    cache_dir: str | None = key(
-        None,
-        "folder of quantized weights that runs share; null: no sharing, but a sweep uses "
-        "<run.root>/quantized",
-    )
-
-    def errors(self) -> Iterator[str]:
-        """Yield one message for every setting of `overrides` that is not allowed."""
-        choices = {"nbits": NBITS, "axis": (0, 1), "solver": SOLVERS}
-        for pattern, settings in self.overrides.items():
-            yield from override_errors(f"quant.overrides[{pattern}]", settings, choices)
 
 
 @dataclass(kw_only=True, slots=True)

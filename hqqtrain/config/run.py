@@ -17,11 +17,11 @@ from hqqtrain.config.groups import (
     EvalConfig,
     ModelConfig,
     OptimConfig,
-    QuantConfig,
     TrainConfig,
 )
 from hqqtrain.config.infra import CheckpointConfig, LaunchConfig, RunDirConfig, TrackConfig
 from hqqtrain.config.parallel import ParallelConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.config.renamed import renamed_value_errors, with_old_names
 
 TASKS = {
@@ -61,6 +61,9 @@ ADDED_KEYS: dict[str, dict[str, Any]] = {
         )
     },
     "adapter": {"modules_to_save": []},
+    "quant": {
+        name: getattr(QuantConfig(), name) for name in ("zero", "calibration", "calibration_tokens")
+    },
     "train": {"early_stopping_patience": None},
     "eval": {"samples": EvalConfig().samples},
     "ckpt": {"load_best": False},

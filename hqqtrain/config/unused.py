@@ -11,6 +11,7 @@ from typing import Any
 
 from hqqtrain.config.data_sources import describe_source, source_paths
 from hqqtrain.config.groups import AUTO, BUILT_IN_SOURCES
+from hqqtrain.config.quant import CALIBRATED_SOLVERS, QuantConfig
 from hqqtrain.config.run import RunConfig
 
 _EVERY_TASK = (
@@ -62,7 +63,7 @@ def unused_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:
     """
     task, reasons = config.task, dict(_ineffective(config))
     for key in given:
-        if not _is_used(key, task):
+        if not _is_used(key, config):
             group, _, name = key.partition(".")
             if key in SWITCHED_OFF and getattr(getattr(config, group), name) == SWITCHED_OFF[key]:
                 continue
@@ -74,10 +75,13 @@ def unused_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:
 def used_settings(config: RunConfig, keys: Collection[str]) -> list[str]:
     """Return those of `keys` that have an effect in a run of `config`."""
     reasons = dict(_ineffective(config))
-    return [key for key in keys if _is_used(key, config.task) and key not in reasons]
+    return [key for key in keys if _is_used(key, config) and key not in reasons]
 
 
-def _is_used(key: str, task: str) -> bool:
+def _is_used(key: str, config: RunConfig) -> bool:
+    if config.quant.calibration is not None and _matches(key, ("data", "data.*")):
+        return True
+    task = config.task
     return _matches(key, USED_KEYS[task]) and not _matches(key, UNUSED_KEYS[task])
 
 
@@ -97,7 +101,19 @@ def _ineffective(config: RunConfig) -> Iterator[tuple[str, str]]:
     if "wandb" not in config.track.backends:
         for key in _OF_WANDB:
             yield key, "track.backends does not contain wandb"
+    yield from _ineffective_calibration(config.quant)
     yield from _ineffective_data(config)
+
+
+def _ineffective_calibration(quant: QuantConfig) -> Iterator[tuple[str, str]]:
+    """Yield (key, reason) for every key of calibration that another key makes ineffective."""
+    overrides = [s for s in quant.overrides.values() if isinstance(s, dict)]
+    solvers = {quant.solver, *(s["solver"] for s in overrides if "solver" in s)}
+    if quant.calibration is None:
+        yield "quant.calibration_tokens", "quant.calibration=null uses no text"
+    elif not solvers & {*CALIBRATED_SOLVERS}:
+        for key in ("quant.calibration", "quant.calibration_tokens"):
+            yield key, f"quant.solver={quant.solver} does not look at activations"
 
 
 def _ineffective_data(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -54,6 +54,7 @@ class ModuleSettings:
             do with PyTorch's meta device.
         out_features: Rows of the weight.
         in_features: Columns of the weight.
+        zero: `float`, or `integer` if the zeros are codes.
     """
 
     nbits: int
@@ -63,6 +64,7 @@ class ModuleSettings:
     meta_dtype: str
     out_features: int
     in_features: int
+    zero: str = "float"
 
     @classmethod
     def from_module(cls, module: HQQLinear) -> "ModuleSettings":
@@ -76,6 +78,7 @@ class ModuleSettings:
             meta_dtype=_dtype_name(spec.meta_dtype),
             out_features=layout.out_features,
             in_features=layout.in_features,
+            zero=spec.zero,
         )
 
     @property
@@ -86,7 +89,14 @@ class ModuleSettings:
             KeyError: `meta_dtype` is unknown.
         """
         meta_dtype = _META_DTYPES[self.meta_dtype]
-        return QuantSpec(self.nbits, self.group_size, self.axis, self.solver, meta_dtype)
+        return QuantSpec(self.nbits, self.group_size, self.axis, self.solver, meta_dtype, self.zero)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as JSON values, without those that the first release did not have.
+
+        The fingerprint covers them, so a model of that release keeps its fingerprint.
+        """
+        return {k: v for k, v in asdict(self).items() if (k, v) != ("zero", "float")}
 
     @property
     def layout(self) -> Layout:
@@ -113,7 +123,7 @@ class QuantizedSettings:
 
     def by_module(self) -> dict[str, dict[str, Any]]:
         """Return the settings as JSON values, as `Fingerprint.hexdigest` expects them."""
-        return {name: asdict(settings) for name, settings in self.modules.items()}
+        return {name: settings.to_json() for name, settings in self.modules.items()}
 
     def quantization_config(self) -> dict[str, Any]:
         """Return the `quantization_config` entry of config.json."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from hqqtrain.common.text import short
 from hqqtrain.distributed.strategies.base import Strategy
+from hqqtrain.loading.calibrated_load import calibration_bytes
 from hqqtrain.models.causal_lm import (
     MAX_EVALUATION_TOKENS,
     MAX_KEPT_BYTES,
@@ -49,6 +50,7 @@ class Workload:
         export_format: The value of `export.format`.
         new_checkpoints: Largest number of checkpoints by which the run's directory will grow.
         run_root: The value of `run.root`.
+        calibration_tokens: Tokens of calibration text; 0: none.
     """
 
     task: str
@@ -70,6 +72,7 @@ class Workload:
     export_format: str
     new_checkpoints: int
     run_root: str
+    calibration_tokens: int = 0
 
     @property
     def trains(self) -> bool:
@@ -144,7 +147,10 @@ def estimate_memory(
     device = parameters | {
         "activations": _activation_bytes(workload, model, dtype) if workload.trains else 0,
         "logits": _logit_bytes(workload, model, dtype, in_chunks=strategy.may_call_head_alone),
-        "working memory": _working_bytes(workload, sizes, shards, dtype)
+        "working memory": max(
+            _working_bytes(workload, sizes, shards, dtype),
+            calibration_bytes(model, -(-workload.calibration_tokens // world_size), dtype),
+        )
         + gathered
         + (_token_bytes(model, dtype) if workload.trains else 0),
         "outputs of the reference model": kept if on_host else 0,

@@ -30,6 +30,7 @@ from hqqtrain.formats.packed import (
     read_quantized_settings,
     save_quantized,
 )
+from hqqtrain.loading.calibrated_load import Calibration
 from hqqtrain.loading.initial_adapter import initialize_adapters
 from hqqtrain.loading.load import load_model
 from hqqtrain.loading.plan import ModelPlan
@@ -135,6 +136,7 @@ def build_model(
     seed: int,
     *,
     packed: Path | None = None,
+    calibration: Calibration | None = None,
     on_layer: Callable[[str], object] = lambda _: None,
 ) -> LoadedModel:
     """Shard, materialize and load the model of the plan. Collective.
@@ -146,6 +148,7 @@ def build_model(
         seed: Seed of the initial values of fresh adapters.
         packed: A folder like `quantized/` with the result of an earlier quantization of the same
             plan. It is read in place of the dense weights.
+        calibration: The text that solvers calibrate with; None: they do without.
         on_layer: Called with the name of each quantized layer when it is loaded.
 
     Raises:
@@ -168,6 +171,7 @@ def build_model(
         reader,
         comm,
         quantized=is_packed,
+        calibration=None if is_packed else calibration,
         offload=strategy.offloads_parameters,
         on_packed_rows=fingerprint.update,
         on_layer=on_layer,

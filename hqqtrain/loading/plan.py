@@ -18,7 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.text import count
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import ModelConfig, QuantConfig
+from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.runtime import PRECISION_DTYPES, Runtime
 from hqqtrain.formats.packed import ModuleSettings, read_quantized_settings
 from hqqtrain.loading.initial_adapter import (
@@ -31,6 +32,7 @@ from hqqtrain.loading.model_check import check_called_linears, check_runnable, c
 from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.embedding_rows import add_embedding_rows, check_head_is_dense
 from hqqtrain.models.fqn import base_model, expected_shapes, tied_names
+from hqqtrain.models.layerwise import probe_layerwise
 from hqqtrain.models.packing_probe import PackingProbe, probe_packing
 from hqqtrain.models.source import ModelSource, resolve_source
 from hqqtrain.models.weights.safetensors import SafetensorsReader
@@ -38,6 +40,7 @@ from hqqtrain.models.weights.synthetic import SyntheticReader, open_weight_sourc
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.lora import cast_adapters, packed_linears
 from hqqtrain.nn.replace import quantize_model, replace_linears
+from hqqtrain.quant.solvers.registry import SOLVERS
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ class ModelPlan:
         initial_adapter: The existing adapter that gives the initial values, if any; see
             `load_initial_adapter`.
         packing: Whether packed texts stay apart; None if the task does not call the model.
+        calibrates: Whether the linears of decoder layers are quantized with calibration text.
     """
 
     source: ModelSource
@@ -64,6 +68,7 @@ class ModelPlan:
     lora: LoraConfig | None
     initial_adapter: InitialAdapter | None
     packing: PackingProbe | None = None
+    calibrates: bool = False
 
     @property
     def is_packed(self) -> bool:
@@ -118,7 +123,7 @@ def plan_model(
     """
     source = settings.prepare_tokenizer(resolve_source(settings.model))
     hf_config = load_hf_config(source.path)
-    model: nn.Module = _build_with_new_tokens(source, hf_config, runtime.dtype)
+    model: nn.Module = build_dense(source, hf_config, runtime.dtype)
     # A packed checkpoint has the tensors of quantized linears. A dense one is checked before they
     # are quantized, so that its faults come before those of the settings of its linears.
     if source.kind == "quantized":
@@ -126,6 +131,7 @@ def plan_model(
     reader = _open_checked(source, hf_config, model, runtime)
     if source.kind != "quantized":
         _replace_linears(model, source, settings.quant, runtime)
+    calibrates = _calibrates(settings.quant, source, hf_config, model)
     start = load_initial_adapter(
         settings.adapter, source, resumed, packed_linears(model), expected_shapes(model)
     )
@@ -160,10 +166,32 @@ def plan_model(
         model.requires_grad_(False)
     if settings.executes:
         runtime.strategy.check_model(model)
-    return ModelPlan(source, hf_config, reader, model, lora, start, packing)
+    return ModelPlan(source, hf_config, reader, model, lora, start, packing, calibrates)
 
 
-def _build_with_new_tokens(
+def _calibrates(
+    quant: QuantConfig, source: ModelSource, hf_config: PretrainedConfig, model: nn.Module
+) -> bool:
+    """Return whether linears of the decoder layers are quantized with calibration text.
+
+    Raises:
+        UserError: They shall be, but the decoder layers cannot be run one after the other.
+    """
+    if source.kind == "quantized" or quant.calibration is None:
+        return False
+    solvers = {m.spec.solver for m in model.modules() if isinstance(m, HQQLinear)}
+    if not any(SOLVERS[solver].calibrates for solver in solvers):
+        return False
+    if reason := probe_layerwise(hf_config, model):
+        raise UserError(
+            f"quant.calibration={quant.calibration}: needs the decoder layers one after the other, "
+            f"but {type(model).__name__} {reason}. Set quant.calibration=null and "
+            "quant.solver=least_squares."
+        )
+    return True
+
+
+def build_dense(
     source: ModelSource, hf_config: PretrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
     """Build the model on the meta device, with rows for the tokens that were added."""

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hqqtrain.common.errors import ErrorCollector, UserError
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.patterns import matches_pattern, matching_modules, resolve_overrides
 from hqqtrain.quant.spec import QuantSpec, spec_from_config

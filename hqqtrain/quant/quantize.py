@@ -14,6 +14,7 @@ import hqqtrain_kernels as kernels
 from hqqtrain.common.errors import UserError
 from hqqtrain.quant import triton_backend
 from hqqtrain.quant.grid import QuantGrid, power_of_two
+from hqqtrain.quant.solvers.integer_zero import with_integer_zero
 from hqqtrain.quant.solvers.registry import SOLVERS
 from hqqtrain.quant.spec import QuantSpec
 from hqqtrain_kernels import Layout
@@ -81,7 +82,7 @@ def quantize_async(
     layout = spec.layout(W.shape[0], W.shape[1], name)
     quantize = (
         triton_backend.quantize_with_triton
-        if triton_backend.is_supported(W.device, layout, spec.solver)
+        if triton_backend.is_supported(W.device, layout, spec)
         else _quantize_in_chunks
     )
     W_q, scale, zero, not_finite = quantize(W, layout, spec)
@@ -133,7 +134,12 @@ def _solve(W: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
     is_constant = W.amin(0) == W.amax(0)
     W = W / magnitude
     # The codes must be the nearest ones for the stored scale and zero, so round these first.
-    scale, zero = grid.as_stored(*SOLVERS[spec.solver].solve(W, grid))
+    scale, zero = SOLVERS[spec.solver].solve(W, grid)
+    if spec.zero == "integer":
+        scale, zero = grid.as_stored(*with_integer_zero(W, grid, scale, zero))
+        codes = grid.encode(W, scale, zero)
+        return codes.t().to(torch.uint8), *grid.to_meta_dtype(scale, zero)
+    scale, zero = grid.as_stored(scale, zero)
     # Constant groups get the normalized scale 1, with the rounding of the storage dtype.
     constant_scale, _ = grid.as_stored(torch.ones_like(scale), zero)
     scale = torch.where(is_constant, constant_scale, scale)

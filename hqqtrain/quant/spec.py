@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain_kernels import Layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,6 +23,7 @@ class QuantSpec:
         axis: 1: groups run along in_features; 0: along out_features.
         solver: Name of the solver, a key of `SOLVERS`.
         meta_dtype: Storage dtype of scale and zero.
+        zero: `float`, or `integer` for zeros that are codes.
     """
 
     nbits: int
@@ -30,6 +31,7 @@ class QuantSpec:
     axis: int
     solver: str
     meta_dtype: torch.dtype
+    zero: str = "float"
 
     def layout(self, out_features: int, in_features: int, name: str = "") -> Layout:
         """Return the layout of weight `name` [out_features, in_features].
@@ -54,7 +56,7 @@ def spec_from_config(config: QuantConfig, override: dict[str, Any] | None = None
     meta_dtype `auto` is bf16 up to 4 bits. At 8 bits it is fp32, because a zero near 128 in bf16
     would nearly double the error.
     """
-    keys = ("nbits", "group_size", "axis", "solver")
+    keys = ("nbits", "group_size", "axis", "solver", "zero")
     settings = {key: getattr(config, key) for key in keys} | (override or {})
     auto = torch.float32 if settings["nbits"] == 8 else torch.bfloat16
     return QuantSpec(**settings, meta_dtype=DTYPES.get(config.meta_dtype, auto))

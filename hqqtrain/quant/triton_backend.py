@@ -35,12 +35,15 @@ MAX_GROUP_SIZE = 1 << 15
 """Largest group_size that fits into the registers of one program."""
 
 
-def is_supported(device: torch.device, layout: Layout, solver: str) -> bool:
-    """Whether the kernel of `solver`, not torch, quantizes a weight on `device`."""
+def is_supported(device: torch.device, layout: Layout, spec: QuantSpec) -> bool:
+    """Whether the kernel of the solver, not torch, quantizes a weight on `device`."""
     if not backend.use_triton(device):
         return False
-    if not SOLVERS[solver].has_kernel:
-        _warn_no_kernel(solver)
+    if not SOLVERS[spec.solver].has_kernel:
+        _warn_no_kernel(spec.solver)
+        return False
+    if spec.zero != "float":
+        _warn_no_kernel(f"{spec.solver} with quant.zero={spec.zero}")
         return False
     if layout.group_size > MAX_GROUP_SIZE:
         _warn_group_too_long(layout.group_size)

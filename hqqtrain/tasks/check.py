@@ -15,7 +15,8 @@ from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.common.text import count
 from hqqtrain.compose.inputs import list_inputs
 from hqqtrain.config.data_sources import describe_source
-from hqqtrain.config.groups import AUTO, QuantConfig
+from hqqtrain.config.groups import AUTO
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.encoding import add_refused, encode_or_refuse
 from hqqtrain.data.examples import Example

@@ -25,6 +25,7 @@ from hqqtrain.loading.plan import ModelPlan, plan_model
 from hqqtrain.loading.source_digest import digest_source
 from hqqtrain.models.causal_lm import vocabulary_size
 from hqqtrain.rundir.identity import package_versions, result_settings
+from hqqtrain.tasks.calibration import load_calibration, packed_weights_digest
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import (
     batch_layout,
@@ -60,7 +61,6 @@ def finetune(run: Run) -> None:
     layout = batch_layout(config, plan, comm)
     source_digest = digest_source(plan.source, comm, runtime.preemption)
     history.check_checkpoint(checkpoint, source_digest)
-    has_quantized = history.has_quantized(source_digest)
     tokenizer, vocab_size = plan.source.tokenizer, vocabulary_size(plan.model)
     loader: DataLoader
     if config.data.streaming:
@@ -69,13 +69,17 @@ def finetune(run: Run) -> None:
         )
     else:
         loader, held_out, digests = load_tokens(run, tokenizer, vocab_size, layout)
+    calibration = load_calibration(run, plan)
+    has_quantized = history.has_quantized(packed_weights_digest(source_digest, calibration))
     with closing(loader):
         with comm.raise_on_all_ranks():
             check_resumable(checkpoint, digests, loader.total_steps)
             check_fits_run(run, plan, has_quantized=has_quantized, has_checkpoints=bool(checkpoint))
         # All checks have passed, so `run.resume=never` may delete the old results.
         history.delete_results()
-        loaded = load_or_quantize(run, plan, checkpoint, source_digest)
+        loaded = load_or_quantize(
+            run, plan, checkpoint, source_digest=source_digest, calibration=calibration
+        )
         runnable = wrap_for_execution(loaded, runtime.strategy)
         evaluation = RecordedEvaluation(run, runnable, held_out, layout, source_digest)
         if not recorder.has_evaluated("quantized"):

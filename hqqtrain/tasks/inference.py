@@ -8,6 +8,7 @@ from hqqtrain.loading.model_builder import wrap_for_execution
 from hqqtrain.loading.plan import plan_model
 from hqqtrain.loading.source_digest import digest_source
 from hqqtrain.models.causal_lm import vocabulary_size
+from hqqtrain.tasks.calibration import load_calibration
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import batch_layout, check_same_text, load_held_out_data
 from hqqtrain.tasks.evaluation import RecordedEvaluation
@@ -26,7 +27,7 @@ def quantize(run: Run) -> None:
             "task=quantize: saves the quantized base only, without the adapter in %s; to keep both "
             "in one model, use task=export", plan.initial_adapter.folder,
         )  # fmt: skip
-    load_or_quantize(run, plan)
+    load_or_quantize(run, plan, calibration=load_calibration(run, plan))
 
 
 def evaluate(run: Run) -> None:
@@ -42,7 +43,8 @@ def evaluate(run: Run) -> None:
         check_fits_run(run, plan)
     check_same_text(run, held_out)
     source_digest = digest_source(plan.source, run.runtime.comm, run.runtime.preemption)
-    loaded = load_or_quantize(run, plan, digest=source_digest)
+    calibration = load_calibration(run, plan)
+    loaded = load_or_quantize(run, plan, source_digest=source_digest, calibration=calibration)
     runnable = wrap_for_execution(loaded, run.runtime.strategy)
     evaluation = RecordedEvaluation(run, runnable, held_out, layout, source_digest)
     evaluation.evaluate_as("quantized", adapted=False)
@@ -58,7 +60,7 @@ def export(run: Run) -> None:
         adapter = plan.initial_adapter
         export_format.check_adapter(adapter.folder if adapter else None)
         check_fits_run(run, plan)
-    loaded = load_or_quantize(run, plan)
+    loaded = load_or_quantize(run, plan, calibration=load_calibration(run, plan))
     model = ModelExport(
         model=loaded.model,
         settings=loaded.settings,

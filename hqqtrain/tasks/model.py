@@ -10,10 +10,12 @@ from hqqtrain.config.run import RunConfig
 from hqqtrain.formats.companions import companion_files
 from hqqtrain.formats.packed import check_quantized
 from hqqtrain.loading.cache import cache_entry
+from hqqtrain.loading.calibrated_load import Calibration
 from hqqtrain.loading.model_builder import LoadedModel, build_model
 from hqqtrain.loading.plan import ModelPlan, PlanSettings
 from hqqtrain.loading.source_digest import digest_source
 from hqqtrain.rundir.identity import MADE_FROM, SOURCE_KEY
+from hqqtrain.tasks.calibration import packed_weights_digest
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.resources import check_resources, workload_of
 from hqqtrain.tasks.tokenizer import prepare_tokenizer
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 def plan_settings(config: RunConfig) -> PlanSettings:
     """Return the settings of `config` that `plan_model` needs."""
+    has_data = config.task in ("finetune", "eval") or config.quant.calibration is not None
     return PlanSettings(
         config.model,
         config.quant,
@@ -35,7 +38,7 @@ def plan_settings(config: RunConfig) -> PlanSettings:
         # The other tasks have no data: they take the tokenizer as it was saved.
         prepare_tokenizer=partial(
             prepare_tokenizer,
-            data=config.data if config.task in ("finetune", "eval") else DataConfig(),
+            data=config.data if has_data else DataConfig(),
         ),
     )
 
@@ -59,7 +62,12 @@ def check_fits_run(
 
 
 def load_or_quantize(
-    run: Run, plan: ModelPlan, checkpoint: Checkpoint | None = None, digest: str | None = None
+    run: Run,
+    plan: ModelPlan,
+    checkpoint: Checkpoint | None = None,
+    *,
+    source_digest: str | None = None,
+    calibration: Calibration | None = None,
 ) -> LoadedModel:
     """Load the model of `plan` without quantizing twice, and save its packed weights. Collective.
 
@@ -74,14 +82,16 @@ def load_or_quantize(
         run: The run. This function calls its recorder's `begin_run`.
         plan: The plan. Its model on the meta device becomes the loaded model.
         checkpoint: The training checkpoint that the run resumes from.
-        digest: The digest of the plan's source if the caller knows it already.
+        source_digest: The digest of the plan's source if the caller knows it already.
+        calibration: The calibration text, from `load_calibration`.
     """
     config, runtime, recorder = run.config, run.runtime, run.recorder
     comm, quant = runtime.comm, config.quant
     with comm.raise_on_all_ranks():
         if config.task != "eval" or quant.cache_dir:
             companion_files(plan.source.tokenizer)  # a link among them is refused early
-    digest = digest or digest_source(plan.source, comm, runtime.preemption)
+    source_digest = source_digest or digest_source(plan.source, comm, runtime.preemption)
+    digest = packed_weights_digest(source_digest, calibration)
 
     def load(packed: Path | None = None) -> LoadedModel:
         """Load the packed weights in the folder `packed`, or the source of the plan if None."""
@@ -94,7 +104,13 @@ def load_or_quantize(
         adapter, seed = config.adapter, config.train.seed
         with recorder.progress_bars.show_quantizing(linears, loads=is_packed) as on_layer:
             return build_model(
-                plan, runtime.strategy, adapter, seed, packed=packed, on_layer=on_layer
+                plan,
+                runtime.strategy,
+                adapter,
+                seed,
+                packed=packed,
+                calibration=calibration,
+                on_layer=on_layer,
             )
 
     has_quantized = recorder.history.has_quantized(digest)

@@ -41,6 +41,7 @@ def workload_of(
     """
     kept_checkpoints = config.ckpt.keep_last + config.ckpt.num_best
     saves_quantized = config.task in ("finetune", "quantize") and config.quant.save
+    calibrates = config.quant.calibration is not None and not (is_packed or has_quantized)
     evaluates = config.eval.source is not None and config.task in ("finetune", "eval")
     return Workload(
         task=config.task,
@@ -62,6 +63,7 @@ def workload_of(
         export_format=config.export.format,
         new_checkpoints=1 if has_checkpoints else kept_checkpoints + 1,
         run_root=config.run.root,
+        calibration_tokens=config.quant.calibration_tokens if calibrates else 0,
     )
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from hqqtrain.config import adapter, groups
 from hqqtrain.config.field import field_errors
-from hqqtrain.config.groups import QuantConfig
 from hqqtrain.config.parallel import ParallelConfig
+from hqqtrain.config.quant import QuantConfig
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,12 @@ def test_the_defaults_are_sound():
         ("quant", "nbits", 5, "quant.nbits=5: allowed are 8, 4, 3, 2, 1."),
         ("quant", "group_size", 1, "quant.group_size=1: must be at least 2."),
         ("quant", "axis", 2, "quant.axis=2: allowed are 0, 1."),
-        ("quant", "solver", "magic", "quant.solver=magic: allowed are least_squares, hqq, rtn."),
+        (
+            "quant",
+            "solver",
+            "magic",
+            "quant.solver=magic: allowed are least_squares, gptq, hqq, rtn.",
+        ),
         ("adapter", "r", 0, "adapter.r=0: must be at least 1."),
         ("adapter", "dropout", 1.0, "adapter.dropout=1.0: must be below 1."),
         ("adapter", "kind", "none", "adapter.kind=none: task=finetune trains an adapter"),

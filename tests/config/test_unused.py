@@ -50,6 +50,13 @@ def test_a_key_that_another_one_makes_ineffective():
     assert _unused("finetune", "train.epochs") == []
     assert _unused("finetune", "eval.tokens", eval={"source": None}) == ["eval.tokens"]
     assert _unused("finetune", "track.project", track={"backends": []}) == ["track.project"]
+    assert _unused("quantize", "quant.calibration_tokens") == ["quant.calibration_tokens"]
+    hqq = {"quant": {"solver": "hqq", "calibration": "auto"}}
+    assert _unused("quantize", "quant.calibration", "data.source", **hqq) == ["quant.calibration"]
+    gptq = {
+        "quant": {"solver": "hqq", "calibration": "auto", "overrides": {"q": {"solver": "gptq"}}}
+    }
+    assert _unused("quantize", "quant.calibration", "data.source", **gptq) == []
     text = {"data": {"source": "mine.txt"}}
     assert _unused("finetune", "data.text_field") == ["data.text_field"]
     assert _unused("finetune", "data.text_field", **text) == []

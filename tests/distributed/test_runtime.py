@@ -7,9 +7,10 @@ import torch
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import OptimConfig, QuantConfig, TrainConfig
+from hqqtrain.config.groups import OptimConfig, TrainConfig
 from hqqtrain.config.infra import RunDirConfig
 from hqqtrain.config.parallel import ParallelConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies.check import RuntimeSettings

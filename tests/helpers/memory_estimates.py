@@ -4,7 +4,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.distributed.strategies.registry import STRATEGIES

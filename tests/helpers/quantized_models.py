@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict
 
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.formats.fingerprint import Fingerprint
 from hqqtrain.formats.packed import QuantizedSettings, model_tensors, save_quantized
 from hqqtrain.formats.peft import Adapter

@@ -16,10 +16,10 @@ from hqqtrain.config.groups import (
     EvalConfig,
     ModelConfig,
     OptimConfig,
-    QuantConfig,
     TrainConfig,
 )
 from hqqtrain.config.infra import CheckpointConfig, RunDirConfig, TrackConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.formats.manifest import seal
 from hqqtrain.formats.peft import BaseModelRef, write_adapter
 from hqqtrain.loading.initial_adapter import (

@@ -9,7 +9,7 @@ from ranks import CPU, on_ranks
 from torch import nn
 from transformers import LlamaConfig
 
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.distributed.strategies.fsdp2 import FSDP2
 from hqqtrain.distributed.strategies.row_sharding import shard_rows

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import nn
 
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.loading.load import load_model
 from hqqtrain.models.build import build_meta, load_hf_config

@@ -8,7 +8,7 @@ from architectures import IN_ROWS, PACKED, SMALL, small_config
 from torch import nn
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.loading.model_check import check_called_linears
 from hqqtrain.models.build import build_meta
 from hqqtrain.models.packing_probe import probe_packing

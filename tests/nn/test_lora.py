@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.lora import (
     HQQLoraLinear,

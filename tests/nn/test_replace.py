@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.replace import fused_experts, quantize_model
 from hqqtrain.quant.error import relative_error

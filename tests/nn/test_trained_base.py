@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.nn.lora import cast_adapters, lora_config
 from hqqtrain.nn.replace import quantize_model
 from hqqtrain.nn.trained_base import modules_to_save, set_tie_flag, trained_tokens

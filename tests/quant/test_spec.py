@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.quant.error import storage_bits
 from hqqtrain.quant.quantize import quantize_weight
 from hqqtrain.quant.spec import QuantSpec, spec_from_config

@@ -1,6 +1,7 @@
 """A solver without a kernel runs in torch, also where Triton kernels run."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,20 +34,22 @@ def torch_only(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_solver_without_a_kernel_runs_in_torch(torch_only: str, caplog):
     W, spec = torch.randn(64, 64, device=DEVICE), QuantSpec(8, 64, 1, torch_only, torch.float32)
     layout = spec.layout(64, 64)
-    assert triton_backend.is_supported(DEVICE, layout, "rtn")
+    rtn = QuantSpec(8, 64, 1, "rtn", torch.float32)
+    assert triton_backend.is_supported(DEVICE, layout, rtn)
+    assert not triton_backend.is_supported(DEVICE, layout, replace(rtn, zero="integer"))
     with caplog.at_level(logging.WARNING):
-        assert not triton_backend.is_supported(DEVICE, layout, torch_only)
+        assert not triton_backend.is_supported(DEVICE, layout, spec)
         for _ in range(2):
             back = dequantize_weight(quantize_weight(W, spec), layout, torch.float32)
     torch.testing.assert_close(back, W, atol=0.02, rtol=0)
     (record,) = [r for r in caplog.records if "torch_only" in r.message]
     assert record.message == (
-        "solver torch_only has no kernel (least_squares, hqq, rtn have one); torch runs it, "
+        "solver torch_only has no kernel (least_squares, gptq, hqq, rtn have one); torch runs it, "
         "which is slower"
     )
 
 
 def test_a_long_group_runs_in_torch(torch_only: str):
     length = 2 * triton_backend.MAX_GROUP_SIZE
-    layout = QuantSpec(8, None, 1, "rtn", torch.float32).layout(1, length)
-    assert not triton_backend.is_supported(DEVICE, layout, "rtn")
+    spec = QuantSpec(8, None, 1, "rtn", torch.float32)
+    assert not triton_backend.is_supported(DEVICE, spec.layout(1, length), spec)

@@ -4,7 +4,7 @@ import pytest
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.nn.replace import quantize_model
 from hqqtrain.train.metrics import flops_per_token, mfu_per_token_rate, peak_flops, step_metrics
 from hqqtrain.train.state import StepResult

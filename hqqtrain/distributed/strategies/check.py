@@ -12,8 +12,9 @@ from hqqtrain.config.conflicts import (
     Conflict,
     conflict_errors,
 )
-from hqqtrain.config.groups import OptimConfig, QuantConfig, TrainConfig
+from hqqtrain.config.groups import OptimConfig, TrainConfig
 from hqqtrain.config.parallel import ParallelConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.strategies.base import BITSANDBYTES_OPTIMIZERS, Capabilities, Strategy
 from hqqtrain.distributed.strategies.registry import STRATEGIES
 

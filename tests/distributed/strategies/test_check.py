@@ -8,8 +8,9 @@ import torch
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import OptimConfig, QuantConfig, TrainConfig
+from hqqtrain.config.groups import OptimConfig, TrainConfig
 from hqqtrain.config.parallel import ParallelConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.strategies import check
 from hqqtrain.distributed.strategies.check import RuntimeSettings, check_supported
 from hqqtrain.distributed.strategies.registry import STRATEGIES

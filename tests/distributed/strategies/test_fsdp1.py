@@ -10,7 +10,7 @@ from torch.distributed import destroy_process_group
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.bit_exactness import check_bit_exactness
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.distributed.local import is_sharded

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.distributed.local import copy_from_full, full_tensor, local_tensor
 from hqqtrain.distributed.strategies.fsdp1 import FSDP1

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.models.families.registry import FAMILIES, LayerNames, inspect_layer, layer_names
 from hqqtrain.models.families.structure import decoder_layers, output_head, text_config
 from hqqtrain.nn.lora import lora_config

@@ -23,7 +23,7 @@ from transformers import (
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.strategies.fsdp2 import FSDP2
 from hqqtrain.models.families.registry import FAMILIES, inspect_layer, layer_names

@@ -1,0 +1,97 @@
+"""The group `quant`: how the weights of linear layers are quantized."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hqqtrain.config.field import DTYPES, key
+from hqqtrain.config.overrides import override_errors
+
+NBITS = (8, 4, 3, 2, 1)
+
+# The registry of solvers imports torch, so its names are repeated here. A test fails if the two
+# lists differ.
+SOLVERS = ("least_squares", "gptq", "hqq", "rtn")
+
+CALIBRATED_SOLVERS = ("least_squares", "gptq")
+"""The solvers that use `quant.calibration`; a test compares them with the registry, too."""
+
+ZEROS = ("float", "integer")
+
+
+@dataclass(kw_only=True, slots=True)
+class QuantConfig:
+    """How the weights of linear layers are quantized."""
+
+    nbits: int = key(4, "bits per quantized weight", choices=NBITS)
+    group_size: int | None = key(
+        64, "weights that share a scale and a zero; null: a whole row or column", low=2
+    )
+    axis: int = key(1, "1: groups run along a row; 0: down a column", choices=(0, 1))
+    solver: str = key(
+        "least_squares",
+        "algorithm that fits scale and zero; gptq: with error feedback, needs quant.calibration; "
+        "rtn: round to nearest",
+        choices=SOLVERS,
+    )
+    zero: str = key(
+        "float",
+        "zero points; integer: codes, as engines for GPTQ and AWQ checkpoints need them, at a "
+        "higher error",
+        choices=ZEROS,
+    )
+    calibration: str | None = key(
+        None,
+        "text whose activations weigh the errors (least_squares, gptq): a value of data.source; "
+        "auto: data.source itself; null: none",
+    )
+    calibration_tokens: int = key(
+        65536, "tokens of quant.calibration that are used, in sequences of 512", low=512
+    )
+    storage_dtype: str = key(
+        "auto",
+        "dtype as which the packed W_q is stored in memory; the bits are the same",
+        choices=("auto", "uint8", "bf16", "fp16", "fp32"),
+    )
+    compute_dtype: str = key("auto", "dtype of dequantized weights", choices=DTYPES)
+    meta_dtype: str = key(
+        "auto", "dtype of scale and zero; auto: fp32 at 8 bits, otherwise bf16", choices=DTYPES
+    )
+    skip: list[str] = key(
+        help="linear layers to leave in full precision: names (q_proj), globs or hqq tags",
+        factory=lambda: ["lm_head"],
+    )
+    overrides: dict[str, Any] = key(
+        help="settings of single layers: name (q_proj), glob or hqq tag -> {nbits: 4, ...}; null "
+        "instead of settings: full precision",
+        factory=dict,
+    )
+    backend: str = key(
+        "auto",
+        "implementation of quantization and of products with packed weights; auto: Triton kernels "
+        "where they run, otherwise PyTorch",
+        choices=("auto", "triton", "torch"),
+    )
+    save: bool = key(True, "save the quantized model in quantized/")
+    cache_dir: str | None = key(
+        None,
+        "folder of quantized weights that runs share; null: no sharing, but a sweep uses "
+        "<run.root>/quantized",
+    )
+
+    def errors(self) -> Iterator[str]:
+        """Yield one message for every setting of `overrides` that is not allowed, and others."""
+        choices = {"nbits": NBITS, "axis": (0, 1), "solver": SOLVERS, "zero": ZEROS}
+        for pattern, settings in self.overrides.items():
+            yield from override_errors(f"quant.overrides[{pattern}]", settings, choices)
+        solvers = {"quant.solver": self.solver} | {
+            f"quant.overrides[{pattern}].solver": settings.get("solver")
+            for pattern, settings in self.overrides.items()
+            if isinstance(settings, dict)
+        }
+        for where, solver in solvers.items():
+            if solver == "gptq" and self.calibration is None:
+                yield (
+                    f"{where}=gptq: needs text to calibrate with; set quant.calibration=auto for "
+                    "that of data.source, or choose least_squares."
+                )

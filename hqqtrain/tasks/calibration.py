@@ -1,0 +1,75 @@
+"""The text of `quant.calibration`: some sequences from the tokens of a data source."""
+
+import hashlib
+import logging
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.data_sources import describe_source
+from hqqtrain.config.groups import AUTO
+from hqqtrain.loading.calibrated_load import Calibration
+from hqqtrain.loading.plan import ModelPlan, build_dense
+from hqqtrain.models.causal_lm import vocabulary_size
+from hqqtrain.models.families.structure import text_config
+from hqqtrain.tasks.context import Run
+from hqqtrain.tasks.datasets import load_training_data
+
+logger = logging.getLogger(__name__)
+
+SEQUENCE_TOKENS = 512
+"""Length of a calibration sequence, unless the model has fewer positions."""
+
+
+def load_calibration(run: Run, plan: ModelPlan) -> Calibration | None:
+    """Return the calibration text of a run, the same on all ranks; None if it has none. Collective.
+
+    The sequences are spread evenly over all tokens of the source, without the held-out texts.
+
+    Raises:
+        UserError: The source cannot be read or is too short, or differs between ranks.
+    """
+    if not plan.calibrates:
+        return None
+    config, comm = run.config, run.runtime.comm
+    wanted, data = config.quant.calibration, config.data
+    if wanted not in (AUTO, describe_source(data.source)):
+        data = replace(data, source=wanted, format=AUTO)
+    where = f"quant.calibration={wanted}"
+    source = replace(run, config=replace(config, data=data))
+    tokens = load_training_data(source, plan.source.tokenizer, vocabulary_size(plan.model))
+    stream = tokens.sequences.stream
+    with comm.raise_on_all_ranks():
+        limit = getattr(text_config(plan.model), "max_position_embeddings", None)
+        length = min(SEQUENCE_TOKENS, limit or SEQUENCE_TOKENS)
+        count = min(config.quant.calibration_tokens, len(stream)) // length
+        if count == 0:
+            raise UserError(
+                f"{where}: has {len(stream)} tokens, and a sequence needs {length}. Give it more "
+                "text, or set quant.calibration=null and quant.solver=least_squares."
+            )
+        first = np.arange(count) * (len(stream) // count)
+        sequences = stream[first[:, None] + np.arange(length)].astype(np.int64)
+        digest = hashlib.sha256(sequences.tobytes()).hexdigest()
+    if len(set(comm.all_gather_object(digest))) > 1:
+        raise UserError(
+            f"{where}: the text is not the same on all ranks; use the same files and the same "
+            "Python version on all machines."
+        )
+    if comm.is_main:
+        logger.info(
+            "%s: %d sequences of %d tokens of %s",
+            where, count, length, describe_source(data.source),
+        )  # fmt: skip
+    dense = build_dense(plan.source, plan.hf_config, run.runtime.dtype)
+    return Calibration(torch.from_numpy(sequences), dense, f"sha256:{digest}")
+
+
+def packed_weights_digest(source_digest: str, calibration: Calibration | None) -> str:
+    """Return the digest of all that packed weights are made from: the model, and any text."""
+    if calibration is None:
+        return source_digest
+    parts = f"{source_digest} {calibration.digest}"
+    return f"sha256:{hashlib.sha256(parts.encode()).hexdigest()}"

@@ -1,0 +1,91 @@
+"""The text of `quant.calibration` is spread over its source, and names what is made from it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.run import RunConfig
+from hqqtrain.loading.calibrated_load import Calibration
+from hqqtrain.loading.plan import plan_model
+from hqqtrain.tasks.calibration import load_calibration, packed_weights_digest
+from hqqtrain.tasks.inference import quantize
+from hqqtrain.tasks.model import load_or_quantize, plan_settings
+
+QUANT = {"solver": "gptq", "calibration": "auto", "calibration_tokens": 640}
+
+
+@pytest.fixture
+def calibrate(start_run):
+    """Return a function that returns the calibration text of a configuration."""
+
+    def calibrate(config: RunConfig) -> Calibration | None:
+        with start_run(config) as run:
+            return load_calibration(run, plan_model(plan_settings(config), run.runtime))
+
+    return calibrate
+
+
+@pytest.mark.parametrize("task", ["quantize", "finetune", "eval"])
+def test_every_task_has_the_same_text(make_config, calibrate, task: str):
+    found = calibrate(make_config(task, quant=QUANT))
+    expected = calibrate(make_config("quantize", quant=QUANT, run={"name": "other"}))
+    assert found.sequences.shape == (3, 64)  # the tiny model has 64 positions, the text 213 tokens
+    assert torch.equal(found.sequences, expected.sequences)
+    assert len(found.sequences.unique(dim=0)) == 3
+
+
+def test_another_source(make_config, calibrate, tmp_path: Path):
+    (tmp_path / "own.txt").write_text("alpha beta gamma " * 3000)
+    own = calibrate(make_config(quant=QUANT | {"calibration": str(tmp_path / "own.txt")}))
+    of_training = calibrate(make_config(quant=QUANT, run={"name": "other"}))
+    assert own.digest != of_training.digest
+    digests = {packed_weights_digest("sha256:1", text) for text in (own, of_training, None)}
+    assert len(digests) == 3
+    assert packed_weights_digest("sha256:1", None) == "sha256:1"
+
+
+def test_too_short_a_text(make_config, calibrate, tmp_path: Path):
+    (tmp_path / "short.txt").write_text("alpha beta")
+    source = str(tmp_path / "short.txt")
+    config = make_config(quant=QUANT | {"calibration": source}, eval={"source": None})
+    with pytest.raises(UserError, match=r"short.txt: has \d+ tokens, and a sequence needs 64"):
+        calibrate(config)
+
+
+@pytest.mark.parametrize("quant", [
+    {"calibration": None, "solver": "least_squares"}, {"calibration": "auto", "solver": "hqq"},
+])  # fmt: skip
+def test_without_calibration_no_text_is_read(make_config, calibrate, quant: dict):
+    assert calibrate(make_config("quantize", quant=quant)) is None
+
+
+def test_the_text_decides_whether_quantized_can_be_reused(make_config, start_run, tmp_path: Path):
+    (tmp_path / "own.txt").write_text("alpha beta gamma " * 3000)
+    quant = QUANT | {"calibration": str(tmp_path / "own.txt")}
+
+    def load():
+        config = make_config("quantize", quant=quant)
+        with start_run(config) as run:
+            plan = plan_model(plan_settings(config), run.runtime)
+            return load_or_quantize(run, plan, calibration=load_calibration(run, plan))
+
+    first, again = load(), load()
+    assert again.bytes_read < first.bytes_read
+    (tmp_path / "own.txt").write_text("delta epsilon zeta " * 3000)
+    changed = load()
+    assert changed.bytes_read == first.bytes_read
+    assert changed.settings.fingerprint != first.settings.fingerprint == again.settings.fingerprint
+
+
+def test_the_task_quantize_calibrates(make_config, start_run, tmp_path: Path):
+    errors = {}
+    for solver, calibration in (("least_squares", None), ("gptq", "auto")):
+        quant = QUANT | {"solver": solver, "calibration": calibration, "nbits": 2}
+        config = make_config("quantize", quant=quant, run={"name": solver})
+        with start_run(config) as run:
+            quantize(run)
+            errors[solver] = run.recorder.summary.content.quantize.relative_error
+    # Feedback lowers the error of the outputs, at the price of that of the weights.
+    assert errors["gptq"] > errors["least_squares"]
