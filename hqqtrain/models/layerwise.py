@@ -87,7 +87,8 @@ class LayerwiseModel:
         self.layers: list[nn.Module] = list(stack)
         prefix = next(name for name, module in model.named_modules() if module is stack)
         self.names = [strip_wrappers(f"{prefix}.{name}") for name, _ in stack.named_children()]
-        self._returns_tuple = False
+        # Number of the outputs of a layer, if they are a tuple that begins with the hidden states.
+        self._tuple_size: int | None = None
 
     @torch.no_grad()
     def start(self, inputs: Mapping[str, Any]) -> tuple[Tensor, list[LayerCall]]:
@@ -104,15 +105,15 @@ class LayerwiseModel:
             LayerwiseError: The model calls its decoder layers in another way than one after the
                 other.
         """
-        try:
-            return self._record(inputs)
-        except LayerwiseError as error:
-            first_error = error
-        self._returns_tuple = not self._returns_tuple  # the layers of older models return tuples
-        try:
-            return self._record(inputs)
-        except LayerwiseError:
-            raise first_error from None
+        first_error: LayerwiseError | None = None
+        for size in dict.fromkeys((self._tuple_size, None, 1, 2, 3)):
+            self._tuple_size = size
+            try:
+                return self._record(inputs)
+            except LayerwiseError as error:
+                first_error = first_error or error
+        assert first_error is not None
+        raise first_error
 
     @torch.no_grad()
     def run_layer(self, layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
@@ -127,8 +128,8 @@ class LayerwiseModel:
             outputs = layer(hidden, *call.args, **call.kwargs)
         else:
             outputs = layer(**{call.hidden_name: hidden}, **call.kwargs)
-        self._returns_tuple = not isinstance(outputs, Tensor)
-        return outputs[0] if self._returns_tuple else outputs
+        self._tuple_size = None if isinstance(outputs, Tensor) else len(outputs)
+        return outputs if self._tuple_size is None else outputs[0]
 
     @torch.no_grad()
     def finish(self, inputs: Mapping[str, Any], hidden: Tensor) -> Tensor:
@@ -138,9 +139,13 @@ class LayerwiseModel:
             inputs: The arguments of the model that `start` was called with.
             hidden: The hidden states after the last decoder layer.
         """
-        outputs = (hidden,) if self._returns_tuple else hidden
+        outputs = self._outputs(hidden)
         with _replaced_forwards(self.layers, lambda index, args, kwargs: outputs):
             return self._model(**inputs, use_cache=False).logits
+
+    def _outputs(self, hidden: Tensor) -> Any:
+        """Return what a decoder layer returns; all outputs but the hidden states are None."""
+        return hidden if self._tuple_size is None else (hidden, *[None] * (self._tuple_size - 1))
 
     def _record(self, inputs: Mapping[str, Any]) -> tuple[Tensor, list[LayerCall]]:
         """Call the model with decoder layers that record their calls and return their input."""
@@ -157,7 +162,7 @@ class LayerwiseModel:
             calls.append(call)
             if len(calls) == len(self.layers):
                 raise _StopForward
-            return (hidden,) if self._returns_tuple else hidden
+            return self._outputs(hidden)
 
         try:
             with _replaced_forwards(self.layers, record):

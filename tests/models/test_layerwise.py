@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from architectures import IN_ROWS, PACKED, small_config
 from random_models import random_family
 from torch import nn
 from transformers import PreTrainedModel
 
 from hqqtrain.models import layerwise as module
+from hqqtrain.models.build import build_meta
 from hqqtrain.models.layerwise import LayerCall, LayerwiseError, LayerwiseModel, probe_layerwise
 
 FAMILIES = (
@@ -36,6 +38,13 @@ def test_logits_are_those_of_the_model(kind: str) -> None:
 def test_the_probe_lets_these_pass(kind: str) -> None:
     model = random_family(kind)
     assert probe_layerwise(model.config, model) == ""
+
+
+@pytest.mark.parametrize("name", PACKED | IN_ROWS)
+def test_layers_may_return_tuples_of_any_length(name: str) -> None:
+    """The layers of Bamba return two outputs, and those of RWKV three."""
+    config = small_config(name, (PACKED | IN_ROWS)[name])
+    assert probe_layerwise(config, build_meta(config)) == ""
 
 
 def test_names_are_those_of_the_checkpoint() -> None:
