@@ -42,7 +42,7 @@ def test_summary_is_schema_1(finished: Finished):
     }  # fmt: skip
     measured = summary["eval"]
     assert {"dataset", "tokens", "full_precision", "quantized", "final"} <= set(measured)
-    assert set(measured["final"]) == {"perplexity", "kl"}
+    assert set(measured["final"]) == {"perplexity", "kl", "top1_agreement"}
     assert summary["quantize"]["bits_per_weight"] == 2.5
     assert summary["quantize"]["bytes_read"] == summary["quantize"]["source_bytes"]
 

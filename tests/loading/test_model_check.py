@@ -46,7 +46,7 @@ def test_a_model_with_computed_positions_is_only_warned_about(caplog):
 def test_the_bundled_model_knows_the_length_that_it_was_trained_on(caplog):
     """Its perplexity is 8 at 512 tokens, and worse with every token more."""
     script = (Path(__file__).parents[2] / "scripts" / "pretrain_tiny.py").read_text()
-    assert 'EOS, VOCABULARY, SEQUENCE = "<|endoftext|>", 4096, 512\n' in script
+    assert '"tiny": Size(4096, 256, 768, 6, 4, context=512,' in script
     model = build_meta(AutoConfig.from_pretrained(TINY_FOLDER))
     with caplog.at_level(logging.WARNING):
         check_runnable(model, 512)

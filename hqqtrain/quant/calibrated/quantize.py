@@ -117,30 +117,27 @@ def _quantize_block(
         stop = min(start + block_columns, len(W))
         errors = torch.empty_like(W[start:stop])
         for first in range(start, stop, step):
+            last = min(first + step, stop)
             if first % fitted == 0:
                 columns = slice(first, first + fitted)
                 fit = _fit_groups(W[columns], layout, spec, order.importance[columns])
                 meta[:, first // group_columns :][:, : fit.shape[1]] = fit
-                scales, zeros = fit.float()[:, :, None]  # each [groups, 1, units]
-            last = min(first + step, stop)
-            groups = slice(first % fitted // group_columns, -(-(last - first) // group_columns))
-            groups = slice(groups.start, groups.start + groups.stop)
-            scale, zero = scales[groups], zeros[groups]
-            w = W[first:last]
-            code = (w / scale).add_(zero).round_().clamp_(0, (1 << spec.nbits) - 1)
+            groups = slice(first // group_columns, (last - 1) // group_columns + 1)
+            scale, zero = meta[:, groups, None].float()  # each [groups, 1, units]
+            code = (W[first:last] / scale).add_(zero).round_().clamp_(0, (1 << spec.nbits) - 1)
             codes[first:last] = code
-            if order.feedback is None:
-                continue
-            errors[first - start] = error = torch.sub(w, code.sub_(zero).mul_(scale))[0]
-            # The columns of the block behind this one, then those behind the block.
-            later = W[last:stop].flatten(1)
-            later.addr_(order.feedback[first, last:stop], error.flatten())
-        if order.feedback is not None:
+            if order.feedback is not None:
+                error = torch.sub(W[first], code[0].sub_(zero[0]).mul_(scale[0]))
+                errors[first - start] = error
+                later = W[last:stop].flatten(1)  # in this block
+                later.addr_(order.feedback[first, last:stop], error.flatten())
+        if order.feedback is not None:  # the columns behind this block
             W[stop:].flatten(1).addmm_(order.feedback[start:stop, stop:].t(), errors.flatten(1))
     group_order = order.columns[::group_columns] // group_columns
-    return torch.empty_like(codes).index_copy_(0, order.columns, codes), torch.empty_like(
-        meta
-    ).index_copy_(1, group_order, meta)
+    return (
+        torch.empty_like(codes).index_copy_(0, order.columns, codes),
+        torch.empty_like(meta).index_copy_(1, group_order, meta),
+    )
 
 
 def _fit_groups(W: Tensor, layout: Layout, spec: QuantSpec, importance: Tensor) -> Tensor:
