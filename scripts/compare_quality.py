@@ -17,7 +17,6 @@ passed on to every run.
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import subprocess
@@ -27,9 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hqqtrain.config.quant import QuantConfig
 
 DATA_FREE = ("solver=rtn", "solver=hqq", "solver=least_squares")
 CALIBRATED = ("solver=least_squares", "solver=gptq")
@@ -76,8 +72,7 @@ def run_words(
     A row that does not name a calibration is data-free, whatever the default is.
     """
     settings = row.split()
-    has_key = "calibration" in {field.name for field in dataclasses.fields(QuantConfig)}
-    if has_key and not any(word.startswith("calibration=") for word in settings):
+    if not any(word.startswith("calibration=") for word in settings):
         settings.append("calibration=null")
     return [
         "task=eval", f"model.name_or_path={model}", f"data.source={options.text}",

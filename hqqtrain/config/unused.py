@@ -45,6 +45,9 @@ UNUSED_KEYS = {
 }
 """Globs of keys that each task does not use although `USED_KEYS` covers their group."""
 
+_OF_CALIBRATION = ("data", "data.*", "eval.source")
+"""Globs of the keys that decide the text of quant.calibration; eval.source is held out of it."""
+
 SWITCHED_OFF: dict[str, Any] = {"track.backends": [], "eval.source": None, "eval.reference": "off"}
 """Values that switch off what a key controls. A task that does not use the key needs no warning."""
 
@@ -79,10 +82,10 @@ def used_settings(config: RunConfig, keys: Collection[str]) -> list[str]:
 
 
 def _is_used(key: str, config: RunConfig) -> bool:
-    if config.quant.calibration is not None and _matches(key, ("data", "data.*")):
-        return True
-    task = config.task
-    return _matches(key, USED_KEYS[task]) and not _matches(key, UNUSED_KEYS[task])
+    used, unused = USED_KEYS[config.task], UNUSED_KEYS[config.task]
+    if config.quant.calibration is not None and config.task in ("quantize", "export"):
+        used, unused = (*used, *_OF_CALIBRATION), (*unused, "data.show")
+    return _matches(key, used) and not _matches(key, unused)
 
 
 def _matches(key: str, patterns: Collection[str]) -> bool:

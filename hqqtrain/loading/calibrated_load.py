@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.local import local_rows
 from hqqtrain.loading.dense_layers import DenseLayers
-from hqqtrain.loading.layer_inputs import LayerInputs
+from hqqtrain.loading.layer_inputs import MAX_PARTS, LayerInputs
 from hqqtrain.loading.rows import RowLoader, layer_squared_error, source_rows
 from hqqtrain.models.families.structure import find_decoder_layers, text_config
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.quant.calibrated.quantize import quantize_rows
-from hqqtrain.quant.calibrated.statistics import ColumnOrder, InputStatistics, order_columns
+from hqqtrain.quant.calibrated.statistics import ColumnPlan, InputStatistics, plan_columns
 from hqqtrain.quant.quantize import dequantize_weight, quantize_async
 from hqqtrain.quant.solvers.registry import SOLVERS
 
@@ -134,7 +134,7 @@ class CalibratedLoader:
         Returns:
             The dequantized rows, by name.
         """
-        orders = _ColumnOrders(statistics)
+        plans = _ColumnPlans(statistics)
         dequantized = {}
         with self.comm.raise_on_all_ranks():
             for name, layer in group.items():
@@ -146,8 +146,8 @@ class CalibratedLoader:
                 if weight is None:
                     continue
                 spec, layout, first_unit = layer.spec, layer.layout, local_rows(layer.W_q).start
-                if order := orders.order(layer):
-                    packed = quantize_rows(weight, layout, first_unit, spec, order)
+                if plan := plans.plan_for(layer):
+                    packed = quantize_rows(weight, layout, first_unit, spec, plan)
                 else:
                     packed, _ = quantize_async(weight, spec, name=name)
                 self.rows.store(name, layer, packed.W_q, packed.scale, packed.zero)
@@ -158,28 +158,28 @@ class CalibratedLoader:
         return dequantized
 
 
-class _ColumnOrders:
-    """The orders of the columns of linears with a common input, one for each kind of groups."""
+class _ColumnPlans:
+    """The plans for linears with a common input, one for each kind of groups."""
 
     def __init__(self, statistics: InputStatistics | None) -> None:
         self._statistics = statistics
-        self._known: dict[tuple[int, int, bool], ColumnOrder] = {}
+        self._known: dict[tuple[int, int, bool], ColumnPlan] = {}
 
-    def order(self, layer: HQQLinear) -> ColumnOrder | None:
-        """Return the order for a layer; None if it is quantized without calibration."""
+    def plan_for(self, layer: HQQLinear) -> ColumnPlan | None:
+        """Return the plan for a layer; None if it is quantized without calibration."""
         solver = SOLVERS[layer.spec.solver]
         if self._statistics is None or not solver.calibrates:
             return None
         group_size, axis = layer.layout.group_size, layer.layout.axis
         key = (group_size, axis, solver.has_feedback)
         if key not in self._known:
-            self._known[key] = order_columns(
+            self._known[key] = plan_columns(
                 self._statistics, group_size, axis, has_feedback=solver.has_feedback
             )
         return self._known[key]
 
 
-def calibration_bytes(model: nn.Module, tokens: int, dtype: torch.dtype) -> int:
+def calibration_bytes(model: nn.Module, tokens: int, dtype: torch.dtype, *, world_size: int) -> int:
     """Return the bytes on a device that calibrating the largest decoder layer needs.
 
     These are the dense layer, the text in two models, its inputs in one of them, and of the widest
@@ -187,10 +187,11 @@ def calibration_bytes(model: nn.Module, tokens: int, dtype: torch.dtype) -> int:
 
     Args:
         model: The model on the meta device, with HQQLinears in place.
-        tokens: Calibration tokens of this rank.
+        tokens: Calibration tokens of all ranks.
         dtype: The dtype that the run computes in.
+        world_size: Number of ranks.
     """
-    largest = 0
+    largest, tokens = 0, -(-tokens // min(world_size, MAX_PARTS))
     for layer in (find_decoder_layers(model) or ()) if tokens else ():
         linears = {name: m for name, m in layer.named_modules() if isinstance(m, HQQLinear)}
         widths = {(name.rpartition(".")[0], m.in_features) for name, m in linears.items()}

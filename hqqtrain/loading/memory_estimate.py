@@ -149,7 +149,7 @@ def estimate_memory(
         "logits": _logit_bytes(workload, model, dtype, in_chunks=strategy.may_call_head_alone),
         "working memory": max(
             _working_bytes(workload, sizes, shards, dtype),
-            calibration_bytes(model, -(-workload.calibration_tokens // world_size), dtype),
+            calibration_bytes(model, workload.calibration_tokens, dtype, world_size=world_size),
         )
         + gathered
         + (_token_bytes(model, dtype) if workload.trains else 0),

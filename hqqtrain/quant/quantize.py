@@ -136,9 +136,8 @@ def _solve(W: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
     # The codes must be the nearest ones for the stored scale and zero, so round these first.
     scale, zero = SOLVERS[spec.solver].solve(W, grid)
     if spec.zero == "integer":
-        scale, zero = grid.as_stored(*with_integer_zero(W, grid, scale, zero))
-        codes = grid.encode(W, scale, zero)
-        return codes.t().to(torch.uint8), *grid.to_meta_dtype(scale, zero)
+        scale, zero = with_integer_zero(W, grid, scale, zero)
+        is_constant = torch.zeros_like(is_constant)  # the zero of such a group is no integer
     scale, zero = grid.as_stored(scale, zero)
     # Constant groups get the normalized scale 1, with the rounding of the storage dtype.
     constant_scale, _ = grid.as_stored(torch.ones_like(scale), zero)

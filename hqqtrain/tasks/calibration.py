@@ -36,11 +36,11 @@ def load_calibration(run: Run, plan: ModelPlan) -> Calibration | None:
     config, comm = run.config, run.runtime.comm
     wanted, data = config.quant.calibration, config.data
     if wanted not in (AUTO, describe_source(data.source)):
-        data = replace(data, source=wanted, format=AUTO)
+        data = replace(data, source=wanted, format=AUTO, file_type=AUTO)
     where = f"quant.calibration={wanted}"
     source = replace(run, config=replace(config, data=data))
     tokens = load_training_data(source, plan.source.tokenizer, vocabulary_size(plan.model))
-    stream = tokens.sequences.stream
+    stream = tokens.parts.stream  # of all examples, however long the sequences of the run are
     with comm.raise_on_all_ranks():
         limit = getattr(text_config(plan.model), "max_position_embeddings", None)
         length = min(SEQUENCE_TOKENS, limit or SEQUENCE_TOKENS)

@@ -56,7 +56,8 @@ def test_a_key_that_another_one_makes_ineffective():
     gptq = {
         "quant": {"solver": "hqq", "calibration": "auto", "overrides": {"q": {"solver": "gptq"}}}
     }
-    assert _unused("quantize", "quant.calibration", "data.source", **gptq) == []
+    assert _unused("quantize", "quant.calibration", "data.source", "eval.source", **gptq) == []
+    assert _unused("export", "data.show", "eval.tokens", **gptq) == ["data.show", "eval.tokens"]
     text = {"data": {"source": "mine.txt"}}
     assert _unused("finetune", "data.text_field") == ["data.text_field"]
     assert _unused("finetune", "data.text_field", **text) == []

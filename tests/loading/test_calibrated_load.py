@@ -1,6 +1,8 @@
 """Calibrated loading: the bits of one process on several ranks, and a plain reference."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from hqqtrain.models.weights.synthetic import SyntheticReader
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.replace import quantize_model
 from hqqtrain.quant.calibrated.quantize import quantize_rows
-from hqqtrain.quant.calibrated.statistics import InputStatistics, order_columns
+from hqqtrain.quant.calibrated.statistics import InputStatistics, plan_columns
 from hqqtrain.quant.quantize import dequantize_weight
 
 CASES = [
@@ -125,11 +127,11 @@ def test_it_is_the_plain_way_layer_by_layer() -> None:
             group = [f"model.layers.{index}.{name}" for name in names]
             f, x = (_input(dense, group[0]) for dense in (full, ours))
             statistics = InputStatistics(x.t() @ x / len(x), f.t() @ x / len(x))
-            order = order_columns(statistics, 16, 1, has_feedback=True)
+            plan = plan_columns(statistics, 16, 1, has_feedback=True)
             for name in group:
                 linear, spec = ours.get_submodule(name), specs[name]
                 layout = spec.layout(*linear.weight.shape)
-                packed = quantize_rows(linear.weight.data, layout, 0, spec, order)
+                packed = quantize_rows(linear.weight.data, layout, 0, spec, plan)
                 linear.weight.data = dequantize_weight(packed, layout, torch.float32)
     for name in specs:
         expected = ours.get_submodule(name).weight
@@ -197,3 +199,17 @@ def stop_one(rank: int, comm: Communicator) -> None:
 @pytest.mark.ranks
 def test_a_signal_to_one_rank_stops_all() -> None:
     assert on_ranks(stop_one, 2) == ["PreemptedError: SIGTERM"] * 2
+
+
+def lose_one(rank: int, comm: Communicator) -> None:
+    def on_layer(name: str) -> None:
+        if rank == 1 and name == "model.layers.1.self_attn.q_proj":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    load(CASES[0], comm, "fsdp2", on_layer=on_layer)
+
+
+@pytest.mark.ranks
+def test_a_rank_that_is_killed_is_an_error_of_the_other() -> None:
+    (error,) = on_ranks(lose_one, 2, lost=1)
+    assert "Connection" in error or "connection" in error

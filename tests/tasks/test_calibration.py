@@ -1,5 +1,6 @@
 """The text of `quant.calibration` is spread over its source, and names what is made from it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,23 @@ def test_another_source(make_config, calibrate, tmp_path: Path):
     digests = {packed_weights_digest("sha256:1", text) for text in (own, of_training, None)}
     assert len(digests) == 3
     assert packed_weights_digest("sha256:1", None) == "sha256:1"
+
+
+def test_the_length_of_the_sequences_does_not_matter(make_config, calibrate, tmp_path: Path):
+    chat = [{"role": "user", "content": "alpha beta"}, {"role": "assistant", "content": "gamma"}]
+    row = json.dumps({"messages": chat})
+    (tmp_path / "chat.jsonl").write_text("\n".join([row] * 60))
+    data = {"source": str(tmp_path / "chat.jsonl"), "chat_template": "chatml"}
+    found = [
+        calibrate(
+            make_config(
+                quant=QUANT, data=data, eval={"source": None}, train={"max_seq_len": length},
+                run={"name": f"of{length}"},
+            )
+        )
+        for length in (32, 64)
+    ]  # fmt: skip
+    assert found[0].digest == found[1].digest
 
 
 def test_too_short_a_text(make_config, calibrate, tmp_path: Path):

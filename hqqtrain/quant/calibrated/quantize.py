@@ -11,7 +11,7 @@ from torch import Tensor
 import hqqtrain_kernels as kernels
 from hqqtrain.quant.calibrated.fit import weighted_least_squares
 from hqqtrain.quant.calibrated.parallel import map_in_order
-from hqqtrain.quant.calibrated.statistics import ColumnOrder
+from hqqtrain.quant.calibrated.statistics import ColumnPlan
 from hqqtrain.quant.grid import QuantGrid, power_of_two
 from hqqtrain.quant.quantize import QuantizedWeight
 from hqqtrain.quant.spec import QuantSpec
@@ -32,7 +32,7 @@ BLOCK_COLUMNS = 64
 
 @torch.no_grad()
 def quantize_rows(
-    W: Tensor, layout: Layout, first_unit: int, spec: QuantSpec, order: ColumnOrder
+    W: Tensor, layout: Layout, first_unit: int, spec: QuantSpec, plan: ColumnPlan
 ) -> QuantizedWeight:
     """Quantize the rows of some units of a weight, on their own device.
 
@@ -41,7 +41,7 @@ def quantize_rows(
         layout: The layout of the whole weight.
         first_unit: The first unit that W contains.
         spec: Settings of the quantization.
-        order: The order of the columns.
+        plan: The order of the columns, and what their errors cost.
     """
     unit_rows = layout.out_features // layout.units
     units = len(W) // unit_rows
@@ -57,7 +57,7 @@ def quantize_rows(
         place = slice(mine.start - first, mine.stop - first)
         block = torch.zeros(layout.in_features, unit_rows, size, device=W.device)
         block[:, :, place] = W[:, mine].permute(2, 0, 1)
-        block_codes, block_meta = _quantize_block(block, layout, spec, order)
+        block_codes, block_meta = _quantize_block(block, layout, spec, plan)
         codes[mine] = block_codes[:, :, place].permute(2, 0, 1)
         meta[:, mine] = block_meta[:, :, place].transpose(1, 2)
 
@@ -92,7 +92,7 @@ def _block_columns(layout: Layout) -> int:
 
 
 def _quantize_block(
-    W: Tensor, layout: Layout, spec: QuantSpec, order: ColumnOrder
+    W: Tensor, layout: Layout, spec: QuantSpec, plan: ColumnPlan
 ) -> tuple[Tensor, Tensor]:
     """Quantize a block.
 
@@ -100,19 +100,19 @@ def _quantize_block(
         W: fp32 [columns, rows of a unit, units]; it is overwritten.
         layout: The layout of the whole weight.
         spec: Settings of the quantization.
-        order: The order of the columns.
+        plan: The order of the columns, and what their errors cost.
 
     Returns:
         uint8 codes [columns, rows of a unit, units], and stored scale and zero [2, groups, units].
     """
-    if order.correction is not None:
-        W += (order.correction.t() @ W.flatten(1)).view_as(W)
-    W = W[order.columns]
+    if plan.correction is not None:
+        W += (plan.correction.t() @ W.flatten(1)).view_as(W)
+    W = W[plan.columns]
     codes = torch.empty_like(W, dtype=torch.uint8)
     meta = W.new_empty(2, layout.groups, W.shape[2], dtype=spec.meta_dtype)
     group_columns = layout.group_size if layout.axis == 1 else 1
     fitted, block_columns = _fitted_columns(layout), _block_columns(layout)
-    step = 1 if order.feedback is not None else min(fitted, block_columns)
+    step = 1 if plan.feedback is not None else min(fitted, block_columns)
     for start in range(0, len(W), block_columns):
         stop = min(start + block_columns, len(W))
         errors = torch.empty_like(W[start:stop])
@@ -120,22 +120,22 @@ def _quantize_block(
             last = min(first + step, stop)
             if first % fitted == 0:
                 columns = slice(first, first + fitted)
-                fit = _fit_groups(W[columns], layout, spec, order.importance[columns])
+                fit = _fit_groups(W[columns], layout, spec, plan.importance[columns])
                 meta[:, first // group_columns :][:, : fit.shape[1]] = fit
             groups = slice(first // group_columns, (last - 1) // group_columns + 1)
             scale, zero = meta[:, groups, None].float()  # each [groups, 1, units]
             code = (W[first:last] / scale).add_(zero).round_().clamp_(0, (1 << spec.nbits) - 1)
             codes[first:last] = code
-            if order.feedback is not None:
+            if plan.feedback is not None:
                 error = torch.sub(W[first], code[0].sub_(zero[0]).mul_(scale[0]))
                 errors[first - start] = error
                 later = W[last:stop].flatten(1)  # in this block
-                later.addr_(order.feedback[first, last:stop], error.flatten())
-        if order.feedback is not None:  # the columns behind this block
-            W[stop:].flatten(1).addmm_(order.feedback[start:stop, stop:].t(), errors.flatten(1))
-    group_order = order.columns[::group_columns] // group_columns
+                later.addr_(plan.feedback[first, last:stop], error.flatten())
+        if plan.feedback is not None:  # the columns behind this block
+            W[stop:].flatten(1).addmm_(plan.feedback[start:stop, stop:].t(), errors.flatten(1))
+    group_order = plan.columns[::group_columns] // group_columns
     return (
-        torch.empty_like(codes).index_copy_(0, order.columns, codes),
+        torch.empty_like(codes).index_copy_(0, plan.columns, codes),
         torch.empty_like(meta).index_copy_(1, group_order, meta),
     )
 

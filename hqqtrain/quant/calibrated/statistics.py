@@ -51,8 +51,8 @@ class InputStatistics:
 
 
 @dataclass(frozen=True)
-class ColumnOrder:
-    """How the columns of a weight are quantized: in which order, and what errors cost.
+class ColumnPlan:
+    """How the columns of a weight are quantized.
 
     Attributes:
         columns: int64 [in_features], the columns in the order in which they are quantized.
@@ -70,10 +70,10 @@ class ColumnOrder:
 
 
 @torch.no_grad()
-def order_columns(
+def plan_columns(
     statistics: InputStatistics, group_size: int, axis: int, *, has_feedback: bool
-) -> ColumnOrder:
-    """Return the order of the columns, with the factors of error feedback.
+) -> ColumnPlan:
+    """Return the plan for weights that get inputs with these statistics.
 
     Error feedback is GPTQ's (Frantar et al., arXiv 2210.17323). Columns with large inputs come
     first, because later columns make up for their errors; groups of axis 1 stay together. The
@@ -95,12 +95,12 @@ def order_columns(
     moments.diagonal().copy_(diagonal)
     if not has_feedback:
         columns = torch.arange(len(diagonal), device=diagonal.device)
-        return ColumnOrder(columns, (diagonal / diagonal.mean()).float(), None, None)
+        return ColumnPlan(columns, (diagonal / diagonal.mean()).float(), None, None)
     correction = _correction(statistics, moments, diagonal)
     columns = _descending(diagonal, group_size if axis == 1 else 1)
     importance = (diagonal / diagonal.mean()).float()[columns]
     moments.diagonal().add_(FEEDBACK_DAMPING * diagonal.mean())
-    return ColumnOrder(columns, importance, _feedback(moments[columns][:, columns]), correction)
+    return ColumnPlan(columns, importance, _feedback(moments[columns][:, columns]), correction)
 
 
 def _descending(diagonal: Tensor, group_size: int) -> Tensor:

@@ -10,9 +10,9 @@ from hqqtrain.quant.calibrated.fit import weighted_least_squares
 from hqqtrain.quant.calibrated.quantize import quantize_rows
 from hqqtrain.quant.calibrated.statistics import (
     FEEDBACK_DAMPING,
-    ColumnOrder,
+    ColumnPlan,
     InputStatistics,
-    order_columns,
+    plan_columns,
 )
 from hqqtrain.quant.grid import QuantGrid, power_of_two
 from hqqtrain.quant.quantize import QuantizedWeight, dequantize_weight, quantize_weight
@@ -36,8 +36,8 @@ def output_error(W: Tensor, q: QuantizedWeight, spec: QuantSpec, gram: Tensor) -
     return float(((difference @ gram.double()) * difference).sum())
 
 
-def quantize(W: Tensor, spec: QuantSpec, order: ColumnOrder) -> QuantizedWeight:
-    return quantize_rows(W, spec.layout(*W.shape), 0, spec, order)
+def quantize(W: Tensor, spec: QuantSpec, plan: ColumnPlan) -> QuantizedWeight:
+    return quantize_rows(W, spec.layout(*W.shape), 0, spec, plan)
 
 
 @pytest.mark.parametrize("axis", [1, 0])
@@ -50,8 +50,8 @@ def test_weights_and_feedback_lower_the_error_of_the_outputs(
     gram, spec = x.t() @ x / TOKENS, spec_of(nbits, group_size, axis)
     statistics, g = InputStatistics(gram), spec.layout(*W.shape).group_size
     weighted, feedback = (
-        output_error(W, quantize(W, spec, order), spec, gram)
-        for order in (order_columns(statistics, g, axis, has_feedback=f) for f in (False, True))
+        output_error(W, quantize(W, spec, plan), spec, gram)
+        for plan in (plan_columns(statistics, g, axis, has_feedback=f) for f in (False, True))
     )
     alone = output_error(W, quantize_weight(W, spec), spec, gram)
     # On axis 0 all weights of a group have the same input, so weights change nothing there.
@@ -65,9 +65,9 @@ def test_the_recursion_is_that_of_gptq() -> None:
     x = x[:, x.square().mean(0).argsort(descending=True)]  # so columns keep their order
     gram, g, W = x.t() @ x / TOKENS, 16, torch.randn(ROWS, COLUMNS)
     spec = spec_of(3, g, 1)
-    order = order_columns(InputStatistics(gram), g, 1, has_feedback=True)
-    assert order.columns.tolist() == list(range(COLUMNS))
-    found = dequantize_weight(quantize(W, spec, order), spec.layout(*W.shape), torch.float64)
+    plan = plan_columns(InputStatistics(gram), g, 1, has_feedback=True)
+    assert plan.columns.tolist() == list(range(COLUMNS))
+    found = dequantize_weight(quantize(W, spec, plan), spec.layout(*W.shape), torch.float64)
 
     moments = gram.double() + torch.eye(COLUMNS) * FEEDBACK_DAMPING * gram.diagonal().mean()
     inverse, rest, expected = torch.linalg.inv(moments), W.double(), torch.empty_like(found)
@@ -75,7 +75,7 @@ def test_the_recursion_is_that_of_gptq() -> None:
         if column % g == 0:
             group = rest[:, column : column + g].t().float()
             grid = QuantGrid(3, power_of_two(group.abs().amax(0)), torch.bfloat16)
-            weights = order.importance[column : column + g, None]
+            weights = plan.importance[column : column + g, None]
             scale, zero = weighted_least_squares(group / grid.magnitude, weights, grid)
             scale = (scale * grid.magnitude).double()
         code = (rest[:, column] / scale + zero).round().clamp(0, 7)
@@ -99,17 +99,17 @@ def test_slices_and_threads_do_not_change_bits(
     layout = spec.layout(*W.shape)
     cross = (x + 0.1 * torch.randn_like(x)).t() @ x / TOKENS
     statistics = InputStatistics(x.t() @ x / TOKENS, cross)
-    order = order_columns(statistics, layout.group_size, axis, has_feedback=has_feedback)
-    whole = quantize(W, spec, order)
+    plan = plan_columns(statistics, layout.group_size, axis, has_feedback=has_feedback)
+    whole = quantize(W, spec, plan)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert torch.equal(quantize(W, spec, order).W_q, whole.W_q)
+        assert torch.equal(quantize(W, spec, plan).W_q, whole.W_q)
     finally:
         torch.set_num_threads(threads)
     cuts = [0, 1, layout.units // 3, layout.units]
     parts = [
-        quantize_rows(torch.cat([W[rows] for rows in layout.rows_of(a, b)]), layout, a, spec, order)
+        quantize_rows(torch.cat([W[rows] for rows in layout.rows_of(a, b)]), layout, a, spec, plan)
         for a, b in pairwise(cuts)
     ]
     for name in ("W_q", "scale", "zero"):
@@ -119,18 +119,18 @@ def test_slices_and_threads_do_not_change_bits(
 @pytest.mark.parametrize("block", [32, 64])
 def test_blocks_of_rows_are_independent(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     W, x, spec = torch.randn(ROWS, COLUMNS), inputs(), spec_of(2, 24, 1)
-    order = order_columns(InputStatistics(x.t() @ x / TOKENS), 24, 1, has_feedback=True)
-    whole = dequantize_weight(quantize(W, spec, order), spec.layout(*W.shape), torch.float32)
+    plan = plan_columns(InputStatistics(x.t() @ x / TOKENS), 24, 1, has_feedback=True)
+    whole = dequantize_weight(quantize(W, spec, plan), spec.layout(*W.shape), torch.float32)
     monkeypatch.setitem(quantize_rows.__wrapped__.__globals__["BLOCK_ROWS"], "cpu", block)
-    parts = dequantize_weight(quantize(W, spec, order), spec.layout(*W.shape), torch.float32)
+    parts = dequantize_weight(quantize(W, spec, plan), spec.layout(*W.shape), torch.float32)
     assert (parts - whole).abs().mean() < 1e-3 * whole.abs().mean()
 
 
 @pytest.mark.parametrize("axis", [1, 0])
 def test_integer_zeros(axis: int) -> None:
     W, x, spec = torch.randn(ROWS, COLUMNS), inputs(), spec_of(4, 8, axis, zero="integer")
-    order = order_columns(InputStatistics(x.t() @ x / TOKENS), 8, axis, has_feedback=True)
-    q = quantize(W, spec, order)
+    plan = plan_columns(InputStatistics(x.t() @ x / TOKENS), 8, axis, has_feedback=True)
+    q = quantize(W, spec, plan)
     assert torch.equal(q.zero, q.zero.round().clamp(0, 15))
 
 
@@ -140,7 +140,7 @@ def test_integer_zeros(axis: int) -> None:
 ], ids=["zero", "constant", "huge", "tiny"])  # fmt: skip
 def test_extreme_weights_stay_finite(W: Tensor) -> None:
     x, spec = inputs(), spec_of(2, 8, 1)
-    order = order_columns(InputStatistics(x.t() @ x / TOKENS), 8, 1, has_feedback=True)
-    back = dequantize_weight(quantize(W, spec, order), spec.layout(*W.shape), torch.float32)
+    plan = plan_columns(InputStatistics(x.t() @ x / TOKENS), 8, 1, has_feedback=True)
+    back = dequantize_weight(quantize(W, spec, plan), spec.layout(*W.shape), torch.float32)
     assert back.isfinite().all()
     assert (back - W).abs().max() <= W.abs().max() * 1.05
