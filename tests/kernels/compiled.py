@@ -32,7 +32,14 @@ from triton.runtime import driver
 
 from hqqtrain.quant.quantize import quantize_weight
 from hqqtrain.quant.spec import QuantSpec
-from hqqtrain_kernels import Layout, backend, dequantize_triton, heuristics, linear_triton
+from hqqtrain_kernels import (
+    Layout,
+    backend,
+    dequantize_triton,
+    feedback_triton,
+    heuristics,
+    linear_triton,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
@@ -139,6 +146,15 @@ def _quantize(layout: Layout, solver: str, meta_dtype: torch.dtype = torch.bfloa
     )
 
 
+def _quantize_columns(columns: int, group_columns: int) -> None:
+    W, codes = torch.empty(columns, 1, 4096), torch.empty(columns, 1, 4096, dtype=torch.uint8)
+    meta = torch.empty(2, -(-columns // group_columns), 4096, dtype=torch.bfloat16)
+    feedback_triton.quantize_columns(
+        W, *meta, torch.empty(columns, 8192)[:, :columns], codes, torch.empty_like(W),
+        nbits=4, group_columns=group_columns,
+    )  # fmt: skip
+
+
 Case = tuple[str, Callable[[], None]]
 
 
@@ -152,6 +168,7 @@ def _cases(thorough: bool) -> Iterator[Case]:
     for nbits, solver in ((4, "least_squares"), (4, "hqq"), (3, "rtn")):
         layout = Layout(4096, 256, nbits, 64, 1)
         yield f"quantize {solver} {layout}", partial(_quantize, layout, solver)
+    yield "quantize columns", partial(_quantize_columns, 64, 64)
     for nbits, heuristic in _heuristics(thorough):
         M = heuristic.max_m
         for g in (64, 128) if thorough and M <= 16 else (64,):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import hqqtrain_kernels as kernels
+from hqqtrain.quant.calibrated.columns import quantize_columns
 from hqqtrain.quant.calibrated.fit import weighted_least_squares
 from hqqtrain.quant.calibrated.parallel import map_in_order
 from hqqtrain.quant.calibrated.statistics import ColumnPlan
@@ -112,7 +113,7 @@ def _quantize_block(
     meta = W.new_empty(2, layout.groups, W.shape[2], dtype=spec.meta_dtype)
     group_columns = layout.group_size if layout.axis == 1 else 1
     fitted, block_columns = _fitted_columns(layout), _block_columns(layout)
-    step = 1 if plan.feedback is not None else min(fitted, block_columns)
+    step = min(fitted, block_columns)
     for start in range(0, len(W), block_columns):
         stop = min(start + block_columns, len(W))
         errors = torch.empty_like(W[start:stop])
@@ -123,14 +124,15 @@ def _quantize_block(
                 fit = _fit_groups(W[columns], layout, spec, plan.importance[columns])
                 meta[:, first // group_columns :][:, : fit.shape[1]] = fit
             groups = slice(first // group_columns, (last - 1) // group_columns + 1)
-            scale, zero = meta[:, groups, None].float()  # each [groups, 1, units]
-            code = (W[first:last] / scale).add_(zero).round_().clamp_(0, (1 << spec.nbits) - 1)
-            codes[first:last] = code
-            if plan.feedback is not None:
-                error = torch.sub(W[first], code[0].sub_(zero[0]).mul_(scale[0]))
-                errors[first - start] = error
-                later = W[last:stop].flatten(1)  # in this block
-                later.addr_(plan.feedback[first, last:stop], error.flatten())
+            quantize_columns(
+                W[first:stop],
+                *meta[:, groups],
+                None if plan.feedback is None else plan.feedback[first:last, first:stop],
+                codes[first:last],
+                errors[first - start : last - start],
+                nbits=spec.nbits,
+                group_columns=group_columns,
+            )
         if plan.feedback is not None:  # the columns behind this block
             W[stop:].flatten(1).addmm_(plan.feedback[start:stop, stop:].t(), errors.flatten(1))
     group_order = plan.columns[::group_columns] // group_columns
