@@ -126,7 +126,8 @@ def _quantize_block(
             groups = slice(first // group_columns, (last - 1) // group_columns + 1)
             quantize_columns(
                 W[first:stop],
-                *meta[:, groups],
+                meta[0, groups],
+                meta[1, groups],
                 None if plan.feedback is None else plan.feedback[first:last, first:stop],
                 codes[first:last],
                 errors[first - start : last - start],
