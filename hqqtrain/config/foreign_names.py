@@ -133,7 +133,7 @@ NEEDLESS_NAMES = {
     ),
     **dict.fromkeys(
         ("eval_sample_packing", "eval_packing"),
-        "held-out text is measured in windows of train.max_seq_len tokens",
+        "held-out text is measured in windows, as eval.protocol says",
     ),
     **dict.fromkeys(
         ("pad_to_sequence_len", "pad_to_multiple_of"), "a batch is padded to its longest sequence"

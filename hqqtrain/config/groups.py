@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hqqtrain.config.data_sources import FILE_TYPES, FORMATS, source_errors
+from hqqtrain.config.eval_protocols import JOINED_PROTOCOLS, WINDOWS
 from hqqtrain.config.field import DTYPES, is_names, key
 
 MAX_EPOCHS = 1_000_000
@@ -211,6 +212,13 @@ class EvalConfig:
         low=1,
     )
     tokens: int = key(65536, "most tokens to measure on", low=2)
+    protocol: str = key(
+        WINDOWS,
+        "how perplexity is measured; windows: on a sample of windows of train.max_seq_len tokens, "
+        "wikitext2_2048: as in the papers on GPTQ and AWQ, on all texts joined, in windows of 2048 "
+        "tokens, hqq: as in hqq's script, with a stride of 512 tokens and 1024 tokens of context",
+        choices=(WINDOWS, *JOINED_PROTOCOLS),
+    )
     reference: str = key(
         "resident",
         "how the full-precision model is measured for comparison; off: not at all, resident: "
@@ -220,3 +228,36 @@ class EvalConfig:
     samples: int = key(
         3, "held-out texts whose beginnings each model continues, for the report; 0: none", low=0
     )
+
+    def errors(self) -> Iterator[str]:
+        """Yield one message for every combination of these keys that is not allowed."""
+        protocol = JOINED_PROTOCOLS.get(self.protocol)
+        if protocol and self.tokens < protocol.context:
+            yield (
+                f"eval.tokens={self.tokens}: eval.protocol={self.protocol} measures windows of "
+                f"{protocol.context} tokens; use {protocol.context} or more."
+            )
+
+    @property
+    def joins_texts(self) -> bool:
+        """Whether windows are cut from all held-out texts joined, and not from single texts."""
+        return self.protocol != WINDOWS
+
+    def window_shape(self, max_seq_len: int) -> tuple[int, int]:
+        """Return context and stride of the windows in tokens; see `JoinedProtocol`.
+
+        Args:
+            max_seq_len: `train.max_seq_len`.
+        """
+        protocol = JOINED_PROTOCOLS.get(self.protocol)
+        return (protocol.context, protocol.stride) if protocol else (max_seq_len, max_seq_len)
+
+    def batch_size(self, micro_batch_size: int, max_seq_len: int) -> int:
+        """Return the number of windows in a batch, which has the tokens of a micro-batch.
+
+        Args:
+            micro_batch_size: `train.micro_batch_size`.
+            max_seq_len: `train.max_seq_len`.
+        """
+        context, _ = self.window_shape(max_seq_len)
+        return max(1, micro_batch_size * max_seq_len // context)

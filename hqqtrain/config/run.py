@@ -65,7 +65,7 @@ ADDED_KEYS: dict[str, dict[str, Any]] = {
         name: getattr(QuantConfig(), name) for name in ("zero", "calibration", "calibration_tokens")
     },
     "train": {"early_stopping_patience": None},
-    "eval": {"samples": EvalConfig().samples},
+    "eval": {name: getattr(EvalConfig(), name) for name in ("samples", "protocol")},
     "ckpt": {"load_best": False},
 }
 """Single keys that the first release did not have, by group, and their defaults; as above."""
@@ -157,6 +157,11 @@ class RunConfig:
                 f"train.early_stopping_patience={patience}: counts evaluations; set eval.every and "
                 "eval.source, or null."
             )
+
+    def eval_protocol(self) -> dict[str, Any]:
+        """Return how perplexity is measured: `protocol`, `context` and `stride` by these names."""
+        context, stride = self.eval.window_shape(self.train.max_seq_len)
+        return {"protocol": self.eval.protocol, "context": context, "stride": stride}
 
     def run_name(self) -> str:
         """Return `run.name`, or by default the recipe (or task) and a short hash of `identity`.

@@ -29,7 +29,7 @@ USED_KEYS = {
     "export": (*_EVERY_TASK, "adapter.init_from", "adapter.dtype", "export", "export.*"),
     "data": (
         "task", "recipe", "model", "model.*", "data", "data.*", "eval.source", "eval.tokens",
-        "train.max_seq_len", "train.packing", "launch", "launch.*", "run", "run.*",
+        "eval.protocol", "train.max_seq_len", "train.packing", "launch", "launch.*", "run", "run.*",
     ),
 }  # fmt: skip
 """Globs of the keys that each task uses, except for those in `UNUSED_KEYS`."""
@@ -99,8 +99,8 @@ def _ineffective(config: RunConfig) -> Iterator[tuple[str, str]]:
         fix = "" if config.data.streaming else "; add train.max_steps=null"
         yield "train.epochs", f"train.max_steps={train.max_steps} takes precedence{fix}"
     if evaluation.source is None:
-        for key in ("eval.every", "eval.tokens", "eval.reference", "eval.samples"):
-            yield key, "eval.source=null turns the evaluation off"
+        for name in ("every", "tokens", "protocol", "reference", "samples"):
+            yield f"eval.{name}", "eval.source=null turns the evaluation off"
     if "wandb" not in config.track.backends:
         for key in _OF_WANDB:
             yield key, "track.backends does not contain wandb"

@@ -16,6 +16,7 @@ import numpy as np
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig, EvalConfig
+from hqqtrain.data.joined_text import load_joined_windows
 from hqqtrain.data.packing import cut_long, encode_stream
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.data.texts import held_out_texts
@@ -38,12 +39,13 @@ def load_eval_set(
     on_batch: Callable[[], object] = lambda: None,
     folder: Path | None = None,
 ) -> TokenSequences | None:
-    """Sample windows of at most `max_seq_len` tokens from the held-out texts.
+    """Return the windows of the held-out texts that `eval.protocol` measures.
 
-    No window crosses the end of its text. Together the windows have `eval.tokens` tokens if there
-    are as many: the last window is cut. If `eval.tokens` is a multiple of `max_seq_len`, windows
-    are measured as a whole, and their sum may be smaller. The number includes the first token of
-    each window, which is not predicted.
+    With `eval.protocol=windows`, they have at most `max_seq_len` tokens. No window crosses the end
+    of its text. Together the windows have `eval.tokens` tokens if there are as many: the last
+    window is cut. If `eval.tokens` is a multiple of `max_seq_len`, windows are measured as a whole,
+    and their sum may be smaller. The number includes the first token of each window, which is not
+    predicted. For the other protocols, see `load_joined_windows`.
 
     Args:
         evaluation: The group `eval` of the configuration.
@@ -61,6 +63,8 @@ def load_eval_set(
     """
     if evaluation.source is None:
         return None
+    if evaluation.joins_texts:
+        return load_joined_windows(evaluation, data, tokenizer, on_batch=on_batch, folder=folder)
     length = min(max_seq_len, evaluation.tokens)
     where = f"eval.source={evaluation.source}"
     examples = held_out_texts(evaluation, data)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,14 @@ class SourceFiles:
     file_type: str
 
 
-def find_files(source: str, file_type: str, key: str, *, warns: bool = True) -> SourceFiles:
+def find_files(
+    source: str,
+    file_type: str,
+    key: str,
+    *,
+    warns: bool = True,
+    held_out_splits: Sequence[str] = HELD_OUT_SPLITS,
+) -> SourceFiles:
     """Find the file `source`, the files below the folder, or those that match the pattern.
 
     The files are sorted, and hidden ones are left out. Names of files and folders decide the split,
@@ -72,6 +80,7 @@ def find_files(source: str, file_type: str, key: str, *, warns: bool = True) -> 
         file_type: `auto`, `text`, `jsonl`, `csv`, `parquet` or `arrow`.
         key: The config key that contains `source`, for messages.
         warns: Whether to log which files are not read.
+        held_out_splits: The names of splits, the first of which that exists is held out.
 
     Raises:
         UserError: The path is missing or unreadable, has no file of the type, or has files of
@@ -98,7 +107,7 @@ def find_files(source: str, file_type: str, key: str, *, warns: bool = True) -> 
             "%s: %d of %d files are read; the others have other extensions, such as %s.",
             where, len(files), len(all_files), other.relative_to(path),
         )  # fmt: skip
-    return _by_split(files, path, file_type, where if warns else None)
+    return _by_split(files, path, file_type, where if warns else None, held_out_splits)
 
 
 def _files_of_one_type(files: list[Path], file_type: str, where: str) -> tuple[list[Path], str]:
@@ -212,13 +221,15 @@ def _existing_path(source: str, key: str) -> Path:
     return path
 
 
-def _by_split(files: list[Path], root: Path, file_type: str, where: str | None) -> SourceFiles:
+def _by_split(
+    files: list[Path], root: Path, file_type: str, where: str | None, held_out_splits: Sequence[str]
+) -> SourceFiles:
     """Sort the files below `root` by their names, and log what follows if `where` is given."""
     if _is_source_tree(files, root):
         _log_ignored_names(files, root, where)
         return SourceFiles(files, [], file_type)
     splits = split_files(files, root)
-    held_out = next((splits[split] for split in HELD_OUT_SPLITS if split in splits), [])
+    held_out = next((splits[split] for split in held_out_splits if split in splits), [])
     train = splits.get(TRAIN) or splits.get(None, [])
     unused = len(files) - len(train) - len(held_out)
     if where and (held_out or unused):

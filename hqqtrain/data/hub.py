@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import islice
@@ -115,16 +115,14 @@ def find_hub_split(splits: Splits, *names: str) -> Split | None:
     return None
 
 
-def select_hub_split(splits: Splits, split: str, source: str, key: str) -> Split:
-    """Return the data set's own split for `split`, which is `train` or `held_out`.
+def select_hub_split(splits: Splits, names: Sequence[str], source: str, key: str) -> Split:
+    """Return the first of the splits `names` that the data set has.
 
-    For `held_out` this is the validation or the test split. If a data set has a single split, that
-    one is returned.
+    If a data set has a single split, that one is returned.
 
     Raises:
         UserError: The data set has several splits, but not the right one.
     """
-    names = (TRAIN,) if split == TRAIN else HELD_OUT_SPLITS
     found = find_hub_split(splits, *names)
     if found is not None:
         return found

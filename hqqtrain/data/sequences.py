@@ -87,6 +87,11 @@ class TokenSequences:
             return sum(int(np.count_nonzero(self.targets[b + 1 : e])) for b, e in bounds)
         return int(self._count_targets(self.begin, self.end).sum())
 
+    @property
+    def target_counts(self) -> np.ndarray:
+        """The number of predicted tokens of each sequence, int64 [n]."""
+        return self._count_targets(self.begin, self.end)
+
     def trains(self, token_id: int) -> bool:
         """Whether a token is among the targets of the texts."""
         return any(

@@ -1,7 +1,7 @@
 """Open one source of any kind: built in, files, or a data set of the hub."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from hqqtrain.data.hub import (
 from hqqtrain.data.readers import TEXT_COLUMN, FileRows
 from hqqtrain.data.row_examples import RowExamples
 from hqqtrain.data.rows import Rows
+from hqqtrain.data.splits import HELD_OUT_SPLITS, TRAIN
 from hqqtrain.data.stdlib import stdlib_texts
 from hqqtrain.data.stdlib_chat import stdlib_conversations
 
@@ -42,7 +43,13 @@ class SourceTexts:
 
 
 def open_source(
-    source: str, data: DataConfig, key: str, *, warns: bool = True, evaluates: bool = False
+    source: str,
+    data: DataConfig,
+    key: str,
+    *,
+    warns: bool = True,
+    evaluates: bool = False,
+    held_out_splits: Sequence[str] = HELD_OUT_SPLITS,
 ) -> SourceTexts:
     """Open a source of any kind.
 
@@ -52,6 +59,7 @@ def open_source(
         key: The config key that contains `source`, for messages.
         warns: Whether to log which files are not read.
         evaluates: Whether only the held-out texts are needed, or all if none are.
+        held_out_splits: The names of splits, the first of which that exists is held out.
 
     Raises:
         UserError: The source cannot be found, has no files or splits of the kind, or its rows have
@@ -66,7 +74,9 @@ def open_source(
         return RowExamples(rows, format, where, data.max_bad_rows, kind)
 
     if not is_hub_name(source):
-        files = find_files(source, data.file_type, key, warns=warns)
+        files = find_files(
+            source, data.file_type, key, warns=warns, held_out_splits=held_out_splits
+        )
         if not files.train and not evaluates:
             raise UserError(
                 f"{where}: no file to train on; by its name, {files.held_out[0]} is held-out text. "
@@ -79,13 +89,14 @@ def open_source(
         return SourceTexts(of_train or [], of_held_out)
     is_streamed = data.streaming and key == "data.source"
     splits = (stream_hub_dataset if is_streamed else load_hub_dataset)(source, key)
-    names = ("held_out",) if evaluates else ("train", *["held_out"] * has_held_out(splits))
+    has_both = not evaluates and has_held_out(splits)
+    names = [held_out_splits] if evaluates else [(TRAIN,), *[held_out_splits] * has_both]
     train, *held_out = (
         examples(
-            HubRows(select_hub_split(splits, split, source, key), where),
-            "rows" if split == "train" else "held-out rows",
+            HubRows(select_hub_split(splits, each, source, key), where),
+            "held-out rows" if each is held_out_splits else "rows",
         )
-        for split in names
+        for each in names
     )
     return SourceTexts(train, held_out[0] if held_out else None)
 

@@ -30,6 +30,7 @@ from hqqtrain.data.mixture import (
 from hqqtrain.data.overlap import check_overlap
 from hqqtrain.data.row_examples import RowCounts, RowExamples
 from hqqtrain.data.single_source import SourceTexts, open_source
+from hqqtrain.data.splits import HELD_OUT_SPLITS, TEST_FIRST
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def load_training_texts(data: DataConfig, evaluation: EvalConfig) -> Iterable[Ex
             the held-out text.
     """
     where = f"data.source={describe_source(data.source)}"
-    texts = open_training_sources(data)
+    texts = open_training_sources(data, held_out_splits=held_out_splits(evaluation))
     if evaluation.source is None:
         return _repeated(texts.train, data)
     if not evaluates_on_training_source(evaluation, data):
@@ -68,7 +69,8 @@ def load_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Iterable[Ex
     """
     assert evaluation.source is not None
     if evaluates_on_training_source(evaluation, data):
-        texts = open_training_sources(data, warns=False)
+        splits = held_out_splits(evaluation)
+        texts = open_training_sources(data, warns=False, held_out_splits=splits)
         if texts.held_out is not None:
             if not _is_built_in(data):
                 _warn_if_unused(data)
@@ -78,8 +80,19 @@ def load_held_out_texts(evaluation: EvalConfig, data: DataConfig) -> Iterable[Ex
     # data.file_type describes data.source; a known extension of eval.source takes precedence.
     if format_extension(Path(evaluation.source)) in FILE_TYPE_BY_EXTENSION:
         data = replace(data, file_type=AUTO)
-    texts = open_source(evaluation.source, data, "eval.source", evaluates=True)
+    texts = open_source(
+        evaluation.source,
+        data,
+        "eval.source",
+        evaluates=True,
+        held_out_splits=held_out_splits(evaluation),
+    )
     return texts.train if texts.held_out is None else texts.held_out
+
+
+def held_out_splits(evaluation: EvalConfig) -> tuple[str, ...]:
+    """Return the names of the splits, the first of which that exists is measured."""
+    return TEST_FIRST if evaluation.joins_texts else HELD_OUT_SPLITS
 
 
 def evaluates_on_training_source(evaluation: EvalConfig, data: DataConfig) -> bool:
@@ -107,10 +120,12 @@ def dataset_name(evaluation: EvalConfig, data: DataConfig) -> str:
     return f"{source}, held-out part" if is_part else source
 
 
-def open_training_sources(data: DataConfig, *, warns: bool = True) -> SourceTexts:
+def open_training_sources(
+    data: DataConfig, *, warns: bool = True, held_out_splits: Sequence[str] = HELD_OUT_SPLITS
+) -> SourceTexts:
     """Open all sources of `data.source`. If some have a held-out split, only that is held out."""
     opened = [
-        open_source(path, settings, "data.source", warns=warns)
+        open_source(path, settings, "data.source", warns=warns, held_out_splits=held_out_splits)
         for path, settings in settings_of_sources(data)
     ]
     if len(opened) == 1:

@@ -13,6 +13,9 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 HELD_OUT_SPLITS = (VALIDATION, TEST)
 """The splits that are never trained on; the first that exists is evaluated on."""
 
+TEST_FIRST = (TEST, VALIDATION)
+"""The same in another order, for figures that others measure on the test split."""
+
 _WORDS = {
     VALIDATION: "validation|valid|val|dev",
     TEST: "test|testing|eval|evaluation|held-?out|hold-?out",

@@ -72,6 +72,26 @@ def encode_texts(
             yield np.array([*ids, eos] if lacks_eos else ids, np.int32)
 
 
+def encode_text(
+    text: str, tokenizer: "PreTrainedTokenizerBase", where: str, *, keeps_eos: bool = True
+) -> np.ndarray:
+    """Return the tokens of one text, int32 [n], with the special tokens of the tokenizer only.
+
+    Args:
+        text: The text, of any length.
+        tokenizer: The tokenizer of the model.
+        where: The source of the text, for messages.
+        keeps_eos: Whether an EOS that the tokenizer puts after the text is kept.
+
+    Raises:
+        UserError: The tokenizer fails, or needs too much time or memory.
+    """
+    (ids,) = _encode([text], tokenizer, where)
+    if not keeps_eos and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return np.array(ids, np.int32)
+
+
 def check_token_ids(
     stream: np.ndarray, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, where: str
 ) -> None:

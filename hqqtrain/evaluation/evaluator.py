@@ -29,6 +29,7 @@ class Evaluator:
         reference: The full-precision model, if the KL divergence to it is measured.
         autocast: Makes the context of the forward passes.
         layout: Which texts may share a batch.
+        counts_first: As for `evaluate_perplexity`.
         show_progress: Opens a bar that shows how many tokens all ranks have evaluated.
     """
 
@@ -39,6 +40,7 @@ class Evaluator:
     reference: nn.Module | None = None
     autocast: Callable[[], AbstractContextManager] = nullcontext
     layout: BatchLayout = PACKED
+    counts_first: bool = False
     show_progress: ShowProgress = lambda _: nullcontext(lambda _: None)
 
     def continue_texts(
@@ -83,5 +85,6 @@ class Evaluator:
                 batch_size=self.batch_size,
                 reference=self.reference,
                 layout=self.layout,
+                counts_first=self.counts_first,
                 on_batch=on_batch,
             )

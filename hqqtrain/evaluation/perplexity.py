@@ -5,10 +5,11 @@ slice ever exist in fp32.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ def evaluate_perplexity(
     batch_size: int,
     reference: nn.Module | None = None,
     layout: BatchLayout = PACKED,
+    counts_first: bool = False,
     on_batch: Callable[[int], None] = lambda tokens: None,
 ) -> EvalResult:
     """Measure `model` on `sequences`, distributed over the ranks. Collective.
@@ -65,6 +67,8 @@ def evaluate_perplexity(
         reference: The full-precision model; adds its perplexity, KL(reference || model) and
             the top-1 agreement.
         layout: Which sequences may share a batch.
+        counts_first: Whether the mean loss of a sequence counts for all of its targets, with the
+            first token, which is not predicted. The scripts of GPTQ and hqq take the mean so.
         on_batch: Called after every batch of this rank, with the number of tokens that all ranks
             have predicted meanwhile. It does not depend on the rank.
 
@@ -75,18 +79,22 @@ def evaluate_perplexity(
     model.eval()
     # The sum of `_sum_over_tokens` over all batches of this rank.
     sums = torch.zeros(5, dtype=torch.float64, device=comm.device)
-    for batch, weight, tokens_of_ranks in _batches_of_this_rank(
-        sequences, batch_size, comm, layout
-    ):
+    batches = [
+        (batch, weight)
+        for group, weight in _weighted(sequences, counts_first)
+        for batch in layout.evaluation_batches(group, batch_size)
+    ]
+    for batch, weight, tokens_of_ranks in _batches_of_this_rank(batches, comm, layout):
         sums += weight * _sum_over_tokens(model, reference, batch)
         on_batch(tokens_of_ranks)
     model.train(was_training)
     loss, reference_loss, kl, agreeing, tokens = comm.all_reduce_sum(sums)
     perplexity = _perplexity(loss / tokens)
+    count = sequences.target_token_count
     if reference is None:
-        return EvalResult(perplexity, int(tokens))
+        return EvalResult(perplexity, count)
     reference_perplexity = _perplexity(reference_loss / tokens)
-    return EvalResult(perplexity, int(tokens), kl / tokens, reference_perplexity, agreeing / tokens)
+    return EvalResult(perplexity, count, kl / tokens, reference_perplexity, agreeing / tokens)
 
 
 def _perplexity(loss: float) -> float:
@@ -94,22 +102,40 @@ def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf  # the largest float is about exp(709)
 
 
+def _weighted(
+    sequences: TokenSequences, counts_first: bool
+) -> Iterator[tuple[TokenSequences, float]]:
+    """Yield the sequences that have the same weight, and the weight of their tokens in the mean.
+
+    It is 1, unless `counts_first`: then it is the number of the targets of a sequence over that of
+    its predicted tokens, which differ if its first token is a target.
+    """
+    if not counts_first:
+        yield sequences, 1.0
+        return
+    predicted = sequences.target_counts
+    weights = (predicted + sequences.targets[sequences.begin]) / predicted
+    for weight in np.unique(weights):
+        yield sequences.select(np.flatnonzero(weights == weight)), float(weight)
+
+
 def _batches_of_this_rank(
-    sequences: TokenSequences, batch_size: int, comm: Communicator, layout: BatchLayout
-) -> Iterator[tuple[Batch, int, int]]:
+    batches: Sequence[tuple[TokenSequences, float]], comm: Communicator, layout: BatchLayout
+) -> Iterator[tuple[Batch, float, int]]:
     """Yield (batch, weight, targets of all ranks), the same number of times on every rank.
 
     The forward pass of a sharded model is a collective, so a rank without a batch must run it, too.
-    It repeats the first batch, with weight 0; all other weights are 1.
+    It repeats the first batch, with weight 0.
     """
-    batches = layout.evaluation_batches(sequences, batch_size)
     for turn in range(ceil(len(batches) / comm.size)):
         index = turn * comm.size + comm.rank  # round robin
         exists = index < len(batches)
-        batch = collate_batch(batches[index if exists else 0], has_positions=layout.packs)
+        sequences, weight = batches[index if exists else 0]
+        batch = collate_batch(sequences, has_positions=layout.packs)
         on_device = {name: tensor.to(comm.device) for name, tensor in batch.items()}
         of_ranks = batches[turn * comm.size : (turn + 1) * comm.size]
-        yield on_device, int(exists), sum(each.target_token_count for each in of_ranks)
+        tokens = sum(each.target_token_count for each, _ in of_ranks)
+        yield on_device, weight if exists else 0.0, tokens
 
 
 def _sum_over_tokens(model: nn.Module, reference: nn.Module | None, batch: Batch) -> Tensor:

@@ -14,6 +14,7 @@ class AdapterCard:
         fingerprint: The fingerprint of the quantized base.
         group_size: Weights that share a scale; None: a whole row or column.
         metrics: Name -> value of the results, as the card shows them.
+        measured_by: How the perplexities are measured, as Markdown; empty if there are none.
         best_step: The optimizer step that was chosen for its loss; None: the last one.
         has_new_tokens: Whether the embeddings of new tokens are trained.
         has_tokenizer: Whether a tokenizer is saved with the adapter.
@@ -28,6 +29,7 @@ class AdapterCard:
     bits_per_weight: float
     revision: str | None = None
     metrics: dict[str, float] | None = None
+    measured_by: str = ""
     best_step: int | None = None
     has_new_tokens: bool = False
     has_tokenizer: bool = False
@@ -62,6 +64,8 @@ def render_card(card: AdapterCard) -> str:
     if card.metrics:
         rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in card.metrics.items())
         table = f"| figure | value |\n| --- | --- |\n{rows}\n\n"
+        if card.measured_by:
+            table += f"Perplexity: {card.measured_by}.\n\n"
     return f"""---
 library_name: peft
 {base_line}tags:

@@ -47,6 +47,7 @@ class Workload:
         evaluates: Whether a held-out text is evaluated.
         has_reference: Whether the full-precision model is in memory, too.
         eval_tokens: The value of `eval.tokens`.
+        eval_context: Tokens in a window of the evaluation.
         export_format: The value of `export.format`.
         new_checkpoints: Largest number of checkpoints by which the run's directory will grow.
         run_root: The value of `run.root`.
@@ -73,6 +74,7 @@ class Workload:
     new_checkpoints: int
     run_root: str
     calibration_tokens: int = 0
+    eval_context: int = 0
 
     @property
     def trains(self) -> bool:
@@ -99,10 +101,9 @@ class MemoryEstimate:
     host: int = 0
 
     def __str__(self) -> str:
-        parts = (f"{k} {short(v / GIB)}" for k, v in self.device.items() if v)
+        parts = ", ".join(f"{k} {short(v / GIB)}" for k, v in self.device.items() if v)
         memory, disk = sum(self.device.values()) / GIB, sum(self.disk.values()) / GIB
-        parts_text = ", ".join(parts)
-        return f"memory per rank {short(memory)} GiB ({parts_text}), disk {short(disk)} GiB"
+        return f"memory per rank {short(memory)} GiB ({parts}), disk {short(disk)} GiB"
 
 
 def estimate_memory(
@@ -142,8 +143,7 @@ def estimate_memory(
         host, parameters = sum(parameters.values()), dict.fromkeys(parameters, 0)
     kept = _kept_bytes(workload, model, strategy, world_size, dtype)
     on_host = strategy.comm.device.type == "cpu"
-    if not on_host:
-        host += kept
+    host += 0 if on_host else kept
     device = parameters | {
         "activations": _activation_bytes(workload, model, dtype) if workload.trains else 0,
         "logits": _logit_bytes(workload, model, dtype, in_chunks=strategy.may_call_head_alone),
@@ -238,8 +238,9 @@ def _logit_bytes(
     gradient. Evaluation keeps the logits of two models, and four fp32 tensors of a chunk of tokens.
     """
     vocab_size, tokens = text_config(model).vocab_size, workload.tokens
-    chunk_tokens = min(tokens, MAX_EVALUATION_TOKENS)
-    evaluation = vocab_size * (2 * tokens * dtype.itemsize + 4 * 4 * chunk_tokens)
+    eval_tokens = max(tokens, workload.eval_context)  # a batch has at least one window
+    chunk_tokens = min(eval_tokens, MAX_EVALUATION_TOKENS)
+    evaluation = vocab_size * (2 * eval_tokens * dtype.itemsize + 4 * 4 * chunk_tokens)
     num_logits = vocab_size * tokens
     if in_chunks:
         num_logits = min(num_logits, MAX_TRAINING_LOGITS)
@@ -270,8 +271,7 @@ def _working_bytes(workload: Workload, sizes: _Sizes, shards: int, dtype: torch.
     """
     copies = 2 if workload.is_synthetic else 4
     quantizing = (copies * dtype.itemsize + 2) * sizes.largest // shards
-    computing = 2 * dtype.itemsize * sizes.largest
-    return max(quantizing, computing)
+    return max(quantizing, 2 * dtype.itemsize * sizes.largest)
 
 
 def _token_bytes(model: nn.Module, dtype: torch.dtype) -> int:

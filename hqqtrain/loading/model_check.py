@@ -10,6 +10,8 @@ from collections.abc import Sequence, Set
 from torch import nn
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.eval_protocols import JOINED_PROTOCOLS, WINDOWS
+from hqqtrain.config.groups import EvalConfig
 from hqqtrain.models.families.positions import shortest_position_table
 from hqqtrain.models.families.structure import text_config
 from hqqtrain.models.fqn import base_model, base_tensors, is_packed
@@ -23,16 +25,29 @@ logger = logging.getLogger(__name__)
 
 
 def check_runnable(
-    model: nn.Module, max_seq_len: int, *, activation_checkpointing: bool = False
+    model: nn.Module,
+    max_seq_len: int,
+    *,
+    activation_checkpointing: bool = False,
+    evaluation: EvalConfig | None = None,
 ) -> None:
     """Check that sequences of `max_seq_len` tokens can be run through the model.
 
     The function logs a warning if they are longer than those that the model was made for.
 
+    Args:
+        model: The model, on any device.
+        max_seq_len: `train.max_seq_len`.
+        activation_checkpointing: Whether the model is trained with activation checkpointing.
+        evaluation: The group `eval`, whose windows are checked, too.
+
     Raises:
-        UserError: A token has no position, or the model does not support activation checkpointing.
+        UserError: A token has no position, the windows of `eval.protocol` are longer than the model
+            was made for, or the model does not support activation checkpointing.
     """
     _check_positions(model, max_seq_len)
+    if evaluation:
+        _check_eval_positions(model, evaluation)
     root = base_model(model)
     if activation_checkpointing and not root.supports_gradient_checkpointing:
         raise UserError(
@@ -47,6 +62,27 @@ def check_runnable(
             max_seq_len,
             max_positions,
             max_positions,
+        )
+
+
+def _check_eval_positions(model: nn.Module, evaluation: EvalConfig) -> None:
+    """Check that the model was made for the windows of `eval.protocol`, if it gives their length.
+
+    Raises:
+        UserError: The windows are longer. Their perplexity would tell nothing about the model.
+    """
+    protocol = JOINED_PROTOCOLS.get(evaluation.protocol)
+    if protocol is None or evaluation.source is None:
+        return
+    table = shortest_position_table(model)
+    limits = (getattr(text_config(model), "max_position_embeddings", None), table and table[1])
+    longest = min((limit for limit in limits if limit), default=protocol.context)
+    if protocol.context > longest:
+        fitting = [name for name, each in JOINED_PROTOCOLS.items() if each.context <= longest]
+        raise UserError(
+            f"eval.protocol={evaluation.protocol}: measures windows of {protocol.context} tokens, "
+            f"but the model was made for {longest} tokens at most (max_position_embeddings); use "
+            f"eval.protocol={' or '.join([WINDOWS, *fitting])}."
         )
 
 

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.text import count
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.groups import EvalConfig, ModelConfig
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.runtime import PRECISION_DTYPES, Runtime
 from hqqtrain.formats.packed import ModuleSettings, read_quantized_settings
@@ -90,7 +90,8 @@ class PlanSettings:
     """The groups of the configuration that decide the structure of a model.
 
     Attributes:
-        max_seq_len: Longest sequence of the run, for a warning.
+        max_seq_len: Longest sequence of the training, for a warning.
+        evaluation: The group `eval`, if the task evaluates the model.
         adapts: Whether to add a new adapter for training. Otherwise the model gets an adapter only
             if one exists already.
         executes: Whether the task calls the model. Tasks that only save it can use every strategy.
@@ -104,6 +105,7 @@ class PlanSettings:
     max_seq_len: int
     adapts: bool
     executes: bool
+    evaluation: EvalConfig | None = None
     activation_checkpointing: bool = False
     prepare_tokenizer: Callable[[ModelSource], ModelSource] = lambda source: source
 
@@ -147,6 +149,7 @@ def plan_model(
             model,
             settings.max_seq_len,
             activation_checkpointing=settings.activation_checkpointing,
+            evaluation=settings.evaluation,
         )
     packing = None
     if settings.executes:

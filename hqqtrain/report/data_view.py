@@ -90,7 +90,8 @@ class DataView:
         if data.empty_answers:
             figures["answers without a word"] = f"{data.empty_answers:,}, only the end is trained"
         if data.held_out:
-            figures["held-out examples"] = f"{data.held_out['examples']:,}"
+            kind = "windows" if "windows" in data.held_out else "examples"
+            figures[f"held-out {kind}"] = f"{data.held_out[kind]:,}"
             figures["held-out tokens"] = (
                 "{tokens:,}, of which an evaluation reads {measured_tokens:,} and predicts "
                 "{predicted_tokens:,}".format(**data.held_out)

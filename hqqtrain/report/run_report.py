@@ -201,7 +201,7 @@ def _read_config(layout: RunLayout) -> Mapping[str, Any]:
 
 
 def _subtitle(summary: Mapping[str, Any]) -> str:
-    """Return recipe, task, processes, device and held-out set.
+    """Return recipe, task, processes, device, held-out set and protocol of the evaluation.
 
     Without a record in `summary`, one process on a CPU is assumed; other parts are left out.
     """
@@ -212,8 +212,17 @@ def _subtitle(summary: Mapping[str, Any]) -> str:
         f"task {run['task']}" if run.get("task") else "",
         f"{count(world_size, 'process')} on {run.get('device') or 'cpu'}",
         f"measured on {evaluation['dataset']}" if evaluation.get("dataset") else "",
+        _describe_protocol(evaluation),
     ]
     return " · ".join(filter(None, parts))
+
+
+def _describe_protocol(evaluation: Mapping[str, Any]) -> str:
+    """Return how perplexity was measured; empty if it was not, or by an earlier release."""
+    if not evaluation.get("protocol"):
+        return ""
+    context, stride = (format_number(evaluation.get(key)) for key in ("context", "stride"))
+    return f"eval.protocol={evaluation['protocol']}, context {context}, stride {stride}"
 
 
 def _part_rows(part: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -141,10 +141,17 @@ class ModelMetrics(JsonObject):
 
 @dataclass(frozen=True)
 class EvalMetrics(JsonObject):
-    """The `eval` part. `bytes_read` counts the weight bytes of the full-precision reference."""
+    """The `eval` part. `bytes_read` counts the weight bytes of the full-precision reference.
+
+    Figures can be compared only if they have the same `protocol`, `context` and `stride`; see
+    `hqqtrain.config.eval_protocols`. `tokens` is the number of predicted tokens.
+    """
 
     bytes_read: int | None = None
     dataset: str | None = None
+    protocol: str | None = None
+    context: int | None = None
+    stride: int | None = None
     tokens: int | None = None
     full_precision: ModelMetrics | None = field(default=None, metadata={"part": ModelMetrics})
     quantized: ModelMetrics | None = field(default=None, metadata={"part": ModelMetrics})
@@ -191,7 +198,8 @@ class DataMetrics(JsonObject):
     If there are several sources, or one that is repeated, `sources` has the fields of
     `hqqtrain.data.mixture.SourceUse` for each.
     `left_out` has the number of rows that became no example, by reason. `held_out` has the
-    `examples` and `tokens` of the held-out text, and those of its tokens that are measured.
+    `examples` and `tokens` of the held-out text, and those of its tokens that are measured. Some
+    values of `eval.protocol` measure `windows` of the joined examples.
     """
 
     source: str | None = None

@@ -20,6 +20,7 @@ from hqqtrain.config.quant import QuantConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.encoding import add_refused, encode_or_refuse
 from hqqtrain.data.examples import Example
+from hqqtrain.data.joined_text import joined_rows
 from hqqtrain.data.streaming.sources import SHOWN_EXAMPLES
 from hqqtrain.data.texts import held_out_texts, training_texts
 from hqqtrain.distributed.preemption import PreemptionHandler
@@ -138,7 +139,10 @@ def _check_chats(
 
 
 def _check_held_out_text(config: RunConfig) -> str:
-    texts, where = held_out_texts(config.eval, config.data), f"eval.source={config.eval.source}"
+    where = f"eval.source={config.eval.source}"
+    if config.eval.joins_texts:
+        return _counted(where, joined_rows(config.eval, config.data))
+    texts = held_out_texts(config.eval, config.data)
     checked = _counted(where, texts)
     if config.eval.source == AUTO:  # a fault of both parts is one line
         where = f"data.source={describe_source(config.data.source)}"

@@ -17,7 +17,7 @@ import numpy as np
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.common.text import count
 from hqqtrain.config.data_sources import describe_source
-from hqqtrain.config.groups import DataConfig, ModelConfig
+from hqqtrain.config.groups import DataConfig, EvalConfig, ModelConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.mixture import SourceUse
 from hqqtrain.data.row_examples import RowCounts
@@ -82,7 +82,7 @@ def show_data(run: Run) -> None:
         measure_data(parts, data.sequences, run.config.train.max_seq_len),
         {reason: number for reason, number in counts.items() if number},
         rows.empty_answers,
-        _held_out_figures(held_out) if held_out else None,
+        _held_out_figures(held_out, run.config.eval) if held_out else None,
         uses,
     )
     metrics = data_metrics(run.config, format, report)
@@ -120,13 +120,14 @@ def data_metrics(config: RunConfig, format: str, report: DataReport) -> DataMetr
     )
 
 
-def _held_out_figures(held_out: TokenSequences) -> dict[str, int]:
+def _held_out_figures(held_out: TokenSequences, evaluation: EvalConfig) -> dict[str, int]:
     """Return the figures of the held-out examples; the sequences are what is measured.
 
-    The perplexity is that of the predicted tokens: in chats, those of the answers.
+    The perplexity is that of the predicted tokens: in chats, those of the answers. Joined texts
+    have windows in place of examples.
     """
     return {
-        "examples": len(held_out.starts),
+        "windows" if evaluation.joins_texts else "examples": len(held_out.starts),
         "tokens": len(held_out.stream),
         "measured_tokens": int((held_out.end - held_out.begin).sum()),
         "predicted_tokens": held_out.target_token_count,

@@ -38,7 +38,8 @@ def batch_layout(config: RunConfig, plan: ModelPlan, comm: Communicator) -> Batc
     train = config.train
     assert plan.packing is not None
     length = max_batched_length(plan.model)
-    if length is not None and length >= train.max_seq_len:
+    context, _ = config.eval.window_shape(train.max_seq_len)
+    if length is not None and length >= max(train.max_seq_len, context):
         length = None  # no text is that long
     reason = plan.packing.reason
     if length is not None and not reason:
@@ -92,7 +93,11 @@ def load_training_data(
         uses = texts.uses() if isinstance(texts, EpochExamples) else ()
         return TokenizedData(tokens.parts, tokens.sequences, uses)
 
-    settings = {"train.max_seq_len": length, "train.packing": config.train.packing}
+    settings = {
+        "train.max_seq_len": length,
+        "train.packing": config.train.packing,
+        **_protocol_setting(config),  # it decides which split the text must not overlap with
+    }
     data = _find_or_build(run, "train", build, settings, where, tokenizer_folder, vocab_size)
     with comm.raise_on_all_ranks():
         if config.task == "finetune" and comm.is_main and _is_notable(data.parts):
@@ -131,7 +136,7 @@ def _log_figures(config: RunConfig, data: DataStatistics) -> None:
 def load_held_out_data(
     run: Run, tokenizer_folder: Path, vocab_size: int | None = None
 ) -> TokenSequences | None:
-    """Return a sample of at most `eval.tokens` tokens of `eval.source`. Collective.
+    """Return the windows of `eval.source` that `eval.protocol` measures. Collective.
 
     It is None if `eval.source` is null. The tokens of an earlier run with the same text are reused.
     """
@@ -148,11 +153,18 @@ def load_held_out_data(
         assert windows is not None
         return TokenizedData(windows, windows)
 
-    settings = {"train.max_seq_len": length, "eval.tokens": config.eval.tokens}
+    settings = {"eval.tokens": config.eval.tokens, **_protocol_setting(config)}
+    if not config.eval.joins_texts:
+        settings["train.max_seq_len"] = length
     where = f"eval.source={config.eval.source}"
     return _find_or_build(
         run, "eval", build, settings, where, tokenizer_folder, vocab_size
     ).sequences
+
+
+def _protocol_setting(config: RunConfig) -> dict[str, object]:
+    """Return `eval.protocol`, unless it is the default, which older entries do not name."""
+    return {"eval.protocol": config.eval.protocol} if config.eval.joins_texts else {}
 
 
 def _find_or_build(

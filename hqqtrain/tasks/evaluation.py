@@ -70,10 +70,11 @@ class RecordedEvaluation:
             held_out,
             runtime.comm,
             runtime.preemption,
-            config.train.micro_batch_size,
+            _batch_size(config),
             self._reference,
             runtime.autocast,
             layout,
+            config.eval.joins_texts,
             run.recorder.progress_bars.show_evaluating,
         )
 
@@ -111,7 +112,7 @@ class RecordedEvaluation:
         texts = _select_texts(evaluator.held_out, config)
         prompts, rests = ([pair[i] for pair in texts] for i in (0, 1))
         ends, new_tokens = {tokenizer.eos_token_id}, len(rests[0])
-        is_chat = not evaluator.held_out.is_plain_text
+        is_chat = not _is_plain_text(evaluator.held_out, config)
         if is_chat:  # an answer may be short, and ends with a token, unless that is ordinary text
             ends |= {int(rest[-1]) for rest in rests} & set(tokenizer.added_tokens_decoder)
             new_tokens = min(SAMPLE_TOKENS, config.train.max_seq_len) // 2
@@ -184,7 +185,7 @@ class RecordedEvaluation:
             settings = {
                 "model": [source_digest, plan.source.kind, plan.source.name],
                 "text": held_out.digest,
-                "batch_size": config.train.micro_batch_size,
+                "batch_size": _batch_size(config),
                 "precision": [str(runtime.dtype), config.train.precision, str(runtime.device)],
             }
             file = reference_file(Path(config.run.root).expanduser(), plan.source.name, settings)
@@ -195,6 +196,15 @@ class RecordedEvaluation:
         """Keep the outputs of the reference model for later runs."""
         if isinstance(self._reference, CachedReference):
             self._reference.save()
+
+
+def _batch_size(config: RunConfig) -> int:
+    return config.eval.batch_size(config.train.micro_batch_size, config.train.max_seq_len)
+
+
+def _is_plain_text(held_out: TokenSequences, config: RunConfig) -> bool:
+    """Whether the held-out texts are plain text, as texts that are joined always are."""
+    return config.eval.joins_texts or held_out.is_plain_text
 
 
 def _warn_if_not_finite(model_key: str, result: EvalResult) -> None:
@@ -221,7 +231,7 @@ def _select_texts(held_out: TokenSequences, config: RunConfig) -> list[tuple[Ten
         min(SAMPLE_TOKENS, train.max_seq_len),
         train.micro_batch_size * train.max_seq_len,
     )
-    if not held_out.is_plain_text:
+    if not _is_plain_text(held_out, config):
         chats = select_prompts(held_out, config.eval.samples, max_tokens, length // 2)
         if chats:
             return chats

@@ -26,6 +26,7 @@ from hqqtrain.loading.source_digest import digest_source
 from hqqtrain.models.causal_lm import vocabulary_size
 from hqqtrain.rundir.identity import package_versions, result_settings
 from hqqtrain.tasks.calibration import load_calibration, packed_weights_digest
+from hqqtrain.tasks.card_figures import card_metrics, describe_protocol
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import (
     batch_layout,
@@ -196,7 +197,8 @@ def save_trained_adapter(
     card = AdapterCard(
         base=_base_name(plan),
         revision=run.config.model.revision,
-        metrics=recorder.card_metrics(),
+        metrics=card_metrics(recorder.summary),
+        measured_by=describe_protocol(recorder.summary),
         best_step=step if run.config.ckpt.load_best else None,
         has_new_tokens=bool(lora.trainable_token_indices),
         has_tokenizer=tokenizer is not None,

@@ -33,6 +33,7 @@ def plan_settings(config: RunConfig) -> PlanSettings:
         config.train.max_seq_len,
         adapts=config.task == "finetune",
         executes=config.task in ("finetune", "eval"),
+        evaluation=config.eval if config.task in ("finetune", "eval") else None,
         activation_checkpointing=config.task == "finetune"
         and config.train.activation_checkpointing,
         # The other tasks have no data: they take the tokenizer as it was saved.

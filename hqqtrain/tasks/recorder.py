@@ -160,9 +160,9 @@ class RunRecorder:
         # W&B and TensorBoard show trainings; other tasks only write metrics.jsonl.
         trains = self.config.task == "finetune"
         track = self.config.track if trains else replace(self.config.track, backends=[])
-        self.trackers = open_trackers(
-            track, self.directory.path, asdict(self.config), self.step_number
-        )
+        settings = asdict(self.config)
+        settings["eval"] |= self.config.eval_protocol()
+        self.trackers = open_trackers(track, self.directory.path, settings, self.step_number)
         if self.config.task == "export":  # it has no figure that changes
             return
         self._live_report = LiveReport(self.directory.path, lambda: self.summary.content.to_json())
@@ -271,23 +271,10 @@ class RunRecorder:
         if result.top1_agreement is not None:
             distance += f", top-1 agreement {result.top1_agreement:.1%}"
         # task=eval has no steps, but may measure two models.
-        trains = self.config.task == "finetune"
+        trains, evaluation = self.config.task == "finetune", self.config.eval
+        protocol = f" (eval.protocol={evaluation.protocol})" if evaluation.joins_texts else ""
         logger.info(
-            "%s: held-out loss %.4f, perplexity %.4g%s",
+            "%s: held-out loss %.4f, perplexity %.4g%s%s",
             f"step {self.step_number}" if trains else f"{MODEL_NAMES[model_key]} model",
-            result.loss, result.perplexity, distance,
+            result.loss, result.perplexity, protocol, distance,
         )  # fmt: skip
-
-    def card_metrics(self) -> dict[str, float]:
-        """Return the figures of the evaluations so far, for the model card.
-
-        The names are "perplexity, <model>" and the like. The distances of the full-precision model
-        to itself are left out.
-        """
-        figures: dict[str, float | None] = {}
-        rows = self.summary.table_rows()
-        figures |= {f"perplexity, {row.model}": row.perplexity for row in rows}
-        compared = [row for row in rows if row.model != MODEL_NAMES["full_precision"]]
-        figures |= {f"KL, {row.model}": row.kl for row in compared}
-        figures |= {f"top-1 agreement, {row.model}": row.top1_agreement for row in compared}
-        return {name: value for name, value in figures.items() if value is not None}

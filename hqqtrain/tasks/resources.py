@@ -43,6 +43,7 @@ def workload_of(
     saves_quantized = config.task in ("finetune", "quantize") and config.quant.save
     calibrates = config.quant.calibration is not None and not (is_packed or has_quantized)
     evaluates = config.eval.source is not None and config.task in ("finetune", "eval")
+    context, _ = config.eval.window_shape(config.train.max_seq_len)
     return Workload(
         task=config.task,
         model_name=config.model.name_or_path,
@@ -60,6 +61,7 @@ def workload_of(
         evaluates=evaluates,
         has_reference=evaluates and config.eval.reference == "resident" and not is_packed,
         eval_tokens=config.eval.tokens,
+        eval_context=context,
         export_format=config.export.format,
         new_checkpoints=1 if has_checkpoints else kept_checkpoints + 1,
         run_root=config.run.root,

@@ -44,6 +44,7 @@ class RunSummary:
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
         self._runtime = runtime
+        self._protocol = config.eval_protocol()
         self.content = Summary(
             run=RunInfo(
                 name=config.run_name(),
@@ -98,6 +99,7 @@ class RunSummary:
             self.content.eval or EvalMetrics(),
             dataset=mask_secrets(dataset),
             tokens=result.tokens,
+            **self._protocol,
         )
         models: dict[str, Any] = {
             model_key: ModelMetrics(result.perplexity, result.kl, result.top1_agreement)

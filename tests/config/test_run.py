@@ -90,6 +90,7 @@ def test_root_and_trackers_do_not_change_the_name():
         ("optim", "lr", 3e-4),
         ("model", "revision", "main"),
         ("eval", "tokens", 1024),
+        ("eval", "protocol", "hqq"),
     ],
 )
 def test_every_key_that_defines_the_result_changes_the_name(group, name, value):

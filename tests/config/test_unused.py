@@ -36,7 +36,8 @@ def test_every_task_has_its_keys_and_every_pattern_matches_a_key():
          ["eval.every", "optim.lr", "train.max_steps", "adapter.r", "quant.save", "track.project"]),
         ("export", ["export.format", "adapter.init_from", "quant.nbits"],
          ["eval.tokens", "data.source", "train.max_seq_len", "quant.save"]),
-        ("data", ["data.show", "data.source", "train.max_seq_len", "model.source", "eval.tokens"],
+        ("data", ["data.show", "data.source", "train.max_seq_len", "model.source", "eval.tokens",
+          "eval.protocol"],
          ["quant.nbits", "optim.lr", "eval.every", "adapter.init_from", "parallel.strategy"]),
     ],
 )  # fmt: skip
@@ -48,7 +49,8 @@ def test_the_keys_of_a_task(task, used, unused):
 def test_a_key_that_another_one_makes_ineffective():
     assert _unused("finetune", "train.epochs", train={"max_steps": 5}) == ["train.epochs"]
     assert _unused("finetune", "train.epochs") == []
-    assert _unused("finetune", "eval.tokens", eval={"source": None}) == ["eval.tokens"]
+    for key in ("eval.tokens", "eval.protocol"):
+        assert _unused("finetune", key, eval={"source": None}) == [key]
     assert _unused("finetune", "track.project", track={"backends": []}) == ["track.project"]
     assert _unused("quantize", "quant.calibration_tokens") == ["quant.calibration_tokens"]
     hqq = {"quant": {"solver": "hqq", "calibration": "auto"}}

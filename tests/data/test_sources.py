@@ -212,6 +212,10 @@ def test_hub_splits_are_those_of_the_authors(monkeypatch):
     assert list(load_training_texts(*both)) == ["a", "b"]
     assert list(load_held_out_texts(*reversed(both))) == ["d"]
     assert list(load_held_out_texts(both[1], DataConfig())) == ["d"]
+    joined = EvalConfig(source="org/name", protocol="wikitext2_2048")  # measures the split test
+    assert list(load_held_out_texts(joined, both[0])) == ["c"]
+    assert list(load_held_out_texts(joined, DataConfig())) == ["c"]
+    assert list(load_training_texts(both[0], joined)) == ["a", "b"]
 
 
 def test_the_digest_of_a_hub_data_set_is_that_of_its_rows(monkeypatch, tmp_path):

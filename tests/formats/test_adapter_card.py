@@ -30,6 +30,9 @@ def test_optional_facts_appear_where_they_are_known():
     assert "`owner/name` at revision `v1`" in text
     assert "(a whole row or column, axis 1" in text
     assert "| perplexity, trained | 6.321 |" in text
+    assert "Perplexity:" not in text
+    text = render_card(replace(card, measured_by="`eval.protocol=hqq`, context 1,024"))
+    assert "6.321 |\n\nPerplexity: `eval.protocol=hqq`, context 1,024.\n" in text
 
 
 def test_the_best_step_is_named():

@@ -102,6 +102,20 @@ def test_settings_that_save_memory_lower_the_estimate():
     assert [parts()[part] for part in unused] == [0, 0, 0, 0]
 
 
+def test_a_batch_of_the_evaluation_has_at_least_one_window():
+    config = two_bit_config(task="eval")
+    model = meta_model("tiny", config)
+
+    def logits(**evaluation) -> int:
+        config.eval = EvalConfig(**evaluation)
+        return estimate(config, model, dtype=torch.bfloat16).device["logits"]
+
+    config.train.max_seq_len, config.train.micro_batch_size = 512, 2
+    whole = logits()
+    assert logits(protocol="hqq") == whole  # a window of 1024 tokens
+    assert logits(protocol="wikitext2_2048") == 2 * whole
+
+
 def test_activations_match_what_autograd_saves(monkeypatch):
     """The formula is near the size of all tensors saved for backward, without checkpointing."""
     config = two_bit_config()

@@ -1,15 +1,17 @@
 """Models that cannot be run as causal language models are refused by name, others are not."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from random_models import random_family
+from random_models import FAMILY_SIZES, random_family
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import EvalConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.loading.model_check import check_runnable, check_stored_dtypes
 from hqqtrain.models.build import build_meta
@@ -53,6 +55,25 @@ def test_the_bundled_model_knows_the_length_that_it_was_trained_on(caplog):
         assert not caplog.records
         check_runnable(model, RunConfig().train.max_seq_len)
     assert "train.max_seq_len=2048: the model was made for 512 tokens at most" in caplog.text
+
+
+def test_the_windows_of_a_protocol_must_fit_the_model():
+    tiny = build_meta(AutoConfig.from_pretrained(TINY_FOLDER))
+    fits = build_meta(
+        AutoConfig.for_model("llama", **FAMILY_SIZES | {"max_position_embeddings": 2048})
+    )
+    table = random_family("opt", max_position_embeddings=1500)
+    for protocol in ("wikitext2_2048", "hqq"):
+        evaluation = EvalConfig(protocol=protocol)
+        check_runnable(fits, 64, evaluation=evaluation)
+        check_runnable(tiny, 64, evaluation=replace(evaluation, source=None))
+        message = rf"eval.protocol={protocol}: .* made for 512 tokens at most .*=windows\."
+        with pytest.raises(UserError, match=message):
+            check_runnable(tiny, 64, evaluation=evaluation)
+    check_runnable(tiny, 64, evaluation=EvalConfig())
+    check_runnable(table, 64, evaluation=EvalConfig(protocol="hqq"))
+    with pytest.raises(UserError, match=r"for 1500 tokens at most .*=windows or hqq\."):
+        check_runnable(table, 64, evaluation=EvalConfig(protocol="wikitext2_2048"))
 
 
 def test_a_model_without_activation_checkpointing():

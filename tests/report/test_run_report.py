@@ -19,7 +19,8 @@ SUMMARY = {
     "run": {"name": "a<b>&c", "recipe": "tiny_2bit", "task": "finetune", "world_size": 2,
             "versions": {"torch": "2.13.0"}},
     "quantize": {"bits_per_weight": 2.5, "relative_error": 0.11, "weights": 4718592},
-    "eval": {"tokens": 9, "dataset": "held-out", "full_precision": {"perplexity": 8.0},
+    "eval": {"tokens": 9, "dataset": "held-out", "protocol": "hqq",
+             "context": 1024, "stride": 512, "full_precision": {"perplexity": 8.0},
              "quantized": {"perplexity": 16.0, "kl": 0.6, "top1_agreement": 0.5},
              "final": {"perplexity": 10.0}},
     "train": {"steps": 3, "loss": 2.3},
@@ -105,6 +106,7 @@ def test_the_whole_report(tmp_path):
     page.assert_harmless()
     for words in (
         "a<b>&c", "4,718,592", "75%", "model.layers.5.self_attn.q_proj", "2 processes", "done",
+        "eval.protocol=hqq, context 1,024, stride 512",
         "Learning rate", "Gradient norm", "Tokens per second", "Peak memory (GiB)", "0.002",
         "adamw", "lm_head, a*", "overrides.*.q_proj.nbits", "true", "'data.source=my file'",
         "0123abcd",

@@ -69,6 +69,15 @@ def test_left_out_rows_and_held_out_text_have_figures(look, tmp_path, capsys):
     assert f"and predicts {held_out['predicted_tokens']}" in output
 
 
+def test_joined_held_out_texts_have_windows(look, tmp_path, capsys):
+    (tmp_path / "held_out.txt").write_text("x = 1\n" * 600)
+    evaluation = {"source": str(tmp_path / "held_out.txt"), "protocol": "hqq", "tokens": 1024}
+    look(data={"show": 0}, eval=evaluation)
+    output = capsys.readouterr().out
+    assert "held-out windows                  2" in output
+    assert "1,536, of which an evaluation reads 1,536 and predicts 1,023" in output
+
+
 def test_plain_text_is_shown_as_the_model_gets_it(look, capsys):
     run = look(data={"show": 1})
     output = capsys.readouterr().out

@@ -17,6 +17,7 @@ from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import load_held_out_data
 from hqqtrain.tasks.evaluation import RecordedEvaluation, _decode
 from hqqtrain.tasks.model import load_or_quantize, plan_settings
+from hqqtrain.tracking.composite import CompositeTracker
 
 
 def _runnable(run: Run) -> RunnableModel:
@@ -84,6 +85,36 @@ def test_each_model_continues_the_same_texts(make_config, start_run, reference: 
     assert sample.continuations["quantized"] == first.continuations["quantized"]
     assert sample.continuations["trained"] != first.continuations["trained"]
     text = Path(run.config.eval.source).read_text()
+    assert text.startswith(sample.prompt + sample.continuations["held-out text"])
+
+
+def test_joined_texts_are_measured_and_continued(
+    make_config, tiny_model, start_run, tmp_path, monkeypatch
+):
+    config = json.loads((tiny_model / "config.json").read_text()) | {
+        "max_position_embeddings": 1024
+    }
+    (tiny_model / "config.json").write_text(json.dumps(config))
+    text = "\n".join(f"def held_out_{number}(x): return x * {number}" for number in range(120))
+    (tmp_path / "held_out.txt").write_text(text)
+    config, started = make_config(eval={"protocol": "hqq", "tokens": 1600, "samples": 2}), []
+    monkeypatch.setattr(
+        "hqqtrain.tasks.recorder.open_trackers",
+        lambda track, folder, settings, step: started.append(settings) or CompositeTracker([]),
+    )
+    with start_run(config) as run:
+        runnable = _runnable(run)
+        held_out = load_held_out_data(run, runnable.plan.source.tokenizer)
+        evaluation = RecordedEvaluation(run, runnable, held_out)
+        evaluation.evaluate_as("quantized", adapted=False)
+        evaluation.record_samples()
+    recorded = run.recorder.summary.content.eval
+    assert (recorded.protocol, recorded.context, recorded.stride) == ("hqq", 1024, 512)
+    assert recorded.tokens == 1535
+    assert recorded.quantized.kl > 0
+    assert 0 < recorded.quantized.top1_agreement < 1
+    assert [settings["eval"]["context"] for settings in started] == [1024]  # W&B gets them
+    (sample,) = run.recorder.samples  # the first two windows begin with the same text
     assert text.startswith(sample.prompt + sample.continuations["held-out text"])
 
 

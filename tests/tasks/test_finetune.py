@@ -15,6 +15,7 @@ from hqqtrain.common.errors import PreemptedError, UserError
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.formats.manifest import seal
 from hqqtrain.models.source import TINY_FOLDER
+from hqqtrain.tasks.card_figures import card_metrics
 from hqqtrain.tasks.evaluation import RecordedEvaluation
 from hqqtrain.tasks.finetune import finetune
 from hqqtrain.tasks.inference import evaluate
@@ -34,7 +35,7 @@ def test_what_a_finetune_leaves(make_config, start_run):
         finetune(run)
         folder = run.layout.folder
         trained = run.recorder.summary.content.train
-        metrics = run.recorder.card_metrics()
+        metrics = card_metrics(run.recorder.summary)
     adapter = _adapter(folder)
     assert adapter
     assert all(name.startswith("base_model.model.model.layers.0.") for name in adapter)
@@ -163,7 +164,7 @@ def test_a_run_without_its_adapter_is_not_evaluated_as_its_base(make_config, sta
     config.model.name_or_path = str(stopped / "quantized")
     with start_run(config) as run:
         evaluate(run)
-        assert list(run.recorder.card_metrics()) == ["perplexity, quantized"]
+        assert list(card_metrics(run.recorder.summary)) == ["perplexity, quantized"]
 
 
 def test_an_adapter_of_another_run_is_not_evaluated(make_config, start_run, stopped):

