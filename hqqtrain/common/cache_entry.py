@@ -10,6 +10,7 @@ import stat
 from pathlib import Path
 from typing import IO
 
+from hqqtrain.common.digest import cache_folder
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.filelock import try_lock
 
@@ -62,3 +63,20 @@ def lock_entry(path: Path, where: str) -> IO[str] | None:
         return try_lock(path)
     except OSError as error:
         raise UserError(f"{where}: cannot be written to ({error}); choose another.") from error
+
+
+def default_cache_root(name: str, run_root: Path) -> Path:
+    """Return the folder of a cache that no key names: in the user's cache, if it can be written to.
+
+    Data may be private, and the folder of all runs may not be. It is the next best.
+
+    Args:
+        name: What the cache contains, such as `tokens`.
+        run_root: The folder of all runs.
+    """
+    try:
+        root = cache_folder() / name
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home
+        return run_root / name
+    return root if os.access(root, os.W_OK) else run_root / name

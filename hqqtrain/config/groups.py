@@ -197,6 +197,10 @@ class DataConfig:
             )
 
 
+STREAMED_REFERENCES = ("streamed", "cached")
+"""The values of eval.reference with which decoder layers are in memory one at a time."""
+
+
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
     """The held-out text and the measurements on it."""
@@ -222,8 +226,14 @@ class EvalConfig:
     reference: str = key(
         "resident",
         "how the full-precision model is measured for comparison; off: not at all, resident: "
-        "loaded as a whole",
-        choices=("off", "resident"),
+        "loaded as a whole, streamed: one decoder layer at a time, cached: streamed once, and kept "
+        "in eval.cache_dir for other runs",
+        choices=("off", "resident", *STREAMED_REFERENCES),
+    )
+    cache_dir: str | None = key(
+        None,
+        "with eval.reference=cached, folder of the outputs of full-precision models that runs "
+        "share; null: ~/.cache/hqqtrain/reference",
     )
     samples: int = key(
         3, "held-out texts whose beginnings each model continues, for the report; 0: none", low=0
@@ -237,6 +247,11 @@ class EvalConfig:
                 f"eval.tokens={self.tokens}: eval.protocol={self.protocol} measures windows of "
                 f"{protocol.context} tokens; use {protocol.context} or more."
             )
+
+    @property
+    def streams_reference(self) -> bool:
+        """Whether the decoder layers of a full-precision model are in memory one at a time."""
+        return self.source is not None and self.reference in STREAMED_REFERENCES
 
     @property
     def joins_texts(self) -> bool:

@@ -36,7 +36,11 @@ TASKS = {
 NON_RESULT_GROUPS = ("run", "track", "ckpt", "launch", "recipe")
 """Groups that the result does not depend on; they do not enter a run's name."""
 
-_NON_RESULT_KEYS = {"quant": ("cache_dir",), "data": ("show", "workers", "cache_dir")}
+_NON_RESULT_KEYS = {
+    "quant": ("cache_dir",),
+    "data": ("show", "workers", "cache_dir"),
+    "eval": ("cache_dir",),
+}
 """Single keys of other groups that the result does not depend on."""
 
 ADDED_GROUPS: dict[str, dict[str, Any]] = {"export": asdict(ExportConfig())}
@@ -79,7 +83,7 @@ CHANGEABLE_ON_RESUME = frozenset([
     "train.on_nonfinite", "eval.every", "eval.samples", "quant.backend", "quant.cache_dir",
     "quant.save", "parallel.strategy", "parallel.hsdp", "parallel.offload",
     "parallel.consistency_check_every", "data.show", "data.max_bad_rows",
-    "data.workers", "data.cache_dir",
+    "data.workers", "data.cache_dir", "eval.cache_dir",
 ])  # fmt: skip
 """Keys that may change when a run is resumed under the same `run.name`."""
 

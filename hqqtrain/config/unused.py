@@ -101,6 +101,8 @@ def _ineffective(config: RunConfig) -> Iterator[tuple[str, str]]:
     if evaluation.source is None:
         for name in ("every", "tokens", "protocol", "reference", "samples"):
             yield f"eval.{name}", "eval.source=null turns the evaluation off"
+    if evaluation.source is None or evaluation.reference != "cached":
+        yield "eval.cache_dir", "only eval.reference=cached keeps what it measures"
     if "wandb" not in config.track.backends:
         for key in _OF_WANDB:
             yield key, "track.backends does not contain wandb"

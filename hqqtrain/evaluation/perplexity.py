@@ -79,12 +79,8 @@ def evaluate_perplexity(
     model.eval()
     # The sum of `_sum_over_tokens` over all batches of this rank.
     sums = torch.zeros(5, dtype=torch.float64, device=comm.device)
-    batches = [
-        (batch, weight)
-        for group, weight in _weighted(sequences, counts_first)
-        for batch in layout.evaluation_batches(group, batch_size)
-    ]
-    for batch, weight, tokens_of_ranks in _batches_of_this_rank(batches, comm, layout):
+    batches = batches_of_this_rank(sequences, batch_size, comm, layout, counts_first=counts_first)
+    for batch, weight, tokens_of_ranks in batches:
         sums += weight * _sum_over_tokens(model, reference, batch)
         on_batch(tokens_of_ranks)
     model.train(was_training)
@@ -119,19 +115,29 @@ def _weighted(
         yield sequences.select(np.flatnonzero(weights == weight)), float(weight)
 
 
-def _batches_of_this_rank(
-    batches: Sequence[tuple[TokenSequences, float]], comm: Communicator, layout: BatchLayout
+def batches_of_this_rank(
+    sequences: TokenSequences,
+    batch_size: int,
+    comm: Communicator,
+    layout: BatchLayout,
+    *,
+    counts_first: bool = False,
 ) -> Iterator[tuple[Batch, float, int]]:
     """Yield (batch, weight, targets of all ranks), the same number of times on every rank.
 
     The forward pass of a sharded model is a collective, so a rank without a batch must run it, too.
-    It repeats the first batch, with weight 0.
+    It repeats the first batch, with weight 0. The arguments are those of `evaluate_perplexity`.
     """
+    batches = [
+        (batch, weight)
+        for group, weight in _weighted(sequences, counts_first)
+        for batch in layout.evaluation_batches(group, batch_size)
+    ]
     for turn in range(ceil(len(batches) / comm.size)):
         index = turn * comm.size + comm.rank  # round robin
         exists = index < len(batches)
-        sequences, weight = batches[index if exists else 0]
-        batch = collate_batch(sequences, has_positions=layout.packs)
+        chosen, weight = batches[index if exists else 0]
+        batch = collate_batch(chosen, has_positions=layout.packs)
         on_device = {name: tensor.to(comm.device) for name, tensor in batch.items()}
         of_ranks = batches[turn * comm.size : (turn + 1) * comm.size]
         tokens = sum(each.target_token_count for each, _ in of_ranks)

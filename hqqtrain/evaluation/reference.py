@@ -32,7 +32,7 @@ MIN_FLOP = 1 << 38
 """Least number of operations of an evaluation that is worth a file, some seconds on a CPU."""
 
 
-class CachedReference(nn.Module):
+class ResidentReference(nn.Module):
     """A causal language model that is called only for batches that it has not seen.
 
     It gives the same bits as the model: the first batch shows whether the model returns the output
@@ -71,7 +71,7 @@ class CachedReference(nn.Module):
 
     def forward(self, *, use_cache: bool = False, **inputs: Tensor) -> Any:
         """Return an object with `logits`, as the model does."""
-        key = _digest(inputs)
+        key = batch_digest(inputs)
         if key in self._hidden_states:
             device = inputs["input_ids"].device
             return SimpleNamespace(logits=self._heads[0](self._hidden_states[key].to(device)))
@@ -112,6 +112,17 @@ class CachedReference(nn.Module):
         self._hidden_states[key] = hidden_states[0].cpu().contiguous()
 
 
+def batch_digest(inputs: Mapping[str, Any]) -> str:
+    """Return the sha256, in hex, of the arguments of a call."""
+    content = hashlib.sha256()
+    for name, value in sorted(inputs.items()):
+        tensor = value.detach().cpu().contiguous() if isinstance(value, Tensor) else None
+        content.update(repr((name, value if tensor is None else tensor.shape)).encode())
+        if tensor is not None:
+            content.update(tensor.numpy().tobytes())
+    return content.hexdigest()
+
+
 def reference_file(root: Path, model_name: str, settings: Mapping[str, Any]) -> Path:
     """Return the file below `root` for the outputs of a model.
 
@@ -149,14 +160,3 @@ def _read(file: Path) -> dict[str, Tensor]:
         return {}
     logger.info("the outputs of the full-precision model are read from %s", file)
     return hidden_states
-
-
-def _digest(inputs: Mapping[str, Any]) -> str:
-    """Return the sha256 of the arguments of a call."""
-    content = hashlib.sha256()
-    for name, value in sorted(inputs.items()):
-        tensor = value.detach().cpu().contiguous() if isinstance(value, Tensor) else None
-        content.update(repr((name, value if tensor is None else tensor.shape)).encode())
-        if tensor is not None:
-            content.update(tensor.numpy().tobytes())
-    return content.hexdigest()

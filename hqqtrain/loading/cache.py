@@ -2,7 +2,8 @@
 
 Without it, a sweep over adapters or jobs on many nodes would quantize the same model again and
 again. An entry is a folder like `quantized/`, named by a hash of its inputs; it is complete or
-absent. A run that needs an entry while another run writes it waits for the other run.
+absent. A run that needs an entry while another run writes it waits for the other run. Entries of
+other caches that all ranks write together are found and locked in the same way.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A folder of packed weights.
+    """A folder of a cache.
 
     Attributes:
         folder: The folder.
@@ -77,44 +78,72 @@ def cache_entry(
     """
     settings = QuantizedSettings.from_model(plan.model)
     folder = Path(cache_dir).expanduser() / _entry_name(plan.source, settings, dtype, source_digest)
-    if comm.run_on_rank0(lambda: _is_complete(folder)):
-        _check_shared_entry(folder, cache_dir, comm)
+    where = f"quant.cache_dir={cache_dir}"
+
+    def is_complete() -> bool:
+        return is_complete_entry(folder, "config.json", "quant.cache_dir")
+
+    with shared_entry(folder, is_complete, where, comm, preemption) as entry:
+        yield entry
+
+
+@contextmanager
+def shared_entry(
+    folder: Path,
+    is_complete: Callable[[], bool],
+    where: str,
+    comm: Communicator,
+    preemption: PreemptionHandler,
+) -> Iterator[CacheEntry]:
+    """Find an entry that all ranks read or write together. Collective.
+
+    Args:
+        folder: The folder of the entry.
+        is_complete: Returns whether the folder can be read; called on rank 0.
+        where: The config key of the cache and its value, for messages.
+        comm: All ranks of the run.
+        preemption: Knows whether a rank was asked to stop.
+
+    Raises:
+        UserError: As in `cache_entry`.
+        PreemptedError: As in `cache_entry`.
+    """
+    key = where.partition("=")[0]
+    if comm.run_on_rank0(is_complete):
+        _check_shared_entry(folder, where, comm)
         yield CacheEntry(folder, True)
         return
     lock = lock_path(folder)
-    with _hold_lock(lock, cache_dir, comm, preemption) as lock_file:
+    with _hold_lock(lock, where, comm, preemption) as lock_file:
         # Rank 0 decides, and its token in the lock file proves that all ranks see the same folder.
-        observed = (read_lock_token(lock), comm.is_main and _is_complete(folder))
-        token, is_complete = comm.all_gather_object(observed)[0]
         with comm.raise_on_all_ranks():
-            check_shared_lock(lock, token, f"quant.cache_dir={cache_dir}")
+            observed = (read_lock_token(lock), comm.is_main and is_complete())
+        token, is_there = comm.all_gather_object(observed)[0]
+        with comm.raise_on_all_ranks():
+            check_shared_lock(lock, token, where)
         # A complete entry is only read, so release the lock: other runs may read it, too.
-        if lock_file and is_complete:
+        if lock_file and is_there:
             lock_file.close()
-        if comm.is_main and not is_complete:
-            logger.info("quant.cache_dir: %s is made now", folder)
-        if is_complete:
-            _check_shared_entry(folder, cache_dir, comm)
-        yield CacheEntry(folder, is_complete)
+        if comm.is_main and not is_there:
+            logger.info("%s: %s is made now", key, folder)
+        if is_there:
+            _check_shared_entry(folder, where, comm)
+        yield CacheEntry(folder, is_there)
 
 
-def _is_complete(folder: Path) -> bool:
-    return is_complete_entry(folder, "config.json", "quant.cache_dir")
-
-
-def _check_shared_entry(folder: Path, cache_dir: str, comm: Communicator) -> None:
+def _check_shared_entry(folder: Path, where: str, comm: Communicator) -> None:
     """Check that all ranks see the entry that rank 0 has found; rank 0 logs it. Collective."""
     manifest = folder / MANIFEST if (folder / MANIFEST).is_file() else folder / "config.json"
     manifest, digest = comm.run_on_rank0(lambda: (manifest, file_digest(manifest)["sha256"]))
     with comm.raise_on_all_ranks():
-        check_shared_file(manifest, digest, f"quant.cache_dir={cache_dir}")
+        check_shared_file(manifest, digest, where)
     if comm.is_main:
-        logger.info("quant.cache_dir: %s is there", folder)
+        logger.info("%s: %s is there", where.partition("=")[0], folder)
 
 
 @contextmanager
 def _hold_lock(
-    lock: Path, cache_dir: str, comm: Communicator, preemption: PreemptionHandler
+    lock: Path, where: str, comm: Communicator, preemption: PreemptionHandler
 ) -> Iterator[IO[str] | None]:
     """Hold the lock of an entry, which rank 0 locks for all ranks. Collective.
 
@@ -125,11 +154,12 @@ def _hold_lock(
     """
     for attempt in itertools.count():
         with comm.raise_on_all_ranks():
-            lock_file = lock_entry(lock, f"quant.cache_dir={cache_dir}") if comm.is_main else None
+            lock_file = lock_entry(lock, where) if comm.is_main else None
         if comm.all_gather_object(lock_file is not None)[0]:
             break
         if comm.is_main and attempt == 0:
-            logger.info("quant.cache_dir: waiting for another run, which has %s", lock)
+            key = where.partition("=")[0]
+            logger.info("%s: waiting for another run, which has %s", key, lock)
         preemption.check(comm)
         time.sleep(POLL_SECONDS)
     try:

@@ -26,7 +26,7 @@ _EXACT_PURPOSES = ("packed weights", "dense weights", "adapter and optimizer", "
 _ADVICE_BY_PURPOSE = {
     "packed weights": "lower quant.nbits={w.nbits}, or more GPUs with parallel.strategy=fsdp2",
     "dense weights": "more GPUs with parallel.strategy=fsdp2, or a shorter quant.skip",
-    "reference model": "eval.reference=off",
+    "reference model": "eval.reference={w.smaller_reference}",
     "adapter and optimizer": "optim.name=paged_adamw_8bit, "
     "adapter.dtype=bf16 or a smaller adapter.r={w.adapter_rank}",
     "activations": "a smaller train.micro_batch_size={w.micro_batch_size} or "
@@ -83,11 +83,12 @@ def check_fits(
             f"{_advice(estimate.device, workload)}"
         )
     if estimate.host * local_ranks > free.host:
+        no_reference = " or eval.reference=off" if workload.reference != "off" else ""
         raise UserError(
             f"parallel.offload={workload.offload}: {local_ranks} ranks would keep "
             f"{estimate.host * local_ranks / GIB:.1f} GiB on the host, which has "
             f"{free.host / GIB:.1f} GiB free. Use more nodes, or a smaller "
-            f"quant.nbits={workload.nbits}{' or eval.reference=off' * workload.has_reference}."
+            f"quant.nbits={workload.nbits}{no_reference}."
         )
     if sum(estimate.device.values()) > WARNING_FRACTION * free_per_rank:
         warnings.append(
@@ -114,8 +115,12 @@ def oom_advice(workload: Workload, strategy: Strategy) -> str:
             )
         if workload.optimizer != "paged_adamw_8bit":
             advice.append(f"optim.name=paged_adamw_8bit (now {workload.optimizer})")
-    if workload.has_reference:
-        advice.append("eval.reference=off (now resident: the full-precision model is in memory)")
+    if workload.reference != "off":
+        is_whole = workload.reference == "resident"
+        advice.append(
+            f"eval.reference={workload.smaller_reference} (now {workload.reference}, which keeps "
+            f"{'the full-precision model' if is_whole else 'its embeddings and head'} in memory)"
+        )
     advice.append(f"a smaller train.max_seq_len (now {workload.max_seq_len})")
     if workload.nbits > 1:
         advice.append(f"a smaller quant.nbits (now {workload.nbits})")

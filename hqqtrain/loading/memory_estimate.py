@@ -13,11 +13,10 @@ from torch import nn
 from hqqtrain.common.text import short
 from hqqtrain.distributed.strategies.base import Strategy
 from hqqtrain.loading.calibrated_load import calibration_bytes
+from hqqtrain.loading.reference_memory import reference_bytes
 from hqqtrain.models.causal_lm import (
     MAX_EVALUATION_TOKENS,
-    MAX_KEPT_BYTES,
     MAX_TRAINING_LOGITS,
-    kept_hidden_bytes,
 )
 from hqqtrain.models.families.structure import find_decoder_layers, text_config
 from hqqtrain.models.fqn import base_model, expected_shapes, is_adapter
@@ -45,7 +44,7 @@ class Workload:
         offload: The value of `parallel.offload`.
         offloads_activations: Whether activations are offloaded from a GPU to the host.
         evaluates: Whether a held-out text is evaluated.
-        has_reference: Whether the full-precision model is in memory, too.
+        reference: The value of `eval.reference`; `off` if there is no full-precision model.
         eval_tokens: The value of `eval.tokens`.
         eval_context: Tokens in a window of the evaluation.
         export_format: The value of `export.format`.
@@ -68,7 +67,7 @@ class Workload:
     offload: str
     offloads_activations: bool
     evaluates: bool
-    has_reference: bool
+    reference: str
     eval_tokens: int
     export_format: str
     new_checkpoints: int
@@ -79,6 +78,11 @@ class Workload:
     @property
     def trains(self) -> bool:
         return self.task == "finetune"
+
+    @property
+    def smaller_reference(self) -> str:
+        """The values of `eval.reference` that need less memory."""
+        return "streamed or off" if self.reference == "resident" else "off"
 
     @property
     def tokens(self) -> int:
@@ -127,12 +131,20 @@ def estimate_memory(
     world_size = strategy.comm.size if world_size is None else world_size
     shards = strategy.parameter_shards(world_size)
     adapters = _adapter_bytes(workload, sizes) // strategy.adapter_shards(world_size)
-    reference = sizes.source * dtype.itemsize // shards
+    reference = reference_bytes(
+        workload.reference,
+        model,
+        strategy,
+        tokens=workload.eval_tokens,
+        sequence_tokens=max(workload.max_seq_len, workload.eval_context),
+        dtype=dtype,
+        world_size=world_size,
+    )
     parameters = {
         "packed weights": sizes.packed // shards,
         "dense weights": sizes.dense // shards,
         "adapter and optimizer": adapters if workload.trains else 0,
-        "reference model": reference if workload.has_reference else 0,
+        "reference model": reference.whole,
     }
     gathered = strategy.gathered_bytes(
         world_size, root=sizes.root, packed=sizes.packed, itemsize=dtype.itemsize
@@ -141,19 +153,20 @@ def estimate_memory(
     # With offloading the GPU keeps only what is gathered.
     if strategy.offloads_parameters:
         host, parameters = sum(parameters.values()), dict.fromkeys(parameters, 0)
-    kept = _kept_bytes(workload, model, strategy, world_size, dtype)
+    parameters["reference model"] += reference.outside
     on_host = strategy.comm.device.type == "cpu"
-    host += 0 if on_host else kept
+    host += 0 if on_host else reference.outputs
     device = parameters | {
         "activations": _activation_bytes(workload, model, dtype) if workload.trains else 0,
         "logits": _logit_bytes(workload, model, dtype, in_chunks=strategy.may_call_head_alone),
         "working memory": max(
             _working_bytes(workload, sizes, shards, dtype),
             calibration_bytes(model, workload.calibration_tokens, dtype, world_size=world_size),
+            reference.layer,
         )
         + gathered
         + (_token_bytes(model, dtype) if workload.trains else 0),
-        "outputs of the reference model": kept if on_host else 0,
+        "outputs of the reference model": reference.outputs if on_host else 0,
     }
     return MemoryEstimate(device, _disk_bytes(workload, sizes, dtype), host)
 
@@ -246,19 +259,6 @@ def _logit_bytes(
         num_logits = min(num_logits, MAX_TRAINING_LOGITS)
     training = num_logits * (2 * dtype.itemsize + 3 * 4)
     return max(evaluation if workload.evaluates else 0, training if workload.trains else 0)
-
-
-def _kept_bytes(
-    workload: Workload, model: nn.Module, strategy: Strategy, world_size: int, dtype: torch.dtype
-) -> int:
-    """Return the bytes of hidden states that an evaluation keeps of the full-precision model.
-
-    It keeps none if the model is sharded, or if they need more than `MAX_KEPT_BYTES`.
-    """
-    if not workload.has_reference or strategy.shards_parameters:
-        return 0
-    size = kept_hidden_bytes(model, -(-workload.eval_tokens // world_size), dtype)
-    return size if size <= MAX_KEPT_BYTES else 0
 
 
 def _working_bytes(workload: Workload, sizes: _Sizes, shards: int, dtype: torch.dtype) -> int:

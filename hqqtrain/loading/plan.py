@@ -133,7 +133,8 @@ def plan_model(
     reader = _open_checked(source, hf_config, model, runtime)
     if source.kind != "quantized":
         _replace_linears(model, source, settings.quant, runtime)
-    calibrates = _calibrates(settings.quant, source, hf_config, model)
+    calibrates = _calibrates(settings.quant, source, model)
+    _check_layerwise(settings, source, hf_config, model, calibrates=calibrates)
     start = load_initial_adapter(
         settings.adapter, source, resumed, packed_linears(model), expected_shapes(model)
     )
@@ -172,26 +173,41 @@ def plan_model(
     return ModelPlan(source, hf_config, reader, model, lora, start, packing, calibrates)
 
 
-def _calibrates(
-    quant: QuantConfig, source: ModelSource, hf_config: PretrainedConfig, model: nn.Module
-) -> bool:
-    """Return whether linears of the decoder layers are quantized with calibration text.
-
-    Raises:
-        UserError: They shall be, but the decoder layers cannot be run one after the other.
-    """
+def _calibrates(quant: QuantConfig, source: ModelSource, model: nn.Module) -> bool:
+    """Return whether linears of the decoder layers are quantized with calibration text."""
     if source.kind == "quantized" or quant.calibration is None:
         return False
     solvers = {m.spec.solver for m in model.modules() if isinstance(m, HQQLinear)}
-    if not any(SOLVERS[solver].calibrates for solver in solvers):
-        return False
-    if reason := probe_layerwise(hf_config, model):
-        raise UserError(
-            f"quant.calibration={quant.calibration}: needs the decoder layers one after the other, "
-            f"but {type(model).__name__} {reason}. Set quant.calibration=null and "
-            "quant.solver=least_squares."
+    return any(SOLVERS[solver].calibrates for solver in solvers)
+
+
+def _check_layerwise(
+    settings: PlanSettings,
+    source: ModelSource,
+    hf_config: PretrainedConfig,
+    model: nn.Module,
+    *,
+    calibrates: bool,
+) -> None:
+    """Check that the decoder layers can be run one after the other, if the run needs that.
+
+    Raises:
+        UserError: They cannot. The message has a line for each key that needs it.
+    """
+    needs = {}
+    if calibrates:
+        key = f"quant.calibration={settings.quant.calibration}"
+        needs[key] = "quant.calibration=null and quant.solver=least_squares"
+    evaluation = settings.evaluation
+    if evaluation and evaluation.streams_reference and source.kind != "quantized":
+        needs[f"eval.reference={evaluation.reference}"] = "eval.reference=resident or off"
+    if needs and (reason := probe_layerwise(hf_config, model)):
+        lines = (
+            f"{key}: needs the decoder layers one after the other, but {type(model).__name__} "
+            f"{reason}. Set {fix}."
+            for key, fix in needs.items()
         )
-    return True
+        raise UserError("\n".join(lines))
 
 
 def build_dense(

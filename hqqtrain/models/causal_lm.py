@@ -53,16 +53,21 @@ def next_token_outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[T
     Raises:
         UserError: The code of the model in transformers has failed.
     """
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    if "position_ids" in inputs and (first := first_position(model)):
-        inputs["position_ids"] = inputs["position_ids"] + first
-    with _translate_model_errors(model):
-        outputs = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+    with translate_model_errors(model):
+        outputs = model(**model_inputs(model, batch), use_cache=False).logits[:, :-1].flatten(0, 1)
     return outputs, batch["labels"][:, 1:].flatten()
 
 
+def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the arguments of `model` for a batch, each int64 [sequences, tokens]."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if "position_ids" in inputs and (first := first_position(model)):
+        inputs["position_ids"] = inputs["position_ids"] + first
+    return inputs
+
+
 @contextmanager
-def _translate_model_errors(model: nn.Module) -> Iterator[None]:
+def translate_model_errors(model: nn.Module) -> Iterator[None]:
     """Translate an error that a model's own code raises into UserError.
 
     Such an error shows that config.json and the installed transformers do not fit together, such as

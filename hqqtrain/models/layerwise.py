@@ -76,6 +76,8 @@ class LayerwiseModel:
     Attributes:
         layers: The decoder layers, in the order of the model.
         names: Fully qualified names of the decoder layers, as in a checkpoint.
+        tuple_size: Number of the outputs of a layer, if they are a tuple that begins with the
+            hidden states; None if they are the hidden states alone. `run_layer` finds it out.
 
     Raises:
         UserError: The model has no list of decoder layers.
@@ -87,8 +89,7 @@ class LayerwiseModel:
         self.layers: list[nn.Module] = list(stack)
         prefix = next(name for name, module in model.named_modules() if module is stack)
         self.names = [strip_wrappers(f"{prefix}.{name}") for name, _ in stack.named_children()]
-        # Number of the outputs of a layer, if they are a tuple that begins with the hidden states.
-        self._tuple_size: int | None = None
+        self.tuple_size: int | None = None
 
     @torch.no_grad()
     def start(self, inputs: Mapping[str, Any]) -> tuple[Tensor, list[LayerCall]]:
@@ -106,8 +107,8 @@ class LayerwiseModel:
                 other.
         """
         first_error: LayerwiseError | None = None
-        for size in dict.fromkeys((self._tuple_size, None, 1, 2, 3)):
-            self._tuple_size = size
+        for size in dict.fromkeys((self.tuple_size, None, 1, 2, 3)):
+            self.tuple_size = size
             try:
                 return self._record(inputs)
             except LayerwiseError as error:
@@ -128,8 +129,8 @@ class LayerwiseModel:
             outputs = layer(hidden, *call.args, **call.kwargs)
         else:
             outputs = layer(**{call.hidden_name: hidden}, **call.kwargs)
-        self._tuple_size = None if isinstance(outputs, Tensor) else len(outputs)
-        return outputs if self._tuple_size is None else outputs[0]
+        self.tuple_size = None if isinstance(outputs, Tensor) else len(outputs)
+        return outputs if self.tuple_size is None else outputs[0]
 
     @torch.no_grad()
     def finish(self, inputs: Mapping[str, Any], hidden: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ class LayerwiseModel:
 
     def _outputs(self, hidden: Tensor) -> Any:
         """Return what a decoder layer returns; all outputs but the hidden states are None."""
-        return hidden if self._tuple_size is None else (hidden, *[None] * (self._tuple_size - 1))
+        return hidden if self.tuple_size is None else (hidden, *[None] * (self.tuple_size - 1))
 
     def _record(self, inputs: Mapping[str, Any]) -> tuple[Tensor, list[LayerCall]]:
         """Call the model with decoder layers that record their calls and return their input."""

@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Container, Iterable
 from contextlib import nullcontext
-from pathlib import Path
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -18,15 +17,14 @@ from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.evaluation.continuations import select_beginnings, select_prompts
 from hqqtrain.evaluation.evaluator import Evaluator
 from hqqtrain.evaluation.perplexity import EvalResult
-from hqqtrain.evaluation.reference import MIN_FLOP, CachedReference, reference_file
-from hqqtrain.loading.model_builder import RunnableModel, build_reference
-from hqqtrain.models.build import build_meta
-from hqqtrain.models.causal_lm import MAX_KEPT_BYTES, kept_hidden_bytes
-from hqqtrain.models.families.structure import output_head
+from hqqtrain.evaluation.reference import ResidentReference
+from hqqtrain.evaluation.streamed_reference import StreamedReference
+from hqqtrain.loading.model_builder import RunnableModel
 from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.report.samples import Sample
 from hqqtrain.rundir.schema import MODEL_NAMES
 from hqqtrain.tasks.context import Run
+from hqqtrain.tasks.reference import open_reference
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +35,16 @@ SAMPLE_TOKENS = 64
 class RecordedEvaluation:
     """Evaluates the model of a run and records every result.
 
-    Without a held-out set (`eval.source=null`) its methods do nothing. The constructor loads the
-    full-precision reference model, unless `eval.reference=off` or the source has packed weights
-    only. Creating a `RecordedEvaluation` is a collective.
+    Without a held-out set (`eval.source=null`) its methods do nothing. The constructor opens the
+    full-precision reference model; see `open_reference`. It is a collective.
 
     Args:
         run: Settings of the evaluation, and the recorder.
         runnable: The model to evaluate.
         held_out: The held-out set, if any.
         layout: Which texts may share a batch.
-        source_digest: The digest of the model's source; None: no file keeps the outputs of the
-            reference model.
+        source_digest: The digest of the model's source; None: no file keeps the outputs of a
+            resident reference model.
     """
 
     def __init__(
@@ -62,15 +59,14 @@ class RecordedEvaluation:
         self._evaluator: Evaluator | None = None
         if not held_out:
             return
-        config, runtime = run.config, run.runtime
-        self._reference: nn.Module | None = None
-        if config.eval.reference == "resident" and not runnable.plan.is_packed:
-            self._reference = self._open_reference(held_out, source_digest)
+        config, runtime, train = run.config, run.runtime, run.config.train
+        batch_size = config.eval.batch_size(train.micro_batch_size, train.max_seq_len)
+        self._reference = open_reference(run, runnable, held_out, layout, batch_size, source_digest)
         self._evaluator = Evaluator(
             held_out,
             runtime.comm,
             runtime.preemption,
-            _batch_size(config),
+            batch_size,
             self._reference,
             runtime.autocast,
             layout,
@@ -101,9 +97,9 @@ class RecordedEvaluation:
     def record_samples(self) -> None:
         """Record how each model continues a few held-out texts. Collective.
 
-        The models are the full-precision reference, if there is one, the quantized model, and the
-        trained one. The texts have fewer tokens than a batch of the evaluation, so they need no
-        more memory.
+        The models are the full-precision reference, if it is loaded as a whole, the quantized
+        model, and the trained one. The texts have fewer tokens than a batch of the evaluation, so
+        they need no more memory.
         """
         evaluator, runnable, config = self._evaluator, self._runnable, self._run.config
         if evaluator is None or not config.eval.samples:
@@ -124,8 +120,9 @@ class RecordedEvaluation:
             return decode(evaluator.continue_texts(model, prompts, new_tokens))
 
         columns = {"held-out text": decode(rests)}
-        if evaluator.reference is not None:
-            columns[MODEL_NAMES["full_precision"]] = continuations(evaluator.reference)
+        # A streamed model can be called for the held-out set alone.
+        if self._reference and not isinstance(self._reference, StreamedReference):
+            columns[MODEL_NAMES["full_precision"]] = continuations(self._reference)
             self._save_reference()
         with runnable.adapter_disabled():
             columns[MODEL_NAMES["quantized"]] = continuations(runnable.model)
@@ -145,61 +142,10 @@ class RecordedEvaluation:
         self._recorder.log_evaluation(result)
         return result.loss
 
-    def _open_reference(self, held_out: TokenSequences, source_digest: str | None) -> nn.Module:
-        """Return the full-precision model, with a cache of its outputs if it is not sharded.
-
-        In one process, a file may keep them. If there is no cache, the log says why. Collective.
-        """
-        run, model, plan = self._run, self._runnable.model, self._runnable.plan
-        config, runtime = run.config, run.runtime
-
-        def load() -> nn.Module:
-            reference, bytes_read = build_reference(
-                plan, runtime.strategy, runtime.dtype, runtime.preemption
-            )
-            run.recorder.record_reference_bytes(bytes_read)
-            return reference
-
-        tokens = int((held_out.end - held_out.begin).sum())
-        # The head of the evaluated model serves as that of the reference, if it is not quantized.
-        size = kept_hidden_bytes(model, math.ceil(tokens / runtime.comm.size), runtime.dtype)
-        reason = ""
-        if runtime.strategy.shards_parameters:
-            reason = f"parallel.strategy={runtime.strategy.name} shards it"
-        elif not size:
-            reason = "its outputs are kept only if the head is neither quantized nor trained"
-        elif size > MAX_KEPT_BYTES:
-            reason = f"its outputs for {tokens} tokens take more than {MAX_KEPT_BYTES >> 20} MiB"
-        if reason:
-            if runtime.comm.is_main:
-                logger.info(
-                    "eval.reference=resident: the full-precision model stays in memory and is "
-                    "called at every evaluation, because %s", reason,
-                )  # fmt: skip
-            return load()
-        structure = build_meta(plan.hf_config, runtime.dtype)
-        parameters = sum(parameter.numel() for parameter in structure.parameters())
-        file = None
-        # With a file, one rank alone may have to load the model, but loading is a collective.
-        if source_digest and runtime.comm.size == 1 and 2 * parameters * tokens >= MIN_FLOP:
-            settings = {
-                "model": [source_digest, plan.source.kind, plan.source.name],
-                "text": held_out.digest,
-                "batch_size": _batch_size(config),
-                "precision": [str(runtime.dtype), config.train.precision, str(runtime.device)],
-            }
-            file = reference_file(Path(config.run.root).expanduser(), plan.source.name, settings)
-        run.recorder.record_reference_bytes(0)
-        return CachedReference(structure, output_head(model), load, file)
-
     def _save_reference(self) -> None:
         """Keep the outputs of the reference model for later runs."""
-        if isinstance(self._reference, CachedReference):
+        if isinstance(self._reference, ResidentReference):
             self._reference.save()
-
-
-def _batch_size(config: RunConfig) -> int:
-    return config.eval.batch_size(config.train.micro_batch_size, config.train.max_seq_len)
 
 
 def _is_plain_text(held_out: TokenSequences, config: RunConfig) -> bool:

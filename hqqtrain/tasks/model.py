@@ -25,15 +25,16 @@ logger = logging.getLogger(__name__)
 
 def plan_settings(config: RunConfig) -> PlanSettings:
     """Return the settings of `config` that `plan_model` needs."""
-    has_data = config.task in ("finetune", "eval") or config.quant.calibration is not None
+    executes = config.task in ("finetune", "eval")
+    has_data = executes or config.quant.calibration is not None
     return PlanSettings(
         config.model,
         config.quant,
         config.adapter,
         config.train.max_seq_len,
         adapts=config.task == "finetune",
-        executes=config.task in ("finetune", "eval"),
-        evaluation=config.eval if config.task in ("finetune", "eval") else None,
+        executes=executes,
+        evaluation=config.eval if executes else None,
         activation_checkpointing=config.task == "finetune"
         and config.train.activation_checkpointing,
         # The other tasks have no data: they take the tokenizer as it was saved.

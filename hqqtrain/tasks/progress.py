@@ -44,6 +44,22 @@ class ProgressBars:
 
             yield on_layer
 
+    @contextmanager
+    def show_streaming(self, layer_count: int) -> Iterator[Callable[[], None]]:
+        """Show a bar that counts the decoder layers of a streamed full-precision model.
+
+        Yields:
+            A function to call after each layer. It raises PreemptedError if this rank has received
+            a signal.
+        """
+        with self._console.progress_bar("full precision", layer_count, "layer") as bar:
+
+            def on_layer() -> None:
+                bar.update()
+                self._runtime.preemption.check_local()
+
+            yield on_layer
+
     def count_tokenized(self, examples: Iterable[T]) -> Iterator[T]:
         """Yield examples that are tokenized meanwhile, and count them on a bar.
 

@@ -59,7 +59,7 @@ def workload_of(
         offload=config.parallel.offload,
         offloads_activations=offloads_activations,
         evaluates=evaluates,
-        has_reference=evaluates and config.eval.reference == "resident" and not is_packed,
+        reference=config.eval.reference if evaluates and not is_packed else "off",
         eval_tokens=config.eval.tokens,
         eval_context=context,
         export_format=config.export.format,

@@ -8,7 +8,6 @@ out. Machines that do not share the folder write an entry of their own afterward
 import hashlib
 import json
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -17,8 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hqqtrain.common.cache_entry import is_complete_entry, lock_entry, lock_path
-from hqqtrain.common.digest import cache_folder
+from hqqtrain.common.cache_entry import default_cache_root, is_complete_entry, lock_entry, lock_path
 from hqqtrain.common.errors import PreemptedError, UserError
 from hqqtrain.common.filelock import becomes_true
 from hqqtrain.common.files import atomic_directory, check_owner
@@ -154,7 +152,7 @@ class _Cache:
             self.root = Path(config.data.cache_dir).expanduser()
             self._where = f"data.cache_dir={config.data.cache_dir}"
         else:
-            self.root = _default_root(Path(config.run.root))
+            self.root = default_cache_root("tokens", Path(config.run.root))
 
     def open(self, name: str) -> CachedTokens:
         """Map an entry that another rank has found or written.
@@ -248,16 +246,3 @@ class _Cache:
         cached.repeat_log()
         logger.info("data.cache_dir: %s are reused from %s", cached.describe(), folder)
         return cached
-
-
-def _default_root(run_root: Path) -> Path:
-    """Return the folder for `data.cache_dir=null`: in the user's cache, if that can be written to.
-
-    Data may be private, and the folder of all runs may not be. It is the next best.
-    """
-    try:
-        root = cache_folder() / "tokens"
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except (OSError, RuntimeError):  # RuntimeError: this user has no home
-        return run_root / "tokens"
-    return root if os.access(root, os.W_OK) else run_root / "tokens"

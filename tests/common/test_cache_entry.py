@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from hqqtrain.common.cache_entry import is_complete_entry, lock_entry, lock_path
+from hqqtrain.common.cache_entry import (
+    default_cache_root,
+    is_complete_entry,
+    lock_entry,
+    lock_path,
+)
 from hqqtrain.common.errors import UserError
 
 
@@ -62,3 +67,11 @@ def test_a_cache_that_cannot_be_written_to_is_named(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"x\.cache_dir=c: cannot be written to"):
         lock_entry(lock_path(tmp_path / "file" / "entry"), "x.cache_dir=c")
+
+
+def test_a_cache_is_beside_the_runs_if_the_user_has_none(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HQQTRAIN_CACHE", str(tmp_path / "user"))
+    assert default_cache_root("tokens", tmp_path / "runs") == tmp_path / "user" / "tokens"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HQQTRAIN_CACHE", str(tmp_path / "file"))
+    assert default_cache_root("tokens", tmp_path / "runs") == tmp_path / "runs" / "tokens"

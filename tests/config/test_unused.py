@@ -81,6 +81,13 @@ def test_keys_that_streaming_makes_ineffective():
     assert _unused("finetune", *keys, "data.workers", **streaming) == ["data.cache_dir"]
 
 
+def test_only_a_cached_reference_has_a_folder():
+    key = "eval.cache_dir"
+    assert _unused("finetune", key) == _unused("eval", key, eval={"reference": "streamed"}) == [key]
+    assert _unused("eval", key, eval={"reference": "cached"}) == []
+    assert _unused("eval", key, eval={"reference": "cached", "source": None}) == [key]
+
+
 def test_a_key_is_reported_once():
     assert _unused("quantize", "train.epochs", train={"max_steps": 5}) == ["train.epochs"]
 

@@ -22,7 +22,7 @@ from hqqtrain.data.layout import BatchLayout
 from hqqtrain.data.sequences import TokenSequences, plain_text_targets
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.evaluation.perplexity import EvalResult, evaluate_perplexity
-from hqqtrain.evaluation.reference import CachedReference
+from hqqtrain.evaluation.reference import ResidentReference
 from hqqtrain.models.families.structure import output_head
 from hqqtrain.models.rope import max_batched_length, reset_dynamic_rope
 
@@ -89,7 +89,7 @@ def _evaluate(
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_bits_whatever_was_evaluated_before(name):
     model, reference, alone = _model(name, 0), _model(name, 1), _model(name, 1)
-    cached = CachedReference(reference, output_head(reference), lambda: reference, None)
+    cached = ResidentReference(reference, output_head(reference), lambda: reference, None)
     first = _evaluate(model, name, SHORT, 2, cached)
     other = _evaluate(model, name, LONGER, 2, cached)
     torch.manual_seed(5), random.seed(5)

@@ -13,7 +13,7 @@ from hqqtrain.data.sequences import TokenSequences, plain_text_targets
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.evaluation import reference
 from hqqtrain.evaluation.perplexity import EvalResult, evaluate_perplexity
-from hqqtrain.evaluation.reference import CachedReference, reference_file
+from hqqtrain.evaluation.reference import ResidentReference, reference_file
 from hqqtrain.models.families.structure import output_head
 
 COMM = Communicator(0, 1, torch.device("cpu"))
@@ -58,10 +58,10 @@ def _evaluate(reference: nn.Module, seed: int) -> EvalResult:
     return evaluate_perplexity(evaluated, _sequences(), COMM, batch_size=5, reference=reference)
 
 
-def _open(counted: _Counted, file: Path | None = None) -> CachedReference:
+def _open(counted: _Counted, file: Path | None = None) -> ResidentReference:
     with torch.device("meta"):
         structure = type(counted.model)(counted.model.config)
-    return CachedReference(structure, output_head(counted.model), counted.load, file)
+    return ResidentReference(structure, output_head(counted.model), counted.load, file)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

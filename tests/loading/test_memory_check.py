@@ -20,7 +20,9 @@ def test_a_run_that_cannot_fit_is_refused_with_keys():
         config, meta_model("meta-llama/Meta-Llama-3-70B", config), dtype=torch.bfloat16
     )
     assert check_fits(needs, PLENTY, workload_of(config)) == []
-    with pytest.raises(UserError, match=r"weights and optimizer need .* GiB.*eval\.reference=off"):
+    with pytest.raises(
+        UserError, match=r"weights and optimizer need .* GiB.*eval\.reference=streamed or off"
+    ):
         check_fits(
             needs, AvailableMemory(host=1 << 50, disk=1 << 50, device=80 * GIB), workload_of(config)
         )
@@ -81,7 +83,10 @@ def test_out_of_memory_advice_names_what_can_still_be_lowered():
     config.train.micro_batch_size = 4
     text = oom_advice(workload_of(config), SingleProcess(SINGLE_PROCESS))
     assert "train.micro_batch_size (now 4)" in text
-    assert "eval.reference=off" in text
+    assert "eval.reference=streamed or off (now resident, which keeps the full-prec" in text
+    config.eval.reference = "cached"
+    streamed = oom_advice(workload_of(config), SingleProcess(SINGLE_PROCESS))
+    assert "eval.reference=off (now cached, which keeps its embeddings and head" in streamed
     assert "train.activation_checkpointing" not in text
     config.train.activation_checkpointing = False
     assert "train.activation_checkpointing=true" in oom_advice(

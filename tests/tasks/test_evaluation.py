@@ -1,14 +1,11 @@
 """The evaluation of a run: with and without the adapter, and each result in the record."""
 
 import json
-import logging
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from hqqtrain.distributed.strategies.registry import STRATEGIES
 from hqqtrain.evaluation.perplexity import evaluate_perplexity
 from hqqtrain.loading.model_builder import RunnableModel, wrap_for_execution
 from hqqtrain.loading.plan import plan_model
@@ -174,29 +171,3 @@ def test_figures_that_are_not_finite_get_a_warning(make_config, start_run, caplo
     models = [text.split(" model: the perplexity on the held-out text is ")[0] for text in warnings]
     assert models == ["quantized", "trained"]
     assert all("its figures mean nothing" in text for text in warnings)
-
-
-@pytest.mark.parametrize(
-    ("skip", "strategy", "reason"),
-    [
-        (["lm_head"], "single", None),
-        ([], "single", "only if the head is neither quantized nor trained"),
-        (["lm_head"], "fsdp2", "parallel.strategy=fsdp2 shards it"),
-    ],
-)
-def test_the_log_says_why_the_reference_is_called_again(
-    make_config, start_run, caplog, monkeypatch, skip, strategy, reason
-):
-    with start_run(make_config(quant={"skip": skip})) as run:
-        runnable = _runnable(run)
-        held_out = load_held_out_data(run, runnable.plan.source.tokenizer)
-        runtime = replace(run.runtime, strategy=STRATEGIES[strategy](run.runtime.comm))
-        run = replace(run, runtime=runtime)
-        monkeypatch.setattr(
-            "hqqtrain.tasks.evaluation.build_reference", lambda *_: (torch.nn.Identity(), 0)
-        )
-        with caplog.at_level(logging.INFO, logger="hqqtrain"):
-            RecordedEvaluation(run, runnable, held_out)
-    messages = [text for text in caplog.messages if "called at every evaluation" in text]
-    assert len(messages) == (reason is not None)
-    assert all(reason in text for text in messages)
