@@ -6,6 +6,7 @@ It is loaded as a whole (`resident`), or runs through the held-out set one decod
 
 import logging
 import math
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import transformers
 from torch import nn
 
 from hqqtrain.common.cache_entry import default_cache_root
+from hqqtrain.common.text import format_bytes
 from hqqtrain.data.layout import Batch, BatchLayout
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.evaluation.perplexity import batches_of_this_rank
@@ -148,9 +150,17 @@ def _open_streamed(
     inputs = inputs_by_digest(streamed.model, batches)
 
     def compute() -> HiddenStates:
-        count = len(streamed.layerwise.layers)
+        start, count = time.perf_counter(), len(streamed.layerwise.layers)
         with run.recorder.progress_bars.show_streaming(count) as on_layer, runtime.autocast():
-            return stream_hidden_states(streamed, inputs, comm, on_layer)
+            states = stream_hidden_states(streamed, inputs, comm, on_layer)
+        if comm.is_main:
+            logger.info(
+                "eval.reference=%s: %d decoder layers of the full-precision model in %.1f s; what "
+                "is kept of it takes %s of each rank", evaluation.reference, count,
+                time.perf_counter() - start,
+                format_bytes(sum(hidden.nbytes for hidden in states.values())),
+            )  # fmt: skip
+        return states
 
     if evaluation.reference == "streamed":
         states = compute()

@@ -31,10 +31,15 @@ def alone(exact: tuple, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return done
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp1", "zero3"])
-def test_two_processes_train_like_one(alone: Finished, exact: tuple, tmp_path: Path, strategy: str):
+@pytest.mark.parametrize(
+    ("strategy", "reference"),
+    [("ddp", "cached"), ("fsdp2", "streamed"), ("fsdp1", "resident"), ("zero3", "streamed")],
+)
+def test_two_processes_train_like_one(
+    alone: Finished, exact: tuple, tmp_path: Path, strategy: str, reference: str
+):
     words = (*exact, f"parallel.strategy={strategy}", "train.activation_checkpointing=true")
-    two = run(*words, root=tmp_path / "runs", processes=2)
+    two = run(*words, f"eval.reference={reference}", root=tmp_path / "runs", processes=2)
     assert two.code == 0, two.output
     facts, quantize = two.summary["run"], two.summary["quantize"]
     assert (facts["strategy"], facts["world_size"]) == (strategy, 2)
@@ -48,6 +53,8 @@ def test_two_processes_train_like_one(alone: Finished, exact: tuple, tmp_path: P
     for part in ("full_precision", "quantized", "final"):
         expected = alone.summary["eval"][part]["perplexity"]
         assert two.summary["eval"][part]["perplexity"] == pytest.approx(expected, rel=1e-3)
+    kl = alone.summary["eval"]["quantized"]["kl"]
+    assert two.summary["eval"]["quantized"]["kl"] == pytest.approx(kl, rel=1e-5)
     _check_same_files(two.directory, alone.directory)
 
 
