@@ -41,22 +41,27 @@ def _stream(
     comm: Communicator = SINGLE_PROCESS,
     layout: BatchLayout = PACKED,
     on_layer: Callable[[], object] = lambda: None,
+    *,
+    counts_first: bool = False,
 ) -> StreamedReference:
     model = build_meta(load_hf_config(folder), torch.float32)
     reader = open_weight_source(ModelSource("model", folder, "dense"), model, comm.device)
     streamed = StreamedLayers(model, reader, comm, {})
     streamed.load_outside()
-    batches = batches_of_this_rank(packed_sequences(), 2, comm, layout)
+    batches = batches_of_this_rank(packed_sequences(), 2, comm, layout, counts_first=counts_first)
     inputs = inputs_by_digest(streamed.model, (batch for batch, *_ in batches))
     return StreamedReference(streamed, stream_hidden_states(streamed, inputs, comm, on_layer))
 
 
-def _evaluate(reference: nn.Module, comm: Communicator, layout: BatchLayout) -> EvalResult:
+def _evaluate(
+    reference: nn.Module, comm: Communicator, layout: BatchLayout, **settings: bool
+) -> EvalResult:
     model = random_family("llama", vocab_size=512)
     nn.init.normal_(model.lm_head.weight)
     return evaluate_perplexity(
-        model, packed_sequences(), comm, batch_size=2, reference=reference, layout=layout
-    )
+        model, packed_sequences(), comm, batch_size=2, reference=reference, layout=layout,
+        **settings,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", [PACKED, ROWS], ids=["packed", "rows"])
@@ -67,6 +72,13 @@ def test_the_figures_are_those_of_the_whole_model(kind: str, layout, tmp_path: P
     found = _evaluate(_stream(tmp_path, layout=layout), SINGLE_PROCESS, layout)
     assert found == expected
     assert found.kl > 0.1
+
+
+def test_sequences_of_other_weights_have_other_batches(tmp_path: Path) -> None:
+    _save("llama", tmp_path)
+    expected = _evaluate(load_like_a_run(tmp_path), SINGLE_PROCESS, PACKED, counts_first=True)
+    reference = _stream(tmp_path, counts_first=True)
+    assert _evaluate(reference, SINGLE_PROCESS, PACKED, counts_first=True) == expected
 
 
 def test_a_request_to_stop_ends_it_after_a_layer(tmp_path: Path) -> None:
