@@ -62,14 +62,19 @@ def _source_to_check(source: Any) -> str:
     return min(inputs, key=lambda item: (item.is_local, item.name in BUNDLED)).name
 
 
+def measures_tasks(config: RunConfig) -> bool:
+    """Whether the run measures tasks of `eval.harness`, whose names are checked."""
+    return bool(config.eval.harness) and config.task in ("finetune", "eval")
+
+
 def has_inputs_to_check(config: RunConfig) -> bool:
-    """Whether the run reads local files, or selects layers of a model that is on this machine."""
+    """Whether the run reads local files, selects layers of a local model, or measures tasks."""
     uses_patterns = (
         config.quant.skip != QuantConfig().skip
         or bool(config.quant.overrides)
         or config.adapter.target_modules != AdapterConfig().target_modules
     )
-    return any(
+    return measures_tasks(config) or any(
         item.is_local and (item.name not in BUNDLED or (item.kind == "model" and uses_patterns))
         for item in list_inputs(config)
     )

@@ -235,12 +235,26 @@ class EvalConfig:
         "with eval.reference=cached, folder of the outputs of full-precision models that runs "
         "share; null: ~/.cache/hqqtrain/reference",
     )
+    harness: list[str] = key(
+        help="tasks of lm-evaluation-harness that the models are measured on, by their names or as "
+        "paths of YAML files; needs pip install 'hqqtrain[harness]'",
+        factory=list,
+    )
     samples: int = key(
         3, "held-out texts whose beginnings each model continues, for the report; 0: none", low=0
     )
 
     def errors(self) -> Iterator[str]:
         """Yield one message for every combination of these keys that is not allowed."""
+        if self.harness and not is_names(self.harness):
+            yield f"eval.harness={self.harness}: must be a list of tasks, such as [arc_easy,piqa]."
+        elif len({*self.harness}) < len(self.harness):
+            yield f"eval.harness={self.harness}: must not have a task twice."
+        elif self.harness and self.source is None:
+            yield (
+                f"eval.harness={self.harness}: eval.source=null turns all evaluations off; set "
+                "eval.source."
+            )
         protocol = JOINED_PROTOCOLS.get(self.protocol)
         if protocol and self.tokens < protocol.context:
             yield (

@@ -69,7 +69,7 @@ ADDED_KEYS: dict[str, dict[str, Any]] = {
         name: getattr(QuantConfig(), name) for name in ("zero", "calibration", "calibration_tokens")
     },
     "train": {"early_stopping_patience": None},
-    "eval": {name: getattr(EvalConfig(), name) for name in ("samples", "protocol")},
+    "eval": {name: getattr(EvalConfig(), name) for name in ("samples", "protocol", "harness")},
     "ckpt": {"load_best": False},
 }
 """Single keys that the first release did not have, by group, and their defaults; as above."""

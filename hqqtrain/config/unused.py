@@ -99,7 +99,7 @@ def _ineffective(config: RunConfig) -> Iterator[tuple[str, str]]:
         fix = "" if config.data.streaming else "; add train.max_steps=null"
         yield "train.epochs", f"train.max_steps={train.max_steps} takes precedence{fix}"
     if evaluation.source is None:
-        for name in ("every", "tokens", "protocol", "reference", "samples"):
+        for name in ("every", "tokens", "protocol", "reference", "samples", "harness"):
             yield f"eval.{name}", "eval.source=null turns the evaluation off"
     if evaluation.source is None or evaluation.reference != "cached":
         yield "eval.cache_dir", "only eval.reference=cached keeps what it measures"

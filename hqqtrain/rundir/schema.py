@@ -5,7 +5,8 @@ not measured. Reading is lenient: from a file of another release, the known keys
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
@@ -23,6 +24,9 @@ GLOBAL_STEP = "train/global_step"
 
 LAYER_ERROR_PREFIX = "quant/relative_error/"
 """Prefix of the one metric that is logged for each module."""
+
+TASK_FACTS = ("n_shot", "version", "documents")
+"""Figures of a task of `eval.harness` that are no metrics."""
 
 STATES = ("running", "done", "preempted", "failed")
 """Allowed values of `status` in status.json."""
@@ -131,12 +135,14 @@ class ModelMetrics(JsonObject):
 
     `top1_agreement` is the share of the tokens for which this model and the full-precision one have
     the same most likely next token. `perplexity` is null if it is not finite, because JSON has no
-    infinity.
+    infinity. `harness` has the figures of each task of `eval.harness`: its metrics with their
+    `_stderr`, the number of examples in a prompt (`n_shot`), the `documents` and the `version`.
     """
 
     perplexity: float | None = field(default=None, metadata={"null": True})
     kl: float | None = None
     top1_agreement: float | None = None
+    harness: dict[str, dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,8 @@ class EvalMetrics(JsonObject):
     """The `eval` part. `bytes_read` counts the weight bytes of the full-precision reference.
 
     Figures can be compared only if they have the same `protocol`, `context` and `stride`; see
-    `hqqtrain.config.eval_protocols`. `tokens` is the number of predicted tokens.
+    `hqqtrain.config.eval_protocols`. `tokens` is the number of predicted tokens, and
+    `harness_version` that of lm-evaluation-harness, if tasks of it were measured.
     """
 
     bytes_read: int | None = None
@@ -153,9 +160,22 @@ class EvalMetrics(JsonObject):
     context: int | None = None
     stride: int | None = None
     tokens: int | None = None
+    harness_version: str | None = None
     full_precision: ModelMetrics | None = field(default=None, metadata={"part": ModelMetrics})
     quantized: ModelMetrics | None = field(default=None, metadata={"part": ModelMetrics})
     final: ModelMetrics | None = field(default=None, metadata={"part": ModelMetrics})
+
+    def with_harness(self, model_key: str, figures: dict[str, dict[str, float]]) -> Self:
+        """Return these metrics with figures of `eval.harness`; see `ModelMetrics`.
+
+        Args:
+            model_key: `quantized` or `final`, which was evaluated.
+            figures: The figures by task, in addition to those of other tasks.
+        """
+        metrics = getattr(self, model_key)
+        harness = (metrics.harness or {}) | figures
+        models: dict[str, Any] = {model_key: replace(metrics, harness=harness)}
+        return replace(self, harness_version=version("lm_eval"), **models)
 
 
 @dataclass(frozen=True)

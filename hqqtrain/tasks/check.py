@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.common.text import count
-from hqqtrain.compose.inputs import list_inputs
+from hqqtrain.compose.inputs import list_inputs, measures_tasks
 from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.groups import AUTO
 from hqqtrain.config.quant import QuantConfig
@@ -26,6 +26,7 @@ from hqqtrain.data.texts import held_out_texts, training_texts
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies.check import RuntimeSettings
+from hqqtrain.evaluation.harness import find_tasks
 from hqqtrain.formats.peft import load_adapter
 from hqqtrain.loading.plan import plan_model
 from hqqtrain.tasks.data import load_data_model
@@ -46,6 +47,10 @@ def check_inputs(config: RunConfig) -> list[str]:
         if item.is_local:
             with errors.collect():
                 phrases.append(_CHECKS[item.kind](config))
+    if measures_tasks(config):
+        with errors.collect():
+            find_tasks(config.eval.harness)
+            phrases.append(f"eval.harness=[{','.join(config.eval.harness)}]")
     errors.raise_if_any()  # two checks find the same fault if they read the same file
     return phrases
 

@@ -36,6 +36,7 @@ from hqqtrain.tasks.datasets import (
 )
 from hqqtrain.tasks.evaluation import RecordedEvaluation
 from hqqtrain.tasks.generation_config import trained_generation_config
+from hqqtrain.tasks.harness import load_harness, run_harness
 from hqqtrain.tasks.model import check_fits_run, load_or_quantize, plan_settings
 from hqqtrain.tasks.streaming import stream_training_data
 from hqqtrain.tasks.training import AdapterTraining, build_trainer, evaluate_trained
@@ -59,7 +60,7 @@ def finetune(run: Run) -> None:
             check_step_count(checkpoint, config.train.max_steps)
         resumed = checkpoint.folder if checkpoint else None
         plan = plan_model(plan_settings(config), runtime, resumed=resumed)
-    layout = batch_layout(config, plan, comm)
+    layout, harness = batch_layout(config, plan, comm), load_harness(run)
     source_digest = digest_source(plan.source, comm, runtime.preemption)
     history.check_checkpoint(checkpoint, source_digest)
     tokenizer, vocab_size = plan.source.tokenizer, vocabulary_size(plan.model)
@@ -85,6 +86,7 @@ def finetune(run: Run) -> None:
         evaluation = RecordedEvaluation(run, runnable, held_out, layout, source_digest)
         if not recorder.has_evaluated("quantized"):
             evaluation.evaluate_as("quantized", adapted=False)
+            run_harness(run, runnable, harness, "quantized", adapted=False)
         trainer, best = build_trainer(run, runnable.model, loader), BestEvaluation()
         parts: dict[str, Stateful] = {"record": recorder, "best_evaluation": best}
         if config.data.streaming:  # otherwise the index of the batch is enough
@@ -100,6 +102,7 @@ def finetune(run: Run) -> None:
     patience = config.train.early_stopping_patience
     stopped_early = best.stall_reason(patience) if trainer.stopped_early else None
     adapter_step = evaluate_trained(run, evaluation, trainer, best)
+    run_harness(run, runnable, harness, "final", adapted=True)
     recorder.record_best(best, adapter_step=adapter_step, stopped_early=stopped_early)
     save_trained_adapter(run, runnable, loader, trainer.trainable_parameters, adapter_step)
     evaluation.record_samples()

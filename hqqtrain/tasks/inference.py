@@ -12,6 +12,7 @@ from hqqtrain.tasks.calibration import load_calibration
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import batch_layout, check_same_text, load_held_out_data
 from hqqtrain.tasks.evaluation import RecordedEvaluation
+from hqqtrain.tasks.harness import load_harness, run_harness
 from hqqtrain.tasks.model import check_fits_run, load_or_quantize, plan_settings
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def evaluate(run: Run) -> None:
     """
     with run.runtime.comm.raise_on_all_ranks():
         plan = plan_model(plan_settings(run.config), run.runtime)
-    layout = batch_layout(run.config, plan, run.runtime.comm)
+    layout, harness = batch_layout(run.config, plan, run.runtime.comm), load_harness(run)
     held_out = load_held_out_data(run, plan.source.tokenizer, vocabulary_size(plan.model))
     with run.runtime.comm.raise_on_all_ranks():
         check_fits_run(run, plan)
@@ -48,8 +49,10 @@ def evaluate(run: Run) -> None:
     runnable = wrap_for_execution(loaded, run.runtime.strategy)
     evaluation = RecordedEvaluation(run, runnable, held_out, layout, source_digest)
     evaluation.evaluate_as("quantized", adapted=False)
+    run_harness(run, runnable, harness, "quantized", adapted=False)
     if plan.initial_adapter:
         evaluation.evaluate_as("final", adapted=True)
+        run_harness(run, runnable, harness, "final", adapted=True)
 
 
 def export(run: Run) -> None:

@@ -24,7 +24,7 @@ from hqqtrain.loading.model_builder import LoadedModel
 from hqqtrain.report.live import LiveReport
 from hqqtrain.report.samples import Sample
 from hqqtrain.rundir.directory import RunDirectory
-from hqqtrain.rundir.schema import LAYER_ERROR_PREFIX, MODEL_NAMES
+from hqqtrain.rundir.schema import LAYER_ERROR_PREFIX, MODEL_NAMES, TASK_FACTS
 from hqqtrain.tasks.finalize import finalize_failure, finalize_success
 from hqqtrain.tasks.previous_run import PreviousRun
 from hqqtrain.tasks.progress import ProgressBars
@@ -258,6 +258,17 @@ class RunRecorder:
         self.summary.add_evaluation(dataset, model_key, result)
         if log:
             self.log_evaluation(result, model_key)
+
+    def record_harness(self, model_key: str, figures: dict[str, dict[str, float]]) -> None:
+        """Add figures of `eval.harness` to the summary, and log them as `harness/<task>/...`."""
+        self.summary.add_harness(model_key, figures)
+        metrics = {
+            f"harness/{task}/{name}": value
+            for task, values in figures.items()
+            for name, value in values.items()
+            if name not in TASK_FACTS
+        }
+        self.trackers.log(metrics, self.step_number)
 
     def log_evaluation(self, result: EvalResult, model_key: str = "final") -> None:
         """Log an evaluation of `quantized` or `final` as a point of the curves `eval/...`."""

@@ -118,6 +118,12 @@ class RunSummary:
             self._set_row("full_precision", perplexity=result.reference_perplexity, kl=0.0)
         self.content = replace(self.content, eval=replace(evaluation, **models))
 
+    def add_harness(self, model_key: str, figures: dict[str, dict[str, float]]) -> None:
+        """Add figures of `eval.harness` to a model that was evaluated."""
+        assert self.content.eval is not None
+        evaluation = self.content.eval.with_harness(model_key, figures)
+        self.content = replace(self.content, eval=evaluation)
+
     def add_reference_bytes(self, bytes_read: int) -> None:
         """Add the weight bytes read for the full-precision reference model.
 
