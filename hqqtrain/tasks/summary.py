@@ -235,11 +235,7 @@ class RunSummary:
 
     def table_rows(self) -> list[ResultRow]:
         """Return the rows of the final table that have a value in addition to their name."""
-        return [
-            row
-            for row in self._rows.values()
-            if any(value is not None for value in astuple(row)[1:])
-        ]
+        return [row for row in self._rows.values() if any(v is not None for v in astuple(row)[1:])]
 
     def _add_sizes(self, loaded: LoadedModel, packed_bytes: int, bits_per_weight: float) -> None:
         """Add the sizes of the model, dense and quantized, to the table.
