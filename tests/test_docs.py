@@ -133,7 +133,8 @@ def _invalid_arguments(command: str) -> list[str]:
             choices_by_key = {f.name: f.metadata["choices"] for f in fields(getattr(config, group))}
         choices = choices_by_key.get(key or group)  # empty if the key allows any value
         is_known = choices is not None
-        if not is_known or (choices and not set(value.split(",")) <= set(map(str, choices))):
+        allowed = {"null" if choice is None else str(choice) for choice in choices or ()}
+        if not is_known or (choices and not set(value.split(",")) <= allowed):
             invalid.append(argument)
     return invalid
 

@@ -22,9 +22,11 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 def model_files(folder: Path) -> list[str]:
     """Return the names of a model's files; for a run's directory, of its base and its adapter."""
     packed = folder / "quantized"
+    adapter = [f"adapter/{name}" for name in adapter_files(folder / "adapter")]
     if (packed / "config.json").is_file():
-        base = [f"quantized/{name}" for name in model_files(packed)]
-        return base + [f"adapter/{name}" for name in adapter_files(folder / "adapter")]
+        return [f"quantized/{name}" for name in model_files(packed)] + adapter
+    if adapter and not (folder / "config.json").is_file():  # a run that has quantized nothing
+        return adapter
     left_out = {path for pattern in _OTHER_FORMATS for path in folder.glob(pattern)}
     found = {path for pattern in _MODEL_PATTERNS for path in folder.glob(pattern)} - left_out
     files = (path for path in found if path.is_file() and not path.name.startswith("."))

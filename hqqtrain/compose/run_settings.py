@@ -40,7 +40,10 @@ _PACKED = (
 
 
 def run_of(config: RunConfig) -> RunLayout | None:
-    """Return the run that `model.name_or_path` names, by its folder or its quantized/, if any."""
+    """Return the run that `model.name_or_path` names, by its folder or its quantized/, if any.
+
+    A run with an adapter but without quantized/ has quantized nothing.
+    """
     if config.model.source != "pretrained":
         return None
     named = Path(config.model.name_or_path).expanduser()
@@ -48,7 +51,8 @@ def run_of(config: RunConfig) -> RunLayout | None:
     for folder in (named, named.resolve()):
         for run in (RunLayout(folder), RunLayout(folder.parent)):
             is_named = folder in (run.folder, run.quantized)
-            if is_named and run.config_yaml.is_file() and run.has_quantized:
+            has_model = run.has_quantized or run.has_adapter
+            if is_named and run.config_yaml.is_file() and has_model:
                 return run
     return None
 
@@ -152,7 +156,8 @@ def held_out_warnings(run: RunLayout, config: RunConfig) -> Iterator[str]:
 def settings_of_packed_model(config: RunConfig, given: Collection[str]) -> list[str]:
     """Return the keys in `given` that a model which is quantized already does not use."""
     folder = Path(config.model.name_or_path).expanduser()
-    if run_of(config) is None and not _is_packed(folder):
+    run = run_of(config)
+    if not _is_packed(folder) and (run is None or not run.has_quantized):
         return []
     return [key for key in given if any(fnmatchcase(key, pattern) for pattern in _PACKED)]
 

@@ -39,6 +39,14 @@ CONFIG_CONFLICTS = (
         "task=finetune trains an adapter; use lora or rslora.",
     ),
     Conflict(
+        {"quant.nbits": (None,), "task": ("quantize",)},
+        "task=quantize has nothing to do without quantization; choose a number of bits.",
+    ),
+    Conflict(
+        {"quant.nbits": (None,), "task": ("export",), "export.format": ("packed",)},
+        "export.format=packed writes quantized weights; use dense, or choose a number of bits.",
+    ),
+    Conflict(
         {"quant.save": (False,), "task": ("quantize",)},
         "task=quantize only serves to save quantized/; use true.",
     ),

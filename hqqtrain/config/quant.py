@@ -23,7 +23,12 @@ ZEROS = ("float", "integer")
 class QuantConfig:
     """How the weights of linear layers are quantized."""
 
-    nbits: int = key(4, "bits per quantized weight", choices=NBITS)
+    nbits: int | None = key(
+        4,
+        "bits per quantized weight; null: nothing is quantized, so that the adapters are plain "
+        "16-bit LoRA",
+        choices=(*NBITS, None),
+    )
     group_size: int | None = key(
         64, "weights that share a scale and a zero; null: a whole row or column", low=2
     )
@@ -78,6 +83,16 @@ class QuantConfig:
         "folder of quantized weights that runs share; null: no sharing, but a sweep uses "
         "<run.root>/quantized",
     )
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any layer is quantized; without, the adapters are trained on the dense model."""
+        return self.nbits is not None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether layers may be quantized with calibration text."""
+        return self.quantizes and self.calibration is not None
 
     def errors(self) -> Iterator[str]:
         """Yield one message for every setting of `overrides` that is not allowed, and others."""

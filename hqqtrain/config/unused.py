@@ -6,6 +6,7 @@ told.
 """
 
 from collections.abc import Collection, Iterator
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -83,7 +84,7 @@ def used_settings(config: RunConfig, keys: Collection[str]) -> list[str]:
 
 def _is_used(key: str, config: RunConfig) -> bool:
     used, unused = USED_KEYS[config.task], UNUSED_KEYS[config.task]
-    if config.quant.calibration is not None and config.task in ("quantize", "export"):
+    if config.quant.calibrates and config.task in ("quantize", "export"):
         used, unused = (*used, *_OF_CALIBRATION), (*unused, "data.show")
     return _matches(key, used) and not _matches(key, unused)
 
@@ -103,16 +104,24 @@ def _ineffective(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"eval.{name}", "eval.source=null turns the evaluation off"
     if evaluation.source is None or evaluation.reference != "cached":
         yield "eval.cache_dir", "only eval.reference=cached keeps what it measures"
+    if not config.quant.quantizes and evaluation.streams_reference:
+        for key in ("eval.reference", "eval.cache_dir"):
+            yield key, "with quant.nbits=null the model without its adapter is the reference"
     if "wandb" not in config.track.backends:
         for key in _OF_WANDB:
             yield key, "track.backends does not contain wandb"
-    yield from _ineffective_calibration(config.quant)
+    yield from _ineffective_quantization(config.quant)
     yield from _ineffective_data(config)
 
 
-def _ineffective_calibration(quant: QuantConfig) -> Iterator[tuple[str, str]]:
-    """Yield (key, reason) for every key of calibration that another key makes ineffective."""
+def _ineffective_quantization(quant: QuantConfig) -> Iterator[tuple[str, str]]:
+    """Yield (key, reason) for every key of the group `quant` that another makes ineffective."""
     overrides = [s for s in quant.overrides.values() if isinstance(s, dict)]
+    if not quant.quantizes:
+        unused = {f.name for f in fields(quant)} - {"nbits", "skip", "overrides"}
+        for name in (*sorted(unused), *(["overrides"] if overrides else [])):
+            yield f"quant.{name}", "quant.nbits=null quantizes nothing"
+        return
     solvers = {quant.solver, *(s["solver"] for s in overrides if "solver" in s)}
     if quant.calibration is None:
         yield "quant.calibration_tokens", "quant.calibration=null uses no text"

@@ -82,7 +82,8 @@ class Runtime:
         )
         if parallel.offload != "none" and not on_gpu:
             logger.warning("parallel.offload=%s: has no effect on a CPU", parallel.offload)
-        _select_backend(quant.backend, comm)
+        if quant.quantizes:
+            _select_backend(quant.backend, comm)
         compute_dtype = PRECISION_DTYPES[precision]
         replicas = 1
         if parallel.hsdp:

@@ -11,7 +11,8 @@ class AdapterCard:
 
     Attributes:
         base: The hub name or folder of the full-precision model.
-        fingerprint: The fingerprint of the quantized base.
+        fingerprint: The fingerprint of the base.
+        nbits: Bits of a code; None: the base is not quantized, and has no other settings either.
         group_size: Weights that share a scale; None: a whole row or column.
         metrics: Name -> value of the results, as the card shows them.
         measured_by: How the perplexities are measured, as Markdown; empty if there are none.
@@ -22,10 +23,10 @@ class AdapterCard:
 
     base: str
     fingerprint: str
-    nbits: int
+    nbits: int | None
     group_size: int | None
-    axis: int
-    solver: str
+    axis: int | None
+    solver: str | None
     bits_per_weight: float
     revision: str | None = None
     metrics: dict[str, float] | None = None
@@ -37,7 +38,6 @@ class AdapterCard:
 
 def render_card(card: AdapterCard) -> str:
     """Return the model card as Markdown, with the front matter that the hub reads."""
-    group = "a whole row or column" if card.group_size is None else f"groups of {card.group_size}"
     revision = f" at revision `{card.revision}`" if card.revision else ""
     # The hub accepts nothing but a hub name as `base_model`.
     is_hub_name = card.base.count("/") == 1 and not Path(card.base).expanduser().exists()
@@ -66,31 +66,26 @@ def render_card(card: AdapterCard) -> str:
         table = f"| figure | value |\n| --- | --- |\n{rows}\n\n"
         if card.measured_by:
             table += f"Perplexity: {card.measured_by}.\n\n"
+    hqq_tag = "" if card.nbits is None else "- hqq\n"
     return f"""---
 library_name: peft
 {base_line}tags:
 - lora
-- hqq
-- hqqtrain
+{hqq_tag}- hqqtrain
 ---
 
-# LoRA adapter for a {card.nbits}-bit HQQ base
-
-Trained by hqqtrain on `{card.base}`{revision}, quantized to {card.nbits} bits
-({group}, axis {card.axis}, solver `{card.solver}`; {card.bits_per_weight:.2f} bits per weight,
-scales and zeros counted). It repairs the error of exactly that base, whose fingerprint is
-
+{_describe_base(card, revision)}
     {card.fingerprint}
 
 {step}{table}## How to load it
 
-On the packed base, in the run's directory: `python -m hqqtrain task=eval
+On its base, in the run's directory: `python -m hqqtrain task=eval
 model.name_or_path=<run directory>`.
 
 As dense weights in one checkpoint, for any tool: `python -m hqqtrain task=export
 model.name_or_path=<run directory>`.
 
-With PEFT, on a dense model that holds the *dequantized* weights of this base:
+With PEFT, on {_dense_base(card)}:
 
 ```python
 from peft import PeftModel
@@ -98,3 +93,27 @@ model = PeftModel.from_pretrained(model, "<this folder>")
 ```
 
 {tokenizer}"""
+
+
+def _describe_base(card: AdapterCard, revision: str) -> str:
+    """Return the heading, and the paragraph that ends with the fingerprint of the base."""
+    if card.nbits is None:
+        return f"""# LoRA adapter for a base in full precision
+
+Trained by hqqtrain on `{card.base}`{revision}, which was not quantized (`quant.nbits=null`;
+{card.bits_per_weight:.2f} bits per weight). The fingerprint of the adapted layers of the base is
+"""
+    group = "a whole row or column" if card.group_size is None else f"groups of {card.group_size}"
+    return f"""# LoRA adapter for a {card.nbits}-bit HQQ base
+
+Trained by hqqtrain on `{card.base}`{revision}, quantized to {card.nbits} bits
+({group}, axis {card.axis}, solver `{card.solver}`; {card.bits_per_weight:.2f} bits per weight,
+scales and zeros counted). It repairs the error of exactly that base, whose fingerprint is
+"""
+
+
+def _dense_base(card: AdapterCard) -> str:
+    """Return the model on which PEFT loads the adapter."""
+    if card.nbits is None:
+        return f"`{card.base}` itself"
+    return "a dense model that holds the *dequantized* weights of this base"

@@ -151,8 +151,8 @@ def _check_fits(
 ) -> None:
     if name not in linears:
         raise UserError(
-            f"{origin}: adapts {name}, which is not a quantized linear layer of this model; the "
-            "adapter belongs to another model, or quant.skip excludes this layer."
+            f"{origin}: adapts {name}, which is not a linear layer of this model that may have an "
+            "adapter; the adapter belongs to another model, or quant.skip excludes this layer."
         )
     if linears[name] != (shape.out_features, shape.in_features):
         raise UserError(

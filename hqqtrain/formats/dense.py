@@ -1,8 +1,9 @@
 """Export dense weights for other tools: dequantized, with the adapter merged.
 
 The adapter was trained on the errors of the quantized weights. It is therefore merged into the
-dequantized weights and never into the original ones. The sum is computed in fp32 and rounded once.
-Tensors are streamed one at a time, so the whole model is never in memory.
+dequantized weights and not into the original ones, unless it was trained on those. The sum is
+computed in fp32 and rounded once. Tensors are streamed one at a time, so the whole model is never
+in memory.
 """
 
 import copy
@@ -47,7 +48,7 @@ def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapte
         UserError: `adapter` belongs to another base or to modules that the model does not have, or
             a value is not finite in `dtype`.
     """
-    adapted = set(adapter.modules) if adapter else set()
+    unmerged = set(adapter.modules) if adapter else set()
     replaced = set(adapter.base_tensors) if adapter else set()
     _check_adapter(adapter, settings)
     # Collect the W_q, scale and zero of a layer until all three have arrived.
@@ -58,6 +59,9 @@ def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapte
             if adapter and name in replaced:
                 tensor = adapter.replaced(name, tensor)
                 replaced.remove(name)
+            if adapter and module in unmerged and attribute == "weight":
+                tensor = _merge(adapter, module, tensor.to(device, torch.float32))
+                unmerged.remove(module)
             yield name, _round(name, tensor, dtype) if tensor.is_floating_point() else tensor
             continue
         packed = incomplete.setdefault(module, {})
@@ -65,20 +69,33 @@ def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapte
         if len(packed) == len(PACKED_PARAMETERS):
             quantized = QuantizedWeight(**incomplete.pop(module))
             weight = dequantize_weight(quantized, settings.modules[module].layout, torch.float32)
-            if adapter and module in adapted:
-                weight += adapter.delta(module, device)
-                if not weight.isfinite().all():
-                    raise UserError(
-                        f"{module}: its weight is infinite or NaN once the adapter is merged; the "
-                        "adapter is damaged or has diverged. Use another checkpoint."
-                    )
+            if adapter and module in unmerged:
+                weight = _merge(adapter, module, weight)
+                unmerged.remove(module)
             yield f"{module}.weight", _round(f"{module}.weight", weight, dtype)
     if replaced:
         raise UserError(
             f"adapter: has trained {min(replaced)}, which this base does not have, or has "
             "quantized; use an adapter of this model."
         )
+    if unmerged:
+        raise UserError(
+            f"adapter: adapts {min(unmerged)}, whose weight is tied to that of another module, so "
+            "it cannot be merged; leave the layer in quant.skip and train a new adapter."
+        )
     assert not incomplete, f"tensors are missing of {sorted(incomplete)}"
+
+
+def _merge(adapter: Adapter, module: str, weight: torch.Tensor) -> torch.Tensor:
+    """Return `weight` [out_features, in_features], fp32, with the adapter of `module` added."""
+    merged = adapter.delta(module, weight.device)
+    merged += weight
+    if not merged.isfinite().all():
+        raise UserError(
+            f"{module}: its weight is infinite or NaN once the adapter is merged; the "
+            "adapter is damaged or has diverged. Use another checkpoint."
+        )
+    return merged
 
 
 def _round(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -133,6 +150,8 @@ def _check_adapter(adapter: Adapter | None, settings: QuantizedSettings) -> None
     if adapter is None:
         return
     adapter.check_base(settings.fingerprint, "adapter")
+    if not settings.modules:  # nothing is quantized, and loading has checked the layers
+        return
     unknown_modules = sorted(set(adapter.modules) - settings.modules.keys())
     if unknown_modules:
         raise UserError(

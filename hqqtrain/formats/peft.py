@@ -1,8 +1,8 @@
 """Read and write adapters as stock PEFT files that record the base they were trained on.
 
-An adapter corrects the errors of one quantized base; on any other base it adds noise. PEFT warns
-about unknown keys in adapter_config.json. The fingerprint of the base is therefore stored in the
-metadata of adapter_model.safetensors, which stock tools ignore.
+An adapter belongs to one base, whose errors it corrects if it is quantized; on any other base it
+adds noise. PEFT warns about unknown keys in adapter_config.json. The fingerprint of the base is
+therefore stored in the metadata of adapter_model.safetensors, which stock tools ignore.
 """
 
 import json
@@ -58,8 +58,8 @@ class Adapter:
         config: PEFT's configuration. Its patterns are full names of modules.
         state: The tensors by PEFT's names: `base_model.model.<module>.lora_A.weight` [r, in] and
             `.lora_B.weight` [out, r], and those of `base_parts.py`.
-        fingerprint: The fingerprint of the quantized base that the adapter was trained on. None
-            if the file does not record it, as in adapters of other tools.
+        fingerprint: The fingerprint of the base that the adapter was trained on. None if the file
+            does not record it, as in adapters of other tools.
     """
 
     config: LoraConfig
@@ -126,8 +126,9 @@ class Adapter:
         """
         if self.fingerprint not in (None, fingerprint):
             raise UserError(
-                f"{origin}: trained on the quantized base {self.fingerprint}, but this base is "
-                f"{fingerprint}. Use the quantized/ that was saved with it, or train a new adapter."
+                f"{origin}: trained on the base {self.fingerprint}, but this base is "
+                f"{fingerprint}. Use the quantized/ that was saved with it, or the same "
+                "model.name_or_path and quant.nbits=null if it has none; or train a new adapter."
             )
 
 

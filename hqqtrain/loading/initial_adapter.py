@@ -115,7 +115,7 @@ def unknown_base_warning(start: InitialAdapter, source: ModelSource) -> str:
         return ""  # `initialize_adapters` compares it with the fingerprint of the base
     base_name = start.adapter.config.base_model_name_or_path or "no model"
     return (
-        f"{start.origin}: does not record the quantized base it was trained on, and names "
+        f"{start.origin}: does not record the base it was trained on, and names "
         f"{base_name}; if that is not model.name_or_path={source.name}, the adapter adds noise."
     )
 
@@ -228,7 +228,7 @@ def initialize_adapters(
     Args:
         model: The model, with its adapters.
         start: The existing adapter, if any. Without one, `adapter.init` gives the values.
-        fingerprint: Fingerprint of the quantized base in `model`.
+        fingerprint: Fingerprint of the base in `model`.
         config: Settings of the adapters.
         seed: Seed of fresh values, `train.seed`.
         reader: The weights of the base; needed if parts of it are trained.

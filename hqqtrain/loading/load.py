@@ -8,7 +8,7 @@ result, so each row of the source is read only once.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -35,6 +35,7 @@ from hqqtrain.loading.stats import LoadStats, MemoryTracker
 from hqqtrain.models.build import restore_buffers
 from hqqtrain.models.fqn import base_tensors, is_packed, retie_weights
 from hqqtrain.models.weights.base import WeightSource
+from hqqtrain.nn.base_linears import DenseLinear
 from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS, HQQLinear
 from hqqtrain.quant.error import error_ratio
 
@@ -66,8 +67,9 @@ class LoadResult:
 
 
 def load_weights(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], reader: WeightSource,
-         comm: Communicator, *, quantized: bool = False, calibration: Calibration | None = None,
-         on_packed_rows: Callable[[str, str, int, Tensor], object] = lambda *_: None,
+         comm: Communicator, *, quantized: bool = False, base_weights: Collection[str] = (),
+         calibration: Calibration | None = None,
+         on_rows: Callable[[str, str, int, Tensor], object] = lambda *_: None,
          on_layer: Callable[[str], object] = lambda _: None) -> LoadResult:  # fmt: skip
     """Read every tensor of the model from the checkpoint and quantize the linears. Collective.
 
@@ -77,11 +79,14 @@ def load_weights(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], r
         reader: Source of the rows.
         comm: All ranks of the run.
         quantized: Whether the source already has W_q, scale and zero, so nothing is quantized.
+        base_weights: The names in `dense` of the weights that `quant.nbits=null` leaves dense.
         calibration: The text that the linears of the decoder layers are quantized with; None: all
             linears are quantized without any.
-        on_packed_rows: Called with (module, tensor name, first row, rows) for the packed weights
-            that this rank has quantized or read. Over all ranks, each row is reported once.
-        on_layer: Called with the name of each quantized layer when it is loaded.
+        on_rows: Called with (module, tensor name, first row, rows) for the packed weights that this
+            rank has quantized or read, and for `base_weights`. Over all ranks, each row is reported
+            once.
+        on_layer: Called with the name of each quantized layer, and of each layer of `base_weights`,
+            when it is loaded.
 
     Returns:
         Quantization errors and loading statistics of this rank.
@@ -107,14 +112,17 @@ def load_weights(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], r
         (source_rows(n, layers[n]) for linears in calibrated for n in linears if n in mine),
     )
     with Prefetcher(reader, row_ranges, comm.device, memory.sample) as prefetcher:
-        loader = RowLoader(prefetcher, DeferredFiniteCheck(reader), comm.device, on_packed_rows)
+        loader = RowLoader(prefetcher, DeferredFiniteCheck(reader), comm.device, on_rows)
         with Heartbeat(comm) as heartbeat:
             for name, layer in alone.items():
                 loader.load_layer(name, layer if name in mine else None, quantized)
                 on_layer(name)
                 heartbeat.check()
-            for name, target in my_dense.items():
-                loader.load_dense(name, target)
+            for name, target in dense.items():
+                if name in my_dense:
+                    loader.load_dense(name, target, is_base_weight=name in base_weights)
+                if name in base_weights:
+                    on_layer(name.removesuffix(".weight"))
                 heartbeat.check()
             loader.finite_check.check()
         # Replicas receive their rows from the rank that has loaded them.
@@ -147,7 +155,7 @@ def load_model(
     quantized: bool = False,
     calibration: Calibration | None = None,
     offload: bool = False,
-    on_packed_rows: Callable[[str, str, int, torch.Tensor], object] = lambda *_: None,
+    on_rows: Callable[[str, str, int, torch.Tensor], object] = lambda *_: None,
     on_layer: Callable[[str], object] = lambda _: None,
 ) -> LoadResult:
     """Allocate `model` on the device of `comm` and load its weights from `reader`. Collective.
@@ -162,8 +170,9 @@ def load_model(
         reader,
         comm,
         quantized=quantized,
+        base_weights=_base_weights(model),
         calibration=calibration,
-        on_packed_rows=on_packed_rows,
+        on_rows=on_rows,
         on_layer=on_layer,
     )
     retie_weights(model)
@@ -181,3 +190,12 @@ def tensors_by_name(model: nn.Module) -> tuple[dict[str, HQQLinear], dict[str, t
         else:
             dense[name] = tensor
     return layers, dense
+
+
+def _base_weights(model: nn.Module) -> set[str]:
+    """Return the checkpoint names of the weights that `quant.nbits=null` leaves dense."""
+    return {
+        name
+        for name, module, attribute, _ in base_tensors(model)
+        if isinstance(module, DenseLinear) and attribute == "weight"
+    }

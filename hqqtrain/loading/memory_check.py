@@ -25,7 +25,7 @@ _EXACT_PURPOSES = ("packed weights", "dense weights", "adapter and optimizer", "
 
 _ADVICE_BY_PURPOSE = {
     "packed weights": "lower quant.nbits={w.nbits}, or more GPUs with parallel.strategy=fsdp2",
-    "dense weights": "more GPUs with parallel.strategy=fsdp2, or a shorter quant.skip",
+    "dense weights": "more GPUs with parallel.strategy=fsdp2, or {fewer_dense}",
     "reference model": "eval.reference={w.smaller_reference}",
     "adapter and optimizer": "optim.name=paged_adamw_8bit, "
     "adapter.dtype=bf16 or a smaller adapter.r={w.adapter_rank}",
@@ -38,7 +38,7 @@ _ADVICE_BY_PURPOSE = {
     "outputs of the reference model": "a smaller eval.tokens={w.eval_tokens}, or "
     "eval.reference=off",
 }
-"""Advice by purpose of memory; `w` is the workload."""
+"""Advice by purpose of memory; `w` is the workload, `fewer_dense` quantizes more layers."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def check_fits(
         raise UserError(
             f"parallel.offload={workload.offload}: {local_ranks} ranks would keep "
             f"{estimate.host * local_ranks / GIB:.1f} GiB on the host, which has "
-            f"{free.host / GIB:.1f} GiB free. Use more nodes, or a smaller "
-            f"quant.nbits={workload.nbits}{no_reference}."
+            f"{free.host / GIB:.1f} GiB free. Use more nodes, or "
+            f"{_fewer_bits(workload)}{no_reference}."
         )
     if sum(estimate.device.values()) > WARNING_FRACTION * free_per_rank:
         warnings.append(
@@ -122,8 +122,8 @@ def oom_advice(workload: Workload, strategy: Strategy) -> str:
             f"{'the full-precision model' if is_whole else 'its embeddings and head'} in memory)"
         )
     advice.append(f"a smaller train.max_seq_len (now {workload.max_seq_len})")
-    if workload.nbits > 1:
-        advice.append(f"a smaller quant.nbits (now {workload.nbits})")
+    if workload.nbits is None or workload.nbits > 1:
+        advice.append(_fewer_bits(workload))
     if not strategy.shards_parameters:
         advice.append("several GPUs with parallel.strategy=fsdp2")
     if not offloads_parameters:
@@ -146,9 +146,15 @@ def _check_disk(estimate: MemoryEstimate, free: AvailableMemory, workload: Workl
 def _advice(device: dict[str, int], workload: Workload) -> str:
     """Return the advice for the three purposes with the most bytes on the device."""
     largest = sorted((p for p in device if device[p]), key=lambda p: -device[p])[:3]
-    return (
-        "What helps: " + "; ".join(_ADVICE_BY_PURPOSE[p].format(w=workload) for p in largest) + "."
-    )
+    fewer_dense = _fewer_bits(workload) if workload.nbits is None else "a shorter quant.skip"
+    advice = [_ADVICE_BY_PURPOSE[p].format(w=workload, fewer_dense=fewer_dense) for p in largest]
+    return f"What helps: {'; '.join(advice)}."
+
+
+def _fewer_bits(workload: Workload) -> str:
+    if workload.nbits is None:
+        return "quant.nbits=8 or less (now null: nothing is quantized)"
+    return f"a smaller quant.nbits (now {workload.nbits})"
 
 
 def available_memory(device: torch.device | str, folder: Path) -> AvailableMemory:

@@ -20,6 +20,7 @@ from hqqtrain.models.causal_lm import (
 )
 from hqqtrain.models.families.structure import find_decoder_layers, text_config
 from hqqtrain.models.fqn import base_model, expected_shapes, is_adapter
+from hqqtrain.nn.base_linears import linear_shapes
 from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS, HQQLinear
 
 GIB = 2**30
@@ -33,7 +34,7 @@ class Workload:
         task: The value of `task`.
         model_name: The value of `model.name_or_path`.
         is_synthetic: Whether the weights are generated instead of read.
-        nbits: The value of `quant.nbits`.
+        nbits: The value of `quant.nbits`; None: nothing is quantized.
         saves_quantized: Whether quantized/ is to be saved and does not exist yet.
         adapter_rank: The value of `adapter.r`.
         adapter_itemsize: Bytes of an element of the adapters.
@@ -44,7 +45,7 @@ class Workload:
         offload: The value of `parallel.offload`.
         offloads_activations: Whether activations are offloaded from a GPU to the host.
         evaluates: Whether a held-out text is evaluated.
-        reference: The value of `eval.reference`; `off` if there is no full-precision model.
+        reference: The value of `eval.reference`; `off` if no other model is in memory.
         eval_tokens: The value of `eval.tokens`.
         eval_context: Tokens in a window of the evaluation.
         export_format: The value of `export.format`.
@@ -56,7 +57,7 @@ class Workload:
     task: str
     model_name: str
     is_synthetic: bool
-    nbits: int
+    nbits: int | None
     saves_quantized: bool
     adapter_rank: int
     adapter_itemsize: int
@@ -122,7 +123,7 @@ def estimate_memory(
 
     Args:
         workload: The settings of the run.
-        model: Model on meta, with HQQLinears in place and adapters injected.
+        model: Model on meta, with its base linears in place and adapters injected.
         strategy: Decides which parameters are sharded, and gathered or offloaded.
         dtype: Dtype of activations and unquantized weights.
         world_size: Number of ranks; by default those of `strategy`.
@@ -146,9 +147,13 @@ def estimate_memory(
         "adapter and optimizer": adapters if workload.trains else 0,
         "reference model": reference.whole,
     }
+    root, layers = sizes.root, sizes.packed + sizes.dense - sizes.root
     gathered = strategy.gathered_bytes(
-        world_size, root=sizes.root, packed=sizes.packed, itemsize=dtype.itemsize
+        world_size, root=root, layers=layers, itemsize=dtype.itemsize
     )
+    with_text = calibration_bytes(model, workload.calibration_tokens, dtype, world_size=world_size)
+    working = max(_working_bytes(workload, sizes, shards, dtype), with_text, reference.layer)
+    working += gathered + (_token_bytes(model, dtype) if workload.trains else 0)
     host = 0
     # With offloading the GPU keeps only what is gathered.
     if strategy.offloads_parameters:
@@ -159,13 +164,7 @@ def estimate_memory(
     device = parameters | {
         "activations": _activation_bytes(workload, model, dtype) if workload.trains else 0,
         "logits": _logit_bytes(workload, model, dtype, in_chunks=strategy.may_call_head_alone),
-        "working memory": max(
-            _working_bytes(workload, sizes, shards, dtype),
-            calibration_bytes(model, workload.calibration_tokens, dtype, world_size=world_size),
-            reference.layer,
-        )
-        + gathered
-        + (_token_bytes(model, dtype) if workload.trains else 0),
+        "working memory": working,
         "outputs of the reference model": reference.outputs if on_host else 0,
     }
     return MemoryEstimate(device, _disk_bytes(workload, sizes, dtype), host)
@@ -203,8 +202,7 @@ class _Sizes:
                 dense += param.numel() * dtype.itemsize
                 if param not in in_layers:
                     root += param.numel() * dtype.itemsize
-        shapes = expected_shapes(model).values()
-        source = sum(torch.Size(shape).numel() for shape in shapes)
+        source = sum(torch.Size(shape).numel() for shape in expected_shapes(model).values())
         layouts = [m.layout for m in model.modules() if isinstance(m, HQQLinear)]
         largest = max((x.out_features * x.in_features for x in layouts), default=0)
         return cls(packed, dense, adapter, root, source, largest)
@@ -230,15 +228,13 @@ def _activation_bytes(workload: Workload, model: nn.Module, dtype: torch.dtype) 
     """
     config, tokens = text_config(model), workload.tokens
     num_layers, hidden_size = config.num_hidden_layers, config.hidden_size
-    layouts = [m.layout for m in base_model(model).modules() if isinstance(m, HQQLinear)]
-    total_width = sum(layout.in_features + layout.out_features for layout in layouts)
+    total_width = sum(map(sum, linear_shapes(base_model(model)).values()))
     layer_width = total_width * dtype.itemsize // max(1, num_layers)  # bytes per token
     layer_bytes = tokens * (layer_width + 2 * 4 * hidden_size)
     if not workload.activation_checkpointing:
         return num_layers * layer_bytes
-    residual_bytes = tokens * hidden_size * dtype.itemsize
     num_residuals = 1 if workload.offloads_activations else num_layers
-    return num_residuals * residual_bytes + layer_bytes
+    return num_residuals * tokens * hidden_size * dtype.itemsize + layer_bytes
 
 
 def _logit_bytes(
@@ -254,9 +250,8 @@ def _logit_bytes(
     eval_tokens = max(tokens, workload.eval_context)  # a batch has at least one window
     chunk_tokens = min(eval_tokens, MAX_EVALUATION_TOKENS)
     evaluation = vocab_size * (2 * eval_tokens * dtype.itemsize + 4 * 4 * chunk_tokens)
-    num_logits = vocab_size * tokens
-    if in_chunks:
-        num_logits = min(num_logits, MAX_TRAINING_LOGITS)
+    limit = MAX_TRAINING_LOGITS if in_chunks else vocab_size * tokens
+    num_logits = min(vocab_size * tokens, limit)
     training = num_logits * (2 * dtype.itemsize + 3 * 4)
     return max(evaluation if workload.evaluates else 0, training if workload.trains else 0)
 

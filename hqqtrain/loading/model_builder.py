@@ -129,6 +129,23 @@ class RunnableModel:
         return nullcontext()
 
 
+class WithoutAdapter(nn.Module):
+    """The base of a model that has an adapter, to call it while the adapter stays enabled.
+
+    It shares all weights with the model, and also the switch between training and evaluation.
+    """
+
+    def __init__(self, runnable: RunnableModel) -> None:
+        super().__init__()
+        self.model = runnable.model
+        self._adapter_disabled = runnable.adapter_disabled
+
+    def forward(self, **inputs: Any) -> Any:
+        """Return what the model returns without its adapter."""
+        with self._adapter_disabled():
+            return self.model(**inputs)
+
+
 def build_model(
     plan: ModelPlan,
     strategy: Strategy,
@@ -163,8 +180,8 @@ def build_model(
     if packed:
         source = replace(source, path=packed, kind="quantized")
         reader = open_weight_source(source, model, comm.device)
-    # Each rank hashes the packed rows that it quantizes or reads; `_fingerprinted_settings` adds
-    # the hashes of all ranks.
+    # Each rank hashes the rows of linear layers that it quantizes or reads, and
+    # `_fingerprinted_settings` adds the hashes of all ranks.
     fingerprint, is_packed = Fingerprint(), source.kind == "quantized"
     result = load_model(
         model,
@@ -173,7 +190,7 @@ def build_model(
         quantized=is_packed,
         calibration=None if is_packed else calibration,
         offload=strategy.offloads_parameters,
-        on_packed_rows=fingerprint.update,
+        on_rows=fingerprint.update,
         on_layer=on_layer,
     )
     settings = _fingerprinted_settings(model, source, fingerprint, comm)

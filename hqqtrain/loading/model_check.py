@@ -18,7 +18,7 @@ from hqqtrain.models.fqn import base_model, base_tensors, is_packed
 from hqqtrain.models.weight_access import without_numbers
 from hqqtrain.models.weights.safetensors import SafetensorsReader
 from hqqtrain.models.weights.synthetic import SyntheticReader
-from hqqtrain.nn.hqq_linear import HQQLinear
+from hqqtrain.nn.base_linears import base_linears
 from hqqtrain.nn.replace import skip_argument
 
 logger = logging.getLogger(__name__)
@@ -102,18 +102,17 @@ def _check_positions(model: nn.Module, max_seq_len: int) -> None:
 
 
 def check_called_linears(model: nn.Module, read_linears: Set[str], skip: Sequence[str]) -> None:
-    """Check that the code of the model calls all quantized linears, and does not read their weight.
+    """Check that the code of the model calls all base linears, and does not read their weight.
 
     Args:
-        model: The model, with its quantized linears.
+        model: The model, with its base linears in place.
         read_linears: As in `PackingProbe`.
         skip: `quant.skip`.
 
     Raises:
-        UserError: It reads the weight of a quantized linear.
+        UserError: It reads the weight of a base linear.
     """
-    quantized = (name for name, module in model.named_modules() if isinstance(module, HQQLinear))
-    read = [name for name in quantized if without_numbers(name) in read_linears]
+    read = [name for name in base_linears(model) if without_numbers(name) in read_linears]
     if read:
         endings = dict.fromkeys(f"*.{name.rpartition('.')[2]}" for name in read)
         raise UserError(

@@ -31,14 +31,15 @@ from hqqtrain.loading.initial_adapter import (
 from hqqtrain.loading.model_check import check_called_linears, check_runnable, check_stored_dtypes
 from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.embedding_rows import add_embedding_rows, check_head_is_dense
-from hqqtrain.models.fqn import base_model, expected_shapes, tied_names
+from hqqtrain.models.fqn import base_model, expected_shapes, strip_wrappers, tied_names
 from hqqtrain.models.layerwise import probe_layerwise
 from hqqtrain.models.packing_probe import PackingProbe, probe_packing
 from hqqtrain.models.source import ModelSource, resolve_source
 from hqqtrain.models.weights.safetensors import SafetensorsReader
 from hqqtrain.models.weights.synthetic import SyntheticReader, open_weight_source
+from hqqtrain.nn.base_linears import base_linears, linear_shapes
 from hqqtrain.nn.hqq_linear import HQQLinear
-from hqqtrain.nn.lora import cast_adapters, packed_linears
+from hqqtrain.nn.lora import cast_adapters
 from hqqtrain.nn.replace import quantize_model, replace_linears
 from hqqtrain.quant.solvers.registry import SOLVERS
 
@@ -80,9 +81,15 @@ class ModelPlan:
         return self.reader.dtype(name) if name in self.reader else None
 
     @property
-    def num_quantized_linears(self) -> int:
-        """Number of quantized linears."""
-        return sum(isinstance(module, HQQLinear) for module in self.model.modules())
+    def source_bits(self) -> int:
+        """Bits of a weight in the dense source; the first linear stands for all."""
+        name = strip_wrappers(next(iter(base_linears(self.model))))
+        return 8 * self.reader.dtype(f"{name}.weight").itemsize
+
+    @property
+    def num_linears(self) -> int:
+        """Number of linears that are quantized, or with `quant.nbits=null` would be."""
+        return len(base_linears(self.model))
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ def plan_model(
     calibrates = _calibrates(settings.quant, source, model)
     _check_layerwise(settings, source, hf_config, model, calibrates=calibrates)
     start = load_initial_adapter(
-        settings.adapter, source, resumed, packed_linears(model), expected_shapes(model)
+        settings.adapter, source, resumed, linear_shapes(model), expected_shapes(model)
     )
     if start and source.kind == "quantized":
         start.adapter.check_base(read_quantized_settings(source.path).fingerprint, start.origin)
@@ -199,7 +206,8 @@ def _check_layerwise(
         key = f"quant.calibration={settings.quant.calibration}"
         needs[key] = "quant.calibration=null and quant.solver=least_squares"
     evaluation = settings.evaluation
-    if evaluation and evaluation.streams_reference and source.kind != "quantized":
+    quantizes = source.kind != "quantized" and settings.quant.quantizes
+    if evaluation and evaluation.streams_reference and quantizes:
         needs[f"eval.reference={evaluation.reference}"] = "eval.reference=resident or off"
     if needs and (reason := probe_layerwise(hf_config, model)):
         lines = (
@@ -251,13 +259,21 @@ def _replace_linears(
     storage_dtype = runtime.storage_dtype
     dtypes: dict[str, Any] = {"compute_dtype": compute_dtype, "storage_dtype": storage_dtype}
     if source.kind == "quantized":
+        if not quant.quantizes:
+            raise UserError(
+                f"quant.nbits=null: the weights of model.name_or_path={source.name} are quantized "
+                "already; name the full-precision model, or leave out quant.nbits."
+            )
         modules = read_quantized_settings(source.path).modules
         _check_quantized_modules(model, source.path, modules)
         specs = {name: module_settings.spec for name, module_settings in modules.items()}
         replace_linears(model, specs, **dtypes)
     else:
         report = quantize_model(model, quant, **dtypes)
-        if runtime.comm.is_main:
+        if runtime.comm.is_main and not quant.quantizes:
+            dense = count(len(report.dense), "linear layer")
+            logger.info("plan: quant.nbits=null keeps %s for adapters in full precision", dense)
+        elif runtime.comm.is_main:
             logger.info(
                 "plan: %s with %.1f %% of the weights to quantize; %d to keep in full precision",
                 count(len(report.quantized), "linear layer"),

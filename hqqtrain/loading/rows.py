@@ -28,7 +28,7 @@ class RowLoader:
     prefetcher: Prefetcher
     finite_check: DeferredFiniteCheck
     device: torch.device
-    on_packed_rows: Callable[[str, str, int, Tensor], object]
+    on_rows: Callable[[str, str, int, Tensor], object]
     squared_errors: dict[str, Tensor] = field(default_factory=dict)
 
     def load_layer(self, name: str, layer: HQQLinear | None, quantized: bool) -> None:
@@ -52,16 +52,26 @@ class RowLoader:
             # A float view of W_q may contain NaN patterns, which a cast would change: copy bytes.
             target = local_tensor(getattr(layer, tensor_name)).view(torch.uint8)
             target.copy_(rows.view(torch.uint8), non_blocking=True)
-            self.on_packed_rows(name, tensor_name, local_rows(layer.W_q).start, rows)
+            self.on_rows(name, tensor_name, local_rows(layer.W_q).start, rows)
 
-    def load_dense(self, name: str, target: Tensor) -> None:
-        """Copy a tensor that is not quantized."""
+    def load_dense(self, name: str, target: Tensor, *, is_base_weight: bool = False) -> None:
+        """Copy a tensor that is not quantized.
+
+        Args:
+            name: Its name in the checkpoint.
+            target: The tensor, of which this rank may have only some rows.
+            is_base_weight: Whether it is the weight of a linear layer that may have an adapter;
+                its rows are reported to `on_rows` as the source has them.
+        """
         first_row, target_rows = local_rows(target).start, local_tensor(target)
         target_rows = target_rows.view(target_rows.shape or (1,))  # a scalar has one row
         for rows in _dense_rows(target):
             values = next(self.prefetcher)
             self.finite_check.add(RowRange(name, [rows]), ~values.isfinite().all())
             target_rows[rows.start - first_row : rows.stop - first_row] = values
+            if is_base_weight:
+                module, _, attribute = name.rpartition(".")
+                self.on_rows(module, attribute, rows.start, values)
 
     def _quantize(self, name: str, layer: HQQLinear) -> QuantizedWeight:
         row_range = source_rows(name, layer)

@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 from hqqtrain.common.errors import UserError, did_you_mean
 from hqqtrain.common.reading import load_json
+from hqqtrain.common.secrets import MASK
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.models.hub import download_snapshot
 from hqqtrain.rundir.layout import RunLayout
 from hqqtrain.rundir.results import TRAINED_RESULTS, check_results
+from hqqtrain.rundir.yaml_file import read_yaml
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
 
@@ -25,7 +27,8 @@ class ModelSource:
     """A folder with config.json, tokenizer and safetensors files, and the kind of its weights.
 
     Attributes:
-        name: The name that the user gave.
+        name: The name that the user gave. If it is a run that has quantized nothing, the name of
+            the model that the run has trained.
         path: The folder.
         kind: `dense` weights, weights `quantized` by hqqtrain, or `synthetic` weights, which need
             only the folder's config.json.
@@ -142,11 +145,31 @@ def _from_folder(name: str, folder: Path) -> ModelSource:
         lacks_adapter = adapter is None and run.read_task() == "finetune"
         return ModelSource(name, run.quantized, "quantized", adapter, lacks_adapter)
     if run.status_json.is_file() and not (folder / "config.json").is_file():
+        if run.has_adapter and (base := _full_precision_base(run)):
+            check_results(run, advice, TRAINED_RESULTS)
+            return replace(resolve_source(base), adapter=run.adapter)
         raise UserError(
             f"model.name_or_path={name}: a run without quantized/; it is unfinished, or "
             "was started with quant.save=false."
         )
     return ModelSource(name, folder, _weights_kind(name, read_config_json(folder)))
+
+
+def _full_precision_base(run: RunLayout) -> ModelConfig | None:
+    """Return the model that `run` has trained if its `quant.nbits` is null; None if it is not."""
+    saved = read_yaml(run.config_yaml)
+    quant, model = (saved.get(key) for key in ("quant", "model"))
+    if not isinstance(quant, dict) or not isinstance(model, dict):
+        return None
+    if "nbits" not in quant or quant["nbits"] is not None:
+        return None
+    known = {key: model[key] for key in ("name_or_path", "revision", "source") if key in model}
+    if MASK in str(known):
+        raise UserError(
+            f"{run.config_yaml}: model.name_or_path contains a secret, which the file hides; name "
+            f"the model in model.name_or_path, and set adapter.init_from={run.adapter}."
+        )
+    return ModelConfig(**known)
 
 
 def _weights_kind(name: str, config: dict[str, Any]) -> Literal["dense", "quantized"]:

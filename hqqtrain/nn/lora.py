@@ -1,4 +1,4 @@
-"""LoRA on packed linears, with PEFT's own LoRA layer on top of `HQQLinear`.
+"""LoRA on the linear layers of the base, with PEFT's own LoRA layer on top of `HQQLinear`.
 
 PEFT provides the adapters, their names, scaling, dropout and files, so a saved adapter is a
 standard PEFT adapter.
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from hqqtrain.common.errors import UserError
 from hqqtrain.compat import register_lora_layer
 from hqqtrain.config.adapter import AdapterConfig
+from hqqtrain.nn.base_linears import base_linears
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.patterns import matching_modules
 from hqqtrain.nn.trained_base import (
@@ -48,12 +49,12 @@ class HQQLoraLinear(LoraLinear):
 
 
 def target_linears(adapter: AdapterConfig, model: nn.Module) -> list[str]:
-    """Return the names of the packed linears of `model` that adapter.target_modules selects.
+    """Return the names of the base linears of `model` that adapter.target_modules selects.
 
     Raises:
-        UserError: One of its names or patterns matches no packed linear.
+        UserError: One of its names or patterns matches no base linear.
     """
-    names = list(packed_linears(model))
+    names = list(base_linears(model))
     patterns = adapter.target_modules
     patterns = patterns if isinstance(patterns, list) else [patterns]
     targets: set[str] = set()
@@ -65,27 +66,18 @@ def target_linears(adapter: AdapterConfig, model: nn.Module) -> list[str]:
     return [name for name in names if name in targets]
 
 
-def packed_linears(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return (out_features, in_features) of every packed linear of `model`, by its name."""
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, HQQLinear)
-    }
-
-
 def lora_config(
     adapter: AdapterConfig, model: PreTrainedModel, token_ids: Sequence[int] = ()
 ) -> LoraConfig:
-    """Build PEFT's configuration of `adapter` for the packed linears of `model`.
+    """Build PEFT's configuration of `adapter` for the base linears of `model`.
 
     Args:
         adapter: The group `adapter` of the configuration.
-        model: The model, with its packed linears.
+        model: The model, with its base linears in place.
         token_ids: The ids of tokens whose embeddings are trained.
 
     Raises:
-        UserError: A name or pattern of adapter.target_modules matches no packed linear, or one of
+        UserError: A name or pattern of adapter.target_modules matches no base linear, or one of
             adapter.modules_to_save selects a module that cannot be trained.
     """
     modules = modules_to_save(adapter.modules_to_save, model) if adapter.modules_to_save else []
@@ -161,7 +153,7 @@ def cast_adapters(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the parameters of all adapters to `dtype`, independently of the model's dtype."""
     cast_trained_base(model, dtype)
     for module in model.modules():
-        if isinstance(module, HQQLoraLinear):
+        if isinstance(module, LoraLinear):
             module.lora_A.to(dtype)
             module.lora_B.to(dtype)
 

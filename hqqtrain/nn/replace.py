@@ -1,5 +1,7 @@
 """Replace the `nn.Linear` modules that a configuration selects by `HQQLinear`.
 
+With `quant.nbits=null` they become `DenseLinear` and keep their weights.
+
 A report says what was quantized, because a pattern that selects too little would otherwise go
 unnoticed.
 """
@@ -14,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.config.quant import QuantConfig
+from hqqtrain.nn.base_linears import DenseLinear
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.patterns import matches_pattern, matching_modules, resolve_overrides
 from hqqtrain.quant.spec import QuantSpec, spec_from_config
@@ -33,12 +36,14 @@ class QuantizationReport:
 
     Attributes:
         quantized: The settings of every quantized linear, by its name.
+        dense: Names of the linears that would be quantized without `quant.nbits=null`.
         skipped: Names of the other linears.
         num_quantized_weights: Number of weights that were quantized.
         num_parameters: Number of parameters of the model before; tied ones count once.
     """
 
     quantized: dict[str, QuantSpec]
+    dense: list[str]
     skipped: list[str]
     num_quantized_weights: int
     num_parameters: int
@@ -76,8 +81,10 @@ def quantize_model(model: nn.Module, config: QuantConfig, *,
     num_quantized_weights = replace_linears(
         model, specs, compute_dtype=compute_dtype, storage_dtype=storage_dtype, on_layer=on_layer
     )
-    report = QuantizationReport(specs, skipped, num_quantized_weights, num_parameters)
-    if report.share < MIN_QUANTIZED_SHARE:
+    quantized = {name: spec for name, spec in specs.items() if spec}
+    dense = [name for name in specs if name not in quantized]
+    report = QuantizationReport(quantized, dense, skipped, num_quantized_weights, num_parameters)
+    if config.quantizes and report.share < MIN_QUANTIZED_SHARE:
         logger.warning(
             "only %.0f %% of the weights are quantized: %d of %d; the others keep their full size",
             100 * report.share, num_quantized_weights, num_parameters,
@@ -85,11 +92,14 @@ def quantize_model(model: nn.Module, config: QuantConfig, *,
     return report
 
 
-def select_linears(model: nn.Module, config: QuantConfig) -> tuple[dict[str, QuantSpec], list[str]]:
+def select_linears(
+    model: nn.Module, config: QuantConfig
+) -> tuple[dict[str, QuantSpec | None], list[str]]:
     """Select the linears to quantize.
 
     Returns:
         The settings of every linear to quantize, by its name, and the names of the other linears.
+        With `quant.nbits=null` there are no settings, but None for each of the same linears.
 
     Raises:
         UserError: As in `quantize_model`, except for weights with NaN or infinity.
@@ -99,7 +109,8 @@ def select_linears(model: nn.Module, config: QuantConfig) -> tuple[dict[str, Qua
         _refuse_conv1d(model)
     if not linears:
         raise UserError(f"{type(model).__name__}: has no nn.Linear, so nothing can be quantized.")
-    _refuse_fused_experts(model, config)
+    if config.quantizes:
+        _refuse_fused_experts(model, config)
     # "lm_head" in quant.skip, which is there by default, is the output head under any name. A model
     # without one is no error.
     head = output_head_name(model)
@@ -116,11 +127,11 @@ def select_linears(model: nn.Module, config: QuantConfig) -> tuple[dict[str, Qua
         matching_modules("quant.overrides", config.overrides, linears)
         _refuse_unused_overrides(config, linears, skipped)
     # Settings of each linear: those of `config`, with the overrides that match its name.
-    specs: dict[str, QuantSpec] = {}
+    specs: dict[str, QuantSpec | None] = {}
     for name in linears:
         is_quantized, override = resolve_overrides(name, config.overrides)
         if name not in skipped and is_quantized:
-            specs[name] = spec_from_config(config, override)
+            specs[name] = spec_from_config(config, override) if config.quantizes else None
     with errors.collect():
         _check_group_sizes(specs, linears)
     errors.raise_if_any()
@@ -132,7 +143,7 @@ def select_linears(model: nn.Module, config: QuantConfig) -> tuple[dict[str, Qua
     return specs, [name for name in linears if name not in specs]
 
 
-def replace_linears(model: nn.Module, specs: Mapping[str, QuantSpec], *,
+def replace_linears(model: nn.Module, specs: Mapping[str, QuantSpec | None], *,
                     compute_dtype: torch.dtype | None = None,
                     storage_dtype: torch.dtype = torch.uint8,
                     on_layer: Callable[[str], object] = lambda _: None) -> int:  # fmt: skip
@@ -140,13 +151,13 @@ def replace_linears(model: nn.Module, specs: Mapping[str, QuantSpec], *,
 
     Args:
         model: The model.
-        specs: The settings of the linears, by name.
+        specs: The settings of the linears, by name; None: the linear stays dense.
         compute_dtype: Dtype of dequantized weights; None: that of each linear's weight.
         storage_dtype: Dtype of W_q.
         on_layer: Called with the name of every replaced linear.
 
     Returns:
-        The number of weights in these linears.
+        The number of weights that are quantized.
 
     Raises:
         UserError: A weight contains NaN or infinity.
@@ -156,6 +167,9 @@ def replace_linears(model: nn.Module, specs: Mapping[str, QuantSpec], *,
         parent_name, _, attribute = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         linear = getattr(parent, attribute)
+        if spec is None:
+            setattr(parent, attribute, DenseLinear.from_linear(linear))
+            continue
         layer = HQQLinear.from_linear(
             linear, spec, compute_dtype=compute_dtype, storage_dtype=storage_dtype, name=name
         )
@@ -183,11 +197,13 @@ def _refuse_conv1d(model: nn.Module) -> None:
         )
 
 
-def _check_group_sizes(specs: Mapping[str, QuantSpec], linears: Mapping[str, nn.Linear]) -> None:
+def _check_group_sizes(
+    specs: Mapping[str, QuantSpec | None], linears: Mapping[str, nn.Linear]
+) -> None:
     """Raise UserError if group sizes do not divide; one line for each, about the first layer."""
     errors, refused = ErrorCollector(), set()
     for name, spec in specs.items():
-        if spec not in refused:
+        if spec is not None and spec not in refused:
             with errors.collect():
                 refused.add(spec)
                 spec.layout(linears[name].out_features, linears[name].in_features, name)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.nn.base_linears import BaseLinear
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.patterns import matching_modules
 
@@ -30,9 +31,10 @@ def modules_to_save(patterns: Sequence[str], model: PreTrainedModel) -> list[str
     tied = model.all_tied_weights_keys
     tied_modules = {name.rpartition(".")[0] for name in (*tied, *tied.values())}
     for name in selected:
-        if isinstance(modules[name], HQQLinear):
+        if isinstance(modules[name], BaseLinear):
+            kind = "quantized" if isinstance(modules[name], HQQLinear) else "a layer for adapters"
             raise UserError(
-                f"{key}: {name} is quantized, so it cannot be trained in full; add it to "
+                f"{key}: {name} is {kind}, so it cannot be trained in full; add it to "
                 f"quant.skip, as quant.skip=[lm_head,{name.rpartition('.')[2]}], or leave it to "
                 "adapter.target_modules."
             )
@@ -85,9 +87,10 @@ def trained_tokens(
     modules = [names[embeddings]]
     if head is not None and names[head] not in trained_modules:
         name = names[head]
-        if isinstance(head, HQQLinear):
+        if isinstance(head, BaseLinear):
+            kind = "quantized" if isinstance(head, HQQLinear) else "a layer for adapters"
             raise UserError(
-                f"data.add_tokens: {name} is quantized, so its rows of new tokens cannot be "
+                f"data.add_tokens: {name} is {kind}, so its rows of new tokens cannot be "
                 "trained; leave lm_head in quant.skip."
             )
         is_tied = _weight(head, names) in tied

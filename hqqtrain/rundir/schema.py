@@ -112,10 +112,11 @@ class QuantizeMetrics(JsonObject):
 
     `bits_per_weight` counts codes, scales and zeros. `weights` is a number of weights. `bytes_read`
     is summed over ranks. `relative_error` is ||W - W'||^2 / ||W||^2, absent if the weights were
-    packed already.
+    packed already. With `quant.nbits=null`, `nbits` is null, the bits per weight are those of the
+    source, and the error is 0.
     """
 
-    nbits: int | None = None
+    nbits: int | None = field(default=None, metadata={"null": True})
     group_size: int | None = field(default=None, metadata={"null": True})
     axis: int | None = None
     solver: str | None = None
@@ -169,7 +170,7 @@ class EvalMetrics(JsonObject):
         """Return these metrics with figures of `eval.harness`; see `ModelMetrics`.
 
         Args:
-            model_key: `quantized` or `final`, which was evaluated.
+            model_key: A key of `MODEL_NAMES`, whose model was evaluated.
             figures: The figures by task, in addition to those of other tasks.
         """
         metrics = getattr(self, model_key)

@@ -11,6 +11,8 @@ from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
+from peft.tuners.lora.layer import Linear as LoraLinear
+
 from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.common.text import count
 from hqqtrain.compose.inputs import list_inputs, measures_tasks
@@ -65,8 +67,9 @@ def _check_model(config: RunConfig) -> str:
         if not str(error).startswith("quant."):
             raise
         raise UserError("\n".join([str(error), *_adapter_faults(config, runtime)])) from error
-    adapters = sum(type(module).__name__ == "HQQLoraLinear" for module in plan.model.modules())
-    layers = count(plan.num_quantized_linears, "quantized linear layer")
+    adapters = sum(isinstance(module, LoraLinear) for module in plan.model.modules())
+    kind = "quantized linear layer" if config.quant.quantizes else "unquantized linear layer"
+    layers = count(plan.num_linears, kind)
     return (
         f"model.name_or_path={config.model.name_or_path} ({layers}, {count(adapters, 'adapter')})"
     )
@@ -84,7 +87,7 @@ def _adapter_faults(config: RunConfig, runtime: Runtime) -> list[str]:
     The model is planned again, with settings that fit every layer. Other faults may come from
     that.
     """
-    quant = QuantConfig(group_size=None)
+    quant = QuantConfig(nbits=None)
     try:
         plan_model(plan_settings(replace(config, quant=quant)), runtime)
     except UserError as error:

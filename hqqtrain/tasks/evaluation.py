@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Container, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -74,11 +75,16 @@ class RecordedEvaluation:
             run.recorder.progress_bars.show_evaluating,
         )
 
+    @property
+    def base_key(self) -> str:
+        """The key of the model without adapter: `quantized`, or `full_precision` if it is not."""
+        return "quantized" if self._run.config.quant.quantizes else "full_precision"
+
     def evaluate_as(self, model_key: str, *, adapted: bool, log: bool = True) -> float | None:
         """Evaluate the model and record the result in the summary under `model_key`. Collective.
 
         Args:
-            model_key: `quantized` or `final`.
+            model_key: `base_key` or `final`.
             adapted: Whether the adapter is active.
             log: Whether the result is also a point of the curves at the current step.
 
@@ -87,8 +93,11 @@ class RecordedEvaluation:
         """
         if self._evaluator is None:
             return None
+        evaluator = self._evaluator
+        if model_key == "full_precision":  # it is not compared with itself
+            evaluator = replace(evaluator, reference=None)
         with nullcontext() if adapted else self._runnable.without_adapter():
-            result = self._evaluator.evaluate(self._runnable.model)
+            result = evaluator.evaluate(self._runnable.model)
         self._save_reference()
         _warn_if_not_finite(model_key, result)
         self._recorder.record_evaluation(model_key, result, log=log)
@@ -97,9 +106,9 @@ class RecordedEvaluation:
     def record_samples(self) -> None:
         """Record how each model continues a few held-out texts. Collective.
 
-        The models are the full-precision reference, if it is loaded as a whole, the quantized
-        model, and the trained one. The texts have fewer tokens than a batch of the evaluation, so
-        they need no more memory.
+        The models are the full-precision reference, if it is loaded as a whole, the base, and the
+        trained one. The texts have fewer tokens than a batch of the evaluation, so they need no
+        more memory.
         """
         evaluator, runnable, config = self._evaluator, self._runnable, self._run.config
         if evaluator is None or not config.eval.samples:
@@ -120,12 +129,17 @@ class RecordedEvaluation:
             return decode(evaluator.continue_texts(model, prompts, new_tokens))
 
         columns = {"held-out text": decode(rests)}
-        # A streamed model can be called for the held-out set alone.
-        if self._reference and not isinstance(self._reference, StreamedReference):
+        # A streamed model can be called for the held-out set alone. A base that is not quantized is
+        # the full-precision model.
+        if (
+            self._reference
+            and not isinstance(self._reference, StreamedReference)
+            and self.base_key == "quantized"
+        ):
             columns[MODEL_NAMES["full_precision"]] = continuations(self._reference)
             self._save_reference()
         with runnable.adapter_disabled():
-            columns[MODEL_NAMES["quantized"]] = continuations(runnable.model)
+            columns[MODEL_NAMES[self.base_key]] = continuations(runnable.model)
         columns[MODEL_NAMES["final"]] = continuations(runnable.model)
         shown = [_decode(tokenizer, row.tolist(), set() if is_chat else ends) for row in prompts]
         self._recorder.samples = [

@@ -84,9 +84,9 @@ def finetune(run: Run) -> None:
         )
         runnable = wrap_for_execution(loaded, runtime.strategy)
         evaluation = RecordedEvaluation(run, runnable, held_out, layout, source_digest)
-        if not recorder.has_evaluated("quantized"):
-            evaluation.evaluate_as("quantized", adapted=False)
-            run_harness(run, runnable, harness, "quantized", adapted=False)
+        if not recorder.has_evaluated(evaluation.base_key):
+            evaluation.evaluate_as(evaluation.base_key, adapted=False)
+            run_harness(run, runnable, harness, evaluation.base_key, adapted=False)
         trainer, best = build_trainer(run, runnable.model, loader), BestEvaluation()
         parts: dict[str, Stateful] = {"record": recorder, "best_evaluation": best}
         if config.data.streaming:  # otherwise the index of the batch is enough

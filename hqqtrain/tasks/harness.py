@@ -48,7 +48,7 @@ def run_harness(
         run: The run.
         runnable: The model, which was evaluated as `model_key` before.
         tasks: The tasks.
-        model_key: `quantized` or `final`.
+        model_key: A key of `MODEL_NAMES`.
         adapted: Whether the adapter is active.
 
     Raises:

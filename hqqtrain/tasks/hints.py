@@ -17,7 +17,8 @@ def usage_hints(summary: Summary, layout: RunLayout) -> list[str]:
         return [f"load it: transformers.AutoModelForCausalLM.from_pretrained({folder!r})"]
     if summary.export is not None:
         return [f"use it: {_model_argument(layout.export)}"]
-    if summary.train is not None and layout.has_adapter and layout.has_quantized:
+    has_base = layout.has_quantized or (summary.quantize and summary.quantize.nbits is None)
+    if summary.train is not None and layout.has_adapter and has_base:
         python = "python" if shutil.which("python") == sys.executable else sys.executable
         command = f"{shlex.quote(python)} -m hqqtrain task=export {_model_argument(layout.folder)}"
         return [f"merge the adapter into a model that any tool can load: {command}"]

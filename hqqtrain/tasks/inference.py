@@ -32,7 +32,7 @@ def quantize(run: Run) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Evaluate the quantized model without adapter and, if it has one, also with its adapter.
+    """Evaluate the base without adapter and, if it has one, also with its adapter.
 
     The model is quantized first if its source is dense.
     """
@@ -48,8 +48,8 @@ def evaluate(run: Run) -> None:
     loaded = load_or_quantize(run, plan, source_digest=source_digest, calibration=calibration)
     runnable = wrap_for_execution(loaded, run.runtime.strategy)
     evaluation = RecordedEvaluation(run, runnable, held_out, layout, source_digest)
-    evaluation.evaluate_as("quantized", adapted=False)
-    run_harness(run, runnable, harness, "quantized", adapted=False)
+    evaluation.evaluate_as(evaluation.base_key, adapted=False)
+    run_harness(run, runnable, harness, evaluation.base_key, adapted=False)
     if plan.initial_adapter:
         evaluation.evaluate_as("final", adapted=True)
         run_harness(run, runnable, harness, "final", adapted=True)

@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 def plan_settings(config: RunConfig) -> PlanSettings:
     """Return the settings of `config` that `plan_model` needs."""
-    executes = config.task in ("finetune", "eval")
-    has_data = executes or config.quant.calibration is not None
+    quant, executes = config.quant, config.task in ("finetune", "eval")
+    has_data = executes or quant.calibrates or not quant.quantizes
     return PlanSettings(
         config.model,
-        config.quant,
+        quant,
         config.adapter,
         config.train.max_seq_len,
         adapts=config.task == "finetune",
@@ -37,7 +37,7 @@ def plan_settings(config: RunConfig) -> PlanSettings:
         evaluation=config.eval if executes else None,
         activation_checkpointing=config.task == "finetune"
         and config.train.activation_checkpointing,
-        # The other tasks have no data: they take the tokenizer as it was saved.
+        # The other tasks have no data: they take the tokenizer as it was saved with quantized/.
         prepare_tokenizer=partial(
             prepare_tokenizer,
             data=config.data if has_data else DataConfig(),
@@ -73,7 +73,8 @@ def load_or_quantize(
 ) -> LoadedModel:
     """Load the model of `plan` without quantizing twice, and save its packed weights. Collective.
 
-    The packed weights come from the first of these that exists:
+    With `quant.nbits=null` the dense source is read, and nothing is saved. Otherwise the packed
+    weights come from the first of these that exists:
 
     1. `quantized/` of the run directory, which an earlier process of this run has saved;
     2. the source of the plan, if it is packed;
@@ -102,9 +103,9 @@ def load_or_quantize(
             check_quantized(packed, comm)
         elif plan.is_packed:
             check_quantized(plan.source.path, comm, "Copy it again, or quantize again.")
-        linears, is_packed = plan.num_quantized_linears, plan.is_packed or packed is not None
+        loads = plan.is_packed or packed is not None or not quant.quantizes
         adapter, seed = config.adapter, config.train.seed
-        with recorder.progress_bars.show_quantizing(linears, loads=is_packed) as on_layer:
+        with recorder.progress_bars.show_quantizing(plan.num_linears, loads=loads) as on_layer:
             return build_model(
                 plan,
                 runtime.strategy,
@@ -120,7 +121,7 @@ def load_or_quantize(
         _warn_if_outdated(run)
     if has_quantized:
         loaded = load(run.layout.quantized)
-    elif plan.is_packed or quant.cache_dir is None:
+    elif plan.is_packed or not quant.quantizes or quant.cache_dir is None:
         loaded = load()
     else:
         # While this block runs, an entry that does not exist yet is locked.
@@ -133,7 +134,8 @@ def load_or_quantize(
     # This creates the run directory. Bad weights have raised an error above and leave no directory.
     recorder.begin_run(loaded, checkpoint)
     # Save a copy in the run directory, so that the run does not depend on the cache.
-    if quant.save and config.task in ("finetune", "quantize") and not has_quantized:
+    saves = quant.save and quant.quantizes and config.task in ("finetune", "quantize")
+    if saves and not has_quantized:
         loaded.save_packed(run.layout.quantized, comm, extra_json=_made_from(digest))
     return loaded
 

@@ -29,7 +29,8 @@ class ProgressBars:
 
         Args:
             layer_count: Number of layers.
-            loads: Whether the bar says "loading", because the layers are packed already.
+            loads: Whether the bar says "loading", because the layers are packed already or stay
+                dense.
 
         Yields:
             A function to call with the name of each finished layer. It raises PreemptedError if

@@ -28,7 +28,7 @@ from hqqtrain.evaluation.streamed_reference import (
     inputs_by_digest,
     stream_hidden_states,
 )
-from hqqtrain.loading.model_builder import RunnableModel, build_reference
+from hqqtrain.loading.model_builder import RunnableModel, WithoutAdapter, build_reference
 from hqqtrain.loading.reference_memory import shared_tensors
 from hqqtrain.loading.source_digest import digest_source
 from hqqtrain.loading.streamed_layers import StreamedLayers
@@ -69,7 +69,8 @@ def open_reference(
                 "measured", how, runnable.plan.source.name,
             )  # fmt: skip
         return None
-    if how == "resident":
+    # A base that is not quantized is in memory as a whole, whatever `how` says.
+    if how == "resident" or not run.config.quant.quantizes:
         return _open_resident(run, runnable, held_out, batch_size, source_digest)
     batches = batches_of_this_rank(
         held_out,
@@ -90,12 +91,16 @@ def _open_resident(
 ) -> nn.Module:
     """Return the full-precision model, with a cache of its outputs if it is not sharded.
 
-    In one process, a file may keep them. If there is no cache, the log says why. Collective.
+    If the compared model is not quantized, it is the model itself without its adapter. In one
+    process, a file may keep the outputs. If there is no cache, the log says why. Collective.
     """
     model, plan = runnable.model, runnable.plan
     config, runtime = run.config, run.runtime
 
     def load() -> nn.Module:
+        if not config.quant.quantizes:
+            run.recorder.record_reference_bytes(0)
+            return WithoutAdapter(runnable)
         reference, bytes_read = build_reference(
             plan, runtime.strategy, runtime.dtype, runtime.preemption
         )

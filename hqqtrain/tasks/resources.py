@@ -40,9 +40,12 @@ def workload_of(
             needs space for one more: it writes each new one before it deletes an old one.
     """
     kept_checkpoints = config.ckpt.keep_last + config.ckpt.num_best
-    saves_quantized = config.task in ("finetune", "quantize") and config.quant.save
-    calibrates = config.quant.calibration is not None and not (is_packed or has_quantized)
+    quant = config.quant
+    saves_quantized = config.task in ("finetune", "quantize") and quant.quantizes and quant.save
+    calibrates = quant.calibrates and not (is_packed or has_quantized)
     evaluates = config.eval.source is not None and config.task in ("finetune", "eval")
+    # The full-precision model needs memory of its own only beside a quantized one.
+    has_reference = evaluates and quant.quantizes and not is_packed
     context, _ = config.eval.window_shape(config.train.max_seq_len)
     return Workload(
         task=config.task,
@@ -59,7 +62,7 @@ def workload_of(
         offload=config.parallel.offload,
         offloads_activations=offloads_activations,
         evaluates=evaluates,
-        reference=config.eval.reference if evaluates and not is_packed else "off",
+        reference=config.eval.reference if has_reference else "off",
         eval_tokens=config.eval.tokens,
         eval_context=context,
         export_format=config.export.format,

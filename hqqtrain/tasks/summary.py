@@ -14,6 +14,7 @@ from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.evaluation.perplexity import EvalResult
 from hqqtrain.loading.model_builder import LoadedModel
 from hqqtrain.models.fqn import base_tensors, is_adapter, is_packed
+from hqqtrain.nn.base_linears import base_linears
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.quant.error import storage_bits
 from hqqtrain.rundir.identity import package_versions
@@ -64,10 +65,11 @@ class RunSummary:
 
         The relative error is absent if the weights were packed already.
         """
-        layers = [module for module in loaded.model.modules() if isinstance(module, HQQLinear)]
-        weight_count = sum(layer.out_features * layer.in_features for layer in layers)
-        packed_bytes = sum(storage_bits(m.layout, m.spec.meta_dtype) for m in layers) // 8
-        bits_per_weight = 8 * packed_bytes / weight_count
+        layers = base_linears(loaded.model)
+        weight_count = sum(layer.out_features * layer.in_features for layer in layers.values())
+        packed = [layer for layer in layers.values() if isinstance(layer, HQQLinear)]
+        packed_bytes = sum(storage_bits(m.layout, m.spec.meta_dtype) for m in packed) // 8
+        bits_per_weight = 8 * packed_bytes / weight_count if packed else loaded.plan.source_bits
         quantization = QuantizeMetrics(
             **_most_common_settings(loaded),
             bits_per_weight=bits_per_weight,
@@ -92,7 +94,7 @@ class RunSummary:
 
         Args:
             dataset: Name of the held-out set.
-            model_key: The evaluated model, `quantized` or `final`.
+            model_key: The evaluated model, a key of `MODEL_NAMES`.
             result: The metrics of that model and of the reference.
         """
         evaluation = replace(
@@ -106,14 +108,11 @@ class RunSummary:
         }
         if model_key == "final":
             self._set_adapted_size(self._adapter_numel)
-        self._set_row(
-            model_key,
-            perplexity=result.perplexity,
-            kl=result.kl,
-            top1_agreement=result.top1_agreement,
-        )
+        figures = {"kl": result.kl, "top1_agreement": result.top1_agreement}
+        self._set_row(model_key, perplexity=result.perplexity, **figures)
         if result.reference_perplexity is not None:
-            models["full_precision"] = ModelMetrics(result.reference_perplexity)
+            known = evaluation.full_precision or ModelMetrics()  # it may have figures of a harness
+            models["full_precision"] = replace(known, perplexity=result.reference_perplexity)
             # The KL divergence of the reference to itself is 0.
             self._set_row("full_precision", perplexity=result.reference_perplexity, kl=0.0)
         self.content = replace(self.content, eval=replace(evaluation, **models))
@@ -238,7 +237,7 @@ class RunSummary:
         return [row for row in self._rows.values() if any(v is not None for v in astuple(row)[1:])]
 
     def _add_sizes(self, loaded: LoadedModel, packed_bytes: int, bits_per_weight: float) -> None:
-        """Add the sizes of the model, dense and quantized, to the table.
+        """Add the sizes of the model, dense and quantized if it is, to the table.
 
         Args:
             loaded: The loaded model.
@@ -252,18 +251,16 @@ class RunSummary:
             if not is_packed(module, leaf)
         )
         if not plan.is_packed:
-            # The first quantized layer stands for all.
-            layer_name = next(iter(loaded.settings.modules))
-            source_bits = 8 * plan.reader.dtype(f"{layer_name}.weight").itemsize
             gib = plan.reader.total_bytes / GIB
-            self._set_row("full_precision", bits_per_weight=source_bits, gib=gib)
-        seconds = None if plan.is_packed else loaded.seconds
-        gib = (dense_bytes + packed_bytes) / GIB
-        self._set_row("quantized", bits_per_weight=bits_per_weight, gib=gib, seconds=seconds)
+            self._set_row("full_precision", bits_per_weight=plan.source_bits, gib=gib)
+        if packed_bytes:
+            seconds = None if plan.is_packed else loaded.seconds
+            gib = (dense_bytes + packed_bytes) / GIB
+            self._set_row("quantized", bits_per_weight=bits_per_weight, gib=gib, seconds=seconds)
 
     def _set_adapted_size(self, adapter_numel: int) -> None:
-        """Add the size of the quantized model with an adapter, which is counted as fp32."""
-        base = self._rows["quantized"]
+        """Add the size of the base with an adapter, which is counted as fp32."""
+        base = self._rows["quantized" if self._rows["quantized"].gib else "full_precision"]
         gib = (base.gib or 0) + 4 * adapter_numel / GIB
         self._set_row("final", bits_per_weight=base.bits_per_weight, gib=gib)
 
@@ -288,7 +285,9 @@ def _with_nonfinite_kl(summary: Summary, saved: Mapping[str, Any]) -> Summary:
 
 
 def _most_common_settings(loaded: LoadedModel) -> dict[str, Any]:
-    """Return the quantization settings that most layers have."""
+    """Return the quantization settings that most layers have; none if nothing is quantized."""
+    if not loaded.settings.modules:
+        return {}
     keys = ("nbits", "group_size", "axis", "solver")
     by_layer = [
         tuple(getattr(settings, key) for key in keys)

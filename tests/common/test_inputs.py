@@ -35,6 +35,11 @@ def test_a_run_stands_for_its_base_and_its_adapter(tmp_path):
     assert adapter_files(tmp_path / "adapter") == ["adapter_config.json"]
 
 
+def test_a_run_that_has_quantized_nothing_stands_for_its_adapter(tmp_path):
+    _touch(tmp_path, "adapter/adapter_config.json", "summary.json")
+    assert model_files(tmp_path) == ["adapter/adapter_config.json"]
+
+
 def test_hidden_files_are_no_text(tmp_path):
     _touch(tmp_path, "b.txt", "a/c.txt", ".git/d.txt", "a/.e.txt")
     assert text_files(tmp_path) == ["a/c.txt", "b.txt"]

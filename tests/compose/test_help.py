@@ -20,7 +20,7 @@ def test_every_key_task_and_recipe_is_listed_with_its_help():
 
 def test_defaults_choices_and_types_are_shown():
     text = " ".join(help_text().split())
-    assert "quant.nbits=4 bits per quantized weight (8 | 4 | 3 | 2 | 1)" in text
+    assert "plain 16-bit LoRA (8 | 4 | 3 | 2 | 1 | null)" in text
     assert "quant.skip=[lm_head]" in text
     assert "train.max_steps=null optimizer steps; takes precedence over train.epochs (an" in text
 

@@ -70,13 +70,13 @@ def test_values_of_the_right_type_pass(key, value):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("quant.nbits", "two", "quant.nbits=two: must be an integer."),
-        ("quant.nbits", None, "quant.nbits=null: must be an integer."),
-        ("quant.nbits", [2], "quant.nbits=[2]: must be an integer."),
+        ("quant.nbits", "two", "quant.nbits=two: must be an integer or null."),
+        ("quant.axis", None, "quant.axis=null: must be an integer."),
+        ("quant.nbits", [2], "quant.nbits=[2]: must be an integer or null."),
         ("quant.group_size", 1.5, "quant.group_size=1.5: must be an integer or null."),
         ("quant.skip", "lm_head", "quant.skip=lm_head: must be a list."),
         ("quant", 3, "quant=3: must be a mapping of keys, such as those of quant in --help."),
-        ("quant", {"nbits": "x"}, "quant.nbits=x: must be an integer."),
+        ("quant", {"nbits": "x"}, "quant.nbits=x: must be an integer or null."),
     ],
 )
 def test_a_wrong_type_names_the_key_its_value_and_the_type(key, value, message):

@@ -1,5 +1,6 @@
 """task=eval and task=export of a run start from its settings; the command line overrides them."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import yaml
 from hqqtrain.common.errors import UserError
 from hqqtrain.compose.command import compose_command
 from hqqtrain.compose.compose import compose_config
+from hqqtrain.compose.run_settings import settings_of_packed_model
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.config.renamed import with_old_names
 from hqqtrain.config.run import RunConfig
 from hqqtrain.rundir.identity import input_digests
@@ -53,6 +56,16 @@ def test_the_settings_of_the_run_are_the_base(run: Path, task, name):
     assert config.data == trained.data
     assert config.train == trained.train
     assert (config.adapter.dtype, config.quant.nbits) == ("bf16", 2)
+
+
+def test_a_run_that_has_quantized_nothing_uses_the_keys_of_quantization(run: Path):
+    shutil.rmtree(run / "quantized")
+    assert _compose("task=eval", f"model.name_or_path={run}").quant.nbits == QuantConfig().nbits
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    config = _compose("task=eval", f"model.name_or_path={run}")
+    assert config.quant.nbits == 2
+    assert settings_of_packed_model(config, ["quant.nbits"]) == []
 
 
 def test_what_belongs_to_the_machine_or_the_directory_is_not_taken(run: Path):

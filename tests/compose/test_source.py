@@ -76,7 +76,7 @@ def test_a_broken_recipe_only_affects_its_own_runs(recipes):
         ("\tquant: 1\n", "mine.yaml:1:1: not valid YAML:"),
         ("quant: {nbit: 2}\n", "mine.yaml: quant.nbit: unknown key. Did you mean 'quant.nbits'?"),
         ("nbits: 2\n", "mine.yaml: nbits: unknown key. Did you mean 'quant.nbits'?"),
-        ("quant: {nbits: two}\n", "mine.yaml: quant.nbits=two: must be an integer."),
+        ("quant: {nbits: two}\n", "mine.yaml: quant.nbits=two: must be an integer or null."),
         ("quant: 3\n", "mine.yaml: quant=3: must be a mapping of keys"),
         ("recipe: other\n", "mine.yaml: recipe: not allowed here"),
         ("- quant\n", "mine.yaml: must be a mapping of keys"),
@@ -85,7 +85,7 @@ def test_a_broken_recipe_only_affects_its_own_runs(recipes):
         ("defaults: [tiny_3bit, _self_]\n", "recipe=tiny_3bit: no such recipe."),
         ("defaults: [{override /model: llama9b}]\n", "model=llama9b: no such option."),
         ("sweep: 3\n", "mine.yaml: sweep=3: must be a mapping"),
-        ("quant: {nbits: 7}\n", "quant.nbits=7: allowed are 8, 4, 3, 2, 1."),
+        ("quant: {nbits: 7}\n", "quant.nbits=7: allowed are 8, 4, 3, 2, 1, null."),
     ],
 )
 def test_an_error_in_a_recipe_names_the_file(recipes, text, expected):

@@ -19,7 +19,7 @@ def test_the_defaults_are_sound():
 @pytest.mark.parametrize(
     ("group", "name", "value", "expected"),
     [
-        ("quant", "nbits", 5, "quant.nbits=5: allowed are 8, 4, 3, 2, 1."),
+        ("quant", "nbits", 5, "quant.nbits=5: allowed are 8, 4, 3, 2, 1, null."),
         ("quant", "group_size", 1, "quant.group_size=1: must be at least 2."),
         ("quant", "axis", 2, "quant.axis=2: allowed are 0, 1."),
         (

@@ -46,6 +46,19 @@ def test_the_keys_of_a_task(task, used, unused):
     assert _unused(task, *unused) == unused
 
 
+def test_without_quantization_most_of_its_keys_have_no_effect():
+    keys = ["quant.nbits", "quant.skip", "quant.group_size", "quant.solver", "quant.calibration",
+            "quant.save", "quant.cache_dir", "quant.overrides"]  # fmt: skip
+    control = {"quant": {"nbits": None, "overrides": {"o_proj": None}}}
+    assert _unused("finetune", *keys, **control) == keys[2:-1]
+    control["quant"]["overrides"]["q_proj"] = {"nbits": 2}
+    assert _unused("finetune", *keys, **control) == keys[2:]
+    cached = {"reference": "cached"}
+    references = ["eval.reference", "eval.cache_dir"]
+    assert _unused("finetune", *references, **control, eval=cached) == references
+    assert _unused("finetune", "eval.reference", **control) == []
+
+
 def test_a_key_that_another_one_makes_ineffective():
     assert _unused("finetune", "train.epochs", train={"max_steps": 5}) == ["train.epochs"]
     assert _unused("finetune", "train.epochs") == []

@@ -17,6 +17,8 @@ EXACT = (
 )  # fmt: skip
 """Gradient accumulation over sequences of unequal length."""
 
+CONTROL = ("quant.nbits=null", "eval.every=2")
+
 
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
@@ -58,16 +60,47 @@ def test_two_processes_train_like_one(
     _check_same_files(two.directory, alone.directory)
 
 
-def _check_same_files(ours: Path, theirs: Path) -> None:
-    """Check for equal packed bits, and for adapters that differ by rounding only.
+@pytest.fixture(scope="module")
+def control_alone(exact: tuple, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Return the run of a single process that quantizes nothing."""
+    done = run(*exact, *CONTROL, root=tmp_path_factory.mktemp("control") / "runs")
+    assert done.code == 0, done.output
+    return done
 
-    Adam moves a weight by the learning rate, 2e-3, even if its gradient is only rounding error: one
-    of the 933,888 weights was found to differ by that much, which is 9e-5 of the adapter's norm.
-    """
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_the_full_precision_model_like_one(
+    control_alone: Finished, exact: tuple, tmp_path: Path, strategy: str
+):
+    """The reference model is the trained one without its adapter, also between two steps."""
+    words = (*exact, *CONTROL, f"parallel.strategy={strategy}")
+    two = run(*words, root=tmp_path / "runs", processes=2)
+    assert two.code == 0, two.output
+    assert two.losses() == pytest.approx(control_alone.losses(), abs=1e-4)
+    assert two.norms() == pytest.approx(control_alone.norms(), rel=1e-3)
+    for key in ("fingerprint", "bytes_read"):
+        assert two.summary["quantize"][key] == control_alone.summary["quantize"][key]
+    for part in ("full_precision", "final"):
+        expected = control_alone.summary["eval"][part]
+        assert two.summary["eval"][part] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    _check_same_adapters(two.directory, control_alone.directory)
+
+
+def _check_same_files(ours: Path, theirs: Path) -> None:
+    """Check for equal packed bits, and for adapters that differ by rounding only."""
     left, right = _tensors(ours / "quantized"), _tensors(theirs / "quantized")
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         assert torch.equal(tensor.view(torch.uint8), right[name].view(torch.uint8)), name
+    _check_same_adapters(ours, theirs)
+
+
+def _check_same_adapters(ours: Path, theirs: Path) -> None:
+    """Check that two adapters differ by rounding only.
+
+    Adam moves a weight by the learning rate, 2e-3, even if its gradient is only rounding error: one
+    of the 933,888 weights was found to differ by that much, which is 9e-5 of the adapter's norm.
+    """
     left, right = _tensors(ours / "adapter"), _tensors(theirs / "adapter")
     assert {k: v.shape for k, v in left.items()} == {k: v.shape for k, v in right.items()}
     found, wanted = (torch.cat([x[name].flatten() for name in left]) for x in (left, right))

@@ -35,6 +35,15 @@ def test_optional_facts_appear_where_they_are_known():
     assert "6.321 |\n\nPerplexity: `eval.protocol=hqq`, context 1,024.\n" in text
 
 
+def test_a_base_in_full_precision():
+    control = AdapterCard("owner/name", "sha256:abc", None, None, None, None, 16)
+    text = " ".join(render_card(control).split())
+    assert "`owner/name`, which was not quantized (`quant.nbits=null`; 16.00 bits" in text
+    assert "adapted layers of the base is sha256:abc" in text
+    assert "With PEFT, on `owner/name` itself:" in text
+    assert _front_matter(control)["tags"] == ["lora", "hqqtrain"]
+
+
 def test_the_best_step_is_named():
     text = " ".join(render_card(replace(CARD, best_step=300)).split())
     assert "It is the adapter after optimizer step 300, which had the lowest loss" in text

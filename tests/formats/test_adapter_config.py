@@ -131,7 +131,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (
             {"target_modules": ["q_proj", "down_proj", "w1"]},
             {f"{Q}.w1.lora_A.weight": torch.ones(4, 8), f"{Q}.w1.lora_B.weight": torch.ones(8, 4)},
-            "adapts .*w1, which is not a quantized linear layer of this model",
+            "adapts .*w1, which is not a linear layer of this model",
         ),
     ],
     ids=str,

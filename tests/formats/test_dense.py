@@ -111,7 +111,7 @@ def test_tensors_are_streamed(make_trained):
 def test_another_base_is_refused_before_anything_is_written(make_trained, tmp_path):
     trained = make_trained()
     stranger = Adapter(trained.adapter.config, trained.adapter.state, "sha256:other")
-    with pytest.raises(UserError, match="trained on the quantized base sha256:other"):
+    with pytest.raises(UserError, match="trained on the base sha256:other"):
         _export(trained, tmp_path / "dense", adapter=stranger)
     assert os.listdir(tmp_path) == ["source"]
 

@@ -97,7 +97,7 @@ def test_the_card_names_base_bits_and_fingerprint(make_trained, tmp_path):
 def test_another_base_is_refused(make_trained):
     adapter = make_trained().adapter
     adapter.check_base(adapter.fingerprint, "adapter")
-    with pytest.raises(UserError, match=r"runs/a/adapter: trained on the quantized base sha256:"):
+    with pytest.raises(UserError, match=r"runs/a/adapter: trained on the base sha256:"):
         adapter.check_base("sha256:00", "runs/a/adapter")
 
 

@@ -145,9 +145,7 @@ ADAPTERS = {
         _adapter(lambda f: edit_tensors(f / TENSORS, lambda t: t[min(t)].fill_(float("nan")))),
         ("NaN",),
     ),
-    "of another model": Case(
-        _adapter(lambda f: _other_base(f)), ("trained on the quantized base",)
-    ),
+    "of another model": Case(_adapter(lambda f: _other_base(f)), ("trained on the base",)),
 }
 
 

@@ -71,7 +71,7 @@ def load(case: dict, comm: Communicator, strategy: str, **options) -> tuple[str,
         FSDP2(comm, replicas=2 if strategy == "hybrid" else 1).shard(model)
     found = Fingerprint()
     result = load_model(
-        model, reader, comm, calibration=calibration(), on_packed_rows=found.update, **options
+        model, reader, comm, calibration=calibration(), on_rows=found.update, **options
     )
     total = Fingerprint()
     for part in comm.all_gather_object(found.total):

@@ -50,7 +50,7 @@ def quantized(case: tuple, comm: Communicator, strategy: str) -> tuple[str, int,
     elif strategy != "ddp" and comm.size > 1:
         FSDP2(comm, replicas=2 if strategy == "hybrid" else 1).shard(model)
     found = Fingerprint()
-    load_model(model, reader, comm, on_packed_rows=found.update)
+    load_model(model, reader, comm, on_rows=found.update)
     total = Fingerprint()
     for part in comm.all_gather_object(found.total):
         total.merge(part)

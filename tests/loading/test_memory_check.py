@@ -28,6 +28,25 @@ def test_a_run_that_cannot_fit_is_refused_with_keys():
         )
 
 
+def test_a_model_in_full_precision_is_its_own_reference():
+    """Its base linears take the memory of the source, and the advice is to quantize them."""
+    config = two_bit_config()
+    config.quant.nbits = None
+    model = meta_model("meta-llama/Meta-Llama-3-70B", config)
+    needs = estimate(config, model, dtype=torch.bfloat16)
+    dense = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
+    assert needs.device["dense weights"] == 2 * dense
+    assert needs.device["packed weights"] == needs.device["reference model"] == 0
+    assert needs.disk["quantized/"] == 0
+    small = AvailableMemory(host=1 << 50, disk=1 << 50, device=80 * GIB)
+    advice = r"fsdp2, or quant\.nbits=8 or less \(now null: nothing is quantized\)"
+    with pytest.raises(UserError, match=advice):
+        check_fits(needs, small, workload_of(config))
+    advice = oom_advice(workload_of(config), SingleProcess(SINGLE_PROCESS))
+    assert "quant.nbits=8 or less" in advice
+    assert "eval.reference" not in advice
+
+
 def test_offloaded_parameters_count_as_host_memory():
     config = two_bit_config()
     model = meta_model("tiny", config)

@@ -30,7 +30,7 @@ def test_a_finetune_plans_adapters_on_quantized_linears(plan, make_config):
     found = plan(make_config())
     named = dict(found.model.named_parameters())
     assert {param.device.type for param in named.values()} == {"meta"}
-    assert found.num_quantized_linears == 7
+    assert found.num_linears == 7
     assert (found.is_packed, found.initial_adapter) == (False, None)
     assert {name for name, param in named.items() if param.requires_grad} == {
         name for name in named if "lora_" in name

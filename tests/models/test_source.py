@@ -45,6 +45,37 @@ def test_a_run_has_a_quantized_model_and_an_adapter(tmp_path):
     assert found.adapter == tmp_path / "run" / "adapter"
 
 
+def _control(folder, base):
+    """Write the files by which a run that has trained `base` in full precision is recognized."""
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    (folder / "status.json").write_text("{}")
+    (folder / "config.yaml").write_text(
+        json.dumps({"quant": {"nbits": None}, "model": {"name_or_path": str(base)}})
+    )
+    return folder
+
+
+def test_a_run_that_has_quantized_nothing_stands_for_its_model_and_its_adapter(
+    tmp_path, checkpoint
+):
+    folder = _control(tmp_path / "run", checkpoint)
+    further = _control(tmp_path / "further", folder)
+    for run in (folder, further):
+        expected = source.ModelSource(str(checkpoint), checkpoint, "dense", run / "adapter")
+        assert _resolve(run) == expected
+    (folder / "config.yaml").write_text('{"quant": {"nbits": 4}, "model": {}}')
+    with pytest.raises(UserError, match="a run without quantized/"):
+        _resolve(folder)
+
+
+def test_a_base_whose_name_contains_a_secret_must_be_given_again(tmp_path):
+    with pytest.raises(UserError, match="contains a secret"):
+        _resolve(_control(tmp_path / "run", "***"))
+    with pytest.raises(UserError, match=r"config\.yaml"):  # the run is its own base
+        _resolve(_control(tmp_path / "loop", tmp_path / "loop"))
+
+
 def test_the_quantized_folder_alone_has_no_adapter(tmp_path):
     folder = _quantized(tmp_path / "run" / "quantized")
     found = _resolve(folder)

@@ -32,8 +32,8 @@ def test_what_is_absent_stays_absent_there_and_back():
 
 
 def test_null_is_written_where_it_means_something():
-    """A group of a whole row, and no loss before the first step, are values."""
-    assert QuantizeMetrics().to_json() == {"group_size": None}
+    """No quantization, a group of a whole row, and no loss before the first step are values."""
+    assert QuantizeMetrics().to_json() == {"nbits": None, "group_size": None}
     assert TrainMetrics().to_json() == {"loss": None}
     assert Status(status="running").to_json() == {
         "status": "running", "exit_code": None, "slurm_job": None,

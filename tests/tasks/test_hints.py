@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from hqqtrain.compose.compose import compose_config
 from hqqtrain.rundir.layout import RunLayout
-from hqqtrain.rundir.schema import ExportMetrics, Summary, TrainMetrics
+from hqqtrain.rundir.schema import ExportMetrics, QuantizeMetrics, Summary, TrainMetrics
 from hqqtrain.tasks.hints import usage_hints
 
 TRAINED = Summary(train=TrainMetrics(steps=2))
@@ -67,6 +68,15 @@ def test_nothing_is_said_about_what_cannot_be_exported(tmp_path: Path):
     assert usage_hints(Summary(), layout) == []
     (layout.quantized / "config.json").unlink()  # quant.save=false
     assert usage_hints(TRAINED, layout) == []
+
+
+def test_a_run_that_has_quantized_nothing_can_be_exported(tmp_path: Path):
+    layout = RunLayout(tmp_path)
+    layout.adapter.mkdir()
+    (layout.adapter / "adapter_config.json").write_text("{}")
+    for nbits, hints in ((None, 1), (4, 0)):  # 4 bits with quant.save=false
+        summary = replace(TRAINED, quantize=QuantizeMetrics(nbits=nbits))
+        assert len(usage_hints(summary, layout)) == hints
 
 
 def test_an_export_says_how_to_load_it(tmp_path: Path):

@@ -253,11 +253,11 @@ def test_an_adapter_of_another_base_or_layer_is_refused_before_anything_is_loade
     other = run_task("quantize", quant={"nbits": 8}).layout.quantized
     monkeypatch.setattr(f"hqqtrain.tasks.{_module_of(task)}.load_or_quantize", None)
     adapter = {"init_from": str(trained / "adapter")}
-    with pytest.raises(UserError, match="trained on the quantized base sha256:"):
+    with pytest.raises(UserError, match="trained on the base sha256:"):
         run_task(task, model={"name_or_path": str(other)}, adapter=adapter)
     stock_adapter(tiny_model, tmp_path / "adapter")
     adapter, skip = {"init_from": str(tmp_path / "adapter")}, {"skip": ["lm_head", "q_proj"]}
-    with pytest.raises(UserError, match=r"adapts .*q_proj, which is not a quantized linear layer"):
+    with pytest.raises(UserError, match=r"adapts .*q_proj, which is not a linear layer of"):
         run_task(task, adapter=adapter, quant=skip)
     stock_adapter(tiny_model, tmp_path / "adapter", target_modules=["lm_head"])
     with pytest.raises(UserError, match=r"lm_head.base_layer.weight .*is a weight of the base"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.evaluation.perplexity import EvalResult
 from hqqtrain.loading.plan import plan_model
-from hqqtrain.rundir.schema import SCHEMA
+from hqqtrain.rundir.schema import SCHEMA, EvalMetrics, ModelMetrics
 from hqqtrain.tasks.model import load_or_quantize, plan_settings
 from hqqtrain.tasks.summary import RunSummary
 from hqqtrain.train.state import TrainState
@@ -63,6 +64,16 @@ def test_quantization_counts_the_bits_of_every_layer(make_config, start_run):
                 if not name.endswith(("W_q", "scale", "zero")))  # fmt: skip
     assert rows["quantized"].gib == (packed + 4 * dense) / 2**30  # fp32 in memory
     assert rows["full precision"].gib == quantization.source_bytes / 2**30
+
+
+def test_the_full_precision_model_keeps_what_was_measured_of_it(summary: RunSummary):
+    """With quant.nbits=null it is the base, and the tasks of eval.harness are measured first."""
+    harness = {"task": {"acc": 0.5}}
+    measured = EvalMetrics(full_precision=ModelMetrics(7.0, harness=harness))
+    summary.content = replace(summary.content, eval=measured)
+    summary.add_evaluation("text", "final", EvalResult(6.0, 50, 0.5, 7.5))
+    assert summary.content.eval is not None
+    assert summary.content.eval.full_precision == ModelMetrics(7.5, harness=harness)
 
 
 def test_an_evaluation_adds_the_reference(summary: RunSummary):

@@ -130,7 +130,7 @@ class Strategy:
         """Return into how many parts adapters, their gradients and optimizer state are split."""
         return world_size // self.replicas if self.shards_adapters else 1
 
-    def gathered_bytes(self, world_size: int, *, root: int, packed: int, itemsize: int) -> int:
+    def gathered_bytes(self, world_size: int, *, root: int, layers: int, itemsize: int) -> int:
         """Return the bytes of gathered parameters on the device, in addition to the rank's shard.
 
         The parameters outside of decoder layers, such as embeddings, stay gathered from the first
@@ -139,7 +139,7 @@ class Strategy:
         Args:
             world_size: Number of ranks.
             root: Bytes of the parameters outside of decoder layers.
-            packed: Bytes of the packed weights.
+            layers: Bytes of the frozen parameters of decoder layers.
             itemsize: Bytes of an element of the unquantized weights.
         """
         shards = self.parameter_shards(world_size)

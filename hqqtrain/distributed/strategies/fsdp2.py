@@ -86,7 +86,7 @@ class FSDP2(Strategy):
         fully_shard(module, mesh=mesh).unshard()
         return module.get_parameter("W_q").detach()
 
-    def gathered_bytes(self, world_size: int, *, root: int, packed: int, itemsize: int) -> int:
+    def gathered_bytes(self, world_size: int, *, root: int, layers: int, itemsize: int) -> int:
         """Add the buffer of the all-gather to the bytes of the base class.
 
         The buffer is as large as the gathered parameters. With offloading no shard is on the
@@ -94,7 +94,7 @@ class FSDP2(Strategy):
         """
         if self.offloads_parameters:
             return 2 * root
-        gathered = super().gathered_bytes(world_size, root=root, packed=packed, itemsize=itemsize)
+        gathered = super().gathered_bytes(world_size, root=root, layers=layers, itemsize=itemsize)
         return gathered + (root if self.parameter_shards(world_size) > 1 else 0)
 
     def _mesh(self) -> DeviceMesh:

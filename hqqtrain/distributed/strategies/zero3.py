@@ -115,10 +115,10 @@ class ZeRO3(FlatStrategy):
         partition_parameters(module, self.comm.device)
         return gather_parameter(module.get_parameter("W_q"))
 
-    def gathered_bytes(self, world_size: int, *, root: int, packed: int, itemsize: int) -> int:
+    def gathered_bytes(self, world_size: int, *, root: int, layers: int, itemsize: int) -> int:
         """Add the decoder layers that are gathered at a time, and a bucket of fp32 gradients."""
-        gathered = super().gathered_bytes(world_size, root=root, packed=packed, itemsize=itemsize)
-        return gathered + min(MAX_LIVE_NUMEL * itemsize, packed) + REDUCE_BUCKET_NUMEL * 4
+        gathered = super().gathered_bytes(world_size, root=root, layers=layers, itemsize=itemsize)
+        return gathered + min(MAX_LIVE_NUMEL * itemsize, layers) + REDUCE_BUCKET_NUMEL * 4
 
 
 def build_deepspeed_engine(

@@ -86,7 +86,7 @@ def _shared_overrides(job: Job, name: str) -> tuple[str, ...]:
     """Return the overrides that all jobs of sweep `name` share, except for keys that are set."""
     config, given = job.config, _values_by_key(job)
     overrides = []
-    quantizes = config.task != "data"
+    quantizes = config.task != "data" and config.quant.quantizes
     if quantizes and config.quant.cache_dir is None and "quant.cache_dir" not in given:
         cache_dir = str(Path(config.run.root) / "quantized")
         overrides.append(f"quant.cache_dir={_quote_value(cache_dir)}")

@@ -38,7 +38,7 @@ def test_only_shards_are_gathered(strategy: type[Strategy]):
     made = strategy(SINGLE_PROCESS)
 
     def root_bytes(world_size: int) -> int:
-        sizes = {"packed": 1000, "itemsize": 2}
+        sizes = {"layers": 1000, "itemsize": 2}
         without = made.gathered_bytes(world_size, root=0, **sizes)
         return made.gathered_bytes(world_size, root=80, **sizes) - without
 

@@ -27,7 +27,7 @@ def test_replicas_divide_the_number_of_shards():
 
 
 def test_bytes_that_are_gathered():
-    sizes = {"root": 80, "packed": 1000, "itemsize": 2}
+    sizes = {"root": 80, "layers": 1000, "itemsize": 2}
     assert FSDP2(SINGLE_PROCESS).gathered_bytes(1, **sizes) == 0
     assert FSDP2(SINGLE_PROCESS).gathered_bytes(8, **sizes) == 70 + 80
     assert FSDP2(SINGLE_PROCESS, offloads_parameters=True).gathered_bytes(8, **sizes) == 160

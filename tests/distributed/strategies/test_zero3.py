@@ -115,6 +115,6 @@ def test_what_deepspeed_has_not_seen_is_not_partitioned():
 def test_gathered_layers_are_bounded_by_the_model():
     strategy, bucket = ZeRO3(SINGLE_PROCESS), REDUCE_BUCKET_NUMEL * 4
     sizes = {"root": 80, "itemsize": 2}
-    assert strategy.gathered_bytes(8, packed=1000, **sizes) == 70 + 1000 + bucket
-    large = strategy.gathered_bytes(8, packed=1 << 40, **sizes)
+    assert strategy.gathered_bytes(8, layers=1000, **sizes) == 70 + 1000 + bucket
+    large = strategy.gathered_bytes(8, layers=1 << 40, **sizes)
     assert large == 70 + 2 * MAX_LIVE_NUMEL + bucket
