@@ -71,7 +71,7 @@ SIZES = {
     "tiny": Size(4096, 256, 768, 6, 4, context=512, batch=256, steps=8000, lr=3e-3),
     "16m": Size(2048, 512, 1280, 6, 8, context=1024, batch=96, steps=6144, lr=2e-3),
 }
-"""The bundled model of 5.8 M parameters, and one of 16.8 M that is trained on 604 M tokens.
+"""The bundled model of 5.8 M parameters, and one of 16.8 M that is trained on at most 604 M.
 
 A vocabulary of 2,048 leaves 15.7 M of these parameters to the quantized linear layers.
 """

@@ -27,7 +27,9 @@ _FILE_NAME = re.compile(
 class Input(NamedTuple):
     """An input of a run: its kind, the key that names it, and the name."""
 
-    kind: Literal["model", "tokenizer", "adapter", "training text", "held-out text"]
+    kind: Literal[
+        "model", "tokenizer", "adapter", "training text", "held-out text", "calibration text"
+    ]
     key: str
     name: str
 
@@ -51,6 +53,12 @@ def list_inputs(config: RunConfig) -> Iterator[Input]:
         is_of_data = held_out in (AUTO, config.data.source)
         key = "data.source" if is_of_data else "eval.source"
         yield Input("held-out text", key, data if is_of_data else held_out)
+    if config.quant.calibrates and config.task != "data":
+        source = config.quant.calibration_source
+        if source is not None:
+            yield Input("calibration text", "quant.calibration", source)
+        elif config.task != "finetune":  # the training text, which is in the list above
+            yield Input("calibration text", "data.source", data)
 
 
 def _source_to_check(source: Any) -> str:

@@ -34,7 +34,8 @@ _OF_THE_MACHINE = (
 
 _PACKED = (
     "quant.nbits", "quant.group_size", "quant.axis", "quant.solver", "quant.meta_dtype",
-    "quant.skip", "quant.overrides", "quant.overrides.*",
+    "quant.skip", "quant.overrides", "quant.overrides.*", "quant.zero", "quant.calibration",
+    "quant.calibration_tokens",
 )  # fmt: skip
 """Keys that say how a model is quantized; a model that is quantized already keeps its own."""
 
@@ -84,6 +85,8 @@ def read_run_settings(run: RunLayout, given: Collection[str]) -> dict[str, dict[
                 )
             check_type(key, value, f"{run.config_yaml}: ")
             settings.setdefault(group, {})[name] = value
+    if "quant.calibration" not in given:
+        settings.setdefault("quant", {})["calibration"] = None  # the model is quantized already
     return settings
 
 

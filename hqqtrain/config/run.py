@@ -66,7 +66,9 @@ ADDED_KEYS: dict[str, dict[str, Any]] = {
     },
     "adapter": {"modules_to_save": []},
     "quant": {
-        name: getattr(QuantConfig(), name) for name in ("zero", "calibration", "calibration_tokens")
+        "zero": "float",
+        "calibration": None,
+        "calibration_tokens": QuantConfig().calibration_tokens,
     },
     "train": {"early_stopping_patience": None},
     "eval": {name: getattr(EvalConfig(), name) for name in ("samples", "protocol", "harness")},

@@ -12,7 +12,7 @@ from typing import Any
 
 from hqqtrain.config.data_sources import describe_source, source_paths
 from hqqtrain.config.groups import AUTO, BUILT_IN_SOURCES
-from hqqtrain.config.quant import CALIBRATED_SOLVERS, QuantConfig
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.config.run import RunConfig
 
 _EVERY_TASK = (
@@ -116,18 +116,19 @@ def _ineffective(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _ineffective_quantization(quant: QuantConfig) -> Iterator[tuple[str, str]]:
     """Yield (key, reason) for every key of the group `quant` that another makes ineffective."""
-    overrides = [s for s in quant.overrides.values() if isinstance(s, dict)]
-    if not quant.quantizes:
+    if quant.nbits is None:
+        overrides = [s for s in quant.overrides.values() if isinstance(s, dict)]
         unused = {f.name for f in fields(quant)} - {"nbits", "skip", "overrides"}
         for name in (*sorted(unused), *(["overrides"] if overrides else [])):
             yield f"quant.{name}", "quant.nbits=null quantizes nothing"
         return
-    solvers = {quant.solver, *(s["solver"] for s in overrides if "solver" in s)}
     if quant.calibration is None:
         yield "quant.calibration_tokens", "quant.calibration=null uses no text"
-    elif not solvers & {*CALIBRATED_SOLVERS}:
+    elif not quant.calibrates:
+        solver = quant.solver_for(quant.nbits)
+        at = f"quant.solver={solver}" if solver == quant.solver else f"quant.nbits={quant.nbits}"
         for key in ("quant.calibration", "quant.calibration_tokens"):
-            yield key, f"quant.solver={quant.solver} does not look at activations"
+            yield key, f"{at} does not look at activations"
 
 
 def _ineffective_data(config: RunConfig) -> Iterator[tuple[str, str]]:

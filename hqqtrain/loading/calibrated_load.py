@@ -112,7 +112,7 @@ class CalibratedLoader:
             if any(solver.calibrates for solver in solvers):
                 corrects = any(solver.has_feedback for solver in solvers)
                 statistics = inputs.statistics(
-                    index, names[0], self.dense.linear(names[0]), with_cross=corrects
+                    index, names, self.dense.linear(names[0]), with_cross=corrects
                 )
             yield names, statistics
         called = {name for names in groups for name in names}
@@ -182,8 +182,9 @@ class _ColumnPlans:
 def calibration_bytes(model: nn.Module, tokens: int, dtype: torch.dtype, *, world_size: int) -> int:
     """Return the bytes on a device that calibrating the largest decoder layer needs.
 
-    These are the dense layer, the text in two models, its inputs in one of them, and of the widest
-    input two sums and one summand in fp32, and up to four matrices in fp64 to factorize them.
+    Either the layer runs, with the text in two models and the inputs of all linears in one of them.
+    Or the plan for the widest input is made, which takes two sums, the correction and one summand
+    in fp32, and up to two matrices in fp64.
 
     Args:
         model: The model on the meta device, with HQQLinears in place.
@@ -196,8 +197,9 @@ def calibration_bytes(model: nn.Module, tokens: int, dtype: torch.dtype, *, worl
         linears = {name: m for name, m in layer.named_modules() if isinstance(m, HQQLinear)}
         widths = {(name.rpartition(".")[0], m.in_features) for name, m in linears.items()}
         weights = sum(m.in_features * m.out_features for m in linears.values())
-        states = 3 * text_config(model).hidden_size + sum(width for _, width in widths)
-        widest = max((width for _, width in widths), default=0)
-        layer_bytes = dtype.itemsize * (weights + tokens * states) + 48 * widest**2
-        largest = max(largest, layer_bytes)
+        hidden, widest = text_config(model).hidden_size, max((w for _, w in widths), default=0)
+        running = tokens * (3 * hidden + sum(width for _, width in widths))
+        planning = tokens * (2 * hidden + widest)
+        layer_bytes = max(dtype.itemsize * running, dtype.itemsize * planning + 32 * widest**2)
+        largest = max(largest, dtype.itemsize * weights + layer_bytes)
     return largest

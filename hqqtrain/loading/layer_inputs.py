@@ -94,30 +94,37 @@ class LayerInputs:
         self._full_inputs.clear()
 
     def statistics(
-        self, index: int, name: str, linear: nn.Linear, *, with_cross: bool
+        self, index: int, names: list[str], linear: nn.Linear, *, with_cross: bool
     ) -> InputStatistics:
-        """Return the statistics of the input of a linear, the same on every rank.
+        """Return the statistics of the input that some linears share, the same on every rank.
+
+        The input in the full-precision model is forgotten.
 
         Args:
             index: The index of the decoder layer.
-            name: The name of the linear, one that `run_full` has returned.
-            linear: The linear. Those before it have their quantized weights.
+            names: The names of the linears, a group that `run_full` has returned.
+            linear: The first of them. The linears before it have their quantized weights.
             with_cross: Whether the input in the full-precision model counts, too.
 
         Raises:
             UserError: An input is NaN or infinite.
         """
-        shape, device = (1 + with_cross, linear.in_features, linear.in_features), self._comm.device
+        name, device = names[0], self._comm.device
+        shape = (1 + with_cross, linear.in_features, linear.in_features)
 
         def moments(part: int) -> tuple[Tensor, int, bool]:
             """Return [gram, cross], the number of tokens, and whether `cross` makes sense."""
             _, inputs = self._run(index, self._quantized, part, stop_at=name)
-            x, f = (_as_rows(captured.get(name)) for captured in (inputs, self._full_inputs[part]))
+            full = [self._full_inputs[part].pop(each, None) for each in names]
+            x, f = _as_rows(inputs.get(name)), _as_rows(full[0])
             if x is None:
                 return torch.zeros(shape, device=device), 0, f is None
             is_paired = f is not None and f.shape == x.shape
             pairs = [(x, x), (f if f is not None and is_paired else x, x)][: shape[0]]
-            return torch.stack([_second_moment(a, b) for a, b in pairs]), len(x), is_paired
+            result = torch.empty(shape, device=device)
+            for one, (a, b) in zip(result, pairs, strict=True):
+                one.copy_(_second_moment(a, b))
+            return result, len(x), is_paired
 
         total, tokens, is_paired = torch.zeros(shape, device=device), 0, True
         with self._capture({name: linear}):

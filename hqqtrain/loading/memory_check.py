@@ -13,7 +13,8 @@ import torch
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.distributed.strategies.base import Strategy
-from hqqtrain.loading.memory_estimate import GIB, MemoryEstimate, Workload
+from hqqtrain.loading.memory_estimate import GIB, MemoryEstimate
+from hqqtrain.loading.workload import Workload
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
@@ -89,6 +90,13 @@ def check_fits(
             f"{estimate.host * local_ranks / GIB:.1f} GiB on the host, which has "
             f"{free.host / GIB:.1f} GiB free. Use more nodes, or "
             f"{_fewer_bits(workload)}{no_reference}."
+        )
+    if estimate.calibration > free_per_rank:
+        raise UserError(
+            f"quant.calibration: needs about {estimate.calibration / GIB:.1f} GiB per rank while "
+            f"the model is quantized; {where} has {free_per_rank / GIB:.1f} GiB free. Set "
+            "quant.calibration=null, which needs little memory and has a higher error, or a "
+            f"smaller quant.calibration_tokens={workload.calibration_tokens}."
         )
     if sum(estimate.device.values()) > WARNING_FRACTION * free_per_rank:
         warnings.append(

@@ -14,6 +14,7 @@ from hqqtrain.common.text import short
 from hqqtrain.distributed.strategies.base import Strategy
 from hqqtrain.loading.calibrated_load import calibration_bytes
 from hqqtrain.loading.reference_memory import reference_bytes
+from hqqtrain.loading.workload import Workload
 from hqqtrain.models.causal_lm import (
     MAX_EVALUATION_TOKENS,
     MAX_TRAINING_LOGITS,
@@ -27,71 +28,6 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Workload:
-    """The settings of a run that decide how much memory and disk it needs.
-
-    Attributes:
-        task: The value of `task`.
-        model_name: The value of `model.name_or_path`.
-        is_synthetic: Whether the weights are generated instead of read.
-        nbits: The value of `quant.nbits`; None: nothing is quantized.
-        saves_quantized: Whether quantized/ is to be saved and does not exist yet.
-        adapter_rank: The value of `adapter.r`.
-        adapter_itemsize: Bytes of an element of the adapters.
-        optimizer: The value of `optim.name`.
-        micro_batch_size: The value of `train.micro_batch_size`.
-        max_seq_len: The value of `train.max_seq_len`.
-        activation_checkpointing: The value of `train.activation_checkpointing`.
-        offload: The value of `parallel.offload`.
-        offloads_activations: Whether activations are offloaded from a GPU to the host.
-        evaluates: Whether a held-out text is evaluated.
-        reference: The value of `eval.reference`; `off` if no other model is in memory.
-        eval_tokens: The value of `eval.tokens`.
-        eval_context: Tokens in a window of the evaluation.
-        export_format: The value of `export.format`.
-        new_checkpoints: Largest number of checkpoints by which the run's directory will grow.
-        run_root: The value of `run.root`.
-        calibration_tokens: Tokens of calibration text; 0: none.
-    """
-
-    task: str
-    model_name: str
-    is_synthetic: bool
-    nbits: int | None
-    saves_quantized: bool
-    adapter_rank: int
-    adapter_itemsize: int
-    optimizer: str
-    micro_batch_size: int
-    max_seq_len: int
-    activation_checkpointing: bool
-    offload: str
-    offloads_activations: bool
-    evaluates: bool
-    reference: str
-    eval_tokens: int
-    export_format: str
-    new_checkpoints: int
-    run_root: str
-    calibration_tokens: int = 0
-    eval_context: int = 0
-
-    @property
-    def trains(self) -> bool:
-        return self.task == "finetune"
-
-    @property
-    def smaller_reference(self) -> str:
-        """The values of `eval.reference` that need less memory."""
-        return "streamed or off" if self.reference == "resident" else "off"
-
-    @property
-    def tokens(self) -> int:
-        """Largest number of tokens of a micro-batch."""
-        return self.micro_batch_size * self.max_seq_len
-
-
-@dataclass(frozen=True)
 class MemoryEstimate:
     """Estimated bytes of a run.
 
@@ -99,16 +35,19 @@ class MemoryEstimate:
         device: Bytes on the device of one rank, by purpose such as "packed weights".
         disk: Bytes in the run's directory, by purpose.
         host: Bytes of one rank in the host's memory, offloaded or kept there beside a GPU.
+        calibration: Bytes on the device of one rank while it is calibrated, with the weights.
     """
 
     device: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
     host: int = 0
+    calibration: int = 0
 
     def __str__(self) -> str:
         parts = ", ".join(f"{k} {short(v / GIB)}" for k, v in self.device.items() if v)
         memory, disk = sum(self.device.values()) / GIB, sum(self.disk.values()) / GIB
-        return f"memory per rank {short(memory)} GiB ({parts}), disk {short(disk)} GiB"
+        calibrating = f", {short(self.calibration / GIB)} GiB to calibrate" * (self.calibration > 0)
+        return f"memory per rank {short(memory)} GiB ({parts}){calibrating}, disk {short(disk)} GiB"
 
 
 def estimate_memory(
@@ -151,8 +90,7 @@ def estimate_memory(
     gathered = strategy.gathered_bytes(
         world_size, root=root, layers=layers, itemsize=dtype.itemsize
     )
-    with_text = calibration_bytes(model, workload.calibration_tokens, dtype, world_size=world_size)
-    working = max(_working_bytes(workload, sizes, shards, dtype), with_text, reference.layer)
+    working = max(_working_bytes(workload, sizes, shards, dtype), reference.layer)
     working += gathered + (_token_bytes(model, dtype) if workload.trains else 0)
     host = 0
     # With offloading the GPU keeps only what is gathered.
@@ -167,7 +105,12 @@ def estimate_memory(
         "working memory": working,
         "outputs of the reference model": reference.outputs if on_host else 0,
     }
-    return MemoryEstimate(device, _disk_bytes(workload, sizes, dtype), host)
+    calibration = calibration_bytes(
+        model, workload.calibration_tokens, dtype, world_size=world_size
+    )
+    if calibration:  # before the model is trained
+        calibration += parameters["packed weights"] + parameters["dense weights"]
+    return MemoryEstimate(device, _disk_bytes(workload, sizes, dtype), host, calibration)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ before a long task begins. It takes seconds for a model of any size.
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.text import count
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import EvalConfig, ModelConfig
+from hqqtrain.config.groups import AUTO, EvalConfig, ModelConfig
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.runtime import PRECISION_DTYPES, Runtime
 from hqqtrain.formats.packed import ModuleSettings, read_quantized_settings
@@ -138,10 +138,15 @@ def plan_model(
     if source.kind == "quantized":
         _replace_linears(model, source, settings.quant, runtime)
     reader = _open_checked(source, hf_config, model, runtime)
+    calibrates = False
     if source.kind != "quantized":
-        _replace_linears(model, source, settings.quant, runtime)
-    calibrates = _calibrates(settings.quant, source, model)
-    _check_layerwise(settings, source, hf_config, model, calibrates=calibrates)
+        quant = _quant_settings(settings, hf_config, model, runtime)
+        _replace_linears(model, source, quant, runtime)
+        calibrates = quant.calibration is not None and any(
+            SOLVERS[module.spec.solver].calibrates
+            for module in model.modules()
+            if isinstance(module, HQQLinear)
+        )
     start = load_initial_adapter(
         settings.adapter, source, resumed, linear_shapes(model), expected_shapes(model)
     )
@@ -180,42 +185,33 @@ def plan_model(
     return ModelPlan(source, hf_config, reader, model, lora, start, packing, calibrates)
 
 
-def _calibrates(quant: QuantConfig, source: ModelSource, model: nn.Module) -> bool:
-    """Return whether linears of the decoder layers are quantized with calibration text."""
-    if source.kind == "quantized" or quant.calibration is None:
-        return False
-    solvers = {m.spec.solver for m in model.modules() if isinstance(m, HQQLinear)}
-    return any(SOLVERS[solver].calibrates for solver in solvers)
-
-
-def _check_layerwise(
-    settings: PlanSettings,
-    source: ModelSource,
-    hf_config: PretrainedConfig,
-    model: nn.Module,
-    *,
-    calibrates: bool,
-) -> None:
-    """Check that the decoder layers can be run one after the other, if the run needs that.
+def _quant_settings(
+    settings: PlanSettings, hf_config: PretrainedConfig, model: nn.Module, runtime: Runtime
+) -> QuantConfig:
+    """Return `settings.quant`, without calibration where `auto` cannot calibrate the model.
 
     Raises:
-        UserError: They cannot. The message has a line for each key that needs it.
+        UserError: The decoder layers cannot be run one after the other, although the run needs
+            that. The message has a line for each key that needs it.
     """
-    needs = {}
-    if calibrates:
-        key = f"quant.calibration={settings.quant.calibration}"
-        needs[key] = "quant.calibration=null and quant.solver=least_squares"
-    evaluation = settings.evaluation
-    quantizes = source.kind != "quantized" and settings.quant.quantizes
-    if evaluation and evaluation.streams_reference and quantizes:
+    quant, evaluation, needs = settings.quant, settings.evaluation, {}
+    if quant.calibrates:
+        key = f"quant.calibration={quant.calibration}"
+        needs[key] = "quant.calibration=null and quant.solver=auto"
+    if evaluation and evaluation.streams_reference and quant.quantizes:
         needs[f"eval.reference={evaluation.reference}"] = "eval.reference=resident or off"
-    if needs and (reason := probe_layerwise(hf_config, model)):
-        lines = (
-            f"{key}: needs the decoder layers one after the other, but {type(model).__name__} "
-            f"{reason}. Set {fix}."
-            for key, fix in needs.items()
-        )
-        raise UserError("\n".join(lines))
+    reason = probe_layerwise(hf_config, model) if needs else ""
+    if not reason:
+        return quant
+    fault = f"needs the decoder layers one after the other, but {type(model).__name__} {reason}."
+    if quant.calibrates and (quant.calibration, quant.solver) == (AUTO, AUTO):
+        del needs[key]
+        quant = replace(quant, calibration=None)
+        if runtime.comm.is_main:
+            logger.warning("%s: %s The model is quantized without text.", key, fault)
+    if needs:
+        raise UserError("\n".join(f"{key}: {fault} Set {fix}." for key, fix in needs.items()))
+    return quant
 
 
 def build_dense(

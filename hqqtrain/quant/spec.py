@@ -53,11 +53,14 @@ class QuantSpec:
 def spec_from_config(config: QuantConfig, override: dict[str, Any] | None = None) -> QuantSpec:
     """Return the settings of `config`, with those in `override` replaced.
 
+    `solver=auto` becomes a solver that suits the bits; see `QuantConfig.solver_for`.
     meta_dtype `auto` is bf16 up to 4 bits. At 8 bits it is fp32, because a zero near 128 in bf16
     would nearly double the error.
     """
     keys = ("nbits", "group_size", "axis", "solver", "zero")
     settings = {key: getattr(config, key) for key in keys} | (override or {})
+    if settings["solver"] == "auto":
+        settings["solver"] = config.solver_for(settings["nbits"])
     auto = torch.float32 if settings["nbits"] == 8 else torch.bfloat16
     return QuantSpec(**settings, meta_dtype=DTYPES.get(config.meta_dtype, auto))
 

@@ -222,6 +222,7 @@ def _input_paths(config: RunConfig) -> dict[str, Path]:
         "adapter.init_from": config.adapter.init_from,
         **_source_paths(config.data.source),
         "eval.source": None if config.eval.source == AUTO else config.eval.source,
+        "quant.calibration": config.quant.calibration_source,
     }
     if config.task == "data":  # it reads no weights, and a digest of them would
         values = {key: path for key, path in values.items() if _key(key) in _DATA_KEYS}

@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +11,8 @@ import torch
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.data_sources import describe_source
-from hqqtrain.config.groups import AUTO
+from hqqtrain.config.groups import AUTO, DataConfig
+from hqqtrain.config.run import RunConfig
 from hqqtrain.loading.calibrated_load import Calibration
 from hqqtrain.loading.plan import ModelPlan, build_dense
 from hqqtrain.models.causal_lm import vocabulary_size
@@ -23,6 +26,14 @@ SEQUENCE_TOKENS = 512
 """Length of a calibration sequence, unless the model has fewer positions."""
 
 
+FEW_TOKENS = 4096
+"""Fewer tokens of calibration text get a warning.
+
+SmolLM2-135M at 4 bits has 1.084 times the perplexity of full precision with 512 tokens, 1.039 with
+4,096, and 1.024 with 65,536; without text 1.198.
+"""
+
+
 def load_calibration(run: Run, plan: ModelPlan) -> Calibration | None:
     """Return the calibration text of a run, the same on all ranks; None if it has none. Collective.
 
@@ -34,22 +45,16 @@ def load_calibration(run: Run, plan: ModelPlan) -> Calibration | None:
     if not plan.calibrates:
         return None
     config, comm = run.config, run.runtime.comm
-    wanted, data = config.quant.calibration, config.data
-    if wanted not in (AUTO, describe_source(data.source)):
-        data = replace(data, source=wanted, format=AUTO, file_type=AUTO)
+    wanted, data = config.quant.calibration, calibration_data(config)
     where = f"quant.calibration={wanted}"
     source = replace(run, config=replace(config, data=data))
-    tokens = load_training_data(source, plan.source.tokenizer, vocabulary_size(plan.model))
+    with calibration_errors(config):
+        tokens = load_training_data(source, plan.source.tokenizer, vocabulary_size(plan.model))
     stream = tokens.parts.stream  # of all examples, however long the sequences of the run are
     with comm.raise_on_all_ranks():
         limit = getattr(text_config(plan.model), "max_position_embeddings", None)
-        length = min(SEQUENCE_TOKENS, limit or SEQUENCE_TOKENS)
+        length = min(SEQUENCE_TOKENS, limit or SEQUENCE_TOKENS, len(stream))
         count = min(config.quant.calibration_tokens, len(stream)) // length
-        if count == 0:
-            raise UserError(
-                f"{where}: has {len(stream)} tokens, and a sequence needs {length}. Give it more "
-                "text, or set quant.calibration=null and quant.solver=least_squares."
-            )
         first = np.arange(count) * (len(stream) // count)
         sequences = stream[first[:, None] + np.arange(length)].astype(np.int64)
         digest = hashlib.sha256(sequences.tobytes()).hexdigest()
@@ -63,8 +68,32 @@ def load_calibration(run: Run, plan: ModelPlan) -> Calibration | None:
             "%s: %d sequences of %d tokens of %s",
             where, count, length, describe_source(data.source),
         )  # fmt: skip
+        if count * length < FEW_TOKENS:
+            logger.warning(
+                "%s: %d tokens are few; more text, or another one, lowers the error",
+                where, count * length,
+            )  # fmt: skip
     dense = build_dense(plan.source, plan.hf_config, run.runtime.dtype)
     return Calibration(torch.from_numpy(sequences), dense, f"sha256:{digest}")
+
+
+def calibration_data(config: RunConfig) -> DataConfig:
+    """Return the group `data` whose source is the calibration text."""
+    source, data = config.quant.calibration_source, config.data
+    if source in (None, describe_source(data.source)):
+        return data
+    return replace(data, source=source, format=AUTO, file_type=AUTO)
+
+
+@contextmanager
+def calibration_errors(config: RunConfig) -> Iterator[None]:
+    """Let errors about the calibration text name the key that it comes from."""
+    try:
+        yield
+    except UserError as error:
+        if config.quant.calibration_source is None:
+            raise
+        raise UserError(str(error).replace("data.source=", "quant.calibration=")) from error
 
 
 def packed_weights_digest(source_digest: str, calibration: Calibration | None) -> str:

@@ -31,6 +31,7 @@ from hqqtrain.distributed.strategies.check import RuntimeSettings
 from hqqtrain.evaluation.harness import find_tasks
 from hqqtrain.formats.peft import load_adapter
 from hqqtrain.loading.plan import plan_model
+from hqqtrain.tasks.calibration import calibration_data, calibration_errors
 from hqqtrain.tasks.data import load_data_model
 from hqqtrain.tasks.model import plan_settings
 from hqqtrain.tracking.console import setup_logging
@@ -158,6 +159,12 @@ def _check_held_out_text(config: RunConfig) -> str:
     return checked
 
 
+def _check_calibration_text(config: RunConfig) -> str:
+    data, where = calibration_data(config), f"quant.calibration={config.quant.calibration}"
+    with calibration_errors(config):
+        return _counted(where, training_texts(data, config.eval))
+
+
 def _counted(key: str, texts: Iterable[Example]) -> str:
     """Return `key` with the number of `texts`, which are read one by one and so checked."""
     return f"{key} ({count(sum(1 for _ in texts), 'text')})"
@@ -169,5 +176,6 @@ _CHECKS: dict[str, Callable[[RunConfig], str]] = {
     "adapter": _check_adapter,
     "training text": _check_training_text,
     "held-out text": _check_held_out_text,
+    "calibration text": _check_calibration_text,
 }
 """The check of each kind of input."""

@@ -59,6 +59,7 @@ def check_fits_run(
         is_packed=plan.is_packed,
         has_quantized=has_quantized,
         has_checkpoints=has_checkpoints,
+        calibrates=plan.calibrates,
     )
     check_resources(workload, plan.model, run.runtime)
 

@@ -15,7 +15,8 @@ from hqqtrain.distributed.comm import FULL_DISK
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies.base import Strategy
 from hqqtrain.loading.memory_check import available_memory, check_fits, oom_advice
-from hqqtrain.loading.memory_estimate import Workload, estimate_memory
+from hqqtrain.loading.memory_estimate import estimate_memory
+from hqqtrain.loading.workload import Workload
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ def workload_of(
     is_packed: bool = False,
     has_quantized: bool = False,
     has_checkpoints: bool = False,
+    calibrates: bool = True,
 ) -> Workload:
     """Return the settings of `config` that determine the memory and disk space of the run.
 
@@ -38,11 +40,12 @@ def workload_of(
         has_quantized: Whether the run's directory already contains quantized/.
         has_checkpoints: Whether the run's directory already contains checkpoints. If so, the run
             needs space for one more: it writes each new one before it deletes an old one.
+        calibrates: Whether the model can be calibrated, if the configuration asks for that.
     """
     kept_checkpoints = config.ckpt.keep_last + config.ckpt.num_best
     quant = config.quant
     saves_quantized = config.task in ("finetune", "quantize") and quant.quantizes and quant.save
-    calibrates = quant.calibrates and not (is_packed or has_quantized)
+    calibrates = calibrates and quant.calibrates and not (is_packed or has_quantized)
     evaluates = config.eval.source is not None and config.task in ("finetune", "eval")
     # The full-precision model needs memory of its own only beside a quantized one.
     has_reference = evaluates and quant.quantizes and not is_packed

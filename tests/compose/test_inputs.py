@@ -8,6 +8,7 @@ from hqqtrain.config.run import RunConfig
 
 MODEL = ("model", "model.name_or_path", "tiny")
 TOKENIZER = ("tokenizer", *MODEL[1:])
+CALIBRATION = ("calibration text", "data.source", "mine.txt")
 TRAINING = ("training text", "data.source", "mine.txt")
 
 
@@ -26,16 +27,29 @@ def _config(task: str, held_out: str | None = "auto", **adapter: str) -> RunConf
         ("finetune", "mine.txt", [MODEL, TRAINING, ("held-out text", "data.source", "mine.txt")]),
         ("finetune", "other", [MODEL, TRAINING, ("held-out text", "eval.source", "other")]),
         ("finetune", None, [MODEL, TRAINING]),
-        ("eval", "auto", [MODEL, ("held-out text", "data.source", "mine.txt")]),
-        ("eval", "other", [MODEL, ("held-out text", "eval.source", "other")]),
-        ("quantize", "auto", [MODEL]),
-        ("export", "auto", [MODEL]),
+        ("eval", "auto", [MODEL, ("held-out text", "data.source", "mine.txt"), CALIBRATION]),
+        ("eval", "other", [MODEL, ("held-out text", "eval.source", "other"), CALIBRATION]),
+        ("quantize", "auto", [MODEL, CALIBRATION]),
+        ("export", "auto", [MODEL, CALIBRATION]),
         ("data", "auto", [TOKENIZER, TRAINING, ("held-out text", "data.source", "mine.txt")]),
         ("data", None, [TOKENIZER, TRAINING]),
     ],
 )
 def test_the_inputs_of_a_task(task, held_out, expected):
     assert list(list_inputs(_config(task, held_out))) == expected
+
+
+def test_a_text_of_its_own_to_calibrate_with_is_an_input():
+    for task in ("finetune", "eval", "export", "quantize", "data"):
+        config = _config(task, None)
+        config.quant.calibration = "other.txt"
+        found = [item for item in list_inputs(config) if item.kind == "calibration text"]
+        expected = (
+            [] if task == "data" else [("calibration text", "quant.calibration", "other.txt")]
+        )
+        assert found == expected
+        config.quant.nbits = 8  # needs no text
+        assert "calibration text" not in [item.kind for item in list_inputs(config)]
 
 
 def test_an_adapter_is_an_input_of_all_tasks_but_quantize_and_data():

@@ -26,7 +26,7 @@ def test_the_defaults_are_sound():
             "quant",
             "solver",
             "magic",
-            "quant.solver=magic: allowed are least_squares, gptq, hqq, rtn.",
+            "quant.solver=magic: allowed are auto, least_squares, gptq, hqq, rtn.",
         ),
         ("adapter", "r", 0, "adapter.r=0: must be at least 1."),
         ("adapter", "dropout", 1.0, "adapter.dropout=1.0: must be below 1."),

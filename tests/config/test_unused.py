@@ -42,8 +42,9 @@ def test_every_task_has_its_keys_and_every_pattern_matches_a_key():
     ],
 )  # fmt: skip
 def test_the_keys_of_a_task(task, used, unused):
-    assert _unused(task, *used) == []
-    assert _unused(task, *unused) == unused
+    data_free = {"quant": {"calibration": None}}
+    assert _unused(task, *used, **data_free) == []
+    assert _unused(task, *unused, **data_free) == unused
 
 
 def test_without_quantization_most_of_its_keys_have_no_effect():
@@ -65,9 +66,14 @@ def test_a_key_that_another_one_makes_ineffective():
     for key in ("eval.tokens", "eval.protocol"):
         assert _unused("finetune", key, eval={"source": None}) == [key]
     assert _unused("finetune", "track.project", track={"backends": []}) == ["track.project"]
-    assert _unused("quantize", "quant.calibration_tokens") == ["quant.calibration_tokens"]
+    data_free = {"quant": {"calibration": None}}
+    tokens = ["quant.calibration_tokens"]
+    assert _unused("quantize", *tokens, **data_free) == tokens
+    assert _unused("quantize", *tokens, quant={"nbits": 8}) == tokens
+    assert _unused("quantize", *tokens) == []
     hqq = {"quant": {"solver": "hqq", "calibration": "auto"}}
-    assert _unused("quantize", "quant.calibration", "data.source", **hqq) == ["quant.calibration"]
+    keys = ["quant.calibration", "data.source"]
+    assert _unused("quantize", *keys, **hqq) == keys
     gptq = {
         "quant": {"solver": "hqq", "calibration": "auto", "overrides": {"q": {"solver": "gptq"}}}
     }
@@ -108,8 +114,9 @@ def test_a_key_is_reported_once():
 def test_switching_off_what_a_task_does_not_do_is_no_mistake():
     off = {"track": {"backends": []}, "eval": {"source": None, "reference": "off"}}
     keys = ["track.backends", "eval.source", "eval.reference"]
+    data_free = {"quant": {"calibration": None}}
     for task in ("quantize", "export"):
-        assert _unused(task, *keys, **off) == []
-        assert _unused(task, *keys) == keys
+        assert _unused(task, *keys, **off, **data_free) == []
+        assert _unused(task, *keys, **data_free) == keys
     assert _unused("eval", "track.backends", **off) == []
     assert _unused("eval", "track.backends") == ["track.backends"]

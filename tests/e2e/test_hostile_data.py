@@ -200,8 +200,8 @@ CASES: dict[str, tuple[str, int, str]] = {
 def test_data_is_read_or_refused_with_one_message(case: str, capfd, tmp_path):
     arguments, expected_code, expected_output = CASES[case]
     code = run_in_this_process([
-        "model.name_or_path=model", "quant.group_size=16", "train.max_steps=1",
-        "train.global_batch_size=1", "train.max_seq_len=32", "eval.tokens=256",
+        "model.name_or_path=model", "quant.group_size=16", "quant.calibration=null",
+        "train.max_steps=1", "train.global_batch_size=1", "train.max_seq_len=32", "eval.tokens=256",
         "eval.samples=0", "track.backends=[]", f"run.root={tmp_path}", *arguments.split(" "),
     ])  # fmt: skip
     output = "".join(capfd.readouterr())

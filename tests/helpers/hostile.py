@@ -16,7 +16,8 @@ from hqqtrain import models
 
 TINY = Path(models.__file__).parent / "tiny"
 WORDS = (
-    "recipe=tiny_2bit", "quant.group_size=16", "train.max_steps=1", "train.global_batch_size=2",
+    "recipe=tiny_2bit", "quant.group_size=16", "quant.calibration=null",
+    "train.max_steps=1", "train.global_batch_size=2",
     "train.micro_batch_size=1", "train.max_seq_len=32", "eval.tokens=64", "eval.reference=off",
     "eval.samples=0",    "optim.warmup_steps=0", "track.backends=[]",
 )  # fmt: skip

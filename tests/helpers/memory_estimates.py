@@ -28,8 +28,11 @@ def meta_model(name: str, config: RunConfig) -> PeftModel:
 
 
 def two_bit_config(**groups: object) -> RunConfig:
-    """Return a configuration of 2 bits and adapters of rank 16; `groups` are other groups of it."""
-    quant = QuantConfig(nbits=2, group_size=64)
+    """Return a configuration of 2 bits and adapters of rank 16, without calibration.
+
+    `groups` are other groups of it.
+    """
+    quant = QuantConfig(nbits=2, group_size=64, calibration=None)
     return RunConfig(quant=quant, adapter=AdapterConfig(r=16), **groups)  # type: ignore[arg-type]
 
 

@@ -40,7 +40,7 @@ EVAL_TOKENS = 256
 QUICK = (
     "recipe=tiny_2bit", "train.max_steps=4", "train.global_batch_size=4", "train.max_seq_len=64",
     f"eval.tokens={EVAL_TOKENS}", "eval.samples=0", "track.backends=[]", f"data.source={TEXT}",
-    f"eval.source={HELD_OUT}",
+    f"eval.source={HELD_OUT}", "quant.calibration=null",
 )  # fmt: skip
 """The default recipe, reduced to a few seconds.
 

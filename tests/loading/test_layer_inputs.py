@@ -57,7 +57,7 @@ def test_statistics_are_those_of_both_models() -> None:
         groups = inputs.run_full(index, linears_of(running, index)) if index else groups
         for group in groups:
             linear = running.get_submodule(group[0])
-            found = inputs.statistics(index, group[0], linear, with_cross=True)
+            found = inputs.statistics(index, group, linear, with_cross=True)
             x, f = (input_of(model, group[0], used) for model in (quantized, full))
             assert torch.allclose(found.gram.double(), x.t() @ x / len(x), rtol=1e-4, atol=1e-5)
             assert torch.allclose(found.cross.double(), f.t() @ x / len(x), rtol=1e-4, atol=1e-5)
@@ -72,7 +72,7 @@ def test_without_the_full_precision_model() -> None:
     inputs = LayerInputs(LayerwiseModel(model), text(), SINGLE_PROCESS)
     inputs.run_full(0, linears_of(model, 0))
     name, linear = next(iter(linears_of(model, 0).items()))
-    assert inputs.statistics(0, name, linear, with_cross=False).cross is None
+    assert inputs.statistics(0, [name], linear, with_cross=False).cross is None
 
 
 def test_a_linear_that_the_text_does_not_reach_is_in_no_group() -> None:
@@ -89,7 +89,7 @@ def test_inputs_that_overflow_are_an_error() -> None:
     inputs.run_full(0, linears_of(model, 0))
     name, linear = next(iter(linears_of(model, 0).items()))
     with pytest.raises(UserError, match="q_proj: its inputs overflow on the calibration text"):
-        inputs.statistics(0, name, linear, with_cross=True)
+        inputs.statistics(0, [name], linear, with_cross=True)
 
 
 def save_statistics(rank: int, comm: Communicator, folder: Path) -> None:
@@ -100,8 +100,8 @@ def statistics_of(comm: Communicator) -> list[Tensor]:
     model = random_family("llama")
     inputs = LayerInputs(LayerwiseModel(model), text(), comm)
     groups = inputs.run_full(0, linears_of(model, 0))
-    name = groups[-1][0]
-    found = inputs.statistics(0, name, model.get_submodule(name), with_cross=True)
+    names = groups[-1]
+    found = inputs.statistics(0, names, model.get_submodule(names[0]), with_cross=True)
     return [found.gram, found.cross]
 
 

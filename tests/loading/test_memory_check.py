@@ -78,6 +78,21 @@ def test_a_run_that_may_not_fit_gives_a_warning():
     assert "train." in warning
 
 
+def test_calibration_that_does_not_fit_is_refused():
+    config = two_bit_config()
+    config.quant.calibration, config.eval.reference = "auto", "off"
+    model = meta_model("meta-llama/Meta-Llama-3-70B", config)
+    needs = estimate(config, model, dtype=torch.bfloat16)
+    # 28,672 inputs take 24.5 GiB beside the packed weights.
+    assert 45 * GIB < needs.calibration < 80 * GIB
+    assert "to calibrate" in str(needs)
+    free = AvailableMemory(host=1 << 50, disk=1 << 50, device=needs.calibration - 1)
+    with pytest.raises(UserError, match=r"quant\.calibration: needs about .* GiB.*free\. Set"):
+        check_fits(needs, free, workload_of(config))
+    config.quant.calibration = None
+    assert estimate(config, model, dtype=torch.bfloat16).calibration == 0
+
+
 def test_ranks_share_the_memory_of_a_machine():
     config = two_bit_config()
     needs = estimate(config, meta_model("tiny", config), dtype=torch.float32)

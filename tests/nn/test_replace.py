@@ -69,7 +69,7 @@ def test_overrides_by_glob_and_by_tag(pattern: str) -> None:
     overrides = {"*.mlp.*": {"nbits": 3}, pattern: {"nbits": 8, "group_size": None}}
     report = quantize_model(llama(), QuantConfig(nbits=2, overrides=overrides))
     assert report.quantized["model.layers.1.self_attn.q_proj"] == QuantSpec(
-        8, None, 1, "least_squares", torch.float32
+        8, None, 1, "hqq", torch.float32
     )
     assert report.quantized["model.layers.1.mlp.up_proj"].nbits == 3
     assert report.quantized["model.layers.1.self_attn.k_proj"].nbits == 2

@@ -110,6 +110,9 @@ def test_digests_of_the_inputs_follow_the_files(tmp_path):
     config = RunConfig(data=DataConfig(source=str(text)))
     first = input_digests(config)
     assert list(first) == ["data.source"]
+    config.quant.calibration = str(text)
+    assert list(input_digests(config)) == ["data.source", "quant.calibration"]
+    config.quant.calibration = None
     text.write_text("ab")
     assert input_digests(config) != first
     text.unlink()

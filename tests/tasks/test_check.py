@@ -36,6 +36,12 @@ def test_what_was_checked_goes_to_standard_error_and_the_directory_to_standard_o
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_calibration_text_is_counted(words, capsys, tmp_path):
+    (tmp_path / "other.txt").write_text("def h(x): return -x")
+    assert main([*words, "task=quantize", "quant.calibration=other.txt"]) == 0
+    assert "quant.calibration=other.txt (1 text)" in capsys.readouterr().err
+
+
 def test_only_one_rank_says_what_was_checked(words, capsys, monkeypatch):
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
@@ -105,6 +111,7 @@ def test_a_held_out_chat_that_the_template_refuses_is_found(words, capsys, tmp_p
         ("data.text_field=body", "data.text_field=body"),
         ("eval.source=absent.txt", "eval.source=absent.txt: no such file"),
         ("model.name_or_path=./absent", "model.name_or_path=./absent: no such folder"),
+        ("quant.calibration=absent.txt", "error: quant.calibration=absent.txt: no such file"),
         ("adapter.init_from=./absent", "absent: contains no adapter_config.json"),
     ],
 )
