@@ -16,7 +16,7 @@ from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 
 
 class _Handle:
-    """What `HFLM` asks of a model. It is no module, so nothing changes or ties its weights."""
+    """The attributes of a model that `HFLM` reads. It is no module, so it ties no weights."""
 
     def __init__(self, model: nn.Module, config: PretrainedConfig, device: torch.device) -> None:
         self.config, self.device, self.name_or_path = config, device, ""

@@ -105,9 +105,8 @@ def estimate_memory(
         "working memory": working,
         "outputs of the reference model": reference.outputs if on_host else 0,
     }
-    calibration = calibration_bytes(
-        model, workload.calibration_tokens, dtype, world_size=world_size
-    )
+    text = workload.calibration_tokens
+    calibration = calibration_bytes(model, text, dtype, world_size=world_size)
     if calibration:  # before the model is trained
         calibration += parameters["packed weights"] + parameters["dense weights"]
     return MemoryEstimate(device, _disk_bytes(workload, sizes, dtype), host, calibration)

@@ -142,11 +142,7 @@ def plan_model(
     if source.kind != "quantized":
         quant = _quant_settings(settings, hf_config, model, runtime)
         _replace_linears(model, source, quant, runtime)
-        calibrates = quant.calibration is not None and any(
-            SOLVERS[module.spec.solver].calibrates
-            for module in model.modules()
-            if isinstance(module, HQQLinear)
-        )
+        calibrates = _calibrates(quant, model)
     start = load_initial_adapter(
         settings.adapter, source, resumed, linear_shapes(model), expected_shapes(model)
     )
@@ -157,6 +153,7 @@ def plan_model(
         logger.info("%s the adapter in %s", verb, start.folder)
         if warning := unknown_base_warning(start, source):
             logger.warning(warning)
+    packing = None
     if settings.executes:
         check_runnable(
             model,
@@ -164,8 +161,6 @@ def plan_model(
             activation_checkpointing=settings.activation_checkpointing,
             evaluation=settings.evaluation,
         )
-    packing = None
-    if settings.executes:
         packing = probe_packing(hf_config, model, trains=settings.adapts)
         check_called_linears(model, packing.read_linears, settings.quant.skip)
     lora = None
@@ -183,6 +178,12 @@ def plan_model(
     if settings.executes:
         runtime.strategy.check_model(model)
     return ModelPlan(source, hf_config, reader, model, lora, start, packing, calibrates)
+
+
+def _calibrates(quant: QuantConfig, model: nn.Module) -> bool:
+    """Return whether linears of the decoder layers are quantized with calibration text."""
+    solvers = {m.spec.solver for m in model.modules() if isinstance(m, HQQLinear)}
+    return quant.calibration is not None and any(SOLVERS[name].calibrates for name in solvers)
 
 
 def _quant_settings(

@@ -29,7 +29,7 @@ from hqqtrain.models.source import ModelSource
 from hqqtrain.models.weights.synthetic import open_weight_source
 
 KINDS = ("llama", "gemma2", "opt")
-"""Of these, the second one caps its logits, and the last one counts its positions from 2."""
+"""The second one caps its logits, and the last one counts its positions from 2."""
 
 
 def _save(kind: str, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a workload says about its micro-batches."""
+"""The size of a micro-batch, and the calibration text of a workload."""
 
 import pytest
 
