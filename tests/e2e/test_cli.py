@@ -100,7 +100,7 @@ def test_version(tmp_path):
             ["recipe=tiny"],
             "hqqtrain: error: recipe=tiny: no such recipe. Did you mean 'tiny_chat'?",
         ),
-        (["quant.nbits=5"], "hqqtrain: error: quant.nbits=5: allowed are 8, 4, 3, 2, 1."),
+        (["quant.nbits=5"], "hqqtrain: error: quant.nbits=5: allowed are 8, 4, 3, 2, 1, null."),
         (
             ["tiny_2bit"],
             "hqqtrain: error: tiny_2bit: must be key=value. Did you mean 'recipe=tiny_2bit'?",

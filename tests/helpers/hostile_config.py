@@ -27,7 +27,7 @@ BOMB = "a: &a [1,2,3,4,5,6,7,8,9]\n" + "".join(
 CASES = {
     "nbits that nobody has": Case(["quant.nbits=5"], ("quant.nbits=5", "8, 4, 3, 2, 1")),
     "nbits in words": Case(["quant.nbits=two"], ("quant.nbits", "two")),
-    "nbits null": Case(["quant.nbits=null"], ("quant.nbits",)),
+    "nbits with a fraction": Case(["quant.nbits=2.5"], ("quant.nbits=2.5",)),
     "group_size 0": Case(["quant.group_size=0"], ("quant.group_size=0",)),
     "group_size negative": Case(["quant.group_size=-64"], ("quant.group_size=-64",)),
     "group_size huge": Case(["quant.group_size=1000000007"], ("quant.group_size",)),
