@@ -40,7 +40,7 @@ def load_calibration(run: Run, plan: ModelPlan) -> Calibration | None:
     The sequences are spread evenly over all tokens of the source, without the held-out texts.
 
     Raises:
-        UserError: The source cannot be read or is too short, or differs between ranks.
+        UserError: The source cannot be read, or differs between ranks.
     """
     if not plan.calibrates:
         return None
@@ -70,7 +70,7 @@ def load_calibration(run: Run, plan: ModelPlan) -> Calibration | None:
         )  # fmt: skip
         if count * length < FEW_TOKENS:
             logger.warning(
-                "%s: %d tokens are few; more text, or another one, lowers the error",
+                "%s: %d tokens are few; more text lowers the error",
                 where, count * length,
             )  # fmt: skip
     dense = build_dense(plan.source, plan.hf_config, run.runtime.dtype)

@@ -36,17 +36,9 @@ def quantize_columns(
 ) -> None:
     """Quantize the first columns of W, which are as many as `codes` has.
 
-    Args:
-        W: fp32 [columns, rows of a unit, units], contiguous, at most MAX_COLUMNS columns. The
-            columns behind the quantized ones get their errors.
-        scale: [groups, units], contiguous; `group_columns` columns share a group.
-        zero: [groups, units], contiguous.
-        feedback: fp32 [quantized columns, columns], rows contiguous: how much an error of 1 changes
-            each column.
-        codes: uint8 [quantized columns, rows of a unit, units], contiguous; it is overwritten.
-        errors: fp32, of the shape of `codes`; it is overwritten.
-        nbits: Bits of a code.
-        group_columns: Columns that share a scale and a zero.
+    `hqqtrain/quant/calibrated/columns.py` has the same in PyTorch, and explains the arguments. Here
+    W, scale, zero, codes, errors and the rows of `feedback` are contiguous, and W has at most
+    MAX_COLUMNS columns.
     """
     columns, count, rows = len(W), len(codes), W[0].numel()
     assert count <= columns <= MAX_COLUMNS
