@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hqqtrain.common.errors import UserError
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.local import local_rows
 from hqqtrain.loading.dense_layers import DenseLayers
@@ -20,7 +21,7 @@ from hqqtrain.models.families.structure import find_decoder_layers, text_config
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.quant.calibrated.quantize import quantize_rows
 from hqqtrain.quant.calibrated.statistics import ColumnPlan, InputStatistics, plan_columns
-from hqqtrain.quant.quantize import dequantize_weight, quantize_async
+from hqqtrain.quant.quantize import QuantizedWeight, dequantize_weight, quantize_async
 from hqqtrain.quant.solvers.registry import SOLVERS
 
 
@@ -66,7 +67,8 @@ class CalibratedLoader:
         """Read and quantize all calibrated linears. Collective.
 
         Raises:
-            UserError: A weight or an input has NaN or Inf. Raised on every rank.
+            UserError: A weight or an input has NaN or Inf, or a weight is near the largest float.
+                Raised on every rank.
         """
         self.dense.fill_outside()
         inputs = LayerInputs(self.dense.layerwise, self.sequences, self.comm)
@@ -148,6 +150,7 @@ class CalibratedLoader:
                 spec, layout, first_unit = layer.spec, layer.layout, local_rows(layer.W_q).start
                 if plan := plans.plan_for(layer):
                     packed = quantize_rows(weight, layout, first_unit, spec, plan)
+                    _check_finite(name, packed)
                 else:
                     packed, _ = quantize_async(weight, spec, name=name)
                 self.rows.store(name, layer, packed.W_q, packed.scale, packed.zero)
@@ -156,6 +159,16 @@ class CalibratedLoader:
                     packed, layout.slice(0, len(packed.scale)), self.dense.linear(name).weight.dtype
                 )
         return dequantized
+
+
+def _check_finite(name: str, packed: QuantizedWeight) -> None:
+    """Check that the errors that were passed on between columns have not overflowed fp32."""
+    if not (packed.scale.isfinite().all() and packed.zero.isfinite().all()):
+        raise UserError(
+            f"{name}.weight: is so large that it overflows with quant.calibration; use "
+            "quant.calibration=null, or check the checkpoint, whose weights are damaged if they "
+            "are near the largest float."
+        )
 
 
 class _ColumnPlans:

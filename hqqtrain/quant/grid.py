@@ -57,6 +57,24 @@ class QuantGrid:
         scale, zero = self.to_meta_dtype(scale, zero)
         return scale.float() / self.magnitude, zero.float()
 
+    def with_constants(self, W: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale (normalized) and zero [n], with those of constant groups in place.
+
+        The scale of a constant group is a power of two, so that code 0 represents its value exactly
+        if the dtype of zero can.
+
+        Args:
+            W: Groups as columns, fp32 [group_size, n], normalized.
+            scale: The normalized scale [n] of the other groups.
+            zero: The zero [n] of the other groups.
+        """
+        is_constant = W.amin(0) == W.amax(0)
+        power, _ = self.as_stored(torch.ones_like(scale), torch.zeros_like(zero))
+        return (
+            torch.where(is_constant, power, scale),
+            torch.where(is_constant, -W[0] / power, zero),
+        )
+
     def encode(self, W: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the nearest codes of W [g, n], as floats."""
         return (W * (1 / scale)).add_(zero).round_().clamp_(0, self.max_code)

@@ -124,8 +124,7 @@ def _quantize_in_chunks(
 def _solve(W: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return uint8 codes [n, g], and stored scale [n] and zero [n], of the groups W [g, n] fp32.
 
-    A constant group of value c gets code 0 and a power of two as its scale, so that
-    (0 - zero) * scale equals c exactly if the dtype of zero can represent c.
+    A constant group gets code 0, unless its zero must be an integer.
     """
     # Normalize every group: divide it by a power of two, which is exact.
     largest = W.abs().amax(0)
@@ -138,11 +137,8 @@ def _solve(W: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
     if spec.zero == "integer":
         scale, zero = with_integer_zero(W, grid, scale, zero)
         is_constant = torch.zeros_like(is_constant)  # the zero of such a group is no integer
-    scale, zero = grid.as_stored(scale, zero)
-    # Constant groups get the normalized scale 1, with the rounding of the storage dtype.
-    constant_scale, _ = grid.as_stored(torch.ones_like(scale), zero)
-    scale = torch.where(is_constant, constant_scale, scale)
-    zero = torch.where(is_constant, -W[0] / constant_scale, zero)
+    else:
+        scale, zero = grid.with_constants(W, *grid.as_stored(scale, zero))
     codes = grid.encode(W, *grid.as_stored(scale, zero)).masked_fill_(is_constant, 0)
     return codes.t().to(torch.uint8), *grid.to_meta_dtype(scale, zero)
 

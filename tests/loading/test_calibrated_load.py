@@ -11,7 +11,7 @@ from ranks import CPU, on_ranks
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from hqqtrain.common.errors import PreemptedError
+from hqqtrain.common.errors import PreemptedError, UserError
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.distributed.strategies.fsdp2 import FSDP2
@@ -186,6 +186,20 @@ def test_a_weight_that_is_not_finite_is_named_on_every_rank() -> None:
     errors = on_ranks(load_broken, 2)
     assert errors[0] == errors[1]
     assert errors[0].startswith("model.layers.1.mlp.up_proj.weight: row 159 holds nan")
+
+
+def test_weights_near_the_largest_float_are_refused() -> None:
+    class Huge(SyntheticReader):
+        def read(self, name: str, rows=None) -> Tensor:
+            tensor = super().read(name, rows)
+            if name == "model.layers.0.mlp.up_proj.weight":
+                tensor.fill_(3e38)[:, ::2] *= -1
+            return tensor
+
+    model = make_model(CASES[0])
+    reader = Huge(expected_shapes(model, packed=False), torch.bfloat16, CPU)
+    with pytest.raises(UserError, match=r"^model\.layers\.0\.mlp\.up_proj\.weight: is so large"):
+        load_model(model, reader, SINGLE_PROCESS, calibration=calibration())
 
 
 def stop_one(rank: int, comm: Communicator) -> None:

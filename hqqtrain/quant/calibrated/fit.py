@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from hqqtrain.quant.grid import QuantGrid, group_ranges
+from hqqtrain.quant.solvers.integer_zero import within_codes
 
 ROUNDS = 6
 """Rounds of rounding and regression from every starting point."""
@@ -36,7 +37,7 @@ def weighted_least_squares(
     mean = (share * W).sum(0)
     scale, zero = _starts(W, mean, grid)  # [starts, n]
     if integer_zero:
-        zero = zero.round_().clamp_(0, grid.max_code)
+        scale, zero = within_codes(scale, zero.round_(), grid.max_code)
     for last in (*(False,) * (ROUNDS - 1), True):
         codes = _encode(W, scale, zero, grid)
         if integer_zero:
@@ -79,8 +80,11 @@ def _fit(
     is_valid = (variance > 0) & (covariance > 0)
     fitted = torch.where(is_valid, covariance / variance.clamp_min(1e-30), scale)
     # Round the scale to its storage dtype first, so that the zero compensates for the rounding.
-    fitted, _ = grid.as_stored(fitted, zero)
-    return fitted, torch.where(is_valid, mean_code - mean / fitted, zero)
+    fitted, _ = grid.as_stored(fitted, mean_code - mean / fitted)
+    return (
+        torch.where(is_valid, fitted, scale),
+        torch.where(is_valid, mean_code - mean / fitted, zero),
+    )
 
 
 def _integer_fit(

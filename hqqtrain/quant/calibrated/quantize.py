@@ -161,7 +161,8 @@ def _fit_groups(W: Tensor, layout: Layout, spec: QuantSpec, importance: Tensor) 
     grid = QuantGrid(
         spec.nbits, torch.where(largest == 0, 1, power_of_two(largest)), spec.meta_dtype
     )
-    scale, zero = weighted_least_squares(
-        groups / grid.magnitude, weights, grid, integer_zero=spec.zero == "integer"
-    )
+    groups, is_integer = groups / grid.magnitude, spec.zero == "integer"
+    scale, zero = weighted_least_squares(groups, weights, grid, integer_zero=is_integer)
+    if not is_integer:
+        scale, zero = grid.with_constants(groups, scale, zero)
     return torch.stack(grid.to_meta_dtype(scale, zero)).view(2, -1, W.shape[2])

@@ -32,6 +32,7 @@ def with_integer_zero(
     first, is_constant = W[0], W.amin(0) == W.amax(0)
     scale = torch.where(is_constant, first.abs() / grid.max_code, scale).clamp_min(2.0**-40)
     zero = torch.where(is_constant, torch.where(first > 0, 0.0, float(grid.max_code)), zero)
+    scale, _ = within_codes(scale, zero, grid.max_code)
     best_gain = torch.full_like(scale, -torch.inf, dtype=torch.float64)
     best_scale, best_zero = scale, zero
     for candidate in (zero.floor(), zero.floor() + 1):
@@ -42,6 +43,16 @@ def with_integer_zero(
         best_scale = torch.where(is_better, fitted, best_scale)
         best_zero = torch.where(is_better, candidate, best_zero)
     return best_scale, best_zero
+
+
+def within_codes(scale: Tensor, zero: Tensor, max_code: int) -> tuple[Tensor, Tensor]:
+    """Clamp zeros to the codes, and widen the scale so that the levels reach as far from 0.
+
+    All levels of a zero outside of the codes have one sign. With the nearest code as zero, they
+    would reach less far, and all weights of the group would get the last code.
+    """
+    reach = torch.where(zero < 0, max_code - zero, zero.clamp_min(max_code))
+    return scale * (reach / max_code), zero.clamp(0, max_code)
 
 
 def _fit_scale(

@@ -35,6 +35,18 @@ def test_the_fit_is_nearly_the_best(nbits: int, integer_zero: bool) -> None:
         assert torch.equal(fit[1], fit[1].round().clamp(0, grid.max_code))
 
 
+def test_groups_of_one_sign_with_integer_zeros() -> None:
+    W, importance = torch.rand(16, 40) + torch.linspace(0.5, 20, 40), torch.rand(16, 1) + 0.1
+    W[:, ::2] *= -1
+    grid = grid_of(8, 40)
+    found = error(
+        W, importance, grid, *weighted_least_squares(W, importance, grid, integer_zero=True)
+    )
+    end = torch.where(W[0] < 0, grid.max_code, 0.0)
+    rounded = error(W, importance, grid, W.abs().amax(0) / grid.max_code, end)
+    assert found.sum() <= rounded.sum()
+
+
 def test_heavy_weights_are_met_more_closely() -> None:
     W, grid = torch.randn(64, 100), grid_of(2, 100)
     importance = torch.ones(64, 1)

@@ -144,3 +144,16 @@ def test_extreme_weights_stay_finite(W: Tensor) -> None:
     back = dequantize_weight(quantize(W, spec, plan), spec.layout(*W.shape), torch.float32)
     assert back.isfinite().all()
     assert (back - W).abs().max() <= W.abs().max() * 1.05
+
+
+@pytest.mark.parametrize("axis", [1, 0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_constant_weights_are_exact_and_nearly_constant_ones_close(
+    axis: int, dtype: torch.dtype
+) -> None:
+    x, spec = inputs(), QuantSpec(4, 8, axis, "gptq", dtype)
+    plan = plan_columns(InputStatistics(x.t() @ x / TOKENS), 8, axis, has_feedback=True)
+    for value, noise, tolerance in ((0, 0, 0), (-3, 0, 0), (3, 1e-5, 0.05)):
+        W = value + noise * torch.randn(ROWS, COLUMNS)
+        back = dequantize_weight(quantize(W, spec, plan), spec.layout(*W.shape), torch.float32)
+        assert (back - W).abs().max() <= tolerance

@@ -48,6 +48,18 @@ def test_constant_groups(value: float) -> None:
     assert torch.allclose(back, W, rtol=0.01, atol=1e-36)
 
 
+@pytest.mark.parametrize("nbits", [8, 4])
+def test_groups_of_one_sign(nbits: int) -> None:
+    """A float zero far outside of the codes: with the nearest code, the scale must be larger."""
+    W = torch.rand(16, 40) + torch.linspace(0.5, 20, 40)
+    W[:, ::2] *= -1
+    grid = QuantGrid(nbits, torch.ones(40), torch.float32)
+    found = grid.error(W, *with_integer_zero(W, grid, *SOLVERS["least_squares"].solve(W, grid)))
+    end = torch.where(W[0] < 0, grid.max_code, 0.0)
+    rounded = grid.error(W, W.abs().amax(0) / grid.max_code, end)
+    assert found.sum() <= rounded.sum()
+
+
 def test_slices_have_the_bits_of_the_whole() -> None:
     W = torch.randn(90, 64)
     spec = QuantSpec(3, 16, 1, "least_squares", torch.bfloat16, "integer")
