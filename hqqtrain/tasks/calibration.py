@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.data_sources import describe_source
@@ -53,10 +54,8 @@ def load_calibration(run: Run, plan: ModelPlan) -> Calibration | None:
     stream = tokens.parts.stream  # of all examples, however long the sequences of the run are
     with comm.raise_on_all_ranks():
         limit = getattr(text_config(plan.model), "max_position_embeddings", None)
-        length = min(SEQUENCE_TOKENS, limit or SEQUENCE_TOKENS, len(stream))
-        count = min(config.quant.calibration_tokens, len(stream)) // length
-        first = np.arange(count) * (len(stream) // count)
-        sequences = stream[first[:, None] + np.arange(length)].astype(np.int64)
+        sequences = spread_sequences(stream, config.quant.calibration_tokens, limit)
+        count, length = sequences.shape
         digest = hashlib.sha256(sequences.tobytes()).hexdigest()
     if len(set(comm.all_gather_object(digest))) > 1:
         raise UserError(
@@ -75,6 +74,25 @@ def load_calibration(run: Run, plan: ModelPlan) -> Calibration | None:
             )  # fmt: skip
     dense = build_dense(plan.source, plan.hf_config, run.runtime.dtype)
     return Calibration(torch.from_numpy(sequences), dense, f"sha256:{digest}")
+
+
+def spread_sequences(
+    stream: NDArray[np.integer], tokens: int, limit: int | None
+) -> NDArray[np.int64]:
+    """Return sequences that are spread evenly over a stream of token ids.
+
+    Args:
+        stream: The token ids of all texts, [N].
+        tokens: Number of tokens wanted; fewer if the stream is shorter.
+        limit: The largest number of positions of the model, if it has one.
+
+    Returns:
+        Token ids, [sequences, SEQUENCE_TOKENS]; shorter if `limit` or the stream is.
+    """
+    length = min(SEQUENCE_TOKENS, limit or SEQUENCE_TOKENS, len(stream))
+    count = min(tokens, len(stream)) // length
+    first = np.arange(count) * (len(stream) // count)
+    return stream[first[:, None] + np.arange(length)].astype(np.int64)
 
 
 def calibration_data(config: RunConfig) -> DataConfig:

@@ -18,7 +18,6 @@ from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.evaluation.continuations import select_beginnings, select_prompts
 from hqqtrain.evaluation.evaluator import Evaluator
 from hqqtrain.evaluation.perplexity import EvalResult
-from hqqtrain.evaluation.reference import ResidentReference
 from hqqtrain.evaluation.streamed_reference import StreamedReference
 from hqqtrain.loading.model_builder import RunnableModel
 from hqqtrain.models.tokenizer import load_tokenizer
@@ -44,8 +43,7 @@ class RecordedEvaluation:
         runnable: The model to evaluate.
         held_out: The held-out set, if any.
         layout: Which texts may share a batch.
-        source_digest: The digest of the model's source; None: no file keeps the outputs of a
-            resident reference model.
+        source_digest: The digest of the model's source, if the caller knows it.
     """
 
     def __init__(
@@ -98,7 +96,6 @@ class RecordedEvaluation:
             evaluator = replace(evaluator, reference=None)
         with nullcontext() if adapted else self._runnable.without_adapter():
             result = evaluator.evaluate(self._runnable.model)
-        self._save_reference()
         _warn_if_not_finite(model_key, result)
         self._recorder.record_evaluation(model_key, result, log=log)
         return result.loss
@@ -137,7 +134,6 @@ class RecordedEvaluation:
             and self.base_key == "quantized"
         ):
             columns[MODEL_NAMES["full_precision"]] = continuations(self._reference)
-            self._save_reference()
         with runnable.adapter_disabled():
             columns[MODEL_NAMES[self.base_key]] = continuations(runnable.model)
         columns[MODEL_NAMES["final"]] = continuations(runnable.model)
@@ -155,11 +151,6 @@ class RecordedEvaluation:
         _warn_if_not_finite("trained", result)
         self._recorder.log_evaluation(result)
         return result.loss
-
-    def _save_reference(self) -> None:
-        """Keep the outputs of the reference model for later runs."""
-        if isinstance(self._reference, ResidentReference):
-            self._reference.save()
 
 
 def _is_plain_text(held_out: TokenSequences, config: RunConfig) -> bool:

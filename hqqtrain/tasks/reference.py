@@ -20,7 +20,7 @@ from hqqtrain.common.text import format_bytes
 from hqqtrain.data.layout import Batch, BatchLayout
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.evaluation.perplexity import batches_of_this_rank
-from hqqtrain.evaluation.reference import MIN_FLOP, ResidentReference, reference_file
+from hqqtrain.evaluation.reference import ResidentReference
 from hqqtrain.evaluation.reference_cache import ReferenceCache
 from hqqtrain.evaluation.streamed_reference import (
     HiddenStates,
@@ -71,7 +71,7 @@ def open_reference(
         return None
     # A base that is not quantized is in memory as a whole, whatever `how` says.
     if how == "resident" or not run.config.quant.quantizes:
-        return _open_resident(run, runnable, held_out, batch_size, source_digest)
+        return _open_resident(run, runnable, held_out)
     batches = batches_of_this_rank(
         held_out,
         batch_size,
@@ -86,27 +86,20 @@ def _open_resident(
     run: Run,
     runnable: RunnableModel,
     held_out: TokenSequences,
-    batch_size: int,
-    source_digest: str | None,
 ) -> nn.Module:
-    """Return the full-precision model, with a cache of its outputs if it is not sharded.
+    """Return the full-precision model, which keeps its outputs if it is not sharded. Collective.
 
-    If the compared model is not quantized, it is the model itself without its adapter. In one
-    process, a file may keep the outputs. If there is no cache, the log says why. Collective.
+    If the compared model is not quantized, it is the model itself without its adapter. If no
+    outputs are kept, the log says why.
     """
-    model, plan = runnable.model, runnable.plan
-    config, runtime = run.config, run.runtime
-
-    def load() -> nn.Module:
-        if not config.quant.quantizes:
-            run.recorder.record_reference_bytes(0)
-            return WithoutAdapter(runnable)
+    model, runtime = runnable.model, run.runtime
+    reference: nn.Module = WithoutAdapter(runnable)
+    bytes_read = 0
+    if run.config.quant.quantizes:
         reference, bytes_read = build_reference(
-            plan, runtime.strategy, runtime.dtype, runtime.preemption
+            runnable.plan, runtime.strategy, runtime.dtype, runtime.preemption
         )
-        run.recorder.record_reference_bytes(bytes_read)
-        return reference
-
+    run.recorder.record_reference_bytes(bytes_read)
     tokens = int((held_out.end - held_out.begin).sum())
     # The head of the evaluated model serves as that of the reference, if it is not quantized.
     size = kept_hidden_bytes(model, math.ceil(tokens / runtime.comm.size), runtime.dtype)
@@ -123,21 +116,8 @@ def _open_resident(
                 "eval.reference=resident: the full-precision model stays in memory and is "
                 "called at every evaluation, because %s", reason,
             )  # fmt: skip
-        return load()
-    structure = build_meta(plan.hf_config, runtime.dtype)
-    parameters = sum(parameter.numel() for parameter in structure.parameters())
-    file = None
-    # With a file, one rank alone may have to load the model, but loading is a collective.
-    if source_digest and runtime.comm.size == 1 and 2 * parameters * tokens >= MIN_FLOP:
-        settings = {
-            "model": [source_digest, plan.source.kind, plan.source.name],
-            "text": held_out.digest,
-            "batch_size": batch_size,
-            "precision": [str(runtime.dtype), config.train.precision, str(runtime.device)],
-        }
-        file = reference_file(Path(config.run.root).expanduser(), plan.source.name, settings)
-    run.recorder.record_reference_bytes(0)
-    return ResidentReference(structure, output_head(model), load, file)
+        return reference
+    return ResidentReference(reference, output_head(model))
 
 
 def _open_streamed(

@@ -89,7 +89,7 @@ def _evaluate(
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_bits_whatever_was_evaluated_before(name):
     model, reference, alone = _model(name, 0), _model(name, 1), _model(name, 1)
-    cached = ResidentReference(reference, output_head(reference), lambda: reference, None)
+    cached = ResidentReference(reference, output_head(reference))
     first = _evaluate(model, name, SHORT, 2, cached)
     other = _evaluate(model, name, LONGER, 2, cached)
     torch.manual_seed(5), random.seed(5)
