@@ -6,6 +6,7 @@ Python, and `scripts/pretrain_tiny.py` never trains the bundled model on held-ou
 """
 
 import hashlib
+import os
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ _NOT_EVERYWHERE = frozenset(
 )
 """Packages that some distributions or later versions of Python do not contain."""
 
+_EXCLUDED = _NOT_FOR_READERS | _NOT_EVERYWHERE
+
 
 def is_held_out(module: str) -> bool:
     """Whether `module`, a dotted name such as `json.decoder`, is held out for evaluation."""
@@ -34,8 +37,12 @@ def is_held_out(module: str) -> bool:
 
 def stdlib_modules() -> Iterator[tuple[str, Path]]:
     """Yield (dotted name, file) of every module written in Python, sorted by name."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    modules = ((_module_name(path.relative_to(root)), path) for path in root.rglob("*.py"))
+    root, modules = Path(sysconfig.get_paths()["stdlib"]), []
+    for folder, subfolders, files in os.walk(root):
+        # site-packages alone may have more than 100,000 files.
+        subfolders[:] = [name for name in subfolders if name not in _EXCLUDED]
+        paths = [Path(folder, file) for file in files if file.endswith(".py")]
+        modules += [(_module_name(path.relative_to(root)), path) for path in paths]
     yield from sorted((name, path) for name, path in modules if name)
 
 
@@ -51,7 +58,7 @@ def stdlib_texts(split: str) -> Iterator[tuple[str, str]]:
 def _module_name(relative: Path) -> str:
     """Return `json.decoder` for `json/decoder.py`, or '' for a file to exclude."""
     parts = relative.with_suffix("").parts
-    if (_NOT_FOR_READERS | _NOT_EVERYWHERE) & set(parts) or parts[0] not in sys.stdlib_module_names:
+    if _EXCLUDED & set(parts) or parts[0] not in sys.stdlib_module_names:
         return ""
     if parts[0].startswith("_sysconfigdata"):  # generated when Python is built
         return ""

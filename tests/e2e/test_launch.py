@@ -296,13 +296,14 @@ def test_a_slurm_job_is_submitted_by_one_process(ready):
     assert ready.calls == [f"-m hqqtrain {' '.join(words)}"]
 
 
-@pytest.mark.parametrize(("seed", "code"), [(0, 0), (1, 3), (2, 2), (7, 1)])
+@pytest.mark.parametrize(("seed", "code"), [(1, 3), (2, 2), (7, 1)])
 def test_the_exit_code_survives_accelerate(ready, seed, code):
-    """Two processes under the real launcher; with seed 2 only rank 1 has the exit code 2."""
+    """Two processes under the real launcher; with seed 2 only rank 1 has the exit code 2.
+
+    test_readme.py has the exit code 0.
+    """
     done = ready.launch("recipe=tiny_2bit", f"train.seed={seed}", NPROC="2", REAL="1")
     assert done.returncode == code, done.stderr
-    if code == 0:
-        assert sorted(done.stdout.split("\n"))[1:] == ["rank 0 of 2", "rank 1 of 2"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])

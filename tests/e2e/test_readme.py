@@ -65,8 +65,11 @@ def test_command(number: int, folder: Path):
     elif "--help" not in words:
         given = {word.partition("=")[0] for word in words}
         words += [word for word in QUICK if word.partition("=")[0] not in given]
-        if not {"recipe=tiny_2bit", "model.name_or_path"} & {*words, *given}:
-            words.append(f"model.name_or_path={small_model()}")  # in place of a large one or none
+        # In place of a large model or none, and in each of several processes.
+        if "model.name_or_path" not in given and (
+            "recipe=tiny_2bit" not in words or {"-m", "torchrun", "NPROC=2"} & {words[0], words[3]}
+        ):
+            words.append(f"model.name_or_path={small_model()}")
     if "recipe=sweep_bits" in words:
         words += ["quant.nbits=2", "quant.group_size=64"]  # one of its twelve jobs
     if "-m" in words[3:]:

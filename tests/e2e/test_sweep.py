@@ -230,14 +230,14 @@ def kill_all(process: subprocess.Popen) -> None:
 
 
 def test_a_killed_sweep_resumes_and_quantizes_once(tmp_path):
-    """Real runs, two at a time: one fails at first, one finishes, one is killed in training."""
+    """Real runs, one after the other: one finishes, one is killed in training."""
     root = tmp_path / "runs"
-    gone, there, other, held_out = (tmp_path / f"{name}.txt" for name in "abcd")
-    for file in (there, other):
+    first, second, held_out = (tmp_path / f"{name}.txt" for name in "abc")
+    for file in (first, second):
         file.write_text(TEXT)
     held_out.write_text(TEXT.replace("add", "subtract").replace("+", "-"))
-    words = ["-m", *SMALL, f"data.source={gone},{there},{other}", f"eval.source={held_out}",
-             "train.max_steps=12", "launch.max_parallel_jobs=2", f"run.root={root}"]  # fmt: skip
+    words = ["-m", *SMALL, f"data.source={first},{second}", f"eval.source={held_out}",
+             "train.max_steps=12", f"run.root={root}"]  # fmt: skip
     env = {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     process = start(*words, cwd=tmp_path, **env)
 
@@ -247,21 +247,17 @@ def test_a_killed_sweep_resumes_and_quantizes_once(tmp_path):
 
     wait_until(lambda: states() == ["done", "running"], process)
     kill_all(process)
-    assert states() == ["done", "running"], "the third was killed in the middle"
+    assert states() == ["done", "running"], "the second was killed in the middle"
     (done,) = (f for f in root.glob("tiny_2bit-*/status.json") if '"done"' in f.read_text())
-    before = done.stat().st_mtime_ns
-    assert "failed" in {row["status"] for row in results(root)}
+    (entry,) = (path for path in (root / "quantized").iterdir() if path.is_dir())
+    before = [path.stat().st_mtime_ns for path in (done, entry)]
 
-    gone.write_text(TEXT)
     code, output, errors = finish(start(*words, cwd=tmp_path, **env))
     assert code == 0, output + errors
     assert "done before" in output
-    assert done.stat().st_mtime_ns == before, "it was not run again"
-    assert [row["status"] for row in results(root)] == ["done"] * 3
-    assert len([p for p in (root / "quantized").iterdir() if p.is_dir()]) == 1
-    logs = [f.read_text() for f in root.glob("sweep-*/logs/*.log")]
-    assert sum(log.count("is made now") for log in logs) == 1
-    # The last two jobs use the entry, and so does the killed one if it had no quantized/ yet.
-    assert sum(log.count("is there") for log in logs) in (2, 3)
+    assert [path.stat().st_mtime_ns for path in (done, entry)] == before, "neither is made again"
+    assert [row["status"] for row in results(root)] == ["done"] * 2
+    assert [p for p in (root / "quantized").iterdir() if p.is_dir()] == [entry]
+    assert "is made now" not in output
     (page,) = root.glob("sweep-*/index.html")
-    assert "3 jobs: 3 done" in page.read_text()
+    assert "2 jobs: 2 done" in page.read_text()
