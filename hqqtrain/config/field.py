@@ -8,10 +8,14 @@ importing torch.
 from collections.abc import Iterator
 from dataclasses import MISSING, field, fields
 from math import isfinite
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 """Allowed values of the keys that name a dtype."""
+
+_MEAN_NULL = ("none", "false")
+"""Words that mean null where it is allowed: nobody gives such a name to data or a folder."""
 
 
 def key(default: Any = MISSING, help: str = "", *, choices: tuple = (), low: float | None = None,
@@ -45,6 +49,12 @@ def field_errors(group: str, config: Any) -> Iterator[str]:
         elif isinstance(value, str) and not value.strip():
             null = "; use null for the default" if item.default is None else ""
             yield f"{shown}: must not be empty{null}."
+        elif (
+            isinstance(value, str)
+            and value.lower() in _MEAN_NULL
+            and NoneType in get_args(item.type)
+        ):
+            yield f"{shown}: use null for none."
         elif isinstance(value, str | list) and any("\0" in str(part) for part in value):
             yield f"{group}.{item.name}={value!r}: must not contain a NUL character."
         elif isinstance(value, float) and not isfinite(value):

@@ -56,6 +56,7 @@ _OF_WANDB = ("track.project", "track.entity")
 _OF_FILES = (
     "data.format", "data.file_type", "data.text_field", "data.max_bad_rows", "data.validation",
 )  # fmt: skip
+_OF_CALIBRATION_FILES = ("data.text_field", "data.max_bad_rows")
 
 
 def unused_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:
@@ -143,5 +144,6 @@ def _ineffective_data(config: RunConfig) -> Iterator[tuple[str, str]]:
     if config.data.format not in (AUTO, "text"):
         yield "data.text_field", f"the columns of data.format={config.data.format} have fixed names"
     if {*source_paths(config.data.source), evaluation.source} <= {*BUILT_IN_SOURCES, AUTO, None}:
-        for key in _OF_FILES:
+        is_file = config.quant.calibration_source not in (*BUILT_IN_SOURCES, None)
+        for key in set(_OF_FILES) - set(_OF_CALIBRATION_FILES if is_file else ()):
             yield key, f"{describe_source(config.data.source)} is built in"

@@ -62,7 +62,12 @@ class Overlap:
 
 
 def check_overlap(
-    train: Iterable[Example], held_out: Iterable[Example], where: str, fix: str | None
+    train: Iterable[Example],
+    held_out: Iterable[Example],
+    where: str,
+    fix: str | None,
+    *,
+    use: str = "training",
 ) -> None:
     """Refuse held-out texts that are also trained on; warn if they are few.
 
@@ -72,6 +77,7 @@ def check_overlap(
         where: The two sources, for messages.
         fix: Further advice for the error message; None: the two are parts of one source, which are
             never refused, and a small overlap is a line of the log.
+        use: The use of the texts of `train`, for messages: `training` or `calibration`.
 
     Raises:
         UserError: More than `MAX_OVERLAP` of the held-out characters are also trained on.
@@ -83,7 +89,7 @@ def check_overlap(
     verb = "overlaps" if overlap.shared_texts == 1 else "overlap"
     message = (
         f"{where}: {overlap.shared_texts} of {overlap.texts} held-out texts, with "
-        f"{overlap.share:.1%} of the characters, {verb} with the training text, such as "
+        f"{overlap.share:.1%} of the characters, {verb} with the {use} text, such as "
         f"{overlap.example + dots!r}"
     )
     if overlap.share <= MAX_OVERLAP:
@@ -95,8 +101,8 @@ def check_overlap(
         )
     else:
         raise UserError(
-            f"{message}. The model would train on held-out text; remove these texts from one of "
-            f"the two{fix}."
+            f"{message}. The perplexity would be too good; remove these texts from one of the "
+            f"two{fix}."
         )
 
 

@@ -14,8 +14,10 @@ class AdapterCard:
         fingerprint: The fingerprint of the base.
         nbits: Bits of a code; None: the base is not quantized, and has no other settings either.
         group_size: Weights that share a scale; None: a whole row or column.
+        calibration: Name of the data that the base was calibrated with; None: without text.
+        calibration_tokens: Tokens of that text.
         metrics: Name -> value of the results, as the card shows them.
-        measured_by: How the perplexities are measured, as Markdown; empty if there are none.
+        measured_by: Text and protocol of the figures, as Markdown; empty if there are none.
         best_step: The optimizer step that was chosen for its loss; None: the last one.
         has_new_tokens: Whether the embeddings of new tokens are trained.
         has_tokenizer: Whether a tokenizer is saved with the adapter.
@@ -28,6 +30,8 @@ class AdapterCard:
     axis: int | None
     solver: str | None
     bits_per_weight: float
+    calibration: str | None = None
+    calibration_tokens: int | None = None
     revision: str | None = None
     metrics: dict[str, float] | None = None
     measured_by: str = ""
@@ -65,7 +69,7 @@ def render_card(card: AdapterCard) -> str:
         rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in card.metrics.items())
         table = f"| figure | value |\n| --- | --- |\n{rows}\n\n"
         if card.measured_by:
-            table += f"Perplexity: {card.measured_by}.\n\n"
+            table += f"Measured on {card.measured_by}.\n\n"
     hqq_tag = "" if card.nbits is None else "- hqq\n"
     return f"""---
 library_name: peft
@@ -104,10 +108,14 @@ Trained by hqqtrain on `{card.base}`{revision}, which was not quantized (`quant.
 {card.bits_per_weight:.2f} bits per weight). The fingerprint of the adapted layers of the base is
 """
     group = "a whole row or column" if card.group_size is None else f"groups of {card.group_size}"
+    text = ""
+    if card.calibration is not None:
+        text = f",\ncalibrated on {card.calibration_tokens:,} tokens of `{card.calibration}`"
+    weight = f"{card.bits_per_weight:.2f} bits per weight"
     return f"""# LoRA adapter for a {card.nbits}-bit HQQ base
 
 Trained by hqqtrain on `{card.base}`{revision}, quantized to {card.nbits} bits
-({group}, axis {card.axis}, solver `{card.solver}`; {card.bits_per_weight:.2f} bits per weight,
+({group}, axis {card.axis}, solver `{card.solver}`{text}; {weight},
 scales and zeros counted). It repairs the error of exactly that base, whose fingerprint is
 """
 

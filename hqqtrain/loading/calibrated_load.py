@@ -33,11 +33,13 @@ class Calibration:
         sequences: int64 [sequences, tokens].
         model: The dense model on the meta device, with the dtype that the run computes in.
         digest: `sha256:...` of the sequences.
+        source: The name of the data that the text is from.
     """
 
     sequences: Tensor
     model: nn.Module
     digest: str
+    source: str = ""
 
 
 @dataclass(frozen=True)

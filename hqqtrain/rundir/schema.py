@@ -113,13 +113,15 @@ class QuantizeMetrics(JsonObject):
     `bits_per_weight` counts codes, scales and zeros. `weights` is a number of weights. `bytes_read`
     is summed over ranks. `relative_error` is ||W - W'||^2 / ||W||^2, absent if the weights were
     packed already. With `quant.nbits=null`, `nbits` is null, the bits per weight are those of the
-    source, and the error is 0.
+    source, and the error is 0. `calibration` names the source of the text, and is absent without.
     """
 
     nbits: int | None = field(default=None, metadata={"null": True})
     group_size: int | None = field(default=None, metadata={"null": True})
     axis: int | None = None
     solver: str | None = None
+    calibration: str | None = None
+    calibration_tokens: int | None = None
     bits_per_weight: float | None = None
     seconds: float | None = None
     weights: int | None = None

@@ -9,15 +9,20 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.text import count
 from hqqtrain.config.data_sources import describe_source
-from hqqtrain.config.groups import AUTO, DataConfig
+from hqqtrain.config.groups import AUTO
 from hqqtrain.config.run import RunConfig
+from hqqtrain.data.overlap import check_overlap
+from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.loading.calibrated_load import Calibration
 from hqqtrain.loading.plan import ModelPlan, build_dense
 from hqqtrain.models.causal_lm import vocabulary_size
 from hqqtrain.models.families.structure import text_config
+from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import load_training_data
 
@@ -35,45 +40,51 @@ SmolLM2-135M at 4 bits has 1.084 times the perplexity of full precision with 512
 """
 
 
-def load_calibration(run: Run, plan: ModelPlan) -> Calibration | None:
+def load_calibration(
+    run: Run, plan: ModelPlan, held_out: TokenSequences | None = None
+) -> Calibration | None:
     """Return the calibration text of a run, the same on all ranks; None if it has none. Collective.
 
     The sequences are spread evenly over all tokens of the source, without the held-out texts.
 
+    Args:
+        run: The run.
+        plan: The plan of its model.
+        held_out: The text that is measured, if any; a text of its own must not overlap with it.
+
     Raises:
-        UserError: The source cannot be read, or differs between ranks.
+        UserError: The source cannot be read, differs between ranks, or is measured, too.
     """
     if not plan.calibrates:
         return None
     config, comm = run.config, run.runtime.comm
-    wanted, data = config.quant.calibration, calibration_data(config)
-    where = f"quant.calibration={wanted}"
-    source = replace(run, config=replace(config, data=data))
+    as_training = calibration_config(config)
+    data, where = as_training.data, f"quant.calibration={config.quant.calibration}"
+    if comm.is_main and data is not config.data:
+        logger.info("%s: the text is read as that of data.source would be", where)
+    source = replace(run, config=as_training)
     with calibration_errors(config):
         tokens = load_training_data(source, plan.source.tokenizer, vocabulary_size(plan.model))
     stream = tokens.parts.stream  # of all examples, however long the sequences of the run are
     with comm.raise_on_all_ranks():
         limit = getattr(text_config(plan.model), "max_position_embeddings", None)
         sequences = spread_sequences(stream, config.quant.calibration_tokens, limit)
-        count, length = sequences.shape
         digest = hashlib.sha256(sequences.tobytes()).hexdigest()
     if len(set(comm.all_gather_object(digest))) > 1:
         raise UserError(
             f"{where}: the text is not the same on all ranks; use the same files and the same "
             "Python version on all machines."
         )
-    if comm.is_main:
-        logger.info(
-            "%s: %d sequences of %d tokens of %s",
-            where, count, length, describe_source(data.source),
-        )  # fmt: skip
-        if count * length < FEW_TOKENS:
-            logger.warning(
-                "%s: %d tokens are few; more text lowers the error",
-                where, count * length,
-            )  # fmt: skip
+    with comm.raise_on_all_ranks():
+        if comm.is_main:
+            _log_size(where, describe_source(data.source), *sequences.shape)
+            if held_out is not None and data is not config.data:
+                tokenizer = load_tokenizer(plan.source.tokenizer)
+                _check_not_measured(config, tokenizer, sequences, held_out)
     dense = build_dense(plan.source, plan.hf_config, run.runtime.dtype)
-    return Calibration(torch.from_numpy(sequences), dense, f"sha256:{digest}")
+    return Calibration(
+        torch.from_numpy(sequences), dense, f"sha256:{digest}", describe_source(data.source)
+    )
 
 
 def spread_sequences(
@@ -90,17 +101,55 @@ def spread_sequences(
         Token ids, [sequences, SEQUENCE_TOKENS]; shorter if `limit` or the stream is.
     """
     length = min(SEQUENCE_TOKENS, limit or SEQUENCE_TOKENS, len(stream))
-    count = min(tokens, len(stream)) // length
-    first = np.arange(count) * (len(stream) // count)
+    number = min(tokens, len(stream)) // length
+    first = np.arange(number) * (len(stream) // number)
     return stream[first[:, None] + np.arange(length)].astype(np.int64)
 
 
-def calibration_data(config: RunConfig) -> DataConfig:
-    """Return the group `data` whose source is the calibration text."""
+def calibration_config(config: RunConfig) -> RunConfig:
+    """Return the configuration whose training text is the calibration text.
+
+    Nothing of a text of its own is held out, because it is not measured, and nothing is trained on.
+    """
     source, data = config.quant.calibration_source, config.data
     if source in (None, describe_source(data.source)):
-        return data
-    return replace(data, source=source, format=AUTO, file_type=AUTO)
+        return config
+    data = replace(data, source=source, format=AUTO, file_type=AUTO)
+    return replace(config, task="quantize", data=data, eval=replace(config.eval, source=None))
+
+
+def _log_size(where: str, source: str, sequences: int, length: int) -> None:
+    """Log how much text there is, and warn if that is little."""
+    logger.info("%s: %s of %d tokens of %s", where, count(sequences, "sequence"), length, source)
+    if sequences * length < FEW_TOKENS:
+        logger.warning(
+            "%s: %s are few; more text lowers the error",
+            where, count(sequences * length, "token"),
+        )  # fmt: skip
+
+
+def _check_not_measured(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: np.ndarray,
+    held_out: TokenSequences,
+) -> None:
+    """Refuse calibration `sequences`, int64 [n, length], that are held-out text for the most part.
+
+    Raises:
+        UserError: More than a few of the held-out characters are also in the calibration text.
+    """
+    windows = [
+        held_out.stream[first:last].tolist()
+        for first, last in zip(held_out.begin, held_out.end, strict=True)
+    ]
+    check_overlap(
+        tokenizer.batch_decode(sequences, skip_special_tokens=True),
+        tokenizer.batch_decode(windows, skip_special_tokens=True),
+        f"eval.source={config.eval.source}, quant.calibration={config.quant.calibration}",
+        ", or set quant.calibration=auto, which uses the training text",
+        use="calibration",
+    )
 
 
 @contextmanager

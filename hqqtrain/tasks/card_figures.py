@@ -27,13 +27,14 @@ def card_metrics(summary: RunSummary) -> dict[str, float]:
 
 
 def describe_protocol(summary: RunSummary) -> str:
-    """Return how the perplexities are measured, as Markdown; empty if there are none."""
+    """Return the text and the protocol of the perplexities, as Markdown; empty without any."""
     evaluation = summary.content.eval
     if evaluation is None or evaluation.tokens is None:
         return ""
     harness = evaluation.harness_version
     tasks = f". Tasks: lm-evaluation-harness {harness}, `eval.harness`" if harness else ""
     return (
-        f"`eval.protocol={evaluation.protocol}`, context {evaluation.context:,}, "
-        f"stride {evaluation.stride:,}, {evaluation.tokens:,} predicted tokens{tasks}"
+        f"{evaluation.dataset}: `eval.protocol={evaluation.protocol}`, "
+        f"context {evaluation.context:,}, stride {evaluation.stride:,}, "
+        f"{evaluation.tokens:,} predicted tokens{tasks}"
     )

@@ -31,7 +31,7 @@ from hqqtrain.distributed.strategies.check import RuntimeSettings
 from hqqtrain.evaluation.harness import find_tasks
 from hqqtrain.formats.peft import load_adapter
 from hqqtrain.loading.plan import plan_model
-from hqqtrain.tasks.calibration import calibration_data, calibration_errors
+from hqqtrain.tasks.calibration import calibration_config, calibration_errors
 from hqqtrain.tasks.data import load_data_model
 from hqqtrain.tasks.model import plan_settings
 from hqqtrain.tracking.console import setup_logging
@@ -160,9 +160,14 @@ def _check_held_out_text(config: RunConfig) -> str:
 
 
 def _check_calibration_text(config: RunConfig) -> str:
-    data, where = calibration_data(config), f"quant.calibration={config.quant.calibration}"
+    """Read the calibration text, and encode its first chats."""
+    as_training = calibration_config(config)
     with calibration_errors(config):
-        return _counted(where, training_texts(data, config.eval))
+        texts = training_texts(as_training.data, as_training.eval)
+        checked = _counted(f"quant.calibration={config.quant.calibration}", texts)
+        where = f"data.source={describe_source(as_training.data.source)}"
+        _check_chats(as_training, texts, where, set())
+    return checked
 
 
 def _counted(key: str, texts: Iterable[Example]) -> str:

@@ -71,7 +71,7 @@ def finetune(run: Run) -> None:
         )
     else:
         loader, held_out, digests = load_tokens(run, tokenizer, vocab_size, layout)
-    calibration = load_calibration(run, plan)
+    calibration = load_calibration(run, plan, held_out)
     has_quantized = history.has_quantized(packed_weights_digest(source_digest, calibration))
     with closing(loader):
         with comm.raise_on_all_ranks():
@@ -196,7 +196,10 @@ def save_trained_adapter(
     tokenizer = plan.source.tokenizer_folder
     assert lora is not None
     quantization = recorder.summary.content.quantize
-    keys = ("fingerprint", "nbits", "group_size", "axis", "solver", "bits_per_weight")
+    keys = (
+        "fingerprint", "nbits", "group_size", "axis", "solver", "calibration",
+        "calibration_tokens", "bits_per_weight",
+    )  # fmt: skip
     card = AdapterCard(
         base=_base_name(plan),
         revision=run.config.model.revision,

@@ -44,7 +44,7 @@ def evaluate(run: Run) -> None:
         check_fits_run(run, plan)
     check_same_text(run, held_out)
     source_digest = digest_source(plan.source, run.runtime.comm, run.runtime.preemption)
-    calibration = load_calibration(run, plan)
+    calibration = load_calibration(run, plan, held_out)
     loaded = load_or_quantize(run, plan, source_digest=source_digest, calibration=calibration)
     runnable = wrap_for_execution(loaded, run.runtime.strategy)
     evaluation = RecordedEvaluation(run, runnable, held_out, layout, source_digest)

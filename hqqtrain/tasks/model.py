@@ -133,7 +133,7 @@ def load_or_quantize(
             if not entry.is_complete:
                 loaded.save_packed(entry.folder, comm, extra_json=_made_from(digest))
     # This creates the run directory. Bad weights have raised an error above and leave no directory.
-    recorder.begin_run(loaded, checkpoint)
+    recorder.begin_run(loaded, checkpoint, calibration)
     # Save a copy in the run directory, so that the run does not depend on the cache.
     saves = quant.save and quant.quantizes and config.task in ("finetune", "quantize")
     if saves and not has_quantized:
@@ -145,8 +145,8 @@ def _warn_if_outdated(run: Run) -> None:
     """Warn that `quantized/` of the run directory, if there is one, is quantized again."""
     if run.runtime.comm.is_main and run.layout.has_quantized:
         logger.warning(
-            "%s: was made from other files than model.name_or_path=%s has now; the model is "
-            "quantized again",
+            "%s: was made from other files of model.name_or_path=%s, or from another calibration "
+            "text, than there are now; the model is quantized again",
             run.layout.quantized, run.config.model.name_or_path,
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ from hqqtrain.data.sources import dataset_name
 from hqqtrain.distributed.local import global_numel
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.evaluation.perplexity import EvalResult
+from hqqtrain.loading.calibrated_load import Calibration
 from hqqtrain.loading.model_builder import LoadedModel
 from hqqtrain.report.live import LiveReport
 from hqqtrain.report.samples import Sample
@@ -122,15 +123,21 @@ class RunRecorder:
                 finalize_failure(self.directory, self.trackers, error, self.summary)
             raise
 
-    def begin_run(self, loaded: LoadedModel, checkpoint: Checkpoint | None = None) -> None:
+    def begin_run(
+        self,
+        loaded: LoadedModel,
+        checkpoint: Checkpoint | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
         """Write the first files of the run directory, now that the model is loaded. Collective.
 
         Args:
             loaded: The loaded model.
             checkpoint: The checkpoint that the run resumes from. It contains the state of the
                 recorder, which is restored.
+            calibration: The text that the model was calibrated with, if any.
         """
-        self.summary.add_quantization(loaded)
+        self.summary.add_quantization(loaded, calibration)
         self.layer_errors = loaded.layer_errors
         if checkpoint:
             self.load_state_dict(checkpoint.state["record"])

@@ -12,6 +12,7 @@ from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.local import global_numel
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.evaluation.perplexity import EvalResult
+from hqqtrain.loading.calibrated_load import Calibration
 from hqqtrain.loading.model_builder import LoadedModel
 from hqqtrain.models.fqn import base_tensors, is_adapter, is_packed
 from hqqtrain.nn.base_linears import base_linears
@@ -60,8 +61,8 @@ class RunSummary:
         self._rows = {key: ResultRow(name) for key, name in MODEL_NAMES.items()}
         self._adapter_numel = 0
 
-    def add_quantization(self, loaded: LoadedModel) -> None:
-        """Add the settings, size and cost of the loaded model. Collective.
+    def add_quantization(self, loaded: LoadedModel, text: Calibration | None = None) -> None:
+        """Add settings, size and cost of a model, and its calibration `text`, if any. Collective.
 
         The relative error is absent if the weights were packed already.
         """
@@ -72,6 +73,8 @@ class RunSummary:
         bits_per_weight = 8 * packed_bytes / weight_count if packed else loaded.plan.source_bits
         quantization = QuantizeMetrics(
             **_most_common_settings(loaded),
+            calibration=mask_secrets(text.source) if text else None,
+            calibration_tokens=text.sequences.numel() if text else None,
             bits_per_weight=bits_per_weight,
             seconds=loaded.seconds,
             weights=weight_count,

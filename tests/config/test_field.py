@@ -15,6 +15,7 @@ class Group:
     count: int | None = key(1, "how many", low=1)
     rate: float = key(0.5, "how fast", low=0)
     names: list = key(help="which", factory=lambda: ["x"])
+    text: str | None = key(None, "where")
 
 
 def _errors(**values: Any) -> list[str]:
@@ -22,7 +23,7 @@ def _errors(**values: Any) -> list[str]:
 
 
 def test_a_key_carries_its_help_and_limits():
-    mode, count, _, names = fields(Group)
+    mode, count, _, names, _ = fields(Group)
     limits = {"low": None, "high": None}
     assert mode.metadata == {"help": "how", "choices": ("a", "b", None), **limits}
     assert (count.default, count.metadata["low"]) == (1, 1)
@@ -46,6 +47,7 @@ def test_defaults_and_allowed_values_pass():
         ({"rate": math.nan}, "group.rate=nan: must be finite."),
         ({"rate": math.inf}, "group.rate=inf: must be finite."),
         ({"rate": -math.inf}, "group.rate=-inf: must be finite."),
+        ({"text": "None"}, "group.text=None: use null for none."),
     ],
 )
 def test_another_value_gives_one_message_with_key_value_and_limit(values, message):

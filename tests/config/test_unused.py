@@ -82,6 +82,8 @@ def test_a_key_that_another_one_makes_ineffective():
     text = {"data": {"source": "mine.txt"}}
     assert _unused("finetune", "data.text_field") == ["data.text_field"]
     assert _unused("finetune", "data.text_field", **text) == []
+    own = {"quant": {"calibration": "mine.txt"}}
+    assert _unused("finetune", "data.text_field", "data.format", **own) == ["data.format"]
     chat = {"data": {"source": "mine.jsonl", "format": "chat"}}
     assert _unused("finetune", "data.text_field", **chat) == ["data.text_field"]
     built_in = {"data": {"source": ["python_stdlib", {"path": "python_stdlib_chat"}]}}

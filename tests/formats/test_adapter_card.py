@@ -22,6 +22,9 @@ def test_the_card_names_base_quantization_and_fingerprint():
     assert "whose fingerprint is sha256:abc" in text
     assert "at revision" not in text
     assert "| figure |" not in text
+    assert "calibrated" not in text
+    text = render_card(replace(CARD, calibration="a.jsonl", calibration_tokens=16384))
+    assert "`least_squares`,\ncalibrated on 16,384 tokens of `a.jsonl`; 2.50 bits" in text
 
 
 def test_optional_facts_appear_where_they_are_known():
@@ -30,9 +33,9 @@ def test_optional_facts_appear_where_they_are_known():
     assert "`owner/name` at revision `v1`" in text
     assert "(a whole row or column, axis 1" in text
     assert "| perplexity, trained | 6.321 |" in text
-    assert "Perplexity:" not in text
-    text = render_card(replace(card, measured_by="`eval.protocol=hqq`, context 1,024"))
-    assert "6.321 |\n\nPerplexity: `eval.protocol=hqq`, context 1,024.\n" in text
+    assert "Measured on" not in text
+    text = render_card(replace(card, measured_by="some text: `eval.protocol=hqq`, context 1,024"))
+    assert "6.321 |\n\nMeasured on some text: `eval.protocol=hqq`, context 1,024.\n" in text
 
 
 def test_a_base_in_full_precision():

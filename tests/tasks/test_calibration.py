@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from hqqtrain.common.errors import UserError
 from hqqtrain.config.run import RunConfig
 from hqqtrain.loading.calibrated_load import Calibration
 from hqqtrain.loading.plan import plan_model
 from hqqtrain.tasks.calibration import load_calibration, packed_weights_digest
-from hqqtrain.tasks.inference import quantize
+from hqqtrain.tasks.inference import evaluate, quantize
 from hqqtrain.tasks.model import load_or_quantize, plan_settings
 
 QUANT = {"solver": "gptq", "calibration": "auto", "calibration_tokens": 640}
@@ -110,6 +111,33 @@ def test_the_task_quantize_calibrates(make_config, start_run, tmp_path: Path):
         config = make_config("quantize", quant=quant, run={"name": solver})
         with start_run(config) as run:
             quantize(run)
+            assert run.recorder.summary.content.quantize.calibration == (
+                calibration and str(run.config.data.source)
+            )
             errors[solver] = run.recorder.summary.content.quantize.relative_error
     # Feedback lowers the error of the outputs, at the price of that of the weights.
     assert errors["gptq"] > errors["least_squares"]
+
+
+def test_a_text_of_its_own_is_used_as_a_whole_and_not_trained_on(
+    make_config, calibrate, tmp_path: Path, capfd
+):
+    row = {"messages": [{"role": r, "content": "alpha beta"} for r in ("user", "assistant")]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row))  # a single row, which has no other part
+    quant = QUANT | {"calibration": str(tmp_path / "chat.jsonl")}
+    data = {"chat_template": "chatml"}
+    assert calibrate(make_config(quant=quant, data=data)) is not None
+    log = capfd.readouterr().err
+    assert "chat.jsonl: the text is read as that of data.source would be" in log
+    assert "1 sequence of " in log
+    assert "tokens are trained" not in log
+
+
+def test_a_text_that_is_measured_is_refused(make_config, start_run, tmp_path: Path):
+    (tmp_path / "own.txt").write_text("one two three four five six seven eight nine ten " * 2)
+    own = str(tmp_path / "own.txt")
+    config = make_config("eval", quant=QUANT | {"calibration": own}, eval={"source": own})
+    with start_run(config) as run, pytest.raises(UserError) as error:
+        evaluate(run)
+    assert str(error.value).startswith(f"eval.source={own}, quant.calibration={own}: ")
+    assert "with the calibration text" in str(error.value)

@@ -17,5 +17,5 @@ def test_the_figures_have_their_protocol(make_config, start_run):
         "perplexity, trained": 8.0, "KL, trained": 0.25, "top-1 agreement, trained": 0.9,
     }  # fmt: skip
     assert describe_protocol(summary) == (
-        "`eval.protocol=hqq`, context 1,024, stride 512, 4,095 predicted tokens"
+        "text: `eval.protocol=hqq`, context 1,024, stride 512, 4,095 predicted tokens"
     )
