@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -28,6 +29,16 @@ BOOTSTRAP_SAMPLES = 1000
 
 SEED = 1234
 """Seed of the examples in prompts and of sampled tokens, that of lm-evaluation-harness."""
+
+_ERRORS_OF_TASKS = (
+    ValueError,
+    AssertionError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    TemplateError,
+)
+"""Errors of the templates, functions and rows of a task, which lm_eval raises as they are."""
 
 TaskFigures = dict[str, dict[str, float]]
 """Figures by task: its metrics and their `_stderr`, `n_shot`, `documents` and `version`."""
@@ -127,7 +138,7 @@ def evaluate_task(
         The figures of each task and group, the same on all ranks.
 
     Raises:
-        UserError: The task does not fit the model, or would run code from its data.
+        UserError: The task does not fit the model, has a fault, or would run code from its data.
     """
     from lm_eval.evaluator import evaluate
 
@@ -144,7 +155,7 @@ def evaluate_task(
         lm = InMemoryModel(model, config, tokenizer, comm, batch_size, on_batch, shares=shares)
         try:
             found = evaluate(lm, task.loaded, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False)
-        except (ValueError, AssertionError) as error:
+        except _ERRORS_OF_TASKS as error:
             raise UserError(f"eval.harness={task.name}: {describe_error(error)}") from error
     model.train(was_training)
     return comm.run_on_rank0(lambda: _figures(found))

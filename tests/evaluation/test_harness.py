@@ -93,6 +93,12 @@ def test_a_task_that_does_not_fit_is_refused_and_a_run_can_stop(tmp_path):
     ):
         evaluate(str(write_task(tmp_path, unsafe=True)))
 
+    file = write_task(tmp_path)
+    data = Path(yaml.safe_load(file.read_text())["data"])
+    data.write_text(data.read_text() + '{"text": "a row without choices"}\n')
+    with pytest.raises(UserError, match=r"eval\.harness=.*mine\.yaml: KeyError: 'choices'"):
+        evaluate(str(file))
+
     def stop() -> None:
         raise PreemptedError("SIGTERM was received")
 
