@@ -35,6 +35,12 @@ class QuantGrid:
         """The largest code."""
         return (1 << self.nbits) - 1
 
+    @property
+    def min_scale(self) -> float:
+        """The smallest scale that is stored: a subnormal number of the dtype, but not of fp32."""
+        limits = torch.finfo(self.meta_dtype)
+        return max(limits.smallest_normal * limits.eps, 2.0**-126)
+
     def to_meta_dtype(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         """Convert scale and zero [n] to their storage dtype.
 
@@ -44,11 +50,9 @@ class QuantGrid:
         weight 0, stays the same.
         """
         limits = torch.finfo(self.meta_dtype)
-        # The smallest subnormal number of the dtype, but never a subnormal number of fp32.
-        min_scale = max(limits.smallest_normal * limits.eps, 2.0**-126)
         # The factor by which the zero exceeds the dtype. It moves from the zero to the scale.
         excess = (zero.abs() * (1 / limits.max)).clamp_min(1)
-        scale = (scale * self.magnitude * excess).clamp(min_scale, limits.max)
+        scale = (scale * self.magnitude * excess).clamp(self.min_scale, limits.max)
         zero = (zero / excess).clamp(limits.min, limits.max)
         return scale.to(self.meta_dtype), zero.to(self.meta_dtype)
 

@@ -27,10 +27,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqtrain_kernels.heuristics import GemvConfig
-from hqqtrain_kernels.launcher_triton import INTERPRETED, MAX_REGISTERS, CachedKernel
+from hqqtrain_kernels.launcher_triton import INTERPRETED, MAX_REGISTERS, TRITON_DTYPES, CachedKernel
 from hqqtrain_kernels.layout import Layout
 from hqqtrain_kernels.loads_triton import dot
-from hqqtrain_kernels.split_k_triton import TRITON_DTYPES, reduce_split_k, steps_per_program
+from hqqtrain_kernels.split_k_triton import reduce_split_k, steps_per_program
 from hqqtrain_kernels.unpack_triton import (
     ADJACENT_PAIRS,
     codes_to_pairs,

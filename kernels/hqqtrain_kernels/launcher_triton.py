@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
@@ -24,6 +25,13 @@ Its bf16 products are wrong, so kernels multiply in fp32 there.
 """
 MAX_REGISTERS = 255
 """`maxnreg` per thread. Without it ptxas may pick 128 or 168 by rules of its own, and spill."""
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+"""Triton's names of dtypes, for constexprs."""
 
 _ALIGNMENT = 16
 """Alignment in bytes that Triton assumes of a pointer once it has seen it aligned."""

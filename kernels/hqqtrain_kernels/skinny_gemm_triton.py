@@ -26,11 +26,11 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqtrain_kernels.heuristics import SkinnyGemmConfig
-from hqqtrain_kernels.launcher_triton import INTERPRETED, MAX_REGISTERS, CachedKernel
+from hqqtrain_kernels.launcher_triton import INTERPRETED, MAX_REGISTERS, TRITON_DTYPES, CachedKernel
 from hqqtrain_kernels.layout import Layout
 from hqqtrain_kernels.loads_triton import dot, load_scales
 from hqqtrain_kernels.skinny_operands_triton import load_codes, load_operands, sum_slices
-from hqqtrain_kernels.split_k_triton import TRITON_DTYPES, reduce_split_k, steps_per_program
+from hqqtrain_kernels.split_k_triton import reduce_split_k, steps_per_program
 from hqqtrain_kernels.unpack_triton import ADJACENT_PAIRS, operand_format, take
 
 

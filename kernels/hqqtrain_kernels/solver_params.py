@@ -53,6 +53,20 @@ class LeastSquaresParams(NamedTuple):
     bits: int
 
 
+class WeightedFitParams(NamedTuple):
+    """Numbers of the fit of groups whose weights matter unequally.
+
+    Attributes:
+        ranges_about_middle: As in `LeastSquaresParams`.
+        ranges_about_mean: The same, about the weighted mean.
+        rounds: Rounds of rounding and regression from every starting point.
+    """
+
+    ranges_about_middle: tuple[float, ...]
+    ranges_about_mean: tuple[float, ...]
+    rounds: int
+
+
 SolverParams = RTNParams | HQQParams | LeastSquaresParams
 
 SUPPORTED_SOLVERS: dict[str, type[SolverParams]] = {

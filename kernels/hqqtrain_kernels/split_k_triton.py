@@ -13,9 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hqqtrain_kernels.launcher_triton import CachedKernel
-
-TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+from hqqtrain_kernels.launcher_triton import TRITON_DTYPES, CachedKernel
 
 
 def steps_per_program(

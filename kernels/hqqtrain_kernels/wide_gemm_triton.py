@@ -22,10 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqtrain_kernels.heuristics import WideGemmConfig
-from hqqtrain_kernels.launcher_triton import INTERPRETED, MAX_REGISTERS, CachedKernel
+from hqqtrain_kernels.launcher_triton import INTERPRETED, MAX_REGISTERS, TRITON_DTYPES, CachedKernel
 from hqqtrain_kernels.layout import Layout
 from hqqtrain_kernels.loads_triton import dot, load_scales, load_words, load_x
-from hqqtrain_kernels.split_k_triton import TRITON_DTYPES
 from hqqtrain_kernels.unpack_triton import codes_to_fp32, take
 
 

@@ -30,6 +30,7 @@ from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from hqqtrain.quant.calibrated.fit import PARAMS
 from hqqtrain.quant.quantize import quantize_weight
 from hqqtrain.quant.spec import QuantSpec
 from hqqtrain_kernels import (
@@ -39,6 +40,7 @@ from hqqtrain_kernels import (
     feedback_triton,
     heuristics,
     linear_triton,
+    weighted_fit_triton,
 )
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -155,6 +157,13 @@ def _quantize_columns(columns: int, group_columns: int) -> None:
     )  # fmt: skip
 
 
+def _weighted_fit(group_size: int, nbits: int, integer_zero: bool) -> None:
+    weighted_fit_triton.weighted_fit(
+        torch.empty(group_size, 4096), torch.empty(group_size, 1), torch.empty(4096), nbits=nbits,
+        meta_dtype=torch.bfloat16, meta_min=2.0**-126, integer_zero=integer_zero, params=PARAMS,
+    )  # fmt: skip
+
+
 Case = tuple[str, Callable[[], None]]
 
 
@@ -169,6 +178,7 @@ def _cases(thorough: bool) -> Iterator[Case]:
         layout = Layout(4096, 256, nbits, 64, 1)
         yield f"quantize {solver} {layout}", partial(_quantize, layout, solver)
     yield "quantize columns", partial(_quantize_columns, 64, 64)
+    yield "weighted fit", partial(_weighted_fit, 64, 2, False)
     for nbits, heuristic in _heuristics(thorough):
         M = heuristic.max_m
         for g in (64, 128) if thorough and M <= 16 else (64,):
@@ -207,6 +217,9 @@ def _odd_cases() -> Iterator[Case]:
     ):
         layout = Layout(g * 8 if axis == 0 else 64, g, nbits, g, axis)
         yield f"quantize {solver} {layout}", partial(_quantize, layout, solver, torch.float32)
+    for g, nbits, integer_zero in ((128, 4, False), (64, 1, True), (24, 8, False)):
+        name = f"weighted fit g{g} {nbits}-bit {integer_zero=}"
+        yield name, partial(_weighted_fit, g, nbits, integer_zero)
 
 
 def main(capability: int, wanted: list[str]) -> None:

@@ -5,15 +5,14 @@ from torch import Tensor
 
 from hqqtrain.quant.grid import QuantGrid, group_ranges
 from hqqtrain.quant.solvers.integer_zero import within_codes
+from hqqtrain_kernels import backend
+from hqqtrain_kernels.solver_params import WeightedFitParams
 
-ROUNDS = 6
-"""Rounds of rounding and regression from every starting point."""
-
-STARTS_ABOUT_MIDDLE = (1.0, 0.9, 0.8, 0.65, 0.5)
-"""Initial ranges, centered on the middle of the group's range, as fractions of that range."""
-
-STARTS_ABOUT_MEAN = (0.75, 0.5, 0.35)
-"""Initial ranges, centered on the weighted mean, as fractions of twice the largest distance."""
+PARAMS = WeightedFitParams(
+    ranges_about_middle=(1.0, 0.9, 0.8, 0.65, 0.5),
+    ranges_about_mean=(0.75, 0.5, 0.35),
+    rounds=6,
+)
 
 
 def weighted_least_squares(
@@ -22,7 +21,7 @@ def weighted_least_squares(
     """Fit scale and zero of every column of W, with a weight for each error.
 
     This is Lloyd's algorithm with evenly spaced levels, from several starting points. The sums are
-    sums of floats, so the bits depend on the shape of W: callers use one shape.
+    sums of floats, so in PyTorch the bits depend on the shape of W: callers use one shape.
 
     Args:
         W: Groups as columns, fp32 [group_size, n], normalized.
@@ -34,11 +33,19 @@ def weighted_least_squares(
         The normalized scale [n] and the zero [n], as stored.
     """
     share = importance / importance.sum(0)
+    if backend.use_triton(W.device) and share.shape[1] == 1:
+        from hqqtrain_kernels import weighted_fit_triton  # triton is absent on a Mac
+
+        if len(W) <= weighted_fit_triton.MAX_GROUP_SIZE:
+            return weighted_fit_triton.weighted_fit(
+                W, share, grid.magnitude, nbits=grid.nbits, meta_dtype=grid.meta_dtype,
+                meta_min=grid.min_scale, integer_zero=integer_zero, params=PARAMS,
+            )  # fmt: skip
     mean = (share * W).sum(0)
     scale, zero = _starts(W, mean, grid)  # [starts, n]
     if integer_zero:
         scale, zero = within_codes(scale, zero.round_(), grid.max_code)
-    for last in (*(False,) * (ROUNDS - 1), True):
+    for last in (*(False,) * (PARAMS.rounds - 1), True):
         codes = _encode(W, scale, zero, grid)
         if integer_zero:
             scale, zero = _integer_fit(W, codes, scale, zero, mean, share, grid, keeps_zero=last)
@@ -54,9 +61,9 @@ def _starts(W: Tensor, mean: Tensor, grid: QuantGrid) -> tuple[Tensor, Tensor]:
     """Return scale and zero of every starting point, [starts, n]."""
     low, value_range = group_ranges(W)
     reach = torch.maximum(low + value_range - mean, mean - low).clamp_min(2.0**-30) * 2
-    ranges = [value_range * fraction for fraction in STARTS_ABOUT_MIDDLE]
+    ranges = [value_range * fraction for fraction in PARAMS.ranges_about_middle]
     centers = [low + value_range * 0.5] * len(ranges)
-    for fraction in STARTS_ABOUT_MEAN:
+    for fraction in PARAMS.ranges_about_mean:
         ranges.append(reach * fraction)
         centers.append(mean)
     scale = torch.stack(ranges) * (1 / grid.max_code)
