@@ -41,6 +41,9 @@ SOURCE_TREE_EXTENSIONS = (".py", ".md", ".rst")
 _HIDDEN = (".", "__pycache__")
 """Beginnings of the names of files and folders that are hidden, or caches of Python."""
 
+_ABOUT_DATA = ("LICENSE", "NOTICE", "README")
+"""Names of files about the data beside them, which nobody expects to be read."""
+
 MAX_UNTRAINED = 1 / 3
 """Largest share of the bytes of a folder that names may keep out of the training, unwarned."""
 
@@ -101,11 +104,11 @@ def find_files(
     else:
         raise UserError(f"{where}: is neither a file nor a folder; write its text to a file.")
     files, file_type = _files_of_one_type(all_files, file_type, where)
-    if warns and len(files) < len(all_files):
-        other = sorted(set(all_files) - set(files))[0]
+    others = sorted(f for f in set(all_files) - set(files) if f.stem.upper() not in _ABOUT_DATA)
+    if warns and others:
         logger.warning(
             "%s: %d of %d files are read; the others have other extensions, such as %s.",
-            where, len(files), len(all_files), other.relative_to(path),
+            where, len(files), len(all_files), others[0].relative_to(path),
         )  # fmt: skip
     return _by_split(files, path, file_type, where if warns else None, held_out_splits)
 

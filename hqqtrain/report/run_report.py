@@ -122,10 +122,11 @@ def key_numbers(summary: Mapping[str, Any], rows: Rows = ()) -> dict[str, str]:
         if quantized > full_precision:
             closed = (quantized - trained) / (quantized - full_precision)
             numbers["of the gap closed"] = f"{closed:.0%}"
-    for key in ("quantized", "final"):
-        agreement = summary.get("eval", {}).get(key, {}).get("top1_agreement")
-        if agreement is not None:
-            numbers[f"top-1 agreement, {MODEL_NAMES[key]}"] = f"{agreement:.1%}"
+    for label, name, form in (("KL", "kl", ".4f"), ("top-1 agreement", "top1_agreement", ".1%")):
+        for key in ("quantized", "final"):
+            value = summary.get("eval", {}).get(key, {}).get(name)
+            if value is not None:
+                numbers[f"{label}, {MODEL_NAMES[key]}"] = format(value, form)
     bits = summary.get("quantize", {}).get("bits_per_weight")
     if bits is not None:
         numbers["bits per weight"] = format_number(float(bits))
@@ -236,7 +237,7 @@ def _part_rows(part: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
         if isinstance(value, Mapping):
             rows += _part_rows(value, f"{full_name} ")
         else:
-            rows.append((full_name, format_number(value)))
+            rows.append((full_name, "null" if value is None else format_number(value)))
     return rows
 
 

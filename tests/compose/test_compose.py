@@ -108,7 +108,7 @@ def test_values_with_special_characters():
         ("quant.group_size=x", "quant.group_size=x: must be an integer or null."),
         ("optim.lr=fast", "optim.lr=fast: must be a number."),
         ("train.packing=maybe", "train.packing=maybe: must be true or false."),
-        ("quant.skip=lm_head", "quant.skip=lm_head: must be a list."),
+        ("quant.skip=lm_head", "quant.skip=lm_head: must be a list"),
         ("quant=3", "quant=3: must be a mapping of keys, such as those of quant in --help."),
         ("quant={nbit:3}", "nbit"),
         ("quant.nbits=5", "quant.nbits=5: allowed are 8, 4, 3, 2, 1, null."),

@@ -74,7 +74,11 @@ def test_values_of_the_right_type_pass(key, value):
         ("quant.axis", None, "quant.axis=null: must be an integer."),
         ("quant.nbits", [2], "quant.nbits=[2]: must be an integer or null."),
         ("quant.group_size", 1.5, "quant.group_size=1.5: must be an integer or null."),
-        ("quant.skip", "lm_head", "quant.skip=lm_head: must be a list."),
+        (
+            "quant.skip",
+            "lm_head",
+            "quant.skip=lm_head: must be a list, as in 'quant.skip=[lm_head]'.",
+        ),
         ("quant", 3, "quant=3: must be a mapping of keys, such as those of quant in --help."),
         ("quant", {"nbits": "x"}, "quant.nbits=x: must be an integer or null."),
     ],

@@ -218,6 +218,11 @@ def test_a_file_that_is_not_read_is_named(tmp_path, caplog):
     read(tmp_path)
     assert "1 of 3 files are read; the others have other extensions, such as" in caplog.text
     assert "picture.png" in caplog.text
+    caplog.clear()
+    (tmp_path / "data").mkdir()
+    make_files(tmp_path / "data", a0txt=1, LICENSE=1)
+    read(tmp_path / "data")
+    assert "files are read" not in caplog.text
 
 
 @pytest.mark.parametrize("source", ["./none.txt", "./a.log", "./folder"])

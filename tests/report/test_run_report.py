@@ -230,6 +230,7 @@ def test_key_numbers():
     assert figures["bits per weight"] == "2.5"
     assert figures["top-1 agreement, quantized"] == "50.0%"
     assert "top-1 agreement, trained" not in figures  # it was not measured
+    assert key_numbers({"eval": {"final": {"kl": 0.5}}}) == {"KL, trained": "0.5000"}
     losses = [{"train/global_step": s, "eval/loss": abs(s - 20) + 1} for s in (0, 10, 20, 30)]
     assert key_numbers({}, losses) == {"step with the lowest held-out loss": "20"}
     result = {"train": {"steps": 40, "best_step": 30, "adapter_step": 30}}
