@@ -17,6 +17,7 @@ from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.groups import AUTO
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.overlap import check_overlap
+from hqqtrain.data.packing import TokenizedData
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.loading.calibrated_load import Calibration
 from hqqtrain.loading.plan import ModelPlan, build_dense
@@ -25,6 +26,7 @@ from hqqtrain.models.families.structure import text_config
 from hqqtrain.models.tokenizer import load_tokenizer
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.datasets import load_training_data
+from hqqtrain.tasks.token_cache import CachedTokens
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,10 @@ SmolLM2-135M at 4 bits has 1.084 times the perplexity of full precision with 512
 
 
 def load_calibration(
-    run: Run, plan: ModelPlan, held_out: TokenSequences | None = None
+    run: Run,
+    plan: ModelPlan,
+    held_out: TokenSequences | None = None,
+    training: TokenizedData | CachedTokens | None = None,
 ) -> Calibration | None:
     """Return the calibration text of a run, the same on all ranks; None if it has none. Collective.
 
@@ -51,6 +56,7 @@ def load_calibration(
         run: The run.
         plan: The plan of its model.
         held_out: The text that is measured, if any; a text of its own must not overlap with it.
+        training: The training data, if it was loaded already.
 
     Raises:
         UserError: The source cannot be read, differs between ranks, or is measured, too.
@@ -62,10 +68,13 @@ def load_calibration(
     data, where = as_training.data, f"quant.calibration={config.quant.calibration}"
     if comm.is_main and data is not config.data:
         logger.info("%s: the text is read as that of data.source would be", where)
-    source = replace(run, config=as_training)
-    with calibration_errors(config):
-        tokens = load_training_data(source, plan.source.tokenizer, vocabulary_size(plan.model))
-    stream = tokens.parts.stream  # of all examples, however long the sequences of the run are
+    if training is None or data is not config.data:
+        source = replace(run, config=as_training)
+        with calibration_errors(config):
+            training = load_training_data(
+                source, plan.source.tokenizer, vocabulary_size(plan.model)
+            )
+    stream = training.parts.stream  # of all examples, however long the sequences of the run are
     with comm.raise_on_all_ranks():
         limit = getattr(text_config(plan.model), "max_position_embeddings", None)
         sequences = spread_sequences(stream, config.quant.calibration_tokens, limit)

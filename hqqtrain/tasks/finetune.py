@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from hqqtrain.checkpoint.format import Checkpoint
 from hqqtrain.checkpoint.manager import CheckpointContents, CheckpointManager, Stateful
 from hqqtrain.checkpoint.resume import (
     check_resumable,
@@ -20,6 +21,7 @@ from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.distributed.local import full_tensor
 from hqqtrain.formats.adapter_card import AdapterCard
 from hqqtrain.formats.peft import BaseModelRef, save_adapter
+from hqqtrain.loading.calibrated_load import Calibration
 from hqqtrain.loading.model_builder import RunnableModel, wrap_for_execution
 from hqqtrain.loading.plan import ModelPlan, plan_model
 from hqqtrain.loading.source_digest import digest_source
@@ -63,15 +65,7 @@ def finetune(run: Run) -> None:
     layout, harness = batch_layout(config, plan, comm), load_harness(run)
     source_digest = digest_source(plan.source, comm, runtime.preemption)
     history.check_checkpoint(checkpoint, source_digest)
-    tokenizer, vocab_size = plan.source.tokenizer, vocabulary_size(plan.model)
-    loader: DataLoader
-    if config.data.streaming:
-        loader, held_out, digests = stream_training_data(
-            run, tokenizer, vocab_size, layout, checkpoint
-        )
-    else:
-        loader, held_out, digests = load_tokens(run, tokenizer, vocab_size, layout)
-    calibration = load_calibration(run, plan, held_out)
+    loader, held_out, digests, calibration = load_texts(run, plan, layout, checkpoint)
     has_quantized = history.has_quantized(packed_weights_digest(source_digest, calibration))
     with closing(loader):
         with comm.raise_on_all_ranks():
@@ -108,13 +102,40 @@ def finetune(run: Run) -> None:
     evaluation.record_samples()
 
 
+def load_texts(
+    run: Run, plan: ModelPlan, layout: BatchLayout, checkpoint: Checkpoint | None
+) -> tuple[DataLoader, TokenSequences | None, dict[str, str], Calibration | None]:
+    """Load the training data, the held-out text and the calibration text of a run. Collective.
+
+    Returns:
+        The loader, the held-out set, a digest of each by its key, and the calibration text.
+
+    Raises:
+        UserError: A text cannot be read, or is not the same on all ranks.
+    """
+    tokenizer, vocab_size = plan.source.tokenizer, vocabulary_size(plan.model)
+    if run.config.data.streaming:
+        loader, held_out, digests = stream_training_data(
+            run, tokenizer, vocab_size, layout, checkpoint
+        )
+        return loader, held_out, digests, load_calibration(run, plan, held_out)
+    training = load_training_data(run, tokenizer, vocab_size)
+    packed, held_out, digests = load_tokens(run, training.sequences, tokenizer, vocab_size, layout)
+    return packed, held_out, digests, load_calibration(run, plan, held_out, training)
+
+
 def load_tokens(
-    run: Run, tokenizer_folder: Path, vocab_size: int, layout: BatchLayout
+    run: Run,
+    training_data: TokenSequences,
+    tokenizer_folder: Path,
+    vocab_size: int,
+    layout: BatchLayout,
 ) -> tuple[PackedLoader, TokenSequences | None, dict[str, str]]:
-    """Find or make the tokens of a run, and map them on every rank. Collective.
+    """Load the held-out text of a run, and the loader of its training data. Collective.
 
     Args:
         run: The run.
+        training_data: The sequences to train on.
         tokenizer_folder: The folder of the model's tokenizer.
         vocab_size: Number of token ids that the model knows.
         layout: Which texts may share a row, and a batch.
@@ -126,7 +147,6 @@ def load_tokens(
         UserError: The data cannot be read, or is not the same on all ranks.
     """
     config, comm = run.config, run.runtime.comm
-    training_data = load_training_data(run, tokenizer_folder, vocab_size).sequences
     held_out = load_held_out_data(run, tokenizer_folder, vocab_size)
     with comm.raise_on_all_ranks():
         loader = PackedLoader(

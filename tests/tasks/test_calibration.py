@@ -11,6 +11,8 @@ from hqqtrain.config.run import RunConfig
 from hqqtrain.loading.calibrated_load import Calibration
 from hqqtrain.loading.plan import plan_model
 from hqqtrain.tasks.calibration import load_calibration, packed_weights_digest
+from hqqtrain.tasks.datasets import batch_layout
+from hqqtrain.tasks.finetune import load_texts
 from hqqtrain.tasks.inference import evaluate, quantize
 from hqqtrain.tasks.model import load_or_quantize, plan_settings
 
@@ -141,3 +143,14 @@ def test_a_text_that_is_measured_is_refused(make_config, start_run, tmp_path: Pa
         evaluate(run)
     assert str(error.value).startswith(f"eval.source={own}, quant.calibration={own}: ")
     assert "with the calibration text" in str(error.value)
+
+
+def test_a_training_reads_its_text_once(make_config, start_run, capfd):
+    config = make_config(quant=QUANT)
+    with start_run(config) as run:
+        plan = plan_model(plan_settings(config), run.runtime)
+        layout = batch_layout(config, plan, run.runtime.comm)
+        loader, _, _, calibration = load_texts(run, plan, layout, checkpoint=None)
+        loader.close()
+    assert calibration is not None
+    assert capfd.readouterr().err.count("/tokens/train-") == 1
