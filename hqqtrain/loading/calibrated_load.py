@@ -49,9 +49,8 @@ class CalibratedLoader:
     Attributes:
         sequences: The calibration text, int64 [sequences, tokens].
         dense: The dense model that it runs through.
-        linears: The linears of each decoder layer, by name. The others are not calibrated.
-        rows: Stores what is quantized. Its prefetcher reads those rows of `linears` that this rank
-            owns, in the same order.
+        rows: Stores what is quantized. Its prefetcher reads those rows of the linears in decoder
+            layers that this rank owns, in the order of `DenseLayers.quantized_by_layer`.
         mine: The names of the linears that this rank owns rows of.
         comm: All ranks of the run.
         on_layer: Called with the name of each linear when it is quantized.
@@ -59,7 +58,6 @@ class CalibratedLoader:
 
     sequences: Tensor
     dense: DenseLayers
-    linears: list[dict[str, HQQLinear]]
     rows: RowLoader
     mine: set[str]
     comm: Communicator
@@ -75,13 +73,13 @@ class CalibratedLoader:
         self.dense.fill_outside()
         inputs = LayerInputs(self.dense.layerwise, self.sequences, self.comm)
         self.dense.release_outside()
-        for index, linears in enumerate(self.linears):
+        for index, linears in enumerate(self.dense.quantized_by_layer()):
             weights = self._read(linears)
             self.dense.fill_layer(index)
             for name in linears:
                 self.dense.gather_weight(name, weights.get(name))
             groups = inputs.run_full(index, {name: self.dense.linear(name) for name in linears})
-            for names, statistics in self._statistics(index, groups, inputs):
+            for names, statistics in self._statistics(index, linears, groups, inputs):
                 group = {name: linears[name] for name in names}
                 rows = self._quantize(group, weights, statistics)
                 for name in group:
@@ -102,14 +100,17 @@ class CalibratedLoader:
         return weights
 
     def _statistics(
-        self, index: int, groups: list[list[str]], inputs: LayerInputs
+        self,
+        index: int,
+        linears: Mapping[str, HQQLinear],
+        groups: list[list[str]],
+        inputs: LayerInputs,
     ) -> Iterator[tuple[list[str], InputStatistics | None]]:
         """Yield linears with a common input, in the order of their calls, and its statistics.
 
         There are none if no solver of these linears calibrates. A linear that the text does not
         reach, such as that of an expert, comes last and has none either. Collective.
         """
-        linears = self.linears[index]
         for names in groups:
             solvers = [SOLVERS[linears[name].spec.solver] for name in names]
             statistics = None

@@ -49,6 +49,10 @@ class DenseLayers:
             for prefix in self.layerwise.names
         ]
 
+    def quantized(self) -> dict[str, HQQLinear]:
+        """Return the quantized linears of all decoder layers, in their order, by name."""
+        return {n: linear for layer in self.quantized_by_layer() for n, linear in layer.items()}
+
     def linear(self, name: str) -> nn.Linear:
         """Return the dense linear `name`."""
         linear = self._model.get_submodule(name)

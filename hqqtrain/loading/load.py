@@ -8,7 +8,7 @@ result, so each row of the source is read only once.
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -80,13 +80,10 @@ def load_weights(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], r
         comm: All ranks of the run.
         quantized: Whether the source already has W_q, scale and zero, so nothing is quantized.
         base_weights: The names in `dense` of the weights that `quant.nbits=null` leaves dense.
-        calibration: The text that the linears of the decoder layers are quantized with; None: all
-            linears are quantized without any.
-        on_rows: Called with (module, tensor name, first row, rows) for the packed weights that this
-            rank has quantized or read, and for `base_weights`. Over all ranks, each row is reported
-            once.
-        on_layer: Called with the name of each quantized layer, and of each layer of `base_weights`,
-            when it is loaded.
+        calibration: The text for the linears of the decoder layers; None: none is calibrated.
+        on_rows: Called with (module, tensor name, first row, rows) for the packed weights and the
+            `base_weights` of this rank. Over all ranks, each row is reported once.
+        on_layer: Called with the name of each layer that is quantized, or of `base_weights`.
 
     Returns:
         Quantization errors and loading statistics of this rank.
@@ -96,20 +93,15 @@ def load_weights(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], r
         RankLostError: Another rank has failed for another reason, or is gone.
     """
     start, memory = time.perf_counter(), MemoryTracker(comm.device)
-    mine = {name for i, (name, layer) in enumerate(layers.items())
-            if is_mine(layer.W_q, i, comm) and has_rows(layer.W_q)}  # fmt: skip
-    my_dense = {n: t for i, (n, t) in enumerate(dense.items()) if is_mine(t, i, comm)}
-    dense_layers, calibrated = None, list[dict[str, HQQLinear]]()
-    if calibration:
-        dense_layers = DenseLayers(calibration.model, dense, layers, comm)
-        calibrated = dense_layers.quantized_by_layer()
-    in_decoder = {name for linears in calibrated for name in linears}
-    alone = {name: layer for name, layer in layers.items() if name not in in_decoder}
+    mine, my_dense = _owned(layers, dense, comm)
+    dense_layers = DenseLayers(calibration.model, dense, layers, comm) if calibration else None
+    calibrated = dense_layers.quantized() if dense_layers else {}
+    alone = {name: layer for name, layer in layers.items() if name not in calibrated}
     # Each load takes the next rows of the prefetcher, so all loads follow this order.
     row_ranges = chain(
         layer_row_ranges({n: layers[n] for n in alone if n in mine}, quantized),
         dense_row_ranges(my_dense),
-        (source_rows(n, layers[n]) for linears in calibrated for n in linears if n in mine),
+        (source_rows(name, layer) for name, layer in calibrated.items() if name in mine),
     )
     with Prefetcher(reader, row_ranges, comm.device, memory.sample) as prefetcher:
         loader = RowLoader(prefetcher, DeferredFiniteCheck(reader), comm.device, on_rows)
@@ -125,26 +117,38 @@ def load_weights(layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], r
                     on_layer(name.removesuffix(".weight"))
                 heartbeat.check()
             loader.finite_check.check()
-        # Replicas receive their rows from the rank that has loaded them.
-        for number, target in enumerate(dense.values()):
-            _broadcast_to_replicas(target, number, comm)
+        _broadcast_to_replicas(dense.values(), comm)
         if calibration and dense_layers:
-            CalibratedLoader(
-                calibration.sequences, dense_layers, calibrated, loader, mine, comm, on_layer
-            ).load()
-    for number, layer in enumerate(layers.values()):
-        for tensor_name in PACKED_PARAMETERS:
-            _broadcast_to_replicas(getattr(layer, tensor_name), number, comm)
+            text = calibration.sequences
+            CalibratedLoader(text, dense_layers, loader, mine, comm, on_layer).load()
+    for tensor_name in PACKED_PARAMETERS:
+        _broadcast_to_replicas([getattr(layer, tensor_name) for layer in layers.values()], comm)
     seconds = time.perf_counter() - start
     stats = memory.stats(comm.rank, reader.bytes_read, prefetcher.seconds, seconds)
     return LoadResult(loader.squared_errors, stats)
 
 
-def _broadcast_to_replicas(tensor: Tensor, number: int, comm: Communicator) -> None:
-    """Send tensor `number` from the rank that loaded it to its replicas. Collective among them."""
-    replicas, shard = replica_group(tensor, comm), local_tensor(tensor)
-    if replicas.size > 1 and shard.numel():
-        comm.broadcast(shard, number % replicas.size, replicas.group)
+def _owned(
+    layers: Mapping[str, HQQLinear], dense: Mapping[str, Tensor], comm: Communicator
+) -> tuple[set[str], dict[str, Tensor]]:
+    """Return the names of the linears, and the dense tensors, that this rank reads rows of."""
+    mine = {
+        name
+        for number, (name, layer) in enumerate(layers.items())
+        if is_mine(layer.W_q, number, comm) and has_rows(layer.W_q)
+    }
+    numbered = enumerate(dense.items())
+    return mine, {
+        name: tensor for number, (name, tensor) in numbered if is_mine(tensor, number, comm)
+    }
+
+
+def _broadcast_to_replicas(tensors: Iterable[Tensor], comm: Communicator) -> None:
+    """Send each tensor from the rank that has loaded it to its replicas. Collective among them."""
+    for number, tensor in enumerate(tensors):
+        replicas, shard = replica_group(tensor, comm), local_tensor(tensor)
+        if replicas.size > 1 and shard.numel():
+            comm.broadcast(shard, number % replicas.size, replicas.group)
 
 
 def load_model(

@@ -149,10 +149,7 @@ def plan_model(
     if start and source.kind == "quantized":
         start.adapter.check_base(read_quantized_settings(source.path).fingerprint, start.origin)
     if start and not resumed and runtime.comm.is_main:
-        verb = "starting from" if settings.adapts else "loading"
-        logger.info("%s the adapter in %s", verb, start.folder)
-        if warning := unknown_base_warning(start, source):
-            logger.warning(warning)
+        _log_start(start, source, adapts=settings.adapts)
     packing = None
     if settings.executes:
         check_runnable(
@@ -178,6 +175,13 @@ def plan_model(
     if settings.executes:
         runtime.strategy.check_model(model)
     return ModelPlan(source, hf_config, reader, model, lora, start, packing, calibrates)
+
+
+def _log_start(start: InitialAdapter, source: ModelSource, *, adapts: bool) -> None:
+    """Log which adapter is loaded, and whether it may be one of another base."""
+    logger.info("%s the adapter in %s", "starting from" if adapts else "loading", start.folder)
+    if warning := unknown_base_warning(start, source):
+        logger.warning(warning)
 
 
 def _calibrates(quant: QuantConfig, model: nn.Module) -> bool:

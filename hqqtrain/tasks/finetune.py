@@ -49,14 +49,7 @@ def finetune(run: Run) -> None:
     """Quantize the model, train adapters, evaluate and save; or resume from a checkpoint."""
     config, runtime, recorder = run.config, run.runtime, run.recorder
     comm, history = runtime.comm, recorder.history
-    checkpoint = None
-    if not history.starts_over:
-        checkpoint = find_checkpoint(
-            recorder.checkpoints,
-            comm,
-            must_exist=config.run.resume == "must",
-            has_finished_run=history.has_finished_run,
-        )
+    checkpoint = None if history.starts_over else _find_checkpoint(run)
     with comm.raise_on_all_ranks():
         if config.train.max_steps is not None:  # known before the text is read and tokenized
             check_step_count(checkpoint, config.train.max_steps)
@@ -122,6 +115,17 @@ def load_texts(
     training = load_training_data(run, tokenizer, vocab_size)
     packed, held_out, digests = load_tokens(run, training.sequences, tokenizer, vocab_size, layout)
     return packed, held_out, digests, load_calibration(run, plan, held_out, training)
+
+
+def _find_checkpoint(run: Run) -> Checkpoint | None:
+    """Return the checkpoint that the run resumes from, if any. Collective."""
+    recorder = run.recorder
+    return find_checkpoint(
+        recorder.checkpoints,
+        run.runtime.comm,
+        must_exist=run.config.run.resume == "must",
+        has_finished_run=recorder.history.has_finished_run,
+    )
 
 
 def load_tokens(

@@ -97,39 +97,19 @@ def load_or_quantize(
     source_digest = source_digest or digest_source(plan.source, comm, runtime.preemption)
     digest = packed_weights_digest(source_digest, calibration)
 
-    def load(packed: Path | None = None) -> LoadedModel:
-        """Load the packed weights in the folder `packed`, or the source of the plan if None."""
-        # Verify the checksums of packed weights before anything is read from them.
-        if packed:
-            check_quantized(packed, comm)
-        elif plan.is_packed:
-            check_quantized(plan.source.path, comm, "Copy it again, or quantize again.")
-        loads = plan.is_packed or packed is not None or not quant.quantizes
-        adapter, seed = config.adapter, config.train.seed
-        with recorder.progress_bars.show_quantizing(plan.num_linears, loads=loads) as on_layer:
-            return build_model(
-                plan,
-                runtime.strategy,
-                adapter,
-                seed,
-                packed=packed,
-                calibration=calibration,
-                on_layer=on_layer,
-            )
-
     has_quantized = recorder.history.has_quantized(digest)
     if not has_quantized and not recorder.history.starts_over:
         _warn_if_outdated(run)
     if has_quantized:
-        loaded = load(run.layout.quantized)
+        loaded = _load(run, plan, calibration, run.layout.quantized)
     elif plan.is_packed or not quant.quantizes or quant.cache_dir is None:
-        loaded = load()
+        loaded = _load(run, plan, calibration)
     else:
         # While this block runs, an entry that does not exist yet is locked.
         with cache_entry(
             plan, quant.cache_dir, runtime.dtype, comm, runtime.preemption, digest
         ) as entry:
-            loaded = load(entry.folder if entry.is_complete else None)
+            loaded = _load(run, plan, calibration, entry.folder if entry.is_complete else None)
             if not entry.is_complete:
                 loaded.save_packed(entry.folder, comm, extra_json=_made_from(digest))
     # This creates the run directory. Bad weights have raised an error above and leave no directory.
@@ -139,6 +119,29 @@ def load_or_quantize(
     if saves and not has_quantized:
         loaded.save_packed(run.layout.quantized, comm, extra_json=_made_from(digest))
     return loaded
+
+
+def _load(
+    run: Run, plan: ModelPlan, calibration: Calibration | None, packed: Path | None = None
+) -> LoadedModel:
+    """Load the packed weights in the folder `packed`, or the source of the plan. Collective."""
+    config, runtime = run.config, run.runtime
+    # Verify the checksums of packed weights before anything is read from them.
+    if packed:
+        check_quantized(packed, runtime.comm)
+    elif plan.is_packed:
+        check_quantized(plan.source.path, runtime.comm, "Copy it again, or quantize again.")
+    loads = plan.is_packed or packed is not None or not config.quant.quantizes
+    with run.recorder.progress_bars.show_quantizing(plan.num_linears, loads=loads) as on_layer:
+        return build_model(
+            plan,
+            runtime.strategy,
+            config.adapter,
+            config.train.seed,
+            packed=packed,
+            calibration=calibration,
+            on_layer=on_layer,
+        )
 
 
 def _warn_if_outdated(run: Run) -> None:
