@@ -94,7 +94,7 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """The groups of the configuration that decide the structure of a model.
+    """What the configuration says about the structure of a model.
 
     Attributes:
         max_seq_len: Longest sequence of the training, for a warning.
@@ -255,10 +255,9 @@ def _replace_linears(
     model: nn.Module, source: ModelSource, quant: QuantConfig, runtime: Runtime
 ) -> None:
     """Replace linears by quantized ones, as the packed checkpoint or `quant.*` says."""
-    compute = quant.compute_dtype
-    compute_dtype = runtime.dtype if compute == "auto" else PRECISION_DTYPES[compute]
-    storage_dtype = runtime.storage_dtype
-    dtypes: dict[str, Any] = {"compute_dtype": compute_dtype, "storage_dtype": storage_dtype}
+    name = quant.compute_dtype
+    compute_dtype = runtime.dtype if name == "auto" else PRECISION_DTYPES[name]
+    dtypes: Any = {"compute_dtype": compute_dtype, "storage_dtype": runtime.storage_dtype}
     if source.kind == "quantized":
         if not quant.quantizes:
             raise UserError(
@@ -277,10 +276,9 @@ def _replace_linears(
         elif runtime.comm.is_main:
             logger.info(
                 "plan: %s with %.1f %% of the weights to quantize; %d to keep in full precision",
-                count(len(report.quantized), "linear layer"),
-                100 * report.share,
+                count(len(report.quantized), "linear layer"), 100 * report.share,
                 len(report.skipped),
-            )
+            )  # fmt: skip
 
 
 def _check_quantized_modules(
