@@ -55,11 +55,12 @@ class Command:
                 )
             if config.task == "eval":
                 yield from (f"warning: {m}" for m in run_settings.held_out_warnings(run, config))
-        unused = list(unused_settings(config, sorted(given)))
+        of_model = run_settings.settings_of_packed_model(config, sorted(given))
+        unused = list(unused_settings(config, sorted(given - {*of_model})))
         unused += [
             f"{key}: is not used, because model.name_or_path={config.model.name_or_path} is "
             "quantized already and keeps its settings."
-            for key in run_settings.settings_of_packed_model(config, sorted(given))
+            for key in of_model
         ]
         yield from (f"warning: {message}" for message in unused)
 

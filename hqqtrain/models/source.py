@@ -150,7 +150,8 @@ def _from_folder(name: str, folder: Path) -> ModelSource:
             return replace(resolve_source(base), adapter=run.adapter)
         raise UserError(
             f"model.name_or_path={name}: a run without quantized/; it is unfinished, or "
-            "was started with quant.save=false."
+            "was started with quant.save=false. Finish it, or name the original model, with the "
+            f"settings of the run and adapter.init_from={run.adapter}."
         )
     return ModelSource(name, folder, _weights_kind(name, read_config_json(folder)))
 

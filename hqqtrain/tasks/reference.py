@@ -66,7 +66,8 @@ def open_reference(
         if how != "resident" and run.runtime.comm.is_main:
             logger.warning(
                 "eval.reference=%s: %s has packed weights only, so no full-precision model is "
-                "measured", how, runnable.plan.source.name,
+                "measured; to compare with it, name the original model, with the settings of the "
+                "run and adapter.init_from", how, runnable.plan.source.name,
             )  # fmt: skip
         return None
     # A base that is not quantized is in memory as a whole, whatever `how` says.

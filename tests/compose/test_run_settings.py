@@ -151,14 +151,16 @@ def test_two_runs_of_a_sweep_have_each_their_own_settings(run: Path, tmp_path: P
 
 
 def test_the_user_is_told_where_settings_come_from_and_which_are_not_used(run: Path):
-    words = ["task=eval", f"model.name_or_path={run}", "quant.nbits=3", "optim.lr=1"]
+    words = [
+        "task=eval", f"model.name_or_path={run}", "quant.calibration_tokens=1024", "optim.lr=1",
+    ]  # fmt: skip
     notes = list(compose_command(words, multirun=False).notes())
     assert notes == [
         "task=eval: starts from the settings of runs/mine/config.yaml; the command line overrides "
         "them.",
         "warning: optim.lr: is not used by task=eval.",
-        "warning: quant.nbits: is not used, because model.name_or_path=runs/mine is quantized "
-        "already and keeps its settings.",
+        "warning: quant.calibration_tokens: is not used, because model.name_or_path=runs/mine is "
+        "quantized already and keeps its settings.",
     ]
 
 
