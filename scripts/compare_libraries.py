@@ -110,7 +110,11 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", help="folder of a model")
     add("--text", default="python_stdlib", help="source whose held-out part is measured")
-    add("--calibration", required=True, help="another source, which calibrates")
+    add(
+        "--calibration",
+        required=True,
+        help="source of the calibration text; of --text, the other part",
+    )
     add("--nbits", type=int, nargs="+", default=[4, 3, 2])
     add("--tokens", type=int, default=65536, help="held-out tokens that are measured")
     add("--calibration-tokens", type=int, default=65536)
@@ -163,9 +167,10 @@ def measure(quantize: Quantizer, options: argparse.Namespace, nbits: int) -> lis
 def calibration_sequences(options: argparse.Namespace, tokenizer: Any) -> Tensor:
     """Return the token ids that `quant.calibration` of hqqtrain would choose, [sequences, 512]."""
     data = DataConfig(source=options.calibration)
-    tokens = encode_stream(
-        training_texts(data, EvalConfig()), tokenizer, data, "--calibration", lambda: None, None
-    )
+    # A text of its own is used as a whole, as in the product.
+    held_out = "auto" if options.calibration == options.text else None
+    texts = training_texts(data, EvalConfig(source=held_out))
+    tokens = encode_stream(texts, tokenizer, data, "--calibration", lambda: None, None)
     return torch.from_numpy(spread_sequences(tokens.stream, options.calibration_tokens, None))
 
 
