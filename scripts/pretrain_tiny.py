@@ -202,6 +202,7 @@ def main() -> None:
     torch.nn.Module.to(model, device)
     tokens = train(model, stream, size, args.minutes)
     save(model, tokenizer, args.out)
+    print("measuring the perplexity of the held-out modules, minutes without a GPU", flush=True)
     parameters = sum(p.numel() for p in model.parameters())
     summary = {
         "size": args.size,
@@ -215,7 +216,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     (args.out / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(summary)
+    print(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":

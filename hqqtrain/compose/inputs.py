@@ -76,13 +76,14 @@ def measures_tasks(config: RunConfig) -> bool:
 
 
 def has_inputs_to_check(config: RunConfig) -> bool:
-    """Whether the run reads local files, selects layers of a local model, or measures tasks."""
-    uses_patterns = (
+    """Whether the run reads local files, depends on a local model, or measures tasks."""
+    depends_on_model = (
         config.quant.skip != QuantConfig().skip
         or bool(config.quant.overrides)
         or config.adapter.target_modules != AdapterConfig().target_modules
+        or config.eval.joins_texts  # in windows that may be too long for the model
     )
     return measures_tasks(config) or any(
-        item.is_local and (item.name not in BUNDLED or (item.kind == "model" and uses_patterns))
+        item.is_local and (item.name not in BUNDLED or (item.kind == "model" and depends_on_model))
         for item in list_inputs(config)
     )

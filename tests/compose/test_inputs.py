@@ -71,7 +71,7 @@ def test_what_is_on_this_machine(name, is_local, tmp_path, monkeypatch):
     assert Input("model", "model.name_or_path", name).is_local == is_local
 
 
-def test_bundled_inputs_need_no_check_without_patterns():
+def test_bundled_inputs_need_no_check_unless_the_model_decides():
     config = RunConfig()
     assert not has_inputs_to_check(config)
     config.quant.skip = ["q_proj"]
@@ -79,6 +79,9 @@ def test_bundled_inputs_need_no_check_without_patterns():
     config.model.name_or_path = "owner/name"
     assert not has_inputs_to_check(config)
     assert has_inputs_to_check(_config("finetune"))
+    joined = RunConfig()
+    joined.eval.protocol = "hqq"
+    assert has_inputs_to_check(joined)
 
 
 def test_of_several_sources_the_one_that_cannot_be_checked_decides(tmp_path):
