@@ -4,6 +4,7 @@ A run that cannot fit raises an error, and a run that may not fit a warning. Bot
 keys that reduce the need.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
@@ -108,21 +109,12 @@ def check_fits(
 
 def oom_advice(workload: Workload, strategy: Strategy) -> str:
     """Return what to change after running out of memory: keys and values, most effective first."""
-    advice, offload = [], workload.offload
-    offloads_parameters = offload in ("parameters", "all")
-    if workload.trains:
-        if not workload.activation_checkpointing:
-            advice.append("train.activation_checkpointing=true (now false)")
-        elif offload not in ("activations", "all"):
-            more = "all" if offloads_parameters else "activations"
-            advice.append(f"parallel.offload={more} (now {offload})")
-        if workload.micro_batch_size > 1:
-            advice.append(
-                f"a smaller train.micro_batch_size (now {workload.micro_batch_size}); the global "
-                "batch and the result stay the same"
-            )
-        if workload.optimizer != "paged_adamw_8bit":
-            advice.append(f"optim.name=paged_adamw_8bit (now {workload.optimizer})")
+    advice = list(_training_advice(workload)) if workload.trains else []
+    if workload.calibration_tokens:
+        advice.append(
+            "if the model was being quantized, quant.calibration=null or a smaller "
+            f"quant.calibration_tokens (now {workload.calibration_tokens})"
+        )
     if workload.reference != "off":
         is_whole = workload.reference == "resident"
         advice.append(
@@ -134,9 +126,26 @@ def oom_advice(workload: Workload, strategy: Strategy) -> str:
         advice.append(_fewer_bits(workload))
     if not strategy.shards_parameters:
         advice.append("several GPUs with parallel.strategy=fsdp2")
-    if not offloads_parameters:
+    if workload.offload not in ("parameters", "all"):
         advice.append("parallel.strategy=fsdp2 with parallel.offload=all")
     return "Out of memory. What helps, most effective first: " + "; ".join(advice) + "."
+
+
+def _training_advice(workload: Workload) -> Iterator[str]:
+    """Yield what to change if the model was being trained."""
+    offload = workload.offload
+    if not workload.activation_checkpointing:
+        yield "train.activation_checkpointing=true (now false)"
+    elif offload not in ("activations", "all"):
+        more = "all" if offload == "parameters" else "activations"
+        yield f"parallel.offload={more} (now {offload})"
+    if workload.micro_batch_size > 1:
+        yield (
+            f"a smaller train.micro_batch_size (now {workload.micro_batch_size}); the global "
+            "batch and the result stay the same"
+        )
+    if workload.optimizer != "paged_adamw_8bit":
+        yield f"optim.name=paged_adamw_8bit (now {workload.optimizer})"
 
 
 def _check_disk(estimate: MemoryEstimate, free: AvailableMemory, workload: Workload) -> list[str]:

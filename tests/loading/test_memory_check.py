@@ -115,8 +115,10 @@ def test_a_full_disk():
 def test_out_of_memory_advice_names_what_can_still_be_lowered():
     config = two_bit_config()
     config.train.micro_batch_size = 4
+    config.quant.solver, config.quant.calibration = "gptq", "auto"
     text = oom_advice(workload_of(config), SingleProcess(SINGLE_PROCESS))
     assert "train.micro_batch_size (now 4)" in text
+    assert f"quant.calibration_tokens (now {config.quant.calibration_tokens})" in text
     assert "eval.reference=streamed or off (now resident, which keeps the full-prec" in text
     config.eval.reference = "cached"
     streamed = oom_advice(workload_of(config), SingleProcess(SINGLE_PROCESS))
