@@ -41,7 +41,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("arguments", nargs="+", metavar="MODEL|KEY=VALUE", help="models, and settings of all runs")
     add("--text", default="python_stdlib", help="data.source whose held-out part is measured")
     add(
-        "--calibration", help="quant.calibration of the calibrated rows, another source than --text"
+        "--calibration",
+        help="quant.calibration of the calibrated rows: auto, the training part of --text, or "
+        "another source",
     )
     add("--row", action="append", help='settings of a row, such as "solver=hqq zero=integer"')
     add("--nbits", type=int, nargs="+", default=[4, 3, 2])
@@ -59,7 +61,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.error("name at least one model")
     if any(f"calibration={options.text}" in row.split() for row in options.rows):
         parser.error(
-            f"calibration={options.text} is the text that is measured; name another source"
+            f"calibration={options.text} is the text that is measured; name another source, or auto"
         )
     return options
 
@@ -129,7 +131,10 @@ def main() -> int:
             notes.append(f"Failed: {name}, {settings}, {nbits} bits, axis {axis}: {result}")
             continue
         table.append([name, settings, nbits, axis, *figures(result)])
-        print(*table[-1], sep="\t", file=sys.stderr, flush=True)
+        cells = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in table[-1])
+        print(
+            *map(" ".join, zip(HEADER, cells, strict=True)), sep=", ", file=sys.stderr, flush=True
+        )
         perplexity = result["eval"]["full_precision"]["perplexity"]
         note = f"Perplexity of {name} in full precision, on {options.text}: {perplexity:.4g}"
         if note not in notes:

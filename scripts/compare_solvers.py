@@ -1,4 +1,4 @@
-"""Compare the solvers on the bundled model, and print the README's table of perplexities.
+"""Compare the solvers on the bundled model, and print the table of docs/results.md.
 
     python scripts/compare_solvers.py
 
