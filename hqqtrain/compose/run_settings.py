@@ -40,6 +40,10 @@ _PACKED = (
 """Keys that say how a model is quantized; a model that is quantized already keeps its own."""
 
 
+_OF_CALIBRATION = ("quant.calibration", "quant.solver", "quant.overrides", "quant.overrides.*")
+"""Keys that say whether quantization needs text; a model that is quantized already needs none."""
+
+
 def run_of(config: RunConfig) -> RunLayout | None:
     """Return the run that `model.name_or_path` names, by its folder or its quantized/, if any.
 
@@ -85,8 +89,8 @@ def read_run_settings(run: RunLayout, given: Collection[str]) -> dict[str, dict[
                 )
             check_type(key, value, f"{run.config_yaml}: ")
             settings.setdefault(group, {})[name] = value
-    if "quant.calibration" not in given:
-        settings.setdefault("quant", {})["calibration"] = None  # the model is quantized already
+    if run.has_quantized and not _matching(given, _OF_CALIBRATION):
+        settings.setdefault("quant", {}).update(calibration=None, solver="auto", overrides={})
     return settings
 
 
@@ -162,7 +166,12 @@ def settings_of_packed_model(config: RunConfig, given: Collection[str]) -> list[
     run = run_of(config)
     if not _is_packed(folder) and (run is None or not run.has_quantized):
         return []
-    return [key for key in given if any(fnmatchcase(key, pattern) for pattern in _PACKED)]
+    return _matching(given, _PACKED)
+
+
+def _matching(keys: Collection[str], patterns: Collection[str]) -> list[str]:
+    """Return those of `keys` that match a glob."""
+    return [key for key in keys if any(fnmatchcase(key, pattern) for pattern in patterns)]
 
 
 def _is_packed(folder: Path) -> bool:

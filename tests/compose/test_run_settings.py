@@ -164,6 +164,26 @@ def test_the_user_is_told_where_settings_come_from_and_which_are_not_used(run: P
     ]
 
 
+@pytest.mark.parametrize("task", ["eval", "export"])
+@pytest.mark.parametrize("setting", [
+    "quant.solver=gptq", "quant.overrides={q_proj: {solver: gptq}}", "quant.calibration=gone.txt",
+])  # fmt: skip
+def test_a_run_that_was_calibrated_needs_no_text_and_knows_its_own_words(run, task, setting):
+    folder = _write_run(Path("runs/other"), asdict(compose_config([*TRAINED, setting])))
+    config = _compose(f"task={task}", f"model.name_or_path={folder}")
+    assert not config.quant.calibrates
+    _compose(f"task={task}", f"model.name_or_path={folder}", setting)
+
+
+def test_a_run_that_has_quantized_nothing_keeps_the_calibration(run: Path):
+    folder = _write_run(Path("runs/other"), asdict(compose_config([*TRAINED, "quant.nbits=null"])))
+    shutil.rmtree(folder / "quantized")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    config = _compose("task=eval", f"model.name_or_path={folder}", "quant.nbits=4")
+    assert config.quant.calibrates
+
+
 def _warnings(*words: str) -> str:
     return " ".join(compose_command(["task=eval", *words], False).notes())
 
