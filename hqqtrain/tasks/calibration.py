@@ -132,7 +132,7 @@ def _log_size(where: str, source: str, sequences: int, length: int) -> None:
     logger.info("%s: %s of %d tokens of %s", where, count(sequences, "sequence"), length, source)
     if sequences * length < FEW_TOKENS:
         logger.warning(
-            "%s: %s are few; more text lowers the error",
+            "%s: %s are few, and the error may be higher than without text; use more text",
             where, count(sequences * length, "token"),
         )  # fmt: skip
 
