@@ -12,7 +12,8 @@ quantizing, and the peak of memory until then: that of the GPU where there is on
 process.
 
 Without `--row`, data-free solvers are compared, and with `--calibration` calibrated ones, too.
-`--row` names others by keys of the group `quant`. Arguments such as `train.precision=fp32` are
+`--row` names others by keys of the group `quant`; with `--calibration`, those of a calibrated solver
+are calibrated unless they say `calibration=null`. Arguments such as `train.precision=fp32` are
 passed on to every run.
 """
 
@@ -55,8 +56,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     options.models = [word for word in options.arguments if "=" not in word]
     options.overrides = [word for word in options.arguments if "=" in word]
     options.rows = options.row or list(DATA_FREE)
-    if options.calibration and not options.row:
-        options.rows += [f"{row} calibration={options.calibration}" for row in CALIBRATED]
+    if options.calibration:
+        calibrated = [_calibrate(row, options.calibration) for row in options.row or CALIBRATED]
+        options.rows = calibrated if options.row else options.rows + calibrated
     if not options.models:
         parser.error("name at least one model")
     if any(f"calibration={options.text}" in row.split() for row in options.rows):
@@ -64,6 +66,12 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
             f"calibration={options.text} is the text that is measured; name another source, or auto"
         )
     return options
+
+
+def _calibrate(row: str, source: str) -> str:
+    """Return `row` with a calibration text, if its solver uses one and the row names none."""
+    uses_text = not set(CALIBRATED).isdisjoint(row.split())
+    return f"{row} calibration={source}" if uses_text and "calibration=" not in row else row
 
 
 def run_words(

@@ -43,6 +43,14 @@ def test_rows_without_calibration_are_data_free_whatever_the_default_is():
     assert ["quant.calibration=prose" in run for run in words] == [False] * 3 + [True] * 2
 
 
+def test_named_rows_are_calibrated_where_their_solver_can_be():
+    rows = ["solver=hqq", "solver=gptq zero=integer", "solver=least_squares calibration=null"]
+    words = [word for row in rows for word in ("--row", row)]
+    assert parse_arguments(["m", "--calibration", "auto", *words]).rows == [
+        rows[0], f"{rows[1]} calibration=auto", rows[2],
+    ]  # fmt: skip
+
+
 def test_the_text_that_is_measured_is_not_calibrated_on(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["m", "--text", "code", "--calibration", "code"])
