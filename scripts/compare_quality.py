@@ -12,8 +12,8 @@ quantizing, and the peak of memory until then: that of the GPU where there is on
 process.
 
 Without `--row`, data-free solvers are compared, and with `--calibration` calibrated ones, too.
-`--row` names others by keys of the group `quant`; with `--calibration`, those of a calibrated solver
-are calibrated unless they say `calibration=null`. Arguments such as `train.precision=fp32` are
+`--row` names others by keys of the group `quant`; with `--calibration`, those of a solver that uses
+text are calibrated unless they say `calibration=null`. Arguments such as `train.precision=fp32` are
 passed on to every run.
 """
 
