@@ -110,6 +110,14 @@ def translate_resource_errors(workload: Workload, strategy: Strategy) -> Iterato
         if error.errno not in FULL_DISK:
             raise
         raise UserError(
-            f"run.root={workload.run_root}: the disk is full ({error}). Free some space; the same "
-            "command resumes the run."
+            f"{_full_folder(error, workload.run_root)}: the disk is full ({error}). Free some "
+            "space; the same command resumes the run."
         ) from error
+
+
+def _full_folder(error: OSError, run_root: str) -> str:
+    """Return `run.root=...`, or the folder of a file elsewhere, as in a cache, that failed."""
+    root, file = Path(run_root).expanduser().resolve(), error.filename
+    if not isinstance(file, str) or Path(file).resolve().is_relative_to(root):
+        return f"run.root={run_root}"
+    return str(Path(file).parent)
