@@ -34,15 +34,14 @@ class LayerInputs:
 
     Args:
         layerwise: The dense model. The parameters outside of its decoder layers have values.
-        sequences: Calibration text, int64 [sequences, tokens]. Sequences that do not fill a part
-            are left out.
+        sequences: Calibration text, int64 [sequences, tokens].
         comm: All ranks of the run.
     """
 
     def __init__(self, layerwise: LayerwiseModel, sequences: Tensor, comm: Communicator) -> None:
         self._layerwise, self._comm = layerwise, comm
-        size = -(-len(sequences) // MAX_PARTS)
-        self._num_parts = len(sequences) // size
+        parts = sequences.tensor_split(min(MAX_PARTS, len(sequences)))
+        self._num_parts = len(parts)
         self._mine = range(comm.rank, self._num_parts, comm.size)
         self._calls: dict[int, list[LayerCall]] = {}
         # By part: the hidden states before the next decoder layer.
@@ -53,8 +52,8 @@ class LayerInputs:
         self._captured = threading.local()
         with comm.raise_on_all_ranks(), one_thread():
             for part in self._mine:
-                tokens = sequences[part * size : (part + 1) * size].to(comm.device)
-                hidden, self._calls[part] = layerwise.start({"input_ids": tokens})
+                tokens = {"input_ids": parts[part].to(comm.device)}
+                hidden, self._calls[part] = layerwise.start(tokens)
                 self._full[part] = self._quantized[part] = hidden
 
     def run_full(self, index: int, linears: Mapping[str, nn.Module]) -> list[list[str]]:
