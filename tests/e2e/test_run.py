@@ -35,7 +35,8 @@ def test_summary_is_schema_1(finished: Finished):
     }  # fmt: skip
     assert set(summary["quantize"]) == {
         "nbits", "group_size", "axis", "solver", "bits_per_weight", "relative_error", "seconds",
-        "weights", "source_bytes", "bytes_read", "peak_memory_gib", "fingerprint",
+        "weights", "source_bytes", "bytes_read", "peak_memory_gib", "fingerprint", "calibration",
+        "calibration_tokens",
     }  # fmt: skip
     assert set(summary["train"]) == {
         "steps", "tokens", "seconds", "tokens_per_second", "peak_memory_gib",
