@@ -5,7 +5,8 @@ has all of them, and `tests/test_compat.py` uses each of them with the installed
 PyTorch is imported; callers pass the objects of the other libraries.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
@@ -75,20 +76,69 @@ def _direct_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 # PEFT
 
 
-def register_lora_layer(config: Any, base: type[nn.Module], lora: type[nn.Module]) -> None:
-    """Let PEFT put a `lora` layer on every `base` layer; the registration is not saved.
+def add_lora_dispatcher(lora_model: Any, dispatch: Callable[..., nn.Module | None]) -> None:
+    """Let PEFT ask `dispatch` for the LoRA layer of a module before it asks its own dispatchers.
 
-    PEFT documents the method, with its underscore, as the way to support other linear layers.
+    A `LoraConfig` knows other layers only if they are registered with it, and a configuration that
+    PEFT has read from a file has nothing registered.
 
     Args:
-        config: PEFT's `LoraConfig`, changed in place.
-        base: Class of the layers that get an adapter.
-        lora: Class of PEFT's layer around them.
+        lora_model: PEFT's module `peft.tuners.lora.model`, changed in place.
+        dispatch: Called like `dispatch_hqq` of that module. It returns a layer, or None.
     """
-    config._register_custom_module({base: lora})
+    original = lora_model.dispatch_hqq
+
+    def dispatch_first(
+        target: nn.Module, adapter_name: str, config: Any, **kwargs: Any
+    ) -> nn.Module | None:
+        layer = dispatch(target, adapter_name, config, **kwargs)
+        if layer is None:
+            layer = original(target, adapter_name, config=config, **kwargs)
+        return layer
+
+    lora_model.dispatch_hqq = dispatch_first
+
+
+def extend_all_linear(tuners_utils: Any, is_linear: Callable[[nn.Module], bool]) -> None:
+    """Let `target_modules="all-linear"` of PEFT select other modules than `nn.Linear`, too.
+
+    Args:
+        tuners_utils: PEFT's module `peft.tuners.tuners_utils`, changed in place.
+        is_linear: Whether a module is such a linear. The head of the model is never selected.
+    """
+    original = tuners_utils._maybe_include_all_linear_layers
+
+    def include(peft_config: Any, model: Any) -> Any:
+        wanted = getattr(peft_config, "target_modules", None)
+        peft_config = original(peft_config, model)
+        if isinstance(wanted, str) and wanted.lower() == "all-linear":
+            get_head = getattr(model, "get_output_embeddings", lambda: None)
+            head = get_head()
+            peft_config.target_modules |= {
+                name
+                for name, module in model.named_modules()
+                if is_linear(module) and module is not head
+            }
+        return peft_config
+
+    tuners_utils._maybe_include_all_linear_layers = include
 
 
 # transformers
+
+
+def ignore_unexpected_tensors(model: Any, names: Iterable[str]) -> None:
+    """Let `from_pretrained` report no tensor of these names that only the checkpoint has.
+
+    Args:
+        model: The model that is about to be loaded.
+        names: Names in the checkpoint.
+    """
+    known = model._keys_to_ignore_on_load_unexpected
+    patterns = [*(known or ()), *(f"^{re.escape(name)}$" for name in names)]
+    # transformers adds a list to it in 5.0, and a set in 5.17.
+    model._keys_to_ignore_on_load_unexpected = set(patterns) if type(known) is set else patterns
+
 
 _CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 

@@ -40,7 +40,10 @@ ADVICE = {
     "WRAPPER_NAMES": "needed for names on disk; look at torch's get_model_state_dict",
     "persistent_buffers": "needed to name the tensors of a checkpoint; compare with state_dict()",
     "non_persistent_buffers": "needed to compute inv_freq again; compare with state_dict()",
-    "register_lora_layer": "needed for LoRA on HQQLinear; look at PEFT's page on custom models",
+    "add_lora_dispatcher": "needed for LoRA on HQQLinear; look at PEFT's page on custom models",
+    "extend_all_linear": "needed for target_modules=all-linear; look at PEFT's inject_adapter",
+    "ignore_unexpected_tensors": "needed to load quantized folders without warnings; look at "
+    "from_pretrained",
     "replace_checkpoint_function": "needed to offload activations; look at "
     "gradient_checkpointing_enable, which chooses the function",
     "implementations": "needed to refuse code of the hub; look at from_config's arguments",
@@ -149,14 +152,43 @@ class ScaledLora(peft.tuners.lora.layer.Linear):
     """PEFT's layer around it."""
 
 
-def test_peft_wraps_a_layer_that_it_does_not_know(tmp_path: Path):
-    config = peft.LoraConfig(target_modules=["0"], init_lora_weights=False)
-    with advised("register_lora_layer"):
-        compat.register_lora_layer(config, Scaled, ScaledLora)
-        model = peft.get_peft_model(nn.Sequential(Scaled()), config)
+def test_peft_wraps_a_layer_that_it_does_not_know(monkeypatch: pytest.MonkeyPatch):
+    lora_model = import_module("peft.tuners.lora.model")
+    monkeypatch.setattr(lora_model, "dispatch_hqq", lora_model.dispatch_hqq)  # restored afterwards
+    with advised("add_lora_dispatcher"):
+        compat.add_lora_dispatcher(
+            lora_model,
+            lambda target, *more, **kwargs: (
+                ScaledLora(target, *more, **kwargs) if isinstance(target, Scaled) else None
+            ),
+        )
+        config = peft.LoraConfig(target_modules=["0", "1"], init_lora_weights=False)
+        model = peft.get_peft_model(nn.Sequential(Scaled(), nn.Linear(4, 4)), config)
         assert type(model.base_model.model[0]) is ScaledLora
-        model.save_pretrained(tmp_path)
-        assert "ScaledLora" not in (tmp_path / "adapter_config.json").read_text()
+        assert type(model.base_model.model[1]) is peft.tuners.lora.layer.Linear
+
+
+def test_all_linear_selects_a_layer_that_peft_does_not_know(monkeypatch: pytest.MonkeyPatch):
+    tuners_utils = import_module("peft.tuners.tuners_utils")
+    name = "_maybe_include_all_linear_layers"
+    monkeypatch.setattr(tuners_utils, name, getattr(tuners_utils, name))
+    with advised("extend_all_linear"):
+        compat.extend_all_linear(tuners_utils, lambda module: isinstance(module, Scaled))
+        for targets, found in (("all-linear", {"0", "1"}), (["1"], {"1"})):
+            config = peft.LoraConfig(target_modules=targets)
+            included = getattr(tuners_utils, name)(config, nn.Sequential(Scaled(), nn.Linear(4, 4)))
+            assert set(included.target_modules) == found
+
+
+def test_transformers_knows_the_tensors_to_ignore():
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    with advised("ignore_unexpected_tensors"):
+        compat.ignore_unexpected_tensors(model, ["a.weight"])
+        patterns = model._keys_to_ignore_on_load_unexpected
+        assert "^a\\.weight$" in patterns
 
 
 def test_every_decoder_layer_calls_the_checkpoint_function():

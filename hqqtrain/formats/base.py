@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
-from hqqtrain.formats.packed import QuantizedSettings
 from hqqtrain.formats.peft import Adapter
+from hqqtrain.formats.quantized_settings import QuantizedSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,9 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_write_json
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.formats.companions import companion_files, companion_modes, copy_companion_files
-from hqqtrain.formats.packed import QuantizedSettings, dense_config_json
+from hqqtrain.formats.packed import dense_config_json
 from hqqtrain.formats.peft import Adapter
+from hqqtrain.formats.quantized_settings import QuantizedSettings
 from hqqtrain.formats.writer import MAX_SHARD_BYTES, collective_atomic_directory, write_shards
 from hqqtrain.models.build import build_meta
 from hqqtrain.models.fqn import tied_names
@@ -35,7 +36,7 @@ def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapte
     """Convert a stream of a quantized model's tensors to the stream of its dense equivalent.
 
     Args:
-        tensors: The stream that `model_tensors` yields.
+        tensors: The stream that `model_tensors` yields, or the tensors of a quantized folder.
         settings: The settings of the quantized model.
         adapter: The adapter to merge.
         dtype: The dtype of every floating-point tensor that is yielded.
@@ -55,6 +56,8 @@ def dense_tensors(tensors: Tensors, settings: QuantizedSettings, adapter: Adapte
     incomplete: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors:
         module, _, attribute = name.rpartition(".")
+        if module in settings.modules and not tensor.numel():
+            continue  # a placeholder of the folder
         if module not in settings.modules or attribute not in PACKED_PARAMETERS:
             if adapter and name in replaced:
                 tensor = adapter.replaced(name, tensor)

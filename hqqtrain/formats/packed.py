@@ -5,11 +5,15 @@ with `.W_q`, `.scale` or `.zero` appended. The dense tensors keep their names. W
 bytes, whatever its storage dtype in memory, and each of its rows is packed alone, so any number of
 ranks can read the folder in slices. `config.json` contains the settings of every layer, so nothing
 else is needed to read it.
+
+Each quantized module also has an empty tensor under the name of its dense weight. transformers
+would otherwise load the folder without `import hqqtrain`, with random weights and a mere warning.
+It refuses a weight of another shape.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,140 +28,17 @@ from hqqtrain.common.files import atomic_write_json
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.formats.companions import companion_files, companion_modes, copy_companion_files
 from hqqtrain.formats.manifest import DamagedError, check_sealed, is_sealed, seal
+from hqqtrain.formats.quantized_settings import QuantizedSettings
 from hqqtrain.formats.writer import MAX_SHARD_BYTES, collective_atomic_directory, write_shards
-from hqqtrain.models.fqn import base_model, base_tensors, strip_wrappers
-from hqqtrain.models.source import read_config_json
+from hqqtrain.models.fqn import base_tensors
 from hqqtrain.nn.hqq_linear import HQQLinear
-from hqqtrain.quant.spec import QuantSpec
-from hqqtrain_kernels.layout import LAYOUT_VERSION, Layout
 from hqqtrain_kernels.reference import as_bytes
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-_META_DTYPES = {_dtype_name(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
-"""Dtypes of scale and zero by their names in config.json."""
-
-
-@dataclass(frozen=True)
-class ModuleSettings:
-    """The settings of a quantized linear layer, in JSON types.
-
-    Attributes:
-        nbits: Bits of a code.
-        group_size: Weights that share a scale; None: a whole row or column.
-        axis: The axis along which groups run, as in hqq.
-        solver: Name of the algorithm that found scale and zero.
-        meta_dtype: Name of the dtype of scale and zero, which hqq calls metadata. It has nothing to
-            do with PyTorch's meta device.
-        out_features: Rows of the weight.
-        in_features: Columns of the weight.
-        zero: `float`, or `integer` if the zeros are codes.
-    """
-
-    nbits: int
-    group_size: int | None
-    axis: int
-    solver: str
-    meta_dtype: str
-    out_features: int
-    in_features: int
-    zero: str = "float"
-
-    @classmethod
-    def from_module(cls, module: HQQLinear) -> "ModuleSettings":
-        """Return the settings of a quantized layer."""
-        spec, layout = module.spec, module.layout
-        return cls(
-            nbits=spec.nbits,
-            group_size=spec.group_size,
-            axis=spec.axis,
-            solver=spec.solver,
-            meta_dtype=_dtype_name(spec.meta_dtype),
-            out_features=layout.out_features,
-            in_features=layout.in_features,
-            zero=spec.zero,
-        )
-
-    @property
-    def spec(self) -> QuantSpec:
-        """The settings as a `QuantSpec`.
-
-        Raises:
-            KeyError: `meta_dtype` is unknown.
-        """
-        meta_dtype = _META_DTYPES[self.meta_dtype]
-        return QuantSpec(self.nbits, self.group_size, self.axis, self.solver, meta_dtype, self.zero)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings as JSON values, without those that the first release did not have.
-
-        The fingerprint covers them, so a model of that release keeps its fingerprint.
-        """
-        return {k: v for k, v in asdict(self).items() if (k, v) != ("zero", "float")}
-
-    @property
-    def layout(self) -> Layout:
-        """The layout of the packed weight."""
-        return self.spec.layout(self.out_features, self.in_features)
-
-
-@dataclass(frozen=True)
-class QuantizedSettings:
-    """The part of a quantized model's config.json that describes its quantization."""
-
-    modules: dict[str, ModuleSettings]
-    fingerprint: str
-
-    @classmethod
-    def from_model(cls, model: nn.Module, fingerprint: str = "") -> "QuantizedSettings":
-        """Collect the settings of every HQQLinear in `model`, by its name in the checkpoint."""
-        modules = {
-            strip_wrappers(name): ModuleSettings.from_module(module)
-            for name, module in base_model(model).named_modules()
-            if isinstance(module, HQQLinear)
-        }
-        return cls(modules, fingerprint)
-
-    def by_module(self) -> dict[str, dict[str, Any]]:
-        """Return the settings as JSON values, as `Fingerprint.hexdigest` expects them."""
-        return {name: settings.to_json() for name, settings in self.modules.items()}
-
-    def quantization_config(self) -> dict[str, Any]:
-        """Return the `quantization_config` entry of config.json."""
-        return {
-            "quant_method": "hqqtrain",
-            "layout_version": LAYOUT_VERSION,
-            "fingerprint": self.fingerprint,
-            "modules": self.by_module(),
-        }
-
-
-def read_quantized_settings(folder: Path) -> QuantizedSettings:
-    """Read the settings from config.json of a quantized folder.
-
-    Raises:
-        UserError: The folder is not quantized by hqqtrain, has another layout version, or is
-            damaged.
-    """
-    config = read_config_json(folder).get("quantization_config") or {}
-    path = folder / "config.json"
-    if config.get("quant_method") != "hqqtrain":
-        raise UserError(f"{path}: not a model quantized by hqqtrain.")
-    if config.get("layout_version") != LAYOUT_VERSION:
-        raise UserError(
-            f"{path}: layout_version={config.get('layout_version')}; this hqqtrain reads "
-            f"{LAYOUT_VERSION}. Use the version that wrote it, or quantize again."
-        )
-    try:
-        modules = {name: ModuleSettings(**values) for name, values in config["modules"].items()}
-        for settings in modules.values():
-            _ = settings.layout  # raises if the settings contradict each other
-        return QuantizedSettings(modules, config["fingerprint"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: quantization_config is damaged ({error}).") from error
+def placeholders(settings: QuantizedSettings) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the empty tensors under the names of the dense weights; see the module's docstring."""
+    for name in settings.modules:
+        yield f"{name}.weight", torch.empty(0, dtype=torch.uint8)
 
 
 def model_tensors(model: nn.Module, *,
@@ -217,8 +98,9 @@ def save_quantized(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *,
     companions = companion_files(source)
     with collective_atomic_directory(folder, comm, companion_modes(companions)) as partial:
         written = write_shards(
-            tensors, partial, max_bytes=max_shard_bytes, comm=comm, compute_checksums=True
-        )
+            chain(tensors, placeholders(settings)), partial,
+            max_bytes=max_shard_bytes, comm=comm, compute_checksums=True,
+        )  # fmt: skip
         if comm.is_main:
             config_json = dense_config_json(hf_config)
             config_json["quantization_config"] = settings.quantization_config()

@@ -25,7 +25,7 @@ from hqqtrain.common.filelock import check_shared_file, check_shared_lock, read_
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.formats.manifest import MANIFEST, file_digest
-from hqqtrain.formats.packed import QuantizedSettings
+from hqqtrain.formats.quantized_settings import QuantizedSettings
 from hqqtrain.loading.plan import ModelPlan
 from hqqtrain.models.source import ModelSource
 from hqqtrain_kernels.layout import LAYOUT_VERSION

@@ -25,7 +25,6 @@ from hqqtrain.nn.lora import (
     inject_adapters,
     lora_config,
     minimal_targets,
-    register_hqq_linear,
     target_linears,
 )
 from hqqtrain.rundir.layout import RunLayout
@@ -159,7 +158,6 @@ def add_adapter(
         assert start is not None, "without a new adapter there must be an old one"
         targets, origin, lora = start.adapter.modules, start.origin, copy(start.adapter.config)
         lora.base_model_name_or_path = None  # PEFT would warn that this model has another name
-        register_hqq_linear(lora)
     return inject_adapters(model, lora, targets, origin), lora
 
 

@@ -23,13 +23,8 @@ from hqqtrain.distributed.local import full_tensor
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.strategies.base import Strategy
 from hqqtrain.formats.fingerprint import Fingerprint
-from hqqtrain.formats.packed import (
-    QuantizedSettings,
-    cast_to_source_dtype,
-    model_tensors,
-    read_quantized_settings,
-    save_quantized,
-)
+from hqqtrain.formats.packed import cast_to_source_dtype, model_tensors, save_quantized
+from hqqtrain.formats.quantized_settings import QuantizedSettings, read_quantized_settings
 from hqqtrain.loading.calibrated_load import Calibration
 from hqqtrain.loading.initial_adapter import initialize_adapters
 from hqqtrain.loading.load import load_model

@@ -5,7 +5,7 @@ before a long task begins. It takes seconds for a model of any size.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.config.groups import AUTO, EvalConfig, ModelConfig
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.runtime import PRECISION_DTYPES, Runtime
-from hqqtrain.formats.packed import ModuleSettings, read_quantized_settings
+from hqqtrain.formats.quantized_settings import read_quantized_settings
 from hqqtrain.loading.initial_adapter import (
     InitialAdapter,
     add_adapter,
@@ -264,9 +264,9 @@ def _replace_linears(
                 f"quant.nbits=null: the weights of model.name_or_path={source.name} are quantized "
                 "already; name the full-precision model, or leave out quant.nbits."
             )
-        modules = read_quantized_settings(source.path).modules
-        _check_quantized_modules(model, source.path, modules)
-        specs = {name: module_settings.spec for name, module_settings in modules.items()}
+        settings = read_quantized_settings(source.path)
+        settings.check_model(model, source.path / "config.json")
+        specs = {name: one.spec for name, one in settings.modules.items()}
         replace_linears(model, specs, **dtypes)
     else:
         report = quantize_model(model, quant, **dtypes)
@@ -279,21 +279,3 @@ def _replace_linears(
                 count(len(report.quantized), "linear layer"), 100 * report.share,
                 len(report.skipped),
             )  # fmt: skip
-
-
-def _check_quantized_modules(
-    model: nn.Module, folder: Path, modules: Mapping[str, ModuleSettings]
-) -> None:
-    """Check that the quantized modules in config.json are linear layers of the model.
-
-    Raises:
-        UserError: One is not, or has another shape.
-    """
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name, settings in modules.items():
-        shape = (settings.out_features, settings.in_features)
-        if name not in linears or linears[name].weight.shape != shape:
-            raise UserError(
-                f"{folder / 'config.json'}: quantization_config has {name} as a linear layer of "
-                f"shape {list(shape)}, which the model does not have. Quantize again."
-            )

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.compat import register_lora_layer
 from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.nn.base_linears import base_linears
-from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.patterns import matching_modules
 from hqqtrain.nn.trained_base import (
     cast_trained_base,
@@ -81,7 +79,7 @@ def lora_config(
             adapter.modules_to_save selects a module that cannot be trained.
     """
     modules = modules_to_save(adapter.modules_to_save, model) if adapter.modules_to_save else []
-    config = LoraConfig(
+    return LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT only divides it, so a float works
         lora_dropout=adapter.dropout,
@@ -92,7 +90,6 @@ def lora_config(
         trainable_token_indices=trained_tokens(model, token_ids, modules) or None,
         task_type="CAUSAL_LM",
     )
-    return register_hqq_linear(config)
 
 
 def inject_adapters(model: PreTrainedModel, config: LoraConfig, targets: Sequence[str],
@@ -130,7 +127,7 @@ def inject_adapters(model: PreTrainedModel, config: LoraConfig, targets: Sequenc
 
 def _accepts(model: PreTrainedModel, config: LoraConfig, name: str) -> bool:
     """Whether PEFT puts an adapter on module `name`. It stays there: the caller gives up."""
-    single = register_hqq_linear(LoraConfig(r=config.r, target_modules=[name]))
+    single = LoraConfig(r=config.r, target_modules=[name])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the adapters that the model has already
         try:
@@ -141,12 +138,6 @@ def _accepts(model: PreTrainedModel, config: LoraConfig, name: str) -> bool:
         except ValueError:
             return False
     return True
-
-
-def register_hqq_linear(config: LoraConfig) -> LoraConfig:
-    """Register `HQQLoraLinear` for `HQQLinear` in `config`; the registration is not saved."""
-    register_lora_layer(config, HQQLinear, HQQLoraLinear)
-    return config
 
 
 def cast_adapters(model: nn.Module, dtype: torch.dtype) -> None:

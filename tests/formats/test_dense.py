@@ -12,8 +12,9 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.formats.adapter_card import AdapterCard
 from hqqtrain.formats.dense import dense_tensors, export_dense
-from hqqtrain.formats.packed import model_tensors, read_quantized_settings
+from hqqtrain.formats.packed import model_tensors
 from hqqtrain.formats.peft import Adapter, load_adapter, save_adapter
+from hqqtrain.formats.quantized_settings import read_quantized_settings
 from hqqtrain.models.weights.safetensors import SafetensorsReader
 
 TOKENS = torch.arange(24).view(2, 12)

@@ -12,12 +12,8 @@ from safetensors.torch import load_file
 from hqqtrain.common.errors import UserError
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.formats.manifest import DamagedError, check_sealed, seal
-from hqqtrain.formats.packed import (
-    QuantizedSettings,
-    check_quantized,
-    model_tensors,
-    read_quantized_settings,
-)
+from hqqtrain.formats.packed import check_quantized, model_tensors
+from hqqtrain.formats.quantized_settings import read_quantized_settings
 from hqqtrain.loading.load import load_model
 from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.fqn import expected_shapes
@@ -170,37 +166,3 @@ def test_gather_is_called_once_per_tensor(make_trained):
     trained, seen = make_trained(), []
     names = [name for name, _ in model_tensors(trained.model, gather=lambda t: seen.append(t) or t)]
     assert len(seen) == len(names) == len(set(names))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda q: q.update(layout_version=99), "layout_version=99; this hqqtrain reads 1"),
-        (lambda q: q.update(quant_method="hqq"), "not a model quantized by hqqtrain"),
-        (lambda q: q.pop("modules"), "damaged"),
-        (lambda q: q.update(modules=[]), "damaged"),
-        (lambda q: next(iter(q["modules"].values())).update(nbits=5), "damaged.*nbits=5"),
-        (lambda q: next(iter(q["modules"].values())).update(meta_dtype="load"), "damaged"),
-        (lambda q: next(iter(q["modules"].values())).update(group_size=7), "damaged"),
-        (lambda q: next(iter(q["modules"].values())).update(extra=7), "damaged"),
-    ],
-)
-def test_damaged_settings_are_refused(make_trained, tmp_path, change, message):
-    folder = make_trained().save(tmp_path / "quantized")
-    config = json.loads((folder / "config.json").read_text())
-    change(config["quantization_config"])
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=message):
-        read_quantized_settings(folder)
-
-
-def test_settings_survive_json(make_trained):
-    settings = make_trained(axis=0, group_size=None, nbits=8).settings
-    found = json.loads(json.dumps(settings.quantization_config()))
-    assert {
-        n: type(settings.modules[n])(**v) for n, v in found["modules"].items()
-    } == settings.modules
-    assert (
-        QuantizedSettings.from_model(make_trained(axis=0, group_size=None, nbits=8).model).modules
-        == settings.modules
-    )

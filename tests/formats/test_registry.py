@@ -1,6 +1,7 @@
 """The formats of `export.format`: what they write, and that no adapter is lost."""
 
 import re
+from itertools import chain
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from hqqtrain.common.errors import UserError
 from hqqtrain.config import export
 from hqqtrain.formats.base import ModelExport
-from hqqtrain.formats.packed import model_tensors, read_quantized_settings
+from hqqtrain.formats.packed import model_tensors, placeholders
+from hqqtrain.formats.quantized_settings import read_quantized_settings
 from hqqtrain.formats.registry import FORMATS
 
 TOKENS = torch.arange(24).view(2, 12)
@@ -41,7 +43,7 @@ def test_packed_is_the_quantized_folder(make_trained, tmp_path):
     FORMATS["packed"].write(_model_export(trained), tmp_path / "export")
     assert read_quantized_settings(tmp_path / "export") == trained.settings
     written = load_file(tmp_path / "export" / "model.safetensors")
-    truth = dict(model_tensors(trained.model))
+    truth = dict(chain(model_tensors(trained.model), placeholders(trained.settings)))
     assert written.keys() == truth.keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in truth.items())
 

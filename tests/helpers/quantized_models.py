@@ -11,8 +11,9 @@ from peft import get_peft_model, get_peft_model_state_dict
 from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.formats.fingerprint import Fingerprint
-from hqqtrain.formats.packed import QuantizedSettings, model_tensors, save_quantized
+from hqqtrain.formats.packed import model_tensors, save_quantized
 from hqqtrain.formats.peft import Adapter
+from hqqtrain.formats.quantized_settings import QuantizedSettings
 from hqqtrain.models.fqn import base_model
 from hqqtrain.models.source import TINY_FOLDER
 from hqqtrain.nn.lora import lora_config

@@ -18,7 +18,7 @@ from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.distributed.strategies.fsdp2 import FSDP2
 from hqqtrain.distributed.strategies.row_sharding import shard_rows
 from hqqtrain.formats.fingerprint import Fingerprint
-from hqqtrain.formats.packed import QuantizedSettings
+from hqqtrain.formats.quantized_settings import QuantizedSettings
 from hqqtrain.loading.calibrated_load import Calibration
 from hqqtrain.loading.load import load_model
 from hqqtrain.models.build import build_meta

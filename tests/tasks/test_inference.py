@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.run import RunConfig
-from hqqtrain.formats.packed import read_quantized_settings
+from hqqtrain.formats.quantized_settings import read_quantized_settings
 from hqqtrain.loading.model_builder import wrap_for_execution
 from hqqtrain.loading.plan import plan_model
 from hqqtrain.tasks.finetune import finetune

@@ -178,6 +178,7 @@ class SafetensorsReader:
 
         Returns:
             The names of tensors in the checkpoint that are not expected, for the caller to report.
+            Empty ones are left out.
 
         Raises:
             UserError: A tensor is missing or has another shape.
@@ -196,7 +197,8 @@ class SafetensorsReader:
                     "the config.json that was saved with these weights."
                 )
         used = {self._match.stored[name] for name in expected} | self._match.duplicates
-        return [name for name in self.names if name not in used]
+        unused = (name for name in self.names if name not in used)
+        return [name for name in unused if 0 not in self._entries[name].shape]
 
     def _entry(self, name: str) -> _Entry:
         if name not in self:

@@ -1,0 +1,125 @@
+"""Let transformers load and save models that hqqtrain has quantized.
+
+    import hqqtrain
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("runs/mine/quantized")
+
+This module is imported while transformers is, so it imports the rest of hqqtrain only when a model
+is loaded.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hqqtrain.compat import ignore_unexpected_tensors
+
+METHOD = "hqqtrain"
+"""The `quant_method` of our quantized folders."""
+
+
+@register_quantization_config(METHOD)
+class HqqTrainConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a quantized folder, as `config.json` has it.
+
+    Attributes:
+        modules: The settings of every quantized linear, by its name, as JSON values.
+        layout_version: The version of the packed layout.
+        fingerprint: The fingerprint of the packed weights.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]],
+        layout_version: int,
+        fingerprint: str = "",
+        **_: Any,
+    ) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers has an enum
+        self.modules, self.layout_version = modules, layout_version
+        self.fingerprint = fingerprint
+
+
+@register_quantizer(METHOD)
+class HqqTrainQuantizer(HfQuantizer):
+    """Replaces the linears of a model on the meta device, so that packed weights can be loaded."""
+
+    requires_calibration = True  # transformers' word for: the weights are quantized already
+    quantization_config: HqqTrainConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Check the settings of the layers.
+
+        Raises:
+            UserError: They are damaged, or those of another layout version.
+        """
+        self._settings()
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether `save_pretrained` can save the model."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained on the model."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
+        """Return what `save_pretrained` writes, and no metadata for the file."""
+        from hqqtrain.formats.packed import placeholders
+
+        return {**model.state_dict(), **dict(placeholders(self._settings()))}, {}
+
+    def _settings(self) -> Any:
+        """Return the `QuantizedSettings`."""
+        from hqqtrain.formats.quantized_settings import parse_quantized_settings
+
+        return parse_quantized_settings(self.quantization_config.to_dict(), "config.json")
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Put empty `HQQLinear`s in the places of the quantized linears."""
+        from hqqtrain.formats.packed import placeholders
+        from hqqtrain.nn.replace import replace_linears
+
+        settings = self._settings()
+        settings.check_model(model, "config.json")
+        replace_linears(model, {name: one.spec for name, one in settings.modules.items()})
+        untie_quantized(model)
+        ignore_unexpected_tensors(model, [name for name, _ in placeholders(settings)])
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Freeze the packed weights, which transformers has loaded as trainable."""
+        for module in _hqq_linears(model).values():
+            module.requires_grad_(False)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Replace every `HQQLinear` by a dense linear."""
+        for name, module in _hqq_linears(model).items():
+            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+            linear.bias = module.bias
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, linear)
+        return model
+
+
+def untie_quantized(model: Any) -> None:
+    """Let transformers tie no weight of a quantized linear, which has no `weight`."""
+    quantized = {f"{name}.weight" for name in _hqq_linears(model)}
+    tied = model.all_tied_weights_keys
+    model.all_tied_weights_keys = {
+        target: source for target, source in tied.items() if not {target, source} & quantized
+    }
+
+
+def _hqq_linears(model: nn.Module) -> dict[str, Any]:
+    """Return the `HQQLinear`s of a model, by name."""
+    from hqqtrain.nn.hqq_linear import HQQLinear
+
+    return {name: m for name, m in model.named_modules() if isinstance(m, HQQLinear)}

@@ -1,0 +1,114 @@
+"""transformers loads and saves quantized folders, bit for bit; without hqqtrain it refuses them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import hqqtrain  # noqa: F401  # as users do
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import ModelConfig
+from hqqtrain.formats.quantized_settings import read_quantized_settings
+from hqqtrain.models.source import resolve_source
+from hqqtrain.nn.hqq_linear import HQQLinear
+
+TOKENS = torch.arange(16).view(2, 8)
+CASES = [
+    {"nbits": 8, "group_size": None},
+    {"nbits": 4, "axis": 0, "group_size": 8},
+    {"nbits": 3, "group_size": 8, "meta_dtype": "fp32"},
+    {"nbits": 2, "skip": []},
+    {"nbits": 1, "overrides": {"*.o_proj": {"nbits": 8}, "*.k_proj": None}},
+]
+
+
+def logits_of(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quant", CASES, ids=str)
+def test_the_same_logits(make_trained, tmp_path: Path, quant: dict, tied: bool, caplog):
+    trained = make_trained("qwen2", tied=tied, **quant)
+    folder = trained.save(tmp_path / "quantized")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    with trained.model.disable_adapter():
+        assert torch.equal(logits_of(model), logits_of(trained.model))
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    packed = [module for module in model.modules() if isinstance(module, HQQLinear)]
+    assert len(packed) == len(trained.settings.modules)
+    assert not any(p.requires_grad for module in packed for p in module.parameters())
+
+
+def test_a_model_in_bf16_keeps_the_dtypes_of_scale_and_zero(make_trained, tmp_path: Path):
+    folder = make_trained(nbits=8, meta_dtype="fp32").save(tmp_path / "quantized")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert (layer.compute_dtype, layer.scale.dtype) == (torch.bfloat16, torch.float32)
+    assert logits_of(model).dtype == torch.bfloat16
+
+
+def test_save_pretrained_writes_what_we_and_transformers_load(make_trained, tmp_path: Path):
+    trained = make_trained(nbits=3)
+    model = AutoModelForCausalLM.from_pretrained(trained.save(tmp_path / "quantized"))
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits_of(again), logits_of(model))
+    assert read_quantized_settings(tmp_path / "again") == trained.settings
+    assert resolve_source(ModelConfig(name_or_path=str(tmp_path / "again"))).kind == "quantized"
+    first, second = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("quantized", "again")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_it_dequantizes_to_a_dense_model(make_trained, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(make_trained().save(tmp_path / "quantized"))
+    before = logits_of(model)
+    dense = model.dequantize()
+    assert not any(isinstance(module, HQQLinear) for module in dense.modules())
+    torch.testing.assert_close(logits_of(dense), before)
+    dense.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
+
+
+def test_generate(make_trained, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(
+        make_trained().save(tmp_path / "quantized"), device_map="cpu"
+    )
+    assert model.generate(TOKENS, max_new_tokens=3, do_sample=False).shape[1] <= 11
+
+
+def test_another_layout_version_is_refused(make_trained, tmp_path: Path):
+    folder = make_trained().save(tmp_path / "quantized")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(
+        config.replace('"layout_version": 1', '"layout_version": 9')
+    )
+    with pytest.raises(UserError, match="layout_version=9"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("order", ["", "import hqqtrain", "hqqtrain last"])
+def test_without_hqqtrain_it_is_refused(make_trained, tmp_path: Path, order: str):
+    folder = make_trained().save(tmp_path / "quantized")
+    program = [
+        *(["import hqqtrain"] if order == "import hqqtrain" else []),
+        "from transformers import AutoModelForCausalLM",
+        *(["import transformers.quantizers.auto, hqqtrain"] if order == "hqqtrain last" else []),
+        f"AutoModelForCausalLM.from_pretrained({str(folder)!r})",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(program)], capture_output=True, text=True
+    )
+    assert (done.returncode == 0) == bool(order), done.stderr
+    assert ("size mismatch" in done.stderr) != bool(order)
