@@ -13,6 +13,7 @@ It refuses a weight of another shape.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -27,11 +28,12 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_write_json
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.formats.companions import companion_files, companion_modes, copy_companion_files
+from hqqtrain.formats.fingerprint import Fingerprint
 from hqqtrain.formats.manifest import DamagedError, check_sealed, is_sealed, seal
 from hqqtrain.formats.quantized_settings import QuantizedSettings
 from hqqtrain.formats.writer import MAX_SHARD_BYTES, collective_atomic_directory, write_shards
 from hqqtrain.models.fqn import base_tensors
-from hqqtrain.nn.hqq_linear import HQQLinear
+from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS, HQQLinear
 from hqqtrain_kernels.reference import as_bytes
 
 
@@ -57,6 +59,16 @@ def model_tensors(model: nn.Module, *,
         full = gather(tensor.detach())
         is_codes = isinstance(module, HQQLinear) and attribute == "W_q"
         yield name, as_bytes(full) if is_codes else full
+
+
+def fingerprinted(model: nn.Module) -> QuantizedSettings:
+    """Return the settings of a quantized model that is not sharded, with its fingerprint."""
+    settings, fingerprint = QuantizedSettings.from_model(model), Fingerprint()
+    for name, tensor in model_tensors(model):
+        module, _, attribute = name.rpartition(".")
+        if module in settings.modules and attribute in PACKED_PARAMETERS:
+            fingerprint.update(module, attribute, 0, tensor)
+    return replace(settings, fingerprint=fingerprint.hexdigest(settings.by_module()))
 
 
 def cast_to_source_dtype(

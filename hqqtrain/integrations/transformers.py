@@ -1,8 +1,12 @@
-"""Let transformers load and save models that hqqtrain has quantized.
+"""Let transformers load and save models that hqqtrain has quantized, and quantize others.
 
     import hqqtrain
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained("runs/mine/quantized")
+
+    from hqqtrain import HqqTrainConfig
+    config = HqqTrainConfig(nbits=4, group_size=64)
+    model = AutoModelForCausalLM.from_pretrained("model", quantization_config=config)
 
 This module is imported while transformers is, so it imports the rest of hqqtrain only when a model
 is loaded.
@@ -21,34 +25,57 @@ from hqqtrain.compat import ignore_unexpected_tensors
 METHOD = "hqqtrain"
 """The `quant_method` of our quantized folders."""
 
+SETTINGS = ("nbits", "group_size", "axis", "solver", "zero", "meta_dtype", "skip", "overrides")
+"""The keys of the group `quant` that `HqqTrainConfig` takes."""
+
 
 @register_quantization_config(METHOD)
 class HqqTrainConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a quantized folder, as `config.json` has it.
+    """How to quantize a model, or the `quantization_config` of one that is quantized already.
 
-    Attributes:
-        modules: The settings of every quantized linear, by its name, as JSON values.
-        layout_version: The version of the packed layout.
-        fingerprint: The fingerprint of the packed weights.
+    Args:
+        description: The `quantization_config` of a quantized folder: `modules`, `layout_version`
+            and `fingerprint`.
+        settings: How to quantize a model: `nbits`, `group_size`, `axis`, `solver`, `zero`,
+            `meta_dtype`, `skip` and `overrides`, as in the group `quant` of a run. The model is
+            quantized without text.
+
+    Raises:
+        UserError: A setting does not exist, or its value is not allowed.
     """
 
-    def __init__(
-        self,
-        modules: dict[str, dict[str, Any]],
-        layout_version: int,
-        fingerprint: str = "",
-        **_: Any,
-    ) -> None:
+    def __init__(self, quant_method: str = METHOD, **values: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers has an enum
-        self.modules, self.layout_version = modules, layout_version
-        self.fingerprint = fingerprint
+        names = ("modules", "layout_version", "fingerprint")
+        self.description = {name: values.pop(name) for name in names if name in values}
+        self.settings = values
+        self.quant_config()
+
+    def quant_config(self) -> Any:
+        """Return the settings as a `QuantConfig`."""
+        from hqqtrain.common.errors import UserError
+        from hqqtrain.config.field import field_errors
+        from hqqtrain.config.quant import QuantConfig
+
+        if unknown := self.settings.keys() - SETTINGS:
+            raise UserError(
+                f"HqqTrainConfig: {', '.join(sorted(unknown))} is no setting; allowed are "
+                f"{', '.join(SETTINGS)}."
+            )
+        config = QuantConfig(calibration=None, **self.settings)
+        if errors := [*field_errors("HqqTrainConfig", config), *config.errors()]:
+            raise UserError("\n".join(errors))
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON values for config.json."""
+        return {"quant_method": METHOD, **self.description, **self.settings}
 
 
 @register_quantizer(METHOD)
 class HqqTrainQuantizer(HfQuantizer):
-    """Replaces the linears of a model on the meta device, so that packed weights can be loaded."""
+    """Replaces the linears of a model, before packed weights are loaded or after dense ones are."""
 
-    requires_calibration = True  # transformers' word for: the weights are quantized already
     quantization_config: HqqTrainConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -57,7 +84,8 @@ class HqqTrainQuantizer(HfQuantizer):
         Raises:
             UserError: They are damaged, or those of another layout version.
         """
-        self._settings()
+        if self.pre_quantized:
+            self._settings()
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Whether `save_pretrained` can save the model."""
@@ -82,6 +110,8 @@ class HqqTrainQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Put empty `HQQLinear`s in the places of the quantized linears."""
+        if not self.pre_quantized:
+            return model
         from hqqtrain.formats.packed import placeholders
         from hqqtrain.nn.replace import replace_linears
 
@@ -93,10 +123,22 @@ class HqqTrainQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Freeze the packed weights, which transformers has loaded as trainable."""
+        """Quantize dense weights; freeze packed ones, which transformers loads as trainable."""
+        if not self.pre_quantized:
+            self._quantize(model)
         for module in _hqq_linears(model).values():
             module.requires_grad_(False)
         return model
+
+    def _quantize(self, model: Any) -> None:
+        """Quantize a dense model in place, layer after layer, and describe the result."""
+        from hqqtrain.formats.packed import fingerprinted
+        from hqqtrain.nn.replace import quantize_model
+
+        config = self.quantization_config
+        quantize_model(model, config.quant_config())
+        untie_quantized(model)
+        config.description, config.settings = fingerprinted(model).quantization_config(), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Replace every `HQQLinear` by a dense linear."""

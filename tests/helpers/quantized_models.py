@@ -1,7 +1,7 @@
 """Fixtures: small random models, quantized and with adapters, and their source checkpoints."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,8 +10,7 @@ from peft import get_peft_model, get_peft_model_state_dict
 
 from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.config.quant import QuantConfig
-from hqqtrain.formats.fingerprint import Fingerprint
-from hqqtrain.formats.packed import model_tensors, save_quantized
+from hqqtrain.formats.packed import fingerprinted, model_tensors, save_quantized
 from hqqtrain.formats.peft import Adapter
 from hqqtrain.formats.quantized_settings import QuantizedSettings
 from hqqtrain.models.fqn import base_model
@@ -59,21 +58,10 @@ def make_trained(make_model, tmp_path) -> Callable[..., TrainedModel]:
         for name, param in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(param, std=0.2)
-        settings = QuantizedSettings.from_model(model)
-        settings = replace(settings, fingerprint=fingerprint_of(model, settings))
+        settings = fingerprinted(model)
         state = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
         return TrainedModel(
             source, model.eval(), settings, Adapter(config, state, settings.fingerprint)
         )
 
     return make
-
-
-def fingerprint_of(model: torch.nn.Module, settings: QuantizedSettings) -> str:
-    """Compute the fingerprint as loading does: every packed row once."""
-    fingerprint = Fingerprint()
-    for name, tensor in model_tensors(model):
-        module, _, leaf = name.rpartition(".")
-        if module in settings.modules and leaf != "bias":
-            fingerprint.update(module, leaf, 0, tensor)
-    return fingerprint.hexdigest(settings.by_module())

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import hqqtrain  # noqa: F401  # as users do
+import hqqtrain
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.formats.quantized_settings import read_quantized_settings
@@ -112,3 +112,40 @@ def test_without_hqqtrain_it_is_refused(make_trained, tmp_path: Path, order: str
     )
     assert (done.returncode == 0) == bool(order), done.stderr
     assert ("size mismatch" in done.stderr) != bool(order)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quant", CASES, ids=str)
+def test_a_dense_model_is_quantized_while_it_loads(
+    make_trained, tmp_path: Path, quant: dict, tied: bool
+):
+    settings = {"solver": "rtn", "nbits": 2, "group_size": 16} | quant
+    trained = make_trained("qwen2", tied=tied, calibration=None, **settings)
+    model = AutoModelForCausalLM.from_pretrained(
+        trained.source, quantization_config=hqqtrain.HqqTrainConfig(**settings)
+    )
+    with trained.model.disable_adapter():
+        assert torch.equal(logits_of(model), logits_of(trained.model))
+    model.save_pretrained(tmp_path / "saved")
+    assert read_quantized_settings(tmp_path / "saved") == trained.settings
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 4}, "bits is no setting; allowed are nbits, group_size"),
+        ({"nbits": 5}, r"HqqTrainConfig.nbits=5: allowed are 8, 4, 3, 2, 1"),
+        ({"solver": "gptq"}, "needs text"),
+        ({"overrides": {"x": {"nbits": 7}}}, "nbits=7"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused(settings: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        hqqtrain.HqqTrainConfig(**settings)
+
+
+def test_a_name_that_does_not_exist():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = hqqtrain.no_such_name
