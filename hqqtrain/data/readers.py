@@ -1,6 +1,6 @@
 """Read the rows of text, JSON, CSV, parquet and Arrow files.
 
-Of parquet and Arrow, only the columns that were asked for are read, so no other column can be an
+Only the columns that were asked for are read from parquet and Arrow, so no other column can be an
 obstacle. Rows are streamed: a file of any size needs the memory of one row, or of one batch. Every
 error names the file and the line or row. A row that is no object, as a line that was cut, is
 yielded as a `RowError`, because the rows after it can be read.

@@ -1,6 +1,6 @@
-"""What hqqtrain adds to transformers and PEFT.
+"""Extensions of transformers and PEFT.
 
-This module imports neither them nor torch: what it registers is imported after they are.
+This module imports neither them nor torch: an extension is imported after its library.
 """
 
 from hqqtrain.common.after_import import after_import

@@ -94,7 +94,7 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What the configuration says about the structure of a model.
+    """The parts of the configuration that decide the structure of a model.
 
     Attributes:
         max_seq_len: Longest sequence of the training, for a warning.

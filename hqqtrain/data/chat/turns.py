@@ -128,8 +128,8 @@ class RenderedChat:
     def _end_after(self, turn: int, words_end: int, other: Message) -> int:
         """Return the end of a turn whose own words end at `words_end`.
 
-        What follows them is what follows them if the conversation ends with this turn, or else
-        ends with the first token that ends a turn.
+        The turn includes the tokens that follow its words if the conversation ends with it. Where
+        they differ from those of the conversation, it ends with the first token that ends a turn.
         """
         before = self.conversation.messages[:turn]
         try:
