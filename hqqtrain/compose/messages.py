@@ -1,6 +1,7 @@
 """Turn errors of Hydra, OmegaConf and YAML into messages that name the key, value and fix."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from pathlib import Path
@@ -145,6 +146,23 @@ def check_type(key: str, value: Any, where: str = "") -> None:
         OmegaConf.update(_typed_config(), key, value, merge=True)
     except OmegaConfBaseException as error:
         raise _wrong_value_error(key, value, where, error) from None
+
+
+def typed_group(group: str, values: Mapping[str, Any], where: str = "") -> Any:
+    """Return the dataclass of a group, such as `quant`, with `values` converted to its types.
+
+    Args:
+        group: The name of the group.
+        values: Values by the names of the keys in the group; the others have their defaults.
+        where: The text with which a message begins.
+
+    Raises:
+        UserError: A value has another type.
+    """
+    for name, value in values.items():
+        check_type(f"{group}.{name}", value, where)
+    schema = OmegaConf.structured(get_type_hints(ComposedConfig)[group])
+    return OmegaConf.to_object(OmegaConf.merge(schema, dict(values)))
 
 
 @cache

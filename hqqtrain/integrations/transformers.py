@@ -12,9 +12,13 @@ This module is imported while transformers is, so it imports the rest of hqqtrai
 is loaded.
 """
 
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -44,25 +48,32 @@ class HqqTrainConfig(QuantizationConfigMixin):
         UserError: A setting does not exist, or its value is not allowed.
     """
 
-    def __init__(self, quant_method: str = METHOD, **values: Any) -> None:
+    def __init__(self, *, quant_method: str = METHOD, **values: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers has an enum
         names = ("modules", "layout_version", "fingerprint")
         self.description = {name: values.pop(name) for name in names if name in values}
-        self.settings = values
+        # Only what config.json can hold: tuples become lists, and other objects their text.
+        self.settings = json.loads(json.dumps(values, default=str))
         self.quant_config()
 
     def quant_config(self) -> Any:
         """Return the settings as a `QuantConfig`."""
         from hqqtrain.common.errors import UserError
+        from hqqtrain.compose.messages import typed_group
         from hqqtrain.config.field import field_errors
-        from hqqtrain.config.quant import QuantConfig
 
         if unknown := self.settings.keys() - SETTINGS:
             raise UserError(
                 f"HqqTrainConfig: {', '.join(sorted(unknown))} is no setting; allowed are "
                 f"{', '.join(SETTINGS)}."
             )
-        config = QuantConfig(calibration=None, **self.settings)
+        config = typed_group("quant", self.settings, "HqqTrainConfig: ")
+        config.calibration = None
+        if not config.quantizes:
+            raise UserError(
+                "HqqTrainConfig.nbits=None: nothing would be quantized; load the model without "
+                "quantization_config."
+            )
         if errors := [*field_errors("HqqTrainConfig", config), *config.errors()]:
             raise UserError("\n".join(errors))
         return config
@@ -117,6 +128,7 @@ class HqqTrainQuantizer(HfQuantizer):
 
         settings = self._settings()
         settings.check_model(model, "config.json")
+        _refuse_missing_tensors(settings.modules, kwargs.get("checkpoint_files") or ())
         replace_linears(model, {name: one.spec for name, one in settings.modules.items()})
         untie_quantized(model)
         ignore_unexpected_tensors(model, [name for name, _ in placeholders(settings)])
@@ -128,6 +140,8 @@ class HqqTrainQuantizer(HfQuantizer):
             self._quantize(model)
         for module in _hqq_linears(model).values():
             module.requires_grad_(False)
+        # PEFT's prepare_model_for_kbit_training would otherwise cast scale and zero to fp32.
+        model.hqq_quantized = True
         return model
 
     def _quantize(self, model: Any) -> None:
@@ -148,7 +162,26 @@ class HqqTrainQuantizer(HfQuantizer):
             linear.bias = module.bias
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, linear)
+        model.hqq_quantized = False
         return model
+
+
+def _refuse_missing_tensors(modules: Iterable[str], files: Sequence[str | Path]) -> None:
+    """Raise UserError if no file has a packed tensor, which transformers would leave random."""
+    from hqqtrain.common.errors import UserError
+    from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS
+
+    stored: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            stored.update(tensors.keys())
+    expected = [f"{name}.{attribute}" for name in modules for attribute in PACKED_PARAMETERS]
+    missing = [name for name in expected if name not in stored]
+    if files and missing:
+        raise UserError(
+            f"{Path(files[0]).parent}: has no {missing[0]} ({len(missing)} tensors of quantized "
+            "layers are missing). Copy the folder again, or quantize again."
+        )
 
 
 def untie_quantized(model: Any) -> None:

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from transformers import AutoModelForCausalLM
 
 import hqqtrain  # noqa: F401  # as users do
@@ -67,3 +73,12 @@ def test_a_stock_lora_config_trains(base, tmp_path: Path, targets):
     again = PeftModel.from_pretrained(again, tmp_path / "trained").eval()
     with torch.no_grad():
         assert torch.equal(again(TOKENS).logits, adapted.eval()(TOKENS).logits)
+
+
+def test_preparing_for_training_keeps_the_packed_weights(base):
+    _, model = base
+    packed = {n: p.clone() for n, p in model.named_parameters() if "q_proj" in n}
+    before = model(TOKENS).logits
+    prepared = prepare_model_for_kbit_training(model)
+    assert all(torch.equal(prepared.get_parameter(name), packed[name]) for name in packed)
+    assert torch.equal(prepared(TOKENS).logits, before)

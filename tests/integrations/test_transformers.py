@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -139,11 +139,35 @@ def test_a_dense_model_is_quantized_while_it_loads(
         ({"nbits": 5}, r"HqqTrainConfig.nbits=5: allowed are 8, 4, 3, 2, 1"),
         ({"solver": "gptq"}, "needs text"),
         ({"overrides": {"x": {"nbits": 7}}}, "nbits=7"),
+        ({"nbits": None}, "nothing would be quantized"),
+        ({"nbits": True}, "quant.nbits=True: must be an integer"),
+        ({"nbits": 4.0}, "quant.nbits=4.0: must be an integer"),
+        ({"skip": "q_proj"}, "quant.skip=q_proj: must be a list"),
+        ({"overrides": None}, "quant.overrides=null: must be a mapping"),
+        ({"meta_dtype": torch.bfloat16}, "torch.bfloat16: allowed are auto, fp32"),
     ],
 )
 def test_settings_that_do_not_exist_are_refused(settings: dict, message: str):
     with pytest.raises(UserError, match=message):
         hqqtrain.HqqTrainConfig(**settings)
+
+
+def test_settings_become_json_values_of_the_right_type():
+    config = hqqtrain.HqqTrainConfig(nbits=2, group_size="32", skip=("q_proj",))
+    assert config.to_dict()["skip"] == ["q_proj"]
+    assert config.quant_config().group_size == 32
+    with pytest.raises(TypeError, match="positional"):
+        hqqtrain.HqqTrainConfig(2)  # not silently 4 bits
+
+
+def test_a_folder_without_a_packed_tensor_is_refused(make_trained, tmp_path: Path):
+    folder = make_trained().save(tmp_path / "quantized")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(".W_q"))
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"quantized: has no {name}"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_a_name_that_does_not_exist():
