@@ -146,9 +146,15 @@ class HqqTrainQuantizer(HfQuantizer):
 
     def _quantize(self, model: Any) -> None:
         """Quantize a dense model in place, layer after layer, and describe the result."""
+        from hqqtrain.common.errors import UserError
         from hqqtrain.formats.packed import fingerprinted
         from hqqtrain.nn.replace import quantize_model
 
+        if any(param.is_meta for param in model.parameters()):
+            raise UserError(
+                "HqqTrainConfig: a model with layers on disk cannot be quantized; use a device_map "
+                "without disk, or task=quantize, which needs one dense decoder layer at a time."
+            )
         config = self.quantization_config
         quantize_model(model, config.quant_config())
         untie_quantized(model)

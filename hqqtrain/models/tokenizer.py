@@ -17,4 +17,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust library raises plain `Exception`
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"{folder}: its tokenizer cannot be loaded ({reason}).") from error
+        raise UserError(
+            f"{folder}: its tokenizer cannot be loaded ({reason}). If the folder has no tokenizer "
+            "files, copy those of the model that it was made from."
+        ) from error

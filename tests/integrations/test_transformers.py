@@ -170,6 +170,18 @@ def test_a_folder_without_a_packed_tensor_is_refused(make_trained, tmp_path: Pat
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_layers_on_disk_are_not_quantized(make_trained, tmp_path: Path):
+    dense = make_trained().source
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    with pytest.raises(UserError, match="layers on disk cannot be quantized"):
+        AutoModelForCausalLM.from_pretrained(
+            dense,
+            device_map=dict.fromkeys(names, "cpu") | {"model.layers": "disk"},
+            offload_folder=tmp_path / "offload",
+            quantization_config=hqqtrain.HqqTrainConfig(group_size=8),
+        )
+
+
 def test_a_name_that_does_not_exist():
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = hqqtrain.no_such_name

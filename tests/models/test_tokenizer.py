@@ -30,4 +30,5 @@ def test_a_folder_without_a_usable_tokenizer(tmp_path, files):
     with pytest.raises(UserError, match="its tokenizer cannot be loaded") as error:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(error.value)
+    assert "copy those of the model" in str(error.value)
     assert "\n" not in str(error.value)
