@@ -25,19 +25,24 @@ class _AfterImport(MetaPathFinder):
 
     def __init__(self, module: str, call: Callable[[], object]) -> None:
         self._module, self._call = module, call
+        self._asks_others = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self._module:
+        if fullname != self._module or self._asks_others:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self._asks_others = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._asks_others = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_call(module: ModuleType) -> None:
                 execute(module)
+                sys.meta_path.remove(self)
                 self._call()
 
             spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ def test_it_is_called_after_the_module_has_run(tmp_path: Path, monkeypatch: pyte
     seen: list[int] = []
     after_import("imported_later", lambda: seen.append(sys.modules["imported_later"].value))
     finders = len(sys.meta_path)
+    assert find_spec("imported_later") is not None  # a look without an import
     assert seen == []
     import imported_later  # type: ignore[import-not-found]
 
