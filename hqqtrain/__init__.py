@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 from hqqtrain.integrations import register
 
 if TYPE_CHECKING:
+    from hqqtrain.generation.generator import generate
     from hqqtrain.integrations.transformers import HqqTrainConfig
     from hqqtrain.nn.hqq_linear import HQQLinear
 
 __version__ = "0.1.0"
 
-__all__ = ["HQQLinear", "HqqTrainConfig", "__version__"]
+__all__ = ["HQQLinear", "HqqTrainConfig", "__version__", "generate"]
 
 _MODULES = {
     "HQQLinear": "hqqtrain.nn.hqq_linear",
     "HqqTrainConfig": "hqqtrain.integrations.transformers",
+    "generate": "hqqtrain.generation.generator",
 }
 """The module of each public name."""
 

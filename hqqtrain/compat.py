@@ -164,6 +164,20 @@ def replace_checkpoint_function(model: nn.Module, function: Callable[..., Any]) 
 # DeepSpeed's ZeRO-3
 
 
+def supports_static_cache(model: Any) -> bool:
+    """Whether `generate` of transformers can compile a model, with a cache of a fixed size.
+
+    transformers marks its models, and compiles without asking the caller.
+    """
+    return bool(getattr(model, "_can_compile_fullgraph", False))
+
+
+def compile_on_every_device(config: Any) -> Any:
+    """Let transformers' `CompileConfig` compile on a CPU, too; return it."""
+    config._compile_all_devices = True
+    return config
+
+
 def implementations(config: Any) -> tuple[str | None, str | None]:
     """Return the attention and the experts implementation that a configuration of a model names.
 

@@ -26,7 +26,7 @@ from torch.distributed import (
 )
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from hqqtrain import compat
 from hqqtrain.distributed.strategies import zero3
@@ -47,6 +47,8 @@ ADVICE = {
     "replace_checkpoint_function": "needed to offload activations; look at "
     "gradient_checkpointing_enable, which chooses the function",
     "implementations": "needed to refuse code of the hub; look at from_config's arguments",
+    "supports_static_cache": "needed to compile only what can be; look at GenerationMixin",
+    "compile_on_every_device": "needed for generate.compile=true on a CPU; look at CompileConfig",
     "zero3_shard": _ZERO3,
     "zero3_shape": _ZERO3,
     "zero3_flat_parameters": _ZERO3,
@@ -214,6 +216,22 @@ def test_a_configuration_knows_the_implementations_that_it_names():
         assert compat.implementations(LlamaConfig()) == (None, None)
         named = LlamaConfig(attn_implementation="flash_attention_2", experts_implementation="eager")
         assert compat.implementations(named) == ("flash_attention_2", "eager")
+
+
+def test_generate_compiles_models_that_transformers_has_marked():
+    config = CompileConfig(backend="eager")
+    small = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    with torch.random.fork_rng():
+        model = LlamaForCausalLM(LlamaConfig(**small, num_hidden_layers=1, eos_token_id=None))
+    with advised("supports_static_cache"):
+        assert compat.supports_static_cache(model)
+        assert not compat.supports_static_cache(nn.Linear(1, 1))
+    with advised("compile_on_every_device"):
+        settings = {"cache_implementation": "static", "max_new_tokens": 2, "compile_config": config}
+        tokens = torch.ones(1, 2, dtype=torch.long)
+        assert compat.compile_on_every_device(config) is config
+        model.generate(tokens, attention_mask=tokens, pad_token_id=0, **settings)
+        assert hasattr(model, "_compiled_call"), "generate has not compiled the model"
 
 
 def test_moving_a_module_calls_the_apply_of_each_part():

@@ -77,8 +77,10 @@ def _is_module_or_attribute(name: str) -> bool:
     path = ROOT / ("kernels/hqqtrain_kernels" if package == "hqqtrain_kernels" else "hqqtrain")
     while parts and (path / parts[0]).is_dir():
         path /= parts.pop(0)
-    if parts:
+    if parts and (path / f"{parts[0]}.py").exists():
         path = path / f"{parts.pop(0)}.py"
+    elif parts:  # a name that the package itself has
+        path = path / "__init__.py"
     return path.exists() and all(re.search(rf"\b{part}\b", _read(path)) for part in parts)
 
 

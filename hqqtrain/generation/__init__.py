@@ -1,0 +1,1 @@
+"""Generate text with a model: encode prompts and chats, choose tokens, and stream them."""

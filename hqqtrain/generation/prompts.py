@@ -1,0 +1,119 @@
+"""Turn prompts and chats into tokens, as they were in the training."""
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from hqqtrain.common.errors import UserError
+from hqqtrain.data.chat.end_markers import end_markers
+from hqqtrain.data.chat.markers import single_id
+from hqqtrain.data.chat.template import ChatTemplate, RenderError
+from hqqtrain.data.examples import Message
+from hqqtrain.models.causal_lm import vocabulary_size
+from hqqtrain.models.families.positions import shortest_position_table
+from hqqtrain.models.families.structure import text_config
+
+Prompt = str | Sequence[Message]
+"""A text to continue, or the words of a user; or the messages of a chat."""
+
+
+class PromptEncoder:
+    """Encodes prompts for a model.
+
+    Args:
+        model: The model, whose vocabulary and context limit the prompts.
+        tokenizer: Its tokenizer.
+        chat: Whether a text is the message of a user, to be answered, and not a beginning that is
+            continued; None: whether the tokenizer has a chat template.
+        system: The system message of chats that have none.
+
+    Attributes:
+        context: Largest number of tokens of a prompt and its continuation; None: no limit.
+        end_ids: Ids of the tokens with which the chat template ends a turn.
+        end_texts: What ends a turn, but is several tokens of this tokenizer.
+
+    Raises:
+        UserError: `chat` is true, and the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat: bool | None = None,
+        system: str | None = None,
+    ) -> None:
+        self._tokenizer, self._system = tokenizer, system
+        self._vocab_size = vocabulary_size(model)
+        self.context = context_length(model)
+        is_chat = bool(tokenizer.chat_template) if chat is None else chat
+        self._template = ChatTemplate(tokenizer) if is_chat else None
+        markers = end_markers(self._template) if self._template else ()
+        ids = {marker: single_id(marker, tokenizer) for marker in markers}
+        eos = tokenizer.eos_token_id
+        self.end_ids = {id for id in (*ids.values(), eos) if isinstance(id, int)}
+        self.end_texts = tuple(marker for marker, id in ids.items() if id is None)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a text is answered, and not continued."""
+        return self._template is not None
+
+    def messages(self, prompt: Prompt) -> list[Message]:
+        """Return the messages of a prompt, with the system message."""
+        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+        if self._system and not any(message["role"] == "system" for message in given):
+            given.insert(0, {"role": "system", "content": self._system})
+        return given
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt; that of a chat ends with the header of an answer.
+
+        Raises:
+            UserError: The prompt is empty or too long, the template does not take the messages, or
+                the model does not have one of its tokens.
+        """
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            raise UserError("the prompt is empty; write at least one word.")
+        if self._template:
+            text = self._render(self._template, self.messages(prompt))
+            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        elif isinstance(prompt, str):
+            ids = self._tokenizer(prompt, verbose=False)["input_ids"]
+        else:
+            raise UserError(
+                "the messages of a chat need a chat template; name one, such as "
+                "data.chat_template=chatml, or write the prompt as text."
+            )
+        self._check(ids)
+        return [*ids]
+
+    def _render(self, template: ChatTemplate, messages: Sequence[Message]) -> str:
+        try:
+            return template.render(messages, add_generation_prompt=True)
+        except RenderError as error:
+            raise UserError(f"the chat template does not take the messages: {error}") from error
+
+    def _check(self, ids: Sequence[int]) -> None:
+        """Check that the model can read the tokens and has room for another one."""
+        if not ids:
+            raise UserError("the prompt has no tokens; write at least one word.")
+        if max(ids) >= self._vocab_size:
+            raise UserError(
+                f"the prompt has the token {max(ids)}, but the model has {self._vocab_size:,} "
+                "tokens; use the tokenizer of the model."
+            )
+        if self.context is not None and len(ids) >= self.context:
+            raise UserError(
+                f"the prompt has {len(ids):,} tokens, and the context of the model has "
+                f"{self.context:,} for the prompt and the reply; shorten it."
+            )
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Return the largest number of tokens that `model` was made for; None if it does not say."""
+    table = shortest_position_table(model)
+    limits = (getattr(text_config(model), "max_position_embeddings", None), table and table[1])
+    return min((limit for limit in limits if limit), default=None)
