@@ -25,8 +25,9 @@ from torch import Tensor
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_directory, atomic_write_json, without_nonfinite
 from hqqtrain.common.reading import load_json
+from hqqtrain.formats.adapter_base import BaseModelRef
 from hqqtrain.formats.manifest import DamagedError, check_sealed, seal
-from hqqtrain.formats.peft import BaseModelRef, load_adapter, write_adapter
+from hqqtrain.formats.peft import load_adapter, write_adapter
 from hqqtrain.formats.writer import save_tensors
 from hqqtrain.rundir.layout import checkpoint_name
 

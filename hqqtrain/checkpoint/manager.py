@@ -19,7 +19,7 @@ from hqqtrain.config.infra import CheckpointConfig
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.local import global_numel
 from hqqtrain.distributed.preemption import PreemptionHandler
-from hqqtrain.formats.peft import BaseModelRef
+from hqqtrain.formats.adapter_base import BaseModelRef
 from hqqtrain.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ class AdapterCard:
         best_step: The optimizer step that was chosen for its loss; None: the last one.
         has_new_tokens: Whether the embeddings of new tokens are trained.
         has_tokenizer: Whether a tokenizer is saved with the adapter.
+        has_saved_base: Whether the quantized base is saved, so that the adapter can name it.
     """
 
     base: str
@@ -38,6 +39,7 @@ class AdapterCard:
     best_step: int | None = None
     has_new_tokens: bool = False
     has_tokenizer: bool = False
+    has_saved_base: bool = True
 
 
 def render_card(card: AdapterCard) -> str:
@@ -83,19 +85,7 @@ library_name: peft
 
 {step}{table}## How to load it
 
-On its base, in the run's directory: `python -m hqqtrain task=eval
-model.name_or_path=<run directory>`.
-
-As dense weights in one checkpoint, for any tool: `python -m hqqtrain task=export
-model.name_or_path=<run directory>`.
-
-With PEFT, on {_dense_base(card)}:
-
-```python
-from peft import PeftModel
-model = PeftModel.from_pretrained(model, "<this folder>")
-```
-
+{_how_to_load(card)}
 {tokenizer}"""
 
 
@@ -120,8 +110,52 @@ scales and zeros counted). It repairs the error of exactly that base, whose fing
 """
 
 
-def _dense_base(card: AdapterCard) -> str:
-    """Return the model on which PEFT loads the adapter."""
+def _how_to_load(card: AdapterCard) -> str:
+    """Return the ways to load the adapter on its base."""
+    if card.nbits is not None and not card.has_saved_base:
+        return f"""The run did not save its quantized base (`quant.save=false`), so
+`adapter_config.json` names `{card.base}`. Its dense weights are another base: the adapter adds
+noise to them. Quantize it again with `task=quantize` and the settings of the run, which gives the
+same fingerprint, and load the result:
+
+{_QUANTIZED}"""
+    commands = """On its base, in the run's directory: `python -m hqqtrain task=eval
+model.name_or_path=<run directory>`.
+
+As dense weights in one checkpoint, for any tool: `python -m hqqtrain task=export
+model.name_or_path=<run directory>`.
+"""
     if card.nbits is None:
-        return f"`{card.base}` itself"
-    return "a dense model that holds the *dequantized* weights of this base"
+        return f"""{commands}
+With PEFT, on `{card.base}` itself:
+
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(model, "<this folder>")
+```
+"""
+    return f"""{commands}
+With PEFT, on `quantized/` of the run, which `adapter_config.json` names as the base:
+
+```python
+import hqqtrain  # lets PEFT load quantized layers; without it the base is refused
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("<this folder>")
+```
+
+If this folder was copied without the run, load the base by its new path:
+
+{_QUANTIZED}
+PEFT without hqqtrain needs a dense model that holds the *dequantized* weights of this base:
+`python -m hqqtrain task=export model.name_or_path=<run directory>/quantized`.
+"""
+
+
+_QUANTIZED = """```python
+import hqqtrain
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("<quantized folder>")
+model = PeftModel.from_pretrained(model, "<this folder>")  # refused on any other base
+```
+"""

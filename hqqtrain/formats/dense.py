@@ -17,7 +17,7 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_write_json
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.formats.companions import companion_files, companion_modes, copy_companion_files
-from hqqtrain.formats.packed import dense_config_json
+from hqqtrain.formats.packed import BASE_FINGERPRINT, dense_config_json
 from hqqtrain.formats.peft import Adapter
 from hqqtrain.formats.quantized_settings import QuantizedSettings
 from hqqtrain.formats.writer import MAX_SHARD_BYTES, collective_atomic_directory, write_shards
@@ -115,7 +115,7 @@ def _round(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def export_dense(tensors: Tensors, folder: Path, *, hf_config: PretrainedConfig, source: Path,
                  dtype: torch.dtype, adapter: Path | None = None,
-                 max_shard_bytes: int = MAX_SHARD_BYTES,
+                 base_fingerprint: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
                  comm: Communicator = SINGLE_PROCESS) -> int:  # fmt: skip
     """Write a checkpoint for `AutoModelForCausalLM.from_pretrained`, completely or not at all.
 
@@ -126,6 +126,8 @@ def export_dense(tensors: Tensors, folder: Path, *, hf_config: PretrainedConfig,
         source: The folder from which to copy the tokenizer and generation settings.
         dtype: The dtype of the floating-point tensors in `tensors`.
         adapter: The folder of the merged adapter, whose generation settings take precedence.
+        base_fingerprint: The fingerprint of the quantized model, if its weights are written without
+            an adapter; its adapters fit them.
         max_shard_bytes: The largest size of a file.
         comm: The ranks that write together.
 
@@ -144,6 +146,8 @@ def export_dense(tensors: Tensors, folder: Path, *, hf_config: PretrainedConfig,
         written = write_shards(with_recorded_names(), partial, max_bytes=max_shard_bytes, comm=comm)
         if comm.is_main:
             config_json = dense_config_json(_export_config(hf_config, dtype, names))
+            if base_fingerprint:
+                config_json[BASE_FINGERPRINT] = base_fingerprint
             atomic_write_json(partial / "config.json", config_json)
             copy_companion_files(companions, partial)
     return written.bytes

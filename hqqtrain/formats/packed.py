@@ -36,6 +36,12 @@ from hqqtrain.models.fqn import base_tensors
 from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS, HQQLinear
 from hqqtrain_kernels.reference import as_bytes
 
+BASE_FINGERPRINT = "hqqtrain_base_fingerprint"
+"""Key of the config.json of a dense model that has the dequantized weights of a quantized one.
+
+Its value is the fingerprint of the latter, whose adapters fit both.
+"""
+
 
 def placeholders(settings: QuantizedSettings) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the empty tensors under the names of the dense weights; see the module's docstring."""
@@ -154,5 +160,6 @@ def dense_config_json(hf_config: PretrainedConfig) -> dict[str, Any]:
     config_json = json.loads(hf_config.to_json_string(use_diff=True))
     if not config_json.get("architectures"):
         config_json["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config.model_type]]
-    config_json.pop("quantization_config", None)
+    for key in ("quantization_config", BASE_FINGERPRINT):
+        config_json.pop(key, None)
     return config_json

@@ -1,9 +1,4 @@
-"""Read and write adapters as stock PEFT files that record the base they were trained on.
-
-An adapter belongs to one base, whose errors it corrects if it is quantized; on any other base it
-adds noise. PEFT warns about unknown keys in adapter_config.json. The fingerprint of the base is
-therefore stored in the metadata of adapter_model.safetensors, which stock tools ignore.
-"""
+"""Read and write adapters as stock PEFT files that record the base they were trained on."""
 
 import json
 import math
@@ -21,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_directory, atomic_write, atomic_write_json
 from hqqtrain.common.reading import parse_json
+from hqqtrain.formats.adapter_base import BaseModelRef, check_fingerprint, recorded_fingerprint
 from hqqtrain.formats.adapter_card import AdapterCard, render_card
 from hqqtrain.formats.adapter_config import (
     CONFIG,
@@ -40,8 +36,8 @@ from hqqtrain.formats.writer import save_tensors
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes of LoRA matrices, as safetensors names them."""
 
-_FINGERPRINT_KEY, _SCALING_KEY = "hqqtrain_base_fingerprint", "hqqtrain_scaling"
-"""Keys of the metadata of adapter_model.safetensors."""
+_SCALING_KEY = "hqqtrain_scaling"
+"""Key of the metadata of adapter_model.safetensors."""
 
 _SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 """Keys of adapter_config.json that decide how much an adapter adds to its base."""
@@ -124,25 +120,15 @@ class Adapter:
         Raises:
             UserError: The adapter was trained on another base.
         """
-        if self.fingerprint not in (None, fingerprint):
-            raise UserError(
-                f"{origin}: trained on the base {self.fingerprint}, but this base is "
-                f"{fingerprint}. Use the quantized/ that was saved with it, or the same "
-                "model.name_or_path and quant.nbits=null if it has none; or train a new adapter."
-            )
-
-
-@dataclass(frozen=True)
-class BaseModelRef:
-    """The base of an adapter, by the model's name and revision and its own fingerprint."""
-
-    name: str
-    revision: str | None
-    fingerprint: str
+        advice = (
+            "Use the quantized/ that was saved with it, or the same model.name_or_path and "
+            "quant.nbits=null if it has none; or train a new adapter."
+        )
+        check_fingerprint(self.fingerprint, fingerprint, origin, advice)
 
 
 def save_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, folder: Path, *,
-                 card: AdapterCard, tokenizer: Path | None = None,
+                 base: BaseModelRef, card: AdapterCard, tokenizer: Path | None = None,
                  generation_config: Mapping[str, Any] | None = None) -> None:  # fmt: skip
     """Write a stock PEFT adapter with a README.md, completely or not at all.
 
@@ -150,14 +136,13 @@ def save_adapter(state: Mapping[str, torch.Tensor], config: LoraConfig, folder: 
         state: The full tensors by PEFT's names, as `peft.get_peft_model_state_dict` returns them.
         config: PEFT's configuration.
         folder: The folder to create or replace.
-        card: The content of README.md, with the name of the base.
+        base: The base that the adapter was trained on.
+        card: The content of README.md.
         tokenizer: The folder of a tokenizer to save with the adapter.
         generation_config: The generation settings, if they are not those of the base.
     """
     with atomic_directory(folder) as partial:
-        write_adapter(
-            partial, state, config, BaseModelRef(card.base, card.revision, card.fingerprint)
-        )
+        write_adapter(partial, state, config, base)
         atomic_write(partial / "README.md", render_card(card))
         if tokenizer:
             files = companion_files(tokenizer)
@@ -173,8 +158,7 @@ def write_adapter(
     """Write the two files of a stock PEFT adapter into the existing `folder`."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     scaling = json.dumps({key: getattr(config, key) for key in _SCALING}, sort_keys=True)
-    metadata = {_FINGERPRINT_KEY: base.fingerprint, _SCALING_KEY: scaling}
-    save_tensors(tensors, folder / WEIGHTS, **metadata)
+    save_tensors(tensors, folder / WEIGHTS, **base.metadata(), **{_SCALING_KEY: scaling})
     # PEFT holds some lists as sets: sort them, so that equal adapters are equal files.
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     values |= {"base_model_name_or_path": base.name, "revision": base.revision}
@@ -216,7 +200,7 @@ def load_adapter(
 
     state, metadata = _read_state(folder / WEIGHTS, check, origin)
     _check_scaling(config, metadata.get(_SCALING_KEY), origin)
-    return Adapter(resolved[0], state, metadata.get(_FINGERPRINT_KEY))
+    return Adapter(resolved[0], state, recorded_fingerprint(metadata))
 
 
 def _check_scaling(config: LoraConfig, recorded: str | None, origin: str) -> None:

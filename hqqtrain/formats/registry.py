@@ -53,6 +53,7 @@ def write_dense(export: ModelExport, folder: Path) -> int:
         dtype=export.dtype,
         device=export.device,
     )
+    is_base = export.adapter is None and bool(export.settings.modules)
     return export_dense(
         tensors,
         folder,
@@ -60,6 +61,7 @@ def write_dense(export: ModelExport, folder: Path) -> int:
         source=export.tokenizer,
         adapter=export.adapter_folder,
         dtype=export.dtype,
+        base_fingerprint=export.settings.fingerprint if is_base else None,
         comm=export.comm,
     )
 

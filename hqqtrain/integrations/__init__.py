@@ -4,19 +4,29 @@ This module imports neither them nor torch: an extension is imported after its l
 """
 
 from hqqtrain.common.after_import import after_import
+from hqqtrain.integrations.adapters import (
+    extend_hotswap,
+    extend_peft_config,
+    extend_peft_model,
+    extend_transformers,
+)
 
 
 def register() -> None:
     """Extend transformers and PEFT when they are imported, or now if they have been."""
-    after_import("transformers.quantizers.auto", _extend_transformers)
-    after_import("peft.tuners.lora.model", _extend_peft)
+    after_import("transformers.quantizers.auto", _register_quantizer)
+    after_import("transformers.integrations.peft", extend_transformers)
+    after_import("peft.tuners.lora.model", _extend_lora)
+    after_import("peft.config", extend_peft_config)
+    after_import("peft.peft_model", extend_peft_model)
+    after_import("peft.utils.hotswap", extend_hotswap)
 
 
-def _extend_transformers() -> None:
+def _register_quantizer() -> None:
     import hqqtrain.integrations.transformers  # noqa: F401  # it registers its classes
 
 
-def _extend_peft() -> None:
+def _extend_lora() -> None:
     from hqqtrain.integrations.peft import extend_peft
 
     extend_peft()

@@ -161,7 +161,11 @@ class HqqTrainQuantizer(HfQuantizer):
         config.description, config.settings = fingerprinted(model).quantization_config(), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """Replace every `HQQLinear` by a dense linear."""
+        """Replace every `HQQLinear` by a dense linear. Adapters of the base still fit."""
+        from hqqtrain.formats.adapter_base import base_fingerprint
+        from hqqtrain.formats.packed import BASE_FINGERPRINT
+
+        setattr(model.config, BASE_FINGERPRINT, base_fingerprint(model))
         for name, module in _hqq_linears(model).items():
             linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)

@@ -1,5 +1,6 @@
 """The task `finetune`: quantize the model, train adapters on it, evaluate and save."""
 
+import os
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -19,8 +20,9 @@ from hqqtrain.data.layout import BatchLayout
 from hqqtrain.data.loader import DataLoader, PackedLoader
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.distributed.local import full_tensor
+from hqqtrain.formats.adapter_base import BaseModelRef
 from hqqtrain.formats.adapter_card import AdapterCard
-from hqqtrain.formats.peft import BaseModelRef, save_adapter
+from hqqtrain.formats.peft import save_adapter
 from hqqtrain.loading.calibrated_load import Calibration
 from hqqtrain.loading.model_builder import RunnableModel, wrap_for_execution
 from hqqtrain.loading.plan import ModelPlan, plan_model
@@ -192,9 +194,7 @@ def checkpoint_contents(
         "world_size": runtime.comm.size,
         "versions": package_versions(),
     }
-    revision = run.config.model.revision
-    base = BaseModelRef(_base_name(plan), revision, runnable.settings.fingerprint)
-    return CheckpointContents(plan.lora, base, parts, provenance)
+    return CheckpointContents(plan.lora, adapter_base(run, runnable), parts, provenance)
 
 
 def save_trained_adapter(
@@ -225,13 +225,14 @@ def save_trained_adapter(
         "calibration_tokens", "bits_per_weight",
     )  # fmt: skip
     card = AdapterCard(
-        base=_base_name(plan),
+        base=_source_name(plan),
         revision=run.config.model.revision,
         metrics=card_metrics(recorder.summary),
         measured_by=describe_protocol(recorder.summary),
         best_step=step if run.config.ckpt.load_best else None,
         has_new_tokens=bool(lora.trainable_token_indices),
         has_tokenizer=tokenizer is not None,
+        has_saved_base=run.config.quant.save or plan.is_packed,
         **{key: getattr(quantization, key) for key in keys},
     )
     run.runtime.comm.run_on_rank0(
@@ -239,6 +240,7 @@ def save_trained_adapter(
             state,
             lora,
             folder,
+            base=adapter_base(run, runnable),
             card=card,
             tokenizer=plan.source.tokenizer_folder,
             generation_config=trained_generation_config(plan, loader),
@@ -246,9 +248,24 @@ def save_trained_adapter(
     )
 
 
-def _base_name(plan: ModelPlan) -> str:
-    """Return the name of the base for the files of an adapter, without secrets.
+def adapter_base(run: Run, runnable: RunnableModel) -> BaseModelRef:
+    """Return the base that the adapter of a run names, for other tools.
 
-    A commit in the name stays: other tools find the base by it.
+    It is the run's `quantized/`, if the run saves one. A local folder is named by its full path,
+    which works in every working directory.
+    """
+    plan, settings = runnable.plan, runnable.settings
+    name, revision = _source_name(plan), run.config.model.revision
+    if run.config.quant.save and settings.modules:
+        name, revision = mask_secrets(os.path.abspath(run.layout.quantized), "commit"), None
+    elif plan.source.kind != "synthetic" and os.path.isdir(os.path.expanduser(name)):
+        name = os.path.abspath(plan.source.path)
+    return BaseModelRef(name, revision, settings.fingerprint, bool(settings.modules))
+
+
+def _source_name(plan: ModelPlan) -> str:
+    """Return the name of the source for the files of an adapter, without secrets.
+
+    A commit in the name stays: other tools find the source by it.
     """
     return mask_secrets(plan.source.name, "commit")

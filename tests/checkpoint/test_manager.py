@@ -17,7 +17,7 @@ from hqqtrain.checkpoint.store import CheckpointStore
 from hqqtrain.common.errors import PreemptedError, UserError
 from hqqtrain.config.infra import CheckpointConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS
-from hqqtrain.formats.peft import BaseModelRef
+from hqqtrain.formats.adapter_base import BaseModelRef
 from hqqtrain.train.trainer import Trainer
 
 

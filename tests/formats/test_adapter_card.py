@@ -27,6 +27,16 @@ def test_the_card_names_base_quantization_and_fingerprint():
     assert "`least_squares`,\ncalibrated on 16,384 tokens of `a.jsonl`; 2.50 bits" in text
 
 
+def test_the_card_says_how_to_load_the_base():
+    text = render_card(CARD)
+    assert 'AutoPeftModelForCausalLM.from_pretrained("<this folder>")' in text
+    assert "quant.save=false" not in text
+    text = render_card(replace(CARD, has_saved_base=False))
+    assert "The run did not save its quantized base (`quant.save=false`)" in text
+    assert "AutoPeft" not in text
+    assert "model.name_or_path=<run directory>" not in text
+
+
 def test_optional_facts_appear_where_they_are_known():
     card = replace(CARD, revision="v1", group_size=None, metrics={"perplexity, trained": 6.32104})
     text = render_card(card)

@@ -10,10 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.formats.adapter_card import AdapterCard
 from hqqtrain.formats.dense import dense_tensors, export_dense
 from hqqtrain.formats.packed import model_tensors
-from hqqtrain.formats.peft import Adapter, load_adapter, save_adapter
+from hqqtrain.formats.peft import Adapter, load_adapter
 from hqqtrain.formats.quantized_settings import read_quantized_settings
 from hqqtrain.models.weights.safetensors import SafetensorsReader
 
@@ -70,8 +69,7 @@ def test_export_from_files(make_trained, tmp_path):
     """The files of quantized/ and adapter/ suffice; no model is built."""
     trained = make_trained()
     folder = trained.save(tmp_path / "quantized", max_shard_bytes=4096)
-    card = AdapterCard("x", trained.settings.fingerprint, 2, 16, 1, "hqq", 4.0)
-    save_adapter(trained.adapter.state, trained.adapter.config, tmp_path / "adapter", card=card)
+    trained.save_adapter(tmp_path / "adapter")
     from_files = replace(trained, settings=read_quantized_settings(folder), source=folder)
     reader, adapter = SafetensorsReader(folder), load_adapter(tmp_path / "adapter")
     tensors = ((name, reader.read(name)) for name in reader.names)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
+from hqqtrain.formats.adapter_base import BaseModelRef
 from hqqtrain.formats.adapter_card import AdapterCard
 from hqqtrain.formats.dense import dense_tensors, export_dense
 from hqqtrain.formats.packed import model_tensors
@@ -34,7 +35,8 @@ def _card(**more) -> AdapterCard:
 
 def _save(trained, folder, **more):
     card = _card(fingerprint=trained.settings.fingerprint, **more)
-    save(trained.adapter.state, trained.adapter.config, folder, card=card)
+    base = BaseModelRef("owner/name", card.revision, card.fingerprint)
+    save(trained.adapter.state, trained.adapter.config, folder, base=base, card=card)
     return folder
 
 
@@ -44,7 +46,7 @@ def test_stock_peft_on_the_dequantized_base_gives_the_same_logits(make_trained, 
     folder = _save(trained, tmp_path / "adapter")
     tensors = dense_tensors(model_tensors(trained.model), trained.settings, dtype=torch.float32)
     export_dense(tensors, tmp_path / "dense", hf_config=trained.hf_config, source=trained.source,
-                 dtype=torch.float32)  # fmt: skip
+                 dtype=torch.float32, base_fingerprint=trained.settings.fingerprint)  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

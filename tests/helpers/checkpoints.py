@@ -7,7 +7,7 @@ from peft import LoraConfig
 
 from hqqtrain.checkpoint.format import write_checkpoint
 from hqqtrain.checkpoint.store import CheckpointStore
-from hqqtrain.formats.peft import BaseModelRef
+from hqqtrain.formats.adapter_base import BaseModelRef
 
 BASE = BaseModelRef("tiny", None, "sha256:00")
 ADAPTER_NAMES = [f"base_model.model.layers.0.q_proj.lora_{matrix}.weight" for matrix in "AB"]

@@ -10,8 +10,9 @@ from peft import get_peft_model, get_peft_model_state_dict
 
 from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.config.quant import QuantConfig
+from hqqtrain.formats.adapter_base import BaseModelRef
 from hqqtrain.formats.packed import fingerprinted, model_tensors, save_quantized
-from hqqtrain.formats.peft import Adapter
+from hqqtrain.formats.peft import Adapter, write_adapter
 from hqqtrain.formats.quantized_settings import QuantizedSettings
 from hqqtrain.models.fqn import base_model
 from hqqtrain.models.source import TINY_FOLDER
@@ -31,6 +32,13 @@ class TrainedModel:
     @property
     def hf_config(self):
         return base_model(self.model).config
+
+    def save_adapter(self, folder: Path, base: str = "owner/name") -> Path:
+        folder.mkdir(parents=True)
+        is_quantized = bool(self.settings.modules)
+        ref = BaseModelRef(base, None, self.settings.fingerprint, is_quantized)
+        write_adapter(folder, self.adapter.state, self.adapter.config, ref)
+        return folder
 
     def save(self, folder: Path, **more) -> Path:
         tensors = model_tensors(self.model)

@@ -98,20 +98,36 @@ def test_another_layout_version_is_refused(make_trained, tmp_path: Path):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("order", ["", "import hqqtrain", "hqqtrain last"])
-def test_without_hqqtrain_it_is_refused(make_trained, tmp_path: Path, order: str):
-    folder = make_trained().save(tmp_path / "quantized")
-    program = [
-        *(["import hqqtrain"] if order == "import hqqtrain" else []),
+def run_program(*lines: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+
+
+def test_without_hqqtrain_folder_and_adapter_are_refused(make_trained, tmp_path: Path):
+    trained = make_trained()
+    folder = trained.save(tmp_path / "quantized")
+    adapter = trained.save_adapter(tmp_path / "adapter", str(folder))
+    done = run_program(
+        "from peft import AutoPeftModelForCausalLM",
         "from transformers import AutoModelForCausalLM",
-        *(["import transformers.quantizers.auto, hqqtrain"] if order == "hqqtrain last" else []),
-        f"AutoModelForCausalLM.from_pretrained({str(folder)!r})",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(program)], capture_output=True, text=True
+        f"for auto, path in ((AutoModelForCausalLM, {str(folder)!r}), "
+        f"(AutoModelForCausalLM, {str(adapter)!r}), (AutoPeftModelForCausalLM, {str(adapter)!r})):",
+        "    try: auto.from_pretrained(path)",
+        "    except RuntimeError as error: print('mismatch' in str(error))",
+        "    else: print('loaded')",
     )
-    assert (done.returncode == 0) == bool(order), done.stderr
-    assert ("size mismatch" in done.stderr) != bool(order)
+    assert done.stdout == "True\n" * 3, done.stderr
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_hqqtrain_may_be_imported_before_or_after(make_trained, tmp_path: Path, is_first: bool):
+    folder = make_trained().save(tmp_path / "quantized")
+    imports = ["import hqqtrain", "import transformers.quantizers.auto"]
+    done = run_program(
+        *imports[:: 1 if is_first else -1],
+        "from transformers import AutoModelForCausalLM",
+        f"AutoModelForCausalLM.from_pretrained({str(folder)!r})",
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.config.quant import QuantConfig
+from hqqtrain.formats.adapter_base import BaseModelRef
 from hqqtrain.formats.manifest import seal
-from hqqtrain.formats.peft import BaseModelRef, write_adapter
+from hqqtrain.formats.peft import write_adapter
 from hqqtrain.loading.initial_adapter import (
     add_adapter,
     initialize_adapters,

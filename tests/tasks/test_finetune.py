@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -50,6 +51,38 @@ def test_what_a_finetune_leaves(make_config, start_run):
     state = json.loads((folder / "checkpoints" / "step-00000002" / "state.json").read_text())
     assert (state["strategy"], state["world_size"], state["step"]) == ("single", 1, 2)
     assert set(state["texts"]) == {"data.source", "eval.source"}
+
+
+def test_the_adapters_of_a_run_name_its_quantized_base(
+    make_config, start_run, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    with start_run(make_config(run={"root": "runs"}, data={"chat_template": "chatml"})) as run:
+        finetune(run)
+    monkeypatch.chdir("/")
+    folder, logits = tmp_path / "runs" / "run", []
+    for adapter in (folder / "adapter", folder / "checkpoints" / "step-00000002"):
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == (
+            str(folder / "quantized"), None,
+        )  # fmt: skip
+        model = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+        logits.append(model(torch.arange(8)[None]).logits)
+    assert torch.equal(*logits)
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "AutoPeftModelForCausalLM" in card
+
+
+def test_without_its_quantized_base_an_adapter_names_the_dense_model(
+    make_config, start_run, tiny_model
+):
+    with start_run(make_config(quant={"save": False})) as run:
+        finetune(run)
+    config = json.loads((run.layout.adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_model)
+    with pytest.raises(UserError, match="trained on the quantized base"):
+        AutoPeftModelForCausalLM.from_pretrained(run.layout.adapter)
+    assert "did not save its quantized base" in (run.layout.adapter / "README.md").read_text()
 
 
 @pytest.fixture

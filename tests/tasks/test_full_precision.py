@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -150,6 +156,8 @@ def test_peft_and_an_export_have_the_logits_of_the_trained_model(
     with torch.no_grad():
         untouched = model(tokens).logits
         adapted = PeftModel.from_pretrained(model, run.layout.adapter).eval()(tokens).logits
+        found = AutoPeftModelForCausalLM.from_pretrained(run.layout.adapter, dtype=torch.float32)
+        assert torch.equal(found.eval()(tokens).logits, adapted)
         torch.testing.assert_close(merged(tokens).logits, adapted, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(adapted, untouched, atol=1e-2)
 
