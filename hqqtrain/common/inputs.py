@@ -7,11 +7,16 @@ files. Nothing reads these, so they do not count.
 import glob
 from pathlib import Path
 
+from hqqtrain.common.packed_folders import HQQ_PICKLE
+
 _MODEL_PATTERNS = (
     "*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "vocab.*", "merges.txt",
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
 """Files of a model's folder that this program or its tokenizer may read."""
+
+_IF_NO_SAFETENSORS = (HQQ_PICKLE,)
+"""Files with the weights of a folder without safetensors files."""
 
 _OTHER_FORMATS = ("consolidated*", "*.fp16*")
 
@@ -27,10 +32,12 @@ def model_files(folder: Path) -> list[str]:
         return [f"quantized/{name}" for name in model_files(packed)] + adapter
     if adapter and not (folder / "config.json").is_file():  # a run that has quantized nothing
         return adapter
+    files = {path for pattern in _MODEL_PATTERNS for path in folder.glob(pattern)}
+    if not any(path.suffix == ".safetensors" for path in files):
+        files |= {path for pattern in _IF_NO_SAFETENSORS for path in folder.glob(pattern)}
     left_out = {path for pattern in _OTHER_FORMATS for path in folder.glob(pattern)}
-    found = {path for pattern in _MODEL_PATTERNS for path in folder.glob(pattern)} - left_out
-    files = (path for path in found if path.is_file() and not path.name.startswith("."))
-    return sorted(str(path.relative_to(folder)) for path in files)
+    found = (p for p in files - left_out if p.is_file() and not p.name.startswith("."))
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 def adapter_files(folder: Path) -> list[str]:

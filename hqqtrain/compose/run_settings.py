@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.common.reading import load_json
+from hqqtrain.common.packed_folders import is_quantized
 from hqqtrain.common.secrets import MASK
 from hqqtrain.compose.messages import check_type
 from hqqtrain.compose.schema import known_keys
@@ -164,7 +164,7 @@ def settings_of_packed_model(config: RunConfig, given: Collection[str]) -> list[
     """Return the keys in `given` that a model which is quantized already does not use."""
     folder = Path(config.model.name_or_path).expanduser()
     run = run_of(config)
-    if not _is_packed(folder) and (run is None or not run.has_quantized):
+    if not is_quantized(folder) and (run is None or not run.has_quantized):
         return []
     return _matching(given, _PACKED)
 
@@ -172,12 +172,3 @@ def settings_of_packed_model(config: RunConfig, given: Collection[str]) -> list[
 def _matching(keys: Collection[str], patterns: Collection[str]) -> list[str]:
     """Return those of `keys` that match a glob."""
     return [key for key in keys if any(fnmatchcase(key, pattern) for pattern in patterns)]
-
-
-def _is_packed(folder: Path) -> bool:
-    """Whether config.json of `folder` says that hqqtrain has quantized the model."""
-    try:
-        config = load_json(folder / "config.json")
-        return config["quantization_config"]["quant_method"] == "hqqtrain"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.models.foreign.registry import open_foreign
 from hqqtrain.models.fqn import base_model, strip_wrappers
-from hqqtrain.models.source import read_config_json
+from hqqtrain.models.source import ModelSource, read_config_json
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.quant.spec import QuantSpec
 from hqqtrain_kernels.layout import LAYOUT_VERSION, Layout
@@ -52,7 +53,11 @@ class ModuleSettings:
     @classmethod
     def from_module(cls, module: HQQLinear) -> "ModuleSettings":
         """Return the settings of a quantized layer."""
-        spec, layout = module.spec, module.layout
+        return cls.from_spec(module.spec, module.layout)
+
+    @classmethod
+    def from_spec(cls, spec: QuantSpec, layout: Layout) -> "ModuleSettings":
+        """Return the settings of a packed weight."""
         return cls(
             nbits=spec.nbits,
             group_size=spec.group_size,
@@ -135,6 +140,23 @@ class QuantizedSettings:
             "fingerprint": self.fingerprint,
             "modules": self.by_module(),
         }
+
+
+def source_settings(source: ModelSource) -> QuantizedSettings:
+    """Read the settings of the quantized weights of `source`.
+
+    Those of another program's weights have an empty fingerprint. It is known once they are loaded.
+
+    Raises:
+        UserError: As in `read_quantized_settings`, or the weights cannot be taken over.
+    """
+    if not source.foreign:
+        return read_quantized_settings(source.path)
+    layers = open_foreign(source.path, source.foreign).layers
+    modules = {
+        name: ModuleSettings.from_spec(each.spec, each.layout) for name, each in layers.items()
+    }
+    return QuantizedSettings(modules, "")
 
 
 def read_quantized_settings(folder: Path) -> QuantizedSettings:

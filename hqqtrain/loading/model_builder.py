@@ -173,7 +173,7 @@ def build_model(
     strategy.shard(model)
     source, reader = plan.source, plan.reader
     if packed:
-        source = replace(source, path=packed, kind="quantized")
+        source = replace(source, path=packed, kind="quantized", foreign=None)
         reader = open_weight_source(source, model, comm.device)
     # Each rank hashes the rows of linear layers that it quantizes or reads, and
     # `_fingerprinted_settings` adds the hashes of all ranks.
@@ -264,7 +264,7 @@ def _fingerprinted_settings(
         merged.merge(rank_total)
     settings = QuantizedSettings.from_model(model)
     settings = replace(settings, fingerprint=merged.hexdigest(settings.by_module()))
-    if source.kind == "quantized":
+    if source.kind == "quantized" and not source.foreign:
         recorded = read_quantized_settings(source.path).fingerprint
         if settings.fingerprint != recorded:
             raise UserError(

@@ -21,7 +21,7 @@ from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.config.groups import AUTO, EvalConfig, ModelConfig
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.runtime import PRECISION_DTYPES, Runtime
-from hqqtrain.formats.quantized_settings import read_quantized_settings
+from hqqtrain.formats.quantized_settings import source_settings
 from hqqtrain.loading.initial_adapter import (
     InitialAdapter,
     add_adapter,
@@ -146,8 +146,8 @@ def plan_model(
     start = load_initial_adapter(
         settings.adapter, source, resumed, linear_shapes(model), expected_shapes(model)
     )
-    if start and source.kind == "quantized":
-        start.adapter.check_base(read_quantized_settings(source.path).fingerprint, start.origin)
+    if start and source.kind == "quantized" and not source.foreign:
+        start.adapter.check_base(source_settings(source).fingerprint, start.origin)
     if start and not resumed and runtime.comm.is_main:
         _log_start(start, source, adapts=settings.adapts)
     packing = None
@@ -227,7 +227,7 @@ def build_dense(
     if not source.trained_token_ids:
         return model
     if source.kind == "quantized":
-        check_head_is_dense(model, read_quantized_settings(source.path).modules)
+        check_head_is_dense(model, source_settings(source).modules)
     return add_embedding_rows(hf_config, model, source.trained_token_ids, dtype)
 
 
@@ -264,8 +264,13 @@ def _replace_linears(
                 f"quant.nbits=null: the weights of model.name_or_path={source.name} are quantized "
                 "already; name the full-precision model, or leave out quant.nbits."
             )
-        settings = read_quantized_settings(source.path)
+        settings = source_settings(source)
         settings.check_model(model, source.path / "config.json")
+        if source.foreign and runtime.comm.is_main:
+            logger.info(
+                "plan: %s are taken over as %s has quantized them",
+                count(len(settings.modules), "linear layer"), source.foreign,
+            )  # fmt: skip
         specs = {name: one.spec for name, one in settings.modules.items()}
         replace_linears(model, specs, **dtypes)
     else:

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.hf_cache import hf_cache_error
+from hqqtrain.common.packed_folders import HQQ_PICKLE
 
 TIMEOUT_SECONDS = 10.0
 """Seconds without an answer after which the hub counts as unreachable."""
@@ -86,7 +87,7 @@ def _snapshot(
     folder = snapshot_download(
         name,
         revision=revision,
-        allow_patterns=_CONFIG_PATTERNS + (["*.safetensors"] if weights else []),
+        allow_patterns=_CONFIG_PATTERNS + (["*.safetensors", HQQ_PICKLE] if weights else []),
         ignore_patterns=_IGNORED_PATTERNS,
         local_files_only=local_files_only,
     )

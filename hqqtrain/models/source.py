@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hqqtrain.common.errors import UserError, did_you_mean
+from hqqtrain.common.packed_folders import FOREIGN_METHODS, OWN_METHOD, quantized_by
 from hqqtrain.common.reading import load_json
 from hqqtrain.common.secrets import MASK
 from hqqtrain.config.groups import ModelConfig
+from hqqtrain.models.foreign.qmodel import converted_folder
 from hqqtrain.models.hub import download_snapshot
 from hqqtrain.rundir.layout import RunLayout
 from hqqtrain.rundir.results import TRAINED_RESULTS, check_results
@@ -30,14 +32,17 @@ class ModelSource:
         name: The name that the user gave. If it is a run that has quantized nothing, the name of
             the model that the run has trained.
         path: The folder.
-        kind: `dense` weights, weights `quantized` by hqqtrain, or `synthetic` weights, which need
-            only the folder's config.json.
+        kind: `dense` weights, `quantized` weights, or `synthetic` weights, which need only the
+            folder's config.json.
         adapter: The folder of the adapter, if `name` is a run's directory that has one.
         lacks_adapter: Whether `name` is the directory of a run that trains an adapter, which is
             missing.
         tokenizer_folder: The folder of a tokenizer to use instead of the model's own.
         trained_token_ids: The ids of its tokens whose embeddings are trained. The model may have no
             rows for them yet.
+        foreign: The format of the `quantized` weights if another program has written them, a key of
+            `hqqtrain.models.foreign.registry.FORMATS`.
+        original: The folder of the model if `path` has a conversion of its weights.
     """
 
     name: str
@@ -47,13 +52,15 @@ class ModelSource:
     lacks_adapter: bool = False
     tokenizer_folder: Path | None = None
     trained_token_ids: tuple[int, ...] = ()
+    foreign: str | None = None
+    original: Path | None = None
 
     @property
     def tokenizer(self) -> Path:
         """The folder of the tokenizer; synthetic models use the bundled one."""
         if self.tokenizer_folder:
             return self.tokenizer_folder
-        return TINY_FOLDER if self.kind == "synthetic" else self.path
+        return TINY_FOLDER if self.kind == "synthetic" else self.original or self.path
 
 
 def resolve_source(model: ModelConfig, *, weights: bool = True) -> ModelSource:
@@ -153,7 +160,7 @@ def _from_folder(name: str, folder: Path) -> ModelSource:
             "was started with quant.save=false. Finish it, or name the original model, with the "
             f"settings of the run and adapter.init_from={run.adapter}."
         )
-    return ModelSource(name, folder, _weights_kind(name, read_config_json(folder)))
+    return _from_model_folder(name, folder)
 
 
 def _full_precision_base(run: RunLayout) -> ModelConfig | None:
@@ -173,23 +180,35 @@ def _full_precision_base(run: RunLayout) -> ModelConfig | None:
     return ModelConfig(**known)
 
 
-def _weights_kind(name: str, config: dict[str, Any]) -> Literal["dense", "quantized"]:
-    """Return the kind of the weights that config.json describes."""
-    quantization = config.get("quantization_config")
-    if quantization is None or quantization == {}:
-        return "dense"
-    if not isinstance(quantization, dict):
+def _from_model_folder(name: str, folder: Path) -> ModelSource:
+    """Return the source in `folder`, whose weights hqqtrain, another program or none quantized."""
+    quantization = read_config_json(folder).get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
         raise UserError(
             f"model.name_or_path={name}: quantization_config={quantization!r} in its config.json "
             "must be an object; remove it if the weights have full precision."
         )
-    method = quantization.get("quant_method")
-    if method != "hqqtrain":
+    method = quantized_by(folder)
+    if method is None or method == OWN_METHOD:
+        return ModelSource(name, folder, "quantized" if method else "dense")
+    if method not in FOREIGN_METHODS:
         raise UserError(
             f"model.name_or_path={name}: its weights are already quantized ({method}); give the "
-            "full-precision model it was made from."
+            "full-precision model it was made from. Weights that can be taken over are those of "
+            f"{', '.join(FOREIGN_METHODS)} (docs/import.md)."
         )
-    return "quantized"
+    converted = converted_folder(folder, read_config_json(folder))
+    original = folder if converted else None
+    return ModelSource(name, converted or folder, "quantized", foreign=method, original=original)
+
+
+def read_quantization_config(folder: Path) -> dict[str, Any]:
+    """Return the `quantization_config` in config.json of `folder`; an empty one if there is none.
+
+    Raises:
+        UserError: config.json is missing or not a JSON object.
+    """
+    return read_config_json(folder).get("quantization_config") or {}
 
 
 def _refuse_revision(model: ModelConfig) -> None:

@@ -12,7 +12,7 @@ Llama-70B, this is 5 s, once.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -49,19 +49,53 @@ def from_hqq(
     Raises:
         ValueError: A shape or dtype differs, or hqq cannot pack this number of rows.
     """
-    rows, columns, meta_shape = _matrix_shapes(layout)
-    dtype, fields = HQQ_PACKINGS[layout.nbits]
+    packed_shape, meta_shape = hqq_shapes(layout)
+    dtype = HQQ_PACKINGS[layout.nbits][0]
     if W_q.dtype != dtype and W_q.is_floating_point():
         W_q = W_q.view(dtype)
-    _check("W_q", W_q, (math.ceil(rows / fields), columns), dtype)
+    _check("W_q", W_q, packed_shape, dtype)
     _check("scale", meta_scale, meta_shape)
     _check("zero", meta_zero, meta_shape)
     packed = W_q.new_empty(layout.units, layout.unit_bytes, dtype=torch.uint8)
     for units in _unit_chunks(layout):
-        codes = _to_units(_read_codes(W_q, layout, *_region(layout, units)), layout)
+        codes = read_hqq_codes(lambda rows, columns: W_q[rows, columns], layout, units)
         packed[units] = pack(codes, layout.nbits)
     our_shape = (layout.units, layout.groups)
     return packed, meta_scale.reshape(our_shape), meta_zero.reshape(our_shape)
+
+
+def read_hqq_codes(read: Callable[[slice, slice], Tensor], layout: Layout, units: slice) -> Tensor:
+    """Read the codes of some units from a weight that hqq has packed, which may be on disk.
+
+    Args:
+        read: Returns the given rows and columns of hqq's W_q, in the shape of `hqq_shapes`.
+        layout: Our layout of the whole weight.
+        units: The units, with a start and a stop.
+
+    Returns:
+        Codes, uint8 [units, unit_codes].
+    """
+    rows, columns = _region(layout, units)
+    (step, _), _ = hqq_shapes(layout)
+    shape = (rows.stop - rows.start, columns.stop - columns.start)
+    codes: Tensor | None = None
+    for shift, packed, unpacked in _field_slices(step, layout.nbits, rows):
+        integers = read(packed, columns)
+        if codes is None:
+            codes = integers.new_empty(shape, dtype=torch.uint8)
+        codes[unpacked] = (integers >> shift) & ((1 << layout.nbits) - 1)
+    assert codes is not None, units
+    return _to_units(codes, layout)
+
+
+def hqq_shapes(layout: Layout) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the shapes of hqq's W_q, and of its scale and zero.
+
+    Raises:
+        ValueError: hqq cannot pack this number of rows.
+    """
+    rows, columns, meta_shape = _matrix_shapes(layout)
+    return (math.ceil(rows / HQQ_PACKINGS[layout.nbits][1]), columns), meta_shape
 
 
 def to_hqq(
@@ -82,14 +116,14 @@ def to_hqq(
     Raises:
         ValueError: A shape or dtype differs, or hqq cannot pack this number of rows.
     """
-    rows, columns, meta_shape = _matrix_shapes(layout)
-    dtype, fields = HQQ_PACKINGS[layout.nbits]
+    packed_shape, meta_shape = hqq_shapes(layout)
+    dtype = HQQ_PACKINGS[layout.nbits][0]
     if W_q.is_floating_point():
         W_q = W_q.view(torch.uint8)
     _check("W_q", W_q, (layout.units, layout.unit_bytes), torch.uint8)
     _check("scale", scale, (layout.units, layout.groups))
     _check("zero", zero, (layout.units, layout.groups))
-    packed = W_q.new_zeros(math.ceil(rows / fields), columns, dtype=dtype)
+    packed = W_q.new_zeros(packed_shape, dtype=dtype)
     for units in _unit_chunks(layout):
         codes = unpack(W_q[units], layout.nbits, layout.unit_codes)
         _write_codes(packed, _to_hqq_matrix(codes, layout), layout, *_region(layout, units))
@@ -144,13 +178,6 @@ def _to_hqq_matrix(codes: Tensor, layout: Layout) -> Tensor:
     """Rearrange codes [units, unit_codes] to a region of hqq's matrix."""
     codes = codes.view(-1, layout.group_size)
     return codes if layout.axis == 1 else codes.t()
-
-
-def _read_codes(W_q: Tensor, layout: Layout, rows: slice, columns: slice) -> Tensor:
-    codes = W_q.new_empty(rows.stop - rows.start, columns.stop - columns.start, dtype=torch.uint8)
-    for shift, packed, unpacked in _field_slices(len(W_q), layout.nbits, rows):
-        codes[unpacked] = (W_q[packed, columns] >> shift) & ((1 << layout.nbits) - 1)
-    return codes
 
 
 def _write_codes(W_q: Tensor, codes: Tensor, layout: Layout, rows: slice, columns: slice) -> None:

@@ -26,6 +26,13 @@ def test_copies_of_the_weights_and_a_downloaders_files_do_not_count(tmp_path):
     assert model_files(tmp_path) == kept
 
 
+def test_weights_of_other_programs_count_if_there_are_no_others(tmp_path):
+    _touch(tmp_path, "config.json", "qmodel.pt", "pytorch_model.bin")
+    assert model_files(tmp_path) == ["config.json", "qmodel.pt"]
+    _touch(tmp_path, "model.safetensors")
+    assert model_files(tmp_path) == ["config.json", "model.safetensors"]
+
+
 def test_a_run_stands_for_its_base_and_its_adapter(tmp_path):
     _touch(tmp_path, "quantized/config.json", "quantized/model.safetensors", "metrics.jsonl",
            "adapter/adapter_config.json", "adapter/README.md", "summary.json")  # fmt: skip

@@ -54,7 +54,7 @@ def test_the_files_of_the_model_and_all_of_its_chat_templates_are_downloaded():
     ]  # fmt: skip
     found = filter_repo_objects(
         [*needed, *others],
-        allow_patterns=[*hub._CONFIG_PATTERNS, "*.safetensors"],
+        allow_patterns=[*hub._CONFIG_PATTERNS, "*.safetensors", "qmodel.pt"],
         ignore_patterns=hub._IGNORED_PATTERNS,
     )
     assert list(found) == needed
@@ -129,7 +129,8 @@ def test_the_revision_and_only_the_needed_files_are_requested(monkeypatch, check
     assert resolve_source(model).path == Path(checkpoint)
     assert (asked["name"], asked["revision"]) == ("owner/name", "v9")
     assert "*.safetensors" in asked["allow_patterns"]
-    assert not any("bin" in pattern or "pt" in pattern for pattern in asked["allow_patterns"])
+    pickles = [p for p in asked["allow_patterns"] if "bin" in p or "pt" in p or "pickle" in p]
+    assert pickles == ["qmodel.pt"]  # hqq's own, which is read with care
     resolve_source(model, weights=False)
     assert "*.safetensors" not in asked["allow_patterns"]
 

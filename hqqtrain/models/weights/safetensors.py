@@ -22,7 +22,7 @@ SINGLE_FILE_NAME = "model.safetensors"
 INDEX_FILE_NAME = "model.safetensors.index.json"
 """The file that lists the tensors of a checkpoint of several files."""
 
-_TORCH_DTYPES = {
+TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
@@ -40,13 +40,13 @@ _COMPARED_ROWS = 1 << 12
 """Rows that are compared at a time to find out whether two tensors are equal."""
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """Where a tensor is stored, and what its file says about it."""
 
     path: Path
     shape: tuple[int, ...]
     dtype_name: str
-    """A key of `_TORCH_DTYPES`."""
+    """A key of `TORCH_DTYPES`."""
 
 
 class SafetensorsReader:
@@ -73,13 +73,18 @@ class SafetensorsReader:
     ) -> None:
         self.folder = Path(folder)
         self.bytes_read, self.prefetch_depth, self._pin_memory = 0, 1, pin_memory
-        self._entries: dict[str, _Entry] = {}
-        for path in _weight_files(self.folder):
-            self._entries |= _read_header(path)
-        _check_index(self.folder, self._entries)
+        self._entries = self._find_entries()
         # Use an alias only where the checkpoint lacks the name.
         own = {name: name for name in self._entries}
         self._match = NameMatch((aliases or {}) | own)
+
+    def _find_entries(self) -> dict[str, Entry]:
+        """Return where each tensor is stored, by its name in the checkpoint."""
+        entries: dict[str, Entry] = {}
+        for path in _weight_files(self.folder):
+            entries |= _read_header(path)
+        _check_index(self.folder, entries)
+        return entries
 
     def use_names(self, match: NameMatch) -> None:
         """Take tensors by the names of `match.stored`, and by no other name."""
@@ -112,14 +117,14 @@ class SafetensorsReader:
     def total_bytes(self) -> int:
         """Bytes of all tensors of the checkpoint."""
         return sum(
-            torch.Size(entry.shape).numel() * _TORCH_DTYPES[entry.dtype_name].itemsize
+            torch.Size(entry.shape).numel() * TORCH_DTYPES[entry.dtype_name].itemsize
             for entry in self._entries.values()
         )
 
     @property
     def has_8_bit_floats(self) -> bool:
         """Whether a tensor of the checkpoint is stored as 8-bit floating-point numbers."""
-        return any(_TORCH_DTYPES[entry.dtype_name] in _READ_AS for entry in self._entries.values())
+        return any(TORCH_DTYPES[entry.dtype_name] in _READ_AS for entry in self._entries.values())
 
     def __contains__(self, name: str) -> bool:
         return self._match.stored.get(name) in self._entries
@@ -128,7 +133,7 @@ class SafetensorsReader:
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        dtype = _TORCH_DTYPES[self._entry(name).dtype_name]
+        dtype = TORCH_DTYPES[self._entry(name).dtype_name]
         return _READ_AS.get(dtype, dtype)
 
     def read(self, name: str, rows: Sequence[slice] | None = None) -> torch.Tensor:
@@ -151,9 +156,9 @@ class SafetensorsReader:
 
     def _read_stored(self, stored_name: str, rows: Sequence[slice] | None) -> torch.Tensor:
         path, shape, dtype_name = self._entries[stored_name]
-        stored_dtype = _TORCH_DTYPES[dtype_name]
+        stored_dtype = TORCH_DTYPES[dtype_name]
         dtype = _READ_AS.get(stored_dtype, stored_dtype)
-        with _open(path) as file:
+        with open_safetensors(path) as file:
             if not shape:  # a scalar has no rows
                 tensor = file.get_tensor(stored_name).to(dtype, copy=True)
             else:
@@ -200,7 +205,7 @@ class SafetensorsReader:
         unused = (name for name in self.names if name not in used)
         return [name for name in unused if 0 not in self._entries[name].shape]
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         if name not in self:
             raise UserError(f"{self.folder}: contains no tensor named {name}.")
         return self._entries[self._match.stored[name]]
@@ -224,10 +229,9 @@ def _weight_files(folder: Path) -> list[Path]:
         )
     if list(folder.glob("*.gguf")):
         raise UserError(
-            f"{folder}: has its weights as GGUF files, which are quantized already. Use the "
-            "repository that they were made from, which has safetensors files; if you have only "
-            "these, convert them with transformers' from_pretrained(..., gguf_file=...) and "
-            "save_pretrained, which dequantizes them."
+            f"{folder}: has its weights as GGUF files. Use the safetensors files they were made "
+            "from, or dequantize them with transformers' from_pretrained(..., gguf_file=...) and "
+            "save_pretrained."
         )
     raise UserError(
         f"{folder}: contains neither {SINGLE_FILE_NAME} nor {INDEX_FILE_NAME}. Only safetensors "
@@ -248,7 +252,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(folder: Path, entries: dict[str, _Entry]) -> None:
+def _check_index(folder: Path, entries: dict[str, Entry]) -> None:
     """Check that every tensor of the index is in the file that the index names."""
     if (folder / SINGLE_FILE_NAME).is_file():
         return
@@ -260,23 +264,23 @@ def _check_index(folder: Path, entries: dict[str, _Entry]) -> None:
             )
 
 
-def _read_header(path: Path) -> dict[str, _Entry]:
+def _read_header(path: Path) -> dict[str, Entry]:
     """Return the entries of a file by tensor name, without reading weights."""
     header = {}
-    with _open(path) as file:
+    with open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             stored = file.get_slice(name)
             dtype_name = stored.get_dtype()
-            if dtype_name not in _TORCH_DTYPES:
+            if dtype_name not in TORCH_DTYPES:
                 raise UserError(
                     f"{path}: {name} has dtype {dtype_name}, which is not supported; use the "
                     "full-precision model that it was made from."
                 )
-            header[name] = _Entry(path, tuple(stored.get_shape()), dtype_name)
+            header[name] = Entry(path, tuple(stored.get_shape()), dtype_name)
     return header
 
 
-def _open(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
     """Open a safetensors file, and raise UserError if it is missing, unreadable or damaged."""
     try:
         return safe_open(path, framework="pt")

@@ -15,6 +15,7 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.models.build import load_hf_config
 from hqqtrain.models.embedding_rows import vocabulary_tensors
 from hqqtrain.models.families.structure import text_config
+from hqqtrain.models.foreign.registry import open_foreign
 from hqqtrain.models.fqn import expected_shapes
 from hqqtrain.models.source import TINY_FOLDER, ModelSource
 from hqqtrain.models.weights.names import match_names, match_packed_names
@@ -53,11 +54,10 @@ def open_weight_source(
             model is smaller than that of the bundled tokenizer.
     """
     if source.kind != "synthetic":
-        reader_class = ResizedReader if source.trained_token_ids else SafetensorsReader
-        reader = reader_class(source.path, pin_memory=device.type == "cuda")
+        reader = _open_reader(source, pin_memory=device.type == "cuda")
         match = match_packed_names if source.kind == "quantized" else match_names
         reader.use_names(match(model, reader.names, reader.have_same_values))
-        if isinstance(reader, ResizedReader):
+        if isinstance(reader, ResizedReader) and source.trained_token_ids:
             reader.resize(vocabulary_tensors(model))
         return reader
     vocab_size = text_config(model).vocab_size
@@ -72,6 +72,14 @@ def open_weight_source(
     deviation = getattr(text_config(model), "initializer_range", 0.02)
     shapes = expected_shapes(model, packed=False)
     return SyntheticReader(shapes, dtype, device, deviation=deviation)
+
+
+def _open_reader(source: ModelSource, *, pin_memory: bool) -> SafetensorsReader:
+    """Open the reader of the files of `source`."""
+    if source.foreign:
+        return open_foreign(source.path, source.foreign, pin_memory=pin_memory)
+    reader_class = ResizedReader if source.trained_token_ids else SafetensorsReader
+    return reader_class(source.path, pin_memory=pin_memory)
 
 
 class SyntheticReader:

@@ -1,0 +1,65 @@
+"""Find out which program has quantized the model in a folder, from names alone, without torch."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+from hqqtrain.common.reading import load_json, parse_json, read_json
+
+OWN_METHOD = "hqqtrain"
+"""Our own `quant_method` in config.json."""
+
+FOREIGN_METHODS = ("hqq",)
+"""The formats of other programs that can be read."""
+
+HQQ_PICKLE = "qmodel.pt"
+"""The file with the weights in hqq's own format."""
+
+_METHOD_BY_ENDING = {".W_q": "hqq"}
+"""Endings of the names of tensors that only one format has."""
+
+_MAX_HEADER_BYTES = 100_000_000
+"""Largest header of a safetensors file, as the format defines it."""
+
+
+def quantized_by(folder: Path) -> str | None:
+    """Return the `quant_method` of the model in `folder`; None if its weights look dense.
+
+    Some programs do not record their method in config.json. Their tensors have names of their own.
+    A folder that cannot be read looks dense.
+    """
+    config = read_json(folder / "config.json").get("quantization_config")
+    if isinstance(config, dict) and config:
+        method = config.get("quant_method")
+        return str(method).lower()
+    names = _tensor_names(folder)
+    if names is None:
+        return "hqq" if (folder / HQQ_PICKLE).is_file() else None
+    for ending, method in _METHOD_BY_ENDING.items():
+        if any(name.endswith(ending) for name in names):
+            return method
+    return None
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the model in `folder` has weights that are loaded as they are quantized."""
+    return quantized_by(folder) in (OWN_METHOD, *FOREIGN_METHODS)
+
+
+def _tensor_names(folder: Path) -> list[str] | None:
+    """Return the names of the tensors in safetensors files; None if there is no such file."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    try:
+        if single.is_file():
+            return list(_header(single))
+        return list(load_json(index)["weight_map"]) if index.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        return []
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Return the header of a safetensors file."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = parse_json(file.read(min(length, _MAX_HEADER_BYTES)))
+    return header if isinstance(header, dict) else {}

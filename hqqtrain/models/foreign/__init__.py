@@ -1,0 +1,1 @@
+"""Models that other programs have quantized, taken over code by code."""

@@ -1,0 +1,104 @@
+"""Convert `qmodel.pt`, hqq's own file, to the safetensors form, once, in the user's cache.
+
+The file is a pickle. A child process reads it (`unpickle.py`), which can neither run code of the
+file nor use more than a bounded amount of memory and time. The result is kept in the user's cache
+under the digest of the file, complete or absent.
+"""
+
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hqqtrain.common.cache_entry import is_complete_entry, lock_entry, lock_path
+from hqqtrain.common.digest import cache_folder, content_digest
+from hqqtrain.common.errors import UserError
+from hqqtrain.common.files import atomic_directory, atomic_write_json
+from hqqtrain.common.packed_folders import HQQ_PICKLE
+
+FREE_BYTES = 1 << 30
+"""Memory that the child process may use in addition to multiples of the size of the file."""
+
+CPU_SECONDS_PER_GIB, FREE_CPU_SECONDS = 60, 60
+"""Time that the child process may compute, by the size of the file and in any case."""
+
+_POLL_SECONDS = 0.2
+
+
+def converted_folder(folder: Path, config_json: Mapping[str, Any]) -> Path | None:
+    """Return the folder with the weights of `folder`/qmodel.pt as safetensors.
+
+    Args:
+        folder: The folder of a model that hqq has quantized.
+        config_json: Its config.json, which the result gets, too.
+
+    Returns:
+        A folder of the user's cache; None if `folder` itself has safetensors files.
+
+    Raises:
+        UserError: The file cannot be converted, or the cache cannot be written to.
+    """
+    file = folder / HQQ_PICKLE
+    if any(folder.glob("*.safetensors")) or not file.is_file():
+        return None
+    _check_zip(file)
+    digest = content_digest(folder, [HQQ_PICKLE, "config.json"]).removeprefix("sha256:")
+    cache = cache_folder() / "converted"
+    entry = cache / f"{folder.resolve().name}-{digest[:24]}"
+    where = f"HQQTRAIN_CACHE={cache_folder()}"
+    if is_complete_entry(entry, "config.json", where):
+        return entry
+    while (lock := lock_entry(lock_path(entry), where)) is None:
+        time.sleep(_POLL_SECONDS)
+    with lock:
+        if not is_complete_entry(entry, "config.json", where):
+            with atomic_directory(entry) as partial:
+                _convert(file, partial)
+                atomic_write_json(partial / "config.json", config_json)
+    return entry
+
+
+def _check_zip(file: Path) -> None:
+    """Check that the file is a zip whose parts are not compressed, as torch.save writes it.
+
+    Raises:
+        UserError: It is not. Its parts could be far larger than the file.
+    """
+    try:
+        with zipfile.ZipFile(file) as parts:
+            is_plain = all(part.compress_type == zipfile.ZIP_STORED for part in parts.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        reason = "it is not a complete file of torch.save"
+        raise UserError(_message(file, reason)) from error
+    if not is_plain:
+        raise UserError(_message(file, "its parts are compressed, as torch.save never does it"))
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Run the child process.
+
+    Raises:
+        UserError: It fails. The message has the last line that it has written.
+    """
+    size = file.stat().st_size
+    command = [sys.executable, "-P", str(Path(__file__).with_name("unpickle.py"))]
+    limits = [str(FREE_BYTES + 3 * size), str(FREE_BYTES + 2 * size),
+              str(FREE_CPU_SECONDS + CPU_SECONDS_PER_GIB * (size >> 30))]  # fmt: skip
+    command += [str(file), str(folder), *limits]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if result.returncode < 0:
+        reason = f"signal {-result.returncode}"
+        raise UserError(_message(file, f"its reader was stopped or has crashed ({reason})"))
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        raise UserError(_message(file, lines[-1][:300]))
+
+
+def _message(file: Path, reason: str) -> str:
+    return (
+        f"{file}: cannot be read as the weights that hqq's save_quantized writes: {reason}. Save "
+        "the model again with hqq, or use its safetensors form (save_to_safetensors)."
+    )
