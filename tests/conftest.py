@@ -23,7 +23,7 @@ if not HAS_GPU:
 
         fast_interpreter.speed_up()
 
-pytest_plugins = ["random_models", "quantized_models", "tiny_runs"]
+pytest_plugins = ["random_models", "quantized_models", "exports", "tiny_runs"]
 
 MARKED_FOLDERS = ("e2e", "slurm")
 LONG_FIRST = (

@@ -27,7 +27,11 @@ USED_KEYS = {
         *_EVERY_TASK, "adapter.init_from", "adapter.dtype", "data", "data.*", "eval", "eval.*",
         "train.max_seq_len", "train.micro_batch_size",
     ),
-    "export": (*_EVERY_TASK, "adapter.init_from", "adapter.dtype", "export", "export.*"),
+    "export": (
+        *_EVERY_TASK, "adapter.init_from", "adapter.dtype", "export", "export.*", "data", "data.*",
+        "eval.source", "eval.tokens", "eval.protocol", "train.max_seq_len",
+        "train.micro_batch_size",
+    ),
     "data": (
         "task", "recipe", "model", "model.*", "data", "data.*", "eval.source", "eval.tokens",
         "eval.protocol", "train.max_seq_len", "train.packing", "launch", "launch.*", "run", "run.*",
@@ -41,7 +45,7 @@ UNUSED_KEYS = {
     "finetune": ("export", "export.*", "data.show"),
     "quantize": _TRAINING_ONLY,
     "eval": (*_TRAINING_ONLY, "quant.save", "data.show"),
-    "export": (*_TRAINING_ONLY, "quant.save"),
+    "export": (*_TRAINING_ONLY, "quant.save", "data.show"),
     "data": (),
 }
 """Globs of keys that each task does not use although `USED_KEYS` covers their group."""
@@ -85,7 +89,7 @@ def used_settings(config: RunConfig, keys: Collection[str]) -> list[str]:
 
 def _is_used(key: str, config: RunConfig) -> bool:
     used, unused = USED_KEYS[config.task], UNUSED_KEYS[config.task]
-    if config.quant.calibrates and config.task in ("quantize", "export"):
+    if config.quant.calibrates and config.task == "quantize":
         used, unused = (*used, *_OF_CALIBRATION), (*unused, "data.show")
     return _matches(key, used) and not _matches(key, unused)
 

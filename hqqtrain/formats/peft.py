@@ -78,8 +78,12 @@ class Adapter:
 
     def delta(self, module: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return what merging adds to a weight: scaling * B A, fp32 [out_features, in_features]."""
-        A, B = (self.state[f"{_PREFIX}{module}.lora_{x}.weight"].to(device).float() for x in "AB")
+        A, B = (self.matrix(module, name).to(device) for name in "AB")
         return self.scaling(module) * (B @ A)
+
+    def matrix(self, module: str, name: str) -> torch.Tensor:
+        """Return A [r, in_features] or B [out_features, r] of a module, fp32; `name` is A or B."""
+        return self.state[f"{_PREFIX}{module}.lora_{name}.weight"].float()
 
     @property
     def tokens(self) -> dict[str, list[int]]:

@@ -206,12 +206,26 @@ class TrainMetrics(JsonObject):
 
 @dataclass(frozen=True)
 class ExportMetrics(JsonObject):
-    """The `export` part. `bytes` counts the safetensors files; `adapter` says if one was merged."""
+    """The `export` part.
+
+    `bytes` counts the files of weights; `adapter` says if one was merged, and `adapter_form` what
+    else became of it. `exact`, `rounded` and `approximate` count layers, `max_error` is in steps of
+    a group, and `kl` is the divergence to the quantized model in nats per token; see
+    `hqqtrain.formats.comparison`.
+    """
 
     format: str | None = None
     dtype: str | None = None
     bytes: int | None = None
     adapter: bool | None = None
+    adapter_form: str | None = None
+    bits_per_weight: float | None = None
+    exact: int | None = None
+    rounded: int | None = None
+    approximate: int | None = None
+    max_error: float | None = None
+    relative_error: float | None = None
+    kl: float | None = None
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies.check import RuntimeSettings
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.data import show_data
+from hqqtrain.tasks.export import export
 from hqqtrain.tasks.finetune import finetune
-from hqqtrain.tasks.inference import evaluate, export, quantize
+from hqqtrain.tasks.inference import evaluate, quantize
 from hqqtrain.tasks.recorder import RunRecorder
 from hqqtrain.tasks.resources import translate_resource_errors, workload_of
 from hqqtrain.tracking.console import setup_logging

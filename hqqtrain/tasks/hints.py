@@ -7,22 +7,37 @@ import sys
 from pathlib import Path
 
 from hqqtrain.rundir.layout import RunLayout
-from hqqtrain.rundir.schema import Summary
+from hqqtrain.rundir.schema import ExportMetrics, Summary
 
 
 def usage_hints(summary: Summary, layout: RunLayout) -> list[str]:
     """Return lines that say how to use what a run has exported or trained."""
-    if summary.export is not None and summary.export.format == "dense":
-        folder = str(layout.export)
-        return [f"load it: transformers.AutoModelForCausalLM.from_pretrained({folder!r})"]
     if summary.export is not None:
-        return [f"use it: {_model_argument(layout.export)}"]
+        return [_export_hint(summary.export, layout.export)]
     has_base = layout.has_quantized or (summary.quantize and summary.quantize.nbits is None)
     if summary.train is not None and layout.has_adapter and has_base:
         python = "python" if shutil.which("python") == sys.executable else sys.executable
         command = f"{shlex.quote(python)} -m hqqtrain task=export {_model_argument(layout.folder)}"
         return [f"merge the adapter into a model that any tool can load: {command}"]
     return []
+
+
+def _export_hint(export: ExportMetrics, folder: Path) -> str:
+    """Return how to load what was exported."""
+    path = shlex.quote(str(folder))
+    adapter = path + "/adapter" if export.adapter_form == "separate" else ""
+    served = f" --enable-lora --lora-modules trained={adapter}" if adapter else ""
+    hints = {
+        "packed": f"use it: {_model_argument(folder)}",
+        "hqq": "load it with transformers 4.57 and hqq: "
+        f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})",
+        "mlx": f"run it: mlx_lm.generate --model {path}"
+        + (f" --adapter-path {adapter}" if adapter else "") + " --prompt ...",
+        "humming": f"serve it: vllm serve {path}{served}",
+        "compressed-tensors": f"serve it: vllm serve {path}{served}",
+    }  # fmt: skip
+    dense = f"load it: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    return hints.get(export.format or "", dense)
 
 
 def _model_argument(folder: Path) -> str:

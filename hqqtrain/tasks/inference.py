@@ -1,9 +1,7 @@
-"""The tasks that train nothing: quantize, eval and export."""
+"""The tasks that only measure: quantize and eval."""
 
 import logging
 
-from hqqtrain.formats.base import ModelExport
-from hqqtrain.formats.registry import FORMATS
 from hqqtrain.loading.model_builder import wrap_for_execution
 from hqqtrain.loading.plan import plan_model
 from hqqtrain.loading.source_digest import digest_source
@@ -53,34 +51,3 @@ def evaluate(run: Run) -> None:
     if plan.initial_adapter:
         evaluation.evaluate_as("final", adapted=True)
         run_harness(run, runnable, harness, "final", adapted=True)
-
-
-def export(run: Run) -> None:
-    """Write the model in `export.format`: dense with the adapter merged in, or packed."""
-    export_format = FORMATS[run.config.export.format]
-    with run.runtime.comm.raise_on_all_ranks():
-        plan = plan_model(plan_settings(run.config), run.runtime)
-        adapter = plan.initial_adapter
-        export_format.check_adapter(adapter.folder if adapter else None)
-        check_fits_run(run, plan)
-    loaded = load_or_quantize(run, plan, calibration=load_calibration(run, plan))
-    model = ModelExport(
-        model=loaded.model,
-        settings=loaded.settings,
-        hf_config=plan.hf_config,
-        tokenizer=plan.source.tokenizer,
-        source_dtype=plan.source_dtype,
-        adapter=adapter.adapter if adapter else None,
-        adapter_folder=adapter.folder if adapter else None,
-        dtype=run.runtime.dtype,
-        device=run.runtime.device,
-        comm=run.runtime.comm,
-    )
-    if run.config.export.format == "dense" and run.runtime.comm.is_main:
-        logger.info(
-            "export.format=dense: weights are written as %s, because train.precision=%s; to choose "
-            "the dtype, set train.precision=fp32 or bf16",
-            run.runtime.precision, run.config.train.precision,
-        )  # fmt: skip
-    export_format.write(model, run.layout.export)
-    run.recorder.record_export(is_merged=adapter is not None)

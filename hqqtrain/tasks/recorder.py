@@ -25,7 +25,7 @@ from hqqtrain.loading.model_builder import LoadedModel
 from hqqtrain.report.live import LiveReport
 from hqqtrain.report.samples import Sample
 from hqqtrain.rundir.directory import RunDirectory
-from hqqtrain.rundir.schema import LAYER_ERROR_PREFIX, MODEL_NAMES, TASK_FACTS
+from hqqtrain.rundir.schema import LAYER_ERROR_PREFIX, MODEL_NAMES, TASK_FACTS, ExportMetrics
 from hqqtrain.tasks.finalize import finalize_failure, finalize_success
 from hqqtrain.tasks.previous_run import PreviousRun
 from hqqtrain.tasks.progress import ProgressBars
@@ -226,14 +226,10 @@ class RunRecorder:
         """
         self.summary.add_training(state, sum(map(global_numel, parameters)))
 
-    def record_export(self, *, is_merged: bool) -> None:
-        """Add export/ to the summary, now that it is written.
-
-        Args:
-            is_merged: Whether an adapter was merged into it.
-        """
+    def record_export(self, metrics: ExportMetrics) -> None:
+        """Add export/ to the summary, now that it is written."""
         if self.is_main:
-            self.summary.add_export(self.directory.layout.export, self.config, is_merged=is_merged)
+            self.summary.add_export(metrics)
 
     def record_reference_bytes(self, bytes_read: int) -> None:
         """Add the bytes read for the full-precision reference model to the summary."""

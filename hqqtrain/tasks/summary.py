@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, replace
-from pathlib import Path
 from typing import Any
 
 from hqqtrain.common.secrets import mask_secrets
@@ -181,27 +180,16 @@ class RunSummary:
         )
         self.content = replace(self.content, train=training)
 
-    def add_export(self, folder: Path, config: RunConfig, *, is_merged: bool) -> None:
-        """Add the export that was written to `folder`.
-
-        Args:
-            folder: The folder of the export.
-            config: The configuration of the run.
-            is_merged: Whether an adapter was merged into the weights.
-        """
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        is_dense = config.export.format == "dense"
-        dtype = str(self._runtime.dtype).removeprefix("torch.") if is_dense else None
-        self.content = replace(
-            self.content, export=ExportMetrics(config.export.format, dtype, size, is_merged)
+    def add_export(self, metrics: ExportMetrics) -> None:
+        """Add what was exported."""
+        self.content = replace(self.content, export=metrics)
+        shown = metrics.dtype if metrics.format == "dense" else metrics.format
+        what = {"merge": ", adapter merged", "separate": ", adapter separate"}
+        name = f"export ({shown}{what.get(metrics.adapter_form or '', '')})"
+        gib = (metrics.bytes or 0) / GIB
+        self._rows["export"] = ResultRow(
+            name, kl=metrics.kl, bits_per_weight=metrics.bits_per_weight, gib=gib
         )
-        bits = (
-            8.0 * self._runtime.dtype.itemsize
-            if is_dense
-            else self._rows["quantized"].bits_per_weight
-        )
-        form = f"{dtype}, adapter merged" if is_merged else dtype or "packed"
-        self._rows["export"] = ResultRow(f"export ({form})", bits_per_weight=bits, gib=size / GIB)
 
     def add_data(self, metrics: DataMetrics) -> None:
         """Add the figures of the data."""

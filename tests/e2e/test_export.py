@@ -83,14 +83,6 @@ def test_the_packed_export_is_the_quantized_base(folders: dict[str, Path], tmp_p
         assert torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
-def test_a_packed_export_does_not_drop_the_adapter_of_a_run(folders: dict[str, Path], tmp_path):
-    words = ("task=export", "export.format=packed", f"model.name_or_path={folders['run']}")
-    refused = run(*SMALL, *words, root=tmp_path / "runs")
-    assert refused.code == 2
-    assert "export.format=packed: would leave out the adapter in" in refused.output
-    assert not refused.root.exists() or not list(refused.root.glob("*/export"))
-
-
 def test_weights_of_a_finished_export_are_written_again_or_refused(folders: dict[str, Path]):
     weights = folders["merged"] / "model.safetensors"
     content, root = weights.read_bytes(), folders["merged"].parents[1]

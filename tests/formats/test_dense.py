@@ -10,24 +10,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.formats.dense import dense_tensors, export_dense
+from hqqtrain.formats.base import ModelExport
+from hqqtrain.formats.dense import dense_tensors
 from hqqtrain.formats.packed import model_tensors
 from hqqtrain.formats.peft import Adapter, load_adapter
-from hqqtrain.formats.quantized_settings import read_quantized_settings
-from hqqtrain.models.weights.safetensors import SafetensorsReader
+from hqqtrain.formats.targets.dense import DenseFormat
 
 TOKENS = torch.arange(24).view(2, 12)
 
 
-def _export(trained, folder, *, tensors=None, adapter=True, dtype=torch.float32, **more):
-    stream = dense_tensors(
-        tensors or model_tensors(trained.model),
-        trained.settings,
-        trained.adapter if adapter is True else adapter,
-        dtype=dtype,
-    )
-    export_dense(stream, folder, hf_config=trained.hf_config, source=trained.source, dtype=dtype,
-                 **more)  # fmt: skip
+def _export(trained, folder, *, adapter=True, dtype=torch.float32, **more):
+    export = ModelExport(
+        model=trained.model, settings=trained.settings, hf_config=trained.hf_config,
+        tokenizer=trained.source, source_dtype=lambda name: None, adapter_form="merge",
+        adapter=trained.adapter if adapter is True else adapter, dtype=dtype, **more,
+    )  # fmt: skip
+    DenseFormat().write(export, folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
@@ -65,17 +63,11 @@ def test_export_without_an_adapter_is_the_base(make_trained, tmp_path):
         torch.testing.assert_close(dense(TOKENS).logits, trained.model(TOKENS).logits)
 
 
-def test_export_from_files(make_trained, tmp_path):
-    """The files of quantized/ and adapter/ suffice; no model is built."""
+def test_an_export_has_several_files_and_a_tokenizer(make_trained, tmp_path):
     trained = make_trained()
-    folder = trained.save(tmp_path / "quantized", max_shard_bytes=4096)
     trained.save_adapter(tmp_path / "adapter")
-    from_files = replace(trained, settings=read_quantized_settings(folder), source=folder)
-    reader, adapter = SafetensorsReader(folder), load_adapter(tmp_path / "adapter")
-    tensors = ((name, reader.read(name)) for name in reader.names)
-    dense = _export(
-        from_files, tmp_path / "dense", adapter=adapter, tensors=tensors, max_shard_bytes=10_000
-    )
+    adapter = load_adapter(tmp_path / "adapter")
+    dense = _export(trained, tmp_path / "dense", adapter=adapter, max_shard_bytes=10_000)
     torch.testing.assert_close(dense(TOKENS).logits, trained.model(TOKENS).logits)
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 2
     assert AutoTokenizer.from_pretrained(tmp_path / "dense").vocab_size == 4096

@@ -19,10 +19,10 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.formats.adapter_base import BaseModelRef
 from hqqtrain.formats.adapter_card import AdapterCard
-from hqqtrain.formats.dense import dense_tensors, export_dense
-from hqqtrain.formats.packed import model_tensors
+from hqqtrain.formats.base import ModelExport
 from hqqtrain.formats.peft import load_adapter
 from hqqtrain.formats.peft import save_adapter as save
+from hqqtrain.formats.targets.dense import DenseFormat
 
 TOKENS = torch.arange(24).view(2, 12)
 
@@ -44,9 +44,11 @@ def _save(trained, folder, **more):
 def test_stock_peft_on_the_dequantized_base_gives_the_same_logits(make_trained, tmp_path, kind):
     trained = make_trained("qwen2", adapter=AdapterConfig(kind=kind, r=4, alpha=8, dropout=0.1))
     folder = _save(trained, tmp_path / "adapter")
-    tensors = dense_tensors(model_tensors(trained.model), trained.settings, dtype=torch.float32)
-    export_dense(tensors, tmp_path / "dense", hf_config=trained.hf_config, source=trained.source,
-                 dtype=torch.float32, base_fingerprint=trained.settings.fingerprint)  # fmt: skip
+    export = ModelExport(
+        model=trained.model, settings=trained.settings, hf_config=trained.hf_config,
+        tokenizer=trained.source, source_dtype=lambda name: None,
+    )  # fmt: skip
+    DenseFormat().write(export, tmp_path / "dense")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

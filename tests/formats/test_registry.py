@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 from hqqtrain.common.errors import UserError
 from hqqtrain.config import export
 from hqqtrain.formats.base import ModelExport
+from hqqtrain.formats.manifest import check_sealed
 from hqqtrain.formats.packed import model_tensors, placeholders
+from hqqtrain.formats.peft import load_adapter
 from hqqtrain.formats.quantized_settings import read_quantized_settings
-from hqqtrain.formats.registry import FORMATS
+from hqqtrain.formats.registry import FORMATS, check_format
 
 TOKENS = torch.arange(24).view(2, 12)
 
@@ -33,7 +35,7 @@ def test_the_configuration_allows_the_registered_formats():
 
 def test_dense_merges_the_adapter(make_trained, tmp_path):
     trained = make_trained()
-    FORMATS["dense"].write(_model_export(trained), tmp_path / "export")
+    FORMATS["dense"].write(_model_export(trained, adapter_form="merge"), tmp_path / "export")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto").eval()
     torch.testing.assert_close(dense(TOKENS).logits, trained.model(TOKENS).logits)
 
@@ -57,9 +59,45 @@ def test_packed_keeps_the_dtype_of_the_source(make_trained, tmp_path):
     assert written["model.embed_tokens.weight"].dtype == torch.float32
 
 
-def test_a_format_without_adapters_refuses_one(tmp_path):
-    FORMATS["packed"].check_adapter(None)
-    FORMATS["dense"].check_adapter(tmp_path / "adapter")
-    message = f"export.format=packed: would leave out the adapter in {tmp_path / 'adapter'}. Use"
+def test_a_packed_export_has_the_adapter_beside_it(make_trained, tmp_path):
+    trained = make_trained()
+    export = _model_export(trained, adapter_form="separate", adapter_folder=trained.source)
+    FORMATS["packed"].write(export, tmp_path / "export")
+    check_sealed(tmp_path / "export")
+    adapter = load_adapter(tmp_path / "export" / "adapter")
+    assert adapter.fingerprint == trained.settings.fingerprint
+    assert adapter.config.base_model_name_or_path == str(tmp_path / "export")
+    assert all(torch.equal(adapter.state[k], v) for k, v in trained.adapter.state.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "has_adapter", "form"),
+    [
+        ("dense", "auto", True, "merge"), ("dense", "separate", True, "separate"),
+        ("dense", "auto", False, "none"), ("packed", "auto", True, "separate"),
+        ("mlx", "none", True, "none"),
+    ],
+)  # fmt: skip
+def test_the_form_of_the_adapter(tmp_path, name, asked, has_adapter, form):
+    assert FORMATS[name].adapter_form(asked, tmp_path if has_adapter else None) == form
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "has_adapter", "message"),
+    [
+        ("packed", "merge", True, "export.adapter=merge: export.format=packed allows separate"),
+        ("dense", "merge", False, "export.adapter=merge: the model has no adapter"),
+    ],
+)
+def test_a_form_that_is_not_possible_is_refused(tmp_path, name, asked, has_adapter, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        FORMATS["packed"].check_adapter(tmp_path / "adapter")
+        FORMATS[name].adapter_form(asked, tmp_path if has_adapter else None)
+
+
+def test_a_format_that_cannot_hold_the_model_names_those_that_can(make_trained):
+    trained = make_trained(axis=0, group_size=16)
+    with pytest.raises(UserError) as error:
+        check_format("mlx", trained.settings, trained.hf_config)
+    message = str(error.value)
+    assert "quant.axis=0" in message
+    assert message.endswith("Use dense, packed, hqq, or quantize with other settings.")

@@ -54,8 +54,10 @@ def make_trained(make_model, tmp_path) -> Callable[..., TrainedModel]:
     """Return a function that makes a `TrainedModel` and saves its dense source and a tokenizer."""
 
     def make(kind: str = "llama", *, tied: bool = False, adapter: AdapterConfig | None = None,
-             storage: torch.dtype = torch.uint8, **quant) -> TrainedModel:  # fmt: skip
-        model, source = make_model(kind, tie_word_embeddings=tied), tmp_path / "source"
+             storage: torch.dtype = torch.uint8, sizes: dict | None = None,
+             **quant) -> TrainedModel:  # fmt: skip
+        model = make_model(kind, tie_word_embeddings=tied, **sizes or {})
+        source = tmp_path / "source"
         model.save_pretrained(source)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (source / name).write_bytes((TINY_FOLDER / name).read_bytes())

@@ -22,7 +22,7 @@ from hqqtrain.models.source import ModelSource
 from hqqtrain.models.weights.synthetic import open_weight_source
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.replace import output_head_name
-from hqqtrain.tasks.inference import export
+from hqqtrain.tasks.export import export
 from hqqtrain.tasks.model import plan_settings
 
 OWN_HEAD = {"lm_head.weight": torch.linspace(-0.5, 0.5, 96 * 32).view(96, 32)}

@@ -26,8 +26,9 @@ from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.lora import init_adapters
 from hqqtrain.rundir.schema import MODEL_NAMES
 from hqqtrain.tasks.evaluation import RecordedEvaluation
+from hqqtrain.tasks.export import export
 from hqqtrain.tasks.finetune import finetune
-from hqqtrain.tasks.inference import evaluate, export, quantize
+from hqqtrain.tasks.inference import evaluate, quantize
 from hqqtrain.tasks.model import plan_settings
 from hqqtrain.tasks.resources import workload_of
 from hqqtrain.train.optimizer import LearningRateSchedule

@@ -15,9 +15,9 @@ from hqqtrain.data.chat.library import chat_template_source
 from hqqtrain.data.loader import PackedLoader
 from hqqtrain.data.packing import pack_examples
 from hqqtrain.models.source import TINY_FOLDER
+from hqqtrain.tasks.export import export
 from hqqtrain.tasks.finetune import finetune
 from hqqtrain.tasks.generation_config import trained_generation_config
-from hqqtrain.tasks.inference import export
 
 EOS, END = 0, 4096
 """The ids of EOS, and of `<|im_end|>`, which is added to the tokenizer."""

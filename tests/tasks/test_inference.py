@@ -15,8 +15,9 @@ from hqqtrain.config.run import RunConfig
 from hqqtrain.formats.quantized_settings import read_quantized_settings
 from hqqtrain.loading.model_builder import wrap_for_execution
 from hqqtrain.loading.plan import plan_model
+from hqqtrain.tasks.export import export
 from hqqtrain.tasks.finetune import finetune
-from hqqtrain.tasks.inference import evaluate, export, quantize
+from hqqtrain.tasks.inference import evaluate, quantize
 from hqqtrain.tasks.model import load_or_quantize, plan_settings
 from hqqtrain.tasks.resources import workload_of
 
@@ -93,10 +94,8 @@ def test_eval_without_an_adapter_has_no_row_for_one(run_task):
     assert rows == ["full precision", "quantized"]
 
 
-def test_export_merges_the_adapter_and_names_its_dtype(run_task, trained: Path, caplog):
-    with caplog.at_level(logging.INFO, logger="hqqtrain"):
-        run = run_task("export", model={"name_or_path": str(trained)})
-    assert "weights are written as fp32, because train.precision=fp32;" in caplog.text
+def test_export_merges_the_adapter(run_task, trained: Path):
+    run = run_task("export", model={"name_or_path": str(trained)})
     merged = AutoModelForCausalLM.from_pretrained(run.layout.export, dtype=torch.float32)
     base = run_task("export", model={"name_or_path": str(trained / "quantized")})
     plain = AutoModelForCausalLM.from_pretrained(base.layout.export, dtype=torch.float32)
@@ -105,16 +104,15 @@ def test_export_merges_the_adapter_and_names_its_dtype(run_task, trained: Path, 
         assert not torch.equal(merged(tokens).logits, plain(tokens).logits)
 
 
-def test_a_packed_export_has_no_place_for_an_adapter(run_task, trained: Path):
+def test_a_packed_export_has_the_adapter_beside_the_base(run_task, trained: Path):
     packed = {"format": "packed"}
-    with pytest.raises(UserError, match=r"export\.format=packed: would leave out the adapter"):
-        run_task("export", model={"name_or_path": str(trained)}, export=packed)
-    run = run_task("export", model={"name_or_path": str(trained / "quantized")}, export=packed)
+    run = run_task("export", model={"name_or_path": str(trained)}, export=packed)
     ours, theirs = (
         read_quantized_settings(run.layout.export),
         read_quantized_settings(trained / "quantized"),
     )
     assert ours == theirs
+    assert (run.layout.export / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_only_a_training_uses_trackers(run_task, trained: Path, monkeypatch):
@@ -146,7 +144,9 @@ def test_an_export_says_what_it_wrote(run_task, trained: Path, capsys, monkeypat
     packed = run_task(
         "export", model={"name_or_path": str(trained / "quantized")}, export={"format": "packed"}
     )
-    assert packed.recorder.summary.content.export.to_json().keys() == {"format", "bytes", "adapter"}
+    metrics = packed.recorder.summary.content.export
+    assert (metrics.format, metrics.adapter) == ("packed", False)
+    assert (metrics.max_error, metrics.kl) == (0, None)
     assert f"model.name_or_path={packed.layout.export}" in capsys.readouterr().out
 
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.models.source import TINY_FOLDER
+from hqqtrain.tasks.export import export
 from hqqtrain.tasks.finetune import finetune
-from hqqtrain.tasks.inference import evaluate, export
+from hqqtrain.tasks.inference import evaluate
 
 CHAT = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That, {}."}]
 TOKENS = ["<|im_start|>", "<|im_end|>"]

@@ -1,0 +1,1 @@
+"""The export formats of other programs, one file for each."""
