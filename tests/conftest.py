@@ -25,7 +25,10 @@ if not HAS_GPU:
 
 pytest_plugins = ["random_models", "quantized_models", "exports", "tiny_runs"]
 
-MARKED_FOLDERS = ("e2e", "slurm")
+collect_ignore = [] if "HQQTRAIN_INTEROP" in os.environ else ["interop"]
+"""The tests in interop/ need environments that are made by hand."""
+
+MARKED_FOLDERS = ("e2e", "slurm", "interop")
 LONG_FIRST = (
     "slurm/", "e2e/test_readme.py", "e2e/test_resume.py", "kernels/test_compiled.py",
     "e2e/test_run.py", "e2e/test_ranks.py", "e2e/test_nonfinite.py", "loading/test_load.py",
