@@ -67,13 +67,22 @@ def model_tensors(model: nn.Module, *,
         yield name, as_bytes(full) if is_codes else full
 
 
-def fingerprinted(model: nn.Module) -> QuantizedSettings:
-    """Return the settings of a quantized model that is not sharded, with its fingerprint."""
+def fingerprinted(
+    model: nn.Module, stored_names: Mapping[str, str] = MappingProxyType({})
+) -> QuantizedSettings:
+    """Return the settings of a quantized model that is not sharded, with its fingerprint.
+
+    Args:
+        model: The model.
+        stored_names: The names of its quantized layers in a checkpoint, where they differ.
+    """
     settings, fingerprint = QuantizedSettings.from_model(model), Fingerprint()
+    names = {name: stored_names.get(name, name) for name in settings.modules}
     for name, tensor in model_tensors(model):
         module, _, attribute = name.rpartition(".")
-        if module in settings.modules and attribute in PACKED_PARAMETERS:
-            fingerprint.update(module, attribute, 0, tensor)
+        if module in names and attribute in PACKED_PARAMETERS:
+            fingerprint.update(names[module], attribute, 0, tensor)
+    settings = settings.renamed({stored: name for name, stored in names.items()})
     return replace(settings, fingerprint=fingerprint.hexdigest(settings.by_module()))
 
 

@@ -1,12 +1,13 @@
 """The settings of quantized layers, as `config.json` of a quantized folder has them."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.models.foreign.registry import open_foreign
@@ -108,6 +109,28 @@ class QuantizedSettings:
             if isinstance(module, HQQLinear)
         }
         return cls(modules, fingerprint)
+
+    def names_in(self, model: PreTrainedModel) -> dict[str, str]:
+        """Return the names of the quantized layers in a dense model -> their names here.
+
+        transformers loads a causal LM into its base model, too, whose names lack the prefix
+        `model.`, and the other way round, and into models with other heads. A head that `model`
+        lacks is left out.
+        """
+        prefix = f"{model.base_model_prefix}."
+        linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        has_prefix = any(name.startswith(prefix) for name in self.modules)
+        names = {}
+        for name in self.modules:
+            forms = (name, name.removeprefix(prefix), f"{prefix}{name}")
+            found = next((form for form in forms if form in linears), None)
+            if found or not has_prefix or name.startswith(prefix):
+                names[found or name] = name
+        return names
+
+    def renamed(self, names: Mapping[str, str]) -> "QuantizedSettings":
+        """Return the settings of the layers in `names`, new name -> name here."""
+        return replace(self, modules={new: self.modules[old] for new, old in names.items()})
 
     def check_model(self, model: nn.Module, path: Path | str) -> None:
         """Check that all modules are linear layers of a dense `model`, in its shapes.

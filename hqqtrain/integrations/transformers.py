@@ -13,12 +13,9 @@ is loaded.
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -108,10 +105,22 @@ class HqqTrainQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
-        """Return what `save_pretrained` writes, and no metadata for the file."""
-        from hqqtrain.formats.packed import placeholders
+        """Return what `save_pretrained` writes, and no metadata for the file.
 
-        return {**model.state_dict(), **dict(placeholders(self._settings()))}, {}
+        It is called before config.json is written, which gets the settings of the layers that the
+        model has now.
+        """
+        from hqqtrain.formats.packed import placeholders
+        from hqqtrain.integrations.checkpoint_check import current_settings
+
+        config: Any = model.config
+        settings = current_settings(model, self._settings())
+        self.quantization_config.description = settings.quantization_config()
+        if settings.modules:
+            config.quantization_config = self.quantization_config
+        elif hasattr(config, "quantization_config"):  # all layers were replaced
+            del config.quantization_config
+        return {**model.state_dict(), **dict(placeholders(settings))}, {}
 
     def _settings(self) -> Any:
         """Return the `QuantizedSettings`."""
@@ -124,20 +133,34 @@ class HqqTrainQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return model
         from hqqtrain.formats.packed import placeholders
+        from hqqtrain.integrations.checkpoint_check import check_files
         from hqqtrain.nn.replace import replace_linears
 
-        settings = self._settings()
+        stored = self._settings()
+        self._is_checked = check_files(kwargs.get("checkpoint_files") or (), stored.modules)
+        self._stored_names = stored.names_in(model)
+        settings = stored.renamed(self._stored_names)
         settings.check_model(model, "config.json")
-        _refuse_missing_tensors(settings.modules, kwargs.get("checkpoint_files") or ())
         replace_linears(model, {name: one.spec for name, one in settings.modules.items()})
         untie_quantized(model)
-        ignore_unexpected_tensors(model, [name for name, _ in placeholders(settings)])
+        expected = (*placeholders(stored), *placeholders(settings))
+        ignore_unexpected_tensors(model, [name for name, _ in expected])
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Quantize dense weights; freeze packed ones, which transformers loads as trainable."""
+        from hqqtrain.common.errors import UserError
+        from hqqtrain.integrations.checkpoint_check import check_fingerprint
+
+        if model.tp_size:
+            raise UserError(
+                f"tp_plan: {model.tp_size} tensor-parallel parts: packed weights cannot be split "
+                "by transformers; use device_map to place layers on several GPUs."
+            )
         if not self.pre_quantized:
             self._quantize(model)
+        elif not self._is_checked:
+            check_fingerprint(model, self._settings(), self._stored_names)
         for module in _hqq_linears(model).values():
             module.requires_grad_(False)
         # PEFT's prepare_model_for_kbit_training would otherwise cast scale and zero to fp32.
@@ -174,24 +197,6 @@ class HqqTrainQuantizer(HfQuantizer):
             setattr(model.get_submodule(parent), attribute, linear)
         model.hqq_quantized = False
         return model
-
-
-def _refuse_missing_tensors(modules: Iterable[str], files: Sequence[str | Path]) -> None:
-    """Raise UserError if no file has a packed tensor, which transformers would leave random."""
-    from hqqtrain.common.errors import UserError
-    from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS
-
-    stored: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            stored.update(tensors.keys())
-    expected = [f"{name}.{attribute}" for name in modules for attribute in PACKED_PARAMETERS]
-    missing = [name for name in expected if name not in stored]
-    if files and missing:
-        raise UserError(
-            f"{Path(files[0]).parent}: has no {missing[0]} ({len(missing)} tensors of quantized "
-            "layers are missing). Copy the folder again, or quantize again."
-        )
 
 
 def untie_quantized(model: Any) -> None:

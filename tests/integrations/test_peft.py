@@ -14,6 +14,7 @@ from peft import (
 from transformers import AutoModelForCausalLM
 
 import hqqtrain  # noqa: F401  # as users do
+from hqqtrain.common.errors import UserError
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.lora import HQQLoraLinear
 
@@ -82,3 +83,20 @@ def test_preparing_for_training_keeps_the_packed_weights(base):
     prepared = prepare_model_for_kbit_training(model)
     assert all(torch.equal(prepared.get_parameter(name), packed[name]) for name in packed)
     assert torch.equal(prepared(TOKENS).logits, before)
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", "eva"])
+def test_initial_values_that_need_no_weights(base, init):
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=init, use_dora=True)
+    adapted = get_peft_model(base[1], config)
+    assert adapted(TOKENS, labels=TOKENS).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    "init", ["pissa", "pissa_niter_4", "PiSSA", "olora", "corda", "loftq", "orthogonal", "lora_ga"]
+)
+def test_initial_values_that_need_dense_weights_are_refused(base, init):
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    config.init_lora_weights = init
+    with pytest.raises(UserError, match=f"init_lora_weights='{init}': .* True, False, None, 'gau"):
+        get_peft_model(base[1], config)

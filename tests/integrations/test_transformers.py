@@ -88,6 +88,13 @@ def test_generate(make_trained, tmp_path: Path):
     assert model.generate(TOKENS, max_new_tokens=3, do_sample=False).shape[1] <= 11
 
 
+def test_tensor_parallel_parts_are_refused(make_trained, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(make_trained().save(tmp_path / "quantized"))
+    model._tp_size = 2
+    with pytest.raises(UserError, match=r"tp_plan: .* use device_map"):
+        model.hf_quantizer.postprocess_model(model)
+
+
 def test_another_layout_version_is_refused(make_trained, tmp_path: Path):
     folder = make_trained().save(tmp_path / "quantized")
     config = (folder / "config.json").read_text()
