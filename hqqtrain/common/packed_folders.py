@@ -9,14 +9,14 @@ from hqqtrain.common.reading import load_json, parse_json, read_json
 OWN_METHOD = "hqqtrain"
 """Our own `quant_method` in config.json."""
 
-FOREIGN_METHODS = ("hqq",)
+FOREIGN_METHODS = ("hqq", "gptq", "awq", "auto-round", "compressed-tensors")
 """The formats of other programs that can be read."""
 
 HQQ_PICKLE = "qmodel.pt"
 """The file with the weights in hqq's own format."""
 
-_METHOD_BY_ENDING = {".W_q": "hqq"}
-"""Endings of the names of tensors that only one format has."""
+GPTQ_CONFIG = "quantize_config.json"
+"""The file in which old tools of GPTQ recorded their settings."""
 
 _MAX_HEADER_BYTES = 100_000_000
 """Largest header of a safetensors file, as the format defines it."""
@@ -30,15 +30,14 @@ def quantized_by(folder: Path) -> str | None:
     """
     config = read_json(folder / "config.json").get("quantization_config")
     if isinstance(config, dict) and config:
-        method = config.get("quant_method")
-        return str(method).lower()
+        return str(config.get("quant_method")).lower()
     names = _tensor_names(folder)
     if names is None:
         return "hqq" if (folder / HQQ_PICKLE).is_file() else None
-    for ending, method in _METHOD_BY_ENDING.items():
-        if any(name.endswith(ending) for name in names):
-            return method
-    return None
+    if any(name.endswith(".W_q") for name in names):
+        return "hqq"
+    is_gptq = any(name.endswith(".qweight") for name in names) and (folder / GPTQ_CONFIG).is_file()
+    return "gptq" if is_gptq else None
 
 
 def is_quantized(folder: Path) -> bool:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hqqtrain.common.errors import UserError, did_you_mean
-from hqqtrain.common.packed_folders import FOREIGN_METHODS, OWN_METHOD, quantized_by
-from hqqtrain.common.reading import load_json
+from hqqtrain.common.packed_folders import FOREIGN_METHODS, GPTQ_CONFIG, OWN_METHOD, quantized_by
+from hqqtrain.common.reading import load_json, read_json
 from hqqtrain.common.secrets import MASK
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.models.foreign.qmodel import converted_folder
@@ -205,10 +205,13 @@ def _from_model_folder(name: str, folder: Path) -> ModelSource:
 def read_quantization_config(folder: Path) -> dict[str, Any]:
     """Return the `quantization_config` in config.json of `folder`; an empty one if there is none.
 
+    Old tools of GPTQ wrote it into a file of its own.
+
     Raises:
         UserError: config.json is missing or not a JSON object.
     """
-    return read_config_json(folder).get("quantization_config") or {}
+    config = read_config_json(folder).get("quantization_config")
+    return config or read_json(folder / GPTQ_CONFIG)
 
 
 def _refuse_revision(model: ModelConfig) -> None:

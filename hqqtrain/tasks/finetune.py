@@ -259,7 +259,7 @@ def adapter_base(run: Run, runnable: RunnableModel) -> BaseModelRef:
     if run.config.quant.save and settings.modules:
         name, revision = mask_secrets(os.path.abspath(run.layout.quantized), "commit"), None
     elif plan.source.kind != "synthetic" and os.path.isdir(os.path.expanduser(name)):
-        name = os.path.abspath(plan.source.path)
+        name = os.path.abspath(plan.source.original or plan.source.path)
     return BaseModelRef(name, revision, settings.fingerprint, bool(settings.modules))
 
 

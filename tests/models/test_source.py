@@ -137,9 +137,9 @@ def test_a_broken_config(tmp_path, text):
 
 
 def test_a_model_quantized_by_others(tmp_path):
-    config = {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"already quantized \(gptq\)"):
+    with pytest.raises(UserError, match=r"already quantized \(fp8\).*hqq, gptq, awq"):
         _resolve(tmp_path)
 
 

@@ -7,7 +7,7 @@ were our own quantized folder.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -107,6 +107,50 @@ def check_tensor(
             f"expected {list(shape)} {known}; {AGAIN}"
         )
     return dtype
+
+
+def shape_of(stored: StoredTensors, name: str) -> tuple[int, int]:
+    """Return the shape of a matrix.
+
+    Raises:
+        UserError: There is no such tensor, or it is no matrix.
+    """
+    if name not in stored.stored_names:
+        raise UserError(f"{stored.folder}: {name} is missing; {AGAIN}")
+    shape = stored.stored_shape(name)
+    if len(shape) != 2:
+        raise UserError(f"{stored.folder}: {name} {list(shape)} is no matrix; {AGAIN}")
+    return shape[0], shape[1]
+
+
+def check_order(stored: StoredTensors, layouts: Mapping[str, Layout], key: str) -> None:
+    """Check that the columns of each layer are in the order of their groups.
+
+    Args:
+        stored: The tensors of the checkpoint.
+        layouts: The layouts of the layers, by module.
+        key: The name of the tensor [in_features] with the group of each column, which a layer may
+            have.
+
+    Raises:
+        UserError: The columns are in another order, and could not be reordered without a cost.
+    """
+    names = set(stored.stored_names)
+    for module, layout in layouts.items():
+        name = f"{module}.{key}"
+        if name not in names:
+            continue
+        check_tensor(stored, name, (layout.in_features,), [torch.int32, torch.int64])
+        groups = stored.read_region(name)
+        if not torch.equal(groups.long(), torch.arange(len(groups)) // layout.group_size):
+            raise refuse(
+                stored, f"act-order (desc_act=true) of {module}", "only columns in order are"
+            )
+
+
+def refuse(stored: StoredTensors, kind: str, allowed: str) -> UserError:
+    """Return the error for a kind of checkpoint that our format cannot express."""
+    return UserError(f"{stored.folder}: {kind} cannot be taken over; {allowed}. Else {INSTEAD}")
 
 
 AGAIN = "copy or download the checkpoint again, or use the full-precision model."

@@ -69,8 +69,9 @@ class ForeignReader(ResizedReader):
     def read_region(
         self, name: str, rows: slice | None = None, columns: slice | None = None
     ) -> Tensor:
+        index = (rows or slice(None),) if columns is None else (rows or slice(None), columns)
         with open_safetensors(self._stored[name].path) as file:
-            region = file.get_slice(name)[rows or slice(None), columns or slice(None)]
+            region = file.get_slice(name)[index]
         self.bytes_read += region.nbytes
         return region
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.models.foreign import hqq
+from hqqtrain.models.foreign import auto_round, awq, compressed_tensors, gptq, hqq
 from hqqtrain.models.foreign.base import AGAIN, ForeignLayer, StoredTensors
 from hqqtrain.models.foreign.reader import ForeignReader
 from hqqtrain.models.source import read_quantization_config
@@ -13,7 +13,13 @@ from hqqtrain.models.source import read_quantization_config
 FindLayers = Callable[[StoredTensors, Mapping[str, Any]], dict[str, ForeignLayer]]
 """Returns the layers of a checkpoint, given its tensors and its `quantization_config`."""
 
-FORMATS: dict[str, FindLayers] = {"hqq": hqq.find_layers}
+FORMATS: dict[str, FindLayers] = {
+    "hqq": hqq.find_layers,
+    "gptq": gptq.find_layers,
+    "awq": awq.find_layers,
+    "auto-round": auto_round.find_layers,
+    "compressed-tensors": compressed_tensors.find_layers,
+}
 """The formats; `hqqtrain.common.packed_folders.FOREIGN_METHODS` has their names without torch."""
 
 
