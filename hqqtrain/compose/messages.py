@@ -1,11 +1,10 @@
 """Turn errors of Hydra, OmegaConf and YAML into messages that name the key, value and fix."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -17,11 +16,7 @@ from hqqtrain.common.errors import UserError, did_you_mean
 from hqqtrain.compose.recipes import RECIPES_VARIABLE, find_recipes, recipe_file
 from hqqtrain.compose.schema import ComposedConfig, known_keys
 from hqqtrain.config.foreign_names import our_name
-
-_TYPE_NAMES = {
-    int: "an integer", float: "a number", bool: "true or false", str: "a string",
-    list: "a list", dict: "a mapping", NoneType: "null", Any: "a list or a string",
-}  # fmt: skip
+from hqqtrain.config.typed_group import type_in_words
 
 
 def check_recipe(name: str) -> None:
@@ -148,23 +143,6 @@ def check_type(key: str, value: Any, where: str = "") -> None:
         raise _wrong_value_error(key, value, where, error) from None
 
 
-def typed_group(group: str, values: Mapping[str, Any], where: str = "") -> Any:
-    """Return the dataclass of a group, such as `quant`, with `values` converted to its types.
-
-    Args:
-        group: The name of the group.
-        values: Values by the names of the keys in the group; the others have their defaults.
-        where: The text with which a message begins.
-
-    Raises:
-        UserError: A value has another type.
-    """
-    for name, value in values.items():
-        check_type(f"{group}.{name}", value, where)
-    schema = OmegaConf.structured(get_type_hints(ComposedConfig)[group])
-    return OmegaConf.to_object(OmegaConf.merge(schema, dict(values)))
-
-
 @cache
 def _typed_config() -> DictConfig:
     """Return a configuration with the types of all keys. Its values are those of earlier checks.
@@ -192,9 +170,7 @@ def _wrong_value_error(
 
 def expected_type(key: str) -> str:
     """Describe the type of a key that is not a group, such as `an integer or null`."""
-    hint = dict(known_keys())[key]
-    members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    return " or ".join(_TYPE_NAMES.get(get_origin(m) or m, str(m)) for m in members)
+    return type_in_words(dict(known_keys())[key])
 
 
 def _describe_expected(key: str) -> str:

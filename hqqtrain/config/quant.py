@@ -121,8 +121,14 @@ class QuantConfig:
         """The source that `calibration` names, unless it is that of the training data or unused."""
         return self.calibration if self.calibrates and self.calibration != "auto" else None
 
-    def errors(self) -> Iterator[str]:
-        """Yield one message for every setting of `overrides` that is not allowed, and others."""
+    def errors(
+        self, text_advice: str = "set quant.calibration=auto for that of data.source"
+    ) -> Iterator[str]:
+        """Yield one message for every setting of `overrides` that is not allowed, and others.
+
+        Args:
+            text_advice: How to get text for a solver that needs it.
+        """
         choices = {"nbits": NBITS, "axis": (0, 1), "solver": SOLVERS, "zero": ZEROS}
         for pattern, settings in self.overrides.items():
             yield from override_errors(f"quant.overrides[{pattern}]", settings, choices)
@@ -134,6 +140,6 @@ class QuantConfig:
         for where, solver in solvers.items():
             if solver == "gptq" and self.calibration is None:
                 yield (
-                    f"{where}=gptq: needs text to calibrate with; set quant.calibration=auto for "
-                    "that of data.source, or choose least_squares."
+                    f"{where}=gptq: needs text to calibrate with; {text_advice}, or choose "
+                    "least_squares."
                 )

@@ -13,6 +13,9 @@ is loaded.
 """
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,23 +59,26 @@ class HqqTrainConfig(QuantizationConfigMixin):
     def quant_config(self) -> Any:
         """Return the settings as a `QuantConfig`."""
         from hqqtrain.common.errors import UserError
-        from hqqtrain.compose.messages import typed_group
         from hqqtrain.config.field import field_errors
+        from hqqtrain.config.quant import QuantConfig
+        from hqqtrain.config.typed_group import build_group
 
         if unknown := self.settings.keys() - SETTINGS:
             raise UserError(
                 f"HqqTrainConfig: {', '.join(sorted(unknown))} is no setting; allowed are "
                 f"{', '.join(SETTINGS)}."
             )
-        config = typed_group("quant", self.settings, "HqqTrainConfig: ")
+        config = build_group(QuantConfig, self.settings, "HqqTrainConfig")
         config.calibration = None
         if not config.quantizes:
             raise UserError(
-                "HqqTrainConfig.nbits=None: nothing would be quantized; load the model without "
+                "HqqTrainConfig.nbits=null: nothing would be quantized; load the model without "
                 "quantization_config."
             )
-        if errors := [*field_errors("HqqTrainConfig", config), *config.errors()]:
-            raise UserError("\n".join(errors))
+        with _named_as_here():
+            advice = "use task=quantize, which has text"
+            if errors := [*field_errors("quant", config), *config.errors(advice)]:
+                raise UserError("\n".join(errors))
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,7 +185,8 @@ class HqqTrainQuantizer(HfQuantizer):
                 "without disk, or task=quantize, which needs one dense decoder layer at a time."
             )
         config = self.quantization_config
-        quantize_model(model, config.quant_config())
+        with _named_as_here():
+            quantize_model(model, config.quant_config())
         untie_quantized(model)
         config.description, config.settings = fingerprinted(model).quantization_config(), {}
 
@@ -197,6 +204,18 @@ class HqqTrainQuantizer(HfQuantizer):
             setattr(model.get_submodule(parent), attribute, linear)
         model.hqq_quantized = False
         return model
+
+
+@contextmanager
+def _named_as_here() -> Iterator[None]:
+    """Let an error of the group `quant` name the settings of `HqqTrainConfig`."""
+    from hqqtrain.common.errors import UserError
+
+    try:
+        yield
+    except UserError as error:
+        text = re.sub(r"\bquant\.(?=\w)", "HqqTrainConfig.", str(error))
+        raise UserError(text) from error
 
 
 def untie_quantized(model: Any) -> None:

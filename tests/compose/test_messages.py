@@ -11,7 +11,6 @@ from hqqtrain.compose.messages import (
     check_type,
     expected_type,
     missing_config_error,
-    typed_group,
     unknown_recipe_error,
     unreadable_override_error,
 )
@@ -115,10 +114,3 @@ def test_bytes_that_yaml_refuses_without_a_line_still_name_the_file():
     assert str(broken_yaml_error(caught.value, "mine.yaml")).startswith(
         "mine.yaml: not valid YAML: "
     )
-
-
-def test_a_group_of_plain_values_gets_their_types():
-    config = typed_group("quant", {"nbits": 2, "group_size": "32"})
-    assert (config.nbits, config.group_size, config.skip) == (2, 32, ["lm_head"])
-    with pytest.raises(UserError, match=r"^here: quant.skip=q_proj: must be a list"):
-        typed_group("quant", {"skip": "q_proj"}, "here: ")

@@ -160,19 +160,26 @@ def test_a_dense_model_is_quantized_while_it_loads(
     [
         ({"bits": 4}, "bits is no setting; allowed are nbits, group_size"),
         ({"nbits": 5}, r"HqqTrainConfig.nbits=5: allowed are 8, 4, 3, 2, 1"),
-        ({"solver": "gptq"}, "needs text"),
-        ({"overrides": {"x": {"nbits": 7}}}, "nbits=7"),
+        ({"solver": "gptq"}, r"^HqqTrainConfig.solver=gptq: needs text .* use task=quantize"),
+        ({"overrides": {"x": {"nbits": 7}}}, r"^HqqTrainConfig.overrides\[x\].*nbits=7"),
         ({"nbits": None}, "nothing would be quantized"),
-        ({"nbits": True}, "quant.nbits=True: must be an integer"),
-        ({"nbits": 4.0}, "quant.nbits=4.0: must be an integer"),
-        ({"skip": "q_proj"}, "quant.skip=q_proj: must be a list"),
-        ({"overrides": None}, "quant.overrides=null: must be a mapping"),
+        ({"nbits": True}, "^HqqTrainConfig.nbits=True: must be an integer"),
+        ({"nbits": 4.0}, "^HqqTrainConfig.nbits=4.0: must be an integer"),
+        ({"skip": "q_proj"}, "^HqqTrainConfig.skip=q_proj: must be a list"),
+        ({"overrides": None}, "^HqqTrainConfig.overrides=null: must be a mapping"),
         ({"meta_dtype": torch.bfloat16}, "torch.bfloat16: allowed are auto, fp32"),
     ],
 )
 def test_settings_that_do_not_exist_are_refused(settings: dict, message: str):
     with pytest.raises(UserError, match=message):
         hqqtrain.HqqTrainConfig(**settings)
+
+
+def test_settings_that_do_not_fit_the_model_are_refused(make_trained):
+    config = hqqtrain.HqqTrainConfig(skip=["no_such_layer"], group_size=24)
+    with pytest.raises(UserError, match=r"HqqTrainConfig\.skip.*no_such_layer") as caught:
+        AutoModelForCausalLM.from_pretrained(make_trained().source, quantization_config=config)
+    assert "quant." not in str(caught.value)
 
 
 def test_settings_become_json_values_of_the_right_type():
