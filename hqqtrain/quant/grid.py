@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hqqtrain_kernels.reference import min_stored_scale
+
 
 @dataclass(frozen=True)
 class QuantGrid:
@@ -37,9 +39,8 @@ class QuantGrid:
 
     @property
     def min_scale(self) -> float:
-        """The smallest scale that is stored: a subnormal number of the dtype, but not of fp32."""
-        limits = torch.finfo(self.meta_dtype)
-        return max(limits.smallest_normal * limits.eps, 2.0**-126)
+        """The smallest scale that is stored."""
+        return min_stored_scale(self.meta_dtype)
 
     def to_meta_dtype(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         """Convert scale and zero [n] to their storage dtype.

@@ -22,7 +22,7 @@ from hqqtrain_kernels.quantize_kernels_triton import (
     quantize_deferred_kernel,
     quantize_kernel,
 )
-from hqqtrain_kernels.reference import pack
+from hqqtrain_kernels.reference import min_stored_scale, pack
 from hqqtrain_kernels.solver_params import SUPPORTED_SOLVERS, SolverParams
 from hqqtrain_kernels.tile_triton import TileConfig
 
@@ -184,8 +184,7 @@ def _launch(
         packs=packs,
         solver=solver,
         params=params,
-        # The smallest subnormal number of the dtype, but never a subnormal number of fp32.
-        meta_min=max(limits.smallest_normal * limits.eps, 2.0**-126),
+        meta_min=min_stored_scale(meta_dtype),
         meta_max=limits.max,
         R=tiling.R,
         G=tiling.G,

@@ -71,6 +71,12 @@ def as_bytes(W_q: Tensor) -> Tensor:
     return W_q if W_q.dtype == torch.uint8 else W_q.view(torch.uint8)
 
 
+def min_stored_scale(dtype: torch.dtype) -> float:
+    """Return the smallest scale that is stored: a subnormal number of `dtype`, but not of fp32."""
+    limits = torch.finfo(dtype)
+    return max(limits.smallest_normal * limits.eps, 2.0**-126)
+
+
 def _pack_plane(codes: Tensor, width: int) -> Tensor:
     """Pack codes [units, n] of `width` bits into uint8 [units, bytes of the plane]."""
     fields = 16 // width

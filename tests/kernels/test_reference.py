@@ -81,3 +81,12 @@ def test_the_formula_in_fp64_rounded_once(nbits: int) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         got = reference.dequantize(pack(codes, nbits), scale, zero, layout, dtype)
         assert torch.equal(got, W.float().to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "smallest"),
+    [(torch.float16, 2.0**-24), (torch.bfloat16, 2.0**-126), (torch.float32, 2.0**-126)],
+)
+def test_the_smallest_scale_survives_storage(dtype, smallest):
+    assert reference.min_stored_scale(dtype) == smallest
+    assert torch.tensor(smallest).to(dtype).float() == smallest
