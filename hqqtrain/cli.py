@@ -108,14 +108,18 @@ def _run_command(arguments: list[str]) -> int:
     if "--check" in flags:
         return _check(command)
     # From here on the results are in files, so text that cannot be printed is no failure.
-    tolerate_lost_output()
+    if any(job.config.has_run_directory for job in command.jobs):
+        tolerate_lost_output()
     return _show_table(command) if "--table" in flags else _start(command, arguments)
 
 
 def _start(command: Command, arguments: list[str]) -> int:
     """Start the run, the sweep or the batch job, and return the exit code."""
     if command.is_sweep or command.is_slurm:
-        _refuse_ranks()
+        _refuse_ranks(
+            "a sweep or launch=slurm runs as one process, which starts the jobs",
+            ", which runs each job on all GPUs",
+        )
     if command.is_slurm:
         check_same_launch([job.config for job in command.jobs])
         return _print(_submit(command, arguments))
@@ -123,9 +127,12 @@ def _start(command: Command, arguments: list[str]) -> int:
         return run_sweep(command.jobs)
     config = command.jobs[0].config
     check_master_address()
-    if get_world_size() == 1:  # several ranks let rank 0 look, and share the outcome
-        RunDirectory(config).check()
-    signals.listen_for_signals()  # before the import of torch, which takes seconds
+    if not config.has_run_directory:
+        _refuse_ranks(f"task={config.task} runs as one process")
+    else:
+        if get_world_size() == 1:  # several ranks let rank 0 look, and share the outcome
+            RunDirectory(config).check()
+        signals.listen_for_signals()  # before the import of torch, which takes seconds
     from hqqtrain.tasks.run import run_task
 
     try:
@@ -146,10 +153,12 @@ def _check(command: Command) -> int:
     Raises:
         UserError: There are faults. The message has a line for each of all jobs.
     """
-    checked, errors = ["the configuration", "the run directory"], ErrorCollector()
+    checked, errors = ["the configuration"], ErrorCollector()
     for job in command.jobs:
         with errors.collect():
-            RunDirectory(job.config).check()
+            if job.config.has_run_directory:
+                RunDirectory(job.config).check()
+                checked.append("the run directory")
         if has_inputs_to_check(job.config):
             from hqqtrain.tasks.run import check_inputs
 
@@ -230,13 +239,12 @@ def _show_table(command: Command) -> int:
     return show_sweep_table(command.jobs)
 
 
-def _refuse_ranks() -> None:
-    """Refuse several ranks: each of them would start the sweep or submit the batch job."""
+def _refuse_ranks(reason: str, what_launch_does: str = "") -> None:
+    """Refuse several ranks: each of them would start the sweep, or answer the same prompts."""
     if get_world_size() > 1:
         raise UserError(
-            "a sweep or launch=slurm runs as one process, which starts the jobs: use ./launch.sh, "
-            "which runs each job on all GPUs, or python -m hqqtrain. Do not use torchrun, "
-            "accelerate launch or srun."
+            f"{reason}: use ./launch.sh{what_launch_does}, or python -m hqqtrain. Do not use "
+            "torchrun, accelerate launch or srun."
         )
 
 

@@ -41,9 +41,15 @@ class Command:
         if self.is_sweep:
             return
         job = self.jobs[0]
-        given = {override.key_or_group for override in parse_overrides(job.overrides)}
-        config = job.config
-        if config.task in run_settings.TASKS and (run := run_settings.run_of(config)):
+        values = {o.key_or_group: o.value() for o in parse_overrides(job.overrides)}
+        given, config = {*values}, job.config
+        run = run_settings.run_of(config) if config.task in run_settings.TASKS else None
+        named = str(values.get("model.name_or_path"))
+        if run and config.task == "generate" and named != config.model.name_or_path:
+            # The settings of the training have selected the run, so all of them are used.
+            yield f"task=generate: uses {run.folder}, which the same settings have trained."
+            given = {key for key in given if key.split(".")[0] == "generate"}
+        elif run:
             yield (
                 f"task={config.task}: starts from the settings of {run.config_yaml}; the command "
                 "line overrides them."
@@ -67,9 +73,12 @@ class Command:
     def describe_directories(self) -> str:
         """Return the directory that the run would write to.
 
-        A sweep gets a title and a line per job. A single run on Slurm gets a title as well, because
-        launch.sh reads from the title that it must not start several processes.
+        A task without one gets a sentence. A sweep gets a title and a line per job. A single run on
+        Slurm gets a title as well, because launch.sh reads from the title that it must not start
+        several processes.
         """
+        if not self.jobs[0].config.has_run_directory:
+            return f"task={self.jobs[0].config.task} writes no run directory"
         if not self.is_sweep:
             return ("slurm job:\n" if self.is_slurm else "") + str(self.jobs[0].folder)
         title = f"sweep of {count(len(self.jobs), 'job')}:"
@@ -100,6 +109,11 @@ def compose_command(overrides: list[str], multirun: bool) -> Command:
     is_sweep = multirun or [job.overrides for job in jobs] != [overrides]
     if not is_sweep:
         _refuse_parallel_jobs(overrides)
+    elif not jobs[0].config.has_run_directory:
+        raise UserError(
+            f"task={jobs[0].config.task}: cannot be swept, because its jobs have no directories; "
+            "choose one value of each key."
+        )
     return Command(jobs, is_sweep)
 
 

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.compose import run_settings, schema
+from hqqtrain.compose.generation_model import select_run, use_model
 from hqqtrain.compose.messages import (
     check_recipe,
     check_type,
@@ -48,10 +49,16 @@ def compose_unchecked(overrides: list[str]) -> schema.ComposedConfig:
     parsed = parse_overrides(overrides)
     _register_plugins()
     _check_overrides(parsed)
-    composed = _compose(parsed)
-    if composed.task in run_settings.TASKS and (run := run_settings.run_of(composed)):
-        given = {override.key_or_group for override in parsed}
+    composed, given = _compose(parsed), {override.key_or_group for override in parsed}
+    generates, run = composed.task == "generate", None
+    if generates:
+        run = select_run(composed, given)
+    elif composed.task in run_settings.TASKS:
+        run = run_settings.run_of(composed)
+    if run:
         composed = _compose(parsed, run_settings.read_run_settings(run, given))
+    if generates:
+        use_model(composed, run, given)
     return composed
 
 

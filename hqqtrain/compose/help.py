@@ -29,6 +29,7 @@ _EXAMPLES = (
     "./launch.sh recipe=llama8b_2bit quant.group_size=32",
     "python -m hqqtrain task=data data.source=./mine.jsonl model.name_or_path=./my-model",
     "python -m hqqtrain recipe=tiny_2bit quant.nbits=3 train.max_steps=300",
+    "./launch.sh recipe=tiny_chat task=generate",
     "python -m hqqtrain -m recipe=tiny_2bit quant.nbits=2,3,4 quant.group_size=32,64",
     "accelerate launch --multi_gpu --num_processes 8 -m hqqtrain recipe=llama70b_2bit",
     "python -m hqqtrain recipe=llama70b_2bit launch=slurm launch.nodes=2 launch.gpus_per_node=8",

@@ -75,6 +75,11 @@ def measures_tasks(config: RunConfig) -> bool:
     return bool(config.eval.harness) and config.task in ("finetune", "eval")
 
 
+def has_prompts_file(config: RunConfig) -> bool:
+    """Whether the run reads `generate.prompts_file`."""
+    return config.generate.prompts_file is not None and config.task == "generate"
+
+
 def has_inputs_to_check(config: RunConfig) -> bool:
     """Whether the run reads local files, depends on a local model, or measures tasks."""
     depends_on_model = (
@@ -83,7 +88,12 @@ def has_inputs_to_check(config: RunConfig) -> bool:
         or config.adapter.target_modules != AdapterConfig().target_modules
         or config.eval.joins_texts  # in windows that may be too long for the model
     )
-    return measures_tasks(config) or any(
-        item.is_local and (item.name not in BUNDLED or (item.kind == "model" and depends_on_model))
-        for item in list_inputs(config)
+    return (
+        measures_tasks(config)
+        or has_prompts_file(config)
+        or any(
+            item.is_local
+            and (item.name not in BUNDLED or (item.kind == "model" and depends_on_model))
+            for item in list_inputs(config)
+        )
     )

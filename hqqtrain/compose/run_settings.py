@@ -1,4 +1,4 @@
-"""The settings of an earlier run, from which `task=eval` and `task=export` of that run start.
+"""The settings of an earlier run, from which `task=eval`, `export` and `generate` of it start.
 
 A run is measured as it was trained: with its held-out text, its sequence length and its precision.
 Its config.yaml is the base, and the recipe and the command line override it.
@@ -22,7 +22,7 @@ from hqqtrain.config.unused import used_settings
 from hqqtrain.rundir.identity import changed_inputs, read_yaml
 from hqqtrain.rundir.layout import RunLayout
 
-TASKS = ("eval", "export")
+TASKS = ("eval", "export", "generate")
 """The tasks that start from the settings of the run that they work on."""
 
 _GROUPS = ("quant", "adapter", "train", "data", "eval")

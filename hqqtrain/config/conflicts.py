@@ -55,8 +55,13 @@ CONFIG_CONFLICTS = (
         "task=eval needs a text to evaluate on; name one.",
     ),
     Conflict(
-        {"run.resume": ("must",), "task": ("quantize", "eval", "export", "data")},
+        {"run.resume": ("must",), "task": ("quantize", "eval", "export", "data", "generate")},
         "task={task} makes no checkpoints; use auto.",
+    ),
+    Conflict(
+        {"launch.backend": ("slurm",), "task": ("generate",)},
+        "task=generate writes to the terminal on which it was started; use local, for example "
+        "under `srun --pty`.",
     ),
     Conflict(
         {"data.streaming": (True,), "train.max_steps": (None,), "task": ("finetune",)},

@@ -42,9 +42,9 @@ def field_errors(group: str, config: Any) -> Iterator[str]:
         value = getattr(config, item.name)
         choices, low = item.metadata.get("choices"), item.metadata.get("low")
         high = item.metadata.get("high")
-        shown = f"{group}.{item.name}={'null' if value is None else value}"
+        shown = f"{group}.{item.name}={_shown(value)}"
         if choices and value not in choices:
-            allowed = ", ".join("null" if c is None else str(c) for c in choices)
+            allowed = ", ".join(map(_shown, choices))
             yield f"{shown}: allowed are {allowed}."
         elif isinstance(value, str) and not value.strip():
             null = "; use null for the default" if item.default is None else ""
@@ -63,6 +63,13 @@ def field_errors(group: str, config: Any) -> Iterator[str]:
             yield f"{shown}: must be at least {low}."
         elif high is not None and value is not None and value > high:
             yield f"{shown}: must be at most {high:,}."
+
+
+def _shown(value: Any) -> str:
+    """Return a value as on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
 
 
 def is_names(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """The config groups that define a result, one dataclass each, with the help text of every key.
 
-`quant.py`, `adapter.py`, `export.py` and `parallel.py` have the groups of these names, and
-`infra.py` those that do not change the result.
+`quant.py`, `adapter.py`, `export.py`, `generate.py` and `parallel.py` have the groups of these
+names, and `infra.py` those that do not change the result.
 """
 
 from collections.abc import Iterator

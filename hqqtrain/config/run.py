@@ -11,6 +11,7 @@ from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.config.conflicts import CONFIG_CONFLICTS, conflict_errors
 from hqqtrain.config.export import ExportConfig
 from hqqtrain.config.field import field_errors, key
+from hqqtrain.config.generate import GenerateConfig
 from hqqtrain.config.groups import (
     AUTO,
     DataConfig,
@@ -31,9 +32,13 @@ TASKS = {
     "export": "write a dense Hugging Face checkpoint (weights dequantized, adapter merged), or "
     "with export.format=packed the quantized base",
     "data": "print what is trained: figures of the data, and samples with their trained tokens",
+    "generate": "chat with a model on the terminal, or continue or answer prompts",
 }
 
-NON_RESULT_GROUPS = ("run", "track", "ckpt", "launch", "recipe")
+TASKS_WITHOUT_RUN = ("generate",)
+"""Tasks that write no run directory."""
+
+NON_RESULT_GROUPS = ("generate", "run", "track", "ckpt", "launch", "recipe")
 """Groups that the result does not depend on; they do not enter a run's name."""
 
 _NON_RESULT_KEYS = {
@@ -107,6 +112,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     ckpt: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -168,6 +174,11 @@ class RunConfig:
         """Return how perplexity is measured: `protocol`, `context` and `stride` by these names."""
         context, stride = self.eval.window_shape(self.train.max_seq_len)
         return {"protocol": self.eval.protocol, "context": context, "stride": stride}
+
+    @property
+    def has_run_directory(self) -> bool:
+        """Whether the task writes a run directory."""
+        return self.task not in TASKS_WITHOUT_RUN
 
     def run_name(self) -> str:
         """Return `run.name`, or by default the recipe (or task) and a short hash of `identity`.

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from hqqtrain.config.data_sources import describe_source, source_paths
+from hqqtrain.config.generate import GenerateConfig
 from hqqtrain.config.groups import AUTO, BUILT_IN_SOURCES
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.config.run import RunConfig
@@ -32,6 +33,11 @@ USED_KEYS = {
         "eval.source", "eval.tokens", "eval.protocol", "train.max_seq_len",
         "train.micro_batch_size",
     ),
+    "generate": (
+        "task", "recipe", "model", "model.*", "quant", "quant.*", "generate", "generate.*",
+        "adapter.init_from", "data.chat_template", "data.add_tokens", "train.precision",
+        "run.root",
+    ),
     "data": (
         "task", "recipe", "model", "model.*", "data", "data.*", "eval.source", "eval.tokens",
         "eval.protocol", "train.max_seq_len", "train.packing", "launch", "launch.*", "run", "run.*",
@@ -39,13 +45,16 @@ USED_KEYS = {
 }  # fmt: skip
 """Globs of the keys that each task uses, except for those in `UNUSED_KEYS`."""
 
+_SAMPLING = ("top_k", "top_p", "min_p", "seed")
+
 _TRAINING_ONLY = ("eval.every", "eval.samples", "parallel.consistency_check_every")
 
 UNUSED_KEYS = {
-    "finetune": ("export", "export.*", "data.show"),
+    "finetune": ("export", "export.*", "generate", "generate.*", "data.show"),
     "quantize": _TRAINING_ONLY,
     "eval": (*_TRAINING_ONLY, "quant.save", "data.show"),
     "export": (*_TRAINING_ONLY, "quant.save", "data.show"),
+    "generate": ("quant.save",),
     "data": (),
 }
 """Globs of keys that each task does not use although `USED_KEYS` covers their group."""
@@ -89,7 +98,7 @@ def used_settings(config: RunConfig, keys: Collection[str]) -> list[str]:
 
 def _is_used(key: str, config: RunConfig) -> bool:
     used, unused = USED_KEYS[config.task], UNUSED_KEYS[config.task]
-    if config.quant.calibrates and config.task == "quantize":
+    if config.quant.calibrates and config.task in ("quantize", "generate"):
         used, unused = (*used, *_OF_CALIBRATION), (*unused, "data.show")
     return _matches(key, used) and not _matches(key, unused)
 
@@ -115,6 +124,7 @@ def _ineffective(config: RunConfig) -> Iterator[tuple[str, str]]:
     if "wandb" not in config.track.backends:
         for key in _OF_WANDB:
             yield key, "track.backends does not contain wandb"
+    yield from _ineffective_generation(config.generate)
     yield from _ineffective_quantization(config.quant)
     yield from _ineffective_data(config)
 
@@ -134,6 +144,13 @@ def _ineffective_quantization(quant: QuantConfig) -> Iterator[tuple[str, str]]:
         at = f"quant.solver={solver}" if solver == quant.solver else f"quant.nbits={quant.nbits}"
         for key in ("quant.calibration", "quant.calibration_tokens"):
             yield key, f"{at} does not look at activations"
+
+
+def _ineffective_generation(generate: GenerateConfig) -> Iterator[tuple[str, str]]:
+    """Yield (key, reason) for every key of the group `generate` that another makes ineffective."""
+    if generate.temperature == 0:
+        for name in _SAMPLING:
+            yield f"generate.{name}", "generate.temperature=0 takes the most likely token"
 
 
 def _ineffective_data(config: RunConfig) -> Iterator[tuple[str, str]]:

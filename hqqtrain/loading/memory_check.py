@@ -121,7 +121,11 @@ def oom_advice(workload: Workload, strategy: Strategy) -> str:
             f"eval.reference={workload.smaller_reference} (now {workload.reference}, which keeps "
             f"{'the full-precision model' if is_whole else 'its embeddings and head'} in memory)"
         )
-    advice.append(f"a smaller train.max_seq_len (now {workload.max_seq_len})")
+    advice.append(
+        "shorter prompts, or a smaller generate.max_new_tokens"
+        if workload.task == "generate"
+        else f"a smaller train.max_seq_len (now {workload.max_seq_len})"
+    )
     if workload.nbits is None or workload.nbits > 1:
         advice.append(_fewer_bits(workload))
     if not strategy.shards_parameters:

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 
 from hqqtrain.common.errors import ErrorCollector, UserError
 from hqqtrain.common.text import count
-from hqqtrain.compose.inputs import list_inputs, measures_tasks
+from hqqtrain.compose.inputs import has_prompts_file, list_inputs, measures_tasks
 from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.groups import AUTO
 from hqqtrain.config.quant import QuantConfig
@@ -34,6 +34,7 @@ from hqqtrain.loading.plan import plan_model
 from hqqtrain.tasks.calibration import calibration_config, calibration_errors
 from hqqtrain.tasks.data import load_data_model
 from hqqtrain.tasks.model import plan_settings
+from hqqtrain.tasks.prompts import read_prompts_file
 from hqqtrain.tracking.console import setup_logging
 
 
@@ -54,6 +55,10 @@ def check_inputs(config: RunConfig) -> list[str]:
         with errors.collect():
             find_tasks(config.eval.harness)
             phrases.append(f"eval.harness=[{','.join(config.eval.harness)}]")
+    if has_prompts_file(config):
+        with errors.collect():
+            read_prompts_file(config.generate.prompts_file)
+            phrases.append(f"generate.prompts_file={config.generate.prompts_file}")
     errors.raise_if_any()  # two checks find the same fault if they read the same file
     return phrases
 

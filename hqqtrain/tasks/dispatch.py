@@ -9,6 +9,7 @@ import logging
 
 from hqqtrain.common.env import get_rank
 from hqqtrain.common.errors import PreemptedError
+from hqqtrain.config.parallel import ParallelConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.accelerate_env import relaunch_if_ranks_were_lost
 from hqqtrain.distributed.failure import share_failure
@@ -19,6 +20,7 @@ from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.data import show_data
 from hqqtrain.tasks.export import export
 from hqqtrain.tasks.finetune import finetune
+from hqqtrain.tasks.generation import generate_texts
 from hqqtrain.tasks.inference import evaluate, quantize
 from hqqtrain.tasks.recorder import RunRecorder
 from hqqtrain.tasks.resources import translate_resource_errors, workload_of
@@ -26,7 +28,7 @@ from hqqtrain.tracking.console import setup_logging
 
 _TASKS = {
     "finetune": finetune, "quantize": quantize, "eval": evaluate, "export": export,
-    "data": show_data,
+    "data": show_data, "generate": generate_texts,
 }  # fmt: skip
 
 
@@ -47,6 +49,8 @@ def dispatch_task(config: RunConfig, arguments: list[str]) -> int:
     setup_logging(get_rank() == 0)
     if config.task == "data" and get_rank() == 0:  # the strategy and the backend have no use
         logging.getLogger("hqqtrain").setLevel(logging.WARNING)
+    if not config.has_run_directory:
+        return _run_without_directory(config, arguments)
     runtime = Runtime.start(_runtime_settings(config), PreemptionHandler(config.run))
     try:
         with RunRecorder(config, runtime, ["python", "-m", "hqqtrain", *arguments]) as recorder:
@@ -66,11 +70,23 @@ def dispatch_task(config: RunConfig, arguments: list[str]) -> int:
     return 0
 
 
+def _run_without_directory(config: RunConfig, arguments: list[str]) -> int:
+    """Run a task that has no directory, in this process, and return the exit code."""
+    runtime = Runtime.start(_runtime_settings(config), PreemptionHandler(config.run))
+    recorder = RunRecorder(config, runtime, arguments)  # which is not entered: it writes nothing
+    with translate_resource_errors(workload_of(config), runtime.strategy):
+        _TASKS[config.task](Run(config, runtime, recorder))
+    runtime.comm.shutdown()
+    return 0
+
+
 def _runtime_settings(config: RunConfig) -> RuntimeSettings:
     """Return the settings of the ranks. task=data runs no model, so it needs no GPU of the run."""
     if config.task == "data":
         return RuntimeSettings.of_any_machine(config.quant)
+    # A training may be sharded, but a task without a directory runs in one process.
+    parallel = config.parallel if config.has_run_directory else ParallelConfig()
     return RuntimeSettings(
-        config.parallel, config.quant, config.adapter, config.train, config.optim,
+        parallel, config.quant, config.adapter, config.train, config.optim,
         trains=config.task == "finetune",
     )  # fmt: skip

@@ -25,16 +25,17 @@ logger = logging.getLogger(__name__)
 
 def plan_settings(config: RunConfig) -> PlanSettings:
     """Return the settings of `config` that `plan_model` needs."""
-    quant, executes = config.quant, config.task in ("finetune", "eval")
+    quant, executes = config.quant, config.task in ("finetune", "eval", "generate")
+    generates = config.task == "generate"  # texts of any length, which it checks itself
     has_data = executes or quant.calibrates or not quant.quantizes
     return PlanSettings(
         config.model,
         quant,
         config.adapter,
-        config.train.max_seq_len,
+        2 if generates else config.train.max_seq_len,
         adapts=config.task == "finetune",
         executes=executes,
-        evaluation=config.eval if executes else None,
+        evaluation=config.eval if executes and not generates else None,
         activation_checkpointing=config.task == "finetune"
         and config.train.activation_checkpointing,
         # The other tasks have no data: they take the tokenizer as it was saved with quantized/.
@@ -102,22 +103,40 @@ def load_or_quantize(
         _warn_if_outdated(run)
     if has_quantized:
         loaded = _load(run, plan, calibration, run.layout.quantized)
-    elif plan.is_packed or not quant.quantizes or quant.cache_dir is None:
-        loaded = _load(run, plan, calibration)
     else:
-        # While this block runs, an entry that does not exist yet is locked.
-        with cache_entry(
-            plan, quant.cache_dir, runtime.dtype, comm, runtime.preemption, digest
-        ) as entry:
-            loaded = _load(run, plan, calibration, entry.folder if entry.is_complete else None)
-            if not entry.is_complete:
-                loaded.save_packed(entry.folder, comm, extra_json=_made_from(digest))
+        loaded = load_source(run, plan, calibration, source_digest)
     # This creates the run directory. Bad weights have raised an error above and leave no directory.
     recorder.begin_run(loaded, checkpoint, calibration)
     # Save a copy in the run directory, so that the run does not depend on the cache.
     saves = quant.save and quant.quantizes and config.task in ("finetune", "quantize")
     if saves and not has_quantized:
         loaded.save_packed(run.layout.quantized, comm, extra_json=_made_from(digest))
+    return loaded
+
+
+def load_source(
+    run: Run,
+    plan: ModelPlan,
+    calibration: Calibration | None = None,
+    source_digest: str | None = None,
+) -> LoadedModel:
+    """Load the model of `plan` from its source or from the cache, or quantize it. Collective.
+
+    Nothing is written, except for a new entry of `quant.cache_dir`. The arguments are those of
+    `load_or_quantize`.
+    """
+    quant, runtime = run.config.quant, run.runtime
+    if plan.is_packed or not quant.quantizes or quant.cache_dir is None:
+        return _load(run, plan, calibration)
+    source_digest = source_digest or digest_source(plan.source, runtime.comm, runtime.preemption)
+    digest = packed_weights_digest(source_digest, calibration)
+    # While this block runs, an entry that does not exist yet is locked.
+    with cache_entry(
+        plan, quant.cache_dir, runtime.dtype, runtime.comm, runtime.preemption, digest
+    ) as entry:
+        loaded = _load(run, plan, calibration, entry.folder if entry.is_complete else None)
+        if not entry.is_complete:
+            loaded.save_packed(entry.folder, runtime.comm, extra_json=_made_from(digest))
     return loaded
 
 

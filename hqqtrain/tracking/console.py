@@ -157,6 +157,15 @@ class Console:
             print("\n" + results_table(rows) + "\n" if rows else "")
             print("\n".join([*(f"wrote {file}" for file in files), *hints]), flush=True)
 
+    def stream_text(self, text: str) -> None:
+        """Write a piece of generated text to standard output at once.
+
+        A terminal gets it without control characters, with which a model could steer it.
+        """
+        if self.is_main:
+            sys.stdout.write(escape_terminal(text) if sys.stdout.isatty() else text)
+            sys.stdout.flush()
+
     def print_text(self, text: str) -> None:
         """Print text to standard output."""
         if self.is_main:

@@ -33,6 +33,7 @@ def _config(task: str, held_out: str | None = "auto", **adapter: str) -> RunConf
         ("export", "auto", [MODEL, CALIBRATION]),
         ("data", "auto", [TOKENIZER, TRAINING, ("held-out text", "data.source", "mine.txt")]),
         ("data", None, [TOKENIZER, TRAINING]),
+        ("generate", "auto", [MODEL, CALIBRATION]),
     ],
 )
 def test_the_inputs_of_a_task(task, held_out, expected):

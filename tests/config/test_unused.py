@@ -28,7 +28,7 @@ def test_every_task_has_its_keys_and_every_pattern_matches_a_key():
     ("task", "used", "unused"),
     [
         ("finetune", ["optim.lr", "eval.tokens", "ckpt.every"],
-         ["export.format", "data.show"]),
+         ["export.format", "data.show", "generate.prompt"]),
         ("quantize", ["quant.nbits", "quant.overrides.q", "train.precision", "model"],
          ["eval.tokens", "eval.source", "optim.lr", "train.max_steps", "data.source", "adapter.r",
           "export.format", "ckpt.every", "track.backends", "train.max_seq_len"]),
@@ -40,6 +40,10 @@ def test_every_task_has_its_keys_and_every_pattern_matches_a_key():
         ("data", ["data.show", "data.source", "train.max_seq_len", "model.source", "eval.tokens",
           "eval.protocol"],
          ["quant.nbits", "optim.lr", "eval.every", "adapter.init_from", "parallel.strategy"]),
+        ("generate", ["generate.top_p", "model.name_or_path", "quant.nbits", "adapter.init_from",
+          "data.chat_template", "train.precision", "run.root"],
+         ["data.source", "optim.lr", "parallel.strategy", "run.name", "quant.save", "eval.source",
+          "train.max_seq_len"]),
     ],
 )  # fmt: skip
 def test_the_keys_of_a_task(task, used, unused):
@@ -64,6 +68,9 @@ def test_without_quantization_most_of_its_keys_have_no_effect():
 def test_a_key_that_another_one_makes_ineffective():
     assert _unused("finetune", "train.epochs", train={"max_steps": 5}) == ["train.epochs"]
     assert _unused("finetune", "train.epochs") == []
+    sampling = ["generate.top_p", "generate.top_k", "generate.min_p", "generate.seed"]
+    assert _unused("generate", *sampling, generate={"temperature": 0.0}) == sampling
+    assert _unused("generate", *sampling) == []
     for key in ("eval.tokens", "eval.protocol"):
         assert _unused("finetune", key, eval={"source": None}) == [key]
     assert _unused("finetune", "track.project", track={"backends": []}) == ["track.project"]

@@ -208,6 +208,13 @@ def test_without_a_recipe_the_default_recipe_is_used(ready):
     assert ready.calls == ["-m hqqtrain recipe=tiny_2bit quant.nbits=3"]
 
 
+def test_texts_are_generated_by_one_process_that_needs_no_recipe(ready):
+    ready.launch("task=generate", "model.name_or_path=runs/mine", NPROC="2")
+    assert ready.calls == ["-m hqqtrain task=generate model.name_or_path=runs/mine"]
+    ready.launch("task=generate", CUDA_VISIBLE_DEVICES="0,1")
+    assert ready.calls == ["-m hqqtrain recipe=tiny_2bit task=generate"]
+
+
 def test_the_test_command_runs_linters_first_and_pytest_last(checkout):
     for name in ("ruff", "mypy", "lint-imports", "shellcheck"):
         checkout.program(name, f'echo "{name} $*" >>"$LOG"')

@@ -23,6 +23,8 @@ QUICK = (
     f"eval.source={HELD_OUT}", "quant.calibration=null",
 )  # fmt: skip
 
+SHORT_TEXT = ("generate.prompt=x", "generate.max_new_tokens=4")
+
 
 PAGES = ("README.md", "docs/commands.md", "docs/sweeps.md")
 
@@ -70,6 +72,7 @@ def test_command(number: int, folder: Path):
             "recipe=tiny_2bit" not in words or {"-m", "torchrun", "NPROC=2"} & {words[0], words[3]}
         ):
             words.append(f"model.name_or_path={small_model()}")
+    words += SHORT_TEXT if "task=generate" in words else ()
     if "recipe=sweep_bits" in words:
         words += ["quant.nbits=2", "quant.group_size=64"]  # one of its twelve jobs
     if "-m" in words[3:]:
