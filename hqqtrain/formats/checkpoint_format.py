@@ -21,6 +21,7 @@ from hqqtrain.formats.companions import companion_files, companion_modes, copy_c
 from hqqtrain.formats.comparison import ExportComparison, LayerComparison, compare_layer
 from hqqtrain.formats.dense import merge, round_finite, untied_config
 from hqqtrain.formats.layers import PackedLayer, Tensors, by_layer
+from hqqtrain.formats.older_keys import with_older_keys
 from hqqtrain.formats.packed import BASE_FINGERPRINT, dense_config_json
 from hqqtrain.formats.quantized_settings import ModuleSettings, QuantizedSettings
 from hqqtrain.formats.separate_adapter import write_separate_adapter
@@ -120,7 +121,7 @@ class CheckpointFormat(ExportFormat):
         weights = names | {f"{name}.weight" for name in export.settings.modules}
         config = dense_config_json(untied_config(export.hf_config, dtype, weights))
         config[BASE_FINGERPRINT] = export.settings.fingerprint
-        return config | self.config(export.settings, export.hf_config, dtype)
+        return with_older_keys(config) | self.config(export.settings, export.hf_config, dtype)
 
     def write_adapter(self, export: ModelExport, folder: Path, base: Path) -> None:
         """Write the adapter to `folder`, which does not exist, in the form of the other program.

@@ -11,6 +11,7 @@ from hqqtrain.formats.base import ModelExport
 from hqqtrain.formats.checkpoint_format import CheckpointFormat
 from hqqtrain.formats.dense import dense_tensors, untied_config
 from hqqtrain.formats.layers import PackedLayer, Tensors
+from hqqtrain.formats.older_keys import with_older_keys
 from hqqtrain.formats.packed import BASE_FINGERPRINT, dense_config_json
 from hqqtrain.formats.quantized_settings import ModuleSettings, QuantizedSettings
 
@@ -43,7 +44,7 @@ class DenseFormat(CheckpointFormat):
         config = dense_config_json(untied_config(export.hf_config, dtype, names))
         if export.settings.modules and not export.merged:  # its adapters fit these weights, too
             config[BASE_FINGERPRINT] = export.settings.fingerprint
-        return config
+        return with_older_keys(config)
 
     def config(
         self, settings: QuantizedSettings, hf_config: PretrainedConfig, dtype: torch.dtype

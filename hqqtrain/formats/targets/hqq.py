@@ -91,7 +91,7 @@ class HqqFormat(CheckpointFormat):
             "quant_method": "hqq", "quant_config": quant_config,
             "skip_modules": dense_linears(settings, hf_config),
         }  # fmt: skip
-        return {"quantization_config": quantization, "torch_dtype": str(dtype).split(".")[1]}
+        return {"quantization_config": quantization}
 
     def finish(self, folder: Path, export: ModelExport) -> None:
         """Name a class of tokenizer that transformers 4 knows."""
