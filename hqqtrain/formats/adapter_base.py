@@ -7,11 +7,13 @@ stored in the metadata of adapter_model.safetensors, which stock tools ignore.
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +21,7 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.formats.adapter_config import WEIGHTS
 from hqqtrain.formats.packed import BASE_FINGERPRINT, fingerprinted
 from hqqtrain.formats.quantized_settings import read_quantized_settings
+from hqqtrain.formats.writer import save_tensors
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.rundir.layout import RunLayout
 
@@ -72,7 +75,7 @@ def check_fingerprint(trained_on: str | None, base: str, origin: str, advice: st
         )
 
 
-def check_base_of(model: nn.Module, file: Path, origin: str) -> None:
+def check_base_of(model: nn.Module, file: Path, origin: str) -> dict[str, str]:
     """Check that a model of transformers is the base of an adapter, if the adapter records one.
 
     The dequantized weights of a base count as that base. An adapter that was trained on a dense
@@ -83,14 +86,18 @@ def check_base_of(model: nn.Module, file: Path, origin: str) -> None:
         file: The adapter_model.safetensors of the adapter.
         origin: Where the adapter comes from, with which a message begins.
 
+    Returns:
+        The metadata by which the file records the base; empty if it does not.
+
     Raises:
         UserError: The model is another base, or has other weights than the quantized ones.
     """
-    metadata = _read_metadata(file)
+    found = _read_metadata(file)
+    metadata = {key: found[key] for key in (_FINGERPRINT, _QUANTIZED) if key in found}
     trained_on = recorded_fingerprint(metadata)
     root = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if trained_on is None or root is None:
-        return
+        return metadata
     fix = "Load the quantized/ that was saved with the adapter, or train a new adapter."
     if base := base_fingerprint(root):
         check_fingerprint(trained_on, base, origin, fix)
@@ -104,6 +111,16 @@ def check_base_of(model: nn.Module, file: Path, origin: str) -> None:
             f"this model. {fix} If this model has the dequantized weights of that base, set "
             f'model.config.{BASE_FINGERPRINT} = "{trained_on}" first.'
         )
+    return metadata
+
+
+def record_base(folder: Path, metadata: Mapping[str, str]) -> None:
+    """Write the metadata that records a base into the adapter in `folder`, if it has a file."""
+    file = folder / WEIGHTS
+    if file.is_file():
+        partial = file.with_suffix(".partial")
+        save_tensors(load_file(file), partial, **metadata)
+        partial.replace(file)
 
 
 def saved_base_of(adapter: Path) -> Path | None:

@@ -8,6 +8,7 @@ from hqqtrain.integrations.adapters import (
     extend_hotswap,
     extend_peft_config,
     extend_peft_model,
+    extend_pretrained_model,
     extend_transformers,
 )
 
@@ -16,6 +17,7 @@ def register() -> None:
     """Extend transformers and PEFT when they are imported, or now if they have been."""
     after_import("transformers.quantizers.auto", _register_quantizer)
     after_import("transformers.integrations.peft", extend_transformers)
+    after_import("transformers.modeling_utils", extend_pretrained_model)
     after_import("peft.tuners.lora.model", _extend_lora)
     after_import("peft.config", extend_peft_config)
     after_import("peft.peft_model", extend_peft_model)

@@ -1,5 +1,8 @@
 """Check that an adapter belongs to the model before PEFT or transformers load it.
 
+PEFT writes no metadata, so an adapter that is loaded and saved again would no longer record its
+base. The metadata is therefore kept with PEFT's configuration of the adapter, and written again.
+
 Only public functions are extended. This module is imported while their libraries are, so it imports
 the rest of hqqtrain only when it is called.
 """
@@ -14,12 +17,21 @@ from typing import Any
 _DOWNLOAD = ("cache_dir", "proxies", "token", "revision", "local_files_only", "subfolder")
 """Arguments that say which file of which repository is read."""
 
+_BASE = "hqqtrain_base"
+"""Attribute of PEFT's configuration of a loaded adapter: the metadata that records its base."""
+
 
 def extend_peft_model() -> None:
-    """Let `PeftModel.load_adapter` and `from_pretrained` check the base first."""
+    """Let `PeftModel` check the base before it loads an adapter, and record it when it saves."""
     from peft import peft_model
 
     _check_before(peft_model.PeftModel, "load_adapter", "model_id")
+    _record_after_saving(
+        peft_model.PeftModel,
+        lambda model, folder: {
+            name: folder if name == "default" else folder / name for name in model.peft_config
+        },
+    )
 
 
 def extend_peft_config() -> None:
@@ -59,6 +71,16 @@ def extend_transformers() -> None:
     _check_before(peft.PeftAdapterMixin, "load_adapter", "peft_model_id")
 
 
+def extend_pretrained_model() -> None:
+    """Let `PreTrainedModel.save_pretrained` record the base of an adapter."""
+    from transformers import modeling_utils
+
+    _record_after_saving(
+        modeling_utils.PreTrainedModel,
+        lambda model, folder: dict.fromkeys(model.active_adapters(), folder),
+    )
+
+
 def _check_before(owner: Any, name: str, model_id: str) -> None:
     """Let a function of `owner` check the base of the adapter that it is called for.
 
@@ -73,14 +95,45 @@ def _check_before(owner: Any, name: str, model_id: str) -> None:
     @wraps(load)
     def checked(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
-        adapter, options = given.get(model_id), _download_options(given)
-        if adapter is not None and (file := _adapter_file(adapter, options)):
+        model, adapter = next(iter(given.values())), given.get(model_id)
+        base: dict[str, str] = {}
+        if adapter is not None and (file := _adapter_file(adapter, _download_options(given))):
             from hqqtrain.formats.adapter_base import check_base_of
 
-            check_base_of(args[0], file, str(adapter))
-        return load(*args, **kwargs)
+            base = check_base_of(model, file, str(adapter))
+        result = load(*args, **kwargs)
+        config = model.peft_config.get(given.get("adapter_name") or "default")
+        if config is not None:
+            setattr(config, _BASE, base)
+        return result
 
     setattr(owner, name, checked)
+
+
+def _record_after_saving(owner: Any, folders_of: Callable[[Any, Path], Mapping[str, Path]]) -> None:
+    """Let `save_pretrained` of a class record the bases of the adapters that it saves.
+
+    Args:
+        owner: The class, changed in place.
+        folders_of: Returns the folder of each adapter, by name, for a model and the folder to which
+            it was saved.
+    """
+    save: Callable[..., Any] = owner.save_pretrained
+
+    @wraps(save)
+    def save_and_record(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        result = save(self, save_directory, *args, **kwargs)
+        configs = getattr(self, "peft_config", None) or {}
+        bases = {name: getattr(config, _BASE, None) for name, config in configs.items()}
+        if any(bases.values()) and kwargs.get("is_main_process", True):
+            from hqqtrain.formats.adapter_base import record_base
+
+            for name, folder in folders_of(self, Path(save_directory)).items():
+                if base := bases.get(name):
+                    record_base(folder, base)
+        return result
+
+    owner.save_pretrained = save_and_record
 
 
 def _download_options(given: Mapping[str, Any]) -> dict[str, Any]:

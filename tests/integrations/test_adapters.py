@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,30 @@ def test_an_adapter_that_does_not_say_whether_its_base_is_quantized(
     with caplog.at_level(logging.WARNING, "hqqtrain"):
         PeftModel.from_pretrained(load(trained.source), adapter)
     assert "on any other model it adds noise" in caplog.text
+
+
+def test_an_adapter_that_is_saved_again_still_records_its_base(
+    adapter: Path, trained, tmp_path: Path
+):
+    base, stock = adapter.parent / "quantized", tmp_path / "stock"
+    names = ["peft", "peft/second"]
+    model = PeftModel.from_pretrained(load(base), adapter)
+    model.load_adapter(adapter, "second")
+    model.save_pretrained(tmp_path / "peft")
+    model = load(base)
+    model.load_adapter(str(adapter))
+    with suppress(ValueError):  # some releases save adapters with a later PEFT only
+        model.save_pretrained(tmp_path / "transformers")
+        names.append("transformers")
+    for name in names:
+        PeftModel.from_pretrained(load(base), tmp_path / name)
+        with pytest.raises(UserError, match="trained on the quantized base"):
+            PeftModel.from_pretrained(load(trained.source), tmp_path / name)
+    save_stock_adapter(stock, load(trained.source))
+    PeftModel.from_pretrained(load(base), stock).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == (
+        stock / "adapter_model.safetensors"
+    ).read_bytes()
 
 
 def test_auto_classes_load_the_base_that_an_adapter_names(adapter: Path, trained, tmp_path: Path):
