@@ -7,7 +7,7 @@ files. Nothing reads these, so they do not count.
 import glob
 from pathlib import Path
 
-from hqqtrain.common.packed_folders import HQQ_PICKLE
+from hqqtrain.common.packed_folders import GGUF_SUFFIX, HQQ_PICKLE
 
 _MODEL_PATTERNS = (
     "*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "vocab.*", "merges.txt",
@@ -15,7 +15,7 @@ _MODEL_PATTERNS = (
 )  # fmt: skip
 """Files of a model's folder that this program or its tokenizer may read."""
 
-_IF_NO_SAFETENSORS = (HQQ_PICKLE,)
+_IF_NO_SAFETENSORS = (HQQ_PICKLE, f"*{GGUF_SUFFIX}")
 """Files with the weights of a folder without safetensors files."""
 
 _OTHER_FORMATS = ("consolidated*", "*.fp16*")

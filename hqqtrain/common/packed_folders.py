@@ -9,11 +9,14 @@ from hqqtrain.common.reading import load_json, parse_json, read_json
 OWN_METHOD = "hqqtrain"
 """Our own `quant_method` in config.json."""
 
-FOREIGN_METHODS = ("hqq", "gptq", "awq", "auto-round", "compressed-tensors")
+FOREIGN_METHODS = ("hqq", "gptq", "awq", "auto-round", "compressed-tensors", "gguf")
 """The formats of other programs that can be read."""
 
 HQQ_PICKLE = "qmodel.pt"
 """The file with the weights in hqq's own format."""
+
+GGUF_SUFFIX = ".gguf"
+"""The ending of the names of GGUF files."""
 
 GPTQ_CONFIG = "quantize_config.json"
 """The file in which old tools of GPTQ recorded their settings."""
@@ -22,10 +25,18 @@ _MAX_HEADER_BYTES = 100_000_000
 """Largest header of a safetensors file, as the format defines it."""
 
 
+def gguf_files(path: Path) -> list[Path]:
+    """Return the GGUF file that `path` is, or those that the folder `path` has, sorted."""
+    if path.suffix == GGUF_SUFFIX and path.is_file():
+        return [path]
+    return sorted(path.glob(f"*{GGUF_SUFFIX}"))
+
+
 def quantized_by(folder: Path) -> str | None:
     """Return the `quant_method` of the model in `folder`; None if its weights look dense.
 
-    Some programs do not record their method in config.json. Their tensors have names of their own.
+    `folder` may also be a GGUF file. Some programs do not record their method in config.json, but
+    their tensors have names of their own.
     A folder that cannot be read looks dense.
     """
     config = read_json(folder / "config.json").get("quantization_config")
@@ -33,7 +44,9 @@ def quantized_by(folder: Path) -> str | None:
         return str(config.get("quant_method")).lower()
     names = _tensor_names(folder)
     if names is None:
-        return "hqq" if (folder / HQQ_PICKLE).is_file() else None
+        if (folder / HQQ_PICKLE).is_file():
+            return "hqq"
+        return "gguf" if gguf_files(folder) else None
     if any(name.endswith(".W_q") for name in names):
         return "hqq"
     is_gptq = any(name.endswith(".qweight") for name in names) and (folder / GPTQ_CONFIG).is_file()

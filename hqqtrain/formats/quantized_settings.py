@@ -175,7 +175,7 @@ def source_settings(source: ModelSource) -> QuantizedSettings:
     """
     if not source.foreign:
         return read_quantized_settings(source.path)
-    layers = open_foreign(source.path, source.foreign).layers
+    layers = open_foreign(source).layers
     modules = {
         name: ModuleSettings.from_spec(each.spec, each.layout) for name, each in layers.items()
     }

@@ -31,6 +31,7 @@ from hqqtrain.loading.initial_adapter import (
 from hqqtrain.loading.model_check import check_called_linears, check_runnable, check_stored_dtypes
 from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.embedding_rows import add_embedding_rows, check_head_is_dense
+from hqqtrain.models.foreign.reader import ForeignReader
 from hqqtrain.models.fqn import base_model, expected_shapes, strip_wrappers, tied_names
 from hqqtrain.models.layerwise import probe_layerwise
 from hqqtrain.models.packing_probe import PackingProbe, probe_packing
@@ -244,6 +245,9 @@ def _open_checked(
         hf_config.tie_word_embeddings = False
     unused = reader.check(expected_shapes(model, packed=source.kind == "quantized"))
     check_stored_dtypes(model, reader, unused)
+    if isinstance(reader, ForeignReader) and runtime.comm.is_main:
+        for note in reader.notes:
+            logger.info("%s: %s", source.name, note)
     if unused and runtime.comm.is_main:
         logger.warning(
             "%s: not used: %s, such as %s", source.path, count(len(unused), "tensor"), unused[0]

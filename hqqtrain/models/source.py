@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hqqtrain.common.errors import UserError, did_you_mean
-from hqqtrain.common.packed_folders import FOREIGN_METHODS, GPTQ_CONFIG, OWN_METHOD, quantized_by
+from hqqtrain.common.packed_folders import (
+    FOREIGN_METHODS,
+    GGUF_SUFFIX,
+    GPTQ_CONFIG,
+    OWN_METHOD,
+    quantized_by,
+)
 from hqqtrain.common.reading import load_json, read_json
 from hqqtrain.common.secrets import MASK
 from hqqtrain.config.groups import ModelConfig
+from hqqtrain.models.foreign.gguf_folder import prepared_folder, the_gguf_file
 from hqqtrain.models.foreign.qmodel import converted_folder
 from hqqtrain.models.hub import download_snapshot
 from hqqtrain.rundir.layout import RunLayout
@@ -42,7 +49,8 @@ class ModelSource:
             rows for them yet.
         foreign: The format of the `quantized` weights if another program has written them, a key of
             `hqqtrain.models.foreign.registry.FORMATS`.
-        original: The folder of the model if `path` has a conversion of its weights.
+        original: The folder of the tokenizer if `path`, a conversion, has none.
+        weights_file: The GGUF file with the weights of `path`.
     """
 
     name: str
@@ -54,6 +62,7 @@ class ModelSource:
     trained_token_ids: tuple[int, ...] = ()
     foreign: str | None = None
     original: Path | None = None
+    weights_file: Path | None = None
 
     @property
     def tokenizer(self) -> Path:
@@ -81,6 +90,9 @@ def resolve_source(model: ModelConfig, *, weights: bool = True) -> ModelSource:
     if os.path.isdir(folder):
         _refuse_revision(model)
         return _from_folder(name, folder)
+    if os.path.isfile(folder) and folder.suffix == GGUF_SUFFIX:
+        _refuse_revision(model)
+        return _from_gguf(name, folder)
     if os.path.exists(folder):
         raise UserError(f"model.name_or_path={name}: is a file; give the folder that contains it.")
     if _is_path(name):
@@ -182,13 +194,15 @@ def _full_precision_base(run: RunLayout) -> ModelConfig | None:
 
 def _from_model_folder(name: str, folder: Path) -> ModelSource:
     """Return the source in `folder`, whose weights hqqtrain, another program or none quantized."""
+    method = quantized_by(folder)
+    if method == "gguf":
+        return _from_gguf(name, folder)
     quantization = read_config_json(folder).get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
         raise UserError(
             f"model.name_or_path={name}: quantization_config={quantization!r} in its config.json "
             "must be an object; remove it if the weights have full precision."
         )
-    method = quantized_by(folder)
     if method is None or method == OWN_METHOD:
         return ModelSource(name, folder, "quantized" if method else "dense")
     if method not in FOREIGN_METHODS:
@@ -200,6 +214,16 @@ def _from_model_folder(name: str, folder: Path) -> ModelSource:
     converted = converted_folder(folder, read_config_json(folder))
     original = folder if converted else None
     return ModelSource(name, converted or folder, "quantized", foreign=method, original=original)
+
+
+def _from_gguf(name: str, path: Path) -> ModelSource:
+    """Return the source of a GGUF file, or of the only one in a folder."""
+    file = the_gguf_file(path)
+    prepared = prepared_folder(file)
+    original = None if any(prepared.glob("tokenizer*")) else file.parent
+    return ModelSource(
+        name, prepared, "quantized", foreign="gguf", original=original, weights_file=file
+    )
 
 
 def read_quantization_config(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def open_folder(folder: Path) -> ForeignReader:
     source = resolve_source(ModelConfig(name_or_path=str(folder)))
     assert source.kind == "quantized"
     assert source.foreign
-    return open_foreign(source.path, source.foreign)
+    return open_foreign(source)
 
 
 def dequantized(reader: ForeignReader, module: str, dtype: torch.dtype) -> torch.Tensor:

@@ -163,7 +163,7 @@ CASES = {
     "an index of missing files": Case(_index({Q: "gone.safetensors"}), ("gone.safetensors",)),
     "an index that is a list": Case(_index(["a"]), ("index.json",)),
     "only a pickle": Case(_only("pytorch_model.bin"), ("safetensors",)),
-    "only GGUF": Case(_only("model.gguf"), ("safetensors",)),
+    "only damaged GGUF": Case(_only("model.gguf"), ("not a complete GGUF file",)),
     "no tokenizer": Case(
         _model(lambda f: [t.unlink() for t in f.glob("tokenizer*")]), ("tokenizer",)
     ),

@@ -35,7 +35,10 @@ class ForeignReader(ResizedReader):
 
     Attributes:
         layers: The quantized layers, by module.
+        notes: What is not taken over as it is, for the log.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -46,7 +49,7 @@ class ForeignReader(ResizedReader):
     ) -> None:
         super().__init__(folder, pin_memory=pin_memory)
         self._stored = self._entries
-        self.layers = dict(find_layers(self))
+        self.layers: dict[str, ForeignLayer] = dict(find_layers(self))
         used = {name for layer in self.layers.values() for name in layer.tensors}
         dense = {name: entry for name, entry in self._stored.items() if name not in used}
         self._entries = dense | {
@@ -91,7 +94,7 @@ class ForeignReader(ResizedReader):
     def _read_stored(self, stored_name: str, rows: Sequence[slice] | None) -> Tensor:
         module, _, attribute = stored_name.rpartition(".")
         if module not in self.layers or attribute not in PACKED_PARAMETERS:
-            return super()._read_stored(stored_name, rows)
+            return self._read_dense(stored_name, rows)
         layer = self.layers[module]
         rows = [slice(0, layer.layout.units)] if rows is None else rows
         try:
@@ -100,6 +103,10 @@ class ForeignReader(ResizedReader):
             raise UserError(f"{self.folder}: {module} cannot be read ({error}); {AGAIN}") from error
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         return tensor.pin_memory() if self._pin_memory else tensor
+
+    def _read_dense(self, stored_name: str, rows: Sequence[slice] | None) -> Tensor:
+        """Return rows of a tensor that is not one of ours."""
+        return super()._read_stored(stored_name, rows)
 
     def _read_packed(self, layer: ForeignLayer, attribute: str, units: slice) -> Tensor:
         """Return some units of one of our packed tensors."""

@@ -227,12 +227,6 @@ def _weight_files(folder: Path) -> list[Path]:
             "run code and cannot be read in slices: convert them to safetensors with "
             "transformers' save_pretrained, or choose a model.revision that has safetensors files."
         )
-    if list(folder.glob("*.gguf")):
-        raise UserError(
-            f"{folder}: has its weights as GGUF files. Use the safetensors files they were made "
-            "from, or dequantize them with transformers' from_pretrained(..., gguf_file=...) and "
-            "save_pretrained."
-        )
     raise UserError(
         f"{folder}: contains neither {SINGLE_FILE_NAME} nor {INDEX_FILE_NAME}. Only safetensors "
         "files are supported."

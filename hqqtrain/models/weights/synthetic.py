@@ -77,7 +77,7 @@ def open_weight_source(
 def _open_reader(source: ModelSource, *, pin_memory: bool) -> SafetensorsReader:
     """Open the reader of the files of `source`."""
     if source.foreign:
-        return open_foreign(source.path, source.foreign, pin_memory=pin_memory)
+        return open_foreign(source, pin_memory=pin_memory)
     reader_class = ResizedReader if source.trained_token_ids else SafetensorsReader
     return reader_class(source.path, pin_memory=pin_memory)
 

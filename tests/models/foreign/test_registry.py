@@ -9,10 +9,11 @@ from safetensors.torch import save_file
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.packed_folders import FOREIGN_METHODS
 from hqqtrain.models.foreign.registry import FORMATS, open_foreign
+from hqqtrain.models.source import ModelSource
 
 
 def test_the_names_are_the_same():
-    assert tuple(FORMATS) == FOREIGN_METHODS
+    assert (*FORMATS, "gguf") == FOREIGN_METHODS
 
 
 @pytest.mark.parametrize("method", FORMATS)
@@ -20,4 +21,4 @@ def test_a_checkpoint_without_quantized_layers(tmp_path, method):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"bits": 4}}))
     save_file({"a.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=rf"contains no layer that {method}|config"):
-        open_foreign(tmp_path, method)
+        open_foreign(ModelSource("m", tmp_path, "quantized", foreign=method))

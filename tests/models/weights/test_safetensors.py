@@ -120,14 +120,6 @@ def test_a_hostile_header_is_refused(tmp_path, data):
         SafetensorsReader(tmp_path)
 
 
-def test_gguf_files_are_named_with_the_way_to_convert_them(tmp_path):
-    (tmp_path / "model-Q4_0.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UserError, match=r"GGUF files.*gguf_file=\.\.\..*save_pretrained"):
-        SafetensorsReader(tmp_path)
-    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
-    assert SafetensorsReader(tmp_path).names == ["a"]  # beside safetensors files they do no harm
-
-
 def test_pickles_are_not_read(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(UserError, match=r"\.bin.*pickles.*convert them to safetensors"):
