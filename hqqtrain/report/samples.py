@@ -1,4 +1,4 @@
-"""Samples of text: how each model of a run continues the same beginnings of held-out text."""
+"""Samples of text: how each model of a run continues held-out texts, or answers held-out chats."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,12 @@ class Sample:
         prompt: The beginning.
         continuations: Source of the continuation -> text. The sources are `held-out text` and the
             values of `MODEL_NAMES`.
+        is_chat: Whether the continuations are replies of the assistant.
     """
 
     prompt: str
     continuations: Mapping[str, str]
+    is_chat: bool = False
 
 
 def render_samples(samples: Sequence[Sample]) -> str:
@@ -33,4 +35,5 @@ def render_samples(samples: Sequence[Sample]) -> str:
         )
         prompt = f"<h3>prompt</h3><pre>{escape_html(sample.prompt)}</pre>"
         blocks.append(f'{prompt}<div class="samples">{"".join(columns)}</div>')
-    return render_section("Continuations of held-out text, most likely tokens", "<hr>".join(blocks))
+    what = "Replies to held-out chats" if samples[0].is_chat else "Continuations of held-out text"
+    return render_section(f"{what}, most likely tokens", "<hr>".join(blocks))

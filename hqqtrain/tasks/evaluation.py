@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hqqtrain.config.run import RunConfig
+from hqqtrain.data.chat.end_markers import end_markers
+from hqqtrain.data.chat.template import ChatTemplate
 from hqqtrain.data.layout import PACKED, BatchLayout
 from hqqtrain.data.sequences import TokenSequences
 from hqqtrain.evaluation.continuations import select_beginnings, select_prompts
@@ -29,7 +31,7 @@ from hqqtrain.tasks.reference import open_reference
 logger = logging.getLogger(__name__)
 
 SAMPLE_TOKENS = 64
-"""Length of a sample in the report, if the sequences of the run are as long."""
+"""Length of a sample in the report, or of a reply to a chat, if sequences are long enough."""
 
 
 class RecordedEvaluation:
@@ -101,7 +103,7 @@ class RecordedEvaluation:
         return result.loss
 
     def record_samples(self) -> None:
-        """Record how each model continues a few held-out texts. Collective.
+        """Record how each model continues a few held-out texts, or answers chats. Collective.
 
         The models are the full-precision reference, if it is loaded as a whole, the base, and the
         trained one. The texts have fewer tokens than a batch of the evaluation, so they need no
@@ -114,13 +116,16 @@ class RecordedEvaluation:
         texts = _select_texts(evaluator.held_out, config)
         prompts, rests = ([pair[i] for pair in texts] for i in (0, 1))
         ends, new_tokens = {tokenizer.eos_token_id}, len(rests[0])
+        end_texts: tuple[str, ...] = ()
         is_chat = not _is_plain_text(evaluator.held_out, config)
-        if is_chat:  # an answer may be short, and ends with a token, unless that is ordinary text
+        if is_chat:  # an answer may be short, and ends with a token, or with ordinary text
             ends |= {int(rest[-1]) for rest in rests} & set(tokenizer.added_tokens_decoder)
-            new_tokens = min(SAMPLE_TOKENS, config.train.max_seq_len) // 2
+            new_tokens = _reply_tokens(config)
+            if tokenizer.chat_template:
+                end_texts = end_markers(ChatTemplate(tokenizer))
 
         def decode(rows: Iterable[Tensor]) -> list[str]:
-            return [_decode(tokenizer, row[:new_tokens].tolist(), ends) for row in rows]
+            return [_decode(tokenizer, row[:new_tokens].tolist(), ends, end_texts) for row in rows]
 
         def continuations(model: nn.Module) -> list[str]:
             return decode(evaluator.continue_texts(model, prompts, new_tokens))
@@ -139,7 +144,7 @@ class RecordedEvaluation:
         columns[MODEL_NAMES["final"]] = continuations(runnable.model)
         shown = [_decode(tokenizer, row.tolist(), set() if is_chat else ends) for row in prompts]
         self._recorder.samples = [
-            Sample(prompt, {name: column[row] for name, column in columns.items()})
+            Sample(prompt, {name: column[row] for name, column in columns.items()}, is_chat)
             for row, prompt in enumerate(shown)
         ]
 
@@ -183,7 +188,7 @@ def _select_texts(held_out: TokenSequences, config: RunConfig) -> list[tuple[Ten
         train.micro_batch_size * train.max_seq_len,
     )
     if not _is_plain_text(held_out, config):
-        chats = select_prompts(held_out, config.eval.samples, max_tokens, length // 2)
+        chats = select_prompts(held_out, config.eval.samples, max_tokens, _reply_tokens(config))
         if chats:
             return chats
     texts = select_beginnings(held_out, min(config.eval.samples, max_tokens // length), length)
@@ -191,7 +196,26 @@ def _select_texts(held_out: TokenSequences, config: RunConfig) -> list[tuple[Ten
     return list(zip(prompts, rests, strict=True))
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: Container[int]) -> str:
-    """Return the text of `tokens` up to the first of the tokens `ends` after the first token."""
+def _reply_tokens(config: RunConfig) -> int:
+    """Return the number of tokens of a reply to a chat, which leaves room for a prompt."""
+    return min(SAMPLE_TOKENS, config.train.max_seq_len // 2)
+
+
+def _decode(
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: list[int],
+    ends: Container[int],
+    end_texts: Iterable[str] = (),
+) -> str:
+    """Return the text of `tokens` up to the first end.
+
+    Args:
+        tokenizer: The tokenizer.
+        tokens: The tokens.
+        ends: Tokens that end the text, unless one is the first.
+        end_texts: Texts that end it, where the tokenizer lacks such a token.
+    """
     end = next((i for i, token in enumerate(tokens) if i and token in ends), len(tokens))
-    return str(tokenizer.decode(tokens[:end]))
+    text = str(tokenizer.decode(tokens[:end]))
+    places = [place for end_text in end_texts if (place := text.find(end_text)) >= 0]
+    return text[: min(places, default=len(text))]

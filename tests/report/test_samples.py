@@ -17,5 +17,11 @@ def test_markup_in_a_text_is_text():
     assert "&amp;amp;" in page
 
 
+def test_replies_of_chats_are_called_so():
+    page = render_samples([Sample("Hi", {"trained": "Hello"}, is_chat=True)])
+    assert "Replies to held-out chats" in page
+    assert "Continuations of held-out text" in render_samples([Sample("a", {"trained": "b"})])
+
+
 def test_no_samples_give_no_section():
     assert render_samples([]) == ""

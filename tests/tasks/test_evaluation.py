@@ -133,16 +133,20 @@ def test_the_end_of_a_text_ends_its_continuation():
     assert _decode(Tokenizer(), [1, 2, 9, 3], {9}) == "[1, 2]"
     assert _decode(Tokenizer(), [9, 2, 3], {9}) == "[9, 2, 3]"
     assert _decode(Tokenizer(), [1, 2, 9, 3], set()) == "[1, 2, 9, 3]"
+    assert _decode(Tokenizer(), [1, 2, 9, 3], set(), (", 9", "8", ", 2")) == "[1"
 
 
-def test_a_prompt_of_a_chat_ends_with_the_header_of_the_assistant(make_config, start_run, tmp_path):
+@pytest.mark.parametrize("add_tokens", ["auto", None])
+def test_a_prompt_of_a_chat_ends_with_the_header_of_the_assistant(
+    make_config, start_run, tmp_path, add_tokens
+):
     turns = [("user", "One?"), ("assistant", "1."), ("user", "Two?"), ("assistant", "22.")]
     chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
     (tmp_path / "chats.jsonl").write_text(json.dumps(chat))
-    data = {"chat_template": "chatml", "add_tokens": "auto"}
+    data = {"chat_template": "chatml", "add_tokens": add_tokens}
     config = make_config(
         data=data, eval={"source": str(tmp_path / "chats.jsonl"), "reference": "off"},
-        train={"max_seq_len": 64},
+        train={"max_seq_len": 64 if add_tokens else 256},
     )  # fmt: skip
     with start_run(config) as run:
         runnable = _runnable(run)
@@ -154,6 +158,7 @@ def test_a_prompt_of_a_chat_ends_with_the_header_of_the_assistant(make_config, s
         "<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert sample.continuations["held-out text"] == "22."
+    assert sample.is_chat
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
