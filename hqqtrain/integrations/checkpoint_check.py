@@ -44,8 +44,8 @@ def check_files(files: Sequence[str | Path], modules: Iterable[str]) -> bool:
     if missing and len(shapes.get(f"{missing[0].rpartition('.')[0]}.weight", ())) == 2:
         raise UserError(
             f"{folder}: has a dense {missing[0].rpartition('.')[0]}, which is quantized according "
-            "to its config.json; from_config, for instance, makes such models. Remove "
-            "quantization_config from config.json, and quantize again."
+            "to its config.json: it was saved by a model that from_pretrained has not loaded. "
+            "Remove quantization_config from config.json, and quantize again."
         )
     if missing:
         raise UserError(
