@@ -194,14 +194,10 @@ class HqqTrainQuantizer(HfQuantizer):
         """Replace every `HQQLinear` by a dense linear. Adapters of the base still fit."""
         from hqqtrain.formats.adapter_base import base_fingerprint
         from hqqtrain.formats.packed import BASE_FINGERPRINT
+        from hqqtrain.nn.replace import dequantize_linears
 
         setattr(model.config, BASE_FINGERPRINT, base_fingerprint(model))
-        for name, module in _hqq_linears(model).items():
-            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
-            linear.bias = module.bias
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, linear)
+        dequantize_linears(model, dtype)
         model.hqq_quantized = False
         return model
 

@@ -227,6 +227,22 @@ def _refuse_unused_overrides(
         )
 
 
+def dequantize_linears(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace every `HQQLinear` of `model` by a dense linear, below an adapter, too.
+
+    Args:
+        model: The model, changed in place.
+        dtype: Dtype of the weights; None: the `compute_dtype` of each layer.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, HQQLinear):
+            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+            linear.register_parameter("bias", module.bias)
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, linear)
+
+
 def skip_argument(patterns: Sequence[str]) -> str:
     """Return the command-line argument that sets quant.skip to `patterns`."""
     quoted = [p if p.isidentifier() else f'"{p}"' for p in patterns]  # Hydra needs quotes for globs

@@ -11,16 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from hqqtrain.common.text import format_bytes
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.formats.companions import GENERATION_CONFIG
 from hqqtrain.generation.generator import TextGenerator, seeded
 from hqqtrain.generation.settings import Sampling, read_generation_config
+from hqqtrain.loading.memory_check import free_host_memory
 from hqqtrain.loading.model_builder import wrap_for_execution
 from hqqtrain.loading.plan import ModelPlan, plan_model
 from hqqtrain.models.fqn import base_model
 from hqqtrain.models.source import resolve_source
 from hqqtrain.models.tokenizer import load_tokenizer
+from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.lora import cast_adapters
+from hqqtrain.nn.replace import dequantize_linears
 from hqqtrain.tasks.calibration import load_calibration
 from hqqtrain.tasks.chat import TerminalChat
 from hqqtrain.tasks.context import Run
@@ -75,6 +81,8 @@ def load_generator(run: Run) -> TextGenerator:
     loaded = load_source(run, plan, load_calibration(run, plan))
     model = wrap_for_execution(loaded, run.runtime.strategy).model
     cast_adapters(model, dtype)
+    if run.runtime.device.type == "cpu":
+        _dequantize_if_it_fits(model)
     base = base_model(model)
     if file := _generation_config_file(plan):
         base.generation_config = read_generation_config(file)
@@ -93,6 +101,18 @@ def load_generator(run: Run) -> TextGenerator:
         max_new_tokens=settings.max_new_tokens,
         compile=_as_flag(settings.compile),
     )
+
+
+def _dequantize_if_it_fits(model: nn.Module) -> None:
+    """Dequantize the weights once, because a CPU would do so for every token; the same numbers."""
+    layers = [module for module in model.modules() if isinstance(module, HQQLinear)]
+    size = sum(m.in_features * m.out_features * m.compute_dtype.itemsize for m in layers)
+    if layers and size < free_host_memory() / 2:
+        dequantize_linears(model)
+        logger.info(
+            "the CPU has no kernels for packed weights: they are dequantized once, into %s",
+            format_bytes(size),
+        )
 
 
 def _enabled(quant: QuantConfig) -> QuantConfig:

@@ -18,7 +18,7 @@ from transformers import (
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.nn.hqq_linear import HQQLinear
-from hqqtrain.nn.replace import fused_experts, quantize_model
+from hqqtrain.nn.replace import dequantize_linears, fused_experts, quantize_model
 from hqqtrain.quant.error import relative_error
 from hqqtrain.quant.spec import QuantSpec
 
@@ -205,3 +205,13 @@ def test_the_advice_for_several_kinds_of_experts_is_accepted() -> None:
     patterns = re.search(r"quant\.skip='\[(.*)\]'", str(caught.value))[1].replace('"', "")
     report = quantize_model(model, QuantConfig(group_size=16, skip=patterns.split(",")))
     assert report.quantized
+
+
+@torch.no_grad()
+def test_dequantized_linears_compute_the_same(make_model) -> None:
+    model, tokens = make_model("qwen2"), torch.arange(8)[None]
+    quantize_model(model, QuantConfig(nbits=4, group_size=16))
+    expected = model(tokens).logits
+    dequantize_linears(model)
+    assert not any(isinstance(module, HQQLinear) for module in model.modules())
+    assert torch.equal(model(tokens).logits, expected)

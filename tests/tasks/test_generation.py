@@ -34,7 +34,10 @@ def _start(config: RunConfig, precision: str = "fp32") -> Run:
 
 
 @pytest.fixture
-def load(make_config) -> Callable[..., TextGenerator]:
+def load(make_config, monkeypatch) -> Callable[..., TextGenerator]:
+    """Return a function that loads a model, whose layers stay packed as on a GPU."""
+    monkeypatch.setattr("hqqtrain.tasks.generation.free_host_memory", lambda: 0)
+
     def load(*, precision: str = "fp32", **groups) -> TextGenerator:
         return load_generator(_start(make_config("generate", **groups), precision))
 
@@ -65,6 +68,16 @@ def test_a_dense_model_is_quantized_or_not(load, tmp_path: Path):
     assert _modules(load(), HQQLinear) == 7
     assert _modules(load(quant={"nbits": None}), HQQLinear) == 0
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_cpu_dequantizes_once_if_there_is_memory(load, trained: Path, monkeypatch):
+    name = {"name_or_path": str(trained)}
+    packed = load(model=name)
+    monkeypatch.setattr("hqqtrain.tasks.generation.free_host_memory", lambda: 1 << 30)
+    dense = load(model=name)
+    assert (_modules(packed, HQQLinear), _modules(dense, HQQLinear)) == (7, 0)
+    prompt = "def f(x):"
+    assert dense.generate(prompt).token_ids == packed.generate(prompt).token_ids
 
 
 def test_a_quantized_model_needs_no_bits(load, trained: Path, tmp_path: Path):
