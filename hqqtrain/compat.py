@@ -164,6 +164,11 @@ def replace_checkpoint_function(model: nn.Module, function: Callable[..., Any]) 
 # DeepSpeed's ZeRO-3
 
 
+def attn_implementation(config: Any) -> str | None:
+    """Return the attention that a model uses, as `set_attn_implementation` names it."""
+    return getattr(config, "_attn_implementation", None)
+
+
 def supports_static_cache(model: Any) -> bool:
     """Whether `generate` of transformers can compile a model, with a cache of a fixed size.
 

@@ -47,6 +47,7 @@ ADVICE = {
     "replace_checkpoint_function": "needed to offload activations; look at "
     "gradient_checkpointing_enable, which chooses the function",
     "implementations": "needed to refuse code of the hub; look at from_config's arguments",
+    "attn_implementation": "needed to replace sdpa alone; look at set_attn_implementation",
     "supports_static_cache": "needed to compile only what can be; look at GenerationMixin",
     "compile_on_every_device": "needed for generate.compile=true on a CPU; look at CompileConfig",
     "zero3_shard": _ZERO3,
@@ -223,6 +224,11 @@ def test_generate_compiles_models_that_transformers_has_marked():
     small = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
     with torch.random.fork_rng():
         model = LlamaForCausalLM(LlamaConfig(**small, num_hidden_layers=1, eos_token_id=None))
+    with advised("attn_implementation"):
+        model.set_attn_implementation("eager")
+        assert compat.attn_implementation(model.config) == "eager"
+        model.set_attn_implementation("sdpa")
+        assert compat.attn_implementation(model.config) == "sdpa"
     with advised("supports_static_cache"):
         assert compat.supports_static_cache(model)
         assert not compat.supports_static_cache(nn.Linear(1, 1))

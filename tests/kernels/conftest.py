@@ -29,6 +29,7 @@ def triton_backend() -> Iterator[None]:
 def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let `heuristics` select kernels for layers small enough for the interpreter."""
     monkeypatch.setattr(heuristics, "MIN_OUT_FEATURES_32", 1)
+    monkeypatch.setattr(heuristics, "MIN_OUT_FEATURES_ONE_ROW", 1)
     heuristics.select_kernel.cache_clear()
     yield
     heuristics.select_kernel.cache_clear()

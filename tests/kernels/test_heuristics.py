@@ -15,10 +15,13 @@ def test_the_rest_is_left_to_cublas() -> None:
     assert selected(layout, 128) is not None
     assert selected(layout, 0) is selected(layout, 129) is None
     assert selected(layout, 17, (8, 0)) is None
-    for N, M in ((8191, 65), (4096, 17), (2048, 1)):
+    for N, M in ((8191, 65), (4096, 17), (2048, 2), (1023, 1)):
         assert selected(replace(layout, out_features=N), M) is None
     assert selected(replace(layout, axis=0), 1) is None
     assert isinstance(selected(layout, 1), GemvConfig)
+    assert isinstance(selected(replace(layout, out_features=1024), 1), GemvConfig)
+    assert selected(replace(layout, out_features=1024), 1) != selected(layout, 1)
+    assert selected(replace(layout, out_features=2048, nbits=8), 1) is None
     assert isinstance(selected(Layout(28672, 8192 + 64, 4, 64, 1), 1), SkinnyGemmConfig)
     assert isinstance(selected(Layout(28672, 8192, 3, 64, 1), 1), SkinnyGemmConfig)
     assert isinstance(selected(Layout(28672, 8192, 8, 64, 1), 1), WideGemmConfig)

@@ -1,0 +1,1 @@
+"""Prepare a quantized model for fast generation."""
