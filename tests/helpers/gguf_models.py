@@ -36,7 +36,8 @@ def random_blocks(name: str, rows: int, blocks: int) -> np.ndarray:
 
 def write_gguf(
     file: Path, types: Mapping[str, str], *, architecture: str = "llama",
-    fields: Mapping[str, int] | None = None, more: Mapping[str, np.ndarray] | None = None,
+    fields: Mapping[str, int] | None = None, texts: Mapping[str, str] | None = None,
+    more: Mapping[str, np.ndarray] | None = None,
 ) -> Path:  # fmt: skip
     """Write a model of one layer.
 
@@ -44,7 +45,8 @@ def write_gguf(
         file: The file; the bundled tokenizer is put next to it.
         types: Name of a matrix, such as `attn_q` -> type of its blocks; `F16` if it is not there.
         architecture: Name of the architecture in GGUF.
-        fields: Further metadata.
+        fields: Further metadata that are numbers.
+        texts: Further metadata that are texts.
         more: Further tensors.
     """
     gguf = pytest.importorskip("gguf", reason="the package gguf is not installed here")
@@ -59,6 +61,8 @@ def write_gguf(
     writer.add_vocab_size(VOCAB)
     for name, value in (fields or {}).items():
         writer.add_uint32(name, value)
+    for name, text in (texts or {}).items():
+        writer.add_string(name, text)
     layer = {name if "." in name else f"{name}.weight": shape
              for name, shape in (LAYER | EXTRA.get(architecture, {})).items()}  # fmt: skip
     shapes = {f"blk.0.{name}": shape for name, shape in layer.items()}

@@ -7,18 +7,17 @@ tokenizer, and the package `gguf` the list.
 
 import json
 import re
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from hqqtrain.common.cache_entry import is_complete_entry, lock_entry, lock_path
-from hqqtrain.common.digest import cache_folder, content_digest
 from hqqtrain.common.errors import UserError, describe_error
-from hqqtrain.common.files import atomic_directory, atomic_write_json
+from hqqtrain.common.files import atomic_write_json
 from hqqtrain.common.packed_folders import gguf_files
+from hqqtrain.models.foreign.converted import converted
+from hqqtrain.models.foreign.gguf_rope import llama3_parameters
 
 INDEX = "gguf_tensors.json"
 """The list of tensors: name of transformers -> `offset` in the file, `shape`, `type` and `heads`.
@@ -49,7 +48,8 @@ Mistral and SmolLM are `llama`.
 _REORDERED = ("attn_q", "attn_k")
 """Modules of `llama` whose rows GGUF has in another order."""
 
-_POLL_SECONDS = 0.2
+_ROPE_FACTORS = "rope_freqs.weight"
+"""A table that transformers computes from the configuration."""
 
 
 def prepared_folder(file: Path) -> Path:
@@ -64,18 +64,10 @@ def prepared_folder(file: Path) -> Path:
     """
     config = file.parent / "config.json"
     names = [file.name, *([config.name] if config.is_file() else [])]
-    digest = content_digest(file.parent, names).removeprefix("sha256:")
-    entry = cache_folder() / "converted" / f"{file.stem}-{digest[:24]}-{_FORMAT_VERSION}"
-    where = f"HQQTRAIN_CACHE={cache_folder()}"
-    if is_complete_entry(entry, "config.json", where):
-        return entry
-    while (lock := lock_entry(lock_path(entry), where)) is None:
-        time.sleep(_POLL_SECONDS)
-    with lock:
-        if not is_complete_entry(entry, "config.json", where):
-            with atomic_directory(entry) as partial:
-                _write(file, partial, digest)
-    return entry
+    return converted(
+        f"{file.stem}-{_FORMAT_VERSION}", file.parent, names,
+        lambda folder, digest: _write(file, folder, digest),
+    )  # fmt: skip
 
 
 def the_gguf_file(path: Path) -> Path:
@@ -109,7 +101,11 @@ def _write(file: Path, folder: Path, digest: str) -> None:
     heads = (config["num_attention_heads"], config.get("num_key_value_heads"))
     index = {
         "file": digest,
-        "tensors": dict(_entry(tensor, architecture, heads) for tensor in reader.tensors),
+        "tensors": dict(
+            _entry(tensor, architecture, heads)
+            for tensor in reader.tensors
+            if tensor.name != _ROPE_FACTORS
+        ),
     }
     if not any((file.parent / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         _call(file, "its tokenizer", AutoTokenizer).save_pretrained(folder)
@@ -144,13 +140,23 @@ def _config_json(file: Path, reader: Any, own: Path) -> dict[str, Any]:
     if own.is_file():
         config = json.loads(own.read_text(encoding="utf-8"))
     else:
-        if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
-            raise UserError(
-                f"{file}: scales its positions (rope_freqs.weight), which transformers does not "
-                "read from GGUF. Put the config.json of the original model into the same folder."
-            )
         config = _call(file, "its configuration", AutoConfig).to_dict()
+        config["rope_parameters"] = _rope_parameters(file, reader, config["rope_parameters"])
     return {**config, "quantization_config": {"quant_method": "gguf"}}
+
+
+def _rope_parameters(file: Path, reader: Any, rope: dict[str, Any]) -> dict[str, Any]:
+    """Return `rope_parameters` with the scaling of the file, if any."""
+    scaled: dict[str, Any] | None = rope
+    if factors := [tensor.data for tensor in reader.tensors if tensor.name == _ROPE_FACTORS]:
+        scaled = llama3_parameters(factors[0], rope)
+    kind = _field(reader, f"{_field(reader, 'general.architecture')}.rope.scaling.type")
+    if scaled is None or kind not in (None, "none"):
+        raise UserError(
+            f"{file}: scales its positions in a way that is not read from GGUF. Put the "
+            "config.json of the original model into the same folder."
+        )
+    return scaled
 
 
 def _call(file: Path, part: str, auto_class: Any) -> Any:

@@ -120,6 +120,18 @@ class GgufReader(ForeignReader):
         self.bytes_read += region.nbytes
         return torch.from_numpy(region)
 
+    def check(self, expected: dict[str, tuple[int, ...]]) -> list[str]:
+        """Check like `SafetensorsReader.check`; a tensor that is not expected is an error, too.
+
+        The configuration is made of the file's metadata, which may not tell everything.
+        """
+        if unused := super().check(expected):
+            raise UserError(
+                f"{self._file}: has {unused[0]}, but the model of its configuration does not. Put "
+                "the config.json of the original model into the same folder."
+            )
+        return []
+
     def _find_entries(self) -> dict[str, Entry]:
         return {
             name: Entry(self._file, stored.shape, _DENSE_TYPES.get(stored.type, _DEQUANTIZED))

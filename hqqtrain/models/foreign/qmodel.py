@@ -7,25 +7,21 @@ under the digest of the file, complete or absent.
 
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hqqtrain.common.cache_entry import is_complete_entry, lock_entry, lock_path
-from hqqtrain.common.digest import cache_folder, content_digest
 from hqqtrain.common.errors import UserError
-from hqqtrain.common.files import atomic_directory, atomic_write_json
+from hqqtrain.common.files import atomic_write_json
 from hqqtrain.common.packed_folders import HQQ_PICKLE
+from hqqtrain.models.foreign.converted import converted
 
 FREE_BYTES = 1 << 30
 """Memory that the child process may use in addition to multiples of the size of the file."""
 
 CPU_SECONDS_PER_GIB, FREE_CPU_SECONDS = 60, 60
 """Time that the child process may compute, by the size of the file and in any case."""
-
-_POLL_SECONDS = 0.2
 
 
 def converted_folder(folder: Path, config_json: Mapping[str, Any]) -> Path | None:
@@ -45,20 +41,12 @@ def converted_folder(folder: Path, config_json: Mapping[str, Any]) -> Path | Non
     if any(folder.glob("*.safetensors")) or not file.is_file():
         return None
     _check_zip(file)
-    digest = content_digest(folder, [HQQ_PICKLE, "config.json"]).removeprefix("sha256:")
-    cache = cache_folder() / "converted"
-    entry = cache / f"{folder.resolve().name}-{digest[:24]}"
-    where = f"HQQTRAIN_CACHE={cache_folder()}"
-    if is_complete_entry(entry, "config.json", where):
-        return entry
-    while (lock := lock_entry(lock_path(entry), where)) is None:
-        time.sleep(_POLL_SECONDS)
-    with lock:
-        if not is_complete_entry(entry, "config.json", where):
-            with atomic_directory(entry) as partial:
-                _convert(file, partial)
-                atomic_write_json(partial / "config.json", config_json)
-    return entry
+
+    def make(partial: Path, digest: str) -> None:
+        _convert(file, partial)
+        atomic_write_json(partial / "config.json", config_json)
+
+    return converted(folder.resolve().name, folder, [HQQ_PICKLE, "config.json"], make)
 
 
 def _check_zip(file: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from gguf_models import write_gguf
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.models.foreign import gguf_folder
+from hqqtrain.models.foreign import gguf_folder, gguf_rope
 from hqqtrain.models.foreign.gguf_folder import INDEX, prepared_folder, the_gguf_file
 
 
@@ -34,6 +34,17 @@ def test_it_is_made_once(file, monkeypatch):
     assert config["model_type"] == "llama"
     monkeypatch.setattr(gguf_folder, "_write", None)
     assert prepared_folder(file) == folder
+
+
+def test_the_positions_of_llama_3_are_scaled(tmp_path):
+    half = 64
+    plain = 10000.0 ** -(np.arange(half) / half)
+    factors = np.array([gguf_rope._factor(1 / f, 8.0) for f in plain], np.float32)
+    file = write_gguf(tmp_path / "m.gguf", {}, more={"rope_freqs.weight": factors})
+    folder = prepared_folder(file)
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("llama3", 8.0, 10000.0)
+    assert "rope_freqs.weight" not in json.loads((folder / INDEX).read_text())["tensors"]
 
 
 def test_config_json_next_to_the_file_comes_first(file):
@@ -62,7 +73,8 @@ def test_a_damaged_file(file, size):
     [
         ({"architecture": "bert"}, r"has the architecture bert\. Those .* are llama, qwen2"),
         ({"fields": {"split.count": 2}}, r"is one of several parts; merge them"),
-        ({"more": {"rope_freqs.weight": np.ones(64, np.float32)}}, r"scales its positions"),
+        ({"more": {"rope_freqs.weight": np.arange(64, dtype=np.float32)}}, r"scales its positions"),
+        ({"texts": {"llama.rope.scaling.type": "yarn"}}, r"scales its positions"),
     ],
 )
 def test_files_that_cannot_be_taken_over(tmp_path, options, message):

@@ -98,6 +98,12 @@ def test_a_file_that_is_cut_after_it_was_prepared(tmp_path):
         gguf_reader.GgufReader(source.path, file)
 
 
+def test_a_tensor_that_the_model_does_not_have(tmp_path):
+    more = {"blk.0.attn_q_norm.weight": np.ones(128, np.float32)}
+    with pytest.raises(UserError, match=r"has .*q_norm\.weight, but the model of its config"):
+        load_foreign(write_gguf(tmp_path / "m.gguf", {"attn_q": "Q4_0"}, more=more))
+
+
 def test_a_type_that_cannot_be_taken_over(tmp_path):
     blocks = np.zeros((4, 8), np.int8)
     more = {"blk.0.ffn_gate_inp.weight": blocks}

@@ -73,10 +73,3 @@ def test_a_truncated_file(folder):
     (folder / "qmodel.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"not a complete file of torch\.save"):
         converted_folder(folder, {})
-
-
-def test_a_cache_that_cannot_be_written(folder, monkeypatch):
-    torch.save({"a": {"b": torch.ones(9)}}, folder / "qmodel.pt")
-    monkeypatch.setenv("HQQTRAIN_CACHE", str(folder / "config.json"))
-    with pytest.raises(UserError, match="HQQTRAIN_CACHE="):
-        converted_folder(folder, {})
