@@ -49,6 +49,11 @@ class Command:
             # The settings of the training have selected the run, so all of them are used.
             yield f"task=generate: uses {run.folder}, which the same settings have trained."
             given = {key for key in given if key.split(".")[0] == "generate"}
+        elif not run and config.task == "generate" and config.quant.nbits is None:
+            yield (
+                f"task=generate: uses {config.model.name_or_path} as it is; a key of quant, such "
+                "as quant.nbits=4, quantizes it."
+            )
         elif run:
             yield (
                 f"task={config.task}: starts from the settings of {run.config_yaml}; the command "

@@ -34,7 +34,7 @@ class PromptEncoder:
         end_texts: What ends a turn, but is several tokens of this tokenizer.
 
     Raises:
-        UserError: `chat` is true, and the tokenizer has no chat template.
+        UserError: The tokenizer has no chat template, but `chat` is true or there is a `system`.
     """
 
     def __init__(
@@ -50,6 +50,11 @@ class PromptEncoder:
         self.context = context_length(model)
         is_chat = bool(tokenizer.chat_template) if chat is None else chat
         self._template = ChatTemplate(tokenizer) if is_chat else None
+        if system is not None and not is_chat:
+            raise UserError(
+                "generate.system: is for chats, but the tokenizer has no chat template; name one, "
+                "such as data.chat_template=chatml, or leave the system message out."
+            )
         markers = end_markers(self._template) if self._template else ()
         ids = {marker: single_id(marker, tokenizer) for marker in markers}
         eos = tokenizer.eos_token_id

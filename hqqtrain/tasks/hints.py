@@ -17,8 +17,11 @@ def usage_hints(summary: Summary, layout: RunLayout) -> list[str]:
     has_base = layout.has_quantized or (summary.quantize and summary.quantize.nbits is None)
     if summary.train is not None and layout.has_adapter and has_base:
         python = "python" if shutil.which("python") == sys.executable else sys.executable
-        command = f"{shlex.quote(python)} -m hqqtrain task=export {_model_argument(layout.folder)}"
-        return [f"merge the adapter into a model that any tool can load: {command}"]
+        program, model = f"{shlex.quote(python)} -m hqqtrain", _model_argument(layout.folder)
+        return [
+            f"try it on a terminal: {program} task=generate {model}",
+            f"merge the adapter into a model that any tool can load: {program} task=export {model}",
+        ]
     return []
 
 

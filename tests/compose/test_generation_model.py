@@ -99,7 +99,9 @@ def test_the_parts_of_a_run():
 def test_a_model_is_quantized_only_if_a_key_asks_for_it():
     model = "model.name_or_path=./dense"
     assert _generate(model).quant.nbits is None
+    assert "uses ./dense as it is; a key of quant" in _notes(model)
     assert _generate(model, "quant.nbits=4").quant.nbits == 4
+    assert "as it is" not in _notes(model, "quant.nbits=4")
     assert _generate(model, "generate.use=quantized").quant.nbits == 4
     assert _generate(model, "recipe=tiny_2bit").quant.nbits == 2
     folder = _train(*TRAINED)

@@ -72,6 +72,8 @@ def test_prompts_that_cannot_be_used(prompt, template, message):
 
 
 def test_a_chat_without_a_template_is_refused():
+    with pytest.raises(UserError, match=r"generate\.system: is for chats"):
+        _encoder(system="Be brief.")
     with pytest.raises(UserError, match="has no chat template"):
         _encoder(chat=True)
 

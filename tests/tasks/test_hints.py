@@ -31,15 +31,15 @@ def _trained_layout(folder: Path) -> RunLayout:
     ["mine", "my (1) run", "it's", "a,b", "a=b", "größe", "$x", "1e3", "${x}", "a\\b", "a b\\",
      r"a\\'b", r"\${x}", "a\\\\"],
 )  # fmt: skip
-def test_the_command_exports_the_run(tmp_path: Path, monkeypatch, name: str):
+def test_the_commands_use_the_run(tmp_path: Path, monkeypatch, name: str):
     monkeypatch.chdir(tmp_path)
-    (hint,) = usage_hints(TRAINED, _trained_layout(Path("runs") / name))
-    python, *words = shlex.split(hint.partition("load: ")[2])
-    assert words[:3] == ["-m", "hqqtrain", "task=export"]
-    assert python in ("python", sys.executable)
+    hints = usage_hints(TRAINED, _trained_layout(Path("runs") / name))
     (tmp_path / "runs" / name / "config.yaml").write_text("task: finetune\n")
-    config = compose_config(words[3:])
-    assert config.model.name_or_path == f"runs/{name}"
+    for hint, task in zip(hints, ("task=generate", "task=export"), strict=True):
+        python, *words = shlex.split(hint.partition(": ")[2])
+        assert words[:3] == ["-m", "hqqtrain", task]
+        assert python in ("python", sys.executable)
+        assert compose_config(words[2:]).model.name_or_path == f"runs/{name}"
 
 
 def test_the_interpreter_is_named_unless_it_is_the_one_on_the_path(tmp_path: Path, monkeypatch):
@@ -74,7 +74,7 @@ def test_a_run_that_has_quantized_nothing_can_be_exported(tmp_path: Path):
     layout = RunLayout(tmp_path)
     layout.adapter.mkdir()
     (layout.adapter / "adapter_config.json").write_text("{}")
-    for nbits, hints in ((None, 1), (4, 0)):  # 4 bits with quant.save=false
+    for nbits, hints in ((None, 2), (4, 0)):  # 4 bits with quant.save=false
         summary = replace(TRAINED, quantize=QuantizeMetrics(nbits=nbits))
         assert len(usage_hints(summary, layout)) == hints
 
