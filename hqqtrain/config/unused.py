@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from hqqtrain.config.data_sources import describe_source, source_paths
+from hqqtrain.config.export import ExportConfig
 from hqqtrain.config.generate import GenerateConfig
 from hqqtrain.config.groups import AUTO, BUILT_IN_SOURCES
 from hqqtrain.config.quant import QuantConfig
@@ -127,6 +128,7 @@ def _ineffective(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield from _ineffective_generation(config.generate)
     yield from _ineffective_quantization(config.quant)
     yield from _ineffective_data(config)
+    yield from _ineffective_export(config.export)
 
 
 def _ineffective_quantization(quant: QuantConfig) -> Iterator[tuple[str, str]]:
@@ -151,6 +153,12 @@ def _ineffective_generation(generate: GenerateConfig) -> Iterator[tuple[str, str
     if generate.temperature == 0:
         for name in _SAMPLING:
             yield f"generate.{name}", "generate.temperature=0 takes the most likely token"
+
+
+def _ineffective_export(export: ExportConfig) -> Iterator[tuple[str, str]]:
+    if export.format != "gguf":
+        for name in ("gguf_type", "llama_cpp"):
+            yield f"export.{name}", f"export.format={export.format} is not gguf"
 
 
 def _ineffective_data(config: RunConfig) -> Iterator[tuple[str, str]]:

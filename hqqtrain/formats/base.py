@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.export import ExportConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.distributed.local import full_tensor
 from hqqtrain.formats.comparison import ExportComparison
@@ -42,6 +43,7 @@ class ModelExport:
         device: The device on which to dequantize and merge.
         comm: The ranks that write together.
         max_shard_bytes: The largest size of a file.
+        name: The name of the model, for formats that show it.
     """
 
     model: nn.Module
@@ -57,6 +59,7 @@ class ModelExport:
     device: torch.device | str = "cpu"
     comm: Communicator = SINGLE_PROCESS
     max_shard_bytes: int = MAX_SHARD_BYTES
+    name: str = "model"
 
     @property
     def merged(self) -> Adapter | None:
@@ -106,10 +109,20 @@ class ExportFormat(ABC):
         name: The value of `export.format`.
         adapter_forms: The values of `export.adapter` that the format allows beside `none`. The
             first is that of `auto`.
+        merges: The end of the message for an adapter that the format does not merge.
     """
 
     name: ClassVar[str]
     adapter_forms: ClassVar[tuple[str, ...]] = ("separate",)
+    merges: ClassVar[str] = "export.format=dense merges it."
+
+    def configured(self, config: ExportConfig) -> "ExportFormat":
+        """Return the format with the keys of `config` that are its own."""
+        return self
+
+    def forms_of(self, settings: QuantizedSettings) -> tuple[str, ...]:
+        """Return the `adapter_forms` for a model with these settings."""
+        return self.adapter_forms
 
     @abstractmethod
     def refusals(self, settings: QuantizedSettings, hf_config: PretrainedConfig) -> Iterator[str]:
@@ -125,12 +138,13 @@ class ExportFormat(ABC):
             accept: Called when all files are written, and before the folder gets its name.
         """
 
-    def adapter_form(self, asked: str, adapter: Path | None) -> str:
+    def adapter_form(self, asked: str, adapter: Path | None, settings: QuantizedSettings) -> str:
         """Return what becomes of the adapter: `merge`, `separate` or `none`.
 
         Args:
             asked: The value of `export.adapter`.
             adapter: The folder of the adapter; None: the model has none.
+            settings: The settings of the quantized model.
 
         Raises:
             UserError: There is no adapter, or the format has no such form.
@@ -143,12 +157,13 @@ class ExportFormat(ABC):
                     "adapter.init_from."
                 )
             return "none"
-        form = self.adapter_forms[0] if asked == "auto" else asked
-        if form not in (*self.adapter_forms, "none"):
+        forms = self.forms_of(settings)
+        form = forms[0] if asked == "auto" else asked
+        if form not in (*forms, "none"):
             raise UserError(
                 f"export.adapter={form}: export.format={self.name} allows "
-                f"{', '.join((*self.adapter_forms, 'none'))}. An adapter corrects the errors of "
+                f"{', '.join((*forms, 'none'))}. An adapter corrects the errors of "
                 "its quantized base, and would be lost if the sum were rounded to few bits again; "
-                "export.format=dense merges it."
+                + self.merges
             )
         return form

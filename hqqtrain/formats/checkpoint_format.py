@@ -14,21 +14,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import atomic_write_json
 from hqqtrain.formats.base import Accept, ExportFormat, ModelExport, WrittenModel, accept_all
 from hqqtrain.formats.companions import companion_files, companion_modes, copy_companion_files
-from hqqtrain.formats.comparison import ExportComparison, LayerComparison, compare_layer
-from hqqtrain.formats.dense import merge, round_finite, untied_config
+from hqqtrain.formats.dense import round_finite, untied_config
 from hqqtrain.formats.layers import PackedLayer, Tensors, by_layer
 from hqqtrain.formats.older_keys import with_older_keys
 from hqqtrain.formats.packed import BASE_FINGERPRINT, dense_config_json
 from hqqtrain.formats.quantized_settings import ModuleSettings, QuantizedSettings
+from hqqtrain.formats.read_back import (
+    StoredLayer,
+    as_linear,
+    compare_export,
+    refuse_tiny_scales,
+)
 from hqqtrain.formats.separate_adapter import write_separate_adapter
 from hqqtrain.formats.writer import collective_atomic_directory, write_shards
 from hqqtrain.models.weights.safetensors import SafetensorsReader
-from hqqtrain.nn.hqq_linear import HQQLinear
-from hqqtrain.quant.spec import QuantSpec
 
 
 class CheckpointFormat(ExportFormat):
@@ -106,7 +108,7 @@ class CheckpointFormat(ExportFormat):
         for name, value in by_layer(export.tensors(), export.settings, export.device):
             if isinstance(value, PackedLayer):
                 if dtype == torch.float16:
-                    _refuse_tiny_scales(name, value)
+                    refuse_tiny_scales(name, value, "export with export.dtype=bf16 or fp32")
                 for suffix, tensor in self.encode(value, dtype).items():
                     yield f"{name}.{suffix}", _round(f"{name}.{suffix}", tensor, dtype)
             else:
@@ -138,12 +140,7 @@ class CheckpointFormat(ExportFormat):
 
     def linear(self, tensors: Mapping[str, Tensor], settings: ModuleSettings) -> nn.Module:
         """Return the linear that the other program computes with, without a bias."""
-        layer = self.decode(tensors, settings)
-        layout = layer.layout
-        spec = QuantSpec(layout.nbits, layout.group_size, layout.axis, "rtn", layer.scale.dtype)
-        linear = HQQLinear(layout.in_features, layout.out_features, False, spec)
-        linear.load(layer.weight)
-        return linear
+        return as_linear(self.decode(tensors, settings))
 
     def weight(self, tensors: Mapping[str, Tensor], settings: ModuleSettings) -> Tensor:
         """Return the weight that the other program computes with, fp32."""
@@ -158,20 +155,11 @@ class CheckpointFormat(ExportFormat):
             found = {s: f"{name}.{s}" for s in self.suffixes if f"{name}.{s}" in reader}
             return {s: reader.read(full).to(export.device) for s, full in found.items()}
 
-        def compare(name: str, layer: PackedLayer) -> LayerComparison:
-            ours, tensors = layer.dequantize(), stored(name)
-            if export.merged and name in export.merged.modules:
-                ours = merge(export.merged, name, ours)
-            theirs = self.weight(tensors, modules[name])
-            return compare_layer(name, ours, theirs, layer.steps(), tensors.values())
+        def read(name: str) -> StoredLayer:
+            tensors = stored(name)
+            return StoredLayer(self.weight(tensors, modules[name]), tensors.values())
 
-        with export.comm.raise_on_all_ranks():
-            layers = [
-                compare(name, value)
-                for name, value in by_layer(export.tensors(), export.settings, export.device)
-                if isinstance(value, PackedLayer) and export.comm.is_main
-            ]
-        comparison = ExportComparison(tuple(export.comm.all_gather_object(layers)[0]))
+        comparison = compare_export(export, read)
         return WrittenModel(
             self.name,
             None if self.keeps_dtypes else dtype,
@@ -182,22 +170,6 @@ class CheckpointFormat(ExportFormat):
 
 def _round(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return round_finite(name, tensor, dtype) if tensor.is_floating_point() else tensor
-
-
-def _refuse_tiny_scales(name: str, layer: PackedLayer) -> None:
-    """Refuse scales that fp16 holds with few bits or none, unless their weights are all zero.
-
-    Raises:
-        UserError: There is one.
-    """
-    tiny = layer.scale.float().abs() < torch.finfo(torch.float16).tiny
-    if not tiny.any() or not ((layer.dequantize() != 0) & (layer.for_each_weight(tiny) != 0)).any():
-        return
-    smallest = layer.scale.float().abs()[tiny].max().item()
-    raise UserError(
-        f"{name}: has a scale of {smallest:g}, which fp16 cannot hold with full precision (its "
-        "normal numbers begin at 6.1e-05); export with export.dtype=bf16 or fp32."
-    )
 
 
 def only_axis_1(settings: QuantizedSettings, format_name: str) -> Iterator[str]:

@@ -7,10 +7,12 @@ To add a format, write its file in `targets/`, register it here, and add its nam
 from transformers import PretrainedConfig
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.export import ExportConfig
 from hqqtrain.formats.base import ExportFormat
 from hqqtrain.formats.quantized_settings import QuantizedSettings
 from hqqtrain.formats.targets.compressed_tensors import CompressedTensorsFormat
 from hqqtrain.formats.targets.dense import DenseFormat
+from hqqtrain.formats.targets.gguf import GgufFormat
 from hqqtrain.formats.targets.hqq import HqqFormat
 from hqqtrain.formats.targets.humming import HummingFormat
 from hqqtrain.formats.targets.mlx import MlxFormat
@@ -25,18 +27,31 @@ FORMATS: dict[str, ExportFormat] = {
         MlxFormat(),
         HummingFormat(),
         CompressedTensorsFormat(),
+        GgufFormat(),
     )
 }
 """The formats, by the values of `export.format`."""
 
 
-def check_format(name: str, settings: QuantizedSettings, hf_config: PretrainedConfig) -> None:
+def check_format(
+    name: str,
+    settings: QuantizedSettings,
+    hf_config: PretrainedConfig,
+    config: ExportConfig | None = None,
+) -> None:
     """Check that the format `name` can hold a model with these settings.
+
+    Args:
+        name: The name of the format.
+        settings: The settings of the quantized model.
+        hf_config: Its configuration.
+        config: The keys of the export; None: the defaults.
 
     Raises:
         UserError: It cannot. The message names the formats that can.
     """
-    reasons = list(FORMATS[name].refusals(settings, hf_config))
+    chosen = FORMATS[name].configured(config or ExportConfig())
+    reasons = list(chosen.refusals(settings, hf_config))
     if not reasons:
         return
     others = [other for other in FORMATS if not any(FORMATS[other].refusals(settings, hf_config))]

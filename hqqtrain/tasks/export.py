@@ -27,12 +27,14 @@ logger = logging.getLogger(__name__)
 def export(run: Run) -> None:
     """Write the model in `export.format`."""
     settings, comm = run.config.export, run.runtime.comm
-    export_format = FORMATS[settings.format]
+    export_format = FORMATS[settings.format].configured(settings)
     with comm.raise_on_all_ranks():
         plan = plan_model(plan_settings(run.config), run.runtime)
         adapter = plan.initial_adapter
-        form = export_format.adapter_form(settings.adapter, adapter.folder if adapter else None)
-        check_format(settings.format, QuantizedSettings.from_model(plan.model), plan.hf_config)
+        quantized = QuantizedSettings.from_model(plan.model)
+        folder = adapter.folder if adapter else None
+        check_format(settings.format, quantized, plan.hf_config, settings)
+        form = export_format.adapter_form(settings.adapter, folder, quantized)
         check_fits_run(run, plan)
     loaded = load_or_quantize(run, plan, calibration=load_calibration(run, plan))
     model = ModelExport(
@@ -42,12 +44,13 @@ def export(run: Run) -> None:
         tokenizer=plan.source.tokenizer,
         source_dtype=plan.source_dtype,
         adapter=adapter.adapter if adapter else None,
-        adapter_folder=adapter.folder if adapter else None,
+        adapter_folder=folder,
         adapter_form=form,
         dtype=DTYPES.get(settings.dtype),
         compute_dtype=run.runtime.dtype,
         device=run.runtime.device,
         comm=comm,
+        name=_model_name(run.config.model.name_or_path),
     )
     check = _ExportCheck(run, plan, loaded, model)
     export_format.write(model, run.layout.export, check)
@@ -124,6 +127,12 @@ class _ExportCheck:
         result = evaluator.evaluate(WithoutAdapter(theirs) if without else exported)
         assert result.kl is not None
         return result.kl
+
+
+def _model_name(name_or_path: str) -> str:
+    """Return the last part of the name of a model, or the name of the run that has made it."""
+    path = Path(name_or_path).absolute()
+    return path.parent.name if path.name in ("quantized", "adapter", "export") else path.name
 
 
 def _metrics(folder: Path, export: ModelExport, check: _ExportCheck) -> ExportMetrics:

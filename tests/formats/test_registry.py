@@ -14,9 +14,10 @@ from hqqtrain.formats.base import ModelExport
 from hqqtrain.formats.manifest import check_sealed
 from hqqtrain.formats.packed import model_tensors, placeholders
 from hqqtrain.formats.peft import load_adapter
-from hqqtrain.formats.quantized_settings import read_quantized_settings
+from hqqtrain.formats.quantized_settings import QuantizedSettings, read_quantized_settings
 from hqqtrain.formats.registry import FORMATS, check_format
 
+NO_LAYERS = QuantizedSettings({}, "")
 TOKENS = torch.arange(24).view(2, 12)
 
 
@@ -79,7 +80,7 @@ def test_a_packed_export_has_the_adapter_beside_it(make_trained, tmp_path):
     ],
 )  # fmt: skip
 def test_the_form_of_the_adapter(tmp_path, name, asked, has_adapter, form):
-    assert FORMATS[name].adapter_form(asked, tmp_path if has_adapter else None) == form
+    assert FORMATS[name].adapter_form(asked, tmp_path if has_adapter else None, NO_LAYERS) == form
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_the_form_of_the_adapter(tmp_path, name, asked, has_adapter, form):
 )
 def test_a_form_that_is_not_possible_is_refused(tmp_path, name, asked, has_adapter, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        FORMATS[name].adapter_form(asked, tmp_path if has_adapter else None)
+        FORMATS[name].adapter_form(asked, tmp_path if has_adapter else None, NO_LAYERS)
 
 
 def test_a_format_that_cannot_hold_the_model_names_those_that_can(make_trained):

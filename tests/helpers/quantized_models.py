@@ -49,6 +49,29 @@ class TrainedModel:
         return folder
 
 
+def trained_model(
+    model: torch.nn.Module, source: Path, adapter: AdapterConfig | None = None,
+    storage: torch.dtype = torch.uint8, **quant,
+) -> TrainedModel:  # fmt: skip
+    """Save a model to `source` with a tokenizer, quantize it, and add an adapter."""
+    model.save_pretrained(source)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).write_bytes((TINY_FOLDER / name).read_bytes())
+    quantize_model(
+        model, QuantConfig(**{"nbits": 2, "group_size": 16} | quant), storage_dtype=storage
+    )
+    config = lora_config(adapter or AdapterConfig(r=4, alpha=8), model)
+    model = get_peft_model(model, config)
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(param, std=0.2)
+    settings = fingerprinted(model)
+    state = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+    return TrainedModel(
+        source, model.eval(), settings, Adapter(config, state, settings.fingerprint)
+    )
+
+
 @pytest.fixture
 def make_trained(make_model, tmp_path) -> Callable[..., TrainedModel]:
     """Return a function that makes a `TrainedModel` and saves its dense source and a tokenizer."""
@@ -57,21 +80,6 @@ def make_trained(make_model, tmp_path) -> Callable[..., TrainedModel]:
              storage: torch.dtype = torch.uint8, sizes: dict | None = None,
              **quant) -> TrainedModel:  # fmt: skip
         model = make_model(kind, tie_word_embeddings=tied, **sizes or {})
-        source = tmp_path / "source"
-        model.save_pretrained(source)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            (source / name).write_bytes((TINY_FOLDER / name).read_bytes())
-        quantize_model(model, QuantConfig(**{"nbits": 2, "group_size": 16} | quant),
-                       storage_dtype=storage)  # fmt: skip
-        config = lora_config(adapter or AdapterConfig(r=4, alpha=8), model)
-        model = get_peft_model(model, config)
-        for name, param in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(param, std=0.2)
-        settings = fingerprinted(model)
-        state = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
-        return TrainedModel(
-            source, model.eval(), settings, Adapter(config, state, settings.fingerprint)
-        )
+        return trained_model(model, tmp_path / "source", adapter, storage, **quant)
 
     return make

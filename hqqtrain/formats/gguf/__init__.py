@@ -1,0 +1,1 @@
+"""GGUF, the files of llama.cpp, Ollama and LM Studio: blocks, names, metadata and adapters."""
