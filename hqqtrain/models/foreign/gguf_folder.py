@@ -5,7 +5,6 @@ The folder is made once, in the user's cache, under the digest of the file. It c
 tokenizer, and the package `gguf` the list.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,8 @@ from transformers import AutoConfig, AutoTokenizer
 from hqqtrain.common.errors import UserError, describe_error
 from hqqtrain.common.files import atomic_write_json
 from hqqtrain.common.packed_folders import gguf_files
+from hqqtrain.common.reading import load_json
+from hqqtrain.models.foreign.base import AGAIN
 from hqqtrain.models.foreign.converted import converted
 from hqqtrain.models.foreign.gguf_rope import llama3_parameters
 
@@ -45,8 +46,8 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 Mistral and SmolLM are `llama`.
 """
 
-_REORDERED = ("attn_q", "attn_k")
-"""Modules of `llama` whose rows GGUF has in another order."""
+_REORDERED = ("llama",)
+"""Architectures that have the rows of each head in another order in GGUF, for queries and keys."""
 
 _ROPE_FACTORS = "rope_freqs.weight"
 """A table that transformers computes from the configuration."""
@@ -98,7 +99,7 @@ def _write(file: Path, folder: Path, digest: str) -> None:
         raise UserError(f"{file}: is one of several parts; merge them (llama-gguf-split --merge).")
     own_config = file.parent / "config.json"
     config = _config_json(file, reader, own_config)
-    heads = (config["num_attention_heads"], config.get("num_key_value_heads"))
+    heads = _heads(file, config)
     index = {
         "file": digest,
         "tensors": dict(
@@ -111,6 +112,16 @@ def _write(file: Path, folder: Path, digest: str) -> None:
         _call(file, "its tokenizer", AutoTokenizer).save_pretrained(folder)
     atomic_write_json(folder / INDEX, index)
     atomic_write_json(folder / "config.json", config)
+
+
+def _heads(file: Path, config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of heads by module of GGUF, for modules whose rows belong to heads."""
+    query = config.get("num_attention_heads")
+    key = config.get("num_key_value_heads") or query
+    for count in (query, key):
+        if not isinstance(count, int) or count < 1:
+            raise UserError(f"{file}: its configuration has {count!r} attention heads; {AGAIN}")
+    return {"attn_q": int(query or 0), "attn_k": int(key or 0)}
 
 
 def _open(file: Path) -> Any:
@@ -138,10 +149,14 @@ def _field(reader: Any, name: str) -> Any:
 def _config_json(file: Path, reader: Any, own: Path) -> dict[str, Any]:
     """Return config.json of the model: the user's own, or what transformers makes of the file."""
     if own.is_file():
-        config = json.loads(own.read_text(encoding="utf-8"))
+        try:
+            config = dict(load_json(own))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{own}: is not a JSON object ({error}).") from error
     else:
         config = _call(file, "its configuration", AutoConfig).to_dict()
-        config["rope_parameters"] = _rope_parameters(file, reader, config["rope_parameters"])
+        rope = config.get("rope_parameters") or {}
+        config["rope_parameters"] = _rope_parameters(file, reader, rope)
     return {**config, "quantization_config": {"quant_method": "gguf"}}
 
 
@@ -172,7 +187,7 @@ def _call(file: Path, part: str, auto_class: Any) -> Any:
 
 
 def _entry(
-    tensor: Any, architecture: str, heads: tuple[int, int | None]
+    tensor: Any, architecture: str, heads: Mapping[str, int]
 ) -> tuple[str, Mapping[str, Any]]:
     """Return the name of a tensor in transformers, and its entry of the list."""
     name, module = tensor.name, ""
@@ -182,11 +197,9 @@ def _entry(
             name = f"model.layers.{number}.{_MODULES[module]}.{attribute}"
     elif (outer := name.removesuffix(".weight")) in _OUTER:
         name = f"{_OUTER[outer]}.weight"
-    is_reordered = architecture == "llama" and module in _REORDERED
-    count = (heads[1] or heads[0]) if module == "attn_k" else heads[0]
     return name, {
         "offset": int(tensor.data_offset),
         "shape": [int(size) for size in reversed(tensor.shape)],
         "type": tensor.tensor_type.name,
-        "heads": count if is_reordered else 0,
+        "heads": heads.get(module, 0) if architecture in _REORDERED else 0,
     }

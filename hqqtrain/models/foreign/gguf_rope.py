@@ -27,7 +27,7 @@ def llama3_parameters(
         The parameters; None if the factors are not those of Llama 3.
     """
     found = np.asarray(factors, dtype=np.float64)
-    if not found.size or not np.isfinite(found).all():
+    if not found.size or not np.isfinite(found).all() or "rope_theta" not in rope:
         return None
     factor, theta = round(float(found.max()), 4), float(rope["rope_theta"])
     expected = [_factor(theta ** (i / len(found)), factor) for i in range(len(found))]

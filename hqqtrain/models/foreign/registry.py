@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hqqtrain.common.errors import UserError
+from hqqtrain.common.errors import UserError, describe_error
 from hqqtrain.models.foreign import auto_round, awq, compressed_tensors, gptq, hqq
 from hqqtrain.models.foreign.base import AGAIN, ForeignLayer, StoredTensors
 from hqqtrain.models.foreign.gguf_reader import GgufReader
@@ -40,7 +40,15 @@ def open_foreign(source: ModelSource, *, pin_memory: bool = False) -> ForeignRea
         reader: ForeignReader = GgufReader(source.path, source.weights_file, pin_memory=pin_memory)
     else:
         config, find = read_quantization_config(source.path), FORMATS[source.foreign or ""]
-        reader = ForeignReader(source.path, lambda s: find(s, config), pin_memory=pin_memory)
+        try:
+            reader = ForeignReader(source.path, lambda s: find(s, config), pin_memory=pin_memory)
+        except UserError:
+            raise
+        except (TypeError, ValueError, AttributeError) as error:  # an entry has another type
+            raise UserError(
+                f"{source.path}: its quantization_config is damaged ({describe_error(error)}); "
+                f"{AGAIN}"
+            ) from error
     if not reader.layers:
         raise UserError(
             f"{source.path}: contains no layer that {source.foreign} has quantized; {AGAIN}"

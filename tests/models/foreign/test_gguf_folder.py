@@ -54,6 +54,13 @@ def test_config_json_next_to_the_file_comes_first(file):
     assert written.items() >= config.items()
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"num_attention_heads": "x"}'])
+def test_a_damaged_config_json_next_to_the_file(file, text):
+    (file.parent / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"not a JSON object|attention heads"):
+        prepared_folder(file)
+
+
 def test_a_folder_with_several_files(file):
     assert the_gguf_file(file) == the_gguf_file(file.parent) == file
     file.with_name("n.gguf").write_bytes(b"")

@@ -1,5 +1,6 @@
 """The formats that can be read have the same names where torch is not imported."""
 
+import itertools
 import json
 
 import pytest
@@ -14,6 +15,18 @@ from hqqtrain.models.source import ModelSource
 
 def test_the_names_are_the_same():
     assert (*FORMATS, "gguf") == FOREIGN_METHODS
+
+
+@pytest.mark.parametrize("method", FORMATS)
+def test_values_of_other_types(tmp_path, method):
+    keys = ("bits", "checkpoint_format", "format", "act_bits", "version", "packing_format",
+            "config_groups", "sparsity_config")  # fmt: skip
+    save_file({"a.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    for key, value in itertools.product(keys, ["x", [4], {"a": 1}, None, -3, 0.5]):
+        config = {"quantization_config": {"quant_method": method, key: value}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=r"cannot be taken over|damaged|no layer"):
+            open_foreign(ModelSource("m", tmp_path, "quantized", foreign=method))
 
 
 @pytest.mark.parametrize("method", FORMATS)
