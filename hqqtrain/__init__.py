@@ -11,17 +11,19 @@ from hqqtrain.integrations import register
 
 if TYPE_CHECKING:
     from hqqtrain.generation.generator import generate
+    from hqqtrain.inference.prepare import prepare_for_inference
     from hqqtrain.integrations.transformers import HqqTrainConfig
     from hqqtrain.nn.hqq_linear import HQQLinear
 
 __version__ = "0.1.0"
 
-__all__ = ["HQQLinear", "HqqTrainConfig", "__version__", "generate"]
+__all__ = ["HQQLinear", "HqqTrainConfig", "__version__", "generate", "prepare_for_inference"]
 
 _MODULES = {
     "HQQLinear": "hqqtrain.nn.hqq_linear",
     "HqqTrainConfig": "hqqtrain.integrations.transformers",
     "generate": "hqqtrain.generation.generator",
+    "prepare_for_inference": "hqqtrain.inference.prepare",
 }
 """The module of each public name."""
 

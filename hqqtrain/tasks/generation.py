@@ -18,6 +18,7 @@ from hqqtrain.config.quant import QuantConfig
 from hqqtrain.formats.companions import GENERATION_CONFIG
 from hqqtrain.generation.generator import TextGenerator, seeded
 from hqqtrain.generation.settings import Sampling, read_generation_config
+from hqqtrain.inference.prepare import prepare_for_inference
 from hqqtrain.loading.memory_check import free_host_memory
 from hqqtrain.loading.model_builder import wrap_for_execution
 from hqqtrain.loading.plan import ModelPlan, plan_model
@@ -83,6 +84,8 @@ def load_generator(run: Run) -> TextGenerator:
     cast_adapters(model, dtype)
     if run.runtime.device.type == "cpu":
         _dequantize_if_it_fits(model)
+    else:
+        prepare_for_inference(model)
     base = base_model(model)
     if file := _generation_config_file(plan):
         base.generation_config = read_generation_config(file)

