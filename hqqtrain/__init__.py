@@ -10,6 +10,14 @@ from typing import TYPE_CHECKING, Any
 from hqqtrain.integrations import register
 
 if TYPE_CHECKING:
+    from hqqtrain.api.adapters import add_lora
+    from hqqtrain.api.data import collate_batch, load_data
+    from hqqtrain.api.evaluation import evaluate
+    from hqqtrain.api.export import export
+    from hqqtrain.api.folders import load_quantized, save_quantized
+    from hqqtrain.api.quantization import quantize_model
+    from hqqtrain.api.training import train
+    from hqqtrain.config.quant import QuantConfig
     from hqqtrain.generation.generator import generate
     from hqqtrain.inference.prepare import prepare_for_inference
     from hqqtrain.integrations.transformers import HqqTrainConfig
@@ -17,13 +25,39 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["HQQLinear", "HqqTrainConfig", "__version__", "generate", "prepare_for_inference"]
+__all__ = [
+    "HQQLinear",
+    "HqqTrainConfig",
+    "QuantConfig",
+    "__version__",
+    "add_lora",
+    "collate_batch",
+    "evaluate",
+    "export",
+    "generate",
+    "load_data",
+    "load_quantized",
+    "prepare_for_inference",
+    "quantize_model",
+    "save_quantized",
+    "train",
+]
 
 _MODULES = {
     "HQQLinear": "hqqtrain.nn.hqq_linear",
     "HqqTrainConfig": "hqqtrain.integrations.transformers",
+    "QuantConfig": "hqqtrain.config.quant",
+    "add_lora": "hqqtrain.api.adapters",
+    "collate_batch": "hqqtrain.api.data",
+    "evaluate": "hqqtrain.api.evaluation",
+    "export": "hqqtrain.api.export",
     "generate": "hqqtrain.generation.generator",
+    "load_data": "hqqtrain.api.data",
+    "load_quantized": "hqqtrain.api.folders",
     "prepare_for_inference": "hqqtrain.inference.prepare",
+    "quantize_model": "hqqtrain.api.quantization",
+    "save_quantized": "hqqtrain.api.folders",
+    "train": "hqqtrain.api.training",
 }
 """The module of each public name."""
 

@@ -59,7 +59,8 @@ class WalkHook:
 
     def __init__(self, tree: str) -> None:
         self._packages = (f"{tree}/hqqtrain/", f"{tree}/kernels/")
-        self._trainer = f"{tree}/hqqtrain/train/"
+        # Older trees have the first of these packages.
+        self._trainer = (f"{tree}/hqqtrain/train/", f"{tree}/hqqtrain/training/")
         self.called: dict[str, None] = {}
         self.chain: dict[str, None] = {}
 

@@ -35,11 +35,11 @@ from hqqtrain.loading.model_builder import build_model, wrap_for_execution
 from hqqtrain.loading.plan import plan_model
 from hqqtrain.models.causal_lm import vocabulary_size
 from hqqtrain.tasks.model import plan_settings
-from hqqtrain.train.activation_checkpointing import apply_activation_checkpointing
-from hqqtrain.train.engine_builder import build_engine
-from hqqtrain.train.losses.model_loss import ModelLoss
-from hqqtrain.train.losses.registry import LOSSES
-from hqqtrain.train.optimizer import trainable_parameters
+from hqqtrain.training.activation_checkpointing import apply_activation_checkpointing
+from hqqtrain.training.engine_builder import build_engine
+from hqqtrain.training.losses.model_loss import ModelLoss
+from hqqtrain.training.losses.registry import LOSSES
+from hqqtrain.training.optimizer import trainable_parameters
 
 WARM_UP_TOKENS = 512
 """Tokens of the first step, and of the micro-batch whose gradients are there in every other one."""

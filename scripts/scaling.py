@@ -31,7 +31,7 @@ from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.lora import cast_adapters, lora_config
 from hqqtrain.nn.replace import quantize_model
 from hqqtrain.tasks.resources import workload_of
-from hqqtrain.train.metrics import flops_per_token
+from hqqtrain.training.metrics import flops_per_token
 
 GIB = 2**30
 TOKENS = 2048

@@ -20,7 +20,7 @@ from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.local import global_numel
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.formats.adapter_base import BaseModelRef
-from hqqtrain.train.trainer import Trainer
+from hqqtrain.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

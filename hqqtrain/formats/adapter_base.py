@@ -114,6 +114,13 @@ def check_base_of(model: nn.Module, file: Path, origin: str) -> dict[str, str]:
     return metadata
 
 
+def base_metadata(model: nn.Module) -> dict[str, str]:
+    """Return the metadata that records a model as the base; empty if it is not quantized."""
+    root = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    fingerprint = base_fingerprint(root) if root is not None else None
+    return BaseModelRef("", None, fingerprint).metadata() if fingerprint else {}
+
+
 def record_base(folder: Path, metadata: Mapping[str, str]) -> None:
     """Write the metadata that records a base into the adapter in `folder`, if it has a file."""
     file = folder / WEIGHTS

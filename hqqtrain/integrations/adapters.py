@@ -1,7 +1,8 @@
 """Check that an adapter belongs to the model before PEFT or transformers load it.
 
 PEFT writes no metadata, so an adapter that is loaded and saved again would no longer record its
-base. The metadata is therefore kept with PEFT's configuration of the adapter, and written again.
+base. The metadata is therefore kept with PEFT's configuration of the adapter, and written again. An
+adapter that was not loaded records the model that it is saved from, if that is quantized.
 
 Only public functions are extended. This module is imported while their libraries are, so it imports
 the rest of hqqtrain only when it is called.
@@ -124,12 +125,12 @@ def _record_after_saving(owner: Any, folders_of: Callable[[Any, Path], Mapping[s
     def save_and_record(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         result = save(self, save_directory, *args, **kwargs)
         configs = getattr(self, "peft_config", None) or {}
-        bases = {name: getattr(config, _BASE, None) for name, config in configs.items()}
-        if any(bases.values()) and kwargs.get("is_main_process", True):
-            from hqqtrain.formats.adapter_base import record_base
+        if configs and kwargs.get("is_main_process", True):
+            from hqqtrain.formats.adapter_base import base_metadata, record_base
 
             for name, folder in folders_of(self, Path(save_directory)).items():
-                if base := bases.get(name):
+                loaded = getattr(configs.get(name), _BASE, None)
+                if base := base_metadata(self) if loaded is None else loaded:
                     record_base(folder, base)
         return result
 

@@ -164,7 +164,7 @@ class HqqTrainQuantizer(HfQuantizer):
                 "by transformers; use device_map to place layers on several GPUs."
             )
         if not self.pre_quantized:
-            self._quantize(model)
+            self.report = self._quantize(model)
         elif not self._is_checked:
             check_fingerprint(model, self._settings(), self._stored_names)
         for module in _hqq_linears(model).values():
@@ -173,8 +173,8 @@ class HqqTrainQuantizer(HfQuantizer):
         model.hqq_quantized = True
         return model
 
-    def _quantize(self, model: Any) -> None:
-        """Quantize a dense model in place, layer after layer, and describe the result."""
+    def _quantize(self, model: Any) -> Any:
+        """Quantize a dense model in place, layer after layer; return a `QuantizationReport`."""
         from hqqtrain.common.errors import UserError
         from hqqtrain.formats.packed import fingerprinted
         from hqqtrain.nn.replace import quantize_model
@@ -186,9 +186,10 @@ class HqqTrainQuantizer(HfQuantizer):
             )
         config = self.quantization_config
         with _named_as_here():
-            quantize_model(model, config.quant_config())
+            report = quantize_model(model, config.quant_config())
         untie_quantized(model)
         config.description, config.settings = fingerprinted(model).quantization_config(), {}
+        return report
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Replace every `HQQLinear` by a dense linear. Adapters of the base still fit."""
@@ -200,6 +201,26 @@ class HqqTrainQuantizer(HfQuantizer):
         dequantize_linears(model, dtype)
         model.hqq_quantized = False
         return model
+
+
+def quantize_in_memory(model: Any, config: HqqTrainConfig) -> Any:
+    """Quantize a dense model of transformers, as if it had been loaded with `config`.
+
+    Returns:
+        The `QuantizationReport`.
+
+    Raises:
+        UserError: As in `quantize_model` of `hqqtrain.nn.replace`.
+    """
+    quantizer = HqqTrainQuantizer(config, pre_quantized=False)
+    try:
+        quantizer.preprocess_model(model)
+        quantizer.postprocess_model(model)
+    except BaseException:
+        quantizer.remove_quantization_config(model)
+        raise
+    model.hf_quantizer = quantizer
+    return quantizer.report
 
 
 @contextmanager

@@ -44,7 +44,7 @@ from hqqtrain.tasks.harness import load_harness, run_harness
 from hqqtrain.tasks.model import check_fits_run, load_or_quantize, plan_settings
 from hqqtrain.tasks.streaming import stream_training_data
 from hqqtrain.tasks.training import AdapterTraining, build_trainer, evaluate_trained
-from hqqtrain.train.best_evaluation import BestEvaluation
+from hqqtrain.training.best_evaluation import BestEvaluation
 
 
 def finetune(run: Run) -> None:

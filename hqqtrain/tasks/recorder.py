@@ -34,8 +34,8 @@ from hqqtrain.tasks.summary import RunSummary
 from hqqtrain.tracking.composite import CompositeTracker, open_trackers
 from hqqtrain.tracking.console import Console, setup_logging
 from hqqtrain.tracking.wandb import read_run_id, save_run_id
-from hqqtrain.train.best_evaluation import BestEvaluation
-from hqqtrain.train.state import StepResult, TrainState
+from hqqtrain.training.best_evaluation import BestEvaluation
+from hqqtrain.training.state import StepResult, TrainState
 
 logger = logging.getLogger(__name__)
 

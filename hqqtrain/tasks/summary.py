@@ -30,8 +30,8 @@ from hqqtrain.rundir.schema import (
     TrainMetrics,
 )
 from hqqtrain.tracking.console import ResultRow
-from hqqtrain.train.best_evaluation import BestEvaluation
-from hqqtrain.train.state import TrainState
+from hqqtrain.training.best_evaluation import BestEvaluation
+from hqqtrain.training.state import TrainState
 
 GIB = 2**30
 

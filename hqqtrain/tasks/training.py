@@ -17,16 +17,16 @@ from hqqtrain.data.loader import DataLoader
 from hqqtrain.distributed.consistency import ConsistencyChecker
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.evaluation import RecordedEvaluation
-from hqqtrain.train.activation_checkpointing import apply_activation_checkpointing
-from hqqtrain.train.best_evaluation import BestEvaluation
-from hqqtrain.train.engine_builder import build_engine
-from hqqtrain.train.losses.model_loss import ModelLoss
-from hqqtrain.train.losses.registry import LOSSES
-from hqqtrain.train.metrics import mfu_per_token_rate, step_metrics
-from hqqtrain.train.nonfinite import NonFiniteGuard
-from hqqtrain.train.optimizer import LearningRateSchedule, trainable_parameters
-from hqqtrain.train.state import StepResult
-from hqqtrain.train.trainer import Trainer
+from hqqtrain.training.activation_checkpointing import apply_activation_checkpointing
+from hqqtrain.training.best_evaluation import BestEvaluation
+from hqqtrain.training.engine_builder import build_engine
+from hqqtrain.training.losses.model_loss import ModelLoss
+from hqqtrain.training.losses.registry import LOSSES
+from hqqtrain.training.metrics import mfu_per_token_rate, step_metrics
+from hqqtrain.training.nonfinite import NonFiniteGuard
+from hqqtrain.training.optimizer import LearningRateSchedule, trainable_parameters
+from hqqtrain.training.state import StepResult
+from hqqtrain.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

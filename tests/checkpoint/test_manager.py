@@ -18,7 +18,7 @@ from hqqtrain.common.errors import PreemptedError, UserError
 from hqqtrain.config.infra import CheckpointConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.formats.adapter_base import BaseModelRef
-from hqqtrain.train.trainer import Trainer
+from hqqtrain.training.trainer import Trainer
 
 
 class Counter:

@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
-from hqqtrain.train.losses.model_loss import ModelLoss
-from hqqtrain.train.losses.next_token import NextTokenLoss
+from hqqtrain.training.losses.model_loss import ModelLoss
+from hqqtrain.training.losses.next_token import NextTokenLoss
 
 pytestmark = pytest.mark.ranks
 

@@ -21,7 +21,7 @@ from hqqtrain.distributed.local import (
     replica_group,
     reshard,
 )
-from hqqtrain.train.optimizer import trainable_parameters
+from hqqtrain.training.optimizer import trainable_parameters
 
 FULL = torch.arange(30.0).view(10, 3)
 

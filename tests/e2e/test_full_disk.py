@@ -13,7 +13,7 @@ from runs import SMALL, run_in_this_process, small_data
 from hqqtrain.checkpoint.format import read_checkpoint, write_checkpoint
 from hqqtrain.formats.peft import save_adapter
 from hqqtrain.rundir.directory import RunDirectory
-from hqqtrain.train.trainer import Trainer
+from hqqtrain.training.trainer import Trainer
 
 _write_status = RunDirectory.write_status
 

@@ -12,8 +12,8 @@ import torch
 from runs import SMALL, TIMEOUT, free_port, run_in_this_process, small_data
 
 from hqqtrain.tracking.jsonl import read_metrics
-from hqqtrain.train.nonfinite import MAX_REFUSED_IN_A_ROW
-from hqqtrain.train.trainer import Trainer
+from hqqtrain.training.nonfinite import MAX_REFUSED_IN_A_ROW
+from hqqtrain.training.trainer import Trainer
 
 _WORDS = (
     *SMALL, "run.name=run", "train.max_steps=8", "eval.source=null", "ckpt.every=3",
@@ -167,7 +167,7 @@ def test_a_gradient_alone_is_traced_to_a_parameter(
 POISONED_RUN = """
 import sys
 from hqqtrain.cli import main
-from hqqtrain.train.trainer import Trainer
+from hqqtrain.training.trainer import Trainer
 
 step = Trainer.step
 

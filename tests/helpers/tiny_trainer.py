@@ -17,12 +17,12 @@ from hqqtrain.data.loader import PackedLoader
 from hqqtrain.data.sequences import TokenSequences, plain_text_targets
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.distributed.preemption import PreemptionHandler
-from hqqtrain.train.losses.model_loss import ModelLoss
-from hqqtrain.train.losses.next_token import NextTokenLoss
-from hqqtrain.train.nonfinite import NonFiniteGuard
-from hqqtrain.train.optimizer import LearningRateSchedule, trainable_parameters
-from hqqtrain.train.torch_engine import TorchEngine
-from hqqtrain.train.trainer import Trainer
+from hqqtrain.training.losses.model_loss import ModelLoss
+from hqqtrain.training.losses.next_token import NextTokenLoss
+from hqqtrain.training.nonfinite import NonFiniteGuard
+from hqqtrain.training.optimizer import LearningRateSchedule, trainable_parameters
+from hqqtrain.training.torch_engine import TorchEngine
+from hqqtrain.training.trainer import Trainer
 
 STEPS = 6
 

@@ -50,7 +50,7 @@ def tree(tmp_path: Path) -> Path:
         "hqqtrain/__init__.py": "",
         "hqqtrain/cli.py": "def main(config: RunConfig): pass\n",
         "hqqtrain/tasks/run.py": "def run(config: config.RunConfig): pass\n",
-        "hqqtrain/train/loop.py": LOOP,
+        "hqqtrain/training/loop.py": LOOP,
         "hqqtrain/distributed/strategies/ddp.py": "if x == 'ddp':\n    pass\n",
         "kernels/hqqtrain_kernels/wide_triton.py": "def wide():\n" + "    x = 1\n" * 70,
         "tests/unit/test_loop.py": "",

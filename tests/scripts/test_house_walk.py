@@ -57,7 +57,7 @@ def test_the_chain_is_the_stack_of_the_first_call_in_a_training_step(tmp_path: P
             "hqqtrain/cli.py": """
                 import torch
                 from hqqtrain.evaluate import evaluate
-                from hqqtrain.train.loop import step
+                from hqqtrain.training.loop import step
 
                 def main():
                     step()
@@ -71,7 +71,7 @@ def test_the_chain_is_the_stack_of_the_first_call_in_a_training_step(tmp_path: P
                 def evaluate():
                     linear()
                 """,
-            "hqqtrain/train/loop.py": """
+            "hqqtrain/training/loop.py": """
                 import torch
                 from hqqtrain.layer import FrozenLayer, Layer
 
@@ -97,7 +97,7 @@ def test_the_chain_is_the_stack_of_the_first_call_in_a_training_step(tmp_path: P
     )
     assert files["chain"] == [
         "hqqtrain/cli.py",
-        "hqqtrain/train/loop.py",
+        "hqqtrain/training/loop.py",
         "hqqtrain/layer.py",
         "kernels/hqqtrain_kernels/ops.py",
     ]

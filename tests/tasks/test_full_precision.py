@@ -31,7 +31,7 @@ from hqqtrain.tasks.finetune import finetune
 from hqqtrain.tasks.inference import evaluate, quantize
 from hqqtrain.tasks.model import plan_settings
 from hqqtrain.tasks.resources import workload_of
-from hqqtrain.train.optimizer import LearningRateSchedule
+from hqqtrain.training.optimizer import LearningRateSchedule
 
 CONTROL = {"nbits": None}
 

@@ -14,7 +14,7 @@ from hqqtrain.tasks import recorder as recorder_module
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.model import load_or_quantize, plan_settings
 from hqqtrain.tasks.recorder import RunRecorder
-from hqqtrain.train.state import StepResult
+from hqqtrain.training.state import StepResult
 
 METRICS = {"train/loss": 2.5, "train/tokens_per_second": 10.0, "train/global_step": 1}
 

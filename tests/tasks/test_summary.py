@@ -15,7 +15,7 @@ from hqqtrain.loading.plan import plan_model
 from hqqtrain.rundir.schema import SCHEMA, EvalMetrics, ModelMetrics
 from hqqtrain.tasks.model import load_or_quantize, plan_settings
 from hqqtrain.tasks.summary import RunSummary
-from hqqtrain.train.state import TrainState
+from hqqtrain.training.state import TrainState
 
 
 @pytest.fixture

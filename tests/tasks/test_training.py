@@ -7,8 +7,8 @@ from torch import nn
 
 from hqqtrain.common.errors import PreemptedError
 from hqqtrain.tasks.training import AdapterTraining
-from hqqtrain.train.best_evaluation import BestEvaluation
-from hqqtrain.train.state import StepResult, TrainState
+from hqqtrain.training.best_evaluation import BestEvaluation
+from hqqtrain.training.state import StepResult, TrainState
 
 
 class _Trainer:

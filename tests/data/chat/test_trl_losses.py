@@ -14,8 +14,8 @@ from hqqtrain.data.examples import Completion, Example
 from hqqtrain.data.layout import collate_batch
 from hqqtrain.data.packing import pack_examples
 from hqqtrain.distributed.comm import SINGLE_PROCESS
-from hqqtrain.train.losses.model_loss import ModelLoss
-from hqqtrain.train.losses.next_token import NextTokenLoss
+from hqqtrain.training.losses.model_loss import ModelLoss
+from hqqtrain.training.losses.next_token import NextTokenLoss
 
 trl = pytest.importorskip("trl", reason="TRL is not installed here")
 

@@ -1,0 +1,186 @@
+"""`load_quantized` and `save_quantized`: folders like `quantized/` of a run."""
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from hqqtrain.api.arguments import named_as_arguments
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import ModelConfig
+from hqqtrain.formats import packed
+from hqqtrain.formats.packed import fingerprinted, model_tensors
+from hqqtrain.formats.quantized_settings import QuantizedSettings
+from hqqtrain.models.source import ModelSource, resolve_source
+
+
+def load_quantized(
+    folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "auto",
+    adapter: str | os.PathLike[str] | bool = True,
+    is_trainable: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """Load a quantized model, bit for bit, with the adapter of its run.
+
+    The checksums of the files, or the fingerprint of the packed weights, are checked while they
+    load, and so is the base of the adapter.
+
+    Args:
+        folder: The directory of a run; a folder like its `quantized/`; or the name of one on the
+            hub.
+        device: Where to load the model, or a `device_map` of transformers such as `auto`; None: on
+            the CPU.
+        dtype: The dtype that the model computes in; `auto`: that of the folder's config.json. The
+            packed weights do not change.
+        adapter: The folder of a PEFT adapter; true: the one of the run, if `folder` is a run that
+            has one; false: none.
+        is_trainable: Whether the adapter can be trained further.
+
+    Returns:
+        The model of transformers, or with an adapter PEFT's model around it, in evaluation mode
+        unless the adapter is trained.
+
+    Raises:
+        UserError: The folder is missing, damaged or not quantized by hqqtrain, or the adapter has
+            another base.
+    """
+    with named_as_arguments("load_quantized", folder="model.name_or_path"):
+        source = quantized_source(folder)
+        if adapter is True and source.lacks_adapter:
+            raise UserError(
+                f"folder={folder}: the run has not finished its adapter; finish it, or give the "
+                "folder of one of its checkpoints as adapter, or adapter=False."
+            )
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=dtype, device_map=None if device is None else device
+        )
+        chosen = source.adapter if adapter is True else adapter or None
+        if chosen is None:
+            return model
+        adapted = PeftModel.from_pretrained(model, os.fspath(chosen), is_trainable=is_trainable)
+        return adapted.train(is_trainable)
+
+
+def quantized_source(folder: str | os.PathLike[str]) -> ModelSource:
+    """Return the source of the quantized model in a folder.
+
+    Raises:
+        UserError: It is missing, or hqqtrain has not quantized it.
+    """
+    source = resolve_source(ModelConfig(name_or_path=os.fspath(folder)))
+    if source.kind != "quantized" or source.foreign:
+        program = f"quantized by another program ({source.foreign})" if source.foreign else "dense"
+        raise UserError(
+            f"model.name_or_path={folder}: is {program}; load_quantized loads what hqqtrain has "
+            "quantized. Load a dense model with transformers and call quantize_model; take over "
+            "the weights of another program with the command line, task=quantize."
+        )
+    return source
+
+
+def save_quantized(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a quantized model into a folder like `quantized/` of a run, completely or not at all.
+
+    hqqtrain loads it, and transformers after `import hqqtrain`. It has the fingerprint of the
+    packed weights and the checksums of all files. Adapters are left out: `model.save_pretrained` of
+    PEFT saves them. Those that are saved afterwards name this folder as their base.
+
+    Args:
+        model: A quantized model of transformers, with or without adapters, in memory.
+        folder: The folder to create.
+        tokenizer: The tokenizer to save with the model.
+        overwrite: Whether the folder may exist. All that is in it is then deleted.
+
+    Raises:
+        UserError: Nothing in the model is quantized, or the folder exists.
+    """
+    with named_as_arguments("save_quantized"):
+        base, path = transformers_model(model), new_folder(folder, overwrite=overwrite)
+        settings = whole_settings(base)
+        if not settings.modules:
+            raise UserError("model has no quantized layer; call quantize_model first.")
+        with companions(base, tokenizer) as source:
+            packed.save_quantized(
+                model_tensors(base),
+                path,
+                hf_config=dense_config(base),
+                settings=settings,
+                source=source,
+            )
+    base.name_or_path = str(path)
+    for config in getattr(model, "peft_config", {}).values():
+        config.base_model_name_or_path = str(path)
+
+
+def transformers_model(model: nn.Module) -> Any:
+    """Return the model of transformers inside its wrappers.
+
+    Raises:
+        UserError: There is none.
+    """
+    found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if found is None:
+        raise UserError(
+            f"model is a {type(model).__name__}; only a model of transformers has a config.json."
+        )
+    return found
+
+
+def dense_config(model: Any) -> Any:
+    """Return a copy of the configuration of a model that does not say that it is quantized."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def whole_settings(model: nn.Module) -> QuantizedSettings:
+    """Return the settings of the quantized layers of a model, with their fingerprint.
+
+    Raises:
+        UserError: Some weights are not in memory.
+    """
+    if missing := next((name for name, p in model.named_parameters() if p.is_meta), None):
+        raise UserError(
+            f"model has layers on disk, such as {missing}; load it with a device_map without disk."
+        )
+    return fingerprinted(model)
+
+
+def new_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """Return the full path of a folder to create.
+
+    Raises:
+        UserError: It exists and has files, which may not be deleted.
+    """
+    path = Path(os.path.abspath(os.path.expanduser(folder)))
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"folder={folder}: exists; give another name, or overwrite=True.")
+    return path
+
+
+@contextmanager
+def companions(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Path]:
+    """Yield a temporary folder with the tokenizer and the generation settings of a model."""
+    with TemporaryDirectory(prefix="hqqtrain-") as folder:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        yield Path(folder)

@@ -1,0 +1,95 @@
+"""Folders are saved and loaded bit for bit, with their adapters."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from small_model import small_model
+from torch import nn
+from transformers import AutoTokenizer
+
+import hqqtrain
+from hqqtrain.common.errors import UserError
+from hqqtrain.config.groups import ModelConfig
+from hqqtrain.formats.manifest import is_sealed
+from hqqtrain.formats.quantized_settings import read_quantized_settings
+from hqqtrain.models.source import resolve_source
+
+TOKENS = torch.arange(16).view(2, 8)
+
+
+def logits_of(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def test_saved_and_loaded(quantized, tokenizer, tmp_path: Path):
+    folder = tmp_path / "quantized"
+    hqqtrain.save_quantized(quantized, folder, tokenizer)
+    again = hqqtrain.load_quantized(folder, device="cpu")
+    assert torch.equal(logits_of(again), logits_of(quantized))
+    assert is_sealed(folder)
+    recorded = read_quantized_settings(folder)
+    assert recorded.fingerprint == quantized.config.quantization_config.description["fingerprint"]
+    assert resolve_source(ModelConfig(name_or_path=str(folder))).kind == "quantized"
+    assert AutoTokenizer.from_pretrained(folder)("def f")["input_ids"]
+    assert (folder / "generation_config.json").exists()
+    assert hqqtrain.load_quantized(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_an_adapter_names_the_folder_and_its_fingerprint(quantized, tmp_path: Path):
+    model = hqqtrain.add_lora(quantized, r=2)
+    nn.init.normal_(model.get_parameter(
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"))  # fmt: skip
+    hqqtrain.save_quantized(model, tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    for again in (
+        hqqtrain.load_quantized(tmp_path / "base", adapter=tmp_path / "adapter"),
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"),
+    ):
+        assert torch.equal(logits_of(again), logits_of(model))
+    trained = hqqtrain.load_quantized(
+        tmp_path / "base", adapter=str(tmp_path / "adapter"), is_trainable=True
+    )
+    assert trained.training
+    assert any(p.requires_grad for p in trained.parameters())
+
+
+def test_an_adapter_on_another_base_is_refused(quantized, dense, tmp_path: Path):
+    hqqtrain.add_lora(quantized, r=2).save_pretrained(tmp_path / "adapter")
+    other = type(dense).from_pretrained(small_model())
+    hqqtrain.quantize_model(other, nbits=4, solver="rtn")
+    hqqtrain.save_quantized(other, tmp_path / "base")
+    with pytest.raises(UserError, match=r"^load_quantized: .*trained on the base"):
+        hqqtrain.load_quantized(tmp_path / "base", adapter=tmp_path / "adapter")
+
+
+def test_a_folder_with_files_is_kept(quantized, tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match=r"^save_quantized: folder=.*: exists"):
+        hqqtrain.save_quantized(quantized, tmp_path / "mine")
+    hqqtrain.save_quantized(quantized, tmp_path / "mine", overwrite=True)
+    assert hqqtrain.load_quantized(tmp_path / "mine")
+
+
+def test_what_is_not_quantized_is_refused(dense, tmp_path: Path):
+    with pytest.raises(UserError, match="no quantized layer; call quantize_model"):
+        hqqtrain.save_quantized(dense, tmp_path / "a")
+    with pytest.raises(UserError, match=r"folder=.*: is dense"):
+        hqqtrain.load_quantized(small_model())
+    with pytest.raises(UserError, match=r"folder=.*: no such folder"):
+        hqqtrain.load_quantized(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="only a model of transformers"):
+        hqqtrain.save_quantized(nn.Linear(2, 2), tmp_path / "a")
+
+
+def test_a_changed_byte_is_found(quantized, tmp_path: Path):
+    hqqtrain.save_quantized(quantized, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="checksum differs"):
+        hqqtrain.load_quantized(tmp_path / "base")
