@@ -58,14 +58,16 @@ def check_same(folder: Path, model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize(("nbits", "axis", "view"), CASES)
 def test_the_model_is_the_same_to_the_bit(make_model, tmp_path, nbits, axis, view):
-    model = quantize(make_model("qwen2", tie_word_embeddings=False), nbits, axis, view=view)
+    model = quantize(
+        make_model("qwen2", tie_word_embeddings=False, num_hidden_layers=1), nbits, axis, view=view
+    )
     hqq_hf.AutoHQQHFModel.save_to_safetensors(model, str(tmp_path / "model"))
     check_same(tmp_path / "model", model)
 
 
 def test_a_pickle_is_converted_once(make_model, tmp_path, monkeypatch):
     monkeypatch.setenv("HQQTRAIN_CACHE", str(tmp_path / "cache"))
-    model = quantize(make_model("qwen2"), 3, axis=0)
+    model = quantize(make_model("qwen2", num_hidden_layers=1), 3, axis=0)
     hqq_hf.AutoHQQHFModel.save_quantized(model, str(tmp_path / "model"))
     first = resolve_source(ModelConfig(name_or_path=str(tmp_path / "model")))
     assert first.tokenizer == tmp_path / "model"
