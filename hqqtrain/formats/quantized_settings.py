@@ -148,8 +148,8 @@ class QuantizedSettings:
             if name not in linears or linears[name].weight.shape != shape:
                 raise UserError(
                     f"{path}: quantization_config has {name} as a linear layer of shape "
-                    f"{list(shape)}, which the model does not have. Use the config.json that belongs to the weights, "
-                    "or quantize the dense model again."
+                    f"{list(shape)}, which the model does not have. Use the config.json that "
+                    "belongs to the weights, or quantize the dense model again."
                 )
 
     def by_module(self) -> dict[str, dict[str, Any]]:
