@@ -19,6 +19,7 @@ from hqqtrain.config.groups import ModelConfig
 from hqqtrain.formats import packed
 from hqqtrain.formats.packed import fingerprinted, model_tensors
 from hqqtrain.formats.quantized_settings import QuantizedSettings
+from hqqtrain.inference.merged_linears import MergedLinear
 from hqqtrain.models.source import ModelSource, resolve_source
 
 
@@ -154,8 +155,13 @@ def whole_settings(model: nn.Module) -> QuantizedSettings:
     """Return the settings of the quantized layers of a model, with their fingerprint.
 
     Raises:
-        UserError: Some weights are not in memory.
+        UserError: Some weights are not in memory, or the model was prepared for inference.
     """
+    if any(isinstance(module, MergedLinear) for module in model.modules()):
+        raise UserError(
+            "model was changed by prepare_for_inference, which merges layers; save or export it "
+            "before, or load it again."
+        )
     if missing := next((name for name, p in model.named_parameters() if p.is_meta), None):
         raise UserError(
             f"model has layers on disk, such as {missing}; load it with a device_map without disk."

@@ -85,6 +85,12 @@ def test_what_is_not_quantized_is_refused(dense, tmp_path: Path):
         hqqtrain.save_quantized(nn.Linear(2, 2), tmp_path / "a")
 
 
+def test_a_model_prepared_for_inference_is_refused(quantized, tmp_path: Path):
+    hqqtrain.prepare_for_inference(quantized)
+    with pytest.raises(UserError, match="was changed by prepare_for_inference"):
+        hqqtrain.save_quantized(quantized, tmp_path / "a")
+
+
 def test_a_changed_byte_is_found(quantized, tmp_path: Path):
     hqqtrain.save_quantized(quantized, tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"

@@ -1,5 +1,6 @@
 """transformers' Trainer and TRL's SFTTrainer train adapters on a model that hqqtrain quantized."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-import hqqtrain  # noqa: F401  # as users do
+import hqqtrain
 from hqqtrain.models.source import TINY_FOLDER
 
 TOKENS = torch.arange(16).view(2, 8)
@@ -43,6 +44,26 @@ def test_trainer(base: Path, tmp_path: Path):
     data = [{"input_ids": row, "labels": row} for row in TOKENS]
     arguments = TrainingArguments(str(tmp_path / "out"), save_strategy="no", **STEPS)
     check_trained(Trainer(model, arguments, train_dataset=data), base, tmp_path / "adapter")
+
+
+def test_trainer_with_packed_data(base: Path, tmp_path: Path):
+    """Its loss is that of our own evaluation, which keeps the packed texts apart."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LORA)
+    rows = [list(range(first, first + 6)) for first in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"input_ids": row}) for row in rows))
+    data = hqqtrain.load_data(
+        tmp_path / "rows.jsonl", AutoTokenizer.from_pretrained(TINY_FOLDER), max_seq_len=20
+    )
+    assert len(data) < len(rows)
+    expected = hqqtrain.evaluate(model, data).loss
+    arguments = TrainingArguments(str(tmp_path / "out"), save_strategy="no", **STEPS)
+    trainer = Trainer(
+        model, arguments, train_dataset=data, data_collator=hqqtrain.collate_batch,
+        eval_dataset=data,
+    )  # fmt: skip
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=0.01)
+    trainer.train()
+    assert hqqtrain.evaluate(model, data).loss < expected
 
 
 def test_sft_trainer(base: Path, tmp_path: Path):

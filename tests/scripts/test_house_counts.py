@@ -32,10 +32,16 @@ def _private():
     pass  # fmt: skip
 '''
 PLACES = {
-    "docstrings that begin with Of, What, Else or Whose": ["train/loop.py:1", "train/loop.py:4"],
-    "strategy names compared outside the strategies": ["train/loop.py:11", "train/loop.py:17"],
-    "functions with two or more parameters of the clump": ["train/loop.py:10 run"],
-    "functions that take a RunConfig: back end below tasks": ["train/loop.py:10 run"],
+    "docstrings that begin with Of, What, Else or Whose": [
+        "training/loop.py:1",
+        "training/loop.py:4",
+    ],
+    "strategy names compared outside the strategies": [
+        "training/loop.py:11",
+        "training/loop.py:17",
+    ],
+    "functions with two or more parameters of the clump": ["training/loop.py:10 run"],
+    "functions that take a RunConfig: back end below tasks": ["training/loop.py:10 run"],
     "functions that take a RunConfig: tasks": ["tasks/run.py:1 run"],
     "functions that take a RunConfig: front end, config and common": ["cli.py:1 main"],
     "modules without a test_<module>.py": ["cli.py", "tasks/run.py"],
