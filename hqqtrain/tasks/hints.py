@@ -39,6 +39,10 @@ def _export_hint(export: ExportMetrics, folder: Path) -> str:
         "humming": f"serve it: vllm serve {path}{served}",
         "compressed-tensors": f"serve it: vllm serve {path}{served}",
     }  # fmt: skip
+    if export.format == "gguf":
+        files = [file for file in sorted(folder.glob("*.gguf")) if file.name != "adapter.gguf"]
+        lora = f" --lora {shlex.quote(str(folder / 'adapter.gguf'))}" if adapter else ""
+        return f"run it: llama-cli -m {shlex.quote(str(files[0] if files else folder))}{lora}"
     dense = f"load it: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
     return hints.get(export.format or "", dense)
 

@@ -59,6 +59,13 @@ def test_a_folder_is_no_number(name: str):
     assert compose_config([word, "task=eval"]).model.name_or_path == name
 
 
+FORMATS = {
+    "humming": "vllm serve runs/x/export --enable-lora --lora-modules trained=",
+    "mlx": "--model runs/x/export --adapter-path runs/x/export/adapter --prompt",
+    "gguf": "llama-cli -m runs/x/export --lora runs/x/export/adapter.gguf",
+}
+
+
 def _layout_of_export(export: Path) -> Any:
     return SimpleNamespace(export=export)
 
@@ -84,4 +91,10 @@ def test_an_export_says_how_to_load_it(tmp_path: Path):
     (dense,) = usage_hints(Summary(export=ExportMetrics("dense")), layout)
     assert dense == "load it: transformers.AutoModelForCausalLM.from_pretrained('runs/x/export')"
     (packed,) = usage_hints(Summary(export=ExportMetrics("packed")), layout)
+    for format, words in FORMATS.items():
+        metrics = ExportMetrics(format, adapter_form="separate")
+        (hint,) = usage_hints(Summary(export=metrics), layout)
+        assert words in hint
+        (alone,) = usage_hints(Summary(export=ExportMetrics(format)), layout)
+        assert "adapter" not in alone
     assert packed == "use it: model.name_or_path=runs/x/export"
