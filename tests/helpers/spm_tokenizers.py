@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-TEXTS = ["the quick brown fox jumps over the lazy dog", "a thing that the fox does not do"] * 20
+TEXTS = ["the quick brown fox jumps over the lazy dog", "a  thing  that    the  fox  does"] * 20
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
@@ -30,7 +30,7 @@ def save_spm_tokenizer(folder: Path, *, prefix: bool = True) -> PreTrainedTokeni
     clean = Tokenizer(model)
     clean.normalizer, clean.decoder = tokenizer.normalizer, tokenizer.decoder
     clean.add_special_tokens(["<unk>", "<s>", "</s>"])
-    clean.add_tokens([AddedToken(SPACE * 2, normalized=False)])
+    clean.add_tokens([AddedToken(token, normalized=False) for token in (SPACE * 2, "==>")])
     clean.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=clean, bos_token="<s>", eos_token="</s>", unk_token="<unk>"

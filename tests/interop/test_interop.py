@@ -127,3 +127,23 @@ def test_compressed_tensors(tmp_path, nbits, group_size, model):
     case.write(dtype=torch.float32)
     theirs, scale = case.theirs("compressed"), case.ours().abs().max().item()
     assert (case.ours() - theirs).abs().max() < 1e-5 * scale
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("nbits", "kl"), [(8, 5e-3), (4, 2e-2), (3, 2e-2), (2, 0.3)])
+def test_llama_cpp(tmp_path, nbits, kl, model):
+    """llama.cpp rounds activations to 8 bits, which alone costs about 1e-3."""
+    case = _Case("gguf", model, tmp_path, nbits=nbits, group_size=64)
+    case.write(adapter_form="separate")
+    adapter = str(case.folder / "adapter.gguf")
+    for adapted in (False, True):
+        ours = case.ours(adapted=adapted)
+        theirs = case.theirs("llamacpp", *[adapter] * adapted)[..., : ours.shape[-1]]
+        told = theirs.isfinite().all(-1)  # all but those after which the text would end
+        found = _kl(ours[told], theirs[told])
+        logger.info("KL %s an adapter: %.1e", "with" if adapted else "without", found)
+        assert found < kl
+    if nbits == 8:
+        case.write(adapter_form="merge")
+        theirs = case.theirs("llamacpp")[..., : ours.shape[-1]]
+        assert _kl(ours[told], theirs[told]) < kl

@@ -1,7 +1,7 @@
 """How the tensors of a model of Hugging Face become those of a GGUF file."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -39,11 +39,14 @@ class Conversion(Protocol):
     def dense(self, name: str, tensor: Tensor) -> Tensor | None:
         """Return a dense tensor of the checkpoint as the file has it; None: it is in `extra`."""
 
-    def extra(self) -> Mapping[str, Tensor]:
-        """Return the dense tensors that are not in the checkpoint, by their names in GGUF."""
+    def extra(self) -> Iterable[tuple[str, Tensor]]:
+        """Return the dense tensors that are not in the checkpoint, with their names in GGUF."""
 
     def write_metadata(self, writer: Any) -> None:
         """Add the metadata, but for `general.*`, to a `GGUFWriter`."""
+
+    def finish(self) -> None:
+        """Remove temporary files, once all tensors are written."""
 
 
 class FamilyConversion:
@@ -87,7 +90,7 @@ class FamilyConversion:
             for name, shape in expected_shapes(build_meta(self._config)).items()
             if name not in quantized
         }
-        shapes |= {name: tuple(tensor.shape) for name, tensor in self.extra().items()}
+        shapes |= {name: tuple(tensor.shape) for name, tensor in self.extra()}
         return {
             name: TensorEntry(DENSE_TYPES[dense_type(shape, self._dtype)], shape)
             for name, shape in shapes.items()
@@ -103,9 +106,9 @@ class FamilyConversion:
         order = self.order(name)
         return tensor if order is None else tensor[order.to(tensor.device)]
 
-    def extra(self) -> Mapping[str, Tensor]:
+    def extra(self) -> Iterable[tuple[str, Tensor]]:
         """Return the factors of the rotary embedding's frequencies, if it is scaled."""
-        return rope_tensors(self._config, head_dim(self._config))
+        return rope_tensors(self._config, head_dim(self._config)).items()
 
     def write_metadata(self, writer: Any) -> None:
         """Add the architecture and the tokenizer."""
@@ -113,3 +116,6 @@ class FamilyConversion:
         merged = self._export.adapter_folder if self._export.merged else None
         settings = merged or self._export.tokenizer
         write_tokenizer(writer, self._export.tokenizer, self._config.vocab_size, settings)
+
+    def finish(self) -> None:
+        """Do nothing: there are no temporary files."""

@@ -69,7 +69,7 @@ class TensorStream:
         if failure:
             raise failure
         if file:
-            for name, tensor in self._conversion.extra().items():
+            for name, tensor in self._conversion.extra():
                 file.write(name, tensor)
             file.finish()
 

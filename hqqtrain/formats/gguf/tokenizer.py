@@ -91,12 +91,14 @@ def _tokens(
         if is_spm and len(token) == 6 and token.startswith("<0x"):
             types[i] = BYTE
     for added in content["added_tokens"]:
-        i = added["id"]
+        i, token = added["id"], added["content"]
         if types[i] == UNKNOWN:
             continue
         types[i] = CONTROL if added["special"] else USER_DEFINED
-        if is_spm and not added["special"]:
-            tokens[i] = added["content"].replace(_SPACE, " ")  # it is looked for in plain text
+        if is_spm and _SPACE in token and not added["special"]:
+            # The algorithm finds it after spaces were replaced; llama.cpp looks for others before.
+            types[i] = USER_DEFINED if added["normalized"] else NORMAL
+            tokens[i] = token.replace(_SPACE, " ") if added["normalized"] else token
     return tokens, types
 
 
@@ -111,7 +113,7 @@ def _scores(tokens: list[str], merges: list[tuple[str, str]]) -> list[float]:
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
-    return [-float(ranks.get(token, 0)) for token in tokens]
+    return [-float(ranks.get(token, len(merges))) for token in tokens]
 
 
 def _pre_tokenizer(content: Mapping[str, Any], folder: Path) -> str:

@@ -32,6 +32,7 @@ from hqqtrain.formats.gguf.families import family_refusals
 from hqqtrain.formats.gguf.metadata import write_general
 from hqqtrain.formats.gguf.package import import_gguf
 from hqqtrain.formats.gguf.reader import GgufLayers
+from hqqtrain.formats.gguf.skeleton import SkeletonConversion, check_llama_cpp
 from hqqtrain.formats.gguf.tensors import TensorStream, gguf_entries
 from hqqtrain.formats.gguf.writer import GgufFile
 from hqqtrain.formats.quantized_settings import QuantizedSettings
@@ -56,8 +57,10 @@ class GgufFormat(ExportFormat):
     llama_cpp: Path | None = None
 
     def configured(self, config: ExportConfig) -> "GgufFormat":
-        """Return the format with the keys of `config`, if the package `gguf` is installed."""
+        """Return the format with the keys of `config`, if what it needs is installed."""
         import_gguf()
+        if config.llama_cpp:
+            check_llama_cpp(Path(config.llama_cpp))
         return GgufFormat(config.gguf_type, Path(config.llama_cpp) if config.llama_cpp else None)
 
     def forms_of(self, settings: QuantizedSettings) -> tuple[str, ...]:
@@ -77,10 +80,10 @@ class GgufFormat(ExportFormat):
         with comm.raise_on_all_ranks():
             if export.adapter and export.adapter_form != "none":
                 export.adapter.check_base(export.settings.fingerprint, "adapter")
-            conversion = FamilyConversion(export, dtype)
         main = Counter(kind.name for kind in kinds.values()).most_common(1)
         main_type = main[0][0] if main else "F16"
         with collective_atomic_directory(folder, comm) as partial:
+            conversion = self._conversion(export, dtype, partial / "converting")
             path = partial / f"{export.name}-{main_type}.gguf"
             stream = TensorStream(export, conversion, kinds, dtype)
             with comm.raise_on_all_ranks():
@@ -93,9 +96,16 @@ class GgufFormat(ExportFormat):
                 stream.write(file)
                 if comm.is_main:
                     _write_companions(export, conversion, kinds, path)
+                    conversion.finish()
             layers = GgufLayers(path, conversion, kinds)
             comparison = compare_export(export, layers.stored)
             accept(WrittenModel(self.name, dtype, comparison, layers.linear))
+
+    def _conversion(self, export: ModelExport, dtype: torch.dtype, work: Path) -> Conversion:
+        """Return the conversion; llama.cpp's converter gets the folder `work`. Collective."""
+        if self.llama_cpp:
+            return SkeletonConversion(export, dtype, self.llama_cpp, work)
+        return FamilyConversion(export, dtype)
 
     def _kinds(self, export: ModelExport) -> dict[str, BlockType]:
         """Return the type of the blocks of each layer; `refusals` knows that there is one."""

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from gguf import GGUFWriter
-from spm_tokenizers import save_spm_tokenizer
+from spm_tokenizers import SPACE, save_spm_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -51,7 +51,8 @@ def test_sentencepiece(tmp_path, prefix):
     assert kinds["<0x0A>"] == types.BYTE
     assert kinds["<unk>"] == types.UNKNOWN
     assert kinds["<s>"] == types.CONTROL
-    assert kinds["  "] == types.USER_DEFINED  # llama.cpp looks for it in the plain text
+    assert kinds["==>"] == types.USER_DEFINED
+    assert kinds[SPACE * 2] == types.NORMAL  # a merge makes it of two spaces
     assert kinds[results[-1]] == types.NORMAL
     assert (keys["add_bos_token"], keys["bos_token_id"], keys["add_eos_token"]) == (True, 1, False)
 

@@ -21,15 +21,21 @@ if adapter:
     lora.path, lora.scale = adapter[0], 1.0
     params.lora_adapters = [lora]
 server = xllamacpp.Server(params)
-vocabulary = 2**20
+VOCABULARY = 2**16  # at least
+
 rows = []
 for end in range(1, len(tokens) + 1):
     answer = server.handle_completions({
-        "prompt": tokens[:end], "n_predict": 1, "n_probs": vocabulary, "temperature": 0.0,
+        "prompt": tokens[:end], "n_predict": 1, "n_probs": VOCABULARY, "temperature": 0.0,
         "samplers": [], "cache_prompt": True,
     })  # fmt: skip
-    row = np.full(vocabulary, -1e9, np.float32)
-    for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
-        row[entry["id"]] = entry["logprob"]
-    rows.append(row)
-np.save(logits_file, np.array(rows)[None])
+    choice = answer["choices"][0]["logprobs"]
+    if choice is None or not choice["content"]:  # the text would end here: no probabilities
+        rows.append({})
+        continue
+    rows.append({e["id"]: e["logprob"] for e in choice["content"][0]["top_logprobs"]})
+size = max(map(len, rows))
+logits = np.full((1, len(rows), size), np.nan, np.float32)
+for i, row in enumerate(rows):
+    logits[0, i, list(row)] = list(row.values())
+np.save(logits_file, logits)
