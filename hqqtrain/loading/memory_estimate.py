@@ -224,10 +224,11 @@ def _token_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 def _disk_bytes(workload: Workload, sizes: _Sizes, dtype: torch.dtype) -> dict[str, int]:
     """Return the bytes that the run's directory will grow by.
 
-    A checkpoint contains the adapter and its two moments. A packed export is a second quantized/.
+    A checkpoint contains the adapter and its two moments. An export is as large as quantized/,
+    unless it is dense. GGUF takes at most 8.5 bits a weight.
     """
     packed, dense = sizes.packed + sizes.dense, sizes.source * dtype.itemsize
-    export = packed if workload.export_format == "packed" else dense
+    export = {"dense": dense, "gguf": sizes.source * 17 // 16}.get(workload.export_format, packed)
     adapter = workload.adapter_itemsize * sizes.adapter if workload.trains else 0
     return {
         "quantized/": packed if workload.saves_quantized else 0,

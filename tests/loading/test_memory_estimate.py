@@ -183,7 +183,8 @@ def test_an_export_needs_the_disk_of_its_format():
         return estimate(config, model, dtype=torch.bfloat16).disk["export"]
 
     quantized = estimate(two_bit_config(), model, dtype=torch.bfloat16).disk["quantized/"]
-    assert export_bytes("packed") == quantized
+    assert export_bytes("packed") == export_bytes("mlx") == quantized
+    assert export_bytes("gguf") == 5770496 * 17 // 16
     assert export_bytes("dense") == 5770496 * 2 > quantized
 
 
