@@ -23,8 +23,8 @@ from hqqtrain.models.foreign.base import (
     refuse,
     shape_of,
 )
-from hqqtrain.models.foreign.bit_stream import unpack_words
 from hqqtrain.quant.spec import QuantSpec
+from hqqtrain_kernels.bit_stream import unpack_bit_stream
 
 NBITS = 4
 _WORD_COLUMNS = 8
@@ -50,7 +50,7 @@ class AwqLayer(ForeignLayer):
         first = units.start // _WORD_COLUMNS
         stop = -(-units.stop // _WORD_COLUMNS)
         words = stored.read_region(f"{self.name}.{key}", None, slice(first, stop))
-        codes = unpack_words(words, NBITS, words.shape[1] * _WORD_COLUMNS)
+        codes = unpack_bit_stream(words, NBITS, words.shape[1] * _WORD_COLUMNS)
         columns = codes.unflatten(1, (-1, _WORD_COLUMNS))[..., _PLACES].flatten(1)
         start = first * _WORD_COLUMNS
         return columns[:, units.start - start : units.stop - start].t()

@@ -27,8 +27,8 @@ from hqqtrain.models.foreign.base import (
     refuse,
     shape_of,
 )
-from hqqtrain.models.foreign.bit_stream import WORD_CODES, unpack_words, words_of
 from hqqtrain.quant.spec import QuantSpec
+from hqqtrain_kernels.bit_stream import WORD_CODES, unpack_bit_stream, words_of
 
 NBITS = (8, 4, 3, 2)
 FORMAT = "pack-quantized"
@@ -46,7 +46,7 @@ class CompressedLayer(ForeignLayer):
 
     def codes(self, stored: StoredTensors, units: slice) -> Tensor:
         words = stored.read_region(f"{self.name}.weight_packed", units)
-        return unpack_words(words, self.layout.nbits, self.layout.in_features)
+        return unpack_bit_stream(words, self.layout.nbits, self.layout.in_features)
 
     def scale(self, stored: StoredTensors, units: slice) -> Tensor:
         return stored.read_region(f"{self.name}.weight_scale", units)
@@ -61,7 +61,7 @@ class CompressedLayer(ForeignLayer):
         first = units.start // WORD_CODES * WORD_CODES
         rows = slice(words_of(first, nbits), words_of(units.stop, nbits))
         words = stored.read_region(name, rows)
-        zeros = unpack_words(words.t(), nbits, units.stop - first)
+        zeros = unpack_bit_stream(words.t(), nbits, units.stop - first)
         return zeros[:, units.start - first :].t()
 
 

@@ -27,8 +27,8 @@ from hqqtrain.models.foreign.base import (
     refuse,
     shape_of,
 )
-from hqqtrain.models.foreign.bit_stream import WORD_CODES, unpack_words, words_of
 from hqqtrain.quant.spec import QuantSpec
+from hqqtrain_kernels.bit_stream import WORD_CODES, unpack_bit_stream, words_of
 
 NBITS = (8, 4, 3, 2)
 
@@ -48,7 +48,7 @@ class GptqLayer(ForeignLayer):
 
     def codes(self, stored: StoredTensors, units: slice) -> Tensor:
         words = stored.read_region(f"{self.name}.qweight", None, units)
-        return unpack_words(words.t(), self.layout.nbits, self.layout.in_features)
+        return unpack_bit_stream(words.t(), self.layout.nbits, self.layout.in_features)
 
     def scale(self, stored: StoredTensors, units: slice) -> Tensor:
         return stored.read_region(f"{self.name}.scales", None, units).t()
@@ -57,7 +57,7 @@ class GptqLayer(ForeignLayer):
         nbits, first = self.layout.nbits, units.start // WORD_CODES * WORD_CODES
         last = words_of(units.stop, nbits)
         words = stored.read_region(f"{self.name}.qzeros", None, slice(words_of(first, nbits), last))
-        zeros = unpack_words(self._restored(words), nbits, units.stop - first)
+        zeros = unpack_bit_stream(self._restored(words), nbits, units.stop - first)
         if nbits == 3:  # a code may begin in one word and end in the next
             zeros = (zeros + self.stored_offset) & 7
         return zeros[:, units.start - first :].t()
