@@ -131,3 +131,12 @@ def test_switching_off_what_a_task_does_not_do_is_no_mistake():
         assert _unused(task, *keys, **data_free) == unused
     assert _unused("eval", "track.backends", **off) == []
     assert _unused("eval", "track.backends") == ["track.backends"]
+
+
+@pytest.mark.parametrize("key", ["export.gguf_type", "export.llama_cpp"])
+def test_keys_of_gguf_files_need_the_format(key):
+    config = RunConfig(task="export")
+    (message,) = unused_settings(config, [key])
+    assert message == f"{key}: is not used, because export.format=dense is not gguf."
+    config.export.format = "gguf"
+    assert not list(unused_settings(config, [key]))
