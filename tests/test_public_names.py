@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,9 @@ def test_the_import_needs_no_torch():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_documented_and_no_module(name: str):
+    package = Path(hqqtrain.__file__).parent
+    assert not (package / name).exists()
+    assert not (package / f"{name}.py").exists()
     value = getattr(hqqtrain, name)
     assert callable(value)
     assert value.__doc__
