@@ -29,8 +29,8 @@ TASKS = {
     "finetune": "quantize, train an adapter, evaluate and save",
     "quantize": "quantize, report the error of every layer, and save quantized/",
     "eval": "evaluate a model, a run or a quantized/, with or without an adapter",
-    "export": "write a dense Hugging Face checkpoint (weights dequantized, adapter merged), or "
-    "with export.format=packed the quantized base",
+    "export": "write a model for other programs: dense weights with the adapter merged, or the few "
+    "bits in the format of another program (export.format)",
     "data": "print what is trained: figures of the data, and samples with their trained tokens",
     "generate": "chat with a model on the terminal, or continue or answer prompts",
 }

@@ -110,11 +110,13 @@ class ExportFormat(ABC):
         adapter_forms: The values of `export.adapter` that the format allows beside `none`. The
             first is that of `auto`.
         merges: The end of the message for an adapter that the format does not merge.
+        holds_dense: Whether the format can hold a model that has no quantized layers.
     """
 
     name: ClassVar[str]
     adapter_forms: ClassVar[tuple[str, ...]] = ("separate",)
     merges: ClassVar[str] = "export.format=dense merges it."
+    holds_dense: ClassVar[bool] = False
 
     def configured(self, config: ExportConfig) -> "ExportFormat":
         """Return the format with the keys of `config` that are its own."""
@@ -126,7 +128,10 @@ class ExportFormat(ABC):
 
     @abstractmethod
     def refusals(self, settings: QuantizedSettings, hf_config: PretrainedConfig) -> Iterator[str]:
-        """Yield why the format cannot hold a model with these settings; nothing if it can."""
+        """Yield why the format cannot hold a model with these settings; nothing if it can.
+
+        Unless the format `holds_dense`, it is asked only about models with quantized layers.
+        """
 
     @abstractmethod
     def write(self, export: ModelExport, folder: Path, accept: Accept = accept_all) -> None:

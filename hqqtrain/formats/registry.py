@@ -51,11 +51,20 @@ def check_format(
         UserError: It cannot. The message names the formats that can.
     """
     chosen = FORMATS[name].configured(config or ExportConfig())
-    reasons = list(chosen.refusals(settings, hf_config))
+    reasons = _refusals(chosen, settings, hf_config)
     if not reasons:
         return
-    others = [other for other in FORMATS if not any(FORMATS[other].refusals(settings, hf_config))]
+    others = [other for other in FORMATS if not _refusals(FORMATS[other], settings, hf_config)]
     raise UserError(
         f"export.format={name}: {'; '.join(reasons)}. Use {', '.join(others)}, or quantize with "
         "other settings."
     )
+
+
+def _refusals(
+    export_format: ExportFormat, settings: QuantizedSettings, hf_config: PretrainedConfig
+) -> list[str]:
+    """Return why the format cannot hold a model with these settings."""
+    if not settings.modules and not export_format.holds_dense:
+        return ["the model has no quantized layers (quant.nbits=null)"]
+    return list(export_format.refusals(settings, hf_config))

@@ -102,3 +102,11 @@ def test_a_format_that_cannot_hold_the_model_names_those_that_can(make_trained):
     message = str(error.value)
     assert "quant.axis=0" in message
     assert message.endswith("Use dense, packed, hqq, or quantize with other settings.")
+
+
+def test_a_format_of_few_bits_refuses_a_model_without_quantized_layers(make_trained):
+    hf_config = make_trained().hf_config
+    for name in ("packed", "hqq", "mlx", "humming", "compressed-tensors"):
+        with pytest.raises(UserError, match=r"no quantized layers .* Use dense, gguf, or"):
+            check_format(name, NO_LAYERS, hf_config)
+    check_format("dense", NO_LAYERS, hf_config)

@@ -1,5 +1,6 @@
 """The last lines of a run, which say how to use its results, can be pasted into a shell."""
 
+import json
 import shlex
 import sys
 from dataclasses import replace
@@ -63,6 +64,9 @@ FORMATS = {
     "humming": "vllm serve runs/x/export --enable-lora --lora-modules trained=",
     "mlx": "--model runs/x/export --adapter-path runs/x/export/adapter --prompt",
     "gguf": "llama-cli -m runs/x/export --lora runs/x/export/adapter.gguf",
+    "packed": "runs/x/export adapter.init_from=runs/x/export/adapter",
+    "hqq": "4.57 and hqq: peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.",
+    "dense": "_pretrained('runs/x/export'), 'runs/x/export/adapter')",
 }
 
 
@@ -98,3 +102,17 @@ def test_an_export_says_how_to_load_it(tmp_path: Path):
         (alone,) = usage_hints(Summary(export=ExportMetrics(format)), layout)
         assert "adapter" not in alone
     assert packed == "use it: model.name_or_path=runs/x/export"
+
+
+@pytest.mark.parametrize(
+    ("config", "option"),
+    [({"r": 8}, ""), ({"r": 16}, ""), ({"r": 24}, "--max-lora-rank 32 "),
+     ({"r": 8, "rank_pattern": {"q_proj": 64}}, "--max-lora-rank 64 ")],
+)  # fmt: skip
+def test_vllm_is_told_of_a_large_rank(tmp_path: Path, config: dict, option: str):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    metrics = ExportMetrics("humming", adapter_form="separate")
+    (hint,) = usage_hints(Summary(export=metrics), _layout_of_export(tmp_path))
+    assert hint.endswith(f" --enable-lora {option}--lora-modules trained={adapter}")

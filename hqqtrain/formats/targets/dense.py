@@ -21,6 +21,7 @@ class DenseFormat(CheckpointFormat):
 
     name = "dense"
     adapter_forms = ("merge", "separate")
+    holds_dense = True
     suffixes = ("weight",)
 
     def refusals(self, settings: QuantizedSettings, hf_config: PretrainedConfig) -> Iterator[str]:
