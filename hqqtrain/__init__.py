@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hqqtrain.api.evaluation import evaluate
     from hqqtrain.api.export import export
     from hqqtrain.api.folders import load_quantized, save_quantized
+    from hqqtrain.api.hqq_lora import load_hqq_lora
     from hqqtrain.api.quantization import quantize_model
     from hqqtrain.api.training import train
     from hqqtrain.config.quant import QuantConfig
@@ -36,6 +37,7 @@ __all__ = [
     "export",
     "generate",
     "load_data",
+    "load_hqq_lora",
     "load_quantized",
     "prepare_for_inference",
     "quantize_model",
@@ -53,6 +55,7 @@ _MODULES = {
     "export": "hqqtrain.api.export",
     "generate": "hqqtrain.generation.generator",
     "load_data": "hqqtrain.api.data",
+    "load_hqq_lora": "hqqtrain.api.hqq_lora",
     "load_quantized": "hqqtrain.api.folders",
     "prepare_for_inference": "hqqtrain.inference.prepare",
     "quantize_model": "hqqtrain.api.quantization",

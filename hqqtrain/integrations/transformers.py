@@ -42,7 +42,9 @@ class HqqTrainConfig(QuantizationConfigMixin):
             and `fingerprint`.
         settings: How to quantize a model: `nbits`, `group_size`, `axis`, `solver`, `zero`,
             `meta_dtype`, `skip` and `overrides`, as in the group `quant` of a run. The model is
-            quantized without text.
+            quantized without text. `dynamic_config` of transformers' `HqqConfig` may stand for
+            `overrides`: tag of a layer -> `nbits`, `group_size` and `axis`; the other layers stay
+            in full precision.
 
     Raises:
         UserError: A setting does not exist, or its value is not allowed.
@@ -52,6 +54,8 @@ class HqqTrainConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers has an enum
         names = ("modules", "layout_version", "fingerprint")
         self.description = {name: values.pop(name) for name in names if name in values}
+        if (dynamic := values.pop("dynamic_config", None)) is not None:
+            values["overrides"] = _overrides_of(dynamic, values.get("overrides"))
         # Only what config.json can hold: tuples become lists, and other objects their text.
         self.settings = json.loads(json.dumps(values, default=str))
         self.quant_config()
@@ -201,6 +205,25 @@ class HqqTrainQuantizer(HfQuantizer):
         dequantize_linears(model, dtype)
         model.hqq_quantized = False
         return model
+
+
+def _overrides_of(dynamic_config: Any, overrides: Any) -> dict[str, Any]:
+    """Return the `overrides` that `dynamic_config` of transformers' `HqqConfig` stands for.
+
+    Raises:
+        UserError: There are `overrides`, too, or it is no mapping of mappings.
+    """
+    from hqqtrain.common.errors import UserError
+
+    is_nested = isinstance(dynamic_config, dict) and all(
+        isinstance(settings, dict) for settings in dynamic_config.values()
+    )
+    if not is_nested or overrides:
+        fault = "overrides is given, too" if is_nested else "must map tags to dicts of settings"
+        raise UserError(f"HqqTrainConfig.dynamic_config: {fault}; use one of the two.")
+    default = {"nbits": 4, "group_size": 64, "axis": 1}  # those of hqq's BaseQuantizeConfig
+    settings = {tag: default | given for tag, given in dynamic_config.items()}
+    return {"*": None, **settings}
 
 
 def quantize_in_memory(model: Any, config: HqqTrainConfig) -> Any:

@@ -17,6 +17,8 @@ from hqqtrain.common.files import atomic_write_json
 from hqqtrain.common.packed_folders import HQQ_PICKLE
 from hqqtrain.models.foreign.converted import converted
 
+_ADVICE = "Save the model again with hqq, or use its safetensors form (save_to_safetensors)."
+
 FREE_BYTES = 1 << 30
 """Memory that the child process may use in addition to multiples of the size of the file."""
 
@@ -40,36 +42,57 @@ def converted_folder(folder: Path, config_json: Mapping[str, Any]) -> Path | Non
     file = folder / HQQ_PICKLE
     if any(folder.glob("*.safetensors")) or not file.is_file():
         return None
-    _check_zip(file)
 
     def make(partial: Path, digest: str) -> None:
-        _convert(file, partial)
+        convert_pickle(file, partial, "the weights that hqq's save_quantized writes", _ADVICE)
         atomic_write_json(partial / "config.json", config_json)
 
     return converted(folder.resolve().name, folder, [HQQ_PICKLE, "config.json"], make)
+
+
+def convert_pickle(file: Path, folder: Path, what: str, advice: str) -> None:
+    """Convert a pickle of hqq to safetensors files, in a process of its own.
+
+    Args:
+        file: The pickle.
+        folder: The folder to write to.
+        what: What the file is, for messages.
+        advice: How to get a better one.
+
+    Raises:
+        UserError: The file cannot be converted.
+    """
+    try:
+        _check_zip(file)
+        _convert(file, folder)
+    except _RefusedError as error:
+        raise UserError(f"{file}: cannot be read as {what}: {error}. {advice}") from error
+
+
+class _RefusedError(Exception):
+    """A file cannot be converted. The message is the reason."""
 
 
 def _check_zip(file: Path) -> None:
     """Check that the file is a zip whose parts are not compressed, as torch.save writes it.
 
     Raises:
-        UserError: It is not. Its parts could be far larger than the file.
+        _RefusedError: It is not. Its parts could be far larger than the file.
     """
     try:
         with zipfile.ZipFile(file) as parts:
             is_plain = all(part.compress_type == zipfile.ZIP_STORED for part in parts.infolist())
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        reason = "it is not a complete file of torch.save"
-        raise UserError(_message(file, reason)) from error
+        raise _RefusedError("it is not a complete file of torch.save") from error
     if not is_plain:
-        raise UserError(_message(file, "its parts are compressed, as torch.save never does it"))
+        raise _RefusedError("its parts are compressed, as torch.save never does it")
 
 
 def _convert(file: Path, folder: Path) -> None:
     """Run the child process.
 
     Raises:
-        UserError: It fails. The message has the last line that it has written.
+        _RefusedError: It fails. The message has the last line that it has written.
     """
     size = file.stat().st_size
     command = [sys.executable, "-P", str(Path(__file__).with_name("unpickle.py"))]
@@ -79,14 +102,7 @@ def _convert(file: Path, folder: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if result.returncode < 0:
         reason = f"signal {-result.returncode}"
-        raise UserError(_message(file, f"its reader was stopped or has crashed ({reason})"))
+        raise _RefusedError(f"its reader was stopped or has crashed ({reason})")
     if result.returncode:
         lines = result.stderr.strip().splitlines() or ["no message"]
-        raise UserError(_message(file, lines[-1][:300]))
-
-
-def _message(file: Path, reason: str) -> str:
-    return (
-        f"{file}: cannot be read as the weights that hqq's save_quantized writes: {reason}. Save "
-        "the model again with hqq, or use its safetensors form (save_to_safetensors)."
-    )
+        raise _RefusedError(lines[-1][:300])

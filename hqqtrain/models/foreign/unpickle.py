@@ -1,11 +1,13 @@
-"""Convert hqq's `qmodel.pt` to safetensors files: a program that runs as a process of its own.
+"""Convert a pickle of hqq to safetensors files: a program that runs as a process of its own.
+
+It reads `qmodel.pt`, and the file of `PeftUtils.save_lora_weights`.
 
 This is the only place where a pickle is read. torch's reader of weights (`weights_only`) builds
 tensors and plain values, and refuses everything else. Memory, time and the size of the files are
 limited, because a small file can describe a large result. Nothing of hqqtrain is imported, so that
 the limit of memory covers as little as possible.
 
-    python unpickle.py qmodel.pt FOLDER MEMORY_BYTES FILE_BYTES CPU_SECONDS
+    python unpickle.py FILE FOLDER MEMORY_BYTES FILE_BYTES CPU_SECONDS
 """
 
 import json
@@ -39,6 +41,8 @@ def main(source: str, folder: str, memory: str, file_bytes: str, cpu_seconds: st
     _limit(resource.RLIMIT_FSIZE, int(file_bytes))
     _limit(resource.RLIMIT_CPU, int(cpu_seconds))
     weights = torch.load(source, map_location="cpu", weights_only=True, mmap=True)  # noqa: TID251
+    if isinstance(weights, dict) and weights.keys() == {"peft_config", "parameters"}:
+        weights = weights["parameters"]  # the file of an adapter
     tensors = _named_tensors(weights)
     if sum(tensor.nbytes for tensor in tensors.values()) > int(file_bytes):
         raise ValueError("its tensors are larger than the file")
