@@ -18,6 +18,9 @@ HQQ_PICKLE = "qmodel.pt"
 GGUF_SUFFIX = ".gguf"
 """The ending of the names of GGUF files."""
 
+GGUF_ADAPTER = "adapter.gguf"
+"""The file of an adapter beside an exported GGUF file."""
+
 GPTQ_CONFIG = "quantize_config.json"
 """The file in which old tools of GPTQ recorded their settings."""
 
@@ -26,10 +29,10 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def gguf_files(path: Path) -> list[Path]:
-    """Return the GGUF file that `path` is, or those that the folder `path` has, sorted."""
+    """Return the GGUF file that `path` is, or the models that the folder `path` has, sorted."""
     if path.suffix == GGUF_SUFFIX and path.is_file():
         return [path]
-    return sorted(path.glob(f"*{GGUF_SUFFIX}"))
+    return sorted(file for file in path.glob(f"*{GGUF_SUFFIX}") if file.name != GGUF_ADAPTER)
 
 
 def quantized_by(folder: Path) -> str | None:

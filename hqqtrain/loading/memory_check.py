@@ -155,9 +155,10 @@ def _training_advice(workload: Workload) -> Iterator[str]:
 def _check_disk(estimate: MemoryEstimate, free: AvailableMemory, workload: Workload) -> list[str]:
     """Return a warning if the disk may be too small, and raise a UserError if it is."""
     needed = sum(estimate.disk.values())
+    smaller = ", or quant.save=false" if workload.saves_quantized else ""
     message = (
         f"run.root={workload.run_root}: the results need {needed / GIB:.3f} GiB of disk; "
-        f"{free.disk / GIB:.3f} GiB are free. Choose another run.root, or quant.save=false."
+        f"{free.disk / GIB:.3f} GiB are free. Choose another run.root{smaller}."
     )
     if needed > free.disk:
         raise UserError(message)

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from hqqtrain.common.packed_folders import GGUF_ADAPTER, gguf_files
 from hqqtrain.common.reading import read_json
 from hqqtrain.rundir.layout import RunLayout
 from hqqtrain.rundir.schema import ExportMetrics, Summary
@@ -37,8 +38,8 @@ def _export_hint(export: ExportMetrics, folder: Path) -> str:
     path, separate = shlex.quote(str(folder)), export.adapter_form == "separate"
     adapter = shlex.quote(str(folder / "adapter")) if separate else ""
     if export.format == "gguf":
-        files = [file for file in sorted(folder.glob("*.gguf")) if file.name != "adapter.gguf"]
-        lora = f" --lora {shlex.quote(str(folder / 'adapter.gguf'))}" if adapter else ""
+        files = gguf_files(folder)
+        lora = f" --lora {shlex.quote(str(folder / GGUF_ADAPTER))}" if adapter else ""
         return f"run it: llama-cli -m {shlex.quote(str(files[0] if files else folder))}{lora}"
     if export.format == "packed":
         init_from = f" {_argument('adapter.init_from', folder / 'adapter')}" if adapter else ""

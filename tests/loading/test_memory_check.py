@@ -1,5 +1,7 @@
 """A run that cannot fit is refused, one that may not fit is warned about, with keys that help."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from memory_estimates import GIB, PLENTY, estimate, meta_model, two_bit_config
@@ -110,6 +112,9 @@ def test_a_full_disk():
         needs, AvailableMemory(1 << 50, sum(needs.disk.values())), workload_of(config)
     )
     assert "disk" in warning
+    exported = replace(workload_of(config), saves_quantized=False)
+    with pytest.raises(UserError, match=r"are free\. Choose another run\.root\.$"):
+        check_fits(needs, AvailableMemory(host=1 << 50, disk=1000), exported)
 
 
 def test_out_of_memory_advice_names_what_can_still_be_lowered():

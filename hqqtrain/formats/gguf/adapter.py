@@ -14,8 +14,6 @@ from hqqtrain.formats.gguf.package import import_gguf
 from hqqtrain.formats.gguf.writer import DENSE_TYPES, GgufFile, TensorEntry
 from hqqtrain.formats.peft import Adapter
 
-ADAPTER_FILE = "adapter.gguf"
-
 
 def write_gguf_adapter(
     adapter: Adapter, path: Path, conversion: Conversion, dtype: torch.dtype, base_tensors: set[str]

@@ -16,9 +16,10 @@ import torch
 from transformers import PretrainedConfig
 
 from hqqtrain.common.files import atomic_write
+from hqqtrain.common.packed_folders import GGUF_ADAPTER
 from hqqtrain.config.export import ExportConfig
 from hqqtrain.formats.base import Accept, ExportFormat, ModelExport, WrittenModel, accept_all
-from hqqtrain.formats.gguf.adapter import ADAPTER_FILE, write_gguf_adapter
+from hqqtrain.formats.gguf.adapter import write_gguf_adapter
 from hqqtrain.formats.gguf.block_types import (
     Q2_K,
     Q4_1,
@@ -146,6 +147,6 @@ def _write_companions(
     if export.separate:
         names = set(gguf_entries(export, conversion, kinds))
         dtype = export.dtype or torch.float16
-        write_gguf_adapter(export.separate, path.with_name(ADAPTER_FILE), conversion, dtype, names)
-        lines.append(f"ADAPTER ./{ADAPTER_FILE}")
+        write_gguf_adapter(export.separate, path.with_name(GGUF_ADAPTER), conversion, dtype, names)
+        lines.append(f"ADAPTER ./{GGUF_ADAPTER}")
     atomic_write(path.with_name("Modelfile"), "\n".join(lines) + "\n")

@@ -62,6 +62,7 @@ def test_a_damaged_config_json_next_to_the_file(file, text):
 
 
 def test_a_folder_with_several_files(file):
+    file.with_name("adapter.gguf").write_bytes(b"")  # of an export
     assert the_gguf_file(file) == the_gguf_file(file.parent) == file
     file.with_name("n.gguf").write_bytes(b"")
     with pytest.raises(UserError, match=r"has 2 GGUF files; name one of them, such as .*m\.gguf"):
