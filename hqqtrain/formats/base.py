@@ -71,6 +71,15 @@ class ModelExport:
         """The adapter to write beside the base."""
         return self.adapter if self.adapter_form == "separate" else None
 
+    @property
+    def settings_folder(self) -> Path | None:
+        """The folder of the adapter, whose generation settings the export gets; None: no adapter.
+
+        A separate adapter counts, too, because other programs read the settings of the base alone,
+        and would not stop where the adapter was trained to end its turns.
+        """
+        return None if self.adapter_form == "none" else self.adapter_folder
+
     def tensors(self) -> Tensors:
         """Return the stream of the base's tensors; see `model_tensors`. Collective."""
         return model_tensors(self.model, gather=full_tensor)

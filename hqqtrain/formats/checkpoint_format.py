@@ -79,9 +79,7 @@ class CheckpointFormat(ExportFormat):
         if export.adapter and export.adapter_form != "none":
             export.adapter.check_base(export.settings.fingerprint, "adapter")
         dtype = export.dtype or self.auto_dtype(export)
-        companions = companion_files(
-            export.tokenizer, export.adapter_folder if export.merged else None
-        )
+        companions = companion_files(export.tokenizer, export.settings_folder)
         names: set[str] = set()
 
         def stream() -> Iterator[tuple[str, Tensor]]:
@@ -133,7 +131,7 @@ class CheckpointFormat(ExportFormat):
             folder: The folder to create.
             base: The final folder of the exported base.
         """
-        write_separate_adapter(export, folder, base)
+        write_separate_adapter(export, folder, base, lora_alone=not self.adapter_has_tensors)
 
     def finish(self, folder: Path, export: ModelExport) -> None:
         """Write what else the other program needs in the folder."""

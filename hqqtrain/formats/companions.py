@@ -28,8 +28,9 @@ def companion_files(source: Path, adapter: Path | None = None) -> dict[str, Path
 
     Args:
         source: The folder of the model, or of its tokenizer.
-        adapter: The folder of an adapter that is merged. Its generation settings take precedence,
-            because it may be trained to end its turns with a token that the base does not stop at.
+        adapter: The folder of an adapter that is used with the model. Its generation settings take
+            precedence, because it may be trained to end its turns with a token that the base does
+            not stop at.
 
     Raises:
         UserError: One of them is a link that leads out of the model's folder, and not to the files

@@ -83,7 +83,11 @@ class Adapter:
 
     def matrix(self, module: str, name: str) -> torch.Tensor:
         """Return A [r, in_features] or B [out_features, r] of a module, fp32; `name` is A or B."""
-        return self.state[f"{_PREFIX}{module}.lora_{name}.weight"].float()
+        return self.state[self.matrix_name(module, name)].float()
+
+    def matrix_name(self, module: str, name: str) -> str:
+        """Return PEFT's name of the matrix A or B of a module."""
+        return f"{_PREFIX}{module}.lora_{name}.weight"
 
     @property
     def tokens(self) -> dict[str, list[int]]:

@@ -52,7 +52,7 @@ def trained_generation_config(plan: ModelPlan, loader: DataLoader) -> dict[str, 
     settings["eos_token_id"] = [*eos, *new]
     logger.info(
         "%s: the model was trained to end its turns with %s, so eos_token_id is %s in adapter/ and "
-        "in dense exports",
+        "in exports",
         GENERATION_CONFIG, " and ".join(new.values()), settings["eos_token_id"],
     )  # fmt: skip
     return settings

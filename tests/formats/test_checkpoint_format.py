@@ -51,7 +51,7 @@ def test_trained_embeddings_go_into_the_base_where_no_adapter_can_hold_them(make
     name = "model.norm.weight"
     state = trained.adapter.state | {f"base_model.model.{name}": torch.full((64,), 3.0)}
     adapter = replace(trained.adapter, state=state)
-    for target, expected in (("mlx", 3.0), ("humming", 1.0)):
+    for target, expected in (("mlx", 3.0), ("humming", 3.0), ("packed", 1.0)):
         folder = tmp_path / target
         write_export(trained, target, folder, adapter=adapter, adapter_form="separate",
                      dtype=torch.float32)  # fmt: skip

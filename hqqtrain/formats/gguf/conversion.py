@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hqqtrain.formats.base import ModelExport
+from hqqtrain.formats.companions import GENERATION_CONFIG
 from hqqtrain.formats.gguf.families import FAMILIES, head_dim
 from hqqtrain.formats.gguf.metadata import write_architecture
 from hqqtrain.formats.gguf.package import import_gguf
@@ -113,9 +114,10 @@ class FamilyConversion:
     def write_metadata(self, writer: Any) -> None:
         """Add the architecture and the tokenizer."""
         write_architecture(writer, self._config)
-        merged = self._export.adapter_folder if self._export.merged else None
-        settings = merged or self._export.tokenizer
-        write_tokenizer(writer, self._export.tokenizer, self._config.vocab_size, settings)
+        tokenizer, adapter = self._export.tokenizer, self._export.settings_folder
+        trained = adapter is not None and (adapter / GENERATION_CONFIG).is_file()
+        settings = adapter if adapter and trained else tokenizer
+        write_tokenizer(writer, tokenizer, self._config.vocab_size, settings)
 
     def finish(self) -> None:
         """Do nothing: there are no temporary files."""

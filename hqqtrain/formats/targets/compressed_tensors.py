@@ -25,6 +25,7 @@ class CompressedTensorsFormat(CheckpointFormat):
 
     name = "compressed-tensors"
     suffixes = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+    adapter_has_tensors = False  # vLLM loads no such adapter
 
     def refusals(self, settings: QuantizedSettings, hf_config: PretrainedConfig) -> Iterator[str]:
         """Yield why compressed-tensors cannot hold a model with these settings."""

@@ -26,6 +26,7 @@ class HummingFormat(CheckpointFormat):
 
     name = "humming"
     suffixes = ("weight", "weight_scale", "zero_point")
+    adapter_has_tensors = False  # vLLM loads no such adapter
 
     def refusals(self, settings: QuantizedSettings, hf_config: PretrainedConfig) -> Iterator[str]:
         """Yield why humming cannot hold a model with these settings."""
