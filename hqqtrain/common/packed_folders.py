@@ -42,9 +42,12 @@ def quantized_by(folder: Path) -> str | None:
     their tensors have names of their own.
     A folder that cannot be read looks dense.
     """
-    config = read_json(folder / "config.json").get("quantization_config")
+    content = read_json(folder / "config.json")
+    config = content.get("quantization_config")
     if isinstance(config, dict) and config:
-        return str(config.get("quant_method")).lower()
+        # MLX repeats its settings under a key of its own, without the name of a method.
+        unnamed = "mlx" if "quantization" in content else "unknown"
+        return str(config.get("quant_method", unnamed)).lower()
     names = _tensor_names(folder)
     if names is None:
         if (folder / HQQ_PICKLE).is_file():

@@ -164,6 +164,13 @@ def _from_folder(name: str, folder: Path) -> ModelSource:
         lacks_adapter = adapter is None and run.read_task() == "finetune"
         return ModelSource(name, run.quantized, "quantized", adapter, lacks_adapter)
     if run.status_json.is_file() and not (folder / "config.json").is_file():
+        if run.export.is_dir():
+            adapter = run.export / "adapter"
+            with_adapter = f" adapter.init_from={adapter}" if adapter.is_dir() else ""
+            raise UserError(
+                f"model.name_or_path={name}: the run of an export; name the export: "
+                f"model.name_or_path={run.export}{with_adapter}."
+            )
         if run.has_adapter and (base := _full_precision_base(run)):
             check_results(run, advice, TRAINED_RESULTS)
             return replace(resolve_source(base), adapter=run.adapter)

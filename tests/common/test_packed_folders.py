@@ -14,6 +14,8 @@ from hqqtrain.common.packed_folders import is_quantized, quantized_by
     [
         ({"quantization_config": {"quant_method": "GPTQ"}}, "gptq"),
         ({"quantization_config": {"quant_method": "hqqtrain"}}, "hqqtrain"),
+        ({"quantization_config": {"bits": 4}, "quantization": {"bits": 4}}, "mlx"),
+        ({"quantization_config": {"bits": 4}}, "unknown"),
         ({"quantization_config": {}}, None),
         ({"quantization_config": 5}, None),
         ({}, None),

@@ -108,6 +108,16 @@ def test_a_folder_without_a_model(tmp_path):
         _resolve(tmp_path)
 
 
+def test_the_run_of_an_export_is_no_model(tmp_path):
+    (tmp_path / "status.json").write_text("{}")
+    (tmp_path / "export").mkdir()
+    with pytest.raises(UserError, match=r"name the export: model\.name_or_path=.*/export\.$"):
+        _resolve(tmp_path)
+    (tmp_path / "export" / "adapter").mkdir()
+    with pytest.raises(UserError, match=r"/export adapter\.init_from=.*/export/adapter\.$"):
+        _resolve(tmp_path)
+
+
 def test_an_unfinished_run(tmp_path):
     (tmp_path / "status.json").write_text("{}")
     with pytest.raises(UserError, match="a run without quantized/"):
