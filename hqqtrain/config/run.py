@@ -90,7 +90,7 @@ CHANGEABLE_ON_RESUME = frozenset([
     "train.on_nonfinite", "eval.every", "eval.samples", "quant.backend", "quant.cache_dir",
     "quant.save", "parallel.strategy", "parallel.hsdp", "parallel.offload",
     "parallel.consistency_check_every", "data.show", "data.max_bad_rows",
-    "data.workers", "data.cache_dir", "eval.cache_dir",
+    "data.workers", "data.cache_dir", "eval.cache_dir", "export.max_error", "export.max_kl",
 ])  # fmt: skip
 """Keys that may change when a run is resumed under the same `run.name`."""
 

@@ -38,10 +38,20 @@ class Replies:
         self._rows.append(row)
 
     def write(self) -> None:
-        """Write the rows, if there is a file for them."""
+        """Write the rows, if there is a file for them.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
         if self._file and self._rows:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows)
-            atomic_write(self._file, "".join(lines).encode(errors="backslashreplace"))
+            try:
+                atomic_write(self._file, "".join(lines).encode(errors="backslashreplace"))
+            except OSError as error:
+                raise UserError(
+                    f"generate.output={self._file}: cannot be written ({error.strerror}); name a "
+                    "file in another folder."
+                ) from error
             logger.info("wrote %s to %s", count(len(self._rows), "row"), self._file)
 
     def describe_speed(self) -> str:

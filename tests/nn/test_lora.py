@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.config.quant import QuantConfig
+from hqqtrain.formats.packed import BASE_FINGERPRINT, fingerprinted
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.lora import (
     HQQLoraLinear,
@@ -88,6 +89,8 @@ def test_a_trained_adapter_loads_with_stock_peft_on_the_dense_model(
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {n for n in before if "lora_" in n}
     model.eval().save_pretrained(tmp_path)
+    # The adapter records its base, whose dequantized weights this model has.
+    setattr(dense.config, BASE_FINGERPRINT, fingerprinted(model).fingerprint)
     stock = PeftModel.from_pretrained(dense, tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(stock(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)

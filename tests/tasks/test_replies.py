@@ -48,3 +48,14 @@ def test_a_file_that_exists_or_cannot_be_made_is_refused_at_once(tmp_path: Path)
             Replies(str(tmp_path / name))
     with pytest.raises(UserError, match="is not a folder to write to"):
         Replies(str(tmp_path / "no" / "x"))
+
+
+def test_a_folder_that_takes_no_file_is_one_message(tmp_path: Path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hqqtrain.tasks.replies.atomic_write", fail)
+    replies = Replies(str(tmp_path / "out.jsonl"))
+    replies.keep({"prompt": "a", "completion": "b"})
+    with pytest.raises(UserError, match=r"out\.jsonl: cannot be written \(No space left"):
+        replies.write()

@@ -93,5 +93,7 @@ def block_type_refusals(settings: QuantizedSettings, asked: str) -> Iterator[str
     for name, module in settings.modules.items():
         if choose_block_type(module, asked) is None:
             kind = _PREFERENCES[module.nbits][-1] if asked == "auto" else BLOCK_TYPES[asked]
-            yield f"{name} {next(kind.misfits(module))}, which {kind.name} cannot hold"
+            fits = kind is not Q8_0 and not any(Q8_0.misfits(module))
+            advice = " (export.gguf_type=Q8_0 can, with 8.5 bits per weight)" if fits else ""
+            yield f"{name} {next(kind.misfits(module))}, which {kind.name} cannot hold{advice}"
             return

@@ -43,7 +43,8 @@ def test_groups_along_columns_only_fit_where_weights_are_rounded_again():
     ],
 )  # fmt: skip
 def test_the_reason_of_a_refusal(asked, module, reason):
-    assert list(block_type_refusals(QuantizedSettings({"x": module}, ""), asked)) == [reason]
+    (found,) = block_type_refusals(QuantizedSettings({"x": module}, ""), asked)
+    assert found == f"{reason} (export.gguf_type=Q8_0 can, with 8.5 bits per weight)"
 
 
 def test_mixed_bits_have_mixed_types():

@@ -235,7 +235,11 @@ def test_five_bits_for_two_are_pointed_out(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("quant", "block_type", "message"),
     [
-        ({"axis": 0}, "auto", r"quant\.axis=0\), which Q4_1 cannot hold\. Use dense, packed, hqq"),
+        (
+            {"axis": 0},
+            "auto",
+            r"quant\.axis=0\), which Q4_1 cannot hold \(export\.gguf_type=Q8_0 can",
+        ),
         ({"group_size": 8}, "auto", "no multiple of 32, which Q4_1 cannot hold"),
         ({"nbits": 4}, "Q2_K", "has 4 bits, which Q2_K cannot hold"),
     ],
