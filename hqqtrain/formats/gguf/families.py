@@ -8,12 +8,12 @@ from hqqtrain.formats.gguf.rope import rope_refusals
 from hqqtrain.formats.quantized_settings import QuantizedSettings
 
 _GELU = ("gelu_pytorch_tanh", "gelu")
-"""What llama.cpp computes as GELU, and what it computes for configurations of Gemma that say so."""
+"""Names of the GELU of llama.cpp, also as configurations of Gemma write it."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What llama.cpp expects of the models of a family.
+    """The demands of llama.cpp on the models of a family.
 
     Attributes:
         architecture: Its name in llama.cpp.

@@ -20,7 +20,7 @@ _CHUNK = 2**22
 
 
 class SuperBlocks(NamedTuple):
-    """What a type of super-blocks stores beside the codes.
+    """The numbers that a type of super-blocks stores beside the codes.
 
     Attributes:
         d: fp16 [rows, super-blocks].

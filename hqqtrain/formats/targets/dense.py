@@ -59,7 +59,7 @@ class DenseFormat(CheckpointFormat):
 
     def decode(self, tensors: Mapping[str, Tensor], settings: ModuleSettings) -> PackedLayer:
         """Raise: a dense weight has no codes."""
-        raise NotImplementedError
+        raise NotImplementedError("a dense weight has no codes")
 
     def linear(self, tensors: Mapping[str, Tensor], settings: ModuleSettings) -> nn.Module:
         """Return a dense linear."""

@@ -33,7 +33,7 @@ from hqqtrain_kernels.bit_stream import WORD_CODES, unpack_bit_stream, words_of
 NBITS = (8, 4, 3, 2)
 
 _STORED_OFFSETS = {"gptq": 1, "gptq_v2": 0}
-"""What is subtracted from a zero before it is stored, by `checkpoint_format`."""
+"""The number that is subtracted from a zero before it is stored, by `checkpoint_format`."""
 
 
 @dataclass(frozen=True)
