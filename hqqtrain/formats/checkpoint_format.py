@@ -1,8 +1,8 @@
-"""The formats of other programs that are a Hugging Face folder with other tensors for each layer.
+"""The formats that are a Hugging Face folder of safetensors files.
 
-Such a format says how it stores one layer, how the other program computes the weight from what is
-stored, and what config.json says about it. This module does the rest, the same for all: it streams
-the layers, writes the folder, and reads it back to compare it.
+A format says which tensors it stores, and which weight the other program computes from them. If its
+layers are quantized, it says so for one layer, and what config.json says about it. This module does
+the rest, the same for all: it streams the layers, writes the folder, and reads it back to compare.
 """
 
 from abc import abstractmethod
@@ -34,7 +34,7 @@ from hqqtrain.models.weights.safetensors import SafetensorsReader
 
 
 class CheckpointFormat(ExportFormat):
-    """A Hugging Face folder with the layers in the form of another program.
+    """A Hugging Face folder, written completely or not at all, and compared with the model.
 
     Attributes:
         suffixes: What follows the name of a module in the names of its tensors.
@@ -46,25 +46,6 @@ class CheckpointFormat(ExportFormat):
     suffixes: ClassVar[tuple[str, ...]]
     adapter_has_tensors: ClassVar[bool] = True
     keeps_dtypes: ClassVar[bool] = False
-
-    @abstractmethod
-    def encode(self, layer: PackedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the tensors of a layer, by their suffixes.
-
-        Args:
-            layer: The layer.
-            dtype: The dtype to which the caller rounds its floating-point tensors.
-        """
-
-    @abstractmethod
-    def decode(self, tensors: Mapping[str, Tensor], settings: ModuleSettings) -> PackedLayer:
-        """Return what the other program computes with, in our layout and with an fp32 scale."""
-
-    @abstractmethod
-    def config(
-        self, settings: QuantizedSettings, hf_config: PretrainedConfig, dtype: torch.dtype
-    ) -> dict[str, Any]:
-        """Return the entries of config.json that describe the quantization."""
 
     def auto_dtype(self, export: ModelExport) -> torch.dtype:
         """Return the dtype of export.dtype=auto: fp16 if bf16 would lose precision.
@@ -101,6 +82,81 @@ class CheckpointFormat(ExportFormat):
                     self.finish(partial, export)
             accept(self._read_back(export, partial, dtype))
 
+    @abstractmethod
+    def tensors(self, export: ModelExport, dtype: torch.dtype) -> Tensors:
+        """Yield the tensors to write. Collective."""
+
+    @abstractmethod
+    def config_json(
+        self, export: ModelExport, names: set[str], dtype: torch.dtype
+    ) -> dict[str, Any]:
+        """Return the content of config.json for a folder with the tensors `names`."""
+
+    @abstractmethod
+    def linear(self, tensors: Mapping[str, Tensor], settings: ModuleSettings) -> nn.Module:
+        """Return the linear that the other program computes with, without a bias."""
+
+    @abstractmethod
+    def weight(self, tensors: Mapping[str, Tensor], settings: ModuleSettings) -> Tensor:
+        """Return the weight that the other program computes with, fp32."""
+
+    def write_adapter(self, export: ModelExport, folder: Path, base: Path) -> None:
+        """Write the adapter to `folder`, which does not exist, in the form of the other program.
+
+        Args:
+            export: The model with its adapter.
+            folder: The folder to create.
+            base: The final folder of the exported base.
+        """
+        write_separate_adapter(export, folder, base, lora_alone=not self.adapter_has_tensors)
+
+    def finish(self, folder: Path, export: ModelExport) -> None:
+        """Write what else the other program needs in the folder."""
+
+    def _read_back(self, export: ModelExport, folder: Path, dtype: torch.dtype) -> WrittenModel:
+        """Compare what was written, on the main rank alone. Collective."""
+        reader = SafetensorsReader(folder)
+        modules = export.settings.modules
+
+        def stored(name: str) -> dict[str, Tensor]:
+            found = {s: f"{name}.{s}" for s in self.suffixes if f"{name}.{s}" in reader}
+            return {s: reader.read(full).to(export.device) for s, full in found.items()}
+
+        def read(name: str) -> StoredLayer:
+            tensors = stored(name)
+            return StoredLayer(self.weight(tensors, modules[name]), tensors.values())
+
+        comparison = compare_export(export, read)
+        return WrittenModel(
+            self.name,
+            None if self.keeps_dtypes else dtype,
+            comparison,
+            lambda name: self.linear(stored(name), modules[name]),
+        )
+
+
+class QuantizedCheckpointFormat(CheckpointFormat):
+    """A checkpoint whose layers keep their few bits, in the layout of another program."""
+
+    @abstractmethod
+    def encode(self, layer: PackedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the tensors of a layer, by their suffixes.
+
+        Args:
+            layer: The layer.
+            dtype: The dtype to which the caller rounds its floating-point tensors.
+        """
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, Tensor], settings: ModuleSettings) -> PackedLayer:
+        """Return what the other program computes with, in our layout and with an fp32 scale."""
+
+    @abstractmethod
+    def config(
+        self, settings: QuantizedSettings, hf_config: PretrainedConfig, dtype: torch.dtype
+    ) -> dict[str, Any]:
+        """Return the entries of config.json that describe the quantization."""
+
     def tensors(self, export: ModelExport, dtype: torch.dtype) -> Tensors:
         """Yield the tensors to write. Collective."""
         for name, value in by_layer(export.tensors(), export.settings, export.device):
@@ -123,19 +179,6 @@ class CheckpointFormat(ExportFormat):
         config[BASE_FINGERPRINT] = export.settings.fingerprint
         return with_older_keys(config) | self.config(export.settings, export.hf_config, dtype)
 
-    def write_adapter(self, export: ModelExport, folder: Path, base: Path) -> None:
-        """Write the adapter to `folder`, which does not exist, in the form of the other program.
-
-        Args:
-            export: The model with its adapter.
-            folder: The folder to create.
-            base: The final folder of the exported base.
-        """
-        write_separate_adapter(export, folder, base, lora_alone=not self.adapter_has_tensors)
-
-    def finish(self, folder: Path, export: ModelExport) -> None:
-        """Write what else the other program needs in the folder."""
-
     def linear(self, tensors: Mapping[str, Tensor], settings: ModuleSettings) -> nn.Module:
         """Return the linear that the other program computes with, without a bias."""
         return as_linear(self.decode(tensors, settings))
@@ -143,27 +186,6 @@ class CheckpointFormat(ExportFormat):
     def weight(self, tensors: Mapping[str, Tensor], settings: ModuleSettings) -> Tensor:
         """Return the weight that the other program computes with, fp32."""
         return self.decode(tensors, settings).dequantize()
-
-    def _read_back(self, export: ModelExport, folder: Path, dtype: torch.dtype) -> WrittenModel:
-        """Compare what was written, on the main rank alone. Collective."""
-        reader = SafetensorsReader(folder)
-        modules = export.settings.modules
-
-        def stored(name: str) -> dict[str, Tensor]:
-            found = {s: f"{name}.{s}" for s in self.suffixes if f"{name}.{s}" in reader}
-            return {s: reader.read(full).to(export.device) for s, full in found.items()}
-
-        def read(name: str) -> StoredLayer:
-            tensors = stored(name)
-            return StoredLayer(self.weight(tensors, modules[name]), tensors.values())
-
-        comparison = compare_export(export, read)
-        return WrittenModel(
-            self.name,
-            None if self.keeps_dtypes else dtype,
-            comparison,
-            lambda name: self.linear(stored(name), modules[name]),
-        )
 
 
 def _round(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,9 @@ from hqqtrain.formats.layers import PackedLayer, by_layer
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.quant.spec import QuantSpec
 
+FP16_NORMAL = 2.0**-14
+"""The smallest number that fp16 holds with full precision."""
+
 
 class StoredLayer(NamedTuple):
     """A layer as it was read from the files.
@@ -74,7 +77,3 @@ def refuse_tiny_scales(name: str, layer: PackedLayer, fix: str) -> None:
         f"{name}: has a scale of {smallest:g}, which fp16 cannot hold with full precision (its "
         f"normal numbers begin at 6.1e-05); {fix}."
     )
-
-
-FP16_NORMAL = 2.0**-14
-"""The smallest number that fp16 holds with full precision."""

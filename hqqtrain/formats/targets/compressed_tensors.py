@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from hqqtrain.formats.checkpoint_format import CheckpointFormat, only_axis_1
+from hqqtrain.formats.checkpoint_format import QuantizedCheckpointFormat, only_axis_1
 from hqqtrain.formats.fused_linears import dense_linears, differing_linears
 from hqqtrain.formats.layers import PackedLayer
 from hqqtrain.formats.quantized_settings import ModuleSettings, QuantizedSettings
@@ -20,7 +20,7 @@ from hqqtrain_kernels.bit_stream import pack_bit_stream, unpack_bit_stream
 NBITS = (8, 4)
 
 
-class CompressedTensorsFormat(CheckpointFormat):
+class CompressedTensorsFormat(QuantizedCheckpointFormat):
     """The format `pack-quantized`, asymmetric, with groups or whole rows."""
 
     name = "compressed-tensors"

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from hqqtrain.formats.base import ModelExport
 from hqqtrain.formats.checkpoint_format import CheckpointFormat
 from hqqtrain.formats.dense import dense_tensors, untied_config
-from hqqtrain.formats.layers import PackedLayer, Tensors
+from hqqtrain.formats.layers import Tensors
 from hqqtrain.formats.older_keys import with_older_keys
 from hqqtrain.formats.packed import BASE_FINGERPRINT, dense_config_json
 from hqqtrain.formats.quantized_settings import ModuleSettings, QuantizedSettings
@@ -46,20 +46,6 @@ class DenseFormat(CheckpointFormat):
         if export.settings.modules and not export.merged:  # its adapters fit these weights, too
             config[BASE_FINGERPRINT] = export.settings.fingerprint
         return with_older_keys(config)
-
-    def config(
-        self, settings: QuantizedSettings, hf_config: PretrainedConfig, dtype: torch.dtype
-    ) -> dict[str, Any]:
-        """Return nothing: the model is not quantized."""
-        return {}
-
-    def encode(self, layer: PackedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the dequantized weight."""
-        return {"weight": layer.dequantize()}
-
-    def decode(self, tensors: Mapping[str, Tensor], settings: ModuleSettings) -> PackedLayer:
-        """Raise: a dense weight has no codes."""
-        raise NotImplementedError("a dense weight has no codes")
 
     def linear(self, tensors: Mapping[str, Tensor], settings: ModuleSettings) -> nn.Module:
         """Return a dense linear."""

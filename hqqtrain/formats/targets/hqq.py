@@ -15,18 +15,16 @@ from transformers import PretrainedConfig
 from hqqtrain.common.files import atomic_write_json
 from hqqtrain.common.reading import load_json
 from hqqtrain.formats.base import ModelExport
-from hqqtrain.formats.checkpoint_format import CheckpointFormat
+from hqqtrain.formats.checkpoint_format import QuantizedCheckpointFormat
 from hqqtrain.formats.fused_linears import dense_linears
 from hqqtrain.formats.layers import PackedLayer
 from hqqtrain.formats.quantized_settings import ModuleSettings, QuantizedSettings
+from hqqtrain.models.foreign.hqq import PACKING_NAMES
 from hqqtrain.quant.quantize import QuantizedWeight
 from hqqtrain_kernels.convert import HQQ_PACKINGS, from_hqq, to_hqq
 
-_PACKING_NAMES = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
-"""hqq's names of `HQQ_PACKINGS`."""
 
-
-class HqqFormat(CheckpointFormat):
+class HqqFormat(QuantizedCheckpointFormat):
     """The state dict of hqq's `HQQLinear`, with all values as tensors."""
 
     name = "hqq"
@@ -58,7 +56,7 @@ class HqqFormat(CheckpointFormat):
         values: dict[str, bool | int | str | list[int]] = {
             "nbits": layout.nbits, "group_size": layout.group_size, "axis": layout.axis,
             "shape": [layout.out_features, layout.in_features],
-            "packing": _PACKING_NAMES[layout.nbits], "unpack_view_dtype": view,
+            "packing": PACKING_NAMES[layout.nbits], "unpack_view_dtype": view,
             "compute_dtype": str(dtype), "view_as_float": False, "quant_scale": False,
             "quant_zero": False, "offload_meta": False, "encoded_state_dict": True,
             "stores_quant_config": True, "channel_wise": True, "optimize": True,

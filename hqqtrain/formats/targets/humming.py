@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from hqqtrain.formats.checkpoint_format import CheckpointFormat, only_axis_1
+from hqqtrain.formats.checkpoint_format import QuantizedCheckpointFormat, only_axis_1
 from hqqtrain.formats.fused_linears import dense_linears, differing_linears, engine_name
 from hqqtrain.formats.layers import PackedLayer
 from hqqtrain.formats.quantized_settings import ModuleSettings, QuantizedSettings
@@ -21,7 +21,7 @@ from hqqtrain_kernels.bit_stream import pack_bit_stream, unpack_bit_stream
 MIN_GROUP_SIZE = 16
 
 
-class HummingFormat(CheckpointFormat):
+class HummingFormat(QuantizedCheckpointFormat):
     """The quant_method `humming` of vLLM and SGLang."""
 
     name = "humming"

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from hqqtrain.common.files import atomic_write_json
 from hqqtrain.formats.base import ModelExport
-from hqqtrain.formats.checkpoint_format import CheckpointFormat, only_axis_1
+from hqqtrain.formats.checkpoint_format import QuantizedCheckpointFormat, only_axis_1
 from hqqtrain.formats.layers import PackedLayer
 from hqqtrain.formats.peft import Adapter
 from hqqtrain.formats.quantized_settings import ModuleSettings, QuantizedSettings
@@ -26,7 +26,7 @@ GROUP_SIZES = (128, 64, 32)
 """The sizes of groups that MLX has kernels for."""
 
 
-class MlxFormat(CheckpointFormat):
+class MlxFormat(QuantizedCheckpointFormat):
     """MLX's affine quantization."""
 
     name = "mlx"

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from hqqtrain.formats.base import ModelExport
-from hqqtrain.formats.checkpoint_format import CheckpointFormat
+from hqqtrain.formats.checkpoint_format import QuantizedCheckpointFormat
 from hqqtrain.formats.layers import PackedLayer, Tensors
 from hqqtrain.formats.manifest import seal
 from hqqtrain.formats.packed import cast_to_source_dtype, dense_config_json, placeholders
@@ -18,7 +18,7 @@ from hqqtrain.formats.quantized_settings import ModuleSettings, QuantizedSetting
 from hqqtrain.quant.quantize import QuantizedWeight
 
 
-class PackedFormat(CheckpointFormat):
+class PackedFormat(QuantizedCheckpointFormat):
     """A folder that hqqtrain loads, and transformers after `import hqqtrain`."""
 
     name = "packed"
