@@ -73,6 +73,36 @@ def _direct_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     return list(module.named_buffers(recurse=False, remove_duplicate=False))
 
 
+def pack_int4(codes: Tensor) -> Tensor:
+    """Arrange 4-bit codes, uint8 [rows, columns], for `int4_product`.
+
+    Args:
+        codes: Its rows are a multiple of 16, and its columns one of 32.
+    """
+    if codes.device.type == "cpu":
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+    tiles = next(tiles for tiles in (8, 4, 2) if codes.shape[1] % (16 * tiles) == 0)
+    pairs = codes[:, ::2] << 4 | codes[:, 1::2]
+    return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
+
+
+def int4_product(x: Tensor, packed: Tensor, group_size: int, scale_and_shift: Tensor) -> Tensor:
+    """Compute x W^T [rows of x, rows of W] with W = (codes - 8) * scale + shift.
+
+    PyTorch has public kernels for 8 bits alone; torchao and hqq use these, too.
+
+    Args:
+        x: [rows, columns of W], bf16.
+        packed: The codes, from `pack_int4`.
+        group_size: 32, 64, 128 or 256.
+        scale_and_shift: [groups of a row, rows of W, 2], in the dtype of x.
+    """
+    aten = torch.ops.aten
+    on_cpu = x.device.type == "cpu"
+    product = aten._weight_int4pack_mm_for_cpu if on_cpu else aten._weight_int4pack_mm
+    return product(x, packed, group_size, scale_and_shift)
+
+
 # PEFT
 
 

@@ -40,6 +40,8 @@ ADVICE = {
     "WRAPPER_NAMES": "needed for names on disk; look at torch's get_model_state_dict",
     "persistent_buffers": "needed to name the tensors of a checkpoint; compare with state_dict()",
     "non_persistent_buffers": "needed to compute inv_freq again; compare with state_dict()",
+    "pack_int4": "needed for quant.backend=torchao; look at torchao's tile-packed 4-bit tensors",
+    "int4_product": "needed for quant.backend=torchao; look at torchao's tile-packed 4-bit tensors",
     "add_lora_dispatcher": "needed for LoRA on HQQLinear; look at PEFT's page on custom models",
     "extend_all_linear": "needed for target_modules=all-linear; look at PEFT's inject_adapter",
     "ignore_unexpected_tensors": "needed to load quantized folders without warnings; look at "
@@ -153,6 +155,17 @@ class Scaled(nn.Module):
 
 class ScaledLora(peft.tuners.lora.layer.Linear):
     """PEFT's layer around it."""
+
+
+def test_int4_products_are_those_of_the_codes():
+    codes = torch.arange(16 * 32, dtype=torch.uint8).view(16, 32) % 16
+    scale_and_shift = torch.tensor([2.0, 3.0]).bfloat16().expand(1, 16, 2).contiguous()
+    x = torch.eye(32).bfloat16()
+    with advised("pack_int4"):
+        packed = compat.pack_int4(codes)
+    with advised("int4_product"):
+        product = compat.int4_product(x, packed, 32, scale_and_shift)
+        assert torch.equal(product.t(), ((codes.float() - 8) * 2 + 3).bfloat16())
 
 
 def test_peft_wraps_a_layer_that_it_does_not_know(monkeypatch: pytest.MonkeyPatch):

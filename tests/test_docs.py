@@ -30,7 +30,7 @@ MUST_NOT_EXIST = ("kernels/__init__.py", "__init__.py", "hqqtrain/recipes")
 """Files that would hide another package, and a folder that only the wheel has."""
 KEY = re.compile(rf"(?<![\w/.<-])({'|'.join(GROUPS)})\.(\w+)(?!\w)(?!\.(?:py|md|\d))")
 NOT_KEYS = re.compile(
-    r"(?:model|data|run|launch)\.(?:safetensors|layers|generation_config|py|sh|md)|adapter\.gguf"
+    r"(?:model|data|run|launch|generate)\.(?:safetensors|layers|generation_config|py|sh|md)|adapter\.gguf"
 )
 COMMAND = re.compile(r"(?:-m hqqtrain|\./launch\.sh) ((?:-m )?\w+=[^`#]*)")
 RECIPE = re.compile(r"recipe=(\w+)")

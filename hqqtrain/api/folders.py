@@ -19,6 +19,7 @@ from hqqtrain.config.groups import ModelConfig
 from hqqtrain.formats import packed
 from hqqtrain.formats.packed import fingerprinted, model_tensors
 from hqqtrain.formats.quantized_settings import QuantizedSettings
+from hqqtrain.inference.backends.base import RepackedLinear
 from hqqtrain.inference.merged_linears import MergedLinear
 from hqqtrain.models.source import ModelSource, resolve_source
 
@@ -157,10 +158,11 @@ def whole_settings(model: nn.Module) -> QuantizedSettings:
     Raises:
         UserError: Some weights are not in memory, or the model was prepared for inference.
     """
-    if any(isinstance(module, MergedLinear) for module in model.modules()):
+    prepared = (MergedLinear, RepackedLinear)
+    if any(isinstance(module, prepared) for module in model.modules()):
         raise UserError(
-            "model was changed by prepare_for_inference, which merges layers; save or export it "
-            "before, or load it again."
+            "model was changed by prepare_for_inference, which merges layers and may repack them; "
+            "save or export it before, or load it again."
         )
     if missing := next((name for name, p in model.named_parameters() if p.is_meta), None):
         raise UserError(

@@ -79,7 +79,8 @@ def _settings_of(config: QuantConfig) -> dict[str, Any]:
             "calibration": "quantize_model has no text; calibrate with the command line, "
             "task=quantize, and load its quantized/ with load_quantized",
             "compute_dtype": "cast the model with model.to(dtype) first",
-            "backend": "call hqqtrain_kernels.backend.set_backend, which sets it for all models",
+            "backend": "call hqqtrain_kernels.backend.set_backend, which sets it for all models, "
+            "or prepare_for_inference with the kernels of another package",
         }.get(item.name, "only the command line, task=quantize, uses it")
         raise UserError(f"quant.{item.name}={value}: has no effect here; {advice}.")
     return {name: getattr(config, name) for name in SETTINGS}

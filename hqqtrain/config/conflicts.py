@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hqqtrain.config.quant import INFERENCE_BACKENDS
+
 PAGED_OPTIMIZERS = ("paged_adamw", "paged_adamw_8bit")
 
 
@@ -45,6 +47,14 @@ CONFIG_CONFLICTS = (
     Conflict(
         {"quant.nbits": (None,), "task": ("export",), "export.format": ("packed",)},
         "export.format=packed writes quantized weights; use dense, or choose a number of bits.",
+    ),
+    Conflict(
+        {"quant.backend": INFERENCE_BACKENDS, "task": ("finetune", "quantize", "export")},
+        "computes products for task=generate and task=eval alone; use auto, triton or torch.",
+    ),
+    Conflict(
+        {"quant.backend": INFERENCE_BACKENDS, "parallel.offload": ("parameters", "all")},
+        "its layers stay on the device; use quant.backend=auto or parallel.offload=none.",
     ),
     Conflict(
         {"quant.save": (False,), "task": ("quantize",)},

@@ -25,6 +25,9 @@ On SmolLM2-135M at 4 bits hqq has a perplexity of 1.198 times full precision, an
 
 ZEROS = ("float", "integer")
 
+INFERENCE_BACKENDS = ("gemlite", "humming", "torchao")
+"""The backends that only compute forward; a test compares them with the registry."""
+
 
 @dataclass(kw_only=True, slots=True)
 class QuantConfig:
@@ -81,8 +84,9 @@ class QuantConfig:
     backend: str = key(
         "auto",
         "implementation of quantization and of products with packed weights; auto: Triton kernels "
-        "where they run, otherwise PyTorch",
-        choices=("auto", "triton", "torch"),
+        "where they run, otherwise PyTorch; gemlite, humming, torchao: the kernels of these, for "
+        "products in task=generate and task=eval",
+        choices=("auto", "triton", "torch", *INFERENCE_BACKENDS),
     )
     save: bool = key(True, "save the quantized model in quantized/")
     cache_dir: str | None = key(
@@ -103,6 +107,11 @@ class QuantConfig:
         if self.calibration is not None and nbits < 8:
             return "gptq"
         return AUTO_DATA_FREE.get(nbits, "least_squares")
+
+    @property
+    def inference_backend(self) -> str | None:
+        """The backend of another package that multiplies with the packed weights, if any."""
+        return self.backend if self.backend in INFERENCE_BACKENDS else None
 
     @property
     def calibrates(self) -> bool:

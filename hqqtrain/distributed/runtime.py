@@ -13,6 +13,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from hqqtrain.common.env import get_local_world_size
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.accelerate_env import reconcile_accelerate_config
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.preemption import PreemptionHandler
@@ -83,7 +84,7 @@ class Runtime:
         if parallel.offload != "none" and not on_gpu:
             logger.warning("parallel.offload=%s: has no effect on a CPU", parallel.offload)
         if quant.quantizes:
-            _select_backend(quant.backend, comm)
+            _select_backend(quant, comm)
         compute_dtype = PRECISION_DTYPES[precision]
         replicas = 1
         if parallel.hsdp:
@@ -150,14 +151,17 @@ def _start_accelerator(precision: str, offloads_parameters: bool) -> Accelerator
     return Accelerator(cpu=not cuda, mixed_precision=mixed_precision, kwargs_handlers=[group])
 
 
-def _select_backend(backend: str, comm: Communicator) -> None:
-    """Select the implementation of `quant.backend`, for all models of this process."""
+def _select_backend(quant: QuantConfig, comm: Communicator) -> None:
+    """Select the implementation of `quant.backend`, for all models of this process.
+
+    A backend for inference takes over single layers later, and logs that itself.
+    """
     try:
-        selected = kernel_backend.set_backend(backend)
+        selected = kernel_backend.set_backend("auto" if quant.inference_backend else quant.backend)
     except ValueError as error:
         raise UserError(f"quant.{error}") from None
-    if comm.is_main:
-        logger.info("quant.backend=%s: %s", backend, selected)
+    if comm.is_main and not quant.inference_backend:
+        logger.info("quant.backend=%s: %s", quant.backend, selected)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

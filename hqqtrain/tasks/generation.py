@@ -31,6 +31,7 @@ from hqqtrain.nn.replace import dequantize_linears
 from hqqtrain.tasks.calibration import load_calibration
 from hqqtrain.tasks.chat import TerminalChat
 from hqqtrain.tasks.context import Run
+from hqqtrain.tasks.inference_backend import errors_name_the_key, inference_backend
 from hqqtrain.tasks.model import check_fits_run, load_source, plan_settings
 from hqqtrain.tasks.prompts import PlacedPrompt, read_prompts
 from hqqtrain.tasks.replies import Replies
@@ -78,14 +79,17 @@ def load_generator(run: Run) -> TextGenerator:
         # Until it is downloaded, a model on the hub may be dense.
         run = replace(run, config=replace(run.config, quant=_enabled(run.config.quant)))
     plan = plan_model(plan_settings(run.config), run.runtime)
+    backend = inference_backend(run)
     check_fits_run(run, plan)
     loaded = load_source(run, plan, load_calibration(run, plan))
     model = wrap_for_execution(loaded, run.runtime.strategy).model
     cast_adapters(model, dtype)
-    if run.runtime.device.type == "cpu":
+    on_cpu = run.runtime.device.type == "cpu"
+    if backend or not on_cpu:
+        with errors_name_the_key():
+            prepare_for_inference(model, backend.name if backend else "auto")
+    if on_cpu:
         _dequantize_if_it_fits(model)
-    else:
-        prepare_for_inference(model)
     base = base_model(model)
     if file := _generation_config_file(plan):
         base.generation_config = read_generation_config(file)

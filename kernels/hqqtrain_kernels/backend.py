@@ -28,7 +28,10 @@ def set_backend(backend: str) -> str:
     """
     global _backend
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend}: allowed are {', '.join(BACKENDS)}")
+        raise ValueError(
+            f"backend={backend}: allowed are {', '.join(BACKENDS)}; "
+            "hqqtrain.prepare_for_inference(model, backend) takes those of other packages"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     obstacle = _obstacle(device)
     if backend == "triton" and obstacle and not _is_interpreted():

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, HqqConfig
 
 import hqqtrain
 from hqqtrain.common.errors import UserError
+from hqqtrain.inference.backends.base import RepackedLinear
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.lora import cast_adapters
 from hqqtrain.quant.spec import QuantSpec
@@ -198,15 +199,31 @@ def test_compile(axis: int):
 
 
 def test_prepare(quantized):
-    """`prepare_for_inference(model, backend="torchao_int4")`, `"gemlite"`"""
+    """`prepare_for_inference(model)`"""
     before = logits_of(quantized)
     hqqtrain.prepare_for_inference(quantized)
     torch.testing.assert_close(logits_of(quantized), before, rtol=1e-4, atol=1e-4)
 
 
+def test_prepare_for_other_kernels(dense):
+    """`prepare_for_inference(model, backend="torchao_int4")`, `"gemlite"`"""
+    hqqtrain.quantize_model(dense.bfloat16(), nbits=4, group_size=64, solver="rtn")
+    before = logits_of(dense)
+    with pytest.raises(UserError, match="backend=gemlite: computes on cuda, and the device is cpu"):
+        hqqtrain.prepare_for_inference(dense, backend="gemlite")
+    hqqtrain.prepare_for_inference(dense, backend="torchao_int4")
+    assert any(isinstance(module, RepackedLinear) for module in dense.modules())
+    assert (logits_of(dense) - before).norm() < 0.03 * before.norm()
+    with pytest.raises(UserError, match="was changed by prepare_for_inference"):
+        hqqtrain.export(dense, "nowhere", "dense")
+
+
 def test_dead_backends(quantized, tmp_path: Path):
     """`prepare_for_inference(model, backend="marlin")`, `"bitblas"`"""
     assert "marlin" not in inspect.getsource(patching.prepare_for_inference)
+    for name in ("marlin", "bitblas"):
+        with pytest.raises(UserError, match=rf"backend={name}: .* humming computes"):
+            hqqtrain.prepare_for_inference(quantized, backend=name)
     hqqtrain.export(quantized, tmp_path / "out", "humming")
     assert (tmp_path / "out" / "config.json").exists()
 

@@ -1,0 +1,1 @@
+"""Products with packed weights by the kernels of other packages, for inference."""

@@ -1,0 +1,58 @@
+"""gemlite, Triton kernels by the authors of hqq.
+
+Scale and zero are kept as they are. Its kernels for a few rows add partial sums
+with atomic operations, whose order changes from run to run; in fp32, which is requested here, and
+not in bf16, the sums lose nothing (with the latter, a product at 4 bits has an error of 1.8e-2).
+"""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hqqtrain.inference.backends.base import InferenceBackend, Limits, RepackedLinear, codes_of
+from hqqtrain.nn.hqq_linear import HQQLinear
+
+BITS = (8, 4, 2, 1)
+
+
+class GemliteLinear(RepackedLinear):
+    """A linear layer in gemlite's layout."""
+
+    def __init__(self, layer: HQQLinear) -> None:
+        super().__init__(layer)
+        gemlite: Any = import_module("gemlite")  # it asks for the GPU when it is imported
+        gemlite.set_native_atomic_bfp16(False)
+        dtype = {torch.bfloat16: gemlite.DType.BF16, torch.float16: gemlite.DType.FP16}[self.dtype]
+        packed = gemlite.GemLiteLinear(
+            W_nbits=layer.layout.nbits, group_size=layer.layout.group_size,
+            in_features=layer.in_features, out_features=layer.out_features,
+            input_dtype=dtype, output_dtype=dtype,
+        )  # fmt: skip
+        # It computes a weight in the dtype of the scale, where bf16 is too coarse for fp16.
+        meta_dtype = layer.spec.meta_dtype if self.dtype == torch.bfloat16 else torch.float32
+        scale, zero = (part.detach().to(meta_dtype) for part in (layer.scale, layer.zero))
+        # By default it would round -zero * scale once more.
+        packed.pack(codes_of(layer), scale, zero, fma_mode=False)
+        self.settings: list[int] = packed.get_meta_args()
+        tensors = packed.get_tensor_args()
+        self.names = [f"tensor_{index}" for index in range(len(tensors))]
+        for name, tensor in zip(self.names, tensors, strict=True):
+            self.register_buffer(name, tensor.detach())
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return x W'^T [rows, out_features]."""
+        tensors = [self.get_buffer(name) for name in self.names]
+        return torch.ops.gemlite.forward_functional(x, None, tensors, self.settings)
+
+
+class GemliteBackend(InferenceBackend):
+    """gemlite."""
+
+    name, package, install = "gemlite", "gemlite", "hqqtrain[gemlite]"
+    limits = Limits(nbits={torch.bfloat16: BITS, torch.float16: BITS})
+
+    def repack(self, layer: HQQLinear) -> RepackedLinear:
+        """Return the layer in gemlite's layout."""
+        return GemliteLinear(layer)
