@@ -77,7 +77,7 @@ class RepackedLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().to(self.dtype))
 
     def product(self, x: Tensor) -> Tensor:
-        """Return x W'^T [rows, out_features], for x [rows, in_features] in `dtype`."""
+        """Return x W'^T [rows, out_features], for contiguous x [rows, in_features] in `dtype`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class RepackedLinear(nn.Module):
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-        y = self.product(x.reshape(-1, self.in_features).to(self.dtype))
+        y = self.product(x.reshape(-1, self.in_features).to(self.dtype).contiguous())
         if self.bias is not None:
             y = y + self.bias
         return y.to(dtype).view(*x.shape[:-1], self.out_features)
