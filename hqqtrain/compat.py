@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
+from torch.nn.parallel import DistributedDataParallel
 
 # PyTorch
 
@@ -101,6 +102,15 @@ def int4_product(x: Tensor, packed: Tensor, group_size: int, scale_and_shift: Te
     on_cpu = x.device.type == "cpu"
     product = aten._weight_int4pack_mm_for_cpu if on_cpu else aten._weight_int4pack_mm
     return product(x, packed, group_size, scale_and_shift)
+
+
+def ignore_under_ddp(model: nn.Module, names: Iterable[str]) -> None:
+    """Let DDP leave out some parameters of `model`, by name.
+
+    DDP refuses frozen parameters on another kind of device than the trained ones. Its method for
+    this is documented, but private.
+    """
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(names))
 
 
 # PEFT

@@ -26,6 +26,7 @@ from torch.distributed import (
 )
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from hqqtrain import compat
@@ -42,6 +43,7 @@ ADVICE = {
     "non_persistent_buffers": "needed to compute inv_freq again; compare with state_dict()",
     "pack_int4": "needed for quant.backend=torchao; look at torchao's tile-packed 4-bit tensors",
     "int4_product": "needed for quant.backend=torchao; look at torchao's tile-packed 4-bit tensors",
+    "ignore_under_ddp": "needed for quant.offload_meta under ddp; look at how DDP checks devices",
     "add_lora_dispatcher": "needed for LoRA on HQQLinear; look at PEFT's page on custom models",
     "extend_all_linear": "needed for target_modules=all-linear; look at PEFT's inject_adapter",
     "ignore_unexpected_tensors": "needed to load quantized folders without warnings; look at "
@@ -114,6 +116,15 @@ def test_fsdp1_marks_what_it_flattens(one_rank: HashStore):
     with advised("is_fsdp1_flattened"):
         assert not any(map(compat.is_fsdp1_flattened, plain.parameters()))
         assert all(map(compat.is_fsdp1_flattened, wrapped.parameters()))
+
+
+def test_ddp_leaves_parameters_on_another_device_out(one_rank: HashStore):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 3, device="meta").requires_grad_(False))
+    with advised("ignore_under_ddp"):
+        with pytest.raises(ValueError, match="same type of devices"):
+            DistributedDataParallel(model)
+        compat.ignore_under_ddp(model, ["1.weight", "1.bias"])
+        DistributedDataParallel(model, init_sync=False)
 
 
 def test_wrappers_add_known_parts_to_names(one_rank: HashStore):

@@ -21,6 +21,7 @@ from hqqtrain.formats.packed import fingerprinted, model_tensors
 from hqqtrain.formats.quantized_settings import QuantizedSettings
 from hqqtrain.inference.backends.base import RepackedLinear
 from hqqtrain.inference.merged_linears import MergedLinear
+from hqqtrain.models import offload
 from hqqtrain.models.source import ModelSource, resolve_source
 
 
@@ -31,6 +32,7 @@ def load_quantized(
     dtype: torch.dtype | str = "auto",
     adapter: str | os.PathLike[str] | bool = True,
     is_trainable: bool = False,
+    offload_meta: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Load a quantized model, bit for bit, with the adapter of its run.
 
@@ -47,6 +49,9 @@ def load_quantized(
         adapter: The folder of a PEFT adapter; true: the one of the run, if `folder` is a run that
             has one; false: none.
         is_trainable: Whether the adapter can be trained further.
+        offload_meta: Whether scale and zero stay in host memory, and are copied to the GPU ahead of
+            their use. The GPU does not have them while the model is loaded, either, unless `device`
+            is a `device_map`.
 
     Returns:
         The model of transformers, or with an adapter PEFT's model around it, in evaluation mode
@@ -63,14 +68,27 @@ def load_quantized(
                 f"folder={folder}: the run has not finished its adapter; finish it, or give the "
                 "folder of one of its checkpoints as adapter, or adapter=False."
             )
-        model = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=dtype, device_map=None if device is None else device
+        moves = offload_meta and _is_one_device(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=dtype, device_map=None if moves else device
         )
+        if offload_meta:
+            offload.offload_meta(model)
+        if moves:
+            model.to(device)
         chosen = source.adapter if adapter is True else adapter or None
         if chosen is None:
             return model
         adapted = PeftModel.from_pretrained(model, os.fspath(chosen), is_trainable=is_trainable)
         return adapted.train(is_trainable)
+
+
+def _is_one_device(device: torch.device | str | None) -> bool:
+    """Whether a value of `load_quantized` names a device and is no `device_map`."""
+    try:
+        return device is not None and bool(torch.device(device))
+    except (RuntimeError, TypeError):
+        return False
 
 
 def quantized_source(folder: str | os.PathLike[str]) -> ModelSource:

@@ -11,9 +11,13 @@ from hqqtrain.api.arguments import named_as_arguments
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.integrations.transformers import SETTINGS, HqqTrainConfig, quantize_in_memory
+from hqqtrain.models.offload import offload_meta
 from hqqtrain.nn import replace
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.replace import QuantizationReport
+
+_TAKEN = (*SETTINGS, "offload_meta")
+"""The keys of the group `quant` that `quantize_model` takes."""
 
 
 class QuantSettings(TypedDict, total=False):
@@ -25,6 +29,7 @@ class QuantSettings(TypedDict, total=False):
     solver: str
     zero: str
     meta_dtype: str
+    offload_meta: bool
     skip: list[str]
     overrides: dict[str, Any]
 
@@ -42,7 +47,7 @@ def quantize_model(
         config: How to quantize. Its keys for files, backends and calibration must have their
             defaults.
         settings: The same as keywords, in place of `config`: `nbits` (4), `group_size` (64), `axis`
-            (1), `solver`, `zero`, `meta_dtype`, `skip` and `overrides`.
+            (1), `solver`, `zero`, `meta_dtype`, `skip`, `overrides` and `offload_meta` (False).
 
     Returns:
         What was quantized, with which settings, and what was not.
@@ -61,7 +66,10 @@ def quantize_model(
         chosen = HqqTrainConfig(**(_settings_of(config) if config else dict(settings)))
         if isinstance(model, PreTrainedModel):
             return quantize_in_memory(model, chosen)
-        return replace.quantize_model(model, chosen.quant_config())
+        report = replace.quantize_model(model, chosen.quant_config())
+        if chosen.offload_meta:
+            offload_meta(model)
+        return report
 
 
 def _settings_of(config: QuantConfig) -> dict[str, Any]:
@@ -73,7 +81,7 @@ def _settings_of(config: QuantConfig) -> dict[str, Any]:
     default = QuantConfig()
     for item in fields(config):
         value = getattr(config, item.name)
-        if item.name in SETTINGS or value == getattr(default, item.name) or value is None:
+        if item.name in _TAKEN or value == getattr(default, item.name) or value is None:
             continue
         advice = {
             "calibration": "quantize_model has no text; calibrate with the command line, "
@@ -83,7 +91,7 @@ def _settings_of(config: QuantConfig) -> dict[str, Any]:
             "or prepare_for_inference with the kernels of another package",
         }.get(item.name, "only the command line, task=quantize, uses it")
         raise UserError(f"quant.{item.name}={value}: has no effect here; {advice}.")
-    return {name: getattr(config, name) for name in SETTINGS}
+    return {name: getattr(config, name) for name in _TAKEN}
 
 
 def _check_is_dense(model: nn.Module) -> None:

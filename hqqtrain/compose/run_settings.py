@@ -28,7 +28,8 @@ TASKS = ("eval", "export", "generate")
 _GROUPS = ("quant", "adapter", "train", "data", "eval")
 
 _OF_THE_MACHINE = (
-    "quant.backend", "quant.cache_dir", "quant.save", "quant.storage_dtype", "adapter.init_from",
+    "quant.backend", "quant.cache_dir", "quant.offload_meta", "quant.save", "quant.storage_dtype",
+    "adapter.init_from",
 )  # fmt: skip
 """Keys of these groups that depend on the machine, or that only the first run needs."""
 

@@ -18,7 +18,8 @@ class ParallelConfig:
     offload: str = key(
         "none",
         "tensors to offload to host memory; activations: those that "
-        "train.activation_checkpointing keeps, parameters: those of fsdp2, all: both",
+        "train.activation_checkpointing keeps; parameters: those of fsdp2, or without training "
+        "those of the decoder layers of a single process; all: both",
         choices=("none", "activations", "parameters", "all"),
     )
     consistency_check_every: int | None = key(
@@ -35,5 +36,5 @@ class ParallelConfig:
 
     @property
     def offloads_parameters(self) -> bool:
-        """Whether `offload` covers FSDP2's sharded parameters."""
+        """Whether `offload` covers the parameters of the model."""
         return self.offload in ("parameters", "all")

@@ -81,6 +81,11 @@ class QuantConfig:
         "instead of settings: full precision",
         factory=dict,
     )
+    offload_meta: bool = key(
+        False,
+        "keep scale and zero in host memory and copy them to the GPU layer by layer, ahead of use; "
+        "with strategy single or ddp",
+    )
     backend: str = key(
         "auto",
         "implementation of quantization and of products with packed weights; auto: Triton kernels "

@@ -42,7 +42,7 @@ NON_RESULT_GROUPS = ("generate", "run", "track", "ckpt", "launch", "recipe")
 """Groups that the result does not depend on; they do not enter a run's name."""
 
 _NON_RESULT_KEYS = {
-    "quant": ("cache_dir",),
+    "quant": ("cache_dir", "offload_meta"),
     "data": ("show", "workers", "cache_dir"),
     "eval": ("cache_dir",),
 }
@@ -71,6 +71,7 @@ ADDED_KEYS: dict[str, dict[str, Any]] = {
     },
     "adapter": {"modules_to_save": []},
     "quant": {
+        "offload_meta": False,
         "zero": "float",
         "calibration": None,
         "calibration_tokens": QuantConfig().calibration_tokens,
@@ -88,7 +89,7 @@ CHANGEABLE_ON_RESUME = frozenset([
     "ckpt.load_best", "train.early_stopping_patience", "train.max_steps", "train.epochs",
     "train.micro_batch_size", "train.activation_checkpointing",
     "train.on_nonfinite", "eval.every", "eval.samples", "quant.backend", "quant.cache_dir",
-    "quant.save", "parallel.strategy", "parallel.hsdp", "parallel.offload",
+    "quant.offload_meta", "quant.save", "parallel.strategy", "parallel.hsdp", "parallel.offload",
     "parallel.consistency_check_every", "data.show", "data.max_bad_rows",
     "data.workers", "data.cache_dir", "eval.cache_dir", "export.max_error", "export.max_kl",
 ])  # fmt: skip

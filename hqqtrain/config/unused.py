@@ -37,7 +37,7 @@ USED_KEYS = {
     "generate": (
         "task", "recipe", "model", "model.*", "quant", "quant.*", "generate", "generate.*",
         "adapter.init_from", "data.chat_template", "data.add_tokens", "train.precision",
-        "run.root",
+        "parallel.offload", "run.root",
     ),
     "data": (
         "task", "recipe", "model", "model.*", "data", "data.*", "eval.source", "eval.tokens",

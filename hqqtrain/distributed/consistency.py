@@ -85,7 +85,9 @@ class ConsistencyChecker:
 
     def _checksums(self) -> dict[str, int]:
         """Return the checksum of this rank's part of every parameter."""
-        checksums = torch.stack([_checksum(local_tensor(p)) for p in self._params.values()])
+        parts = [_checksum(local_tensor(p)) for p in self._params.values()]
+        # Some parameters may be in host memory.
+        checksums = torch.stack([part.to(self._comm.device) for part in parts])
         return dict(zip(self._params, checksums.tolist(), strict=True))
 
     def _replica_mismatches(self, checksums: dict[str, int]) -> list[str]:

@@ -5,6 +5,7 @@ output rows, or row classes), so a rank's rows of all three describe the same we
 ZeRO-3 shard flat memory instead, but receive a model that is already loaded (`row_sharding.py`).
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -115,16 +116,17 @@ def full_tensor(param: Tensor) -> Tensor:
     return on_device.full_tensor()
 
 
-def materialize(model: nn.Module, device: torch.device, *, offload: bool = False) -> None:
+def materialize(model: nn.Module, device: torch.device, *, on_host: Iterable[Tensor] = ()) -> None:
     """Allocate uninitialized memory on `device` for every meta tensor of `model`.
 
     Tied parameters stay tied, which `nn.Module.to_empty` does not guarantee.
 
     Args:
         model: Changed in place.
-        device: Device of the buffers, and of the parameters without `offload`.
-        offload: Allocate the parameters on the host.
+        device: Device of the tensors that are not on the host.
+        on_host: The parameters to allocate on the host.
     """
+    host_ids = {id(param) for param in on_host}
     allocated: dict[Tensor, Tensor] = {}  # meta tensor -> tensor in memory
     for module in model.modules():
         direct: dict[str, Any] = {"recurse": False, "remove_duplicate": False}
@@ -133,6 +135,6 @@ def materialize(model: nn.Module, device: torch.device, *, offload: bool = False
                 continue
             if meta not in allocated:
                 is_param = isinstance(meta, nn.Parameter)
-                memory = torch.empty_like(meta, device="cpu" if offload and is_param else device)
+                memory = torch.empty_like(meta, device="cpu" if id(meta) in host_ids else device)
                 allocated[meta] = nn.Parameter(memory, meta.requires_grad) if is_param else memory
             setattr(module, name, allocated[meta])

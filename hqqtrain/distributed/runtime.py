@@ -68,7 +68,8 @@ class Runtime:
         parallel, quant = settings.parallel, settings.quant
         strategy_name, precision = reconcile_accelerate_config(os.environ, parallel, settings.train)
         precision = _resolve_precision(precision)
-        accelerator = _start_accelerator(precision, parallel.offloads_parameters)
+        offloads = parallel.offloads_parameters or quant.offload_meta
+        accelerator = _start_accelerator(precision, offloads)
         comm = Communicator(
             accelerator.process_index, accelerator.num_processes, accelerator.device
         )
@@ -83,6 +84,8 @@ class Runtime:
         )
         if parallel.offload != "none" and not on_gpu:
             logger.warning("parallel.offload=%s: has no effect on a CPU", parallel.offload)
+        if quant.offload_meta and not on_gpu:
+            logger.warning("quant.offload_meta=true: has no effect on a CPU")
         if quant.quantizes:
             _select_backend(quant, comm)
         compute_dtype = PRECISION_DTYPES[precision]
@@ -94,6 +97,7 @@ class Runtime:
             storage_dtype=strategy_class.resolve_storage_dtype(quant.storage_dtype, compute_dtype),
             replicas=replicas,
             offloads_parameters=on_gpu and parallel.offloads_parameters,
+            offloads_meta=on_gpu and quant.quantizes and quant.offload_meta,
         )
         offloads_activations = on_gpu and parallel.offloads_activations
         return cls(comm, accelerator, strategy, precision, offloads_activations, preemption)
@@ -140,12 +144,12 @@ def _resolve_precision(precision: str) -> str:
     return precision
 
 
-def _start_accelerator(precision: str, offloads_parameters: bool) -> Accelerator:
+def _start_accelerator(precision: str, offloads: bool) -> Accelerator:
     """Join the process group that the launcher has prepared, if any."""
     listen_on_master_address()
     cuda = torch.cuda.is_available()
-    # The gradients of offloaded parameters are reduced on the host, which needs gloo, too.
-    backend = "cuda:nccl,cpu:gloo" if cuda and offloads_parameters else None
+    # Parameters on the host are sent, and their gradients reduced, there, which needs gloo, too.
+    backend = "cuda:nccl,cpu:gloo" if cuda and offloads else None
     group = InitProcessGroupKwargs(backend=backend, timeout=PROCESS_GROUP_TIMEOUT)
     mixed_precision = "no" if precision == "fp32" else precision
     return Accelerator(cpu=not cuda, mixed_precision=mixed_precision, kwargs_handlers=[group])

@@ -4,6 +4,7 @@ transformers' own `generate` chooses the tokens. This module adds the settings, 
 the time of both phases, and the compilation.
 """
 
+import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.compat import supports_static_cache
@@ -26,6 +27,9 @@ from hqqtrain.generation.settings import (
 from hqqtrain.generation.streamer import EndOfReply, ReplyStreamer
 from hqqtrain.models.causal_lm import translate_model_errors
 from hqqtrain.models.fqn import base_model
+from hqqtrain.models.offload import has_host_weights
+
+logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 512
 """Largest number of tokens of a reply, by default."""
@@ -66,11 +70,12 @@ class TextGenerator:
         max_new_tokens: Largest number of tokens of a text; None: until the model ends it, or until
             its context is full.
         compile: Whether the model is compiled for decoding, with a static cache; None: on a CUDA
-            device, if the code of the model allows it.
+            device, if the code of the model allows it and all its weights are on the device.
 
     Raises:
         UserError: `chat` is true, and the tokenizer has no chat template; or `compile` is true, and
-            the code of the model does not work with a static cache.
+            the code of the model does not work with a static cache, or weights of it stay in host
+            memory.
     """
 
     def __init__(
@@ -94,14 +99,7 @@ class TextGenerator:
             )
         base = base_model(model)
         self.device = next(base.parameters()).device
-        if compile and not supports_static_cache(base):
-            raise UserError(
-                f"generate.compile=true: transformers' {type(base).__name__} cannot be compiled "
-                "with a static cache; use auto or false."
-            )
-        self.compiles = compile
-        if compile is None:
-            self.compiles = self.device.type == "cuda" and supports_static_cache(base)
+        self.compiles = _compiles(base, self.device, compile)
 
     def generate(
         self, prompt: Prompt, on_text: Callable[[str], object] = lambda _: None
@@ -157,6 +155,26 @@ class TextGenerator:
             streamer.prefill_seconds,
             streamer.decode_seconds,
         )
+
+
+def _compiles(base: PreTrainedModel, device: torch.device, wanted: bool | None) -> bool:
+    """Return whether to compile a model for decoding; see `TextGenerator`."""
+    if has_host_weights(base):
+        if wanted:
+            raise UserError(
+                "generate.compile=true: weights of the model stay in host memory, and their copies "
+                "cannot be compiled; use auto or false."
+            )
+        logger.info("the model is not compiled, because weights of it stay in host memory")
+        return False
+    if wanted and not supports_static_cache(base):
+        raise UserError(
+            f"generate.compile=true: transformers' {type(base).__name__} cannot be compiled "
+            "with a static cache; use auto or false."
+        )
+    if wanted is None:
+        return device.type == "cuda" and supports_static_cache(base)
+    return wanted
 
 
 def generate(

@@ -12,6 +12,7 @@ from hqqtrain.inference.backends.registry import find_backend, repack_linears
 from hqqtrain.inference.grouped_attention import use_grouped_attention
 from hqqtrain.inference.merged_linears import merge_linears
 from hqqtrain.models.fqn import base_model
+from hqqtrain.models.offload import offload_meta, offloads_meta
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,10 @@ def prepare_for_inference(model: nn.Module, backend: str = "auto") -> nn.Module:
     """
     foreign = find_backend(backend)
     base = base_model(model)
+    offloads = offloads_meta(base)
     merged = merge_linears(base)
+    if offloads:
+        offload_meta(base)
     grouped = use_grouped_attention(base)
     logger.info(
         "prepared for inference: %d merged products%s",

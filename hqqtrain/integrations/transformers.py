@@ -45,13 +45,18 @@ class HqqTrainConfig(QuantizationConfigMixin):
             quantized without text. `dynamic_config` of transformers' `HqqConfig` may stand for
             `overrides`: tag of a layer -> `nbits`, `group_size` and `axis`; the other layers stay
             in full precision.
+        offload_meta: Whether scale and zero stay in host memory, as `quant.offload_meta` of a run
+            says. It is not saved.
 
     Raises:
         UserError: A setting does not exist, or its value is not allowed.
     """
 
-    def __init__(self, *, quant_method: str = METHOD, **values: Any) -> None:
+    def __init__(
+        self, *, quant_method: str = METHOD, offload_meta: bool = False, **values: Any
+    ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers has an enum
+        self.offload_meta = offload_meta
         names = ("modules", "layout_version", "fingerprint")
         self.description = {name: values.pop(name) for name in names if name in values}
         if (dynamic := values.pop("dynamic_config", None)) is not None:
@@ -70,9 +75,10 @@ class HqqTrainConfig(QuantizationConfigMixin):
         if unknown := self.settings.keys() - SETTINGS:
             raise UserError(
                 f"HqqTrainConfig: {', '.join(sorted(unknown))} is no setting; allowed are "
-                f"{', '.join(SETTINGS)}."
+                f"{', '.join(SETTINGS)} and offload_meta."
             )
-        config = build_group(QuantConfig, self.settings, "HqqTrainConfig")
+        settings = self.settings | {"offload_meta": self.offload_meta}
+        config = build_group(QuantConfig, settings, "HqqTrainConfig")
         config.calibration = None
         if not config.quantizes:
             raise UserError(
@@ -161,6 +167,7 @@ class HqqTrainQuantizer(HfQuantizer):
         """Quantize dense weights; freeze packed ones, which transformers loads as trainable."""
         from hqqtrain.common.errors import UserError
         from hqqtrain.integrations.checkpoint_check import check_fingerprint
+        from hqqtrain.models.offload import offload_meta
 
         if model.tp_size:
             raise UserError(
@@ -175,6 +182,8 @@ class HqqTrainQuantizer(HfQuantizer):
             module.requires_grad_(False)
         # PEFT's prepare_model_for_kbit_training would otherwise cast scale and zero to fp32.
         model.hqq_quantized = True
+        if self.quantization_config.offload_meta:
+            offload_meta(model)
         return model
 
     def _quantize(self, model: Any) -> Any:

@@ -158,7 +158,7 @@ def load_model(
     *,
     quantized: bool = False,
     calibration: Calibration | None = None,
-    offload: bool = False,
+    on_host: Iterable[Tensor] = (),
     on_rows: Callable[[str, str, int, torch.Tensor], object] = lambda *_: None,
     on_layer: Callable[[str], object] = lambda _: None,
 ) -> LoadResult:
@@ -166,7 +166,7 @@ def load_model(
 
     The arguments are those of `load_weights` and `materialize`. Adapters get memory but no values.
     """
-    materialize(model, comm.device, offload=offload)
+    materialize(model, comm.device, on_host=on_host)
     layers, dense = tensors_by_name(model)
     result = load_weights(
         layers,

@@ -86,8 +86,10 @@ def check_fits(
         )
     if estimate.host * local_ranks > free.host:
         no_reference = " or eval.reference=off" if workload.reference != "off" else ""
+        is_meta = workload.offloads_meta and workload.offload in ("none", "activations")
+        key = "quant.offload_meta=true" if is_meta else f"parallel.offload={workload.offload}"
         raise UserError(
-            f"parallel.offload={workload.offload}: {local_ranks} ranks would keep "
+            f"{key}: {local_ranks} ranks would keep "
             f"{estimate.host * local_ranks / GIB:.1f} GiB on the host, which has "
             f"{free.host / GIB:.1f} GiB free. Use more nodes, or "
             f"{_fewer_bits(workload)}{no_reference}."
@@ -131,7 +133,13 @@ def oom_advice(workload: Workload, strategy: Strategy) -> str:
     if not strategy.shards_parameters:
         advice.append("several GPUs with parallel.strategy=fsdp2")
     if workload.offload not in ("parameters", "all"):
-        advice.append("parallel.strategy=fsdp2 with parallel.offload=all")
+        if not (strategy.shards_parameters or workload.offloads_meta or workload.nbits is None):
+            advice.append("quant.offload_meta=true")
+        advice.append(
+            "parallel.strategy=fsdp2 with parallel.offload=all"
+            if workload.trains
+            else "parallel.offload=parameters, in one process or with fsdp2"
+        )
     return "Out of memory. What helps, most effective first: " + "; ".join(advice) + "."
 
 

@@ -47,7 +47,11 @@ class MemoryEstimate:
         parts = ", ".join(f"{k} {short(v / GIB)}" for k, v in self.device.items() if v)
         memory, disk = sum(self.device.values()) / GIB, sum(self.disk.values()) / GIB
         calibrating = f", {short(self.calibration / GIB)} GiB to calibrate" * (self.calibration > 0)
-        return f"memory per rank {short(memory)} GiB ({parts}){calibrating}, disk {short(disk)} GiB"
+        hosted = f", host memory {short(self.host / GIB)} GiB" * (self.host > 0)
+        return (
+            f"memory per rank {short(memory)} GiB ({parts}){calibrating}{hosted}, "
+            f"disk {short(disk)} GiB"
+        )
 
 
 def estimate_memory(
@@ -92,10 +96,16 @@ def estimate_memory(
     )
     working = max(_working_bytes(workload, sizes, shards, dtype), reference.layer)
     working += gathered + (_token_bytes(model, dtype) if workload.trains else 0)
-    host = 0
-    # With offloading the GPU keeps only what is gathered.
-    if strategy.offloads_parameters:
+    if strategy.offloads_parameters and strategy.shards_parameters:
+        # The GPU keeps only what is gathered.
         host, parameters = sum(parameters.values()), dict.fromkeys(parameters, 0)
+    else:
+        hosted = _Hosted.of(model, strategy, dtype)
+        host, working = hosted.packed + hosted.dense, working + hosted.buffers
+        parameters["packed weights"] -= hosted.packed
+        parameters["dense weights"] -= hosted.dense
+        if strategy.offloads_parameters:
+            host, parameters["reference model"] = host + parameters["reference model"], 0
     parameters["reference model"] += reference.outside
     on_host = strategy.comm.device.type == "cpu"
     host += 0 if on_host else reference.outputs
@@ -148,6 +158,37 @@ class _Sizes:
         layouts = [m.layout for m in model.modules() if isinstance(m, HQQLinear)]
         largest = max((x.out_features * x.in_features for x in layouts), default=0)
         return cls(packed, dense, adapter, root, source, largest)
+
+
+@dataclass(frozen=True)
+class _Hosted:
+    """What a strategy that does not shard keeps in host memory, in bytes."""
+
+    packed: int
+    """Of the packed weights."""
+    dense: int
+    """Of the base parameters that are not quantized."""
+    buffers: int
+    """On the device, for the two groups of parameters that it has at a time."""
+
+    @classmethod
+    def of(cls, model: nn.Module, strategy: Strategy, dtype: torch.dtype) -> "_Hosted":
+        """Count the parameters of `model`; `dtype` is that of dense parameters."""
+        on_host = set(strategy.host_parameters(model))
+        layers = find_decoder_layers(model) or ()
+        groups = {
+            param: number for number, layer in enumerate(layers) for param in layer.parameters()
+        }
+        packed, dense, by_group = 0, 0, dict[int, int]()
+        for name, param in model.named_parameters():
+            if param not in on_host:
+                continue
+            is_packed = name.rpartition(".")[2] in PACKED_PARAMETERS
+            size = param.numel() * (param.element_size() if is_packed else dtype.itemsize)
+            packed, dense = packed + is_packed * size, dense + (not is_packed) * size
+            group = groups.get(param, -1)
+            by_group[group] = by_group.get(group, 0) + size
+        return cls(packed, dense, 2 * max(by_group.values(), default=0))
 
 
 def _adapter_bytes(workload: Workload, sizes: _Sizes) -> int:

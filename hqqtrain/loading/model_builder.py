@@ -184,7 +184,7 @@ def build_model(
         comm,
         quantized=is_packed,
         calibration=None if is_packed else calibration,
-        offload=strategy.offloads_parameters,
+        on_host=strategy.host_parameters(model),
         on_rows=fingerprint.update,
         on_layer=on_layer,
     )
@@ -245,7 +245,7 @@ def build_reference(
         model,
         reader,
         comm,
-        offload=strategy.offloads_parameters,
+        on_host=strategy.host_parameters(model),
         on_layer=lambda _: preemption.check_local(),
     )
     return strategy.wrap(model).eval(), int(comm.all_reduce_sum([reader.bytes_read])[0])

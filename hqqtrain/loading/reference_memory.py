@@ -19,12 +19,13 @@ class ReferenceBytes:
     """Bytes of one rank for the full-precision model.
 
     Attributes:
-        whole: The whole model, or the shard of this rank. It is offloaded if parameters are.
-        outside: What stays on the device of a streamed model: the parameters outside of the decoder
-            layers, unless the compared model has them, too.
+        whole: The whole model, or the shard of this rank. It is offloaded if parameters are; a
+            single process offloads its decoder layers alone.
+        outside: What stays on the device of a streamed model, or of one with offloaded decoder
+            layers: the parameters outside of them, unless the compared model has them, too.
         outputs: The hidden states that are kept on the host for all evaluations.
         layer: A decoder layer of a streamed model, and the inputs of the layers, until the hidden
-            states are known.
+            states are known; or two offloaded decoder layers.
     """
 
     whole: int = 0
@@ -62,7 +63,12 @@ def reference_bytes(
         whole = itemsize * sum(_sizes_by_part(model)) // shards
         size = kept_hidden_bytes(model, own_tokens, dtype)
         keeps = not strategy.shards_parameters and size <= MAX_KEPT_BYTES
-        return ReferenceBytes(whole=whole, outputs=size if keeps else 0)
+        outputs = size if keeps else 0
+        if strategy.offloads_parameters and not strategy.shards_parameters:
+            outside, *layers = (itemsize * size for size in _sizes_by_part(model))
+            buffers = 2 * max(layers, default=0)
+            return ReferenceBytes(sum(layers), outside=outside, outputs=outputs, layer=buffers)
+        return ReferenceBytes(whole=whole, outputs=outputs)
     shares = not (strategy.shards_parameters or strategy.offloads_parameters)
     outside, *layers = _sizes_by_part(model, without=shared_tensors(model) if shares else ())
     return ReferenceBytes(

@@ -20,6 +20,7 @@ class Workload:
         max_seq_len: The value of `train.max_seq_len`.
         activation_checkpointing: The value of `train.activation_checkpointing`.
         offload: The value of `parallel.offload`.
+        offloads_meta: Whether scale and zero are offloaded from a GPU to the host.
         offloads_activations: Whether activations are offloaded from a GPU to the host.
         evaluates: Whether a held-out text is evaluated.
         reference: The value of `eval.reference`; `off` if no other model is in memory.
@@ -52,6 +53,7 @@ class Workload:
     run_root: str
     calibration_tokens: int = 0
     eval_context: int = 0
+    offloads_meta: bool = False
 
     @property
     def trains(self) -> bool:

@@ -4,10 +4,11 @@ hqq keeps scale and zero in a dict, and its `.to` and `.half` do nothing. Here W
 are frozen parameters, so every tool that moves, saves or shards modules handles them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from hqqtrain.quant.quantize import QuantizedWeight, quantize_weight
 from hqqtrain.quant.spec import QuantSpec
@@ -42,7 +43,11 @@ class HQQLinear(nn.Module):
         scale: [units, groups] in `spec.meta_dtype`, or a view of its bits after `view_packed_as`.
         zero: Like `scale`.
         bias: [out_features] in `compute_dtype`, or None.
+        fetch_meta: Returns scale and zero on a device if they stay in host memory; None: they are
+            where W_q is. `nn.offload` sets it.
     """
+
+    fetch_meta: Callable[[torch.device], Sequence[Tensor]] | None = None
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, spec: QuantSpec, *,
@@ -114,10 +119,29 @@ class HQQLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in_features] to [..., out_features], in the dtype of x or of autocast."""
+        if self.fetch_meta is not None and torch.is_grad_enabled():
+            return self._forward_for_training(x)
         return ops.linear(x, *self._packed(), self.bias, self.layout, self.compute_dtype)
 
+    def _forward_for_training(self, x: Tensor) -> Tensor:
+        """Compute the output, and let the backward pass fetch scale and zero again."""
+        packed = self._packed()
+        positions = {tensor.data_ptr(): i for i, tensor in enumerate(packed) if i > 0}
+
+        def save(tensor: Tensor) -> Tensor | int:
+            return positions.get(tensor.data_ptr(), tensor)
+
+        def restore(saved: Tensor | int) -> Tensor:
+            return self._packed()[saved] if isinstance(saved, int) else saved
+
+        with saved_tensors_hooks(save, restore):
+            return ops.linear(x, *packed, self.bias, self.layout, self.compute_dtype)
+
     def _packed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return W_q in its storage dtype, and scale and zero in `meta_dtype`."""
+        """Return W_q in its storage dtype, and scale and zero in `meta_dtype`, on one device."""
+        if self.fetch_meta is not None:
+            scale, zero = self.fetch_meta(self.W_q.device)
+            return self.W_q, scale, zero
         meta_dtype = self.spec.meta_dtype
         if self.scale.dtype == meta_dtype:
             return self.W_q, self.scale, self.zero
@@ -133,8 +157,11 @@ class HQQLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HQQLinear":
         """Move or cast the module, but never cast the packed parameters."""
         packed_ids = {id(getattr(self, name)) for name in PACKED_PARAMETERS}
+        on_host = set() if self.fetch_meta is None else {id(self.scale), id(self.zero)}
 
         def keep_bits(tensor: Tensor) -> Tensor:
+            if id(tensor) in on_host:
+                return tensor
             result = fn(tensor)
             if id(tensor) in packed_ids and result.dtype != tensor.dtype:
                 return tensor.to(result.device)  # a cast would destroy the bits of a float view

@@ -85,7 +85,9 @@ def _runtime_settings(config: RunConfig) -> RuntimeSettings:
     if config.task == "data":
         return RuntimeSettings.of_any_machine(config.quant)
     # A training may be sharded, but a task without a directory runs in one process.
-    parallel = config.parallel if config.has_run_directory else ParallelConfig()
+    parallel = config.parallel
+    if not config.has_run_directory:  # a single process, which trains nothing
+        parallel = ParallelConfig(offload="parameters" if parallel.offloads_parameters else "none")
     return RuntimeSettings(
         parallel, config.quant, config.adapter, config.train, config.optim,
         trains=config.task == "finetune",

@@ -82,14 +82,14 @@ def load_generator(run: Run) -> TextGenerator:
     backend = inference_backend(run)
     check_fits_run(run, plan)
     loaded = load_source(run, plan, load_calibration(run, plan))
-    model = wrap_for_execution(loaded, run.runtime.strategy).model
-    cast_adapters(model, dtype)
+    cast_adapters(loaded.model, dtype)
     on_cpu = run.runtime.device.type == "cpu"
     if backend or not on_cpu:
         with errors_name_the_key():
-            prepare_for_inference(model, backend.name if backend else "auto")
+            prepare_for_inference(loaded.model, backend.name if backend else "auto")
     if on_cpu:
-        _dequantize_if_it_fits(model)
+        _dequantize_if_it_fits(loaded.model)
+    model = wrap_for_execution(loaded, run.runtime.strategy).model
     base = base_model(model)
     if file := _generation_config_file(plan):
         base.generation_config = read_generation_config(file)

@@ -68,6 +68,7 @@ def workload_of(
         reference=config.eval.reference if has_reference else "off",
         eval_tokens=config.eval.tokens,
         eval_context=context,
+        offloads_meta=config.quant.offload_meta,
         export_format=config.export.format,
         new_checkpoints=1 if has_checkpoints else kept_checkpoints + 1,
         run_root=config.run.root,

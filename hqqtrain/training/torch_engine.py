@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from hqqtrain.compat import ignore_under_ddp
 from hqqtrain.config.groups import OptimConfig
 from hqqtrain.distributed.gather import LocalShard, local_shard_of
 from hqqtrain.distributed.local import local_tensor
@@ -45,6 +46,8 @@ class TorchEngine:
         self.model, self._trainables = model, trainables
         self._accelerator, self._max_grad_norm = accelerator, max_grad_norm
         if uses_ddp:
+            if hosted := [n for n, p in model.named_parameters() if _stays_on_host(p, trainables)]:
+                ignore_under_ddp(model, hosted)
             # All ranks start with equal weights. DDP's initial broadcast would overwrite the
             # shards of FSDP1, so it is off.
             self.model = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)
@@ -114,3 +117,9 @@ class TorchEngine:
     def _drop_gradients(self) -> None:
         self._optimizer.zero_grad()
         self._norm = None
+
+
+def _stays_on_host(param: nn.Parameter, trainables: Mapping[str, nn.Parameter]) -> bool:
+    """Whether a frozen parameter is in host memory and the trained ones are not."""
+    trained = {trainable.device.type for trainable in trainables.values()}
+    return not param.requires_grad and param.device.type not in trained

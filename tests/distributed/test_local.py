@@ -97,7 +97,7 @@ def test_offloaded_parameters_are_on_the_host_and_buffers_are_not():
     model = _meta_model()
     for parameter in model.parameters():
         assert parameter.is_meta
-    materialize(model, torch.device("meta"), offload=True)  # meta stands in for a GPU
+    materialize(model, torch.device("meta"), on_host=model.parameters())  # meta: a GPU
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert {b.device.type for b in model.buffers()} == {"meta"}
 

@@ -33,7 +33,9 @@ class Capabilities:
 
     Attributes:
         several_processes: Whether more than one process may run.
-        parameter_offload: Whether `parallel.offload=parameters` works.
+        meta_offload: Whether `quant.offload_meta=true` works.
+        parameter_offload: The tasks for which `parallel.offload=parameters` works: all of them, or
+            those that do not train.
         hsdp: Whether `parallel.hsdp` works.
         package: Python package that the strategy needs, which is also the name of our extra for
             `pip install`; empty for none.
@@ -41,7 +43,8 @@ class Capabilities:
     """
 
     several_processes: bool = True
-    parameter_offload: bool = False
+    meta_offload: bool = False
+    parameter_offload: Literal["never", "without training", "always"] = "never"
     hsdp: bool = False
     package: str = ""
     conflicts: tuple[Conflict, ...] = ()
@@ -68,6 +71,7 @@ class Strategy:
         replicas: Number of replicas of the sharded model, see `parallel.hsdp`.
         offloads_parameters: Whether a GPU keeps the parameters in host memory between their uses;
             always false on a CPU.
+        offloads_meta: Whether a GPU keeps scale and zero in host memory; always false on a CPU.
     """
 
     name: ClassVar[str]
@@ -83,6 +87,7 @@ class Strategy:
     storage_dtype: torch.dtype = torch.uint8
     replicas: int = 1
     offloads_parameters: bool = False
+    offloads_meta: bool = False
 
     @classmethod
     def resolve_storage_dtype(cls, wanted: str, compute: torch.dtype) -> torch.dtype:
@@ -109,6 +114,10 @@ class Strategy:
 
     def shard(self, model: nn.Module) -> None:
         """Shard `model` for loading, in place, while its parameters are on meta. Collective."""
+
+    def host_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return the parameters of `model` that stay in host memory when it is loaded."""
+        return list(model.parameters()) if self.offloads_parameters else []
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Wrap a loaded model so that it can be called. Collective.

@@ -77,7 +77,7 @@ def check_supported(
     """
     errors = [
         *_process_errors(strategy, settings, world_size),
-        *_parallel_errors(strategy, settings.parallel),
+        *_parallel_errors(strategy, settings),
         *_conflict_errors(strategy, settings, precision, device),
     ]
     if errors:
@@ -103,12 +103,24 @@ def _process_errors(
         )
 
 
-def _parallel_errors(strategy: type[Strategy], parallel: ParallelConfig) -> Iterator[str]:
-    if parallel.offloads_parameters and not strategy.supports.parameter_offload:
-        able = _strategies_with(lambda supports: supports.parameter_offload)
+def _parallel_errors(strategy: type[Strategy], settings: RuntimeSettings) -> Iterator[str]:
+    parallel = settings.parallel
+    enough = ("always",) if settings.trains else ("always", "without training")
+    if parallel.offloads_parameters and strategy.supports.parameter_offload not in enough:
+        able = _strategies_with(lambda supports: supports.parameter_offload in enough)
+        instead = "parallel.offload=activations" if settings.trains else "quant.offload_meta=true"
         yield (
             f"parallel.offload={parallel.offload}: only parallel.strategy={able} offloads "
-            f"parameters, not {strategy.name}; use {able}, or parallel.offload=activations."
+            f"parameters{' in training' * settings.trains}, not {strategy.name}; use {able}, or "
+            f"{instead}."
+        )
+    if settings.quant.offload_meta and not strategy.supports.meta_offload:
+        able = _strategies_with(lambda supports: supports.meta_offload)
+        offloads = strategy.supports.parameter_offload != "never"
+        instead = ", or parallel.offload=parameters, which offloads them, too" if offloads else ""
+        yield (
+            f"quant.offload_meta=true: parallel.strategy={strategy.name} shards scale and zero; "
+            f"use {able}{instead}."
         )
     if parallel.hsdp and not strategy.supports.hsdp:
         able = _strategies_with(lambda supports: supports.hsdp)

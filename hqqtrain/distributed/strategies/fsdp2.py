@@ -38,7 +38,7 @@ class FSDP2(Strategy):
 
     name = "fsdp2"
     supports = Capabilities(
-        parameter_offload=True,
+        parameter_offload="always",
         hsdp=True,
         conflicts=(
             Conflict(

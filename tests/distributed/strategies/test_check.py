@@ -49,7 +49,11 @@ def test_the_defaults_suit_every_strategy(strategy, precision):
     ("zero3", AdapterConfig(dtype="bf16"), "bf16", "cuda",
      r"^adapter\.dtype=bf16: .*under parallel\.strategy=zero3; use fp32, or fsdp2\.$"),
     ("ddp", ParallelConfig(offload="all"), "bf16", "cuda",
-     r"^parallel\.offload=all: only parallel\.strategy=fsdp2 offloads parameters, not ddp; use"),
+     r"^parallel\.offload=all: only parallel\.strategy=fsdp2 offloads parameters in training, not"),
+    ("fsdp2", QuantConfig(offload_meta=True), "bf16", "cuda",
+     r"^quant\.offload_meta=true: .*fsdp2 shards .*use single or ddp, or parallel\.offload=param"),
+    ("fsdp1", QuantConfig(offload_meta=True), "bf16", "cuda",
+     r"^quant\.offload_meta=true: parallel\.strategy=fsdp1 shards .*; use single or ddp\.$"),
     ("fsdp1", ParallelConfig(hsdp=True), "bf16", "cuda",
      r"^parallel\.hsdp=true: needs parallel\.strategy=fsdp2, not fsdp1\.$"),
     ("fsdp1", QuantConfig(storage_dtype="uint8"), "bf16", "cuda",
@@ -96,6 +100,16 @@ def test_a_task_that_does_not_train_needs_no_optimizer():
         train=TrainConfig(global_batch_size=3),
     )  # fmt: skip
     _check("ddp", settings, device="cpu")
+
+
+def test_without_training_a_single_process_offloads_parameters():
+    settings = replace(PLAIN, trains=False, parallel=ParallelConfig(offload="parameters"))
+    check.check_supported(
+        STRATEGIES["single"], settings, precision="bf16", device="cuda", world_size=1
+    )
+    message = r"^parallel\.offload=parameters: only .*single or fsdp2 offloads parameters, not ddp; "
+    with pytest.raises(UserError, match=message):
+        _check("ddp", settings)
 
 
 def test_every_key_of_a_conflict_exists():
