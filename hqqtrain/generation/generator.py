@@ -159,22 +159,14 @@ class TextGenerator:
 
 def _compiles(base: PreTrainedModel, device: torch.device, wanted: bool | None) -> bool:
     """Return whether to compile a model for decoding; see `TextGenerator`."""
-    if has_host_weights(base):
-        if wanted:
-            raise UserError(
-                "generate.compile=true: weights of the model stay in host memory, and their copies "
-                "cannot be compiled; use auto or false."
-            )
+    on_host, is_able = has_host_weights(base), supports_static_cache(base)
+    if wanted and (on_host or not is_able):
+        cannot = f"transformers' {type(base).__name__} cannot be compiled with a static cache"
+        reason = "weights of the model stay in host memory" if on_host else cannot
+        raise UserError(f"generate.compile=true: {reason}; use auto or false.")
+    if wanted is None and on_host:
         logger.info("the model is not compiled, because weights of it stay in host memory")
-        return False
-    if wanted and not supports_static_cache(base):
-        raise UserError(
-            f"generate.compile=true: transformers' {type(base).__name__} cannot be compiled "
-            "with a static cache; use auto or false."
-        )
-    if wanted is None:
-        return device.type == "cuda" and supports_static_cache(base)
-    return wanted
+    return device.type == "cuda" and is_able and not on_host if wanted is None else wanted
 
 
 def generate(

@@ -42,7 +42,7 @@ class StagedTensors:
         self._host: list[Tensor] = []  # the bytes of each group
         self._groups: list[list[Tensor]] = []  # the tensors of each group, views of these bytes
         self._device: torch.device | None = None
-        self._buffers: list[Tensor] = []
+        self._slots: list[Tensor] = []
         self._held: list[int | None] = [None, None]  # the group in each buffer
         self._views: dict[tuple[int, int], list[Tensor]] = {}  # by buffer and group
         self._current = -1
@@ -93,7 +93,7 @@ class StagedTensors:
         views = self._views.get((buffer, index))
         if views is None:
             with torch.inference_mode(False):  # autograd may save them
-                views = _views_of(self._buffers[buffer], self._groups[index])
+                views = _views_of(self._slots[buffer], self._groups[index])
             self._views[buffer, index] = views
         return views
 
@@ -108,9 +108,9 @@ class StagedTensors:
         self._device, self._stream = device, None
         self._copies = module.Stream(device) if device.type == "cuda" else module.Stream()
         with torch.inference_mode(False):
-            self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+            self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         if device.type == "cuda":
-            for buffer in self._buffers:  # a copy may be in flight when they are freed
+            for buffer in self._slots:  # a copy may be in flight when they are freed
                 buffer.record_stream(self._copies)
         self._held, self._current = [None, None], -1
         self._views.clear()
@@ -139,7 +139,7 @@ class StagedTensors:
         host = self._host[index]
         self._copies.wait_stream(stream)
         with torch.get_device_module(self._device).stream(self._copies), torch.no_grad():
-            self._buffers[buffer][: len(host)].copy_(host, non_blocking=True)
+            self._slots[buffer][: len(host)].copy_(host, non_blocking=True)
         self._held[buffer] = index
 
     def __deepcopy__(self, memo: dict) -> "StagedTensors":

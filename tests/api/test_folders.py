@@ -14,7 +14,9 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.formats.manifest import is_sealed
 from hqqtrain.formats.quantized_settings import read_quantized_settings
+from hqqtrain.models.offload import offloads_meta
 from hqqtrain.models.source import resolve_source
+from hqqtrain.nn.staging import StagedTensors
 
 TOKENS = torch.arange(16).view(2, 8)
 
@@ -36,6 +38,22 @@ def test_saved_and_loaded(quantized, tokenizer, tmp_path: Path):
     assert AutoTokenizer.from_pretrained(folder)("def f")["input_ids"]
     assert (folder / "generation_config.json").exists()
     assert hqqtrain.load_quantized(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_meta_on_the_host_is_no_part_of_a_folder(quantized, tmp_path: Path, monkeypatch):
+    expected = logits_of(quantized)
+    hqqtrain.save_quantized(quantized, tmp_path / "plain")
+    monkeypatch.setattr(StagedTensors, "copies_on_cpu", True)
+    model = hqqtrain.load_quantized(tmp_path / "plain", device="cpu", offload_meta=True)
+    assert offloads_meta(model)
+    assert torch.equal(logits_of(model), expected)
+    hqqtrain.save_quantized(model, tmp_path / "again")
+    files = sorted(path.name for path in (tmp_path / "plain").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "again").iterdir())
+    for name in files:
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    mapped = hqqtrain.load_quantized(tmp_path / "again", device="auto", offload_meta=True)
+    assert torch.equal(logits_of(mapped), expected)
 
 
 def test_an_adapter_names_the_folder_and_its_fingerprint(quantized, tmp_path: Path):

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, HqqConfig
 import hqqtrain
 from hqqtrain.common.errors import UserError
 from hqqtrain.inference.backends.base import RepackedLinear
+from hqqtrain.models.offload import offloads_meta
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.lora import cast_adapters
+from hqqtrain.nn.staging import StagedTensors
 from hqqtrain.quant.spec import QuantSpec
 from hqqtrain.tasks.inference import quantize
 from hqqtrain_kernels import backend
@@ -73,6 +75,26 @@ def test_a_config(dense):
     )
     hqqtrain.quantize_model(dense, config)
     assert_like_hqq(dense, quantized_by_hqq(theirs.BaseQuantizeConfig(3, 32, axis=1)))
+
+
+def test_meta_on_the_host(dense, tmp_path, monkeypatch):
+    """`BaseQuantizeConfig(..., offload_meta=True)`"""
+    expected = quantized_by_hqq(theirs.BaseQuantizeConfig(4, 32, axis=1))
+    monkeypatch.setattr(StagedTensors, "copies_on_cpu", True)
+    settings = {"nbits": 4, "group_size": 32, "solver": "hqq", "meta_dtype": "fp32"}
+    config = hqqtrain.QuantConfig(**settings, calibration=None, offload_meta=True)
+    hqqtrain.quantize_model(dense, config)
+    assert offloads_meta(dense)
+    assert_like_hqq(dense, expected)
+    hqq_config = hqqtrain.HqqTrainConfig(**settings, offload_meta=True)
+    assert "offload_meta" not in hqq_config.to_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(small_model(), quantization_config=hqq_config)
+    assert offloads_meta(loaded)
+    assert torch.equal(logits_of(loaded), logits_of(dense))
+    hqqtrain.save_quantized(loaded, tmp_path / "saved")
+    assert offloads_meta(hqqtrain.load_quantized(tmp_path / "saved", offload_meta=True))
+    with pytest.raises(UserError, match=r"HqqTrainConfig\.offload_meta=3"):
+        hqqtrain.HqqTrainConfig(offload_meta=3)
 
 
 def test_settings_per_tag(dense):

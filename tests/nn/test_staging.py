@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,6 +88,12 @@ def staged_groups(count: int) -> StagedTensors:
     return staged
 
 
+def compare(got: list[torch.Tensor], expected: list[torch.Tensor], wrong: list[int]) -> None:
+    """Add the number of a group to `wrong` if its tensors have other values."""
+    if not all(map(torch.equal, got, expected)):
+        wrong.append(int(expected[0][0, 0]))
+
+
 FORWARD = [0, 0, 1, 2, 3, 4] * 3
 BACKWARD = [4, 3, 3, 2, 1, 0]
 
@@ -102,16 +109,12 @@ def test_no_schedule_gives_other_values(
     for _ in range(40):
         STREAMS.clear()
         users = [LateStream() for _ in range(count_streams)]
-        staged, expected, wrong = staged_groups(5), groups_of(5), []
-
-        def use(index: int, tensors: list[torch.Tensor]) -> None:
-            if not all(map(torch.equal, tensors, expected[index])):
-                wrong.append(index)
+        staged, expected, wrong = staged_groups(5), groups_of(5), list[int]()
 
         for index in order:
             device.current = chooser.choice(users)
             tensors = staged.fetch(index, CPU)
-            device.current.work.append(lambda i=index, t=tensors: use(i, t))
+            device.current.work.append(partial(compare, tensors, expected[index], wrong))
         while ready := [stream for stream in STREAMS if stream.can_go_on()]:
             chooser.choice(ready).go_on()
         assert all(stream.done == len(stream.work) for stream in STREAMS), "a deadlock"
