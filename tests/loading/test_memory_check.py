@@ -71,6 +71,51 @@ def test_offloaded_parameters_count_as_host_memory():
         check_fits(after, free, workload_of(config), local_ranks=8)
 
 
+@pytest.mark.parametrize("key", ["quant.offload_meta=true", "parallel.offload=parameters"])
+def test_what_a_single_process_offloads_counts_as_host_memory(key: str):
+    config = two_bit_config()
+    model = meta_model("tiny", config)
+    is_meta = key.startswith("quant")
+    config.quant.offload_meta = is_meta
+    config.parallel.offload = "none" if is_meta else "parameters"
+    before, after = (
+        estimate_memory(workload_of(config), model, strategy, dtype=torch.bfloat16)
+        for strategy in (
+            SingleProcess(SINGLE_PROCESS),
+            SingleProcess(SINGLE_PROCESS, offloads_meta=is_meta, offloads_parameters=not is_meta),
+        )
+    )
+    meta = 2 * sum(p.numel() * 2 for n, p in model.named_parameters() if n.endswith(".scale"))
+    packed, dense, reference = "packed weights", "dense weights", "reference model"
+    assert before.device["adapter and optimizer"] == after.device["adapter and optimizer"] > 0
+    if is_meta:
+        assert after.host == before.device[packed] - after.device[packed] == meta
+        assert after.device[dense] == before.device[dense]
+        more = after.device["working memory"] - before.device["working memory"]
+        assert more == 2 * meta // 6, "two decoder layers of six"
+    else:
+        assert after.device[packed] == 0
+        outside = (2 * 4096 + 1) * 256 * 2 - 4096 * 256 * 2  # embeddings that are the head, a norm
+        assert after.device[dense] == after.device[reference] == outside
+        moved = (packed, dense, reference)
+        assert after.host == sum(before.device[part] - after.device[part] for part in moved)
+    assert f"host memory {after.host / GIB:.2g} GiB" in str(after)
+    free = AvailableMemory(host=after.host - 1, disk=1 << 50, device=1 << 50)
+    with pytest.raises(UserError, match=f"{key}: 1 ranks would keep"):
+        check_fits(after, free, workload_of(config))
+
+
+def test_advice_names_what_can_be_offloaded():
+    config = two_bit_config()
+    config.task = "eval"
+    advice = oom_advice(workload_of(config), SingleProcess(SINGLE_PROCESS))
+    assert "quant.offload_meta=true; parallel.offload=parameters, in one process" in advice
+    config.task, config.quant.offload_meta = "finetune", True
+    advice = oom_advice(workload_of(config), SingleProcess(SINGLE_PROCESS))
+    assert "offload_meta" not in advice
+    assert "parallel.strategy=fsdp2 with parallel.offload=all" in advice
+
+
 def test_a_run_that_may_not_fit_gives_a_warning():
     config = two_bit_config()
     needs = estimate(config, meta_model("tiny", config), dtype=torch.float32)

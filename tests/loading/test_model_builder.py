@@ -18,7 +18,9 @@ from hqqtrain.loading.model_builder import (
     wrap_for_execution,
 )
 from hqqtrain.loading.plan import plan_model
+from hqqtrain.models.offload import offloads_meta
 from hqqtrain.nn.hqq_linear import HQQLinear
+from hqqtrain.nn.staging import StagedTensors
 from hqqtrain.quant.error import error_ratio, squared_error
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.model import plan_settings
@@ -61,6 +63,24 @@ def test_weights_and_errors(run: Run, tiny_model: Path):
     assert torch.equal(embedding.bfloat16(), source["model.embed_tokens.weight"])
     assert loaded.bytes_read == loaded.plan.reader.total_bytes
     assert loaded.seconds == max(stats.seconds for stats in loaded.load_stats) > 0
+
+
+@pytest.mark.parametrize("offloads", ["offloads_meta", "offloads_parameters"])
+def test_offloaded_weights_are_the_same(run: Run, tmp_path: Path, monkeypatch, offloads: str):
+    monkeypatch.setattr(StagedTensors, "copies_on_cpu", True)
+    plain = _build(run)
+    plain.save_packed(tmp_path / "plain", run.runtime.comm, extra_json={})
+    expected = _logits(wrap_for_execution(plain, run.runtime.strategy).model)
+    monkeypatch.setattr(run.runtime.strategy, offloads, True)
+    loaded = _build(run)
+    loaded.save_packed(tmp_path / "offloaded", run.runtime.comm, extra_json={})
+    assert loaded.settings == plain.settings
+    for path in (tmp_path / "plain").iterdir():
+        assert path.read_bytes() == (tmp_path / "offloaded" / path.name).read_bytes()
+    runnable = wrap_for_execution(loaded, run.runtime.strategy)
+    for _ in range(2):
+        assert torch.equal(_logits(runnable.model), expected)
+    assert offloads_meta(runnable.model) == (offloads == "offloads_meta")
 
 
 def test_packed_weights_come_back_to_the_bit(run: Run, tmp_path: Path):
