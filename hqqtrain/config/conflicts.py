@@ -57,6 +57,10 @@ CONFIG_CONFLICTS = (
         "its layers stay on the device; use quant.backend=auto or parallel.offload=none.",
     ),
     Conflict(
+        {"quant.backend": INFERENCE_BACKENDS, "quant.offload_meta": (True,)},
+        "its layers stay on the device; use quant.backend=auto or quant.offload_meta=false.",
+    ),
+    Conflict(
         {"quant.save": (False,), "task": ("quantize",)},
         "task=quantize only serves to save quantized/; use true.",
     ),

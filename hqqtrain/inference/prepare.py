@@ -8,6 +8,7 @@ import logging
 
 from torch import nn
 
+from hqqtrain.common.errors import UserError
 from hqqtrain.inference.backends.registry import find_backend, repack_linears
 from hqqtrain.inference.grouped_attention import use_grouped_attention
 from hqqtrain.inference.merged_linears import merge_linears
@@ -31,11 +32,17 @@ def prepare_for_inference(model: nn.Module, backend: str = "auto") -> nn.Module:
         The model, in evaluation mode.
 
     Raises:
-        UserError: The backend is unknown, is not installed, or can compute none of the layers.
+        UserError: The backend is unknown, is not installed, or can compute none of the layers; or
+            scale and zero are in host memory.
     """
     foreign = find_backend(backend)
     base = base_model(model)
     offloads = offloads_meta(base)
+    if foreign and offloads:
+        raise UserError(
+            f"backend={backend}: its layers stay on the device, but scale and zero of the model "
+            "are in host memory (offload_meta); use auto."
+        )
     merged = merge_linears(base)
     if offloads:
         offload_meta(base)

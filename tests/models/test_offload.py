@@ -76,6 +76,8 @@ def test_merged_linears_are_offloaded_again() -> None:
     prepare_for_inference(offloaded)
     with torch.no_grad():
         assert torch.equal(offloaded(IDS).logits, plain(IDS).logits)
+    with pytest.raises(UserError, match="backend=torchao: its layers stay on the device"):
+        prepare_for_inference(offloaded, "torchao")
     assert all(linear.fetch_meta for linear in offloaded.modules() if hasattr(linear, "W_q"))
 
 
