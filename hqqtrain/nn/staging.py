@@ -13,6 +13,7 @@ is slower, but as correct:
 import logging
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
@@ -168,7 +169,11 @@ def _pin(host: Tensor) -> bool:
     PyTorch's allocator of pinned memory would round the size up to a power of two.
     """
     runtime: Any = torch.cuda.cudart()
-    return int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, _PORTABLE)) == 0
+    if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, _PORTABLE)) == 0:
+        return True
+    with suppress(RuntimeError):  # CUDA would report the error again, at the next kernel
+        torch.zeros(1, device="cuda")
+    return False
 
 
 def _unpin(pinned: list[Tensor], device: torch.device) -> None:

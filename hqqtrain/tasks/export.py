@@ -81,11 +81,13 @@ class _ExportCheck:
         written.comparison.check(settings.max_error)
         if settings.max_kl is None or written.comparison.max_error == 0:
             return
-        reason = ""
+        reason, strategy = "", self._run.runtime.strategy
         if self._run.config.eval.source is None:
             reason = "eval.source=null"
-        elif self._run.runtime.strategy.shards_parameters:
-            reason = f"parallel.strategy={self._run.runtime.strategy.name} shards the model"
+        elif strategy.shards_parameters:
+            reason = f"parallel.strategy={strategy.name} shards the model"
+        elif strategy.offloads_parameters or strategy.offloads_meta:
+            reason = "weights stay in host memory (parallel.offload, quant.offload_meta)"
         if reason:
             if self._run.runtime.comm.is_main:
                 logger.warning("export.max_kl: the KL divergence is not measured: %s", reason)
