@@ -68,7 +68,8 @@ class Runtime:
         parallel, quant = settings.parallel, settings.quant
         strategy_name, precision = reconcile_accelerate_config(os.environ, parallel, settings.train)
         precision = _resolve_precision(precision)
-        offloads = parallel.offloads_parameters or quant.offload_meta
+        offloads_meta = quant.quantizes and quant.offload_meta
+        offloads = parallel.offloads_parameters or offloads_meta
         accelerator = _start_accelerator(precision, offloads)
         comm = Communicator(
             accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -84,7 +85,7 @@ class Runtime:
         )
         if parallel.offload != "none" and not on_gpu:
             logger.warning("parallel.offload=%s: has no effect on a CPU", parallel.offload)
-        if quant.offload_meta and not on_gpu:
+        if offloads_meta and not on_gpu:
             logger.warning("quant.offload_meta=true: has no effect on a CPU")
         if quant.quantizes:
             _select_backend(quant, comm)
@@ -97,7 +98,7 @@ class Runtime:
             storage_dtype=strategy_class.resolve_storage_dtype(quant.storage_dtype, compute_dtype),
             replicas=replicas,
             offloads_parameters=on_gpu and parallel.offloads_parameters,
-            offloads_meta=on_gpu and quant.quantizes and quant.offload_meta,
+            offloads_meta=on_gpu and offloads_meta,
         )
         offloads_activations = on_gpu and parallel.offloads_activations
         return cls(comm, accelerator, strategy, precision, offloads_activations, preemption)

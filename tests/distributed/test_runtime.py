@@ -38,6 +38,14 @@ def test_everything_that_is_auto_is_resolved():
     assert _start().strategy.name == "single"
 
 
+def test_on_a_cpu_meta_is_not_offloaded(caplog: pytest.LogCaptureFixture):
+    assert not _start(quant=QuantConfig(offload_meta=True)).strategy.offloads_meta
+    assert "quant.offload_meta=true: has no effect on a CPU" in caplog.text
+    caplog.clear()
+    _start(quant=QuantConfig(nbits=None, offload_meta=True))
+    assert "offload_meta" not in caplog.text, "a setting without effect is reported elsewhere"
+
+
 def test_fp16_needs_a_gpu():
     with pytest.raises(UserError, match=r"train\.precision=fp16: needs a GPU; use fp32 or bf16"):
         _start(train=TrainConfig(precision="fp16"))

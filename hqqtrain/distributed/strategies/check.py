@@ -50,7 +50,7 @@ class RuntimeSettings:
         Args:
             quant: The settings that say which layers of the model are quantized.
         """
-        quant = replace(quant, backend="auto", storage_dtype="auto")
+        quant = replace(quant, backend="auto", storage_dtype="auto", offload_meta=False)
         train = TrainConfig(precision="fp32")
         return cls(ParallelConfig(), quant, AdapterConfig(), train, OptimConfig(), trains=False)
 
@@ -114,7 +114,8 @@ def _parallel_errors(strategy: type[Strategy], settings: RuntimeSettings) -> Ite
             f"parameters{' in training' * settings.trains}, not {strategy.name}; use {able}, or "
             f"{instead}."
         )
-    if settings.quant.offload_meta and not strategy.supports.meta_offload:
+    quant = settings.quant
+    if quant.quantizes and quant.offload_meta and not strategy.supports.meta_offload:
         able = _strategies_with(lambda supports: supports.meta_offload)
         offloads = strategy.supports.parameter_offload != "never"
         instead = ", or parallel.offload=parameters, which offloads them, too" if offloads else ""
