@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hqqtrain.api.export import export
     from hqqtrain.api.folders import load_quantized, save_quantized
     from hqqtrain.api.hqq_lora import load_hqq_lora
+    from hqqtrain.api.hub import push_to_hub
     from hqqtrain.api.quantization import quantize_model
     from hqqtrain.api.training import train
     from hqqtrain.config.quant import QuantConfig
@@ -40,6 +41,7 @@ __all__ = [
     "load_hqq_lora",
     "load_quantized",
     "prepare_for_inference",
+    "push_to_hub",
     "quantize_model",
     "save_quantized",
     "train",
@@ -58,6 +60,7 @@ _MODULES = {
     "load_hqq_lora": "hqqtrain.api.hqq_lora",
     "load_quantized": "hqqtrain.api.folders",
     "prepare_for_inference": "hqqtrain.inference.prepare",
+    "push_to_hub": "hqqtrain.api.hub",
     "quantize_model": "hqqtrain.api.quantization",
     "save_quantized": "hqqtrain.api.folders",
     "train": "hqqtrain.api.training",

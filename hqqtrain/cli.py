@@ -159,6 +159,8 @@ def _check(command: Command) -> int:
             if job.config.has_run_directory:
                 RunDirectory(job.config).check()
                 checked.append("the run directory")
+        if name := job.config.hub.push:
+            checked.append(f"hub.push={name} is on the hub and was not checked")
         if has_inputs_to_check(job.config):
             from hqqtrain.tasks.run import check_inputs
 

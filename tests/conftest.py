@@ -23,7 +23,7 @@ if not HAS_GPU:
 
         fast_interpreter.speed_up()
 
-pytest_plugins = ["random_models", "quantized_models", "exports", "tiny_runs"]
+pytest_plugins = ["random_models", "quantized_models", "exports", "tiny_runs", "hub_server"]
 
 collect_ignore = [] if "HQQTRAIN_INTEROP" in os.environ else ["interop"]
 """The tests in interop/ need environments that are made by hand."""

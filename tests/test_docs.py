@@ -30,7 +30,8 @@ MUST_NOT_EXIST = ("kernels/__init__.py", "__init__.py", "hqqtrain/recipes")
 """Files that would hide another package, and a folder that only the wheel has."""
 KEY = re.compile(rf"(?<![\w/.<-])({'|'.join(GROUPS)})\.(\w+)(?!\w)(?!\.(?:py|md|\d))")
 NOT_KEYS = re.compile(
-    r"(?:model|data|run|launch|generate)\.(?:safetensors|layers|generation_config|py|sh|md)|adapter\.gguf"
+    r"(?:model|data|run|launch|hub|generate)\."
+    r"(?:safetensors|layers|generation_config|push_to_hub|py|sh|md)|adapter\.gguf"
 )
 COMMAND = re.compile(r"(?:-m hqqtrain|\./launch\.sh) ((?:-m )?\w+=[^`#]*)")
 RECIPE = re.compile(r"recipe=(\w+)")

@@ -14,7 +14,7 @@ from hqqtrain.config.typed_group import build_group
 
 Group = TypeVar("Group")
 
-_GROUPS = ("model", "quant", "adapter", "train", "data", "optim", "eval", "export")
+_GROUPS = ("model", "quant", "adapter", "train", "data", "optim", "eval", "export", "hub")
 _KEYS = {
     f"{group}.{item.name}": item.name
     for group in _GROUPS

@@ -110,6 +110,7 @@ def compose_command(overrides: list[str], multirun: bool) -> Command:
             jobs.append(Job(job_overrides, composed.checked()))
     errors.raise_if_any()
     _refuse_shared_folders(jobs)
+    _refuse_shared_repositories(jobs)
     # Without a sweep, the only job has the overrides of the command line unchanged.
     is_sweep = multirun or [job.overrides for job in jobs] != [overrides]
     if not is_sweep:
@@ -148,4 +149,16 @@ def _refuse_shared_folders(jobs: list[Job]) -> None:
             raise UserError(
                 f"run.name={job.config.run.name}: every job of a sweep needs its own folder; use "
                 "run.name=null, which derives a name from the settings that define the result."
+            )
+
+
+def _refuse_shared_repositories(jobs: list[Job]) -> None:
+    """Refuse different jobs of a sweep that would push their results to one repository."""
+    identities: dict[str, str] = {}  # repository -> identity of the first job that pushes to it
+    for job in jobs:
+        name, identity = job.config.hub.push, job.config.identity()
+        if name and identities.setdefault(name, identity) != identity:
+            raise UserError(
+                f"hub.push={name}: every job of a sweep would push its result to this repository; "
+                "leave it out, and push the best run afterwards by its own command with hub.push."
             )

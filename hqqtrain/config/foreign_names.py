@@ -116,6 +116,10 @@ FOREIGN_NAMES = {
     "prompts": "generate.prompt", "prompt_file": "generate.prompts_file",
     "system_prompt": "generate.system", "system_message": "generate.system",
     "default_system": "generate.system",
+    # hub
+    "push_to_hub": "hub.push", "hub_model_id": "hub.push", "push_to_hub_model_id": "hub.push",
+    "save_to_hub": "hub.push", "hub_strategy": "hub.push", "hf_path": "hub.push",
+    "hub_private_repo": "hub.private", "hf_hub_private": "hub.private",
     # distribution, output and tracking
     "fsdp": "parallel.strategy=fsdp2", "deepspeed": "parallel.strategy=zero3",
     "zero_stage": "parallel.strategy=zero3", "ddp": "parallel.strategy=ddp",
@@ -157,6 +161,10 @@ NEEDLESS_NAMES = {
         "splits are told by the names of files and of the splits of a data set; data.source can "
         "name a single file, and data.validation is the share that is held out otherwise",
     ),
+    **dict.fromkeys(
+        ("hub_token", "push_to_hub_token", "hf_token", "hf_hub_token"),
+        "the token is that of `hf auth login`, or of the environment variable HF_TOKEN",
+    ),
     "logging_steps": "every step is logged",
     "plot_loss": "report/ has the plots of every run",
     "trust_remote_code": "code of a model or of a data set is never run",
@@ -174,6 +182,7 @@ _IN_GROUPS = {
 """Names that mean one of our keys only as a key of this group."""
 
 _REMARKS = {
+    "hub.push": "a repository, user/name, which gets the results when the run is done",
     "train.global_batch_size": "accumulation is derived from it, train.micro_batch_size and the "
     "number of processes",
     "train.micro_batch_size": "train.global_batch_size sets the sequences of a step",

@@ -20,6 +20,7 @@ from hqqtrain.config.groups import (
     OptimConfig,
     TrainConfig,
 )
+from hqqtrain.config.hub import HubConfig
 from hqqtrain.config.infra import CheckpointConfig, LaunchConfig, RunDirConfig, TrackConfig
 from hqqtrain.config.parallel import ParallelConfig
 from hqqtrain.config.quant import QuantConfig
@@ -38,7 +39,7 @@ TASKS = {
 TASKS_WITHOUT_RUN = ("generate",)
 """Tasks that write no run directory."""
 
-NON_RESULT_GROUPS = ("generate", "run", "track", "ckpt", "launch", "recipe")
+NON_RESULT_GROUPS = ("generate", "hub", "run", "track", "ckpt", "launch", "recipe")
 """Groups that the result does not depend on; they do not enter a run's name."""
 
 _NON_RESULT_KEYS = {
@@ -114,6 +115,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     ckpt: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -148,6 +150,12 @@ class RunConfig:
         )
         yield from self.track.combination_errors()
         yield from self.launch.combination_errors()
+        pushes_base = self.hub.push and self.task == "finetune" and self.quant.quantizes
+        if pushes_base and not self.quant.save:
+            yield (
+                f"hub.push={self.hub.push}: also pushes the base of the adapter, which "
+                "quant.save=false does not keep; use quant.save=true."
+            )
         if self.train.max_grad_norm == 0:
             yield "train.max_grad_norm=0: must be above 0, or null for no clipping."
         if not 0 <= self.adapter.dropout < 1:

@@ -24,7 +24,7 @@ _EVERY_TASK = (
 
 USED_KEYS = {
     "finetune": ("*",),
-    "quantize": _EVERY_TASK,
+    "quantize": (*_EVERY_TASK, "hub", "hub.*"),
     "eval": (
         *_EVERY_TASK, "adapter.init_from", "adapter.dtype", "data", "data.*", "eval", "eval.*",
         "train.max_seq_len", "train.micro_batch_size",
@@ -32,7 +32,7 @@ USED_KEYS = {
     "export": (
         *_EVERY_TASK, "adapter.init_from", "adapter.dtype", "export", "export.*", "data", "data.*",
         "eval.source", "eval.tokens", "eval.protocol", "train.max_seq_len",
-        "train.micro_batch_size",
+        "train.micro_batch_size", "hub", "hub.*",
     ),
     "generate": (
         "task", "recipe", "model", "model.*", "quant", "quant.*", "generate", "generate.*",
@@ -52,9 +52,9 @@ _TRAINING_ONLY = ("eval.every", "eval.samples", "parallel.consistency_check_ever
 
 UNUSED_KEYS = {
     "finetune": ("export", "export.*", "generate", "generate.*", "data.show"),
-    "quantize": _TRAINING_ONLY,
+    "quantize": (*_TRAINING_ONLY, "hub.base"),
     "eval": (*_TRAINING_ONLY, "quant.save", "data.show"),
-    "export": (*_TRAINING_ONLY, "quant.save", "data.show"),
+    "export": (*_TRAINING_ONLY, "quant.save", "data.show", "hub.base"),
     "generate": ("quant.save",),
     "data": (),
 }
@@ -66,6 +66,7 @@ _OF_CALIBRATION = ("data", "data.*", "eval.source")
 SWITCHED_OFF: dict[str, Any] = {"track.backends": [], "eval.source": None, "eval.reference": "off"}
 """Values that switch off what a key controls. A task that does not use the key needs no warning."""
 
+_OF_HUB = ("hub.private", "hub.base")
 _OF_WANDB = ("track.project", "track.entity")
 _OF_FILES = (
     "data.format", "data.file_type", "data.text_field", "data.max_bad_rows", "data.validation",
@@ -122,9 +123,11 @@ def _ineffective(config: RunConfig) -> Iterator[tuple[str, str]]:
     if not config.quant.quantizes and evaluation.streams_reference:
         for key in ("eval.reference", "eval.cache_dir"):
             yield key, "with quant.nbits=null the model without its adapter is the reference"
-    if "wandb" not in config.track.backends:
-        for key in _OF_WANDB:
-            yield key, "track.backends does not contain wandb"
+    keys_without = (
+        (config.hub.push is None, _OF_HUB, "hub.push=null pushes nothing"),
+        ("wandb" not in config.track.backends, _OF_WANDB, "track.backends does not contain wandb"),
+    )
+    yield from ((key, why) for is_off, keys, why in keys_without if is_off for key in keys)
     yield from _ineffective_generation(config.generate)
     yield from _ineffective_quantization(config.quant)
     yield from _ineffective_data(config)

@@ -57,6 +57,11 @@ def recorded_fingerprint(metadata: dict[str, str]) -> str | None:
     return metadata.get(_FINGERPRINT)
 
 
+def is_quantized_base(metadata: Mapping[str, str]) -> bool:
+    """Whether the metadata of an adapter say that hqqtrain has quantized its base."""
+    return metadata.get(_QUANTIZED) == "true"
+
+
 def check_fingerprint(trained_on: str | None, base: str, origin: str, advice: str) -> None:
     """Check that an adapter was trained on the base with the fingerprint `base`.
 
@@ -92,7 +97,7 @@ def check_base_of(model: nn.Module, file: Path, origin: str) -> dict[str, str]:
     Raises:
         UserError: The model is another base, or has other weights than the quantized ones.
     """
-    found = _read_metadata(file)
+    found = read_metadata(file)
     metadata = {key: found[key] for key in (_FINGERPRINT, _QUANTIZED) if key in found}
     trained_on = recorded_fingerprint(metadata)
     root = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
@@ -105,7 +110,7 @@ def check_base_of(model: nn.Module, file: Path, origin: str) -> dict[str, str]:
         logger.warning(
             "%s: trained on the base %s; on any other model it adds noise", origin, trained_on
         )
-    elif metadata[_QUANTIZED] == "true":
+    elif is_quantized_base(metadata):
         raise UserError(
             f"{origin}: trained on the quantized base {trained_on}, but hqqtrain has not quantized "
             f"this model. {fix} If this model has the dequantized weights of that base, set "
@@ -138,7 +143,7 @@ def saved_base_of(adapter: Path) -> Path | None:
     Args:
         adapter: The folder `adapter/` of a run, or one of its checkpoints.
     """
-    trained_on = recorded_fingerprint(_read_metadata(adapter / WEIGHTS))
+    trained_on = recorded_fingerprint(read_metadata(adapter / WEIGHTS))
     parents = Path(os.path.abspath(adapter)).parents[:2] if trained_on else ()
     for folder in (RunLayout(parent).quantized for parent in parents):
         try:
@@ -163,8 +168,8 @@ def base_fingerprint(model: PreTrainedModel) -> str | None:
     return recorded.get("fingerprint") or fingerprinted(model).fingerprint
 
 
-def _read_metadata(file: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file; of a damaged one none, which PEFT refuses."""
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the metadata of an adapter's weights; of a damaged file none, which PEFT refuses."""
     try:
         with safe_open(file, framework="pt") as tensors:
             return tensors.metadata() or {}

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from hqqtrain.formats.signed_card import signed_card
+
 
 @dataclass(frozen=True)
 class AdapterCard:
@@ -43,7 +45,11 @@ class AdapterCard:
 
 
 def render_card(card: AdapterCard) -> str:
-    """Return the model card as Markdown, with the front matter that the hub reads."""
+    """Return the model card as Markdown, with the front matter that the hub reads.
+
+    It is signed, so that `hub.push` replaces it by a card for the readers of the hub, unless the
+    user has edited it.
+    """
     revision = f" at revision `{card.revision}`" if card.revision else ""
     # The hub accepts nothing but a hub name as `base_model`.
     is_hub_name = card.base.count("/") == 1 and not Path(card.base).expanduser().exists()
@@ -73,7 +79,7 @@ def render_card(card: AdapterCard) -> str:
         if card.measured_by:
             table += f"Measured on {card.measured_by}.\n\n"
     hqq_tag = "" if card.nbits is None else "- hqq\n"
-    return f"""---
+    text = f"""---
 library_name: peft
 {base_line}tags:
 - lora
@@ -87,6 +93,7 @@ library_name: peft
 
 {_how_to_load(card)}
 {tokenizer}"""
+    return signed_card(text)
 
 
 def _describe_base(card: AdapterCard, revision: str) -> str:

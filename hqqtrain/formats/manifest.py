@@ -72,6 +72,25 @@ def check_sealed(folder: Path, rank: int = 0, world_size: int = 1) -> None:
             raise DamagedError(f"{folder / name}: is not what was written (its checksum differs)")
 
 
+def manifest_of_copy(folder: Path, changed: Mapping[str, bytes], left_out: str) -> bytes:
+    """Return the manifest.json of a copy of a sealed folder in which some files are different.
+
+    Args:
+        folder: The sealed folder.
+        changed: Name -> new content of the files that are different in the copy.
+        left_out: A subfolder whose files the manifest of the copy does not list.
+
+    Raises:
+        DamagedError: The manifest of the folder is damaged.
+    """
+    files = {n: d for n, d in _read_manifest(folder).items() if not n.startswith(f"{left_out}/")}
+    for name, content in changed.items():
+        if name in files:
+            digest = hashlib.sha256(content).hexdigest()
+            files[name] = {"bytes": len(content), "sha256": digest}
+    return _manifest_text(files).encode()
+
+
 def is_sealed(folder: Path) -> bool:
     """Whether `folder` has a manifest. Folders of older versions may have none."""
     return os.path.isfile(folder / MANIFEST)  # False for names that no path can have

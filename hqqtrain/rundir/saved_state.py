@@ -4,6 +4,7 @@ from pathlib import Path
 
 from hqqtrain.config.run import RunConfig
 from hqqtrain.rundir.layout import RunLayout, checkpoint_steps
+from hqqtrain.rundir.schema import read_status
 
 
 def resume_advice(config: RunConfig) -> str:
@@ -12,6 +13,8 @@ def resume_advice(config: RunConfig) -> str:
     again = "run the same command again to"
     if config.run.resume == "never":
         again = "run the same command with run.resume=auto to"
+    if config.hub.push and read_status(layout.status_json).status == "done":
+        return f"the run is complete: {again} push what the hub still lacks"
     steps = checkpoint_steps(layout.checkpoints) if config.task == "finetune" else []
     if any(steps):  # a checkpoint of step 0 has nothing to resume
         return f"step {steps[-1]} is saved: {again} resume"

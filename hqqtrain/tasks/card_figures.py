@@ -1,22 +1,23 @@
-"""The figures of a run for the model card of its adapter."""
+"""The figures of a run for the model cards of its results."""
 
-from hqqtrain.rundir.schema import MODEL_NAMES, TASK_FACTS
-from hqqtrain.tasks.summary import RunSummary
+from hqqtrain.rundir.schema import MODEL_NAMES, TASK_FACTS, Summary
 
 
-def card_metrics(summary: RunSummary) -> dict[str, float]:
-    """Return the figures of the evaluations so far, for the model card.
+def card_metrics(summary: Summary) -> dict[str, float]:
+    """Return the figures of the evaluations so far, for a model card.
 
     The names are "perplexity, <model>", "<task> <metric>, <model>" and the like. The distances of
     the full-precision model to itself are left out.
     """
+    models = summary.measured_models()
+    compared = {key: metrics for key, metrics in models.items() if key != "full_precision"}
     figures: dict[str, float | None] = {}
-    rows = summary.table_rows()
-    figures |= {f"perplexity, {row.model}": row.perplexity for row in rows}
-    compared = [row for row in rows if row.model != MODEL_NAMES["full_precision"]]
-    figures |= {f"KL, {row.model}": row.kl for row in compared}
-    figures |= {f"top-1 agreement, {row.model}": row.top1_agreement for row in compared}
-    for key, metrics in summary.content.measured_models().items():
+    figures |= {f"perplexity, {MODEL_NAMES[key]}": m.perplexity for key, m in models.items()}
+    figures |= {f"KL, {MODEL_NAMES[key]}": m.kl for key, m in compared.items()}
+    figures |= {
+        f"top-1 agreement, {MODEL_NAMES[key]}": m.top1_agreement for key, m in compared.items()
+    }
+    for key, metrics in models.items():
         for task, values in (metrics.harness or {}).items():
             figures |= {
                 f"{task} {name}, {MODEL_NAMES[key]}": value
@@ -26,9 +27,9 @@ def card_metrics(summary: RunSummary) -> dict[str, float]:
     return {name: value for name, value in figures.items() if value is not None}
 
 
-def describe_protocol(summary: RunSummary) -> str:
+def describe_protocol(summary: Summary) -> str:
     """Return the text and the protocol of the perplexities, as Markdown; empty without any."""
-    evaluation = summary.content.eval
+    evaluation = summary.eval
     if evaluation is None or evaluation.tokens is None:
         return ""
     harness = evaluation.harness_version

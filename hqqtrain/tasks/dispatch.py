@@ -22,6 +22,7 @@ from hqqtrain.tasks.export import export
 from hqqtrain.tasks.finetune import finetune
 from hqqtrain.tasks.generation import generate_texts
 from hqqtrain.tasks.inference import evaluate, quantize
+from hqqtrain.tasks.push import check_push, push_results
 from hqqtrain.tasks.recorder import RunRecorder
 from hqqtrain.tasks.resources import translate_resource_errors, workload_of
 from hqqtrain.tracking.console import setup_logging
@@ -54,6 +55,7 @@ def dispatch_task(config: RunConfig, arguments: list[str]) -> int:
     runtime = Runtime.start(_runtime_settings(config), PreemptionHandler(config.run))
     try:
         with RunRecorder(config, runtime, ["python", "-m", "hqqtrain", *arguments]) as recorder:
+            check_push(config, recorder.directory.layout, runtime.comm)
             # A second look at data is a new one, even if the command is the same.
             if config.task == "data" or not recorder.history.is_done():
                 with (
@@ -61,6 +63,7 @@ def dispatch_task(config: RunConfig, arguments: list[str]) -> int:
                     translate_resource_errors(workload_of(config), runtime.strategy),
                 ):
                     _TASKS[config.task](Run(config, runtime, recorder))
+        push_results(config, runtime.comm, runtime.preemption)
     except PreemptedError:
         # All ranks raise this error, so all can meet in `shutdown`. After any other error a rank
         # may be missing, and waiting for it would hang.

@@ -227,8 +227,8 @@ def save_trained_adapter(
     card = AdapterCard(
         base=_source_name(plan),
         revision=run.config.model.revision,
-        metrics=card_metrics(recorder.summary),
-        measured_by=describe_protocol(recorder.summary),
+        metrics=card_metrics(recorder.summary.content),
+        measured_by=describe_protocol(recorder.summary.content),
         best_step=step if run.config.ckpt.load_best else None,
         has_new_tokens=bool(lora.trainable_token_indices),
         has_tokenizer=tokenizer is not None,

@@ -48,7 +48,8 @@ def _export_hint(export: ExportMetrics, folder: Path) -> str:
         option = f" --adapter-path {adapter}" if adapter else ""
         return f"run it: mlx_lm.generate --model {path}{option} --prompt ..."
     if export.format in ("humming", "compressed-tensors"):
-        return f"serve it: vllm serve {path}{_vllm_options(folder / 'adapter') if adapter else ''}"
+        options = vllm_options(folder / "adapter", adapter) if adapter else ""
+        return f"serve it: vllm serve {path}{options}"
     programs = " with transformers 4.57 and hqq" if export.format == "hqq" else ""
     load = f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
     if adapter:
@@ -56,13 +57,18 @@ def _export_hint(export: ExportMetrics, folder: Path) -> str:
     return f"load it{programs}: {load}"
 
 
-def _vllm_options(adapter: Path) -> str:
-    """Return the options of `vllm serve` for an adapter, whose rank is at most 16 by default."""
+def vllm_options(adapter: Path, shown: str) -> str:
+    """Return the options of `vllm serve` for an adapter, whose rank is at most 16 by default.
+
+    Args:
+        adapter: The folder of the adapter.
+        shown: How the command names it.
+    """
     config = read_json(adapter / "adapter_config.json")
     largest = max([config.get("r", 0), *(config.get("rank_pattern") or {}).values()])
     allowed = next((rank for rank in _VLLM_RANKS if rank >= largest), largest)
     rank = f" --max-lora-rank {allowed}" if largest > _VLLM_DEFAULT_RANK else ""
-    return f" --enable-lora{rank} --lora-modules trained={shlex.quote(str(adapter))}"
+    return f" --enable-lora{rank} --lora-modules trained={shown}"
 
 
 def _model_argument(folder: Path) -> str:

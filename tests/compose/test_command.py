@@ -77,6 +77,13 @@ def test_equal_jobs_may_share_a_folder():
     assert jobs[0].folder == jobs[1].folder
 
 
+def test_different_jobs_may_not_push_to_one_repository():
+    with pytest.raises(UserError, match=r"^hub\.push=alice/x: every job of a sweep would push its"):
+        compose_command(["hub.push=alice/x", "quant.nbits=2,3"], multirun=True)
+    compose_command(["hub.push=alice/x", "track.project=a,b"], multirun=True)
+    compose_command(["hub.push=alice/x"], multirun=False)
+
+
 def test_parallel_jobs_of_a_single_run_are_refused():
     words = ["launch.max_parallel_jobs=2"]
     with pytest.raises(UserError, match=r"^launch\.max_parallel_jobs=2: .* this is one run"):

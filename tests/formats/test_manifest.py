@@ -144,6 +144,16 @@ def test_every_rank_finds_a_wrong_size(folder):
             check_sealed(folder, rank, 3)
 
 
+def test_the_manifest_of_a_copy_has_the_changed_files(folder, tmp_path):
+    names = manifest._read_manifest(folder).keys()
+    copy = manifest.manifest_of_copy(folder, {"a": b"new", "unknown": b""}, "sub")
+    (tmp_path / MANIFEST).write_bytes(copy)
+    files = manifest._read_manifest(tmp_path)
+    assert files.keys() == {name for name in names if not name.startswith("sub/")}
+    assert files["a"] == {"bytes": 3, "sha256": hashlib.sha256(b"new").hexdigest()}
+    assert files["b"] == manifest._read_manifest(folder)["b"]
+
+
 @pytest.mark.parametrize("name", ["pipe", "/dev/zero"])
 def test_a_listed_file_that_has_no_end_is_not_read(folder, name):
     os.mkfifo(folder / "pipe")

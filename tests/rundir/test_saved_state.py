@@ -33,3 +33,12 @@ def test_the_last_step_or_the_quantized_model_is_named(tmp_path: Path):
     )
     assert "with run.resume=auto to resume" in resume_advice(_config(tmp_path, resume="never"))
     assert resume_advice(_config(tmp_path, "eval")).startswith("nothing was saved")
+
+
+def test_a_complete_run_that_was_pushing(tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "status.json").write_text('{"status": "done"}')
+    config = _config(tmp_path, "quantize")
+    config.hub.push = "alice/model"
+    advice = "the run is complete: run the same command again to push what the hub still lacks"
+    assert resume_advice(config) == advice

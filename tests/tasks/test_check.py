@@ -217,10 +217,11 @@ def test_a_directory_of_another_run_is_found(words, tmp_path: Path, capsys):
 def test_the_hub_is_not_asked(words, capsys):
     kept = [word for word in words if not word.startswith(("model.", "data."))]
     hub = ["model.name_or_path=owner/model", "data.source=owner/texts", "data.format=auto"]
-    assert main([*kept, *hub]) == 0
+    assert main([*kept, *hub, "hub.push=alice/x"]) == 0
     errors = capsys.readouterr().err
     assert "model.name_or_path=owner/model is on the hub and was not checked" in errors
     assert "data.source=owner/texts is on the hub and was not checked" in errors
+    assert "hub.push=alice/x is on the hub and was not checked" in errors
 
 
 def test_all_faults_of_the_layers_are_reported_at_once(words, capsys):

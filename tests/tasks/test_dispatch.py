@@ -50,6 +50,20 @@ def test_a_finished_run_does_not_run_again(run_as, tmp_path: Path, caplog):
     assert "is done already" in caplog.text
 
 
+def test_a_run_pushes_its_result_also_when_it_was_done(make_config, monkeypatch, hub, tmp_path):
+    ran: list[Run] = []
+    monkeypatch.setitem(dispatch._TASKS, "quantize", lambda run: ran.append(run) or _load(run))
+    config = make_config("quantize", hub={"push": "bob/model"})
+    with pytest.raises(UserError, match=r"^hub.push=bob/model: the token may not write there"):
+        dispatch.dispatch_task(config, [])
+    assert not (tmp_path / "runs").exists()  # it was found before the task
+    for config.hub.push in ("alice/one", "alice/two"):
+        assert dispatch.dispatch_task(config, []) == 0
+    assert len(ran) == 1
+    assert hub.repos["alice/one"].files.keys() == hub.repos["alice/two"].files.keys()
+    assert "model.safetensors" in hub.repos["alice/two"].files
+
+
 @pytest.mark.parametrize(("error", "status", "code"), [
     (PreemptedError("SIGUSR1 was received"), "preempted", 3), (UserError("bad text"), "failed", 2),
     (KeyError("defect"), "failed", 1),

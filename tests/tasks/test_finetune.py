@@ -36,7 +36,7 @@ def test_what_a_finetune_leaves(make_config, start_run):
         finetune(run)
         folder = run.layout.folder
         trained = run.recorder.summary.content.train
-        metrics = card_metrics(run.recorder.summary)
+        metrics = card_metrics(run.recorder.summary.content)
     adapter = _adapter(folder)
     assert adapter
     assert all(name.startswith("base_model.model.model.layers.0.") for name in adapter)
@@ -197,7 +197,7 @@ def test_a_run_without_its_adapter_is_not_evaluated_as_its_base(make_config, sta
     config.model.name_or_path = str(stopped / "quantized")
     with start_run(config) as run:
         evaluate(run)
-        assert list(card_metrics(run.recorder.summary)) == ["perplexity, quantized"]
+        assert list(card_metrics(run.recorder.summary.content)) == ["perplexity, quantized"]
 
 
 def test_an_adapter_of_another_run_is_not_evaluated(make_config, start_run, stopped):

@@ -33,9 +33,9 @@ def test_figures_are_in_the_summary_the_metrics_and_the_card(
     rows = [json.loads(line) for line in run.layout.metrics_jsonl.read_text().splitlines()]
     assert any(row.get("harness/mine/acc") == figures["acc"] for row in rows)
     assert not any("harness/mine/documents" in row for row in rows)
-    card = card_metrics(run.recorder.summary)
+    card = card_metrics(run.recorder.summary.content)
     assert card["mine acc, quantized"] == figures["acc"]
-    assert "lm-evaluation-harness 0.4.13" in describe_protocol(run.recorder.summary)
+    assert "lm-evaluation-harness 0.4.13" in describe_protocol(run.recorder.summary.content)
     assert f"quantized model: mine: acc {figures['acc']:.4f}, acc, strict 0.5000" in caplog.text
 
 

@@ -1,0 +1,1 @@
+"""Push the results of a run to the Hugging Face Hub."""
