@@ -16,7 +16,7 @@ from hqqtrain.formats.adapter_config import CONFIG
 from hqqtrain.formats.quantized_settings import read_quantized_settings
 from hqqtrain.quant.error import storage_bits
 from hqqtrain.rundir.layout import RunLayout
-from hqqtrain.rundir.schema import ExportMetrics, QuantizeMetrics, Summary
+from hqqtrain.rundir.schema import ExportMetrics, QuantizeMetrics, Summary, read_status
 from hqqtrain.tasks.pushed_result import (
     Result,
     adapter_result,
@@ -67,6 +67,9 @@ def _results(path: Path, hub: HubConfig) -> list[Result]:
     run, name = RunLayout(path), hub.push
     assert name is not None
     if run.config_yaml.is_file():
+        status = read_status(run.status_json).status
+        if status not in (None, "done"):
+            raise UserError(f"folder={path}: the run is not complete ({status}); finish it.")
         if run.has_adapter:
             config = read_json(run.adapter / CONFIG)
             dense = None if run.has_quantized else hub.base or config.get("base_model_name_or_path")

@@ -162,7 +162,7 @@ NEEDLESS_NAMES = {
         "name a single file, and data.validation is the share that is held out otherwise",
     ),
     **dict.fromkeys(
-        ("hub_token", "push_to_hub_token", "hf_token", "hf_hub_token"),
+        ("hub_token", "push_to_hub_token", "hf_token", "hf_hub_token", "token"),
         "the token is that of `hf auth login`, or of the environment variable HF_TOKEN",
     ),
     "logging_steps": "every step is logged",

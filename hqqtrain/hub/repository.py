@@ -2,6 +2,8 @@
 
 Each large file is sent alone before the commit. The Hub keeps it, so a push that was interrupted
 continues with the next file. The commit comes last, so a reader never sees half of a model.
+The `upload_large_folder` of huggingface_hub continues, too, but it commits in parts, and keeps its
+state in the folder that is pushed.
 """
 
 import hashlib
@@ -250,7 +252,8 @@ def fingerprint_of(name: str, origin: str) -> str | None:
         info = _info(name)
         names = [file.rfilename for file in info.siblings or ()] if info else []
         config = json.loads(_read(name, "config.json")) if "config.json" in names else {}
-        return config.get("quantization_config", {}).get("fingerprint")
+        quantization = config.get("quantization_config") or {}
+        return quantization.get("fingerprint")
 
 
 def _read(name: str, file: str) -> str:

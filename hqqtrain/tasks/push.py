@@ -6,7 +6,7 @@ pushes what the Hub still lacks.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.hub import PUSHING_TASKS
@@ -14,6 +14,7 @@ from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.heartbeat import Heartbeat
 from hqqtrain.distributed.preemption import PreemptionHandler
+from hqqtrain.hub.repository import fingerprint_of
 from hqqtrain.rundir.directory import RunDirectory
 from hqqtrain.rundir.layout import RunLayout
 from hqqtrain.tasks.pushed_result import (
@@ -81,8 +82,13 @@ def results_to_push(config: RunConfig, layout: RunLayout) -> list[Result]:
         return [quantized_result(layout.quantized, name)]
     if config.task == "export":
         return [export_result(layout.export, name)]
-    dense_base = None if config.quant.quantizes else _dense_base(config)
-    return results_of_training(layout, config.hub, dense_base)
+    if not config.quant.quantizes:
+        return results_of_training(layout, config.hub, _dense_base(config))
+    source = hub_name(asdict(config.model))
+    if config.hub.base is None and source and fingerprint_of(source, f"hub.push={name}"):
+        # The run has trained a base of the Hub, which needs no copy.
+        return results_of_training(layout, replace(config.hub, base=source))
+    return results_of_training(layout, config.hub)
 
 
 def _push_run(config: RunConfig, layout: RunLayout, check: Callable[[], object]) -> None:

@@ -48,12 +48,17 @@ def adapter_card(name: str, run: PushedRun, base: str, folder: Path) -> HubCard:
     facts = {"adapter": f"LoRA, rank {config.get('r')}, alpha {config.get('lora_alpha'):g}"}
     if training and training.steps:
         facts["training"] = f"{training.steps:,} steps, {training.tokens or 0:,} tokens"
-    of_base = f", a quantized {_linked(run.base, run.hub_base)}" if is_quantized else ""
+    is_source = base == run.hub_base  # the run has started from this base
+    of_base = ""
+    if is_quantized and not is_source:
+        of_base = f", a quantized {_linked(run.base, run.hub_base)}"
+    facts |= _facts(run, "base" if is_source else "full-precision model")
+    facts = {"base": _linked(base, base)} | facts
     repairs = " It repairs the error of exactly that base." if is_quantized else ""
     card = HubCard(
         name=name,
         summary=f"LoRA adapter for {_linked(base, base)}{of_base}, trained with hqqtrain.{repairs}",
-        facts={"base": _linked(base, base), **facts, **_facts(run, "full-precision model")},
+        facts=facts,
         loading=how_to_load_adapter(
             name, base, is_quantized=is_quantized,
             has_tokenizer=(folder / "tokenizer_config.json").is_file(),

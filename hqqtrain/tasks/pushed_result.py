@@ -33,7 +33,7 @@ class Result:
     Attributes:
         folder: The folder.
         name: The repository that gets it.
-        key: The config key that names the repository.
+        origin: The beginning of messages: the config key that names the repository.
         base: The repository that an adapter in it names as its base.
         card: Makes the model card from what the run records.
         is_adapter: Whether it is an adapter, and not a model.
@@ -43,27 +43,23 @@ class Result:
 
     folder: Path
     name: str
-    key: str
+    origin: str
     base: str
     card: Callable[[PushedRun], HubCard]
     is_adapter: bool = False
     is_named_base: bool = False
 
-    @property
-    def origin(self) -> str:
-        """The beginning of messages."""
-        return f"{self.key}={self.name}"
-
 
 def quantized_result(
-    folder: Path, name: str, key: str = "hub.push", *, is_named_base: bool = False
+    folder: Path, name: str, origin: str = "", *, is_named_base: bool = False
 ) -> Result:
     """Return the quantized model in `folder`, for the repository `name`."""
 
     def card(run: PushedRun) -> HubCard:
         return quantized_card(name, run)
 
-    return Result(folder, name, key, name, card, is_named_base=is_named_base)
+    origin = origin or f"hub.push={name}"
+    return Result(folder, name, origin, name, card, is_named_base=is_named_base)
 
 
 def adapter_result(folder: Path, name: str, base: str) -> Result:
@@ -72,15 +68,18 @@ def adapter_result(folder: Path, name: str, base: str) -> Result:
     def card(run: PushedRun) -> HubCard:
         return adapter_card(name, run, base, folder)
 
-    return Result(folder, name, "hub.push", base, card, is_adapter=True)
+    return Result(folder, name, f"hub.push={name}", base, card, is_adapter=True)
 
 
 def export_result(folder: Path, name: str) -> Result:
     """Return the export in `folder`."""
-    return Result(folder, name, "hub.push", name, lambda run: export_card(name, run, folder))
+    origin = f"hub.push={name}"
+    return Result(folder, name, origin, name, lambda run: export_card(name, run, folder))
 
 
-def results_of_training(layout: RunLayout, hub: HubConfig, dense_base: str | None) -> list[Result]:
+def results_of_training(
+    layout: RunLayout, hub: HubConfig, dense_base: str | None = None
+) -> list[Result]:
     """Return what a training pushes: the quantized base, and then the adapter that names it.
 
     Args:
@@ -91,9 +90,10 @@ def results_of_training(layout: RunLayout, hub: HubConfig, dense_base: str | Non
     assert hub.push is not None
     if dense_base is not None:
         return [adapter_result(layout.adapter, hub.push, dense_base)]
-    base, key = hub.base_repository, "hub.base" if hub.base else "hub.push"
+    base, is_named = hub.base_repository, hub.base is not None
+    origin = f"hub.base={base}" if is_named else f"hub.push={hub.push}, its base {base}"
     return [
-        quantized_result(layout.quantized, base, key, is_named_base=hub.base is not None),
+        quantized_result(layout.quantized, base, origin, is_named_base=is_named),
         adapter_result(layout.adapter, hub.push, base),
     ]
 

@@ -85,6 +85,10 @@ def test_the_directory_of_a_run(hub, quantized, tmp_path):
     with pytest.raises(UserError, match="the run has no result yet; finish it"):
         hqqtrain.push_to_hub(tmp_path, "alice/run")
     hqqtrain.save_quantized(quantized, tmp_path / "quantized")
+    (tmp_path / "status.json").write_text('{"status": "failed"}')
+    with pytest.raises(UserError, match=r"the run is not complete \(failed\); finish it"):
+        hqqtrain.push_to_hub(tmp_path, "alice/run")
+    (tmp_path / "status.json").write_text('{"status": "done"}')
     hqqtrain.push_to_hub(tmp_path, "alice/run")
     assert "[meta/base](https://huggingface.co/meta/base)" in hub.text("alice/run", "README.md")
     config = json.loads(hub.text("alice/run", "config.json"))

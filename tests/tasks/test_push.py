@@ -164,6 +164,25 @@ def test_the_dense_base_of_an_adapter_must_be_on_the_hub(hub, make_config, start
     assert "import hqqtrain" not in hub.text("alice/tuned", "README.md")
 
 
+def test_a_base_of_the_hub_gets_no_copy(hub, quantized_run, make_config, start_run):
+    _push(quantized_run[0])
+    config = make_config(
+        model={"name_or_path": "alice/model"}, hub={"push": "alice/tuned"}, run={"name": "second"}
+    )
+    with start_run(config) as run:
+        check_push(config, run.layout, SINGLE_PROCESS)
+        finetune(run)
+    _push(config)
+    assert sorted(hub.repos) == ["alice/model", "alice/tuned"]
+    assert len(hub.repos["alice/model"].titles) == 2
+    card = hub.text("alice/tuned", "README.md")
+    assert "base_model: alice/model\n" in card
+    assert "full-precision model" not in card
+    model = AutoPeftModelForCausalLM.from_pretrained("alice/tuned")
+    expected = _logits(hqqtrain.load_quantized(run.layout.folder))
+    assert torch.equal(_logits(model), expected)
+
+
 def test_rank_0_pushes_and_the_others_see_its_failure(hub, quantized_run, tmp_path):
     config, _ = quantized_run
     first, second = on_ranks(push_on_ranks, 2, hub.url, config, tmp_path / "cache")

@@ -37,7 +37,7 @@ def results(tmp_path):
     )
     metadata = BaseModelRef("", None, "sha256:1").metadata()
     save_file({}, layout.adapter / "adapter_model.safetensors", metadata)
-    return results_of_training(layout, HUB, None)
+    return results_of_training(layout, HUB)
 
 
 def test_a_named_base_is_used_if_it_is_the_same(hub, results, caplog, monkeypatch):
