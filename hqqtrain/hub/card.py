@@ -60,7 +60,7 @@ class HubCard:
         parts = [
             f"# {self.name.partition('/')[2]}",
             self.summary,
-            _table(("", ""), self.facts),
+            *([_table(("", ""), self.facts)] if self.facts else []),
             *self._results(),
             "## How to load it",
             self.loading,

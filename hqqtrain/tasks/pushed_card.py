@@ -32,7 +32,7 @@ def quantized_card(name: str, run: PushedRun) -> HubCard:
     bits = f"{summary.nbits} bits" if summary.nbits else "few bits"
     card = HubCard(
         name=name,
-        summary=f"{_linked(run.base, run.hub_base)}, quantized to {bits} per code with hqqtrain "
+        summary=f"{_base_link(run, 'A model')}, quantized to {bits} per code with hqqtrain "
         "(Half-Quadratic Quantization). Adapters of hqqtrain are trained on exactly this base.",
         facts=_facts(run),
         loading=how_to_load_model(name),
@@ -45,13 +45,14 @@ def adapter_card(name: str, run: PushedRun, base: str, folder: Path) -> HubCard:
     """Return the card of the adapter in `folder`, whose base is in the repository `base`."""
     config, training = read_json(folder / CONFIG), run.summary.train
     is_quantized = run.summary.quantize is None or run.summary.quantize.nbits is not None
-    facts = {"adapter": f"LoRA, rank {config.get('r')}, alpha {config.get('lora_alpha'):g}"}
+    alpha = str(config.get("lora_alpha")).removesuffix(".0")
+    facts = {"adapter": f"LoRA, rank {config.get('r')}, alpha {alpha}"}
     if training and training.steps:
         facts["training"] = f"{training.steps:,} steps, {training.tokens or 0:,} tokens"
     is_source = base == run.hub_base  # the run has started from this base
     of_base = ""
-    if is_quantized and not is_source:
-        of_base = f", a quantized {_linked(run.base, run.hub_base)}"
+    if is_quantized and not is_source and run.base:
+        of_base = f", a quantized {_base_link(run)}"
     facts |= _facts(run, "base" if is_source else "full-precision model")
     facts = {"base": _linked(base, base)} | facts
     repairs = " It repairs the error of exactly that base." if is_quantized else ""
@@ -85,7 +86,7 @@ def export_card(name: str, run: PushedRun, folder: Path) -> HubCard:
     files = gguf_files(folder) if export_format == "gguf" else []
     card = HubCard(
         name=name,
-        summary=f"{_linked(run.base, run.hub_base)}, {how}, and exported as "
+        summary=f"{_base_link(run, 'A model')}, {how}, and exported as "
         f"{_FORMAT_NAMES[export_format]}.",
         facts=facts | _facts(run) | _export_facts(export),
         loading=how_to_load_export(
@@ -120,14 +121,14 @@ def _with_run(card: HubCard, run: PushedRun, models: tuple[str, ...] = ()) -> Hu
         command="\n".join(run.commands),
         versions=run.versions,
         license=license_of(run.local_base, run.hub_base),
-        of_base=_linked(run.base, run.hub_base),
+        of_base=_base_link(run, f"`{card.base}`" if card.base else "whose name is not recorded"),
     )
 
 
 def _facts(run: PushedRun, name: str = "base") -> dict[str, str]:
     """Return the base, the bits and the fingerprint, as far as they are known."""
     revision = f" at revision `{run.revision}`" if run.revision else ""
-    facts = {name: f"{_linked(run.base, run.hub_base)}{revision}"}
+    facts = {name: f"{_base_link(run)}{revision}"} if run.base else {}
     quantize = run.summary.quantize
     if quantize is None:
         return facts
@@ -159,6 +160,11 @@ def _export_facts(export: ExportMetrics) -> dict[str, str]:
         "KL of the export to the quantized model": export.kl,
     }
     return {name: f"{value:.4g}" for name, value in values.items() if value is not None}
+
+
+def _base_link(run: PushedRun, otherwise: str = "") -> str:
+    """Return the full-precision model as Markdown; `otherwise` if it is not known."""
+    return _linked(run.base, run.hub_base) if run.base else otherwise
 
 
 def _linked(name: str, hub_name: str | None) -> str:

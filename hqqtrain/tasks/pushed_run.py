@@ -57,10 +57,10 @@ class PushedRun:
 
     @property
     def base(self) -> str:
-        """The full-precision model: its name on the Hub, or the last part of its path."""
+        """The full-precision model: its name on the Hub, or the last part of its path; or empty."""
         if self.source:
             return self.source.base
-        return self.hub_base or Path(self._model).name or "unknown"
+        return self.hub_base or Path(self._model).name
 
     @property
     def hub_base(self) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer, push_on_ranks
+from hub_server import TOKEN, HubServer, push_on_ranks
 from peft import AutoPeftModelForCausalLM, PeftModel
 from ranks import on_ranks
 from transformers import AutoModelForCausalLM
@@ -84,6 +84,9 @@ def _assert_complete(hub: HubServer, folder: Path, model: Path) -> None:
         for content in hub.repos[name].files.values():
             data = hub.objects[content] if isinstance(content, str) else content
             assert str(model.parent).encode() not in data
+            assert TOKEN.encode() not in data
+    for file in filter(Path.is_file, folder.rglob("*")):
+        assert TOKEN.encode() not in file.read_bytes()
     card = hub.text("alice/tuned", "README.md")
     assert "base_model: alice/tuned-base\n" in card
     assert "base_model_relation: adapter" in card

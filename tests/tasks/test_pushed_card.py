@@ -88,5 +88,7 @@ def test_an_export(tmp_path):
 
 def test_a_run_that_measured_nothing():
     card = quantized_card("alice/model", PushedRun({}, Summary()))
-    assert card.facts == {"base": "`unknown`"}
+    assert card.facts == {}
+    assert card.summary.startswith("A model, quantized to few bits")
+    assert card.of_base == "whose name is not recorded"
     assert (card.figures, card.measured_by, card.command) == ({}, "", "")

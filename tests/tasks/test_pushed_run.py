@@ -53,7 +53,7 @@ def test_a_run_is_followed_to_the_model_that_it_started_from(tmp_path):
 def test_no_run_is_followed_for_ever(tmp_path):
     _run(tmp_path / "run", str(tmp_path / "run"), [])
     assert len(PushedRun.read(tmp_path / "run").commands) < 20
-    assert PushedRun.read(tmp_path / "none").base == "unknown"
+    assert PushedRun.read(tmp_path / "none").base == ""
 
 
 def test_secrets_of_a_command_are_masked(tmp_path):
