@@ -43,7 +43,7 @@ class Repo:
 
     @property
     def sha(self) -> str:
-        return hashlib.sha1(f"{id(self)} {len(self.commits)}".encode()).hexdigest()
+        return hashlib.sha1(repr(self.commits).encode()).hexdigest()
 
 
 class HubServer:
