@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import repeat
 from types import TracebackType
 from typing import Any
 
@@ -34,15 +35,15 @@ _STORE_HOST = -1
 """Key of `Heartbeat._lost` for the process that hosts the store, which is not a rank."""
 
 
-def _pauses() -> Iterator[float]:
-    """Yield the seconds between two looks at the other ranks, after this one has ended.
+def _pauses(longest: float) -> Iterator[float]:
+    """Yield the seconds between two looks at the other ranks, while this one waits for them.
 
     Ranks mostly end together, so the first pauses are milliseconds.
     """
     seconds = 0.001
     while True:
-        yield seconds
-        seconds = min(2 * seconds, HEARTBEAT_SECONDS / 5)
+        yield min(seconds, longest)
+        seconds *= 2
 
 
 class Heartbeat:
@@ -64,7 +65,9 @@ class Heartbeat:
         self._last_read_time = time.monotonic()
         self._last_change_times: dict[int, float] = {}  # rank -> time of its newest state
         self._raised: Exception | None = None  # the error that `check` has raised
-        self._has_ended_itself, self._stop = threading.Event(), threading.Event()
+        # The thread is woken when this rank begins to wait, and tells that it has looked at others.
+        self._wake, self._has_looked = threading.Event(), threading.Event()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Heartbeat":
@@ -103,10 +106,11 @@ class Heartbeat:
         Raises:
             UserError, PreemptedError, RankLostError: As for `check`.
         """
+        self._wake.set()
         while rank != self._comm.rank and not self._has_ended(rank):
             on_wait()
             self.check()
-            self._stop.wait(HEARTBEAT_SECONDS / 5)
+            self._wait_for_look()
         self.check()
 
     def __exit__(
@@ -118,11 +122,12 @@ class Heartbeat:
         # Report only errors of this rank: one that `check` has raised is known to the others.
         own_error = None if error is self._raised else error
         self._end_state = {"ended": True, "fault": serialize_error(own_error)}
-        self._has_ended_itself.set()
+        self._wake.set()
         # On KeyboardInterrupt or SystemExit, leave at once.
         if error is None or isinstance(error, Exception):
             self._wait_for_others()
         self._stop.set()
+        self._wake.set()
         self._thread.join(2 * HEARTBEAT_SECONDS)
         if error is None:
             # Another rank may have failed after this rank's last `check`.
@@ -135,29 +140,40 @@ class Heartbeat:
         also if it has failed itself.
         """
         awaited = self._others if self._comm.rank == 0 else []
-        pauses = _pauses()
         while not (self._reported.get("has_read_ends") and all(map(self._has_left, awaited))):
             if self._is_cut_off():
                 return
-            time.sleep(next(pauses))
+            self._wait_for_look()
+
+    def _wait_for_look(self) -> None:
+        """Wait until the thread has looked at the other ranks, but not for long: it may hang."""
+        self._has_looked.wait(HEARTBEAT_SECONDS / 5)
+        self._has_looked.clear()
 
     def _run(self) -> None:
         """Body of the thread: send heartbeats and read those of others until `_stop` is set."""
-        beats, pauses = 0, _pauses()
+        beats = 0
+        pauses: Iterator[float] = repeat(HEARTBEAT_SECONDS)
         try:
-            while not self._stop.is_set():
-                if self._has_ended_itself.is_set():
-                    self._stop.wait(next(pauses))
-                else:
-                    self._has_ended_itself.wait(HEARTBEAT_SECONDS)
+            while True:
+                woken = self._wake.wait(next(pauses))
+                if self._stop.is_set():
+                    return
+                if woken:
+                    self._wake.clear()
+                    longest = HEARTBEAT_SECONDS / (5 if self._end_state else 1)
+                    pauses = _pauses(longest)
                 # The other ranks see by the changed counter that this rank is alive.
                 beats += 1
                 state = {"beat": beats} | self._end_state
                 self._store.set(str(self._comm.rank), json.dumps(state))
                 self._reported = state
                 self._read_states()
-                if self._end_state and all(map(self._has_ended, self._others)):
+                have_ended = all(map(self._has_ended, self._others))
+                if have_ended and self._end_state and not state.get("has_read_ends"):
                     self._end_state = self._end_state | {"has_read_ends": True}
+                    self._wake.set()  # so that the others read it soon
+                self._has_looked.set()
         except RuntimeError as error:
             # The store raises when its host is gone, or does not answer within LOST_AFTER_SECONDS.
             self._lost[_STORE_HOST] = f"the process that hosts the store is gone ({error})."

@@ -29,8 +29,8 @@ def work(comm: Communicator, seconds: float, fault: Exception | None = None) -> 
 
 def one_is_slow(rank: int, comm: Communicator) -> None:
     began = time.monotonic()
-    work(comm, 5.0 * rank)
-    assert time.monotonic() - began > 9.9, "every rank must wait for the slowest"
+    work(comm, 2.5 * rank)
+    assert time.monotonic() - began > 4.9, "every rank must wait for the slowest"
     work(comm, 0.1)  # a second watch has its own keys
 
 
@@ -41,6 +41,17 @@ def all_end_together(rank: int, comm: Communicator) -> None:
     for _ in range(3):
         with Heartbeat(comm):
             pass
+    assert time.monotonic() - began < heartbeat.HEARTBEAT_SECONDS / 2
+
+
+def one_is_awaited(rank: int, comm: Communicator) -> None:
+    """The end of one rank is seen at once by those that wait for it, and not after a heartbeat."""
+    heartbeat.HEARTBEAT_SECONDS, heartbeat.LOST_AFTER_SECONDS = 20, 80
+    began = time.monotonic()
+    with Heartbeat(comm) as watching:
+        if rank == 1:
+            time.sleep(0.2)
+        watching.wait_for(1, lambda: None)
     assert time.monotonic() - began < heartbeat.HEARTBEAT_SECONDS / 2
 
 
@@ -94,7 +105,7 @@ def test_preemption_of_one_rank_stops_all():
     assert on_ranks(one_is_preempted, 3) == ["PreemptedError: SIGUSR1"] * 3
 
 
-@pytest.mark.parametrize("case", [one_is_slow, all_end_together])
+@pytest.mark.parametrize("case", [one_is_slow, all_end_together, one_is_awaited])
 def test_ranks_leave_together(case):
     assert on_ranks(case, 3) == [""] * 3
 
