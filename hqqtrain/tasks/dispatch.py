@@ -11,7 +11,6 @@ from hqqtrain.common.env import get_rank
 from hqqtrain.common.errors import PreemptedError
 from hqqtrain.config.parallel import ParallelConfig
 from hqqtrain.config.run import RunConfig
-from hqqtrain.distributed.accelerate_env import relaunch_if_ranks_were_lost
 from hqqtrain.distributed.failure import share_failure
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime
@@ -46,7 +45,6 @@ def dispatch_task(config: RunConfig, arguments: list[str]) -> int:
         UserError: The user must correct the configuration, the data or the machine (exit code 2).
         PreemptedError: The run was asked to stop and has saved its state (exit code 3).
     """
-    relaunch_if_ranks_were_lost(arguments)
     setup_logging(get_rank() == 0)
     if config.task == "data" and get_rank() == 0:  # the strategy and the backend have no use
         logging.getLogger("hqqtrain").setLevel(logging.WARNING)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from hqqtrain.config.run import RunConfig
+from hqqtrain.distributed.accelerate_env import relaunch_if_ranks_were_lost
 
 _TRUE = ("1", "ON", "YES", "TRUE")
 """Values of USE_HUB_KERNELS that transformers takes for consent, in any case."""
@@ -28,6 +29,7 @@ def run_task(config: RunConfig, arguments: list[str]) -> int:
         config: The resolved configuration.
         arguments: The command-line arguments after `python -m hqqtrain`.
     """
+    relaunch_if_ranks_were_lost(arguments)  # before the imports, which every rank repeats
     _prepare_imports()
     with _no_garbage_collection():
         from hqqtrain.tasks.dispatch import dispatch_task
