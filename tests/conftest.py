@@ -35,13 +35,13 @@ LONG_FIRST = (
     "slurm/", "e2e/test_readme.py", "e2e/test_resume.py", "kernels/test_compiled.py",
     "e2e/test_run.py", "e2e/test_ranks.py", "e2e/test_nonfinite.py", "loading/test_load.py",
     "kernels/test_quantize_triton.py", "e2e/test_sweep.py", "e2e/test_stop.py", "e2e/",
-    "kernels/test_linear_triton.py", "quant/test_quantize.py", "tasks/test_finetune.py",
-    "distributed/strategies/", "kernels/",
+    "tracking/test_wandb", "quant/test_quantize.py", "tasks/test_finetune.py",
+    "integrations/test_transformers.py", "distributed/", "kernels/", "tasks/", "compose/",
 )  # fmt: skip
 """Beginnings of paths, the longest files first.
 
-A process runs whole files, so a long file must not be among the last. The tests of slurm/ mostly
-wait, so they leave the cores to the files that run beside them.
+A process runs whole files, so a long file must not be among the last. The tests of slurm/ and of
+the tracker for W&B mostly wait, so they leave the cores to the files that run beside them.
 """
 
 

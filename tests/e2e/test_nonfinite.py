@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import SMALL, TIMEOUT, free_port, run_in_this_process, small_data
+from runs import SMALL, free_port, run, run_in_this_process, small_data
 
 from hqqtrain.tracking.jsonl import read_metrics
 from hqqtrain.training.nonfinite import MAX_REFUSED_IN_A_ROW
@@ -164,39 +162,30 @@ def test_a_gradient_alone_is_traced_to_a_parameter(
     )
 
 
-POISONED_RUN = """
-import sys
-from hqqtrain.cli import main
-from hqqtrain.training.trainer import Trainer
+def _spoil_gradients_in_a_process_group() -> None:
+    """Make a gradient of a LoRA layer NaN in every step, and let the only rank form a group."""
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    step = Trainer.step
 
-step = Trainer.step
+    def hook(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        if output.requires_grad:
+            output.register_hook(lambda g: g * torch.nan)
+        return output
 
-def hook(_, __, output):
-    output = output.clone()
-    if output.requires_grad:
-        output.register_hook(lambda g: g * float("nan"))
-    return output
+    def poisoned(self: Trainer) -> Any:
+        name = "layers.1.self_attn.v_proj.lora_B.default"
+        module = next(m for n, m in self.engine.model.named_modules() if n.endswith(name))
+        module.register_forward_hook(hook)
+        return step(self)
 
-def poisoned(self):
-    name = "layers.1.self_attn.v_proj.lora_B.default"
-    module = next(m for n, m in self.engine.model.named_modules() if n.endswith(name))
-    module.register_forward_hook(hook)
-    return step(self)
-
-Trainer.step = poisoned
-sys.exit(main(sys.argv[1:]))
-"""
+    Trainer.step = poisoned  # type: ignore[method-assign]
 
 
-def test_a_gradient_inside_deepspeed_is_traced_to_a_parameter(tmp_path: Path, words: tuple):
+def test_a_gradient_inside_deepspeed_is_traced_to_a_parameter(tmp_path: Path):
     pytest.importorskip("deepspeed")
-    script = tmp_path / "poisoned.py"
-    script.write_text(POISONED_RUN)
-    env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    env |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), *words, "parallel.strategy=zero3"]
-    done = subprocess.run(
-        command, env={**os.environ, **env}, capture_output=True, text=True, timeout=TIMEOUT
-    )
-    assert done.returncode == 2, done.stderr
-    assert "gradient of base_model.model.model.layers.1.self_attn.v_proj.lora_B" in done.stderr
+    words = (*_WORDS, *small_data(tmp_path), "parallel.strategy=zero3")
+    done = run(*words, root=tmp_path / "runs", before=_spoil_gradients_in_a_process_group)
+    assert done.code == 2, done.output
+    assert "gradient of base_model.model.model.layers.1.self_attn.v_proj.lora_B" in done.output

@@ -113,6 +113,7 @@ def run(
     grace: float = 5,
     limit: float = TIMEOUT,
     max_gib: float | None = None,
+    before: Callable[[], object] | None = None,
 ) -> Finished:
     """Run `python -m hqqtrain *words run.root=root`, on one or several ranks.
 
@@ -130,13 +131,15 @@ def run(
         grace: Seconds after the failure of one rank until the others are killed.
         limit: Seconds after the return of `meanwhile` until all ranks are killed.
         max_gib: Memory that each rank may use in addition to that of the imported modules.
+        before: Function of a module that each rank calls first, to patch what it runs.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     outputs = [root.parent / f"output-{rank}.txt" for rank in range(processes)]
     port, workers = free_port(), []
     for rank, output in enumerate(outputs):
         env = _rank_environment(rank, processes, port, per_node) if processes > 1 else {}
-        workers.append(_fork([*words, f"run.root={root}"], root.parent, output, env, max_gib))
+        arguments = [*words, f"run.root={root}"]
+        workers.append(_fork(arguments, root.parent, output, env, max_gib, before))
     meanwhile([worker.pid for worker in workers])
     code = _join(workers, grace, limit)
     output = "".join(output.read_text() for output in outputs)
@@ -203,19 +206,20 @@ def _rank_environment(rank: int, size: int, port: int, per_node: int | None) -> 
 
 def _fork(
     words: list[str], folder: Path, output: Path, env: dict[str, str] | None = None,
-    max_gib: float | None = None,
+    max_gib: float | None = None, before: Callable[[], object] | None = None,
 ) -> Any:  # fmt: skip
     """Start a process that does the same as `python -m hqqtrain *words` in `folder`."""
     output.write_text("")
-    arguments = (words, folder, ENVIRONMENT | (env or {}), output, max_gib)
+    arguments = (words, folder, ENVIRONMENT | (env or {}), output, max_gib, before)
     worker = fork_context().Process(target=_main, args=arguments)
     worker.start()
     return worker
 
 
 def _main(
-    words: list[str], folder: Path, env: dict[str, str], output: Path, max_gib: float | None
-) -> None:
+    words: list[str], folder: Path, env: dict[str, str], output: Path, max_gib: float | None,
+    before: Callable[[], object] | None,
+) -> None:  # fmt: skip
     """Do the same as `python -m hqqtrain`, in the new process of a rank."""
     if max_gib is not None:
         (now,) = re.findall(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -227,6 +231,8 @@ def _main(
     os.chdir(folder)
     os.environ.update(env)
     torch.set_num_threads(1)
+    if before:
+        before()
     with NO_REPORT:
         sys.exit(main(words))
 
