@@ -27,10 +27,16 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqtrain_kernels.heuristics import GemvConfig
-from hqqtrain_kernels.launcher_triton import INTERPRETED, MAX_REGISTERS, TRITON_DTYPES, CachedKernel
+from hqqtrain_kernels.launcher_triton import (
+    INTERPRETED,
+    MAX_REGISTERS,
+    TRITON_DTYPES,
+    CachedKernel,
+)
 from hqqtrain_kernels.layout import Layout
 from hqqtrain_kernels.loads_triton import dot
-from hqqtrain_kernels.split_k_triton import reduce_split_k, steps_per_program
+from hqqtrain_kernels.pdl_triton import supports_pdl, wait_for_kernel_ahead
+from hqqtrain_kernels.split_k_triton import programs_per_split, reduce_split_k
 from hqqtrain_kernels.unpack_triton import (
     ADJACENT_PAIRS,
     codes_to_pairs,
@@ -55,11 +61,11 @@ def gemv(
     """Compute y [1, N] from x [1, K] with adjacent elements."""
     K, N = layout.in_features, layout.out_features
     num_splits, steps = K // config.block_k, -(-N // BLOCK_N)
-    per_program = steps_per_program(x.device, config.programs_per_sm, num_splits, steps)
+    programs = programs_per_split(x.device, config.programs_per_sm, num_splits, steps)
     partial = torch.empty((num_splits, N, 1), dtype=torch.float32, device=x.device)
-    kernel = _kernel_for(layout, config, x.dtype)
+    kernel = _kernel_for(layout, config, x.dtype, supports_pdl(x.device))
     kernel.launch(
-        grid=(num_splits, -(-steps // per_program), 1),
+        grid=(num_splits, programs, 1),
         tensors={
             "x_ptr": x,
             "W_q_ptr": W_q,
@@ -67,24 +73,25 @@ def gemv(
             "zero_ptr": zero,
             "partial_ptr": partial,
         },
-        integers={"N": N, "K": K, "steps_per_program": per_program},
+        integers={"N": N, "K": K},
     )
     return reduce_split_k(partial=partial, bias=bias, x=x)
 
 
 @functools.lru_cache(maxsize=4096)
-def _kernel_for(layout: Layout, config: GemvConfig, dtype: torch.dtype) -> CachedKernel:
+def _kernel_for(layout: Layout, config: GemvConfig, dtype: torch.dtype, pdl: bool) -> CachedKernel:
     """Return the kernel for a layout; layouts with equal constants share it."""
     return _cached_kernel(
         NBITS=layout.nbits,
         GROUP_SIZE=layout.group_size,
         GROUPS_DIVISOR=math.gcd(layout.groups, 8),
         BLOCK_K=config.block_k,
-        NUM_GROUPS=max(1, config.block_k // layout.group_size),
+        CODES_PER_GROUP=min(layout.group_size, config.block_k),
         **operand_format(dtype, layout.nbits),
         ADJACENT_PAIRS=ADJACENT_PAIRS,
         DTYPE=TRITON_DTYPES[dtype],
         UPCAST=INTERPRETED,
+        PDL=pdl,
     )
 
 
@@ -93,7 +100,7 @@ def _cached_kernel(**constants: Any) -> CachedKernel:
     return CachedKernel(_gemv_kernel, constants, num_warps=1, maxnreg=MAX_REGISTERS)
 
 
-@triton.jit(do_not_specialize=["N", "K", "steps_per_program"])
+@triton.jit(do_not_specialize=["N", "K"])
 def _gemv_kernel(
     x_ptr,
     W_q_ptr,
@@ -102,18 +109,18 @@ def _gemv_kernel(
     partial_ptr,
     N,
     K,
-    steps_per_program,
     NBITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     GROUPS_DIVISOR: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    NUM_GROUPS: tl.constexpr,
+    CODES_PER_GROUP: tl.constexpr,
     FIELDS_PER_SHIFT: tl.constexpr,
     CODE_OFFSET: tl.constexpr,
     CODE_STEP: tl.constexpr,
     ADJACENT_PAIRS: tl.constexpr,
     DTYPE: tl.constexpr,
     UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Write partial_ptr [num_splits, N]: the products over one split of K.
 
@@ -125,14 +132,15 @@ def _gemv_kernel(
     second time, with equal bits.
     """
     QUADS: tl.constexpr = BLOCK_K * NBITS // 512  # quads of 512 bits in a split of a row
+    NUM_GROUPS: tl.constexpr = BLOCK_K // CODES_PER_GROUP
     split = tl.program_id(0)
     row_words = tl.cdiv(K * NBITS, 128) * 4
+    wait_for_kernel_ahead(PDL)
     groups = K // GROUP_SIZE // GROUPS_DIVISOR * GROUPS_DIVISOR
     W_q_ptr = W_q_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + split * (BLOCK_K * NBITS // 32)
     # The first group of the split, or the group that contains the split if groups are longer.
     group = split * NUM_GROUPS if GROUP_SIZE <= BLOCK_K else split // (GROUP_SIZE // BLOCK_K)
-    first_step = tl.program_id(1) * steps_per_program
-    end_step = tl.minimum(first_step + steps_per_program, tl.cdiv(N, 16))
+    first_step, stride = tl.program_id(1), tl.num_programs(1)
     # Start to load the first rows before x is prepared. Each step then loads the rows of the next.
     n = tl.minimum(first_step * 16, N - 16).to(tl.int64)
     words = _load_quads(ptr=W_q_ptr + n * row_words, row_words=row_words, QUADS=QUADS)
@@ -140,24 +148,28 @@ def _gemv_kernel(
         x_ptr=x_ptr + split * BLOCK_K,
         NBITS=NBITS,
         QUADS=QUADS,
-        CODES_PER_GROUP=BLOCK_K // NUM_GROUPS,
-        NUM_GROUPS=NUM_GROUPS,
+        CODES_PER_GROUP=CODES_PER_GROUP,
         FIELDS_PER_SHIFT=FIELDS_PER_SHIFT,
         CODE_OFFSET=CODE_OFFSET,
         ADJACENT_PAIRS=ADJACENT_PAIRS,
         UPCAST=UPCAST,
     )
     partial_ptr += split.to(tl.int64) * N + tl.arange(0, 16)
-    for step in tl.range(first_step, end_step, num_stages=1):
+    for step in tl.range(first_step, tl.cdiv(N, 16), stride, num_stages=1):
         n = tl.minimum(step * 16, N - 16).to(tl.int64)
-        next_n = tl.minimum((step + 1) * 16, N - 16).to(tl.int64)
+        next_n = tl.minimum((step + stride) * 16, N - 16).to(tl.int64)
         next_words = _load_quads(ptr=W_q_ptr + next_n * row_words, row_words=row_words, QUADS=QUADS)
         scale = _load_scales(
             ptr=scale_ptr + n * groups + group, groups=groups, NUM_GROUPS=NUM_GROUPS
         )
         zero = _load_scales(ptr=zero_ptr + n * groups + group, groups=groups, NUM_GROUPS=NUM_GROUPS)
-        # Column g adds up (CODE_OFFSET + code) * x over group g alone.
-        group_sums = tl.zeros((16, NUM_GROUPS), tl.float32)
+        # Column g adds up (CODE_OFFSET + code) * x over group g alone. scale * (sum(code * x) -
+        # zero * sum(x)) follows. The sum of codes is in multiples of CODE_STEP, so the zero is
+        # multiplied by it and the scale divided. The quads have sums of their own, since a tensor
+        # core product must wait for the one whose sum it continues. They are scaled before they
+        # are added, as Triton would otherwise let one product continue the other again.
+        scale *= 1 / CODE_STEP
+        products = (offsets + (zero * CODE_STEP) * x_sums) * -scale
         for i in tl.static_range(QUADS):
             pairs = codes_to_pairs(
                 words[i],
@@ -169,10 +181,8 @@ def _gemv_kernel(
             if tl.bfloat16 == DTYPE:
                 pairs |= opaque_constant(0x43004300, 16)  # the exponent of 128, in both halfwords
             codes = pairs_to_halves(pairs, DTYPE)
-            group_sums = dot(codes, x_quads[i], acc=group_sums, UPCAST=UPCAST)
-        # scale * (sum(code * x) - zero * sum(x)). The sum of codes is in multiples of CODE_STEP, so
-        # the zero is multiplied by it and the scale divided.
-        products = (group_sums - offsets - (zero * CODE_STEP) * x_sums) * (scale * (1 / CODE_STEP))
+            zeros = tl.zeros((16, 8), tl.float32)
+            products += dot(codes, x_quads[i], acc=zeros, UPCAST=UPCAST) * scale
         tl.store(partial_ptr + n, tl.sum(products, 1))
         words = next_words
 
@@ -205,13 +215,16 @@ def _load_scales(ptr, groups, NUM_GROUPS: tl.constexpr):
 
     They are loaded in the register layout of the product, in which a lane has 2 of 8 columns.
     """
-    PAIR: tl.constexpr = 2 if NUM_GROUPS > 1 else 1
     row = tl.arange(0, 8)[:, None, None]
-    pair = tl.arange(0, NUM_GROUPS // PAIR)[None, :, None] * PAIR
-    offset = row * groups + pair + tl.arange(0, PAIR)[None, None, :]
-    # [8 rows, pairs, 2 columns, 2 halves of the rows] -> [16 rows, NUM_GROUPS].
-    all_rows = tl.join(tl.load(ptr + offset), tl.load(ptr + (offset + 8 * groups)))
-    return tl.reshape(tl.permute(all_rows, (3, 0, 1, 2)), (16, NUM_GROUPS)).to(tl.float32)
+    column = tl.arange(0, 4)[None, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+    offset = row * groups + column
+    mask = column < NUM_GROUPS
+    # [8 rows, 4 pairs, 2 columns, 2 halves of the rows] -> [16 rows, 8].
+    all_rows = tl.join(
+        tl.load(ptr + offset, mask=mask, other=0.0),
+        tl.load(ptr + (offset + 8 * groups), mask=mask, other=0.0),
+    )
+    return tl.reshape(tl.permute(all_rows, (3, 0, 1, 2)), (16, 8)).to(tl.float32)
 
 
 @triton.jit
@@ -220,7 +233,6 @@ def _load_operands(
     NBITS: tl.constexpr,
     QUADS: tl.constexpr,
     CODES_PER_GROUP: tl.constexpr,
-    NUM_GROUPS: tl.constexpr,
     FIELDS_PER_SHIFT: tl.constexpr,
     CODE_OFFSET: tl.constexpr,
     ADJACENT_PAIRS: tl.constexpr,
@@ -240,24 +252,27 @@ def _load_operands(
     """
     QUAD_CODES: tl.constexpr = 512 // NBITS
     x_quads = ()
-    x_sums = tl.zeros((16, NUM_GROUPS), tl.float32)
-    scaled_sums = x_sums
+    zeros = tl.zeros((16, 8), tl.float32)
+    x_sums = zeros
+    scaled_sums = zeros
     k = _code_order(NBITS, ADJACENT_PAIRS)
     # Codes of fields that share a shift are not shifted down individually: the operand is
     # code * 2**(NBITS * place), and x is divided by that power of two.
     place = k // 8 % (16 // NBITS) % FIELDS_PER_SHIFT
     inverse_power = ((127 - place * NBITS) << 23).to(tl.float32, bitcast=True)  # by its bits
-    ones = tl.full((16, QUAD_CODES), 1.0, x_ptr.dtype.element_ty)
+    # Products with -1 are subtracted: Triton would chain products that are added.
+    minus_ones = tl.full((16, QUAD_CODES), -1.0, x_ptr.dtype.element_ty)
     for i in tl.static_range(QUADS):
-        group_of_k = (i * QUAD_CODES + k)[:, None] // CODES_PER_GROUP
-        in_group = group_of_k == tl.arange(0, NUM_GROUPS)[None, :]
-        x_quad = tl.where(in_group, tl.load(x_ptr + (i * QUAD_CODES + k))[:, None], 0.0)
-        x_sums = dot(ones, x_quad, acc=x_sums, UPCAST=UPCAST)
+        group_of_k = (i * QUAD_CODES + k)[None, :] // CODES_PER_GROUP
+        in_group = group_of_k == tl.arange(0, 8)[:, None]
+        x_quad = tl.trans(tl.where(in_group, tl.load(x_ptr + (i * QUAD_CODES + k))[None, :], 0.0))
+        x_sums -= dot(minus_ones, x_quad, acc=zeros, UPCAST=UPCAST)
         if FIELDS_PER_SHIFT > 1:
             x_quad = (x_quad.to(tl.float32) * inverse_power[:, None]).to(x_quad.dtype)
-        if CODE_OFFSET > 0:
-            scaled_sums = dot(ones, x_quad, acc=scaled_sums, UPCAST=UPCAST)
+            scaled_sums -= dot(minus_ones, x_quad, acc=zeros, UPCAST=UPCAST)
         x_quads += (x_quad,)
+    if FIELDS_PER_SHIFT == 1 and CODE_OFFSET > 0:
+        scaled_sums = x_sums
     # All 16 rows of the sums are equal: the maximum is any of them.
     return x_quads, tl.max(x_sums, 0)[None, :], tl.max(scaled_sums, 0)[None, :] * CODE_OFFSET
 

@@ -113,11 +113,21 @@ KernelConfig = GemvConfig | SkinnyGemmConfig | WideGemmConfig
 
 @dataclass(frozen=True)
 class Heuristic:
-    """A configuration for up to `max_m` rows of x and at least `min_out_features` outputs."""
+    """A configuration for up to `max_m` rows of x, and for weights of at least this size."""
 
     max_m: int
     config: KernelConfig
     min_out_features: int = 0
+    min_in_features: int = 0
+
+    def applies(self, layout: Layout, M: int) -> bool:
+        """Whether the configuration is for M rows of x and a weight of this layout."""
+        return (
+            self.max_m >= M
+            and layout.out_features >= self.min_out_features
+            and layout.in_features >= self.min_in_features
+            and self.config.supports(layout)
+        )
 
 
 MIN_OUT_FEATURES_32 = 4096
@@ -192,22 +202,21 @@ def _up_to_128(largest: WideGemmConfig) -> tuple[Heuristic, ...]:
     )
 
 
-_GEMV = GemvConfig(block_k=512, programs_per_sm=12)
 _WIDE_128 = _wide(block_n=128, block_m=128, block_k=128, num_warps=8, num_stages=3)
 _WIDE_64 = _wide(block_n=64, block_m=128, block_k=128, num_stages=3)
 
-# For smaller weights, another launch is up to an eighth faster: 10.0 instead of 11.0 us for 6144 x
-# 4096 at 4 bits, 9.1 instead of 10.3 us at 2 bits.
+# One row of x, weights of 6144, 4096 and 28672 x 4096 and of 4096 x 14336, H200: 8.9, 7.4, 25.2 and
+# 16.4 us at 4 bits, and 7.9, 6.7, 21.1 and 13.1 us at 2 bits.
 _4_BIT = (
-    Heuristic(1, _GEMV, MIN_OUT_FEATURES_128),
+    Heuristic(1, GemvConfig(block_k=512, programs_per_sm=12), MIN_OUT_FEATURES_128),
+    Heuristic(1, GemvConfig(block_k=512, programs_per_sm=12), min_in_features=8192),
     Heuristic(1, GemvConfig(block_k=256, programs_per_sm=16)),
     *_up_to_16(block_n=16),
     *_up_to_128(_WIDE_128),
 )
 _3_BIT = (*_up_to_16(block_n=32), *_up_to_128(_WIDE_64))
 _2_BIT = (
-    Heuristic(1, _GEMV, MIN_OUT_FEATURES_128),
-    Heuristic(1, _skinny(block_n=16, block_m=1, programs_per_sm=3)),
+    Heuristic(1, _skinny(block_n=16, block_m=1, programs_per_sm=4)),
     *_up_to_16(block_n=32),
     *_up_to_128(_WIDE_128),
 )
@@ -254,7 +263,6 @@ def select_kernel(capability: tuple[int, int], layout: Layout, M: int) -> Kernel
     if not 1 <= M <= MAX_M.get(capability, DEFAULT_MAX_M):
         return None
     for heuristic in HEURISTICS[layout.nbits]:
-        applies = heuristic.max_m >= M and layout.out_features >= heuristic.min_out_features
-        if applies and heuristic.config.supports(layout):
+        if heuristic.applies(layout, M):
             return heuristic.config
     return None

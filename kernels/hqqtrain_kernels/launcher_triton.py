@@ -49,12 +49,15 @@ class CachedKernel:
         options: Triton's compile options: `num_warps`, `num_stages`, `maxnreg` ...
             `enable_fp_fusion` allows the compiler to fuse a product and a sum, which then round
             once. Results depend on it, so it is always set: here it is True by default, but
-            Triton's default changes from True to False with 3.10.
+            Triton's default changes from True to False with 3.10. A kernel with a constexpr PDL
+            that is true is launched with `launch_pdl`.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], **options: int | bool) -> None:
         self._kernel, self._constants = kernel, constants
         self._options = {"enable_fp_fusion": True, **options}
+        if constants.get("PDL"):
+            self._options["launch_pdl"] = True
         self._constant_values = tuple(constants.values())
         self._compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 

@@ -26,11 +26,17 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqtrain_kernels.heuristics import SkinnyGemmConfig
-from hqqtrain_kernels.launcher_triton import INTERPRETED, MAX_REGISTERS, TRITON_DTYPES, CachedKernel
+from hqqtrain_kernels.launcher_triton import (
+    INTERPRETED,
+    MAX_REGISTERS,
+    TRITON_DTYPES,
+    CachedKernel,
+)
 from hqqtrain_kernels.layout import Layout
 from hqqtrain_kernels.loads_triton import dot, load_scales
+from hqqtrain_kernels.pdl_triton import supports_pdl, wait_for_kernel_ahead
 from hqqtrain_kernels.skinny_operands_triton import load_codes, load_operands, sum_slices
-from hqqtrain_kernels.split_k_triton import reduce_split_k, steps_per_program
+from hqqtrain_kernels.split_k_triton import programs_per_split, reduce_split_k
 from hqqtrain_kernels.unpack_triton import ADJACENT_PAIRS, operand_format, take
 
 
@@ -47,13 +53,13 @@ def skinny_gemm(
     (M, K), N = x.shape, layout.out_features
     num_splits = -(-K // (config.block_k * config.k_slices))
     steps = -(-N // config.block_n)
-    per_program = steps_per_program(x.device, config.programs_per_sm, num_splits, steps)
+    programs = programs_per_split(x.device, config.programs_per_sm, num_splits, steps)
     partial = torch.empty((num_splits, N, config.block_m), dtype=torch.float32, device=x.device)
     stride = x.stride(0)
     stride_divisor = 8 if stride % 8 == 0 else 1
-    kernel = _kernel_for(layout, config, x.dtype, stride_divisor)
+    kernel = _kernel_for(layout, config, x.dtype, stride_divisor, supports_pdl(x.device))
     kernel.launch(
-        grid=(num_splits, -(-steps // per_program), 1),
+        grid=(num_splits, programs, 1),
         tensors={
             "x_ptr": x,
             "W_q_ptr": W_q,
@@ -66,7 +72,6 @@ def skinny_gemm(
             "N": N,
             "K": K,
             "x_stride": stride // stride_divisor,
-            "steps_per_program": per_program,
         },
     )
     return reduce_split_k(partial=partial, bias=bias, x=x)
@@ -74,7 +79,7 @@ def skinny_gemm(
 
 @functools.lru_cache(maxsize=4096)
 def _kernel_for(
-    layout: Layout, config: SkinnyGemmConfig, dtype: torch.dtype, stride_divisor: int
+    layout: Layout, config: SkinnyGemmConfig, dtype: torch.dtype, stride_divisor: int, pdl: bool
 ) -> CachedKernel:
     """Return the kernel for a layout; layouts with equal constants share it."""
     k_per_step = config.block_k * config.k_slices
@@ -95,6 +100,7 @@ def _kernel_for(
         DTYPE=TRITON_DTYPES[dtype],
         UPCAST=INTERPRETED,
         NUM_STAGES=config.num_stages,
+        PDL=pdl,
     )
 
 
@@ -109,7 +115,7 @@ def _cached_kernel(**constants: Any) -> CachedKernel:
     )
 
 
-@triton.jit(do_not_specialize=["M", "N", "K", "x_stride", "steps_per_program"])
+@triton.jit(do_not_specialize=["M", "N", "K", "x_stride"])
 def _skinny_gemm_kernel(
     x_ptr,
     W_q_ptr,
@@ -120,7 +126,6 @@ def _skinny_gemm_kernel(
     N,
     K,
     x_stride,
-    steps_per_program,
     NBITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     X_STRIDE_DIVISOR: tl.constexpr,
@@ -139,6 +144,7 @@ def _skinny_gemm_kernel(
     DTYPE: tl.constexpr,
     UPCAST: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Write partial_ptr [num_splits, N, BLOCK_M]: the products over one split of K.
 
@@ -158,6 +164,7 @@ def _skinny_gemm_kernel(
     # A row of W_q: words of the low plane (for 3 bits the 2-bit plane), then of the high plane.
     low_words = tl.cdiv(K * (2 if NBITS == 3 else NBITS), 128) * 4
     row_words = low_words + (tl.cdiv(K, 128) * 4 if NBITS == 3 else 0)
+    wait_for_kernel_ahead(PDL)
     groups = K // GROUP_SIZE // GROUPS_DIVISOR * GROUPS_DIVISOR
     W_q_ptr = W_q_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     partial_ptr += split.to(tl.int64) * N * BLOCK_M
@@ -181,9 +188,8 @@ def _skinny_gemm_kernel(
         UPCAST=UPCAST,
     )
     row = tl.arange(0, BLOCK_N)  # row of the weight, counted from row n, the first of a step
-    first_step = tl.program_id(1) * steps_per_program
-    end_step = tl.minimum(first_step + steps_per_program, tl.cdiv(N, BLOCK_N))
-    for step in tl.range(first_step, end_step, num_stages=NUM_STAGES):
+    steps, programs = tl.cdiv(N, BLOCK_N), tl.num_programs(1)
+    for step in tl.range(tl.program_id(1), steps, programs, num_stages=NUM_STAGES):
         n = tl.minimum(step * BLOCK_N, N - BLOCK_N).to(tl.int64)
         # codes [K_SLICES * BLOCK_N, BLOCK_K], as the 16-bit floats of `operand_format`.
         codes = load_codes(

@@ -13,13 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hqqtrain_kernels.launcher_triton import TRITON_DTYPES, CachedKernel
+from hqqtrain_kernels.launcher_triton import (
+    TRITON_DTYPES,
+    CachedKernel,
+)
+from hqqtrain_kernels.pdl_triton import supports_pdl, wait_for_kernel_ahead
 
 
-def steps_per_program(
+def programs_per_split(
     device: torch.device, programs_per_sm: int, num_splits: int, steps: int
 ) -> int:
-    """Return the number of steps of each program. A step covers BLOCK_N rows of the weight.
+    """Return the number of programs of each split of K.
+
+    A step covers BLOCK_N rows of the weight, and the programs of a split take turns: program j of P
+    makes the steps j, j + P, j + 2 P and so on. All of them therefore read adjacent rows.
 
     Args:
         device: Where the kernel runs.
@@ -27,7 +34,8 @@ def steps_per_program(
         num_splits: Splits of K.
         steps: Steps that cover all rows of the weight once.
     """
-    return -(-steps // max(1, _multiprocessors(device) * programs_per_sm // num_splits))
+    most = max(1, _multiprocessors(device) * programs_per_sm // num_splits)
+    return -(-steps // -(-steps // most))  # no more than needed for as few steps each
 
 
 @functools.cache
@@ -53,7 +61,7 @@ def reduce_split_k(partial: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     M = x.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     block_n = min(128, 512 // block_m)
-    kernel = _cached_kernel(block_m=block_m, block_n=block_n, dtype=x.dtype)
+    kernel = _cached_kernel(block_m, block_n, x.dtype, supports_pdl(x.device))
     kernel.launch(
         grid=(-(-N // block_n), 1, 1),
         tensors={"partial_ptr": partial, "bias_ptr": bias, "y_ptr": y},
@@ -63,12 +71,17 @@ def reduce_split_k(partial: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _cached_kernel(block_m: int, block_n: int, dtype: torch.dtype) -> CachedKernel:
+def _cached_kernel(block_m: int, block_n: int, dtype: torch.dtype, pdl: bool) -> CachedKernel:
     """Return the reducing kernel for a block size. Its blocks give a thread few numbers.
 
     The kernel mostly waits for memory, and many threads hide this latency better than few.
     """
-    constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "DTYPE": TRITON_DTYPES[dtype]}
+    constants = {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "DTYPE": TRITON_DTYPES[dtype],
+        "PDL": pdl,
+    }
     return CachedKernel(_reduce_split_k_kernel, constants, num_warps=4)
 
 
@@ -83,8 +96,10 @@ def _reduce_split_k_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Reduce all splits of BLOCK_N outputs for all rows of x."""
+    wait_for_kernel_ahead(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     n_mask = (n < N)[:, None]

@@ -22,9 +22,15 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqtrain_kernels.heuristics import WideGemmConfig
-from hqqtrain_kernels.launcher_triton import INTERPRETED, MAX_REGISTERS, TRITON_DTYPES, CachedKernel
+from hqqtrain_kernels.launcher_triton import (
+    INTERPRETED,
+    MAX_REGISTERS,
+    TRITON_DTYPES,
+    CachedKernel,
+)
 from hqqtrain_kernels.layout import Layout
 from hqqtrain_kernels.loads_triton import dot, load_scales, load_words, load_x
+from hqqtrain_kernels.pdl_triton import supports_pdl, wait_for_kernel_ahead
 from hqqtrain_kernels.unpack_triton import codes_to_fp32, take
 
 
@@ -42,7 +48,7 @@ def wide_gemm(
     stride = x.stride(0)
     stride_divisor = 8 if stride % 8 == 0 else 1
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    kernel = _kernel_for(layout, config, x.dtype, stride_divisor)
+    kernel = _kernel_for(layout, config, x.dtype, stride_divisor, supports_pdl(x.device))
     kernel.launch(
         grid=(-(-N // config.block_n), -(-M // config.block_m), 1),
         tensors={
@@ -60,7 +66,7 @@ def wide_gemm(
 
 @functools.lru_cache(maxsize=4096)
 def _kernel_for(
-    layout: Layout, config: WideGemmConfig, dtype: torch.dtype, stride_divisor: int
+    layout: Layout, config: WideGemmConfig, dtype: torch.dtype, stride_divisor: int, pdl: bool
 ) -> CachedKernel:
     """Return the kernel for a layout; layouts with equal constants share it."""
     k_per_step = config.block_k * config.k_slices
@@ -80,6 +86,7 @@ def _kernel_for(
         DTYPE=TRITON_DTYPES[dtype],
         UPCAST=INTERPRETED,
         NUM_STAGES=config.num_stages,
+        PDL=pdl,
     )
 
 
@@ -120,12 +127,14 @@ def _wide_gemm_kernel(
     DTYPE: tl.constexpr,
     UPCAST: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Compute one block of y.
 
     GROUP_K adjacent codes of a slice share a scale, and one `tl.dot` takes DOT_K of them.
     `skinny_gemm_triton` explains the divisors.
     """
+    wait_for_kernel_ahead(PDL)
     DOTS_PER_GROUP: tl.constexpr = GROUP_K // DOT_K
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)

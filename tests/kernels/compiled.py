@@ -183,7 +183,7 @@ def _cases(thorough: bool) -> Iterator[Case]:
         M = heuristic.max_m
         for g in (64, 128) if thorough and M <= 16 else (64,):
             rows = max(heuristic.min_out_features, heuristics.MIN_OUT_FEATURES_32)
-            layout = Layout(rows, 8192, nbits, g, 1)
+            layout = Layout(rows, heuristic.min_in_features or 4096, nbits, g, 1)
             yield f"linear M={M} {layout}", partial(_linear, layout, M)
     layout = Layout(384, 384, 3, 12, 1)
     yield f"dequantize {layout}", partial(_dequantize, layout)

@@ -5,7 +5,7 @@ import torch
 from kernel_weights import DEVICE
 
 pytest.importorskip("triton", reason="Triton is not installed here")
-from hqqtrain_kernels.split_k_triton import reduce_split_k, steps_per_program
+from hqqtrain_kernels.split_k_triton import programs_per_split, reduce_split_k
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -27,8 +27,7 @@ def test_sums_are_those_of_fp32_in_the_order_of_the_splits(
 @pytest.mark.parametrize("programs_per_sm", [1, 3, 100])
 @pytest.mark.parametrize(("num_splits", "steps"), [(1, 1), (2, 7), (50, 300)])
 def test_programs_share_all_steps(programs_per_sm: int, num_splits: int, steps: int) -> None:
-    per_program = steps_per_program(torch.device("cpu"), programs_per_sm, num_splits, steps)
-    programs = -(-steps // per_program)
-    assert 1 <= per_program <= steps
+    programs = programs_per_split(torch.device("cpu"), programs_per_sm, num_splits, steps)
+    assert 1 <= programs <= steps
     # The interpreter counts as 2 multiprocessors: no more programs than they hold, if they can.
     assert programs * num_splits <= max(2 * programs_per_sm, num_splits)
