@@ -4,24 +4,24 @@
 
 Each word is a model with random weights in the shape of an 8B Llama: `bf16`; `int4`, the kernel of
 gpt-fast and torchao (tinygemm, groups of 64); or the bits of ours, with `:head` for an output head
-of 8 bits, and `:plain` without `prepare_for_inference`. A step is the model and the choice of the
-most likely token, with a static cache, in one CUDA graph. transformers' `generate` adds 2 to 3 ms.
+of 8 bits, and `:plain` without `prepare_for_inference`. The tokens are generated as task=generate
+does it: a step is the model and the choice of the most likely token, in one CUDA graph.
 """
 
 import argparse
 import gc
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from hqqtrain.config.quant import QuantConfig
+from hqqtrain.generation.static_decoder import StaticDecoder
 from hqqtrain.inference.grouped_attention import use_grouped_attention
 from hqqtrain.inference.prepare import prepare_for_inference
 from hqqtrain.nn.replace import quantize_model
@@ -92,33 +92,32 @@ def build_model(word: str, sizes: Sizes, device: str) -> Any:
     return model
 
 
-def measure(model: Any, sizes: Sizes, compile: Callable[[Callable], Callable]) -> float:
+class Stopwatch:
+    """Receives tokens, as `ReplyStreamer` does, and notes when they come."""
+
+    has_ended = False
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def measure(model: Any, sizes: Sizes) -> float:
     """Return the seconds of one new token."""
-    device = next(model.parameters()).device
-    cache = StaticCache(config=model.config, max_cache_len=sizes.cache)
-    prompt = torch.randint(0, sizes.vocabulary, (1, 16), device=device)
-    token = model(prompt, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-    position = torch.full((1, 1), prompt.shape[1], device=device)
-
-    def step(token: Tensor, position: Tensor) -> Tensor:
-        output = model(token, past_key_values=cache, position_ids=position, use_cache=True)
-        return output.logits[:, -1:].argmax(-1)
-
-    compiled = compile(step)
-    started = 0.0
-    for count in range(-8, sizes.tokens):  # the first ones compile, and record the graph
-        if count == 0:
-            _wait(device)
-            started = time.perf_counter()
-        torch.compiler.cudagraph_mark_step_begin()
-        token, position = compiled(token, position).clone(), position + 1
-    _wait(device)
-    return (time.perf_counter() - started) / sizes.tokens
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    config = GenerationConfig(do_sample=False)
+    decoder = StaticDecoder(model, config, sizes.cache)
+    prompt = torch.randint(0, sizes.vocabulary, (1, 16))
+    watch: Any = Stopwatch()
+    for _ in range(2):
+        watch = Stopwatch()
+        decoder.generate(model, prompt, sizes.tokens, watch)
+    first = 8  # the prompt, and some tokens until the graph runs ahead of the CPU
+    return (watch.times[-1] - watch.times[first]) / (len(watch.times) - 1 - first)
 
 
 @torch.no_grad()
@@ -128,12 +127,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("models", nargs="+", help="bf16, int4, or bits such as 4 or 2:head")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[list[Any]] = []
-    sizes = Sizes()
-    for word in parser.parse_args(arguments).models:
+    parser.add_argument("--layers", type=int, default=Sizes.layers, help="decoder layers")
+    parsed = parser.parse_args(arguments)
+    sizes = Sizes(layers=parsed.layers)
+    for word in parsed.models:
         model = build_model(word, sizes, device)
         gc.collect()
-        compile = lambda step: torch.compile(step, mode="reduce-overhead", fullgraph=True)  # noqa: E731
-        seconds = measure(model, sizes, compile)
+        seconds = measure(model, sizes)
+        sys.stderr.write(f"{word}: {1e3 * seconds:.3f} ms\n")
         first = rows[0][1] if rows else 1e3 * seconds
         rows.append([word, 1e3 * seconds, 1 / seconds, first / (1e3 * seconds)])
         torch._dynamo.reset()

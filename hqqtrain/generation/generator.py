@@ -1,7 +1,7 @@
 """Generate text: `generate` for a few prompts, `TextGenerator` for a model that stays loaded.
 
-transformers' own `generate` chooses the tokens. This module adds the settings, the end of a turn,
-the time of both phases, and the compilation.
+`StaticDecoder` generates with a compiled model, and transformers' own `generate` in all other
+cases. This module adds the settings, the end of a turn, and the time of both phases.
 """
 
 import logging
@@ -24,6 +24,7 @@ from hqqtrain.generation.settings import (
     Sampling,
     merged_generation_config,
 )
+from hqqtrain.generation.static_decoder import static_decoder
 from hqqtrain.generation.streamer import EndOfReply, ReplyStreamer
 from hqqtrain.models.causal_lm import translate_model_errors
 from hqqtrain.models.fqn import base_model
@@ -100,6 +101,7 @@ class TextGenerator:
         base = base_model(model)
         self.device = next(base.parameters()).device
         self.compiles = _compiles(base, self.device, compile)
+        self._has_decoder = bool(self.compiles)
 
     def generate(
         self, prompt: Prompt, on_text: Callable[[str], object] = lambda _: None
@@ -139,13 +141,20 @@ class TextGenerator:
             translate_model_errors(base),
             _translate_setting_errors(),
         ):
-            generating.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                generation_config=config,
-                streamer=streamer,
-                stopping_criteria=[EndOfReply(streamer)],
-            )
+            decoder = None
+            if cache_tokens is not None and self._has_decoder:
+                decoder = static_decoder(self._model, config, cache_tokens)
+                self._has_decoder = decoder is not None
+            if decoder is not None:
+                decoder.generate(self._model, input_ids, room, streamer)
+            else:
+                generating.generate(
+                    input_ids=input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    generation_config=config,
+                    streamer=streamer,
+                    stopping_criteria=[EndOfReply(streamer)],
+                )
         tokens, eos = streamer.token_ids, config.eos_token_id or ()
         return Generation(
             streamer.text,
