@@ -150,7 +150,8 @@ def _start_accelerator(precision: str, offloads: bool) -> Accelerator:
     listen_on_master_address()
     cuda = torch.cuda.is_available()
     # Parameters on the host are sent, and their gradients reduced, there, which needs gloo, too.
-    backend = "cuda:nccl,cpu:gloo" if cuda and offloads else None
+    # accelerate takes a backend as the sign that a launcher has started several processes.
+    backend = "cuda:nccl,cpu:gloo" if cuda and offloads and "LOCAL_RANK" in os.environ else None
     group = InitProcessGroupKwargs(backend=backend, timeout=PROCESS_GROUP_TIMEOUT)
     mixed_precision = "no" if precision == "fp32" else precision
     return Accelerator(cpu=not cuda, mixed_precision=mixed_precision, kwargs_handlers=[group])

@@ -4,7 +4,6 @@
 cases. This module adds the settings, the end of a turn, and the time of both phases.
 """
 
-import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +12,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.compat import supports_static_cache
 from hqqtrain.generation.prompts import Prompt, PromptEncoder
 from hqqtrain.generation.settings import (
     CACHE_TOKENS,
@@ -24,13 +22,10 @@ from hqqtrain.generation.settings import (
     Sampling,
     merged_generation_config,
 )
-from hqqtrain.generation.static_decoder import static_decoder
+from hqqtrain.generation.static_decoder import compiles, static_decoder
 from hqqtrain.generation.streamer import EndOfReply, ReplyStreamer
 from hqqtrain.models.causal_lm import translate_model_errors
 from hqqtrain.models.fqn import base_model
-from hqqtrain.models.offload import has_host_weights
-
-logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 512
 """Largest number of tokens of a reply, by default."""
@@ -100,7 +95,7 @@ class TextGenerator:
             )
         base = base_model(model)
         self.device = next(base.parameters()).device
-        self.compiles = _compiles(base, self.device, compile)
+        self.compiles = compiles(base, self.device, compile)
         self._has_decoder = bool(self.compiles)
 
     def generate(
@@ -164,18 +159,6 @@ class TextGenerator:
             streamer.prefill_seconds,
             streamer.decode_seconds,
         )
-
-
-def _compiles(base: PreTrainedModel, device: torch.device, wanted: bool | None) -> bool:
-    """Return whether to compile a model for decoding; see `TextGenerator`."""
-    on_host, is_able = has_host_weights(base), supports_static_cache(base)
-    if wanted and (on_host or not is_able):
-        cannot = f"transformers' {type(base).__name__} cannot be compiled with a static cache"
-        reason = "weights of the model stay in host memory" if on_host else cannot
-        raise UserError(f"generate.compile=true: {reason}; use auto or false.")
-    if wanted is None and on_host:
-        logger.info("the model is not compiled, because weights of it stay in host memory")
-    return device.type == "cuda" and is_able and not on_host if wanted is None else wanted
 
 
 def generate(

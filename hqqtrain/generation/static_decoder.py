@@ -17,14 +17,18 @@ from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     MinPLogitsWarper,
+    PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
+from hqqtrain.common.errors import UserError
+from hqqtrain.compat import supports_static_cache
 from hqqtrain.generation.static_cache import static_cache
 from hqqtrain.generation.streamer import ReplyStreamer
 from hqqtrain.models.fqn import base_model
+from hqqtrain.models.offload import has_host_weights
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +50,18 @@ A step of an 8B model at 4 bits is 7 % faster with them (H200).
 
 _decoders: WeakKeyDictionary[nn.Module, "StaticDecoder"] = WeakKeyDictionary()
 """The newest decoder of each model, which later calls use again. It does not keep the model."""
+
+
+def compiles(base: PreTrainedModel, device: torch.device, wanted: bool | None) -> bool:
+    """Return whether to compile a model for decoding; see `TextGenerator`."""
+    on_host, is_able = has_host_weights(base), supports_static_cache(base)
+    if wanted and (on_host or not is_able):
+        cannot = f"transformers' {type(base).__name__} cannot be compiled with a static cache"
+        reason = "weights of the model stay in host memory" if on_host else cannot
+        raise UserError(f"generate.compile=true: {reason}; use auto or false.")
+    if wanted is None and on_host:
+        logger.info("the model is not compiled, because weights of it stay in host memory")
+    return device.type == "cuda" and is_able and not on_host if wanted is None else wanted
 
 
 def static_decoder(

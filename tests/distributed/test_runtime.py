@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import InitProcessGroupKwargs
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
@@ -11,6 +12,7 @@ from hqqtrain.config.groups import OptimConfig, TrainConfig
 from hqqtrain.config.infra import RunDirConfig
 from hqqtrain.config.parallel import ParallelConfig
 from hqqtrain.config.quant import QuantConfig
+from hqqtrain.distributed import runtime
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.runtime import Runtime
 from hqqtrain.distributed.strategies.check import RuntimeSettings
@@ -36,6 +38,24 @@ def test_everything_that_is_auto_is_resolved():
     assert not runtime.offloads_activations, "on a CPU they are in host memory anyway"
     assert not runtime.offloads_parameters
     assert _start().strategy.name == "single"
+
+
+@pytest.mark.parametrize("local_rank", [None, "0"])
+def test_only_a_launcher_makes_a_process_group_for_both_devices(local_rank, monkeypatch):
+    """accelerate would join the group of a backend that it is given, also where there is none."""
+    asked: list[str | None] = []
+
+    def accelerator(*, kwargs_handlers: list[InitProcessGroupKwargs], **_: object) -> None:
+        asked.extend(handler.backend for handler in kwargs_handlers)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runtime, "Accelerator", accelerator)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(AttributeError):  # the stand-in has no rank
+        _start(quant=QuantConfig(offload_meta=True), train=TrainConfig(precision="fp32"))
+    assert asked == [local_rank and "cuda:nccl,cpu:gloo"]
 
 
 def test_on_a_cpu_meta_is_not_offloaded(caplog: pytest.LogCaptureFixture):

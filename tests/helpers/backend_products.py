@@ -16,7 +16,7 @@ EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def make_layer(
-    nbits: int, group_size: int = 64, *, axis: int = 1, rows: int = 192, columns: int = 576,
+    nbits: int, group_size: int = 64, *, axis: int = 1, rows: int = 384, columns: int = 576,
     dtype: torch.dtype = torch.bfloat16, device: str = "cpu", bias: bool = True,
 ) -> HQQLinear:  # fmt: skip
     """Return a quantized random layer."""

@@ -87,7 +87,7 @@ class HummingBackend(InferenceBackend):
     name, package, install = "humming", "humming", "hqqtrain[humming]"
     limits = Limits(
         nbits={torch.bfloat16: (4, 3, 2, 1), torch.float16: (8, 4, 3, 2, 1)},
-        multiple_of=(64, 64),
+        multiple_of=(128, 64),  # a tile of its kernels for Hopper GPUs has 128 rows
     )
 
     def refusal(self, layer: HQQLinear) -> str | None:

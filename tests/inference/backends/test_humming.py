@@ -1,9 +1,11 @@
 """humming computes our weights, with an adapter and compiled; it needs a GPU and the package."""
 
+from functools import partial
 from importlib import util
 
 import pytest
 from backend_products import check_model, check_products, make_layer
+from exports import WIDE
 
 from hqqtrain.inference.backends.humming import HummingBackend
 
@@ -23,10 +25,11 @@ def test_products(dtype, nbits):
 
 @pytest.mark.parametrize("group_size", [32, 128, 256])
 def test_group_sizes(group_size):
-    layer = make_layer(4, group_size, columns=1024, device="cuda", bias=False)
+    layer = make_layer(4, group_size, rows=256, columns=1024, device="cuda", bias=False)
     check_products(BACKEND, layer)
 
 
 @pytest.mark.parametrize("nbits", [4, 2])
-def test_a_model_with_an_adapter(make_wide, nbits):
-    check_model("humming", make_wide, nbits, device="cuda", compiler="inductor")
+def test_a_model_with_an_adapter(make_trained, nbits):
+    make = partial(make_trained, sizes=WIDE | {"hidden_size": 256, "intermediate_size": 256})
+    check_model("humming", make, nbits, device="cuda", compiler="inductor")
