@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from random_models import random_family
 from torch import nn
-from transformers import CompileConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 import hqqtrain
 from hqqtrain.common.errors import UserError
@@ -123,16 +123,6 @@ def test_prompts_of_every_form_are_answered(trained, tokenizer):
 def test_values_that_transformers_refuses_are_errors_of_the_user(trained, tokenizer):
     with pytest.raises(UserError, match="settings of generate"):
         generate(trained, tokenizer, PROMPT, min_p=2.0)
-
-
-def test_a_compiled_model_with_a_static_cache_generates_the_same(trained, tokenizer, monkeypatch):
-    """The graph of the whole model has no break; a compiler would take a minute here."""
-    settings = "hqqtrain.generation.settings.CompileConfig"
-    monkeypatch.setattr(settings, partial(CompileConfig, backend="eager", fullgraph=True))
-    expected = generate(trained, tokenizer, PROMPT, max_new_tokens=6)
-    compiled = generate(trained, tokenizer, PROMPT, max_new_tokens=6, compile=True)
-    assert compiled[0].token_ids == expected[0].token_ids
-    assert hasattr(base_model(trained), "_compiled_call")
 
 
 def test_only_models_that_can_be_are_compiled(trained, tokenizer):

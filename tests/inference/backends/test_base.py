@@ -62,8 +62,8 @@ def test_scales_that_float16_cannot_hold():
 @pytest.mark.parametrize("nbits", [8, 4, 3, 2, 1])
 def test_codes(nbits):
     layer = make_layer(nbits)
-    groups = codes_of(layer).view(192, 9, 64).float()
+    groups = codes_of(layer).view(384, 9, 64).float()
     scale, zero = layer.scale[..., None].float(), layer.zero[..., None].float()
-    assert torch.equal(((groups - zero) * scale).view(192, 576), layer.dequantize(torch.float32))
+    assert torch.equal(((groups - zero) * scale).view(384, 576), layer.dequantize(torch.float32))
     layer.view_packed_as(torch.bfloat16)
     assert torch.equal(codes_of(layer).view(groups.shape).float(), groups)

@@ -39,5 +39,5 @@ def test_autocast_decides_the_dtype():
     assert repacked(x).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert repacked(x).dtype == torch.bfloat16
-    assert repacked(x).shape == (2, 3, 192)
-    assert repr(repacked) == "TinygemmLinear(576, 192, bias=True)"
+    assert repacked(x).shape == (2, 3, 384)
+    assert repr(repacked) == "TinygemmLinear(576, 384, bias=True)"
