@@ -131,11 +131,11 @@ def _gemv_kernel(
     If 16 does not divide N, the last step begins 16 rows before the end. It computes some rows a
     second time, with equal bits.
     """
+    wait_for_kernel_ahead(PDL)
     QUADS: tl.constexpr = BLOCK_K * NBITS // 512  # quads of 512 bits in a split of a row
     NUM_GROUPS: tl.constexpr = BLOCK_K // CODES_PER_GROUP
     split = tl.program_id(0)
     row_words = tl.cdiv(K * NBITS, 128) * 4
-    wait_for_kernel_ahead(PDL)
     groups = K // GROUP_SIZE // GROUPS_DIVISOR * GROUPS_DIVISOR
     W_q_ptr = W_q_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + split * (BLOCK_K * NBITS // 32)
     # The first group of the split, or the group that contains the split if groups are longer.
@@ -211,7 +211,7 @@ def _load_quads(ptr, row_words, QUADS: tl.constexpr):
 
 @triton.jit
 def _load_scales(ptr, groups, NUM_GROUPS: tl.constexpr):
-    """Load scale or zero of 16 rows as fp32 [16, NUM_GROUPS].
+    """Load scale or zero of 16 rows as fp32 [16, 8], with zeros in the columns without a group.
 
     They are loaded in the register layout of the product, in which a lane has 2 of 8 columns.
     """
@@ -241,11 +241,11 @@ def _load_operands(
     """Load one split of x, and prepare all that the products need of it.
 
     Returns:
-        x_quads: For every quad, x [codes of a quad, NUM_GROUPS] in the order of the codes. An
+        x_quads: For every quad, x [codes of a quad, 8] in the order of the codes. An
             element is zero in the columns of the groups that it does not belong to.
-        x_sums: The sum of x over every group, [1, NUM_GROUPS].
-        offsets: What CODE_OFFSET adds to the sum of every group, [1, NUM_GROUPS]: CODE_OFFSET times
-            the sum of x_quads.
+        x_sums: The sum of x over every group, [1, 8].
+        offsets: What CODE_OFFSET adds to the sum of every group, [1, 8]: CODE_OFFSET times the sum
+            of x_quads.
 
     The tensor cores compute the sums, as products with ones. The sums then have the same register
     layout as the products that they are used with.

@@ -33,7 +33,7 @@ def wait_for_kernel_ahead(PDL: tl.constexpr):
 
     The next kernel may start from now on, and waits in turn. A weight counts as a result, too: the
     kernel ahead may have gathered its shards. A kernel that reads its weight before takes 2 to 4 %
-    less time, and one that only asks the L2 cache for it no less (H200).
+    less time, but must not; to only ask the L2 cache for it before saves nothing (H200).
     """
     if PDL:
         gdc_launch_dependents()
