@@ -1,13 +1,14 @@
 """Check the arguments of a public function, and let messages name them as Python has them."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from hqqtrain.common.errors import UserError
+from hqqtrain.common.errors import UserError, describe_error
 from hqqtrain.config.field import field_errors
 from hqqtrain.config.run import RunConfig
 from hqqtrain.config.typed_group import build_group
@@ -66,6 +67,27 @@ def checked_group(group: type[Group], name: str, values: Mapping[str, Any]) -> G
     if errors:
         raise UserError("\n".join(errors))
     return config
+
+
+def folder_argument(folder: str | os.PathLike[str], name: str = "folder") -> Path:
+    """Return the full path of a folder that a user names.
+
+    Args:
+        folder: The value of the argument.
+        name: The name of the argument.
+
+    Raises:
+        UserError: It is no path.
+    """
+    try:
+        path = Path(os.path.abspath(os.path.expanduser(folder)))
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (TypeError, ValueError, OSError) as error:
+        reason = describe_error(error)[:100]
+        raise UserError(f"{name}={str(folder)[:100]!r}: is not a path ({reason}).") from error
+    return path
 
 
 def _plain(value: Any) -> Any:

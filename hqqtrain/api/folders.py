@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hqqtrain.api.arguments import named_as_arguments
+from hqqtrain.api.arguments import folder_argument, named_as_arguments
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.formats import packed
@@ -195,7 +195,7 @@ def new_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
     Raises:
         UserError: It exists and has files, which may not be deleted.
     """
-    path = Path(os.path.abspath(os.path.expanduser(folder)))
+    path = folder_argument(folder)
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"folder={folder}: exists; give another name, or overwrite=True.")
     return path

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hqqtrain.api.arguments import checked_group, named_as_arguments
+from hqqtrain.api.arguments import checked_group, folder_argument, named_as_arguments
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.packed_folders import OWN_METHOD, gguf_files, quantized_by
 from hqqtrain.common.reading import read_json
@@ -53,7 +53,7 @@ def push_to_hub(
     """
     with named_as_arguments("push_to_hub", name="hub.push"):
         hub = checked_group(HubConfig, "hub", {"push": name, "private": private, "base": base})
-        path = Path(folder).expanduser()
+        path = folder_argument(folder)
         run, url = _recorded(path, base), ""
         advice = "Call push_to_hub again to continue."
         for result in _results(path, hub):
@@ -65,7 +65,8 @@ def push_to_hub(
 def _results(path: Path, hub: HubConfig) -> list[Result]:
     """Return the results in a folder, in the order in which they are pushed."""
     run, name = RunLayout(path), hub.push
-    assert name is not None
+    if name is None:
+        raise UserError("hub.push=null: must be the repository, user/name.")
     if run.config_yaml.is_file():
         status = read_status(run.status_json).status
         if status not in (None, "done"):

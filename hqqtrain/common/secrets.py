@@ -7,7 +7,7 @@ harmless word is masked rather than a key shown.
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -111,19 +111,21 @@ def mask_command(arguments: list[str]) -> list[str]:
 
 def _mask_text(text: str, name: str) -> str:
     """Mask the secrets within `text`, which is the value of the key `name`."""
-    for secret in _environment_secrets():
+    for secret in environment_secrets().values():
         text = text.replace(secret, MASK)
     text = _ASSIGNMENT.sub(rf"\1{MASK}", _TOKENS.sub(MASK, text))
     text = mask_shell_secrets(text, MASK)
     return text if _COMMIT_NAME_END.search(name) else _OLD_WANDB_KEY.sub(MASK, text)
 
 
-def _environment_secrets() -> Iterator[str]:
-    """Yield the values of the environment variables that are named like a secret."""
-    for name in filter(_is_secret_name, os.environ):
-        value = os.environ.get(name, "")
-        if len(value) >= _MIN_LENGTH and not _is_path(name, value):
-            yield value
+def environment_secrets() -> dict[str, str]:
+    """Return the environment variables that are named like a secret, without short values."""
+    named = {name: os.environ.get(name, "") for name in filter(_is_secret_name, os.environ)}
+    return {
+        name: value
+        for name, value in named.items()
+        if len(value) >= _MIN_LENGTH and not _is_path(name, value)
+    }
 
 
 @lru_cache(maxsize=4096)

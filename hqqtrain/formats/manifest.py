@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,18 +72,19 @@ def check_sealed(folder: Path, rank: int = 0, world_size: int = 1) -> None:
             raise DamagedError(f"{folder / name}: is not what was written (its checksum differs)")
 
 
-def manifest_of_copy(folder: Path, changed: Mapping[str, bytes], left_out: str) -> bytes:
+def manifest_of_copy(folder: Path, changed: Mapping[str, bytes], names: Iterable[str]) -> bytes:
     """Return the manifest.json of a copy of a sealed folder in which some files are different.
 
     Args:
         folder: The sealed folder.
         changed: Name -> new content of the files that are different in the copy.
-        left_out: A subfolder whose files the manifest of the copy does not list.
+        names: The files of the copy that its manifest lists, if that of the folder does.
 
     Raises:
         DamagedError: The manifest of the folder is damaged.
     """
-    files = {n: d for n, d in _read_manifest(folder).items() if not n.startswith(f"{left_out}/")}
+    listed = _read_manifest(folder)
+    files = {name: listed[name] for name in names if name in listed}
     for name, content in changed.items():
         if name in files:
             digest = hashlib.sha256(content).hexdigest()

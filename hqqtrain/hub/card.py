@@ -5,10 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
 from hqqtrain.formats.signed_card import signed_card
 
 TAG = "hqqtrain"
+
+CARD_ERRORS = (ValueError, TypeError, YAMLError, RecursionError)
+"""What reading a card raises whose metadata are damaged, or of other types."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def is_of_hqqtrain(text: str) -> bool:
     try:
         metadata = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
         return TAG in (metadata.get("tags") or ())
-    except (ValueError, TypeError):  # metadata of another type
+    except CARD_ERRORS:
         return False
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
-from hqqtrain.common.errors import PreemptedError, UserError, describe_error
+from hqqtrain.common.errors import PreemptedError, RankLostError, UserError, describe_error
 
 _LOG_IN = "log in with `hf auth login`, or set the environment variable HF_TOKEN"
 
@@ -14,6 +14,9 @@ OFFLINE_ERROR = (
     "with a network, by the same command."
 )
 NO_TOKEN_ERROR = f"needs a token with write access: {_LOG_IN}."
+
+_UNREADABLE = (LookupError, TypeError, AttributeError)
+"""What huggingface_hub raises for an answer without the parts that it takes from it."""
 
 
 @contextmanager
@@ -26,10 +29,10 @@ def hub_errors(where: str, advice: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, PreemptedError):
+    except (UserError, PreemptedError, RankLostError):
         raise
     # huggingface_hub wraps the error of an upload in a RuntimeError, and hf_xet raises that, too.
-    except (HTTPError, HFValidationError, OSError, RuntimeError, ValueError) as error:
+    except (HTTPError, HFValidationError, OSError, RuntimeError, ValueError, *_UNREADABLE) as error:
         reason = _reason(_cause(error))
         raise UserError(f"{where}: {reason}{' ' if advice else ''}{advice}") from error
 
@@ -54,6 +57,8 @@ def _reason(error: BaseException) -> str:
         return "somebody else has pushed to it at the same time."
     if status is not None:
         return f"the Hub has refused the request ({describe_error(error)})."
+    if isinstance(error, _UNREADABLE):
+        return f"the answer of the Hub cannot be read ({describe_error(error)})."
     if isinstance(error, HTTPError):
         return f"the connection to the Hub has failed ({describe_error(error)})."
     return f"the push has failed ({describe_error(error)})."

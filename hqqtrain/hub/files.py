@@ -1,19 +1,52 @@
-"""The files of a result as readers of the Hub get them: without the paths of this machine."""
+"""The files of a result as readers of the Hub get them: nothing else of its folder, and no private
+paths or secrets of this machine.
+"""
 
 import json
+import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from huggingface_hub import get_token
+
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.reading import read_json
+from hqqtrain.common.secrets import environment_secrets
+from hqqtrain.common.text import count
 from hqqtrain.formats.adapter_config import CONFIG
 from hqqtrain.formats.manifest import MANIFEST, DamagedError, is_sealed, manifest_of_copy
 from hqqtrain.formats.signed_card import CARD, is_signed_card
 
+logger = logging.getLogger(__name__)
+
+_RESULT_FILES = re.compile(
+    r"""
+    (?:adapter/)? (?:
+        (?:adapter_)?model(?:-\d+-of-\d+)?\.safetensors
+      | (?:adapter_)?model\.safetensors\.index\.json
+      | adapters\.safetensors | [^/]+\.gguf
+      | (?:adapter_|generation_|(?:\w+_)?processor_)?config\.json | manifest\.json
+      | tokenizer(?:_config)?\.[\w.]+ | tekken\.json | special_tokens_map\.json | added_tokens\.json
+      | [\w-]*vocab[\w-]*\.(?:json|txt) | merges\.txt | [\w.-]+\.(?:model|tiktoken|jinja)
+      | chat_template\.json | additional_chat_templates/[^/]+\.jinja
+      | README\.md | (?i:license|notice|copying|use_policy)[^/]*
+    )
+    """,
+    re.VERBOSE,
+)
+"""Matches the files of a model, an adapter, a tokenizer and their cards.
+
+The folder of a result may have more: checkpoints of a Trainer, its optimizer, a file with a key.
+"""
+
+WEIGHTS_SUFFIXES = (".safetensors", ".gguf")
+"""The endings of the names of files with weights. Pickles are never pushed."""
+
 _SEARCHED_BYTES = 1 << 24
-"""Bytes at the beginning of a file that are searched for paths: all of a small file, and the header
-of one with weights."""
+"""Bytes at the beginning of a file that are searched for paths and secrets: all of a small file,
+and the header of one with weights."""
 
 _BASE_KEYS = ("base_model_name_or_path", "model")
 """Keys by which the adapter_config.json of PEFT and of MLX names the base."""
@@ -22,7 +55,8 @@ _BASE_KEYS = ("base_model_name_or_path", "model")
 def result_files(folder: Path, base: str) -> dict[str, Path | bytes]:
     """Return name -> file, or its new content, of a result to push.
 
-    Hidden files, and a card that hqqtrain has written for readers on this machine, are left out.
+    Files that are no part of a model or an adapter are left out, with a warning; hidden files, and
+    a card that hqqtrain has written for readers on this machine, without one.
 
     Args:
         folder: The folder of a quantized model, an adapter or an export.
@@ -31,7 +65,14 @@ def result_files(folder: Path, base: str) -> dict[str, Path | bytes]:
     Raises:
         UserError: The folder has a link, which may lead to a private file, or is damaged.
     """
-    files: dict[str, Path | bytes] = dict(_regular_files(folder))
+    found = dict(_regular_files(folder))
+    files: dict[str, Path | bytes] = {n: p for n, p in found.items() if _RESULT_FILES.fullmatch(n)}
+    if others := found.keys() - files.keys():
+        logger.warning(
+            "%s: %s is not pushed, because it is no part of a model or an adapter%s",
+            folder, min(others),
+            f"; nor are {count(len(others) - 1, 'more file')}" * (len(others) > 1),
+        )  # fmt: skip
     changed = {}
     for name in files:
         if Path(name).name == CONFIG:
@@ -40,32 +81,41 @@ def result_files(folder: Path, base: str) -> dict[str, Path | bytes]:
         del files[CARD]
     if is_sealed(folder):
         try:
-            changed[MANIFEST] = manifest_of_copy(folder, changed, "adapter")
+            listed = [name for name in files if not name.startswith("adapter/")]
+            changed[MANIFEST] = manifest_of_copy(folder, changed, listed)
         except DamagedError as error:
             raise UserError(f"{error}.") from error
     return files | changed
 
 
-def check_paths(files: Mapping[str, Path | bytes], private: Iterable[str]) -> None:
-    """Check that no file contains a path of this machine, in which a user's name may be.
+def check_private(files: Mapping[str, Path | bytes], paths: Iterable[str]) -> None:
+    """Check that no file contains a secret, or a path of this machine with maybe a user's name.
+
+    Secrets are the token of the Hub, and environment variables that are named like one.
 
     Args:
         files: The files to push, by their names.
-        private: The paths to look for.
+        paths: The paths to look for.
 
     Raises:
         UserError: A file contains one.
     """
-    searched = [(path, path.encode()) for path in private_paths(private)]
+    searched = {f"{path}, a path of this machine": path for path in private_paths(paths)}
+    searched |= {f"the value of {name}": value for name, value in environment_secrets().items()}
+    searched |= {"the token of the Hub": token} if (token := get_token()) else {}
     for name, file in files.items():
         content = file if isinstance(file, bytes) else _beginning(file)
-        if found := next((path for path, needle in searched if needle in content), None):
+        if found := next((what for what, text in searched.items() if _has(content, text)), None):
             where = name if isinstance(file, bytes) else str(file)
             raise UserError(
-                f"{where}: contains {found}, a path of this machine, so it is not pushed. Remove "
-                f"the path from the file{'; or delete the file' if name == CARD else ''}, and run "
-                "the same command again."
+                f"{where}: contains {found}, so it is not pushed. Remove it from the file"
+                f"{'; or delete the file' if name == CARD else ''}, and run the same command again."
             )
+
+
+def _has(content: bytes, text: str) -> bool:
+    """Whether a file contains a text, as it is or as JSON writes it."""
+    return text.encode() in content or json.dumps(text)[1:-1].encode() in content
 
 
 def private_paths(paths: Iterable[str]) -> list[str]:

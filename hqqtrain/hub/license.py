@@ -6,6 +6,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
 
 from hqqtrain.formats.signed_card import CARD
+from hqqtrain.hub.card import CARD_ERRORS
 
 _KEYS = ("license", "license_name", "license_link")
 
@@ -25,7 +26,7 @@ def license_of(folder: Path | None, name: str | None) -> dict[str, str]:
             data = found
         else:
             return {}
-    except (OSError, ValueError, HTTPError):
+    except (OSError, HTTPError, *CARD_ERRORS):
         return {}
     values = data.to_dict()
     license = values.get("license")

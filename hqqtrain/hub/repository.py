@@ -87,7 +87,7 @@ class Repository:
         with hub_errors(origin):
             info = _info(name)
             if info is None:
-                HfApi().create_repo(name, private=private)
+                HfApi().create_repo(name, private=private, exist_ok=True)  # another may do it now
                 logger.info("%s: created as a %s repository", name, _visibility(private))
                 info = _info(name)
             is_private = bool(info.private) if info else private
@@ -252,12 +252,13 @@ def fingerprint_of(name: str, origin: str) -> str | None:
         info = _info(name)
         names = [file.rfilename for file in info.siblings or ()] if info else []
         config = json.loads(_read(name, "config.json")) if "config.json" in names else {}
-        quantization = config.get("quantization_config") or {}
-        return quantization.get("fingerprint")
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    fingerprint = quantization.get("fingerprint") if isinstance(quantization, dict) else None
+    return fingerprint if isinstance(fingerprint, str) else None
 
 
 def _read(name: str, file: str) -> str:
-    return Path(HfApi().hf_hub_download(name, file)).read_text("utf-8")
+    return Path(HfApi().hf_hub_download(name, file)).read_text("utf-8", errors="replace")
 
 
 def _info(name: str) -> Any:

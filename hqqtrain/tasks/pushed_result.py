@@ -17,7 +17,7 @@ from hqqtrain.formats.adapter_config import WEIGHTS
 from hqqtrain.formats.quantized_settings import read_quantized_settings
 from hqqtrain.formats.signed_card import CARD
 from hqqtrain.hub.card import HubCard
-from hqqtrain.hub.files import check_paths, result_files
+from hqqtrain.hub.files import WEIGHTS_SUFFIXES, check_private, result_files
 from hqqtrain.hub.repository import Repository, fingerprint_of, repository_url
 from hqqtrain.rundir.layout import RunLayout
 from hqqtrain.tasks.pushed_card import adapter_card, export_card, quantized_card
@@ -135,12 +135,17 @@ def push_result(
         logger.info("%s: has this base already", result.name)
         return repository_url(result.name)
     files = result_files(result.folder, result.base)
+    if not any(name.endswith(WEIGHTS_SUFFIXES) for name in files):
+        raise UserError(
+            f"{result.folder}: has no weights that can be pushed; they are in files named "
+            f"{' or '.join(f'*{suffix}' for suffix in WEIGHTS_SUFFIXES)}."
+        )
     repository = _open(result, hub)
     if result.is_adapter:
         _check_base(result)
     if CARD not in files:
         files[CARD] = result.card(run).render().encode()
-    check_paths(files, private)
+    check_private(files, private)
     repository.push(files, f"Push {result.folder.name} with hqqtrain", check=check, advice=advice)
     return repository.url
 

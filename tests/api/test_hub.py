@@ -70,6 +70,8 @@ def test_the_method_of_transformers_and_of_peft(hub, quantized):
     [
         (("{}", "alice/x"), "folder=.*: has neither an adapter nor a model; give the directory"),
         (("{}", "model"), "^push_to_hub: name=model: needs the user or organization"),
+        (("~no-such-user/x\0", "alice/x"), "folder='~no-such-user/x.*': is not a path"),
+        (("{}" + "x" * 300, "alice/x"), "folder=.*x': is not a path .*too long"),
         (("{}", "alice/x", "alice/x"), "base=alice/x: must not be the repository of name"),
     ],
 )

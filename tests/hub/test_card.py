@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import pytest
 import yaml
 
 from hqqtrain.formats.signed_card import is_signed_card, signed_card
@@ -44,6 +45,11 @@ def test_the_text():
     headings = re.findall("^#+ (.*)$", text, re.MULTILINE)
     assert headings == ["model", "How to load it", "License"]
     assert "It is not stated here, because it was not found" in text
+
+
+@pytest.mark.parametrize("metadata", [": : :", "x: !!python/name:os.system", "[" * 5000, "- x"])
+def test_damaged_metadata(metadata):
+    assert not is_of_hqqtrain(f"---\n{metadata}\n---\n")
 
 
 def test_a_card_is_recognized():

@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub.errors import HTTPError
 
-from hqqtrain.common.errors import PreemptedError, UserError
+from hqqtrain.common.errors import PreemptedError, RankLostError, UserError
 from hqqtrain.hub.errors import hub_errors
 
 
@@ -21,9 +21,13 @@ def test_the_cause_of_a_wrapped_error_is_told():
         fail()
     with pytest.raises(UserError, match=r"failed \(ValueError: bad\)\.$"), hub_errors("where"):
         raise ValueError("bad")
+    with pytest.raises(UserError, match=r"answer of the Hub cannot be read"), hub_errors("where"):
+        [][0]
 
 
-@pytest.mark.parametrize("error", [UserError("mine"), PreemptedError("mine"), KeyError("mine")])
+@pytest.mark.parametrize(
+    "error", [UserError("mine"), PreemptedError("mine"), RankLostError("mine")]
+)
 def test_other_errors_pass(error):
     with pytest.raises(type(error), match="mine"), hub_errors("where"):
         raise error

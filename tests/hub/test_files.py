@@ -1,4 +1,4 @@
-"""Pushed files have no path of this machine, and nothing that the user did not mean to push."""
+"""Pushed files have no path or secret of this machine, and nothing that is no part of a model."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from hqqtrain.common.errors import UserError
 from hqqtrain.formats.manifest import check_sealed, seal
 from hqqtrain.formats.signed_card import signed_card
-from hqqtrain.hub.files import check_paths, private_paths, result_files
+from hqqtrain.hub.files import check_private, private_paths, result_files
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
@@ -67,11 +67,39 @@ def test_a_path_of_this_machine_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/data/alice")
     _write(tmp_path, {"tokenizer_config.json": '{"name_or_path": "/data/mine/models/x"}'})
     file = tmp_path / "tokenizer_config.json"
-    check_paths({"tokenizer_config.json": file}, [])
+    check_private({"tokenizer_config.json": file}, [])
     with pytest.raises(UserError, match=r"tokenizer_config.json: contains /data/mine/models, a pa"):
-        check_paths({"tokenizer_config.json": file}, ["/data/mine/models/"])
+        check_private({"tokenizer_config.json": file}, ["/data/mine/models/"])
     with pytest.raises(UserError, match=r"^README.md: contains /data/alice.* or delete the file"):
-        check_paths({"README.md": b"see /data/alice/x"}, [])
+        check_private({"README.md": b"see /data/alice/x"}, [])
+
+
+def test_a_secret_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "Zürich-0123")
+    monkeypatch.setenv("HF_TOKEN", "some-token")
+    _write(tmp_path, {"config.json": json.dumps({"a": "x Zürich-0123"})})
+    with pytest.raises(UserError, match=r"config\.json: contains the value of MY_API_KEY, so"):
+        check_private({"config.json": tmp_path / "config.json"}, [])
+    with pytest.raises(UserError, match=r"^x: contains the .* not pushed\. Remove it") as caught:
+        check_private({"x": b"some-token"}, [])
+    assert "some-token" not in str(caught.value)
+
+
+def test_what_is_no_part_of_a_model_is_left_out(tmp_path, caplog):
+    parts = (
+        "adapter/adapter_model.safetensors adapter/adapters.safetensors x-Q4_1.gguf vocab.json "
+        "model-00001-of-00002.safetensors model.safetensors.index.json generation_config.json "
+        "tokenizer.json tokenizer.model merges.txt special_tokens_map.json chat_template.jinja "
+        "LICENSE.txt USE_POLICY.md"
+    )
+    others = (
+        "checkpoint-5/model.safetensors checkpoint-5/optimizer.pt training_args.bin notes.md "
+        "credentials.json runs/events.out.host tokenizer/id_rsa"
+    )
+    _write(tmp_path, dict.fromkeys(f"{parts} {others}".split(), "x"))
+    assert set(result_files(tmp_path, "alice/model")) == set(parts.split())
+    assert "checkpoint-5/model.safetensors is not pushed" in caplog.text
+    assert "nor are 6 more files" in caplog.text
 
 
 def test_short_paths_are_words_of_tokenizers(monkeypatch):

@@ -6,10 +6,13 @@ The Hub is a stand-in on this machine, with which the unchanged huggingface_hub 
 import logging
 import socket
 
+import httpx
+import hub_server
 import huggingface_hub
 import pytest
 from hub_server import READ_ONLY_TOKEN, in_process, push_files
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from hqqtrain.common.errors import PreemptedError, UserError
 from hqqtrain.formats.signed_card import signed_card
@@ -169,10 +172,38 @@ def test_somebody_else_pushes_at_the_same_time(hub):
         _open().push({"config.json": b"{}"}, "Push", check=other)
 
 
+def test_a_repository_that_somebody_else_creates_now(hub, monkeypatch):
+    hub.add(NAME, {}, private=False)
+    find, calls = HfApi.model_info, []
+
+    def model_info(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise RepositoryNotFoundError(
+                "no", response=httpx.Response(404, request=httpx.Request("GET", "http://x"))
+            )
+        return find(*arguments, **options)
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    with pytest.raises(UserError, match="is a public repository, and"):
+        _open()
+
+
+@pytest.mark.parametrize("route", ["whoami", "info", "tree", "preupload", "batch", "commit"])
+def test_an_answer_of_another_kind(hub, monkeypatch, route):
+    def answer(handler, *_, **__) -> None:
+        handler._body()
+        handler._answer(200, "text")
+
+    monkeypatch.setattr(hub_server._Handler, route, answer)
+    with pytest.raises(UserError, match="the answer of the Hub cannot be read"):
+        push_files(NAME, FILES)
+
+
 def test_the_fingerprint_of_a_repository(hub):
     assert fingerprint_of(NAME, "x") is None
     hub.add(NAME, {"config.json": b'{"quantization_config": {"fingerprint": "sha256:1"}}'})
     assert fingerprint_of(NAME, "x") == "sha256:1"
-    for text in (b"{}", b'{"quantization_config": null}'):
+    for text in (b"{}", b'{"quantization_config": null}', b"[]", b'{"quantization_config": [1]}'):
         hub.add(NAME, {"config.json": text})
         assert fingerprint_of(NAME, "x") is None
