@@ -26,7 +26,7 @@ _RESULT_FILES = re.compile(
     (?:adapter/)? (?:
         (?:adapter_)?model(?:-\d+-of-\d+)?\.safetensors
       | (?:adapter_)?model\.safetensors\.index\.json
-      | adapters\.safetensors | [^/]+\.gguf
+      | adapters\.safetensors | [^/]+\.gguf | Modelfile
       | (?:adapter_|generation_|(?:\w+_)?processor_)?config\.json | manifest\.json
       | tokenizer(?:_config)?\.[\w.]+ | tekken\.json | special_tokens_map\.json | added_tokens\.json
       | [\w-]*vocab[\w-]*\.(?:json|txt) | merges\.txt | [\w.-]+\.(?:model|tiktoken|jinja)

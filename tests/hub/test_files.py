@@ -90,7 +90,7 @@ def test_what_is_no_part_of_a_model_is_left_out(tmp_path, caplog):
         "adapter/adapter_model.safetensors adapter/adapters.safetensors x-Q4_1.gguf vocab.json "
         "model-00001-of-00002.safetensors model.safetensors.index.json generation_config.json "
         "tokenizer.json tokenizer.model merges.txt special_tokens_map.json chat_template.jinja "
-        "LICENSE.txt USE_POLICY.md"
+        "LICENSE.txt USE_POLICY.md Modelfile"
     )
     others = (
         "checkpoint-5/model.safetensors checkpoint-5/optimizer.pt training_args.bin notes.md "

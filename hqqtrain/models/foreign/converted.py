@@ -11,6 +11,10 @@ from hqqtrain.common.files import atomic_directory
 MARKER = "config.json"
 """A file that every complete folder has."""
 
+_NAME_LENGTH = 40
+"""Characters of the name that an entry begins with. A file system allows 255 bytes, and lock files
+and unfinished folders have longer names."""
+
 _POLL_SECONDS = 0.2
 
 
@@ -31,7 +35,7 @@ def converted(
         UserError: The cache cannot be written to, a file cannot be read, or `make` fails.
     """
     digest = content_digest(source, files).removeprefix("sha256:")
-    entry = cache_folder() / "converted" / f"{name}-{digest[:24]}"
+    entry = cache_folder() / "converted" / f"{name[:_NAME_LENGTH]}-{digest[:24]}"
     where = f"HQQTRAIN_CACHE={cache_folder()}"
     if is_complete_entry(entry, MARKER, where):
         return entry

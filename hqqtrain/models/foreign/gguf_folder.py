@@ -66,7 +66,7 @@ def prepared_folder(file: Path) -> Path:
     config = file.parent / "config.json"
     names = [file.name, *([config.name] if config.is_file() else [])]
     return converted(
-        f"{file.stem}-{_FORMAT_VERSION}", file.parent, names,
+        f"{_FORMAT_VERSION}-{file.stem}", file.parent, names,
         lambda folder, digest: _write(file, folder, digest),
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Read a checkpoint that another program has quantized as if it had our packed tensors."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.models.foreign.base import AGAIN, SMALL_NUMEL, ForeignLayer, StoredTensors
+from hqqtrain.models.foreign.base import AGAIN, INSTEAD, SMALL_NUMEL, ForeignLayer, StoredTensors
 from hqqtrain.models.weights.base import NameMatch
 from hqqtrain.models.weights.resized import ResizedReader
 from hqqtrain.models.weights.safetensors import TORCH_DTYPES, Entry, open_safetensors
@@ -18,6 +18,9 @@ from hqqtrain_kernels.reference import pack
 
 CHUNK_CODES = 1 << 24
 """Codes that are converted at a time, to bound memory."""
+
+_CACHE_SCALES = ("q_scale", "k_scale", "v_scale", "prob_scale", "output_scale")
+"""Scales of a quantized cache of keys and values, which is computed in full precision instead."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -90,6 +93,32 @@ class ForeignReader(ResizedReader):
             with open_safetensors(path) as file:
                 tensors |= {name: file.get_tensor(name).clone() for name in names_of_file}
         return tensors
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> list[str]:
+        """Check like `SafetensorsReader.check`; an unused scale or part of a module is an error.
+
+        Without it, the weights would be others. Only a bias of zeros may be unused, as old tools of
+        GPTQ store it for layers that have none.
+        """
+        unused = super().check(expected)
+        modules = {name.rpartition(".")[0] for name in expected}
+        left = (name for name in unused if self._is_needed(name, modules))
+        if name := next(left, None):
+            raise UserError(
+                f"{self.folder}: {name} is not known, and without it the weights may be wrong; "
+                f"{INSTEAD}"
+            )
+        return unused
+
+    def _is_needed(self, name: str, modules: Set[str]) -> bool:
+        """Whether a tensor that is not used changes what the model computes."""
+        module, _, attribute = name.rpartition(".")
+        if attribute in _CACHE_SCALES or (module not in modules and "scale" not in attribute):
+            return False
+        counted = self.bytes_read
+        is_zero_bias = attribute == "bias" and not self._read_dense(name, None).any()
+        self.bytes_read = counted
+        return not is_zero_bias
 
     def _read_stored(self, stored_name: str, rows: Sequence[slice] | None) -> Tensor:
         module, _, attribute = stored_name.rpartition(".")

@@ -26,6 +26,7 @@ def test_it_is_made_once_by_one_of_several(tmp_path):
     assert len(made) == len(set(folders)) == 1
     (tmp_path / "a").write_text("2")
     assert converted("x", tmp_path, ["a"], make) != folders[0]
+    assert converted("\U0001f600" * 60, tmp_path, ["a"], make).is_dir()
 
 
 def test_a_failure_leaves_nothing(tmp_path):

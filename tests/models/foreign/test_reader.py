@@ -55,13 +55,29 @@ def test_rows_are_converted_when_they_are_read(tmp_path, stored, monkeypatch):
     reader = ForeignReader(tmp_path, find)
     assert reader.names == ["a.W_q", "a.bias", "a.scale", "a.zero"]
     assert reader.shape("a.W_q") == (5, 16)
-    assert reader.check({"a.W_q": (5, 16), "a.scale": (5, 2), "a.zero": (5, 2)}) == ["a.bias"]
     codes = unpack(reader.read("a.W_q"), 4, 16)
     assert torch.equal(codes, stored["a.codes"])
     assert reader.bytes_read == stored["a.codes"].nbytes
     rows = [slice(3, 5), slice(0, 1)]
     assert torch.equal(reader.read("a.zero", rows), stored["a.meta"][[3, 4, 0], 2:])
     assert torch.equal(reader.read("a.bias", rows), stored["a.bias"][[3, 4, 0]])
+
+
+@pytest.mark.parametrize(("name", "value", "is_error"), [
+    ("a.bias", 0, False), ("a.bias", 1, True), ("a.weight", 1, True), ("b.bias", 1, False),
+    ("a.input_smooth", 1, True), ("b.act.scales", 1, True), ("a.k_scale", 1, False),
+])  # fmt: skip
+def test_unused_parts_of_a_layer(tmp_path, stored, name, value, is_error):
+    stored = {key: value for key, value in stored.items() if key != "a.bias"}
+    save_file(stored | {name: torch.full((5,), value)}, tmp_path / "model.safetensors")
+    reader = ForeignReader(tmp_path, find)
+    expected = {"a.W_q": (5, 16), "a.scale": (5, 2), "a.zero": (5, 2)}
+    if is_error:
+        with pytest.raises(UserError, match=f"{name} is not known, and without it"):
+            reader.check(expected)
+    else:
+        assert reader.check(expected) == [name]
+        assert reader.bytes_read == 0
 
 
 def test_new_tokens_get_rows(tmp_path, stored):
