@@ -1,28 +1,31 @@
 """Measure the time of one new token: quantized models beside bf16, compiled in the same way.
 
-    python scripts/measure_decoding.py bf16 int4 4 2 4:head 2:head
+    python scripts/measure_decoding.py bf16 4 2 4:head 2:head 4:torchao 4:gemlite
+    python scripts/measure_decoding.py 2 --shape 70b
 
-Each word is a model with random weights in the shape of an 8B Llama: `bf16`; `int4`, the kernel of
-gpt-fast and torchao (tinygemm, groups of 64); or the bits of ours, with `:head` for an output head
-of 8 bits, and `:plain` without `prepare_for_inference`. The tokens are generated as task=generate
-does it: a step is the model and the choice of the most likely token, in one CUDA graph.
+Each word is a model with random weights in the shape of a Llama: `bf16`, or the bits of ours, with
+`:head` for an output head of 8 bits, `:plain` without `prepare_for_inference`, and `:torchao`,
+`:gemlite` or `:humming` for the kernels of another package. The tokens are generated as
+task=generate does it: a step is the model and the choice of the most likely token, in one CUDA
+graph.
 """
 
 import argparse
 import gc
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.generation.static_decoder import StaticDecoder
-from hqqtrain.inference.grouped_attention import use_grouped_attention
+from hqqtrain.inference.backends.registry import BACKENDS
 from hqqtrain.inference.prepare import prepare_for_inference
 from hqqtrain.nn.replace import quantize_model
 
@@ -43,26 +46,13 @@ class Sizes:
     tokens: int = 64
 
 
-class TinygemmLinear(nn.Module):
-    """A linear layer of 4 bits with PyTorch's own kernel, W = (q - 8) * scale + zero."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        groups = weight.float().unflatten(1, (-1, GROUP_SIZE))
-        low, high = groups.amin(-1), groups.amax(-1)
-        scale = (high - low).clamp_min(1e-6) / 15
-        codes = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15)
-        codes = codes.flatten(1).to(torch.int32)
-        packed = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
-        self.out_features = len(weight)
-        self.codes = torch.ops.aten._convert_weight_to_int4pack(packed, 8)
-        pairs = torch.stack([scale.t(), (low + 8 * scale).t()], -1)
-        self.scale_and_zero = pairs.to(torch.bfloat16).contiguous()
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        y = torch.ops.aten._weight_int4pack_mm(rows, self.codes, GROUP_SIZE, self.scale_and_zero)
-        return y.view(*x.shape[:-1], self.out_features)
+SHAPES = {
+    "8b": Sizes(),
+    "70b": Sizes(
+        hidden_size=8192, intermediate_size=28672, layers=80, heads=64, vocabulary=32000
+    ),
+}  # fmt: skip
+"""Llama 3 8B and Llama 2 70B."""
 
 
 def build_model(word: str, sizes: Sizes, device: str) -> Any:
@@ -73,23 +63,32 @@ def build_model(word: str, sizes: Sizes, device: str) -> Any:
         num_key_value_heads=sizes.key_heads, vocab_size=sizes.vocabulary,
         max_position_embeddings=8192, tie_word_embeddings=False,
     )  # fmt: skip
-    with torch.device(device):
+    with torch.device("meta"):
         model: Any = LlamaForCausalLM(config).bfloat16().eval().requires_grad_(False)
-    kind, _, option = word.partition(":")
-    if kind == "int4":
-        for name, linear in list(model.named_modules()):
-            if isinstance(linear, nn.Linear) and name != "lm_head":
-                parent, _, attribute = name.rpartition(".")
-                setattr(model.get_submodule(parent), attribute, TinygemmLinear(linear.weight))
-        use_grouped_attention(model)
-    elif kind != "bf16":
-        quant = QuantConfig(nbits=int(kind), group_size=GROUP_SIZE, solver="rtn", calibration=None)
+    bits, _, option = word.partition(":")
+    if bits != "bf16":
+        quant = QuantConfig(nbits=int(bits), group_size=GROUP_SIZE, solver="rtn", calibration=None)
         if option == "head":
             quant.skip, quant.overrides = [], {"lm_head": {"nbits": 8}}
         quantize_model(model, quant)
-        if option != "plain":
-            prepare_for_inference(model)
+    model.to_empty(device=device)
+    with torch.device(device):
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    for name, parameter in model.named_parameters():
+        _fill(name.rpartition(".")[2], parameter.data)
+    if bits != "bf16" and option != "plain":
+        prepare_for_inference(model, option if option in BACKENDS else "auto")
     return model
+
+
+def _fill(name: str, tensor: Tensor) -> None:
+    """Fill a parameter with numbers of the usual size."""
+    if tensor.dtype == torch.uint8:
+        tensor.random_(0, 256)
+    elif name in ("scale", "zero") or tensor.dim() == 1:
+        tensor.fill_({"scale": 0.01, "zero": 1.5}.get(name, 1.0))
+    else:
+        tensor.normal_(0, 0.02)
 
 
 class Stopwatch:
@@ -124,22 +123,29 @@ def measure(model: Any, sizes: Sizes) -> float:
 def main(arguments: list[str]) -> int:
     """Measure the models that the command line names, and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("models", nargs="+", help="bf16, int4, or bits such as 4 or 2:head")
+    parser.add_argument("models", nargs="+", help="bf16, or bits such as 4, 2:head or 4:torchao")
+    parser.add_argument("--shape", choices=SHAPES, default="8b", help="sizes of the Llama")
+    parser.add_argument("--layers", type=int, help="decoder layers, if not those of the shape")
+    parsed = parser.parse_args(arguments)
+    sizes = SHAPES[parsed.shape]
+    sizes = replace(sizes, layers=parsed.layers or sizes.layers)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[list[Any]] = []
-    parser.add_argument("--layers", type=int, default=Sizes.layers, help="decoder layers")
-    parsed = parser.parse_args(arguments)
-    sizes = Sizes(layers=parsed.layers)
     for word in parsed.models:
         model = build_model(word, sizes, device)
         gc.collect()
-        seconds = measure(model, sizes)
-        sys.stderr.write(f"{word}: {1e3 * seconds:.3f} ms\n")
-        first = rows[0][1] if rows else 1e3 * seconds
-        rows.append([word, 1e3 * seconds, 1 / seconds, first / (1e3 * seconds)])
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        milliseconds = 1e3 * measure(model, sizes)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
+        first = rows[0][1] if rows else milliseconds
+        rows.append([word, milliseconds, 1e3 / milliseconds, first / milliseconds, peak])
+        sys.stderr.write(f"{word}: {milliseconds:.3f} ms\n")
+        del model
         torch._dynamo.reset()
-    header = ["model", "ms per token", "tokens/s", "times the first"]
-    print(tabulate(rows, header, floatfmt=("", ".2f", ".1f", ".2f")))
+    header = ["model", "ms per token", "tokens/s", "times the first", "GiB"]
+    print(tabulate(rows, header, floatfmt=("", ".2f", ".1f", ".2f", ".1f")))
     return 0
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from measure_decoding import Sizes, TinygemmLinear, build_model, measure
+from measure_decoding import Sizes, build_model, measure
 
 from hqqtrain.inference.merged_linears import MergedPart
 from hqqtrain.nn.hqq_linear import HQQLinear
@@ -13,7 +13,7 @@ SMALL = Sizes(hidden_size=64, intermediate_size=128, layers=1, heads=4, key_head
 
 @pytest.mark.parametrize(
     ("word", "quantized", "merged"),
-    [("bf16", 0, 0), ("4", 4, 5), ("2:plain", 7, 0), ("2:head", 5, 5)],
+    [("bf16", 0, 0), ("4", 4, 5), ("2:plain", 7, 0), ("2:head", 5, 5), ("4:torchao", 0, 5)],
 )
 @torch.no_grad()
 def test_a_model_is_measured(word, quantized, merged, monkeypatch):
@@ -22,13 +22,3 @@ def test_a_model_is_measured(word, quantized, merged, monkeypatch):
     assert sum(isinstance(module, HQQLinear) for module in model.modules()) == quantized
     assert sum(isinstance(module, MergedPart) for module in model.modules()) == merged
     assert measure(model, SMALL) > 0
-
-
-@pytest.mark.gpu
-@torch.no_grad()
-def test_tinygemm_computes_the_product():
-    weight = torch.randn(64, 1024, device="cuda", dtype=torch.bfloat16)
-    x = torch.randn(2, 3, 1024, device="cuda", dtype=torch.bfloat16)
-    expected = x @ weight.t()
-    error = (TinygemmLinear(weight)(x) - expected).norm() / expected.norm()
-    assert error < 0.2
