@@ -8,38 +8,28 @@ device until it is shown, and the next step is on its way by then.
 import logging
 from collections.abc import Callable, Collection
 from inspect import signature
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    MinPLogitsWarper,
-    PreTrainedModel,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, PreTrainedModel
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.compat import supports_static_cache
 from hqqtrain.generation.static_cache import static_cache
 from hqqtrain.generation.streamer import ReplyStreamer
+from hqqtrain.generation.token_choice import (
+    TokenChoice,
+    choice_settings,
+    unsupported_setting,
+)
 from hqqtrain.models.fqn import base_model
 from hqqtrain.models.offload import has_host_weights
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_TOP_K = 50
-"""transformers' own value, for a model that samples and does not say from how many tokens."""
-
-_ELSEWHERE = {
-    "no_repeat_ngram_size": 0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-    "suppress_tokens": None, "begin_suppress_tokens": None,
-}  # fmt: skip
-"""Settings that transformers' `generate` alone knows, and the values that switch them off."""
 
 _PDL: dict[str, Any] = {"triton.enable_pdl": True}
 """Options of the compiler: its kernels start before the one ahead has ended, too (`supports_pdl`).
@@ -71,7 +61,7 @@ def static_decoder(
     decoder = _decoders.pop(model, None)
     if decoder is None or not decoder.serves(model, config, cache_tokens):
         decoder = None  # its cache and its graph are freed
-        obstacle = _unsupported_setting(config)
+        obstacle = unsupported_setting(config)
         try:
             if obstacle is None:
                 decoder = StaticDecoder(model, config, cache_tokens)
@@ -84,14 +74,6 @@ def static_decoder(
             return None
     _decoders[model] = decoder
     return decoder
-
-
-def _unsupported_setting(config: GenerationConfig) -> str | None:
-    """Return a setting with which only transformers' `generate` works; None if there is none."""
-    for key, off in _ELSEWHERE.items():
-        if (value := getattr(config, key, None)) not in (None, off):
-            return f"{key}={value}"
-    return None
 
 
 class StaticDecoder:
@@ -115,21 +97,19 @@ class StaticDecoder:
         name = "cache" if "cache" in signature(base.forward).parameters else "past_key_values"
         self._cache_argument = {name: self._cache}
         self._cache_tokens, device = cache_tokens, self._device
-        self._settings, self._state = _choice(config), _state(model)
-        self._warpers = _warpers(config)
-        self._samples = bool(config.do_sample)
-        self._penalty = config.repetition_penalty or 1.0
+        self._settings, self._state = choice_settings(config), _state(model)
         self._ends: Collection[int] = config.eos_token_id or ()
         self._token = torch.zeros(1, 1, dtype=torch.long, device=device)
         vocabulary = base.config.get_text_config(decoder=True).vocab_size
-        self._seen = torch.zeros(1, vocabulary, dtype=torch.bool, device=device)
+        self._choice = TokenChoice(config, vocabulary, device)
+        self._in_use = Lock()
         self._step = self._compile(model)
 
     def serves(self, model: nn.Module, config: GenerationConfig, cache_tokens: int) -> bool:
         """Whether the compiled step is that of the model as it is now, and of these settings."""
         return (
             self._cache_tokens >= cache_tokens
-            and self._settings == _choice(config)
+            and self._settings == choice_settings(config)
             and self._state == _state(model)
         )
 
@@ -144,7 +124,24 @@ class StaticDecoder:
             input_ids: The prompt, int64 [1, tokens]. The cache has room for it and the text.
             max_new_tokens: Largest number of tokens of the text.
             streamer: Receives the prompt and each token, and knows texts that end a reply.
+
+        Raises:
+            UserError: Another thread generates with the model, or a function that receives its
+                text does.
         """
+        if not self._in_use.acquire(blocking=False):
+            raise UserError(
+                "the model generates a text already, and compiled it generates one at a time; wait "
+                "until it has ended, or use compile=False."
+            )
+        try:
+            self._generate(model, input_ids, max_new_tokens, streamer)
+        finally:
+            self._in_use.release()
+
+    def _generate(
+        self, model: Any, input_ids: Tensor, max_new_tokens: int, streamer: ReplyStreamer
+    ) -> None:
         streamer.put(input_ids)
         self._begin(model, input_ids)
         on_gpu = self._device.type == "cuda"
@@ -166,15 +163,14 @@ class StaticDecoder:
     def _begin(self, model: Any, input_ids: Tensor) -> None:
         """Compute the prompt, and choose the first token."""
         self._cache.reset()
-        self._seen.zero_()
-        self._seen.scatter_(1, input_ids.to(self._device), True)
+        self._choice.begin(input_ids.to(self._device))
         positions = torch.arange(input_ids.shape[1], device=self._device)[None]
         output = model(
             input_ids=input_ids.to(self._device), position_ids=positions,
             use_cache=True, logits_to_keep=1, **self._cache_argument,
         )  # fmt: skip
         self._position.fill_(input_ids.shape[1])
-        self._choose(output.logits[:, -1])
+        self._token.copy_(self._choice(output.logits[:, -1]))
 
     def _advance(self, model: Any) -> None:
         """Compute the token after the newest one."""
@@ -183,24 +179,7 @@ class StaticDecoder:
             **self._cache_argument,
         )  # fmt: skip
         self._position.add_(1)
-        self._choose(output.logits[:, -1])
-
-    def _choose(self, logits: Tensor) -> None:
-        """Choose the next token by its logits [1, vocabulary]."""
-        scores = logits.float()
-        if self._penalty != 1.0:
-            penalized = torch.where(scores < 0, scores * self._penalty, scores / self._penalty)
-            scores = torch.where(self._seen, penalized, scores)
-        if self._samples:
-            for warper in self._warpers:
-                scores = warper(None, scores)
-            # The largest of p / e, with exponential e, is token i with probability p_i. Unlike
-            # torch.multinomial, it needs no synchronization.
-            noise = torch.empty_like(scores).exponential_()
-            scores = scores.softmax(-1) / noise
-        token = scores.argmax(-1, keepdim=True)
-        self._token.copy_(token)
-        self._seen.scatter_(1, token, True)
+        self._token.copy_(self._choice(output.logits[:, -1]))
 
     def _read_token(self) -> Callable[[], Tensor]:
         """Start to copy the newest token to the CPU; return a function that waits for it."""
@@ -260,24 +239,3 @@ def _state(model: nn.Module) -> list[object]:
             scaling = dict(getattr(module, "scaling", {}))
             state.append((adapters, module.disable_adapters, scaling))
     return state
-
-
-def _choice(config: GenerationConfig) -> list[object]:
-    """Return the settings that choose a token, and those that end a text."""
-    keys = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    return [getattr(config, key) for key in (*keys, "eos_token_id")]
-
-
-def _warpers(config: GenerationConfig) -> list[Any]:
-    """Return what leaves tokens out before one is chosen, in the order of transformers."""
-    warpers: list[Any] = []
-    if config.temperature not in (None, 1.0):
-        warpers.append(TemperatureLogitsWarper(config.temperature))
-    top_k = DEFAULT_TOP_K if config.top_k is None else config.top_k
-    if top_k > 0:
-        warpers.append(TopKLogitsWarper(top_k))
-    if config.top_p is not None and config.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(config.top_p))
-    if config.min_p is not None:
-        warpers.append(MinPLogitsWarper(config.min_p))
-    return warpers
