@@ -1,5 +1,6 @@
 """`add_lora`: put LoRA adapters on a quantized model."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -9,9 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hqqtrain.api.arguments import checked_group, named_as_arguments
+from hqqtrain.api.arguments import check_module, checked_group, named_as_arguments
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
+from hqqtrain.config.groups import TrainConfig
 from hqqtrain.nn.base_linears import base_linears
 from hqqtrain.nn.lora import cast_adapters, init_adapters, lora_config, target_linears
 from hqqtrain.nn.patterns import matching_modules
@@ -65,13 +67,16 @@ def add_lora(
             layer or has adapters already.
     """
     with named_as_arguments("add_lora"):
+        check_module(model)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise UserError("model has an adapter already; train that one, or load the base again.")
-        targets = [target_modules] if isinstance(target_modules, str) else [*target_modules]
+        is_sequence = isinstance(target_modules, Sequence) and not isinstance(target_modules, str)
+        targets = [*target_modules] if is_sequence else [target_modules]
         settings = {"r": r, "alpha": alpha, "dropout": dropout, "target_modules": targets,
                     "modules_to_save": [*modules_to_save], "kind": kind, "init": init,
                     "dtype": dtype}  # fmt: skip
         adapter = checked_group(AdapterConfig, "adapter", settings)
+        checked_group(TrainConfig, "train", {"seed": seed})
         if kind == "none":
             raise UserError("adapter.kind=none: adds nothing; allowed are lora, rslora.")
         if not base_linears(model):
@@ -81,8 +86,8 @@ def add_lora(
             )
         linears = target_linears(adapter, model)
         config: Any = lora_config(adapter, model)
-        config.rank_pattern = _by_layer("rank_pattern", rank_pattern, linears, at_least=1)
-        config.alpha_pattern = _by_layer("alpha_pattern", alpha_pattern, linears, at_least=0)
+        config.rank_pattern = _by_layer("rank_pattern", rank_pattern, linears, int, at_least=1)
+        config.alpha_pattern = _by_layer("alpha_pattern", alpha_pattern, linears, float, at_least=0)
         adapted = get_peft_model(model, config)
     cast_adapters(adapted, DTYPES[dtype])
     init_adapters(adapted, seed, init, _copy)
@@ -95,17 +100,22 @@ def _copy(param: nn.Parameter, values: Tensor) -> None:
 
 
 def _by_layer(
-    argument: str, patterns: Mapping[str, Value] | None, linears: Sequence[str], *, at_least: int
-) -> dict[str, Value]:
+    argument: str, patterns: Mapping[str, Value] | None, linears: Sequence[str], kind: type[Value],
+    *, at_least: int,
+) -> dict[str, Value]:  # fmt: skip
     """Return the value of each layer that a pattern selects, by its full name.
 
     Raises:
-        UserError: A pattern selects nothing, or a value is too small.
+        UserError: A pattern selects nothing, or a value is of another kind or too small.
     """
+    if not isinstance(patterns, Mapping | None):
+        raise UserError(f"{argument}={patterns}: must map patterns to values.")
     found: dict[str, Value] = {}
     for pattern, value in (patterns or {}).items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < at_least:
-            raise UserError(f"{argument}[{pattern}]={value}: must be at least {at_least}.")
+        is_number = type(value) in (int, kind) and math.isfinite(value)
+        if not is_number or value < at_least:
+            what = "an integer" if kind is int else "a number"
+            raise UserError(f"{argument}[{pattern}]={value}: must be {what}, at least {at_least}.")
         selected = matching_modules(argument, [pattern], linears, "target of the adapter")
         found |= dict.fromkeys(selected, value)
     return found

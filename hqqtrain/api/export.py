@@ -60,7 +60,7 @@ def export(
         gguf_type: The type of the weights in a GGUF file, a value of `export.gguf_type`.
         llama_cpp: The folder of llama.cpp, as for `export.llama_cpp`.
         max_error: The largest error of a weight in steps of its group; None: any.
-        overwrite: Whether the folder may exist. All that is in it is then deleted.
+        overwrite: Whether the folder may have a model. All that is in it is then deleted.
 
     Returns:
         How far each layer is from the quantized one.

@@ -13,8 +13,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hqqtrain.api.arguments import folder_argument, named_as_arguments
+from hqqtrain.api.arguments import (
+    check_module,
+    checked_group,
+    folder_argument,
+    named_as_arguments,
+)
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.packed_folders import gguf_files
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.formats import packed
 from hqqtrain.formats.packed import fingerprinted, model_tensors
@@ -68,6 +74,7 @@ def load_quantized(
                 f"folder={folder}: the run has not finished its adapter; finish it, or give the "
                 "folder of one of its checkpoints as adapter, or adapter=False."
             )
+        _check_dtype(dtype)
         moves = offload_meta and _is_one_device(device)
         model: Any = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=dtype, device_map=None if moves else device
@@ -81,6 +88,17 @@ def load_quantized(
             return model
         adapted = PeftModel.from_pretrained(model, os.fspath(chosen), is_trainable=is_trainable)
         return adapted.train(is_trainable)
+
+
+def _check_dtype(dtype: torch.dtype | str) -> None:
+    """Check that `dtype` is `auto`, or one that a model can compute in.
+
+    Raises:
+        UserError: It is not.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise UserError(f"dtype={dtype}: must be auto, or a floating-point dtype of PyTorch.")
 
 
 def _is_one_device(device: torch.device | str | None) -> bool:
@@ -97,7 +115,7 @@ def quantized_source(folder: str | os.PathLike[str]) -> ModelSource:
     Raises:
         UserError: It is missing, or hqqtrain has not quantized it.
     """
-    source = resolve_source(ModelConfig(name_or_path=os.fspath(folder)))
+    source = resolve_source(checked_group(ModelConfig, "model", {"name_or_path": folder}))
     if source.kind != "quantized" or source.foreign:
         program = f"quantized by another program ({source.foreign})" if source.foreign else "dense"
         raise UserError(
@@ -125,7 +143,7 @@ def save_quantized(
         model: A quantized model of transformers, with or without adapters, in memory.
         folder: The folder to create.
         tokenizer: The tokenizer to save with the model.
-        overwrite: Whether the folder may exist. All that is in it is then deleted.
+        overwrite: Whether the folder may have a model. All that is in it is then deleted.
 
     Raises:
         UserError: Nothing in the model is quantized, or the folder exists.
@@ -154,6 +172,7 @@ def transformers_model(model: nn.Module) -> Any:
     Raises:
         UserError: There is none.
     """
+    check_module(model)
     found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if found is None:
         raise UserError(
@@ -193,11 +212,19 @@ def new_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """Return the full path of a folder to create.
 
     Raises:
-        UserError: It exists and has files, which may not be deleted.
+        UserError: It exists and has files, which may not be deleted, or are not those of a model.
     """
     path = folder_argument(folder)
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return path
+    if not overwrite:
         raise UserError(f"folder={folder}: exists; give another name, or overwrite=True.")
+    # A mistake in the name must not delete a home or a project.
+    if not (path / "config.json").is_file() and not gguf_files(path):
+        raise UserError(
+            f"folder={folder}: has files, but no model, and is not deleted; give another name, or "
+            "remove it yourself."
+        )
     return path
 
 
@@ -206,6 +233,9 @@ def companions(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Iterato
     """Yield a temporary folder with the tokenizer and the generation settings of a model."""
     with TemporaryDirectory(prefix="hqqtrain-") as folder:
         if tokenizer is not None:
+            if not hasattr(tokenizer, "save_pretrained"):
+                kind = type(tokenizer).__name__
+                raise UserError(f"tokenizer is a {kind}; it must be a tokenizer of transformers.")
             tokenizer.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)

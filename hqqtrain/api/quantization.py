@@ -3,11 +3,12 @@
 from dataclasses import fields
 from typing import Any, TypedDict, Unpack
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from hqqtrain.api.arguments import named_as_arguments
+from hqqtrain.api.arguments import check_module, named_as_arguments
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.integrations.transformers import SETTINGS, HqqTrainConfig, quantize_in_memory
@@ -57,8 +58,14 @@ def quantize_model(
             quantized already or has adapters, or a weight contains NaN or infinity. After the last
             one, some layers are quantized: load the model again.
     """
-    with named_as_arguments("quantize_model"):
+    # Tensors that are made in inference mode cannot be trained through.
+    with torch.inference_mode(False), named_as_arguments("quantize_model"):
+        check_module(model)
         _check_is_dense(model)
+        if not isinstance(config, QuantConfig | None):
+            raise UserError(
+                f"config is a {type(config).__name__}; give a QuantConfig, or keywords."
+            )
         if config is not None and settings:
             raise UserError(
                 f"config and {', '.join(settings)} are given; give one QuantConfig, or keywords."

@@ -42,7 +42,9 @@ class AdapterConfig:
     )
 
     def errors(self) -> Iterator[str]:
-        """Yield a message if `target_modules` is neither a name nor a list of names."""
+        """Yield one message for every value that is not allowed, beyond its type and range."""
+        if self.dropout >= 1:
+            yield f"adapter.dropout={self.dropout}: must be below 1."
         names = self.target_modules
         names = names if isinstance(names, list) else [names]
         if not names or not is_names(names):

@@ -158,8 +158,6 @@ class RunConfig:
             )
         if self.train.max_grad_norm == 0:
             yield "train.max_grad_norm=0: must be above 0, or null for no clipping."
-        if not 0 <= self.adapter.dropout < 1:
-            yield f"adapter.dropout={self.adapter.dropout}: must be below 1."
         if self.eval.every is None or self.eval.source is None:
             yield from self._best_checkpoint_errors()
 

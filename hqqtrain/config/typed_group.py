@@ -20,7 +20,10 @@ Group = TypeVar("Group")
 
 def type_in_words(hint: Any) -> str:
     """Describe the type of a key, such as `an integer or null`."""
-    return " or ".join(_TYPE_NAMES.get(get_origin(m) or m, str(m)) for m in _members(hint))
+    return " or ".join(
+        "a list of strings" if m == list[str] else _TYPE_NAMES.get(get_origin(m) or m, str(m))
+        for m in _members(hint)
+    )
 
 
 def build_group(group: type[Group], values: Mapping[str, Any], name: str) -> Group:
@@ -47,6 +50,15 @@ def build_group(group: type[Group], values: Mapping[str, Any], name: str) -> Gro
     return group(**converted)
 
 
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a value has a type, and the items of a list have theirs."""
+    if type(value) is not (get_origin(hint) or hint):
+        return False
+    items = [get_origin(each) or each for each in get_args(hint)]
+    is_any = not isinstance(value, list) or not items or Any in items
+    return is_any or all(type(item) in items for item in value)
+
+
 def _members(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if isinstance(hint, UnionType) else (hint,)
 
@@ -59,7 +71,7 @@ def _converted(value: Any, hint: Any) -> Any:
         ValueError: It is a string that is no number.
     """
     types = [get_origin(member) or member for member in _members(hint)]
-    if Any in types or type(value) in types:
+    if Any in types or any(_has_type(value, member) for member in _members(hint)):
         return value
     if float in types and type(value) is int:
         return float(value)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +90,15 @@ def manifest_of_copy(folder: Path, changed: Mapping[str, bytes], names: Iterable
             digest = hashlib.sha256(content).hexdigest()
             files[name] = {"bytes": len(content), "sha256": digest}
     return _manifest_text(files).encode()
+
+
+def sealed_names(folder: Path) -> Set[str]:
+    """Return the names of the files that the manifest of a folder lists.
+
+    Raises:
+        DamagedError: The manifest is damaged.
+    """
+    return _read_manifest(folder).keys()
 
 
 def is_sealed(folder: Path) -> bool:

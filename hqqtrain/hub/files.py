@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 
 from huggingface_hub import get_token
@@ -16,7 +16,13 @@ from hqqtrain.common.reading import read_json
 from hqqtrain.common.secrets import environment_secrets
 from hqqtrain.common.text import count
 from hqqtrain.formats.adapter_config import CONFIG
-from hqqtrain.formats.manifest import MANIFEST, DamagedError, is_sealed, manifest_of_copy
+from hqqtrain.formats.manifest import (
+    MANIFEST,
+    DamagedError,
+    is_sealed,
+    manifest_of_copy,
+    sealed_names,
+)
 from hqqtrain.formats.signed_card import CARD, is_signed_card
 
 logger = logging.getLogger(__name__)
@@ -55,8 +61,9 @@ _BASE_KEYS = ("base_model_name_or_path", "model")
 def result_files(folder: Path, base: str) -> dict[str, Path | bytes]:
     """Return name -> file, or its new content, of a result to push.
 
-    Files that are no part of a model or an adapter are left out, with a warning; hidden files, and
-    a card that hqqtrain has written for readers on this machine, without one.
+    A file that hqqtrain has not sealed, and that has no name of a part of a model or an adapter, is
+    left out with a warning. Hidden files, and a card that hqqtrain has written for readers on this
+    machine, are left out without one.
 
     Args:
         folder: The folder of a quantized model, an adapter or an export.
@@ -66,7 +73,12 @@ def result_files(folder: Path, base: str) -> dict[str, Path | bytes]:
         UserError: The folder has a link, which may lead to a private file, or is damaged.
     """
     found = dict(_regular_files(folder))
-    files: dict[str, Path | bytes] = {n: p for n, p in found.items() if _RESULT_FILES.fullmatch(n)}
+    sealed = _sealed_names(folder)
+    files: dict[str, Path | bytes] = {
+        name: path
+        for name, path in found.items()
+        if name in sealed or _RESULT_FILES.fullmatch(name)
+    }
     if others := found.keys() - files.keys():
         logger.warning(
             "%s: %s is not pushed, because it is no part of a model or an adapter%s",
@@ -79,13 +91,22 @@ def result_files(folder: Path, base: str) -> dict[str, Path | bytes]:
             changed[name] = _with_base(folder / name, base)
     if CARD in files and is_signed_card((folder / CARD).read_text("utf-8", errors="replace")):
         del files[CARD]
-    if is_sealed(folder):
-        try:
-            listed = [name for name in files if not name.startswith("adapter/")]
-            changed[MANIFEST] = manifest_of_copy(folder, changed, listed)
-        except DamagedError as error:
-            raise UserError(f"{error}.") from error
+    if sealed:
+        listed = [name for name in files if not name.startswith("adapter/")]
+        changed[MANIFEST] = manifest_of_copy(folder, changed, listed)
     return files | changed
+
+
+def _sealed_names(folder: Path) -> Set[str]:
+    """Return the names of the files that hqqtrain has sealed in a folder; none if it is not sealed.
+
+    Raises:
+        UserError: The manifest is damaged.
+    """
+    try:
+        return sealed_names(folder) if is_sealed(folder) else set()
+    except DamagedError as error:
+        raise UserError(f"{error}.") from error
 
 
 def check_private(files: Mapping[str, Path | bytes], paths: Iterable[str]) -> None:

@@ -62,7 +62,13 @@ def test_a_new_adapter_of_a_dense_model_records_nothing(dense, tmp_path: Path):
     ({"kind": "none"}, "kind=none: adds nothing"),
     ({"target_modules": "nowhere"}, "target_modules=nowhere: matches no linear layer"),
     ({"rank_pattern": {"lm_head": 2}}, "rank_pattern=lm_head: matches no target"),
-    ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\[q_proj\]=0: must be at least 1"),
+    ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\[q_proj\]=0: must be an integer, at least 1"),
+    ({"rank_pattern": {"q_proj": 2.5}}, r"rank_pattern\[q_proj\]=2.5: must be an integer"),
+    ({"rank_pattern": [2]}, r"rank_pattern=\[2\]: must map patterns to values"),
+    ({"alpha_pattern": {"q_proj": float("nan")}}, r"alpha_pattern\[q_proj\]=nan: must be a number"),
+    ({"target_modules": 5}, "target_modules=5: must be a list of names|.*target_modules="),
+    ({"dropout": 1}, "dropout=1.0: must be below 1"),
+    ({"seed": -1}, "seed=-1: must be at least 0"),
 ])  # fmt: skip
 def test_values_that_are_not_allowed(quantized, arguments: dict, message: str):
     with pytest.raises(UserError, match=f"^add_lora: {message}"):

@@ -88,8 +88,28 @@ def test_a_folder_with_files_is_kept(quantized, tmp_path: Path):
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match=r"^save_quantized: folder=.*: exists"):
         hqqtrain.save_quantized(quantized, tmp_path / "mine")
-    hqqtrain.save_quantized(quantized, tmp_path / "mine", overwrite=True)
-    assert hqqtrain.load_quantized(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"^save_quantized: folder=.*: has files, but no model"):
+        hqqtrain.save_quantized(quantized, tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    hqqtrain.save_quantized(quantized, tmp_path / "model")
+    hqqtrain.save_quantized(quantized, tmp_path / "model", overwrite=True)
+    assert hqqtrain.load_quantized(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"folder": None}, "folder=None: must be a string"),
+    ({"folder": ""}, "folder=: must not be empty"),
+    ({"dtype": "nope"}, "dtype=nope: must be auto, or a floating-point dtype"),
+    ({"dtype": torch.int8}, "dtype=torch.int8: must be auto"),
+])  # fmt: skip
+def test_arguments_of_another_type(quantized, arguments: dict, message: str, tmp_path: Path):
+    hqqtrain.save_quantized(quantized, tmp_path / "model")
+    with pytest.raises(UserError, match=f"^load_quantized: {message}"):
+        hqqtrain.load_quantized(**{"folder": tmp_path / "model"} | arguments)
+    with pytest.raises(UserError, match="model is a int; it must be a module of PyTorch"):
+        hqqtrain.save_quantized(5, tmp_path / "x")
+    with pytest.raises(UserError, match="tokenizer is a str; it must be a tokenizer"):
+        hqqtrain.save_quantized(quantized, tmp_path / "x", "name")
 
 
 def test_what_is_not_quantized_is_refused(dense, tmp_path: Path):

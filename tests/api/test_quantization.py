@@ -45,6 +45,8 @@ def test_any_module():
     ({"skip": ["nowhere"]}, "skip=nowhere: matches no linear layer"),
     ({"config": hqqtrain.QuantConfig(calibration="a.txt")}, "calibration=a.txt: has no effect"),
     ({"config": hqqtrain.QuantConfig(backend="torch")}, "backend=torch: .*set_backend"),
+    ({"skip": [5]}, r"skip=\[5\]: must be a list of strings"),
+    ({"config": {"nbits": 2}}, "config is a dict; give a QuantConfig, or keywords"),
     ({"config": hqqtrain.QuantConfig(), "nbits": 2}, "config and nbits are given"),
 ])  # fmt: skip
 def test_settings_that_are_not_allowed(dense, arguments: dict, message: str):
@@ -52,6 +54,15 @@ def test_settings_that_are_not_allowed(dense, arguments: dict, message: str):
         hqqtrain.quantize_model(dense, **arguments)
     assert not any(isinstance(module, HQQLinear) for module in dense.modules())
     assert not hasattr(dense.config, "quantization_config")
+
+
+def test_a_model_quantized_in_inference_mode_is_trained(dense):
+    with torch.inference_mode():
+        hqqtrain.quantize_model(dense, nbits=2, group_size=32, solver="rtn")
+    adapted, tokens = hqqtrain.add_lora(dense, r=2), torch.arange(8)[None]
+    adapted(tokens, labels=tokens).loss.backward()
+    with pytest.raises(UserError, match="model is a list; it must be a module of PyTorch"):
+        hqqtrain.quantize_model([dense])
 
 
 def test_a_quantized_model_and_one_with_adapters_are_refused(quantized):

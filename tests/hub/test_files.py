@@ -43,13 +43,16 @@ def test_only_a_card_that_hqqtrain_wrote_is_left_out(tmp_path):
 
 def test_the_manifest_is_that_of_the_pushed_files(tmp_path):
     folder, copy = tmp_path / "folder", tmp_path / "copy"
-    _write(folder, {"config.json": "{}", "adapter_config.json": '{"model": "/data/alice/x"}',
-                    "adapter/adapter_config.json": "{}"})  # fmt: skip
+    _write(folder, {
+        "config.json": "{}", "errors.json": "[]", "adapter/adapter_config.json": "{}",
+        "adapter_config.json": '{"model": "/data/alice/x"}',
+    })  # fmt: skip
     seal(folder)
     for name, file in result_files(folder, "alice/model").items():
         content = file.read_bytes() if isinstance(file, Path) else file
         _write(copy, {name: content.decode()})
     check_sealed(copy)
+    assert (copy / "errors.json").is_file()
     (copy / "adapter" / "adapter_config.json").unlink()  # which loaders of models do not download
     check_sealed(copy)
     (folder / "manifest.json").write_text("{}")
