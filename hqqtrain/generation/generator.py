@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hqqtrain.common.errors import UserError
@@ -111,15 +111,8 @@ class TextGenerator:
             UserError: The prompt is empty or too long, or the chat template does not take it.
         """
         ids = self.prompts.encode(prompt)
-        context, room = self.prompts.context, self._max_new_tokens
-        if context is not None:
-            room = min(context - len(ids), room or context)
-        assert room is not None
-        cache_tokens = None
-        if self.compiles:
-            needed = -(-(len(ids) + room) // CACHE_TOKENS) * CACHE_TOKENS
-            cache_tokens = min(needed, context or needed)
-        base, generating = base_model(self._model), cast(Any, self._model)
+        room, cache_tokens = self._lengths(len(ids))
+        base = base_model(self._model)
         config = merged_generation_config(
             base.generation_config,
             self._sampling,
@@ -136,20 +129,7 @@ class TextGenerator:
             translate_model_errors(base),
             _translate_setting_errors(),
         ):
-            decoder = None
-            if cache_tokens is not None and self._has_decoder:
-                decoder = static_decoder(self._model, config, cache_tokens)
-                self._has_decoder = decoder is not None
-            if decoder is not None:
-                decoder.generate(self._model, input_ids, room, streamer)
-            else:
-                generating.generate(
-                    input_ids=input_ids,
-                    attention_mask=torch.ones_like(input_ids),
-                    generation_config=config,
-                    streamer=streamer,
-                    stopping_criteria=[EndOfReply(streamer)],
-                )
+            self._run(input_ids, config, cache_tokens, streamer)
         tokens, eos = streamer.token_ids, config.eos_token_id or ()
         return Generation(
             streamer.text,
@@ -158,6 +138,37 @@ class TextGenerator:
             streamer.has_ended or tokens[-1] in eos,
             streamer.prefill_seconds,
             streamer.decode_seconds,
+        )
+
+    def _lengths(self, prompt_tokens: int) -> tuple[int, int | None]:
+        """Return the largest number of new tokens, and the size of a static cache, if there is."""
+        context, room = self.prompts.context, self._max_new_tokens
+        if context is not None:
+            room = min(context - prompt_tokens, room or context)
+        assert room is not None
+        if not self.compiles:
+            return room, None
+        needed = -(-(prompt_tokens + room) // CACHE_TOKENS) * CACHE_TOKENS
+        return room, min(needed, context or needed)
+
+    def _run(
+        self, input_ids: Tensor, config: GenerationConfig, cache_tokens: int | None,
+        streamer: ReplyStreamer,
+    ) -> None:  # fmt: skip
+        """Generate with a compiled step if it is wanted and can be, otherwise with transformers."""
+        if cache_tokens is not None and self._has_decoder:
+            decoder = static_decoder(self._model, config, cache_tokens)
+            self._has_decoder = decoder is not None
+            if decoder is not None:
+                assert config.max_new_tokens is not None
+                decoder.generate(self._model, input_ids, config.max_new_tokens, streamer)
+                return
+        cast(Any, self._model).generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=config,
+            streamer=streamer,
+            stopping_criteria=[EndOfReply(streamer)],
         )
 
 
