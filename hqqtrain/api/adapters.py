@@ -10,10 +10,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hqqtrain.api.arguments import check_module, checked_group, named_as_arguments
+from hqqtrain.api.arguments import checked_group, named_as_arguments
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.adapter import AdapterConfig
 from hqqtrain.config.groups import TrainConfig
+from hqqtrain.config.public_function import public_function
 from hqqtrain.nn.base_linears import base_linears
 from hqqtrain.nn.lora import cast_adapters, init_adapters, lora_config, target_linears
 from hqqtrain.nn.patterns import matching_modules
@@ -22,6 +23,7 @@ from hqqtrain.quant.spec import DTYPES
 Value = TypeVar("Value", int, float)
 
 
+@public_function(model=nn.Module)
 def add_lora(
     model: PreTrainedModel,
     *,
@@ -67,7 +69,6 @@ def add_lora(
             layer or has adapters already.
     """
     with named_as_arguments("add_lora"):
-        check_module(model)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise UserError("model has an adapter already; train that one, or load the base again.")
         is_sequence = isinstance(target_modules, Sequence) and not isinstance(target_modules, str)

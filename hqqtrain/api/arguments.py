@@ -8,8 +8,6 @@ from dataclasses import fields
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from torch import nn
-
 from hqqtrain.common.errors import UserError, describe_error
 from hqqtrain.config.field import field_errors
 from hqqtrain.config.run import RunConfig
@@ -69,16 +67,6 @@ def checked_group(group: type[Group], name: str, values: Mapping[str, Any]) -> G
     if errors:
         raise UserError("\n".join(errors))
     return config
-
-
-def check_module(model: Any) -> None:
-    """Check that an argument named `model` is a module.
-
-    Raises:
-        UserError: It is not.
-    """
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model is a {type(model).__name__}; it must be a module of PyTorch.")
 
 
 def folder_argument(folder: str | os.PathLike[str], name: str = "folder") -> Path:

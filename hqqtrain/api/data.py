@@ -9,6 +9,7 @@ from hqqtrain.api.arguments import checked_group, named_as_arguments
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.data_sources import describe_source
 from hqqtrain.config.groups import DataConfig, EvalConfig, TrainConfig
+from hqqtrain.config.public_function import public_function
 from hqqtrain.data.eval_set import load_eval_set
 from hqqtrain.data.layout import collate_batch
 from hqqtrain.data.packing import pack_examples
@@ -21,6 +22,7 @@ SPLITS = (None, "train", "held_out")
 """Values of `split`."""
 
 
+@public_function(tokenizer=PreTrainedTokenizerBase)
 def load_data(
     source: str | os.PathLike[str] | list[Any],
     tokenizer: PreTrainedTokenizerBase,

@@ -11,6 +11,7 @@ from hqqtrain.api.arguments import named_as_arguments
 from hqqtrain.api.folders import transformers_model
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import DataConfig
+from hqqtrain.config.public_function import public_function
 from hqqtrain.data.layout import BatchLayout
 from hqqtrain.data.packing import pack_examples
 from hqqtrain.data.sequences import TokenSequences
@@ -21,6 +22,7 @@ from hqqtrain.models.causal_lm import vocabulary_size
 from hqqtrain.models.rope import max_batched_length
 
 
+@public_function(model=nn.Module, tokenizer=PreTrainedTokenizerBase)
 def evaluate(
     model: nn.Module,
     data: TokenSequences | str | Sequence[str],

@@ -25,6 +25,7 @@ from hqqtrain.api.folders import (
 )
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.export import ExportConfig
+from hqqtrain.config.public_function import public_function
 from hqqtrain.formats.base import ModelExport, WrittenModel
 from hqqtrain.formats.comparison import ExportComparison
 from hqqtrain.formats.peft import load_adapter
@@ -32,6 +33,7 @@ from hqqtrain.formats.registry import FORMATS, check_format
 from hqqtrain.quant.spec import DTYPES
 
 
+@public_function(model=(nn.Module, str, os.PathLike), tokenizer=PreTrainedTokenizerBase)
 def export(
     model: nn.Module | str | os.PathLike[str],
     folder: str | os.PathLike[str],
@@ -75,6 +77,9 @@ def export(
         settings = checked_group(ExportConfig, "export", values)
         path, check = new_folder(folder, overwrite=overwrite), _Check(settings.max_error)
         if isinstance(model, nn.Module):
+            if tokenizer is None and FORMATS[settings.format].has_tokenizer:
+                raise UserError(f"tokenizer=None: a file of format={format} contains it; give the "
+                                "tokenizer of the model.")  # fmt: skip
             with companions(transformers_model(model), tokenizer) as files:
                 _write(model, files, path, settings, check)
         else:

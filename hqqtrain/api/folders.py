@@ -14,7 +14,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hqqtrain.api.arguments import (
-    check_module,
     checked_group,
     folder_argument,
     named_as_arguments,
@@ -22,6 +21,7 @@ from hqqtrain.api.arguments import (
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.packed_folders import gguf_files
 from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.public_function import public_function
 from hqqtrain.formats import packed
 from hqqtrain.formats.packed import fingerprinted, model_tensors
 from hqqtrain.formats.quantized_settings import QuantizedSettings
@@ -31,6 +31,7 @@ from hqqtrain.models import offload
 from hqqtrain.models.source import ModelSource, resolve_source
 
 
+@public_function()
 def load_quantized(
     folder: str | os.PathLike[str],
     *,
@@ -126,6 +127,7 @@ def quantized_source(folder: str | os.PathLike[str]) -> ModelSource:
     return source
 
 
+@public_function(model=nn.Module, tokenizer=PreTrainedTokenizerBase)
 def save_quantized(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -172,7 +174,6 @@ def transformers_model(model: nn.Module) -> Any:
     Raises:
         UserError: There is none.
     """
-    check_module(model)
     found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if found is None:
         raise UserError(

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hqqtrain.api.adapters import add_lora
 from hqqtrain.api.arguments import named_as_arguments
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.public_function import public_function
 from hqqtrain.models.foreign.qmodel import convert_pickle
 from hqqtrain.nn.base_linears import BaseLinear, base_linears
 
@@ -21,6 +22,7 @@ _WHAT = "an adapter that hqq's PeftUtils.save_lora_weights writes"
 _ADVICE = "Save it again with hqq, or train a new adapter."
 
 
+@public_function(model=nn.Module)
 def load_hqq_lora(model: PreTrainedModel, file: str | os.PathLike[str]) -> PeftModel:
     """Put an adapter that hqq's `PeftUtils.save_lora_weights` has saved on a quantized model.
 

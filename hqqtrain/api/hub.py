@@ -12,6 +12,7 @@ from hqqtrain.common.packed_folders import OWN_METHOD, gguf_files, quantized_by
 from hqqtrain.common.reading import read_json
 from hqqtrain.config.export import EXPORT_FORMATS
 from hqqtrain.config.hub import HubConfig
+from hqqtrain.config.public_function import public_function
 from hqqtrain.formats.adapter_config import CONFIG
 from hqqtrain.formats.quantized_settings import read_quantized_settings
 from hqqtrain.quant.error import storage_bits
@@ -28,6 +29,7 @@ from hqqtrain.tasks.pushed_result import (
 from hqqtrain.tasks.pushed_run import PushedRun
 
 
+@public_function()
 def push_to_hub(
     folder: str | os.PathLike[str], name: str, *, private: bool = True, base: str | None = None
 ) -> str:

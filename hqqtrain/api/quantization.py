@@ -8,8 +8,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from hqqtrain.api.arguments import check_module, named_as_arguments
+from hqqtrain.api.arguments import named_as_arguments
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.public_function import public_function
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.integrations.transformers import SETTINGS, HqqTrainConfig, quantize_in_memory
 from hqqtrain.models.offload import offload_meta
@@ -35,6 +36,7 @@ class QuantSettings(TypedDict, total=False):
     overrides: dict[str, Any]
 
 
+@public_function(model=nn.Module)
 def quantize_model(
     model: nn.Module, config: QuantConfig | None = None, **settings: Unpack[QuantSettings]
 ) -> QuantizationReport:
@@ -60,7 +62,6 @@ def quantize_model(
     """
     # Tensors that are made in inference mode cannot be trained through.
     with torch.inference_mode(False), named_as_arguments("quantize_model"):
-        check_module(model)
         _check_is_dense(model)
         if not isinstance(config, QuantConfig | None):
             raise UserError(

@@ -15,6 +15,7 @@ from hqqtrain.common.env import get_world_size
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import OptimConfig, TrainConfig
 from hqqtrain.config.infra import RunDirConfig
+from hqqtrain.config.public_function import public_function
 from hqqtrain.data.layout import BatchLayout
 from hqqtrain.data.loader import PackedLoader
 from hqqtrain.data.sequences import TokenSequences
@@ -31,6 +32,7 @@ from hqqtrain.training.torch_engine import TorchEngine
 from hqqtrain.training.trainer import Trainer
 
 
+@public_function(model=nn.Module, data=TokenSequences)
 def train(
     model: nn.Module,
     data: TokenSequences,

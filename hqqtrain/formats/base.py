@@ -120,12 +120,14 @@ class ExportFormat(ABC):
             first is that of `auto`.
         merges: The end of the message for an adapter that the format does not merge.
         holds_dense: Whether the format can hold a model that has no quantized layers.
+        has_tokenizer: Whether its file contains the tokenizer, so that it cannot be added later.
     """
 
     name: ClassVar[str]
     adapter_forms: ClassVar[tuple[str, ...]] = ("separate",)
     merges: ClassVar[str] = "export.format=dense merges it."
     holds_dense: ClassVar[bool] = False
+    has_tokenizer: ClassVar[bool] = False
 
     def configured(self, config: ExportConfig) -> "ExportFormat":
         """Return the format with the keys of `config` that are its own."""

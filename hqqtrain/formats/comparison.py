@@ -64,6 +64,11 @@ class ExportComparison:
         kinds = [layer.kind for layer in self.layers]
         return {kind: kinds.count(kind) for kind in ("exact", "rounded", "approximate")}
 
+    def __repr__(self) -> str:
+        """Return one line; all layers of a model would fill several pages."""
+        counts = ", ".join(f"{kind}={count}" for kind, count in self.counts.items() if count)
+        return f"{type(self).__name__}({counts or 'no layers'}, max_error={self.max_error:.3g})"
+
     @property
     def worst(self) -> LayerComparison | None:
         """The layer with the largest error in steps; None if nothing is quantized."""

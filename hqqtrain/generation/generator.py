@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.public_function import public_function
 from hqqtrain.generation.prompts import Prompt, PromptEncoder
 from hqqtrain.generation.settings import (
     CACHE_TOKENS,
@@ -172,6 +173,7 @@ class TextGenerator:
         )
 
 
+@public_function(model=nn.Module, tokenizer=PreTrainedTokenizerBase)
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -89,8 +89,9 @@ class PromptEncoder:
             ids = self._tokenizer(prompt, verbose=False)["input_ids"]
         else:
             raise UserError(
-                "the messages of a chat need a chat template; name one, such as "
-                "data.chat_template=chatml, or write the prompt as text."
+                "the messages of a chat need a chat template, and the tokenizer has none; set one, "
+                "such as data.chat_template=chatml, or in Python tokenizer.chat_template, or write "
+                "the prompt as text."
             )
         self._check(ids)
         return [*ids]

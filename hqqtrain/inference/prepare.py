@@ -9,6 +9,7 @@ import logging
 from torch import nn
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.public_function import public_function
 from hqqtrain.inference.backends.registry import find_backend, repack_linears
 from hqqtrain.inference.grouped_attention import use_grouped_attention
 from hqqtrain.inference.merged_linears import merge_linears
@@ -18,6 +19,7 @@ from hqqtrain.models.offload import offload_meta, offloads_meta
 logger = logging.getLogger(__name__)
 
 
+@public_function(model=nn.Module)
 def prepare_for_inference(model: nn.Module, backend: str = "auto") -> nn.Module:
     """Merge q, k and v, and gate and up, and do not copy the cache for grouped queries, in place.
 

@@ -82,7 +82,7 @@ class HqqTrainConfig(QuantizationConfigMixin):
         config.calibration = None
         if not config.quantizes:
             raise UserError(
-                "HqqTrainConfig.nbits=null: nothing would be quantized; load the model without "
+                "HqqTrainConfig.nbits=None: nothing would be quantized; load the model without "
                 "quantization_config."
             )
         with _named_as_here():
@@ -264,6 +264,7 @@ def _named_as_here() -> Iterator[None]:
         yield
     except UserError as error:
         text = re.sub(r"\bquant\.(?=\w)", "HqqTrainConfig.", str(error))
+        text = re.sub(r"(?<=[= ])null\b", "None", text)
         raise UserError(text) from error
 
 

@@ -136,7 +136,12 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder}: contains no config.json, so it is not a Hugging Face model.")
+        # Tools such as AutoRound, and the cache of the hub, have the model in a folder below.
+        below = sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
+        hint = f" Did you mean {below[0].parent}?" if below else ""
+        raise UserError(
+            f"{folder}: contains no config.json, so it is not a Hugging Face model.{hint}"
+        )
     try:
         config_json = load_json(path)
     except ValueError as error:

@@ -7,6 +7,7 @@ unnoticed.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
@@ -52,6 +53,15 @@ class QuantizationReport:
     def share(self) -> float:
         """Share of the model's parameters that were quantized."""
         return self.num_quantized_weights / self.num_parameters
+
+    def __repr__(self) -> str:
+        """Return one line; all layers of a model would fill several pages."""
+        bits = Counter(spec.nbits for spec in self.quantized.values())
+        layers = ", ".join(f"{bits[n]} of {n} bits" for n in sorted(bits)) or "none"
+        return (
+            f"{type(self).__name__}(quantized={len(self.quantized)} layers ({layers}), "
+            f"dense={len(self.dense)}, skipped={len(self.skipped)}, share={self.share:.1%})"
+        )
 
 
 def quantize_model(model: nn.Module, config: QuantConfig, *,

@@ -50,6 +50,7 @@ def test_what_is_refused(adapted, dense, tmp_path: Path):
         ({"format": "hqq", "adapter": "merge"}, "adapter=merge: format=hqq allows"),
         ({"format": "compressed-tensors"}, "format=compressed-tensors: "),
         ({"format": "gguf", "gguf_type": "Q5"}, "gguf_type=Q5: allowed are auto"),
+        ({"format": "gguf"}, "tokenizer=None: a file of format=gguf contains it"),
         ({"format": "mlx", "max_error": 0.0}, "max_error=0: a weight of"),
     ):
         with pytest.raises(UserError, match=f"^export: {message}"):

@@ -29,6 +29,9 @@ def test_the_sum_of_the_layers():
     assert comparison.max_error == pytest.approx(0.4, rel=1e-5)
     assert comparison.relative_error == pytest.approx((0.04 + 0.0025) / 24, rel=1e-5)
     assert comparison.bits_per_weight == 3
+    assert repr(comparison) == (
+        "ExportComparison(exact=1, rounded=1, approximate=1, max_error=0.4)"
+    )
 
 
 def test_a_limit_names_the_worst_layer():

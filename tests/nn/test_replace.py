@@ -51,6 +51,7 @@ def test_replaces_all_but_the_head_and_reports_it() -> None:
     )
     assert report.num_parameters == total
     assert report.share == report.num_quantized_weights / total
+    assert repr(report).startswith("QuantizationReport(quantized=14 layers (14 of 8 bits), dense=0")
     for name, layer in layers.items():
         assert relative_error(dense[name], layer.dequantize()) < 1e-4
     assert model(ids).logits.isfinite().all()

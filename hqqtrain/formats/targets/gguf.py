@@ -55,6 +55,7 @@ class GgufFormat(ExportFormat):
     name: ClassVar[str] = "gguf"
     merges: ClassVar[str] = "export.format=dense or export.gguf_type=Q8_0 merges it."
     holds_dense: ClassVar[bool] = True
+    has_tokenizer: ClassVar[bool] = True
     block_type: str = "auto"
     llama_cpp: Path | None = None
 
