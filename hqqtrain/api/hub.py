@@ -26,7 +26,7 @@ from hqqtrain.tasks.pushed_result import (
     quantized_result,
     results_of_training,
 )
-from hqqtrain.tasks.pushed_run import PushedRun
+from hqqtrain.tasks.pushed_run import PushedRun, hub_name
 
 
 @public_function()
@@ -74,9 +74,9 @@ def _results(path: Path, hub: HubConfig) -> list[Result]:
         if status not in (None, "done"):
             raise UserError(f"folder={path}: the run is not complete ({status}); finish it.")
         if run.has_adapter:
-            config = read_json(run.adapter / CONFIG)
-            dense = None if run.has_quantized else hub.base or config.get("base_model_name_or_path")
-            return results_of_training(run, hub, dense)
+            return results_of_training(
+                run, hub, None if run.has_quantized else _dense_base(run, hub)
+            )
         return [export_result(run.export, name)] if run.export.is_dir() else _results_in(run, name)
     if (path / CONFIG).is_file():
         return [adapter_result(path, name, hub.base_repository)]
@@ -88,6 +88,18 @@ def _results(path: Path, hub: HubConfig) -> list[Result]:
         f"folder={path}: has neither an adapter nor a model; give the directory of a run, its "
         "quantized/, adapter/ or export/, or a folder that save_quantized or export has written."
     )
+
+
+def _dense_base(run: RunLayout, hub: HubConfig) -> str:
+    """Return the repository of the full-precision base of a run's adapter."""
+    recorded = read_json(run.adapter / CONFIG).get("base_model_name_or_path")
+    base = hub.base or hub_name({"name_or_path": recorded})
+    if base is None:
+        raise UserError(
+            f"base=None: the base of the adapter, {recorded}, is not on the Hub, so nobody else "
+            "could load the adapter; give the repository that has the same weights."
+        )
+    return base
 
 
 def _results_in(run: RunLayout, name: str) -> list[Result]:

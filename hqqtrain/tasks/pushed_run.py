@@ -18,8 +18,13 @@ _BUNDLED = "tiny"
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
 
-_PATH = re.compile(r"""(?<![\w./~-])(?:~|\.{1,2}|/(?=[^/\s]))[^\s,;:'"\[\]{}]*/(?=[^\s,;'"\]}]*)""")
+_PATH = re.compile(
+    r"""(?<![\w./~-])(?:file:/*|~|\.{1,2}|/(?=[^/\s]))[^\s,;:'"\[\]{}]*/(?=[^\s,;'"\]}]*)"""
+)
 """Matches the folders of a path within a value, up to its last slash."""
+
+_RELATIVE = re.compile(r"(?<![\w./~-])(?<!:/)[\w.-]+(?:/[\w.-]+)+")
+"""Matches what may be a relative path, or a name of the Hub."""
 
 _MAX_RUNS = 8
 """Runs that are followed from a result back to its full-precision model."""
@@ -126,8 +131,15 @@ def hub_name(model: Mapping[str, Any]) -> str | None:
 
 
 def without_folders(text: str) -> str:
-    """Return a text in which the folders of each path are replaced by `...`."""
-    return _PATH.sub(".../", text)
+    """Return a text in which the folders of each path are replaced by `...`.
+
+    A relative path has the form of a name on the Hub, so it is one if it exists.
+    """
+
+    def shown(match: re.Match[str]) -> str:
+        return f".../{Path(match[0]).name}" if os.path.exists(match[0]) else match[0]
+
+    return _PATH.sub(".../", _RELATIVE.sub(shown, text))
 
 
 def _texts(value: Any) -> Iterator[str]:

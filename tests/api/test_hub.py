@@ -49,6 +49,16 @@ def test_an_export(hub, quantized, tokenizer, tmp_path):
     assert "mlx_lm.generate --model alice/mlx" in hub.text("alice/mlx", "README.md")
 
 
+def test_the_dense_base_of_a_run_must_be_on_the_hub(hub, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    config = {"base_model_name_or_path": str(tmp_path / "model")}
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"^push_to_hub: base=None: the base of .* not on the Hub"):
+        hqqtrain.push_to_hub(tmp_path / "run", "alice/tuned")
+
+
 def test_the_method_of_transformers_and_of_peft(hub, quantized):
     assert quantized.push_to_hub("alice/stock", private=True)
     base = AutoModelForCausalLM.from_pretrained("alice/stock")

@@ -79,6 +79,13 @@ def test_folders_are_left_out(text, expected):
     assert without_folders(text) == expected
 
 
+def test_folders_of_relative_paths_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clients" / "acme").mkdir(parents=True)
+    text = "data.source={a:clients/acme,b:owner/name,c:file:///home/bob/x}"
+    assert without_folders(text) == "data.source={a:.../acme,b:owner/name,c:.../x}"
+
+
 def test_names_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "local").mkdir()
