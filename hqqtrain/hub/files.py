@@ -136,7 +136,7 @@ def check_private(files: Mapping[str, Path | bytes], paths: Iterable[str]) -> No
 
 def _has(content: bytes, text: str) -> bool:
     """Whether a file contains a text, as it is or as JSON writes it."""
-    return text.encode() in content or json.dumps(text)[1:-1].encode() in content
+    return any(form.encode() in content for form in {text, json.dumps(text)[1:-1]})
 
 
 def private_paths(paths: Iterable[str]) -> list[str]:

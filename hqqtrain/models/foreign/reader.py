@@ -113,7 +113,8 @@ class ForeignReader(ResizedReader):
     def _is_needed(self, name: str, modules: Set[str]) -> bool:
         """Whether a tensor that is not used changes what the model computes."""
         module, _, attribute = name.rpartition(".")
-        if attribute in _CACHE_SCALES or (module not in modules and "scale" not in attribute):
+        is_of_layer = module in modules or "scale" in attribute or "g_idx" in attribute
+        if attribute in _CACHE_SCALES or not is_of_layer:
             return False
         counted = self.bytes_read
         is_zero_bias = attribute == "bias" and not self._read_dense(name, None).any()

@@ -66,6 +66,7 @@ def test_rows_are_converted_when_they_are_read(tmp_path, stored, monkeypatch):
 @pytest.mark.parametrize(("name", "value", "is_error"), [
     ("a.bias", 0, False), ("a.bias", 1, True), ("a.weight", 1, True), ("b.bias", 1, False),
     ("a.input_smooth", 1, True), ("b.act.scales", 1, True), ("a.k_scale", 1, False),
+    ("c.g_idx", 1, True),
 ])  # fmt: skip
 def test_unused_parts_of_a_layer(tmp_path, stored, name, value, is_error):
     stored = {key: value for key, value in stored.items() if key != "a.bias"}
