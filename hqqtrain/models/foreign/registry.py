@@ -44,9 +44,9 @@ def open_foreign(source: ModelSource, *, pin_memory: bool = False) -> ForeignRea
             reader = ForeignReader(source.path, lambda s: find(s, config), pin_memory=pin_memory)
         except UserError:
             raise
-        except (TypeError, ValueError, AttributeError) as error:  # an entry has another type
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:  # of another type
             raise UserError(
-                f"{source.path}: its quantization_config is damaged ({describe_error(error)}); "
+                f"{source.path}: the settings of its layers are damaged ({describe_error(error)}); "
                 f"{AGAIN}"
             ) from error
     if not reader.layers:
