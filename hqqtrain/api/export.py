@@ -75,16 +75,18 @@ def export(
         values = {"format": format, "adapter": adapter, "dtype": dtype, "gguf_type": gguf_type,
                   "llama_cpp": llama_cpp, "max_error": max_error}  # fmt: skip
         settings = checked_group(ExportConfig, "export", values)
-        path, check = new_folder(folder, overwrite=overwrite), _Check(settings.max_error)
-        if isinstance(model, nn.Module):
-            if tokenizer is None and FORMATS[settings.format].has_tokenizer:
-                raise UserError(f"tokenizer=None: a file of format={format} contains it; give the "
-                                "tokenizer of the model.")  # fmt: skip
-            with companions(transformers_model(model), tokenizer) as files:
-                _write(model, files, path, settings, check)
-        else:
-            files = quantized_source(model).tokenizer
-            _write(load_quantized(model), files, path, settings, check)
+        check = _Check(settings.max_error)
+        is_module = isinstance(model, nn.Module)
+        if is_module and tokenizer is None and FORMATS[settings.format].has_tokenizer:
+            raise UserError(f"tokenizer=None: a file of format={format} contains it; give the "
+                            "tokenizer of the model.")  # fmt: skip
+        with new_folder(folder, overwrite=overwrite) as path:
+            if isinstance(model, nn.Module):
+                with companions(transformers_model(model), tokenizer) as files:
+                    _write(model, files, path, settings, check)
+            else:
+                files = quantized_source(model).tokenizer
+                _write(load_quantized(model), files, path, settings, check)
         return check.comparison
 
 

@@ -18,7 +18,9 @@ from hqqtrain.api.arguments import (
     folder_argument,
     named_as_arguments,
 )
+from hqqtrain.common.cache_entry import lock_path
 from hqqtrain.common.errors import UserError
+from hqqtrain.common.filelock import try_lock
 from hqqtrain.common.packed_folders import gguf_files
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.config.public_function import public_function
@@ -151,11 +153,11 @@ def save_quantized(
         UserError: Nothing in the model is quantized, or the folder exists.
     """
     with named_as_arguments("save_quantized"):
-        base, path = transformers_model(model), new_folder(folder, overwrite=overwrite)
+        base = transformers_model(model)
         settings = whole_settings(base)
         if not settings.modules:
             raise UserError("model has no quantized layer; call quantize_model first.")
-        with companions(base, tokenizer) as source:
+        with new_folder(folder, overwrite=overwrite) as path, companions(base, tokenizer) as source:
             packed.save_quantized(
                 model_tensors(base),
                 path,
@@ -209,15 +211,35 @@ def whole_settings(model: nn.Module) -> QuantizedSettings:
     return fingerprinted(model)
 
 
-def new_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """Return the full path of a folder to create.
+@contextmanager
+def new_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
+    """Yield the full path of a folder to create, which nobody else may write meanwhile.
 
     Raises:
-        UserError: It exists and has files, which may not be deleted, or are not those of a model.
+        UserError: It exists and has files, which may not be deleted, or are not those of a model;
+            it cannot be written to, or somebody else writes it now, such as another rank.
     """
     path = folder_argument(folder)
+    if not path.name:
+        raise UserError(f"folder={folder}: exists; give another name.")
+    try:
+        lock = try_lock(lock_path(path))
+    except OSError as error:
+        raise UserError(f"folder={folder}: cannot be written to ({error}).") from error
+    if lock is None:
+        raise UserError(f"folder={folder}: somebody else writes it now; save from one rank only.")
+    with lock:
+        try:
+            _check_replaceable(path, folder, overwrite=overwrite)
+            yield path
+        finally:
+            lock_path(path).unlink(missing_ok=True)
+
+
+def _check_replaceable(path: Path, folder: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Check that what is at `path` may be replaced; `folder` is the value of the argument."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return path
+        return
     if not overwrite:
         raise UserError(f"folder={folder}: exists; give another name, or overwrite=True.")
     # A mistake in the name must not delete a home or a project.
@@ -226,7 +248,6 @@ def new_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
             f"folder={folder}: has files, but no model, and is not deleted; give another name, or "
             "remove it yourself."
         )
-    return path
 
 
 @contextmanager

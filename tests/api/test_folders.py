@@ -1,5 +1,6 @@
 """Folders are saved and loaded bit for bit, with their adapters."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,25 @@ def test_a_folder_with_files_is_kept(quantized, tmp_path: Path):
     hqqtrain.save_quantized(quantized, tmp_path / "model")
     hqqtrain.save_quantized(quantized, tmp_path / "model", overwrite=True)
     assert hqqtrain.load_quantized(tmp_path / "model")
+
+
+def test_one_of_several_saves_writes_the_folder(quantized, tmp_path: Path):
+    def save(_: int) -> str:
+        try:
+            hqqtrain.save_quantized(quantized, tmp_path / "model", overwrite=True)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(4) as pool:
+        errors = list(pool.map(save, range(4)))
+    assert "" in errors
+    assert all("somebody else writes it now" in error for error in filter(None, errors))
+    assert hqqtrain.load_quantized(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"folder=.*/file/x: cannot be written to"):
+        hqqtrain.save_quantized(quantized, tmp_path / "file" / "x")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
