@@ -25,12 +25,14 @@ from hqqtrain.common.packed_folders import gguf_files
 from hqqtrain.config.groups import ModelConfig
 from hqqtrain.config.public_function import public_function
 from hqqtrain.formats import packed
+from hqqtrain.formats.adapter_config import CONFIG
 from hqqtrain.formats.packed import fingerprinted, model_tensors
 from hqqtrain.formats.quantized_settings import QuantizedSettings
 from hqqtrain.inference.backends.base import RepackedLinear
 from hqqtrain.inference.merged_linears import MergedLinear
 from hqqtrain.models import offload
 from hqqtrain.models.source import ModelSource, resolve_source
+from hqqtrain.quant.spec import DTYPES
 
 
 @public_function()
@@ -53,8 +55,8 @@ def load_quantized(
             hub.
         device: Where to load the model, or a `device_map` of transformers such as `auto`; None: on
             the CPU.
-        dtype: The dtype that the model computes in; `auto`: that of the folder's config.json. The
-            packed weights do not change.
+        dtype: The dtype that the model computes in, of PyTorch or its name, such as `bf16`; `auto`:
+            that of the folder's config.json. The packed weights do not change.
         adapter: The folder of a PEFT adapter; true: the one of the run, if `folder` is a run that
             has one; false: none.
         is_trainable: Whether the adapter can be trained further.
@@ -77,7 +79,12 @@ def load_quantized(
                 f"folder={folder}: the run has not finished its adapter; finish it, or give the "
                 "folder of one of its checkpoints as adapter, or adapter=False."
             )
+        if isinstance(dtype, str):
+            dtype = DTYPES.get(dtype, dtype)
         _check_dtype(dtype)
+        chosen = source.adapter if adapter is True else adapter or None
+        if chosen is not None:
+            _check_adapter(chosen)
         moves = offload_meta and _is_one_device(device)
         model: Any = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=dtype, device_map=None if moves else device
@@ -86,11 +93,23 @@ def load_quantized(
             offload.offload_meta(model)
         if moves:
             model.to(device)
-        chosen = source.adapter if adapter is True else adapter or None
         if chosen is None:
             return model
         adapted = PeftModel.from_pretrained(model, os.fspath(chosen), is_trainable=is_trainable)
         return adapted.train(is_trainable)
+
+
+def _check_adapter(adapter: Any) -> None:
+    """Check that a local folder has an adapter; the Hub is asked for a name such as `user/name`.
+
+    Raises:
+        UserError: It has none.
+    """
+    path, name = Path(adapter), os.fspath(adapter)
+    is_hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not (path / CONFIG).is_file() and (path.exists() or not is_hub_name):
+        reason = f"has no {CONFIG}, so it is no PEFT adapter" if path.exists() else "no such folder"
+        raise UserError(f"adapter={adapter}: {reason}.")
 
 
 def _check_dtype(dtype: torch.dtype | str) -> None:
@@ -101,7 +120,10 @@ def _check_dtype(dtype: torch.dtype | str) -> None:
     """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise UserError(f"dtype={dtype}: must be auto, or a floating-point dtype of PyTorch.")
+        raise UserError(
+            f"dtype={dtype}: must be auto, {', '.join(DTYPES)}, or a floating-point dtype of "
+            "PyTorch."
+        )
 
 
 def _is_one_device(device: torch.device | str | None) -> bool:

@@ -18,6 +18,7 @@ FOREIGN_NAMES = {
     "groupsize": "quant.group_size",
     "q_group_size": "quant.group_size", "w_group_size": "quant.group_size",
     "bnb_4bit_compute_dtype": "quant.compute_dtype", "modules_to_not_convert": "quant.skip",
+    "skip_modules": "quant.skip",
     "llm_int8_skip_modules": "quant.skip",
     # adapter
     "lora_r": "adapter.r", "lora_rank": "adapter.r", "rank": "adapter.r",

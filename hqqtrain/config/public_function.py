@@ -1,6 +1,6 @@
 """Check how a public function is called: the names of its arguments, and their classes."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter, signature
@@ -16,6 +16,7 @@ _EXPECTED = {
     "model": "a module of PyTorch",
     "tokenizer": "a tokenizer of transformers",
     "data": "the result of load_data",
+    "spec": "a QuantSpec of hqqtrain.quant.spec",
 }
 """What the value of an argument must be."""
 
@@ -58,12 +59,17 @@ def _check_keywords(
     if Parameter.VAR_KEYWORD in kinds or not (unknown := [*keywords - parameters.keys()]):
         return
     given = min(unknown)
-    own = FOREIGN_NAMES.get(given, "").split("=")[0].rpartition(".")[2]
-    nearest = [own] if own in parameters else get_close_matches(given, parameters, 1)
-    hint = f" Did you mean {nearest[0]}?" if nearest else ""
     raise UserError(
-        f"{function}: {given} is no argument.{hint} Arguments are {', '.join(parameters)}."
+        f"{function}: {given} is no argument.{did_you_mean(given, parameters)} Arguments are "
+        f"{', '.join(parameters)}."
     )
+
+
+def did_you_mean(given: str, names: Collection[str]) -> str:
+    """Return a question for the name that an unknown one stands for; empty if there is none."""
+    own = FOREIGN_NAMES.get(given, "").split("=")[0].rpartition(".")[2]
+    nearest = [own] if own in names else get_close_matches(given, names, 1)
+    return f" Did you mean {nearest[0]}?" if nearest else ""
 
 
 def _check_class(

@@ -89,6 +89,8 @@ class TextGenerator:
         self.prompts = PromptEncoder(model, tokenizer, chat=chat, system=system)
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._max_new_tokens = max_new_tokens
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 1, or None.")
         if max_new_tokens is None and self.prompts.context is None:
             raise UserError(
                 "generate.max_new_tokens=null: the model has no largest context, so a text might "
@@ -232,18 +234,13 @@ def generate(
     generator = TextGenerator(
         model,
         tokenizer,
-        sampling=Sampling(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        ),
+        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                          repetition_penalty=repetition_penalty),
         chat=chat,
         system=system,
         max_new_tokens=max_new_tokens,
         compile=compile,
-    )
+    )  # fmt: skip
     is_single = isinstance(prompts, str) or (prompts and isinstance(prompts[0], Mapping))
     listed: Any = [prompts] if is_single else prompts
     with seeded(seed, generator.device):

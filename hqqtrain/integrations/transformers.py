@@ -69,13 +69,15 @@ class HqqTrainConfig(QuantizationConfigMixin):
         """Return the settings as a `QuantConfig`."""
         from hqqtrain.common.errors import UserError
         from hqqtrain.config.field import field_errors
+        from hqqtrain.config.public_function import did_you_mean
         from hqqtrain.config.quant import QuantConfig
         from hqqtrain.config.typed_group import build_group
 
         if unknown := self.settings.keys() - SETTINGS:
+            hint = did_you_mean(min(unknown), SETTINGS)
             raise UserError(
                 f"HqqTrainConfig: {', '.join(sorted(unknown))} is no setting; allowed are "
-                f"{', '.join(SETTINGS)} and offload_meta."
+                f"{', '.join(SETTINGS)} and offload_meta.{hint}"
             )
         settings = self.settings | {"offload_meta": self.offload_meta}
         config = build_group(QuantConfig, settings, "HqqTrainConfig")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from hqqtrain.config.public_function import public_function
 from hqqtrain.quant.quantize import QuantizedWeight, quantize_weight
 from hqqtrain.quant.spec import QuantSpec
 from hqqtrain_kernels import ops
@@ -70,6 +71,7 @@ class HQQLinear(nn.Module):
         self.bias = empty(out_features, dtype=compute_dtype) if bias else None
 
     @classmethod
+    @public_function(spec=QuantSpec)
     def from_linear(
         cls, linear: nn.Linear, spec: QuantSpec, *, compute_dtype: torch.dtype | None = None,
         storage_dtype: torch.dtype = torch.uint8, name: str = "weight",

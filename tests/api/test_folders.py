@@ -38,7 +38,7 @@ def test_saved_and_loaded(quantized, tokenizer, tmp_path: Path):
     assert resolve_source(ModelConfig(name_or_path=str(folder))).kind == "quantized"
     assert AutoTokenizer.from_pretrained(folder)("def f")["input_ids"]
     assert (folder / "generation_config.json").exists()
-    assert hqqtrain.load_quantized(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert hqqtrain.load_quantized(folder, dtype="bf16").dtype == torch.bfloat16
 
 
 def test_meta_on_the_host_is_no_part_of_a_folder(quantized, tmp_path: Path, monkeypatch):
@@ -119,7 +119,9 @@ def test_one_of_several_saves_writes_the_folder(quantized, tmp_path: Path):
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"folder": None}, "folder=None: must be a string"),
     ({"folder": ""}, "folder=: must not be empty"),
-    ({"dtype": "nope"}, "dtype=nope: must be auto, or a floating-point dtype"),
+    ({"dtype": "nope"}, "dtype=nope: must be auto, fp32, bf16, fp16, or a floating-point dtype"),
+    ({"adapter": "nowhere"}, "adapter=nowhere: no such folder"),
+    ({"adapter": Path(__file__).parent}, "adapter=.*/api: has no adapter_config.json"),
     ({"dtype": torch.int8}, "dtype=torch.int8: must be auto"),
 ])  # fmt: skip
 def test_arguments_of_another_type(quantized, arguments: dict, message: str, tmp_path: Path):

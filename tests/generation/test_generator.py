@@ -123,6 +123,8 @@ def test_prompts_of_every_form_are_answered(trained, tokenizer):
 def test_values_that_transformers_refuses_are_errors_of_the_user(trained, tokenizer):
     with pytest.raises(UserError, match="settings of generate"):
         generate(trained, tokenizer, PROMPT, min_p=2.0)
+    with pytest.raises(UserError, match="max_new_tokens=0: must be at least 1, or None"):
+        generate(trained, tokenizer, PROMPT, max_new_tokens=0)
 
 
 def test_only_models_that_can_be_are_compiled(trained, tokenizer):

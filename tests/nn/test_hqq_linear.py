@@ -196,6 +196,8 @@ def test_errors_name_the_layer() -> None:
     linear.weight.data[3, 3] = float("nan")
     with pytest.raises(UserError, match=r"model\.q.*row 3"):
         HQQLinear.from_linear(linear, SPEC, name="model.q")
+    with pytest.raises(UserError, match="from_linear: spec is a dict; it must be a QuantSpec"):
+        HQQLinear.from_linear(linear, {"nbits": 4})
 
 
 def test_repr_shows_the_quantization_settings() -> None:
