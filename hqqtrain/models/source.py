@@ -136,6 +136,11 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{folder}: is an adapter, and no model; name its run, or name its base and set "
+                f"adapter.init_from={folder}."
+            )
         # Tools such as AutoRound, and the cache of the hub, have the model in a folder below.
         below = sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
         hint = f" Did you mean {below[0].parent}?" if below else ""

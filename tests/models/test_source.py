@@ -106,6 +106,10 @@ def test_a_file_is_not_a_folder(checkpoint):
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(UserError, match=r"contains no config\.json.*model\.$"):
         _resolve(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is an adapter, and no model; .*adapter\.init_from="):
+        _resolve(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "model-w4g64").mkdir()
     (tmp_path / "model-w4g64" / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"Did you mean .*/model-w4g64\?$"):
