@@ -87,7 +87,7 @@ def _use_full_precision(config: RunConfig, run: RunLayout | None) -> None:
     """Let `config` use the model that was quantized."""
     if run:
         config.model = _original_model(run)
-    elif _is_quantized(config):
+    if _is_quantized(config):
         raise UserError(
             f"generate.use=full_precision: {_NAME}={config.model.name_or_path} is quantized; name "
             "the model that it was made from."

@@ -117,6 +117,8 @@ def test_a_model_is_quantized_only_if_a_key_asks_for_it():
          "leaves out the adapter of adapter.init_from=a"),
         (("model.name_or_path=packed", "generate.use=full_precision"),
          "generate.use=full_precision: model.name_or_path=packed is quantized"),
+        (("model.name_or_path=runs/taken_over", "generate.use=full_precision"),
+         "generate.use=full_precision: model.name_or_path=packed is quantized"),
         (("model.name_or_path=runs/dense", "generate.use=quantized"),
          "runs/dense has quantized nothing"),
         (("model.name_or_path=runs/mine", "generate.use=full_precision"),
@@ -129,6 +131,7 @@ def test_models_that_do_not_exist(words, message):
     Path("packed").mkdir()
     Path("packed/config.json").write_text('{"quantization_config": {"quant_method": "hqqtrain"}}')
     _train("run.name=dense", quantized=False)
+    _train("run.name=taken_over", "model.name_or_path=packed")
     (_train(*TRAINED) / "config.yaml").write_text("identity: x\n")
     with pytest.raises(UserError, match=re.escape(message)):
         _generate(*words)
