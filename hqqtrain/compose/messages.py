@@ -162,7 +162,7 @@ def _wrong_value_error(
     wrong_value = OmegaConf.select(config, full_key, throw_on_missing=False)
     shown = "null" if wrong_value is None else str(wrong_value)
     if expected := _describe_expected(full_key):
-        if expected == "a list" and isinstance(wrong_value, str):
+        if expected.startswith("a list") and isinstance(wrong_value, str):
             expected += f", as in '{full_key}=[{shown}]'"
         return UserError(f"{where}{full_key}={shown}: must be {expected}.")
     return UserError(f"{where}{full_key}={shown}: {str(error).splitlines()[0]}.")

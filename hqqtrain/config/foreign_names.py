@@ -163,14 +163,14 @@ NEEDLESS_NAMES = {
         "name a single file, and data.validation is the share that is held out otherwise",
     ),
     **dict.fromkeys(
-        ("hub_token", "push_to_hub_token", "hf_token", "hf_hub_token", "token"),
+        ("hub_token", "push_to_hub_token", "hf_token", "hf_hub_token", "hub.token"),
         "the token is that of `hf auth login`, or of the environment variable HF_TOKEN",
     ),
     "logging_steps": "every step is logged",
     "plot_loss": "report/ has the plots of every run",
     "trust_remote_code": "code of a model or of a data set is never run",
 }
-"""Name in another tool -> why we have no such key."""
+"""Name in another tool, or with the group in which it means this -> why we have no such key."""
 
 _IN_GROUPS = {
     "model.name": "model.name_or_path", "model.id": "model.name_or_path",
@@ -207,7 +207,8 @@ _REMARKS = {
 
 def reason_to_leave_out(name: str) -> str | None:
     """Return why there is no key for the dotted `name` of another tool; None if there may be."""
-    return NEEDLESS_NAMES.get(name.lower().replace("-", "_").rpartition(".")[2])
+    name = name.lower().replace("-", "_")
+    return NEEDLESS_NAMES.get(name) or NEEDLESS_NAMES.get(name.rpartition(".")[2])
 
 
 def our_name(name: str) -> str | None:

@@ -77,7 +77,7 @@ def test_values_of_the_right_type_pass(key, value):
         (
             "quant.skip",
             "lm_head",
-            "quant.skip=lm_head: must be a list, as in 'quant.skip=[lm_head]'.",
+            "quant.skip=lm_head: must be a list of strings, as in 'quant.skip=[lm_head]'.",
         ),
         ("quant", 3, "quant=3: must be a mapping of keys, such as those of quant in --help."),
         ("quant", {"nbits": "x"}, "quant.nbits=x: must be an integer or null."),
