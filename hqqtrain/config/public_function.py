@@ -18,7 +18,7 @@ _EXPECTED = {
     "data": "the result of load_data",
     "spec": "a QuantSpec of hqqtrain.quant.spec",
 }
-"""What the value of an argument must be."""
+"""The kind of value that each argument takes, as messages name it."""
 
 
 def public_function(

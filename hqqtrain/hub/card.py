@@ -12,7 +12,7 @@ from hqqtrain.formats.signed_card import signed_card
 TAG = "hqqtrain"
 
 CARD_ERRORS = (ValueError, TypeError, YAMLError, RecursionError)
-"""What reading a card raises whose metadata are damaged, or of other types."""
+"""Errors of reading a card whose metadata are damaged, or of other types."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ OFFLINE_ERROR = (
 NO_TOKEN_ERROR = f"needs a token with write access: {_LOG_IN}."
 
 _UNREADABLE = (LookupError, TypeError, AttributeError)
-"""What huggingface_hub raises for an answer without the parts that it takes from it."""
+"""Errors that huggingface_hub raises for an answer that lacks parts which it reads."""
 
 
 @contextmanager

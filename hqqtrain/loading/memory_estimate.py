@@ -162,12 +162,12 @@ class _Sizes:
 
 @dataclass(frozen=True)
 class _Hosted:
-    """What a strategy that does not shard keeps in host memory, in bytes."""
+    """Bytes that a strategy that does not shard keeps in host memory."""
 
     packed: int
-    """Of the packed weights."""
+    """Bytes of the packed weights."""
     dense: int
-    """Of the base parameters that are not quantized."""
+    """Bytes of the base parameters that are not quantized."""
     buffers: int
     """On the device, for the two groups of parameters that it has at a time."""
 

@@ -34,7 +34,7 @@ _PROGRAMS = ("hqqtrain", "torch", "transformers", "peft")
 
 @dataclass(frozen=True)
 class PushedRun:
-    """What the directory of a run records.
+    """The facts that the directory of a run records.
 
     Attributes:
         settings: The content of config.yaml; empty if there is no run.

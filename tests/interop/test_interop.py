@@ -117,21 +117,17 @@ class _Case:
 @pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("nbits", [8, 4, 3, 2, 1])
 def test_mlx(tmp_path, nbits, group_size, model):
-    """fp32 is our arithmetic; fp16 rounds scale, bias and activations.
-
-    SmolLM2 without calibration is lost at 2 bits and at 1 bit, where small differences grow.
-    """
+    """fp32 is our arithmetic; fp16 rounds scale, bias and activations."""
     case = _Case("mlx", model, tmp_path, nbits=nbits, group_size=group_size)
     case.write(dtype=torch.float32, adapter_form="separate")
     adapter = str(case.folder / "adapter")
     scale = case.ours().abs().max().item()
-    allowed = (1e-4 if nbits > 2 else 5e-4) * scale
-    assert (case.ours() - case.theirs("mlx")).abs().max() < allowed
-    assert (case.ours(adapted=True) - case.theirs("mlx", adapter)).abs().max() < allowed
+    assert (case.ours() - case.theirs("mlx")).abs().max() < 1e-4 * scale
+    assert (case.ours(adapted=True) - case.theirs("mlx", adapter)).abs().max() < 1e-4 * scale
     case.write(adapter_form="separate")
     kl = _kl(case.ours(adapted=True), case.theirs("mlx", adapter))
     logger.info("KL in fp16 with an adapter: %.1e", kl)
-    assert kl < (2e-3 if nbits > 3 else 5e-2 if nbits == 3 else 0.5)
+    assert kl < (2e-3 if nbits > 3 else 5e-2)  # in a model that is nearly lost, differences grow
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -158,10 +154,7 @@ def test_compressed_tensors(tmp_path, nbits, group_size, model):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("nbits", "kl"), [(8, 5e-3), (4, 2e-2), (3, 2e-2), (2, 0.3)])
 def test_llama_cpp(tmp_path, nbits, kl, model):
-    """llama.cpp rounds activations to 8 bits; `kl` is for models that this hardly changes.
-
-    SmolLM2 without calibration is hardly usable at 3 and 2 bits, and changes more.
-    """
+    """llama.cpp rounds activations to 8 bits, which alone costs about 1e-3."""
     case = _Case("gguf", model, tmp_path, nbits=nbits, group_size=64)
     case.write(adapter_form="separate")
     adapter = str(case.folder / "adapter.gguf")
@@ -176,7 +169,7 @@ def test_llama_cpp(tmp_path, nbits, kl, model):
         logger.info(
             "KL %s an adapter: %.1e, ours with 8-bit activations %.1e", which, found, rounded
         )
-        assert found < max(kl, 8 * rounded)
+        assert found < kl
     if nbits == 8:
         case.write(adapter_form="merge")
         theirs = case.theirs("llamacpp")[..., : ours.shape[-1]]

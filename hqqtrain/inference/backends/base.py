@@ -1,4 +1,4 @@
-"""What a backend for inference is: a table of what it can compute, and a layer in its layout."""
+"""Backends for inference: a table of what each can compute, and layers in its layout."""
 
 import importlib.util
 from abc import ABC, abstractmethod
@@ -20,7 +20,7 @@ ADVICE = "Use auto: hqqtrain's own kernels compute all bits, groups and axes."
 
 @dataclass(frozen=True)
 class Limits:
-    """What a backend can compute; all of them have groups along rows (axis 1) alone.
+    """The layers that a backend can compute; all of them have groups along rows (axis 1) alone.
 
     Attributes:
         nbits: The bits that it computes, by the dtype of the model.
@@ -58,7 +58,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class RepackedLinear(nn.Module):
+class RepackedLinear(nn.Module, ABC):
     """A linear layer whose codes, scale and zero are in the layout of another package.
 
     It computes forward only, in the dtype and on the device in which it was made.
@@ -76,9 +76,9 @@ class RepackedLinear(nn.Module):
         bias = layer.bias
         self.register_buffer("bias", None if bias is None else bias.detach().to(self.dtype))
 
+    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """Return x W'^T [rows, out_features], for contiguous x [rows, in_features] in `dtype`."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in_features] to [..., out_features], in the dtype of x or of autocast."""
