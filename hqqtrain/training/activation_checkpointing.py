@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hqqtrain.compat import replace_checkpoint_function
 from hqqtrain.models.fqn import base_model
+from hqqtrain.nn.recomputation import checkpoint_contexts
 
 MIN_OFFLOAD_NUMEL = 1 << 18
 """Elements of the smallest tensor that is offloaded; smaller ones stay on the GPU."""
@@ -34,7 +35,7 @@ def apply_activation_checkpointing(
             PyTorch's determinism check is off: it would report their changing shapes as an error.
     """
     base = base_model(model)
-    options: dict[str, Any] = {"use_reentrant": False}
+    options: dict[str, Any] = {"use_reentrant": False, "context_fn": checkpoint_contexts}
     if frees_parameters:
         options["determinism_check"] = "none"
     with warnings.catch_warnings():
