@@ -209,6 +209,14 @@ def attn_implementation(config: Any) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
+def can_set_attention(model: Any) -> bool:
+    """Whether a model takes its attention from `AttentionInterface`.
+
+    Otherwise `set_attn_implementation` changes nothing and logs a warning.
+    """
+    return bool(model._can_set_attn_implementation())
+
+
 def supports_static_cache(model: Any) -> bool:
     """Whether `generate` of transformers can compile a model, with a cache of a fixed size.
 

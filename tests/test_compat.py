@@ -52,6 +52,7 @@ ADVICE = {
     "gradient_checkpointing_enable, which chooses the function",
     "implementations": "needed to refuse code of the hub; look at from_config's arguments",
     "attn_implementation": "needed to replace sdpa alone; look at set_attn_implementation",
+    "can_set_attention": "needed to prevent a warning; look at set_attn_implementation",
     "supports_static_cache": "needed to compile only what can be; look at GenerationMixin",
     "compile_on_every_device": "needed for generate.compile=true on a CPU; look at CompileConfig",
     "zero3_shard": _ZERO3,
@@ -253,6 +254,8 @@ def test_generate_compiles_models_that_transformers_has_marked():
         assert compat.attn_implementation(model.config) == "eager"
         model.set_attn_implementation("sdpa")
         assert compat.attn_implementation(model.config) == "sdpa"
+    with advised("can_set_attention"):
+        assert compat.can_set_attention(model)
     with advised("supports_static_cache"):
         assert compat.supports_static_cache(model)
         assert not compat.supports_static_cache(nn.Linear(1, 1))

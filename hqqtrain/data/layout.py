@@ -17,7 +17,10 @@ from torch import Tensor
 from hqqtrain.data.sequences import IGNORE_INDEX, TokenSequences
 
 Batch = dict[str, Tensor]
-"""The inputs of a model by name, and `labels`, each [sequences, tokens]; see `collate_batch`."""
+"""The inputs of a model by name, and `labels`, each [sequences, tokens]; see `collate_batch`.
+
+If its rows have several texts, it also has the lengths of these; see `batch_on_device`.
+"""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,31 @@ class BatchLayout:
 
 PACKED = BatchLayout()
 """The layout of most models."""
+
+
+def batch_on_device(
+    sequences: TokenSequences, layout: BatchLayout, device: torch.device | str
+) -> Batch:
+    """Combine sequences into a batch for `next_token_outputs`, on the device of the model.
+
+    Returns:
+        The result of `collate_batch`. If the layout packs, it also has `document_lengths`, int64
+        [texts], on the CPU: the lengths of the texts, row by row. Padding, which no text sees, is
+        a part of the last text of its row.
+    """
+    batch = collate_batch(sequences, has_positions=layout.packs)
+    lengths = _document_lengths(batch["position_ids"], sequences) if layout.packs else None
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return batch if lengths is None else batch | {"document_lengths": lengths}
+
+
+def _document_lengths(position_ids: Tensor, sequences: TokenSequences) -> Tensor:
+    """Return the lengths of the texts; see `batch_on_device`."""
+    is_start = position_ids.numpy() == 0
+    lengths = sequences.end - sequences.begin
+    is_start &= np.arange(is_start.shape[1]) < lengths[:, None]  # a padding token is no text
+    starts = np.append(np.flatnonzero(is_start), is_start.size)
+    return torch.from_numpy(np.diff(starts))
 
 
 def collate_batch(

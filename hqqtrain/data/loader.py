@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hqqtrain.config.groups import TrainConfig
-from hqqtrain.data.layout import PACKED, Batch, BatchLayout, collate_batch
+from hqqtrain.data.layout import PACKED, Batch, BatchLayout, batch_on_device
 from hqqtrain.data.order import SampleOrder
 from hqqtrain.data.sequences import IGNORE_INDEX, TokenSequences
 
@@ -157,9 +157,7 @@ def batches_of_rank(
         count = max(len(micro_batches_of(rank)) for rank in range(world_size))
     for index in range(count):
         is_repeated = index >= len(micro_batches)
-        batch = collate_batch(
-            micro_batches[-1 if is_repeated else index], has_positions=layout.packs
-        )
+        batch = batch_on_device(micro_batches[-1 if is_repeated else index], layout, device)
         if is_repeated:
             batch["labels"].fill_(IGNORE_INDEX)
-        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        yield batch

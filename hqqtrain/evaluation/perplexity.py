@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hqqtrain.data.layout import PACKED, Batch, BatchLayout, collate_batch
+from hqqtrain.data.layout import PACKED, Batch, BatchLayout, batch_on_device
 from hqqtrain.data.sequences import IGNORE_INDEX, TokenSequences
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.models.causal_lm import MAX_EVALUATION_TOKENS, next_token_outputs
@@ -137,8 +137,7 @@ def batches_of_this_rank(
         index = turn * comm.size + comm.rank  # round robin
         exists = index < len(batches)
         chosen, weight = batches[index if exists else 0]
-        batch = collate_batch(chosen, has_positions=layout.packs)
-        on_device = {name: tensor.to(comm.device) for name, tensor in batch.items()}
+        on_device = batch_on_device(chosen, layout, comm.device)
         of_ranks = batches[turn * comm.size : (turn + 1) * comm.size]
         tokens = sum(each.target_token_count for each, _ in of_ranks)
         yield on_device, weight if exists else 0.0, tokens

@@ -8,6 +8,7 @@ chunks. The sizes of the chunks are here, because the memory estimate counts one
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from hqqtrain.common.errors import UserError, describe_error
 from hqqtrain.models.families.positions import first_position
 from hqqtrain.models.families.structure import input_embeddings, output_head, text_config
 from hqqtrain.models.fqn import base_model, original_module
+from hqqtrain.models.packed_attention import packed_arguments, uses_packed_attention
 
 MAX_TRAINING_LOGITS = 1 << 24
 """Largest number of logits of one chunk of the training loss, about 200 MB with their gradients."""
@@ -58,9 +60,16 @@ def next_token_outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[T
     return outputs, batch["labels"][:, 1:].flatten()
 
 
-def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the arguments of `model` for a batch, each int64 [sequences, tokens]."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments of `model` for a batch: int64 [sequences, tokens], and the documents.
+
+    Only a model that uses `varlen_attention` gets documents, if the batch has `document_lengths`,
+    int64 [documents] on the CPU.
+    """
+    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    lengths = inputs.pop("document_lengths", None)
+    if lengths is not None and uses_packed_attention(model):
+        inputs |= packed_arguments(lengths, inputs["input_ids"].device)
     if "position_ids" in inputs and (first := first_position(model)):
         inputs["position_ids"] = inputs["position_ids"] + first
     return inputs

@@ -15,6 +15,7 @@ from hqqtrain.checkpoint.resume import load_best
 from hqqtrain.common.errors import DataError, PreemptedError
 from hqqtrain.data.loader import DataLoader
 from hqqtrain.distributed.consistency import ConsistencyChecker
+from hqqtrain.models.packed_attention import use_packed_attention
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.evaluation import RecordedEvaluation
 from hqqtrain.training.activation_checkpointing import apply_activation_checkpointing
@@ -36,6 +37,9 @@ def build_trainer(run: Run, model: nn.Module, loader: DataLoader) -> Trainer:
     config, runtime, comm = run.config, run.runtime, run.runtime.comm
     train, strategy = config.train, runtime.strategy
     trainables = trainable_parameters(model)
+    reason = use_packed_attention(model)
+    if reason and train.packing and comm.is_main:
+        logger.info("texts that share a row get an attention mask: the model %s", reason)
     if train.activation_checkpointing:
         apply_activation_checkpointing(
             model, offload=runtime.offloads_activations, frees_parameters=strategy.frees_parameters

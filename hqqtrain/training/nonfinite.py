@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hqqtrain.common.errors import UserError
 from hqqtrain.data.layout import Batch
 from hqqtrain.distributed.comm import Communicator
+from hqqtrain.models.causal_lm import model_inputs
 from hqqtrain.models.fqn import strip_wrappers
 from hqqtrain.training.state import StepResult
 
@@ -168,8 +169,7 @@ def first_nonfinite_output(model: nn.Module, batch: Batch) -> str:
         if name  # not the model itself
     ]
     try:
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        model(**inputs, use_cache=False)
+        model(**model_inputs(model, batch), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
