@@ -54,6 +54,16 @@ PyTorch removes them from the names in its own state dicts, but has no public li
 """
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of `module` runs a hook; `nn.Module` has no public way to ask."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Return the buffers of `module` itself that a checkpoint contains, by name.
 

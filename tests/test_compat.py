@@ -39,6 +39,7 @@ ADVICE = {
     "torchrun and of init_process_group, or pass a store of our own",
     "is_fsdp1_flattened": "needed to know sharded parameters; look at FSDP.state_dict_type",
     "WRAPPER_NAMES": "needed for names on disk; look at torch's get_model_state_dict",
+    "has_hooks": "needed to know whether a module may be left out; look at nn.Module",
     "persistent_buffers": "needed to name the tensors of a checkpoint; compare with state_dict()",
     "non_persistent_buffers": "needed to compute inv_freq again; compare with state_dict()",
     "pack_int4": "needed for quant.backend=torchao; look at torchao's tile-packed 4-bit tensors",
@@ -151,6 +152,17 @@ def test_buffers_are_split_as_in_a_state_dict():
         ((name, buffer),) = compat.non_persistent_buffers(module).items()
         assert name == "angles"
         assert buffer is module.angles
+
+
+def test_a_module_has_hooks_until_they_are_removed():
+    with advised("has_hooks"):
+        for register in ("forward_hook", "forward_pre_hook", "full_backward_hook"):
+            module = nn.Linear(2, 2)
+            assert not compat.has_hooks(module)
+            handle = getattr(module, f"register_{register}")(lambda *_: None)
+            assert compat.has_hooks(module)
+            handle.remove()
+            assert not compat.has_hooks(module)
 
 
 class Scaled(nn.Module):

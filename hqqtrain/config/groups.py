@@ -59,6 +59,11 @@ class TrainConfig:
     activation_checkpointing: bool = key(
         True, "recompute activations in the backward pass, to save memory"
     )
+    fused: str = key(
+        "auto",
+        "fused kernels in training steps; auto: where they exist for the model, false: none",
+        choices=("auto", "false"),
+    )
     precision: str = key(
         "auto", "compute precision; auto: bf16 on a GPU, fp32 on a CPU", choices=DTYPES
     )

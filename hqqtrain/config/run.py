@@ -77,7 +77,7 @@ ADDED_KEYS: dict[str, dict[str, Any]] = {
         "calibration": None,
         "calibration_tokens": QuantConfig().calibration_tokens,
     },
-    "train": {"early_stopping_patience": None},
+    "train": {"early_stopping_patience": None, "fused": "auto"},
     "eval": {name: getattr(EvalConfig(), name) for name in ("samples", "protocol", "harness")},
     "ckpt": {"load_best": False},
 }

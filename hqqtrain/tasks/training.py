@@ -21,8 +21,9 @@ from hqqtrain.tasks.evaluation import RecordedEvaluation
 from hqqtrain.training.activation_checkpointing import apply_activation_checkpointing
 from hqqtrain.training.best_evaluation import BestEvaluation
 from hqqtrain.training.engine_builder import build_engine
+from hqqtrain.training.fused_modules import fuse_modules
 from hqqtrain.training.losses.model_loss import ModelLoss
-from hqqtrain.training.losses.registry import LOSSES
+from hqqtrain.training.losses.registry import FUSED_LOSSES, LOSSES
 from hqqtrain.training.metrics import mfu_per_token_rate, step_metrics
 from hqqtrain.training.nonfinite import NonFiniteGuard
 from hqqtrain.training.optimizer import LearningRateSchedule, trainable_parameters
@@ -36,6 +37,8 @@ def build_trainer(run: Run, model: nn.Module, loader: DataLoader) -> Trainer:
     """Build the trainer of the adapters in `model`, which the strategy has wrapped. Collective."""
     config, runtime, comm = run.config, run.runtime, run.runtime.comm
     train, strategy = config.train, runtime.strategy
+    if train.fused != "false":
+        fuse_modules(model, runtime.device, logs=comm.is_main)
     trainables = trainable_parameters(model)
     reason = use_packed_attention(model)
     if reason and train.packing and comm.is_main:
@@ -45,8 +48,11 @@ def build_trainer(run: Run, model: nn.Module, loader: DataLoader) -> Trainer:
             model, offload=runtime.offloads_activations, frees_parameters=strategy.frees_parameters
         )
     engine = build_engine(model, trainables, runtime, config.optim, train.max_grad_norm)
+    # In fp16, a gradient that is not scaled before it is rounded would lose its small parts.
+    fuses_loss = train.fused != "false" and runtime.precision != "fp16"
+    fused_loss = FUSED_LOSSES.get(train.objective) if fuses_loss else None
     loss = ModelLoss(
-        engine.model, LOSSES[train.objective](), comm,
+        engine.model, LOSSES[train.objective](), comm, fused=fused_loss and fused_loss(),
         max_tokens=train.micro_batch_size * train.max_seq_len,
         may_call_head_alone=strategy.may_call_head_alone, autocast=runtime.autocast,
     )  # fmt: skip

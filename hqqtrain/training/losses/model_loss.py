@@ -17,6 +17,7 @@ from hqqtrain.training.losses.hidden_states import (
     next_token_hidden_states,
     returns_head_output,
 )
+from hqqtrain.training.losses.linear_cross_entropy import is_frozen_linear
 from hqqtrain.training.losses.registry import Loss
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class ModelLoss:
     Args:
         model: May be wrapped or sharded. Creating and calling a `ModelLoss` are collectives.
         loss: The loss of hidden states or logits.
+        fused: The same loss for a frozen linear head, in place of chunks of `loss`; None for none.
         comm: All ranks of the run.
         max_tokens: Largest number of tokens in a batch.
         may_call_head_alone: Whether the head may be called by itself, a different number of times
@@ -47,6 +49,7 @@ class ModelLoss:
         comm: Communicator,
         *,
         max_tokens: int,
+        fused: Loss | None = None,
         may_call_head_alone: bool = True,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
@@ -56,7 +59,9 @@ class ModelLoss:
         has_many_logits = max_tokens * vocabulary > MAX_TRAINING_LOGITS
         wants_chunks = has_many_logits and may_call_head_alone
         self.is_chunked = wants_chunks and _all_return_head_output(model, comm)
-        if self.is_chunked:
+        if self.is_chunked and fused is not None and is_frozen_linear(self._head):
+            self._loss = fused
+        elif self.is_chunked:
             self._loss = ChunkedLoss(loss, max(1, MAX_TRAINING_LOGITS // vocabulary))
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:

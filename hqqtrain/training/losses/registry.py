@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from hqqtrain.training.losses.linear_cross_entropy import LinearCrossEntropy
 from hqqtrain.training.losses.next_token import NextTokenLoss
 
 
@@ -39,3 +40,6 @@ class Loss(Protocol):
 
 LOSSES: dict[str, Callable[[], Loss]] = {"next_token": NextTokenLoss}
 """Constructor of each loss, by `train.objective`."""
+
+FUSED_LOSSES: dict[str, Callable[[], Loss]] = {"next_token": LinearCrossEntropy}
+"""Constructor of the same loss for a frozen linear head, if there is one; see `ModelLoss`."""

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.training.losses import model_loss as module
+from hqqtrain.training.losses.linear_cross_entropy import LinearCrossEntropy
 from hqqtrain.training.losses.model_loss import ModelLoss
 from hqqtrain.training.losses.next_token import NextTokenLoss
 
@@ -33,6 +34,7 @@ def make_batch(rank: int) -> dict[str, torch.Tensor]:
 
 def ragged(rank: int, comm: Communicator, strategy: str) -> None:
     module.MAX_TRAINING_LOGITS = 10 * 96
+    strategy, _, fused = strategy.partition("+")
     alone = make_model()
     expected = torch.stack([
         alone(**make_batch(r), use_cache=False).loss * (LENGTHS[r] - 1)
@@ -40,6 +42,7 @@ def ragged(rank: int, comm: Communicator, strategy: str) -> None:
     ])  # fmt: skip
     (expected.sum() / comm.size).backward()
     model = make_model()
+    model.lm_head.requires_grad_(not fused)
     if strategy == "fsdp2":
         mesh = init_device_mesh("cpu", (comm.size,))
         for layer in model.model.layers:
@@ -56,8 +59,10 @@ def ragged(rank: int, comm: Communicator, strategy: str) -> None:
         )
     if strategy in ("ddp", "fsdp1"):
         whole = DistributedDataParallel(whole, init_sync=False, broadcast_buffers=False)
-    found = ModelLoss(whole, NextTokenLoss(), comm, max_tokens=max(LENGTHS))
+    loss_of_head = LinearCrossEntropy() if fused else None
+    found = ModelLoss(whole, NextTokenLoss(), comm, max_tokens=max(LENGTHS), fused=loss_of_head)
     assert found.is_chunked
+    assert not fused or found._loss is loss_of_head
     loss, _ = found(make_batch(rank))
     loss.backward()
     torch.testing.assert_close(loss, expected[rank].detach())
@@ -68,7 +73,7 @@ def ragged(rank: int, comm: Communicator, strategy: str) -> None:
         torch.testing.assert_close(grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp", "fsdp1"])
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2+fused", "ddp", "fsdp1"])
 def test_ranks_with_batches_of_different_lengths(strategy):
     assert on_ranks(ragged, 3, strategy) == [""] * 3
 

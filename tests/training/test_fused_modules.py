@@ -1,0 +1,199 @@
+"""Norms and rotary embeddings that a kernel computes; those that it does not keep their code."""
+
+import copy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from hqqtrain.nn import liger
+from hqqtrain.training.fused_modules import FusedRotation, fuse_modules, fuse_norms, fuse_rotations
+
+CPU = torch.device("cpu")
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+FAMILIES: dict[str, Any] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def reference_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float, casting: str) -> Tensor:
+    """RMSNorm in PyTorch, in place of liger's kernel."""
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    if casting == "llama":
+        return (weight + offset) * normed.to(x.dtype)
+    return (normed * (weight.float() + offset)).to(x.dtype)
+
+
+def reference_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos[:, None], sin[:, None]
+
+    def rotated(x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+    return rotated(q), rotated(k)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Put references in place of liger's kernels and return the list of their calls."""
+    names: list[str] = []
+
+    def norm(*args: Any, **kwargs: Any) -> Tensor:
+        names.append("norm")
+        return reference_norm(*args, **kwargs)
+
+    def rotate(*args: Any) -> tuple[Tensor, Tensor]:
+        names.append("rotate")
+        return reference_rotation(*args)
+
+    monkeypatch.setattr(liger, "rms_norm", norm)
+    monkeypatch.setattr(liger, "rotate", rotate)
+    yield names
+    for code in list(sys.modules.values()):
+        if isinstance(rotation := vars(code).get("apply_rotary_pos_emb"), FusedRotation):
+            code.apply_rotary_pos_emb = rotation.plain  # type: ignore[attr-defined]
+
+
+def make_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    make_config, make = FAMILIES[family]
+    model = make(make_config(**SIZES)).to(dtype).requires_grad_(False)
+    for name, param in model.named_parameters():
+        if "norm" in name:
+            param.data.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_families(family: str, dtype: torch.dtype, calls: list[str]):
+    model = make_model(family, dtype)
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+    tokens, names = torch.arange(12)[None], list(model.state_dict())
+    expected = model(tokens).logits
+    assert fuse_norms(model, CPU) == len(norms)
+    calls.clear()
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=0.02, atol=0.02)
+    assert len(calls) >= len(norms)
+    assert list(model.state_dict()) == names
+    variant = norms[0].forward.args[2:]
+    assert variant[0] == (1.0 if family == "gemma2" else 0.0)
+    if dtype == torch.bfloat16:
+        assert variant[1] == {"gemma2": "gemma", "olmo2": "gemma"}.get(family, "llama")
+
+
+def test_a_trained_norm_and_an_unusual_one_keep_their_code(calls: list[str]):
+    model = make_model("llama")
+    model.model.norm.requires_grad_()
+
+    class CubicRMSNorm(type(model.model.norm)):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return super().forward(hidden_states) ** 3
+
+    model.model.layers[0].input_layernorm.__class__ = CubicRMSNorm
+    assert fuse_norms(model, CPU) == 3
+    assert "forward" not in vars(model.model.norm)
+    assert "forward" not in vars(model.model.layers[0].input_layernorm)
+
+
+def test_rotations(calls: list[str]):
+    model = make_model("llama")
+    assert fuse_rotations(model, CPU) == 1
+    code = sys.modules[type(model).__module__]
+    assert isinstance(code.apply_rotary_pos_emb, FusedRotation)
+    assert fuse_rotations(model, CPU) == 1  # once
+    calls.clear()
+    model(torch.arange(12)[None])
+    assert calls == []  # a tensor of the CPU takes the plain path
+
+
+def test_a_partial_rotation_keeps_its_code(calls: list[str]):
+    sizes = SIZES | {"partial_rotary_factor": 0.5}
+    model = NemotronForCausalLM(NemotronConfig(**sizes)).requires_grad_(False)
+    assert fuse_norms(model, CPU) == 0  # its norms are LayerNorms
+    tokens = torch.arange(12)[None]
+    expected = model(tokens).logits
+    fuse_rotations(model, CPU)
+    assert torch.equal(model(tokens).logits, expected)
+
+
+def test_without_a_gpu_nothing_changes():
+    model = make_model("llama")
+    fuse_modules(model, CPU)
+    assert not any("forward" in vars(part) for part in model.modules())
+
+
+@pytest.mark.skipif(not liger.has_liger(), reason="needs liger-kernel")
+def test_the_rotation_of_liger_leaves_its_input_alone():
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k = torch.randn(2, 6, 4, 16, device=device), torch.randn(2, 6, 2, 16, device=device)
+    q, k = q.transpose(1, 2).requires_grad_(), k.transpose(1, 2).requires_grad_()
+    cos, sin = torch.randn(2, 2, 6, 8, device=device).repeat(1, 1, 1, 2)
+    before = q.detach().clone()
+    found, expected = liger.rotate(q, k, cos, sin), reference_rotation(q, k, cos, sin)
+    assert torch.equal(q, before)
+    grads = [torch.randn_like(x) for x in expected]
+    torch.testing.assert_close(found, expected)
+    theirs = torch.autograd.grad(expected, (q, k), grads)
+    ours = torch.autograd.grad(found, (q, k), [grad.clone() for grad in grads])
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not liger.has_liger(), reason="needs liger-kernel")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_on_a_gpu(family: str):
+    """Loss and gradients of a bf16 model with adapters are those of the plain code."""
+    model: Any = make_model(family, torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"])).cuda()
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            param.data.normal_(std=0.1)
+    tokens = torch.randint(0, 96, (2, 64), device="cuda")
+    truth = copy.deepcopy(model).float()
+
+    def loss_and_gradients(model: nn.Module) -> list[Tensor]:
+        model.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        grads = [p.grad.float().flatten() for p in model.parameters() if p.grad is not None]
+        return [loss.detach().float(), torch.cat(grads)]
+
+    exact = loss_and_gradients(truth)
+    plain = loss_and_gradients(model)
+    try:
+        fuse_modules(model, torch.device("cuda"))
+        assert any("forward" in vars(part) for part in model.modules())
+        fused = loss_and_gradients(model)
+    finally:
+        for part in model.modules():
+            code = sys.modules[type(part).__module__]
+            if isinstance(rotation := vars(code).get("apply_rotary_pos_emb"), FusedRotation):
+                code.apply_rotary_pos_emb = rotation.plain
+    for ours, theirs, true in zip(fused, plain, exact, strict=True):
+        assert (ours - true).norm() <= 1.2 * (theirs - true).norm() + 1e-3 * true.norm()
