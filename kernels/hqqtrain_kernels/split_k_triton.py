@@ -34,12 +34,12 @@ def programs_per_split(
         num_splits: Splits of K.
         steps: Steps that cover all rows of the weight once.
     """
-    most = max(1, _multiprocessors(device) * programs_per_sm // num_splits)
+    most = max(1, multiprocessors(device) * programs_per_sm // num_splits)
     return -(-steps // -(-steps // most))  # no more than needed for as few steps each
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     """Return the number of multiprocessors of a GPU; for the interpreter, 2."""
     if device.type != "cuda":
         return 2

@@ -36,6 +36,7 @@ from hqqtrain.quant.spec import QuantSpec
 from hqqtrain_kernels import (
     Layout,
     backend,
+    decode_attention_triton,
     dequantize_triton,
     feedback_triton,
     heuristics,
@@ -164,6 +165,13 @@ def _weighted_fit(group_size: int, nbits: int, integer_zero: bool) -> None:
     )  # fmt: skip
 
 
+def _decode_attention(head_dim: int, mask_dtype: torch.dtype | None) -> None:
+    query = torch.empty(1, 8, 4, head_dim, dtype=torch.bfloat16)
+    cache = torch.empty(2, 1, 8, 512, head_dim, dtype=torch.bfloat16)
+    mask = None if mask_dtype is None else torch.empty(1, 512, dtype=mask_dtype)
+    decode_attention_triton.decode_attention(query, *cache, mask, 0.1)
+
+
 Case = tuple[str, Callable[[], None]]
 
 
@@ -179,6 +187,7 @@ def _cases(thorough: bool) -> Iterator[Case]:
         yield f"quantize {solver} {layout}", partial(_quantize, layout, solver)
     yield "quantize columns", partial(_quantize_columns, 64, 64)
     yield "weighted fit", partial(_weighted_fit, 64, 2, False)
+    yield "decode attention", partial(_decode_attention, 128, torch.bool)
     for nbits, heuristic in _heuristics(thorough):
         M = heuristic.max_m
         for g in (64, 128) if thorough and M <= 16 else (64,):
@@ -217,6 +226,9 @@ def _odd_cases() -> Iterator[Case]:
     ):
         layout = Layout(g * 8 if axis == 0 else 64, g, nbits, g, axis)
         yield f"quantize {solver} {layout}", partial(_quantize, layout, solver, torch.float32)
+    for head_dim, mask_dtype in ((64, None), (256, torch.bfloat16)):
+        name = f"decode attention {head_dim=} {mask_dtype}"
+        yield name, partial(_decode_attention, head_dim, mask_dtype)
     for g, nbits, integer_zero in ((128, 4, False), (64, 1, True), (24, 8, False)):
         name = f"weighted fit g{g} {nbits}-bit {integer_zero=}"
         yield name, partial(_weighted_fit, g, nbits, integer_zero)

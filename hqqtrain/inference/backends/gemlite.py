@@ -15,6 +15,8 @@ from hqqtrain.inference.backends.base import InferenceBackend, Limits, RepackedL
 from hqqtrain.nn.hqq_linear import HQQLinear
 
 BITS = (8, 4, 2, 1)
+MAX_SPLITS = 16
+"""The most splits of in_features that its kernels use."""
 
 
 class GemliteLinear(RepackedLinear):
@@ -52,6 +54,18 @@ class GemliteBackend(InferenceBackend):
 
     name, package, install = "gemlite", "gemlite", "hqqtrain[gemlite]"
     limits = Limits(nbits={torch.bfloat16: BITS, torch.float16: BITS})
+
+    def refusal(self, layer: HQQLinear) -> str | None:
+        """Return why a layer cannot be computed, or None if it can.
+
+        Its kernels divide in_features into up to 16 splits, in blocks of at most a group. Those of
+        the last split read scales past the end of the row, if it is not a whole one, and the
+        product is NaN (gemlite 0.6.0, 7 rows of 576 numbers, groups of 64).
+        """
+        layout = layer.layout
+        if layout.in_features % (MAX_SPLITS * layout.group_size):
+            return f"groups of {layout.group_size} in rows of {layout.in_features}"
+        return super().refusal(layer)
 
     def repack(self, layer: HQQLinear) -> RepackedLinear:
         """Return the layer in gemlite's layout."""

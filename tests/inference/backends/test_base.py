@@ -48,12 +48,12 @@ def test_the_compute_capability(monkeypatch):
 )  # fmt: skip
 def test_the_bits(name, dtype, nbits):
     backend = BACKENDS[name]
-    layers = [make_layer(n, dtype=dtype) for n in (8, 4, 3, 2, 1)]
+    layers = [make_layer(n, columns=1024, dtype=dtype) for n in (8, 4, 3, 2, 1)]
     assert [layer.spec.nbits for layer in layers if backend.refusal(layer) is None] == nbits
 
 
 def test_scales_that_float16_cannot_hold():
-    layer = make_layer(4, dtype=torch.float16)
+    layer = make_layer(4, columns=1024, dtype=torch.float16)
     layer.scale.data[5, 3] = 1e-6
     assert BACKENDS["humming"].refusal(layer) == "scales outside of the range of float16"
     assert BACKENDS["gemlite"].refusal(layer) is None
