@@ -1,0 +1,278 @@
+"""Measure training speed and memory: hqqtrain beside other tools, in turns, in one run.
+
+    python scripts/bench_training.py hqqtrain:4 hqqtrain:2 unsloth --checkpointing full
+    python scripts/bench_training.py hqqtrain:4 hqqtrain:4@../before --shape 70b
+
+A contender is `hqqtrain:BITS`, with `@FOLDER` from another source tree, or a peer of
+`bench_training_peers.py`. Each is a process that trains without an end and writes a line for every
+step. All are loaded, and then they take turns: a contender runs for some steps while the others are
+stopped by a signal, so that a change of the clock or of the machine meets all of them. The table
+has the medians, and the ratio to the last contender.
+
+All train LoRA adapters of rank 16 on all linear layers of a Llama with random weights, with AdamW,
+in bf16. A step is one forward and one backward pass.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tabulate import tabulate
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = ROOT / "scripts" / "bench_training_peers.py"
+LLAMA_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "rope_theta": 500000.0,
+}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": LLAMA_8B,
+    "70b": LLAMA_8B | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+                       "num_attention_heads": 64},
+    "small": LLAMA_8B | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+                         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096},
+}  # fmt: skip
+"""Llama 3 8B and 70B, and a model for a CPU."""
+
+START_SECONDS = 600
+"""Time that a contender has to load its model and to take its first steps."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The work of a step, the same for all contenders.
+
+    Attributes:
+        folder: Has `config.json`, a tokenizer and `data.jsonl`; peers save weights there.
+        batch: Sequences of a step.
+        tokens: Tokens of a sequence.
+        checkpointing: `train.activation_checkpointing`.
+        options: Further settings of hqqtrain.
+    """
+
+    folder: Path
+    batch: int
+    tokens: int
+    checkpointing: str
+    options: tuple[str, ...] = ()
+
+
+@dataclass
+class Contender:
+    """A process that trains, and the steps that were measured.
+
+    Attributes:
+        name: The word of the command line.
+        process: It is the leader of its process group.
+        lines: The file to which it adds a line of JSON for every step.
+        measured: The steps that count.
+    """
+
+    name: str
+    process: subprocess.Popen[bytes]
+    lines: Path
+    log: Path
+    measured: list[dict[str, float]] = field(default_factory=list)
+
+    def steps(self) -> list[dict[str, float]]:
+        """Return all steps so far: `tokens_per_second` and `peak_gib` of each."""
+        text = self.lines.read_text() if self.lines.exists() else ""
+        rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [
+            {"tokens_per_second": row["train/tokens_per_second"], "peak_gib": row["memory/peak_gib"]}
+            for row in rows if "train/tokens_per_second" in row
+        ]  # fmt: skip
+
+    def signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def run(self, steps: int, seconds: float = START_SECONDS) -> list[dict[str, float]]:
+        """Let it take `steps` more steps, and return them; it is stopped afterwards.
+
+        Raises:
+            RuntimeError: It ended, or needs longer than `seconds`.
+        """
+        before, end = len(self.steps()), time.monotonic() + seconds
+        self.signal(signal.SIGCONT)
+        while len(self.steps()) < before + steps:
+            if self.process.poll() is not None or time.monotonic() > end:
+                tail = self.log.read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"{self.name} took too few steps; the end of its log:\n{tail}")
+            time.sleep(0.02)
+        self.signal(signal.SIGSTOP)
+        return self.steps()[before : before + steps]
+
+
+def write_inputs(folder: Path, shape: str, workload: Workload, documents: bool) -> None:
+    """Write the configuration, a tokenizer and the token ids that are trained on.
+
+    With `documents`, a sequence consists of documents, whose lengths have a median of 300 tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    sizes = SHAPES[shape]
+    LlamaConfig(
+        **sizes, max_position_embeddings=max(8192, workload.tokens), tie_word_embeddings=False,
+        bos_token_id=0, eos_token_id=1, architectures=["LlamaForCausalLM"], dtype="bfloat16",
+    ).save_pretrained(folder)  # fmt: skip
+    vocabulary = {letter: i for i, letter in enumerate(["<s>", "</s>", "<pad>", "<unk>"])}
+    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[letter] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)  # fmt: skip
+    generator = np.random.default_rng(0)
+    total = 64 * workload.batch * workload.tokens
+    lengths: list[int] = []
+    while sum(lengths) < total:
+        length = int(generator.lognormal(np.log(300), 1)) if documents else workload.tokens
+        lengths.append(min(workload.tokens, max(8, length)))
+    with (folder / "data.jsonl").open("w") as file:
+        for length in lengths:
+            ids = generator.integers(10, sizes["vocab_size"], length).tolist()
+            file.write(json.dumps({"input_ids": ids}) + "\n")
+
+
+def start(name: str, workload: Workload, folder: Path) -> Contender:
+    """Start a contender."""
+    tool, _, rest = name.partition(":")
+    log = folder / f"{name.replace('/', '-')}.log"
+    environment = dict(os.environ, HF_HUB_OFFLINE="1")
+    if tool == "hqqtrain":
+        nbits, _, tree = rest.partition("@")
+        source = Path(tree).resolve() if tree else ROOT
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(source), str(source / "kernels"), os.environ.get("PYTHONPATH", "")]
+        )
+        root = folder / f"runs-{log.stem}"
+        command = [sys.executable, "-m", "hqqtrain", *_settings(workload, nbits or "4", root)]
+        lines = root / "bench" / "metrics.jsonl"
+    else:
+        lines = folder / f"{tool}.jsonl"
+        arguments = [
+            str(workload.folder), str(lines), str(workload.batch), str(workload.tokens),
+            workload.checkpointing,
+        ]  # fmt: skip
+        subprocess.run([sys.executable, PEERS, "save", *arguments], check=True, env=environment)
+        command = [sys.executable, str(PEERS), tool, *arguments]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, start_new_session=True,
+            cwd=workload.folder,
+        )  # fmt: skip
+    return Contender(name, process, lines, log)
+
+
+def _settings(workload: Workload, nbits: str, root: Path) -> Iterator[str]:
+    """Yield the settings of hqqtrain. A run has more steps than will be measured."""
+    yield from (
+        "recipe=tiny_2bit", f"model.name_or_path={workload.folder}", "model.source=synthetic",
+        f"quant.nbits={nbits}", "quant.group_size=64", "quant.solver=rtn", "quant.calibration=null",
+        "quant.save=false", "adapter.r=16", "adapter.alpha=16", "optim.name=adamw",
+        f"data.source={workload.folder / 'data.jsonl'}", "data.format=tokens", "eval.source=null",
+        "track.backends=[]", "ckpt.every=null",
+        f"train.global_batch_size={workload.batch}", f"train.micro_batch_size={workload.batch}",
+        f"train.max_seq_len={workload.tokens}", "train.max_steps=100000", f"run.root={root}",
+        "run.name=bench", f"train.activation_checkpointing={workload.checkpointing}",
+        *workload.options,
+    )  # fmt: skip
+
+
+def measure(contenders: list[Contender], rounds: int, steps: int) -> None:
+    """Let the contenders take turns of `steps` steps. The first step of a turn has a pause in it."""
+    for _ in range(rounds):
+        for contender in contenders:
+            contender.measured += contender.run(steps + 1)[1:]
+
+
+def table(contenders: list[Contender]) -> list[list[Any]]:
+    """Return name, median of tokens per second, ratio to the last, and peak GiB of each."""
+    speed = {
+        c.name: statistics.median(step["tokens_per_second"] for step in c.measured)
+        for c in contenders
+    }
+    last = speed[contenders[-1].name]
+    return [
+        [c.name, speed[c.name], speed[c.name] / last, max(step["peak_gib"] for step in c.measured)]
+        for c in contenders
+    ]
+
+
+HEADER = ["contender", "tokens/s", "ratio to the last", "peak GiB"]
+
+
+def save(rows: list[list[Any]], path: Path, settings: str) -> None:
+    """Add the rows to a CSV file, with the settings, the GPU, the versions and the date."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    facts = [settings, gpu, torch.__version__, time.strftime("%Y-%m-%d")]
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow([*HEADER, "settings", "gpu", "torch", "date"])
+        writer.writerows([*row, *facts] for row in rows)
+
+
+def main(arguments: list[str]) -> int:
+    """Measure the contenders that the command line names, and print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("contenders", nargs="+", help="hqqtrain:4, hqqtrain:2@FOLDER, unsloth, bnb")
+    parser.add_argument("--shape", choices=SHAPES, default="8b", help="sizes of the Llama")
+    parser.add_argument("--layers", type=int, help="decoder layers, if not those of the shape")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument("--checkpointing", default="full", help="train.activation_checkpointing")
+    parser.add_argument("--documents", action="store_true", help="pack documents of mixed length")
+    parser.add_argument("--option", action="append", default=[], help="a setting of hqqtrain")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before the first turn")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a turn that count")
+    parser.add_argument("--csv", type=Path, help="a file that gets the rows, too")
+    parsed = parser.parse_args(arguments)
+    if parsed.layers:
+        SHAPES[parsed.shape] = SHAPES[parsed.shape] | {"num_hidden_layers": parsed.layers}
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        model = folder / "model"
+        model.mkdir()
+        workload = Workload(
+            model, parsed.batch, parsed.tokens, parsed.checkpointing, tuple(parsed.option)
+        )
+        write_inputs(model, parsed.shape, workload, parsed.documents)
+        contenders = []
+        for word in parsed.contenders:
+            contender = start(word, workload, folder)
+            stack.callback(contender.signal, signal.SIGKILL)
+            contender.run(parsed.warmup)
+            contenders.append(contender)
+        measure(contenders, parsed.rounds, parsed.steps)
+    rows = table(contenders)
+    print(tabulate(rows, HEADER, floatfmt=("", ",.0f", ".3f", ".1f")))
+    if parsed.csv:
+        save(rows, parsed.csv, " ".join(arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
