@@ -54,6 +54,16 @@ PyTorch removes them from the names in its own state dicts, but has no public li
 """
 
 
+copy_tensors = torch._foreach_copy_
+"""Copy each tensor of the second list into that of the first: one launch for all, with a cast.
+
+PyTorch's own optimizers and FSDP2 call it, but it has no public name.
+"""
+
+keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+"""Whether the running backward pass keeps the saved tensors, as `retain_graph=True` asks."""
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of `module` runs a hook; `nn.Module` has no public way to ask."""
     return bool(

@@ -39,6 +39,8 @@ ADVICE = {
     "torchrun and of init_process_group, or pass a store of our own",
     "is_fsdp1_flattened": "needed to know sharded parameters; look at FSDP.state_dict_type",
     "WRAPPER_NAMES": "needed for names on disk; look at torch's get_model_state_dict",
+    "copy_tensors": "needed to cast adapters at once; copy them one by one",
+    "keeps_graph": "needed to reuse saved memory in a backward pass; always allocate",
     "has_hooks": "needed to know whether a module may be left out; look at nn.Module",
     "persistent_buffers": "needed to name the tensors of a checkpoint; compare with state_dict()",
     "non_persistent_buffers": "needed to compute inv_freq again; compare with state_dict()",
@@ -152,6 +154,24 @@ def test_buffers_are_split_as_in_a_state_dict():
         ((name, buffer),) = compat.non_persistent_buffers(module).items()
         assert name == "angles"
         assert buffer is module.angles
+
+
+def test_tensors_are_copied_together_with_a_cast():
+    copies, sources = [torch.zeros(2, 3), torch.zeros(4, dtype=torch.bfloat16)], [torch.ones(2, 3)]
+    with advised("copy_tensors"):
+        compat.copy_tensors(copies, [*sources, torch.full((4,), 0.5, dtype=torch.float64)])
+        assert [copy.unique().item() for copy in copies] == [1, 0.5]
+
+
+def test_a_backward_pass_knows_whether_its_graph_is_kept():
+    seen: list[bool] = []
+    x = torch.ones(2, requires_grad=True)
+    y = x.exp()
+    y.register_hook(lambda _: seen.append(compat.keeps_graph()))
+    with advised("keeps_graph"):
+        y.sum().backward(retain_graph=True)
+        y.sum().backward()
+        assert seen == [True, False]
 
 
 def test_a_module_has_hooks_until_they_are_removed():

@@ -86,6 +86,9 @@ class TrainConfig:
         0, "random seed of adapter initialization, dropout and the order of samples", low=0
     )
 
+    def __post_init__(self) -> None:
+        self.fused = self.fused.lower()  # YAML reads false as False
+
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:

@@ -88,7 +88,7 @@ RESULT_KEYS = {"ckpt": ("load_best",)}
 
 CHANGEABLE_ON_RESUME = frozenset([
     "ckpt.load_best", "train.early_stopping_patience", "train.max_steps", "train.epochs",
-    "train.micro_batch_size", "train.activation_checkpointing",
+    "train.micro_batch_size", "train.activation_checkpointing", "train.fused",
     "train.on_nonfinite", "eval.every", "eval.samples", "quant.backend", "quant.cache_dir",
     "quant.offload_meta", "quant.save", "parallel.strategy", "parallel.hsdp", "parallel.offload",
     "parallel.consistency_check_every", "data.show", "data.max_bad_rows",

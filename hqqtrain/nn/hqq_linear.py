@@ -14,6 +14,7 @@ from hqqtrain.config.public_function import public_function
 from hqqtrain.quant.quantize import QuantizedWeight, quantize_weight
 from hqqtrain.quant.spec import QuantSpec
 from hqqtrain_kernels import ops
+from hqqtrain_kernels.matmul import PackedWeight, WeightParams
 
 PACKED_PARAMETERS = ("W_q", "scale", "zero")
 """The parameters that form the packed weight; dimension 0 of each is the layout's units."""
@@ -118,6 +119,17 @@ class HQQLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return W' [out_features, in_features] in `dtype`, by default `compute_dtype`."""
         return ops.dequantize(*self._packed(), self.layout, dtype or self.compute_dtype)
+
+    def packed_weight(self) -> PackedWeight:
+        """Return the packed weight as the kernels take it."""
+        params = WeightParams(
+            in_features=self.in_features,
+            nbits=self.layout.nbits,
+            group_size=self.layout.group_size,
+            axis=self.layout.axis,
+            compute_dtype=self.compute_dtype,
+        )
+        return PackedWeight(*self._packed(), params)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in_features] to [..., out_features], in the dtype of x or of autocast."""

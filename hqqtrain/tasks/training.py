@@ -21,6 +21,7 @@ from hqqtrain.tasks.evaluation import RecordedEvaluation
 from hqqtrain.training.activation_checkpointing import apply_activation_checkpointing
 from hqqtrain.training.best_evaluation import BestEvaluation
 from hqqtrain.training.engine_builder import build_engine
+from hqqtrain.training.fused_lora import fuse_lora
 from hqqtrain.training.fused_modules import fuse_modules
 from hqqtrain.training.losses.model_loss import ModelLoss
 from hqqtrain.training.losses.registry import FUSED_LOSSES, LOSSES
@@ -48,6 +49,8 @@ def build_trainer(run: Run, model: nn.Module, loader: DataLoader) -> Trainer:
             model, offload=runtime.offloads_activations, frees_parameters=strategy.frees_parameters
         )
     engine = build_engine(model, trainables, runtime, config.optim, train.max_grad_norm)
+    if train.fused != "false":  # the engine has added its hooks
+        logger.info("train.fused=auto: %s", fuse_lora(model))
     # In fp16, a gradient that is not scaled before it is rounded would lose its small parts.
     fuses_loss = train.fused != "false" and runtime.precision != "fp16"
     fused_loss = FUSED_LOSSES.get(train.objective) if fuses_loss else None

@@ -135,7 +135,14 @@ def dequantize_into(weight: PackedWeight, out: Tensor) -> None:
             out=out,
         )
     else:
-        out.copy_(dequantize(weight, out.dtype))
+        reference.dequantize(
+            W_q=weight.W_q,
+            scale=weight.scale,
+            zero=weight.zero,
+            layout=weight.layout,
+            dtype=out.dtype,
+            out=out,
+        )
 
 
 class TritonKernels(NamedTuple):

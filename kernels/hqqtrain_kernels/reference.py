@@ -32,7 +32,12 @@ def unpack(W_q: Tensor, nbits: int, n: int) -> Tensor:
 
 
 def dequantize(
-    W_q: Tensor, scale: Tensor, zero: Tensor, layout: Layout, dtype: torch.dtype
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    layout: Layout,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Compute (W_q - zero) * scale in fp32, rounded once to `dtype`.
 
@@ -42,13 +47,17 @@ def dequantize(
         zero: [units, groups] of any float dtype.
         layout: How the weight is packed.
         dtype: Dtype of the result.
+        out: A tensor [out_features, in_features] of `dtype` to write to, or None.
 
     Returns:
         The weight [out_features, in_features].
     """
     W_q, units = as_bytes(W_q), layout.units
     rows_per_unit = layout.out_features // units
-    out = torch.empty(rows_per_unit, units, layout.in_features, dtype=dtype, device=W_q.device)
+    if out is None:
+        shape = layout.out_features, layout.in_features
+        out = torch.empty(shape, dtype=dtype, device=W_q.device)
+    by_unit = out.unflatten(0, (rows_per_unit, units))
     units_per_chunk = max(1, CHUNK_CODES // layout.unit_codes)
     for start in range(0, units, units_per_chunk):
         chunk = slice(start, start + units_per_chunk)
@@ -62,8 +71,8 @@ def dequantize(
             # fast 2-D transpose of 16-bit numbers.
             codes = codes.flatten(0, 1).t().contiguous().view(rows_per_unit, *s.shape)
         W = codes.float().sub_(z).mul_(s)
-        out[:, chunk] = W.view(rows_per_unit, -1, layout.in_features)
-    return out.flatten(0, 1)
+        by_unit[:, chunk] = W.view(rows_per_unit, -1, layout.in_features)
+    return out
 
 
 def as_bytes(W_q: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from hqqtrain_kernels import (
     decode_attention_triton,
     dequantize_triton,
     feedback_triton,
+    glu_triton,
     heuristics,
     linear_triton,
     weighted_fit_triton,
@@ -175,6 +176,12 @@ def _decode_attention(head_dim: int, mask_dtype: torch.dtype | None) -> None:
 Case = tuple[str, Callable[[], None]]
 
 
+def _gated_activation(activation: str, dtype: torch.dtype) -> None:
+    grad_h, gate_up = torch.empty(4, 14336, dtype=dtype), torch.empty(4, 28672, dtype=dtype)
+    glu_triton.gated_activation(gate_up, activation)
+    glu_triton.gated_activation_backward(grad_h, gate_up, activation, gate_up)
+
+
 def _cases(thorough: bool) -> Iterator[Case]:
     """Yield name and launch of every case: every kernel, or if `thorough` most of its versions."""
     yield "spills", _spilling
@@ -185,6 +192,9 @@ def _cases(thorough: bool) -> Iterator[Case]:
     for nbits, solver in ((4, "least_squares"), (4, "hqq"), (3, "rtn")):
         layout = Layout(4096, 256, nbits, 64, 1)
         yield f"quantize {solver} {layout}", partial(_quantize, layout, solver)
+    for activation in ("silu", "gelu_tanh"):
+        case = partial(_gated_activation, activation, torch.bfloat16)
+        yield f"gated activation {activation}", case
     yield "quantize columns", partial(_quantize_columns, 64, 64)
     yield "weighted fit", partial(_weighted_fit, 64, 2, False)
     yield "decode attention", partial(_decode_attention, 128, torch.bool)

@@ -1,0 +1,114 @@
+"""Linears with LoRA that have the same input, such as q, k and v, as one autograd function."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hqqtrain.nn.lora_blocks import products
+from hqqtrain.nn.lora_blocks.adapted_linear import (
+    DTYPES,
+    AdaptedLinear,
+    in_compute_dtype,
+)
+from hqqtrain.nn.lora_blocks.frozen import (
+    FrozenLinears,
+    KeptWeight,
+    without_autocast,
+)
+from hqqtrain.nn.recomputation import is_recomputing
+
+
+class SharedInputBlock:
+    """Computes linears with the same input when the first of them is called.
+
+    Each of the others returns its part, if it is called with the very same tensor. A call that a
+    block cannot compute goes to PEFT's `forward`.
+
+    Args:
+        linears: The linears, whose modules get another `forward`.
+    """
+
+    def __init__(self, linears: Sequence[AdaptedLinear]) -> None:
+        self._linears, self._kept = tuple(linears), KeptWeight()
+        self._input: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+        for i, linear in enumerate(linears):
+            plain = linear.module.forward
+            linear.module.forward = partial(self._forward, i, plain)  # type: ignore[method-assign]
+
+    def _forward(self, i: int, plain: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the output of linear i for x [..., in_features]."""
+        if self._input is not x or i not in self._outputs:
+            if args or kwargs or not is_computable(x, self._linears):
+                return plain(x, *args, **kwargs)
+            self._input, self._outputs = x, dict(enumerate(self._compute(x)))
+        y = self._outputs.pop(i)
+        if not self._outputs:
+            self._input = None
+        return y
+
+    def _compute(self, x: Tensor) -> Sequence[Tensor]:
+        linears = self._linears
+        frozen = FrozenLinears.of(linears)
+        A, B = [linear.A for linear in linears], [linear.B for linear in linears]
+        y = _LinearsFunction.apply(in_compute_dtype(x), frozen, self._kept, *A, *B)
+        # The backward pass of `split` joins the gradients: one copy, as the products need it.
+        return (y,) if len(linears) == 1 else y.split([len(each) for each in B], dim=-1)
+
+
+def is_computable(x: Tensor, linears: Sequence[AdaptedLinear]) -> bool:
+    """Whether a block may compute `linears` for x now: in training, without a compiler."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.dtype in DTYPES
+        and all(linear.is_ready() for linear in linears)
+    )
+
+
+class _LinearsFunction(torch.autograd.Function):
+    """y [..., N], the outputs of all linears side by side; the gradients of x, A_i and B_i.
+
+    It saves x, U and the adapters in the dtype of the products, but no dense weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, frozen: FrozenLinears, kept: KeptWeight, *AB: Tensor
+    ) -> Tensor:
+        """Compute y from x [..., K], all A_i [r_i, K] and all B_i [N_i, r_i]."""
+        n = len(AB) // 2
+        with without_autocast(x):
+            adapters = products.cast_adapters(AB[:n], AB[n:], frozen.scalings, x.dtype)
+            rows = x.reshape(-1, x.shape[-1])
+            U = products.project(rows, adapters)
+            W = products.dense_weight(frozen.weights, x.dtype)
+            y = products.forward(rows, U, W, frozen.biases, adapters)
+        if is_recomputing():
+            kept.keep(W)
+        ctx.frozen, ctx.kept, ctx.dtype = frozen.settings(), kept, AB[0].dtype
+        ctx.save_for_backward(x, U, adapters.A, *adapters.B, *frozen.tensors())
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+        """Compute the gradients from that of y [..., N]."""
+        saved = iter(ctx.saved_tensors)
+        x, U, A = (next(saved) for _ in range(3))
+        B = tuple(next(saved) for _ in ctx.frozen.scalings)
+        with without_autocast(x):
+            adapters = products.Adapters(A, B, ctx.frozen.scalings)
+            g, rows = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+            V = products.project_gradient(g, adapters)
+            grads = products.adapter_gradients(g, rows, U, V, adapters, ctx.dtype)
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                W = ctx.kept.take(ctx.frozen.take_weights(saved), x.dtype)
+                grad_x = products.input_gradient(g, V, W, adapters).view(x.shape)
+        return grad_x, None, None, *grads[0], *grads[1]
