@@ -45,8 +45,14 @@ def _gated_activation_kernel(
 
 
 @triton.jit
-def _gated_activation_backward_kernel(grad_h_ptr, gate_up_ptr, out_ptr, FEATURES: tl.constexpr, GELU: tl.constexpr,
-              BLOCK: tl.constexpr):  # fmt: skip
+def _gated_activation_backward_kernel(
+    grad_h_ptr,
+    gate_up_ptr,
+    out_ptr,
+    FEATURES: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Overwrite grad_h with h, and store the gradients of gate and up, perhaps in their place."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
