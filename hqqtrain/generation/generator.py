@@ -5,7 +5,7 @@ cases. This module adds the settings, the end of a turn, and the time of both ph
 """
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.public_function import public_function
-from hqqtrain.generation.prompts import Prompt, PromptEncoder
+from hqqtrain.generation.prompts import Prompt, PromptEncoder, list_prompts
 from hqqtrain.generation.settings import (
     CACHE_TOKENS,
     SAMPLING_OF_THE_MODEL,
@@ -241,10 +241,8 @@ def generate(
         max_new_tokens=max_new_tokens,
         compile=compile,
     )  # fmt: skip
-    is_single = isinstance(prompts, str) or (prompts and isinstance(prompts[0], Mapping))
-    listed: Any = [prompts] if is_single else prompts
     with seeded(seed, generator.device):
-        return [generator.generate(prompt, on_text) for prompt in listed]
+        return [generator.generate(prompt, on_text) for prompt in list_prompts(prompts)]
 
 
 @contextmanager

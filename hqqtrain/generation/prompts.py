@@ -1,6 +1,8 @@
 """Turn prompts and chats into tokens, as they were in the training."""
 
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +18,33 @@ from hqqtrain.models.families.structure import text_config
 
 Prompt = str | Sequence[Message]
 """A text to continue, or the words of a user; or the messages of a chat."""
+
+
+def list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Return the prompts of one prompt or of several.
+
+    Raises:
+        UserError: One is neither a text nor the messages of a chat.
+    """
+    is_single = isinstance(prompts, str) or _is_chat(prompts)
+    listed: Any = prompts if isinstance(prompts, Sequence) and not is_single else [prompts]
+    for prompt in listed:
+        if not isinstance(prompt, str) and not _is_chat(prompt):
+            raise UserError(
+                f"prompts: {reprlib.repr(prompt)} is neither a text nor the messages of a chat; "
+                'pass "a text", or [{"role": "user", "content": "a text"}], or a list of these.'
+            )
+    return [*listed]
+
+
+def _is_chat(prompt: object) -> bool:
+    """Whether a prompt is a list of messages; an empty list is none."""
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and len(prompt) > 0
+        and all(isinstance(message, Mapping) for message in prompt)
+    )
 
 
 class PromptEncoder:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.data.chat.library import chat_template_source
-from hqqtrain.generation.prompts import PromptEncoder, context_length
+from hqqtrain.generation.prompts import PromptEncoder, context_length, list_prompts
 from hqqtrain.models.source import TINY_FOLDER
 from hqqtrain.models.tokenizer import load_tokenizer
 
@@ -69,6 +69,21 @@ def test_the_ends_of_a_turn_are_tokens_or_texts():
 def test_prompts_that_cannot_be_used(prompt, template, message):
     with pytest.raises(UserError, match=message):
         _encoder(template).encode(prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "listed"),
+    [(QUESTION, [QUESTION]), (MESSAGES, [MESSAGES]), ([], []),
+     ([QUESTION, MESSAGES], [QUESTION, MESSAGES])],
+)  # fmt: skip
+def test_one_prompt_or_several(prompts, listed):
+    assert list_prompts(prompts) == listed
+
+
+@pytest.mark.parametrize("prompts", [5, None, [QUESTION, 7], [[QUESTION]], b"bytes", {"a": 1}])
+def test_what_is_no_prompt(prompts):
+    with pytest.raises(UserError, match="neither a text nor the messages of a chat"):
+        list_prompts(prompts)
 
 
 def test_a_chat_without_a_template_is_refused():

@@ -89,10 +89,15 @@ def find_layers(stored: StoredTensors, config: Mapping[str, Any]) -> dict[str, F
 
 
 def _layer(stored: StoredTensors, module: str, small: Mapping[str, Tensor]) -> HqqLayer:
-    def number(key: str) -> int:
-        return int(small[f"{module}.{key}"].reshape(-1)[0])
+    where = f"{stored.folder}: {module}"
 
-    where, nbits = f"{stored.folder}: {module}", number("nbits")
+    def number(key: str) -> int:
+        value = small[f"{module}.{key}"].reshape(-1)[0].item()
+        if int(value) != value:
+            raise UserError(f"{where}: {key}={value} is no integer: the file is damaged; {AGAIN}")
+        return int(value)
+
+    nbits = number("nbits")
     packing = bytes(small[f"{module}.packing"].reshape(-1).to(torch.uint8).tolist())
     if nbits not in PACKING_NAMES or packing != PACKING_NAMES[nbits].encode():
         shown = packing.decode("ascii", "replace")

@@ -99,6 +99,7 @@ def test_the_dtype_of_scale_and_zero_is_kept(make_model, tmp_path):
         ({"group_size": torch.tensor(0)}, r"k_proj cannot be taken over"),
         ({"group_size": torch.tensor(24)}, r"group_size=24: does not divide 32"),
         ({"group_size": torch.tensor(float("inf"))}, r"settings of its layers are damaged"),
+        ({"group_size": torch.tensor(16.5)}, r"k_proj: group_size=16\.5 is no integer"),
         ({"axis": torch.tensor(7)}, r"axis=7"),
         ({"shape": torch.tensor([512])}, r"shape \[512\], which is not that of a matrix"),
         ({"shape": torch.tensor([1 << 40, 32])}, r"k_proj\.scale is \[32, 1\] float32, expected"),
