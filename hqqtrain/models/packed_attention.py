@@ -51,18 +51,18 @@ class Documents(NamedTuple):
     Attributes:
         bounds: int32 [documents + 1], where each document starts in the flattened batch, and where
             the last one ends; on the device of the model.
-        lengths: The length of each document in tokens.
+        longest: The length of the longest document in tokens, which the host must know.
     """
 
     bounds: Tensor
-    lengths: tuple[int, ...]
+    longest: int
 
     @classmethod
     def from_lengths(cls, lengths: Tensor, device: torch.device) -> "Documents":
         """Return the documents of these lengths, int64 [documents] on the CPU."""
         bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         torch.cumsum(lengths, 0, out=bounds[1:])
-        return cls(bounds.to(device, non_blocking=True), tuple(lengths.tolist()))
+        return cls(bounds.to(device, non_blocking=True), int(lengths.max()))
 
 
 def packed_arguments(lengths: Tensor, device: torch.device) -> dict[str, Any]:
@@ -121,9 +121,9 @@ def varlen_attention(
         )  # fmt: skip
     _refuse_other_kinds(dropout, kwargs)
     rows, _, tokens, _ = query.shape
-    longest = max(documents.lengths)
+    bounds, longest = documents
     window = sliding_window if sliding_window and sliding_window < longest else None
-    if window is None and len(documents.lengths) == rows and longest == tokens:
+    if window is None and len(bounds) == rows + 1 and longest == tokens:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     query, key, value = (_flatten(x) for x in (query, key, value))
     attend = _attend_varlen if _has_kernel(query, value) else _attend_runs
@@ -161,10 +161,10 @@ def _attend_varlen(
     scaling: float | None, window: int | None,
 ) -> Tensor:  # fmt: skip
     """Return the output [tokens, heads, width] of a kernel that gets the bounds of documents."""
-    longest = max(documents.lengths)
+    bounds, longest = documents
     options: dict[str, Any] = {"enable_gqa": True} if _GROUPED else {}
     output = varlen_attn(
-        query, key, value, documents.bounds, documents.bounds, longest, longest, scale=scaling,
+        query, key, value, bounds, bounds, longest, longest, scale=scaling,
         window_size=(-1 if window is None else window - 1, 0), **options,
     )  # fmt: skip
     assert isinstance(output, Tensor)  # a pair only if more is asked for
@@ -176,7 +176,8 @@ def _attend_runs(
     scaling: float | None, window: int | None,
 ) -> Tensor:  # fmt: skip
     """Return the output [tokens, heads, width], with a call for each run of equal lengths."""
-    runs = [(length, len(list(run))) for length, run in groupby(documents.lengths)]
+    lengths = documents.bounds.diff().tolist()
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
     sizes = [length * count for length, count in runs]
     parts = zip(*(x.split(sizes) for x in (query, key, value)), strict=True)
     outputs = []
