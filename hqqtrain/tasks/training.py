@@ -40,10 +40,10 @@ def build_trainer(run: Run, model: nn.Module, loader: DataLoader) -> Trainer:
     train, strategy = config.train, runtime.strategy
     if train.fused != "false":
         fuse_modules(model, runtime.device, logs=comm.is_main)
+        reason = use_packed_attention(model)
+        if reason and train.packing and comm.is_main:
+            logger.info("texts that share a row get an attention mask: the model %s", reason)
     trainables = trainable_parameters(model)
-    reason = use_packed_attention(model)
-    if reason and train.packing and comm.is_main:
-        logger.info("texts that share a row get an attention mask: the model %s", reason)
     if train.activation_checkpointing:
         apply_activation_checkpointing(
             model, offload=runtime.offloads_activations, frees_parameters=strategy.frees_parameters
