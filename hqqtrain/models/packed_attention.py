@@ -24,8 +24,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from hqqtrain.common.errors import describe_error
 from hqqtrain.compat import attn_implementation, can_set_attention
+from hqqtrain.models.families.structure import text_config
 from hqqtrain.models.fqn import base_model
-from hqqtrain.models.small_copy import VOCABULARY, small_copies
+from hqqtrain.models.small_copy import small_copies
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +244,8 @@ def _compare(small: PreTrainedModel) -> str:
     lengths = torch.tensor(PROBED_LENGTHS)
     positions = torch.cat([torch.arange(n) for n in PROBED_LENGTHS]).view(2, -1)
     with torch.random.fork_rng(devices=[]):
-        tokens = torch.randint(16, VOCABULARY // 2, positions.shape)
+        size = text_config(small).vocab_size
+        tokens = torch.randint(size // 8, size // 2, positions.shape)  # without special tokens
         inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
         masked = small(**inputs).logits
         small.set_attn_implementation(NAME)
