@@ -132,6 +132,23 @@ def test_autocast_to_bf16(device: str) -> None:
     assert error(got) <= 1.1 * error(plain)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_on_a_gpu(checkpointed: bool, kind: str) -> None:
+    model = adapted(kind, quant={}).cuda()
+    exact, fused = copy.deepcopy(model).double(), copy.deepcopy(model)
+    fuse_lora(fused)
+    if checkpointed:
+        apply_activation_checkpointing(fused, offload=False)
+    expected = gradients(exact)
+    with torch.autocast("cuda", torch.bfloat16):
+        got, plain = gradients(fused), gradients(model)
+    for name, value in expected.items():
+        error, allowed = ((each[name].double() - value).norm() for each in (got, plain))
+        assert error <= 1.5 * allowed + 0.01 * value.norm(), name
+
+
 def test_reasons_for_the_plain_path() -> None:
     def reason(change: Callable[[PeftModel], object] = lambda _: None, **options: Any) -> str:
         model = adapted(**options)

@@ -55,9 +55,7 @@ class SharedInputBlock:
         linears = self._linears
         frozen = FrozenLinears.of(linears)
         A, B = [linear.A for linear in linears], [linear.B for linear in linears]
-        y = _LinearsFunction.apply(in_compute_dtype(x), frozen, self._kept, *A, *B)
-        # The backward pass of `split` joins the gradients: one copy, as the products need it.
-        return (y,) if len(linears) == 1 else y.split([len(each) for each in B], dim=-1)
+        return _LinearsFunction.apply(in_compute_dtype(x), frozen, self._kept, *A, *B)
 
 
 def is_computable(x: Tensor, linears: Sequence[AdaptedLinear]) -> bool:
@@ -72,7 +70,7 @@ def is_computable(x: Tensor, linears: Sequence[AdaptedLinear]) -> bool:
 
 
 class _LinearsFunction(torch.autograd.Function):
-    """y [..., N], the outputs of all linears side by side; the gradients of x, A_i and B_i.
+    """The output [..., N_i] of every linear; the gradients of x, of all A_i and of all B_i.
 
     It saves x, U and the adapters in the dtype of the products, but no dense weight.
     """
@@ -80,35 +78,36 @@ class _LinearsFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, frozen: FrozenLinears, kept: KeptWeight, *AB: Tensor
-    ) -> Tensor:
-        """Compute y from x [..., K], all A_i [r_i, K] and all B_i [N_i, r_i]."""
+    ) -> tuple[Tensor, ...]:
+        """Compute the outputs from x [..., K], all A_i [r_i, K] and all B_i [N_i, r_i]."""
         n = len(AB) // 2
         with without_autocast(x):
             adapters = products.cast_adapters(AB[:n], AB[n:], frozen.scalings, x.dtype)
             rows = x.reshape(-1, x.shape[-1])
             U = products.project(rows, adapters)
             W = products.dense_weight(frozen.weights, x.dtype)
-            y = products.forward(rows, U, W, frozen.biases, adapters)
+            ys = products.outputs(rows, U, W, frozen.biases, adapters)
         if is_recomputing():
             kept.keep(W)
         ctx.frozen, ctx.kept, ctx.dtype = frozen.settings(), kept, AB[0].dtype
         ctx.save_for_backward(x, U, adapters.A, *adapters.B, *frozen.tensors())
-        return y.view(*x.shape[:-1], y.shape[1])
+        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-        """Compute the gradients from that of y [..., N]."""
+    def backward(ctx: Any, *grad_ys: Tensor) -> tuple[Any, ...]:
+        """Compute the gradients from those of the outputs [..., N_i]."""
         saved = iter(ctx.saved_tensors)
         x, U, A = (next(saved) for _ in range(3))
         B = tuple(next(saved) for _ in ctx.frozen.scalings)
         with without_autocast(x):
             adapters = products.Adapters(A, B, ctx.frozen.scalings)
-            g, rows = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-            V = products.project_gradient(g, adapters)
-            grads = products.adapter_gradients(g, rows, U, V, adapters, ctx.dtype)
+            gs = [grad_y.reshape(-1, grad_y.shape[-1]) for grad_y in grad_ys]
+            rows = x.reshape(-1, x.shape[-1])
+            V = products.project_gradients(gs, adapters)
+            grads = products.adapter_gradients(gs, rows, U, V, adapters, ctx.dtype)
             grad_x = None
             if ctx.needs_input_grad[0]:
                 W = ctx.kept.take(ctx.frozen.take_weights(saved), x.dtype)
-                grad_x = products.input_gradient(g, V, W, adapters).view(x.shape)
+                grad_x = products.input_gradient(gs, V, W, adapters).view(x.shape)
         return grad_x, None, None, *grads[0], *grads[1]

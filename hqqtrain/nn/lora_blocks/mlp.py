@@ -85,7 +85,7 @@ class _GatedMLPFunction(torch.autograd.Function):
             rows = x.reshape(-1, x.shape[-1])
             U = products.project(rows, adapters)
             W = products.dense_weight(inner.weights, x.dtype)
-            gate_up = products.forward(rows, U, W, inner.biases, adapters)
+            gate_up = products.joined_outputs(rows, U, W, inner.biases, adapters)
             if is_recomputing():
                 settings.kept[0].keep(W)
             del W
@@ -112,22 +112,23 @@ class _GatedMLPFunction(torch.autograd.Function):
             adapters = products.Adapters(A, (B_gate, B_up), ctx.inner.scalings)
             down_adapters = products.Adapters(A_down, (B_down,), ctx.down.scalings)
             g, rows = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-            V = products.project_gradient(g, down_adapters)
+            V = products.project_gradients([g], down_adapters)
             W = settings.kept[1].take(down_weights, x.dtype)
-            h = products.input_gradient(g, V, W, down_adapters)  # for now, the gradient of h
+            h = products.input_gradient([g], V, W, down_adapters)  # for now, the gradient of h
             del W
             # The saved outputs of gate and up are not needed again, unless the graph is kept.
             grads = torch.empty_like(gate_up) if keeps_graph() else gate_up
             gated_activation_backward(h, gate_up, settings.activation, out=grads)
             U_down = products.project(h, down_adapters)
-            down_A, down_B = products.adapter_gradients(g, h, U_down, V, down_adapters, ctx.dtype)
+            down_A, down_B = products.adapter_gradients([g], h, U_down, V, down_adapters, ctx.dtype)
             del h
-            V = products.project_gradient(grads, adapters)
-            grad_A, grad_B = products.adapter_gradients(grads, rows, U, V, adapters, ctx.dtype)
+            parts = products.split_outputs(grads, adapters)
+            V = products.project_gradients(parts, adapters)
+            grad_A, grad_B = products.adapter_gradients(parts, rows, U, V, adapters, ctx.dtype)
             grad_x = None
             if ctx.needs_input_grad[0]:
                 W = settings.kept[0].take(weights, x.dtype)
-                grad_x = products.input_gradient(grads, V, W, adapters).view(x.shape)
+                grad_x = products.input_gradient([grads], V, W, adapters).view(x.shape)
         return grad_x, None, None, None, *grad_A, *down_A, *grad_B, *down_B
 
 
@@ -140,4 +141,5 @@ def _down(
     W = products.dense_weight(down.weights, h.dtype)
     if is_recomputing():
         settings.kept[1].keep(W)
-    return products.forward(h, U, W, down.biases, adapters)
+    (y,) = products.outputs(h, U, W, down.biases, adapters)
+    return y

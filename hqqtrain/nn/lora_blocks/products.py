@@ -1,13 +1,14 @@
 r"""The products of linears with LoRA that have the same input, and of their gradients.
 
 Linear i has a frozen weight W_i [N_i, K], a bias b_i, the matrices A_i [r_i, K] and B_i [N_i, r_i],
-and the scaling s_i. All have the input x [M, K]:
+and the scaling s_i. All have the input x [M, K]; g_i is the gradient of y_i:
 
     forward:   U   = s (x A^T)              [M, r]     all A_i side by side
-               y_i = U_i B_i^T + b_i        [M, N_i]   written to its columns of y
-               y  += x W^T                  [M, N]     all W_i side by side
-    backward:  V_i = s_i (g_i B_i)          [M, r_i]   g is the gradient of y
-               grad_x   = V A + g W         [M, K]
+               y_i = U_i B_i^T + b_i        [M, N_i]
+               y_i += x W_i^T
+    backward:  V_i = s_i (g_i B_i)          [M, r_i]
+               grad_x   = V A               [M, K]
+               grad_x  += g_i W_i           for every i
                grad_A   = V^T x             [r, K]
                grad_B_i = g_i^T U_i         [N_i, r_i]
 
@@ -41,14 +42,6 @@ class Adapters(NamedTuple):
     A: Tensor
     B: tuple[Tensor, ...]
     scalings: tuple[float, ...]
-
-    def columns_of_U(self) -> list[slice]:
-        """Return the columns of U and V that belong to each linear."""
-        return _slices([B.shape[1] for B in self.B])
-
-    def columns_of_y(self) -> list[slice]:
-        """Return the columns of y and g that belong to each linear."""
-        return _slices([B.shape[0] for B in self.B])
 
 
 def cast_adapters(
@@ -94,60 +87,89 @@ def project(x: Tensor, adapters: Adapters) -> Tensor:
     """Compute U = s (x A^T) [M, r] from x [M, K]."""
     scalings = adapters.scalings
     alike = len(set(scalings)) == 1
-    U = x.new_empty(len(x), len(adapters.A))
-    torch.addmm(U, x, adapters.A.t(), beta=0, alpha=scalings[0] if alike else 1, out=U)
+    U = x.new_empty(x.shape[0], adapters.A.shape[0])
+    U.addmm_(x, adapters.A.t(), beta=0, alpha=scalings[0] if alike else 1)
     if not alike:
-        for columns, scaling in zip(adapters.columns_of_U(), scalings, strict=True):
-            U[:, columns].mul_(scaling)
+        for U_i, scaling in zip(_split_ranks(U, adapters), scalings, strict=True):
+            U_i.mul_(scaling)
     return U
 
 
-def forward(
+def outputs(
     x: Tensor, U: Tensor, W: Tensor, biases: Sequence[Tensor | None], adapters: Adapters
-) -> Tensor:
-    """Compute y [M, N].
+) -> tuple[Tensor, ...]:
+    """Compute every y_i [M, N_i], in memory of its own: a saved v must not keep q and k alive.
 
     Args:
         x: The input [M, K].
         U: s (x A^T) [M, r].
-        W: All weights [N, K].
+        W: All weights, one below the other [N, K].
         biases: The bias [N_i] of each linear, or None.
         adapters: The LoRA matrices.
     """
-    y = x.new_empty(len(x), len(W))
-    slices = zip(adapters.columns_of_y(), adapters.columns_of_U(), strict=True)
-    for (out, rank), B, bias in zip(slices, adapters.B, biases, strict=True):
-        if bias is None:
-            torch.mm(U[:, rank], B.t(), out=y[:, out])
-        else:
-            torch.addmm(bias.to(y.dtype), U[:, rank], B.t(), out=y[:, out])
-    return torch.addmm(y, x, W.t(), out=y)
+    heights = [B.shape[0] for B in adapters.B]
+    ys = tuple(x.new_empty(x.shape[0], height) for height in heights)
+    _write_small_products(ys, U, biases, adapters)
+    for y, W_i in zip(ys, W.split(heights), strict=True):
+        y.addmm_(x, W_i.t())
+    return ys
 
 
-def project_gradient(g: Tensor, adapters: Adapters) -> Tensor:
-    """Compute V [M, r], the columns V_i = s_i (g_i B_i), from g [M, N]."""
-    V = g.new_empty(len(g), len(adapters.A))
-    slices = zip(adapters.columns_of_y(), adapters.columns_of_U(), strict=True)
-    for (out, rank), B, scaling in zip(slices, adapters.B, adapters.scalings, strict=True):
-        V_i = V[:, rank]
-        torch.addmm(V_i, g[:, out], B, beta=0, alpha=scaling, out=V_i)
+def joined_outputs(
+    x: Tensor, U: Tensor, W: Tensor, biases: Sequence[Tensor | None], adapters: Adapters
+) -> Tensor:
+    """Compute all y_i side by side [M, N], with one large product. The arguments are the same."""
+    y = x.new_empty(x.shape[0], W.shape[0])
+    _write_small_products(split_outputs(y, adapters), U, biases, adapters)
+    return y.addmm_(x, W.t())
+
+
+def split_outputs(y: Tensor, adapters: Adapters) -> Sequence[Tensor]:
+    """Return the parts [M, N_i] of tensors that lie side by side [M, N]."""
+    return y.split([B.shape[0] for B in adapters.B], dim=1)
+
+
+def project_gradients(gs: Sequence[Tensor], adapters: Adapters) -> Tensor:
+    """Compute V [M, r], the columns V_i = s_i (g_i B_i), from every g_i [M, N_i]."""
+    V = gs[0].new_empty(gs[0].shape[0], adapters.A.shape[0])
+    parts = zip(_split_ranks(V, adapters), gs, adapters.B, adapters.scalings, strict=True)
+    for V_i, g, B, scaling in parts:
+        V_i.addmm_(g, B, beta=0, alpha=scaling)
     return V
 
 
-def input_gradient(g: Tensor, V: Tensor, W: Tensor, adapters: Adapters) -> Tensor:
-    """Compute grad_x = V A + g W [M, K]."""
+def input_gradient(gs: Sequence[Tensor], V: Tensor, W: Tensor, adapters: Adapters) -> Tensor:
+    """Compute grad_x = V A + the sum of all g_i W_i [M, K]; gs may also be one joined g [M, N]."""
     grad_x = torch.mm(V, adapters.A)
-    return torch.addmm(grad_x, g, W, out=grad_x)
+    for g, W_i in zip(gs, W.split([g.shape[1] for g in gs]), strict=True):
+        grad_x.addmm_(g, W_i)
+    return grad_x
 
 
 def adapter_gradients(
-    g: Tensor, x: Tensor, U: Tensor, V: Tensor, adapters: Adapters, dtype: torch.dtype
+    gs: Sequence[Tensor], x: Tensor, U: Tensor, V: Tensor, adapters: Adapters, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Compute grad_A_i [r_i, K] and grad_B_i [N_i, r_i] of every linear, in `dtype`."""
-    ranks = [B.shape[1] for B in adapters.B]
-    grad_A = list(_product(V.t(), x, dtype).split(ranks))
-    slices = zip(adapters.columns_of_y(), adapters.columns_of_U(), strict=True)
-    return grad_A, [_product(g[:, out].t(), U[:, rank], dtype) for out, rank in slices]
+    grad_A = _product(V.t(), x, dtype).split([B.shape[1] for B in adapters.B])
+    parts = zip(gs, _split_ranks(U, adapters), strict=True)
+    return list(grad_A), [_product(g.t(), U_i, dtype) for g, U_i in parts]
+
+
+def _write_small_products(
+    ys: Sequence[Tensor], U: Tensor, biases: Sequence[Tensor | None], adapters: Adapters
+) -> None:
+    """Write U_i B_i^T + b_i to every y_i [M, N_i]."""
+    parts = zip(ys, _split_ranks(U, adapters), adapters.B, biases, strict=True)
+    for y, U_i, B, bias in parts:
+        if bias is None:
+            torch.mm(U_i, B.t(), out=y)
+        else:
+            torch.addmm(bias.to(y.dtype), U_i, B.t(), out=y)
+
+
+def _split_ranks(U: Tensor, adapters: Adapters) -> Sequence[Tensor]:
+    """Return the columns of U or V that belong to each linear [M, r_i]."""
+    return U.split([B.shape[1] for B in adapters.B], dim=1)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -173,11 +195,3 @@ def _write_dense(weight: Weight, rows: Tensor) -> None:
 
 def _out_features(weight: Weight) -> int:
     return len(weight) if isinstance(weight, Tensor) else weight.layout.out_features
-
-
-def _slices(sizes: Sequence[int]) -> list[slice]:
-    slices, start = [], 0
-    for size in sizes:
-        slices.append(slice(start, start + size))
-        start += size
-    return slices

@@ -37,13 +37,17 @@ def test_products(sizes: list[tuple[int, int]], scaling: float | None, dtype: to
     adapters = products.cast_adapters(A, B, scalings, dtype)
     W = products.dense_weight(weights, dtype)
     U = products.project(x, adapters)
-    y = products.forward(x, U, W, biases, adapters)
-    V = products.project_gradient(g, adapters)
-    grad_A, grad_B = products.adapter_gradients(g, x, U, V, adapters, torch.float32)
-    grad_x = products.input_gradient(g, V, W, adapters)
-    got = [y, grad_x, *grad_A, *grad_B]
+    y = products.joined_outputs(x, U, W, biases, adapters)
+    gs = products.split_outputs(g, adapters)
+    V = products.project_gradients(gs, adapters)
+    grad_A, grad_B = products.adapter_gradients(gs, x, U, V, adapters, torch.float32)
+    grad_x = products.input_gradient(gs, V, W, adapters)
+    ys = torch.cat(products.outputs(x, U, W, biases, adapters), dim=1)
+    joined_grad_x = products.input_gradient([g], V, W, adapters)
+    exact = [exact_y.detach(), exact[0], exact_y.detach(), *exact]
+    got = [ys, joined_grad_x, y, grad_x, *grad_A, *grad_B]
     eps = 1e-5 if dtype == torch.float32 else 0.03
-    for value, expected in zip(got, [exact_y.detach(), *exact], strict=True):
+    for value, expected in zip(got, exact, strict=True):
         assert (value.double() - expected).norm() <= eps * expected.norm()
     assert y.dtype == grad_x.dtype == dtype
     assert {grad.dtype for grad in (*grad_A, *grad_B)} == {torch.float32}
