@@ -38,10 +38,24 @@ class Communicator:
 
         Values on the device are not copied to the host before they are summed.
         """
-        total = torch.as_tensor(values, dtype=torch.float64, device=self.device).clone()
+        if not isinstance(values, torch.Tensor):
+            values = self.to_device(values)
+        return self.sum_on_device(values).tolist()
+
+    def sum_on_device(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the element-wise sum over all ranks, float64, on the device. Collective.
+
+        The host does not wait for the device, if `values` are there.
+        """
+        total = values.to(self.device, torch.float64, copy=True)
         if self.size > 1:
             dist.all_reduce(total)
-        return total.tolist()
+        return total
+
+    def to_device(self, values: Sequence[float]) -> torch.Tensor:
+        """Return `values` in float64 on the device. The host does not wait for the copy."""
+        pinned = torch.tensor(values, dtype=torch.float64, pin_memory=self.device.type == "cuda")
+        return pinned.to(self.device, non_blocking=True)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return `value` of every rank, in rank order; for small Python objects. Collective."""

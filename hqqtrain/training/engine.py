@@ -20,16 +20,19 @@ class Engine(Protocol):
     """Runs backward passes and optimizer steps.
 
     Call `model` for the forward pass. The gradients of several `backward` calls add up, averaged
-    over ranks. Then call `grad_norm`, and after it either `step` or `skip_step`:
+    over ranks. Then call `grad_norm` and `launch_step`, and after them `step` or `skip_step`:
 
         for loss in losses:
             with engine.accumulating(last=loss is losses[-1]):
                 engine.backward(loss)
         norm = engine.grad_norm(learning_rate)
-        engine.step(learning_rate) if math.isfinite(norm) else engine.skip_step()
+        engine.launch_step(learning_rate, total_loss)
+        # Only now does the host wait for the device.
+        is_finite = math.isfinite(norm) and math.isfinite(total_loss)
+        engine.step(learning_rate) if is_finite else engine.skip_step()
 
     DeepSpeed reveals the norm only after it has stepped. So under ZeRO-3 `grad_norm` steps already,
-    and `step` and `skip_step` only clean up. A norm that is not finite must end the run then.
+    and the other methods only clean up. A norm that is not finite must end the run then.
     """
 
     model: nn.Module
@@ -43,11 +46,22 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`."""
 
-    def grad_norm(self, learning_rate: float) -> float:
-        """Return the gradient norm over all ranks, before clipping. Collective."""
+    def grad_norm(self, learning_rate: float) -> Tensor:
+        """Return the gradient norm over all ranks, before clipping, as a scalar. Collective."""
+
+    def launch_step(self, learning_rate: float, loss: Tensor) -> None:
+        """Clip and step, unless `loss` or the norm is not finite, if the device can decide that.
+
+        Otherwise do nothing, and leave the step to `step`. A step that is not taken changes neither
+        parameters nor gradients.
+
+        Args:
+            learning_rate: Learning rate of the step.
+            loss: The loss of all ranks, a scalar on the device.
+        """
 
     def step(self, learning_rate: float) -> None:
-        """Clip the gradients, step, and drop the gradients. Collective."""
+        """Clip and step, unless `launch_step` has, and drop the gradients. Collective."""
 
     def skip_step(self) -> None:
         """Drop the gradients without a step."""

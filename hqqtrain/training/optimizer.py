@@ -33,11 +33,19 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {peft_key(name): param for name, param in named if param.requires_grad}
 
 
-def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """Build AdamW over `parameters`: PyTorch's, or bitsandbytes' with 8-bit or paged state."""
+def build_optimizer(
+    config: OptimConfig, parameters: Iterable[nn.Parameter], *, fused: bool = True
+) -> Optimizer:
+    """Build AdamW over `parameters`: PyTorch's, or bitsandbytes' with 8-bit or paged state.
+
+    Args:
+        config: Name, learning rate and weight decay.
+        parameters: The parameters, sharded or not.
+        fused: Whether PyTorch's AdamW updates all parameters of a device in one call.
+    """
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.name == "adamw":
-        return torch.optim.AdamW(parameters, **options)
+        return torch.optim.AdamW(parameters, fused=fused or None, **options)
     import bitsandbytes.optim as bnb
 
     classes = {

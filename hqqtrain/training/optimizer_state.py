@@ -32,10 +32,16 @@ class OptimizerState:
         # The same parameters as the optimizer has them: under bitsandbytes, this rank's shards.
         self._optimized: list[nn.Parameter] = optimizer.param_groups[0]["params"]
 
+    def clear(self) -> None:
+        """Drop the state, as before the first step."""
+        self._optimizer.state.clear()
+
     @property
     def step(self) -> int:
         """Number of steps taken; those that fp16's gradient scaler has skipped do not count."""
-        return max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
+        counts = [torch.as_tensor(state["step"]) for state in self._optimizer.state.values()]
+        # The counts of fused AdamW are on the device: copy them to the host together.
+        return int(torch.stack(counts).max()) if counts else 0
 
     def local_shards(self) -> Iterator[tuple[str, LocalShard]]:
         """Yield (`name/key`, this rank's shard), with the same names on every rank."""
@@ -58,7 +64,8 @@ class OptimizerState:
             return
         for index, (name, param) in enumerate(self._params_by_name.items()):
             if isinstance(self._optimizer, AdamW):
-                state: dict[str, Any] = {"step": torch.tensor(float(step))}
+                device = param.device if self._optimizer.param_groups[0]["fused"] else "cpu"
+                state: dict[str, Any] = {"step": torch.tensor(float(step), device=device)}
                 for key in _ADAMW_KEYS:
                     state[key] = torch.zeros_like(param, requires_grad=False)
                     copy_from_full(state[key], saved[f"{name}/{key}"])

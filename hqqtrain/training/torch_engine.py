@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
 
 from hqqtrain.compat import ignore_under_ddp
 from hqqtrain.config.groups import OptimConfig
@@ -51,11 +52,15 @@ class TorchEngine:
             # All ranks start with equal weights. DDP's initial broadcast would overwrite the
             # shards of FSDP1, so it is off.
             self.model = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)
-        optimizer = build_optimizer(optim, trainables.values())
+        optimizer: Any = build_optimizer(optim, trainables.values())
+        # Fused AdamW can decide on the device not to step; under fp16, GradScaler uses that itself.
+        can_decide = isinstance(optimizer, AdamW) and accelerator.scaler is None
+        self._deciding_adamw: Any = optimizer if can_decide else None
         self._state = OptimizerState(optimizer, trainables)
         self._optimizer = accelerator.prepare_optimizer(optimizer)
-        # Total norm of the current gradients, before clipping; a DTensor under FSDP2.
+        # Total norm of the current gradients, before clipping.
         self._norm: Tensor | None = None
+        self._is_launched = False
 
     def accumulating(self, *, last: bool) -> AbstractContextManager:
         if isinstance(self.model, DistributedDataParallel) and not last:
@@ -65,13 +70,32 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
 
-    def grad_norm(self, learning_rate: float) -> float:
+    def grad_norm(self, learning_rate: float) -> Tensor:
         self._accelerator.unscale_gradients(self._optimizer)
         grads = [p.grad for p in self._trainables.values() if p.grad is not None]
-        self._norm = norm = nn.utils.get_total_norm(grads)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        norm = nn.utils.get_total_norm(grads)
+        self._norm = norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm
+
+    def launch_step(self, learning_rate: float, loss: Tensor) -> None:
+        norm, adamw = self._norm, self._deciding_adamw
+        assert norm is not None, "call `grad_norm` first"
+        # With parallel.offload=parameters, gradients are in host memory and the loss is not.
+        if adamw is None or norm.device != loss.device:
+            return
+        adamw.found_inf = (~(norm.isfinite() & loss.isfinite())).float()
+        if self._max_grad_norm is not None:
+            # AdamW divides the gradients by it, so that clipping needs no pass of its own.
+            adamw.grad_scale = ((norm + 1e-6) / self._max_grad_norm).clamp(min=1.0).float()
+        set_learning_rate(self._optimizer, learning_rate)
+        self._optimizer.step()
+        adamw.found_inf = adamw.grad_scale = None
+        self._is_launched = True
 
     def step(self, learning_rate: float) -> None:
+        if self._is_launched:
+            self._drop_gradients()
+            return
         assert self._norm is not None, "call `grad_norm` first"
         if self._max_grad_norm is not None:
             parameters = self._trainables.values()
@@ -84,6 +108,8 @@ class TorchEngine:
     def skip_step(self) -> None:
         if scaler := self._accelerator.scaler:
             scaler.update()  # required before gradients are unscaled again
+        if self._is_launched and not self._state.step:
+            self._state.clear()  # AdamW has allocated it before it decided not to step
         self._drop_gradients()
 
     def first_nonfinite_gradient(self) -> tuple[int, str]:
@@ -116,7 +142,7 @@ class TorchEngine:
 
     def _drop_gradients(self) -> None:
         self._optimizer.zero_grad()
-        self._norm = None
+        self._norm, self._is_launched = None, False
 
 
 def _stays_on_host(param: nn.Parameter, trainables: Mapping[str, nn.Parameter]) -> bool:

@@ -81,8 +81,11 @@ class Trainer:
         seed_dropout(self.seed, batch_index, self.comm.rank)
         batches = list(self.loader.batches(batch_index))
         loss_sum = self._accumulate_gradients(batches, self.loader.target_token_count(batch_index))
-        result = self._reduce_step(loss_sum, batch_index)
-        result.grad_norm = self.engine.grad_norm(result.learning_rate)
+        rate = self.schedule.learning_rate(self.state.steps)
+        totals = self._sum_over_ranks(loss_sum)
+        norm = self.engine.grad_norm(rate)
+        self.engine.launch_step(rate, totals[0])
+        result = self._read_step(totals, norm, rate, batch_index)
         result.was_taken = self.guard.allows_step(result)
         if result.was_taken:
             self.engine.step(result.learning_rate)
@@ -112,25 +115,30 @@ class Trainer:
             loss_sum += loss.detach().double()
         return loss_sum
 
-    def _reduce_step(self, loss_sum: Tensor, batch_index: int) -> StepResult:
+    def _sum_over_ranks(self, loss_sum: Tensor) -> Tensor:
         """Combine the ranks' losses, requests to stop and peak memory, in one all-reduce.
 
-        Only sums are reduced, so each rank has a slot of its own for its peak memory. A second
-        collective just for a metric would cost a synchronization at every step.
+        Only sums are reduced, so each rank has a slot of its own for its peak memory. The result is
+        on the device.
         """
         peaks_of_ranks = [0] * self.comm.size
         peaks_of_ranks[self.comm.rank] = peak_memory_bytes(self.comm.device)
         asks_to_stop = bool(self.preemption.stop_reason)
-        values = torch.tensor(
-            [0, asks_to_stop, *peaks_of_ranks], dtype=torch.float64, device=self.comm.device
-        )
-        values[0] = loss_sum  # copied on the device, so that the host does not wait for it yet
-        loss, stop_requests, *peaks = self.comm.all_reduce_sum(values)
+        others = self.comm.to_device([asks_to_stop, *peaks_of_ranks])
+        return self.comm.sum_on_device(torch.cat([loss_sum.reshape(1), others]))
+
+    def _read_step(self, totals: Tensor, norm: Tensor, rate: float, batch_index: int) -> StepResult:
+        """Read loss, requests to stop, peak memory and gradient norm from the device.
+
+        This is the only time in a step that the host waits for the device.
+        """
+        values = torch.cat([norm.to(totals).reshape(1), totals]).tolist()
+        grad_norm, loss, stop_requests, *peaks = values
         self.stop_requested = stop_requests > 0
         tokens = self.loader.target_token_count(batch_index)
         return StepResult(
-            self.state.steps + 1, batch_index, tokens, loss / max(1, tokens),
-            self.schedule.learning_rate(self.state.steps), max(peaks) / 2**30,
+            self.state.steps + 1, batch_index, tokens, loss / max(1, tokens), rate,
+            max(peaks) / 2**30, grad_norm,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:

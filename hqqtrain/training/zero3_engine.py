@@ -40,7 +40,7 @@ class ZeRO3Engine:
         max_grad_norm: float | None = None,
     ) -> None:
         self._trainables = trainables
-        self._optimizer = build_optimizer(optim, trainables.values())
+        self._optimizer = build_optimizer(optim, trainables.values(), fused=False)
         self.model: Any = build_deepspeed_engine(
             model, self._optimizer, max_grad_norm=max_grad_norm, autocast=autocast
         )
@@ -60,7 +60,7 @@ class ZeRO3Engine:
     def backward(self, loss: Tensor) -> None:
         self.model.backward(loss)
 
-    def grad_norm(self, learning_rate: float) -> float:
+    def grad_norm(self, learning_rate: float) -> Tensor:
         """Step, then return the norm, which DeepSpeed reveals only after it has stepped.
 
         Collective. The caller must end the run if the norm is not finite, because it is too late to
@@ -68,7 +68,10 @@ class ZeRO3Engine:
         """
         set_learning_rate(self._optimizer, learning_rate)
         self.model.step()
-        return float(self.model.get_global_grad_norm())
+        return torch.as_tensor(self.model.get_global_grad_norm())
+
+    def launch_step(self, learning_rate: float, loss: Tensor) -> None:
+        """Do nothing, because `grad_norm` has stepped already."""
 
     def step(self, learning_rate: float) -> None:
         """Only clean up, because `grad_norm` has stepped already."""

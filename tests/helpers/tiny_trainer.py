@@ -15,7 +15,7 @@ from hqqtrain.config.groups import OptimConfig, TrainConfig
 from hqqtrain.config.infra import RunDirConfig
 from hqqtrain.data.loader import PackedLoader
 from hqqtrain.data.sequences import TokenSequences, plain_text_targets
-from hqqtrain.distributed.comm import SINGLE_PROCESS
+from hqqtrain.distributed.comm import SINGLE_PROCESS, Communicator
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.training.losses.model_loss import ModelLoss
 from hqqtrain.training.losses.next_token import NextTokenLoss
@@ -34,8 +34,9 @@ def _sequences() -> TokenSequences:
 
 
 def make_trainer(
-    policy: str = "stop", record: Callable[..., object] = lambda *_: None, **train: Any
-) -> Trainer:
+    policy: str = "stop", record: Callable[..., object] = lambda *_: None, *,
+    comm: Communicator = SINGLE_PROCESS, **train: Any,
+) -> Trainer:  # fmt: skip
     """Build the same trainer each time; it trains LoRA adapters of a model with dropout."""
     settings = {"max_steps": STEPS, "global_batch_size": 3, "micro_batch_size": 2, "seed": 5}
     config, optim = TrainConfig(**settings | train), OptimConfig(lr=0.05, warmup_steps=2)
@@ -45,13 +46,14 @@ def make_trainer(
                     num_attention_heads=2, num_key_value_heads=2, attention_dropout=0.1)
     )  # fmt: skip
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    model = get_peft_model(model, lora)
-    trainables, loader = trainable_parameters(model), PackedLoader(_sequences(), config)
+    model = get_peft_model(model, lora).to(comm.device)
+    trainables = trainable_parameters(model)
+    loader = PackedLoader(_sequences(), config, device=comm.device)
     engine = TorchEngine(model, trainables, Accelerator(cpu=True), optim, max_grad_norm=1.0)
-    loss = ModelLoss(model, NextTokenLoss(), SINGLE_PROCESS, max_tokens=24)
+    loss = ModelLoss(model, NextTokenLoss(), comm, max_tokens=24)
     return Trainer(
         engine, trainables, loader, loss, LearningRateSchedule(optim, loader.total_steps),
-        NonFiniteGuard(policy, SINGLE_PROCESS, record), SINGLE_PROCESS,
+        NonFiniteGuard(policy, comm, record), comm,
         PreemptionHandler(RunDirConfig()), config.seed,
     )  # fmt: skip
 

@@ -1,13 +1,17 @@
 """The trainer on a tiny model in one process: its steps, its state, and batches it leaves out."""
 
 import logging
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from tiny_trainer import STEPS, make_trainer, poison, saved_state
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hqqtrain.common.errors import UserError
+from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.training.trainer import Trainer, seed_dropout
 
@@ -118,6 +122,48 @@ def test_a_request_to_stop_is_known_after_the_step(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(PreemptionHandler, "stop_reason", "SIGUSR1 was received")
     trainer.step()
     assert trainer.stop_requested
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the values that Python reads from tensors, for which it would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def without_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transformers not look for the texts of a row, as it does not with `varlen_attention`."""
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda *_: None)
+
+
+@pytest.mark.usefixtures("without_search")
+def test_a_step_reads_no_value_of_a_tensor_but_its_result():
+    trainer = make_trainer()
+    with HostReads() as reads:
+        result = trainer.step()  # reads all at once, by `tolist`
+    assert result.was_taken
+    assert reads.count == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("without_search")
+def test_a_step_waits_for_the_gpu_once():
+    device = torch.device("cuda", torch.cuda.current_device())
+    trainer = make_trainer(comm=Communicator(0, 1, device))
+    trainer.step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert trainer.step().was_taken
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    assert len(waits) == 1, waits
 
 
 def test_the_seed_of_dropout_is_fixed():
