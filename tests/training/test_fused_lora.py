@@ -193,3 +193,29 @@ def test_what_changes_later_is_left_to_peft() -> None:
             module.register_forward_hook(lambda module, *_: calls.append(module))
     torch.testing.assert_close(model(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-5)
     assert len(calls) == 4
+
+
+def losses(model: PeftModel, steps: int = 8) -> list[float]:
+    """Train with two micro-batches per step, and return the loss of each."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    found = []
+    for _ in range(steps):
+        for ids in (IDS, IDS.flip(1)):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            found.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_training_is_the_same(checkpointed: bool) -> None:
+    plain = adapted(quant={"nbits": 2})
+    fused = copy.deepcopy(plain)
+    fuse_lora(fused)
+    if checkpointed:
+        apply_activation_checkpointing(fused, offload=False)
+    expected = losses(plain)
+    assert losses(fused) == pytest.approx(expected, abs=1e-3)
+    assert expected[-2] < expected[0] - 0.02
