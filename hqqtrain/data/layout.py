@@ -106,6 +106,8 @@ def batch_on_device(
     """
     batch = collate_batch(sequences, has_positions=layout.packs)
     lengths = _document_lengths(batch["position_ids"], sequences) if layout.packs else None
+    if torch.device(device).type == "cuda":  # from pinned memory, a copy runs beside the kernels
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     return batch if lengths is None else batch | {"document_lengths": lengths}
 
