@@ -22,7 +22,7 @@ from hqqtrain.common.cache_entry import lock_path
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.filelock import try_lock
 from hqqtrain.common.packed_folders import gguf_files
-from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.config.public_function import public_function
 from hqqtrain.formats import packed
 from hqqtrain.formats.adapter_config import CONFIG

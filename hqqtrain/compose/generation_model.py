@@ -15,7 +15,7 @@ from hqqtrain.common.packed_folders import is_quantized
 from hqqtrain.common.secrets import MASK
 from hqqtrain.compose.run_settings import run_of
 from hqqtrain.config.generate import FULL_PRECISION, QUANTIZED, TRAINED
-from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.rundir.layout import RunLayout

@@ -86,12 +86,13 @@ CONFIG_CONFLICTS = (
         {"train.on_nonfinite": ("rollback",), "ckpt.every": (None,)},
         "needs checkpoints to return to; set ckpt.every.",
     ),
-    Conflict(
-        {
-            "parallel.offload": ("activations", "all"),
-            "train.activation_checkpointing": (False,),
-        },
-        "offloads the activations that only train.activation_checkpointing=true keeps; use both.",
+    *(
+        Conflict(
+            {"parallel.offload": ("activations", "all"), "train.activation_checkpointing": modes},
+            "offloads the inputs of all decoder layers, which train.activation_checkpointing="
+            "{train.activation_checkpointing} does not keep; use offload, or leave it out.",
+        )
+        for modes in (("none",), range(1, 1 << 31))
     ),
     Conflict(
         {"parallel.offload": ("parameters", "all"), "optim.name": PAGED_OPTIMIZERS},

@@ -1,13 +1,14 @@
 """The config groups that define a result, one dataclass each, with the help text of every key.
 
-`quant.py`, `adapter.py`, `export.py`, `generate.py` and `parallel.py` have the groups of these
-names, and `infra.py` those that do not change the result.
+`model.py`, `quant.py`, `adapter.py`, `export.py`, `generate.py` and `parallel.py` have the groups
+of these names, and `infra.py` those that do not change the result.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from hqqtrain.config.activation_checkpointing import mode_errors, named_mode
 from hqqtrain.config.data_sources import FILE_TYPES, FORMATS, source_errors
 from hqqtrain.config.eval_protocols import JOINED_PROTOCOLS, WINDOWS
 from hqqtrain.config.field import DTYPES, is_names, key
@@ -21,22 +22,6 @@ of their own."""
 
 AUTO = "auto"
 """The value of eval.source that holds out a part of data.source."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ModelConfig:
-    """The model and the source of its weights."""
-
-    name_or_path: str = key(
-        "tiny", "hub name, local folder, a run's folder or its quantized/, or the bundled 'tiny'"
-    )
-    revision: str | None = key(None, "branch, tag or commit of a model on the hub")
-    source: str = key(
-        "pretrained",
-        "where weights come from; synthetic: random weights of the model's shapes, generated on "
-        "the fly, to try any model size without a download",
-        choices=("pretrained", "synthetic"),
-    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,8 +41,11 @@ class TrainConfig:
     micro_batch_size: int = key(1, "most sequences per forward pass of one rank", low=1)
     max_seq_len: int = key(2048, "most tokens per sequence", low=2)
     packing: bool = key(True, "fill each sequence with several texts")
-    activation_checkpointing: bool = key(
-        True, "recompute activations in the backward pass, to save memory"
+    activation_checkpointing: Any = key(  # str | int, a union that OmegaConf does not have
+        "auto",
+        "decoder layers that recompute their activations in the backward pass, to save memory; "
+        "auto: as few as the memory needs, none, full: all of them, offload: all, with their "
+        "inputs in host memory; or a number: the first of them",
     )
     fused: str = key(
         "auto",
@@ -88,6 +76,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.fused = self.fused.lower()  # YAML reads false as False
+        self.activation_checkpointing = named_mode(self.activation_checkpointing)
+
+    def errors(self) -> Iterator[str]:
+        """Yield a message if `activation_checkpointing` has no value that is allowed."""
+        yield from mode_errors(self.activation_checkpointing)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -17,8 +17,8 @@ class ParallelConfig:
     hsdp: bool = key(False, "with fsdp2: shard within a node and replicate across nodes")
     offload: str = key(
         "none",
-        "tensors to offload to host memory; activations: those that "
-        "train.activation_checkpointing keeps; parameters: those of fsdp2, or without training "
+        "tensors to offload to host memory; activations: as "
+        "train.activation_checkpointing=offload; parameters: those of fsdp2, or without training "
         "those of the decoder layers of a single process; all: both",
         choices=("none", "activations", "parameters", "all"),
     )

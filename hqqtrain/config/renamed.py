@@ -4,8 +4,10 @@ A command line or a recipe that uses an old name is refused, and the message has
 that no key keeps two spellings. A config.yaml of an earlier release is read with the new names.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from hqqtrain.config.activation_checkpointing import named_mode
 
 RENAMED_KEYS = {
     "train.checkpointing": "train.activation_checkpointing",
@@ -18,6 +20,9 @@ RENAMED_KEYS = {
 
 RENAMED_VALUES = {("train.objective", "sft"): "next_token"}
 """(dotted key, old value) -> new value."""
+
+_CHECKPOINTING = "train.activation_checkpointing"
+"""A key that was true or false in earlier releases, and is still allowed to be."""
 
 MOVED_VALUES = {
     ("data.format", "jsonl"): ("data.file_type", "auto"),
@@ -52,6 +57,7 @@ def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
         _replace(renamed, dotted, old_value, new_value)
     for (dotted, value), (new_key, default) in MOVED_VALUES.items():
         _move_value(renamed, dotted, new_key, value, default)
+    _convert(renamed, _CHECKPOINTING, named_mode)
     return renamed
 
 
@@ -61,6 +67,8 @@ def with_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
     A run keeps its identity, and so its directory, when a key is renamed.
     """
     renamed = {group: dict(v) if isinstance(v, dict) else v for group, v in values.items()}
+    # The number of recomputed layers does not change the result.
+    _convert(renamed, _CHECKPOINTING, lambda mode: named_mode(mode) != "none")
     for old, new in RENAMED_KEYS.items():
         _move(renamed, new, old)
     for (dotted, old_value), new_value in RENAMED_VALUES.items():
@@ -83,6 +91,13 @@ def _replace(values: dict[str, Any], dotted: str, old: Any, new: Any) -> None:
     group, _, name = dotted.partition(".")
     if isinstance(values.get(group), dict) and values[group].get(name) == old:
         values[group][name] = new
+
+
+def _convert(values: dict[str, Any], dotted: str, convert: Callable[[Any], Any]) -> None:
+    """Replace the value of the dotted key, if it has one, by what `convert` returns, in place."""
+    group, _, name = dotted.partition(".")
+    if isinstance(values.get(group), dict) and name in values[group]:
+        values[group][name] = convert(values[group][name])
 
 
 def _move_value(values: dict[str, Any], source: str, target: str, value: Any, default: Any) -> None:

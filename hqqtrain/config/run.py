@@ -12,16 +12,10 @@ from hqqtrain.config.conflicts import CONFIG_CONFLICTS, conflict_errors
 from hqqtrain.config.export import ExportConfig
 from hqqtrain.config.field import field_errors, key
 from hqqtrain.config.generate import GenerateConfig
-from hqqtrain.config.groups import (
-    AUTO,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from hqqtrain.config.groups import AUTO, DataConfig, EvalConfig, OptimConfig, TrainConfig
 from hqqtrain.config.hub import HubConfig
 from hqqtrain.config.infra import CheckpointConfig, LaunchConfig, RunDirConfig, TrackConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.config.parallel import ParallelConfig
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.config.renamed import renamed_value_errors, with_old_names

@@ -13,6 +13,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from hqqtrain.common.env import get_local_world_size
 from hqqtrain.common.errors import UserError
+from hqqtrain.config.activation_checkpointing import resolve_mode
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.accelerate_env import reconcile_accelerate_config
 from hqqtrain.distributed.comm import Communicator
@@ -85,6 +86,9 @@ class Runtime:
         )
         if parallel.offload != "none" and not on_gpu:
             logger.warning("parallel.offload=%s: has no effect on a CPU", parallel.offload)
+        checkpointing = settings.train.activation_checkpointing
+        if settings.trains and checkpointing == "offload" and not on_gpu:
+            logger.warning("train.activation_checkpointing=offload: means full on a CPU")
         if offloads_meta and not on_gpu:
             logger.warning("quant.offload_meta=true: has no effect on a CPU")
         if quant.quantizes:
@@ -100,7 +104,8 @@ class Runtime:
             offloads_parameters=on_gpu and parallel.offloads_parameters,
             offloads_meta=on_gpu and offloads_meta,
         )
-        offloads_activations = on_gpu and parallel.offloads_activations
+        mode = resolve_mode(checkpointing, parallel.offload)
+        offloads_activations = on_gpu and mode == "offload"
         return cls(comm, accelerator, strategy, precision, offloads_activations, preemption)
 
     @property
@@ -170,9 +175,19 @@ def _select_backend(quant: QuantConfig, comm: Communicator) -> None:
         logger.info("quant.backend=%s: %s", quant.backend, selected)
 
 
+_EARLIER_PEAKS: dict[torch.device, int] = {}
+"""Peak memory of each GPU in bytes before the last call of `reset_recent_peak`."""
+
+
+def reset_recent_peak(device: torch.device) -> None:
+    """Let the allocator of a GPU measure its peak anew; `peak_memory_bytes` keeps the earlier."""
+    _EARLIER_PEAKS[device] = peak_memory_bytes(device)
+    torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of this rank in bytes: of its GPU, or of the process on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return max(torch.cuda.max_memory_allocated(device), _EARLIER_PEAKS.get(device, 0))
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit

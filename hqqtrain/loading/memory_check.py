@@ -32,8 +32,7 @@ _ADVICE_BY_PURPOSE = {
     "adapter and optimizer": "optim.name=paged_adamw_8bit, "
     "adapter.dtype=bf16 or a smaller adapter.r={w.adapter_rank}",
     "activations": "a smaller train.micro_batch_size={w.micro_batch_size} or "
-    "train.max_seq_len={w.max_seq_len}, and train.activation_checkpointing=true with "
-    "parallel.offload=activations",
+    "train.max_seq_len={w.max_seq_len}, and train.activation_checkpointing=offload",
     "logits": "a smaller train.micro_batch_size={w.micro_batch_size} or "
     "train.max_seq_len={w.max_seq_len}",
     "working memory": "more GPUs with parallel.strategy=fsdp2",
@@ -145,12 +144,10 @@ def oom_advice(workload: Workload, strategy: Strategy) -> str:
 
 def _training_advice(workload: Workload) -> Iterator[str]:
     """Yield what to change if the model was being trained."""
-    offload = workload.offload
-    if not workload.activation_checkpointing:
-        yield "train.activation_checkpointing=true (now false)"
-    elif offload not in ("activations", "all"):
-        more = "all" if offload == "parameters" else "activations"
-        yield f"parallel.offload={more} (now {offload})"
+    mode = workload.activation_checkpointing
+    if mode != "offload":
+        less = "offload" if mode == "full" else "full or offload"
+        yield f"train.activation_checkpointing={less} (now {mode})"
     if workload.micro_batch_size > 1:
         yield (
             f"a smaller train.micro_batch_size (now {workload.micro_batch_size}); the global "

@@ -1,7 +1,7 @@
 """Estimate the memory and disk of a run from shapes alone, before any weight is read.
 
 Weights, gradients and optimizer state are exact; activations follow the formula in
-`_activation_bytes`. `memory_check` compares the estimate with what is available.
+`activation_bytes`. `memory_check` compares the estimate with what is available.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from hqqtrain.common.text import short
+from hqqtrain.config.activation_checkpointing import count_recomputed
 from hqqtrain.distributed.strategies.base import Strategy
 from hqqtrain.loading.calibrated_load import calibration_bytes
 from hqqtrain.loading.reference_memory import reference_bytes
@@ -110,7 +111,7 @@ def estimate_memory(
     on_host = strategy.comm.device.type == "cpu"
     host += 0 if on_host else reference.outputs
     device = parameters | {
-        "activations": _activation_bytes(workload, model, dtype) if workload.trains else 0,
+        "activations": activation_bytes(workload, model, dtype) if workload.trains else 0,
         "logits": _logit_bytes(workload, model, dtype, in_chunks=strategy.may_call_head_alone),
         "working memory": working,
         "outputs of the reference model": reference.outputs if on_host else 0,
@@ -201,23 +202,24 @@ def _adapter_bytes(workload: Workload, sizes: _Sizes) -> int:
     return sizes.adapter * (2 * itemsize + moments)
 
 
-def _activation_bytes(workload: Workload, model: nn.Module, dtype: torch.dtype) -> int:
+def activation_bytes(workload: Workload, model: nn.Module, dtype: torch.dtype) -> int:
     """Return the bytes that autograd saves for a micro-batch.
 
     A decoder layer saves, per token, the input and the output of each of its linears (the operands
     of adapters, attention and MLP), and two fp32 copies of the residual stream for its norms. With
-    activation checkpointing, only one layer keeps all of these at a time. The others keep the
-    residual stream before them, unless it is offloaded.
+    activation checkpointing, the layers that recompute keep the residual stream before them, or two
+    of them at a time if it is offloaded. If all layers recompute, one of them at a time keeps all
+    that it saves.
     """
     config, tokens = text_config(model), workload.tokens
     num_layers, hidden_size = config.num_hidden_layers, config.hidden_size
     total_width = sum(map(sum, linear_shapes(base_model(model)).values()))
     layer_width = total_width * dtype.itemsize // max(1, num_layers)  # bytes per token
     layer_bytes = tokens * (layer_width + 2 * 4 * hidden_size)
-    if not workload.activation_checkpointing:
-        return num_layers * layer_bytes
-    num_residuals = 1 if workload.offloads_activations else num_layers
-    return num_residuals * tokens * hidden_size * dtype.itemsize + layer_bytes
+    recomputed = count_recomputed(workload.activation_checkpointing, num_layers)
+    num_inputs = min(2, recomputed) if workload.offloads_activations else recomputed
+    inputs = num_inputs * tokens * hidden_size * dtype.itemsize
+    return inputs + max(1, num_layers - recomputed) * layer_bytes
 
 
 def _logit_bytes(

@@ -8,12 +8,13 @@ import logging
 from collections.abc import Sequence, Set
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.config.eval_protocols import JOINED_PROTOCOLS, WINDOWS
 from hqqtrain.config.groups import EvalConfig
 from hqqtrain.models.families.positions import shortest_position_table
-from hqqtrain.models.families.structure import text_config
+from hqqtrain.models.families.structure import checkpointed_layers, text_config
 from hqqtrain.models.fqn import base_model, base_tensors, is_packed
 from hqqtrain.models.weight_access import without_numbers
 from hqqtrain.models.weights.safetensors import SafetensorsReader
@@ -28,7 +29,7 @@ def check_runnable(
     model: nn.Module,
     max_seq_len: int,
     *,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: str | int = "none",
     evaluation: EvalConfig | None = None,
 ) -> None:
     """Check that sequences of `max_seq_len` tokens can be run through the model.
@@ -38,7 +39,7 @@ def check_runnable(
     Args:
         model: The model, on any device.
         max_seq_len: `train.max_seq_len`.
-        activation_checkpointing: Whether the model is trained with activation checkpointing.
+        activation_checkpointing: `train.activation_checkpointing` if the model is trained.
         evaluation: The group `eval`, whose windows are checked, too.
 
     Raises:
@@ -49,11 +50,7 @@ def check_runnable(
     if evaluation:
         _check_eval_positions(model, evaluation)
     root = base_model(model)
-    if activation_checkpointing and not root.supports_gradient_checkpointing:
-        raise UserError(
-            f"train.activation_checkpointing=true: transformers' {type(root).__name__} does not "
-            "support it; set train.activation_checkpointing=false."
-        )
+    _check_checkpointing(root, activation_checkpointing)
     max_positions = getattr(text_config(model), "max_position_embeddings", None)
     if max_positions and max_seq_len > max_positions:
         logger.warning(
@@ -63,6 +60,30 @@ def check_runnable(
             max_positions,
             max_positions,
         )
+
+
+def _check_checkpointing(model: PreTrainedModel, mode: str | int) -> None:
+    """Check that the decoder layers can recompute as `mode` says; `auto` may need none of them.
+
+    Raises:
+        UserError: They cannot.
+    """
+    key, class_name = f"train.activation_checkpointing={mode}", type(model).__name__
+    if mode not in ("auto", "none") and not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"{key}: transformers' {class_name} does not support it; set "
+            "train.activation_checkpointing=none."
+        )
+    if not isinstance(mode, int):
+        return
+    num_layers = len(checkpointed_layers(model))
+    if not num_layers:
+        raise UserError(
+            f"{key}: the layers of transformers' {class_name} recompute together or not at all; "
+            "use full or none."
+        )
+    if mode > num_layers:
+        raise UserError(f"{key}: the model has {num_layers} decoder layers; use at most as many.")
 
 
 def _check_eval_positions(model: nn.Module, evaluation: EvalConfig) -> None:

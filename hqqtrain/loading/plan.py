@@ -18,7 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.text import count
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import AUTO, EvalConfig, ModelConfig
+from hqqtrain.config.groups import AUTO, EvalConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.runtime import PRECISION_DTYPES, Runtime
 from hqqtrain.formats.quantized_settings import source_settings
@@ -103,7 +104,7 @@ class PlanSettings:
         adapts: Whether to add a new adapter for training. Otherwise the model gets an adapter only
             if one exists already.
         executes: Whether the task calls the model. Tasks that only save it can use every strategy.
-        activation_checkpointing: Whether the model is trained with activation checkpointing.
+        activation_checkpointing: `train.activation_checkpointing` if the model is trained.
         prepare_tokenizer: Returns a source with the tokenizer that the run uses.
     """
 
@@ -114,7 +115,7 @@ class PlanSettings:
     adapts: bool
     executes: bool
     evaluation: EvalConfig | None = None
-    activation_checkpointing: bool = False
+    activation_checkpointing: str | int = "none"
     prepare_tokenizer: Callable[[ModelSource], ModelSource] = lambda source: source
 
 

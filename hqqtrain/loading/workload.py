@@ -18,7 +18,8 @@ class Workload:
         optimizer: The value of `optim.name`.
         micro_batch_size: The value of `train.micro_batch_size`.
         max_seq_len: The value of `train.max_seq_len`.
-        activation_checkpointing: The value of `train.activation_checkpointing`.
+        activation_checkpointing: The value of `train.activation_checkpointing`, or `offload`
+            if `parallel.offload` means that.
         offload: The value of `parallel.offload`.
         offloads_meta: Whether scale and zero are offloaded from a GPU to the host.
         offloads_activations: Whether activations are offloaded from a GPU to the host.
@@ -42,7 +43,7 @@ class Workload:
     optimizer: str
     micro_batch_size: int
     max_seq_len: int
-    activation_checkpointing: bool
+    activation_checkpointing: str | int
     offload: str
     offloads_activations: bool
     evaluates: bool

@@ -18,7 +18,7 @@ from hqqtrain.common.packed_folders import (
 )
 from hqqtrain.common.reading import load_json, read_json
 from hqqtrain.common.secrets import MASK
-from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.models.foreign.gguf_folder import prepared_folder, the_gguf_file
 from hqqtrain.models.foreign.qmodel import converted_folder
 from hqqtrain.models.hub import download_snapshot

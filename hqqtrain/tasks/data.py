@@ -17,7 +17,8 @@ import numpy as np
 from hqqtrain.common.secrets import mask_secrets
 from hqqtrain.common.text import count
 from hqqtrain.config.data_sources import describe_source
-from hqqtrain.config.groups import DataConfig, EvalConfig, ModelConfig
+from hqqtrain.config.groups import DataConfig, EvalConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.data.mixture import SourceUse
 from hqqtrain.data.row_examples import RowCounts

@@ -36,8 +36,9 @@ def plan_settings(config: RunConfig) -> PlanSettings:
         adapts=config.task == "finetune",
         executes=executes,
         evaluation=config.eval if executes and not generates else None,
-        activation_checkpointing=config.task == "finetune"
-        and config.train.activation_checkpointing,
+        activation_checkpointing=(
+            config.train.activation_checkpointing if config.task == "finetune" else "none"
+        ),
         # The other tasks have no data: they take the tokenizer as it was saved with quantized/.
         prepare_tokenizer=partial(
             prepare_tokenizer,

@@ -16,9 +16,9 @@ from hqqtrain.common.errors import DataError, PreemptedError
 from hqqtrain.data.loader import DataLoader
 from hqqtrain.distributed.consistency import ConsistencyChecker
 from hqqtrain.models.packed_attention import use_packed_attention
+from hqqtrain.tasks.activation_checkpointing import apply_checkpointing
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.evaluation import RecordedEvaluation
-from hqqtrain.training.activation_checkpointing import apply_activation_checkpointing
 from hqqtrain.training.best_evaluation import BestEvaluation
 from hqqtrain.training.engine_builder import build_engine
 from hqqtrain.training.fused_lora import fuse_lora
@@ -44,10 +44,7 @@ def build_trainer(run: Run, model: nn.Module, loader: DataLoader) -> Trainer:
         if reason and train.packing and comm.is_main:
             logger.info("texts that share a row get an attention mask: the model %s", reason)
     trainables = trainable_parameters(model)
-    if train.activation_checkpointing:
-        apply_activation_checkpointing(
-            model, offload=runtime.offloads_activations, frees_parameters=strategy.frees_parameters
-        )
+    after_step = apply_checkpointing(run, model)
     engine = build_engine(model, trainables, runtime, config.optim, train.max_grad_norm)
     if train.fused != "false":  # the engine has added its hooks
         logger.info("train.fused=auto: %s", fuse_lora(model))
@@ -69,8 +66,9 @@ def build_trainer(run: Run, model: nn.Module, loader: DataLoader) -> Trainer:
     )  # fmt: skip
     schedule = LearningRateSchedule(config.optim, loader.total_steps)
     return Trainer(
-        engine, trainables, loader, loss, schedule, guard, comm, runtime.preemption, train.seed
-    )
+        engine, trainables, loader, loss, schedule, guard, comm, runtime.preemption, train.seed,
+        after_step,
+    )  # fmt: skip
 
 
 class AdapterTraining:

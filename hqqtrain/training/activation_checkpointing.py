@@ -1,15 +1,16 @@
 """Activation checkpointing: a decoder layer keeps only its input and recomputes the rest.
 
-The inputs can be offloaded to host memory. With 80 decoder layers and inputs of 2,048 x 8,192 in
-bf16, offloading frees 2.5 GiB on the GPU. It copies 34 MB per layer to the host and back, which
-takes a hundredth of the time of the layer's matrix products.
+Any n layers that recompute save the same memory once they have run, but the first n are the best
+choice. The peak is at the start of the backward pass, which begins with the last layer: if that
+one recomputes, it needs its activations again at that moment, and nothing is saved. When the
+backward pass reaches the first layers, the activations of all others have been freed.
 """
 
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -17,9 +18,18 @@ from torch.utils.checkpoint import checkpoint
 from hqqtrain.compat import replace_checkpoint_function
 from hqqtrain.models.fqn import base_model
 from hqqtrain.nn.recomputation import checkpoint_contexts
+from hqqtrain.training.offloaded_inputs import OffloadedInputs
 
-MIN_OFFLOAD_NUMEL = 1 << 18
-"""Elements of the smallest tensor that is offloaded; smaller ones stay on the GPU."""
+
+def recompute_first(layers: Sequence[Any], number: int) -> None:
+    """Let the first `number` of `layers` recompute, and the others keep their activations.
+
+    Args:
+        layers: From `checkpointed_layers`, after `apply_activation_checkpointing`.
+        number: May be changed between two forward passes.
+    """
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index < number
 
 
 def apply_activation_checkpointing(
@@ -49,7 +59,7 @@ def apply_activation_checkpointing(
     base.get_input_embeddings().register_forward_hook(_require_grad)
     if not offload:
         return
-    replaced = replace_checkpoint_function(base, partial(_offloaded, options))
+    replaced = replace_checkpoint_function(base, partial(_offloaded, OffloadedInputs(), options))
     assert replaced, "this version of transformers keeps the checkpoint function elsewhere"
 
 
@@ -58,26 +68,11 @@ def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output.requires_grad_(True).clone()
 
 
-def _offloaded(options: dict[str, Any], function: Any, *inputs: Any) -> Any:
-    """Checkpoint `function` and offload its inputs.
+def _offloaded(host: OffloadedInputs, options: dict[str, Any], function: Any, *inputs: Any) -> Any:
+    """Checkpoint `function` and offload its inputs to `host`.
 
     `checkpoint` saves the inputs, to which these hooks apply. Inside `function`, the hooks of
     `checkpoint` replace these, so nothing else is offloaded.
     """
-    with saved_tensors_hooks(_to_host, _to_device):
+    with saved_tensors_hooks(host.pack, host.unpack):
         return checkpoint(function, *inputs, **options)
-
-
-def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
-    """Return the device of a saved tensor and, if it is a large one of a GPU, its host copy."""
-    device = tensor.device
-    if device.type != "cuda" or tensor.numel() < MIN_OFFLOAD_NUMEL:
-        return device, tensor
-    host_copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host_copy.copy_(tensor, non_blocking=True)
-    return device, host_copy
-
-
-def _to_device(saved: tuple[torch.device, Tensor]) -> Tensor:
-    device, tensor = saved
-    return tensor.to(device, non_blocking=True)

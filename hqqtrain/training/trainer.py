@@ -41,16 +41,19 @@ class Trainer:
         comm: All ranks of the run.
         preemption: Knows whether this rank was asked to stop.
         seed: `train.seed`.
+        after_step: Called after each step that was taken, on all ranks.
     """
 
     def __init__(
         self, engine: Engine, trainable_parameters: Mapping[str, nn.Parameter],
         loader: DataLoader, loss: ModelLoss, schedule: LearningRateSchedule,
         guard: NonFiniteGuard, comm: Communicator, preemption: PreemptionHandler, seed: int = 0,
+        after_step: Callable[[], object] = lambda: None,
     ) -> None:  # fmt: skip
         self.engine, self.trainable_parameters = engine, trainable_parameters
         self.loader, self.loss, self.schedule, self.guard = loader, loss, schedule, guard
         self.comm, self.preemption, self.seed = comm, preemption, seed
+        self._after_step = after_step
         self.state = TrainState()
         self.stop_requested = False  # whether any rank was asked to stop during the last step
         self.stopped_early = False  # set by the caller, who knows when training stops to help
@@ -92,6 +95,7 @@ class Trainer:
             result.seconds = time.perf_counter() - started
             self.preemption.record_step_seconds(result.seconds)
             self.state.add(result)
+            self._after_step()
         else:
             gradient = self.engine.first_nonfinite_gradient()
             self.engine.skip_step()

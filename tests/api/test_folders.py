@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import hqqtrain
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.formats.manifest import is_sealed
 from hqqtrain.formats.quantized_settings import read_quantized_settings
 from hqqtrain.models.offload import offloads_meta

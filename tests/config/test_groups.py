@@ -4,7 +4,7 @@ from dataclasses import asdict, fields, is_dataclass
 
 import pytest
 
-from hqqtrain.config import adapter, groups
+from hqqtrain.config import adapter, groups, model
 from hqqtrain.config.field import field_errors
 from hqqtrain.config.parallel import ParallelConfig
 from hqqtrain.config.quant import QuantConfig
@@ -26,7 +26,7 @@ def test_offload_covers_what_its_name_says(offload, activations, parameters):
 
 
 def test_every_group_has_sound_defaults_and_a_help_text_for_every_key():
-    items = {**vars(groups), **vars(adapter)}.values()
+    items = {**vars(groups), **vars(adapter), **vars(model)}.values()
     classes = [item for item in items if is_dataclass(item)]
     assert len(classes) > 5
     for group in classes:

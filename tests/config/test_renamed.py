@@ -7,6 +7,7 @@ import pytest
 from hqqtrain.common.errors import UserError
 from hqqtrain.compose.compose import compose_config
 from hqqtrain.compose.schema import known_keys
+from hqqtrain.config.groups import TrainConfig
 from hqqtrain.config.renamed import RENAMED_KEYS, with_new_names, with_old_names
 from hqqtrain.config.run import RunConfig
 
@@ -49,7 +50,7 @@ def test_new_names_are_keys_and_old_ones_are_none():
 
 
 def test_there_and_back():
-    values = asdict(RunConfig())
+    values = asdict(RunConfig(train=TrainConfig(activation_checkpointing="full")))
     old = with_old_names(values)
     assert old["train"]["objective"] == "sft"
     assert "checkpointing" in old["train"]

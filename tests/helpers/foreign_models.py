@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.distributed.comm import SINGLE_PROCESS
 from hqqtrain.formats.quantized_settings import source_settings
 from hqqtrain.loading.load import load_model

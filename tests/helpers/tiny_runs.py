@@ -11,14 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hqqtrain.config.adapter import AdapterConfig
-from hqqtrain.config.groups import (
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from hqqtrain.config.groups import DataConfig, EvalConfig, OptimConfig, TrainConfig
 from hqqtrain.config.infra import CheckpointConfig, RunDirConfig, TrackConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.preemption import PreemptionHandler

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import hqqtrain
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.formats.quantized_settings import read_quantized_settings
 from hqqtrain.models.source import resolve_source
 from hqqtrain.nn.hqq_linear import HQQLinear

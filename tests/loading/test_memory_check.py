@@ -173,11 +173,14 @@ def test_out_of_memory_advice_names_what_can_still_be_lowered():
     config.eval.reference = "cached"
     streamed = oom_advice(workload_of(config), SingleProcess(SINGLE_PROCESS))
     assert "eval.reference=off (now cached, which keeps its embeddings and head" in streamed
+    assert "train.activation_checkpointing=full or offload (now auto)" in text
+    for mode, advice in ((3, "full or offload (now 3)"), ("full", "offload (now full)")):
+        config.train.activation_checkpointing = mode
+        text = oom_advice(workload_of(config), SingleProcess(SINGLE_PROCESS))
+        assert f"train.activation_checkpointing={advice}" in text
+    config.train.activation_checkpointing, config.parallel.offload = "auto", "activations"
+    text = oom_advice(workload_of(config), SingleProcess(SINGLE_PROCESS))
     assert "train.activation_checkpointing" not in text
-    config.train.activation_checkpointing = False
-    assert "train.activation_checkpointing=true" in oom_advice(
-        workload_of(config), SingleProcess(SINGLE_PROCESS)
-    )
 
 
 def test_this_machine_has_memory_and_disk(tmp_path):

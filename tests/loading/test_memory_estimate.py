@@ -76,12 +76,14 @@ def test_settings_that_save_memory_lower_the_estimate():
         return estimate(config, model, dtype=torch.bfloat16).device
 
     before = parts()
-    config.train.activation_checkpointing = False
-    assert parts()["activations"] > before["activations"]
-    config.train.activation_checkpointing, config.train.max_seq_len = (
-        True,
-        config.train.max_seq_len // 2,
-    )
+    by_mode = []
+    for mode in ("full", 6, 5, 1, "none"):  # the last layer need not recompute
+        config.train.activation_checkpointing = mode
+        by_mode.append(parts()["activations"])
+    assert by_mode[0] == by_mode[1] == before["activations"] > by_mode[2]
+    assert by_mode[2] < by_mode[3] < by_mode[4]
+    config.train.activation_checkpointing = "full"
+    config.train.max_seq_len //= 2
     assert parts()["activations"] == before["activations"] // 2
     assert parts()["logits"] < before["logits"]
     config.optim.name = "paged_adamw_8bit"
@@ -96,7 +98,7 @@ def test_settings_that_save_memory_lower_the_estimate():
     offloaded = estimate(config, model, dtype=torch.bfloat16, offloads_activations=True).device[
         "activations"
     ]
-    assert whole - offloaded == 5 * config.train.max_seq_len * 256 * 2
+    assert whole - offloaded == 4 * config.train.max_seq_len * 256 * 2
     config.task, config.eval.source = "quantize", None
     unused = ("adapter and optimizer", "reference model", "activations", "logits")
     assert [parts()[part] for part in unused] == [0, 0, 0, 0]
@@ -119,7 +121,7 @@ def test_a_batch_of_the_evaluation_has_at_least_one_window():
 def test_activations_match_what_autograd_saves(monkeypatch):
     """The formula is near the size of all tensors saved for backward, without checkpointing."""
     config = two_bit_config()
-    config.train.activation_checkpointing, config.train.max_seq_len = False, 128
+    config.train.activation_checkpointing, config.train.max_seq_len = "none", 128
     model = build_meta(load_hf_config(shipped_folder("tiny"))).to_empty(device="cpu").float()
     for param in model.parameters():
         torch.nn.init.normal_(param, std=0.02)

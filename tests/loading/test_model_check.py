@@ -80,7 +80,21 @@ def test_a_model_without_activation_checkpointing():
     model = random_family("ctrl", n_embd=32, n_layer=1, n_head=2, dff=48)
     check_runnable(model, 8)
     with pytest.raises(UserError, match="CTRLLMHeadModel does not support it"):
-        check_runnable(model, 8, activation_checkpointing=True)
+        check_runnable(model, 8, activation_checkpointing="full")
+    check_runnable(model, 8, activation_checkpointing="auto")
+
+
+def test_a_number_of_recomputed_layers_that_the_model_does_not_have():
+    model = random_family("llama")
+    layers = model.config.num_hidden_layers
+    check_runnable(model, 8, activation_checkpointing=layers)
+    with pytest.raises(UserError, match=rf"checkpointing={layers + 1}: the model has {layers} "):
+        check_runnable(model, 8, activation_checkpointing=layers + 1)
+    with pytest.raises(UserError, match=r"checkpointing=1: .* does not support it; set .*=none"):
+        check_runnable(
+            random_family("ctrl", n_embd=32, n_layer=1, n_head=2, dff=48), 8,
+            activation_checkpointing=1,
+        )  # fmt: skip
 
 
 def check_stored(folder, added: dict[str, torch.Tensor]) -> None:

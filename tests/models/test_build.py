@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.distributed.comm import Communicator
 from hqqtrain.loading.load import load_model
 from hqqtrain.models.build import (

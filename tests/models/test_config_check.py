@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.reading import MAX_JSON_BYTES
-from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.models import config_check
 from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.config_check import check_config_json

@@ -14,7 +14,7 @@ from huggingface_hub import close_session, constants, errors
 from huggingface_hub.utils import filter_repo_objects
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.models import hub
 from hqqtrain.models.source import resolve_source
 

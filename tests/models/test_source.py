@@ -7,7 +7,7 @@ import torch
 
 from hqqtrain.common.digest import content_digest
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.models import source
 from hqqtrain.models.build import load_hf_config
 from hqqtrain.models.source import TINY_FOLDER, resolve_source

@@ -13,8 +13,9 @@ import yaml
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.files import stat_digest
-from hqqtrain.config.groups import ModelConfig, TrainConfig
+from hqqtrain.config.groups import TrainConfig
 from hqqtrain.config.infra import RunDirConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.config.renamed import with_old_names
 from hqqtrain.config.run import RunConfig

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import DataConfig, ModelConfig, TrainConfig
+from hqqtrain.config.groups import DataConfig, TrainConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.config.run import CHANGEABLE_ON_RESUME, RunConfig
 from hqqtrain.rundir import identity

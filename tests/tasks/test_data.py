@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import DataConfig, ModelConfig
+from hqqtrain.config.groups import DataConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.data.packing import pack_examples
 from hqqtrain.data.sequences import IGNORE_INDEX, TokenSequences
 from hqqtrain.data.statistics import token_masks

@@ -1,10 +1,15 @@
-"""Recomputed layers give the same gradients; with offloading their inputs leave the device."""
+"""Layers that recompute give the same gradients; offloaded inputs leave the device."""
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hqqtrain.training.activation_checkpointing import apply_activation_checkpointing
+from hqqtrain.models.families.structure import checkpointed_layers
+from hqqtrain.training.activation_checkpointing import (
+    apply_activation_checkpointing,
+    recompute_first,
+)
+from hqqtrain.training.offloaded_inputs import OffloadedInputs
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -20,30 +25,29 @@ def reference(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.
     return model(**inputs).logits.square().mean()
 
 
+def seeded_reference(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    torch.manual_seed(1)
+    return reference(model, inputs)
+
+
 def gradients(model: torch.nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-@pytest.mark.parametrize("offload", [True, False])
-def test_checkpointed_layers(offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients are the same; with offloading exactly the layers' inputs are copied."""
+@pytest.mark.parametrize("number", [0, 1, 3, 4])
+def test_any_number_of_layers_gives_the_same_bits(number: int) -> None:
     torch.manual_seed(0)
-    model, inputs = LlamaForCausalLM(LlamaConfig(**SIZES)).train(), make_inputs()
-    wanted = gradients(model, reference(model, inputs))
-    moved: list[tuple[int, ...]] = []
-    import hqqtrain.training.activation_checkpointing as checkpointing
-
-    def to_host(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
-        moved.append(tuple(tensor.shape))
-        return tensor.device, tensor.clone()
-
-    monkeypatch.setattr(checkpointing, "_to_host", to_host)
-    apply_activation_checkpointing(model, offload=offload)
-    found = gradients(model, reference(model, inputs))
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    layers = [shape for shape in moved if shape != (0,)]  # torch 2.11 adds empty tensors
-    assert layers == ([(2, 20, 32)] * 2 if offload else [])
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": 4}, attention_dropout=0.1)
+    model, inputs = LlamaForCausalLM(config).train(), make_inputs()
+    wanted = gradients(model, seeded_reference(model, inputs))
+    apply_activation_checkpointing(model, offload=False)
+    recompute_first(checkpointed_layers(model), number)
+    calls: list[int] = []
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+    found = gradients(model, seeded_reference(model, inputs))
+    assert all(map(torch.equal, found, wanted))
+    assert calls == [0, 1, 2, 3, *reversed(range(number))], "the first layers recompute"
 
 
 def test_the_output_of_the_embeddings_may_be_changed_in_place() -> None:
@@ -55,6 +59,26 @@ def test_the_output_of_the_embeddings_may_be_changed_in_place() -> None:
     embeddings.register_forward_hook(lambda module, inputs, output: output.add_(1.0))
     reference(model, inputs).backward()
     assert model.lm_head.weight.grad is not None
+
+
+def test_offloading_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly the inputs of the layers are copied, in two micro-batches of different length."""
+    monkeypatch.setattr(OffloadedInputs, "copies_on_cpu", True)
+    monkeypatch.setattr("hqqtrain.training.offloaded_inputs.MIN_NUMEL", 1)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"num_hidden_layers": 5})).train()
+    batches = [make_inputs(tokens=tokens) for tokens in (20, 7, 31)]
+    wanted = [gradients(model, reference(model, inputs)) for inputs in batches]
+    copied: list[int] = []
+    take = OffloadedInputs.take_buffer
+    monkeypatch.setattr(
+        OffloadedInputs, "take_buffer", lambda host, size: copied.append(size) or take(host, size)
+    )
+    apply_activation_checkpointing(model, offload=True)
+    for inputs, grads in zip(batches, wanted, strict=True):
+        assert all(map(torch.equal, gradients(model, reference(model, inputs)), grads))
+    layers = [size for size in copied if size]  # torch 2.11 adds empty tensors
+    assert layers == [2 * tokens * 32 * 4 for tokens in (20, 7, 31) for _ in range(5)]
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.models.fqn import base_model, strip_wrappers
@@ -81,6 +82,19 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             "parallel.strategy=ddp."
         )
     return layers
+
+
+def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder layers that can recompute one by one; empty if the model has none.
+
+    Some models have decoder layers of their own, which recompute all together or not at all.
+    """
+    found = [
+        next((m for m in layer.modules() if isinstance(m, GradientCheckpointingLayer)), None)
+        for layer in find_decoder_layers(model) or ()
+    ]
+    layers: list[nn.Module] = [layer for layer in found if layer is not None]
+    return layers if len(layers) == len(found) else []
 
 
 def describe_decoder_layers(model: nn.Module) -> str:

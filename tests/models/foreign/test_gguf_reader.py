@@ -8,7 +8,7 @@ from gguf_models import write_gguf
 from transformers import AutoModelForCausalLM
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.models.foreign import gguf_reader
 from hqqtrain.models.source import resolve_source
 

@@ -9,7 +9,7 @@ from foreign_models import dequantized, load_foreign, open_folder
 from safetensors.torch import load_file, save_file
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.models.foreign import qmodel
 from hqqtrain.models.source import resolve_source
 

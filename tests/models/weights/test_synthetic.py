@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.groups import ModelConfig
+from hqqtrain.config.model import ModelConfig
 from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.fqn import expected_shapes
 from hqqtrain.models.source import TINY_FOLDER, resolve_source
