@@ -93,10 +93,9 @@ class Contender:
         """Return all steps so far: `tokens_per_second` and `peak_gib` of each."""
         text = self.lines.read_text() if self.lines.exists() else ""
         rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        return [
-            {"tokens_per_second": row["train/tokens_per_second"], "peak_gib": row["memory/peak_gib"]}
-            for row in rows if "train/tokens_per_second" in row
-        ]  # fmt: skip
+        keys = {"tokens_per_second": "train/tokens_per_second", "peak_gib": "memory/peak_gib"}
+        trained = (row for row in rows if keys["tokens_per_second"] in row)
+        return [{name: row[key] for name, key in keys.items()} for row in trained]
 
     def signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -200,7 +199,7 @@ def _settings(workload: Workload, nbits: str, root: Path) -> Iterator[str]:
 
 
 def measure(contenders: list[Contender], rounds: int, steps: int) -> None:
-    """Let the contenders take turns of `steps` steps. The first step of a turn has a pause in it."""
+    """Let the contenders take turns of `steps` steps, after one that has a pause in it."""
     for _ in range(rounds):
         for contender in contenders:
             contender.measured += contender.run(steps + 1)[1:]
