@@ -74,6 +74,13 @@ class TrainConfig:
         0, "random seed of adapter initialization, dropout and the order of samples", low=0
     )
 
+    profile: int | None = key(
+        None,
+        "optimizer steps to profile after a warm-up; profile/ of the run directory gets a trace "
+        "and a table of where their time goes; null: none",
+        low=1,
+    )
+
     def __post_init__(self) -> None:
         self.fused = self.fused.lower()  # YAML reads false as False
         self.activation_checkpointing = named_mode(self.activation_checkpointing)

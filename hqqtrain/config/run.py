@@ -40,6 +40,7 @@ _NON_RESULT_KEYS = {
     "quant": ("cache_dir", "offload_meta"),
     "data": ("show", "workers", "cache_dir"),
     "eval": ("cache_dir",),
+    "train": ("profile",),
 }
 """Single keys of other groups that the result does not depend on."""
 
@@ -71,7 +72,7 @@ ADDED_KEYS: dict[str, dict[str, Any]] = {
         "calibration": None,
         "calibration_tokens": QuantConfig().calibration_tokens,
     },
-    "train": {"early_stopping_patience": None, "fused": "auto"},
+    "train": {"early_stopping_patience": None, "fused": "auto", "profile": None},
     "eval": {name: getattr(EvalConfig(), name) for name in ("samples", "protocol", "harness")},
     "ckpt": {"load_best": False},
 }
@@ -82,7 +83,7 @@ RESULT_KEYS = {"ckpt": ("load_best",)}
 
 CHANGEABLE_ON_RESUME = frozenset([
     "ckpt.load_best", "train.early_stopping_patience", "train.max_steps", "train.epochs",
-    "train.micro_batch_size", "train.activation_checkpointing", "train.fused",
+    "train.micro_batch_size", "train.activation_checkpointing", "train.fused", "train.profile",
     "train.on_nonfinite", "eval.every", "eval.samples", "quant.backend", "quant.cache_dir",
     "quant.offload_meta", "quant.save", "parallel.strategy", "parallel.hsdp", "parallel.offload",
     "parallel.consistency_check_every", "data.show", "data.max_bad_rows",

@@ -11,6 +11,7 @@
     export/          what task=export writes
     checkpoints/     step-00000100/, ...: complete or absent
     nonfinite/       batches whose loss or gradient was not finite
+    profile/         trace.json.gz and parts.csv of train.profile
     report/          plots and index.html, also during the run; data.html of task=data
     wandb/           files of W&B
 """
@@ -74,6 +75,10 @@ class RunLayout:
         return self.folder / "nonfinite"
 
     @property
+    def profile(self) -> Path:
+        return self.folder / "profile"
+
+    @property
     def report(self) -> Path:
         return self.folder / "report"
 
@@ -109,7 +114,8 @@ class RunLayout:
 
     def written_in_place(self) -> list[Path]:
         """Return the files and folders that a run writes to without replacing them as a whole."""
-        folders = [self.checkpoints, self.nonfinite, self.report, self.wandb, self.tensorboard]
+        folders = [self.checkpoints, self.nonfinite, self.profile, self.report, self.wandb]
+        folders.append(self.tensorboard)
         jsons = [self.status_json, self.summary_json, self.loading_json, self.metrics_jsonl]
         return [self.lock, self.config_yaml, *jsons, *folders]
 

@@ -111,6 +111,8 @@ class PreviousRun:
             logger.warning("run.resume=never: %s is deleted", self._checkpoints.root)
         self._checkpoints.delete_all()
         layout = self._directory.layout
-        for path in (layout.adapter, layout.nonfinite, layout.report, layout.summary_json):
+        for path in (
+            layout.adapter, layout.nonfinite, layout.profile, layout.report, layout.summary_json,
+        ):  # fmt: skip
             remove(path)
         delete_run_id(self._directory.path)

@@ -19,6 +19,7 @@ from hqqtrain.models.packed_attention import use_packed_attention
 from hqqtrain.tasks.activation_checkpointing import apply_checkpointing
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.evaluation import RecordedEvaluation
+from hqqtrain.tasks.profiling import profile_steps
 from hqqtrain.training.best_evaluation import BestEvaluation
 from hqqtrain.training.engine_builder import build_engine
 from hqqtrain.training.fused_lora import fuse_lora
@@ -44,7 +45,7 @@ def build_trainer(run: Run, model: nn.Module, loader: DataLoader) -> Trainer:
         if reason and train.packing and comm.is_main:
             logger.info("texts that share a row get an attention mask: the model %s", reason)
     trainables = trainable_parameters(model)
-    after_step = apply_checkpointing(run, model)
+    after_step = [apply_checkpointing(run, model), profile_steps(run, loader.total_steps)]
     engine = build_engine(model, trainables, runtime, config.optim, train.max_grad_norm)
     if train.fused != "false":  # the engine has added its hooks
         logger.info("train.fused=auto: %s", fuse_lora(model))

@@ -41,14 +41,14 @@ class Trainer:
         comm: All ranks of the run.
         preemption: Knows whether this rank was asked to stop.
         seed: `train.seed`.
-        after_step: Called after each step that was taken, on all ranks.
+        after_step: Functions that are called after each step that was taken, on all ranks.
     """
 
     def __init__(
         self, engine: Engine, trainable_parameters: Mapping[str, nn.Parameter],
         loader: DataLoader, loss: ModelLoss, schedule: LearningRateSchedule,
         guard: NonFiniteGuard, comm: Communicator, preemption: PreemptionHandler, seed: int = 0,
-        after_step: Callable[[], object] = lambda: None,
+        after_step: Sequence[Callable[[], object]] = (),
     ) -> None:  # fmt: skip
         self.engine, self.trainable_parameters = engine, trainable_parameters
         self.loader, self.loss, self.schedule, self.guard = loader, loss, schedule, guard
@@ -95,7 +95,8 @@ class Trainer:
             result.seconds = time.perf_counter() - started
             self.preemption.record_step_seconds(result.seconds)
             self.state.add(result)
-            self._after_step()
+            for function in self._after_step:
+                function()
         else:
             gradient = self.engine.first_nonfinite_gradient()
             self.engine.skip_step()
