@@ -40,7 +40,7 @@ def alone(exact: tuple, tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def test_two_processes_train_like_one(
     alone: Finished, exact: tuple, tmp_path: Path, strategy: str, reference: str
 ):
-    words = (*exact, f"parallel.strategy={strategy}", "train.activation_checkpointing=3")
+    words = (*exact, f"parallel.strategy={strategy}", "train.activation_checkpointing=1")
     two = run(*words, f"eval.reference={reference}", root=tmp_path / "runs", processes=2)
     assert two.code == 0, two.output
     facts, quantize = two.summary["run"], two.summary["quantize"]
