@@ -52,8 +52,9 @@ def train(
 ) -> list[StepResult]:
     """Train the adapter of a model in this process, with the loop of a run.
 
-    The same data and settings give the losses of a run. There are no checkpoints, so it cannot be
-    resumed, and neither several processes nor a strategy that shards: the command line has these.
+    The same data and settings give the losses of a run with train.fused=false. There are no
+    checkpoints, so it cannot be resumed, and neither fused kernels, several processes nor a
+    strategy that shards: the command line has these.
 
     Args:
         model: A model with an adapter, as `add_lora` returns it, in fp32 or bf16 on one device.

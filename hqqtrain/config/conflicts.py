@@ -12,6 +12,8 @@ from typing import Any
 from hqqtrain.config.quant import INFERENCE_BACKENDS
 
 PAGED_OPTIMIZERS = ("paged_adamw", "paged_adamw_8bit")
+MAX_LAYERS = 1024
+"""More decoder layers than any model has."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ CONFIG_CONFLICTS = (
             "offloads the inputs of all decoder layers, which train.activation_checkpointing="
             "{train.activation_checkpointing} does not keep; use offload, or leave it out.",
         )
-        for modes in (("none",), range(1, 1 << 31))
+        for modes in (("none",), range(1, MAX_LAYERS + 1))
     ),
     Conflict(
         {"parallel.offload": ("parameters", "all"), "optim.name": PAGED_OPTIMIZERS},

@@ -15,7 +15,8 @@ from hqqtrain.tasks.finetune import finetune
 
 
 def test_a_run_and_the_functions_compute_the_same(make_config, start_run, tiny_model, tmp_path):
-    with start_run(make_config(eval={"tokens": 65536})) as run:
+    # The functions have no fused kernels, which round differently.
+    with start_run(make_config(eval={"tokens": 65536}, train={"fused": "false"})) as run:
         finetune(run)
     folder = tmp_path / "runs" / "run"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -74,7 +74,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(liger, "rotate", rotate)
     yield names
     for code in list(sys.modules.values()):
-        if isinstance(rotation := vars(code).get("apply_rotary_pos_emb"), FusedRotation):
+        # Some packages put objects without a __dict__ in sys.modules.
+        rotation = getattr(code, "__dict__", {}).get("apply_rotary_pos_emb")
+        if isinstance(rotation, FusedRotation):
             code.apply_rotary_pos_emb = rotation.plain  # type: ignore[attr-defined]
 
 
