@@ -13,7 +13,7 @@ from hqqtrain.config.quant import INFERENCE_BACKENDS
 
 PAGED_OPTIMIZERS = ("paged_adamw", "paged_adamw_8bit")
 MAX_LAYERS = 1024
-"""More decoder layers than any model has."""
+"""More decoder layers than any model has. A word is compared with each number up to it."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,6 @@ class TrainConfig:
     seed: int = key(
         0, "random seed of adapter initialization, dropout and the order of samples", low=0
     )
-
     profile: int | None = key(
         None,
         "optimizer steps to profile after a warm-up; profile/ of the run directory gets a trace "

@@ -7,6 +7,7 @@ that no key keeps two spellings. A config.yaml of an earlier release is read wit
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from hqqtrain.config.activation_checkpointing import KEY as CHECKPOINTING
 from hqqtrain.config.activation_checkpointing import named_mode
 
 RENAMED_KEYS = {
@@ -20,9 +21,6 @@ RENAMED_KEYS = {
 
 RENAMED_VALUES = {("train.objective", "sft"): "next_token"}
 """(dotted key, old value) -> new value."""
-
-_CHECKPOINTING = "train.activation_checkpointing"
-"""A key that was true or false in earlier releases, and is still allowed to be."""
 
 MOVED_VALUES = {
     ("data.format", "jsonl"): ("data.file_type", "auto"),
@@ -57,7 +55,7 @@ def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
         _replace(renamed, dotted, old_value, new_value)
     for (dotted, value), (new_key, default) in MOVED_VALUES.items():
         _move_value(renamed, dotted, new_key, value, default)
-    _convert(renamed, _CHECKPOINTING, named_mode)
+    _convert(renamed, CHECKPOINTING, named_mode)  # it was true or false in earlier releases
     return renamed
 
 
@@ -68,7 +66,7 @@ def with_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     renamed = {group: dict(v) if isinstance(v, dict) else v for group, v in values.items()}
     # The number of recomputed layers does not change the result.
-    _convert(renamed, _CHECKPOINTING, lambda mode: named_mode(mode) != "none")
+    _convert(renamed, CHECKPOINTING, lambda mode: named_mode(mode) != "none")
     for old, new in RENAMED_KEYS.items():
         _move(renamed, new, old)
     for (dotted, old_value), new_value in RENAMED_VALUES.items():

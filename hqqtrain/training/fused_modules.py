@@ -24,7 +24,7 @@ from hqqtrain.nn import liger
 logger = logging.getLogger(__name__)
 
 VARIANTS = ((0.0, "llama"), (0.0, "gemma"), (1.0, "gemma"))
-"""What models call RMSNorm: the offset of the weight, and where the result is rounded."""
+"""The variants of RMSNorm: the offset of the weight, and where the result is rounded."""
 
 PROBE_SIZE = 128
 """Size of the hidden states in the probe, because the weight of the module may be sharded."""

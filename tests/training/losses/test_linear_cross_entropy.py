@@ -60,6 +60,19 @@ def test_autocast():
     torch.testing.assert_close(gradient, expected, rtol=0.02, atol=2e-3)
 
 
+def test_the_gradient_is_scaled_in_fp32():
+    """A factor that is rounded to bf16 would scale all gradients, this one by -0.34 %."""
+    torch.manual_seed(0)
+    head, hidden = make_head("plain", torch.bfloat16), torch.randn(37, HIDDEN).bfloat16()
+    batch, factor = make_batch(), 1 / 8164
+    gradients = []
+    for scale in (1.0, factor):
+        leaf = hidden.clone().requires_grad_()
+        (LinearCrossEntropy()(leaf, head, batch)[0] * scale).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(gradients[1], (gradients[0].float() * factor).bfloat16())
+
+
 def test_without_a_label_loss_and_gradient_are_zero():
     batch = {"labels": torch.full((5,), IGNORE_INDEX)}
     head, hidden = make_head("plain"), torch.randn(5, HIDDEN)
