@@ -1,7 +1,7 @@
 """Estimate the memory and disk of a run from shapes alone, before any weight is read.
 
-Weights, gradients and optimizer state are exact; activations follow the formula in
-`activation_bytes`. `memory_check` compares the estimate with what is available.
+Weights, gradients and optimizer state are exact; activations follow the formulas of
+`activation_memory`. `memory_check` compares the estimate with what is available.
 """
 
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from hqqtrain.common.text import short
-from hqqtrain.config.activation_checkpointing import count_recomputed
 from hqqtrain.distributed.strategies.base import Strategy
+from hqqtrain.loading.activation_memory import TrainingPeak
 from hqqtrain.loading.calibrated_load import calibration_bytes
 from hqqtrain.loading.reference_memory import reference_bytes
 from hqqtrain.loading.workload import Workload
@@ -21,8 +21,7 @@ from hqqtrain.models.causal_lm import (
     MAX_TRAINING_LOGITS,
 )
 from hqqtrain.models.families.structure import find_decoder_layers, text_config
-from hqqtrain.models.fqn import base_model, expected_shapes, is_adapter
-from hqqtrain.nn.base_linears import linear_shapes
+from hqqtrain.models.fqn import expected_shapes, is_adapter
 from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS, HQQLinear
 
 GIB = 2**30
@@ -33,7 +32,10 @@ class MemoryEstimate:
     """Estimated bytes of a run.
 
     Attributes:
-        device: Bytes on the device of one rank, by purpose such as "packed weights".
+        device: Bytes on the device of one rank, by purpose such as "packed weights". Their sum is
+            the peak. A phase that needs less than another adds nothing: "logits" are the bytes by
+            which the loss or the evaluation exceeds the backward pass.
+        split: Purpose -> its bytes by smaller parts, for some purposes of `device`.
         disk: Bytes in the run's directory, by purpose.
         host: Bytes of one rank in the host's memory, offloaded or kept there beside a GPU.
         calibration: Bytes on the device of one rank while it is calibrated, with the weights.
@@ -43,10 +45,16 @@ class MemoryEstimate:
     disk: dict[str, int] = field(default_factory=dict)
     host: int = 0
     calibration: int = 0
+    split: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the device of one rank, all purposes together."""
+        return sum(self.device.values())
 
     def __str__(self) -> str:
         parts = ", ".join(f"{k} {short(v / GIB)}" for k, v in self.device.items() if v)
-        memory, disk = sum(self.device.values()) / GIB, sum(self.disk.values()) / GIB
+        memory, disk = self.peak / GIB, sum(self.disk.values()) / GIB
         calibrating = f", {short(self.calibration / GIB)} GiB to calibrate" * (self.calibration > 0)
         hosted = f", host memory {short(self.host / GIB)} GiB" * (self.host > 0)
         return (
@@ -75,7 +83,8 @@ def estimate_memory(
     sizes = _Sizes.of(model, dtype)
     world_size = strategy.comm.size if world_size is None else world_size
     shards = strategy.parameter_shards(world_size)
-    adapters = _adapter_bytes(workload, sizes) // strategy.adapter_shards(world_size)
+    trained = _adapter_bytes(workload, sizes) if workload.trains else {}
+    trained = {k: v // strategy.adapter_shards(world_size) for k, v in trained.items()}
     reference = reference_bytes(
         workload.reference,
         model,
@@ -88,14 +97,21 @@ def estimate_memory(
     parameters = {
         "packed weights": sizes.packed // shards,
         "dense weights": sizes.dense // shards,
-        "adapter and optimizer": adapters if workload.trains else 0,
+        "adapter and optimizer": sum(trained.values()),
         "reference model": reference.whole,
     }
     root, layers = sizes.root, sizes.packed + sizes.dense - sizes.root
     gathered = strategy.gathered_bytes(
         world_size, root=root, layers=layers, itemsize=dtype.itemsize
     )
-    working = max(_working_bytes(workload, sizes, shards, dtype), reference.layer)
+    peak = TrainingPeak.of(workload, model, dtype)
+    activations = peak.kept + peak.layer
+    quantizing = _quantizing_bytes(workload, sizes, shards, dtype)
+    working = max(peak.working, quantizing - activations, reference.layer - activations)
+    loss = _training_logits(workload, model, dtype, in_chunks=strategy.may_call_head_alone)
+    logits = max(
+        loss - peak.layer - working, _evaluation_logits(workload, model, dtype) - activations
+    )
     working += gathered + (_token_bytes(model, dtype) if workload.trains else 0)
     if strategy.offloads_parameters and strategy.shards_parameters:
         # The GPU keeps only what is gathered.
@@ -111,8 +127,8 @@ def estimate_memory(
     on_host = strategy.comm.device.type == "cpu"
     host += 0 if on_host else reference.outputs
     device = parameters | {
-        "activations": activation_bytes(workload, model, dtype) if workload.trains else 0,
-        "logits": _logit_bytes(workload, model, dtype, in_chunks=strategy.may_call_head_alone),
+        "activations": activations,
+        "logits": max(0, logits),
         "working memory": working,
         "outputs of the reference model": reference.outputs if on_host else 0,
     }
@@ -120,7 +136,12 @@ def estimate_memory(
     calibration = calibration_bytes(model, text, dtype, world_size=world_size)
     if calibration:  # before the model is trained
         calibration += parameters["packed weights"] + parameters["dense weights"]
-    return MemoryEstimate(device, _disk_bytes(workload, sizes, dtype), host, calibration)
+    meta = 0 if strategy.offloads_meta else min(sizes.meta // shards, parameters["packed weights"])
+    split = {
+        "packed weights": {"codes": parameters["packed weights"] - meta, "scale and zero": meta},
+        "adapter and optimizer": trained if parameters["adapter and optimizer"] else {},
+    }
+    return MemoryEstimate(device, _disk_bytes(workload, sizes, dtype), host, calibration, split)
 
 
 @dataclass(frozen=True)
@@ -129,6 +150,8 @@ class _Sizes:
 
     packed: int
     """Bytes of the packed weights."""
+    meta: int
+    """Bytes of their scale and zero."""
     dense: int
     """Bytes of the base parameters that are not quantized."""
     adapter: int
@@ -143,14 +166,15 @@ class _Sizes:
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype) -> "_Sizes":
         """Count the parameters of `model`; `dtype` is that of dense parameters."""
-        packed = dense = adapter = root = 0
+        packed = meta = dense = adapter = root = 0
         layers = find_decoder_layers(model)
         in_layers = set() if layers is None else set(layers.parameters())
         for name, param in model.named_parameters():
             if is_adapter(name):
                 adapter += param.numel()
             elif name.rpartition(".")[2] in PACKED_PARAMETERS:
-                packed += param.numel() * param.element_size()
+                packed += param.nbytes
+                meta += 0 if name.endswith("W_q") else param.nbytes
             else:
                 dense += param.numel() * dtype.itemsize
                 if param not in in_layers:
@@ -158,7 +182,7 @@ class _Sizes:
         source = sum(torch.Size(shape).numel() for shape in expected_shapes(model).values())
         layouts = [m.layout for m in model.modules() if isinstance(m, HQQLinear)]
         largest = max((x.out_features * x.in_features for x in layouts), default=0)
-        return cls(packed, dense, adapter, root, source, largest)
+        return cls(packed, meta, dense, adapter, root, source, largest)
 
 
 @dataclass(frozen=True)
@@ -192,66 +216,55 @@ class _Hosted:
         return cls(packed, dense, 2 * max(by_group.values(), default=0))
 
 
-def _adapter_bytes(workload: Workload, sizes: _Sizes) -> int:
+def _adapter_bytes(workload: Workload, sizes: _Sizes) -> dict[str, int]:
     """Return the bytes of adapters, their gradients and AdamW's two moments.
 
     torch keeps the moments in the adapters' dtype, bitsandbytes in 8 or 32 bits.
     """
     itemsize = workload.adapter_itemsize
     moments = {"adamw": 2 * itemsize, "paged_adamw": 8}.get(workload.optimizer, 2)
-    return sizes.adapter * (2 * itemsize + moments)
+    return {
+        "adapters": sizes.adapter * itemsize,
+        "gradients": sizes.adapter * itemsize,
+        "optimizer state": sizes.adapter * moments,
+    }
 
 
-def activation_bytes(workload: Workload, model: nn.Module, dtype: torch.dtype) -> int:
-    """Return the bytes that autograd saves for a micro-batch.
+def _evaluation_logits(workload: Workload, model: nn.Module, dtype: torch.dtype) -> int:
+    """Return the bytes of the logits of two models, and of four fp32 tensors for a chunk of tokens.
 
-    A decoder layer saves, per token, the input and the output of each of its linears (the operands
-    of adapters, attention and MLP), and two fp32 copies of the residual stream for its norms. With
-    activation checkpointing, the layers that recompute keep the residual stream before them, or two
-    of them at a time if it is offloaded. If all layers recompute, one of them at a time keeps all
-    that it saves.
+    A batch of the evaluation has at least one window.
     """
-    config, tokens = text_config(model), workload.tokens
-    num_layers, hidden_size = config.num_hidden_layers, config.hidden_size
-    total_width = sum(map(sum, linear_shapes(base_model(model)).values()))
-    layer_width = total_width * dtype.itemsize // max(1, num_layers)  # bytes per token
-    layer_bytes = tokens * (layer_width + 2 * 4 * hidden_size)
-    recomputed = count_recomputed(workload.activation_checkpointing, num_layers)
-    num_inputs = min(2, recomputed) if workload.offloads_activations else recomputed
-    inputs = num_inputs * tokens * hidden_size * dtype.itemsize
-    return inputs + max(1, num_layers - recomputed) * layer_bytes
+    if not workload.evaluates:
+        return 0
+    vocab_size, tokens = text_config(model).vocab_size, max(workload.tokens, workload.eval_context)
+    chunk_tokens = min(tokens, MAX_EVALUATION_TOKENS)
+    return vocab_size * (2 * tokens * dtype.itemsize + 4 * 4 * chunk_tokens)
 
 
-def _logit_bytes(
+def _training_logits(
     workload: Workload, model: nn.Module, dtype: torch.dtype, *, in_chunks: bool
 ) -> int:
-    """Return the bytes of logits, and of what the loss derives from them.
+    """Return the bytes of the training's logits, and of what the loss derives from them.
 
-    Training computes at most `MAX_TRAINING_LOGITS` logits at a time, or all of them without
-    `in_chunks`: the logits and their gradient in `dtype`, and in fp32 a copy, its softmax and its
-    gradient. Evaluation keeps the logits of two models, and four fp32 tensors of a chunk of tokens.
+    At most `MAX_TRAINING_LOGITS` exist at a time, or all of them without `in_chunks`: the logits
+    and their gradient in `dtype`, and in fp32 a copy, its softmax and its gradient.
     """
-    vocab_size, tokens = text_config(model).vocab_size, workload.tokens
-    eval_tokens = max(tokens, workload.eval_context)  # a batch has at least one window
-    chunk_tokens = min(eval_tokens, MAX_EVALUATION_TOKENS)
-    evaluation = vocab_size * (2 * eval_tokens * dtype.itemsize + 4 * 4 * chunk_tokens)
-    limit = MAX_TRAINING_LOGITS if in_chunks else vocab_size * tokens
-    num_logits = min(vocab_size * tokens, limit)
-    training = num_logits * (2 * dtype.itemsize + 3 * 4)
-    return max(evaluation if workload.evaluates else 0, training if workload.trains else 0)
+    if not workload.trains:
+        return 0
+    number = text_config(model).vocab_size * workload.tokens
+    number = min(number, MAX_TRAINING_LOGITS) if in_chunks else number
+    return number * (2 * dtype.itemsize + 3 * 4)
 
 
-def _working_bytes(workload: Workload, sizes: _Sizes, shards: int, dtype: torch.dtype) -> int:
-    """Return the bytes to quantize a rank's rows of the largest linear, or to compute with it.
+def _quantizing_bytes(workload: Workload, sizes: _Sizes, shards: int, dtype: torch.dtype) -> int:
+    """Return the bytes to quantize a rank's rows of the largest linear.
 
-    Quantizing and computing do not happen at the same time, so the larger one counts. Quantizing
-    weights that are copied to a GPU needs four copies, one of them in transit; weights generated
-    there need two. The codes need 2 more bytes per weight. Computing needs the dequantized weight,
-    and its cast for the product.
+    Weights that are copied to a GPU need four copies, one of them in transit; weights generated
+    there need two. The codes need 2 more bytes per weight.
     """
     copies = 2 if workload.is_synthetic else 4
-    quantizing = (copies * dtype.itemsize + 2) * sizes.largest // shards
-    return max(quantizing, 2 * dtype.itemsize * sizes.largest)
+    return (copies * dtype.itemsize + 2) * sizes.largest // shards
 
 
 def _token_bytes(model: nn.Module, dtype: torch.dtype) -> int:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from hqqtrain.config.activation_checkpointing import count_recomputed
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -31,6 +33,8 @@ class Workload:
         new_checkpoints: Largest number of checkpoints by which the run's directory will grow.
         run_root: The value of `run.root`.
         calibration_tokens: Tokens of calibration text; 0: none.
+        global_batch_size: The value of `train.global_batch_size`.
+        is_fused: Whether LoRA blocks compute the linears, where the model allows it.
     """
 
     task: str
@@ -55,6 +59,8 @@ class Workload:
     calibration_tokens: int = 0
     eval_context: int = 0
     offloads_meta: bool = False
+    global_batch_size: int = 1
+    is_fused: bool = False
 
     @property
     def trains(self) -> bool:
@@ -69,3 +75,7 @@ class Workload:
     def tokens(self) -> int:
         """Largest number of tokens of a micro-batch."""
         return self.micro_batch_size * self.max_seq_len
+
+    def recomputed_layers(self, num_layers: int) -> int:
+        """Return how many of `num_layers` decoder layers recompute their activations."""
+        return count_recomputed(self.activation_checkpointing, num_layers)

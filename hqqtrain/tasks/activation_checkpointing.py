@@ -9,8 +9,8 @@ from torch import nn
 
 from hqqtrain.common.env import get_local_world_size
 from hqqtrain.config.activation_checkpointing import resolve_mode
+from hqqtrain.loading.activation_memory import activation_bytes
 from hqqtrain.loading.memory_check import available_memory
-from hqqtrain.loading.memory_estimate import activation_bytes
 from hqqtrain.models.families.structure import checkpointed_layers
 from hqqtrain.models.fqn import base_model
 from hqqtrain.tasks.context import Run

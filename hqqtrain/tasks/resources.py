@@ -76,6 +76,8 @@ def workload_of(
         new_checkpoints=1 if has_checkpoints else kept_checkpoints + 1,
         run_root=config.run.root,
         calibration_tokens=config.quant.calibration_tokens if calibrates else 0,
+        global_batch_size=config.train.global_batch_size,
+        is_fused=config.train.fused != "false" and not config.adapter.dropout,
     )
 
 

@@ -7,14 +7,9 @@ uses.
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from hqqtrain.common.gpus import gpu_of_device
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.training.state import StepResult
-
-PEAK_FLOPS = {
-    "H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12,
-    "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
-"""Peak dense bf16 FLOP/s, from the data sheets, by a part of the device's name."""
 
 
 def step_metrics(
@@ -44,7 +39,8 @@ def step_metrics(
 
 def peak_flops(device_name: str) -> float | None:
     """Return the peak FLOP/s of one device; None if unknown, as for a CPU."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+    gpu = gpu_of_device(device_name)
+    return gpu.flops if gpu else None
 
 
 def flops_per_token(model: nn.Module) -> int:

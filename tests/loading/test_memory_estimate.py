@@ -11,6 +11,7 @@ from hqqtrain.models.build import build_meta, load_hf_config
 from hqqtrain.models.source import shipped_folder
 from hqqtrain.nn.lora import lora_config
 from hqqtrain.nn.replace import quantize_model
+from hqqtrain.training.fused_lora import fuse_lora
 
 
 def test_weights_are_counted_to_the_byte():
@@ -80,7 +81,7 @@ def test_settings_that_save_memory_lower_the_estimate():
     for mode in ("full", 6, 5, 1, "none"):  # the last layer need not recompute
         config.train.activation_checkpointing = mode
         by_mode.append(parts()["activations"])
-    assert by_mode[0] == by_mode[1] == before["activations"] > by_mode[2]
+    assert by_mode[0] == by_mode[1] == before["activations"] >= by_mode[2]
     assert by_mode[2] < by_mode[3] < by_mode[4]
     config.train.activation_checkpointing = "full"
     config.train.max_seq_len //= 2
@@ -118,15 +119,19 @@ def test_a_batch_of_the_evaluation_has_at_least_one_window():
     assert logits(protocol="wikitext2_2048") == 2 * whole
 
 
-def test_activations_match_what_autograd_saves(monkeypatch):
+@pytest.mark.parametrize("fused", ["auto", "false"])
+def test_activations_match_what_autograd_saves(fused: str):
     """The formula is near the size of all tensors saved for backward, without checkpointing."""
     config = two_bit_config()
+    config.train.fused = fused
     config.train.activation_checkpointing, config.train.max_seq_len = "none", 128
     model = build_meta(load_hf_config(shipped_folder("tiny"))).to_empty(device="cpu").float()
     for param in model.parameters():
         torch.nn.init.normal_(param, std=0.02)
     quantize_model(model, config.quant)
     model = get_peft_model(model, lora_config(config.adapter, model))
+    if fused == "auto":
+        fuse_lora(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -140,7 +145,32 @@ def test_activations_match_what_autograd_saves(monkeypatch):
         logits = model(torch.arange(128)[None], use_cache=False).logits
     assert logits.requires_grad
     parts = estimate(config, model, dtype=torch.float32).device
-    assert 0.8 < parts["activations"] / sum(saved.values()) < 1.3
+    # On PEFT's path the formula counts the casts of autocast, which fp32 does without.
+    assert 0.85 < parts["activations"] / sum(saved.values()) < 1.35
+
+
+GIB_8B = {
+    (4, "full"): 9.71, (2, "full"): 8.06, (4, "none"): 33.73, (2, "none"): 32.07,
+}  # fmt: skip
+"""(quant.nbits, train.activation_checkpointing) -> peak GiB, measured on one H200 on 2026-12-01:
+Llama 3 8B, g64, r=16, 4 x 2048 tokens, torch 2.11, liger-kernel installed."""
+
+PLAIN_GIB_8B = {(4, "full"): 10.9, (4, "none"): 64.3}
+"""The same without fused blocks, of commit 9747aad on 2026-11-29."""
+
+
+@pytest.mark.parametrize(("fused", "measured"), [("auto", GIB_8B), ("false", PLAIN_GIB_8B)])
+def test_the_peak_of_an_8b_model_is_the_measured_one(
+    fused: str, measured: dict[tuple[int, str], float]
+):
+    config = two_bit_config(eval=EvalConfig(source=None))
+    config.model.source, config.train.micro_batch_size = "synthetic", 4
+    config.train.fused = fused
+    for (nbits, mode), gib in measured.items():
+        config.quant.nbits, config.train.activation_checkpointing = nbits, mode
+        model = meta_model("Meta-Llama-3-8B", config)
+        peak = estimate(config, model, dtype=torch.bfloat16).peak
+        assert peak / GIB == pytest.approx(gib, rel=0.05)
 
 
 def test_what_each_strategy_shards():
