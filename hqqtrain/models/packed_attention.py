@@ -27,6 +27,7 @@ from hqqtrain.compat import attn_implementation, can_set_attention
 from hqqtrain.models.families.structure import text_config
 from hqqtrain.models.fqn import base_model
 from hqqtrain.models.small_copy import small_copies
+from hqqtrain_kernels.autocast import product_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -146,9 +147,7 @@ def _refuse_other_kinds(dropout: float, kwargs: dict[str, Any]) -> None:
 
 def _flatten(x: Tensor) -> Tensor:
     """Return [rows, heads, tokens, width] as [rows * tokens, heads, width], in autocast's dtype."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return x.transpose(1, 2).flatten(0, 1)
+    return x.to(product_dtype(x)).transpose(1, 2).flatten(0, 1)
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hqqtrain_kernels import compat, matmul
+from hqqtrain_kernels.autocast import product_dtype
 from hqqtrain_kernels.layout import Layout
 from hqqtrain_kernels.matmul import PackedWeight, WeightParams
 from hqqtrain_kernels.op_library import (
@@ -113,7 +114,7 @@ def linear(
         NotImplementedError: scale or zero requires a gradient.
     """
     if compat.is_any_autocast_enabled():
-        x = _autocast(x)
+        x = x.to(product_dtype(x))
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     params = WeightParams(
@@ -201,13 +202,6 @@ def _can_skip_dispatcher(x: Tensor) -> bool:
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and compat.any_requires_grad(*tensors)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
 
 
 def _call_op(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:

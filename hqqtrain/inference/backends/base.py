@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hqqtrain.common.errors import UserError
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain_kernels import unpack
+from hqqtrain_kernels.autocast import product_dtype
 
 GROUP_SIZES = (32, 64, 128, 256)
 """Group sizes that all backends compute, and with which they were tried."""
@@ -82,13 +83,10 @@ class RepackedLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in_features] to [..., out_features], in the dtype of x or of autocast."""
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         y = self.product(x.reshape(-1, self.in_features).to(self.dtype).contiguous())
         if self.bias is not None:
             y = y + self.bias
-        return y.to(dtype).view(*x.shape[:-1], self.out_features)
+        return y.to(product_dtype(x)).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"

@@ -102,11 +102,5 @@ def adapted_linear(module: LoraLinear) -> AdaptedLinear | str:
     return next((reason for reason, applies in obstacles.items() if applies), linear)
 
 
-def in_compute_dtype(x: Tensor) -> Tensor:
-    """Return x in the dtype in which a linear multiplies: autocast's, or its own."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
 def _drops(dropout: nn.Module) -> bool:
     return not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0

@@ -1,7 +1,6 @@
 """The frozen part of a block: weights, biases and scalings, and a dense weight kept shortly."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Self
 
 import torch
@@ -88,11 +87,3 @@ class KeptWeight:
         """Return the kept weight in `dtype` and forget it; without one, dequantize `weights`."""
         kept, self._weight = self._weight, None
         return kept if kept is not None and kept.dtype == dtype else dense_weight(weights, dtype)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Return a context in which products have the dtype of their operands."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()

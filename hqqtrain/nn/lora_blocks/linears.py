@@ -12,14 +12,13 @@ from hqqtrain.nn.lora_blocks import products
 from hqqtrain.nn.lora_blocks.adapted_linear import (
     DTYPES,
     AdaptedLinear,
-    in_compute_dtype,
 )
 from hqqtrain.nn.lora_blocks.frozen import (
     FrozenLinears,
     KeptWeight,
-    without_autocast,
 )
 from hqqtrain.nn.recomputation import is_recomputing
+from hqqtrain_kernels.autocast import product_dtype, without_autocast
 
 
 class SharedInputBlock:
@@ -55,7 +54,7 @@ class SharedInputBlock:
         linears = self._linears
         frozen = FrozenLinears.of(linears)
         A, B = [linear.A for linear in linears], [linear.B for linear in linears]
-        return _LinearsFunction.apply(in_compute_dtype(x), frozen, self._kept, *A, *B)
+        return _LinearsFunction.apply(x.to(product_dtype(x)), frozen, self._kept, *A, *B)
 
 
 def is_computable(x: Tensor, linears: Sequence[AdaptedLinear]) -> bool:

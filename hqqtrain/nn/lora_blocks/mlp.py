@@ -9,14 +9,14 @@ from torch.autograd.function import once_differentiable
 
 from hqqtrain.compat import has_hooks, keeps_graph
 from hqqtrain.nn.lora_blocks import products
-from hqqtrain.nn.lora_blocks.adapted_linear import AdaptedLinear, in_compute_dtype
+from hqqtrain.nn.lora_blocks.adapted_linear import AdaptedLinear
 from hqqtrain.nn.lora_blocks.frozen import (
     FrozenLinears,
     KeptWeight,
-    without_autocast,
 )
 from hqqtrain.nn.lora_blocks.linears import is_computable
 from hqqtrain.nn.recomputation import is_recomputing
+from hqqtrain_kernels.autocast import product_dtype, without_autocast
 from hqqtrain_kernels.glu import Activation, gated_activation, gated_activation_backward
 
 
@@ -51,7 +51,7 @@ class GatedMLPBlock:
         inner, down = FrozenLinears.of(linears[:2]), FrozenLinears.of(linears[2:])
         settings = _Settings(self._activation, self._kept, self._skips_output())
         A, B = [linear.A for linear in linears], [linear.B for linear in linears]
-        x = in_compute_dtype(x)
+        x = x.to(product_dtype(x))
         return _GatedMLPFunction.apply(x, inner, down, settings, *A, *B)
 
     def _skips_output(self) -> bool:

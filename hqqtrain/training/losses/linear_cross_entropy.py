@@ -23,6 +23,7 @@ from hqqtrain.compat import has_hooks
 from hqqtrain.data.sequences import IGNORE_INDEX
 from hqqtrain.nn import liger
 from hqqtrain.nn.hqq_linear import HQQLinear
+from hqqtrain_kernels.autocast import product_dtype
 
 MAX_CHUNK_BYTES = 1 << 27
 """Most bytes of the logits of one chunk and of their fp32 copy, if there is one."""
@@ -38,7 +39,7 @@ class LinearCrossEntropy:
         self, hidden: Tensor, head: nn.Module, batch: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         labels = batch["labels"]
-        weight, bias = _dense_weight(head, _compute_dtype(hidden))
+        weight, bias = _dense_weight(head, product_dtype(hidden))
         loss = _LinearCrossEntropy.apply(hidden, weight, bias, labels)
         return loss, (labels != IGNORE_INDEX).sum()
 
@@ -54,12 +55,6 @@ def is_frozen_linear(head: Any) -> bool:
         and not any(param.requires_grad for param in head.parameters())
         and not has_hooks(head)
     )
-
-
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products with `hidden`."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 @torch.no_grad()

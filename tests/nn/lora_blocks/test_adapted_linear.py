@@ -1,14 +1,11 @@
 """PEFT's module says at each call whether it still is a plain linear with one adapter."""
 
-import pytest
-import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hqqtrain.nn.lora_blocks.adapted_linear import (
     AdaptedLinear,
     adapted_linear,
-    in_compute_dtype,
 )
 
 
@@ -57,10 +54,3 @@ def test_another_base_is_no_obstacle_in_silence() -> None:
     module = lora_module()
     module.base_layer = nn.LazyLinear(6)
     assert adapted_linear(module) == "a base of LazyLinear"
-
-
-@pytest.mark.parametrize("enabled", [False, True])
-def test_the_dtype_is_that_of_autocast(enabled: bool) -> None:
-    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-        dtype = in_compute_dtype(torch.ones(2)).dtype
-    assert dtype == (torch.bfloat16 if enabled else torch.float32)

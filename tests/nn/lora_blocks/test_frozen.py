@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from hqqtrain.nn.hqq_linear import HQQLinear
-from hqqtrain.nn.lora_blocks.frozen import FrozenLinears, KeptWeight, without_autocast
+from hqqtrain.nn.lora_blocks.frozen import FrozenLinears, KeptWeight
 from hqqtrain.quant.spec import QuantSpec
 
 SPEC = QuantSpec(nbits=4, group_size=8, axis=1, solver="rtn", meta_dtype=torch.float32)
@@ -26,9 +26,3 @@ def test_a_kept_weight_is_used_once_and_only_in_its_dtype() -> None:
     assert kept.take(again, torch.float32) is again[0]
     kept.keep(W)
     assert kept.take(again, torch.bfloat16).dtype == torch.bfloat16
-
-
-def test_products_have_the_dtype_of_their_operands() -> None:
-    x = torch.ones(2, 2)
-    with torch.autocast("cpu", torch.bfloat16), without_autocast(x):
-        assert torch.mm(x, x).dtype == torch.float32
