@@ -87,18 +87,6 @@ def test_other_heads_are_not_fused():
     assert not any(map(is_frozen_linear, (trained, hooked, nn.Identity(), None)))
 
 
-@needs_liger
-def test_the_kernel_of_liger():
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    logits = torch.randn(9, VOCABULARY, device=device)
-    labels = make_batch(9)["labels"].to(device)
-    expected, gradient = module._cross_entropy(logits.clone(), labels)
-    losses = liger.cross_entropy_(logits, labels, IGNORE_INDEX)
-    torch.testing.assert_close(losses.sum(), expected)
-    torch.testing.assert_close(logits, gradient)
-
-
 @pytest.mark.gpu
 @needs_liger
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
