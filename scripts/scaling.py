@@ -167,7 +167,7 @@ def _model(name: str, nbits: int, group_size: int) -> tuple[RunConfig, nn.Module
     config.quant.nbits, config.quant.group_size = nbits, group_size
     config.adapter.r, config.adapter.dtype = 16, "bf16"
     config.optim.name, config.eval.source = "adamw_8bit", None
-    config.parallel.offload, config.model.source = "activations", "synthetic"
+    config.train.activation_checkpointing, config.model.source = "offload", "synthetic"
     config.train.max_seq_len = TOKENS
     folder = shipped_folder(name)
     assert folder is not None, name

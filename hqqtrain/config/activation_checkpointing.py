@@ -21,17 +21,6 @@ def mode_errors(value: Any) -> Iterator[str]:
         yield f"{KEY}={shown}: allowed are {', '.join(MODES)}, or a number of layers from 1 on."
 
 
-def resolve_mode(value: str | int, offload: str) -> str | int:
-    """Return the value of `train.activation_checkpointing` that two keys ask for together.
-
-    Args:
-        value: `train.activation_checkpointing`.
-        offload: `parallel.offload`; its values that name activations are another way to ask for
-            `offload`.
-    """
-    return "offload" if offload in ("activations", "all") else value
-
-
 def count_recomputed(mode: str | int, num_layers: int) -> int:
     """Return how many of `num_layers` decoder layers recompute; `auto` counts as all of them."""
     if isinstance(mode, int):

@@ -12,8 +12,6 @@ from typing import Any
 from hqqtrain.config.quant import INFERENCE_BACKENDS
 
 PAGED_OPTIMIZERS = ("paged_adamw", "paged_adamw_8bit")
-MAX_LAYERS = 1024
-"""More decoder layers than any model has. A word is compared with each number up to it."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ CONFIG_CONFLICTS = (
         "computes products for task=generate and task=eval alone; use auto, triton or torch.",
     ),
     Conflict(
-        {"quant.backend": INFERENCE_BACKENDS, "parallel.offload": ("parameters", "all")},
+        {"quant.backend": INFERENCE_BACKENDS, "parallel.offload": ("parameters",)},
         "its layers stay on the device; use quant.backend=auto or parallel.offload=none.",
     ),
     Conflict(
@@ -88,16 +86,8 @@ CONFIG_CONFLICTS = (
         {"train.on_nonfinite": ("rollback",), "ckpt.every": (None,)},
         "needs checkpoints to return to; set ckpt.every.",
     ),
-    *(
-        Conflict(
-            {"parallel.offload": ("activations", "all"), "train.activation_checkpointing": modes},
-            "offloads the inputs of all decoder layers, which train.activation_checkpointing="
-            "{train.activation_checkpointing} does not keep; use offload, or leave it out.",
-        )
-        for modes in (("none",), range(1, MAX_LAYERS + 1))
-    ),
     Conflict(
-        {"parallel.offload": ("parameters", "all"), "optim.name": PAGED_OPTIMIZERS},
+        {"parallel.offload": ("parameters",), "optim.name": PAGED_OPTIMIZERS},
         "the optimizer state is in host memory, where optim.name={optim.name} has nothing to page; "
         "use adamw.",
     ),

@@ -124,7 +124,8 @@ FOREIGN_NAMES = {
     # distribution, output and tracking
     "fsdp": "parallel.strategy=fsdp2", "deepspeed": "parallel.strategy=zero3",
     "zero_stage": "parallel.strategy=zero3", "ddp": "parallel.strategy=ddp",
-    "cpu_offload": "parallel.offload", "activation_offloading": "parallel.offload=activations",
+    "cpu_offload": "parallel.offload",
+    "activation_offloading": "train.activation_checkpointing=offload",
     "output_dir": "run.root", "logging_dir": "run.root",
     "export_dir": "run.root", "overwrite_output_dir": "run.resume=never",
     "run_name": "run.name", "wandb_run_name": "run.name", "wandb_name": "run.name",

@@ -17,10 +17,9 @@ class ParallelConfig:
     hsdp: bool = key(False, "with fsdp2: shard within a node and replicate across nodes")
     offload: str = key(
         "none",
-        "tensors to offload to host memory; activations: as "
-        "train.activation_checkpointing=offload; parameters: those of fsdp2, or without training "
-        "those of the decoder layers of a single process; all: both",
-        choices=("none", "activations", "parameters", "all"),
+        "parameters to keep in host memory; parameters: those of fsdp2, or without training "
+        "those of the decoder layers of a single process",
+        choices=("none", "parameters"),
     )
     consistency_check_every: int | None = key(
         100,
@@ -30,11 +29,6 @@ class ParallelConfig:
     )
 
     @property
-    def offloads_activations(self) -> bool:
-        """Whether `offload` covers the inputs that activation checkpointing keeps."""
-        return self.offload in ("activations", "all")
-
-    @property
     def offloads_parameters(self) -> bool:
-        """Whether `offload` covers the parameters of the model."""
-        return self.offload in ("parameters", "all")
+        """Whether the parameters of the model are in host memory between their uses."""
+        return self.offload == "parameters"

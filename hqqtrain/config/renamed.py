@@ -22,6 +22,9 @@ RENAMED_KEYS = {
 RENAMED_VALUES = {("train.objective", "sft"): "next_token"}
 """(dotted key, old value) -> new value."""
 
+OFFLOADED_INPUTS = {"activations": "none", "all": "parameters"}
+"""Old value of parallel.offload -> its value beside train.activation_checkpointing=offload."""
+
 MOVED_VALUES = {
     ("data.format", "jsonl"): ("data.file_type", "auto"),
     ("data.format", "parquet"): ("data.file_type", "auto"),
@@ -44,6 +47,13 @@ def renamed_value_errors(group: str, config: Any) -> Iterator[str]:
         key_group, _, name = dotted.partition(".")
         if key_group == group and getattr(config, name) == old:
             yield f"{dotted}={old}: is a value of {new_key} now; use {new_key}={old}."
+    if group == "parallel" and config.offload in OFFLOADED_INPUTS:
+        parameters = OFFLOADED_INPUTS[config.offload]
+        rest = f" with parallel.offload={parameters}" if parameters != "none" else ""
+        yield (
+            f"parallel.offload={config.offload}: offloading of activations is a value of "
+            f"{CHECKPOINTING} now; use {CHECKPOINTING}=offload{rest}."
+        )
 
 
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,6 +66,9 @@ def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
     for (dotted, value), (new_key, default) in MOVED_VALUES.items():
         _move_value(renamed, dotted, new_key, value, default)
     _convert(renamed, CHECKPOINTING, named_mode)  # it was true or false in earlier releases
+    if renamed.get("parallel", {}).get("offload") in OFFLOADED_INPUTS:
+        _convert(renamed, "parallel.offload", OFFLOADED_INPUTS.get)
+        _convert(renamed, CHECKPOINTING, lambda _: "offload")
     return renamed
 
 

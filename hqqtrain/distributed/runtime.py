@@ -13,7 +13,6 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from hqqtrain.common.env import get_local_world_size
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.activation_checkpointing import resolve_mode
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.accelerate_env import reconcile_accelerate_config
 from hqqtrain.distributed.comm import Communicator
@@ -104,8 +103,7 @@ class Runtime:
             offloads_parameters=on_gpu and parallel.offloads_parameters,
             offloads_meta=on_gpu and offloads_meta,
         )
-        mode = resolve_mode(checkpointing, parallel.offload)
-        offloads_activations = on_gpu and mode == "offload"
+        offloads_activations = on_gpu and checkpointing == "offload"
         return cls(comm, accelerator, strategy, precision, offloads_activations, preemption)
 
     @property

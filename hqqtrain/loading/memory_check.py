@@ -85,7 +85,7 @@ def check_fits(
         )
     if estimate.host * local_ranks > free.host:
         no_reference = " or eval.reference=off" if workload.reference != "off" else ""
-        is_meta = workload.offloads_meta and workload.offload in ("none", "activations")
+        is_meta = workload.offloads_meta and workload.offload == "none"
         key = "quant.offload_meta=true" if is_meta else f"parallel.offload={workload.offload}"
         raise UserError(
             f"{key}: {local_ranks} ranks would keep "
@@ -131,11 +131,11 @@ def oom_advice(workload: Workload, strategy: Strategy) -> str:
         advice.append(_fewer_bits(workload))
     if not strategy.shards_parameters:
         advice.append("several GPUs with parallel.strategy=fsdp2")
-    if workload.offload not in ("parameters", "all"):
+    if workload.offload != "parameters":
         if not (strategy.shards_parameters or workload.offloads_meta or workload.nbits is None):
             advice.append("quant.offload_meta=true")
         advice.append(
-            "parallel.strategy=fsdp2 with parallel.offload=all"
+            "parallel.strategy=fsdp2 with parallel.offload=parameters"
             if workload.trains
             else "parallel.offload=parameters, in one process or with fsdp2"
         )

@@ -20,8 +20,7 @@ class Workload:
         optimizer: The value of `optim.name`.
         micro_batch_size: The value of `train.micro_batch_size`.
         max_seq_len: The value of `train.max_seq_len`.
-        activation_checkpointing: The value of `train.activation_checkpointing`, or `offload`
-            if `parallel.offload` means that.
+        activation_checkpointing: The value of `train.activation_checkpointing`.
         offload: The value of `parallel.offload`.
         offloads_meta: Whether scale and zero are offloaded from a GPU to the host.
         offloads_activations: Whether activations are offloaded from a GPU to the host.

@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import nn
 
 from hqqtrain.common.env import get_local_world_size
-from hqqtrain.config.activation_checkpointing import resolve_mode
 from hqqtrain.loading.activation_memory import activation_bytes
 from hqqtrain.loading.memory_check import available_memory
 from hqqtrain.models.families.structure import checkpointed_layers
@@ -34,7 +33,7 @@ def apply_checkpointing(run: Run, model: nn.Module) -> Callable[[], object]:
         A function that is called after each optimizer step, on all ranks.
     """
     config, runtime, layers = run.config, run.runtime, checkpointed_layers(model)
-    mode = resolve_mode(config.train.activation_checkpointing, config.parallel.offload)
+    mode = config.train.activation_checkpointing
     frees_parameters = runtime.strategy.frees_parameters
     if mode == "auto" and not base_model(model).supports_gradient_checkpointing:
         mode = "none"

@@ -10,7 +10,6 @@ from torch import nn
 
 from hqqtrain.common.env import get_local_world_size
 from hqqtrain.common.errors import UserError
-from hqqtrain.config.activation_checkpointing import resolve_mode
 from hqqtrain.config.run import RunConfig
 from hqqtrain.distributed.comm import FULL_DISK
 from hqqtrain.distributed.runtime import Runtime
@@ -62,9 +61,7 @@ def workload_of(
         optimizer=config.optim.name,
         micro_batch_size=config.train.micro_batch_size,
         max_seq_len=config.train.max_seq_len,
-        activation_checkpointing=resolve_mode(
-            config.train.activation_checkpointing, config.parallel.offload
-        ),
+        activation_checkpointing=config.train.activation_checkpointing,
         offload=config.parallel.offload,
         offloads_activations=offloads_activations,
         evaluates=evaluates,

@@ -4,7 +4,7 @@ import pytest
 
 from hqqtrain.common.errors import UserError
 from hqqtrain.compose.compose import compose_config
-from hqqtrain.config.activation_checkpointing import count_recomputed, mode_errors, resolve_mode
+from hqqtrain.config.activation_checkpointing import count_recomputed
 from hqqtrain.config.groups import TrainConfig
 
 
@@ -28,12 +28,6 @@ def test_other_values_are_refused_with_those_that_are_allowed(value):
 def test_the_command_line_refuses_other_values():
     with pytest.raises(UserError, match=r"train\.activation_checkpointing=most: allowed are auto"):
         compose_config(["train.activation_checkpointing=most"])
-
-
-def test_parallel_offload_is_another_way_to_ask_for_offloading():
-    assert list(mode_errors("offload")) == []
-    assert resolve_mode("auto", "activations") == resolve_mode("full", "all") == "offload"
-    assert resolve_mode("auto", "parameters") == "auto"
 
 
 def test_recomputed_layers_are_counted():

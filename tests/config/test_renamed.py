@@ -43,6 +43,17 @@ def test_a_value_that_moved_is_refused_with_its_key_and_read_in_old_files(value:
     assert with_old_names(chat) == chat
 
 
+@pytest.mark.parametrize(("old", "new"), [("activations", "none"), ("all", "parameters")])
+def test_offloading_of_activations_is_a_mode_of_checkpointing(old: str, new: str):
+    expected = r": .* use train\.activation_checkpointing=offload"
+    with pytest.raises(UserError, match=rf"^parallel\.offload={old}{expected}") as raised:
+        compose_config([f"parallel.offload={old}"])
+    assert (f"with parallel.offload={new}." in str(raised.value)) == (new != "none")
+    saved = {"parallel": {"offload": old}, "train": {"checkpointing": True}}
+    train = {"activation_checkpointing": "offload"}
+    assert with_new_names(saved) == {"parallel": {"offload": new}, "train": train}
+
+
 def test_new_names_are_keys_and_old_ones_are_none():
     keys = {key for key, _ in known_keys()}
     assert set(RENAMED_KEYS.values()) <= keys

@@ -61,18 +61,6 @@ def test_bf16_adapters_with_fp16_loss_scaling_arerefusal():
         config.check()
 
 
-@pytest.mark.parametrize("mode", ["none", 3])
-def test_offloading_activations_is_a_mode_of_checkpointing(mode):
-    config = RunConfig()
-    config.parallel.offload, config.train.activation_checkpointing = "activations", mode
-    expected = rf"parallel\.offload=activations: .*checkpointing={mode} does not keep; use offload"
-    with pytest.raises(UserError, match=expected):
-        config.check()
-    for allowed in ("auto", "full", "offload"):
-        config.train.activation_checkpointing = allowed
-        config.check()
-
-
 def test_the_number_of_recomputed_layers_does_not_change_the_name_of_a_run():
     modes = (True, "auto", "full", "offload", 1, 7)
     names = {RunConfig(train=TrainConfig(activation_checkpointing=m)).run_name() for m in modes}

@@ -32,7 +32,10 @@ def _start(**changed: object) -> Runtime:
 
 
 def test_everything_that_is_auto_is_resolved():
-    runtime = _start(parallel=ParallelConfig(offload="all", strategy="fsdp2"))
+    runtime = _start(
+        parallel=ParallelConfig(offload="parameters", strategy="fsdp2"),
+        train=TrainConfig(activation_checkpointing="offload"),
+    )
     assert runtime.strategy.name == "fsdp2"
     assert (runtime.precision, runtime.dtype) == ("fp32", torch.float32)
     assert not runtime.offloads_activations, "on a CPU they are in host memory anyway"

@@ -113,7 +113,7 @@ def test_advice_names_what_can_be_offloaded():
     config.task, config.quant.offload_meta = "finetune", True
     advice = oom_advice(workload_of(config), SingleProcess(SINGLE_PROCESS))
     assert "offload_meta" not in advice
-    assert "parallel.strategy=fsdp2 with parallel.offload=all" in advice
+    assert "parallel.strategy=fsdp2 with parallel.offload=parameters" in advice
 
 
 def test_a_run_that_may_not_fit_gives_a_warning():
@@ -178,7 +178,7 @@ def test_out_of_memory_advice_names_what_can_still_be_lowered():
         config.train.activation_checkpointing = mode
         text = oom_advice(workload_of(config), SingleProcess(SINGLE_PROCESS))
         assert f"train.activation_checkpointing={advice}" in text
-    config.train.activation_checkpointing, config.parallel.offload = "auto", "activations"
+    config.train.activation_checkpointing = "offload"
     text = oom_advice(workload_of(config), SingleProcess(SINGLE_PROCESS))
     assert "train.activation_checkpointing" not in text
 

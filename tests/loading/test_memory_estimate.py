@@ -95,7 +95,7 @@ def test_settings_that_save_memory_lower_the_estimate():
         parts()["adapter and optimizer"] == eight * 6 // 10
     )  # 2 + 2 + 2 bytes instead of 4 + 4 + 2
     whole = parts()["activations"]
-    config.parallel.offload = "activations"
+    config.train.activation_checkpointing = "offload"
     offloaded = estimate(config, model, dtype=torch.bfloat16, offloads_activations=True).device[
         "activations"
     ]

@@ -108,7 +108,9 @@ def _parallel_errors(strategy: type[Strategy], settings: RuntimeSettings) -> Ite
     enough = ("always",) if settings.trains else ("always", "without training")
     if parallel.offloads_parameters and strategy.supports.parameter_offload not in enough:
         able = _strategies_with(lambda supports: supports.parameter_offload in enough)
-        instead = "parallel.offload=activations" if settings.trains else "quant.offload_meta=true"
+        instead = "quant.offload_meta=true"
+        if settings.trains:
+            instead = "train.activation_checkpointing=offload"
         yield (
             f"parallel.offload={parallel.offload}: only parallel.strategy={able} offloads "
             f"parameters{' in training' * settings.trains}, not {strategy.name}; use {able}, or "
