@@ -200,7 +200,13 @@ def ignore_unexpected_tensors(model: Any, names: Iterable[str]) -> None:
     model._keys_to_ignore_on_load_unexpected = set(patterns) if type(known) is set else patterns
 
 
-_CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
+CHECKPOINT_ATTRIBUTES = ("gradient_checkpointing", "_gradient_checkpointing_func")
+"""Whether a module of transformers recomputes, and the function that it calls if it does."""
+
+
+def lets_inputs_require_grads(model: Any) -> bool:
+    """Whether `enable_input_require_grads` of transformers was called, and not undone."""
+    return hasattr(model, "_require_grads_hook")
 
 
 def replace_checkpoint_function(model: nn.Module, function: Callable[..., Any]) -> int:
@@ -212,16 +218,12 @@ def replace_checkpoint_function(model: nn.Module, function: Callable[..., Any]) 
         model: A transformers model after `gradient_checkpointing_enable`.
         function: Runs `forward` on `inputs` and returns its output.
 
-    Returns:
-        The number of modules that now call `function`.
+    Returns: The number of modules that now call `function`.
     """
-    layers = [module for module in model.modules() if hasattr(module, _CHECKPOINT_FUNCTION)]
-    for layer in layers:
-        setattr(layer, _CHECKPOINT_FUNCTION, function)
+    name = CHECKPOINT_ATTRIBUTES[1]
+    for layer in (layers := [m for m in model.modules() if hasattr(m, name)]):
+        setattr(layer, name, function)
     return len(layers)
-
-
-# DeepSpeed's ZeRO-3
 
 
 def attn_implementation(config: Any) -> str | None:
@@ -257,10 +259,10 @@ def implementations(config: Any) -> tuple[str | None, str | None]:
     transformers reads both from config.json. Its public property for the attention answers "eager"
     also where config.json names nothing.
     """
-    return (
-        getattr(config, "_attn_implementation", None),
-        getattr(config, "_experts_implementation", None),
-    )
+    return attn_implementation(config), getattr(config, "_experts_implementation", None)
+
+
+# DeepSpeed's ZeRO-3
 
 
 def zero3_shard(param: Tensor) -> Tensor | None:

@@ -51,8 +51,12 @@ ADVICE = {
     "extend_all_linear": "needed for target_modules=all-linear; look at PEFT's inject_adapter",
     "ignore_unexpected_tensors": "needed to load quantized folders without warnings; look at "
     "from_pretrained",
+    "CHECKPOINT_ATTRIBUTES": "needed to restore a model that was trained; look at "
+    "_set_gradient_checkpointing",
     "replace_checkpoint_function": "needed to offload activations; look at "
     "gradient_checkpointing_enable, which chooses the function",
+    "lets_inputs_require_grads": "needed to restore a model that was trained; look at "
+    "enable_input_require_grads",
     "implementations": "needed to refuse code of the hub; look at from_config's arguments",
     "attn_implementation": "needed to replace sdpa alone; look at set_attn_implementation",
     "can_set_attention": "needed to prevent a warning; look at set_attn_implementation",
@@ -265,8 +269,24 @@ def test_every_decoder_layer_calls_the_checkpoint_function():
         assert compat.replace_checkpoint_function(model, function) == 0
         model.gradient_checkpointing_enable({"use_reentrant": False})
         assert compat.replace_checkpoint_function(model, function) >= 3
+        with advised("CHECKPOINT_ATTRIBUTES"):
+            layer = vars(model.model.layers[0])
+            assert [layer[name] for name in compat.CHECKPOINT_ATTRIBUTES] == [True, function]
         model(input_ids=torch.arange(5)[None], use_cache=False)
         assert calls == [(1, 5, 8)] * 3
+
+
+def test_models_know_whether_their_inputs_require_gradients():
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                    num_attention_heads=1)
+    )  # fmt: skip
+    with advised("lets_inputs_require_grads"):
+        assert not compat.lets_inputs_require_grads(model)
+        model.enable_input_require_grads()
+        assert compat.lets_inputs_require_grads(model)
+        model.disable_input_require_grads()
+        assert not compat.lets_inputs_require_grads(model)
 
 
 def test_a_configuration_knows_the_implementations_that_it_names():

@@ -1,7 +1,6 @@
 """`train`: train adapters in this process."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,20 +15,19 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.groups import OptimConfig, TrainConfig
 from hqqtrain.config.infra import RunDirConfig
 from hqqtrain.config.public_function import public_function
+from hqqtrain.config.run import RunConfig
 from hqqtrain.data.layout import BatchLayout
 from hqqtrain.data.loader import PackedLoader
 from hqqtrain.data.sequences import TokenSequences
-from hqqtrain.distributed.comm import Communicator
 from hqqtrain.distributed.preemption import PreemptionHandler
+from hqqtrain.distributed.runtime import Runtime
+from hqqtrain.distributed.strategies.unsharded import SingleProcess
 from hqqtrain.models.packing_probe import probe_packing
 from hqqtrain.models.rope import max_batched_length
-from hqqtrain.training.losses.model_loss import ModelLoss
-from hqqtrain.training.losses.registry import LOSSES
-from hqqtrain.training.nonfinite import NonFiniteGuard
-from hqqtrain.training.optimizer import LearningRateSchedule, trainable_parameters
+from hqqtrain.tasks.resources import workload_of
+from hqqtrain.training.optimizer import trainable_parameters
 from hqqtrain.training.state import StepResult
-from hqqtrain.training.torch_engine import TorchEngine
-from hqqtrain.training.trainer import Trainer
+from hqqtrain.training.trainer_builder import build_trainer
 
 
 @public_function(model=nn.Module, data=TokenSequences)
@@ -47,14 +45,18 @@ def train(
     weight_decay: float = 0.0,
     optimizer: str = "adamw",
     max_grad_norm: float | None = 1.0,
+    activation_checkpointing: str | int = "auto",
+    fused: str | bool = "auto",
+    on_nonfinite: str = "stop",
     seed: int = 0,
     on_step: Callable[[StepResult], object] = lambda _: None,
 ) -> list[StepResult]:
     """Train the adapter of a model in this process, with the loop of a run.
 
-    The same data and settings give the losses of a run with train.fused=false. There are no
-    checkpoints, so it cannot be resumed, and neither fused kernels, several processes nor a
-    strategy that shards: the command line has these.
+    The same data and settings give the losses of a run. There are no checkpoints, so it cannot be
+    resumed, and neither several processes nor a strategy that shards: the command line has these.
+    Fused kernels and activation checkpointing change the modules of the model while it trains.
+    Afterwards, also after an error, the model is as it was, with other values in its adapter.
 
     Args:
         model: A model with an adapter, as `add_lora` returns it, in fp32 or bf16 on one device.
@@ -71,6 +73,11 @@ def train(
         optimizer: `adamw`, `adamw_8bit`, `paged_adamw` or `paged_adamw_8bit`.
         max_grad_norm: The largest gradient norm, above which gradients are clipped; None: no
             clipping.
+        activation_checkpointing: The decoder layers that recompute their activations: `auto`,
+            `none`, `full`, `offload` or a number, as `train.activation_checkpointing` of a run.
+        fused: Whether to use fused kernels where they exist for the model: `auto` or False.
+        on_nonfinite: `stop` or `skip`: whether a batch whose loss or gradient is not finite ends
+            the training, or is left out.
         seed: The seed of dropout and of the order of the sequences.
         on_step: Called after each step with its result.
 
@@ -86,54 +93,54 @@ def train(
         check_tokens(data, base)
         settings = {"max_steps": max_steps, "epochs": epochs, "global_batch_size": batch_size,
                     "micro_batch_size": micro_batch_size, "max_seq_len": max(2, data.max_len),
-                    "max_grad_norm": max_grad_norm, "seed": seed}  # fmt: skip
+                    "max_grad_norm": max_grad_norm, "seed": seed, "on_nonfinite": on_nonfinite,
+                    "activation_checkpointing": activation_checkpointing,
+                    "fused": "auto" if fused is True else str(fused).lower()}  # fmt: skip
         config = checked_group(TrainConfig, "train", settings)
         of_optimizer = {"name": optimizer, "lr": lr, "weight_decay": weight_decay,
                         "schedule": schedule, "warmup_steps": warmup_steps}  # fmt: skip
         optim = checked_group(OptimConfig, "optim", of_optimizer)
-        trainer = _build_trainer(model, base, data, config, optim)
-        was_training, results = model.training, []
+        runtime = _start_runtime(model, base, config)
+        loader = PackedLoader(data, config, device=runtime.device, layout=_layout(base, data))
+        workload = workload_of(
+            RunConfig(train=config, optim=optim), offloads_activations=runtime.offloads_activations
+        )
+        results = []
         try:
-            for step in trainer.run(lambda: None):
-                results.append(step)
-                on_step(step)
+            with build_trainer(
+                model, loader, runtime, config, optim, workload, record_refusal=lambda *_: None,
+                advice="Its sequences are those of `data` in this batch.",
+            ) as trainer:  # fmt: skip
+                for step in trainer.run(lambda: None):
+                    results.append(step)
+                    on_step(step)
         finally:
-            model.train(was_training)
+            model.zero_grad()
     return results
 
 
-def _build_trainer(
-    model: nn.Module, base: Any, data: TokenSequences, config: TrainConfig, optim: OptimConfig
-) -> Trainer:
-    """Return the trainer of one process.
+def _start_runtime(model: nn.Module, base: Any, config: TrainConfig) -> Runtime:
+    """Return the runtime of one process, in the dtype of the model.
 
     Raises:
-        UserError: The model cannot be trained here.
+        UserError: The model cannot be trained here, or a setting needs a run.
     """
     if get_world_size() > 1:
         raise UserError("one process trains; start several with the command line, docs/scaling.md.")
-    trainables = trainable_parameters(model)
-    if not trainables:
+    if not trainable_parameters(model):
         raise UserError("model has nothing to train; call add_lora first, or load_quantized with "
                         "is_trainable=True.")  # fmt: skip
     if base.dtype not in (torch.float32, torch.bfloat16):
         raise UserError(f"model is in {base.dtype}; cast it with model.to(torch.bfloat16).")
+    if config.on_nonfinite == "rollback":
+        raise UserError("train.on_nonfinite=rollback: needs the checkpoints of a run; use skip.")
     comm = single_process(model)
-    loader = PackedLoader(data, config, device=comm.device, layout=_layout(base, data))
-    accelerator = Accelerator()
-    engine = TorchEngine(model, trainables, accelerator, optim, max_grad_norm=config.max_grad_norm)
-    autocast = _autocast(comm, base.dtype)
-    loss = ModelLoss(
-        engine.model, LOSSES[config.objective](), comm,
-        max_tokens=config.micro_batch_size * config.max_seq_len, autocast=autocast,
-    )  # fmt: skip
-    guard = NonFiniteGuard(
-        config.on_nonfinite, comm, lambda *_: None, autocast=autocast, lr=optim.lr,
-        advice="Its sequences are those of `data` in this batch.",
-    )  # fmt: skip
-    return Trainer(
-        engine, trainables, loader, loss, LearningRateSchedule(optim, loader.total_steps), guard,
-        comm, PreemptionHandler(RunDirConfig()), config.seed,
+    return Runtime(
+        comm, Accelerator(), SingleProcess(comm),
+        precision="fp32" if base.dtype == torch.float32 else "bf16",
+        offloads_activations=comm.device.type == "cuda"
+        and config.activation_checkpointing == "offload",
+        preemption=PreemptionHandler(RunDirConfig()),
     )  # fmt: skip
 
 
@@ -143,10 +150,3 @@ def _layout(base: Any, data: TokenSequences) -> BatchLayout:
     packs = not is_packed or probe_packing(dense_config(base), base).is_isolated
     length = max_batched_length(base)
     return BatchLayout(packs, None if length is not None and length >= data.max_len else length)
-
-
-def _autocast(comm: Communicator, dtype: torch.dtype) -> Callable[[], AbstractContextManager]:
-    """Return what makes the context of forward passes in the dtype of the model."""
-    if dtype == torch.float32:
-        return nullcontext
-    return lambda: torch.autocast(comm.device.type, dtype)

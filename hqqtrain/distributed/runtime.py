@@ -4,7 +4,7 @@ import logging
 import os
 import resource
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -39,7 +39,7 @@ class Runtime:
 
     Attributes:
         comm: All ranks of the run.
-        accelerator: Gradient scaling and autocast of `precision`.
+        accelerator: Gradient scaling of `precision`.
         strategy: How the model is sharded or replicated.
         precision: Name of the dtype of matrix products, as in `train.precision`.
         offloads_activations: Whether activations are offloaded to host memory.
@@ -117,7 +117,9 @@ class Runtime:
 
     def autocast(self) -> AbstractContextManager:
         """Context for matrix products in `precision`, as in training."""
-        return self.accelerator.autocast()
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
 
     @property
     def storage_dtype(self) -> torch.dtype:

@@ -11,6 +11,7 @@ they are made once for a batch, and a layer that is recomputed in the backward p
 
 import inspect
 import logging
+from contextlib import ExitStack
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -196,11 +197,12 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def use_packed_attention(model: nn.Module) -> str:
+def use_packed_attention(model: nn.Module, undo: ExitStack | None = None) -> str:
     """Let a model of transformers use `varlen_attention` wherever a batch has documents.
 
     Args:
         model: May be wrapped or sharded. It uses `sdpa` now.
+        undo: Lets the model use `sdpa` again when it is closed; None: the change stays.
 
     Returns:
         Why it does not, as the rest of a sentence that begins with the model; empty if it does.
@@ -209,6 +211,8 @@ def use_packed_attention(model: nn.Module) -> str:
     _register()
     reason = find_obstacle(base)
     if not reason:
+        if undo is not None:
+            undo.callback(base.set_attn_implementation, str(attn_implementation(base.config)))
         base.set_attn_implementation(NAME)
     return reason
 

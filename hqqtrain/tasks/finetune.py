@@ -43,7 +43,7 @@ from hqqtrain.tasks.generation_config import trained_generation_config
 from hqqtrain.tasks.harness import load_harness, run_harness
 from hqqtrain.tasks.model import check_fits_run, load_or_quantize, plan_settings
 from hqqtrain.tasks.streaming import stream_training_data
-from hqqtrain.tasks.training import AdapterTraining, build_trainer, evaluate_trained
+from hqqtrain.tasks.training import AdapterTraining, build_run_trainer, evaluate_trained
 from hqqtrain.training.best_evaluation import BestEvaluation
 
 
@@ -76,14 +76,17 @@ def finetune(run: Run) -> None:
         if not recorder.has_evaluated(evaluation.base_key):
             evaluation.evaluate_as(evaluation.base_key, adapted=False)
             run_harness(run, runnable, harness, evaluation.base_key, adapted=False)
-        trainer, best = build_trainer(run, runnable.model, loader), BestEvaluation()
+        best = BestEvaluation()
         parts: dict[str, Stateful] = {"record": recorder, "best_evaluation": best}
         if config.data.streaming:  # otherwise the index of the batch is enough
             parts["loader"] = loader
         contents = checkpoint_contents(run, runnable, digests, source_digest, parts)
-        with CheckpointManager(
-            trainer, contents, recorder.checkpoints, config.ckpt, comm, runtime.preemption
-        ) as checkpoints:
+        with (
+            build_run_trainer(run, runnable.model, loader) as trainer,
+            CheckpointManager(
+                trainer, contents, recorder.checkpoints, config.ckpt, comm, runtime.preemption
+            ) as checkpoints,
+        ):
             AdapterTraining(run, runnable.model, trainer, evaluation, checkpoints, best).train(
                 checkpoint
             )

@@ -5,6 +5,7 @@ module decides what happens before the first step and after each one.
 """
 
 import logging
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -15,60 +16,37 @@ from hqqtrain.checkpoint.resume import load_best
 from hqqtrain.common.errors import DataError, PreemptedError
 from hqqtrain.data.loader import DataLoader
 from hqqtrain.distributed.consistency import ConsistencyChecker
-from hqqtrain.models.packed_attention import use_packed_attention
-from hqqtrain.tasks.activation_checkpointing import apply_checkpointing
 from hqqtrain.tasks.context import Run
 from hqqtrain.tasks.evaluation import RecordedEvaluation
 from hqqtrain.tasks.profiling import profile_steps
+from hqqtrain.tasks.resources import workload_of
 from hqqtrain.training.best_evaluation import BestEvaluation
-from hqqtrain.training.engine_builder import build_engine
-from hqqtrain.training.fused_lora import fuse_lora
-from hqqtrain.training.fused_modules import fuse_modules
-from hqqtrain.training.losses.model_loss import ModelLoss
-from hqqtrain.training.losses.registry import FUSED_LOSSES, LOSSES
 from hqqtrain.training.metrics import mfu_per_token_rate, step_metrics
-from hqqtrain.training.nonfinite import NonFiniteGuard
-from hqqtrain.training.optimizer import LearningRateSchedule, trainable_parameters
 from hqqtrain.training.state import StepResult
 from hqqtrain.training.trainer import Trainer
+from hqqtrain.training.trainer_builder import build_trainer
 
 logger = logging.getLogger(__name__)
 
 
-def build_trainer(run: Run, model: nn.Module, loader: DataLoader) -> Trainer:
-    """Build the trainer of the adapters in `model`, which the strategy has wrapped. Collective."""
-    config, runtime, comm = run.config, run.runtime, run.runtime.comm
-    train, strategy = config.train, runtime.strategy
-    if train.fused != "false":
-        fuse_modules(model, runtime.device, logs=comm.is_main)
-        reason = use_packed_attention(model)
-        if reason and train.packing and comm.is_main:
-            logger.info("texts that share a row get an attention mask: the model %s", reason)
-    trainables = trainable_parameters(model)
-    after_step = [apply_checkpointing(run, model), profile_steps(run, loader.total_steps)]
-    engine = build_engine(model, trainables, runtime, config.optim, train.max_grad_norm)
-    if train.fused != "false":  # the engine has added its hooks
-        logger.info("train.fused=auto: %s", fuse_lora(model))
-    # In fp16, a gradient that is not scaled before it is rounded would lose its small parts.
-    fuses_loss = train.fused != "false" and runtime.precision != "fp16"
-    fused_loss = FUSED_LOSSES.get(train.objective) if fuses_loss else None
-    loss = ModelLoss(
-        engine.model, LOSSES[train.objective](), comm, fused=fused_loss and fused_loss(),
-        max_tokens=train.micro_batch_size * train.max_seq_len,
-        may_call_head_alone=strategy.may_call_head_alone, autocast=runtime.autocast,
-    )  # fmt: skip
+def build_run_trainer(
+    run: Run, model: nn.Module, loader: DataLoader
+) -> AbstractContextManager[Trainer]:
+    """Make the context of the trainer of a run; see `build_trainer`. Collective.
+
+    Args:
+        run: Settings of the training, and the recorder of steps that are refused.
+        model: The model, which the strategy has wrapped.
+        loader: The training data.
+    """
 
     def record_refusal(step: StepResult, cause: dict[str, Any]) -> None:
         run.recorder.save_nonfinite_batch(step, cause | loader.describe(step.batch_index))
 
-    guard = NonFiniteGuard(
-        train.on_nonfinite, comm, record_refusal, autocast=runtime.autocast, lr=config.optim.lr,
-        scales_gradients=runtime.accelerator.scaler is not None,
-    )  # fmt: skip
-    schedule = LearningRateSchedule(config.optim, loader.total_steps)
-    return Trainer(
-        engine, trainables, loader, loss, schedule, guard, comm, runtime.preemption, train.seed,
-        after_step,
+    return build_trainer(
+        model, loader, run.runtime, run.config.train, run.config.optim, workload_of(run.config),
+        record_refusal=record_refusal, advice="Its samples are in nonfinite/ of the run.",
+        after_step=[profile_steps(run, loader.total_steps)],
     )  # fmt: skip
 
 

@@ -101,6 +101,10 @@ class AutomaticCheckpointing:
                 self._memory.usable() / 2**30,
             )  # fmt: skip
 
+    def remove(self) -> None:
+        """Stop measuring."""
+        self._probe.remove()
+
     def _scaled_peak(self) -> int:
         """Return the peak of a later step on full batches, with the state of the optimizer."""
         state = max(0, self._memory.allocated() - self._before)

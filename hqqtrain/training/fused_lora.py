@@ -6,6 +6,7 @@ stay, so saving and loading know nothing of blocks.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -53,7 +54,7 @@ class FusedLora:
         return f"{text}; linears on PEFT's path: {plain}" if plain else text
 
 
-def fuse_lora(model: nn.Module) -> FusedLora:
+def fuse_lora(model: nn.Module, undo: ExitStack | None = None) -> FusedLora:
     """Let blocks compute the linears with LoRA in the decoder layers of `model` in training.
 
     A block computes the same as PEFT's modules, with fewer passes over memory. What it cannot
@@ -61,6 +62,7 @@ def fuse_lora(model: nn.Module) -> FusedLora:
 
     Args:
         model: The model with adapters, as the strategy has wrapped it; changed in place.
+        undo: Takes the changes back when it is closed; None: they stay.
     """
     result = FusedLora()
     for layer in find_decoder_layers(model) or ():
@@ -70,12 +72,12 @@ def fuse_lora(model: nn.Module) -> FusedLora:
         linears = _adapted_linears(modules, result.plain)
         for roles in _groups(model, layer, modules, linears):
             if len(roles) == 3 and "down" in roles:
-                _fuse_mlp(model, modules, roles, linears)
+                _fuse_mlp(model, modules, roles, linears, undo)
             else:
-                SharedInputBlock([linears.pop(name) for name in roles.values()])
+                SharedInputBlock([linears.pop(name) for name in roles.values()], undo)
             result.blocks["|".join(roles)] += 1
         for name, linear in linears.items():
-            SharedInputBlock([linear])
+            SharedInputBlock([linear], undo)
             result.blocks[name.rpartition(".")[2]] += 1
     return result
 
@@ -117,7 +119,7 @@ def _groups(
 
 def _fuse_mlp(
     model: nn.Module, modules: Mapping[str, nn.Module], roles: Mapping[str, str],
-    linears: dict[str, AdaptedLinear],
+    linears: dict[str, AdaptedLinear], undo: ExitStack | None,
 ) -> None:  # fmt: skip
     """Build the block of an MLP, and remove its linears from `linears`."""
     activation = _activation(modules, roles)
@@ -127,6 +129,7 @@ def _fuse_mlp(
         *(linears.pop(roles[role]) for role in ("gate", "up", "down")),
         activation=activation,
         ends_layer=text_config(model).model_type in _MLP_ENDS_LAYER,
+        undo=undo,
     )
 
 

@@ -3,6 +3,9 @@
 In PyTorch each is five to ten operations that read and write all hidden states, partly in fp32.
 The kernels are those of liger-kernel. Modules, parameters and their names stay as they are.
 
+The kernels run in passes with gradients. Evaluation and generation use the code of the model, so
+that a run measures what `task=eval` and other programs measure.
+
 Models differ in details: Gemma adds 1 to the weight, others round elsewhere. So every kind of
 module is called with random input next to its kernel, and keeps its own code unless both agree.
 """
@@ -12,6 +15,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 
 from hqqtrain.models.fqn import base_model
 from hqqtrain.nn import liger
+from hqqtrain.nn.replacement import replace_attribute
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +41,15 @@ Rotate = Callable[..., tuple[Tensor, Tensor]]
 """transformers' `apply_rotary_pos_emb`: (query, key, cos, sin) -> (query, key)."""
 
 
-def fuse_modules(model: nn.Module, device: torch.device, *, logs: bool = True) -> None:
+def fuse_modules(
+    model: nn.Module, device: torch.device, undo: ExitStack | None = None, *, logs: bool = True
+) -> None:
     """Replace RMSNorms and rotary embeddings of `model` by kernels, in place, if there is a GPU.
 
     Args:
         model: A causal language model, as the strategy has wrapped it.
         device: Device of this rank.
+        undo: Takes the changes back when it is closed; None: they stay.
         logs: Whether to log what was replaced.
     """
     if device.type != "cuda":
@@ -51,14 +59,14 @@ def fuse_modules(model: nn.Module, device: torch.device, *, logs: bool = True) -
             logger.info("train.fused=auto: `pip install 'hqqtrain[liger]'` makes training faster")
         return
     base = base_model(model)
-    norms, rotations = fuse_norms(base, device), fuse_rotations(base, device)
+    norms, rotations = fuse_norms(base, device, undo), fuse_rotations(base, device, undo)
     if logs:
         logger.info(
             "train.fused=auto: kernels for %d norms, %d rotary embeddings", norms, rotations
         )
 
 
-def fuse_norms(model: nn.Module, device: torch.device) -> int:
+def fuse_norms(model: nn.Module, device: torch.device, undo: ExitStack | None = None) -> int:
     """Let the frozen RMSNorms of `model` call a kernel; return how many do."""
     variants: dict[tuple, tuple[float, str] | None] = {}
     fused = 0
@@ -70,14 +78,18 @@ def fuse_norms(model: nn.Module, device: torch.device) -> int:
         if kind not in variants:
             variants[kind] = _matching_variant(module, eps, device)
         if variant := variants[kind]:
-            module.forward = partial(_norm_forward, module, eps, *variant)
+            forward = partial(_norm_forward, module, module.forward, eps, *variant)
+            replace_attribute(module, "forward", forward, undo)
             fused += 1
     return fused
 
 
 def _norm_forward(
-    module: nn.Module, eps: float, offset: float, casting: str, hidden_states: Tensor
-) -> Tensor:
+    module: nn.Module, plain: Callable[[Tensor], Tensor], eps: float, offset: float, casting: str,
+    hidden_states: Tensor,
+) -> Tensor:  # fmt: skip
+    if not torch.is_grad_enabled():
+        return plain(hidden_states)
     weight: Any = module.weight
     return liger.rms_norm(hidden_states, weight, eps, offset=offset, casting=casting)
 
@@ -127,7 +139,7 @@ def _matching_variant(
     return best if errors[best] <= TOLERANCE else None
 
 
-def fuse_rotations(model: nn.Module, device: torch.device) -> int:
+def fuse_rotations(model: nn.Module, device: torch.device, undo: ExitStack | None = None) -> int:
     """Let the modeling code of `model` rotate query and key by a kernel; return how many do.
 
     The function is an attribute of the Python module of a model family, so other models of this
@@ -140,7 +152,7 @@ def fuse_rotations(model: nn.Module, device: torch.device) -> int:
         if isinstance(rotate, FusedRotation):
             fused += 1
         elif inspect.isfunction(rotate) and _rotates_like_llama(rotate, device):
-            code.apply_rotary_pos_emb = FusedRotation(rotate)
+            replace_attribute(code, "apply_rotary_pos_emb", FusedRotation(rotate), undo)
             fused += 1
     return fused
 
@@ -158,6 +170,8 @@ class FusedRotation:
     def __call__(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():
+            return self.plain(q, k, cos, sin, *args, **kwargs)
         has_kernel = q.is_cuda and q.dim() == 4 and cos.dim() == 3 and not args and not kwargs
         if has_kernel and q.dtype == k.dtype == cos.dtype and q.shape[-1] == cos.shape[-1]:
             return liger.rotate(q, k, cos, sin)

@@ -102,7 +102,7 @@ def test_norms_of_families(family: str, dtype: torch.dtype, calls: list[str]):
     torch.testing.assert_close(model(tokens).logits, expected, rtol=0.02, atol=0.02)
     assert len(calls) >= len(norms)
     assert list(model.state_dict()) == names
-    variant = norms[0].forward.args[2:]
+    variant = norms[0].forward.args[3:]
     assert variant[0] == (1.0 if family == "gemma2" else 0.0)
     if dtype == torch.bfloat16:
         assert variant[1] == {"gemma2": "gemma", "olmo2": "gemma"}.get(family, "llama")

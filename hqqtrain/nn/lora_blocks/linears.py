@@ -1,6 +1,7 @@
 """Linears with LoRA that have the same input, such as q, k and v, as one autograd function."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from hqqtrain.nn.lora_blocks.frozen import (
     KeptWeight,
 )
 from hqqtrain.nn.recomputation import is_recomputing
+from hqqtrain.nn.replacement import replace_attribute
 from hqqtrain_kernels.autocast import product_dtype, without_autocast
 
 
@@ -29,15 +31,16 @@ class SharedInputBlock:
 
     Args:
         linears: The linears, whose modules get another `forward`.
+        undo: Gives them their own again when it is closed; None: they keep it.
     """
 
-    def __init__(self, linears: Sequence[AdaptedLinear]) -> None:
+    def __init__(self, linears: Sequence[AdaptedLinear], undo: ExitStack | None = None) -> None:
         self._linears, self._kept = tuple(linears), KeptWeight()
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
         for i, linear in enumerate(linears):
-            plain = linear.module.forward
-            linear.module.forward = partial(self._forward, i, plain)  # type: ignore[method-assign]
+            forward = partial(self._forward, i, linear.module.forward)
+            replace_attribute(linear.module, "forward", forward, undo)
 
     def _forward(self, i: int, plain: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the output of linear i for x [..., in_features]."""

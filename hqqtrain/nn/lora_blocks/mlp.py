@@ -1,5 +1,6 @@
 """A gated MLP with LoRA, down(act(gate(x)) * up(x)), as one autograd function."""
 
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from hqqtrain.nn.lora_blocks.frozen import (
 )
 from hqqtrain.nn.lora_blocks.linears import is_computable
 from hqqtrain.nn.recomputation import is_recomputing
+from hqqtrain.nn.replacement import replace_attribute
 from hqqtrain_kernels.autocast import product_dtype, without_autocast
 from hqqtrain_kernels.glu import Activation, gated_activation, gated_activation_backward
 
@@ -31,16 +33,17 @@ class GatedMLPBlock:
         activation: The activation of the gate.
         ends_layer: Whether the decoder layer only adds the output to its residual. The output is
             then not computed again when the layer is recomputed for its backward pass.
+        undo: Gives `mlp` its own `forward` again when it is closed; None: it keeps this one.
     """
 
     def __init__(
         self, mlp: nn.Module, gate: AdaptedLinear, up: AdaptedLinear, down: AdaptedLinear, *,
-        activation: Activation, ends_layer: bool,
+        activation: Activation, ends_layer: bool, undo: ExitStack | None = None,
     ) -> None:  # fmt: skip
         self._mlp, self._linears = mlp, (gate, up, down)
         self._activation, self._ends_layer = activation, ends_layer
         self._kept = KeptWeight(), KeptWeight()
-        mlp.forward = partial(self._forward, mlp.forward)  # type: ignore[method-assign]
+        replace_attribute(mlp, "forward", partial(self._forward, mlp.forward), undo)
 
     def _forward(self, plain: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map x [..., hidden] to [..., hidden]."""

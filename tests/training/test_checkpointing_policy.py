@@ -1,12 +1,15 @@
 """`train.activation_checkpointing` of a run, as its model gets it."""
 
+from contextlib import ExitStack
+
 import pytest
 from random_models import random_family
 
 from hqqtrain.loading.memory_check import AvailableMemory
 from hqqtrain.models.families.structure import checkpointed_layers
-from hqqtrain.tasks import activation_checkpointing
-from hqqtrain.tasks.activation_checkpointing import apply_checkpointing
+from hqqtrain.tasks.resources import workload_of
+from hqqtrain.training import checkpointing_policy
+from hqqtrain.training.checkpointing_policy import apply_checkpointing
 
 
 @pytest.mark.parametrize(
@@ -23,16 +26,20 @@ from hqqtrain.tasks.activation_checkpointing import apply_checkpointing
 def test_layers_that_recompute(make_config, start_run, monkeypatch, mode, free, recomputes):
     """On a CPU, `auto` recomputes only if host memory is short."""
     available = AvailableMemory(host=free, disk=0)
-    monkeypatch.setattr(activation_checkpointing, "available_memory", lambda *_: available)
+    monkeypatch.setattr(checkpointing_policy, "available_memory", lambda *_: available)
     model = random_family("llama", num_hidden_layers=2)
     with start_run(make_config(train={"activation_checkpointing": mode})) as run:
-        apply_checkpointing(run, model)()
+        undo = ExitStack()
+        apply_checkpointing(model, run.runtime, workload_of(run.config), undo)()
     assert [layer.gradient_checkpointing for layer in checkpointed_layers(model)] == recomputes
+    undo.close()
+    assert not any(layer.gradient_checkpointing for layer in checkpointed_layers(model))
+    assert not model.get_input_embeddings()._forward_hooks
 
 
 def test_auto_leaves_a_model_alone_that_cannot_recompute(make_config, start_run, monkeypatch):
-    monkeypatch.setattr(activation_checkpointing, "_mode_on_cpu", lambda *_: "auto")  # as on a GPU
+    monkeypatch.setattr(checkpointing_policy, "_mode_on_cpu", lambda *_: "auto")  # as on a GPU
     model = random_family("ctrl", n_embd=32, n_layer=1, n_head=2, dff=48)
     with start_run(make_config(train={"activation_checkpointing": "auto"})) as run:
-        apply_checkpointing(run, model)()
+        apply_checkpointing(model, run.runtime, workload_of(run.config), ExitStack())()
     assert checkpointed_layers(model) == []
