@@ -2,12 +2,15 @@
 
     python scripts/bench_training.py hqqtrain:4 hqqtrain:2 unsloth --checkpointing full
     python scripts/bench_training.py hqqtrain:4 hqqtrain:4@../before --shape 70b
+    python scripts/bench_training.py hqqtrain:4,parallel.strategy=fsdp2 hqqtrain:4
 
-A contender is `hqqtrain:BITS`, with `@FOLDER` from another source tree, or a peer of
-`bench_training_peers.py`. Each is a process that trains without an end and writes a line for every
-step. All are loaded, and then they take turns: a contender runs for some steps while the others are
-stopped by a signal, so that a change of the clock or of the machine meets all of them. The table
-has the medians, and the ratio to the last contender.
+A contender is `hqqtrain:BITS`, with `@FOLDER` from another source tree and with settings of its own
+after commas, or a peer of `bench_training_peers.py`. A setting in capitals is an environment
+variable: `PYTORCH_ALLOC_CONF=per_process_memory_fraction:0.1` limits the memory. Each contender is
+a process that trains without an end and writes a line for every step. All are loaded, and then they
+take turns: a contender runs for some steps while the others are stopped by a signal, so that a
+change of the clock or of the machine meets all of them. The table has the medians, and the ratio to
+the last contender.
 
 All train LoRA adapters of rank 16 on all linear layers of a Llama with random weights, with AdamW,
 in bf16. A step is one forward and one backward pass.
@@ -18,6 +21,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -155,9 +159,12 @@ def write_inputs(folder: Path, shape: str, workload: Workload, documents: bool) 
 
 def start(name: str, workload: Workload, folder: Path) -> Contender:
     """Start a contender."""
-    tool, _, rest = name.partition(":")
-    log = folder / f"{name.replace('/', '-')}.log"
-    environment = dict(os.environ, HF_HUB_OFFLINE="1")
+    word, *settings = name.split(",")
+    tool, _, rest = word.partition(":")
+    log = folder / (re.sub(r"[^\w.-]+", "-", name) + ".log")
+    variables = dict(each.split("=", 1) for each in settings if each.partition("=")[0].isupper())
+    options = [each for each in settings if each.partition("=")[0] not in variables]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **variables}
     if tool == "hqqtrain":
         nbits, _, tree = rest.partition("@")
         source = Path(tree).resolve() if tree else ROOT
@@ -165,7 +172,8 @@ def start(name: str, workload: Workload, folder: Path) -> Contender:
             [str(source), str(source / "kernels"), os.environ.get("PYTHONPATH", "")]
         )
         root = folder / f"runs-{log.stem}"
-        command = [sys.executable, "-m", "hqqtrain", *_settings(workload, nbits or "4", root)]
+        command = [sys.executable, "-m", "hqqtrain", *_settings(workload, nbits or "4", root),
+                   *options]  # fmt: skip
         lines = root / "bench" / "metrics.jsonl"
     else:
         lines = folder / f"{tool}.jsonl"
@@ -236,7 +244,8 @@ def save(rows: list[list[Any]], path: Path, settings: str) -> None:
 def main(arguments: list[str]) -> int:
     """Measure the contenders that the command line names, and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("contenders", nargs="+", help="hqqtrain:4, hqqtrain:2@FOLDER, unsloth, bnb")
+    words = "hqqtrain:4, hqqtrain:2@FOLDER,KEY=VALUE, unsloth, bnb"
+    parser.add_argument("contenders", nargs="+", help=words)
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="sizes of the Llama")
     parser.add_argument("--layers", type=int, help="decoder layers, if not those of the shape")
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step")

@@ -1,7 +1,6 @@
-"""The kernels of the package liger-kernel that training uses, if it is installed.
+"""The kernel of the package liger-kernel that training uses, if it is installed.
 
-They run on CUDA tensors. In Triton's interpreter, the cross-entropy and the rotary embedding run on
-CPU tensors, too.
+It runs on CUDA tensors, and in Triton's interpreter on those of a CPU, too.
 """
 
 from functools import cache
@@ -52,37 +51,3 @@ def cross_entropy_(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
             num_warps=32,
         )  # fmt: skip
     return losses
-
-
-def rms_norm(hidden: Tensor, weight: Tensor, eps: float, *, offset: float, casting: str) -> Tensor:
-    """Return the RMSNorm of the last dimension of `hidden`, in its dtype.
-
-    Args:
-        hidden: [..., hidden_size].
-        weight: [hidden_size].
-        eps: Is added to the mean square.
-        offset: Is added to the weight: 1 for Gemma, otherwise 0.
-        casting: `llama` rounds to the dtype of `hidden` before it multiplies by the weight, and
-            `gemma` after it.
-    """
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
-    # The gradient must not be overwritten in place: a residual connection may share it.
-    return LigerRMSNormFunction.apply(hidden, weight, eps, offset, casting, False)
-
-
-def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return query and key with rotary position embeddings, as Llama has them.
-
-    Args:
-        query: [sequences, heads, tokens, head_size].
-        key: [sequences, key_heads, tokens, head_size].
-        cos: [sequences or 1, tokens, head_size], whose second half repeats the first.
-        sin: As `cos`.
-    """
-    from liger_kernel.ops.rope import LigerRopeFunction
-
-    # The kernel writes into a contiguous input, which another part of the model may still read.
-    query, key = (x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
-                  for x in (query, key))  # fmt: skip
-    return LigerRopeFunction.apply(query, key, cos, sin)

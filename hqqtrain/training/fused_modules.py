@@ -1,13 +1,17 @@
 """Let RMSNorm and rotary position embeddings of a model run as one kernel each, on a GPU.
 
 In PyTorch each is five to ten operations that read and write all hidden states, partly in fp32.
-The kernels are those of liger-kernel. Modules, parameters and their names stay as they are.
+Modules, parameters and their names stay as they are.
 
 The kernels run in passes with gradients. Evaluation and generation use the code of the model, so
 that a run measures what `task=eval` and other programs measure.
 
 Models differ in details: Gemma adds 1 to the weight, others round elsewhere. So every kind of
 module is called with random input next to its kernel, and keeps its own code unless both agree.
+
+The kernels are our own. The backward kernel of liger-kernel 0.8.5 also fills its output with zeros
+and computes a gradient of the weight, and its rotation writes into its input, which has to be
+copied first.
 """
 
 import copy
@@ -23,12 +27,19 @@ import torch
 from torch import Tensor, nn
 
 from hqqtrain.models.fqn import base_model
-from hqqtrain.nn import liger
+from hqqtrain.nn import liger, rms_norm, rotary
 from hqqtrain.nn.replacement import replace_attribute
+from hqqtrain.training.fused_layers import fuse_layers
+from hqqtrain_kernels import backend
+from hqqtrain_kernels.rms_norm import NormParams
 
 logger = logging.getLogger(__name__)
 
-VARIANTS = ((0.0, "llama"), (0.0, "gemma"), (1.0, "gemma"))
+VARIANTS = (
+    NormParams(0.0, 0.0, "llama"),
+    NormParams(0.0, 0.0, "gemma"),
+    NormParams(0.0, 1.0, "gemma"),
+)
 """The variants of RMSNorm: the offset of the weight, and where the result is rounded."""
 
 PROBE_SIZE = 128
@@ -52,24 +63,27 @@ def fuse_modules(
         undo: Takes the changes back when it is closed; None: they stay.
         logs: Whether to log what was replaced.
     """
-    if device.type != "cuda":
-        return
-    if not liger.has_liger():
-        if logs:
-            logger.info("train.fused=auto: `pip install 'hqqtrain[liger]'` makes training faster")
+    if device.type != "cuda" or not backend.use_triton(device):
         return
     base = base_model(model)
-    norms, rotations = fuse_norms(base, device, undo), fuse_rotations(base, device, undo)
-    if logs:
-        logger.info(
-            "train.fused=auto: kernels for %d norms, %d rotary embeddings", norms, rotations
-        )
+    norms = fuse_norms(base, device, undo)
+    layers, rotations = fuse_layers(base, norms, undo), fuse_rotations(base, device, undo)
+    if not logs:
+        return
+    logger.info(
+        "train.fused=auto: kernels for %d norms, %d of them with residual connections, and for %d "
+        "rotary embeddings", len(norms), 2 * layers, rotations,
+    )  # fmt: skip
+    if not liger.has_liger():
+        logger.info("train.fused=auto: `pip install 'hqqtrain[liger]'` makes the loss faster")
 
 
-def fuse_norms(model: nn.Module, device: torch.device, undo: ExitStack | None = None) -> int:
-    """Let the frozen RMSNorms of `model` call a kernel; return how many do."""
-    variants: dict[tuple, tuple[float, str] | None] = {}
-    fused = 0
+def fuse_norms(
+    model: nn.Module, device: torch.device, undo: ExitStack | None = None
+) -> dict[nn.Module, NormParams]:
+    """Let the frozen RMSNorms of `model` call a kernel; return those that do."""
+    variants: dict[tuple, NormParams | None] = {}
+    fused = {}
     for module in model.modules():
         if not _is_frozen_rms_norm(module):
             continue
@@ -77,21 +91,17 @@ def fuse_norms(model: nn.Module, device: torch.device, undo: ExitStack | None = 
         kind = (type(module), module.weight.dtype, eps)
         if kind not in variants:
             variants[kind] = _matching_variant(module, eps, device)
-        if variant := variants[kind]:
-            forward = partial(_norm_forward, module, module.forward, eps, *variant)
+        if params := variants[kind]:
+            forward = partial(_norm_forward, module, module.forward, params)
             replace_attribute(module, "forward", forward, undo)
-            fused += 1
+            fused[module] = params
     return fused
 
 
-def _norm_forward(
-    module: nn.Module, plain: Callable[[Tensor], Tensor], eps: float, offset: float, casting: str,
-    hidden_states: Tensor,
-) -> Tensor:  # fmt: skip
-    if not torch.is_grad_enabled():
-        return plain(hidden_states)
-    weight: Any = module.weight
-    return liger.rms_norm(hidden_states, weight, eps, offset=offset, casting=casting)
+def _norm_forward(module: Any, plain: Any, params: NormParams, hidden_states: Tensor) -> Tensor:
+    if rms_norm.is_computable(hidden_states, module.weight):
+        return rms_norm.rms_norm(hidden_states, module.weight, params)
+    return plain(hidden_states)
 
 
 def _is_frozen_rms_norm(module: Any) -> bool:
@@ -113,9 +123,7 @@ def _eps(module: Any) -> Any:
 
 
 @torch.no_grad()
-def _matching_variant(
-    module: nn.Module, eps: float, device: torch.device
-) -> tuple[float, str] | None:
+def _matching_variant(module: nn.Module, eps: float, device: torch.device) -> NormParams | None:
     """Return the variant of the kernel that computes what `module` computes; None if none does."""
     dtype: Any = module.weight.dtype
     generator = torch.Generator(device).manual_seed(0)
@@ -129,13 +137,11 @@ def _matching_variant(
         expected = twin.forward(hidden)
     except (TypeError, ValueError, RuntimeError, AttributeError):  # it needs more than a weight
         return None
+    variants = [variant._replace(eps=eps) for variant in VARIANTS]
     errors = {
-        variant: _error(
-            liger.rms_norm(hidden, values, eps, offset=variant[0], casting=variant[1]), expected
-        )
-        for variant in VARIANTS
+        params: _error(rms_norm.rms_norm(hidden, values, params), expected) for params in variants
     }
-    best = min(errors, key=lambda variant: errors[variant])
+    best = min(variants, key=lambda params: errors[params])
     return best if errors[best] <= TOLERANCE else None
 
 
@@ -170,11 +176,9 @@ class FusedRotation:
     def __call__(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if not torch.is_grad_enabled():
-            return self.plain(q, k, cos, sin, *args, **kwargs)
-        has_kernel = q.is_cuda and q.dim() == 4 and cos.dim() == 3 and not args and not kwargs
-        if has_kernel and q.dtype == k.dtype == cos.dtype and q.shape[-1] == cos.shape[-1]:
-            return liger.rotate(q, k, cos, sin)
+        is_plain_call = q.is_cuda and not args and not kwargs
+        if is_plain_call and rotary.is_computable(q, k, cos, sin):
+            return rotary.rotate(q, k, cos, sin)
         return self.plain(q, k, cos, sin, *args, **kwargs)
 
 
@@ -191,7 +195,7 @@ def _rotates_like_llama(rotate: Rotate, device: torch.device) -> bool:
         expected = rotate(query, key, cos, sin)
     except (TypeError, ValueError, RuntimeError, IndexError):  # a function of another shape
         return False
-    found = liger.rotate(query, key, cos, sin)
+    found = rotary.rotate(query, key, cos, sin)
     pairs = zip(found, expected, strict=True)
     return all(_error(ours, theirs) <= TOLERANCE for ours, theirs in pairs)
 

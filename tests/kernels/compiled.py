@@ -42,8 +42,11 @@ from hqqtrain_kernels import (
     glu_triton,
     heuristics,
     linear_triton,
+    rms_norm_triton,
+    rotary_triton,
     weighted_fit_triton,
 )
+from hqqtrain_kernels.rms_norm import NormParams
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
@@ -182,6 +185,18 @@ def _gated_activation(activation: str, dtype: torch.dtype) -> None:
     glu_triton.gated_activation_backward(grad_h, gate_up, activation, gate_up)
 
 
+def _rms_norm(params: NormParams) -> None:
+    x, weight = torch.empty(4, 4096, dtype=torch.bfloat16), torch.empty(4096, dtype=torch.bfloat16)
+    rms_norm_triton.forward(x, x, weight, params)
+    rms_norm_triton.backward(x, x, weight, params, x)
+
+
+def _rotary(inverse: bool) -> None:
+    query, key = (torch.empty(1, heads, 4, 128, dtype=torch.bfloat16) for heads in (32, 8))
+    cos = torch.empty(1, 4, 128, dtype=torch.bfloat16)
+    rotary_triton.rotate(query, key, cos, cos, inverse)
+
+
 def _cases(thorough: bool) -> Iterator[Case]:
     """Yield name and launch of every case: every kernel, or if `thorough` most of its versions."""
     yield "spills", _spilling
@@ -195,6 +210,8 @@ def _cases(thorough: bool) -> Iterator[Case]:
     for activation in ("silu", "gelu_tanh"):
         case = partial(_gated_activation, activation, torch.bfloat16)
         yield f"gated activation {activation}", case
+    yield "norm", partial(_rms_norm, NormParams(1e-5))
+    yield "rotation", partial(_rotary, False)
     yield "quantize columns", partial(_quantize_columns, 64, 64)
     yield "weighted fit", partial(_weighted_fit, 64, 2, False)
     yield "decode attention", partial(_decode_attention, 128, torch.bool)

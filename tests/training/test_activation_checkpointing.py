@@ -84,17 +84,21 @@ def test_offloading_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.gpu
 def test_offloaded_inputs_leave_the_gpu() -> None:
     config = LlamaConfig(**SIZES | {"hidden_size": 512, "num_hidden_layers": 8})
-    peaks = {}
-    for offload in (False, True):
+    inputs = {k: v.cuda() for k, v in make_inputs(1, 8192).items()}
+
+    def kept(offload: bool) -> int:
+        """Return the bytes that the second forward pass keeps for the backward pass."""
         model = LlamaForCausalLM(config).cuda().train().requires_grad_(False)
         model.get_input_embeddings().weight.requires_grad_()
         apply_activation_checkpointing(model, offload=offload)
-        inputs = {k: v.cuda() for k, v in make_inputs(1, 8192).items()}
-        torch.cuda.reset_peak_memory_stats()
-        loss = model.model(input_ids=inputs["input_ids"]).last_hidden_state.float().mean()
-        kept = torch.cuda.memory_allocated()
-        loss.backward()
-        peaks[offload] = kept
-        del model, loss
+        for _ in range(2):  # the first pass also allocates the workspaces of cuBLAS
+            before = torch.cuda.memory_allocated()
+            loss = model.model(input_ids=inputs["input_ids"]).last_hidden_state.float().mean()
+            after = torch.cuda.memory_allocated()
+            loss.backward()
+            model.zero_grad()
+            del loss
+        return after - before
+
     layers = 8 * 8192 * 512 * 4
-    assert peaks[False] - peaks[True] > 0.7 * layers
+    assert kept(offload=False) - kept(offload=True) > 0.7 * layers

@@ -5,6 +5,6 @@ gradients, `linears.py` and `mlp.py` the autograd functions and the blocks that 
 """
 
 from hqqtrain.nn.lora_blocks.linears import SharedInputBlock
-from hqqtrain.nn.lora_blocks.mlp import GatedMLPBlock
+from hqqtrain.nn.lora_blocks.mlp import GatedMLPBlock, adds_residual
 
-__all__ = ["GatedMLPBlock", "SharedInputBlock"]
+__all__ = ["GatedMLPBlock", "SharedInputBlock", "adds_residual"]

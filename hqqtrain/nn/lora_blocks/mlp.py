@@ -45,20 +45,36 @@ class GatedMLPBlock:
         self._kept = KeptWeight(), KeptWeight()
         replace_attribute(mlp, "forward", partial(self._forward, mlp.forward), undo)
 
-    def _forward(self, plain: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map x [..., hidden] to [..., hidden]."""
+    def adds_to(self, residual: Tensor) -> bool:
+        """Whether a call may have the argument `residual`, a tensor that is added to the output."""
+        down = self._linears[2]
+        is_seen = any(map(has_hooks, (self._mlp, down.module)))  # a hook expects the output alone
+        return down.bias is None and not is_seen and product_dtype(residual) == residual.dtype
+
+    def _forward(
+        self, plain: Any, x: Tensor, *args: Any, residual: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Map x [..., hidden] to [..., hidden], and add `residual` [..., hidden]."""
         linears = self._linears
         observed = any(has_hooks(linear.module) for linear in linears)
         if args or kwargs or observed or not is_computable(x, linears):
-            return plain(x, *args, **kwargs)
+            y = plain(x, *args, **kwargs)
+            return y if residual is None else residual + y
         inner, down = FrozenLinears.of(linears[:2]), FrozenLinears.of(linears[2:])
-        settings = _Settings(self._activation, self._kept, self._skips_output())
+        skips_output = self._skips_output(ends_layer=self._ends_layer or residual is not None)
+        settings = _Settings(self._activation, self._kept, skips_output)
         A, B = [linear.A for linear in linears], [linear.B for linear in linears]
         x = x.to(product_dtype(x))
-        return _GatedMLPFunction.apply(x, inner, down, settings, *A, *B)
+        return _GatedMLPFunction.apply(x, residual, inner, down, settings, *A, *B)
 
-    def _skips_output(self) -> bool:
-        return self._ends_layer and is_recomputing() and not has_hooks(self._mlp)
+    def _skips_output(self, *, ends_layer: bool) -> bool:
+        return ends_layer and is_recomputing() and not has_hooks(self._mlp)
+
+
+def adds_residual(mlp: nn.Module, residual: Tensor) -> bool:
+    """Whether `mlp` is computed by a block that adds `residual` to its output."""
+    block = getattr(getattr(vars(mlp).get("forward"), "func", None), "__self__", None)
+    return isinstance(block, GatedMLPBlock) and block.adds_to(residual)
 
 
 class _Settings(NamedTuple):
@@ -70,18 +86,18 @@ class _Settings(NamedTuple):
 
 
 class _GatedMLPFunction(torch.autograd.Function):
-    """y [..., K] of a gated MLP; the gradients of x, of all A_i and of all B_i.
+    """y [..., K] of a gated MLP plus a residual; the gradients of both, of all A_i and all B_i.
 
-    It saves x, U of gate and up, and the outputs of gate and up, but not h, the input of `down`.
+    It saves x, every U, and the outputs of gate and up, but not h, the input of `down`.
     The backward pass computes h again with the gradients of its factors.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, inner: FrozenLinears, down: FrozenLinears, settings: _Settings,
-        *AB: Tensor,
+        ctx: Any, x: Tensor, residual: Tensor | None, inner: FrozenLinears, down: FrozenLinears,
+        settings: _Settings, *AB: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Compute y from x [..., K] and the matrices A and B of gate, up and down."""
+        """Compute y from x [..., K], a residual [..., K] or None, and A and B of gate, up, down."""
         with without_autocast(x):
             adapters = products.cast_adapters(AB[:2], AB[3:5], inner.scalings, x.dtype)
             down_adapters = products.cast_adapters(AB[2:3], AB[5:], down.scalings, x.dtype)
@@ -92,14 +108,17 @@ class _GatedMLPFunction(torch.autograd.Function):
             if is_recomputing():
                 settings.kept[0].keep(W)
             del W
-            if settings.skips_output:
+            if settings.skips_output and len(rows) > 1:
                 y = x.new_empty(len(rows), len(AB[5]))
+                U_down = _missing(len(rows), len(down_adapters.A), x)
             else:
-                y = _down(gate_up, down, down_adapters, settings)
+                added = None if residual is None else residual.reshape(rows.shape[0], -1)
+                y, U_down = _down(gate_up, added, down, down_adapters, settings)
+        ctx.has_residual = residual is not None
         ctx.inner, ctx.down = inner.settings(), down.settings()
         ctx.settings, ctx.dtype = settings, AB[0].dtype
         ctx.save_for_backward(
-            x, U, gate_up, adapters.A, *adapters.B, down_adapters.A, *down_adapters.B,
+            x, U, gate_up, U_down, adapters.A, *adapters.B, down_adapters.A, *down_adapters.B,
             *inner.tensors(), *down.tensors(),
         )  # fmt: skip
         return y.view(*x.shape[:-1], y.shape[1])
@@ -108,7 +127,7 @@ class _GatedMLPFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         """Compute the gradients from that of y [..., K]."""
-        x, U, gate_up, A, B_gate, B_up, A_down, B_down, *tensors = ctx.saved_tensors
+        x, U, gate_up, U_down, A, B_gate, B_up, A_down, B_down, *tensors = ctx.saved_tensors
         saved, settings = iter(tensors), ctx.settings
         weights, down_weights = ctx.inner.take_weights(saved), ctx.down.take_weights(saved)
         with without_autocast(x):
@@ -122,7 +141,8 @@ class _GatedMLPFunction(torch.autograd.Function):
             # The saved outputs of gate and up are not needed again, unless the graph is kept.
             grads = torch.empty_like(gate_up) if keeps_graph() else gate_up
             gated_activation_backward(h, gate_up, settings.activation, out=grads)
-            U_down = products.project(h, down_adapters)
+            if _is_missing(U_down):
+                U_down = products.project(h, down_adapters)
             down_A, down_B = products.adapter_gradients([g], h, U_down, V, down_adapters, ctx.dtype)
             del h
             parts = products.split_outputs(grads, adapters)
@@ -132,17 +152,32 @@ class _GatedMLPFunction(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 W = settings.kept[0].take(weights, x.dtype)
                 grad_x = products.input_gradient([grads], V, W, adapters).view(x.shape)
-        return grad_x, None, None, None, *grad_A, *down_A, *grad_B, *down_B
+        grad_residual = grad_y if ctx.has_residual else None
+        return grad_x, grad_residual, None, None, None, *grad_A, *down_A, *grad_B, *down_B
 
 
 def _down(
-    gate_up: Tensor, down: FrozenLinears, adapters: products.Adapters, settings: _Settings
-) -> Tensor:
-    """Compute the output [M, K] from the outputs of gate and up [M, 2 F]."""
+    gate_up: Tensor, residual: Tensor | None, down: FrozenLinears, adapters: products.Adapters,
+    settings: _Settings,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute the output [M, K] plus `residual` [M, K], and U, from gate and up [M, 2 F]."""
     h = gated_activation(gate_up, settings.activation)
     U = products.project(h, adapters)
     W = products.dense_weight(down.weights, h.dtype)
     if is_recomputing():
         settings.kept[1].keep(W)
-    (y,) = products.outputs(h, U, W, down.biases, adapters)
-    return y
+    added = down.biases if residual is None else (residual,)
+    (y,) = products.outputs(h, U, W, added, adapters)
+    return y, U
+
+
+def _missing(rows: int, columns: int, x: Tensor) -> Tensor:
+    """Return what stands for a tensor that was not computed: its elements share their memory.
+
+    A recomputation must save as many tensors as the forward pass, of the same shapes.
+    """
+    return x.new_empty(1).expand(rows, columns)
+
+
+def _is_missing(tensor: Tensor) -> bool:
+    return 0 in tensor.stride()

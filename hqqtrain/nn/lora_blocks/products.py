@@ -104,7 +104,7 @@ def outputs(
         x: The input [M, K].
         U: s (x A^T) [M, r].
         W: All weights, one below the other [N, K].
-        biases: The bias [N_i] of each linear, or None.
+        biases: The bias [N_i] of each linear, or what is added to its output [M, N_i], or None.
         adapters: The LoRA matrices.
     """
     heights = [B.shape[0] for B in adapters.B]
