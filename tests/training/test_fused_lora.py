@@ -20,7 +20,9 @@ ALL_IN_BLOCKS = {"q|k|v": 2, "gate|up|down": 2, "o_proj": 2}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def adapted(kind: str = "llama", *, quant: dict[str, Any] | None = None, **lora: Any) -> PeftModel:
+def adapted(
+    kind: str = "llama", *, quant: dict[str, Any] | None = None, seed: int = 0, **lora: Any
+) -> PeftModel:
     """Return a small random model, quantized if `quant` is given, with adapters of values."""
     model = random_family(kind)
     for name, param in model.named_parameters():
@@ -29,6 +31,7 @@ def adapted(kind: str = "llama", *, quant: dict[str, Any] | None = None, **lora:
         quantize_model(model, QuantConfig(**{"nbits": 4, "group_size": 8} | quant))
     lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | lora
     peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    torch.manual_seed(seed)
     for name, param in peft.named_parameters():
         if "lora_" in name:
             nn.init.normal_(param, std=0.2)
@@ -115,38 +118,44 @@ def test_a_graph_that_is_kept_can_be_used_again() -> None:
         assert torch.equal(a, b)
 
 
+def errors(
+    kind: str, device: str, seeds: int, *, checkpointed: bool = False
+) -> dict[str, tuple[float, float, float]]:
+    """Return by name the norms over several adapters: fused - exact, plain - exact, and exact.
+
+    A single model says little, because gradients of q and k have errors of 10 % in bf16.
+    """
+    squares: dict[str, Tensor] = {}
+    for seed in range(seeds):
+        model = adapted(kind, quant={}, seed=seed).to(device)
+        exact, fused = copy.deepcopy(model).double(), copy.deepcopy(model)
+        fuse_lora(fused)
+        if checkpointed:
+            apply_activation_checkpointing(fused, offload=False)
+        expected = gradients(exact)
+        with torch.autocast(device, torch.bfloat16):
+            got, plain = gradients(fused), gradients(model)
+        for name, value in expected.items():
+            assert got[name].dtype == plain[name].dtype, name
+            parts = torch.stack([got[name] - value, plain[name] - value, value])
+            squares[name] = squares.get(name, 0) + parts.flatten(1).square().sum(1)
+    return {name: tuple(square.sqrt().tolist()) for name, square in squares.items()}
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast_to_bf16(device: str) -> None:
-    model = adapted(quant={}).to(device)
-    exact, fused = copy.deepcopy(model).double(), copy.deepcopy(model)
-    fuse_lora(fused)
-    expected = gradients(exact)
-    with torch.autocast(device, torch.bfloat16):
-        got, plain = gradients(fused), gradients(model)
-
-    def error(results: dict[str, Tensor]) -> float:
-        differences = [results[n].double() - v for n, v in expected.items() if n != "logits"]
-        return torch.stack([d.norm() / d.numel() ** 0.5 for d in differences]).mean().item()
-
-    assert {grad.dtype for name, grad in got.items() if "lora" in name} == {torch.float32}
-    assert error(got) <= 1.1 * error(plain)
+    found = [each for name, each in errors("llama", device, seeds=8).items() if name != "logits"]
+    relative = [(fused / exact, plain / exact) for fused, plain, exact in found]
+    assert sum(fused for fused, _ in relative) <= 1.1 * sum(plain for _, plain in relative)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradients_on_a_gpu(checkpointed: bool, kind: str) -> None:
-    model = adapted(kind, quant={}).cuda()
-    exact, fused = copy.deepcopy(model).double(), copy.deepcopy(model)
-    fuse_lora(fused)
-    if checkpointed:
-        apply_activation_checkpointing(fused, offload=False)
-    expected = gradients(exact)
-    with torch.autocast("cuda", torch.bfloat16):
-        got, plain = gradients(fused), gradients(model)
-    for name, value in expected.items():
-        error, allowed = ((each[name].double() - value).norm() for each in (got, plain))
-        assert error <= 1.5 * allowed + 0.01 * value.norm(), name
+    found = errors(kind, "cuda", seeds=8, checkpointed=checkpointed)
+    for name, (fused, plain, exact) in found.items():
+        assert fused <= 1.5 * plain + 0.01 * exact, name
 
 
 def test_reasons_for_the_plain_path() -> None:

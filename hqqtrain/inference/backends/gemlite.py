@@ -45,7 +45,18 @@ class GemliteLinear(RepackedLinear):
     def product(self, x: Tensor) -> Tensor:
         """Return x W'^T [rows, out_features] in fp32."""
         tensors = [self.get_buffer(name) for name in self.names]
-        return torch.ops.gemlite.forward_functional(x, None, tensors, self.settings)
+        return _fp32_product(x, tensors, self.settings)
+
+
+@torch.library.custom_op("hqqtrain::gemlite_product", mutates_args=())
+def _fp32_product(x: Tensor, tensors: list[Tensor], settings: list[int]) -> Tensor:
+    """Call gemlite's operator, which tells the compiler that its output has the dtype of x."""
+    return torch.ops.gemlite.forward_functional(x, None, tensors, settings)
+
+
+@_fp32_product.register_fake
+def _(x: Tensor, tensors: list[Tensor], settings: list[int]) -> Tensor:
+    return x.new_empty(x.shape[0], tensors[0].shape[1], dtype=torch.float32)
 
 
 class GemliteBackend(InferenceBackend):

@@ -4,6 +4,7 @@ from functools import partial
 from importlib import util
 
 import pytest
+import torch
 from backend_products import check_model, check_products, make_layer
 from exports import WIDE
 
@@ -32,6 +33,14 @@ def test_rows_with_a_part_of_a_split_are_refused(group_size, columns):
 
 def test_whole_splits_are_computed():
     assert BACKEND.refusal(make_layer(4, rows=32, columns=1024)) is None
+
+
+def test_the_compiler_knows_the_dtype_of_the_product():
+    x, codes = (
+        torch.empty(shape, dtype=torch.float16, device="meta") for shape in ((2, 8), (4, 3))
+    )
+    y = torch.ops.hqqtrain.gemlite_product(x, [codes], [0])
+    assert (y.shape, y.dtype) == ((2, 3), torch.float32)
 
 
 @with_gemlite
