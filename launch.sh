@@ -110,11 +110,11 @@ launch() { # run several processes; exit with the run's own code, because accele
 
 if [[ ${1:-} == test ]]; then shift; set_up test; run_tests "$@"; fi
 set_up run
-[[ " $* " == *" task=generate "* ]] && generates=1 || generates="" # one process, maybe no recipe
-[[ " $* " == *" recipe="* || -n $generates && " $* " == *" model.name_or_path="* ]] ||
+[[ " $* " =~ " task="(generate|plan)" " ]] && is_alone=1 || is_alone="" # one process, maybe no recipe
+[[ " $* " == *" recipe="* || -n $is_alone && " $* " == *" model.name_or_path="* ]] ||
   set -- recipe=tiny_2bit "$@"
 export HQQTRAIN_LAUNCHER="$here/launch.sh"
 nnodes="${NNODES:-1}" nproc="${NPROC:-$(count_gpus)}"
 ((nproc > 0)) || nproc=1
-if ((nproc * nnodes == 1)) || [[ -n $generates ]] || has_flag "$@"; then exec "$python" -m hqqtrain "$@"; fi
+if ((nproc * nnodes == 1)) || [[ -n $is_alone ]] || has_flag "$@"; then exec "$python" -m hqqtrain "$@"; fi
 launch "$@"

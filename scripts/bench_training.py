@@ -172,7 +172,7 @@ def start(name: str, workload: Workload, folder: Path) -> Contender:
             [str(source), str(source / "kernels"), os.environ.get("PYTHONPATH", "")]
         )
         root = folder / f"runs-{log.stem}"
-        command = [sys.executable, "-m", "hqqtrain", *_settings(workload, nbits or "4", root),
+        command = [sys.executable, "-m", "hqqtrain", *settings_of(workload, nbits or "4", root),
                    *options]  # fmt: skip
         lines = root / "bench" / "metrics.jsonl"
     else:
@@ -191,7 +191,7 @@ def start(name: str, workload: Workload, folder: Path) -> Contender:
     return Contender(name, process, lines, log)
 
 
-def _settings(workload: Workload, nbits: str, root: Path) -> Iterator[str]:
+def settings_of(workload: Workload, nbits: str, root: Path) -> Iterator[str]:
     """Yield the settings of hqqtrain. A run has more steps than will be measured."""
     yield from (
         "recipe=tiny_2bit", f"model.name_or_path={workload.folder}", "model.source=synthetic",

@@ -24,7 +24,8 @@ class Command:
 
     @property
     def is_slurm(self) -> bool:
-        return any(job.config.launch.backend == "slurm" for job in self.jobs)
+        jobs = (job.config for job in self.jobs)
+        return any(config.launch.backend == "slurm" and config.task != "plan" for config in jobs)
 
     def as_recipes(self) -> str:
         """Return the complete configuration of every job as YAML.

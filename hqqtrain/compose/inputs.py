@@ -43,7 +43,9 @@ class Input(NamedTuple):
 def list_inputs(config: RunConfig) -> Iterator[Input]:
     """Yield every input that the task of `config` uses."""
     held_out, data = config.eval.source, _source_to_check(config.data.source)
-    kind: Literal["model", "tokenizer"] = "tokenizer" if config.task == "data" else "model"
+    kind: Literal["model", "tokenizer"] = (
+        "tokenizer" if config.task in ("data", "plan") else "model"
+    )
     yield Input(kind, "model.name_or_path", config.model.name_or_path)
     if config.adapter.init_from and config.task not in ("quantize", "data"):
         yield Input("adapter", "adapter.init_from", config.adapter.init_from)
@@ -53,7 +55,7 @@ def list_inputs(config: RunConfig) -> Iterator[Input]:
         is_of_data = held_out in (AUTO, config.data.source)
         key = "data.source" if is_of_data else "eval.source"
         yield Input("held-out text", key, data if is_of_data else held_out)
-    if config.quant.calibrates and config.task != "data":
+    if config.quant.calibrates and config.task not in ("data", "plan"):
         source = config.quant.calibration_source
         if source is not None:
             yield Input("calibration text", "quant.calibration", source)

@@ -69,7 +69,10 @@ CONFIG_CONFLICTS = (
         "task=eval needs a text to evaluate on; name one.",
     ),
     Conflict(
-        {"run.resume": ("must",), "task": ("quantize", "eval", "export", "data", "generate")},
+        {
+            "run.resume": ("must",),
+            "task": ("quantize", "eval", "export", "data", "generate", "plan"),
+        },
         "task={task} makes no checkpoints; use auto.",
     ),
     Conflict(

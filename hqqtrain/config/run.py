@@ -17,6 +17,7 @@ from hqqtrain.config.hub import HubConfig
 from hqqtrain.config.infra import CheckpointConfig, LaunchConfig, RunDirConfig, TrackConfig
 from hqqtrain.config.model import ModelConfig
 from hqqtrain.config.parallel import ParallelConfig
+from hqqtrain.config.plan import PlanConfig
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.config.renamed import renamed_value_errors, with_old_names
 
@@ -28,12 +29,13 @@ TASKS = {
     "bits in the format of another program (export.format)",
     "data": "print what is trained: figures of the data, and samples with their trained tokens",
     "generate": "chat with a model on the terminal, or continue or answer prompts",
+    "plan": "predict memory, speed and disk of a training on any machine; nothing is loaded",
 }
 
-TASKS_WITHOUT_RUN = ("generate",)
+TASKS_WITHOUT_RUN = ("generate", "plan")
 """Tasks that write no run directory."""
 
-NON_RESULT_GROUPS = ("generate", "hub", "run", "track", "ckpt", "launch", "recipe")
+NON_RESULT_GROUPS = ("generate", "plan", "hub", "run", "track", "ckpt", "launch", "recipe")
 """Groups that the result does not depend on; they do not enter a run's name."""
 
 _NON_RESULT_KEYS = {
@@ -110,6 +112,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     track: TrackConfig = field(default_factory=TrackConfig)

@@ -39,6 +39,7 @@ USED_KEYS = {
         "adapter.init_from", "data.chat_template", "data.add_tokens", "train.precision",
         "parallel.offload", "run.root",
     ),
+    "plan": ("*",),
     "data": (
         "task", "recipe", "model", "model.*", "data", "data.*", "eval.source", "eval.tokens",
         "eval.protocol", "train.max_seq_len", "train.packing", "launch", "launch.*", "run", "run.*",
@@ -51,11 +52,12 @@ _SAMPLING = ("top_k", "top_p", "min_p", "seed")
 _TRAINING_ONLY = ("eval.every", "eval.samples", "parallel.consistency_check_every")
 
 UNUSED_KEYS = {
-    "finetune": ("export", "export.*", "generate", "generate.*", "data.show"),
+    "finetune": ("export", "export.*", "generate", "generate.*", "plan", "plan.*", "data.show"),
     "quantize": (*_TRAINING_ONLY, "hub.base"),
     "eval": (*_TRAINING_ONLY, "quant.save", "data.show"),
     "export": (*_TRAINING_ONLY, "quant.save", "data.show", "hub.base"),
     "generate": ("quant.save",),
+    "plan": ("export", "export.*", "generate", "generate.*", "data.show"),
     "data": (),
 }
 """Globs of keys that each task does not use although `USED_KEYS` covers their group."""

@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -92,19 +92,39 @@ class Runtime:
             logger.warning("quant.offload_meta=true: has no effect on a CPU")
         if quant.quantizes:
             _select_backend(quant, comm)
-        compute_dtype = PRECISION_DTYPES[precision]
         replicas = 1
         if parallel.hsdp:
             replicas = count_replicas(comm.all_gather_object(get_local_world_size()))
-        strategy = strategy_class(
-            comm,
-            storage_dtype=strategy_class.resolve_storage_dtype(quant.storage_dtype, compute_dtype),
-            replicas=replicas,
-            offloads_parameters=on_gpu and parallel.offloads_parameters,
-            offloads_meta=on_gpu and offloads_meta,
-        )
+        strategy = _build_strategy(strategy_class, settings, comm, precision, replicas)
         offloads_activations = on_gpu and checkpointing == "offload"
         return cls(comm, accelerator, strategy, precision, offloads_activations, preemption)
+
+    def on_devices(
+        self, settings: RuntimeSettings, comm: Communicator, precision: str, nodes: int
+    ) -> "Runtime":
+        """Return the runtime of a training on other devices, which need not exist.
+
+        Args:
+            settings: The settings of the training.
+            comm: Number and type of the devices.
+            precision: A value of `train.precision` but `auto`.
+            nodes: Number of nodes, each of which has a replica under `parallel.hsdp=true`.
+
+        Raises:
+            UserError: Settings contradict each other, or do not fit the devices.
+        """
+        strategy_class = resolve_strategy(settings.parallel.strategy, comm)
+        device = comm.device.type
+        check_supported(
+            strategy_class, settings, precision=precision, device=device, world_size=comm.size
+        )
+        replicas = nodes if settings.parallel.hsdp else 1
+        strategy = _build_strategy(strategy_class, settings, comm, precision, replicas)
+        return replace(
+            self, comm=comm, strategy=strategy, precision=precision,
+            offloads_activations=device == "cuda"
+            and settings.train.activation_checkpointing == "offload",
+        )  # fmt: skip
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,6 +158,21 @@ class Runtime:
     def peak_memory_gib(self) -> float:
         """Return the largest `peak_memory_bytes` of any rank so far, in GiB. Collective."""
         return max(self.comm.all_gather_object(peak_memory_bytes(self.device))) / 2**30
+
+
+def _build_strategy(
+    strategy_class: type[Strategy], settings: RuntimeSettings, comm: Communicator, precision: str,
+    replicas: int,
+) -> Strategy:  # fmt: skip
+    quant, on_gpu = settings.quant, comm.device.type == "cuda"
+    compute_dtype = PRECISION_DTYPES[precision]
+    return strategy_class(
+        comm,
+        storage_dtype=strategy_class.resolve_storage_dtype(quant.storage_dtype, compute_dtype),
+        replicas=replicas,
+        offloads_parameters=on_gpu and settings.parallel.offloads_parameters,
+        offloads_meta=on_gpu and quant.quantizes and quant.offload_meta,
+    )
 
 
 def _resolve_precision(precision: str) -> str:

@@ -80,7 +80,7 @@ def estimate_memory(
         dtype: Dtype of activations and unquantized weights.
         world_size: Number of ranks; by default those of `strategy`.
     """
-    sizes = _Sizes.of(model, dtype)
+    sizes = ModelSizes.of(model, dtype)
     world_size = strategy.comm.size if world_size is None else world_size
     shards = strategy.parameter_shards(world_size)
     trained = _adapter_bytes(workload, sizes) if workload.trains else {}
@@ -145,7 +145,7 @@ def estimate_memory(
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class ModelSizes:
     """Sizes of the whole, unsharded model."""
 
     packed: int
@@ -164,7 +164,7 @@ class _Sizes:
     """Elements of the largest quantized linear."""
 
     @classmethod
-    def of(cls, model: nn.Module, dtype: torch.dtype) -> "_Sizes":
+    def of(cls, model: nn.Module, dtype: torch.dtype) -> "ModelSizes":
         """Count the parameters of `model`; `dtype` is that of dense parameters."""
         packed = meta = dense = adapter = root = 0
         layers = find_decoder_layers(model)
@@ -216,7 +216,7 @@ class _Hosted:
         return cls(packed, dense, 2 * max(by_group.values(), default=0))
 
 
-def _adapter_bytes(workload: Workload, sizes: _Sizes) -> dict[str, int]:
+def _adapter_bytes(workload: Workload, sizes: ModelSizes) -> dict[str, int]:
     """Return the bytes of adapters, their gradients and AdamW's two moments.
 
     torch keeps the moments in the adapters' dtype, bitsandbytes in 8 or 32 bits.
@@ -257,7 +257,9 @@ def _training_logits(
     return number * (2 * dtype.itemsize + 3 * 4)
 
 
-def _quantizing_bytes(workload: Workload, sizes: _Sizes, shards: int, dtype: torch.dtype) -> int:
+def _quantizing_bytes(
+    workload: Workload, sizes: ModelSizes, shards: int, dtype: torch.dtype
+) -> int:
     """Return the bytes to quantize a rank's rows of the largest linear.
 
     Weights that are copied to a GPU need four copies, one of them in transit; weights generated
@@ -277,7 +279,7 @@ def _token_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     return 2 * dtype.itemsize * max(sizes, default=0)
 
 
-def _disk_bytes(workload: Workload, sizes: _Sizes, dtype: torch.dtype) -> dict[str, int]:
+def _disk_bytes(workload: Workload, sizes: ModelSizes, dtype: torch.dtype) -> dict[str, int]:
     """Return the bytes that the run's directory will grow by.
 
     A checkpoint contains the adapter and its two moments. An export is as large as quantized/,

@@ -104,6 +104,7 @@ class PlanSettings:
         adapts: Whether to add a new adapter for training. Otherwise the model gets an adapter only
             if one exists already.
         executes: Whether the task calls the model. Tasks that only save it can use every strategy.
+        has_weights: Whether to find the weights and check them. Otherwise config.json is enough.
         activation_checkpointing: `train.activation_checkpointing` if the model is trained.
         prepare_tokenizer: Returns a source with the tokenizer that the run uses.
     """
@@ -116,6 +117,7 @@ class PlanSettings:
     executes: bool
     evaluation: EvalConfig | None = None
     activation_checkpointing: str | int = "none"
+    has_weights: bool = True
     prepare_tokenizer: Callable[[ModelSource], ModelSource] = lambda source: source
 
 
@@ -132,14 +134,20 @@ def plan_model(
     Raises:
         UserError: The model, the checkpoint, a pattern or the adapter has a fault.
     """
-    source = settings.prepare_tokenizer(resolve_source(settings.model))
+    source = settings.prepare_tokenizer(
+        resolve_source(settings.model, weights=settings.has_weights)
+    )
     hf_config = load_hf_config(source.path)
     model: nn.Module = build_dense(source, hf_config, runtime.dtype)
     # A packed checkpoint has the tensors of quantized linears. A dense one is checked before they
     # are quantized, so that its faults come before those of the settings of its linears.
     if source.kind == "quantized":
         _replace_linears(model, source, settings.quant, runtime)
-    reader = _open_checked(source, hf_config, model, runtime)
+    reader: SafetensorsReader | SyntheticReader
+    if settings.has_weights:
+        reader = _open_checked(source, hf_config, model, runtime)
+    else:
+        reader = SyntheticReader(expected_shapes(model), runtime.dtype, runtime.device)
     calibrates = False
     if source.kind != "quantized":
         quant = _quant_settings(settings, hf_config, model, runtime)

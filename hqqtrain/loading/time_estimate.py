@@ -13,7 +13,7 @@ from torch import nn
 from hqqtrain.common.gpus import Gpu
 from hqqtrain.distributed.strategies.base import Strategy
 from hqqtrain.loading.activation_memory import LayerWidths
-from hqqtrain.loading.memory_estimate import MemoryEstimate
+from hqqtrain.loading.memory_estimate import MemoryEstimate, ModelSizes
 from hqqtrain.loading.workload import Workload
 from hqqtrain.models.families.structure import output_head, text_config
 from hqqtrain.models.fqn import original_module
@@ -48,6 +48,9 @@ blocks the sum is 8,554 / 32, measured; the others are counted by hand, not meas
 LINK_RATE, NETWORK_BANDWIDTH, GPUS_PER_NODE = 0.7, 50e9, 8
 """Share of a link that an all-gather reaches, bytes/s of a GPU between nodes, and GPUs of a node.
 They are assumptions, as in docs/scaling.md."""
+
+HOST_BANDWIDTH = 20e9
+"""Bytes/s of a copy from pinned host memory to a GPU; an assumption, for PCIe 4."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,12 @@ def estimate_time(
         "dequantization": rounds * cost.dequantization / bandwidth,
         "optimizer": 2 * trained / bandwidth,
     }
-    sent = _sent_bytes(strategy, memory, rounds, world_size)
+    sizes = ModelSizes.of(model, dtype)
+    sent = _sent_bytes(strategy, sizes, memory, rounds, world_size)
     between = gpu.link if world_size <= GPUS_PER_NODE else NETWORK_BANDWIDTH
-    return TimeEstimate(
-        parts, rounds * cost.launches * LAUNCH_SECONDS, sent / (between * LINK_RATE), tokens
-    )
+    communication = sent / (between * LINK_RATE)
+    communication += _fetched_bytes(strategy, sizes, rounds, world_size) / HOST_BANDWIDTH
+    return TimeEstimate(parts, rounds * cost.launches * LAUNCH_SECONDS, communication, tokens)
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,9 @@ def _dequantized_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     return total
 
 
-def _sent_bytes(strategy: Strategy, memory: MemoryEstimate, rounds: int, world_size: int) -> float:
+def _sent_bytes(
+    strategy: Strategy, sizes: ModelSizes, memory: MemoryEstimate, rounds: int, world_size: int
+) -> float:
     """Return the bytes that a rank receives in a step.
 
     Shards of layers are gathered twice in each micro-batch, other parameters once. Gradients of
@@ -211,8 +217,15 @@ def _sent_bytes(strategy: Strategy, memory: MemoryEstimate, rounds: int, world_s
     """
     if world_size == 1:
         return 0.0
-    shards, device = strategy.parameter_shards(world_size), memory.device
-    gathered = 2 * rounds * device["packed weights"] + device["dense weights"]
+    shards = strategy.parameter_shards(world_size)
+    gathered = 2 * rounds * sizes.packed + sizes.dense
     gradients = memory.split["adapter and optimizer"].get("gradients", 0)
     gradients *= strategy.adapter_shards(world_size)
-    return (shards - 1) * gathered + 2 * gradients
+    return gathered * (shards - 1) / shards + 2 * gradients
+
+
+def _fetched_bytes(strategy: Strategy, sizes: ModelSizes, rounds: int, world_size: int) -> float:
+    """Return the bytes of parameters that a rank copies from host memory in a step."""
+    if strategy.offloads_parameters:
+        return 2 * rounds * sizes.packed / strategy.parameter_shards(world_size)
+    return 2 * rounds * sizes.meta if strategy.offloads_meta else 0.0

@@ -21,6 +21,7 @@ from hqqtrain.tasks.export import export
 from hqqtrain.tasks.finetune import finetune
 from hqqtrain.tasks.generation import generate_texts
 from hqqtrain.tasks.inference import evaluate, quantize
+from hqqtrain.tasks.plan import show_plan
 from hqqtrain.tasks.push import check_push, push_results
 from hqqtrain.tasks.recorder import RunRecorder
 from hqqtrain.tasks.resources import translate_resource_errors, workload_of
@@ -28,7 +29,7 @@ from hqqtrain.tracking.console import setup_logging
 
 _TASKS = {
     "finetune": finetune, "quantize": quantize, "eval": evaluate, "export": export,
-    "data": show_data, "generate": generate_texts,
+    "data": show_data, "generate": generate_texts, "plan": show_plan,
 }  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def dispatch_task(config: RunConfig, arguments: list[str]) -> int:
         PreemptedError: The run was asked to stop and has saved its state (exit code 3).
     """
     setup_logging(get_rank() == 0)
-    if config.task == "data" and get_rank() == 0:  # the strategy and the backend have no use
+    if config.task in ("data", "plan") and get_rank() == 0:  # this machine's backend has no use
         logging.getLogger("hqqtrain").setLevel(logging.WARNING)
     if not config.has_run_directory:
         return _run_without_directory(config, arguments)
@@ -82,8 +83,8 @@ def _run_without_directory(config: RunConfig, arguments: list[str]) -> int:
 
 
 def _runtime_settings(config: RunConfig) -> RuntimeSettings:
-    """Return the settings of the ranks. task=data runs no model, so it needs no GPU of the run."""
-    if config.task == "data":
+    """Return the settings of the ranks. task=data and plan run no model, so they need no GPU."""
+    if config.task in ("data", "plan"):
         return RuntimeSettings.of_any_machine(config.quant)
     # A training may be sharded, but a task without a directory runs in one process.
     parallel = config.parallel

@@ -74,7 +74,8 @@ def workload_of(
         run_root=config.run.root,
         calibration_tokens=config.quant.calibration_tokens if calibrates else 0,
         global_batch_size=config.train.global_batch_size,
-        is_fused=config.train.fused != "false" and not config.adapter.dropout,
+        is_fused=config.train.fused != "false"
+        and not (config.adapter.dropout or config.quant.offload_meta),
     )
 
 

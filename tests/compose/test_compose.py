@@ -114,7 +114,7 @@ def test_values_with_special_characters():
         ("quant.nbits=5", "quant.nbits=5: allowed are 8, 4, 3, 2, 1, null."),
         (
             "task=finetun",
-            "task=finetun: allowed are finetune, quantize, eval, export, data, generate.",
+            "task=finetun: allowed are finetune, quantize, eval, export, data, generate, plan.",
         ),
         ("model=llama9b", "model=llama9b: no such option. Did you mean 'llama8b'? Allowed are"),
         ("recipe=tiny_2bits", "recipe=tiny_2bits: no such recipe. Did you mean 'tiny_2bit'?"),
