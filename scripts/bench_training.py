@@ -3,14 +3,17 @@
     python scripts/bench_training.py hqqtrain:4 hqqtrain:2 unsloth --checkpointing full
     python scripts/bench_training.py hqqtrain:4 hqqtrain:4@../before --shape 70b
     python scripts/bench_training.py hqqtrain:4,parallel.strategy=fsdp2 hqqtrain:4
+    python scripts/bench_training.py hqqtrain:4,data.source=documents.jsonl hqqtrain:4
 
 A contender is `hqqtrain:BITS`, with `@FOLDER` from another source tree and with settings of its own
 after commas, or a peer of `bench_training_peers.py`. A setting in capitals is an environment
 variable: `PYTORCH_ALLOC_CONF=per_process_memory_fraction:0.1` limits the memory. Each contender is
-a process that trains without an end and writes a line for every step. All are loaded, and then they
-take turns: a contender runs for some steps while the others are stopped by a signal, so that a
-change of the clock or of the machine meets all of them. The table has the medians, and the ratio to
-the last contender.
+a process that trains without an end and writes a line for every step. All are loaded at the same
+time, and then they take turns: a contender runs for some steps while the others are stopped by a
+signal, so that a change of the clock or of the machine meets all of them. The table has the
+medians, and the ratio to the last contender.
+
+The texts fill a sequence, or those of `documents.jsonl` are packed, with a median of 300 tokens.
 
 All train LoRA adapters of rank 16 on all linear layers of a Llama with random weights, with AdamW,
 in bf16. A step is one forward and one backward pass.
@@ -111,21 +114,31 @@ class Contender:
         Raises:
             RuntimeError: It ended, or needs longer than `seconds`.
         """
-        before, end = len(self.steps()), time.monotonic() + seconds
+        before = len(self.steps())
         self.signal(signal.SIGCONT)
-        while len(self.steps()) < before + steps:
+        self.wait(before + steps, seconds)
+        self.signal(signal.SIGSTOP)
+        return self.steps()[before : before + steps]
+
+    def wait(self, steps: int, seconds: float = START_SECONDS) -> None:
+        """Wait until it has taken `steps` steps in all.
+
+        Raises:
+            RuntimeError: It ended, or needs longer than `seconds`.
+        """
+        end = time.monotonic() + seconds
+        while len(self.steps()) < steps:
             if self.process.poll() is not None or time.monotonic() > end:
                 tail = self.log.read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"{self.name} took too few steps; the end of its log:\n{tail}")
             time.sleep(0.02)
-        self.signal(signal.SIGSTOP)
-        return self.steps()[before : before + steps]
 
 
-def write_inputs(folder: Path, shape: str, workload: Workload, documents: bool) -> None:
+def write_inputs(folder: Path, shape: str, workload: Workload) -> None:
     """Write the configuration, a tokenizer and the token ids that are trained on.
 
-    With `documents`, a sequence consists of documents, whose lengths have a median of 300 tokens.
+    The sequences of `data.jsonl` are full. Those of `documents.jsonl` consist of documents, whose
+    lengths have a median of 300 tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -145,15 +158,23 @@ def write_inputs(folder: Path, shape: str, workload: Workload, documents: bool) 
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         unk_token="<unk>",
     ).save_pretrained(folder)  # fmt: skip
-    generator = np.random.default_rng(0)
     total = 64 * workload.batch * workload.tokens
+    full = [workload.tokens] * (total // workload.tokens)
+    _write_texts(folder / "data.jsonl", full, sizes["vocab_size"])
+    generator = np.random.default_rng(0)
     lengths: list[int] = []
     while sum(lengths) < total:
-        length = int(generator.lognormal(np.log(300), 1)) if documents else workload.tokens
+        length = int(generator.lognormal(np.log(300), 1))
         lengths.append(min(workload.tokens, max(8, length)))
-    with (folder / "data.jsonl").open("w") as file:
+    _write_texts(folder / "documents.jsonl", lengths, sizes["vocab_size"])
+
+
+def _write_texts(path: Path, lengths: list[int], vocabulary: int) -> None:
+    """Write texts of random token ids."""
+    generator = np.random.default_rng(0)
+    with path.open("w") as file:
         for length in lengths:
-            ids = generator.integers(10, sizes["vocab_size"], length).tolist()
+            ids = generator.integers(10, vocabulary, length).tolist()
             file.write(json.dumps({"input_ids": ids}) + "\n")
 
 
@@ -197,7 +218,7 @@ def settings_of(workload: Workload, nbits: str, root: Path) -> Iterator[str]:
         "recipe=tiny_2bit", f"model.name_or_path={workload.folder}", "model.source=synthetic",
         f"quant.nbits={nbits}", "quant.group_size=64", "quant.solver=rtn", "quant.calibration=null",
         "quant.save=false", "adapter.r=16", "adapter.alpha=16", "optim.name=adamw",
-        f"data.source={workload.folder / 'data.jsonl'}", "data.format=tokens", "eval.source=null",
+        "data.source=data.jsonl", "data.format=tokens", "eval.source=null",
         "track.backends=[]", "ckpt.every=null",
         f"train.global_batch_size={workload.batch}", f"train.micro_batch_size={workload.batch}",
         f"train.max_seq_len={workload.tokens}", "train.max_steps=100000", f"run.root={root}",
@@ -251,7 +272,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--checkpointing", default="full", help="train.activation_checkpointing")
-    parser.add_argument("--documents", action="store_true", help="pack documents of mixed length")
     parser.add_argument("--option", action="append", default=[], help="a setting of hqqtrain")
     parser.add_argument("--warmup", type=int, default=4, help="steps before the first turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
@@ -267,13 +287,14 @@ def main(arguments: list[str]) -> int:
         workload = Workload(
             model, parsed.batch, parsed.tokens, parsed.checkpointing, tuple(parsed.option)
         )
-        write_inputs(model, parsed.shape, workload, parsed.documents)
+        write_inputs(model, parsed.shape, workload)
         contenders = []
         for word in parsed.contenders:
-            contender = start(word, workload, folder)
-            stack.callback(contender.signal, signal.SIGKILL)
-            contender.run(parsed.warmup)
-            contenders.append(contender)
+            contenders.append(start(word, workload, folder))
+            stack.callback(contenders[-1].signal, signal.SIGKILL)
+        for contender in contenders:
+            contender.wait(parsed.warmup)
+            contender.signal(signal.SIGSTOP)
         measure(contenders, parsed.rounds, parsed.steps)
     rows = table(contenders)
     print(tabulate(rows, HEADER, floatfmt=("", ",.0f", ".3f", ".1f")))

@@ -144,8 +144,9 @@ def errors(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast_to_bf16(device: str) -> None:
-    found = [each for name, each in errors("llama", device, seeds=8).items() if name != "logits"]
-    relative = [(fused / exact, plain / exact) for fused, plain, exact in found]
+    found = errors("llama", device, seeds=8 if device == "cuda" else 3)
+    del found["logits"]
+    relative = [(fused / exact, plain / exact) for fused, plain, exact in found.values()]
     assert sum(fused for fused, _ in relative) <= 1.1 * sum(plain for _, plain in relative)
 
 
