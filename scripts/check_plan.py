@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from bench_training import Workload, settings_of, start, write_inputs
+from bench_training import settings_of, start
+from bench_training_inputs import Workload, write_inputs
 from tabulate import tabulate
 
 from hqqtrain.compose.compose import compose_config
@@ -97,7 +98,7 @@ def compare(name: str, row: Row, gpu: str, steps: int) -> list[object]:
         model = folder / "model"
         model.mkdir()
         workload = Workload(model, row.batch, row.tokens, row.checkpointing, row.options)
-        write_inputs(model, row.shape, workload, documents=False)
+        write_inputs(model, row.shape, workload)
         plan = predict(row, workload, gpu)
         gib, speed = measure(row, workload, folder, steps) if steps else (None, None)
     predicted_gib = plan.memory.peak / 2**30
