@@ -30,6 +30,9 @@ class DataLoader(Protocol):
     def target_token_count(self, batch_index: int) -> int:
         """Return the number of target tokens in a global batch, summed over all ranks."""
 
+    def token_count(self, batch_index: int) -> int:
+        """Return the number of tokens that the model reads in a global batch, without padding."""
+
     def epoch(self, batch_index: int) -> float:
         """Return the number of passes over the data before a global batch."""
 
@@ -99,6 +102,9 @@ class PackedLoader:
 
     def target_token_count(self, batch_index: int) -> int:
         return self._sequences.select(self._sample_indices(batch_index)).target_token_count
+
+    def token_count(self, batch_index: int) -> int:
+        return self._sequences.select(self._sample_indices(batch_index)).token_count
 
     def epoch(self, batch_index: int) -> float:
         return self._order.epoch(batch_index, self._config.global_batch_size)

@@ -88,6 +88,11 @@ class TokenSequences:
         return int(self._count_targets(self.begin, self.end).sum())
 
     @property
+    def token_count(self) -> int:
+        """Number of tokens in all sequences, predicted or not."""
+        return int((self.end - self.begin).sum())
+
+    @property
     def target_counts(self) -> np.ndarray:
         """The number of predicted tokens of each sequence, int64 [n]."""
         return self._count_targets(self.begin, self.end)

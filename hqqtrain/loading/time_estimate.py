@@ -30,9 +30,9 @@ ATTENTION_RATE = 0.23
 MEMORY_RATE = 0.80
 """Bytes/s of other kernels. A copy reaches 4.28 of 4.8 TB/s, and dequantization 0.9 of a copy."""
 
-PLAIN_TRAFFIC = 5.0
+PLAIN_TRAFFIC = 5.4
 """Bytes of these kernels with `train.fused=false`, relative to those with fused blocks. The step of
-commit 110084e took 1,096 ms, 475 of them in such kernels; the formula for fused blocks has 98."""
+commit 110084e took 1,096 ms, 475 of them in such kernels; the formula for fused blocks has 88."""
 
 LOGIT_BYTES = {True: 8, False: 37}
 """Bytes read and written for a logit by the loss, fused or not: four passes in bf16, and 10 ms for
@@ -180,8 +180,9 @@ def _traffic(widths: LayerWidths) -> tuple[int, int, int]:
     """Return elements per token that a fused layer reads and writes beside the frozen products.
 
     They are those of the forward pass, of its recomputation and of the backward pass. The forward
-    pass has two norms, two residual sums, the rotation, the gated activation, the projections A x,
-    and outputs that are written once more because B A x is added to them. The backward pass has the
+    pass has two norms, one of which also adds to the residual stream, a copy of the stream to which
+    a product adds the MLP's output, the rotation, the gated activation, the projections A x, and
+    outputs that are written once more because B A x is added to them. The backward pass has the
     gradients of all these, and of A and B.
     """
     hidden, inner, gate_up = widths.hidden, widths.inner, widths.gate_up
@@ -190,9 +191,9 @@ def _traffic(widths: LayerWidths) -> tuple[int, int, int]:
         outputs = 2 * hidden + widths.qkv + gate_up
     else:
         inputs = outputs = widths.linears // 2
-    forward = 10 * hidden + 2 * widths.rotated + gate_up + inner + inputs + 2 * outputs
-    recomputed = forward - gate_up - 2 * inner - 2 * hidden
-    backward = 12 * hidden + 2 * widths.rotated + 2 * (inner + gate_up) + inner
+    forward = 8 * hidden + 2 * widths.rotated + gate_up + inner + inputs + 2 * outputs
+    recomputed = forward - gate_up - 2 * inner - 4 * hidden
+    backward = 8 * hidden + 2 * widths.rotated + 2 * (inner + gate_up) + inner
     backward += 3 * inputs + 2 * outputs + 2 * widths.qkv
     return forward, recomputed, backward
 

@@ -23,17 +23,18 @@ def step_metrics(
         mfu_per_token_rate: MFU of one token per second, as `mfu_per_token_rate` returns it; None if
             it is unknown.
     """
-    tokens_per_second = step.tokens / step.seconds
+    all_tokens_per_second = step.all_tokens / step.seconds
     metrics = {
         "train/loss": step.loss,
         "train/grad_norm": step.grad_norm,
         "train/learning_rate": step.learning_rate,
         "train/epoch": epoch,
         "train/global_step": step.number,
-        "train/tokens_per_second": tokens_per_second,
+        "train/tokens_per_second": step.tokens / step.seconds,
+        "train/all_tokens_per_second": all_tokens_per_second,
     }
     if mfu_per_token_rate:
-        metrics["train/mfu"] = tokens_per_second * mfu_per_token_rate
+        metrics["train/mfu"] = all_tokens_per_second * mfu_per_token_rate
     return metrics | {"memory/peak_gib": step.peak_memory_gib}
 
 
@@ -47,8 +48,8 @@ def flops_per_token(model: nn.Module) -> int:
     """Return the FLOPs to train one token, counting linear layers and no recomputation.
 
     A frozen layer takes 2 FLOPs per weight in the forward pass and 2 for the gradient of its input.
-    A trained layer takes 2 more for the gradient of its weight. The matrix products of attention
-    are not counted, because they matter for long sequences only.
+    A trained layer, such as A and B of an adapter, takes 2 more for the gradient of its weight. The
+    matrix products of attention are not counted, because they matter for long sequences only.
     """
     total = 0
     # If a module is trained in full, only PEFT's copy of it computes.

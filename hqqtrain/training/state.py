@@ -20,6 +20,7 @@ class StepResult:
             allocates this state.
         grad_norm: Gradient norm over all ranks, before clipping.
         seconds: Duration of the step on this rank.
+        all_tokens: Tokens that the model reads, over all ranks: in chats also the prompts.
         was_taken: Whether the optimizer has stepped.
     """
 
@@ -31,6 +32,7 @@ class StepResult:
     peak_memory_gib: float = 0.0
     grad_norm: float = math.nan
     seconds: float = 0.0
+    all_tokens: int = 0
     was_taken: bool = False
 
 

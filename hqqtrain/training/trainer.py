@@ -143,7 +143,7 @@ class Trainer:
         tokens = self.loader.target_token_count(batch_index)
         return StepResult(
             self.state.steps + 1, batch_index, tokens, loss / max(1, tokens), rate,
-            max(peaks) / 2**30, grad_norm,
+            max(peaks) / 2**30, grad_norm, all_tokens=self.loader.token_count(batch_index),
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:

@@ -36,6 +36,8 @@ def test_ranks_share_the_global_batch(world_size: int):
             targets += sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
         assert sorted(found) == sorted(make_loader().describe(index)["samples"])
         assert targets == make_loader().target_token_count(index)
+        samples = make_loader().describe(index)["samples"]
+        assert make_loader().token_count(index) == sum(LENGTHS[samples])
 
 
 def test_a_batch_is_padded_and_can_be_described():

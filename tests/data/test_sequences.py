@@ -20,6 +20,7 @@ def test_labels_and_positions():
     assert second["labels"].tolist() == [IGNORE_INDEX, 16, IGNORE_INDEX, 18]
     assert second["position_ids"].tolist() == [0, 1, 0, 1]
     assert sequences().target_token_count == 5
+    assert sequences().token_count == 9
 
 
 def test_bounds_without_a_target_are_left_out():

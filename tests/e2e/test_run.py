@@ -91,7 +91,7 @@ def test_the_run_directory_has_all_documented_files(finished: Finished):
     assert [line["train/global_step"] for line in steps] == list(range(1, 11))
     assert {
         "train/loss", "train/grad_norm", "train/learning_rate", "train/epoch",
-        "train/tokens_per_second", "memory/peak_gib",
+        "train/tokens_per_second", "train/all_tokens_per_second", "memory/peak_gib",
     } <= set(steps[0])  # fmt: skip
     layers = [k for line in finished.metrics for k in line if k.startswith("quant/relative_error/")]
     assert len(layers) == 42

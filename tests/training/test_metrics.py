@@ -9,7 +9,10 @@ from hqqtrain.nn.replace import quantize_model
 from hqqtrain.training.metrics import flops_per_token, mfu_per_token_rate, peak_flops, step_metrics
 from hqqtrain.training.state import StepResult
 
-STEP = StepResult(3, 4, 500, 1.5, learning_rate=0.1, peak_memory_gib=2.5, grad_norm=0.7, seconds=2)
+STEP = StepResult(
+    3, 4, 500, 1.5, learning_rate=0.1, peak_memory_gib=2.5, grad_norm=0.7, seconds=2,
+    all_tokens=800,
+)  # fmt: skip
 
 
 def test_names_and_values():
@@ -20,13 +23,14 @@ def test_names_and_values():
         "train/epoch": 0.25,
         "train/global_step": 3,
         "train/tokens_per_second": 250.0,
+        "train/all_tokens_per_second": 400.0,
         "memory/peak_gib": 2.5,
     }
 
 
 def test_mfu_where_the_peak_of_the_device_is_known():
     metrics = step_metrics(STEP, epoch=0.25, mfu_per_token_rate=0.001)
-    assert metrics["train/mfu"] == pytest.approx(0.25)
+    assert metrics["train/mfu"] == pytest.approx(0.4)
 
 
 def test_frozen_layers_take_four_flops_and_trained_ones_six():

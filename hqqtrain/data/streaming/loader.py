@@ -134,6 +134,9 @@ class StreamingLoader:
     def target_token_count(self, batch_index: int) -> int:
         return self._load(batch_index).sequences.target_token_count
 
+    def token_count(self, batch_index: int) -> int:
+        return self._load(batch_index).sequences.token_count
+
     def epoch(self, batch_index: int) -> float:
         """Return the number of complete passes over the data, because its size is not known."""
         return float(self._batch.passes) if self._batch else 0.0

@@ -68,6 +68,7 @@ def test_batches_are_those_of_data_in_memory_if_the_buffer_has_all_of_it(rows, l
     for index in range(20):  # more than a pass
         assert content(streamed.batches(index)) == content(in_memory.batches(index))
         assert streamed.target_token_count(index) == in_memory.target_token_count(index)
+        assert streamed.token_count(index) == in_memory.token_count(index)
         assert streamed.describe(index)["tokens"] == in_memory.describe(index)["tokens"]
         assert streamed.epoch(index) == (index * 4 + 3) // len(sequences)
     assert streamed.total_steps == 20
