@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -203,6 +204,19 @@ def test_what_changes_later_is_left_to_peft() -> None:
             module.register_forward_hook(lambda module, *_: calls.append(module))
     torch.testing.assert_close(model(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-5)
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_what_is_replaced_comes_back(kind: str) -> None:
+    model, own = adapted(kind, quant={}), nn.Identity()
+    layer = next(module for module in model.modules() if type(module).__name__ == "Linear")
+    layer.forward = own.forward  # of the user
+    with ExitStack() as undo:
+        assert fuse_lora(model, undo).blocks
+        assert sum("forward" in vars(module) for module in model.modules()) > 4
+    replaced = [module for module in model.modules() if "forward" in vars(module)]
+    assert replaced == [layer]
+    assert layer.forward == own.forward
 
 
 def losses(model: PeftModel, steps: int = 8) -> list[float]:

@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -74,6 +75,27 @@ def test_norms_of_families(family: str, dtype: torch.dtype):
     assert params.offset == (1.0 if family == "gemma2" else 0.0)
     if dtype == torch.bfloat16:
         assert params.casting == {"gemma2": "gemma", "olmo2": "gemma"}.get(family, "llama")
+
+
+def test_without_gradients_the_model_runs_its_own_code():
+    model, tokens = make_model("llama", torch.bfloat16), torch.arange(12)[None]
+    with torch.no_grad(), ExitStack() as undo:
+        expected = model(tokens).logits
+        assert fuse_norms(model, CPU, undo)
+        assert fuse_rotations(model, CPU, undo)
+        assert torch.equal(model(tokens).logits, expected)
+
+
+def test_what_is_replaced_comes_back():
+    model = make_model("llama")
+    code = sys.modules[type(model).__module__]
+    rotate = code.apply_rotary_pos_emb
+    with ExitStack() as undo:
+        fuse_norms(model, CPU, undo)
+        fuse_rotations(model, CPU, undo)
+        assert code.apply_rotary_pos_emb is not rotate
+    assert code.apply_rotary_pos_emb is rotate
+    assert not any("forward" in vars(part) for part in model.modules())
 
 
 def test_a_trained_norm_and_an_unusual_one_keep_their_code():
