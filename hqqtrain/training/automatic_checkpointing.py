@@ -39,10 +39,16 @@ class DeviceMemory(Protocol):
 
 
 class GPUMemory:
-    """Implements `DeviceMemory` for PyTorch's allocator of a GPU."""
+    """Implements `DeviceMemory` for PyTorch's allocator of a GPU.
+
+    Args:
+        device: The GPU; without an index, the current one.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        # PyTorch 2.11 finds the memory fraction of a device with an index only.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device(device.type, index)
 
     def allocated(self) -> int:
         return torch.cuda.memory_allocated(self._device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hqqtrain.distributed.comm import SINGLE_PROCESS
-from hqqtrain.training.automatic_checkpointing import RESERVE, AutomaticCheckpointing
+from hqqtrain.training.automatic_checkpointing import RESERVE, AutomaticCheckpointing, GPUMemory
 
 KEPT, INPUT, LOSS, WEIGHTS, STATE = 1000, 100, 300, 5000, 200
 
@@ -126,3 +126,25 @@ def test_it_decides_once(simulate) -> None:
     memory.size = 0
     automatic.after_step()
     assert not any(recomputed(layers))
+
+
+@pytest.mark.gpu
+def test_the_usable_memory_of_a_gpu_ends_at_the_fraction_of_the_process() -> None:
+    memory = GPUMemory(torch.device("cuda"))
+    total = torch.cuda.mem_get_info()[1]
+    kept = torch.ones(1 << 20, device="cuda")
+    assert kept.nbytes <= memory.allocated() <= memory.peak() <= memory.usable() <= total
+    torch.cuda.set_per_process_memory_fraction(0.01)
+    try:
+        assert memory.usable() == int(total * 0.01)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_gpu_without_an_index_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", asked.append)
+    for device in ("cuda", "cuda:1"):
+        GPUMemory(torch.device(device)).allocated()
+    assert asked == [torch.device("cuda:3"), torch.device("cuda:1")]
