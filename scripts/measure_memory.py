@@ -1,7 +1,6 @@
-"""Measure the README's table on a GPU: the longest sequence that fits, by model, bits and memory.
+"""Measure on a GPU what the README's table predicts: the longest sequence that fits.
 
     python scripts/measure_memory.py kernels/bench/results/memory.csv
-    python scripts/memory_table.py --write
 
 Each model has all of its layers, with random weights that are generated on the GPU, quantized and
 loaded as in a run. Then PyTorch's allocator gets the memory of a smaller GPU, less the memory that

@@ -15,6 +15,10 @@ from hqqtrain.models.families.structure import find_decoder_layers, text_config
 from hqqtrain.models.fqn import base_model
 from hqqtrain.nn.base_linears import BaseLinear, linear_shapes
 
+MASK_BYTES = 5
+"""Bytes for each pair of tokens of a sequence, of the attention masks that `train.fused=false` has:
+what an 8B model took beyond the other tensors at 16,384 and 32,768 tokens, on an H200."""
+
 
 @dataclass(frozen=True)
 class LayerWidths:
@@ -148,7 +152,8 @@ class TrainingPeak:
         layer = saved - hidden if recomputed == depth else 0
         gradients = hidden + tokens * itemsize * widths.inner
         if not fused:
-            return cls(kept, layer, gradients + 2 * itemsize * widths.largest_block)
+            masks = MASK_BYTES * workload.micro_batch_size * workload.max_seq_len**2
+            return cls(kept, layer, gradients + 2 * itemsize * widths.largest_block + masks)
         # The dense weights of a recomputed layer are kept for its backward pass.
         dense = widths.weights if recomputed == depth else widths.largest_block
         return cls(kept, layer, gradients + itemsize * dense)

@@ -16,10 +16,7 @@ from hqqtrain.loading.activation_memory import TrainingPeak
 from hqqtrain.loading.calibrated_load import calibration_bytes
 from hqqtrain.loading.reference_memory import reference_bytes
 from hqqtrain.loading.workload import Workload
-from hqqtrain.models.causal_lm import (
-    MAX_EVALUATION_TOKENS,
-    MAX_TRAINING_LOGITS,
-)
+from hqqtrain.models.causal_lm import MAX_EVALUATION_TOKENS, MAX_TRAINING_LOGITS
 from hqqtrain.models.families.structure import find_decoder_layers, text_config
 from hqqtrain.models.fqn import expected_shapes, is_adapter
 from hqqtrain.nn.hqq_linear import PACKED_PARAMETERS, HQQLinear
@@ -109,9 +106,8 @@ def estimate_memory(
     quantizing = _quantizing_bytes(workload, sizes, shards, dtype)
     working = max(peak.working, quantizing - activations, reference.layer - activations)
     loss = _training_logits(workload, model, dtype, in_chunks=strategy.may_call_head_alone)
-    logits = max(
-        loss - peak.layer - working, _evaluation_logits(workload, model, dtype) - activations
-    )
+    evaluation = _evaluation_logits(workload, model, dtype)
+    logits = max(loss - peak.layer, evaluation - activations) - working
     working += gathered + (_token_bytes(model, dtype) if workload.trains else 0)
     if strategy.offloads_parameters and strategy.shards_parameters:
         # The GPU keeps only what is gathered.
@@ -231,15 +227,21 @@ def _adapter_bytes(workload: Workload, sizes: ModelSizes) -> dict[str, int]:
 
 
 def _evaluation_logits(workload: Workload, model: nn.Module, dtype: torch.dtype) -> int:
-    """Return the bytes of the logits of two models, and of four fp32 tensors for a chunk of tokens.
+    """Return the bytes of the logits of an evaluation, of two models if there is a reference.
 
-    A batch of the evaluation has at least one window.
+    First there are all logits, and a copy of those of one model, without the tokens that are not
+    predicted. Then chunks of them are fp32, and so are their logarithms of probabilities, which
+    exist twice if there are several chunks. A batch has at least one window.
     """
     if not workload.evaluates:
         return 0
     vocab_size, tokens = text_config(model).vocab_size, max(workload.tokens, workload.eval_context)
+    models = 1 if workload.reference == "off" else 2
     chunk_tokens = min(tokens, MAX_EVALUATION_TOKENS)
-    return vocab_size * (2 * tokens * dtype.itemsize + 4 * 4 * chunk_tokens)
+    copies = models + 1 + (models if tokens > chunk_tokens else 0)
+    one_model = tokens * dtype.itemsize
+    chunks = models * one_model + copies * 4 * chunk_tokens
+    return vocab_size * max((models + 1) * one_model, chunks)
 
 
 def _training_logits(

@@ -70,14 +70,12 @@ def find_machine(config: RunConfig) -> Machine:
     of_job = launch.nodes * launch.processes_per_node if launch.backend == "slurm" else None
     ranks = config.plan.gpus or of_job
     if wanted != AUTO:
-        gpu = find_gpu(wanted)
-        assert gpu is not None, wanted  # `PlanConfig.errors` has refused it
-        return _gpu_machine(wanted, gpu, ranks or 1)
+        return gpu_machine(wanted, ranks or 1)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         gpu = gpu_of_device(properties.name) or Gpu(0)
         gpu = replace(gpu, memory=properties.total_memory)
-        return _gpu_machine(properties.name, gpu, ranks or torch.cuda.device_count())
+        return _of_gpu(properties.name, gpu, ranks or torch.cuda.device_count())
     if ranks and ranks > 1:
         raise UserError(
             f"plan.gpu=auto: this machine has no GPU; for {ranks} GPUs, name their kind, as in "
@@ -86,5 +84,12 @@ def find_machine(config: RunConfig) -> Machine:
     return Machine("CPU", 1, free_host_memory(), None)
 
 
-def _gpu_machine(name: str, gpu: Gpu, ranks: int) -> Machine:
+def gpu_machine(name: str, ranks: int = 1) -> Machine:
+    """Return the machine with `ranks` GPUs of a kind, or of a size, that `find_gpu` knows."""
+    gpu = find_gpu(name)
+    assert gpu is not None, name  # `PlanConfig.errors` has refused it
+    return _of_gpu(name, gpu, ranks)
+
+
+def _of_gpu(name: str, gpu: Gpu, ranks: int) -> Machine:
     return Machine(name, ranks, max(0, gpu.memory - OUTSIDE_BYTES), gpu)

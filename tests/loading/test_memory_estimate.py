@@ -111,7 +111,8 @@ def test_a_batch_of_the_evaluation_has_at_least_one_window():
 
     def logits(**evaluation) -> int:
         config.eval = EvalConfig(**evaluation)
-        return estimate(config, model, dtype=torch.bfloat16).device["logits"]
+        parts = estimate(config, model, dtype=torch.bfloat16).device
+        return parts["logits"] + parts["working memory"]
 
     config.train.max_seq_len, config.train.micro_batch_size = 512, 2
     whole = logits()
@@ -157,6 +158,25 @@ Llama 3 8B, g64, r=16, 4 x 2048 tokens, torch 2.11, liger-kernel installed."""
 
 PLAIN_GIB_8B = {(4, "full"): 10.9, (4, "none"): 64.3}
 """The same without fused blocks, of commit 9747aad on 2026-11-29."""
+
+
+EVALUATED_GIB = {
+    ("Meta-Llama-3-8B", 4): {2048: 8.70, 4096: 10.16, 8192: 11.24},
+    ("Meta-Llama-3-8B", 2): {2048: 7.05, 4096: 8.51, 8192: 9.59},
+}
+"""(model, bits) -> tokens -> peak GiB of an H200 that evaluates a text and trains on it without
+fused blocks, of kernels/bench/results/memory.csv. The evaluation has the peak."""
+
+
+def test_the_peak_of_an_evaluation_is_the_measured_one():
+    config = two_bit_config(eval=EvalConfig(reference="off"))
+    config.model.source, config.train.fused = "synthetic", "false"
+    for (name, nbits), lengths in EVALUATED_GIB.items():
+        config.quant.nbits = nbits
+        model = meta_model(name, config)
+        for config.train.max_seq_len, gib in lengths.items():
+            peak = estimate(config, model, dtype=torch.bfloat16).peak
+            assert peak / GIB == pytest.approx(gib, rel=0.05)
 
 
 @pytest.mark.parametrize(("fused", "measured"), [("auto", GIB_8B), ("false", PLAIN_GIB_8B)])

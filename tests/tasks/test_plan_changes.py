@@ -13,7 +13,7 @@ def predictor() -> Predictor:
 
 
 def test_what_helps_is_planned_with_the_change(predictor: Predictor):
-    config = planned_config("0.95GiB")
+    config = planned_config("0.92GiB")
     plan = predictor.predict(config)
     assert not plan.fits
     changes = {str(change): change.prediction for change in try_changes(predictor, plan)}
@@ -27,7 +27,7 @@ def test_what_helps_is_planned_with_the_change(predictor: Predictor):
 
 
 def test_changes_are_combined_if_none_is_enough(predictor: Predictor):
-    plan = predictor.predict(planned_config("0.88GiB"))
+    plan = predictor.predict(planned_config("0.87GiB"))
     *single, combined = try_changes(predictor, plan)
     assert not any(change.prediction.fits for change in single)
     assert len(combined.settings) > 1
