@@ -72,7 +72,9 @@ def load_quantized(
         UserError: The folder is missing, damaged or not quantized by hqqtrain, or the adapter has
             another base.
     """
-    with named_as_arguments("load_quantized", folder="model.name_or_path"):
+    with named_as_arguments(
+        "load_quantized", folder="model.name_or_path", adapter="adapter.init_from"
+    ):
         source = quantized_source(folder)
         if adapter is True and source.lacks_adapter:
             raise UserError(

@@ -68,7 +68,12 @@ class GenerateConfig:
     repetition_penalty: float | None = key(
         None, "above 1, tokens that occur in the text already become less likely", low=0
     )
-    seed: int | None = key(None, "seed of the random numbers; null: other texts every time", low=0)
+    seed: int | None = key(
+        None,
+        "seed of the random numbers; null: other texts every time",
+        low=0,
+        high=2**64 - 1,
+    )
     compile: Any = key(
         "auto",
         "compile the model for decoding, with a static cache; auto: on a GPU, if the code of the "

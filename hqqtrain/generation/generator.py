@@ -7,7 +7,7 @@ cases. This module adds the settings, the end of a turn, and the time of both ph
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from hqqtrain.generation.settings import (
     CACHE_TOKENS,
     SAMPLING_OF_THE_MODEL,
     Sampling,
+    check_settings,
     merged_generation_config,
 )
 from hqqtrain.generation.static_decoder import compiles, static_decoder
@@ -198,7 +199,7 @@ def generate(
     Settings that are None are those of `model.generation_config`. A model trained by hqqtrain needs
     no more than this::
 
-        model = AutoModelForCausalLM.from_pretrained("runs/mine/quantized")
+        model = hqqtrain.load_quantized("runs/mine")
         tokenizer = AutoTokenizer.from_pretrained("runs/mine/quantized")
         print(hqqtrain.generate(model, tokenizer, "What is a mutex?")[0].text)
 
@@ -228,19 +229,23 @@ def generate(
         A `Generation` for each prompt.
 
     Raises:
-        UserError: A prompt is empty or longer than the context, or there is no chat template for a
-            chat.
+        UserError: A prompt is empty or longer than the context, there is no chat template for a
+            chat, or a setting is not allowed.
     """
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )  # fmt: skip
+    check_settings(asdict(sampling) | {"max_new_tokens": max_new_tokens, "seed": seed})
     generator = TextGenerator(
         model,
         tokenizer,
-        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                          repetition_penalty=repetition_penalty),
+        sampling=sampling,
         chat=chat,
         system=system,
         max_new_tokens=max_new_tokens,
         compile=compile,
-    )  # fmt: skip
+    )
     with seeded(seed, generator.device):
         return [generator.generate(prompt, on_text) for prompt in list_prompts(prompts)]
 

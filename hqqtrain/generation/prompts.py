@@ -113,8 +113,10 @@ class PromptEncoder:
             raise UserError("the prompt is empty; write at least one word.")
         if self._template:
             text = self._render(self._template, self.messages(prompt))
+            _check_characters(text)
             ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         elif isinstance(prompt, str):
+            _check_characters(prompt)
             ids = self._tokenizer(prompt, verbose=False)["input_ids"]
         else:
             raise UserError(
@@ -145,6 +147,16 @@ class PromptEncoder:
                 f"the prompt has {len(ids):,} tokens, and the context of the model has "
                 f"{self.context:,} for the prompt and the reply; shorten it."
             )
+
+
+def _check_characters(text: str) -> None:
+    """Refuse what no tokenizer takes: bytes that are not UTF-8, and halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the prompt has {text[error.start]!a}, which is not a character; write it in UTF-8."
+        ) from error
 
 
 def context_length(model: nn.Module) -> int | None:

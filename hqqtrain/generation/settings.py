@@ -4,7 +4,7 @@ A folder's generation_config.json may also ask for beams, several texts or anoth
 that is streamed is a single one, so only the keys in `_OF_THE_MODEL` are taken from that file.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -15,6 +15,9 @@ from transformers import CompileConfig, GenerationConfig
 from hqqtrain.common.errors import UserError
 from hqqtrain.common.reading import load_json
 from hqqtrain.compat import compile_on_every_device
+from hqqtrain.config.field import field_errors
+from hqqtrain.config.generate import GenerateConfig
+from hqqtrain.config.typed_group import build_group
 
 CACHE_TOKENS = 1024
 """A static cache has a multiple of this number of tokens, so that few lengths are compiled."""
@@ -63,6 +66,20 @@ class Sampling:
 
 SAMPLING_OF_THE_MODEL = Sampling()
 """No setting is given."""
+
+
+def check_settings(values: Mapping[str, Any]) -> None:
+    """Check settings of `hqqtrain.generate` like the keys of the group `generate`.
+
+    Args:
+        values: Values by the names of the keys.
+
+    Raises:
+        UserError: A value has another type, or is not allowed.
+    """
+    config = build_group(GenerateConfig, values, "generate")
+    if errors := [*field_errors("generate", config), *config.errors()]:
+        raise UserError("\n".join(errors))
 
 
 def read_generation_config(file: Path) -> GenerationConfig:

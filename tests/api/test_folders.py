@@ -159,3 +159,10 @@ def test_a_changed_byte_is_found(quantized, tmp_path: Path):
     file.write_bytes(content)
     with pytest.raises(UserError, match="checksum differs"):
         hqqtrain.load_quantized(tmp_path / "base")
+
+
+def test_the_run_of_an_export_is_refused_with_arguments_that_exist(tmp_path: Path):
+    (tmp_path / "export" / "adapter").mkdir(parents=True)
+    (tmp_path / "status.json").write_text("{}")
+    with pytest.raises(UserError, match=r"folder=\S*/export adapter=\S*/export/adapter\.$"):
+        hqqtrain.load_quantized(tmp_path)

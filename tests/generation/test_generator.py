@@ -121,10 +121,26 @@ def test_prompts_of_every_form_are_answered(trained, tokenizer):
 
 
 def test_values_that_transformers_refuses_are_errors_of_the_user(trained, tokenizer):
+    trained.generation_config.min_p = 2.0
     with pytest.raises(UserError, match="settings of generate"):
-        generate(trained, tokenizer, PROMPT, min_p=2.0)
-    with pytest.raises(UserError, match="max_new_tokens=0: must be at least 1, or None"):
-        generate(trained, tokenizer, PROMPT, max_new_tokens=0)
+        generate(trained, tokenizer, PROMPT, temperature=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+        ({"max_new_tokens": "many"}, "max_new_tokens=many: must be an integer or null"),
+        ({"max_new_tokens": True}, "max_new_tokens=True: must be an integer or null"),
+        ({"top_k": 1.5}, "top_k=1.5: must be an integer"),
+        ({"top_p": 2}, "top_p=2.0: must be at most 1"),
+        ({"temperature": float("nan")}, "temperature=nan: must be finite"),
+        ({"seed": 2**64}, "seed=18446744073709551616: must be at most"),
+    ],
+)
+def test_settings_are_checked_like_the_keys_of_the_group(trained, tokenizer, settings, message):
+    with pytest.raises(UserError, match=message):
+        generate(trained, tokenizer, PROMPT, **settings)
 
 
 def test_only_models_that_can_be_are_compiled(trained, tokenizer):

@@ -63,6 +63,8 @@ def test_the_ends_of_a_turn_are_tokens_or_texts():
         ([], "chatml", "the prompt is empty"),
         ("word " * 64, None, r"has 128 tokens, and the context of the model has 64"),
         (MESSAGES, None, "need a chat template"),
+        ("caf\udce9", None, r"has '\\udce9', which is not a character"),
+        ([{"role": "user", "content": "\ud83d"}], "chatml", "not a character"),
         ([{"role": "critic", "content": "x"}], "gemma", "template does not take the messages"),
     ],
 )
