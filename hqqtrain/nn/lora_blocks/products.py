@@ -47,7 +47,12 @@ class Adapters(NamedTuple):
 def cast_adapters(
     A: Sequence[Tensor], B: Sequence[Tensor], scalings: tuple[float, ...], dtype: torch.dtype
 ) -> Adapters:
-    """Return the matrices A_i [r_i, K] and B_i [N_i, r_i] in `dtype`, the A_i in one tensor."""
+    """Return the matrices A_i [r_i, K] and B_i [N_i, r_i] in `dtype`, the A_i in one tensor.
+
+    Copies are not kept for the next call, because nothing tells reliably whether a parameter has
+    changed since: fused and 8-bit AdamW step without a new version of the tensor, and FSDP2
+    gathers new values into the same memory.
+    """
     copies: list[Tensor] = []
     sources: list[Tensor] = []
     stacked, cast_B = A[0], list(B)
