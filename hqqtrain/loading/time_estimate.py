@@ -24,8 +24,10 @@ PRODUCT_RATE = 0.73
 """FLOP/s of the frozen weights' products. 8B shape, 4 x 2048 tokens: 369 TFLOP in 509 ms with
 recomputation, and 254 in 352 ms without; commit 9747aad, torch 2.11, 2026-11-29."""
 
-ATTENTION_RATE = 0.23
-"""FLOP/s of causal attention. The same steps: 19.8 TFLOP in 88 ms, and 15.4 in 67 ms."""
+ATTENTION_RATE, ATTENTION_RAMP = 0.264, 300
+"""FLOP/s of causal attention on long sequences, and the length at which it has half of that rate.
+The same steps have 0.23 at 2,048 tokens: 19.8 TFLOP in 88 ms, and 15.4 in 67 ms. The ramp is that
+of FlashAttention-2 in the figures of the paper on FlashAttention-3 (H100, 512 to 16,384 tokens)."""
 
 MEMORY_RATE = 0.80
 """Bytes/s of other kernels. A copy reaches 4.28 of 4.8 TB/s, and dequantization 0.9 of a copy."""
@@ -114,9 +116,11 @@ def estimate_time(
     own_tokens = tokens / world_size
     bandwidth = gpu.bandwidth * MEMORY_RATE
     trained = memory.device["adapter and optimizer"]
+    length = workload.max_seq_len
+    attention_rate = ATTENTION_RATE * length / (length + ATTENTION_RAMP)
     parts = {
         "products": own_tokens * cost.products / (gpu.flops * PRODUCT_RATE),
-        "attention": own_tokens * cost.attention / (gpu.flops * ATTENTION_RATE),
+        "attention": own_tokens * cost.attention / (gpu.flops * attention_rate),
         "other kernels": own_tokens * cost.traffic / bandwidth,
         "dequantization": rounds * cost.dequantization / bandwidth,
         "optimizer": 2 * trained / bandwidth,
