@@ -74,9 +74,15 @@ def workload_of(
         run_root=config.run.root,
         calibration_tokens=config.quant.calibration_tokens if calibrates else 0,
         global_batch_size=config.train.global_batch_size,
-        is_fused=config.train.fused != "false"
-        and not (config.adapter.dropout or config.quant.offload_meta),
+        is_fused=_is_fused(config),
     )
+
+
+def _is_fused(config: RunConfig) -> bool:
+    """Whether LoRA blocks compute the linears, where the model allows it."""
+    # The hooks of DeepSpeed gather the parameters of each module inside of PEFT's.
+    is_plain = config.quant.offload_meta or config.parallel.strategy == "zero3"
+    return config.train.fused != "false" and not (config.adapter.dropout or is_plain)
 
 
 def check_resources(workload: Workload, model: nn.Module, runtime: Runtime) -> None:

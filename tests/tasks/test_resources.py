@@ -25,3 +25,10 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch, file: str | None, whe
         translate_resource_errors(workload, strategy),
     ):
         raise OSError(errno.ENOSPC, "No space left on device", file)
+
+
+def test_zero3_has_no_lora_blocks():
+    config = RunConfig()
+    assert workload_of(config).is_fused
+    config.parallel.strategy = "zero3"
+    assert not workload_of(config).is_fused
