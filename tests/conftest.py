@@ -16,6 +16,9 @@ from hqqtrain.common import signals
 
 gc.disable()  # until all tests are collected, see `pytest_runtestloop`
 
+# Tests compare with results in fp32, whatever the CPU; see `hqqtrain.distributed.precision`.
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Triton reads this when its functions are decorated, so it is set before the first import.

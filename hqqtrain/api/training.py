@@ -135,9 +135,9 @@ def _start_runtime(model: nn.Module, base: Any, config: TrainConfig) -> Runtime:
     if config.on_nonfinite == "rollback":
         raise UserError("train.on_nonfinite=rollback: needs the checkpoints of a run; use skip.")
     comm = single_process(model)
+    precision = "fp32" if base.dtype == torch.float32 else "bf16"
     return Runtime(
-        comm, Accelerator(), SingleProcess(comm),
-        precision="fp32" if base.dtype == torch.float32 else "bf16",
+        comm, Accelerator(), SingleProcess(comm), precision=precision, training_precision=precision,
         offloads_activations=comm.device.type == "cuda"
         and config.activation_checkpointing == "offload",
         preemption=PreemptionHandler(RunDirConfig()),

@@ -16,6 +16,7 @@ from hqqtrain.common.errors import UserError
 from hqqtrain.config.quant import QuantConfig
 from hqqtrain.distributed.accelerate_env import reconcile_accelerate_config
 from hqqtrain.distributed.comm import Communicator
+from hqqtrain.distributed.precision import resolve_precision, resolve_training_precision
 from hqqtrain.distributed.preemption import PreemptionHandler
 from hqqtrain.distributed.rendezvous import listen_on_master_address
 from hqqtrain.distributed.strategies.base import Strategy
@@ -42,6 +43,7 @@ class Runtime:
         accelerator: Gradient scaling of `precision`.
         strategy: How the model is sharded or replicated.
         precision: Name of the dtype of matrix products, as in `train.precision`.
+        training_precision: The same in training, where it may be bf16 on a CPU.
         offloads_activations: Whether activations are offloaded to host memory.
         preemption: Knows whether this rank was asked to stop.
     """
@@ -50,6 +52,7 @@ class Runtime:
     accelerator: Accelerator
     strategy: Strategy
     precision: str
+    training_precision: str
     offloads_activations: bool
     preemption: PreemptionHandler
 
@@ -66,8 +69,8 @@ class Runtime:
                 processes.
         """
         parallel, quant = settings.parallel, settings.quant
-        strategy_name, precision = reconcile_accelerate_config(os.environ, parallel, settings.train)
-        precision = _resolve_precision(precision)
+        strategy_name, asked = reconcile_accelerate_config(os.environ, parallel, settings.train)
+        precision, training_precision = resolve_precision(asked), resolve_training_precision(asked)
         offloads_meta = quant.quantizes and quant.offload_meta
         offloads = parallel.offloads_parameters or offloads_meta
         accelerator = _start_accelerator(precision, offloads)
@@ -97,7 +100,10 @@ class Runtime:
             replicas = count_replicas(comm.all_gather_object(get_local_world_size()))
         strategy = _build_strategy(strategy_class, settings, comm, precision, replicas)
         offloads_activations = on_gpu and checkpointing == "offload"
-        return cls(comm, accelerator, strategy, precision, offloads_activations, preemption)
+        return cls(
+            comm, accelerator, strategy, precision, training_precision, offloads_activations,
+            preemption,
+        )  # fmt: skip
 
     def on_devices(
         self, settings: RuntimeSettings, comm: Communicator, precision: str, nodes: int
@@ -121,7 +127,7 @@ class Runtime:
         replicas = nodes if settings.parallel.hsdp else 1
         strategy = _build_strategy(strategy_class, settings, comm, precision, replicas)
         return replace(
-            self, comm=comm, strategy=strategy, precision=precision,
+            self, comm=comm, strategy=strategy, precision=precision, training_precision=precision,
             offloads_activations=device == "cuda"
             and settings.train.activation_checkpointing == "offload",
         )  # fmt: skip
@@ -132,14 +138,26 @@ class Runtime:
         return PRECISION_DTYPES[self.precision]
 
     @property
+    def training_dtype(self) -> torch.dtype:
+        """Dtype of matrix products in training."""
+        return PRECISION_DTYPES[self.training_precision]
+
+    @property
     def device(self) -> torch.device:
         return self.comm.device
 
     def autocast(self) -> AbstractContextManager:
-        """Context for matrix products in `precision`, as in training."""
-        if self.dtype == torch.float32:
+        """Context for matrix products in `precision`."""
+        return self._autocast_to(self.dtype)
+
+    def training_autocast(self) -> AbstractContextManager:
+        """Context for matrix products in `training_precision`."""
+        return self._autocast_to(self.training_dtype)
+
+    def _autocast_to(self, dtype: torch.dtype) -> AbstractContextManager:
+        if dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, dtype)
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -173,16 +191,6 @@ def _build_strategy(
         offloads_parameters=on_gpu and settings.parallel.offloads_parameters,
         offloads_meta=on_gpu and quant.quantizes and quant.offload_meta,
     )
-
-
-def _resolve_precision(precision: str) -> str:
-    """Resolve `train.precision`: `auto` is bf16 on a GPU that has it, otherwise fp32."""
-    cuda = torch.cuda.is_available()
-    if precision == "auto":
-        return "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
-    if precision == "fp16" and not cuda:
-        raise UserError("train.precision=fp16: needs a GPU; use fp32 or bf16 on a CPU.")
-    return precision
 
 
 def _start_accelerator(precision: str, offloads: bool) -> Accelerator:

@@ -32,7 +32,7 @@ def build_engine(
             model,
             trainables,
             optim,
-            autocast=runtime.dtype,
+            autocast=runtime.training_dtype,
             device=runtime.device,
             max_grad_norm=max_grad_norm,
         )

@@ -60,8 +60,8 @@ def build_trainer(
         if train.fused != "false":  # the engine has added its hooks
             logger.info("train.fused=auto: %s", fuse_lora(model, undo))
         guard = NonFiniteGuard(
-            train.on_nonfinite, comm, record_refusal, autocast=runtime.autocast, lr=optim.lr,
-            scales_gradients=runtime.accelerator.scaler is not None, advice=advice,
+            train.on_nonfinite, comm, record_refusal, autocast=runtime.training_autocast,
+            lr=optim.lr, scales_gradients=runtime.accelerator.scaler is not None, advice=advice,
         )  # fmt: skip
         schedule = LearningRateSchedule(optim, loader.total_steps)
         yield Trainer(
@@ -90,6 +90,6 @@ def _build_loss(
     fused = FUSED_LOSSES.get(train.objective) if fuses_loss else None
     return ModelLoss(
         model, LOSSES[train.objective](), runtime.comm, fused=fused and fused(),
-        max_tokens=workload.tokens,
-        may_call_head_alone=runtime.strategy.may_call_head_alone, autocast=runtime.autocast,
+        max_tokens=workload.tokens, autocast=runtime.training_autocast,
+        may_call_head_alone=runtime.strategy.may_call_head_alone,
     )  # fmt: skip
