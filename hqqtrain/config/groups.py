@@ -53,11 +53,9 @@ class TrainConfig:
         choices=("auto", "false"),
     )
     precision: str = key(
-        "auto",
-        "compute precision; auto: bf16 on a GPU, fp32 on a CPU, but training multiplies in bf16 if "
-        "the CPU has instructions for it",
-        choices=DTYPES,
-    )
+        "auto", "compute precision; auto: bf16 on a GPU, fp32 on a CPU, but products of training "
+        "in bf16 if it has instructions for them", choices=DTYPES,
+    )  # fmt: skip
     max_grad_norm: float | None = key(
         1.0, "largest gradient norm, above which gradients are clipped; null: no clipping", low=0
     )

@@ -19,7 +19,9 @@ def test_every_strategy_has_an_engine(monkeypatch):
         monkeypatch.setattr(
             engine_builder, name, lambda *_, name=name, **settings: built.setdefault(name, settings)
         )
-    runtime = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cpu"), accelerator=None)
+    runtime = SimpleNamespace(
+        training_dtype=torch.bfloat16, device=torch.device("cpu"), accelerator=None
+    )
     for name, strategy in STRATEGIES.items():
         built.clear()
         runtime.strategy = strategy
