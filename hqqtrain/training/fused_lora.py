@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from hqqtrain.models.families.registry import FAMILIES, layer_names
 from hqqtrain.models.families.structure import find_decoder_layers, text_config
 from hqqtrain.models.fqn import strip_wrappers
-from hqqtrain.nn.lora_blocks import GatedMLPBlock, SharedInputBlock
+from hqqtrain.nn.lora_blocks import AdapterCasts, GatedMLPBlock, SharedInputBlock
 from hqqtrain.nn.lora_blocks.adapted_linear import AdaptedLinear, adapted_linear
 from hqqtrain_kernels.glu import Activation
 
@@ -42,10 +42,12 @@ class FusedLora:
     Attributes:
         blocks: Roles of the linears in a block, such as `q|k|v` -> number of such blocks.
         plain: Reason why PEFT's own path computes a linear -> number of such linears.
+        casts: Casts the adapters of the blocks, once per step inside of its context.
     """
 
     blocks: Counter[str] = field(default_factory=Counter)
     plain: Counter[str] = field(default_factory=Counter)
+    casts: AdapterCasts = field(default_factory=AdapterCasts)
 
     def __str__(self) -> str:
         fused = ", ".join(f"{number} x {roles}" for roles, number in self.blocks.items())
@@ -72,12 +74,12 @@ def fuse_lora(model: nn.Module, undo: ExitStack | None = None) -> FusedLora:
         linears = _adapted_linears(modules, result.plain)
         for roles in _groups(model, layer, modules, linears):
             if len(roles) == 3 and "down" in roles:
-                _fuse_mlp(model, modules, roles, linears, undo)
+                _fuse_mlp(model, modules, roles, linears, result.casts, undo)
             else:
-                SharedInputBlock([linears.pop(name) for name in roles.values()], undo)
+                SharedInputBlock([linears.pop(n) for n in roles.values()], result.casts, undo)
             result.blocks["|".join(roles)] += 1
         for name, linear in linears.items():
-            SharedInputBlock([linear], undo)
+            SharedInputBlock([linear], result.casts, undo)
             result.blocks[name.rpartition(".")[2]] += 1
     return result
 
@@ -119,7 +121,7 @@ def _groups(
 
 def _fuse_mlp(
     model: nn.Module, modules: Mapping[str, nn.Module], roles: Mapping[str, str],
-    linears: dict[str, AdaptedLinear], undo: ExitStack | None,
+    linears: dict[str, AdaptedLinear], casts: AdapterCasts, undo: ExitStack | None,
 ) -> None:  # fmt: skip
     """Build the block of an MLP, and remove its linears from `linears`."""
     activation = _activation(modules, roles)
@@ -129,6 +131,7 @@ def _fuse_mlp(
         *(linears.pop(roles[role]) for role in ("gate", "up", "down")),
         activation=activation,
         ends_layer=text_config(model).model_type in _MLP_ENDS_LAYER,
+        casts=casts,
         undo=undo,
     )
 

@@ -9,6 +9,7 @@ that resumes after a kill repeats the uninterrupted run bit for bit.
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -42,6 +43,7 @@ class Trainer:
         preemption: Knows whether this rank was asked to stop.
         seed: `train.seed`.
         after_step: Functions that are called after each step that was taken, on all ranks.
+        unchanged: Makes the context of the passes of a step, during which no parameter changes.
     """
 
     def __init__(
@@ -49,11 +51,12 @@ class Trainer:
         loader: DataLoader, loss: ModelLoss, schedule: LearningRateSchedule,
         guard: NonFiniteGuard, comm: Communicator, preemption: PreemptionHandler, seed: int = 0,
         after_step: Sequence[Callable[[], object]] = (),
+        unchanged: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:  # fmt: skip
         self.engine, self.trainable_parameters = engine, trainable_parameters
         self.loader, self.loss, self.schedule, self.guard = loader, loss, schedule, guard
         self.comm, self.preemption, self.seed = comm, preemption, seed
-        self._after_step = after_step
+        self._after_step, self._unchanged = after_step, unchanged
         self.state = TrainState()
         self.stop_requested = False  # whether any rank was asked to stop during the last step
         self.stopped_early = False  # set by the caller, who knows when training stops to help
@@ -83,7 +86,9 @@ class Trainer:
         started, batch_index = time.perf_counter(), self.state.next_batch_index
         seed_dropout(self.seed, batch_index, self.comm.rank)
         batches = list(self.loader.batches(batch_index))
-        loss_sum = self._accumulate_gradients(batches, self.loader.target_token_count(batch_index))
+        with self._unchanged():
+            target_tokens = self.loader.target_token_count(batch_index)
+            loss_sum = self._accumulate_gradients(batches, target_tokens)
         rate = self.schedule.learning_rate(self.state.steps)
         totals = self._sum_over_ranks(loss_sum)
         norm = self.engine.grad_norm(rate)

@@ -18,7 +18,7 @@ from hqqtrain.models.packed_attention import use_packed_attention
 from hqqtrain.nn.replacement import restore_attribute
 from hqqtrain.training.checkpointing_policy import apply_checkpointing
 from hqqtrain.training.engine_builder import build_engine
-from hqqtrain.training.fused_lora import fuse_lora
+from hqqtrain.training.fused_lora import FusedLora, fuse_lora
 from hqqtrain.training.fused_modules import fuse_modules
 from hqqtrain.training.losses.model_loss import ModelLoss
 from hqqtrain.training.losses.registry import FUSED_LOSSES, LOSSES
@@ -57,8 +57,10 @@ def build_trainer(
             _fuse_modules(model, runtime, undo, has_packed_texts=train.packing)
         checkpointing = apply_checkpointing(model, runtime, workload, undo)
         engine = build_engine(model, trainables, runtime, optim, train.max_grad_norm)
+        lora = FusedLora()
         if train.fused != "false":  # the engine has added its hooks
-            logger.info("train.fused=auto: %s", fuse_lora(model, undo))
+            lora = fuse_lora(model, undo)
+            logger.info("train.fused=auto: %s", lora)
         guard = NonFiniteGuard(
             train.on_nonfinite, comm, record_refusal, autocast=runtime.training_autocast,
             lr=optim.lr, scales_gradients=runtime.accelerator.scaler is not None, advice=advice,
@@ -67,6 +69,7 @@ def build_trainer(
         yield Trainer(
             engine, trainables, loader, _build_loss(engine.model, runtime, train, workload),
             schedule, guard, comm, runtime.preemption, train.seed, (checkpointing, *after_step),
+            unchanged=lora.casts.unchanged,
         )  # fmt: skip
 
 

@@ -10,14 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hqqtrain.nn.lora_blocks import products
-from hqqtrain.nn.lora_blocks.adapted_linear import (
-    DTYPES,
-    AdaptedLinear,
-)
-from hqqtrain.nn.lora_blocks.frozen import (
-    FrozenLinears,
-    KeptWeight,
-)
+from hqqtrain.nn.lora_blocks.adapted_linear import DTYPES, AdaptedLinear
+from hqqtrain.nn.lora_blocks.adapter_casts import AdapterCasts
+from hqqtrain.nn.lora_blocks.frozen import FrozenLinears, KeptWeight
 from hqqtrain.nn.recomputation import is_recomputing
 from hqqtrain.nn.replacement import replace_attribute
 from hqqtrain_kernels.autocast import product_dtype, without_autocast
@@ -31,11 +26,15 @@ class SharedInputBlock:
 
     Args:
         linears: The linears, whose modules get another `forward`.
+        casts: Casts the adapters of all blocks.
         undo: Gives them their own again when it is closed; None: they keep it.
     """
 
-    def __init__(self, linears: Sequence[AdaptedLinear], undo: ExitStack | None = None) -> None:
+    def __init__(
+        self, linears: Sequence[AdaptedLinear], casts: AdapterCasts, undo: ExitStack | None = None
+    ) -> None:
         self._linears, self._kept = tuple(linears), KeptWeight()
+        self._casts, self._group = casts, casts.add(linears)
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
         for i, linear in enumerate(linears):
@@ -57,7 +56,9 @@ class SharedInputBlock:
         linears = self._linears
         frozen = FrozenLinears.of(linears)
         A, B = [linear.A for linear in linears], [linear.B for linear in linears]
-        return _LinearsFunction.apply(x.to(product_dtype(x)), frozen, self._kept, *A, *B)
+        x = x.to(product_dtype(x))
+        cast = self._casts.get(self._group, x.dtype)
+        return _LinearsFunction.apply(x, frozen, self._kept, cast, *A, *B)
 
 
 def is_computable(x: Tensor, linears: Sequence[AdaptedLinear]) -> bool:
@@ -79,12 +80,16 @@ class _LinearsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen: FrozenLinears, kept: KeptWeight, *AB: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Compute the outputs from x [..., K], all A_i [r_i, K] and all B_i [N_i, r_i]."""
+        ctx: Any, x: Tensor, frozen: FrozenLinears, kept: KeptWeight,
+        cast: products.Adapters | None, *AB: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Compute the outputs from x [..., K], all A_i [r_i, K] and all B_i [N_i, r_i].
+
+        `cast` has A and B in the dtype of x, if they are cast already.
+        """
         n = len(AB) // 2
         with without_autocast(x):
-            adapters = products.cast_adapters(AB[:n], AB[n:], frozen.scalings, x.dtype)
+            adapters = cast or products.cast_adapters(AB[:n], AB[n:], frozen.scalings, x.dtype)
             rows = x.reshape(-1, x.shape[-1])
             U = products.project(rows, adapters)
             W = products.dense_weight(frozen.weights, x.dtype)
@@ -112,4 +117,4 @@ class _LinearsFunction(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 W = ctx.kept.take(ctx.frozen.take_weights(saved), x.dtype)
                 grad_x = products.input_gradient(gs, V, W, adapters).view(x.shape)
-        return grad_x, None, None, *grads[0], *grads[1]
+        return grad_x, None, None, None, *grads[0], *grads[1]

@@ -11,10 +11,8 @@ from torch.autograd.function import once_differentiable
 from hqqtrain.compat import has_hooks, keeps_graph
 from hqqtrain.nn.lora_blocks import products
 from hqqtrain.nn.lora_blocks.adapted_linear import AdaptedLinear
-from hqqtrain.nn.lora_blocks.frozen import (
-    FrozenLinears,
-    KeptWeight,
-)
+from hqqtrain.nn.lora_blocks.adapter_casts import AdapterCasts
+from hqqtrain.nn.lora_blocks.frozen import FrozenLinears, KeptWeight
 from hqqtrain.nn.lora_blocks.linears import is_computable
 from hqqtrain.nn.recomputation import is_recomputing
 from hqqtrain.nn.replacement import replace_attribute
@@ -33,13 +31,16 @@ class GatedMLPBlock:
         activation: The activation of the gate.
         ends_layer: Whether the decoder layer only adds the output to its residual. The output is
             then not computed again when the layer is recomputed for its backward pass.
+        casts: Casts the adapters of all blocks.
         undo: Gives `mlp` its own `forward` again when it is closed; None: it keeps this one.
     """
 
     def __init__(
         self, mlp: nn.Module, gate: AdaptedLinear, up: AdaptedLinear, down: AdaptedLinear, *,
-        activation: Activation, ends_layer: bool, undo: ExitStack | None = None,
+        activation: Activation, ends_layer: bool, casts: AdapterCasts,
+        undo: ExitStack | None = None,
     ) -> None:  # fmt: skip
+        self._casts, self._groups = casts, (casts.add((gate, up)), casts.add((down,)))
         self._mlp, self._linears = mlp, (gate, up, down)
         self._activation, self._ends_layer = activation, ends_layer
         self._kept = KeptWeight(), KeptWeight()
@@ -65,7 +66,8 @@ class GatedMLPBlock:
         settings = _Settings(self._activation, self._kept, skips_output)
         A, B = [linear.A for linear in linears], [linear.B for linear in linears]
         x = x.to(product_dtype(x))
-        return _GatedMLPFunction.apply(x, residual, inner, down, settings, *A, *B)
+        cast = tuple(self._casts.get(group, x.dtype) for group in self._groups)
+        return _GatedMLPFunction.apply(x, residual, inner, down, settings, cast, *A, *B)
 
     def _skips_output(self, *, ends_layer: bool) -> bool:
         return ends_layer and is_recomputing() and not has_hooks(self._mlp)
@@ -95,12 +97,18 @@ class _GatedMLPFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, inner: FrozenLinears, down: FrozenLinears,
-        settings: _Settings, *AB: Tensor,
+        settings: _Settings, cast: tuple[products.Adapters | None, ...], *AB: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Compute y from x [..., K], a residual [..., K] or None, and A and B of gate, up, down."""
+        """Compute y from x [..., K], a residual [..., K] or None, and A and B of gate, up, down.
+
+        `cast` has the adapters of gate and up, and of down, in the dtype of x, if they are cast.
+        """
         with without_autocast(x):
-            adapters = products.cast_adapters(AB[:2], AB[3:5], inner.scalings, x.dtype)
-            down_adapters = products.cast_adapters(AB[2:3], AB[5:], down.scalings, x.dtype)
+            adapters, down_adapters = cast
+            if adapters is None:
+                adapters = products.cast_adapters(AB[:2], AB[3:5], inner.scalings, x.dtype)
+            if down_adapters is None:
+                down_adapters = products.cast_adapters(AB[2:3], AB[5:], down.scalings, x.dtype)
             rows = x.reshape(-1, x.shape[-1])
             U = products.project(rows, adapters)
             W = products.dense_weight(inner.weights, x.dtype)
@@ -153,7 +161,7 @@ class _GatedMLPFunction(torch.autograd.Function):
                 W = settings.kept[0].take(weights, x.dtype)
                 grad_x = products.input_gradient([grads], V, W, adapters).view(x.shape)
         grad_residual = grad_y if ctx.has_residual else None
-        return grad_x, grad_residual, None, None, None, *grad_A, *down_A, *grad_B, *down_B
+        return grad_x, grad_residual, None, None, None, None, *grad_A, *down_A, *grad_B, *down_B
 
 
 def _down(

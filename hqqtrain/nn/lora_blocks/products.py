@@ -44,30 +44,44 @@ class Adapters(NamedTuple):
     scalings: tuple[float, ...]
 
 
+class Copies(NamedTuple):
+    """Tensors to be filled from others of the same shapes, in one operation.
+
+    Attributes:
+        targets: The tensors to fill.
+        sources: Their values, of any dtype.
+    """
+
+    targets: list[Tensor]
+    sources: list[Tensor]
+
+
 def cast_adapters(
     A: Sequence[Tensor], B: Sequence[Tensor], scalings: tuple[float, ...], dtype: torch.dtype
 ) -> Adapters:
-    """Return the matrices A_i [r_i, K] and B_i [N_i, r_i] in `dtype`, the A_i in one tensor.
+    """Return the matrices A_i [r_i, K] and B_i [N_i, r_i] in `dtype`, the A_i in one tensor."""
+    adapters, copies = new_adapters(A, B, scalings, dtype)
+    if copies.targets:
+        copy_tensors(*copies)
+    return adapters
 
-    Copies are not kept for the next call, because nothing tells reliably whether a parameter has
-    changed since: fused and 8-bit AdamW step without a new version of the tensor, and FSDP2
-    gathers new values into the same memory.
-    """
-    copies: list[Tensor] = []
-    sources: list[Tensor] = []
+
+def new_adapters(
+    A: Sequence[Tensor], B: Sequence[Tensor], scalings: tuple[float, ...], dtype: torch.dtype
+) -> tuple[Adapters, Copies]:
+    """Return what `cast_adapters` returns, with the copies that are left to do."""
+    copies = Copies([], [])
     stacked, cast_B = A[0], list(B)
     if len(A) > 1 or A[0].dtype != dtype:
         stacked = A[0].new_empty(sum(len(each) for each in A), A[0].shape[1], dtype=dtype)
-        copies += stacked.split([len(each) for each in A])
-        sources += A
+        copies.targets.extend(stacked.split([len(each) for each in A]))
+        copies.sources.extend(A)
     for i, each in enumerate(B):
         if each.dtype != dtype:
             cast_B[i] = torch.empty_like(each, dtype=dtype)
-            copies.append(cast_B[i])
-            sources.append(each)
-    if copies:
-        copy_tensors(copies, sources)
-    return Adapters(stacked, tuple(cast_B), scalings)
+            copies.targets.append(cast_B[i])
+            copies.sources.append(each)
+    return Adapters(stacked, tuple(cast_B), scalings), copies
 
 
 def dense_weight(weights: Sequence[Weight], dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from hqqtrain.nn.lora_blocks import SharedInputBlock, linears
+from hqqtrain.nn.lora_blocks import AdapterCasts, SharedInputBlock, linears
 from hqqtrain.nn.lora_blocks.adapted_linear import AdaptedLinear, adapted_linear
 
 
@@ -34,7 +34,7 @@ def fused_pair() -> nn.Module:
         linear = adapted_linear(module)
         assert isinstance(linear, AdaptedLinear)
         found.append(linear)
-    SharedInputBlock(found)
+    SharedInputBlock(found, AdapterCasts())
     return model
 
 

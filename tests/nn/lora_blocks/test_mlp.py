@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hqqtrain.nn.lora_blocks import GatedMLPBlock, mlp
+from hqqtrain.nn.lora_blocks import AdapterCasts, GatedMLPBlock, mlp
 from hqqtrain.nn.lora_blocks.adapted_linear import AdaptedLinear, adapted_linear
 from hqqtrain.nn.recomputation import checkpoint_contexts
 
@@ -29,7 +29,9 @@ def make_mlp(*, fused: bool, ends_layer: bool = True) -> Any:
             linear = adapted_linear(module)
             assert isinstance(linear, AdaptedLinear)
             linears.append(linear)
-        GatedMLPBlock(model, *linears, activation="silu", ends_layer=ends_layer)
+        GatedMLPBlock(
+            model, *linears, activation="silu", ends_layer=ends_layer, casts=AdapterCasts()
+        )
     return model
 
 
