@@ -122,7 +122,8 @@ class TrainingPeak:
     Attributes:
         kept: What all layers keep from their forward to their backward pass.
         layer: What a layer keeps that has been recomputed; 0 if none is.
-        working: Dense weights and gradients while the backward pass is in a layer.
+        working: Dense weights, casts of adapters, and gradients while the backward pass is in a
+            layer.
     """
 
     kept: int
@@ -154,9 +155,17 @@ class TrainingPeak:
         if not fused:
             masks = MASK_BYTES * workload.micro_batch_size * workload.max_seq_len**2
             return cls(kept, layer, gradients + 2 * itemsize * widths.largest_block + masks)
-        # The dense weights of a recomputed layer are kept for its backward pass.
-        dense = widths.weights if recomputed == depth else widths.largest_block
-        return cls(kept, layer, gradients + itemsize * dense)
+        # The dense weights of a recomputed MLP are kept for its backward pass.
+        mlp = widths.hidden * (widths.gate_up + widths.inner)
+        dense = mlp if recomputed == depth else widths.largest_block
+        return cls(kept, layer, gradients + itemsize * dense + _cast_bytes(model, dtype))
+
+
+def _cast_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Return the bytes of the copies of all adapters in `dtype`, which last for a step."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = (p for name, p in trained.items() if ".lora_" in name and p.dtype != dtype)
+    return sum(p.numel() for p in matrices) * dtype.itemsize
 
 
 def activation_bytes(workload: Workload, model: nn.Module, dtype: torch.dtype) -> int:

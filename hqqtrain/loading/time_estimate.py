@@ -168,7 +168,9 @@ class _Cost:
         forward, recomputed, backward = _traffic(widths)
         traffic = forward + share * recomputed + backward
         launches = LAUNCHES[fused][0] + share * LAUNCHES[fused][1] + LAUNCHES[fused][2]
-        passes = 2 + (0 if fused else share)
+        # A fused layer dequantizes those of its attention once more if it recomputes.
+        mlp = widths.hidden * (widths.gate_up + widths.inner)
+        passes = 2 + share * (1 - mlp / widths.weights if fused else 1)
         heads = widths.attention or widths.hidden
         return cls(
             products=products,

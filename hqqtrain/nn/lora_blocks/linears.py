@@ -12,8 +12,7 @@ from torch.autograd.function import once_differentiable
 from hqqtrain.nn.lora_blocks import products
 from hqqtrain.nn.lora_blocks.adapted_linear import DTYPES, AdaptedLinear
 from hqqtrain.nn.lora_blocks.adapter_casts import AdapterCasts
-from hqqtrain.nn.lora_blocks.frozen import FrozenLinears, KeptWeight
-from hqqtrain.nn.recomputation import is_recomputing
+from hqqtrain.nn.lora_blocks.frozen import FrozenLinears
 from hqqtrain.nn.replacement import replace_attribute
 from hqqtrain_kernels.autocast import product_dtype, without_autocast
 
@@ -33,7 +32,7 @@ class SharedInputBlock:
     def __init__(
         self, linears: Sequence[AdaptedLinear], casts: AdapterCasts, undo: ExitStack | None = None
     ) -> None:
-        self._linears, self._kept = tuple(linears), KeptWeight()
+        self._linears = tuple(linears)
         self._casts, self._group = casts, casts.add(linears)
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
@@ -58,7 +57,7 @@ class SharedInputBlock:
         A, B = [linear.A for linear in linears], [linear.B for linear in linears]
         x = x.to(product_dtype(x))
         cast = self._casts.get(self._group, x.dtype)
-        return _LinearsFunction.apply(x, frozen, self._kept, cast, *A, *B)
+        return _LinearsFunction.apply(x, frozen, cast, *A, *B)
 
 
 def is_computable(x: Tensor, linears: Sequence[AdaptedLinear]) -> bool:
@@ -75,14 +74,15 @@ def is_computable(x: Tensor, linears: Sequence[AdaptedLinear]) -> bool:
 class _LinearsFunction(torch.autograd.Function):
     """The output [..., N_i] of every linear; the gradients of x, of all A_i and of all B_i.
 
-    It saves x, U and the adapters in the dtype of the products, but no dense weight.
+    It saves x, U and the adapters in the dtype of the products, but no dense weight. Not even a
+    recomputation keeps one, as that of an MLP does: the backward pass of the MLP, where a step has
+    its peak of memory, comes in between.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen: FrozenLinears, kept: KeptWeight,
-        cast: products.Adapters | None, *AB: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx: Any, x: Tensor, frozen: FrozenLinears, cast: products.Adapters | None, *AB: Tensor
+    ) -> tuple[Tensor, ...]:
         """Compute the outputs from x [..., K], all A_i [r_i, K] and all B_i [N_i, r_i].
 
         `cast` has A and B in the dtype of x, if they are cast already.
@@ -94,9 +94,7 @@ class _LinearsFunction(torch.autograd.Function):
             U = products.project(rows, adapters)
             W = products.dense_weight(frozen.weights, x.dtype)
             ys = products.outputs(rows, U, W, frozen.biases, adapters)
-        if is_recomputing():
-            kept.keep(W)
-        ctx.frozen, ctx.kept, ctx.dtype = frozen.settings(), kept, AB[0].dtype
+        ctx.frozen, ctx.dtype = frozen.settings(), AB[0].dtype
         ctx.save_for_backward(x, U, adapters.A, *adapters.B, *frozen.tensors())
         return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
@@ -115,6 +113,6 @@ class _LinearsFunction(torch.autograd.Function):
             grads = products.adapter_gradients(gs, rows, U, V, adapters, ctx.dtype)
             grad_x = None
             if ctx.needs_input_grad[0]:
-                W = ctx.kept.take(ctx.frozen.take_weights(saved), x.dtype)
+                W = products.dense_weight(ctx.frozen.take_weights(saved), x.dtype)
                 grad_x = products.input_gradient(gs, V, W, adapters).view(x.shape)
-        return grad_x, None, None, None, *grads[0], *grads[1]
+        return grad_x, None, None, *grads[0], *grads[1]
