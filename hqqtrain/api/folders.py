@@ -25,13 +25,14 @@ from hqqtrain.common.packed_folders import gguf_files
 from hqqtrain.config.model import ModelConfig
 from hqqtrain.config.public_function import public_function
 from hqqtrain.formats import packed
-from hqqtrain.formats.adapter_config import CONFIG
+from hqqtrain.formats.adapter_config import CONFIG, WEIGHTS
 from hqqtrain.formats.packed import fingerprinted, model_tensors
 from hqqtrain.formats.quantized_settings import QuantizedSettings
 from hqqtrain.inference.backends.base import RepackedLinear
 from hqqtrain.inference.merged_linears import MergedLinear
 from hqqtrain.models import offload
 from hqqtrain.models.source import ModelSource, resolve_source
+from hqqtrain.models.weights.safetensors import SafetensorsReader, open_safetensors
 from hqqtrain.quant.spec import DTYPES
 
 
@@ -87,6 +88,7 @@ def load_quantized(
         chosen = source.adapter if adapter is True else adapter or None
         if chosen is not None:
             _check_adapter(chosen)
+        SafetensorsReader(source.path)  # says which file is missing or damaged
         moves = offload_meta and _is_one_device(device)
         model: Any = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=dtype, device_map=None if moves else device
@@ -105,13 +107,17 @@ def _check_adapter(adapter: Any) -> None:
     """Check that a local folder has an adapter; the Hub is asked for a name such as `user/name`.
 
     Raises:
-        UserError: It has none.
+        UserError: It has none, or one that is damaged.
     """
     path, name = Path(adapter), os.fspath(adapter)
     is_hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not (path / CONFIG).is_file() and (path.exists() or not is_hub_name):
         reason = f"has no {CONFIG}, so it is no PEFT adapter" if path.exists() else "no such folder"
         raise UserError(f"adapter={adapter}: {reason}.")
+    if (path / WEIGHTS).exists():
+        open_safetensors(path / WEIGHTS)
+    elif path.exists() and not (path / "adapter_model.bin").exists():
+        raise UserError(f"adapter={adapter}: has no {WEIGHTS}; copy the adapter again.")
 
 
 def _check_dtype(dtype: torch.dtype | str) -> None:

@@ -12,11 +12,13 @@ from hqqtrain.integrations.adapters import (
     extend_transformers,
 )
 from hqqtrain.integrations.auto_classes import extend_auto_class
+from hqqtrain.integrations.hqq_checkpoints import extend_hqq_quantizer
 
 
 def register() -> None:
     """Extend transformers and PEFT when they are imported, or now if they have been."""
     after_import("transformers.quantizers.auto", _register_quantizer)
+    after_import("transformers.quantizers.quantizer_hqq", extend_hqq_quantizer)
     after_import("transformers.models.auto.modeling_auto", extend_auto_class)
     after_import("transformers.integrations.peft", extend_transformers)
     after_import("transformers.modeling_utils", extend_pretrained_model)

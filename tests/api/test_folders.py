@@ -97,6 +97,24 @@ def test_a_folder_with_files_is_kept(quantized, tmp_path: Path):
     assert hqqtrain.load_quantized(tmp_path / "model")
 
 
+def test_damaged_files_are_named(quantized, tmp_path: Path):
+    model = hqqtrain.add_lora(quantized, r=2)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    hqqtrain.save_quantized(model, base)
+    model.save_pretrained(adapter)
+    for file in (adapter / "adapter_model.safetensors", base / "model.safetensors"):
+        content = file.read_bytes()
+        file.write_bytes(content[:-8])
+        with pytest.raises(UserError, match=f"{file}: not a complete safetensors file"):
+            hqqtrain.load_quantized(base, adapter=adapter)
+        file.unlink()
+        with pytest.raises(
+            UserError, match=f"{file.parent}: (has no|contains neither) {file.name}"
+        ):
+            hqqtrain.load_quantized(base, adapter=adapter)
+        file.write_bytes(content)
+
+
 def test_one_of_several_saves_writes_the_folder(quantized, tmp_path: Path):
     def save(_: int) -> str:
         try:
