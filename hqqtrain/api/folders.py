@@ -34,6 +34,7 @@ from hqqtrain.models import offload
 from hqqtrain.models.source import ModelSource, resolve_source
 from hqqtrain.models.weights.safetensors import SafetensorsReader, open_safetensors
 from hqqtrain.quant.spec import DTYPES
+from hqqtrain.rundir.layout import RunLayout
 
 
 @public_function()
@@ -272,6 +273,12 @@ def _check_replaceable(path: Path, folder: str | os.PathLike[str], *, overwrite:
         return
     if not overwrite:
         raise UserError(f"folder={folder}: exists; give another name, or overwrite=True.")
+    run = RunLayout(path.parent)
+    if run.config_yaml.is_file() and run.status_json.is_file():
+        raise UserError(
+            f"folder={folder}: is a result of the run in {path.parent}, which could not be used "
+            "any more; give another name."
+        )
     # A mistake in the name must not delete a home or a project.
     if not (path / "config.json").is_file() and not gguf_files(path):
         raise UserError(

@@ -97,6 +97,17 @@ def test_a_folder_with_files_is_kept(quantized, tmp_path: Path):
     assert hqqtrain.load_quantized(tmp_path / "model")
 
 
+def test_the_result_of_a_run_is_not_replaced(quantized, tmp_path: Path):
+    folder = tmp_path / "run" / "quantized"
+    hqqtrain.save_quantized(quantized, folder)
+    before = sorted(folder.rglob("*"))
+    for name in ("config.yaml", "status.json"):
+        (tmp_path / "run" / name).touch()
+    with pytest.raises(UserError, match=r"folder=.*quantized: is a result of the run in .*run"):
+        hqqtrain.save_quantized(quantized, folder, overwrite=True)
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_damaged_files_are_named(quantized, tmp_path: Path):
     model = hqqtrain.add_lora(quantized, r=2)
     base, adapter = tmp_path / "base", tmp_path / "adapter"
