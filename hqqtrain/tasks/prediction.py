@@ -28,7 +28,7 @@ from hqqtrain.training.metrics import flops_per_token
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a training needs, and how long a step takes.
+    """The memory that a training needs, and the time of a step.
 
     Attributes:
         config: The configuration of the training.

@@ -1,4 +1,4 @@
-"""What a run records is told without the paths of this machine."""
+"""The record of a run is told without the paths of this machine."""
 
 import json
 from pathlib import Path
