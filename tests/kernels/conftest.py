@@ -25,6 +25,16 @@ def triton_backend() -> Iterator[None]:
     backend.set_backend("auto")
 
 
+@pytest.fixture(params=["torch", "triton"])
+def each_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a test with the code in plain PyTorch, and with the kernels."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed here")
+    backend.set_backend(request.param)
+    yield
+    backend.set_backend("auto")
+
+
 @pytest.fixture
 def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let `heuristics` select kernels for layers small enough for the interpreter."""

@@ -6,20 +6,10 @@ from kernel_weights import DEVICE
 from torch import Tensor
 from torch.nn import functional as F
 
-from hqqtrain_kernels import backend
 from hqqtrain_kernels.glu import Activation, gated_activation, gated_activation_backward
 
-BACKENDS = ["torch", "triton"]
 ACTIVATIONS = ["silu", "gelu_tanh"]
-
-
-@pytest.fixture(autouse=True, params=BACKENDS)
-def _backend(request: pytest.FixtureRequest):
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed here")
-    backend.set_backend(request.param)
-    yield
-    backend.set_backend("auto")
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 def expected(gate_up: Tensor, grad_h: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:

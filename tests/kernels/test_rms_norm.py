@@ -5,21 +5,12 @@ import torch
 from kernel_weights import DEVICE
 from torch import Tensor
 
-from hqqtrain_kernels import backend
 from hqqtrain_kernels.rms_norm import NormParams, add_rms_norm, rms_norm, rms_norm_backward
 
 VARIANTS = [NormParams(1e-5), NormParams(1e-6, 0.0, "gemma"), NormParams(1e-6, 1.0, "gemma")]
 SHAPES = [(3, 40), (1, 1), (2, 1031), (0, 8), (2, 4096)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True, params=["torch", "triton"])
-def _backend(request: pytest.FixtureRequest):
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed here")
-    backend.set_backend(request.param)
-    yield
-    backend.set_backend("auto")
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 def random_rows(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

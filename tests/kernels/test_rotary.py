@@ -6,19 +6,10 @@ from kernel_weights import DEVICE
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from hqqtrain_kernels import backend
 from hqqtrain_kernels.rotary import rotate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True, params=["torch", "triton"])
-def _backend(request: pytest.FixtureRequest):
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed here")
-    backend.set_backend(request.param)
-    yield
-    backend.set_backend("auto")
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 def random_inputs(
