@@ -275,10 +275,7 @@ def _check_replaceable(path: Path, folder: str | os.PathLike[str], *, overwrite:
         raise UserError(f"folder={folder}: exists; give another name, or overwrite=True.")
     run = RunLayout(path.parent)
     if run.config_yaml.is_file() and run.status_json.is_file():
-        raise UserError(
-            f"folder={folder}: is a result of the run in {path.parent}, which could not be used "
-            "any more; give another name."
-        )
+        raise UserError(f"folder={folder}: is a result of the run {run.folder}; give another name.")
     # A mistake in the name must not delete a home or a project.
     if not (path / "config.json").is_file() and not gguf_files(path):
         raise UserError(

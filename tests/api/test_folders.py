@@ -103,7 +103,9 @@ def test_the_result_of_a_run_is_not_replaced(quantized, tmp_path: Path):
     before = sorted(folder.rglob("*"))
     for name in ("config.yaml", "status.json"):
         (tmp_path / "run" / name).touch()
-    with pytest.raises(UserError, match=r"folder=.*quantized: is a result of the run in .*run"):
+    with pytest.raises(
+        UserError, match=r"folder=.*quantized: is a result of the run .*run; give another name"
+    ):
         hqqtrain.save_quantized(quantized, folder, overwrite=True)
     assert sorted(folder.rglob("*")) == before
 
