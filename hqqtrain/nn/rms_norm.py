@@ -7,10 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hqqtrain_kernels import rms_norm as kernels
-from hqqtrain_kernels.rms_norm import NormParams
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes that the kernels compute in."""
+from hqqtrain_kernels.autocast import COMPUTE_DTYPES
+from hqqtrain_kernels.norm_params import NormParams
 
 
 def is_computable(hidden: Tensor, weight: Tensor) -> bool:
@@ -18,7 +16,7 @@ def is_computable(hidden: Tensor, weight: Tensor) -> bool:
     return (
         torch.is_grad_enabled()
         and type(hidden) is Tensor
-        and hidden.dtype in DTYPES
+        and hidden.dtype in COMPUTE_DTYPES
         and hidden.dtype == weight.dtype
         and hidden.device == weight.device
         and hidden.shape[-1] <= kernels.MAX_COLUMNS

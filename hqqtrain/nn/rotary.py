@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hqqtrain_kernels import rotary
+from hqqtrain_kernels.autocast import COMPUTE_DTYPES
 
 
 def is_computable(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -19,7 +20,7 @@ def is_computable(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
         and cos.stride() == sin.stride()
         and cos.shape[-2:] == (query.shape[2], query.shape[3])
         and cos.shape[0] in (1, query.shape[0])
-        and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and query.dtype in COMPUTE_DTYPES
         and all(x.dtype == query.dtype and x.stride(-1) == 1 for x in tensors)
         and not torch.compiler.is_compiling()
     )

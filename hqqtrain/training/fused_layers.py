@@ -25,7 +25,7 @@ from hqqtrain.compat import has_hooks
 from hqqtrain.models.families.structure import find_decoder_layers
 from hqqtrain.nn.lora_blocks import adds_residual
 from hqqtrain.nn.rms_norm import is_computable, residual_and_norm
-from hqqtrain_kernels.rms_norm import NormParams
+from hqqtrain_kernels.norm_params import NormParams
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _MODULES = ("self_attn", "mlp")

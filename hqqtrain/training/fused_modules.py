@@ -31,7 +31,7 @@ from hqqtrain.nn import liger, rms_norm, rotary
 from hqqtrain.nn.replacement import replace_attribute
 from hqqtrain.training.fused_layers import fuse_layers
 from hqqtrain_kernels import backend
-from hqqtrain_kernels.rms_norm import NormParams
+from hqqtrain_kernels.norm_params import NormParams
 
 logger = logging.getLogger(__name__)
 

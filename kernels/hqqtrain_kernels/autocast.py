@@ -1,9 +1,12 @@
-"""The dtype in which matrix products compute, under autocast and without."""
+"""The dtypes in which training computes, under autocast and without."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that the kernels of training compute in."""
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

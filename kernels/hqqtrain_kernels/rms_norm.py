@@ -7,30 +7,16 @@ here: every value is read once and written once. All is computed in fp32.
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hqqtrain_kernels import backend
+from hqqtrain_kernels.norm_params import NormParams
 
 MAX_COLUMNS = 16384
 """Columns of the largest row that a program of the kernels holds in registers."""
-
-
-class NormParams(NamedTuple):
-    """How an RMSNorm computes weight * x / sqrt(mean(x^2) + eps).
-
-    Attributes:
-        eps: Is added to the mean square.
-        offset: Is added to the weight: 1 for Gemma, otherwise 0.
-        casting: `llama` rounds to the dtype of x before it multiplies by the weight, and `gemma`
-            after it.
-    """
-
-    eps: float
-    offset: float = 0.0
-    casting: Literal["llama", "gemma"] = "llama"
 
 
 def rms_norm(x: Tensor, weight: Tensor, params: NormParams) -> Tensor:

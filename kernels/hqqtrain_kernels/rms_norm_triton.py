@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hqqtrain_kernels.launcher_triton import CachedKernel
-from hqqtrain_kernels.rms_norm import NormParams
+from hqqtrain_kernels.norm_params import NormParams
 
 
 @triton.jit

@@ -46,7 +46,7 @@ from hqqtrain_kernels import (
     rotary_triton,
     weighted_fit_triton,
 )
-from hqqtrain_kernels.rms_norm import NormParams
+from hqqtrain_kernels.norm_params import NormParams
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448}

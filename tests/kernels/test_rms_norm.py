@@ -5,7 +5,8 @@ import torch
 from kernel_weights import DEVICE
 from torch import Tensor
 
-from hqqtrain_kernels.rms_norm import NormParams, add_rms_norm, rms_norm, rms_norm_backward
+from hqqtrain_kernels.norm_params import NormParams
+from hqqtrain_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 
 VARIANTS = [NormParams(1e-5), NormParams(1e-6, 0.0, "gemma"), NormParams(1e-6, 1.0, "gemma")]
 SHAPES = [(3, 40), (1, 1), (2, 1031), (0, 8), (2, 4096)]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hqqtrain.nn.rms_norm import is_computable, residual_and_norm, rms_norm
-from hqqtrain_kernels.rms_norm import NormParams
+from hqqtrain_kernels.norm_params import NormParams
 
 PARAMS = NormParams(1e-6)
 

@@ -3,16 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from hqqtrain.compat import has_hooks
 from hqqtrain.nn.hqq_linear import HQQLinear
 from hqqtrain.nn.lora_blocks.products import Weight
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes that blocks compute in."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hqqtrain.nn.lora_blocks import products
-from hqqtrain.nn.lora_blocks.adapted_linear import DTYPES, AdaptedLinear
+from hqqtrain.nn.lora_blocks.adapted_linear import AdaptedLinear
 from hqqtrain.nn.lora_blocks.adapter_casts import AdapterCasts
 from hqqtrain.nn.lora_blocks.frozen import FrozenLinears
 from hqqtrain.nn.replacement import replace_attribute
-from hqqtrain_kernels.autocast import product_dtype, without_autocast
+from hqqtrain_kernels.autocast import COMPUTE_DTYPES, product_dtype, without_autocast
 
 
 class SharedInputBlock:
@@ -66,7 +66,7 @@ def is_computable(x: Tensor, linears: Sequence[AdaptedLinear]) -> bool:
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and type(x) is Tensor
-        and x.dtype in DTYPES
+        and x.dtype in COMPUTE_DTYPES
         and all(linear.is_ready() for linear in linears)
     )
 
